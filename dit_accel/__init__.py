@@ -1,0 +1,42 @@
+"""dit_accel: diffusion transformers several times cheaper, without leaving diffusers.
+
+Importing it loads torch at most; pipelines, kernels and the command line load at first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dit_accel.config import SLAConfig as SLAConfig
+    from dit_accel.control import disable as disable
+    from dit_accel.control import enable as enable
+    from dit_accel.control import summary as summary
+    from dit_accel.pipelines.wan import SparseWanPipeline as SparseWanPipeline
+    from dit_accel.pipelines.wan_i2v import (
+        SparseWanImageToVideoPipeline as SparseWanImageToVideoPipeline,
+    )
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SLAConfig": "dit_accel.config",
+    "SparseWanImageToVideoPipeline": "dit_accel.pipelines.wan_i2v",
+    "SparseWanPipeline": "dit_accel.pipelines.wan",
+    "disable": "dit_accel.control",
+    "enable": "dit_accel.control",
+    "summary": "dit_accel.control",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,74 @@
+"""Atomic writing, and the files that travel with the package."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary sibling of `path` to write to; it takes the name `path` if the block succeeds.
+
+    The sibling keeps the suffix, because writers choose the format by it. On any error it is
+    removed and whatever stood at `path` is left as it was.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)  # mkstemp makes it private; the result is an ordinary file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, data: dict[str, Any]) -> None:
+    """Write `data` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(
+            json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+
+def check_writable(directory: str | os.PathLike, argument: str) -> Path:
+    """Create `directory` if needed and prove that a file can be written there.
+
+    Raises:
+        ValueError: it cannot; the message names `argument`.
+    """
+    path = Path(directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".tmp-") as probe:
+            probe.write(b"\0" * 65536)  # a full disk takes an empty file but not this
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise ValueError(
+            f"{argument}={str(directory)!r}: cannot write there ({error.strerror or error}); "
+            "accepted is a folder that can be created and has space"
+        ) from error
+    return path
+
+
+def asset(name: str) -> Path:
+    """Path of a bundled asset, in an installed wheel or in a source checkout.
+
+    Raises:
+        FileNotFoundError: no such asset.
+    """
+    package = Path(__file__).resolve().parent
+    for root in (package / "assets", package.parent / "assets"):
+        if (root / name).exists():
+            return root / name
+    raise FileNotFoundError(
+        f"asset {name!r} is neither in the package nor in the checkout's assets/"
+    )

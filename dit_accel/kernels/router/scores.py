@@ -1,0 +1,83 @@
+"""Mean-pooled block scores, the router of SLA (arXiv 2509.24006, eq. 2) in fp32."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def pool_blocks(
+    x: Float[Tensor, "b h l d"], block: int, sizes: Int[Tensor, "b_sizes n"] | None = None
+) -> Float[Tensor, "b h n d"]:
+    """Mean of the valid tokens of each block, in fp32 (fp64 for fp64).
+
+    Args:
+        x: `[B, H, L, D]`, any strides.
+        block: tokens per block.
+        sizes: `[B|1, ceil(L / block)]`, valid tokens at the start of each block. Default: all.
+            An empty block pools to 0.
+    """
+    b, h, length, d = x.shape
+    n = math.ceil(length / block)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    whole = length // block
+    if sizes is None or bool((sizes[:, :whole] == block).all()):
+        # Summing a view reads x once and copies nothing; only the ragged tail is handled apart.
+        pooled = x.new_empty(b, h, n, d, dtype=dtype)
+        if whole:
+            torch.mean(
+                x[:, :, : whole * block].unflatten(2, (whole, block)),
+                3,
+                dtype=dtype,
+                out=pooled[:, :, :whole],
+            )
+        if whole < n:
+            tail = x[:, :, whole * block :].to(dtype)
+            if sizes is None:
+                pooled[:, :, whole] = tail.mean(2)
+            else:
+                valid = torch.arange(tail.shape[2], device=x.device) < sizes[:, whole, None]
+                total = tail.mul(valid[:, None, :, None]).sum(2)
+                pooled[:, :, whole] = total / sizes[:, None, whole, None].clamp(min=1)
+        return pooled
+    padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, n * block - length)).unflatten(
+        2, (n, block)
+    )
+    valid = torch.arange(block, device=x.device) < sizes[..., None]  # [B|1, n, block]
+    return torch.einsum("bhntd,bnt->bhnd", padded, valid.to(dtype).expand(b, -1, -1)) / sizes.clamp(
+        min=1
+    ).to(dtype).view(-1, 1, n, 1)
+
+
+@torch.no_grad()
+def block_scores(
+    q: Float[Tensor, "b h_q l_q d"],
+    k: Float[Tensor, "b h_kv l_k d"],
+    *,
+    block_q: int,
+    block_k: int,
+    scale: float | None = None,
+    q_sizes: Int[Tensor, "b_q n_q"] | None = None,
+    k_sizes: Int[Tensor, "b_k n_k"] | None = None,
+) -> Float[Tensor, "b h_q n_q n_k"]:
+    """Scaled dot products of block means: the logits by which a plan ranks key blocks.
+
+    Args:
+        q: `[B, Hq, Lq, D]`. k: `[B, Hkv, Lk, D]`, `Hq` a multiple of `Hkv`.
+        block_q, block_k: tokens per block.
+        scale: default `D ** -0.5`.
+        q_sizes, k_sizes: `[B|1, T]` valid tokens per block (ragged tiles, `kv_lengths`).
+
+    Returns:
+        `[B, Hq, T_q, T_k]` in fp32 (fp64 for fp64 inputs). Not differentiable, as in SLA.
+    """
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q: {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k"
+        )
+    pooled_q = pool_blocks(q, block_q, q_sizes)
+    pooled_k = pool_blocks(k, block_k, k_sizes)
+    grouped = pooled_q.unflatten(1, (k.shape[1], -1))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return ((grouped * scale) @ pooled_k[:, :, None].mT).flatten(1, 2)

@@ -1,0 +1,1 @@
+"""diffusers pipelines that are sparse from the start; one file per model."""

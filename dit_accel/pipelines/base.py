@@ -1,0 +1,152 @@
+"""`SparsePipelineMixin`: what every sparse pipeline adds to its diffusers parent."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from dit_accel import control
+from dit_accel.config import SLAConfig
+
+# What decides which files DiffusionPipeline.load_config reads.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+class SparsePipelineMixin:
+    """Comes first among the bases: `class SparseX(SparsePipelineMixin, X)`."""
+
+    _parent: ClassVar[str]
+    """Class name of the diffusers parent, as it stands in model_index.json."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        sla: SLAConfig | dict | str | os.PathLike | None = "balanced",
+        ras: None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a plain diffusers repository and enable sparse attention on it.
+
+        Args:
+            pretrained_model_name_or_path: hub id or folder, as in diffusers.
+            sla: a preset ("quality", "balanced", "fast"), a YAML file, an `SLAConfig`, a dict of
+                its fields, or None for dense.
+            ras: region-adaptive sampling; only None in this version.
+            **kwargs: everything the diffusers parent accepts.
+
+        Raises:
+            ValueError: a bad argument, or a repository of another pipeline class. Checked on
+                model_index.json, before any weight is read.
+        """
+        if sla is not None:
+            sla = SLAConfig.load(sla)
+        if ras is not None:
+            raise ValueError(
+                f"ras={ras!r}: accepted is None; this version has no region-adaptive sampling"
+            )
+        cls._check_repository(pretrained_model_name_or_path, kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        if sla is not None:
+            try:
+                control.enable(pipe, sla=sla)
+            except ValueError:
+                del pipe  # large; the caller may catch the error and go on
+                raise
+        return pipe
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: Any,
+        *,
+        sla: SLAConfig | dict | str | os.PathLike | None = "balanced",
+        ras: None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Make a sparse pipeline from a loaded one; the components are shared, not copied.
+
+        Shared components share their acceleration: if the transformer is already sparse, it stays
+        as it is and `sla` must be left out or be equal.
+
+        Args:
+            pipeline: a loaded diffusers pipeline of the same family.
+            sla, ras: as in `from_pretrained`.
+            **kwargs: everything the diffusers parent accepts. As in diffusers, `torch_dtype`
+                defaults to float32; pass the dtype that the components have to keep it.
+        """
+        config = None if sla is None else SLAConfig.load(sla)
+        if ras is not None:
+            raise ValueError(
+                f"ras={ras!r}: accepted is None; this version has no region-adaptive sampling"
+            )
+        session = control.session_of(pipeline)
+        if session is not None and sla not in ("balanced", None) and session.sla.config != config:
+            raise ValueError(
+                "sla: this transformer is already enabled with other settings; call disable() first"
+            )
+        if getattr(pipeline, "transformer_2", None) is not None:
+            raise ValueError("pipeline.transformer_2: Wan2.2 is not supported; accepted: None")
+        pipe = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+        if config is not None and control.session_of(pipe) is None:
+            control.enable(pipe, sla=config)
+        return pipe
+
+    @classmethod
+    def _check_repository(cls, source: str | os.PathLike, kwargs: dict[str, Any]) -> None:
+        path = Path(source)
+        name = "pretrained_model_name_or_path"
+        index: dict[str, Any]
+        if path.is_dir():
+            file = path / "model_index.json"
+            try:
+                index = json.loads(file.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                raise ValueError(
+                    f"{name}={str(source)!r}: no model_index.json in this folder; accepted is a diffusers repository"
+                ) from None
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"{name}={str(source)!r}: model_index.json is not readable ({error})"
+                ) from None
+        else:
+            hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+            try:
+                index = cls.load_config(str(source), **hub)  # type: ignore[attr-defined]
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"{name}={str(source)!r}: neither a folder nor a repository that could be reached; "
+                    "accepted is a diffusers repository (folder or hub id)"
+                ) from error
+        found = index.get("_class_name")
+        if found not in (cls._parent, cls.__name__):
+            raise ValueError(
+                f"{name}={str(source)!r}: holds a {found}; {cls.__name__} accepts a {cls._parent} repository"
+            )
+        second = index.get("transformer_2")
+        if second is not None and second[0] is not None and "transformer_2" not in kwargs:
+            raise ValueError(
+                f"{name}={str(source)!r}: has a transformer_2 (Wan2.2), which is not supported; "
+                "accepted are one-transformer repositories (Wan2.1)"
+            )
+
+    def to_json_string(self) -> str:
+        """model_index.json, under the parent's class name, so that plain diffusers can load it."""
+        saved = json.loads(super().to_json_string())  # type: ignore[misc]
+        saved["_class_name"] = self._parent
+        return json.dumps(saved, indent=2, sort_keys=True) + "\n"
+
+    def enable(
+        self, *, sla: SLAConfig | dict | str | os.PathLike | None = "balanced", ras: None = None
+    ) -> None:
+        """See `dit_accel.enable`."""
+        control.enable(self, ras=ras, sla=sla)
+
+    def disable(self) -> None:
+        """See `dit_accel.disable`."""
+        control.disable(self)
+
+    def summary(self, *, strict: bool = False) -> control.Summary:
+        """See `dit_accel.summary`."""
+        return control.summary(self, strict=strict)

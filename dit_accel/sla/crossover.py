@@ -1,0 +1,25 @@
+"""Where sparse attention starts to pay off, as measured by `kernels/bench_attention.py`."""
+
+import functools
+import json
+from importlib import resources
+
+
+@functools.cache
+def _table() -> list[dict]:
+    text = resources.files("dit_accel.sla").joinpath("crossover.json").read_text(encoding="utf-8")
+    return json.loads(text)["rows"]
+
+
+def min_sparse_length(device_type: str, *, topk: float, block: int) -> int | None:
+    """Shortest sequence at which sparse beat dense on this kind of device; None: not measured.
+
+    Reads the measured rows that are no easier than the request: at least as many keys kept, and
+    blocks no larger (both slow sparse attention down). The shortest of their lengths is safe.
+    """
+    lengths = [
+        row["min_length"]
+        for row in _table()
+        if row["device"] == device_type and row["topk"] >= topk and row["block"] <= block
+    ]
+    return min((n for n in lengths if n is not None), default=None)
