@@ -5,7 +5,7 @@ import difflib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeGuard
+from typing import Any, ClassVar, Literal, TypeGuard
 
 COMBINES = ("none", "shared_softmax")
 CROSSOVERS = ("auto", "never")
@@ -23,13 +23,13 @@ class SLAConfig:
     """Tokens per key block: 16, 32, 64 or 128."""
     combine: Literal["none", "shared_softmax"] = "shared_softmax"
     """What happens to unread blocks: dropped, or summarised in the same softmax (training-free)."""
-    order: str | tuple[int, int, int] = "raster"
+    order: str | tuple[int, ...] | list[int] = "raster"
     """Token order: "raster", or a tile shape (t, h, w) in latent tokens whose product is the block."""
     dense_steps: int | float = 0.1
     """First denoising steps that stay dense: a fraction of the steps (rounded up) or a number."""
-    dense_layers: int | tuple[int, ...] = 1
+    dense_layers: int | tuple[int, ...] | list[int] = 1
     """Layers that stay dense: the first n, or a list of indices (negative ones from the end)."""
-    topk_by_layer: dict[int, float] = field(default_factory=dict)
+    topk_by_layer: dict[Any, float] = field(default_factory=dict)
     """Overrides of `topk` for single layers."""
     crossover: Literal["auto", "never"] = "auto"
     """"auto": dense below the length measured to pay off; "never": sparse at every length."""
@@ -43,12 +43,8 @@ class SLAConfig:
     def __post_init__(self) -> None:
         _check_fraction("topk", self.topk)
         for name in ("block_q", "block_k"):
-            _check(
-                name,
-                getattr(self, name),
-                getattr(self, name) in (16, 32, 64, 128),
-                "16, 32, 64, 128",
-            )
+            block = getattr(self, name)
+            _check(name, block, _is_int(block) and block in (16, 32, 64, 128), "16, 32, 64, 128")
         _check("combine", self.combine, self.combine in COMBINES, " or ".join(map(repr, COMBINES)))
         _check("crossover", self.crossover, self.crossover in CROSSOVERS, "'auto' or 'never'")
         self._check_order()
@@ -79,7 +75,7 @@ class SLAConfig:
         by_layer = {}
         for layer, topk in self.topk_by_layer.items():
             digits = str(layer).removeprefix("-")
-            _check("topk_by_layer", layer, digits.isdigit(), "layer indices as keys")
+            _check("topk_by_layer", layer, digits.isdecimal(), "layer indices as keys")
             _check_fraction(f"topk_by_layer[{layer}]", topk)
             by_layer[int(layer)] = topk
         object.__setattr__(self, "topk_by_layer", by_layer)
@@ -105,7 +101,7 @@ class SLAConfig:
         )
 
     @classmethod
-    def load(cls, source: "SLAConfig | dict[str, Any] | str | os.PathLike") -> Self:
+    def load(cls, source: "SLAConfig | dict[str, Any] | str | os.PathLike") -> "SLAConfig":
         """From a config, a dict, a preset name ("quality", "balanced", "fast"), or a YAML file."""
         if isinstance(source, cls):
             return source
@@ -126,7 +122,7 @@ class SLAConfig:
         )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any]) -> "SLAConfig":
         """From field names and values; an unknown key is an error with a suggestion."""
         names = [f.name for f in dataclasses.fields(cls)]
         for key in values:
@@ -137,7 +133,7 @@ class SLAConfig:
         return cls(**values)
 
     @classmethod
-    def from_yaml(cls, path: str | os.PathLike) -> Self:
+    def from_yaml(cls, path: str | os.PathLike) -> "SLAConfig":
         """From a YAML file with an `sla:` section that has these very field names."""
         import yaml
 
@@ -170,16 +166,14 @@ class SLAConfig:
 
     def check_layers(self, num_layers: int) -> None:
         """Refuse layer indices that a model of `num_layers` layers does not have."""
-        named = self.dense_layers if isinstance(self.dense_layers, tuple) else ()
-        for name, indices in (
-            ("dense_layers", named),
-            ("topk_by_layer", tuple(self.topk_by_layer)),
-        ):
+        named = () if isinstance(self.dense_layers, int) else self.dense_layers
+        by_name = {"dense_layers": tuple(named), "topk_by_layer": tuple(self.topk_by_layer)}
+        for name, indices in by_name.items():
             for i in indices:
                 _check(
                     name, i, -num_layers <= i < num_layers, f"indices of the {num_layers} layers"
                 )
-        if _is_int(self.dense_layers):
+        if isinstance(self.dense_layers, int):
             _check(
                 "dense_layers",
                 self.dense_layers,
@@ -189,9 +183,9 @@ class SLAConfig:
 
     def is_dense_layer(self, layer: int, num_layers: int) -> bool:
         """Whether this layer always stays dense."""
-        if isinstance(self.dense_layers, tuple):
-            return layer in self.dense_layers or layer - num_layers in self.dense_layers
-        return layer < self.dense_layers
+        if isinstance(self.dense_layers, int):
+            return layer < self.dense_layers
+        return layer in self.dense_layers or layer - num_layers in self.dense_layers
 
 
 def _is_int(value: Any) -> TypeGuard[int]:

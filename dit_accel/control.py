@@ -76,7 +76,7 @@ def session_of(pipe: Any) -> Session | None:
 
 
 def enable(
-    pipe: Any, *, ras: None = None, sla: SLAConfig | dict | str | os.PathLike | None = None
+    pipe: Any, *, ras: object = None, sla: SLAConfig | dict | str | os.PathLike | None = None
 ) -> None:
     """Accelerate a diffusers pipeline in place.
 

@@ -133,13 +133,10 @@ class SparsePlan:
             ValueError: an argument is out of range or shapes do not match; it names the argument.
         """
         _check_geometry(block_q, block_k, q_len, kv_len)
-        n_q, n_k = math.ceil(q_len / block_q), math.ceil(kv_len / block_k)
-        if tuple(mask.shape[-2:]) != (n_q, n_k):
-            raise ValueError(
-                f"mask: last two sizes {tuple(mask.shape[-2:])}, but {q_len} queries in blocks of "
-                f"{block_q} and {kv_len} keys in blocks of {block_k} need ({n_q}, {n_k})"
-            )
-        if window is not None and (window < 1 or not causal):
+        n_q, n_k = _check_blocks("mask", mask, block_q, block_k, q_len, kv_len)
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask: dtype {mask.dtype}; accepted is torch.bool")
+        if window is not None and (not isinstance(window, int) or window < 1 or not causal):
             raise ValueError(f"window={window}: accepted is an int >= 1 together with causal=True")
         if sink < 0:
             raise ValueError(f"sink={sink}: accepted is an int >= 0")
@@ -159,6 +156,8 @@ class SparsePlan:
                 )
         device = mask.device
         if kv_lengths is not None:
+            if kv_lengths.ndim != 1:
+                raise ValueError(f"kv_lengths: shape {tuple(kv_lengths.shape)}; accepted is [B]")
             if kv_lengths.min() < 0 or kv_lengths.max() > kv_len:
                 raise ValueError(f"kv_lengths: accepted are lengths between 0 and {kv_len}")
             if mask.shape[0] not in (1, len(kv_lengths)):
@@ -239,8 +238,9 @@ class SparsePlan:
         for name, x in (("topk", topk), ("top_p", top_p)):
             if x is not None and not 0 < x <= 1:
                 raise ValueError(f"{name}={x}: accepted is a fraction in (0, 1]")
+        _check_geometry(block_q, block_k, q_len, kv_len)
+        _, n_k = _check_blocks("scores", scores, block_q, block_k, q_len, kv_len)
         geometry.update(block_q=block_q, block_k=block_k, q_len=q_len, kv_len=kv_len, causal=causal)
-        n_k = scores.shape[-1]
         # A block that nobody may read must not use up a place among the best.
         open_blocks = cls.from_block_mask(
             torch.ones(1, 1, *scores.shape[-2:], dtype=torch.bool, device=scores.device), **geometry
@@ -407,6 +407,19 @@ def _check_geometry(block_q: int, block_k: int, q_len: int, kv_len: int) -> None
     ):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: accepted is an int >= 1")
+
+
+def _check_blocks(
+    name: str, x: Tensor, block_q: int, block_k: int, q_len: int, kv_len: int
+) -> tuple[int, int]:
+    """`(T_q, T_k)`, which the last two sizes of `x` have to be."""
+    n_q, n_k = math.ceil(q_len / block_q), math.ceil(kv_len / block_k)
+    if x.ndim != 4 or tuple(x.shape[-2:]) != (n_q, n_k):
+        raise ValueError(
+            f"{name}: shape {tuple(x.shape)}, but {q_len} queries in blocks of {block_q} and "
+            f"{kv_len} keys in blocks of {block_k} need [B|1, Hq|1, {n_q}, {n_k}]"
+        )
+    return n_q, n_k
 
 
 def _block_sizes(

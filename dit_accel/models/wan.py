@@ -22,9 +22,7 @@ def call_inputs(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return hidden_states, context
 
 
-def token_grid(
-    transformer: Any, hidden_states: Float[Tensor, "b c t h w"]
-) -> tuple[int, int, int]:
+def token_grid(transformer: Any, hidden_states: Float[Tensor, "b c t h w"]) -> tuple[int, int, int]:
     """Tokens (t, h, w); they lie in raster order, w fastest."""
     t, h, w = (
         n // p for n, p in zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from dit_accel import control
 from dit_accel.config import SLAConfig
@@ -24,9 +24,9 @@ class SparsePipelineMixin:
         pretrained_model_name_or_path: str | os.PathLike,
         *,
         sla: SLAConfig | dict | str | os.PathLike | None = "balanced",
-        ras: None = None,
+        ras: object = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Any:
         """Load a plain diffusers repository and enable sparse attention on it.
 
         Args:
@@ -62,9 +62,9 @@ class SparsePipelineMixin:
         pipeline: Any,
         *,
         sla: SLAConfig | dict | str | os.PathLike | None = "balanced",
-        ras: None = None,
+        ras: object = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Any:
         """Make a sparse pipeline from a loaded one; the components are shared, not copied.
 
         Shared components share their acceleration: if the transformer is already sparse, it stays
@@ -73,7 +73,7 @@ class SparsePipelineMixin:
         Args:
             pipeline: a loaded diffusers pipeline of the same family.
             sla, ras: as in `from_pretrained`.
-            **kwargs: everything the diffusers parent accepts. As in diffusers, `torch_dtype`
+            **kwargs: everything the diffusers parent accepts. As in diffusers, `dtype`
                 defaults to float32; pass the dtype that the components have to keep it.
         """
         config = None if sla is None else SLAConfig.load(sla)
@@ -138,7 +138,7 @@ class SparsePipelineMixin:
         return json.dumps(saved, indent=2, sort_keys=True) + "\n"
 
     def enable(
-        self, *, sla: SLAConfig | dict | str | os.PathLike | None = "balanced", ras: None = None
+        self, *, sla: SLAConfig | dict | str | os.PathLike | None = "balanced", ras: object = None
     ) -> None:
         """See `dit_accel.enable`."""
         control.enable(self, ras=ras, sla=sla)

@@ -12,7 +12,10 @@ from dit_accel.pipelines.base import SparsePipelineMixin
 class WanSizes:
     """Refuses sizes that diffusers would silently round."""
 
-    def _check_sizes(self, height: int, width: int, num_frames: int) -> None:
+    def check_sizes(
+        self, *, height: int = 480, width: int = 832, num_frames: int = 81, **_: Any
+    ) -> None:
+        """Raise ValueError for a size that this model cannot make (defaults as in `__call__`)."""
         patch = self.transformer.config.patch_size  # type: ignore[attr-defined]
         spatial = self.vae_scale_factor_spatial  # type: ignore[attr-defined]
         temporal = self.vae_scale_factor_temporal  # type: ignore[attr-defined]
@@ -36,10 +39,13 @@ def checked_call(call: Any) -> Any:
 
     @functools.wraps(call)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        self._check_sizes(given["height"], given["width"], given["num_frames"])
+        self.check_sizes(
+            **{
+                k: x
+                for k, x in signature.bind(self, *args, **kwargs).arguments.items()
+                if k != "self"
+            }
+        )
         return call(self, *args, **kwargs)
 
     return checked

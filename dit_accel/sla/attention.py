@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from jaxtyping import Float
@@ -45,6 +46,8 @@ class SparseAttention:
         config.check_layers(num_layers)
         self.config = config
         self.num_layers = num_layers
+        self.router: Callable[..., Tensor] = block_scores
+        """Ranks key blocks; takes the arguments of `block_scores`."""
         self.grid: tuple[int, int, int] | None = None
         """Latent tokens (t, h, w) of the current call."""
         self.reset()
@@ -119,7 +122,7 @@ class SparseAttention:
             q, k, v = order.apply(q), order.apply(k), order.apply(v)
         sizes = None if order is None else order.sizes
         pool_sizes = None if sizes is None else sizes[None]
-        scores = block_scores(
+        scores = self.router(
             q,
             k,
             block_q=config.block_q,

@@ -50,12 +50,26 @@ class _Layout:
         if plan.q_block_sizes is not None:
             masked = masked | (plan.q_sizes() < plan.block_q)
         self.masked = masked
-        # Without these two every key block holds a key, so a row with a tail is never empty.
-        self.empty_tail = plan.kv_lengths is not None or plan.q_block_sizes is not None
+        self.q_padded = plan.q_block_sizes is not None
+        self.k_padded = plan.kv_lengths is not None or plan.k_block_sizes is not None
+        # Otherwise every key block holds a key, so a row with a tail is never empty.
+        self.empty_tail = self.q_padded or self.k_padded
         self.unread_bias = None
         if shared_softmax:
             bias = self.k_sizes.to(dtype).log()[:, None, None, :]
             self.unread_bias = bias.masked_fill(blocks, -math.inf)
+
+    def blocked_q(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Query heads of one stage in blocks, see `_blocked`."""
+        plan = self.plan
+        sizes = plan.q_sizes() if self.q_padded else None
+        return _blocked(x, plan.num_q_blocks, plan.block_q, dtype, sizes)
+
+    def blocked_k(self, x: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+        """Key heads of one stage in blocks, see `_blocked`."""
+        plan = self.plan
+        sizes = self.k_sizes[batch if len(self.k_sizes) > 1 else 0] if self.k_padded else None
+        return _blocked(x, plan.num_k_blocks, plan.block_k, dtype, sizes)
 
     def chunks(self, batch: int, heads: slice, group: int) -> Iterator[_Chunk]:
         """The chunks of one stage: query heads `heads` of batch entry `batch`."""
@@ -77,18 +91,24 @@ class _Layout:
         order = torch.argsort(key, descending=True, stable=True)
         in_order = bool((order[1:] > order[:-1]).all())
         sorted_counts, sorted_masked = counts[order].tolist(), masked[order].tolist()
+        kinds = [(m, count > 0) for m, count in zip(sorted_masked, sorted_counts, strict=True)]
         tail = n_k if unread is not None else 0
         start = 0
         while start < len(order):
             n = sorted_counts[start]
             per_row = plan.block_q * max(n * plan.block_k + tail, 1)
             stop = min(start + max(1, CHUNK_SCORES // per_row), len(order))
-            while sorted_masked[stop - 1] != sorted_masked[start]:
+            while kinds[stop - 1] != kinds[start]:
                 stop -= 1
             at = order[start:stop]
             blocks = indices[at, :n]
             hidden = bias = None
-            if sorted_masked[start] or sorted_counts[stop - 1] != n:
+            mixed = sorted_counts[stop - 1] != n
+            if mixed:
+                # Shorter lists repeat a block of their own: a weight of 0 would not hide a NaN of others.
+                listed = torch.arange(n, device=at.device) < counts[at, None]
+                blocks = torch.where(listed, blocks, blocks[:, :1])
+            if sorted_masked[start] or mixed:
                 hidden = ~self._visible(at % n_q, blocks, counts[at], k_sizes)
             if unread is not None:
                 bias = unread[at][:, None, :]
@@ -121,14 +141,24 @@ class _Layout:
         return token < self.plan.q_sizes()[q_block][:, None]
 
 
-def _blocked(x: Tensor, n: int, block: int, dtype: torch.dtype) -> Tensor:
-    """`[H, L, D]` as `[H * n, block, D]` in `dtype`, zero-padded; a view where that is possible."""
+def _blocked(
+    x: Tensor, n: int, block: int, dtype: torch.dtype, sizes: Tensor | None = None
+) -> Tensor:
+    """`[H, L, D]` as `[H * n, block, D]` in `dtype`, zero-padded; a view where that is possible.
+
+    `sizes` `[n]` are the valid tokens of each block: what padding holds may be NaN, which a weight
+    of zero would not cancel.
+    """
     heads, length, d = x.shape
     if length != n * block:
         padded = x.new_zeros(heads, n * block, d, dtype=dtype)
         padded[:, :length] = x
         x = padded
-    return x.to(dtype).reshape(heads * n, block, d)
+    x = x.to(dtype).reshape(heads, n, block, d)
+    if sizes is not None:
+        padding = torch.arange(block, device=x.device) >= sizes[:, None]
+        x = x.masked_fill(padding[..., None], 0.0)
+    return x.flatten(0, 1)
 
 
 def _unblocked(x: Tensor, heads: int, length: int) -> Tensor:
@@ -144,6 +174,8 @@ def _stages(
     per_head = plan.num_k_blocks * plan.block_k * (2 + 2 * group) * k.shape[-1] * dtype.itemsize
     is_view = k.is_contiguous() and k.dtype == dtype and plan.kv_len % plan.block_k == 0
     is_view = is_view and q.is_contiguous() and plan.q_len % plan.block_q == 0
+    padding = (plan.q_block_sizes, plan.k_block_sizes, plan.kv_lengths)
+    is_view = is_view and all(sizes is None for sizes in padding)
     step = kv_heads if is_view else max(1, min(kv_heads, STAGE_BYTES // per_head))
     for b in range(q.shape[0]):
         for h in range(0, kv_heads, step):
@@ -185,11 +217,10 @@ class BlockSparse(torch.autograd.Function):
         o = q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = q.new_empty(q.shape[:-1] if want_lse else (0,), dtype=dtype)
         layout = _Layout(plan, shared_softmax, dtype)
-        n_q, n_k = plan.num_q_blocks, plan.num_k_blocks
         for b, heads, kv_heads in _stages(q, k, plan, dtype):
-            qb = _blocked(q[b, heads], n_q, plan.block_q, dtype)
-            kb = _blocked(k[b, kv_heads], n_k, plan.block_k, dtype)
-            vb = _blocked(v[b, kv_heads], n_k, plan.block_k, dtype)
+            qb = layout.blocked_q(q[b, heads], dtype)
+            kb = layout.blocked_k(k[b, kv_heads], b, dtype)
+            vb = layout.blocked_k(v[b, kv_heads], b, dtype)
             centroid_k = centroid_v = None
             if shared_softmax:
                 sizes = layout.k_sizes[b if len(layout.k_sizes) > 1 else 0][None]
@@ -236,19 +267,18 @@ class BlockSparse(torch.autograd.Function):
         group = q.shape[1] // k.shape[1]
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         layout = _Layout(plan, ctx.shared_softmax, dtype)
-        n_q, n_k = plan.num_q_blocks, plan.num_k_blocks
         for b, heads, kv_heads in _stages(q, k, plan, dtype):
             n_heads, n_kv = heads.stop - heads.start, kv_heads.stop - kv_heads.start
-            qb = _blocked(q[b, heads], n_q, plan.block_q, dtype)
-            kb = _blocked(k[b, kv_heads], n_k, plan.block_k, dtype)
-            vb = _blocked(v[b, kv_heads], n_k, plan.block_k, dtype)
-            go = _blocked(grad_o[b, heads], n_q, plan.block_q, dtype)
-            lb = _blocked(lse[b, heads][..., None], n_q, plan.block_q, dtype)
+            qb = layout.blocked_q(q[b, heads], dtype)
+            kb = layout.blocked_k(k[b, kv_heads], b, dtype)
+            vb = layout.blocked_k(v[b, kv_heads], b, dtype)
+            go = layout.blocked_q(grad_o[b, heads], dtype)
+            lb = layout.blocked_q(lse[b, heads][..., None], dtype)
             lb = lb.masked_fill(lb == -math.inf, 0.0)  # hidden scores are -inf, so weights stay 0
             delta = (grad_o[b, heads].to(dtype) * o[b, heads].to(dtype)).sum(-1) - grad_lse[
                 b, heads
             ]
-            db = _blocked(delta[..., None], n_q, plan.block_q, dtype)
+            db = layout.blocked_q(delta[..., None], dtype)
             gq = torch.zeros_like(qb)
             gk, gv = torch.zeros_like(kb), torch.zeros_like(vb)
             centroid_k = centroid_v = None

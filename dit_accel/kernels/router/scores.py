@@ -38,16 +38,14 @@ def pool_blocks(
                 pooled[:, :, whole] = tail.mean(2)
             else:
                 valid = torch.arange(tail.shape[2], device=x.device) < sizes[:, whole, None]
-                total = tail.mul(valid[:, None, :, None]).sum(2)
+                total = tail.masked_fill(~valid[:, None, :, None], 0.0).sum(2)
                 pooled[:, :, whole] = total / sizes[:, None, whole, None].clamp(min=1)
         return pooled
-    padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, n * block - length)).unflatten(
-        2, (n, block)
-    )
-    valid = torch.arange(block, device=x.device) < sizes[..., None]  # [B|1, n, block]
-    return torch.einsum("bhntd,bnt->bhnd", padded, valid.to(dtype).expand(b, -1, -1)) / sizes.clamp(
-        min=1
-    ).to(dtype).view(-1, 1, n, 1)
+    padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, n * block - length))
+    padding = torch.arange(block, device=x.device) >= sizes[:, None, :, None]  # [B|1, 1, n, block]
+    # What padding holds may be NaN, so it is replaced, not multiplied by zero.
+    total = padded.unflatten(2, (n, block)).masked_fill(padding[..., None], 0.0).sum(3)
+    return total / sizes.clamp(min=1).to(dtype)[:, None, :, None]
 
 
 @torch.no_grad()

@@ -1,0 +1,79 @@
+"""The training recipe: every number that decides what `train` produces."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+NUM_FRAMES, HEIGHT, WIDTH = 33, 64, 64  # 17 x 8 x 8 = 1,088 latent tokens
+# What the pipeline call of the embedded model should use.
+SAMPLING = {
+    "height": HEIGHT,
+    "width": WIDTH,
+    "num_frames": NUM_FRAMES,
+    "num_inference_steps": 12,
+    "guidance_scale": 2.0,
+}
+VAE_FRAMES, DECODER_FRAMES = 5, 9
+SHORT_FRAMES = 17  # 9 x 8 x 8 = 576 tokens, for the first DiT stage
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train the demo model. The defaults are what `assets/tiny-wan` was trained with."""
+
+    seed: int = 0
+    """Decides the data, the initial weights and all noise."""
+    vae_steps: int = 1600
+    vae_batch_size: int = 4
+    """Clips a step, of 5 frames each, and of 9 in the decoder stage: more steps beat larger ones."""
+    vae_learning_rate: float = 4e-3
+    """Of Muon and AdamW alike."""
+    vae_base_dim: int = 32
+    """Channels of the VAE; 32 is .7 M parameters."""
+    decoder_steps: int = 500
+    """Steps that tune the decoder alone on noisy latents, the encoder (and so the latents) staying
+    as it is."""
+    decoder_learning_rate: float = 2e-3
+    num_layers: int = 5
+    num_heads: int = 2
+    """Of 64 channels each."""
+    ffn_dim: int = 512
+    short_steps: int = 2200
+    """DiT steps on clips of 17 frames, which are cheap and enough to learn what the words mean."""
+    short_batch_size: int = 8
+    short_pool: int = 4096
+    """Clips whose latents are computed once and drawn from; also `full_pool`."""
+    short_learning_rate: float = 2e-3
+    """Of AdamW, for embeddings, norms and biases; Muon, for the blocks' matrices, has twice that."""
+    full_steps: int = 1500
+    """DiT steps on clips of the full 33 frames."""
+    full_batch_size: int = 4
+    full_pool: int = 2048
+    full_learning_rate: float = 1.5e-3
+    ema: float = 0.998
+    """Decay of the averaged weights, which are the ones kept."""
+    shift: float = 3.0
+    """Flow shift of the noise levels in training, and of the exported scheduler."""
+    caption_dropout: float = 0.1
+    """Share of empty captions, for classifier-free guidance."""
+    long_text_share: float = 0.25
+    """Share of steps with captions padded to 512 tokens (WanPipeline's default) rather than 16."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("ema", "caption_dropout", "long_text_share"):
+                if not 0 <= value <= 1:
+                    raise ValueError(f"{field.name} must lie in [0, 1], got {value!r}")
+            elif field.name == "seed":
+                if not isinstance(value, int) or value < 0:
+                    raise ValueError(f"seed must be an integer >= 0, got {value!r}")
+            elif not value > 0 or (field.type == "int" and not isinstance(value, int)):
+                raise ValueError(f"{field.name} must be a positive {field.type}, got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)

@@ -1,0 +1,226 @@
+"""Generates clips with a pipeline, judges them, and reports the accuracy with intervals."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .checkpoint import write_json
+from .checks import check_count, check_frame
+from .clips import Clips, describe_clips
+from .export import environment
+from .judge import UNKNOWN, judge_clips
+from .shape_judge import ShapeJudge, load_shape_judge
+from .vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, TEMPLATES, combinations
+
+FORMAT_VERSION = 1
+METRICS = ("shape", "colour", "motion", "all")
+_WORDS = {"shape": SHAPES, "colour": COLOURS, "motion": MOTIONS, "background": BACKGROUNDS}
+
+
+def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion."""
+    if count == 0:
+        return 0.0, 1.0
+    rate, spread = right / count, z * z / count
+    half = z * math.sqrt(rate * (1 - rate) / count + spread / (4 * count))
+    return max(0.0, (rate + spread / 2 - half) / (1 + spread)), min(
+        1.0, (rate + spread / 2 + half) / (1 + spread)
+    )
+
+
+def judged_clips(split: str, count: int, seed: int = 0) -> Clips:
+    """What is asked of the model: every combination of the split in turn, in a seeded order,
+    captions varied."""
+    generator = torch.Generator().manual_seed(seed)
+    allowed = combinations(split)
+    order: list[int] = []
+    while len(order) < count:
+        order += torch.randperm(len(allowed), generator=generator).tolist()
+    return describe_clips([allowed[i] for i in order[:count]], generator)
+
+
+def score_clips(
+    video: Float[Tensor, "n 3 t h w"], expected: Clips, shape_judge: ShapeJudge | None = None
+) -> list[dict[str, Any]]:
+    """One record a clip: what was asked for, what the judge saw, which of shape, colour and motion
+    are right.
+
+    `video` has values in [-1, 1]. `background` is None where the caption leaves it open; it is no
+    part of `all`.
+    """
+    judgement = judge_clips(video, shape_judge)
+    records = []
+    for i in range(len(expected)):
+        asked = {name: int(getattr(expected, name)[i]) for name in _WORDS}
+        seen = {name: int(getattr(judgement, name)[i]) for name in _WORDS}
+        right: dict[str, bool | None] = {name: asked[name] == seen[name] for name in _WORDS}
+        right["all"] = bool(right["shape"] and right["colour"] and right["motion"])
+        if "{background}" not in TEMPLATES[int(expected.template[i])]:
+            right["background"] = None
+        words = {n: "unclear" if k == UNKNOWN else _WORDS[n][k] for n, k in seen.items()}
+        records.append(
+            {"asked": {n: _WORDS[n][k] for n, k in asked.items()}, "seen": words, "right": right}
+        )
+    return records
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Right, count, rate and 95 % interval of each metric."""
+    summary = {}
+    for metric in (*METRICS, "background"):
+        results = [r["right"][metric] for r in records if r["right"][metric] is not None]
+        low, high = wilson_interval(sum(results), len(results))
+        rate = sum(results) / len(results) if results else None
+        summary[metric] = {
+            "right": sum(results),
+            "count": len(results),
+            "rate": None if rate is None else round(rate, 4),
+            "interval_95": [round(low, 4), round(high, 4)],
+        }
+    return summary
+
+
+def generate(
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    num_frames: int = 33,
+    height: int = 64,
+    width: int = 64,
+    num_inference_steps: int = 12,
+    guidance_scale: float = 2.0,
+    max_sequence_length: int = 512,
+) -> Float[Tensor, "n 3 t h w"]:
+    """One batch of clips from a WanPipeline-like object, a CPU generator for each prompt; values in
+    [-1, 1]."""
+    frames = pipe(
+        prompt=prompts,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        max_sequence_length=max_sequence_length,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).frames
+    return torch.as_tensor(frames).float().cpu().transpose(1, 2) * 2 - 1
+
+
+def judge_pipeline(
+    pipe: Any,
+    *,
+    num_clips: int = 288,
+    num_heldout: int = 96,
+    seed: int = 0,
+    batch_size: int = 8,
+    num_inference_steps: int = 12,
+    guidance_scale: float = 2.0,
+    num_frames: int = 33,
+    height: int = 64,
+    width: int = 64,
+    max_sequence_length: int = 512,
+    shape_judge: ShapeJudge | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Generates clips with any WanPipeline-like object and judges them.
+
+    Clip i of a split has the same prompt and the same initial noise (seed + i) whatever the
+    pipeline, batch size and steps, so reports of two pipelines can be compared clip by clip.
+
+    Args:
+        pipe: called as `WanPipeline` is.
+        num_clips: clips of combinations seen in training (173 of them, in turn); may be 0.
+        num_heldout: clips of the 19 held-out combinations, in turn; may be 0.
+        seed: decides prompts and noise.
+        batch_size: clips generated at once.
+        num_inference_steps, guidance_scale, num_frames, height, width, max_sequence_length: for the
+            pipeline.
+        shape_judge: defaults to the committed one.
+        progress: whether to show a progress bar on stderr.
+
+    Returns:
+        A report that `write_report` writes: `settings`, `summary` (for "train", "heldout" and
+        "all": right, count, rate and Wilson 95 % interval of shape, colour, motion, all three, and
+        the background where the caption names it), `clips` (one record each), `seconds_per_clip`,
+        versions and machine.
+    """
+    from tqdm import tqdm
+
+    check_count("num_clips", num_clips, 0)
+    check_count("num_heldout", num_heldout, 0)
+    if num_clips + num_heldout == 0:
+        raise ValueError("num_clips and num_heldout must not both be 0")
+    check_count("seed", seed, 0)
+    check_count("batch_size", batch_size)
+    check_count("num_inference_steps", num_inference_steps)
+    check_count("max_sequence_length", max_sequence_length)
+    check_frame(num_frames, height, width)
+    if not guidance_scale >= 0:
+        raise ValueError(f"guidance_scale must be a number >= 0, got {guidance_scale!r}")
+
+    shape_judge = shape_judge or load_shape_judge()
+    sampling: dict[str, Any] = {
+        "num_frames": num_frames,
+        "height": height,
+        "width": width,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "max_sequence_length": max_sequence_length,
+    }
+    records: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    with tqdm(total=num_clips + num_heldout, desc="judging", disable=not progress) as bar:
+        for split, count in (("train", num_clips), ("heldout", num_heldout)):
+            asked = judged_clips(split, count, seed)
+            prompts = asked.captions()
+            for i in range(0, count, batch_size):
+                seeds = [seed + k for k in range(i, min(i + batch_size, count))]
+                video = generate(pipe, prompts[i : i + batch_size], seeds, **sampling)
+                scored = score_clips(video, asked[i : i + batch_size], shape_judge)
+                for k, record in enumerate(scored):
+                    head = {
+                        "index": i + k,
+                        "split": split,
+                        "prompt": prompts[i + k],
+                        "seed": seeds[k],
+                    }
+                    records.append(head | record)
+                bar.update(len(scored))
+    seconds = time.perf_counter() - began
+    splits = {name: [r for r in records if r["split"] == name] for name in ("train", "heldout")}
+    device = getattr(pipe, "device", torch.device("cpu"))
+    return {
+        "format_version": FORMAT_VERSION,
+        "settings": {
+            "pipeline": type(pipe).__name__,
+            "num_clips": num_clips,
+            "num_heldout": num_heldout,
+            "seed": seed,
+            "batch_size": batch_size,
+            **sampling,
+        },
+        "summary": {
+            name: summarise(rows) for name, rows in (*splits.items(), ("all", records)) if rows
+        },
+        "seconds_per_clip": round(seconds / len(records), 4),
+        **environment(torch.device(device)),
+        "clips": records,
+    }
+
+
+def write_report(report: dict[str, Any], path: str | Path, name: str) -> None:
+    """Writes a report of `judge_pipeline` as JSON; `name` says which model it is of (a name, not a
+    path)."""
+    if "/" in name or "\\" in name:
+        raise ValueError(f"name must be a plain name without a path, got {name!r}")
+    write_json(Path(path), {"format_version": report["format_version"], "model": name, **report})

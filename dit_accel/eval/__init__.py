@@ -1,0 +1,1 @@
+"""Comparing clips: metrics, and the same seed dense and sparse."""

@@ -1,0 +1,132 @@
+"""The same prompt and seed, dense and sparse: clips, pictures, metrics and seconds."""
+
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_accel import control, media
+from dit_accel.config import SLAConfig
+from dit_accel.environment import machine, versions
+from dit_accel.eval.metrics import psnr, ssim
+from dit_accel.files import check_writable, write_json
+from dit_accel.pipelines.generate import FORMAT_VERSION, Sampling, run_once
+
+FILES = ("dense.mp4", "sparse.mp4", "side_by_side.mp4", "contact_sheet.png", "comparison.json")
+
+
+def compare(
+    pipe: Any,
+    prompt: str,
+    *,
+    sla: SLAConfig,
+    output_dir: str | os.PathLike,
+    model: str,
+    sampling: Sampling,
+    seed: int = 0,
+    repeats: int = 1,
+    fps: float = 16.0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Run dense and sparse from the same noise and write `FILES`.
+
+    Dense and sparse runs alternate, after one unmeasured warm-up each (two steps); the seconds are
+    medians over `repeats`. PSNR and SSIM compare raw frames, before any video coding.
+
+    Args:
+        pipe: a loaded pipeline without acceleration (see `pipelines.generate.load`, `sla=None`).
+        sla: what the sparse run uses.
+        output_dir: created if needed; existing results are an error unless `overwrite`.
+        repeats: measured runs of each kind, >= 1.
+
+    Returns:
+        The comparison as written to comparison.json.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: accepted is an int >= 1")
+    if not fps > 0:
+        raise ValueError(f"fps={fps}: accepted is a number > 0")
+    folder = check_writable(output_dir, "output_dir")
+    present = [name for name in FILES if (folder / name).exists()]
+    if present and not overwrite:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r}: already holds {present[0]}; choose another or overwrite"
+        )
+
+    def run(
+        config: SLAConfig | None, how: Sampling
+    ) -> tuple[np.ndarray, dict[str, float], control.Summary]:
+        if config is not None:
+            control.enable(pipe, sla=config)
+        try:
+            return run_once(pipe, prompt, how, seed)
+        finally:
+            control.disable(pipe)
+
+    warm_up = sampling.filled({})
+    warm_up = Sampling(**{**vars(warm_up), "num_inference_steps": 2})
+    for config in (None, sla):
+        run(config, warm_up)
+    seconds: dict[str, list[dict[str, float]]] = {"dense": [], "sparse": []}
+    for _ in range(repeats):
+        dense, took, _ = run(None, sampling)
+        seconds["dense"].append(took)
+        sparse, took, summary = run(sla, sampling)
+        seconds["sparse"].append(took)
+
+    def median(kind: str, phase: str) -> float:
+        return statistics.median(run[phase] for run in seconds[kind])
+
+    result = {
+        "format_version": FORMAT_VERSION,
+        "prompt": prompt,
+        "seed": seed,
+        "model": model,
+        "sampling": sampling.call_arguments(),
+        "frames": list(dense.shape),
+        "psnr_db": psnr(dense, sparse),
+        "ssim": ssim(dense, sparse),
+        "density": summary.density,
+        "overall_density": summary.overall_density,
+        "seconds": {
+            kind: {phase: median(kind, phase) for phase in ("text", "denoise", "decode", "total")}
+            for kind in seconds
+        },
+        "repeats": repeats,
+        "speedup_denoise": median("dense", "denoise") / median("sparse", "denoise"),
+        "speedup_total": median("dense", "total") / median("sparse", "total"),
+        "acceleration": summary.to_dict(),
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "device": str(pipe.transformer.device),
+        "versions": versions(),
+        "machine": machine(),
+        "files": list(FILES),
+    }
+    _write(folder, dense, sparse, result, fps)
+    return {**result, "output_dir": str(folder)}
+
+
+def _write(
+    folder: Path, dense: np.ndarray, sparse: np.ndarray, result: dict[str, Any], fps: float
+) -> None:
+    a, b = media.to_uint8(dense), media.to_uint8(sparse)
+    kept = (
+        "dense (below crossover)"
+        if result["density"] is None
+        else f"sparse, density {result['density']:.2f}"
+    )
+    clips = [("dense", a), (kept, b)]
+    media.write_video(folder / "dense.mp4", a, fps=fps)
+    media.write_video(folder / "sparse.mp4", b, fps=fps)
+    media.write_video(folder / "side_by_side.mp4", media.side_by_side(clips), fps=fps)
+    difference = np.abs(a.astype(np.int16) - b).astype(np.uint8)
+    media.write_png(
+        folder / "contact_sheet.png",
+        media.contact_sheet([*clips, ("absolute difference", difference)]),
+    )
+    # JSON knows no infinity; equal clips have no finite PSNR.
+    if result["psnr_db"] == float("inf"):
+        result["psnr_db"] = None
+    write_json(folder / "comparison.json", result)

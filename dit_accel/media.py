@@ -1,0 +1,115 @@
+"""Clips to files: mp4, gif, png frames, side-by-side clips and contact sheets.
+
+Frames are uint8 `[T, H, W, 3]` here; everything is written atomically.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from dit_accel.files import atomic_path
+
+Frames = UInt8[np.ndarray, "t h w 3"]
+
+
+def to_uint8(frames: Float[np.ndarray, "t h w 3"]) -> Frames:
+    """From [0, 1], rounded."""
+    return np.rint(np.clip(frames, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def enlarge(frames: Frames, smallest_side: int = 256) -> Frames:
+    """Whole-number nearest-neighbour enlargement, so that tiny clips can be looked at."""
+    factor = max(1, smallest_side // min(frames.shape[1:3]))
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def write_video(path: str | os.PathLike, frames: Frames, *, fps: float) -> None:
+    """H.264 mp4 that plays everywhere (yuv420p), at visually lossless quality (CRF 12)."""
+    import imageio.v2 as imageio
+
+    with (
+        atomic_path(path) as temporary,
+        imageio.get_writer(
+            temporary,
+            fps=fps,
+            codec="libx264",
+            quality=None,
+            macro_block_size=2,
+            output_params=["-crf", "12"],
+        ) as writer,
+    ):
+        for frame in frames:
+            writer.append_data(frame)  # type: ignore[attr-defined]
+
+
+def write_gif(path: str | os.PathLike, frames: Frames, *, fps: float) -> None:
+    """An endless GIF; GIF counts hundredths of a second, so `fps` is approximate."""
+    from PIL import Image
+
+    images = [Image.fromarray(frame) for frame in frames]
+    with atomic_path(path) as temporary:
+        images[0].save(
+            temporary, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
+        )
+
+
+def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """One picture."""
+    from PIL import Image
+
+    with atomic_path(path) as temporary:
+        Image.fromarray(image).save(temporary)
+
+
+def write_clip(stem: Path, frames: Frames, *, kind: str, fps: float) -> list[Path]:
+    """Write `stem.mp4`, `stem.gif`, or `stem-000.png` and so on; returns the files."""
+    if kind == "mp4":
+        write_video(stem.with_suffix(".mp4"), frames, fps=fps)
+        return [stem.with_suffix(".mp4")]
+    if kind == "gif":
+        write_gif(stem.with_suffix(".gif"), frames, fps=fps)
+        return [stem.with_suffix(".gif")]
+    paths = [stem.with_name(f"{stem.name}-{i:03d}.png") for i in range(len(frames))]
+    for path, frame in zip(paths, frames, strict=True):
+        write_png(path, frame)
+    return paths
+
+
+def titled(
+    image: UInt8[np.ndarray, "h w 3"], title: str, height: int = 22
+) -> UInt8[np.ndarray, "h2 w 3"]:
+    """The image under a dark strip with a title."""
+    from PIL import Image, ImageDraw
+
+    strip = Image.new("RGB", (image.shape[1], height), (24, 24, 28))
+    ImageDraw.Draw(strip).text((6, 4), title, fill=(235, 235, 235))
+    return np.concatenate([np.asarray(strip), image])
+
+
+def side_by_side(clips: Sequence[tuple[str, Frames]], gap: int = 8) -> Frames:
+    """Titled clips beside each other, enlarged if tiny."""
+    rows = []
+    for i in range(len(clips[0][1])):
+        parts: list[np.ndarray] = []
+        for title, frames in clips:
+            picture = titled(enlarge(frames[i : i + 1])[0], title)
+            parts += [picture, np.full((len(picture), gap, 3), 24, np.uint8)]
+        rows.append(np.concatenate(parts[:-1], axis=1))
+    return np.stack(rows)
+
+
+def contact_sheet(
+    clips: Sequence[tuple[str, Frames]], columns: int = 8, tile: int = 128, gap: int = 4
+) -> UInt8[np.ndarray, "h w 3"]:
+    """One row of evenly spaced frames per clip."""
+    rows = []
+    for title, frames in clips:
+        chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
+        parts: list[np.ndarray] = []
+        for frame in enlarge(frames[chosen], tile):
+            parts += [frame, np.full((len(frame), gap, 3), 24, np.uint8)]
+        rows.append(titled(np.concatenate(parts[:-1], axis=1), title))
+    return np.concatenate(rows)

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dit_accel.kernels.router import block_scores, pool_blocks
+
+BLOCKS = st.sampled_from([1, 16, 48, 64])
+
+
+def brute_pool(x: Tensor, block: int, sizes: list[list[int]] | None = None) -> Tensor:
+    """Mean of each block's valid tokens, one block at a time, in fp64."""
+    out = x.new_zeros(*x.shape[:2], -(-x.shape[2] // block), x.shape[3], dtype=torch.float64)
+    for b in range(x.shape[0]):
+        for i in range(out.shape[2]):
+            tokens = x[b, :, i * block : (i + 1) * block].double()
+            if sizes is not None:
+                tokens = tokens[:, : sizes[b % len(sizes)][i]]
+            if tokens.shape[1]:
+                out[b, :, i] = tokens.mean(1)
+    return out
+
+
+@st.composite
+def pooled_inputs(draw):
+    """A tensor and a block size; half of the time also valid tokens per block."""
+    block, length, batch = draw(BLOCKS), draw(st.integers(1, 200)), draw(st.integers(1, 2))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    x = torch.randn(batch, length, 3, 8, generator=g, dtype=torch.float64).transpose(1, 2)
+    sizes = None
+    if draw(st.booleans()):
+        n = -(-length // block)
+        most = [min(block, length - i * block) for i in range(n)]
+        row = st.tuples(*(st.integers(0, m) | st.just(m) for m in most)).map(list)
+        rows = draw(st.sampled_from([1, batch]))
+        sizes = draw(st.lists(row, min_size=rows, max_size=rows))
+    return x, block, sizes
+
+
+@given(pooled_inputs())
+def test_pooling_is_the_mean_of_the_valid_tokens(inputs):
+    x, block, sizes = inputs
+    pooled = pool_blocks(x, block, None if sizes is None else torch.tensor(sizes))
+    torch.testing.assert_close(pooled, brute_pool(x, block, sizes))
+
+
+@pytest.mark.parametrize("sizes", [[16, 16, 5], [16, 16, 0], [3, 0, 5]], ids=str)
+def test_what_padding_holds_is_never_pooled(sizes, generator):
+    x = torch.randn(1, 2, 40, 8, generator=generator)
+    expected = brute_pool(x, 16, [sizes])
+    for i, size in enumerate(sizes):
+        x[:, :, i * 16 + size : (i + 1) * 16] = torch.nan
+    pooled = pool_blocks(x, 16, torch.tensor([sizes]))
+    torch.testing.assert_close(pooled, expected.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [None, [[64, 10, 20]]], ids=["all", "sizes"])
+def test_half_types_pool_like_fp32_of_the_same_values(dtype, sizes, generator):
+    x = torch.randn(2, 3, 150, 16, generator=generator).to(dtype)
+    sizes = None if sizes is None else torch.tensor(sizes)
+    pooled = pool_blocks(x, 64, sizes)
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, pool_blocks(x.float(), 64, sizes), rtol=1e-6, atol=1e-6)
+
+
+@given(
+    block_q=BLOCKS,
+    block_k=BLOCKS,
+    q_len=st.integers(1, 150),
+    kv_len=st.integers(1, 150),
+    group=st.integers(1, 3),
+    scale=st.sampled_from([None, 0.3]),
+)
+def test_scores_are_scaled_dot_products_of_block_means(
+    block_q, block_k, q_len, kv_len, group, scale
+):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2 * group, q_len, 8, generator=g, dtype=torch.float64)
+    k = torch.randn(2, 2, kv_len, 8, generator=g, dtype=torch.float64)
+    scores = block_scores(q, k, block_q=block_q, block_k=block_k, scale=scale)
+    means = brute_pool(k, block_k).repeat_interleave(group, 1)
+    expected = brute_pool(q, block_q) @ means.mT * (scale or 8**-0.5)
+    torch.testing.assert_close(scores, expected)
+
+
+def test_sizes_reach_the_side_they_belong_to(generator):
+    q, k = torch.randn(2, 1, 1, 32, 8, generator=generator, dtype=torch.float64)
+    q_sizes, k_sizes = [[16, 5]], [[7, 16]]
+    scores = block_scores(
+        q,
+        k,
+        block_q=16,
+        block_k=16,
+        q_sizes=torch.tensor(q_sizes),
+        k_sizes=torch.tensor(k_sizes),
+        scale=1.0,
+    )
+    expected = brute_pool(q, 16, q_sizes) @ brute_pool(k, 16, k_sizes).mT
+    torch.testing.assert_close(scores, expected)
+
+
+def test_scores_repeat_bit_for_bit_and_do_not_depend_on_strides(generator):
+    q = torch.randn(1, 300, 4, 64, generator=generator).transpose(1, 2)
+    k = torch.randn(1, 300, 2, 64, generator=generator).transpose(1, 2)
+    first = block_scores(q, k, block_q=64, block_k=32)
+    assert torch.equal(first, block_scores(q, k, block_q=64, block_k=32))
+    packed = block_scores(q.contiguous(), k.contiguous(), block_q=64, block_k=32)
+    torch.testing.assert_close(first, packed)
+
+
+def test_scores_carry_no_gradient(generator):
+    q = torch.randn(1, 1, 64, 8, generator=generator, requires_grad=True)
+    assert not block_scores(q, q, block_q=32, block_k=32).requires_grad
+
+
+def test_heads_that_do_not_divide_are_refused_by_name(unchecked):
+    q, k = torch.zeros(1, 3, 64, 8), torch.zeros(1, 2, 64, 8)
+    with pytest.raises(ValueError, match=r"^q: 3 heads.*2 heads of k"):
+        block_scores(q, k, block_q=16, block_k=16)

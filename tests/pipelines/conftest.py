@@ -1,0 +1,88 @@
+"""A complete Wan2.1 repository with random weights, built offline from configs."""
+
+import pytest
+import torch
+
+
+def random_wan(image_to_video: bool = False):
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+
+    from dit_accel.demo.text import build_text_encoder, build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=12 if image_to_video else 4,
+        out_channels=4,
+        text_dim=64,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=3,
+        rope_max_seq_len=32,
+    ).eval()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": build_text_encoder(len(tokenizer)),
+        "vae": vae,
+        "transformer": transformer,
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    }
+
+
+@pytest.fixture(scope="session")
+def wan_repository(tmp_path_factory):
+    from diffusers import WanPipeline
+
+    folder = tmp_path_factory.mktemp("wan") / "repository"
+    WanPipeline(**random_wan()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def call():
+    """Arguments of a call with 5 x 8 x 8 = 320 latent tokens; a fresh generator each time."""
+
+    def arguments(**changed):
+        return {
+            "prompt": "a red circle moving right",
+            "height": 64,
+            "width": 64,
+            "num_frames": 17,
+            "num_inference_steps": 4,
+            "guidance_scale": 2.0,
+            "max_sequence_length": 16,
+            "output_type": "latent",  # decoding would be most of the time
+            "generator": torch.Generator().manual_seed(1),
+            **changed,
+        }
+
+    return arguments
+
+
+@pytest.fixture
+def sparse_wan(wan_repository):
+    """Loads a fresh sparse pipeline: `sparse_wan(sla=..., **from_pretrained arguments)`."""
+    from dit_accel import SparseWanPipeline
+
+    def load(sla="balanced", **kwargs):
+        if isinstance(sla, dict):
+            sla = {"block_q": 32, "block_k": 32, "crossover": "never", **sla}
+        pipe = SparseWanPipeline.from_pretrained(wan_repository, sla=sla, **kwargs)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
