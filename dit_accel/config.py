@@ -15,7 +15,7 @@ CROSSOVERS = ("auto", "never")
 class SLAConfig:
     """Sparse attention in the self-attention layers of a diffusion transformer."""
 
-    topk: float = 0.25
+    topk: int | float = 0.25
     """Fraction of key blocks each query block reads exactly, in (0, 1]: max(1, ceil(topk * blocks))."""
     block_q: int = 64
     """Tokens per query block: 16, 32, 64 or 128."""

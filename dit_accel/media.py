@@ -20,13 +20,13 @@ def to_uint8(frames: Float[np.ndarray, "t h w 3"]) -> Frames:
     return np.rint(np.clip(frames, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
-def enlarge(frames: Frames, smallest_side: int = 256) -> Frames:
+def enlarge(frames: Frames, smallest_side: int = 256) -> UInt8[np.ndarray, "t h_large w_large 3"]:
     """Whole-number nearest-neighbour enlargement, so that tiny clips can be looked at."""
     factor = max(1, smallest_side // min(frames.shape[1:3]))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def write_video(path: str | os.PathLike, frames: Frames, *, fps: float) -> None:
+def write_video(path: str | os.PathLike, frames: Frames, *, fps: int | float) -> None:
     """H.264 mp4 that plays everywhere (yuv420p), at visually lossless quality (CRF 12)."""
     import imageio.v2 as imageio
 
@@ -45,7 +45,7 @@ def write_video(path: str | os.PathLike, frames: Frames, *, fps: float) -> None:
             writer.append_data(frame)  # type: ignore[attr-defined]
 
 
-def write_gif(path: str | os.PathLike, frames: Frames, *, fps: float) -> None:
+def write_gif(path: str | os.PathLike, frames: Frames, *, fps: int | float) -> None:
     """An endless GIF; GIF counts hundredths of a second, so `fps` is approximate."""
     from PIL import Image
 
@@ -64,7 +64,7 @@ def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> Non
         Image.fromarray(image).save(temporary)
 
 
-def write_clip(stem: Path, frames: Frames, *, kind: str, fps: float) -> list[Path]:
+def write_clip(stem: Path, frames: Frames, *, kind: str, fps: int | float) -> list[Path]:
     """Write `stem.mp4`, `stem.gif`, or `stem-000.png` and so on; returns the files."""
     if kind == "mp4":
         write_video(stem.with_suffix(".mp4"), frames, fps=fps)
@@ -89,7 +89,9 @@ def titled(
     return np.concatenate([np.asarray(strip), image])
 
 
-def side_by_side(clips: Sequence[tuple[str, Frames]], gap: int = 8) -> Frames:
+def side_by_side(
+    clips: Sequence[tuple[str, Frames]], gap: int = 8
+) -> UInt8[np.ndarray, "t h_all w_all 3"]:
     """Titled clips beside each other, enlarged if tiny."""
     rows = []
     for i in range(len(clips[0][1])):
@@ -103,7 +105,7 @@ def side_by_side(clips: Sequence[tuple[str, Frames]], gap: int = 8) -> Frames:
 
 def contact_sheet(
     clips: Sequence[tuple[str, Frames]], columns: int = 8, tile: int = 128, gap: int = 4
-) -> UInt8[np.ndarray, "h w 3"]:
+) -> UInt8[np.ndarray, "h_all w_all 3"]:
     """One row of evenly spaced frames per clip."""
     rows = []
     for title, frames in clips:

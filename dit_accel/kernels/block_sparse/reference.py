@@ -39,7 +39,9 @@ def block_sparse_reference(
         q_block = torch.arange(plan.q_len, device=q.device)
         q_valid = (q_block % plan.block_q < plan.q_sizes()[q_block // plan.block_q])[:, None]
         read = plan.to_block_mask()[..., q_block // plan.block_q, :]
-        tail = tail.masked_fill(read | ~q_valid, -math.inf)
+        # An empty block is -inf by its log already; masked, it passes no NaN to the gradients.
+        empty = (sizes == 0)[:, None, None]
+        tail = tail.masked_fill(read | ~q_valid | empty, -math.inf)
         logits, values = torch.cat([logits, tail], -1), torch.cat([v, centroid_v], -2)
     lse = logits.logsumexp(-1)
     weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None])

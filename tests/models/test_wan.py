@@ -1,0 +1,56 @@
+"""The Wan attention processor against diffusers' own."""
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    WanRotaryPosEmbed,
+)
+
+from dit_accel.models import wan
+
+
+@pytest.fixture
+def attention():
+    torch.manual_seed(0)
+    return WanAttention(dim=32, heads=2, dim_head=16, processor=WanAttnProcessor()).eval()
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    rope = WanRotaryPosEmbed(16, (1, 1, 1), 16)
+    return torch.randn(2, 24, 32, generator=generator), rope(torch.zeros(1, 4, 2, 3, 4))
+
+
+@torch.no_grad()
+def test_a_seam_that_declines_gives_the_stock_result(attention, inputs):
+    hidden_states, rotary = inputs
+    stock = attention(hidden_states, rotary_emb=rotary)
+    attention.set_processor(
+        wan.WanSparseAttnProcessor(lambda *a, **k: None, 0, attention.processor)
+    )
+    torch.testing.assert_close(attention(hidden_states, rotary_emb=rotary), stock, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_the_seam_gets_rotated_heads_in_b_h_l_d(attention, inputs):
+    hidden_states, rotary = inputs
+    stock = attention(hidden_states, rotary_emb=rotary)
+
+    def attend(layer, q, k, v, *, masked):
+        assert (layer, masked) == (5, False)
+        assert q.shape == k.shape == v.shape == (2, 2, 24, 16)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    attention.set_processor(wan.WanSparseAttnProcessor(attend, 5, attention.processor))
+    torch.testing.assert_close(attention(hidden_states, rotary_emb=rotary), stock)
+
+
+def test_context_parallelism_is_refused(attention, inputs):
+    processor = wan.WanSparseAttnProcessor(lambda *a, **k: None, 0, attention.processor)
+    processor._parallel_config = object()
+    attention.set_processor(processor)
+    with pytest.raises(RuntimeError, match="context parallelism"):
+        attention(inputs[0], rotary_emb=inputs[1])

@@ -1,0 +1,196 @@
+"""The command line on a random-weight Wan: files, records, exit codes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dit_accel.cli import main
+
+from .pipelines.conftest import wan_repository  # noqa: F401  (a fixture)
+
+SMALL = ["--height", "32", "--width", "32", "--num-frames", "5", "--num-inference-steps", "2"]
+SMALL += ["--guidance-scale", "1", "--max-sequence-length", "16"]
+
+
+def run(*arguments):
+    """Exit code of the command line."""
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture
+def small_blocks(tmp_path):
+    path = tmp_path / "sla.yaml"
+    path.write_text("sla:\n  topk: 0.5\n  block_q: 16\n  block_k: 16\n  crossover: never\n")
+    return path
+
+
+def test_generate_writes_clip_and_sidecar(wan_repository, tmp_path, small_blocks, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    for _ in range(2):
+        code = run(
+            "generate", "a red circle", "--model", wan_repository, *SMALL,
+            "--sla", small_blocks, "--seed", 3, "--output-dir", out, "--format", "json",
+        )  # fmt: skip
+        assert code == 0
+    records = json.loads(capsys.readouterr().out.split("]\n[")[0].rstrip().removesuffix("]") + "]")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "0000.json",
+        "0000.mp4",
+        "0001.json",
+        "0001.mp4",
+    ]
+    sidecar = json.loads((out / "0000.json").read_text())
+    assert sidecar["prompt"] == records[0]["prompt"] == "a red circle"
+    assert sidecar["seed"] == 3
+    assert sidecar["sampling"]["num_frames"] == 5
+    assert sidecar["frames"] == [5, 32, 32, 3]
+    assert set(sidecar["seconds"]) == {"text", "denoise", "decode", "total"}
+    assert 0 < sidecar["acceleration"]["density"] < 1
+    assert sidecar["versions"]["torch"]
+
+
+def test_generate_reads_a_prompts_file(wan_repository, tmp_path, capsys):  # noqa: F811
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a red circle", "seed": 9}\n{"prompt": "a blue square"}\n')
+    out = tmp_path / "out"
+    assert run("generate", "--prompts-file", prompts, "--model", wan_repository, *SMALL, "--kind", "png",
+               "--sla", "none", "--output-dir", out) == 0  # fmt: skip
+    assert len(list(out.glob("0001-*.png"))) == 5
+    seeds = [json.loads((out / f"000{i}.json").read_text())["seed"] for i in range(2)]
+    assert seeds == [9, 1]
+    assert "a blue square" in capsys.readouterr().out
+
+
+def test_compare_writes_clips_pictures_and_figures(wan_repository, tmp_path, small_blocks, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    arguments = [
+        "compare",
+        "a red circle",
+        "--model",
+        wan_repository,
+        *SMALL,
+        "--sla",
+        small_blocks,
+    ]
+    arguments += ["--output-dir", out]
+    assert run(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "density of sparse calls" in printed
+    result = json.loads((out / "comparison.json").read_text())
+    assert {p.name for p in out.iterdir()} == set(result["files"])
+    assert result["psnr_db"] > 10
+    assert result["ssim"] <= 1
+    assert result["density"] == pytest.approx(0.5)
+    assert result["seconds"]["dense"]["denoise"] > 0
+    before = (out / "comparison.json").read_bytes()
+    assert run(*arguments) == 2
+    assert (out / "comparison.json").read_bytes() == before
+    assert "already holds" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite") == 0
+
+
+def test_comparison_of_equal_clips_has_no_finite_psnr(wan_repository, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    assert (
+        run("compare", "a red circle", "--model", wan_repository, *SMALL, "--output-dir", out) == 0
+    )
+    assert "identical" in capsys.readouterr().out  # preset "balanced" is dense at this size
+    assert json.loads((out / "comparison.json").read_text())["psnr_db"] is None
+
+
+def test_env_names_versions(capsys):
+    assert run("env", "--format", "json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {"python", "torch", "diffusers", "processor"} <= set(facts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/no/such/folder"], "pretrained_model_name_or_path='/no/such/folder'"),
+        (["--height", "60"], "height=60: accepted are multiples of 16"),
+        (["--num-frames", "6"], "num_frames=6: accepted is 4k+1"),
+        (["--topk", "0"], "topk=0.0: accepted: a fraction in (0, 1]"),
+        (["--sla", "fats"], "did you mean 'fast'"),
+        (["--sla", "none", "--topk", ".5"], "sla='none'"),
+        (["--output-dir", "/proc/none/out"], "output_dir='/proc/none/out': cannot write there"),
+        (["--device", "cuda:99"], "device='cuda:99': not available here"),
+        (["--fps", "0"], "fps=0.0"),
+    ],
+    ids=lambda x: x[0].removeprefix("--") if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    wan_repository, tmp_path, capsys, arguments, message
+):  # noqa: F811
+    out = tmp_path / "out"
+    base = ["generate", "a red circle", "--model", wan_repository, *SMALL, "--output-dir", out]
+    assert run(*base, *arguments) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_unknown_yaml_keys_get_a_suggestion(wan_repository, tmp_path, capsys):  # noqa: F811
+    path = tmp_path / "bad.yaml"
+    path.write_text("sla:\n  topc: 0.5\n")
+    assert (
+        run(
+            "generate",
+            "x",
+            "--model",
+            wan_repository,
+            "--sla",
+            path,
+            "--output-dir",
+            tmp_path / "out",
+        )
+        == 2
+    )
+    assert "unknown key 'topc' (did you mean 'topk'?)" in capsys.readouterr().err
+
+
+def test_generate_needs_exactly_one_kind_of_prompt(capsys):
+    assert run("generate") == 2
+    assert "give one of the two" in capsys.readouterr().err
+
+
+def test_results_go_to_stdout_and_progress_to_stderr(wan_repository, tmp_path, small_blocks):  # noqa: F811
+    command = [
+        sys.executable,
+        "-m",
+        "dit_accel.cli",
+        "generate",
+        "a red circle",
+        "--model",
+        str(wan_repository),
+    ]
+    command += [
+        *SMALL,
+        "--sla",
+        str(small_blocks),
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--format",
+        "json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)[0]["prompt"] == "a red circle"
+    assert "2/2" in done.stderr
+
+
+def test_same_seed_gives_the_same_frames(wan_repository, tmp_path, small_blocks):  # noqa: F811
+    from PIL import Image
+
+    for name in ("a", "b"):
+        assert run("generate", "a red circle", "--model", wan_repository, *SMALL, "--sla", small_blocks,
+                   "--kind", "png", "--output-dir", tmp_path / name) == 0  # fmt: skip
+    a, b = (np.asarray(Image.open(tmp_path / name / "0000-004.png")) for name in ("a", "b"))
+    np.testing.assert_array_equal(a, b)
