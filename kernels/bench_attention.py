@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
+from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
 from dit_accel.kernels import (
     SparsePlan,
@@ -33,7 +34,6 @@ from dit_accel.kernels import (
     block_sparse_attention,
     sparse_linear_attention,
 )
-from dit_accel.environment import machine, versions
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ os.environ.update(
 )
 
 import functools
-import importlib.util
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from . import tiny_wan
 
 torch.set_num_threads(1)
 
@@ -26,13 +26,6 @@ settings.register_profile(
     "dit_accel", deadline=None, max_examples=60, derandomize="CI" in os.environ
 )
 settings.load_profile("dit_accel")
-
-# Helpers that every test may import by name, wherever pytest was started. Putting their folder on
-# sys.path instead would let tests/kernels pose as the Hugging Face package `kernels`.
-for _path in ("tolerance.py", "kernels/plan_cases.py"):
-    _spec = importlib.util.spec_from_file_location(Path(_path).stem, Path(__file__).parent / _path)
-    _module = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(_module)
 
 
 def pytest_collection_modifyitems(items):
@@ -84,3 +77,48 @@ def unchecked():
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def wan_repository(tmp_path_factory):
+    from diffusers import WanPipeline
+
+    folder = tmp_path_factory.mktemp("wan") / "repository"
+    WanPipeline(**tiny_wan.random_wan()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def call():
+    """Arguments of a call with 5 x 8 x 8 = 320 latent tokens; a fresh generator each time."""
+
+    def arguments(**changed):
+        return {
+            "prompt": "a red circle moving right",
+            "height": 64,
+            "width": 64,
+            "num_frames": 17,
+            "num_inference_steps": 4,
+            "guidance_scale": 2.0,
+            "max_sequence_length": 16,
+            "output_type": "latent",  # decoding would be most of the time
+            "generator": torch.Generator().manual_seed(1),
+            **changed,
+        }
+
+    return arguments
+
+
+@pytest.fixture
+def sparse_wan(wan_repository):
+    """Loads a fresh sparse pipeline: `sparse_wan(sla=..., **from_pretrained arguments)`."""
+    from dit_accel import SparseWanPipeline
+
+    def load(sla="balanced", **kwargs):
+        if isinstance(sla, dict):
+            sla = {"block_q": 32, "block_k": 32, "crossover": "never", **sla}
+        pipe = SparseWanPipeline.from_pretrained(wan_repository, sla=sla, **kwargs)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load

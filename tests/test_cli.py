@@ -9,8 +9,6 @@ import pytest
 
 from dit_accel.cli import main
 
-from .pipelines.conftest import wan_repository  # noqa: F401  (a fixture)
-
 SMALL = ["--height", "32", "--width", "32", "--num-frames", "5", "--num-inference-steps", "2"]
 SMALL += ["--guidance-scale", "1", "--max-sequence-length", "16"]
 
@@ -31,7 +29,7 @@ def small_blocks(tmp_path):
     return path
 
 
-def test_generate_writes_clip_and_sidecar(wan_repository, tmp_path, small_blocks, capsys):  # noqa: F811
+def test_generate_writes_clip_and_sidecar(wan_repository, tmp_path, small_blocks, capsys):
     out = tmp_path / "out"
     for _ in range(2):
         code = run(
@@ -56,7 +54,7 @@ def test_generate_writes_clip_and_sidecar(wan_repository, tmp_path, small_blocks
     assert sidecar["versions"]["torch"]
 
 
-def test_generate_reads_a_prompts_file(wan_repository, tmp_path, capsys):  # noqa: F811
+def test_generate_reads_a_prompts_file(wan_repository, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a red circle", "seed": 9}\n{"prompt": "a blue square"}\n')
     out = tmp_path / "out"
@@ -68,7 +66,7 @@ def test_generate_reads_a_prompts_file(wan_repository, tmp_path, capsys):  # noq
     assert "a blue square" in capsys.readouterr().out
 
 
-def test_compare_writes_clips_pictures_and_figures(wan_repository, tmp_path, small_blocks, capsys):  # noqa: F811
+def test_compare_writes_clips_pictures_and_figures(wan_repository, tmp_path, small_blocks, capsys):
     out = tmp_path / "out"
     arguments = [
         "compare",
@@ -96,7 +94,7 @@ def test_compare_writes_clips_pictures_and_figures(wan_repository, tmp_path, sma
     assert run(*arguments, "--overwrite") == 0
 
 
-def test_comparison_of_equal_clips_has_no_finite_psnr(wan_repository, tmp_path, capsys):  # noqa: F811
+def test_comparison_of_equal_clips_has_no_finite_psnr(wan_repository, tmp_path, capsys):
     out = tmp_path / "out"
     assert (
         run("compare", "a red circle", "--model", wan_repository, *SMALL, "--output-dir", out) == 0
@@ -128,7 +126,7 @@ def test_env_names_versions(capsys):
 )
 def test_bad_input_is_one_line_and_exit_code_2(
     wan_repository, tmp_path, capsys, arguments, message
-):  # noqa: F811
+):
     out = tmp_path / "out"
     base = ["generate", "a red circle", "--model", wan_repository, *SMALL, "--output-dir", out]
     assert run(*base, *arguments) == 2
@@ -138,7 +136,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not out.exists() or not list(out.iterdir())
 
 
-def test_unknown_yaml_keys_get_a_suggestion(wan_repository, tmp_path, capsys):  # noqa: F811
+def test_unknown_yaml_keys_get_a_suggestion(wan_repository, tmp_path, capsys):
     path = tmp_path / "bad.yaml"
     path.write_text("sla:\n  topc: 0.5\n")
     assert (
@@ -162,7 +160,7 @@ def test_generate_needs_exactly_one_kind_of_prompt(capsys):
     assert "give one of the two" in capsys.readouterr().err
 
 
-def test_results_go_to_stdout_and_progress_to_stderr(wan_repository, tmp_path, small_blocks):  # noqa: F811
+def test_results_go_to_stdout_and_progress_to_stderr(wan_repository, tmp_path, small_blocks):
     command = [
         sys.executable,
         "-m",
@@ -186,7 +184,7 @@ def test_results_go_to_stdout_and_progress_to_stderr(wan_repository, tmp_path, s
     assert "2/2" in done.stderr
 
 
-def test_same_seed_gives_the_same_frames(wan_repository, tmp_path, small_blocks):  # noqa: F811
+def test_same_seed_gives_the_same_frames(wan_repository, tmp_path, small_blocks):
     from PIL import Image
 
     for name in ("a", "b"):

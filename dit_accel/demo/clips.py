@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -32,10 +33,24 @@ SLOWEST_TURNS = (
     0.6  # turns the slowest circling object makes in a clip; the fastest makes twice that
 )
 MARGIN = 0.02  # always left free at the frame's edge
-JITTER = 0.75  # share of the remaining room over which the path's centre is spread
 
 _LINE_DIRECTION = ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))  # y points down
 _TURN_SIGN = {4: 1.0, 5: -1.0}  # clockwise on screen is a growing angle, as y points down
+
+
+class Placement(NamedTuple):
+    """How freely a clip's path is placed."""
+
+    spread: float
+    """Share of the room around the path over which its centre varies."""
+    phase: float
+    """Turns over which the starting angle of circling objects varies, from the rightmost point on."""
+
+
+# Nearly central paths keep the clips simple enough for a model that trains in under an hour.
+CENTRAL = Placement(spread=0.2, phase=0.125)
+# For the VAE, which should be at home in the whole frame.
+ANYWHERE = Placement(spread=0.75, phase=1.0)
 
 
 @dataclass(frozen=True)
@@ -70,23 +85,38 @@ class Clips:
         return [caption(Combination(s, c, m), b, t) for s, c, m, b, t in labels.tolist()]
 
 
-def draw_clips(count: int, generator: torch.Generator, split: str = "train") -> Clips:
-    """Describes `count` clips of a split, every choice uniform and drawn from `generator` (a CPU
-    generator)."""
+def draw_clips(
+    count: int,
+    generator: torch.Generator,
+    split: str = "train",
+    placement: Placement = CENTRAL,
+) -> Clips:
+    """Describes `count` clips of a split, every choice uniform and drawn from `generator` (on CPU)."""
     allowed = combinations(split)
     chosen = torch.randint(len(allowed), (count,), generator=generator).tolist()
-    return describe_clips([allowed[i] for i in chosen], generator)
+    return describe_clips([allowed[i] for i in chosen], generator, placement)
 
 
-def describe_clips(chosen: list[Combination], generator: torch.Generator) -> Clips:
+def describe_clips(
+    chosen: list[Combination], generator: torch.Generator, placement: Placement = CENTRAL
+) -> Clips:
     """Clips of the given combinations; everything else is drawn from `generator`."""
     count = len(chosen)
     shape, colour, motion = torch.tensor(chosen, dtype=torch.long).reshape(count, 3).unbind(1)
     background = torch.randint(len(BACKGROUNDS), (count,), generator=generator)
     template = torch.randint(len(TEMPLATES), (count,), generator=generator)
     size, speed, x, y, phase = torch.rand(5, count, generator=generator)
-    place = torch.stack([x, y], 1) * 2 - 1
-    return Clips(shape, colour, motion, background, template, 1 + size, 1 + speed, place, phase)
+    return Clips(
+        shape,
+        colour,
+        motion,
+        background,
+        template,
+        size=1 + size,
+        speed=1 + speed,
+        place=placement.spread * (torch.stack([x, y], 1) * 2 - 1),
+        phase=placement.phase * phase,
+    )
 
 
 def centres(clips: Clips, num_frames: int, height: int, width: int) -> Float[Tensor, "n t 2"]:
@@ -110,7 +140,7 @@ def centres(clips: Clips, num_frames: int, height: int, width: int) -> Float[Ten
         - (MARGIN * scale + RADIUS * scale * clips.size)[:, None]
         - reach
     )
-    middle = torch.tensor([width, height]) / 2 + JITTER * room * clips.place
+    middle = torch.tensor([width, height]) / 2 + room * clips.place
     return middle[:, None] + path
 
 

@@ -14,8 +14,8 @@ SAMPLING = {
     "num_inference_steps": 12,
     "guidance_scale": 2.0,
 }
-VAE_FRAMES, DECODER_FRAMES = 5, 9
-SHORT_FRAMES = 17  # 9 x 8 x 8 = 576 tokens, for the first DiT stage
+VAE_FRAMES, DECODER_FRAMES, STATISTICS_FRAMES = 5, 9, 17
+SHORT_FRAMES = 9  # 5 x 8 x 8 = 320 tokens, for the first DiT stage
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class TrainConfig:
     num_heads: int = 2
     """Of 64 channels each."""
     ffn_dim: int = 512
-    short_steps: int = 2200
-    """DiT steps on clips of 17 frames, which are cheap and enough to learn what the words mean."""
+    short_steps: int = 1500
+    """DiT steps on clips of 9 frames, which are cheap and enough to learn what the words mean."""
     short_batch_size: int = 8
     short_pool: int = 4096
     """Clips whose latents are computed once and drawn from; also `full_pool`."""
     short_learning_rate: float = 2e-3
-    """Of AdamW, for embeddings, norms and biases; Muon, for the blocks' matrices, has twice that."""
-    full_steps: int = 1500
+    """Of AdamW, for embeddings, norms and biases; Muon, for the blocks' matrices, has three times that."""
+    full_steps: int = 1300
     """DiT steps on clips of the full 33 frames."""
     full_batch_size: int = 4
     full_pool: int = 2048
-    full_learning_rate: float = 1.5e-3
+    full_learning_rate: float = 1.2e-3
     ema: float = 0.998
     """Decay of the averaged weights, which are the ones kept."""
     shift: float = 3.0

@@ -21,7 +21,11 @@ SHORT_TEXT, LONG_TEXT = (
 
 
 def build_transformer(config: TrainConfig) -> Any:
-    """A WanTransformer3DModel with one token a latent position, its output starting at zero."""
+    """A WanTransformer3DModel with one token a latent position.
+
+    Its output starts at zero and its blocks' gates at one: left at their random values of about .1, the
+    gates held back the first thousand steps.
+    """
     from diffusers import WanTransformer3DModel
 
     with torch.random.fork_rng(devices=[]):
@@ -42,6 +46,9 @@ def build_transformer(config: TrainConfig) -> Any:
         )
     nn.init.zeros_(model.proj_out.weight)
     nn.init.zeros_(model.proj_out.bias)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.scale_shift_table[:, [2, 5]] = 1.0  # the gates of attention and feed-forward
     return model
 
 

@@ -12,8 +12,17 @@ from torch import Tensor, nn
 
 from .checkpoint import write_json
 from .checks import check_empty_dir
-from .clips import Clips, draw_clips, render
-from .config import DECODER_FRAMES, HEIGHT, NUM_FRAMES, SHORT_FRAMES, VAE_FRAMES, WIDTH, TrainConfig
+from .clips import ANYWHERE, Clips, draw_clips, render
+from .config import (
+    DECODER_FRAMES,
+    HEIGHT,
+    NUM_FRAMES,
+    SHORT_FRAMES,
+    STATISTICS_FRAMES,
+    VAE_FRAMES,
+    WIDTH,
+    TrainConfig,
+)
 from .dit import CaptionTable, build_transformer, flow_matching_loss
 from .loop import Stage, run_stage, step_generator
 from .optimizers import muon_and_adamw
@@ -42,7 +51,8 @@ def pick_device(device: str) -> torch.device:
 
 
 def _clips_at(generator: torch.Generator, count: int, frames: int, device: torch.device) -> Tensor:
-    return render(draw_clips(count, generator), frames, HEIGHT, WIDTH).to(device)
+    clips = draw_clips(count, generator, placement=ANYWHERE)
+    return render(clips, frames, HEIGHT, WIDTH).to(device)
 
 
 def _vae_optimizers(module: nn.Module, learning_rate: float) -> dict[str, torch.optim.Optimizer]:
@@ -79,7 +89,8 @@ def train_vae(
         generator = step_generator(config.seed, "latent statistics", 0)
         with torch.no_grad():
             latents = [
-                encode_clip(vae, _clips_at(generator, 16, SHORT_FRAMES, device)) for _ in range(8)
+                encode_clip(vae, _clips_at(generator, 16, STATISTICS_FRAMES, device))
+                for _ in range(8)
             ]
     finish_encoder(vae, torch.cat(latents))
     return vae, seconds
@@ -155,8 +166,8 @@ def train_dit(
     included."""
     options = config.to_dict()
     rate = options[f"{name}_learning_rate"]
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    optimizers = muon_and_adamw(matrices, list(model.parameters()), 2 * rate, rate)
+    matrices = [p for p in model.parameters() if p.ndim in (2, 5)]
+    optimizers = muon_and_adamw(matrices, list(model.parameters()), 3 * rate, rate)
     averaged, trained = list(ema.parameters()), list(model.parameters())
 
     @cache  # on the first step, so that a finished stage never encodes its pool

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dit_accel.kernels.lists import block_lists, block_mask
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SparsePlan:
@@ -188,8 +190,8 @@ class SparsePlan:
             sink=sink,
         )
         some, every = plan._block_visibility()
-        kv_num, kv_idx = _to_lists(mask & some & ~every)
-        full_num, full_idx = _to_lists(mask & every)
+        kv_num, kv_idx = block_lists(mask & some & ~every)
+        full_num, full_idx = block_lists(mask & every)
         return dataclasses.replace(
             plan,
             kv_num_blocks=kv_num,
@@ -291,7 +293,7 @@ class SparsePlan:
     def to_block_mask(self) -> Bool[Tensor, "b h n_q n_k"]:
         """Which blocks are read, `[B|1, Hq|1, T_q, T_k]`."""
         n_k = self.num_k_blocks
-        return _to_mask(self.kv_num_blocks, self.kv_indices, n_k) | _to_mask(
+        return block_mask(self.kv_num_blocks, self.kv_indices, n_k) | block_mask(
             self.full_kv_num_blocks, self.full_kv_indices, n_k
         )
 
@@ -428,19 +430,3 @@ def _block_sizes(
     starts = torch.arange(n, device=device, dtype=torch.int32) * block
     sizes = (length - starts).clamp(max=block)
     return sizes if given is None else torch.minimum(sizes, given)
-
-
-def _to_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts `[b, h, n_q]` and ascending indices `[b, h, n_q, most]` of the True entries."""
-    counts = mask.sum(-1, dtype=torch.int32)
-    most = int(counts.max()) if counts.numel() else 0
-    # A stable sort of "not kept" moves the kept ones to the front without changing their order.
-    order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)[..., : max(most, 1)].int()
-    valid = torch.arange(order.shape[-1], device=mask.device) < counts[..., None]
-    return counts, order.masked_fill(~valid, 0)
-
-
-def _to_mask(counts: Tensor, indices: Tensor, n_k: int) -> Tensor:
-    valid = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    mask = torch.zeros(*counts.shape, n_k, dtype=torch.int8, device=indices.device)
-    return mask.scatter_reduce_(-1, indices.long(), valid.to(torch.int8), "amax").bool()

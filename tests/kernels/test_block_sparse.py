@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_cases import DENSITIES, RULES, geometries, random_block_mask, visible_pairs
-from tolerance import assert_kernel_close
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,8 +16,11 @@ from dit_accel.kernels import (
     block_sparse_attention,
     sparse_linear_attention,
 )
-from dit_accel.kernels.block_sparse import torch_backend
+from dit_accel.kernels.block_sparse import chunks
 from dit_accel.kernels.block_sparse.reference import block_sparse_reference
+
+from ..tolerance import assert_kernel_close
+from .plan_cases import DENSITIES, RULES, geometries, random_block_mask, visible_pairs
 
 COMBINES = ("none", "shared_softmax")
 UNORDERED = ("all", "kv_lengths", "ragged")  # rules that allow shared_softmax
@@ -386,9 +387,9 @@ def test_small_chunks_and_stages_change_nothing(combine, changes, chunk_scores, 
     leaves = case.leaves()
     expected = run(case, combine, leaves)
     back = grads(expected, leaves)
-    monkeypatch.setattr(torch_backend, "CHUNK_SCORES", chunk_scores)
-    monkeypatch.setattr(torch_backend, "STAGE_BYTES", 1)
-    stages = list(torch_backend._stages(case.q, case.k, case.plan, torch.float64))
+    monkeypatch.setattr(chunks, "CHUNK_SCORES", chunk_scores)
+    monkeypatch.setattr(chunks, "STAGE_BYTES", 1)
+    stages = list(chunks.stages(case.q, case.k, case.plan, torch.float64))
     assert len(stages) == 6  # one per batch entry and key head
     leaves = case.leaves()
     outputs = run(case, combine, leaves)

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_cases import DENSITIES, dense_mask, geometries, random_block_mask, visible_pairs
 from torch.utils import _pytree
 
 from dit_accel.kernels import SparsePlan
+
+from .plan_cases import DENSITIES, dense_mask, geometries, random_block_mask, visible_pairs
 
 SQUARE = {"block_q": 16, "block_k": 16, "q_len": 64, "kv_len": 64}
 seeds = st.integers(0, 2**16)

@@ -2,7 +2,8 @@ import math
 
 import pytest
 import torch
-from tolerance import assert_kernel_close
+
+from ..tolerance import assert_kernel_close
 
 REFERENCE = torch.linspace(-1, 1, 101, dtype=torch.float64)
 

@@ -8,6 +8,8 @@ import torch
 
 from dit_accel import SLAConfig, SparseWanPipeline, disable, enable, summary
 
+from ..tiny_wan import random_wan
+
 
 def snapshot(module):
     """What `disable` must bring back: every module's __dict__, containers by content."""
@@ -357,8 +359,6 @@ def test_image_to_video_matches_its_parent_and_runs_sparse(tmp_path, call):
     from PIL import Image
 
     from dit_accel import SparseWanImageToVideoPipeline
-
-    from .conftest import random_wan
 
     WanImageToVideoPipeline(**random_wan(image_to_video=True)).save_pretrained(tmp_path / "i2v")
     pipe = SparseWanImageToVideoPipeline.from_pretrained(
