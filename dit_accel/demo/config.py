@@ -39,14 +39,14 @@ class TrainConfig:
     num_heads: int = 2
     """Of 64 channels each."""
     ffn_dim: int = 512
-    short_steps: int = 1500
+    short_steps: int = 2400
     """DiT steps on clips of 9 frames, which are cheap and enough to learn what the words mean."""
     short_batch_size: int = 8
     short_pool: int = 4096
     """Clips whose latents are computed once and drawn from; also `full_pool`."""
     short_learning_rate: float = 2e-3
     """Of AdamW, for embeddings, norms and biases; Muon, for the blocks' matrices, has three times that."""
-    full_steps: int = 1300
+    full_steps: int = 1000
     """DiT steps on clips of the full 33 frames."""
     full_batch_size: int = 4
     full_pool: int = 2048

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 
 from dit_accel.demo import ShapesDataset
-from dit_accel.demo.clips import centres, coverage, describe_clips, draw_clips, render
+from dit_accel.demo.clips import ANYWHERE, centres, coverage, describe_clips, draw_clips, render
 from dit_accel.demo.shape_judge import centroids
 from dit_accel.demo.vocabulary import (
     BACKGROUND_RGB,
@@ -55,7 +55,7 @@ def test_distinct_combinations_have_distinct_captions():
     seed=st.integers(0, 10**6),
 )
 def test_any_size_renders_and_the_object_stays_in_frame(frames, height, width, seed):
-    clips = draw_clips(8, _generator(seed), "all")
+    clips = draw_clips(8, _generator(seed), "all", ANYWHERE)
     mask = coverage(clips, frames, height, width)
     assert mask.shape == (8, frames, height, width)
     edge = torch.cat([mask[..., 0, :], mask[..., -1, :], mask[..., 0], mask[..., -1]], -1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dit_accel.kernels.lists import block_lists
 from dit_accel.kernels.plan import SparsePlan
+from dit_accel.kernels.router import pool_blocks
 
 # Scores of one chunk: half a MiB in fp32 stays in a core's cache; larger chunks measured slower.
 CHUNK_SCORES = 2**17
@@ -63,8 +64,18 @@ class Layout:
     def blocked_k(self, x: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
         """Key heads of one stage in blocks, see `_blocked`."""
         plan = self.plan
-        sizes = self.k_sizes[batch if len(self.k_sizes) > 1 else 0] if self.k_padded else None
+        sizes = self.sizes_of(batch) if self.k_padded else None
         return _blocked(x, plan.num_k_blocks, plan.block_k, dtype, sizes)
+
+    def sizes_of(self, batch: int) -> Tensor:
+        """Valid keys of each key block, `[T_k]`."""
+        return self.k_sizes[batch if len(self.k_sizes) > 1 else 0]
+
+    def centroids(self, x: Tensor, batch: int) -> Tensor | None:
+        """Block means `[H, T_k, D]` of one stage's keys or values; None without shared_softmax."""
+        if self.unread_bias is None:
+            return None
+        return pool_blocks(x[None], self.plan.block_k, self.sizes_of(batch)[None])[0]
 
     def chunks(self, batch: int, heads: slice, group: int) -> Iterator[Chunk]:
         """The chunks of one stage: query heads `heads` of batch entry `batch`."""
@@ -77,7 +88,7 @@ class Layout:
             return x.reshape(n_heads * n_q, *x.shape[2:])
 
         counts, indices, masked = map(of_stage, (self.counts, self.indices, self.masked))
-        k_sizes = self.k_sizes[batch if len(self.k_sizes) > 1 else 0]
+        k_sizes = self.sizes_of(batch)
         unread = None if self.unread_bias is None else of_stage(self.unread_bias)
         kv_heads = torch.arange(n_heads, device=counts.device).div(group, rounding_mode="floor")
         kv_heads = kv_heads.repeat_interleave(n_q)
@@ -85,7 +96,12 @@ class Layout:
         key = counts.long() + (~masked).long() * (n_k + 1)
         order = torch.argsort(key, descending=True, stable=True)
         in_order = bool((order[1:] > order[:-1]).all())
-        sorted_counts, sorted_masked = counts[order].tolist(), masked[order].tolist()
+        # Sorted once here, so that a chunk of the common kind costs a few slices.
+        counts, indices, masked = counts[order], indices[order], masked[order]
+        kv_heads, q_blocks = kv_heads[order], order % n_q
+        kv_rows = indices + kv_heads[:, None] * n_k
+        unread = None if unread is None else unread[order][:, None, :]
+        sorted_counts, sorted_masked = counts.tolist(), masked.tolist()
         kinds = [(m, count > 0) for m, count in zip(sorted_masked, sorted_counts, strict=True)]
         tail = n_k if unread is not None else 0
         start = 0
@@ -95,33 +111,29 @@ class Layout:
             stop = min(start + max(1, CHUNK_SCORES // per_row), len(order))
             while kinds[stop - 1] != kinds[start]:
                 stop -= 1
-            at = order[start:stop]
-            blocks = indices[at, :n]
-            hidden = bias = None
-            mixed = sorted_counts[stop - 1] != n
-            if mixed:
+            rows = slice(start, stop)
+            read, hidden, bias = kv_rows[rows, :n], None, None
+            if sorted_masked[start] or sorted_counts[stop - 1] != n:
+                listed = torch.arange(n, device=order.device) < counts[rows, None]
                 # Shorter lists repeat a block of their own: a weight of 0 would not hide a NaN of others.
-                listed = torch.arange(n, device=at.device) < counts[at, None]
-                blocks = torch.where(listed, blocks, blocks[:, :1])
-            if sorted_masked[start] or mixed:
-                hidden = ~self._visible(at % n_q, blocks, counts[at], k_sizes)
+                read = torch.where(listed, read, read[:, :1])
+                hidden = ~self._visible(q_blocks[rows], indices[rows, :n], listed, k_sizes)
             if unread is not None:
-                bias = unread[at][:, None, :]
+                bias = unread[rows]
                 if plan.q_block_sizes is not None:
-                    bias = bias.masked_fill(~self._q_valid(at % n_q)[..., None], -math.inf)
+                    bias = bias.masked_fill(~self._q_valid(q_blocks[rows])[..., None], -math.inf)
             yield Chunk(
-                rows=slice(start, stop) if in_order else at,
-                kv_rows=(blocks + kv_heads[at, None] * n_k).flatten(),
-                kv_heads=kv_heads[at],
+                rows=rows if in_order else order[rows],
+                kv_rows=read.flatten(),
+                kv_heads=kv_heads[rows],
                 hidden=hidden,
                 tail_bias=bias,
             )
             start = stop
 
-    def _visible(self, q_block: Tensor, blocks: Tensor, counts: Tensor, k_sizes: Tensor) -> Tensor:
+    def _visible(self, q_block: Tensor, blocks: Tensor, listed: Tensor, k_sizes: Tensor) -> Tensor:
         plan, device = self.plan, blocks.device
         token = torch.arange(plan.block_k, device=device)
-        listed = torch.arange(blocks.shape[1], device=device) < counts[:, None]
         visible = ((token < k_sizes[blocks][..., None]) & listed[..., None]).flatten(1)[:, None]
         if plan.positional:
             q_pos = q_block[:, None] * plan.block_q + torch.arange(plan.block_q, device=device)

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.chunks import Chunk, Layout, stages, unblocked
-from dit_accel.kernels.router import pool_blocks
 
 
-def _weights(chunk: Chunk, q: Tensor, k: Tensor, centroids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scores of a chunk and the keys they belong to; `q` comes scaled."""
+def _scores(
+    chunk: Chunk, q: Tensor, scale: float, k: Tensor, centroids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores of a chunk and the keys they belong to."""
     keys = k.index_select(0, chunk.kv_rows).view(q.shape[0], -1, k.shape[-1])
     exact = keys.shape[1]
     if centroids is not None:
         keys = torch.cat([keys, centroids.index_select(0, chunk.kv_heads)], 1)
-    scores = torch.bmm(q, keys.mT)
+    # With beta=0 the first argument is never read; alpha scales for free.
+    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, keys.mT, beta=0, alpha=scale)
     if chunk.hidden is not None:
         scores[..., :exact].masked_fill_(chunk.hidden, -math.inf)
     if chunk.tail_bias is not None:
@@ -50,11 +52,8 @@ class BlockSparse(torch.autograd.Function):
             qb = layout.blocked_q(q[b, heads], dtype)
             kb = layout.blocked_k(k[b, kv_heads], b, dtype)
             vb = layout.blocked_k(v[b, kv_heads], b, dtype)
-            centroid_k = centroid_v = None
-            if shared_softmax:
-                sizes = layout.k_sizes[b if len(layout.k_sizes) > 1 else 0][None]
-                centroid_k = pool_blocks(k[b, kv_heads][None], plan.block_k, sizes)[0]
-                centroid_v = pool_blocks(v[b, kv_heads][None], plan.block_k, sizes)[0]
+            centroid_k = layout.centroids(k[b, kv_heads], b)
+            centroid_v = layout.centroids(v[b, kv_heads], b)
             direct = o.dtype == dtype and plan.q_len % plan.block_q == 0
             ob = (
                 o[b, heads].view(*qb.shape[:2], -1)
@@ -63,7 +62,7 @@ class BlockSparse(torch.autograd.Function):
             )
             lb = qb.new_empty(qb.shape[:2]) if want_lse else None
             for chunk in layout.chunks(b, heads, group):
-                scores, _ = _weights(chunk, qb[chunk.rows] * scale, kb, centroid_k)
+                scores, _ = _scores(chunk, qb[chunk.rows], scale, kb, centroid_k)
                 if scores.shape[-1] == 0:  # rows that read nothing
                     ob[chunk.rows] = 0
                     if lb is not None:
@@ -78,7 +77,11 @@ class BlockSparse(torch.autograd.Function):
                 if lb is not None:
                     # The largest weight is exp(top - lse), so no second exponential is needed.
                     lb[chunk.rows] = torch.where(top == -math.inf, top, top - p.amax(-1).log())
-                ob[chunk.rows] = torch.bmm(p, _values(chunk, vb, centroid_v))
+                values = _values(chunk, vb, centroid_v)
+                if isinstance(chunk.rows, slice):
+                    torch.bmm(p, values, out=ob[chunk.rows])
+                else:
+                    ob[chunk.rows] = torch.bmm(p, values)
             n_heads = heads.stop - heads.start
             if not direct:
                 o[b, heads] = unblocked(ob, n_heads, plan.q_len).to(o.dtype)
@@ -110,15 +113,13 @@ class BlockSparse(torch.autograd.Function):
             db = layout.blocked_q(delta[..., None], dtype)
             gq = torch.zeros_like(qb)
             gk, gv = torch.zeros_like(kb), torch.zeros_like(vb)
-            centroid_k = centroid_v = None
-            if ctx.shared_softmax:
-                sizes = layout.k_sizes[b if len(layout.k_sizes) > 1 else 0]
-                centroid_k = pool_blocks(k[b, kv_heads][None], plan.block_k, sizes[None])[0]
-                centroid_v = pool_blocks(v[b, kv_heads][None], plan.block_k, sizes[None])[0]
+            centroid_k = layout.centroids(k[b, kv_heads], b)
+            centroid_v = layout.centroids(v[b, kv_heads], b)
+            if centroid_k is not None and centroid_v is not None:
                 gck, gcv = torch.zeros_like(centroid_k), torch.zeros_like(centroid_v)
             for chunk in layout.chunks(b, heads, group):
                 qc, goc = qb[chunk.rows], go[chunk.rows]
-                scores, keys = _weights(chunk, qc * scale, kb, centroid_k)
+                scores, keys = _scores(chunk, qc, scale, kb, centroid_k)
                 if scores.shape[-1] == 0:
                     continue
                 p = scores.sub_(lb[chunk.rows]).exp_()
@@ -135,6 +136,7 @@ class BlockSparse(torch.autograd.Function):
                     gcv.index_add_(0, chunk.kv_heads, dv[:, exact:])
             if ctx.shared_softmax:
                 # A mean hands its gradient to its tokens in equal parts.
+                sizes = layout.sizes_of(b)
                 token = torch.arange(plan.block_k, device=q.device)
                 share = (token < sizes[:, None]).to(dtype) / sizes.clamp(min=1)[:, None]
                 share = share.repeat(n_kv, 1)[..., None]
