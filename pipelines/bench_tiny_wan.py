@@ -7,11 +7,12 @@ of the same density as control; judged by `dit_accel.demo`, paired, with a boots
 on raw frames. Time: dense against crossover="auto" and "never" at the model's own size.
 """
 
+import json
 import os
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -27,6 +28,9 @@ from dit_accel.environment import machine, versions
 from dit_accel.files import asset, write_json
 from dit_accel.pipelines.generate import Sampling, run_once
 
+# The captions have at most 13 tokens, and the model was trained with them padded to 16 too.
+QUALITY_SAMPLING = {**SAMPLING, "max_sequence_length": 16}
+
 
 @dataclass
 class Args:
@@ -40,10 +44,14 @@ class Args:
     """Of combinations seen in training."""
     heldout: int = 96
     batch_size: int = 8
+    control_every: int = 4
+    """The random-plan control runs on every n-th batch."""
     repeats: int = 9
     """Timed runs of each kind."""
     seed: int = 0
     device: str = "cpu"
+    parts: tuple[Literal["speed", "quality"], ...] = ("speed", "quality")
+    """What to measure; the other part of an existing output file is kept."""
 
 
 def random_router(seed: int) -> Any:
@@ -65,41 +73,45 @@ def psnr_each(a: torch.Tensor, b: torch.Tensor) -> list[float]:
     return (-10 * error.clamp(min=1e-12).log10()).tolist()
 
 
-def paired(dense: list[dict], other: list[dict], metric: str) -> dict[str, Any]:
+def mean_and_error(values: list[float]) -> dict[str, float]:
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": statistics.mean(values), "standard_error": error}
+
+
+def paired(records: list[tuple[dict, dict]], metric: str) -> dict[str, Any]:
     """Accuracy difference in points with a bootstrap interval over clips."""
-    a, b = (
-        np.array([r["right"][metric] for r in records], dtype=float) for records in (dense, other)
-    )
+    a, b = (np.array([pair[i]["right"][metric] for pair in records], dtype=float) for i in range(2))
     draws = np.random.default_rng(0).integers(0, len(a), (10_000, len(a)))
-    differences = (b - a)[draws].mean(1) * 100
-    low, high = np.percentile(differences, [2.5, 97.5])
+    low, high = np.percentile((b - a)[draws].mean(1) * 100, [2.5, 97.5])
     return {
-        "dense": a.mean(),
-        "other": b.mean(),
-        "difference_points": 100 * (b - a).mean(),
-        "interval_95": [low, high],
+        "dense": float(a.mean()),
+        "other": float(b.mean()),
+        "difference_points": float(100 * (b - a).mean()),
+        "interval_95": [float(low), float(high)],
     }
 
 
 def quality(pipe: Any, config: SLAConfig, args: Args) -> dict[str, Any]:
-    records: dict[str, list[dict]] = {"dense": [], "sparse": [], "random plan": []}
-    psnr: dict[str, list[float]] = {"sparse": [], "random plan": []}
+    kinds = ("dense", "sparse", "random plan")
+    records: dict[str, dict[tuple[str, int], dict]] = {kind: {} for kind in kinds}
+    psnr: dict[str, dict[tuple[str, int], float]] = {kind: {} for kind in kinds[1:]}
     density: dict[str, Any] = {}
     with tqdm(total=args.clips + args.heldout, desc="clips") as bar:
         for split, count in (("train", args.clips), ("heldout", args.heldout)):
             asked = judged_clips(split, count, args.seed)
             prompts = asked.captions()
             for i in range(0, count, args.batch_size):
-                seeds = [args.seed + k for k in range(i, min(i + args.batch_size, count))]
-                clips = {}
-                for kind in records:
+                stop = min(i + args.batch_size, count)
+                seeds = [args.seed + k for k in range(i, stop)]
+                names = [(split, k) for k in range(i, stop)]
+                control_too = i // args.batch_size % args.control_every == 0
+                clips: dict[str, torch.Tensor] = {}
+                for kind in kinds if control_too else kinds[:2]:
                     if kind != "dense":
                         control.enable(pipe, sla=config)
                         if kind == "random plan":
                             control.session_of(pipe).sla.router = random_router(i)
-                    clips[kind] = generate(
-                        pipe, prompts[i : i + args.batch_size], seeds, **SAMPLING
-                    )
+                    clips[kind] = generate(pipe, prompts[i:stop], seeds, **QUALITY_SAMPLING)
                     if kind != "dense":
                         report = control.summary(pipe, strict=True)
                         density[kind] = {
@@ -107,22 +119,28 @@ def quality(pipe: Any, config: SLAConfig, args: Args) -> dict[str, Any]:
                             "overall_density": report.overall_density,
                         }
                         control.disable(pipe)
-                        psnr[kind] += psnr_each(clips["dense"], clips[kind])
-                    scored = score_clips(clips[kind], asked[i : i + args.batch_size])
-                    records[kind] += [{"split": split, **record} for record in scored]
+                        psnr[kind] |= zip(
+                            names, psnr_each(clips["dense"], clips[kind]), strict=True
+                        )
+                    records[kind] |= zip(
+                        names, score_clips(clips[kind], asked[i:stop]), strict=True
+                    )
                 bar.update(len(seeds))
-    result: dict[str, Any] = {"clips": args.clips, "heldout": args.heldout, "density": density}
-    for kind in ("sparse", "random plan"):
-        mean, deviation = statistics.mean(psnr[kind]), statistics.stdev(psnr[kind])
-        result[kind] = {
-            "psnr_db": {"mean": mean, "standard_error": deviation / len(psnr[kind]) ** 0.5},
-            **{metric: paired(records["dense"], records[kind], metric) for metric in METRICS},
-        }
-    gain = np.array(psnr["sparse"]) - np.array(psnr["random plan"])
-    result["psnr_gain_over_random_db"] = {
-        "mean": gain.mean(),
-        "standard_error": gain.std(ddof=1) / len(gain) ** 0.5,
+    result: dict[str, Any] = {
+        "clips": args.clips,
+        "heldout": args.heldout,
+        "sampling": QUALITY_SAMPLING,
+        "density": density,
     }
+    for kind in kinds[1:]:
+        both = [(records["dense"][name], record) for name, record in records[kind].items()]
+        result[kind] = {
+            "clips": len(both),
+            "psnr_db": mean_and_error(list(psnr[kind].values())),
+            **{metric: paired(both, metric) for metric in METRICS},
+        }
+    gain = [psnr["sparse"][name] - x for name, x in psnr["random plan"].items()]
+    result["psnr_gain_over_random_db"] = mean_and_error(gain)
     return result
 
 
@@ -156,15 +174,27 @@ def main(args: Args) -> None:
     )
     pipe.set_progress_bar_config(disable=True)
     config = replace(SLAConfig.load(args.preset), crossover="never")
-    result: dict[str, Any] = {"format_version": 1, "sampling": SAMPLING, "sla": config.to_dict()}
-    result["speed"] = speed(pipe, config, args)
-    print(
-        f"denoising, speed-up over dense: {result['speed']['speedup']}; auto: {result['speed']['auto_dense_calls']}"
-    )
-    result["quality"] = quality(pipe, config, args)
+    result: dict[str, Any] = {}
+    if args.output is not None and args.output.exists():
+        result = json.loads(args.output.read_text())
+    result |= {"format_version": 1, "sampling": SAMPLING, "sla": config.to_dict()}
+    record = {"versions": versions(), "machine": machine()}
+    if "speed" in args.parts:
+        result["speed"] = speed(pipe, config, args) | record
+        print(f"denoising, speed-up over dense: {result['speed']['speedup']}")
+        print(f"dense calls with crossover='auto': {result['speed']['auto_dense_calls']}")
+    if "quality" in args.parts:
+        result["quality"] = quality(pipe, config, args) | record
+        report_quality(result["quality"])
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, result)
+
+
+def report_quality(result: dict[str, Any]) -> None:
     for kind in ("sparse", "random plan"):
-        x = result["quality"][kind]
-        print(f"{kind}: {result['quality']['density'][kind]}")
+        x = result[kind]
+        print(f"{kind}: {result['density'][kind]}")
         print(
             f"  PSNR to dense {x['psnr_db']['mean']:.2f} +- {x['psnr_db']['standard_error']:.2f} dB"
         )
@@ -174,11 +204,8 @@ def main(args: Args) -> None:
                 f"  {metric:7} dense {x[metric]['dense']:.3f}  {kind} {x[metric]['other']:.3f}  "
                 f"difference {x[metric]['difference_points']:+.1f} points [{low:+.1f}, {high:+.1f}]"
             )
-    gain = result["quality"]["psnr_gain_over_random_db"]
+    gain = result["psnr_gain_over_random_db"]
     print(f"sparse is {gain['mean']:.2f} +- {gain['standard_error']:.2f} dB above the random plan")
-    result |= {"versions": versions(), "machine": machine()}
-    if args.output is not None:
-        write_json(args.output, result)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.files import write_json
+
 FORMAT_VERSION = 1
 _MANIFEST = "state.json"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON under a temporary name, forces it to the disk, then moves it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=2, sort_keys=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _fsync(path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+
+from dit_accel.files import atomic_directory
 
 from .checks import check_count, check_empty_dir, check_frame, check_split
 from .clips import Clips, draw_clips, render
@@ -103,11 +103,8 @@ def make_data(
             raise ValueError(f"{name} must be even to be written as mp4, got {value}")
     dataset = ShapesDataset(split, seed, num_clips, num_frames, height, width)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "videos").mkdir(parents=True)
-    try:
+    with atomic_directory(output) as temporary:
+        (temporary / "videos").mkdir()
         with (temporary / "captions.jsonl").open("w") as captions:
             for i in trange(num_clips, desc="clips", disable=not progress):
                 item = dataset[i]
@@ -129,7 +126,4 @@ def make_data(
                 captions.write(
                     json.dumps({"file_name": name, "text": item["caption"], **labels}) + "\n"
                 )
-        os.replace(temporary, output)  # also over an empty folder
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return output

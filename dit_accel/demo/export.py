@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dit_accel.environment import machine, versions
+from dit_accel.files import atomic_directory
+
 from .config import TrainConfig
 
 FORMAT_VERSION = 1
-
-
-def processor_name() -> str:
-    """The processor's model, without anything that names the machine itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, for records: no host names, no paths."""
-    import diffusers
-    import transformers
-
-    machine: dict[str, Any] = {"processor": processor_name(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
-    return {
-        "machine": machine,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
 
 
 def training_record(
@@ -54,7 +25,9 @@ def training_record(
         "config": config.to_dict(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "seconds_total": round(sum(seconds.values()), 1),
-        **environment(device),
+        "device": device.type,
+        "machine": machine(),
+        "versions": versions(),
     }
 
 
@@ -105,12 +78,8 @@ def export_pipeline(
         transformer=transformer,
         scheduler=scheduler,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with atomic_directory(output) as temporary:
         pipeline.save_pretrained(temporary, safe_serialization=True)
         _tidy_configs(temporary)
-        os.replace(temporary, output)  # also over an empty folder
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for weights in temporary.rglob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors writes files that only their owner can read

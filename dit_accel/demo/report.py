@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .checkpoint import write_json
+from dit_accel.environment import machine, versions
+from dit_accel.files import write_json
+
 from .checks import check_count, check_frame
 from .clips import Clips, describe_clips
-from .export import environment
 from .judge import UNKNOWN, judge_clips
 from .shape_judge import ShapeJudge, load_shape_judge
 from .vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, TEMPLATES, combinations
@@ -213,7 +214,9 @@ def judge_pipeline(
             name: summarise(rows) for name, rows in (*splits.items(), ("all", records)) if rows
         },
         "seconds_per_clip": round(seconds / len(records), 4),
-        **environment(torch.device(device)),
+        "device": str(device),
+        "machine": machine(),
+        "versions": versions(),
         "clips": records,
     }
 

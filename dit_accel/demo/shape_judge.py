@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dit_accel.files import asset
+
 from .clips import coverage, describe_clips
 from .vocabulary import SHAPES, Combination
 
@@ -100,21 +102,6 @@ def train_shape_judge(seed: int = 0, steps: int = 300, batch_size: int = 64) -> 
     return judge.eval().requires_grad_(False)
 
 
-def default_weights() -> Path:
-    """`assets/judge.safetensors` of the checkout or of the installed package."""
-    package = Path(__file__).resolve().parents[1]
-    candidates = [
-        package.parent / "assets" / "judge.safetensors",
-        package / "assets" / "judge.safetensors",
-    ]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"judge.safetensors is in neither {candidates[0].parent} nor {candidates[1].parent}"
-    )
-
-
 def save_shape_judge(judge: ShapeJudge, path: str | Path) -> None:
     """Writes the weights as safetensors (fp16)."""
     from safetensors.torch import save_file
@@ -122,6 +109,7 @@ def save_shape_judge(judge: ShapeJudge, path: str | Path) -> None:
     save_file(
         {key: value.half().contiguous() for key, value in judge.state_dict().items()}, str(path)
     )
+    Path(path).chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def load_shape_judge(path: str | Path | None = None) -> ShapeJudge:
@@ -130,6 +118,6 @@ def load_shape_judge(path: str | Path | None = None) -> ShapeJudge:
 
     judge = ShapeJudge()
     judge.load_state_dict(
-        {k: v.float() for k, v in load_file(str(path or default_weights())).items()}
+        {k: v.float() for k, v in load_file(str(path or asset("judge.safetensors"))).items()}
     )
     return judge.eval().requires_grad_(False)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import write_json
+from dit_accel.files import write_json
+
 from .checks import check_empty_dir
 from .clips import ANYWHERE, Clips, draw_clips, render
 from .config import (
@@ -43,11 +44,14 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(device)
+        place = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
             f"device must be 'auto' or a torch device such as 'cpu' or 'cuda', got {device!r}"
         ) from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch sees no GPU here; 'auto' or 'cpu' work")
+    return place
 
 
 def _clips_at(generator: torch.Generator, count: int, frames: int, device: torch.device) -> Tensor:
