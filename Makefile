@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/dit-accel compare "a red circle moving right" --sla balanced --crossover never \
-		--output-dir $(DEMO_OUT)
+		--overwrite --output-dir $(DEMO_OUT)
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
