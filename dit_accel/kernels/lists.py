@@ -1,26 +1,62 @@
 """Between a mask of blocks and the lists of indices that kernels walk."""
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 
-def block_lists(
-    mask: Bool[Tensor, "b h n_q n_k"],
-) -> tuple[Int[Tensor, "b h n_q"], Int[Tensor, "b h n_q most"]]:
-    """Counts and ascending indices of the True entries of each row; unused places hold 0."""
+class Lists(NamedTuple):
+    """Counts `[..., rows]` and ascending indices `[..., rows, n]`, int32; unused places hold 0."""
+
+    counts: Int[Tensor, "*b rows"]
+    indices: Int[Tensor, "*b rows n"]
+
+
+def reads_freely(x: Tensor) -> bool:
+    """Whether a number can be read from `x` without stalling a device or breaking a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def block_lists(mask: Bool[Tensor, "*b rows n_k"], most: int | None = None) -> Lists:
+    """The True entries of each row of `mask`.
+
+    Args:
+        most: a row holds at most this many. On a CPU the lists are as wide as the longest row;
+            elsewhere that number would stall the device, so they are `most` wide (default: all).
+    """
     counts = mask.sum(-1, dtype=torch.int32)
-    most = int(counts.max()) if counts.numel() else 0
-    # A stable sort of "not kept" moves the kept ones to the front without changing their order.
-    order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)[..., : max(most, 1)].int()
-    valid = torch.arange(order.shape[-1], device=mask.device) < counts[..., None]
-    return counts, order.masked_fill(~valid, 0)
+    n_k = mask.shape[-1]
+    if reads_freely(mask):
+        most = int(counts.max()) if counts.numel() else 0
+    width = n_k if most is None else min(max(most, 1), n_k)
+    # Entries that are not kept all land in one spare place, which is cut off.
+    place = torch.where(mask, mask.cumsum(-1) - 1, width)
+    index = torch.arange(n_k, dtype=torch.int32, device=mask.device).expand_as(place)
+    lists = torch.zeros(*counts.shape, width + 1, dtype=torch.int32, device=mask.device)
+    return Lists(counts, lists.scatter_(-1, place, index)[..., :width].contiguous())
 
 
 def block_mask(
-    counts: Int[Tensor, "b h n_q"], indices: Int[Tensor, "b h n_q most"], n_k: int
-) -> Bool[Tensor, "b h n_q n_k"]:
+    counts: Int[Tensor, "*b rows"], indices: Int[Tensor, "*b rows most"], n_k: int
+) -> Bool[Tensor, "*b rows n_k"]:
     """The mask that `block_lists` came from."""
     valid = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    mask = torch.zeros(*counts.shape, n_k, dtype=torch.int8, device=indices.device)
-    return mask.scatter_reduce_(-1, indices.long(), valid.to(torch.int8), "amax").bool()
+    spare = torch.where(valid, indices, n_k).long()
+    mask = torch.zeros(*counts.shape, n_k + 1, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, spare, True)[..., :n_k]
+
+
+def pack_bits(mask: Bool[Tensor, "*b n_k"]) -> UInt8[Tensor, "*b n_bytes"]:
+    """Eight blocks to a byte, the first in the lowest bit: a kernel asks for one with two shifts."""
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    bit = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded.to(torch.uint8) << bit).sum(-1, dtype=torch.uint8)
+
+
+def transpose_lists(
+    counts: Int[Tensor, "*b rows"], indices: Int[Tensor, "*b rows most"], n_k: int
+) -> Lists:
+    """The same pairs listed by column: for each of `n_k` blocks, the rows that hold it."""
+    return block_lists(block_mask(counts, indices, n_k).mT)

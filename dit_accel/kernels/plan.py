@@ -3,22 +3,43 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dit_accel.kernels.lists import block_lists, block_mask
+from dit_accel.kernels import visibility
+from dit_accel.kernels.lists import (
+    Lists,
+    block_lists,
+    block_mask,
+    reads_freely,
+    transpose_lists,
+)
+from dit_accel.kernels.router.select import select_blocks, topk_blocks
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+class ColumnLists(NamedTuple):
+    """A plan read by key block: which query blocks read it, partly and in full."""
+
+    partial: Lists
+    """`[B|1, Hq|1, T_k]` counts and `[B|1, Hq|1, T_k, n]` query blocks."""
+    full: Lists
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SparsePlan:
     """Which key blocks every query block reads exactly; int32 tensors and a few numbers.
 
-    The two lists of a row are disjoint. A block on the *full* list needs no element mask: every
+    The lists of a row are disjoint. A block on the *full* list needs no element mask: every
     key in it is visible to every query of the row. A block on the *partial* list does (ragged
-    tail, causal diagonal, window edge, padding). Build plans with `from_scores` or
-    `from_block_mask`, which sort the blocks of a row into the two lists.
+    tail, causal diagonal, window edge, padding). A block on the *skip* list counts as negligible
+    for `linear_scope="marginal"`. Build plans with `from_scores` or `from_block_mask`, which sort
+    the blocks of a row into the lists.
 
     A leading `B` or `Hq` of 1 means "the same for all".
     """
@@ -29,6 +50,10 @@ class SparsePlan:
     """Their indices, ascending, in the first `kv_num_blocks` places; the rest is 0."""
     full_kv_num_blocks: Int[Tensor, "b h n_q"]
     full_kv_indices: Int[Tensor, "b h n_q n_full"]
+
+    skip_num_blocks: Int[Tensor, "b h n_q"] | None = None
+    """Blocks per row that not even the linear branch reads; None: no such class."""
+    skip_indices: Int[Tensor, "b h n_q n_skip"] | None = None
 
     block_q: int
     """Tokens per query block."""
@@ -42,6 +67,11 @@ class SparsePlan:
     k_block_sizes: Int[Tensor, " n_k"] | None = None
     kv_lengths: Int[Tensor, " batch"] | None = None
     """Valid keys per batch entry (right padding); None: all."""
+    columns: Int[Tensor, "b_columns h_columns n_columns"] | None = None
+    """Single keys that every query of a head reads in addition, under the same rules; ascending,
+    unused places at the end hold `kv_len`. A column inside a block that the row reads is read once."""
+    q_order: Int[Tensor, "h_order l_q"] | None = None
+    """Row r of the query blocks is query `q_order[r]`, `[Hq|1, Lq]`; None: in order."""
 
     causal: bool = False
     """Query i sees keys up to `i + q_offset`."""
@@ -117,6 +147,10 @@ class SparsePlan:
         kv_lengths: Int[Tensor, " batch"] | None = None,
         q_block_sizes: Int[Tensor, " n_q_sizes"] | None = None,
         k_block_sizes: Int[Tensor, " n_k_sizes"] | None = None,
+        skip: Bool[Tensor, "b2 h2 n_q n_k"] | None = None,
+        columns: Int[Tensor, "b3 h3 n_columns"] | None = None,
+        q_order: Int[Tensor, "h4 l_q"] | None = None,
+        most: int | None = None,
     ) -> "SparsePlan":
         """A plan that reads exactly the blocks that are True in `mask`.
 
@@ -130,74 +164,57 @@ class SparsePlan:
             sink: first keys that the window never hides.
             kv_lengths: `[B]`, valid keys per batch entry.
             q_block_sizes, k_block_sizes: `[T_q]`, `[T_k]`, valid tokens at the start of each tile.
+            skip: as `mask`: blocks that the linear scope "marginal" leaves out. What `mask` reads
+                is never skipped.
+            columns: `[B|1, Hq|1, C]`, single keys that every query of a head reads too; strictly
+                ascending, unused places at the end hold `kv_len`.
+            q_order: `[Hq|1, Lq]`, a permutation: row r of the blocks is query `q_order[r]`.
+            most: a row of `mask` holds at most this many blocks; keeps the lists narrow where
+                counting would stall the device. Default: no limit is known.
 
         Raises:
             ValueError: an argument is out of range or shapes do not match; it names the argument.
+                Numbers inside tensors are checked on a CPU only.
         """
-        _check_geometry(block_q, block_k, q_len, kv_len)
-        n_q, n_k = _check_blocks("mask", mask, block_q, block_k, q_len, kv_len)
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask: dtype {mask.dtype}; accepted is torch.bool")
-        if window is not None and (not isinstance(window, int) or window < 1 or not causal):
-            raise ValueError(f"window={window}: accepted is an int >= 1 together with causal=True")
-        if sink < 0:
-            raise ValueError(f"sink={sink}: accepted is an int >= 0")
-        if causal and (q_block_sizes is not None or k_block_sizes is not None):
-            raise ValueError(
-                "causal=True: ragged tiles have no causal order; leave *_block_sizes out"
-            )
-        for name, sizes, n, block in (
-            ("q_block_sizes", q_block_sizes, n_q, block_q),
-            ("k_block_sizes", k_block_sizes, n_k, block_k),
-        ):
-            if sizes is not None and (
-                sizes.shape != (n,) or sizes.min() < 0 or sizes.max() > block
-            ):
-                raise ValueError(
-                    f"{name}: accepted are {n} sizes between 0 and {block}, got {sizes}"
-                )
-        device = mask.device
-        if kv_lengths is not None:
-            if kv_lengths.ndim != 1:
-                raise ValueError(f"kv_lengths: shape {tuple(kv_lengths.shape)}; accepted is [B]")
-            if kv_lengths.min() < 0 or kv_lengths.max() > kv_len:
-                raise ValueError(f"kv_lengths: accepted are lengths between 0 and {kv_len}")
-            if mask.shape[0] not in (1, len(kv_lengths)):
-                raise ValueError(
-                    f"kv_lengths: {len(kv_lengths)} lengths for a mask of batch {mask.shape[0]}"
-                )
-            mask = mask.expand(len(kv_lengths), -1, -1, -1)
-
-        def to_int32(sizes: Tensor | None) -> Tensor | None:
-            return None if sizes is None else sizes.to(device=device, dtype=torch.int32)
-
-        nothing = torch.zeros(1, 1, n_q, dtype=torch.int32, device=device)
-        plan = cls(  # the rules first; which blocks are full or partial follows from them
-            kv_num_blocks=nothing,
-            kv_indices=nothing[..., None],
-            full_kv_num_blocks=nothing,
-            full_kv_indices=nothing[..., None],
+        plan = cls._rules(
+            mask.device,
             block_q=block_q,
             block_k=block_k,
             q_len=q_len,
             kv_len=kv_len,
-            q_block_sizes=to_int32(q_block_sizes),
-            k_block_sizes=to_int32(k_block_sizes),
-            kv_lengths=to_int32(kv_lengths),
             causal=causal,
-            q_offset=q_offset if q_offset is not None else (kv_len - q_len if causal else 0),
+            q_offset=q_offset,
             window=window,
             sink=sink,
+            kv_lengths=kv_lengths,
+            q_block_sizes=q_block_sizes,
+            k_block_sizes=k_block_sizes,
+            columns=columns,
+            q_order=q_order,
         )
+        for name, x in (("mask", mask), ("skip", skip)):
+            if x is not None:
+                _check_blocks(name, x, block_q, block_k, q_len, kv_len)
+                if x.dtype != torch.bool:
+                    raise ValueError(f"{name}: dtype {x.dtype}; accepted is torch.bool")
+        if kv_lengths is not None and mask.shape[0] not in (1, len(kv_lengths)):
+            raise ValueError(
+                f"kv_lengths: {len(kv_lengths)} lengths for a mask of batch {mask.shape[0]}"
+            )
         some, every = plan._block_visibility()
-        kv_num, kv_idx = block_lists(mask & some & ~every)
-        full_num, full_idx = block_lists(mask & every)
+        shape = torch.broadcast_shapes(mask.shape, some.shape)
+        mask = mask.expand(shape)
+        partial = block_lists(mask & some & ~every, most)
+        full = block_lists(mask & every, most)
+        skipped = None if skip is None else block_lists(skip & ~mask & some)
         return dataclasses.replace(
             plan,
-            kv_num_blocks=kv_num,
-            kv_indices=kv_idx,
-            full_kv_num_blocks=full_num,
-            full_kv_indices=full_idx,
+            kv_num_blocks=partial.counts,
+            kv_indices=partial.indices,
+            full_kv_num_blocks=full.counts,
+            full_kv_indices=full.indices,
+            skip_num_blocks=None if skipped is None else skipped.counts,
+            skip_indices=None if skipped is None else skipped.indices,
         )
 
     @classmethod
@@ -212,6 +229,9 @@ class SparsePlan:
         topk: float | None = None,
         top_p: float | None = None,
         threshold: float | None = None,
+        skip: int | float = 0.0,
+        sink_blocks: int = 0,
+        diagonal: int | None = None,
         causal: bool = False,
         **geometry,
     ) -> "SparsePlan":
@@ -223,44 +243,173 @@ class SparsePlan:
             top_p: in (0, 1]: the fewest best blocks whose softmax weights sum to at least `top_p`.
                 With `topk` too: the union of both.
             threshold: keeps every block whose score is at least this (alone).
+            skip: fraction in [0, 1): the `floor(skip * T_k)` worst blocks of each row are negligible
+                (the k_l of SLA); for `linear_scope="marginal"`.
+            sink_blocks: first blocks that every row reads in addition.
+            diagonal: every row also reads the blocks at its own positions (plus `q_offset`) and
+                this many on either side. Default: none.
             block_q, block_k, q_len, kv_len, causal, **geometry: as in `from_block_mask`.
 
         Ties go to the lower index, on every device.
         """
-        chosen = [
-            n
-            for n, x in (("topk", topk), ("top_p", top_p), ("threshold", threshold))
-            if x is not None
-        ]
-        if not chosen or ("threshold" in chosen and len(chosen) > 1):
-            raise ValueError(
-                f"topk, top_p, threshold: got {chosen or 'none'}; accepted are topk, top_p, both, "
-                "or threshold alone"
-            )
-        for name, x in (("topk", topk), ("top_p", top_p)):
-            if x is not None and not 0 < x <= 1:
-                raise ValueError(f"{name}={x}: accepted is a fraction in (0, 1]")
-        _check_geometry(block_q, block_k, q_len, kv_len)
-        _, n_k = _check_blocks("scores", scores, block_q, block_k, q_len, kv_len)
+        for name, number in (("sink_blocks", sink_blocks), ("diagonal", diagonal)):
+            if number is not None and number < 0:
+                raise ValueError(f"{name}={number}: accepted is an int >= 0")
         geometry.update(block_q=block_q, block_k=block_k, q_len=q_len, kv_len=kv_len, causal=causal)
+        rules = cls._rules(scores.device, **geometry)
+        _, n_k = _check_blocks("scores", scores, block_q, block_k, q_len, kv_len)
+        forced, extra = None, 0
+        if sink_blocks or diagonal is not None:
+            block = torch.arange(n_k, device=scores.device)
+            forced, extra = (block < sink_blocks).expand(1, 1, scores.shape[2], -1), sink_blocks
+            if diagonal is not None:
+                first, last = (
+                    x.div(block_k, rounding_mode="floor")[..., None] for x in rules._row_ends()
+                )
+                near = (block >= first - diagonal) & (block <= last + diagonal)
+                forced = forced | near[None]
+                extra += 2 * diagonal + 1 + math.ceil(block_q / block_k)
+                extra = n_k if rules.q_order is not None else extra
         # A block that nobody may read must not use up a place among the best.
-        open_blocks = cls.from_block_mask(
-            torch.ones(1, 1, *scores.shape[-2:], dtype=torch.bool, device=scores.device), **geometry
-        )._block_visibility()[0]
-        scores = scores.float().masked_fill(~open_blocks, -math.inf)
-        ranked, order = torch.sort(scores, dim=-1, descending=True, stable=True)
-        keep = torch.zeros_like(ranked, dtype=torch.bool)
-        if topk is not None:
-            # The epsilon keeps ceil(.07 * 100) at 7: the product is 7.000000000000001 in binary.
-            keep[..., : max(1, math.ceil(topk * n_k - 1e-9))] = True
-        if top_p is not None:
-            weights = torch.softmax(ranked, dim=-1).nan_to_num(0.0)  # a row without any open block
-            keep |= weights.cumsum(-1) - weights < top_p
-        if threshold is not None:
-            keep |= ranked >= threshold
-        keep[..., 0] = True
-        mask = torch.zeros_like(keep).scatter_(-1, order, keep) & open_blocks
-        return cls.from_block_mask(mask, **geometry)
+        open_blocks = rules._block_visibility()[0]
+        kept, skipped = select_blocks(
+            scores,
+            open_blocks,
+            topk=topk,
+            top_p=top_p,
+            threshold=threshold,
+            skip=skip,
+            forced=forced,
+        )
+        most = None
+        if topk is not None and top_p is None:
+            most = topk_blocks(topk, n_k) + extra
+        return cls.from_block_mask(kept, skip=skipped, most=most, **geometry)
+
+    @classmethod
+    def _rules(
+        cls,
+        device: torch.device,
+        *,
+        block_q: int,
+        block_k: int,
+        q_len: int,
+        kv_len: int,
+        causal: bool = False,
+        q_offset: int | None = None,
+        window: int | None = None,
+        sink: int = 0,
+        kv_lengths: Tensor | None = None,
+        q_block_sizes: Tensor | None = None,
+        k_block_sizes: Tensor | None = None,
+        columns: Tensor | None = None,
+        q_order: Tensor | None = None,
+    ) -> "SparsePlan":
+        """A checked plan that reads nothing yet: who may see what follows from it."""
+        for name, value in (
+            ("block_q", block_q),
+            ("block_k", block_k),
+            ("q_len", q_len),
+            ("kv_len", kv_len),
+        ):
+            if not isinstance(value, int | torch.SymInt) or value < 1:
+                raise ValueError(f"{name}={value!r}: accepted is an int >= 1")
+        if window is not None and (not isinstance(window, int) or window < 1 or not causal):
+            raise ValueError(f"window={window}: accepted is an int >= 1 together with causal=True")
+        if sink < 0:
+            raise ValueError(f"sink={sink}: accepted is an int >= 0")
+        if causal and (q_block_sizes is not None or k_block_sizes is not None):
+            raise ValueError(
+                "causal=True: ragged tiles have no causal order; leave *_block_sizes out"
+            )
+        if q_order is not None and q_block_sizes is not None:
+            raise ValueError("q_order: not together with q_block_sizes; order the tiles instead")
+        n_q, n_k = math.ceil(q_len / block_q), math.ceil(kv_len / block_k)
+
+        def to_int32(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device=device, dtype=torch.int32)
+
+        plan = cls(
+            **dict.fromkeys(
+                ("kv_num_blocks", "full_kv_num_blocks"),
+                torch.zeros(1, 1, n_q, dtype=torch.int32, device=device),
+            ),
+            **dict.fromkeys(
+                ("kv_indices", "full_kv_indices"),
+                torch.zeros(1, 1, n_q, 1, dtype=torch.int32, device=device),
+            ),
+            block_q=block_q,
+            block_k=block_k,
+            q_len=q_len,
+            kv_len=kv_len,
+            q_block_sizes=to_int32(q_block_sizes),
+            k_block_sizes=to_int32(k_block_sizes),
+            kv_lengths=to_int32(kv_lengths),
+            columns=to_int32(columns),
+            q_order=to_int32(q_order),
+            causal=causal,
+            q_offset=q_offset if q_offset is not None else (kv_len - q_len if causal else 0),
+            window=window,
+            sink=sink,
+        )
+        for name, sizes, n in (
+            ("q_block_sizes", plan.q_block_sizes, n_q),
+            ("k_block_sizes", plan.k_block_sizes, n_k),
+        ):
+            if sizes is not None and tuple(sizes.shape) != (n,):
+                raise ValueError(
+                    f"{name}: shape {tuple(sizes.shape)}; accepted are {n} sizes, one per block"
+                )
+        if plan.kv_lengths is not None and plan.kv_lengths.ndim != 1:
+            raise ValueError(f"kv_lengths: shape {tuple(plan.kv_lengths.shape)}; accepted is [B]")
+        if plan.columns is not None and plan.columns.ndim != 3:
+            raise ValueError(
+                f"columns: shape {tuple(plan.columns.shape)}; accepted is [B|1, Hq|1, C]"
+            )
+        if plan.q_order is not None and (
+            plan.q_order.ndim != 2 or plan.q_order.shape[1] != plan.q_len
+        ):
+            raise ValueError(
+                f"q_order: shape {tuple(plan.q_order.shape)}; accepted is [Hq|1, {q_len}]"
+            )
+        if reads_freely(plan.kv_indices):
+            plan.check_numbers()
+        return plan
+
+    def check_numbers(self) -> None:
+        """Raise ValueError, naming the field, if a number in a tensor is out of range.
+
+        Reads every tensor, so on a GPU it waits for the device: constructors and operators do it
+        on a CPU always, elsewhere with `DIT_ACCEL_DEBUG=1` in the environment.
+        """
+        n_q, n_k = self.num_q_blocks, self.num_k_blocks
+        for name in ("kv", "full_kv", "skip"):
+            counts, indices = getattr(self, f"{name}_num_blocks"), getattr(self, f"{name}_indices")
+            if counts is None:
+                continue
+            if counts.shape[-1] != n_q or indices.shape[:-1] != counts.shape:
+                raise ValueError(
+                    f"{name}_indices: shape {tuple(indices.shape)} with counts "
+                    f"{tuple(counts.shape)}; accepted are [B|1, Hq|1, {n_q}, n] and the same without n"
+                )
+            _check_range(f"{name}_num_blocks", counts, indices.shape[-1])
+            _check_range(f"{name}_indices", indices, n_k - 1)
+        for name, most in (
+            ("q_block_sizes", self.block_q),
+            ("k_block_sizes", self.block_k),
+            ("kv_lengths", self.kv_len),
+            ("columns", self.kv_len),
+        ):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), most)
+        if self.columns is not None:
+            step = self.columns.diff(dim=-1)
+            if not bool(((step > 0) | (self.columns[..., 1:] == self.kv_len)).all()):
+                raise ValueError(f"columns: accepted are ascending keys, then only {self.kv_len}")
+        if self.q_order is not None:
+            in_order = torch.arange(self.q_len, dtype=torch.int32, device=self.device)
+            if not bool((self.q_order.sort(-1).values == in_order).all()):
+                raise ValueError(f"q_order: not a permutation of the {self.q_len} queries")
 
     # -- what it means ---------------------------------------------------------------------------
 
@@ -299,9 +448,23 @@ class SparsePlan:
 
     def to_dense_mask(self) -> Bool[Tensor, "b h l_q l_k"]:
         """Which keys each query reads, `[B|1, Hq|1, Lq, Lk]`: the definition the kernels follow."""
-        q_pos, k_pos, q_ok, k_ok = self._positions()
-        mask = self.to_block_mask()[..., q_pos // self.block_q, :][..., k_pos // self.block_k]
-        return mask & self.visible(q_pos[:, None], k_pos) & q_ok[:, None] & k_ok[:, None, None]
+        return visibility.pair_mask(self, self.to_block_mask(), columns=True)
+
+    def linear_blocks(
+        self, linear_scope: Literal["marginal", "complement", "all"]
+    ) -> Bool[Tensor, "b h n_q n_k"]:
+        """Which blocks the linear branch sums over, `[B|1, Hq|1, T_q, T_k]`.
+
+        "all": every block; "complement": those not read; "marginal": those neither read nor skipped.
+        """
+        read = self.to_block_mask()
+        if linear_scope == "all":
+            return torch.ones_like(read)
+        if linear_scope == "marginal" and self.skip_num_blocks is not None:
+            assert self.skip_indices is not None
+            skipped = block_mask(self.skip_num_blocks, self.skip_indices, self.num_k_blocks)
+            return ~(read | skipped)
+        return ~read
 
     def density(self) -> float:
         """Attended (query, key) pairs over the pairs a dense call computes (causal: the triangle)."""
@@ -309,14 +472,7 @@ class SparsePlan:
 
     def density_tensor(self) -> Float[Tensor, ""]:
         """`density` as a scalar tensor on the plan's device, so that nothing waits for it."""
-        blocks = self.to_block_mask()
-        if self.positional:
-            pairs, dense = self._visible_pairs()
-        else:
-            pairs = self.q_sizes().double()[:, None] * self.k_sizes().double()[:, None, None, :]
-            dense = pairs.sum((-1, -2), keepdim=True)
-        attended = (pairs * blocks).sum((-1, -2), keepdim=True)
-        return attended.sum() / dense.expand_as(attended).sum().clamp(min=1)
+        return visibility.density(self)
 
     @torch.no_grad()
     def recall(
@@ -326,89 +482,40 @@ class SparsePlan:
         *,
         scale: float | None = None,
     ) -> Float[Tensor, "b h"]:
-        """Share of the exact softmax mass that lies in the blocks read, averaged over queries.
+        """Share of the exact softmax mass that the plan reads, averaged over queries.
 
         Computed one query block at a time, in fp32 or wider.
         """
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        k = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        q_pos, k_pos, q_ok, k_ok = self._positions()
-        blocks = self.to_block_mask()
-        total = q.new_zeros(q.shape[:2], dtype=dtype)
-        count = torch.zeros(1, dtype=torch.long, device=q.device)
-        for i in range(self.num_q_blocks):
-            at = slice(i * self.block_q, (i + 1) * self.block_q)
-            seen = (self.visible(q_pos[at, None], k_pos) & q_ok[at, None] & k_ok[:, None])[:, None]
-            logits = (q[:, :, at].to(dtype) @ k.mT * scale).masked_fill(~seen, -math.inf)
-            mass = torch.softmax(logits, -1).nan_to_num(0.0)  # a query without any key
-            kept = blocks[:, :, i][..., k_pos // self.block_k]
-            total += (mass * kept[:, :, None]).sum((-1, -2))
-            count = count + seen.any(-1).sum(-1)
-        return total / count.clamp(min=1)
+        return visibility.recall(self, q, k, scale)
+
+    def transpose(self) -> ColumnLists:
+        """The plan by key block: which query blocks read it. Backward walks these lists."""
+        n_k = self.num_k_blocks
+        return ColumnLists(
+            partial=transpose_lists(self.kv_num_blocks, self.kv_indices, n_k),
+            full=transpose_lists(self.full_kv_num_blocks, self.full_kv_indices, n_k),
+        )
+
+    def to_flex(self) -> "BlockMask":
+        """The plan as FlexAttention's `BlockMask`, element rules included (`torch >= 2.5`).
+
+        Raises:
+            ValueError: for plans that a `BlockMask` cannot say: `columns`, `q_order`.
+        """
+        from dit_accel.kernels.flex import to_flex
+
+        return to_flex(self)
 
     # -- internals -------------------------------------------------------------------------------
 
-    def _positions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Token positions `[Lq]`, `[Lk]` and whether they hold a token: `[Lq]`, `[B|1, Lk]`."""
-        q_pos = torch.arange(self.q_len, device=self.device)
-        k_pos = torch.arange(self.kv_len, device=self.device)
-        q_ok = q_pos % self.block_q < self.q_sizes()[q_pos // self.block_q]
-        k_ok = k_pos % self.block_k < self.k_sizes()[:, k_pos // self.block_k]
-        return q_pos, k_pos, q_ok, k_ok
+    def _row_ends(self) -> tuple[Tensor, Tensor]:
+        return visibility.row_ends(self)
 
     def _block_visibility(self) -> tuple[Tensor, Tensor]:
-        """Whether some, and whether every, pair of a block is visible: two `[B|1, 1, T_q, T_k]`.
-
-        A row whose queries run short (the query tail) still counts as full: its missing queries
-        are never read. Missing keys are.
-        """
-        q_sizes, k_sizes = self.q_sizes(), self.k_sizes()
-        some = (q_sizes[:, None] > 0) & (k_sizes[:, None, :] > 0)
-        every = some & (k_sizes[:, None, :] == self.block_k)
-        if self.positional:
-            q0 = torch.arange(self.num_q_blocks, device=self.device)[:, None] * self.block_q
-            q1 = torch.minimum(q0 + self.block_q, torch.tensor(self.q_len)) - 1 + self.q_offset
-            q0 = q0 + self.q_offset
-            k0 = torch.arange(self.num_k_blocks, device=self.device) * self.block_k
-            k1 = k0 + k_sizes[:, None, :] - 1
-            some, every = some & (k0 <= q1), every & (k1 <= q0)
-            if self.window is not None:
-                some = some & ((k1 > q0 - self.window) | (k0 < self.sink))
-                every = every & ((k0 > q1 - self.window) | (k1 < self.sink))
-        return some[:, None], every[:, None]
-
-    def _visible_pairs(self) -> tuple[Tensor, Tensor]:
-        """Visible pairs per block `[B|1, 1, T_q, T_k]`, and in all (without window) `[B|1, 1, 1, 1]`.
-
-        Counted one query block at a time: a [Lq, Lk] mask would not fit at the lengths this is for.
-        """
-        q_pos, k_pos, q_ok, k_ok = self._positions()
-        pad = self.num_k_blocks * self.block_k - self.kv_len
-        rows = []
-        for i in range(self.num_q_blocks):
-            at = slice(i * self.block_q, (i + 1) * self.block_q)
-            seen = self.visible(q_pos[at, None], k_pos) & q_ok[at, None] & k_ok[:, None]
-            per_key = torch.nn.functional.pad(seen.sum(1, dtype=torch.float64), (0, pad))
-            rows.append(per_key.unflatten(-1, (-1, self.block_k)).sum(-1))
-        lengths = torch.tensor([self.kv_len]) if self.kv_lengths is None else self.kv_lengths
-        last = (q_pos + self.q_offset + 1).clamp(min=0)
-        dense = torch.minimum(last, lengths.to(self.device)[:, None]).sum(1).double()
-        return torch.stack(rows, dim=1)[:, None], dense.view(-1, 1, 1, 1)
+        return visibility.block_visibility(self)
 
 
 torch.export.register_dataclass(SparsePlan)
-
-
-def _check_geometry(block_q: int, block_k: int, q_len: int, kv_len: int) -> None:
-    for name, value in (
-        ("block_q", block_q),
-        ("block_k", block_k),
-        ("q_len", q_len),
-        ("kv_len", kv_len),
-    ):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: accepted is an int >= 1")
 
 
 def _check_blocks(
@@ -422,6 +529,13 @@ def _check_blocks(
             f"{kv_len} keys in blocks of {block_k} need [B|1, Hq|1, {n_q}, {n_k}]"
         )
     return n_q, n_k
+
+
+def _check_range(name: str, x: Tensor, most: int) -> None:
+    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= most:
+        raise ValueError(
+            f"{name}: accepted are numbers between 0 and {most}, got {int(x.min())} to {int(x.max())}"
+        )
 
 
 def _block_sizes(

@@ -1,0 +1,32 @@
+"""Feature maps of linear attention and their gradients; applied to unscaled queries and keys."""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+FeatureMap = Literal["softmax", "elu", "relu"]
+FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
+
+
+def features(x: Float[Tensor, "*b d"], feature_map: str) -> Float[Tensor, "*b d"]:
+    """phi(x), never negative: softmax over `d`, elu(x) + 1, or relu(x)."""
+    if feature_map == "softmax":
+        return torch.softmax(x, -1)
+    return F.elu(x) + 1 if feature_map == "elu" else F.relu(x)
+
+
+def features_backward(
+    x: Float[Tensor, "*b d"],
+    phi: Float[Tensor, "*b d"],
+    grad_phi: Float[Tensor, "*b d"],
+    feature_map: str,
+) -> Float[Tensor, "*b d"]:
+    """Gradient of `x`, given phi(x) and the gradient of phi(x)."""
+    if feature_map == "softmax":
+        return phi * (grad_phi - (grad_phi * phi).sum(-1, keepdim=True))
+    if feature_map == "elu":
+        return grad_phi * torch.where(x > 0, torch.ones_like(phi), phi)
+    return grad_phi * (x > 0)

@@ -1,0 +1,143 @@
+"""Which keys each query sees under a plan: by pair, by block, and counted."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dit_accel.kernels.plan import SparsePlan
+
+
+def positions(plan: "SparsePlan") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each row and key: its position and whether it is a token.
+
+    `[Hq|1, Lq]`, `[Lk]`, `[Lq]` and `[B|1, Lk]`, rows in the order of the query blocks.
+    """
+    row = torch.arange(plan.q_len, device=plan.device)
+    k_pos = torch.arange(plan.kv_len, device=plan.device)
+    q_pos = row[None] if plan.q_order is None else plan.q_order.long()
+    q_ok = row % plan.block_q < plan.q_sizes()[row // plan.block_q]
+    k_ok = k_pos % plan.block_k < plan.k_sizes()[:, k_pos // plan.block_k]
+    return q_pos, k_pos, q_ok, k_ok
+
+
+def row_ends(plan: "SparsePlan") -> tuple[Tensor, Tensor]:
+    """Smallest and largest key position that the rows of each block stand at, two `[Hq|1, T_q]`."""
+    if plan.q_order is None:
+        first = torch.arange(plan.num_q_blocks, device=plan.device) * plan.block_q
+        last = (first + plan.block_q).clamp(max=plan.q_len) - 1
+        return first[None] + plan.q_offset, last[None] + plan.q_offset
+    pad = plan.num_q_blocks * plan.block_q - plan.q_len
+    order = plan.q_order.long() + plan.q_offset
+    blocks = [
+        torch.nn.functional.pad(order, (0, pad), value=filler).unflatten(-1, (-1, plan.block_q))
+        for filler in (2**40, -(2**40))
+    ]
+    return blocks[0].amin(-1), blocks[1].amax(-1)
+
+
+def block_visibility(plan: "SparsePlan") -> tuple[Tensor, Tensor]:
+    """Whether some, and whether every, pair of a block is visible: two `[B|1, Hq|1, T_q, T_k]`.
+
+    A row whose queries run short (the query tail) still counts as full: its missing queries
+    are never read. Missing keys are. With `q_order` and a window, "some" may be True for a block
+    that turns out empty.
+    """
+    q_sizes, k_sizes = plan.q_sizes(), plan.k_sizes()
+    some = (q_sizes[:, None] > 0) & (k_sizes[:, None, None, :] > 0)
+    every = some & (k_sizes[:, None, None, :] == plan.block_k)
+    if plan.positional:
+        q0, q1 = (x[..., None] for x in row_ends(plan))
+        k0 = torch.arange(plan.num_k_blocks, device=plan.device) * plan.block_k
+        k1 = k0 + k_sizes[:, None, None, :] - 1
+        some, every = some & (k0 <= q1), every & (k1 <= q0)
+        if plan.window is not None:
+            some = some & ((k1 > q0 - plan.window) | (k0 < plan.sink))
+            every = every & ((k0 > q1 - plan.window) | (k1 < plan.sink))
+    return some, every
+
+
+def column_members(plan: "SparsePlan") -> Tensor:
+    """Which keys are columns, `[B|1, Hq|1, Lk]`."""
+    assert plan.columns is not None
+    member = torch.zeros(
+        *plan.columns.shape[:2], plan.kv_len + 1, dtype=torch.bool, device=plan.device
+    )
+    return member.scatter_(-1, plan.columns.long(), True)[..., : plan.kv_len]
+
+
+def _rows_seen(plan: "SparsePlan", i: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """For the rows of block i: keys read `[B|1, Hq|1, BQ, Lk]`, and keys that the rules show."""
+    q_pos, k_pos, q_ok, k_ok = positions(plan)
+    at = slice(i * plan.block_q, (i + 1) * plan.block_q)
+    rules = plan.visible(q_pos[:, at, None], k_pos) & q_ok[at, None] & k_ok[:, None, None]
+    member = blocks[:, :, i][..., k_pos // plan.block_k]
+    if plan.columns is not None:
+        member = member | column_members(plan)
+    return rules & member[:, :, None], rules
+
+
+def pair_mask(plan: "SparsePlan", blocks: Tensor, *, columns: bool = False) -> Tensor:
+    """The visible pairs of `blocks` `[B|1, Hq|1, T_q, T_k]`, and of the plan's columns if asked.
+
+    `[B|1, Hq|1, Lq, Lk]`, queries in their own order.
+    """
+    q_pos, k_pos, q_ok, k_ok = positions(plan)
+    row = torch.arange(plan.q_len, device=plan.device)
+    member = blocks[..., row // plan.block_q, :][..., k_pos // plan.block_k]
+    if columns and plan.columns is not None:
+        member = member | column_members(plan)[:, :, None]
+    rules = plan.visible(q_pos[..., None], k_pos) & q_ok[:, None] & k_ok[:, None, None]
+    mask = member & rules
+    if plan.q_order is None:
+        return mask
+    mask = mask.expand(-1, max(mask.shape[1], len(plan.q_order)), -1, -1)
+    back = plan.q_order.argsort(-1)[None, :, :, None]
+    return mask.gather(2, back.expand(*mask.shape))
+
+
+def density(plan: "SparsePlan") -> Tensor:
+    """Attended pairs over the pairs of a dense call, a scalar on the plan's device."""
+    blocks = plan.to_block_mask()
+    if plan.positional or plan.columns is not None:
+        # One query block at a time: a [Lq, Lk] mask would not fit at the lengths this is for.
+        attended = torch.stack(
+            [
+                _rows_seen(plan, i, blocks)[0].sum((-1, -2)).double()
+                for i in range(plan.num_q_blocks)
+            ]
+        ).sum(0)
+    else:
+        pairs = plan.q_sizes().double()[:, None] * plan.k_sizes().double()[:, None, None, :]
+        attended = (pairs * blocks).sum((-1, -2))
+    if plan.causal:
+        q_pos, *_ = positions(plan)
+        lengths = plan.k_sizes().sum(-1)[:, None, None]
+        last = (q_pos + plan.q_offset + 1).clamp(min=0)
+        dense = torch.minimum(last, lengths).sum(-1).double()
+    else:
+        dense = plan.q_sizes().sum().double() * plan.k_sizes().sum(-1).double()[:, None]
+    attended, dense = torch.broadcast_tensors(attended, dense)
+    return attended.sum() / dense.sum().clamp(min=1)
+
+
+def recall(plan: "SparsePlan", q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """Mean over queries of the exact softmax mass that the plan reads, `[B, Hq]`."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    if plan.q_order is not None:
+        q = q.gather(2, plan.q_order.long()[None, :, :, None].expand(*q.shape))
+    blocks = plan.to_block_mask()
+    total = q.new_zeros(q.shape[:2], dtype=dtype)
+    count = torch.zeros(1, 1, dtype=torch.long, device=q.device)
+    for i in range(plan.num_q_blocks):
+        read, rules = _rows_seen(plan, i, blocks)
+        at = slice(i * plan.block_q, (i + 1) * plan.block_q)
+        logits = (q[:, :, at].to(dtype) @ k.mT * scale).masked_fill(~rules, -math.inf)
+        mass = torch.softmax(logits, -1).nan_to_num(0.0)  # a query without any key
+        total += (mass * read).sum((-1, -2))
+        count = count + rules.any(-1).sum(-1)
+    return total / count.clamp(min=1)
