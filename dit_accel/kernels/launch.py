@@ -1,0 +1,29 @@
+"""One Triton launch as data: run it, or compile it for a chip that is not here."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything it is called with."""
+
+    kernel: Any
+    """The `@triton.jit` function."""
+    grid: tuple[int, ...]
+    arguments: dict[str, Tensor | int | float | None]
+    """Run-time arguments by name; None stands for an input that this launch does not have."""
+    constants: dict[str, int | bool | str]
+    """`tl.constexpr` arguments by name."""
+    num_warps: int
+    num_stages: int
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](
+            **self.arguments,
+            **self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
