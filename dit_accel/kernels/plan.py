@@ -72,6 +72,8 @@ class SparsePlan:
     unused places at the end hold `kv_len`. A column inside a block that the row reads is read once."""
     q_order: Int[Tensor, "h_order l_q"] | None = None
     """Row r of the query blocks is query `q_order[r]`, `[Hq|1, Lq]`; None: in order."""
+    long_rows: Int[Tensor, " n_long"] | None = None
+    """Query blocks that read very many keys; kernels may split them. A hint: results stay the same."""
 
     causal: bool = False
     """Query i sees keys up to `i + q_offset`."""
@@ -99,6 +101,19 @@ class SparsePlan:
     def positional(self) -> bool:
         """Whether visibility depends on the query's position, not only on the key."""
         return self.causal or self.window is not None
+
+    def leading_sizes(self) -> list[tuple[str, int, int]]:
+        """Of each tensor that has them: its name, batch and heads."""
+        sizes = [
+            (name, x.shape[0], x.shape[1])
+            for name in ("kv_num_blocks", "full_kv_num_blocks", "skip_num_blocks", "columns")
+            if (x := getattr(self, name)) is not None
+        ]
+        if self.q_order is not None:
+            sizes.append(("q_order", 1, self.q_order.shape[0]))
+        if self.kv_lengths is not None:
+            sizes.append(("kv_lengths", self.kv_lengths.shape[0], 1))
+        return sizes
 
     def to(self, device: torch.device | str) -> "SparsePlan":
         """The same plan with its tensors on `device`."""
@@ -150,6 +165,7 @@ class SparsePlan:
         skip: Bool[Tensor, "b2 h2 n_q n_k"] | None = None,
         columns: Int[Tensor, "b3 h3 n_columns"] | None = None,
         q_order: Int[Tensor, "h4 l_q"] | None = None,
+        long_rows: Int[Tensor, " n_long"] | None = None,
         most: int | None = None,
     ) -> "SparsePlan":
         """A plan that reads exactly the blocks that are True in `mask`.
@@ -169,6 +185,8 @@ class SparsePlan:
             columns: `[B|1, Hq|1, C]`, single keys that every query of a head reads too; strictly
                 ascending, unused places at the end hold `kv_len`.
             q_order: `[Hq|1, Lq]`, a permutation: row r of the blocks is query `q_order[r]`.
+            long_rows: `[n]`, query blocks that read very many keys, which GPU kernels then split
+                over several programs. Changes no result.
             most: a row of `mask` holds at most this many blocks; keeps the lists narrow where
                 counting would stall the device. Default: no limit is known.
 
@@ -191,6 +209,7 @@ class SparsePlan:
             k_block_sizes=k_block_sizes,
             columns=columns,
             q_order=q_order,
+            long_rows=long_rows,
         )
         for name, x in (("mask", mask), ("skip", skip)):
             if x is not None:
@@ -204,7 +223,9 @@ class SparsePlan:
         some, every = plan._block_visibility()
         shape = torch.broadcast_shapes(mask.shape, some.shape)
         mask = mask.expand(shape)
-        partial = block_lists(mask & some & ~every, most)
+        # Where only the tail can be short of keys, one partial block a row is the most there is.
+        ragged = plan.positional or k_block_sizes is not None or kv_lengths is not None
+        partial = block_lists(mask & some & ~every, most if ragged else 1)
         full = block_lists(mask & every, most)
         skipped = None if skip is None else block_lists(skip & ~mask & some)
         return dataclasses.replace(
@@ -304,6 +325,7 @@ class SparsePlan:
         k_block_sizes: Tensor | None = None,
         columns: Tensor | None = None,
         q_order: Tensor | None = None,
+        long_rows: Tensor | None = None,
     ) -> "SparsePlan":
         """A checked plan that reads nothing yet: who may see what follows from it."""
         for name, value in (
@@ -347,6 +369,7 @@ class SparsePlan:
             kv_lengths=to_int32(kv_lengths),
             columns=to_int32(columns),
             q_order=to_int32(q_order),
+            long_rows=to_int32(long_rows),
             causal=causal,
             q_offset=q_offset if q_offset is not None else (kv_len - q_len if causal else 0),
             window=window,
@@ -399,6 +422,7 @@ class SparsePlan:
             ("k_block_sizes", self.block_k),
             ("kv_lengths", self.kv_len),
             ("columns", self.kv_len),
+            ("long_rows", n_q - 1),
         ):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), most)

@@ -1,0 +1,329 @@
+"""Forward kernel: exact attention over the lists of a row, its extra keys, and the linear branch.
+
+    o = softmax(scale q k^T) v over the keys read        (README.md, equations 1 and 2)
+    o_l = phi(q) H / (phi(q) . Z)                        (equation 3)
+
+One program owns a tile of query rows of one head. LINEAR says where H and Z come from: 1, the totals
+over all keys; 2, the totals minus what this row reads or skips, subtracted in score space over the
+same tiles; 3, a sum over the listed blocks.
+"""
+
+import triton
+import triton.language as tl
+
+from dit_accel.kernels.block_sparse.tile_math import (
+    covered,
+    gathered_keys,
+    load_rows,
+    load_tile,
+    phi,
+    query_rows,
+    visible,
+)
+
+
+@triton.jit
+def _softmax_step(
+    b_q, b_k, b_v, b_bias, m_s, b_o, b_m, b_l, scale,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of the online softmax; `b_m` is the running maximum, `b_l` the running sum."""
+    # [TQ, TK]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+    if BIAS:
+        b_s += b_bias[None, :]
+    if MASKED:
+        b_s = tl.where(m_s, b_s, float("-inf"))
+    b_top = tl.maximum(b_m, tl.max(b_s, 1))
+    b_base = b_top
+    if MASKED:
+        b_base = tl.where(b_top == float("-inf"), 0.0, b_top)  # a row may see nothing so far
+    b_p = tl.exp2(b_s - b_base[:, None])
+    b_keep = tl.exp2(b_m - b_base)
+    b_l = b_l * b_keep + tl.sum(b_p, 1)
+    # [TQ, DVP]
+    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_keep[:, None], input_precision=PRECISION)
+    return b_o, b_top, b_l
+
+
+@triton.jit
+def _linear_step(
+    b_phi, b_phik, b_v, b_num, b_den, SUBTRACT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """One tile of the linear branch, added to its numerator and denominator or taken off."""
+    # [TQ, TK]
+    b_a = tl.dot(b_phi, tl.trans(b_phik), input_precision=PRECISION)
+    if SUBTRACT:
+        b_a = -b_a
+    b_den += tl.sum(b_a, 1)
+    # [TQ, DVP]
+    b_num = tl.dot(b_a.to(b_v.dtype), b_v, b_num, input_precision=PRECISION)
+    return b_num, b_den
+
+
+@triton.jit
+def _walk(
+    b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
+    K, V, PHI_K, INDEX, K_SIZES, first, last,
+    k_l, v_l, o_d, m_d, o_v, m_v, q_pos, q_offset, window, sink, scale,
+    BLOCK_K: tl.constexpr, TK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MASK_D: tl.constexpr, MASK_V: tl.constexpr, MASKED: tl.constexpr, POSITIONAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, SUBTRACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The blocks `first`..`last` of one list, TK keys at a time."""
+    SUB: tl.constexpr = (BLOCK_K + TK - 1) // TK
+    o_n = tl.arange(0, TK)
+    for t in tl.range(first * SUB, last * SUB):
+        i_k = tl.load(INDEX + t // SUB)
+        o_first = (t % SUB) * TK
+        start = i_k * BLOCK_K + o_first
+        size = TK
+        m_s = None
+        if MASKED:
+            size = tl.load(K_SIZES + i_k) - o_first
+            m_s = o_n[None, :] < size
+            if POSITIONAL:
+                m_s = m_s & visible(q_pos, start + o_n, q_offset, window, sink, WINDOW)
+        # [TK, DVP]
+        b_v = load_tile(V, start, size, v_l, o_n, o_v, m_v, MASKED, MASK_V)
+        if SOFTMAX:
+            # [TK, DP]
+            b_k = load_tile(K, start, size, k_l, o_n, o_d, m_d, MASKED, MASK_D)
+            b_o, b_m, b_l = _softmax_step(
+                b_q, b_k, b_v, None, m_s, b_o, b_m, b_l, scale, MASKED, False, PRECISION
+            )
+        if LINEAR:
+            # [TK, DP]
+            b_phik = load_tile(PHI_K, start, size, HEAD_DIM, o_n, o_d, m_d, MASKED, MASK_D)
+            b_num, b_den = _linear_step(b_phi, b_phik, b_v, b_num, b_den, SUBTRACT, PRECISION)
+    return b_o, b_m, b_l, b_num, b_den
+
+
+@triton.jit
+def _store_linear(
+    O_L, NORM, b_num, b_den, b_floor, n_keys, m_q, m_row, o_out, o_v, m_v, VALUE_DIM: tl.constexpr
+):
+    """o_l = numerator / denominator, 0 where nothing above `b_floor` is left to divide by."""
+    m_l = m_q & (b_den > b_floor)
+    b_inverse = tl.where(m_l, 1.0 / tl.where(m_l, b_den, 1.0), 0.0)
+    tl.store(NORM + o_out, b_inverse * n_keys, mask=m_row)
+    tl.store(
+        O_L + o_out[:, None] * VALUE_DIM + o_v[None, :],
+        (b_num * b_inverse[:, None]).to(O_L.dtype.element_ty),
+        mask=m_row[:, None] & m_v[None, :],
+    )
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, O, LSE,
+    FULL_NUM, FULL_INDEX, PART_NUM, PART_INDEX, EXTRA_NUM, EXTRA_INDEX,
+    K_SIZES, Q_SIZES, Q_ORDER, COVER, COLUMNS, COLUMN_NUM,
+    CENTROID_K, CENTROID_V, PHI_K, STATE, STATE_Z, O_L, NORM, LONG_ROWS, IS_LONG,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
+    q_len, k_len, n_q, n_k, n_full, n_part, n_extra, n_bytes, n_columns,
+    list_b, list_h, size_b, order_h, group, q_offset, window, sink,
+    scale, n_keys, long_blocks, n_long,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, EXTRA_KEYS: tl.constexpr,
+    LINEAR: tl.constexpr, FEATURE: tl.constexpr, SPLIT: tl.constexpr, WANT_LSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    SUB_Q: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
+    EVEN_K: tl.constexpr = BLOCK_K % TK == 0
+    MASK_D: tl.constexpr = HEAD_DIM != DP
+    MASK_V: tl.constexpr = VALUE_DIM != DVP
+    i_h, i_b = tl.program_id(1), tl.program_id(2)
+    i_kh = i_h // group
+    n_h = tl.num_programs(1)
+    i_sub = tl.program_id(0) % SUB_Q
+    if SPLIT == 2:  # segments of long rows: (row, segment)
+        i_slot = (tl.program_id(0) // SUB_Q) % n_long
+        i_segment = tl.program_id(0) // SUB_Q // n_long
+        i_block = tl.load(LONG_ROWS + i_slot)
+    else:
+        i_block = tl.program_id(0) // SUB_Q
+    i_list = i_b * list_b + i_h * list_h
+    i_row = i_list * n_q + i_block
+    full = tl.load(FULL_NUM + i_row)
+    part = tl.load(PART_NUM + i_row)
+    if SPLIT == 1:
+        if (full + part > long_blocks) & (tl.load(IS_LONG + i_block) != 0):
+            return  # another launch does this row
+    first, last = 0, full + part
+    if SPLIT == 2:
+        first = i_segment * long_blocks
+        # A row that is short after all belongs to the other launch; here it comes out empty.
+        last = tl.where(full + part > long_blocks, tl.minimum(first + long_blocks, full + part), 0)
+        first = tl.minimum(first, last)
+
+    o_in = i_sub * TQ + tl.arange(0, TQ)
+    o_row, m_q, m_row = query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
+    o_d, o_v = tl.arange(0, DP), tl.arange(0, DVP)
+    m_d, m_v = o_d < HEAD_DIM, o_v < VALUE_DIM
+    Q += i_b.to(tl.int64) * q_b + i_h.to(tl.int64) * q_h
+    K += i_b.to(tl.int64) * k_b + i_kh.to(tl.int64) * k_h
+    V += i_b.to(tl.int64) * v_b + i_kh.to(tl.int64) * v_h
+    K_SIZES += i_b * size_b
+    FULL_INDEX += i_row.to(tl.int64) * n_full
+    PART_INDEX += i_row.to(tl.int64) * n_part
+    # [TQ, DP]
+    b_q = load_rows(Q, o_row, m_q, q_l, o_d, m_d, MASK_D)
+    b_o = tl.zeros([TQ, DVP], tl.float32)
+    b_m = tl.full([TQ], float("-inf"), tl.float32)
+    b_l = tl.zeros([TQ], tl.float32)
+    i_bh = (i_b * n_h + i_h).to(tl.int64)
+    b_phi = None
+    b_num = None
+    b_den = None
+    if LINEAR:
+        i_state = (i_b * (n_h // group) + i_kh).to(tl.int64)
+        b_phi = phi(b_q.to(tl.float32), m_d, FEATURE).to(b_q.dtype)
+        b_num = tl.zeros([TQ, DVP], tl.float32)
+        b_den = tl.zeros([TQ], tl.float32)
+        b_floor = tl.zeros([TQ], tl.float32) + 1e-30
+        if LINEAR <= 2:  # totals first, while registers are free
+            # [DP, DVP], [DP]
+            p_state = STATE + i_state * HEAD_DIM * VALUE_DIM
+            b_h = load_rows(p_state, o_d, m_d, VALUE_DIM, o_v, m_v, MASK_V)
+            b_z = tl.load(STATE_Z + i_state * HEAD_DIM + o_d, mask=m_d, other=0.0)
+            b_num = tl.dot(b_phi, b_h, input_precision=PRECISION) * n_keys
+            b_den = tl.sum(b_phi.to(tl.float32) * b_z[None, :], 1) * n_keys
+        if LINEAR == 1:
+            o_out = i_bh * q_len + o_row
+            b_den += 1e-5
+            _store_linear(
+                O_L, NORM, b_num, b_den, b_floor, n_keys, m_q, m_row, o_out, o_v, m_v, VALUE_DIM
+            )
+        else:
+            PHI_K += i_state * k_len * HEAD_DIM
+            # What is left below the rounding of the subtraction is nothing.
+            b_floor += b_den * 4e-6
+
+    b_o, b_m, b_l, b_num, b_den = _walk(
+        b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
+        K, V, PHI_K, FULL_INDEX, K_SIZES, tl.minimum(first, full), tl.minimum(last, full),
+        k_l, v_l, o_d, m_d, o_v, m_v, o_row, q_offset, window, sink, scale,
+        BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, not EVEN_K, False, WINDOW,
+        True, LINEAR == 2, True, PRECISION,
+    )  # fmt: skip
+    b_o, b_m, b_l, b_num, b_den = _walk(
+        b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
+        K, V, PHI_K, PART_INDEX, K_SIZES, tl.maximum(first - full, 0), tl.maximum(last - full, 0),
+        k_l, v_l, o_d, m_d, o_v, m_v, o_row, q_offset, window, sink, scale,
+        BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, True, POSITIONAL, WINDOW,
+        True, LINEAR == 2, True, PRECISION,
+    )  # fmt: skip
+    if EXTRA_NUM is not None:  # skipped blocks (LINEAR 2) or the linear set itself (LINEAR 3)
+        EXTRA_INDEX += i_row.to(tl.int64) * n_extra
+        b_o, b_m, b_l, b_num, b_den = _walk(
+            b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
+            K, V, PHI_K, EXTRA_INDEX, K_SIZES, 0, tl.load(EXTRA_NUM + i_row),
+            k_l, v_l, o_d, m_d, o_v, m_v, o_row, q_offset, window, sink, scale,
+            BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, True, False, WINDOW,
+            False, True, LINEAR == 2, PRECISION,
+        )  # fmt: skip
+    if EXTRA_KEYS:
+        X_K, X_V, x_k, x_v = K, V, k_l, v_l
+        if EXTRA_KEYS == 2:
+            i_c = (i_b * (n_h // group) + i_kh).to(tl.int64) * n_k
+            X_K, X_V = CENTROID_K + i_c * HEAD_DIM, CENTROID_V + i_c * VALUE_DIM
+            x_k, x_v = HEAD_DIM, VALUE_DIM
+            n_c = n_k
+        else:
+            COLUMNS += i_list.to(tl.int64) * n_columns
+            n_c = tl.load(COLUMN_NUM + i_row)
+        if SPLIT == 2:
+            n_c = tl.where((i_segment == 0) & (last > 0), n_c, 0)
+        for c in tl.range(0, n_c, TK):
+            o_key, o_block, m_c, b_bias = gathered_keys(
+                c + tl.arange(0, TK), n_c, COLUMNS, K_SIZES, k_len, n_k, BLOCK_K, EXTRA_KEYS
+            )
+            m_c = m_c & ~covered(COVER, i_row, n_bytes, o_block, m_c)
+            m_s = m_c[None, :]
+            if POSITIONAL:
+                m_s = m_s & visible(o_row, o_key, q_offset, window, sink, WINDOW)
+            # [TK, DP], [TK, DVP]
+            b_k = load_rows(X_K, o_key, m_c, x_k, o_d, m_d, MASK_D)
+            b_v = load_rows(X_V, o_key, m_c, x_v, o_v, m_v, MASK_V)
+            b_o, b_m, b_l = _softmax_step(
+                b_q, b_k, b_v, b_bias, m_s, b_o, b_m, b_l, scale, True, EXTRA_KEYS == 2, PRECISION
+            )
+
+    m_out = m_q & (b_l > 0)
+    b_l = tl.where(m_out, b_l, 1.0)
+    b_o = tl.where(m_out[:, None], b_o / b_l[:, None], 0.0)
+    if SPLIT == 2:  # partial results: [segment, B, H, n_long * BLOCK_Q]
+        i_bh = (i_segment.to(tl.int64) * tl.num_programs(2) + i_b) * n_h + i_h
+        o_row = i_slot * BLOCK_Q + o_in
+        m_row = o_in < BLOCK_Q
+        q_len = n_long * BLOCK_Q
+    o_out = i_bh * q_len + o_row
+    tl.store(
+        O + o_out[:, None] * VALUE_DIM + o_v[None, :],
+        b_o.to(O.dtype.element_ty),
+        mask=m_row[:, None] & m_v[None, :],
+    )
+    if WANT_LSE:
+        b_lse = tl.where(
+            m_out, (tl.where(m_out, b_m, 0.0) + tl.log2(b_l)) * 0.6931471805599453, float("-inf")
+        )
+        tl.store(LSE + o_out, b_lse, mask=m_row)
+    if LINEAR >= 2:
+        _store_linear(
+            O_L, NORM, b_num, b_den, b_floor, n_keys, m_q, m_row, o_out, o_v, m_v, VALUE_DIM
+        )
+
+
+@triton.jit
+def merge_kernel(
+    PART_O, PART_LSE, O, LSE, FULL_NUM, PART_NUM, LONG_ROWS, Q_SIZES, Q_ORDER,
+    q_len, n_q, list_b, list_h, order_h, long_blocks, n_long, n_segments,
+    VALUE_DIM: tl.constexpr, DVP: tl.constexpr, BLOCK_Q: tl.constexpr, TQ: tl.constexpr,
+    WANT_LSE: tl.constexpr,
+):  # fmt: skip
+    """The segments of a long row, merged by their lse and written where the row belongs."""
+    SUB_Q: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
+    i_slot = tl.program_id(0) // SUB_Q
+    i_h, i_b = tl.program_id(1), tl.program_id(2)
+    n_h = tl.num_programs(1)
+    i_block = tl.load(LONG_ROWS + i_slot)
+    i_row = (i_b * list_b + i_h * list_h) * n_q + i_block
+    if tl.load(FULL_NUM + i_row) + tl.load(PART_NUM + i_row) <= long_blocks:
+        return
+    o_in = (tl.program_id(0) % SUB_Q) * TQ + tl.arange(0, TQ)
+    o_row, _, m_row = query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
+    o_v = tl.arange(0, DVP)
+    m_v = o_v < VALUE_DIM
+    m_in = o_in < BLOCK_Q
+    b_o = tl.zeros([TQ, DVP], tl.float32)
+    b_m = tl.full([TQ], float("-inf"), tl.float32)
+    b_l = tl.zeros([TQ], tl.float32)
+    for s in tl.range(0, n_segments):
+        i_bh = s * tl.num_programs(2) * n_h + i_b * n_h + i_h
+        o_part = (i_bh.to(tl.int64) * n_long + i_slot) * BLOCK_Q + o_in
+        b_lse = tl.load(PART_LSE + o_part, mask=m_in, other=float("-inf"))
+        b_top = tl.maximum(b_m, b_lse)
+        b_base = tl.where(b_top == float("-inf"), 0.0, b_top)
+        b_keep = tl.exp2((b_m - b_base) * 1.4426950408889634)
+        b_w = tl.exp2((b_lse - b_base) * 1.4426950408889634)
+        # [TQ, DVP]
+        b_x = load_rows(PART_O, o_part, m_in, VALUE_DIM, o_v, m_v, True)
+        b_o = b_o * b_keep[:, None] + b_x * b_w[:, None]
+        b_l = b_l * b_keep + b_w
+        b_m = b_top
+    m_out = b_l > 0
+    b_l = tl.where(m_out, b_l, 1.0)
+    o_out = (i_b * n_h + i_h).to(tl.int64) * q_len + o_row
+    tl.store(
+        O + o_out[:, None] * VALUE_DIM + o_v[None, :],
+        tl.where(m_out[:, None], b_o / b_l[:, None], 0.0).to(O.dtype.element_ty),
+        mask=m_row[:, None] & m_v[None, :],
+    )
+    if WANT_LSE:
+        b_lse = tl.where(
+            m_out, tl.where(m_out, b_m, 0.0) + tl.log2(b_l) * 0.6931471805599453, float("-inf")
+        )
+        tl.store(LSE + o_out, b_lse, mask=m_row)

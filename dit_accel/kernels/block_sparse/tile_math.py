@@ -1,0 +1,123 @@
+"""What happens inside one tile: the pieces that the Triton kernels share.
+
+Dialect: `i_` program index, `o_` offsets, `m_` mask, `p_` pointers, `b_` block in registers; TQ x TK
+is the tile. Scores are kept in base 2 (`scale` holds log2 e). Addresses are 64 bit.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def phi(b_x, m_d, FEATURE: tl.constexpr):
+    """Feature map of rows `[N, DP]` in fp32; 0 beyond head_dim. 0: softmax, 1: elu + 1, 2: relu."""
+    if FEATURE == 0:
+        b_x = tl.where(m_d[None, :], b_x, float("-inf"))
+        b_e = tl.exp2((b_x - tl.max(b_x, 1)[:, None]) * 1.4426950408889634)
+        b_y = b_e / tl.sum(b_e, 1)[:, None]
+    elif FEATURE == 1:
+        b_y = tl.where(b_x > 0, b_x + 1.0, tl.exp2(tl.minimum(b_x, 0.0) * 1.4426950408889634))
+    else:
+        b_y = tl.maximum(b_x, 0.0)
+    return tl.where(m_d[None, :], b_y, 0.0)
+
+
+@triton.jit
+def phi_backward(b_x, b_phi, b_dphi, FEATURE: tl.constexpr):
+    """Gradient of x `[N, DP]`, given phi(x) and its gradient, all fp32."""
+    if FEATURE == 0:
+        return b_phi * (b_dphi - tl.sum(b_dphi * b_phi, 1)[:, None])
+    elif FEATURE == 1:
+        return b_dphi * tl.where(b_x > 0, 1.0, b_phi)
+    else:
+        return tl.where(b_x > 0, b_dphi, 0.0)
+
+
+@triton.jit
+def visible(q_pos, k_pos, q_offset, window, sink, WINDOW: tl.constexpr):
+    """Causal, window and sink rule, `[TQ, TK]`."""
+    last = q_pos[:, None] + q_offset
+    m_s = k_pos[None, :] <= last
+    if WINDOW:
+        m_s = m_s & ((k_pos[None, :] > last - window) | (k_pos[None, :] < sink))
+    return m_s
+
+
+@triton.jit
+def query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q: tl.constexpr):
+    """Positions of the rows of a query tile, which are queries, and which exist.
+
+    A row beyond a ragged tile's size exists (it gets 0 and -inf) but is no query.
+    """
+    o_row = i_block * BLOCK_Q + o_in
+    m_row = (o_in < BLOCK_Q) & (o_row < q_len)
+    m_q = m_row
+    if Q_SIZES is not None:
+        m_q = m_row & (o_in < tl.load(Q_SIZES + i_block))
+    if Q_ORDER is not None:
+        o_row = tl.load(Q_ORDER + i_h * order_h + o_row, mask=m_row, other=0)
+    return o_row, m_q, m_row
+
+
+@triton.jit
+def load_rows(X, o_row, m_row, stride, o_d, m_d, MASK_D: tl.constexpr):
+    """Rows `[N, DP]` at 64-bit addresses; 0 where masked."""
+    p_x = X + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
+    if MASK_D:
+        return tl.load(p_x, mask=m_row[:, None] & m_d[None, :], other=0.0)
+    return tl.load(p_x, mask=m_row[:, None], other=0.0)
+
+
+@triton.jit
+def load_tile(
+    X, start, size, stride, o_n, o_d, m_d, MASKED: tl.constexpr, MASK_D: tl.constexpr
+):
+    """`[N, DP]` from row `start` on; MASKED: only the first `size` rows, the rest 0."""
+    p_x = X + start.to(tl.int64) * stride + o_n[:, None] * stride + o_d[None, :]
+    if MASKED and MASK_D:
+        return tl.load(p_x, mask=(o_n[:, None] < size) & m_d[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(p_x, mask=o_n[:, None] < size, other=0.0)
+    elif MASK_D:
+        return tl.load(p_x, mask=m_d[None, :], other=0.0)
+    else:
+        return tl.load(p_x)
+
+
+@triton.jit
+def covered(COVER, i_row, n_bytes, o_block, m_block):
+    """Whether row `i_row` reads block `o_block` exactly (a bit per block)."""
+    b_bits = tl.load(COVER + i_row.to(tl.int64) * n_bytes + o_block // 8, mask=m_block, other=0)
+    return ((b_bits.to(tl.int32) >> (o_block % 8)) & 1) == 1
+
+
+@triton.jit
+def gathered_keys(
+    o_c,
+    n_c,
+    COLUMNS,
+    K_SIZES,
+    k_len,
+    n_k,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Extra keys `o_c`: their row in the tensor, block, validity, and log2 of how many they stand for.
+
+    KIND 1: columns, rows of K and V. KIND 2: block means, rows of the centroid tensors.
+    """
+    if KIND == 1:
+        o_key = tl.load(COLUMNS + o_c, mask=o_c < n_c, other=0)
+        o_block = o_key // BLOCK_K
+        m_c = (o_c < n_c) & (o_key < k_len)
+        o_block = tl.where(m_c, o_block, 0)
+        b_size = tl.load(K_SIZES + o_block, mask=m_c, other=0)
+        m_c = m_c & (o_key % BLOCK_K < b_size)
+        b_bias = tl.zeros_like(o_c).to(tl.float32)
+    else:
+        o_key = o_c
+        o_block = o_c
+        b_size = tl.load(K_SIZES + o_block, mask=o_c < n_k, other=0)
+        m_c = b_size > 0
+        b_bias = tl.log2(tl.maximum(b_size, 1).to(tl.float32))
+    return o_key, o_block, m_c, b_bias

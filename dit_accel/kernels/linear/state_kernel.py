@@ -1,0 +1,67 @@
+"""Totals of the linear branch: phi(x)^T y and the weighted sum of phi(x), one pass over x and y."""
+
+import triton
+import triton.language as tl
+
+from dit_accel.kernels.block_sparse.tile_math import load_rows, phi
+
+
+@triton.jit
+def state_kernel(
+    X, Y, SIZES, NORM, TERM, PHI, OUT, OUT_Z,
+    x_b, x_h, x_l, y_b, y_h, y_l, length, span, size_b,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, TV: tl.constexpr,
+    BLOCK: tl.constexpr, TL: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys (NORM is None): sums of phi(k)^T v and phi(k) over valid keys, which SIZES gives per block.
+
+    Queries: sums of n phi(q)^T g and n t phi(q), with n = NORM (0 for rows that do not count) and
+    t = TERM. A program sums `span` tokens for TV of the value dims; parts `[part, B, H, ...]` are added
+    by the caller in a fixed order. PHI, if given, receives phi(x) `[B, H, L, D]`.
+    """
+    MASK_D: tl.constexpr = HEAD_DIM != DP
+    NV: tl.constexpr = (VALUE_DIM + TV - 1) // TV
+    i_h, i_b = tl.program_id(1), tl.program_id(2)
+    i_part, i_v = tl.program_id(0) // NV, tl.program_id(0) % NV
+    i_bh = (i_b * tl.num_programs(1) + i_h).to(tl.int64)
+    o_d, o_v = tl.arange(0, DP), i_v * TV + tl.arange(0, TV)
+    m_d, m_v = o_d < HEAD_DIM, o_v < VALUE_DIM
+    X += i_b.to(tl.int64) * x_b + i_h.to(tl.int64) * x_h
+    Y += i_b.to(tl.int64) * y_b + i_h.to(tl.int64) * y_h
+    b_h = tl.zeros([DP, TV], tl.float32)
+    b_z = tl.zeros([DP], tl.float32)
+    for start in tl.range(i_part * span, tl.minimum(i_part * span + span, length), TL):
+        o_l = start + tl.arange(0, TL)
+        m_l = o_l < length
+        if SIZES is not None:
+            m_l = m_l & (
+                o_l % BLOCK < tl.load(SIZES + i_b * size_b + o_l // BLOCK, mask=m_l, other=0)
+            )
+        # [TL, DP], [TL, TV]
+        b_x = load_rows(X, o_l, m_l, x_l, o_d, m_d, MASK_D)
+        b_y = load_rows(Y, o_l, m_l, y_l, o_v, m_v, True)
+        b_phi = tl.where(m_l[:, None], phi(b_x.to(tl.float32), m_d, FEATURE), 0.0).to(b_x.dtype)
+        if PHI is not None:
+            if i_v == 0:
+                tl.store(
+                    PHI + (i_bh * length + o_l)[:, None] * HEAD_DIM + o_d[None, :],
+                    b_phi,
+                    mask=(o_l < length)[:, None] & m_d[None, :],
+                )
+        if NORM is not None:
+            b_n = tl.load(NORM + i_bh * length + o_l, mask=m_l, other=0.0)
+            b_t = tl.load(TERM + i_bh * length + o_l, mask=m_l, other=0.0)
+            b_y = (b_y.to(tl.float32) * b_n[:, None]).to(b_x.dtype)
+            b_z += tl.sum(b_phi.to(tl.float32) * (b_n * b_t)[:, None], 0)
+        else:
+            b_z += tl.sum(b_phi.to(tl.float32), 0)
+        # [DP, TV]
+        b_h = tl.dot(tl.trans(b_phi), b_y, b_h, input_precision=PRECISION)
+    i_out = i_part.to(tl.int64) * tl.num_programs(2) * tl.num_programs(1) + i_bh
+    tl.store(
+        OUT + (i_out * HEAD_DIM + o_d)[:, None] * VALUE_DIM + o_v[None, :],
+        b_h,
+        mask=m_d[:, None] & m_v[None, :],
+    )
+    if i_v == 0:
+        tl.store(OUT_Z + i_out * HEAD_DIM + o_d, b_z, mask=m_d)
