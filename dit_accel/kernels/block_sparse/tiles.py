@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Kernel = Literal["forward", "rows", "columns", "gathered", "state", "merge"]
+Kernel = Literal["forward", "rows", "columns", "linear_columns"]
 
 
 class Target(NamedTuple):
@@ -51,7 +51,9 @@ _BASE: dict[tuple[str, bool], dict[int, Tile]] = {
     ("rows", False): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
     ("rows", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
     ("columns", False): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
-    ("columns", True): {64: Tile(64, 64, 8, 1), 128: Tile(32, 64, 8, 1), 256: Tile(32, 32, 8, 1)},
+    ("columns", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
+    ("linear_columns", False): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
+    ("linear_columns", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
 }
 
 

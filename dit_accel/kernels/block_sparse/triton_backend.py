@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse import backward as backward_kernels
-from dit_accel.kernels.block_sparse import forward as forward_kernels
+from dit_accel.kernels.block_sparse.backward_columns import columns_kernel, gathered_kernel
+from dit_accel.kernels.block_sparse.backward_rows import rows_kernel
+from dit_accel.kernels.block_sparse.forward import forward_kernel, merge_kernel
 from dit_accel.kernels.block_sparse.tiles import Kernel, Target, pad, tile
 from dit_accel.kernels.launch import Launch
+from dit_accel.kernels.linear.columns_kernel import linear_columns_kernel
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.linear.state_kernel import state_kernel
-from dit_accel.kernels.lists import Lists, block_lists, pack_bits, transpose_lists
+from dit_accel.kernels.lists import Lists, block_lists, pack_bits
 from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.router import pool_blocks
 
@@ -152,7 +154,7 @@ class _Problem:
 
     def lists(self, **lists: Lists | None) -> dict[str, Any]:
         """Lists of one leading shape `[B|1, Hq|1]`, with the strides that walk it."""
-        shapes = [x.counts.shape[:2] for x in lists.values() if x is not None]
+        shapes = [torch.Size((1, 1)), *(x.counts.shape[:2] for x in lists.values() if x is not None)]
         if self.columns is not None:
             shapes.append(self.columns.shape[:2])
         lead = torch.broadcast_shapes(*shapes)
@@ -324,7 +326,7 @@ def forward(
     if long_rows is None:
         run(
             Launch(
-                forward_kernels.forward_kernel,
+                forward_kernel,
                 (plan.num_q_blocks * sub, *heads_and_batch),
                 arguments,
                 constants,
@@ -353,7 +355,7 @@ def forward(
     for mode, programs, outputs, with_lse in launches:
         run(
             Launch(
-                forward_kernels.forward_kernel,
+                forward_kernel,
                 (programs, *heads_and_batch),
                 {**arguments, **split, **outputs},
                 {**constants, "SPLIT": mode, "WANT_LSE": with_lse},
@@ -362,7 +364,7 @@ def forward(
         )
     run(
         Launch(
-            forward_kernels.merge_kernel,
+            merge_kernel,
             (n_long * sub, *heads_and_batch),
             {
                 "PART_O": part_o,
@@ -452,7 +454,7 @@ def backward(
     extra_keys = p.extra_key_arguments()
     run(
         Launch(
-            backward_kernels.rows_kernel,
+            rows_kernel,
             (plan.num_q_blocks * math.ceil(plan.block_q / constants["TQ"]), p.heads, p.batch),
             {
                 **shared,
@@ -472,49 +474,30 @@ def backward(
             **options,
         )
     )
-    query_side: dict[str, Tensor | None] = {"PHI_Q": None, "STATE": None, "STATE_Z": None}
-    if linear is not None:
-        assert grad_o_l is not None
-        phi_q, state, state_z = p.totals(
-            q, grad_o_l, sizes=None, norm=norm, term=term, want_phi=p.mode >= 2
-        )
-        # Heads that share a key head add up.
-        state, state_z = (
-            x.unflatten(1, (p.kv_heads, -1)).sum(2) * p.per_key for x in (state, state_z)
-        )
-        query_side = {
-            "PHI_Q": phi_q,
-            "STATE": state.to(q.dtype).contiguous(),
-            "STATE_Z": state_z.contiguous(),
-        }
     gathered = _gathered_gradients(p, shared, lists, extra_keys) if p.extra_keys else None
     # Columns are added to what the lists gave, so both stay in fp32 until then.
     grad_dtype = torch.float32 if p.extra_keys == 1 else k.dtype
     grad_k = k.new_empty(k.shape, dtype=grad_dtype)
     grad_v = v.new_empty(v.shape, dtype=grad_dtype)
     means = gathered if p.extra_keys == 2 else None
+    if linear is not None:
+        _linear_key_gradients(p, grad_k, grad_v, grad_o_l, norm, term)
     constants, options = p.constants("columns")
-    transposed = plan.transpose()
-    extra = None
-    if p.extra is not None:
-        extra = transpose_lists(*p.extra, plan.num_k_blocks)
+    full, partial = _transposed(plan)
     run(
         Launch(
-            backward_kernels.columns_kernel,
+            columns_kernel,
             (plan.num_k_blocks * math.ceil(plan.block_k / constants["TK"]), p.kv_heads, p.batch),
             {
                 **shared,
-                **branch,
                 "GRAD_K": grad_k,
                 "GRAD_V": grad_v,
-                **p.lists(full=transposed.full, part=transposed.partial, extra=extra),
+                **p.lists(full=full, part=partial),
                 "GRAD_CENTROID_K": None if means is None else means[0],
                 "GRAD_CENTROID_V": None if means is None else means[1],
-                "PHI_K": key_side["PHI_K"],
-                **query_side,
                 **p.rules(),
             },
-            {**constants, **p.linear_constants()},
+            {**constants, "ADD": linear is not None},
             **options,
         )
     )
@@ -523,6 +506,75 @@ def backward(
         _add_columns(p, grad_k, gathered[0])
         _add_columns(p, grad_v, gathered[1])
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _linear_key_gradients(
+    p: _Problem,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_o_l: Tensor | None,
+    norm: Tensor,
+    term: Tensor,
+) -> None:
+    """Writes the linear branch's share of grad_k and grad_v."""
+    assert p.linear is not None
+    assert grad_o_l is not None
+    plan = p.plan
+    phi_q, state, state_z = p.totals(
+        p.q, grad_o_l, sizes=None, norm=norm, term=term, want_phi=p.mode >= 2
+    )
+    # Heads that share a key head add up.
+    state, state_z = (x.unflatten(1, (p.kv_heads, -1)).sum(2) * p.per_key for x in (state, state_z))
+    rows = None
+    if p.mode >= 2:
+        summed = plan.linear_blocks(p.linear.scope)  # type: ignore[arg-type]
+        rows = block_lists((summed if p.mode == 3 else ~summed).mT)
+    constants, options = p.constants("linear_columns")
+    for name in ("POSITIONAL", "WINDOW"):
+        del constants[name]
+    p.run(
+        Launch(
+            linear_columns_kernel,
+            (plan.num_k_blocks * math.ceil(plan.block_k / constants["TK"]), p.kv_heads, p.batch),
+            {
+                "K": p.k,
+                "V": p.v,
+                "GRAD_K": grad_k,
+                "GRAD_V": grad_v,
+                **p.lists(row=rows),
+                "K_SIZES": p.k_sizes,
+                "Q_SIZES": plan.q_block_sizes,
+                "Q_ORDER": plan.q_order,
+                "PHI_Q": phi_q,
+                "STATE": state.to(p.q.dtype).contiguous(),
+                "STATE_Z": state_z.contiguous(),
+                "GRAD_O_L": grad_o_l,
+                "NORM": norm,
+                "TERM": term,
+                **{name: x for name, x in p.strides().items() if not name.startswith("q")},
+                **{
+                    name: x
+                    for name, x in p.rules().items()
+                    if name not in ("q_offset", "window", "sink")
+                },
+                "per_key": p.per_key,
+                "n_keys": float(plan.kv_len),
+            },
+            {**constants, **p.linear_constants()},
+            **options,
+        )
+    )
+
+
+def _transposed(plan: SparsePlan) -> tuple[Lists, Lists | None]:
+    """Query blocks that read each key block, in full and in part.
+
+    Without positions there is no difference to a key: what is padding is masked once per tile.
+    """
+    if plan.positional:
+        lists = plan.transpose()
+        return lists.full, lists.partial
+    return block_lists(plan.to_block_mask().mT), None
 
 
 def _gathered_gradients(
@@ -541,7 +593,7 @@ def _gathered_gradients(
     grad_v = p.q.new_empty(*shape, p.value_dim, dtype=torch.float32)
     p.run(
         Launch(
-            backward_kernels.gathered_kernel,
+            gathered_kernel,
             (tiles * parts, p.heads, p.batch),
             {
                 **shared,

@@ -1,0 +1,232 @@
+"""Backward, key side: one program owns a key tile and walks the transposed lists of its block.
+
+    dk = scale ds^T q   dv = p^T dO                                (README.md, equation 4)
+
+so the cost follows the blocks that are kept. The linear branch's share comes from a launch of its own
+(linear/columns_kernel.py): both at once need more registers than a thread has.
+"""
+
+import triton
+import triton.language as tl
+
+from dit_accel.kernels.block_sparse.tile_math import (
+    covered,
+    gathered_keys,
+    load_rows,
+    query_rows,
+    visible,
+)
+
+
+@triton.jit
+def _columns_step(
+    b_k, b_v, b_q, b_do, b_lse, b_delta, b_bias, m_s, b_dk, b_dv, scale,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One query tile's share of grad_k and grad_v; tiles are [TK, TQ] here."""
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
+    if BIAS:
+        b_s += b_bias[:, None]
+    b_p = tl.exp2(b_s - b_lse[None, :])
+    if MASKED:
+        b_p = tl.where(m_s, b_p, 0.0)
+    # [TK, DVP]
+    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    # [TK, DP]
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit
+def _columns_walk(
+    b_k, b_v, b_dk, b_dv, Q, GRAD_O, LSE, DELTA, INDEX, count, i_h,
+    Q_SIZES, Q_ORDER, order_h, q_len, q_l, o_d, m_d, o_v, m_v, k_pos,
+    q_offset, window, sink, scale,
+    BLOCK_Q: tl.constexpr, TQ: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    MASK_D: tl.constexpr, MASK_V: tl.constexpr, POSITIONAL: tl.constexpr, WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The query blocks of one transposed list, TQ rows at a time."""
+    SUB: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
+    for t in tl.range(0, count * SUB):
+        i_block = tl.load(INDEX + t // SUB)
+        o_in = (t % SUB) * TQ + tl.arange(0, TQ)
+        o_row, m_q, _ = query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
+        # [TQ, DP], [TQ, DVP]
+        b_q = load_rows(Q, o_row, m_q, q_l, o_d, m_d, MASK_D)
+        b_do = load_rows(GRAD_O, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V)
+        b_lse = tl.load(LSE + o_row, mask=m_q, other=float("inf")) * 1.4426950408889634
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+        b_delta = tl.load(DELTA + o_row, mask=m_q, other=0.0)
+        m_s = None
+        if POSITIONAL:
+            m_s = tl.trans(visible(o_row, k_pos, q_offset, window, sink, WINDOW))
+        b_dk, b_dv = _columns_step(
+            b_k, b_v, b_q, b_do, b_lse, b_delta, None, m_s, b_dk, b_dv, scale,
+            POSITIONAL, False, PRECISION,
+        )  # fmt: skip
+    return b_dk, b_dv
+
+
+@triton.jit
+def columns_kernel(
+    Q, K, V, LSE, GRAD_O, DELTA, GRAD_K, GRAD_V,
+    FULL_NUM, FULL_INDEX, PART_NUM, PART_INDEX,
+    K_SIZES, Q_SIZES, Q_ORDER, GRAD_CENTROID_K, GRAD_CENTROID_V,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
+    q_len, k_len, n_k, n_full, n_part,
+    list_b, list_h, size_b, order_h, group, q_offset, window, sink,
+    scale, out_scale,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_k and grad_v of one key tile; ADD: to what the linear branch left there."""
+    SUB_K: tl.constexpr = (BLOCK_K + TK - 1) // TK
+    MASK_D: tl.constexpr = HEAD_DIM != DP
+    MASK_V: tl.constexpr = VALUE_DIM != DVP
+    i_kh, i_b = tl.program_id(1), tl.program_id(2)
+    n_kh = tl.num_programs(1)
+    i_block = tl.program_id(0) // SUB_K
+    o_in = (tl.program_id(0) % SUB_K) * TK + tl.arange(0, TK)
+    o_key = i_block * BLOCK_K + o_in
+    size = tl.load(K_SIZES + i_b * size_b + i_block)
+    m_k = o_in < size
+    m_row = (o_in < BLOCK_K) & (o_key < k_len)
+    o_d, o_v = tl.arange(0, DP), tl.arange(0, DVP)
+    m_d, m_v = o_d < HEAD_DIM, o_v < VALUE_DIM
+    i_bk = (i_b * n_kh + i_kh).to(tl.int64)
+    K += i_b.to(tl.int64) * k_b + i_kh.to(tl.int64) * k_h
+    V += i_b.to(tl.int64) * v_b + i_kh.to(tl.int64) * v_h
+    # [TK, DP], [TK, DVP]
+    b_k = load_rows(K, o_key, m_k, k_l, o_d, m_d, MASK_D)
+    b_v = load_rows(V, o_key, m_k, v_l, o_v, m_v, MASK_V)
+    b_dk = tl.zeros([TK, DP], tl.float32)
+    b_dv = tl.zeros([TK, DVP], tl.float32)
+    for g in range(0, group):
+        i_h = i_kh * group + g
+        i_bh = (i_b * n_kh * group + i_h).to(tl.int64)
+        i_row = (i_b * list_b + i_h * list_h) * n_k + i_block
+        p_q = Q + i_b.to(tl.int64) * q_b + i_h.to(tl.int64) * q_h
+        p_do = GRAD_O + i_bh * q_len * VALUE_DIM
+        b_dk, b_dv = _columns_walk(
+            b_k, b_v, b_dk, b_dv, p_q, p_do, LSE + i_bh * q_len, DELTA + i_bh * q_len,
+            FULL_INDEX + i_row.to(tl.int64) * n_full, tl.load(FULL_NUM + i_row), i_h,
+            Q_SIZES, Q_ORDER, order_h, q_len, q_l, o_d, m_d, o_v, m_v, o_key,
+            q_offset, window, sink, scale,
+            BLOCK_Q, TQ, HEAD_DIM, VALUE_DIM, MASK_D, MASK_V, False, WINDOW, PRECISION,
+        )  # fmt: skip
+        if PART_NUM is not None:  # element masks are about positions here: keys own their tile
+            b_dk, b_dv = _columns_walk(
+                b_k, b_v, b_dk, b_dv, p_q, p_do, LSE + i_bh * q_len, DELTA + i_bh * q_len,
+                PART_INDEX + i_row.to(tl.int64) * n_part, tl.load(PART_NUM + i_row), i_h,
+                Q_SIZES, Q_ORDER, order_h, q_len, q_l, o_d, m_d, o_v, m_v, o_key,
+                q_offset, window, sink, scale,
+                BLOCK_Q, TQ, HEAD_DIM, VALUE_DIM, MASK_D, MASK_V, POSITIONAL, WINDOW, PRECISION,
+            )  # fmt: skip
+    b_dk = b_dk * out_scale
+    if GRAD_CENTROID_K is not None:  # a mean hands its gradient to its tokens in equal parts
+        i_c = i_bk * n_k + i_block
+        b_share = 1.0 / tl.maximum(size, 1)
+        b_ck = tl.load(GRAD_CENTROID_K + i_c * HEAD_DIM + o_d, mask=m_d, other=0.0)
+        b_cv = tl.load(GRAD_CENTROID_V + i_c * VALUE_DIM + o_v, mask=m_v, other=0.0)
+        b_dk += (b_ck * b_share)[None, :]
+        b_dv += (b_cv * b_share)[None, :]
+    o_out = i_bk * k_len + o_key
+    p_k = GRAD_K + o_out[:, None] * HEAD_DIM + o_d[None, :]
+    p_v = GRAD_V + o_out[:, None] * VALUE_DIM + o_v[None, :]
+    b_dk = tl.where(m_k[:, None], b_dk, 0.0)
+    b_dv = tl.where(m_k[:, None], b_dv, 0.0)
+    if ADD:
+        b_dk += tl.load(p_k, mask=m_row[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        b_dv += tl.load(p_v, mask=m_row[:, None] & m_v[None, :], other=0.0).to(tl.float32)
+    tl.store(p_k, b_dk.to(GRAD_K.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
+    tl.store(p_v, b_dv.to(GRAD_V.dtype.element_ty), mask=m_row[:, None] & m_v[None, :])
+
+
+@triton.jit
+def gathered_kernel(
+    Q, K, V, LSE, GRAD_O, DELTA, GRAD_X_K, GRAD_X_V,
+    K_SIZES, Q_SIZES, Q_ORDER, COVER, COLUMNS, CENTROID_K, CENTROID_V,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
+    q_len, k_len, n_q, n_k, n_bytes, n_columns, span,
+    list_b, list_h, size_b, order_h, group, q_offset, window, sink, scale, out_scale,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, EXTRA_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the extra keys (columns, or block means) of one head, over `span` query blocks.
+
+    Written per part of the rows: [part, B, Hq, n, D] in fp32, summed by the caller in a fixed order.
+    """
+    SUB_Q: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
+    MASK_D: tl.constexpr = HEAD_DIM != DP
+    MASK_V: tl.constexpr = VALUE_DIM != DVP
+    n_h = tl.num_programs(1)
+    n_parts = (n_q + span - 1) // span
+    i_part = tl.program_id(0) % n_parts
+    i_h, i_b = tl.program_id(1), tl.program_id(2)
+    i_kh = i_h // group
+    i_list = i_b * list_b + i_h * list_h
+    o_c = (tl.program_id(0) // n_parts) * TK + tl.arange(0, TK)
+    o_d, o_v = tl.arange(0, DP), tl.arange(0, DVP)
+    m_d, m_v = o_d < HEAD_DIM, o_v < VALUE_DIM
+    i_bh = (i_b * n_h + i_h).to(tl.int64)
+    K_SIZES += i_b * size_b
+    if EXTRA_KEYS == 2:
+        i_c = (i_b * (n_h // group) + i_kh).to(tl.int64) * n_k
+        X_K, X_V = CENTROID_K + i_c * HEAD_DIM, CENTROID_V + i_c * VALUE_DIM
+        x_k, x_v = HEAD_DIM, VALUE_DIM
+        n_c = n_k
+    else:
+        X_K = K + i_b.to(tl.int64) * k_b + i_kh.to(tl.int64) * k_h
+        X_V = V + i_b.to(tl.int64) * v_b + i_kh.to(tl.int64) * v_h
+        x_k, x_v = k_l, v_l
+        COLUMNS += i_list.to(tl.int64) * n_columns
+        n_c = n_columns
+    o_key, o_block, m_c, b_bias = gathered_keys(
+        o_c, n_c, COLUMNS, K_SIZES, k_len, n_k, BLOCK_K, EXTRA_KEYS
+    )
+    # [TK, DP], [TK, DVP]
+    b_k = load_rows(X_K, o_key, m_c, x_k, o_d, m_d, MASK_D)
+    b_v = load_rows(X_V, o_key, m_c, x_v, o_v, m_v, MASK_V)
+    b_dk = tl.zeros([TK, DP], tl.float32)
+    b_dv = tl.zeros([TK, DVP], tl.float32)
+    Q += i_b.to(tl.int64) * q_b + i_h.to(tl.int64) * q_h
+    GRAD_O += i_bh * q_len * VALUE_DIM
+    LSE += i_bh * q_len
+    DELTA += i_bh * q_len
+    first = i_part * span
+    for t in tl.range(first * SUB_Q, tl.minimum(first + span, n_q) * SUB_Q):
+        i_block = t // SUB_Q
+        o_in = (t % SUB_Q) * TQ + tl.arange(0, TQ)
+        o_row, m_q, _ = query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
+        m_x = m_c & ~covered(COVER, i_list * n_q + i_block, n_bytes, o_block, m_c)
+        m_s = m_x[:, None]
+        if POSITIONAL:
+            m_s = m_s & tl.trans(visible(o_row, o_key, q_offset, window, sink, WINDOW))
+        # [TQ, DP], [TQ, DVP]
+        b_q = load_rows(Q, o_row, m_q, q_l, o_d, m_d, MASK_D)
+        b_do = load_rows(GRAD_O, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V)
+        b_lse = tl.load(LSE + o_row, mask=m_q, other=float("inf")) * 1.4426950408889634
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+        b_delta = tl.load(DELTA + o_row, mask=m_q, other=0.0)
+        b_dk, b_dv = _columns_step(
+            b_k, b_v, b_q, b_do, b_lse, b_delta, b_bias, m_s, b_dk, b_dv, scale,
+            True, EXTRA_KEYS == 2, PRECISION,
+        )  # fmt: skip
+    o_out = ((i_part.to(tl.int64) * tl.num_programs(2) + i_b) * n_h + i_h) * n_c + o_c
+    m_out = o_c < n_c
+    tl.store(
+        GRAD_X_K + o_out[:, None] * HEAD_DIM + o_d[None, :],
+        b_dk * out_scale,
+        mask=m_out[:, None] & m_d[None, :],
+    )
+    tl.store(
+        GRAD_X_V + o_out[:, None] * VALUE_DIM + o_v[None, :],
+        b_dv,
+        mask=m_out[:, None] & m_v[None, :],
+    )

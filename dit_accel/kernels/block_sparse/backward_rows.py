@@ -1,0 +1,217 @@
+"""Backward, query side. The weights are recomputed from lse; nothing of size [Lq, Lk] is ever kept.
+
+    p = exp(s - lse)   ds = p (dO v^T - delta)   dq = scale ds k   delta = dO . o - dlse
+
+and for the linear branch, with n = 1 / denominator, g = dO_l, t = g . o_l:
+
+    da = n (g v^T - t)   dphi(q) = da phi(k)                       (README.md, equations 4 and 5)
+
+where a sum over the linear set is a total minus the listed blocks (LINEAR 2) or runs over the listed
+blocks (LINEAR 3), as in the forward kernel.
+"""
+
+import triton
+import triton.language as tl
+
+from dit_accel.kernels.block_sparse.tile_math import (
+    covered,
+    gathered_keys,
+    load_rows,
+    load_tile,
+    phi,
+    phi_backward,
+    query_rows,
+    visible,
+)
+
+
+@triton.jit
+def _rows_step(
+    b_q, b_k, b_v, b_do, b_lse, b_delta, b_bias, m_s, b_dq, scale,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # [TQ, TK]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+    if BIAS:
+        b_s += b_bias[None, :]
+    b_p = tl.exp2(b_s - b_lse[:, None])
+    if MASKED:
+        b_p = tl.where(m_s, b_p, 0.0)
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    # [TQ, DP]
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _rows_walk(
+    b_q, b_do, b_lse, b_delta, b_g, b_t, b_dq, b_dphi,
+    K, V, PHI_K, INDEX, K_SIZES, count,
+    k_l, v_l, o_d, m_d, o_v, m_v, q_pos, q_offset, window, sink, scale,
+    BLOCK_K: tl.constexpr, TK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MASK_D: tl.constexpr, MASK_V: tl.constexpr, MASKED: tl.constexpr, POSITIONAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, SUBTRACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    SUB: tl.constexpr = (BLOCK_K + TK - 1) // TK
+    o_n = tl.arange(0, TK)
+    for t in tl.range(0, count * SUB):
+        i_k = tl.load(INDEX + t // SUB)
+        o_first = (t % SUB) * TK
+        start = i_k * BLOCK_K + o_first
+        size = TK
+        m_s = None
+        if MASKED:
+            size = tl.load(K_SIZES + i_k) - o_first
+            m_s = o_n[None, :] < size
+            if POSITIONAL:
+                m_s = m_s & visible(q_pos, start + o_n, q_offset, window, sink, WINDOW)
+        # [TK, DVP]
+        b_v = load_tile(V, start, size, v_l, o_n, o_v, m_v, MASKED, MASK_V)
+        if SOFTMAX:
+            # [TK, DP]
+            b_k = load_tile(K, start, size, k_l, o_n, o_d, m_d, MASKED, MASK_D)
+            b_dq = _rows_step(
+                b_q, b_k, b_v, b_do, b_lse, b_delta, None, m_s, b_dq, scale, MASKED, False, PRECISION
+            )
+        if LINEAR:
+            # [TK, DP]; keys that are padding have phi = 0
+            b_phik = load_tile(PHI_K, start, size, HEAD_DIM, o_n, o_d, m_d, MASKED, MASK_D)
+            b_da = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION) - b_t[:, None]
+            if SUBTRACT:
+                b_da = -b_da
+            b_dphi = tl.dot(b_da.to(b_phik.dtype), b_phik, b_dphi, input_precision=PRECISION)
+    return b_dq, b_dphi
+
+
+@triton.jit
+def rows_kernel(
+    Q, K, V, O, LSE, GRAD_O, GRAD_LSE, GRAD_Q, DELTA,
+    FULL_NUM, FULL_INDEX, PART_NUM, PART_INDEX, EXTRA_NUM, EXTRA_INDEX,
+    K_SIZES, Q_SIZES, Q_ORDER, COVER, COLUMNS, COLUMN_NUM,
+    CENTROID_K, CENTROID_V, PHI_K, STATE, STATE_Z, O_L, GRAD_O_L, NORM, TERM,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
+    q_len, k_len, n_q, n_k, n_full, n_part, n_extra, n_bytes, n_columns,
+    list_b, list_h, size_b, order_h, group, q_offset, window, sink,
+    scale, out_scale, per_key, n_keys,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, EXTRA_KEYS: tl.constexpr,
+    LINEAR: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_q; also leaves delta, and t of the linear branch, for the kernels that follow."""
+    SUB_Q: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
+    EVEN_K: tl.constexpr = BLOCK_K % TK == 0
+    MASK_D: tl.constexpr = HEAD_DIM != DP
+    MASK_V: tl.constexpr = VALUE_DIM != DVP
+    i_h, i_b = tl.program_id(1), tl.program_id(2)
+    i_kh = i_h // group
+    n_h = tl.num_programs(1)
+    i_block = tl.program_id(0) // SUB_Q
+    i_list = i_b * list_b + i_h * list_h
+    i_row = i_list * n_q + i_block
+    o_in = (tl.program_id(0) % SUB_Q) * TQ + tl.arange(0, TQ)
+    o_row, m_q, m_row = query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
+    o_d, o_v = tl.arange(0, DP), tl.arange(0, DVP)
+    m_d, m_v = o_d < HEAD_DIM, o_v < VALUE_DIM
+    i_bh = (i_b * n_h + i_h).to(tl.int64)
+    Q += i_b.to(tl.int64) * q_b + i_h.to(tl.int64) * q_h
+    K += i_b.to(tl.int64) * k_b + i_kh.to(tl.int64) * k_h
+    V += i_b.to(tl.int64) * v_b + i_kh.to(tl.int64) * v_h
+    K_SIZES += i_b * size_b
+    FULL_INDEX += i_row.to(tl.int64) * n_full
+    PART_INDEX += i_row.to(tl.int64) * n_part
+    o_out = i_bh * q_len + o_row
+    # [TQ, DP], [TQ, DVP]
+    b_q = load_rows(Q, o_row, m_q, q_l, o_d, m_d, MASK_D)
+    b_do = load_rows(GRAD_O + i_bh * q_len * VALUE_DIM, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V)
+    b_o = load_rows(O + i_bh * q_len * VALUE_DIM, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V)
+    b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+    if GRAD_LSE is not None:
+        b_delta -= tl.load(GRAD_LSE + o_out, mask=m_q, other=0.0)
+    tl.store(DELTA + o_out, b_delta, mask=m_row)
+    b_lse = tl.load(LSE + o_out, mask=m_q, other=float("inf")) * 1.4426950408889634
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # rows without a key: p = 0
+    b_dq = tl.zeros([TQ, DP], tl.float32)
+    b_dphi = None
+    b_g = None
+    b_t = None
+    if LINEAR:
+        i_state = (i_b * (n_h // group) + i_kh).to(tl.int64)
+        b_g = load_rows(GRAD_O_L + i_bh * q_len * VALUE_DIM, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V)
+        b_ol = load_rows(O_L + i_bh * q_len * VALUE_DIM, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V)
+        b_t = tl.sum(b_g.to(tl.float32) * b_ol.to(tl.float32), 1)
+        tl.store(TERM + o_out, b_t, mask=m_row)
+        b_dphi = tl.zeros([TQ, DP], tl.float32)
+        b_norm = tl.load(NORM + o_out, mask=m_q, other=0.0) * per_key
+        if LINEAR <= 2:  # totals first, while registers are free
+            # [DP, DVP], [DP]
+            p_state = STATE + i_state * HEAD_DIM * VALUE_DIM
+            b_h = load_rows(p_state, o_d, m_d, VALUE_DIM, o_v, m_v, MASK_V)
+            b_z = tl.load(STATE_Z + i_state * HEAD_DIM + o_d, mask=m_d, other=0.0)
+            b_dphi = tl.dot(b_g, tl.trans(b_h), input_precision=PRECISION)
+            b_dphi = (b_dphi - b_t[:, None] * b_z[None, :]) * n_keys
+    if LINEAR == 1:
+        b_x = b_q.to(tl.float32)
+        b_dphi = b_dphi * b_norm[:, None]
+        b_dq = phi_backward(b_x, phi(b_x, m_d, FEATURE), b_dphi, FEATURE) / out_scale
+    if LINEAR >= 2:
+        PHI_K += i_state * k_len * HEAD_DIM
+    b_dq, b_dphi = _rows_walk(
+        b_q, b_do, b_lse, b_delta, b_g, b_t, b_dq, b_dphi,
+        K, V, PHI_K, FULL_INDEX, K_SIZES, tl.load(FULL_NUM + i_row),
+        k_l, v_l, o_d, m_d, o_v, m_v, o_row, q_offset, window, sink, scale,
+        BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, not EVEN_K, False, WINDOW,
+        True, LINEAR == 2, True, PRECISION,
+    )  # fmt: skip
+    b_dq, b_dphi = _rows_walk(
+        b_q, b_do, b_lse, b_delta, b_g, b_t, b_dq, b_dphi,
+        K, V, PHI_K, PART_INDEX, K_SIZES, tl.load(PART_NUM + i_row),
+        k_l, v_l, o_d, m_d, o_v, m_v, o_row, q_offset, window, sink, scale,
+        BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, True, POSITIONAL, WINDOW,
+        True, LINEAR == 2, True, PRECISION,
+    )  # fmt: skip
+    if EXTRA_NUM is not None:
+        b_dq, b_dphi = _rows_walk(
+            b_q, b_do, b_lse, b_delta, b_g, b_t, b_dq, b_dphi,
+            K, V, PHI_K, EXTRA_INDEX + i_row.to(tl.int64) * n_extra, K_SIZES,
+            tl.load(EXTRA_NUM + i_row),
+            k_l, v_l, o_d, m_d, o_v, m_v, o_row, q_offset, window, sink, scale,
+            BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, True, False, WINDOW,
+            False, True, LINEAR == 2, PRECISION,
+        )  # fmt: skip
+    if EXTRA_KEYS:
+        X_K, X_V, x_k, x_v = K, V, k_l, v_l
+        if EXTRA_KEYS == 2:
+            i_c = (i_b * (n_h // group) + i_kh).to(tl.int64) * n_k
+            X_K, X_V = CENTROID_K + i_c * HEAD_DIM, CENTROID_V + i_c * VALUE_DIM
+            x_k, x_v = HEAD_DIM, VALUE_DIM
+            n_c = n_k
+        else:
+            COLUMNS += i_list.to(tl.int64) * n_columns
+            n_c = tl.load(COLUMN_NUM + i_row)
+        for c in tl.range(0, n_c, TK):
+            o_key, o_block, m_c, b_bias = gathered_keys(
+                c + tl.arange(0, TK), n_c, COLUMNS, K_SIZES, k_len, n_k, BLOCK_K, EXTRA_KEYS
+            )
+            m_c = m_c & ~covered(COVER, i_row, n_bytes, o_block, m_c)
+            m_s = m_c[None, :]
+            if POSITIONAL:
+                m_s = m_s & visible(o_row, o_key, q_offset, window, sink, WINDOW)
+            # [TK, DP], [TK, DVP]
+            b_k = load_rows(X_K, o_key, m_c, x_k, o_d, m_d, MASK_D)
+            b_v = load_rows(X_V, o_key, m_c, x_v, o_v, m_v, MASK_V)
+            b_dq = _rows_step(
+                b_q, b_k, b_v, b_do, b_lse, b_delta, b_bias, m_s, b_dq, scale,
+                True, EXTRA_KEYS == 2, PRECISION,
+            )  # fmt: skip
+    b_dq = b_dq * out_scale
+    if LINEAR >= 2:
+        b_x = b_q.to(tl.float32)
+        b_dphi = b_dphi * b_norm[:, None]
+        b_dq += phi_backward(b_x, phi(b_x, m_d, FEATURE), b_dphi, FEATURE)
+    tl.store(
+        GRAD_Q + o_out[:, None] * HEAD_DIM + o_d[None, :],
+        b_dq.to(GRAD_Q.dtype.element_ty),
+        mask=m_row[:, None] & m_d[None, :],
+    )
