@@ -1,10 +1,20 @@
-"""Tensors in, tensors out: block-sparse attention, its plan and its router.
+"""Tensors in, tensors out: block-sparse and sparse-linear attention, their plan and their router.
 
-Everything here knows torch only (and, later, triton): never diffusers or transformers.
+Everything here knows torch and (loaded at the first call that needs it) triton: never diffusers or
+transformers.
 """
 
 from dit_accel.kernels.block_sparse import block_sparse_attention, sparse_linear_attention
+from dit_accel.kernels.linear import LinearState
+from dit_accel.kernels.merge import merge_lse
 from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.router import block_scores
 
-__all__ = ["SparsePlan", "block_scores", "block_sparse_attention", "sparse_linear_attention"]
+__all__ = [
+    "LinearState",
+    "SparsePlan",
+    "block_scores",
+    "block_sparse_attention",
+    "merge_lse",
+    "sparse_linear_attention",
+]

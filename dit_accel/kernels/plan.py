@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -474,9 +474,7 @@ class SparsePlan:
         """Which keys each query reads, `[B|1, Hq|1, Lq, Lk]`: the definition the kernels follow."""
         return visibility.pair_mask(self, self.to_block_mask(), columns=True)
 
-    def linear_blocks(
-        self, linear_scope: Literal["marginal", "complement", "all"]
-    ) -> Bool[Tensor, "b h n_q n_k"]:
+    def linear_blocks(self, linear_scope: str) -> Bool[Tensor, "b h n_q n_k"]:
         """Which blocks the linear branch sums over, `[B|1, Hq|1, T_q, T_k]`.
 
         "all": every block; "complement": those not read; "marginal": those neither read nor skipped.

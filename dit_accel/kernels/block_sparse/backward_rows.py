@@ -72,7 +72,19 @@ def _rows_walk(
             # [TK, DP]
             b_k = load_tile(K, start, size, k_l, o_n, o_d, m_d, MASKED, MASK_D)
             b_dq = _rows_step(
-                b_q, b_k, b_v, b_do, b_lse, b_delta, None, m_s, b_dq, scale, MASKED, False, PRECISION
+                b_q,
+                b_k,
+                b_v,
+                b_do,
+                b_lse,
+                b_delta,
+                None,
+                m_s,
+                b_dq,
+                scale,
+                MASKED,
+                False,
+                PRECISION,
             )
         if LINEAR:
             # [TK, DP]; keys that are padding have phi = 0
@@ -138,7 +150,9 @@ def rows_kernel(
     b_t = None
     if LINEAR:
         i_state = (i_b * (n_h // group) + i_kh).to(tl.int64)
-        b_g = load_rows(GRAD_O_L + i_bh * q_len * VALUE_DIM, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V)
+        b_g = load_rows(
+            GRAD_O_L + i_bh * q_len * VALUE_DIM, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V
+        )
         b_ol = load_rows(O_L + i_bh * q_len * VALUE_DIM, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V)
         b_t = tl.sum(b_g.to(tl.float32) * b_ol.to(tl.float32), 1)
         tl.store(TERM + o_out, b_t, mask=m_row)

@@ -25,12 +25,13 @@ class Chunk:
     """Places in the stage's blocked query tensor."""
     kv_rows: Tensor
     """`[c * n]` places in the stage's blocked key tensor."""
-    kv_heads: Tensor
-    """`[c]` key head within the stage."""
+    tail_heads: Tensor
+    """`[c]` rows of the stage's tail: key heads for block means, query heads for columns."""
     hidden: Tensor | None
     """`[c, 1 or BQ, n * BK]`, True where a key must not be read; None: nothing is hidden."""
     tail_bias: Tensor | None
-    """`[c, 1 or BQ, T_k]`, log(block size) of unread blocks and -inf of read ones."""
+    """`[c, 1 or BQ, n_tail]`: log(block size) of unread block means, 0 of columns, -inf of what is
+    read anyway or must not be read."""
 
 
 class Layout:
@@ -48,8 +49,12 @@ class Layout:
         self.masked = masked
         self.q_padded = plan.q_block_sizes is not None
         self.k_padded = plan.kv_lengths is not None or plan.k_block_sizes is not None
-        # Otherwise every key block holds a key, so a row with a tail is never empty.
-        self.empty_tail = self.q_padded or self.k_padded
+        self.columns = None if plan.columns is None else plan.columns.long()
+        self.has_tail = shared_softmax or self.columns is not None
+        # Every key block holds a key, so a row of block means is never empty without padding.
+        self.empty_tail = self.q_padded or self.k_padded or self.columns is not None
+        self.blocks = blocks
+        self.q_pos = self._positions()
         self.unread_bias = None
         if shared_softmax:
             bias = self.k_sizes.to(dtype).log()[:, None, None, :]
@@ -71,11 +76,39 @@ class Layout:
         """Valid keys of each key block, `[T_k]`."""
         return self.k_sizes[batch if len(self.k_sizes) > 1 else 0]
 
-    def centroids(self, x: Tensor, batch: int) -> Tensor | None:
-        """Block means `[H, T_k, D]` of one stage's keys or values; None without shared_softmax."""
-        if self.unread_bias is None:
+    def tail(self, x: Tensor, batch: int, heads: slice, dtype: torch.dtype) -> Tensor | None:
+        """What follows the listed blocks, of one stage's keys or values `[Hkv, Lk, D]`; None: nothing.
+
+        Block means `[Hkv, T_k, D]`, or the columns of each query head `[Hq, C, D]`.
+        """
+        if self.unread_bias is not None:
+            return pool_blocks(x[None], self.plan.block_k, self.sizes_of(batch)[None])[0]
+        if self.columns is None:
             return None
-        return pool_blocks(x[None], self.plan.block_k, self.sizes_of(batch)[None])[0]
+        columns, valid = self.columns_of(batch, heads)
+        head = torch.arange(len(columns), device=x.device) * len(x) // len(columns)
+        return x[head[:, None], columns].to(dtype).masked_fill(~valid[..., None], 0.0)
+
+    def columns_of(self, batch: int, heads: slice) -> tuple[Tensor, Tensor]:
+        """Columns of the stage's query heads `[Hq, C]`, made safe to index with, and whether they count."""
+        assert self.columns is not None
+        plan = self.plan
+        columns = self.columns[batch if len(self.columns) > 1 else 0]
+        columns = (
+            columns[heads] if len(columns) > 1 else columns.expand(heads.stop - heads.start, -1)
+        )
+        valid = columns < plan.kv_len
+        columns = columns.clamp(max=plan.kv_len - 1)
+        size = self.sizes_of(batch)[columns // plan.block_k]
+        return columns, valid & (columns % plan.block_k < size)
+
+    def _positions(self) -> Tensor:
+        """Position of each row of the blocked queries, `[Hq|1, T_q * BQ]`; rows past the end are 0."""
+        plan = self.plan
+        if plan.q_order is None:
+            return torch.arange(plan.num_q_blocks * plan.block_q, device=plan.device)[None]
+        pad = plan.num_q_blocks * plan.block_q - plan.q_len
+        return torch.nn.functional.pad(plan.q_order.long(), (0, pad))
 
     def chunks(self, batch: int, heads: slice, group: int) -> Iterator[Chunk]:
         """The chunks of one stage: query heads `heads` of batch entry `batch`."""
@@ -90,24 +123,28 @@ class Layout:
         counts, indices, masked = map(of_stage, (self.counts, self.indices, self.masked))
         k_sizes = self.sizes_of(batch)
         unread = None if self.unread_bias is None else of_stage(self.unread_bias)
-        kv_heads = torch.arange(n_heads, device=counts.device).div(group, rounding_mode="floor")
-        kv_heads = kv_heads.repeat_interleave(n_q)
+        q_heads = torch.arange(n_heads, device=counts.device).repeat_interleave(n_q)
+        kv_heads = q_heads.div(group, rounding_mode="floor")
         # Rows of like cost share a chunk: unmasked ones first, then by falling block count.
         key = counts.long() + (~masked).long() * (n_k + 1)
         order = torch.argsort(key, descending=True, stable=True)
         in_order = bool((order[1:] > order[:-1]).all())
         # Sorted once here, so that a chunk of the common kind costs a few slices.
         counts, indices, masked = counts[order], indices[order], masked[order]
-        kv_heads, q_blocks = kv_heads[order], order % n_q
+        kv_heads, q_heads, q_blocks = kv_heads[order], q_heads[order], order % n_q
         kv_rows = indices + kv_heads[:, None] * n_k
         unread = None if unread is None else unread[order][:, None, :]
+        tail_heads, n_tail = (kv_heads, n_k if unread is not None else 0)
+        if self.columns is not None:
+            tail_heads, n_tail = q_heads, self.columns.shape[-1]
+            covered = of_stage(self.blocks)[order]
+            columns = self.columns_of(batch, heads)
         sorted_counts, sorted_masked = counts.tolist(), masked.tolist()
         kinds = [(m, count > 0) for m, count in zip(sorted_masked, sorted_counts, strict=True)]
-        tail = n_k if unread is not None else 0
         start = 0
         while start < len(order):
             n = sorted_counts[start]
-            per_row = plan.block_q * max(n * plan.block_k + tail, 1)
+            per_row = plan.block_q * max(n * plan.block_k + n_tail, 1)
             stop = min(start + max(1, CHUNK_SCORES // per_row), len(order))
             while kinds[stop - 1] != kinds[start]:
                 stop -= 1
@@ -117,7 +154,13 @@ class Layout:
                 listed = torch.arange(n, device=order.device) < counts[rows, None]
                 # Shorter lists repeat a block of their own: a weight of 0 would not hide a NaN of others.
                 read = torch.where(listed, read, read[:, :1])
-                hidden = ~self._visible(q_blocks[rows], indices[rows, :n], listed, k_sizes)
+                q_pos = self._q_pos(q_blocks[rows], q_heads[rows], heads)
+                hidden = ~self._visible(q_blocks[rows], q_pos, indices[rows, :n], listed, k_sizes)
+            if self.columns is not None:
+                q_pos = self._q_pos(q_blocks[rows], q_heads[rows], heads)
+                at, valid = (x[q_heads[rows]] for x in columns)
+                shown = valid & ~covered[rows].gather(1, at // plan.block_k)
+                bias = self._column_bias(q_blocks[rows], q_pos, at, shown)
             if unread is not None:
                 bias = unread[rows]
                 if plan.q_block_sizes is not None:
@@ -125,18 +168,34 @@ class Layout:
             yield Chunk(
                 rows=rows if in_order else order[rows],
                 kv_rows=read.flatten(),
-                kv_heads=kv_heads[rows],
+                tail_heads=tail_heads[rows],
                 hidden=hidden,
                 tail_bias=bias,
             )
             start = stop
 
-    def _visible(self, q_block: Tensor, blocks: Tensor, listed: Tensor, k_sizes: Tensor) -> Tensor:
+    def _q_pos(self, q_block: Tensor, q_head: Tensor, heads: slice) -> Tensor:
+        """Positions `[c, BQ]` of the rows of some query blocks."""
+        by_block = self.q_pos.unflatten(-1, (-1, self.plan.block_q))
+        return by_block[q_head + heads.start if len(by_block) > 1 else 0, q_block]
+
+    def _column_bias(self, q_block: Tensor, q_pos: Tensor, at: Tensor, shown: Tensor) -> Tensor:
+        """`[c, 1 or BQ, C]`, 0 where a column is read and -inf elsewhere."""
+        shown = shown[:, None]
+        if self.plan.positional:
+            shown = shown & self.plan.visible(q_pos[..., None], at[:, None])
+        if self.plan.q_block_sizes is not None:
+            shown = shown & self._q_valid(q_block)[..., None]
+        bias = torch.zeros(shown.shape, device=shown.device)
+        return bias.masked_fill(~shown, -math.inf)
+
+    def _visible(
+        self, q_block: Tensor, q_pos: Tensor, blocks: Tensor, listed: Tensor, k_sizes: Tensor
+    ) -> Tensor:
         plan, device = self.plan, blocks.device
         token = torch.arange(plan.block_k, device=device)
         visible = ((token < k_sizes[blocks][..., None]) & listed[..., None]).flatten(1)[:, None]
         if plan.positional:
-            q_pos = q_block[:, None] * plan.block_q + torch.arange(plan.block_q, device=device)
             k_pos = (blocks[..., None] * plan.block_k + token).flatten(1)
             visible = visible & plan.visible(q_pos[..., None], k_pos[:, None])
         if plan.q_block_sizes is not None:

@@ -47,9 +47,7 @@ def _softmax_step(
 
 
 @triton.jit
-def _linear_step(
-    b_phi, b_phik, b_v, b_num, b_den, SUBTRACT: tl.constexpr, PRECISION: tl.constexpr
-):
+def _linear_step(b_phi, b_phik, b_v, b_num, b_den, SUBTRACT: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of the linear branch, added to its numerator and denominator or taken off."""
     # [TQ, TK]
     b_a = tl.dot(b_phi, tl.trans(b_phik), input_precision=PRECISION)

@@ -1,15 +1,25 @@
-"""The public functions: check the arguments, choose the backend."""
+"""The public functions: check the arguments, choose the backend, call one operator."""
 
-from typing import Literal
+import math
+import os
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.torch_backend import BlockSparse
+from dit_accel.kernels.block_sparse.library import sparse_linear
+from dit_accel.kernels.linear.features import FEATURE_MAPS, FeatureMap
+from dit_accel.kernels.linear.state import LinearState
+from dit_accel.kernels.lists import reads_freely
 from dit_accel.kernels.plan import SparsePlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 256
+
+Backend = Literal["triton", "torch", "flex"]
+Combine = Literal["none", "shared_softmax", "proj", "alpha"]
+LinearScope = Literal["marginal", "complement", "all"]
 
 
 def block_sparse_attention(
@@ -20,24 +30,35 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     return_lse: bool = False,
+    backend: Backend | None = None,
 ) -> (
     Float[Tensor, "b h_q l_q d_v"]
     | tuple[Float[Tensor, "b h_q l_q d_v"], Float[Tensor, "b h_q l_q"]]
 ):
-    """Exact softmax attention over the key blocks of a plan. Differentiable.
+    """Exact softmax attention over the keys that a plan reads. Differentiable.
 
     Args:
-        q: `[B, Hq, Lq, D]`, fp16, bf16, fp32 or fp64, any strides.
+        q: `[B, Hq, Lq, D]`, fp16, bf16, fp32 or fp64, D up to 256, any strides.
         k, v: `[B, Hkv, Lk, D]`; `Hq` a multiple of `Hkv`, `Lq != Lk` is fine.
         plan: for these lengths, see `SparsePlan`.
         scale: of the dot products. Default: `D ** -0.5`.
         return_lse: also return the natural log-sum-exp of each row, `[B, Hq, Lq]`, fp32 (fp64 for
             fp64), differentiable. A query without any key has o = 0 and lse = -inf.
+        backend: "triton" (default on a GPU), "torch" (default elsewhere and for fp64), or "flex":
+            FlexAttention over the same mask, uncompiled unless the caller is, for comparison.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; it names the argument.
+        ValueError: shapes, dtypes or devices that do not fit, a plan for other lengths; it names
+            the argument. Numbers inside the plan are checked on a CPU, and elsewhere with
+            `DIT_ACCEL_DEBUG=1`.
     """
-    o, lse = _run(q, k, v, plan, scale, shared_softmax=False, want_lse=return_lse)
+    scale = _check(q, k, v, plan, scale)
+    if backend == "flex":
+        return _flex(q, k, v, plan, scale, return_lse)
+    want_lse = return_lse or _wants_grad(q, k, v)
+    o, lse, _, _ = sparse_linear(
+        q, k, v, plan, scale=scale, want_lse=want_lse, backend=_backend(q, backend)
+    )
     return (o, lse) if return_lse else o
 
 
@@ -47,35 +68,131 @@ def sparse_linear_attention(
     v: Float[Tensor, "b h_kv l_k d_v"],
     plan: SparsePlan,
     *,
-    combine: Literal["none", "shared_softmax"] = "shared_softmax",
+    combine: Combine = "shared_softmax",
+    feature_map: FeatureMap = "softmax",
+    linear_scope: LinearScope = "complement",
+    proj_weight: Float[Tensor, "d_v d_v"] | None = None,
+    proj_bias: Float[Tensor, " d_v"] | None = None,
+    alpha: Float[Tensor, " h_q"] | Float[Tensor, "b_alpha h_q n_q"] | None = None,
+    state: LinearState | None = None,
     scale: float | None = None,
+    backend: Backend | None = None,
 ) -> Float[Tensor, "b h_q l_q d_v"]:
-    """Exact attention over the plan's blocks, the unread ones summarised. Differentiable.
+    """Sparse-linear attention (SLA, arXiv 2509.24006): exact over the plan's blocks, the rest summarised.
+
+    With O_s the attention over the blocks read (README.md, equation 1) and O_l the linear attention
+    over the linear set (equation 3). Differentiable in every tensor but the plan and `state`.
 
     Args:
-        q, k, v, plan, scale: as in `block_sparse_attention`.
-        combine: `"none"` drops unread blocks. `"shared_softmax"` lets each unread block j enter
-            the same softmax as `n_j * exp(scale * q . mean(K_j))` with the value `mean(V_j)`
-            (training-free; not for causal plans).
+        q, k, v, plan, scale, backend: as in `block_sparse_attention` (no "flex" here). Plans with
+            positions (`causal`, `window`) or `columns` only go with `combine="none"`: a summary of a
+            block has no place in time.
+        combine: `"none"`: O_s. `"shared_softmax"` (training-free): each unread block j enters
+            the same softmax as `n_j * exp(scale * q . mean(K_j))` with the value `mean(V_j)`.
+            `"proj"` (SLA): O_s + Linear(O_l). `"alpha"` (SLA2): alpha O_s + (1 - alpha) O_l.
+        feature_map: of the linear branch, on unscaled q and k: `"softmax"` over D, `"elu"` (+ 1), `"relu"`.
+        linear_scope: what O_l sums over: `"complement"`, all that is not read; `"marginal"`, that
+            without the plan's skip lists; `"all"`, every key, with 1e-5 in the denominator
+            (what released TurboDiffusion checkpoints were trained with).
+        proj_weight, proj_bias: of `torch.nn.Linear(Dv, Dv)`, for `"proj"`.
+        alpha: `[Hq]` or per query block `[B|1, Hq, T_q]`, for `"alpha"`. A row whose linear set is
+            empty uses 1.
+        state: totals that the caller keeps up to date (RAS) in place of summing all keys; inference only.
+
+    Raises:
+        ValueError: as above, or arguments that do not belong to `combine`.
     """
-    if combine not in ("none", "shared_softmax"):
-        raise ValueError(f"combine={combine!r}: accepted are 'none' and 'shared_softmax'")
-    shared = combine == "shared_softmax"
-    if shared and plan.positional:
+    scale = _check(q, k, v, plan, scale)
+    _check_combine(q, v, plan, combine, feature_map, linear_scope, proj_weight, proj_bias, alpha)
+    if backend == "flex":
+        raise ValueError("backend='flex': accepted are 'triton' and 'torch' here")
+    linear = combine in ("proj", "alpha")
+    _check_state(state, q, k, v, feature_map, linear)
+    o, _, o_l, _ = sparse_linear(
+        q,
+        k,
+        v,
+        plan,
+        scale=scale,
+        want_lse=_wants_grad(q, k, v),
+        shared_softmax=combine == "shared_softmax",
+        feature_map=feature_map if linear else None,
+        linear_scope=linear_scope,
+        state=None if state is None else (state.kv, state.k),
+        backend=_backend(q, backend),
+    )
+    if combine == "proj":
+        assert proj_weight is not None
+        flat = torch.addmm(o.flatten(0, 2), o_l.flatten(0, 2), proj_weight.to(o.dtype).T)
+        o = flat.view_as(o) if proj_bias is None else flat.view_as(o) + proj_bias.to(o.dtype)
+    elif combine == "alpha":
+        assert alpha is not None
+        o = torch.lerp(o_l, o, _alpha_per_query(alpha, plan, linear_scope).to(o.dtype))
+    return o
+
+
+def _alpha_per_query(alpha: Tensor, plan: SparsePlan, linear_scope: LinearScope) -> Tensor:
+    """`[B|1, Hq, Lq, 1]`, 1 where the linear set is empty."""
+    valid = plan.k_sizes()[:, None, None, :] > 0
+    empty = ~(plan.linear_blocks(linear_scope) & valid).any(-1)
+    per_block = alpha[None, :, None] if alpha.ndim == 1 else alpha
+    per_block = torch.where(empty, torch.ones_like(per_block), per_block)  # [B|1, Hq, T_q]
+    row = torch.arange(plan.q_len, device=alpha.device)
+    if plan.q_order is None:
+        return per_block[..., row // plan.block_q, None]
+    block = plan.q_order.argsort(-1) // plan.block_q  # of each query
+    return per_block.gather(-1, block.expand(*per_block.shape[:2], -1))[..., None]
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    o, aux = flex_attention(
+        q,
+        k,
+        v,
+        block_mask=plan.to_flex(),
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    if not return_lse:
+        return o
+    assert aux.lse is not None
+    return o, aux.lse
+
+
+def _backend(q: Tensor, backend: Backend | None) -> str:
+    if backend not in (None, *get_args(Backend)):
+        raise ValueError(f"backend={backend!r}: accepted are {get_args(Backend)} and None")
+    triton_ready = q.is_cuda and q.dtype != torch.float64 and _triton_installed()
+    if backend is None:
+        return "triton" if triton_ready else "torch"
+    if backend == "triton" and not triton_ready and not _interpreting():
         raise ValueError(
-            "combine='shared_softmax': a block mean cannot be causal; use combine='none' with this plan"
+            f"backend='triton': needs a GPU, triton, and fp16, bf16 or fp32; q is {q.dtype} on {q.device}"
         )
-    return _run(q, k, v, plan, scale, shared_softmax=shared, want_lse=False)[0]
+    return backend
 
 
-def _run(q, k, v, plan, scale, *, shared_softmax, want_lse):
-    _check(q, k, v, plan)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    # The one seam for further backends (Triton): by device and capability, with these arguments.
-    return BlockSparse.apply(q, k, v, plan, scale, shared_softmax, want_lse)
+def _triton_installed() -> bool:
+    from torch.utils._triton import has_triton_package
+
+    return has_triton_package()
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan) -> None:
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1" and _triton_installed()
+
+
+def _wants_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float | None) -> float:
+    """Raises ValueError, or returns the scale to use."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: shape {tuple(x.shape)}; accepted is [B, H, L, D]")
@@ -85,6 +202,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan) -> None:
             )
         if x.device != q.device:
             raise ValueError(f"{name}: on {x.device}, but q is on {q.device}")
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name}: head_dim {x.shape[-1]}; accepted is between 1 and {MAX_HEAD_DIM}"
+            )
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"v: shape {tuple(v.shape)} does not fit k {tuple(k.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -98,10 +219,86 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan) -> None:
             f"plan: made for {plan.q_len} queries and {plan.kv_len} keys, "
             f"but q has {q.shape[2]} and k has {k.shape[2]}"
         )
-    b, h = plan.kv_num_blocks.shape[:2]
-    if b not in (1, q.shape[0]) or h not in (1, q.shape[1]):
-        raise ValueError(
-            f"plan: made for batch {b} and {h} heads, but q has batch {q.shape[0]} and {q.shape[1]} heads"
-        )
+    for name, batch, heads in plan.leading_sizes():
+        if batch not in (1, q.shape[0]) or heads not in (1, q.shape[1]):
+            raise ValueError(
+                f"plan: {name} made for batch {batch} and {heads} heads, "
+                f"but q has batch {q.shape[0]} and {q.shape[1]} heads"
+            )
     if plan.device != q.device:
         raise ValueError(f"plan: on {plan.device}, but q is on {q.device}; use plan.to(q.device)")
+    if reads_freely(q) or os.environ.get("DIT_ACCEL_DEBUG") == "1":
+        plan.check_numbers()
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale == 0 or not math.isfinite(scale):
+        raise ValueError(f"scale={scale}: accepted is a finite number other than 0")
+    return scale
+
+
+def _check_combine(
+    q: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    combine: str,
+    feature_map: str,
+    linear_scope: str,
+    proj_weight: Tensor | None,
+    proj_bias: Tensor | None,
+    alpha: Tensor | None,
+) -> None:
+    for name, value, accepted in (
+        ("combine", combine, get_args(Combine)),
+        ("feature_map", feature_map, FEATURE_MAPS),
+        ("linear_scope", linear_scope, get_args(LinearScope)),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name}={value!r}: accepted are {', '.join(map(repr, accepted))}")
+    if combine != "none" and (plan.positional or plan.columns is not None):
+        kind = "causal" if plan.positional else "with columns"
+        raise ValueError(
+            f"combine={combine!r}: the plan is {kind}, but a block's summary has no place in time; "
+            "use combine='none'"
+        )
+    d_v, heads = v.shape[-1], q.shape[1]
+    for name, x, owner, shapes in (
+        ("proj_weight", proj_weight, "proj", ((d_v, d_v),)),
+        ("proj_bias", proj_bias, "proj", ((d_v,),)),
+        (
+            "alpha",
+            alpha,
+            "alpha",
+            ((heads,), *((b, heads, plan.num_q_blocks) for b in (1, q.shape[0]))),
+        ),
+    ):
+        if x is None:
+            if owner == combine and name != "proj_bias":
+                raise ValueError(f"{name}: combine={combine!r} needs it")
+        elif owner != combine:
+            raise ValueError(f"{name}: belongs to combine={owner!r}, not to {combine!r}")
+        elif tuple(x.shape) not in shapes:
+            raise ValueError(
+                f"{name}: shape {tuple(x.shape)}; accepted is {' or '.join(map(str, dict.fromkeys(shapes)))}"
+            )
+        elif x.device != q.device:
+            raise ValueError(f"{name}: on {x.device}, but q is on {q.device}")
+
+
+def _check_state(
+    state: LinearState | None, q: Tensor, k: Tensor, v: Tensor, feature_map: str, linear: bool
+) -> None:
+    if state is None:
+        return
+    if not linear:
+        raise ValueError("state: only combine='proj' and 'alpha' have a linear branch")
+    if state.feature_map != feature_map:
+        raise ValueError(
+            f"state: kept with feature_map={state.feature_map!r}, but feature_map={feature_map!r}"
+        )
+    expected = (*k.shape[:2], k.shape[-1], v.shape[-1])
+    if tuple(state.kv.shape) != expected or tuple(state.k.shape) != expected[:3]:
+        raise ValueError(
+            f"state: kv {tuple(state.kv.shape)} and k {tuple(state.k.shape)}; "
+            f"accepted are {expected} and {expected[:3]}"
+        )
+    if _wants_grad(q, k, v):
+        raise ValueError("state: has no gradient; leave it out while training")

@@ -87,7 +87,9 @@ def sparse_linear_reference(
     o_s, _ = block_sparse_reference(q, k, v, plan, scale=scale)
     o_l = linear_reference(q, k, v, plan, feature_map=feature_map, linear_scope=linear_scope)
     if combine == "proj":
+        assert proj_weight is not None
         return o_s + torch.nn.functional.linear(o_l, proj_weight, proj_bias)
+    assert alpha is not None
     row = torch.arange(plan.q_len, device=q.device)
     if plan.q_order is not None:
         row = plan.q_order.argsort(-1)  # [Hq|1, Lq]

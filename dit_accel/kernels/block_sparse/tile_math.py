@@ -69,9 +69,7 @@ def load_rows(X, o_row, m_row, stride, o_d, m_d, MASK_D: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    X, start, size, stride, o_n, o_d, m_d, MASKED: tl.constexpr, MASK_D: tl.constexpr
-):
+def load_tile(X, start, size, stride, o_n, o_d, m_d, MASKED: tl.constexpr, MASK_D: tl.constexpr):
     """`[N, DP]` from row `start` on; MASKED: only the first `size` rows, the rest 0."""
     p_x = X + start.to(tl.int64) * stride + o_n[:, None] * stride + o_d[None, :]
     if MASKED and MASK_D:

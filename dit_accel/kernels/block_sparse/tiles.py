@@ -52,8 +52,16 @@ _BASE: dict[tuple[str, bool], dict[int, Tile]] = {
     ("rows", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
     ("columns", False): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
     ("columns", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
-    ("linear_columns", False): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
-    ("linear_columns", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
+    ("linear_columns", False): {
+        64: Tile(64, 64, 4, 2),
+        128: Tile(64, 64, 8, 2),
+        256: Tile(32, 64, 8, 1),
+    },
+    ("linear_columns", True): {
+        64: Tile(64, 64, 4, 2),
+        128: Tile(64, 64, 8, 2),
+        256: Tile(32, 64, 8, 1),
+    },
 }
 
 

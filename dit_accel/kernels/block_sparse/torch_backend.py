@@ -2,7 +2,8 @@
 
 Works on any device and covers every plan; memory stays near inputs + outputs because only one
 chunk of gathered keys, values and scores exists at a time. Backward recomputes the weights from
-`lse`, so nothing of size [Lq, Lk] is ever saved. Half types are computed in fp32.
+`lse`, so nothing of size [Lq, Lk] is ever saved. Half types are computed in fp32. The linear branch is
+computed apart, in state space (`linear/torch_branch.py`).
 """
 
 import math
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.chunks import Chunk, Layout, stages, unblocked
+from dit_accel.kernels.linear import torch_branch
+from dit_accel.kernels.linear.spec import Linear
+from dit_accel.kernels.plan import SparsePlan
 
 
 def _scores(
-    chunk: Chunk, q: Tensor, scale: float, k: Tensor, centroids: Tensor | None
+    chunk: Chunk, q: Tensor, scale: float, k: Tensor, tail: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Scores of a chunk and the keys they belong to."""
     keys = k.index_select(0, chunk.kv_rows).view(q.shape[0], -1, k.shape[-1])
     exact = keys.shape[1]
-    if centroids is not None:
-        keys = torch.cat([keys, centroids.index_select(0, chunk.kv_heads)], 1)
+    if tail is not None:
+        keys = torch.cat([keys, tail.index_select(0, chunk.tail_heads)], 1)
     # With beta=0 the first argument is never read; alpha scales for free.
     scores = torch.baddbmm(q.new_empty(1, 1, 1), q, keys.mT, beta=0, alpha=scale)
     if chunk.hidden is not None:
@@ -30,119 +34,203 @@ def _scores(
     return scores, keys
 
 
-def _values(chunk: Chunk, v: Tensor, centroids: Tensor | None) -> Tensor:
-    values = v.index_select(0, chunk.kv_rows).view(len(chunk.kv_heads), -1, v.shape[-1])
-    if centroids is not None:
-        values = torch.cat([values, centroids.index_select(0, chunk.kv_heads)], 1)
+def _values(chunk: Chunk, v: Tensor, tail: Tensor | None) -> Tensor:
+    values = v.index_select(0, chunk.kv_rows).view(len(chunk.tail_heads), -1, v.shape[-1])
+    if tail is not None:
+        values = torch.cat([values, tail.index_select(0, chunk.tail_heads)], 1)
     return values
 
 
-class BlockSparse(torch.autograd.Function):
-    """`o, lse = f(q, k, v)`; equations 1 and 2 forward, 3 backward (README.md)."""
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float,
+    shared_softmax: bool,
+    linear: Linear | None,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`o, lse, o_l, norm`; lse is empty unless wanted, o_l and norm without a linear branch."""
+    q = _in_block_order(q, plan)
+    o, lse = _forward(q, k, v, plan, scale, shared_softmax, want_lse)
+    o_l, norm = q.new_empty(0), q.new_empty(0, dtype=lse.dtype)
+    if linear is not None:
+        o_l, norm = torch_branch.forward(q, k, v, plan, linear)
+        norm = _in_query_order(norm, plan)
+    if want_lse:
+        lse = _in_query_order(lse, plan)
+    return _in_query_order(o, plan), lse, _in_query_order(o_l, plan), norm
 
-    @staticmethod
-    def forward(ctx, q, k, v, plan, scale, shared_softmax, want_lse):
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        group = q.shape[1] // k.shape[1]
-        want_lse = want_lse or any(ctx.needs_input_grad)
-        o = q.new_empty(*q.shape[:-1], v.shape[-1])
-        lse = q.new_empty(q.shape[:-1] if want_lse else (0,), dtype=dtype)
-        layout = Layout(plan, shared_softmax, dtype)
-        for b, heads, kv_heads in stages(q, k, plan, dtype):
-            qb = layout.blocked_q(q[b, heads], dtype)
-            kb = layout.blocked_k(k[b, kv_heads], b, dtype)
-            vb = layout.blocked_k(v[b, kv_heads], b, dtype)
-            centroid_k = layout.centroids(k[b, kv_heads], b)
-            centroid_v = layout.centroids(v[b, kv_heads], b)
-            direct = o.dtype == dtype and plan.q_len % plan.block_q == 0
-            ob = (
-                o[b, heads].view(*qb.shape[:2], -1)
-                if direct
-                else qb.new_empty(*qb.shape[:2], v.shape[-1])
-            )
-            lb = qb.new_empty(qb.shape[:2]) if want_lse else None
-            for chunk in layout.chunks(b, heads, group):
-                scores, _ = _scores(chunk, qb[chunk.rows], scale, kb, centroid_k)
-                if scores.shape[-1] == 0:  # rows that read nothing
-                    ob[chunk.rows] = 0
-                    if lb is not None:
-                        lb[chunk.rows] = -math.inf
-                    continue
-                may_be_empty = chunk.hidden is not None or (shared_softmax and layout.empty_tail)
-                p = torch.softmax(scores, -1)
-                if want_lse or may_be_empty:
-                    top = scores.amax(-1)
-                if may_be_empty:
-                    p.masked_fill_((top == -math.inf)[..., None], 0.0)
+
+def backward(
+    grad_o: Tensor,
+    grad_lse: Tensor | None,
+    grad_o_l: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    o: Tensor,
+    lse: Tensor,
+    o_l: Tensor,
+    norm: Tensor,
+    *,
+    scale: float,
+    shared_softmax: bool,
+    linear: Linear | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    q, grad_o, o, lse = (_in_block_order(x, plan) for x in (q, grad_o, o, lse))
+    delta = (grad_o.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
+    if grad_lse is not None:
+        delta -= _in_block_order(grad_lse, plan)
+    grads = _backward(q, k, v, grad_o, lse, delta, plan, scale, shared_softmax)
+    if linear is not None and grad_o_l is not None:
+        grad_o_l, o_l, norm = (_in_block_order(x, plan) for x in (grad_o_l, o_l, norm))
+        more = torch_branch.backward(grad_o_l, q, k, v, plan, o_l, norm, linear)
+        for x, y in zip(grads, more, strict=True):
+            x += y
+    grad_q, grad_k, grad_v = grads
+    return _in_query_order(grad_q, plan), grad_k, grad_v
+
+
+def _in_block_order(x: Tensor, plan: SparsePlan) -> Tensor:
+    """Rows `[B, H, Lq, ...]` in the order of the query blocks."""
+    return x if plan.q_order is None else x.gather(2, _order(x, plan))
+
+
+def _in_query_order(x: Tensor, plan: SparsePlan) -> Tensor:
+    if plan.q_order is None or x.numel() == 0:
+        return x
+    return torch.zeros_like(x).scatter_(2, _order(x, plan), x)
+
+
+def _order(x: Tensor, plan: SparsePlan) -> Tensor:
+    assert plan.q_order is not None
+    order = plan.q_order.long()[None]
+    return (order if x.ndim == 3 else order[..., None]).expand(x.shape)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    scale: float,
+    shared_softmax: bool,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k.shape[1]
+    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse = q.new_empty(q.shape[:-1] if want_lse else (0,), dtype=dtype)
+    layout = Layout(plan, shared_softmax, dtype)
+    for b, heads, kv_heads in stages(q, k, plan, dtype):
+        qb = layout.blocked_q(q[b, heads], dtype)
+        kb = layout.blocked_k(k[b, kv_heads], b, dtype)
+        vb = layout.blocked_k(v[b, kv_heads], b, dtype)
+        tail_k = layout.tail(k[b, kv_heads], b, heads, dtype)
+        tail_v = layout.tail(v[b, kv_heads], b, heads, dtype)
+        direct = o.dtype == dtype and plan.q_len % plan.block_q == 0
+        ob = (
+            o[b, heads].view(*qb.shape[:2], -1)
+            if direct
+            else qb.new_empty(*qb.shape[:2], v.shape[-1])
+        )
+        lb = qb.new_empty(qb.shape[:2]) if want_lse else None
+        for chunk in layout.chunks(b, heads, group):
+            scores, _ = _scores(chunk, qb[chunk.rows], scale, kb, tail_k)
+            if scores.shape[-1] == 0:  # rows that read nothing
+                ob[chunk.rows] = 0
                 if lb is not None:
-                    # The largest weight is exp(top - lse), so no second exponential is needed.
-                    lb[chunk.rows] = torch.where(top == -math.inf, top, top - p.amax(-1).log())
-                values = _values(chunk, vb, centroid_v)
-                if isinstance(chunk.rows, slice):
-                    torch.bmm(p, values, out=ob[chunk.rows])
-                else:
-                    ob[chunk.rows] = torch.bmm(p, values)
-            n_heads = heads.stop - heads.start
-            if not direct:
-                o[b, heads] = unblocked(ob, n_heads, plan.q_len).to(o.dtype)
+                    lb[chunk.rows] = -math.inf
+                continue
+            may_be_empty = chunk.hidden is not None or (layout.has_tail and layout.empty_tail)
+            p = torch.softmax(scores, -1)
+            if want_lse or may_be_empty:
+                top = scores.amax(-1)
+            if may_be_empty:
+                p.masked_fill_((top == -math.inf)[..., None], 0.0)
             if lb is not None:
-                lse[b, heads] = lb.view(n_heads, -1)[:, : plan.q_len]
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.plan, ctx.scale, ctx.shared_softmax = plan, scale, shared_softmax
-        return o, lse
+                # The largest weight is exp(top - lse), so no second exponential is needed.
+                lb[chunk.rows] = torch.where(top == -math.inf, top, top - p.amax(-1).log())
+            values = _values(chunk, vb, tail_v)
+            if isinstance(chunk.rows, slice):
+                torch.bmm(p, values, out=ob[chunk.rows])
+            else:
+                ob[chunk.rows] = torch.bmm(p, values)
+        n_heads = heads.stop - heads.start
+        if not direct:
+            o[b, heads] = unblocked(ob, n_heads, plan.q_len).to(o.dtype)
+        if lb is not None:
+            lse[b, heads] = lb.view(n_heads, -1)[:, : plan.q_len]
+    return o, lse
 
-    @staticmethod
-    def backward(ctx, grad_o, grad_lse):
-        q, k, v, o, lse = ctx.saved_tensors
-        plan, scale = ctx.plan, ctx.scale
-        dtype = lse.dtype
-        group = q.shape[1] // k.shape[1]
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        layout = Layout(plan, ctx.shared_softmax, dtype)
-        for b, heads, kv_heads in stages(q, k, plan, dtype):
-            n_heads, n_kv = heads.stop - heads.start, kv_heads.stop - kv_heads.start
-            qb = layout.blocked_q(q[b, heads], dtype)
-            kb = layout.blocked_k(k[b, kv_heads], b, dtype)
-            vb = layout.blocked_k(v[b, kv_heads], b, dtype)
-            go = layout.blocked_q(grad_o[b, heads], dtype)
-            lb = layout.blocked_q(lse[b, heads][..., None], dtype)
-            lb = lb.masked_fill(lb == -math.inf, 0.0)  # hidden scores are -inf, so weights stay 0
-            delta = (grad_o[b, heads].to(dtype) * o[b, heads].to(dtype)).sum(-1) - grad_lse[
-                b, heads
-            ]
-            db = layout.blocked_q(delta[..., None], dtype)
-            gq = torch.zeros_like(qb)
-            gk, gv = torch.zeros_like(kb), torch.zeros_like(vb)
-            centroid_k = layout.centroids(k[b, kv_heads], b)
-            centroid_v = layout.centroids(v[b, kv_heads], b)
-            if centroid_k is not None and centroid_v is not None:
-                gck, gcv = torch.zeros_like(centroid_k), torch.zeros_like(centroid_v)
-            for chunk in layout.chunks(b, heads, group):
-                qc, goc = qb[chunk.rows], go[chunk.rows]
-                scores, keys = _scores(chunk, qc, scale, kb, centroid_k)
-                if scores.shape[-1] == 0:
-                    continue
-                p = scores.sub_(lb[chunk.rows]).exp_()
-                dv = torch.bmm(p.mT, goc)
-                ds = torch.bmm(goc, _values(chunk, vb, centroid_v).mT)
-                ds = ds.sub_(db[chunk.rows]).mul_(p).mul_(scale)
-                gq[chunk.rows] = torch.bmm(ds, keys)
-                dk = torch.bmm(ds.mT, qc)
-                exact = len(chunk.kv_rows) // len(chunk.kv_heads) * plan.block_k
-                gk.index_add_(0, chunk.kv_rows, dk[:, :exact].reshape(-1, *kb.shape[1:]))
-                gv.index_add_(0, chunk.kv_rows, dv[:, :exact].reshape(-1, *vb.shape[1:]))
-                if ctx.shared_softmax:
-                    gck.index_add_(0, chunk.kv_heads, dk[:, exact:])
-                    gcv.index_add_(0, chunk.kv_heads, dv[:, exact:])
-            if ctx.shared_softmax:
-                # A mean hands its gradient to its tokens in equal parts.
-                sizes = layout.sizes_of(b)
-                token = torch.arange(plan.block_k, device=q.device)
-                share = (token < sizes[:, None]).to(dtype) / sizes.clamp(min=1)[:, None]
-                share = share.repeat(n_kv, 1)[..., None]
-                gk += share * gck.flatten(0, 1)[:, None]
-                gv += share * gcv.flatten(0, 1)[:, None]
-            grad_q[b, heads] = unblocked(gq, n_heads, plan.q_len).to(q.dtype)
-            grad_k[b, kv_heads] = unblocked(gk, n_kv, plan.kv_len).to(k.dtype)
-            grad_v[b, kv_heads] = unblocked(gv, n_kv, plan.kv_len).to(v.dtype)
-        return grad_q, grad_k, grad_v, None, None, None, None
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_o: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    plan: SparsePlan,
+    scale: float,
+    shared_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = lse.dtype
+    group = q.shape[1] // k.shape[1]
+    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    layout = Layout(plan, shared_softmax, dtype)
+    for b, heads, kv_heads in stages(q, k, plan, dtype):
+        n_heads, n_kv = heads.stop - heads.start, kv_heads.stop - kv_heads.start
+        qb = layout.blocked_q(q[b, heads], dtype)
+        kb = layout.blocked_k(k[b, kv_heads], b, dtype)
+        vb = layout.blocked_k(v[b, kv_heads], b, dtype)
+        go = layout.blocked_q(grad_o[b, heads], dtype)
+        lb = layout.blocked_q(lse[b, heads][..., None], dtype)
+        lb = lb.masked_fill(lb == -math.inf, 0.0)  # hidden scores are -inf, so weights stay 0
+        db = layout.blocked_q(delta[b, heads][..., None], dtype)
+        gq = torch.zeros_like(qb)
+        gk, gv = torch.zeros_like(kb), torch.zeros_like(vb)
+        tail_k = layout.tail(k[b, kv_heads], b, heads, dtype)
+        tail_v = layout.tail(v[b, kv_heads], b, heads, dtype)
+        if tail_k is not None and tail_v is not None:
+            gtk, gtv = torch.zeros_like(tail_k), torch.zeros_like(tail_v)
+        for chunk in layout.chunks(b, heads, group):
+            qc, goc = qb[chunk.rows], go[chunk.rows]
+            scores, keys = _scores(chunk, qc, scale, kb, tail_k)
+            if scores.shape[-1] == 0:
+                continue
+            p = scores.sub_(lb[chunk.rows]).exp_()
+            dv = torch.bmm(p.mT, goc)
+            ds = torch.bmm(goc, _values(chunk, vb, tail_v).mT)
+            ds = ds.sub_(db[chunk.rows]).mul_(p).mul_(scale)
+            gq[chunk.rows] = torch.bmm(ds, keys)
+            dk = torch.bmm(ds.mT, qc)
+            exact = len(chunk.kv_rows) // len(chunk.tail_heads) * plan.block_k
+            gk.index_add_(0, chunk.kv_rows, dk[:, :exact].reshape(-1, *kb.shape[1:]))
+            gv.index_add_(0, chunk.kv_rows, dv[:, :exact].reshape(-1, *vb.shape[1:]))
+            if layout.has_tail:
+                gtk.index_add_(0, chunk.tail_heads, dk[:, exact:])
+                gtv.index_add_(0, chunk.tail_heads, dv[:, exact:])
+        if shared_softmax:
+            # A mean hands its gradient to its tokens in equal parts.
+            sizes = layout.sizes_of(b)
+            token = torch.arange(plan.block_k, device=q.device)
+            share = (token < sizes[:, None]).to(dtype) / sizes.clamp(min=1)[:, None]
+            share = share.repeat(n_kv, 1)[..., None]
+            gk += share * gtk.flatten(0, 1)[:, None]
+            gv += share * gtv.flatten(0, 1)[:, None]
+        elif layout.columns is not None:
+            columns, _ = layout.columns_of(b, heads)
+            head = torch.arange(n_heads, device=q.device) // group
+            token = (columns + head[:, None] * plan.num_k_blocks * plan.block_k).flatten()
+            gk.view(-1, gk.shape[-1]).index_add_(0, token, gtk.flatten(0, 1))
+            gv.view(-1, gv.shape[-1]).index_add_(0, token, gtv.flatten(0, 1))
+        grad_q[b, heads] = unblocked(gq, n_heads, plan.q_len).to(q.dtype)
+        grad_k[b, kv_heads] = unblocked(gk, n_kv, plan.kv_len).to(k.dtype)
+        grad_v[b, kv_heads] = unblocked(gv, n_kv, plan.kv_len).to(v.dtype)
+    return grad_q, grad_k, grad_v

@@ -56,8 +56,9 @@ class _Problem:
         self.kv_heads = self.k.shape[1]
         self.head_dim, self.value_dim = self.q.shape[-1], self.v.shape[-1]
         self.per_key = 1.0 / self.k.shape[2]
-        self.read = Lists(plan.full_kv_num_blocks, plan.full_kv_indices), Lists(
-            plan.kv_num_blocks, plan.kv_indices
+        self.read = (
+            Lists(plan.full_kv_num_blocks, plan.full_kv_indices),
+            Lists(plan.kv_num_blocks, plan.kv_indices),
         )
         self.mode, self.extra = self._linear_mode()
         self.k_sizes = plan.k_sizes().contiguous()
@@ -85,7 +86,7 @@ class _Problem:
         most = max(x.indices.shape[-1] for x in self.read)
         most += 0 if skip is None else skip.indices.shape[-1]
         if self.linear.state is None and 2 * most >= plan.num_k_blocks:
-            return 3, block_lists(plan.linear_blocks(self.linear.scope))  # type: ignore[arg-type]
+            return 3, block_lists(plan.linear_blocks(self.linear.scope))
         return 2, skip
 
     def _centroids(self, x: Tensor) -> Tensor:
@@ -154,7 +155,10 @@ class _Problem:
 
     def lists(self, **lists: Lists | None) -> dict[str, Any]:
         """Lists of one leading shape `[B|1, Hq|1]`, with the strides that walk it."""
-        shapes = [torch.Size((1, 1)), *(x.counts.shape[:2] for x in lists.values() if x is not None)]
+        shapes = [
+            torch.Size((1, 1)),
+            *(x.counts.shape[:2] for x in lists.values() if x is not None),
+        ]
         if self.columns is not None:
             shapes.append(self.columns.shape[:2])
         lead = torch.broadcast_shapes(*shapes)
@@ -288,7 +292,7 @@ def forward(
     norm = q.new_empty(rows if linear is not None else (0,), dtype=torch.float32)
     constants, options = p.constants("forward")
     lists = p.lists(full=p.read[0], part=p.read[1], extra=p.extra)
-    arguments = {
+    arguments: dict[str, Any] = {
         "Q": q,
         "K": k,
         "V": v,
@@ -322,7 +326,9 @@ def forward(
     }
     sub = math.ceil(plan.block_q / constants["TQ"])
     heads_and_batch = (p.heads, p.batch)
-    long_rows = _long_rows(plan, plan.num_q_blocks * sub * p.heads * p.batch, linear, shared_softmax)
+    long_rows = _long_rows(
+        plan, plan.num_q_blocks * sub * p.heads * p.batch, linear, shared_softmax
+    )
     if long_rows is None:
         run(
             Launch(
@@ -340,7 +346,7 @@ def forward(
     part = (segments, p.batch, p.heads, n_long * plan.block_q)
     is_long = torch.zeros(plan.num_q_blocks, dtype=torch.int32, device=q.device)
     is_long.scatter_(0, long_rows.long(), 1)
-    split = {
+    split: dict[str, Any] = {
         "LONG_ROWS": long_rows,
         "IS_LONG": is_long,
         "long_blocks": blocks,
@@ -348,7 +354,7 @@ def forward(
     }
     part_o = q.new_empty(*part, v.shape[-1], dtype=torch.float32)
     part_lse = q.new_empty(part, dtype=torch.float32)
-    launches = (
+    launches: tuple[tuple[int, int, dict[str, Tensor], bool], ...] = (
         (1, plan.num_q_blocks * sub, {}, constants["WANT_LSE"]),
         (2, segments * n_long * sub, {"O": part_o, "LSE": part_lse}, True),
     )
@@ -371,9 +377,14 @@ def forward(
                 "PART_LSE": part_lse,
                 "O": o,
                 "LSE": lse,
-                **{name: arguments[name] for name in ("FULL_NUM", "PART_NUM", "Q_SIZES", "Q_ORDER")},
+                **{
+                    name: arguments[name] for name in ("FULL_NUM", "PART_NUM", "Q_SIZES", "Q_ORDER")
+                },
                 **{name: split[name] for name in ("LONG_ROWS", "long_blocks", "n_long")},
-                **{name: arguments[name] for name in ("q_len", "n_q", "list_b", "list_h", "order_h")},
+                **{
+                    name: arguments[name]
+                    for name in ("q_len", "n_q", "list_b", "list_h", "order_h")
+                },
                 "n_segments": segments,
             },
             {name: constants[name] for name in ("VALUE_DIM", "DVP", "BLOCK_Q", "TQ", "WANT_LSE")},
@@ -502,7 +513,7 @@ def backward(
         )
     )
     if p.extra_keys == 1:
-        assert gathered is not None and p.columns is not None
+        assert gathered is not None
         _add_columns(p, grad_k, gathered[0])
         _add_columns(p, grad_v, gathered[1])
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
@@ -527,7 +538,7 @@ def _linear_key_gradients(
     state, state_z = (x.unflatten(1, (p.kv_heads, -1)).sum(2) * p.per_key for x in (state, state_z))
     rows = None
     if p.mode >= 2:
-        summed = plan.linear_blocks(p.linear.scope)  # type: ignore[arg-type]
+        summed = plan.linear_blocks(p.linear.scope)
         rows = block_lists((summed if p.mode == 3 else ~summed).mT)
     constants, options = p.constants("linear_columns")
     for name in ("POSITIONAL", "WINDOW"):

@@ -47,9 +47,7 @@ def linear_columns_kernel(
     b_dv = tl.zeros([TK, DVP], tl.float32)
     if LINEAR <= 2:  # totals first, while registers are free
         # [DP, DVP], [DP]
-        b_h = load_rows(
-            STATE + i_bk * HEAD_DIM * VALUE_DIM, o_d, m_d, VALUE_DIM, o_v, m_v, MASK_V
-        )
+        b_h = load_rows(STATE + i_bk * HEAD_DIM * VALUE_DIM, o_d, m_d, VALUE_DIM, o_v, m_v, MASK_V)
         b_z = tl.load(STATE_Z + i_bk * HEAD_DIM + o_d, mask=m_d, other=0.0)
         b_dv = tl.dot(b_phik, b_h, input_precision=PRECISION)
         b_dphi = tl.dot(b_v, tl.trans(b_h), input_precision=PRECISION) - b_z[None, :]
@@ -63,9 +61,7 @@ def linear_columns_kernel(
             for t in tl.range(0, tl.load(ROW_NUM + i_row) * SUB_Q):
                 i_q = tl.load(ROW_INDEX + i_row * n_row + t // SUB_Q)
                 o_q = (t % SUB_Q) * TQ + tl.arange(0, TQ)
-                o_row, m_q, _ = query_rows(
-                    i_q, o_q, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q
-                )
+                o_row, m_q, _ = query_rows(i_q, o_q, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
                 # [TQ, DP], [TQ, DVP]
                 b_phiq = load_rows(
                     PHI_Q + i_bh * q_len * HEAD_DIM, o_row, m_q, HEAD_DIM, o_d, m_d, MASK_D

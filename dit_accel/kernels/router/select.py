@@ -36,9 +36,7 @@ def select_blocks(
         ValueError: no criterion, two that exclude each other, or one out of range.
     """
     chosen = [
-        n
-        for n, x in (("topk", topk), ("top_p", top_p), ("threshold", threshold))
-        if x is not None
+        n for n, x in (("topk", topk), ("top_p", top_p), ("threshold", threshold)) if x is not None
     ]
     if not chosen or ("threshold" in chosen and len(chosen) > 1):
         raise ValueError(

@@ -1,0 +1,256 @@
+"""The operators `dit_accel::sparse_linear` and its backward, as torch knows them.
+
+An operator takes flat tensors and numbers, so a plan is taken apart here and put together again inside.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.linear.spec import Linear
+from dit_accel.kernels.plan import SparsePlan
+
+# Fields of a plan, in the order of the operators' arguments.
+TENSORS = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+    "skip_num_blocks",
+    "skip_indices",
+    "q_block_sizes",
+    "k_block_sizes",
+    "kv_lengths",
+    "columns",
+    "q_order",
+    "long_rows",
+)
+NUMBERS = ("block_q", "block_k", "q_offset", "sink")
+
+
+def sparse_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float,
+    want_lse: bool,
+    backend: str,
+    shared_softmax: bool = False,
+    feature_map: str | None = None,
+    linear_scope: str = "complement",
+    state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`o`, `lse` (empty unless wanted), `o_l` and its reciprocal denominators (empty without a map)."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    state_kv, state_k = state if state is not None else (None, None)
+    return torch.ops.dit_accel.sparse_linear(
+        q,
+        k,
+        v,
+        *(getattr(plan, name) for name in TENSORS),
+        state_kv,
+        state_k,
+        *(getattr(plan, name) for name in NUMBERS),
+        plan.window,
+        plan.causal,
+        scale,
+        shared_softmax,
+        feature_map,
+        linear_scope,
+        want_lse,
+        backend,
+    )
+
+
+def _backend(name: str) -> ModuleType:
+    return importlib.import_module(f"dit_accel.kernels.block_sparse.{name}_backend")
+
+
+def _plan(q: Tensor, k: Tensor, tensors: tuple, numbers: tuple, window, causal) -> SparsePlan:
+    return SparsePlan(
+        **dict(zip(TENSORS, tensors, strict=True)),
+        **dict(zip(NUMBERS, numbers, strict=True)),
+        q_len=q.shape[2],
+        kv_len=k.shape[2],
+        window=window,
+        causal=causal,
+    )
+
+
+@torch.library.custom_op("dit_accel::sparse_linear", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    full_kv_num_blocks: Tensor,
+    full_kv_indices: Tensor,
+    skip_num_blocks: Tensor | None,
+    skip_indices: Tensor | None,
+    q_block_sizes: Tensor | None,
+    k_block_sizes: Tensor | None,
+    kv_lengths: Tensor | None,
+    columns: Tensor | None,
+    q_order: Tensor | None,
+    long_rows: Tensor | None,
+    state_kv: Tensor | None,
+    state_k: Tensor | None,
+    block_q: int,
+    block_k: int,
+    q_offset: int,
+    sink: int,
+    window: int | None,
+    causal: bool,
+    scale: float,
+    shared_softmax: bool,
+    feature_map: str | None,
+    linear_scope: str,
+    want_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = (
+        kv_num_blocks,
+        kv_indices,
+        full_kv_num_blocks,
+        full_kv_indices,
+        skip_num_blocks,
+        skip_indices,
+        q_block_sizes,
+        k_block_sizes,
+        kv_lengths,
+        columns,
+        q_order,
+        long_rows,
+    )
+    plan = _plan(q, k, tensors, (block_q, block_k, q_offset, sink), window, causal)
+    state = None if state_kv is None or state_k is None else (state_kv, state_k)
+    linear = None if feature_map is None else Linear(feature_map, linear_scope, state)
+    return _backend(backend).forward(
+        q,
+        k,
+        v,
+        plan,
+        scale=scale,
+        shared_softmax=shared_softmax,
+        linear=linear,
+        want_lse=want_lse,
+    )
+
+
+@_forward.register_fake
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, feature_map, _, want_lse, _ = rest
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (*q.shape[:-1], v.shape[-1])
+    nothing = (0,)
+    return (
+        q.new_empty(shape),
+        q.new_empty(q.shape[:-1] if want_lse else nothing, dtype=dtype),
+        q.new_empty(shape if feature_map is not None else nothing),
+        q.new_empty(q.shape[:-1] if feature_map is not None else nothing, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("dit_accel::sparse_linear_backward", mutates_args=())
+def _backward(
+    grad_o: Tensor,
+    grad_lse: Tensor | None,
+    grad_o_l: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    o_l: Tensor,
+    norm: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    full_kv_num_blocks: Tensor,
+    full_kv_indices: Tensor,
+    skip_num_blocks: Tensor | None,
+    skip_indices: Tensor | None,
+    q_block_sizes: Tensor | None,
+    k_block_sizes: Tensor | None,
+    kv_lengths: Tensor | None,
+    columns: Tensor | None,
+    q_order: Tensor | None,
+    long_rows: Tensor | None,
+    block_q: int,
+    block_k: int,
+    q_offset: int,
+    sink: int,
+    window: int | None,
+    causal: bool,
+    scale: float,
+    shared_softmax: bool,
+    feature_map: str | None,
+    linear_scope: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (
+        kv_num_blocks,
+        kv_indices,
+        full_kv_num_blocks,
+        full_kv_indices,
+        skip_num_blocks,
+        skip_indices,
+        q_block_sizes,
+        k_block_sizes,
+        kv_lengths,
+        columns,
+        q_order,
+        long_rows,
+    )
+    plan = _plan(q, k, tensors, (block_q, block_k, q_offset, sink), window, causal)
+    linear = None if feature_map is None else Linear(feature_map, linear_scope)
+    return _backend(backend).backward(
+        grad_o,
+        grad_lse,
+        grad_o_l,
+        q,
+        k,
+        v,
+        plan,
+        o,
+        lse,
+        o_l,
+        norm,
+        scale=scale,
+        shared_softmax=shared_softmax,
+        linear=linear,
+    )
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad_o, grad_lse, grad_o_l, o, lse, o_l, norm, q, k, v, *rest
+) -> tuple[Tensor, ...]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    tensors, numbers = inputs[: 3 + len(TENSORS)], inputs[5 + len(TENSORS) :]
+    ctx.save_for_backward(*output, *tensors)
+    *kept, want_lse, backend = numbers
+    ctx.numbers = (*kept, backend)
+    ctx.set_materialize_grads(False)
+    assert want_lse, "gradients need lse"
+
+
+def _autograd(ctx, grad_o, grad_lse, grad_o_l, grad_norm) -> tuple[Tensor | None, ...]:
+    o, lse, o_l, norm, *tensors = ctx.saved_tensors
+    grad_o = torch.zeros_like(o) if grad_o is None else grad_o
+    grads = torch.ops.dit_accel.sparse_linear_backward(
+        grad_o, grad_lse, grad_o_l, o, lse, o_l, norm, *tensors, *ctx.numbers
+    )
+    # Plan, state and numbers have no gradient.
+    return *grads, *[None] * (len(TENSORS) + 2 + len(ctx.numbers) + 1)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,53 @@
+"""Partial attentions over disjoint keys, put together."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def merge_lse(
+    *parts: tuple[Float[Tensor, "b h l d"], Float[Tensor, "b h l"]],
+) -> tuple[Float[Tensor, "b h l d"], Float[Tensor, "b h l"]]:
+    """Exact attention over the union of the keys of all parts, which must not share a key.
+
+        lse = log sum_p exp(lse_p)      o = sum_p exp(lse_p - lse) o_p
+
+    Args:
+        parts: `(o, lse)` as `block_sparse_attention(..., return_lse=True)` gives them: `[B, H, L, D]`
+            and the natural log-sum-exp `[B, H, L]`. A part in which a query has no key has lse = -inf.
+
+    Returns:
+        `o` in the dtype of the parts and `lse` in fp32 (fp64 for fp64); 0 and -inf where no part has
+        a key. Differentiable.
+
+    Raises:
+        ValueError: no part, or parts of different shape, dtype or device.
+    """
+    if not parts:
+        raise ValueError("parts: got none; accepted is one or more (o, lse)")
+    o, lse = parts[0]
+    for i, (part_o, part_lse) in enumerate(parts):
+        if (part_o.shape, part_o.dtype, part_o.device) != (o.shape, o.dtype, o.device):
+            raise ValueError(
+                f"parts[{i}]: o is {tuple(part_o.shape)} {part_o.dtype} on {part_o.device}, "
+                f"parts[0] is {tuple(o.shape)} {o.dtype} on {o.device}"
+            )
+        if part_lse.shape != o.shape[:-1]:
+            raise ValueError(
+                f"parts[{i}]: lse is {tuple(part_lse.shape)}; accepted is {tuple(o.shape[:-1])}"
+            )
+    dtype = torch.float64 if o.dtype == torch.float64 else torch.float32
+    each = torch.stack([part_lse.to(dtype) for _, part_lse in parts])
+    # Rows without any key would be -inf - -inf; they are shifted by 0 and end as weights of 0.
+    top = each.detach().amax(0)
+    top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
+    weights = torch.exp(each - top)
+    total = weights.sum(0)
+    empty = total == 0
+    safe = torch.where(empty, torch.ones_like(total), total)
+    merged = sum(
+        w[..., None] * part_o.to(dtype) for w, (part_o, _) in zip(weights, parts, strict=True)
+    )
+    out = torch.where(empty[..., None], torch.zeros_like(merged), merged / safe[..., None])
+    lse = torch.where(empty, torch.full_like(total, -torch.inf), safe.log() + top)
+    return out.to(o.dtype), lse

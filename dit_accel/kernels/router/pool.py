@@ -1,0 +1,58 @@
+"""Triton kernel of the router: block means, reading every token once."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_accel.kernels.launch import Launch
+
+
+@triton.jit
+def pool_kernel(
+    X, OUT, SIZES, x_b, x_h, x_l, length, size_b,
+    HEAD_DIM: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, TL: tl.constexpr,
+):  # fmt: skip
+    """mean of the valid tokens of one block; 0 for a block without any."""
+    i_block, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_blocks, n_h = tl.num_programs(0), tl.num_programs(1)
+    o_d = tl.arange(0, DP)
+    m_d = o_d < HEAD_DIM
+    size = tl.minimum(BLOCK, length - i_block * BLOCK)
+    if SIZES is not None:
+        size = tl.minimum(size, tl.load(SIZES + i_b * size_b + i_block))
+    X += i_b.to(tl.int64) * x_b + i_h.to(tl.int64) * x_h
+    X += (i_block * BLOCK).to(tl.int64) * x_l
+    b_sum = tl.zeros([DP], tl.float32)
+    for start in tl.static_range(0, BLOCK, TL):
+        o_l = start + tl.arange(0, TL)
+        # [TL, DP]
+        p_x = X + o_l[:, None] * x_l + o_d[None, :]
+        b_x = tl.load(p_x, mask=(o_l[:, None] < size) & m_d[None, :], other=0.0)
+        b_sum += tl.sum(b_x.to(tl.float32), 0)
+    o_out = ((i_b * n_h + i_h).to(tl.int64) * n_blocks + i_block) * HEAD_DIM + o_d
+    tl.store(OUT + o_out, (b_sum / tl.maximum(size, 1)).to(OUT.dtype.element_ty), mask=m_d)
+
+
+def pool_launch(x: Tensor, out: Tensor, sizes: Tensor | None, block: int) -> Launch:
+    """The launch that fills `out` `[B, H, ceil(L / block), D]` from `x` `[B, H, L, D]`."""
+    batch, heads, length, d = x.shape
+    return Launch(
+        kernel=pool_kernel,
+        grid=(out.shape[2], heads, batch),
+        arguments={
+            "X": x,
+            "OUT": out,
+            "SIZES": sizes,
+            **{f"x_{axis}": x.stride(i) for i, axis in enumerate("bhl")},
+            "length": length,
+            "size_b": 0 if sizes is None or len(sizes) == 1 else sizes.shape[1],
+        },
+        constants={
+            "HEAD_DIM": d,
+            "DP": max(16, 1 << (d - 1).bit_length()),
+            "BLOCK": block,
+            "TL": min(64, 1 << (block - 1).bit_length()),
+        },
+        num_warps=4,
+        num_stages=1,
+    )

@@ -1,0 +1,156 @@
+"""Drawn problems for every mode of sparse-linear attention, and how far a result is from the definition."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dit_accel.kernels import SparsePlan, block_sparse_attention, sparse_linear_attention
+from dit_accel.kernels.block_sparse.reference import (
+    block_sparse_reference,
+    sparse_linear_reference,
+)
+
+from .plan_cases import DENSITIES, geometries, random_block_mask
+
+FEATURE_MAPS = ("softmax", "elu", "relu")
+SCOPES = ("marginal", "complement", "all")
+UNORDERED = ("all", "kv_lengths", "ragged")  # rules under which a block has a summary
+GROUPS = ((1, 1), (2, 1), (3, 1), (2, 2), (4, 2))
+
+
+@dataclass
+class Problem:
+    """Inputs in fp64, a plan, and the arguments that say what to compute."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: SparsePlan
+    options: dict[str, Any] = field(default_factory=lambda: {"combine": "none"})
+    """Arguments of `sparse_linear_attention`; tensors among them in fp64."""
+
+    def leaves(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Every tensor with a gradient, as fresh copies in `dtype`; strides stay."""
+        tensors = {"q": self.q, "k": self.k, "v": self.v} | {
+            name: x for name, x in self.options.items() if isinstance(x, Tensor)
+        }
+        return {name: x.detach().clone().to(dtype).requires_grad_() for name, x in tensors.items()}
+
+    def outputs(self, leaves: dict[str, Tensor], backend: str | None) -> list[Tensor]:
+        """`[o]`, and lse where there is no summary; backend "reference" is the definition."""
+        q, k, v, plan = leaves["q"], leaves["k"], leaves["v"], self.plan
+        options = {name: leaves.get(name, x) for name, x in self.options.items()}
+        if self.options["combine"] == "none":
+            scale = self.options.get("scale")
+            if backend == "reference":
+                return list(block_sparse_reference(q, k, v, plan, scale=scale))
+            return list(
+                block_sparse_attention(q, k, v, plan, scale=scale, return_lse=True, backend=backend)
+            )
+        if backend == "reference":
+            return [sparse_linear_reference(q, k, v, plan, **options)]
+        return [sparse_linear_attention(q, k, v, plan, **options, backend=backend)]
+
+    def results(self, dtype: torch.dtype, backend: str | None) -> dict[str, Tensor]:
+        """Outputs and gradients by name, for upstream gradients that depend on the shape only."""
+        leaves = self.leaves(dtype)
+        outputs = self.outputs(leaves, backend)
+        g = torch.Generator().manual_seed(1)
+        upstream = [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in outputs]
+        if len(outputs) > 1:  # nothing flows into the lse of a query without any key
+            upstream[1] = upstream[1].masked_fill(outputs[1].detach() == -torch.inf, 0.0)
+        grads = torch.autograd.grad(
+            outputs,
+            list(leaves.values()),
+            [x.to(y.dtype) for x, y in zip(upstream, outputs, strict=True)],
+        )
+        named = dict(zip(("o", "lse"), (x.detach() for x in outputs), strict=False))
+        return named | {f"grad_{name}": x for name, x in zip(leaves, grads, strict=True)}
+
+
+def make_tensors(g: torch.Generator, batch, heads, kv_heads, plan, d, d_v, strided) -> list[Tensor]:
+    """Random q, k, v in fp64; `strided`: transposed from `[B, L, H, D]`, as diffusers hands them."""
+    tensors = []
+    for h, l, width in (
+        (heads, plan.q_len, d),
+        (kv_heads, plan.kv_len, d),
+        (kv_heads, plan.kv_len, d_v),
+    ):
+        shape = (batch, l, h, width) if strided else (batch, h, l, width)
+        x = torch.randn(shape, generator=g, dtype=torch.float64)
+        tensors.append(x.transpose(1, 2) if strided else x)
+    return tensors
+
+
+@st.composite
+def plans(draw, longest: int, batch: int, heads: int, combine: str, blocks) -> SparsePlan:
+    rules = (
+        UNORDERED
+        if combine != "none"
+        else (*UNORDERED, "causal", "shifted", "window", "causal_kv_lengths")
+    )
+    geometry = draw(geometries(longest, blocks=blocks, rules=rules, batch=batch))
+    seed = draw(st.integers(0, 2**16), label="seed")
+    g = torch.Generator().manual_seed(seed)
+    leading = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
+    mask = random_block_mask(geometry, draw(st.sampled_from(DENSITIES)), leading, seed)
+    if draw(st.booleans(), label="skip"):
+        geometry["skip"] = torch.rand(mask.shape, generator=g) < 0.3
+    if "q_block_sizes" not in geometry and draw(st.integers(0, 3)) == 0:
+        n = draw(st.sampled_from([1, heads]))
+        geometry["q_order"] = torch.stack(
+            [torch.randperm(geometry["q_len"], generator=g) for _ in range(n)]
+        )
+    if combine == "none" and draw(st.integers(0, 2)) == 0:
+        kv_len = geometry["kv_len"]
+        n = draw(st.integers(1, min(kv_len, 40)), label="columns")
+        columns = torch.stack(
+            [torch.randperm(kv_len, generator=g)[:n].sort().values for _ in range(leading[1])]
+        )[None]
+        columns[..., n - draw(st.integers(0, n)) :] = kv_len
+        geometry["columns"] = columns
+    return SparsePlan.from_block_mask(mask, **geometry)
+
+
+@st.composite
+def problems(
+    draw, longest: int, blocks=(16, 32, 64), head_dims=(16, 24, 40, 64, 72, 80, 96)
+) -> Problem:
+    """Any plan under any combination of arguments that belong together."""
+    batch = draw(st.integers(1, 2), label="batch")
+    heads, kv_heads = draw(st.sampled_from(GROUPS), label="heads")
+    combine = draw(st.sampled_from(["none", "none", "shared_softmax", "proj", "alpha"]))
+    plan = draw(plans(longest, batch, heads, combine, blocks))
+    d = draw(st.sampled_from(head_dims), label="head_dim")
+    d_v = draw(st.sampled_from([d, d, 16]))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    q, k, v = make_tensors(g, batch, heads, kv_heads, plan, d, d_v, draw(st.booleans()))
+    options: dict[str, Any] = {"combine": combine}
+    if draw(st.booleans()):
+        options["scale"] = 0.2
+    if combine in ("proj", "alpha"):
+        options["feature_map"] = draw(st.sampled_from(FEATURE_MAPS))
+        options["linear_scope"] = draw(st.sampled_from(SCOPES))
+    if combine == "proj":
+        options["proj_weight"] = torch.randn(d_v, d_v, generator=g, dtype=torch.float64) / d_v**0.5
+        if draw(st.booleans()):
+            options["proj_bias"] = torch.randn(d_v, generator=g, dtype=torch.float64)
+    if combine == "alpha":
+        per_block = (draw(st.sampled_from([1, batch])), heads, plan.num_q_blocks)
+        shape = draw(st.sampled_from([(heads,), per_block]))
+        options["alpha"] = torch.rand(shape, generator=g, dtype=torch.float64)
+    return Problem(q, k, v, plan, options)
+
+
+def assert_results_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float):
+    """Every result within `tolerance` of the largest expected value (at least of 1)."""
+    for name, x in expected.items():
+        assert torch.equal(actual[name].isinf(), x.isinf()), f"{name}: infinite in other places"
+        finite = ~x.isinf()
+        error = (actual[name].double() - x)[finite].abs()
+        allowed = tolerance * max(1.0, x[finite].abs().max().item() if finite.any() else 0.0)
+        worst = error.max().item() if error.numel() else 0.0
+        assert worst <= allowed, f"{name}: error {worst:.2e} > {allowed:.2e}"

@@ -1,0 +1,207 @@
+"""Every mode of the Triton kernels, interpreted on a CPU, against the fp64 definition."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from dit_accel.kernels import SparsePlan
+from dit_accel.kernels.block_sparse import triton_backend
+
+from ..kernels.attention_cases import (
+    FEATURE_MAPS,
+    SCOPES,
+    Problem,
+    assert_results_close,
+    make_tensors,
+    problems,
+)
+from ..tolerance import assert_kernel_close
+
+# `make test-long` draws 2,000 of them.
+CASES = int(os.environ.get("DIT_ACCEL_CASES", "40"))
+
+
+def check(problem: Problem, tolerance: float = 1e-5) -> None:
+    expected = problem.results(torch.float64, "reference")
+    assert_results_close(problem.results(torch.float32, "triton"), expected, tolerance)
+
+
+def problem(
+    *, q_len=70, kv_len=90, block_q=16, block_k=16, density=0.4, batch=1, heads=2, kv_heads=1,
+    d=24, d_v=None, strided=False, geometry=None, **options,
+) -> Problem:  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    n_q, n_k = -(-q_len // block_q), -(-kv_len // block_k)
+    mask = torch.rand(1, heads, n_q, n_k, generator=g) < density
+    plan = SparsePlan.from_block_mask(
+        mask, block_q=block_q, block_k=block_k, q_len=q_len, kv_len=kv_len, **(geometry or {})
+    )
+    tensors = make_tensors(g, batch, heads, kv_heads, plan, d, d_v or d, strided)
+    d_v = tensors[2].shape[-1]
+    if options.get("combine") == "proj":
+        options["proj_weight"] = torch.randn(d_v, d_v, generator=g, dtype=torch.float64) / d_v**0.5
+    if options.get("combine") == "alpha":
+        options["alpha"] = torch.rand(heads, generator=g, dtype=torch.float64)
+    return Problem(*tensors, plan, {"combine": "none", **options})
+
+
+@settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
+@given(problems(110))
+def test_drawn_problems_forward_and_backward(drawn):
+    check(drawn)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("combine", ["proj", "alpha"])
+def test_linear_branch(combine, scope, feature_map):
+    skip = torch.rand(1, 2, 5, 6, generator=torch.Generator().manual_seed(3)) < 0.3
+    check(
+        problem(
+            density=0.2,
+            geometry={"skip": skip},
+            combine=combine,
+            linear_scope=scope,
+            feature_map=feature_map,
+        )
+    )
+
+
+@pytest.mark.parametrize("scope", ["marginal", "complement"])
+def test_subtraction_and_direct_sum_agree(scope, monkeypatch):
+    """Rows that read little subtract from the totals; forced to sum directly, they say the same."""
+    mask = torch.zeros(1, 1, 5, 12, dtype=torch.bool)
+    mask[..., 3] = mask[..., 7] = True
+    skip = torch.zeros_like(mask)
+    skip[..., 9] = True
+    options = {"combine": "alpha", "linear_scope": scope, "block_k": 8, "heads": 1}
+    case = problem(**options)
+    plan = SparsePlan.from_block_mask(mask, block_q=16, block_k=8, q_len=70, kv_len=90, skip=skip)
+    case.plan = plan
+    modes = []
+    launch = triton_backend._Problem.linear_constants
+    monkeypatch.setattr(
+        triton_backend._Problem,
+        "linear_constants",
+        lambda self: modes.append(self.mode) or launch(self),
+    )
+    check(case)
+    assert set(modes) == {2}
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 3])
+@pytest.mark.parametrize("combine", ["none", "shared_softmax", "alpha"])
+def test_few_queries_over_a_thousand_keys(q_len, combine):
+    check(problem(q_len=q_len, kv_len=1000, block_q=64, block_k=64, combine=combine))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d"), [(24, 8, 96), (4, 4, 72), (2, 1, 128), (1, 1, 256)]
+)
+@pytest.mark.parametrize("combine", ["none", "alpha"])
+def test_head_dims_and_groups_of_the_families(heads, kv_heads, d, combine):
+    check(
+        problem(
+            q_len=40,
+            kv_len=50,
+            block_q=32,
+            block_k=32,
+            heads=heads,
+            kv_heads=kv_heads,
+            d=d,
+            strided=True,
+            combine=combine,
+        )
+    )
+
+
+@pytest.mark.parametrize("combine", ["none", "shared_softmax", "proj"])
+@pytest.mark.parametrize("density", [0.0, 1.0], ids=["nothing-read", "all-read"])
+def test_empty_and_whole_rows(density, combine):
+    check(problem(density=density, combine=combine))
+
+
+def test_relu_rows_that_are_all_zero_come_out_as_zero():
+    case = problem(combine="alpha", feature_map="relu", linear_scope="all")
+    case.q[:, :, ::3] = -case.q[:, :, ::3].abs()
+    case.k[:, :, ::2] = -case.k[:, :, ::2].abs()
+    check(case)
+
+
+def test_padding_may_hold_nan():
+    geometry = {
+        "kv_lengths": torch.tensor([40, 90]),
+        "q_block_sizes": torch.tensor([16, 3, 0, 16, 6]),
+    }
+    case = problem(batch=2, geometry=geometry, combine="alpha")
+    expected = case.results(torch.float32, "triton")
+    case.k[0, :, 40:] = case.v[0, :, 40:] = torch.nan
+    case.q[:, :, 19:32] = torch.nan
+    actual = case.results(torch.float32, "triton")
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("which", ["few programs", "named rows"])
+@pytest.mark.parametrize("ordered", [False, True], ids=["in-order", "q_order"])
+def test_long_rows_are_split_and_merged(which, ordered, monkeypatch):
+    monkeypatch.setattr(triton_backend, "SPLIT_TOKENS", 32)
+    geometry = {"causal": True, "columns": torch.tensor([[[0, 20, 21, 70]]])}
+    if ordered:
+        geometry["q_order"] = torch.randperm(70, generator=torch.Generator().manual_seed(2))[None]
+    if which == "named rows":
+        geometry["long_rows"] = torch.tensor([4, 2])
+    case = problem(density=0.8, geometry=geometry)
+    kernels = []
+    run = triton_backend.Launch.__call__
+    monkeypatch.setattr(
+        triton_backend.forward,
+        "__kwdefaults__",
+        {
+            **triton_backend.forward.__kwdefaults__,
+            "run": lambda launch: kernels.append(launch.kernel.__name__) or run(launch),
+        },
+    )
+    check(case)
+    assert "merge_kernel" in kernels
+
+
+@pytest.mark.parametrize("block", [(10, 25), (48, 20), (128, 128)], ids=str)
+def test_blocks_that_are_no_power_of_two(block):
+    check(problem(block_q=block[0], block_k=block[1], combine="shared_softmax"))
+    check(problem(block_q=block[0], block_k=block[1], geometry={"causal": True}))
+
+
+@pytest.mark.parametrize("combine", ["none", "shared_softmax", "proj", "alpha"])
+def test_half_precision_by_the_rule_of_two(combine):
+    case = problem(heads=2, kv_heads=2, d=64, combine=combine)
+    # Rounded first, so that all three start from the same numbers.
+    half = Problem(
+        *(x.half().double() for x in (case.q, case.k, case.v)),
+        case.plan,
+        {
+            n: x.half().double() if isinstance(x, torch.Tensor) else x
+            for n, x in case.options.items()
+        },
+    )
+    expected = half.results(torch.float64, "reference")
+    plain = half.results(torch.float16, "reference")
+    actual = half.results(torch.float16, "triton")
+    for name in expected:
+        assert_kernel_close(name, actual[name], expected[name], plain[name])
+
+
+def test_strides_of_any_kind():
+    case = problem(d=24, strided=True)
+    padded = [torch.cat([x, x], -1)[..., : x.shape[-1]] for x in (case.q, case.k, case.v)]
+    assert not padded[0].is_contiguous()
+    case.q, case.k, case.v = padded
+    check(case)
+
+
+def test_repeats_are_bit_equal():
+    case = problem(combine="alpha", heads=4, kv_heads=2)
+    first, second = (case.results(torch.float32, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
