@@ -229,10 +229,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float | Non
         raise ValueError(f"plan: on {plan.device}, but q is on {q.device}; use plan.to(q.device)")
     if reads_freely(q) or os.environ.get("DIT_ACCEL_DEBUG") == "1":
         plan.check_numbers()
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if scale == 0 or not math.isfinite(scale):
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not 0 < abs(scale) < math.inf:
         raise ValueError(f"scale={scale}: accepted is a finite number other than 0")
-    return scale
+    return float(scale)
 
 
 def _check_combine(

@@ -1,0 +1,140 @@
+import functools
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from dit_accel.kernels import (
+    SparsePlan,
+    block_scores,
+    block_sparse_attention,
+    sparse_linear_attention,
+)
+from dit_accel.kernels.block_sparse import library
+
+# No size of the first problem equals another by chance: dynamo would take them for one.
+LENGTHS = (400, 130, 191, 200, 257, 300, 333, 410, 500, 512)
+BLOCKS = {"block_q": 32, "block_k": 32}
+
+
+def fresh_compiler():
+    """torch.compile without graph breaks, everything dynamic, and nothing compiled or counted so far."""
+    torch._dynamo.reset()
+    counters.clear()
+    return functools.partial(torch.compile, fullgraph=True, dynamic=True, backend="aot_eager")
+
+
+def tensors(length, *, heads=10, kv_heads=5, d=24, requires_grad=False):
+    g = torch.Generator().manual_seed(length)
+    return [
+        torch.randn(3, h, length, d, generator=g).requires_grad_(requires_grad)
+        for h in (heads, kv_heads, kv_heads)
+    ]
+
+
+def routed(q, k, **options):
+    scores = block_scores(q, k, **BLOCKS)
+    return SparsePlan.from_scores(scores, q_len=q.shape[2], kv_len=k.shape[2], **BLOCKS, **options)
+
+
+def operator_arguments(plan, q, k, v, *, feature_map, shared_softmax=False):
+    return (
+        q,
+        k,
+        v,
+        *(getattr(plan, name) for name in library.TENSORS),
+        None,
+        None,
+        *(getattr(plan, name) for name in library.NUMBERS),
+        plan.window,
+        plan.causal,
+        0.2,
+        shared_softmax,
+        feature_map,
+        "complement",
+        True,
+        "torch",
+    )
+
+
+@pytest.mark.parametrize("feature_map", [None, "softmax"])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+def test_opcheck(feature_map, requires_grad):
+    q, k, v = tensors(100, requires_grad=requires_grad)
+    arguments = operator_arguments(routed(q, k, topk=0.4), q, k, v, feature_map=feature_map)
+    torch.library.opcheck(torch.ops.dit_accel.sparse_linear.default, arguments)
+
+
+def test_opcheck_of_the_pooling_operator():
+    x = tensors(100)[0]
+    torch.library.opcheck(torch.ops.dit_accel.pool_blocks.default, (x, 32, None))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"combine": "none"},
+        {"combine": "shared_softmax"},
+        {"combine": "proj", "proj_weight": torch.eye(24), "linear_scope": "all"},
+        {"combine": "alpha", "alpha": torch.full((10,), 0.7)},
+    ],
+    ids=lambda options: options["combine"],
+)
+def test_one_graph_serves_ten_lengths(options):
+    """Routing, planning and attention in one graph without a break, compiled once."""
+    compile_ = fresh_compiler()
+
+    def attend(q, k, v):
+        return sparse_linear_attention(q, k, v, routed(q, k, topk=0.3, diagonal=0), **options)
+
+    compiled = compile_(attend)
+    for length in LENGTHS:
+        q, k, v = tensors(length)
+        torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_plan_made_outside_serves_ten_lengths_in_one_graph():
+    compile_ = fresh_compiler()
+    compiled = compile_(block_sparse_attention)
+    for length in LENGTHS:
+        q, k, v = tensors(length)
+        plan = routed(q, k, topk=0.3, causal=True)
+        torch.testing.assert_close(compiled(q, k, v, plan), block_sparse_attention(q, k, v, plan))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_gradients_flow_through_a_compiled_graph_of_ten_lengths():
+    compile_ = fresh_compiler()
+
+    def loss(q, k, v, plan):
+        o, lse = block_sparse_attention(q, k, v, plan, return_lse=True)
+        return (o.square().sum() + lse.sum()) / 100
+
+    compiled = compile_(loss)
+    for length in LENGTHS:
+        inputs = tensors(length, requires_grad=True)
+        plan = routed(*inputs[:2], topk=0.3)
+        actual = torch.autograd.grad(compiled(*inputs, plan), inputs)
+        expected = torch.autograd.grad(loss(*inputs, plan), inputs)
+        torch.testing.assert_close(actual, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_planning_with_kv_lengths_compiles_whole():
+    compile_ = fresh_compiler()
+
+    def plan_density(scores, lengths, kv_len):
+        plan = SparsePlan.from_scores(
+            scores, q_len=kv_len, kv_len=kv_len, kv_lengths=lengths, top_p=0.6, **BLOCKS
+        )
+        return plan.density_tensor()
+
+    compiled = compile_(plan_density)
+    for length in LENGTHS:
+        q, k, _ = tensors(length)
+        scores, lengths = block_scores(q, k, **BLOCKS), torch.tensor([length, length - 40, 60])
+        torch.testing.assert_close(
+            compiled(scores, lengths, length), plan_density(scores, lengths, length)
+        )
+    assert counters["stats"]["unique_graphs"] == 1
