@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Kernel = Literal["forward", "rows", "columns", "linear_columns"]
+Kernel = Literal["forward", "rows", "columns", "linear_columns", "state"]
 
 
 class Target(NamedTuple):
@@ -34,33 +34,58 @@ class Tile(NamedTuple):
     """Of one kernel."""
 
     q: int
-    """Query rows per tile; at most `block_q`, rounded up to a power of two."""
+    """Query rows (state kernel: tokens) per tile; at most `block_q`, rounded up to a power of two."""
     k: int
+    """Keys (state kernel: value dims) per tile."""
     warps: int
     stages: int
 
 
-# (kernel, linear branch over the tiles) -> padded head_dim -> Tile
-_BASE: dict[tuple[str, bool], dict[int, Tile]] = {
+# Chips that share a row: by shared memory and matrix instruction. Newer ones fall to the newest row.
+_FAMILIES = {
+    "80": "sm80",
+    "87": "sm80",
+    "86": "sm89",
+    "89": "sm89",
+    "90": "sm90",
+    "120": "sm89",
+    "121": "sm89",
+}
+
+# (kernel, whether it carries a linear branch or extra keys too) -> family -> padded head_dim -> Tile.
+# Chosen by what compiles without spills into the shared memory there; nothing was timed on a chip yet.
+_TABLE: dict[tuple[Kernel, bool], dict[str, dict[int, Tile]]] = {
     ("forward", False): {
-        64: Tile(128, 64, 4, 3),
-        128: Tile(128, 64, 8, 3),
-        256: Tile(64, 32, 8, 2),
+        "any": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+        "hip": {64: Tile(128, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
     },
-    ("forward", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
-    ("rows", False): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
-    ("rows", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
-    ("columns", False): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
-    ("columns", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
-    ("linear_columns", False): {
-        64: Tile(64, 64, 4, 2),
-        128: Tile(64, 64, 8, 2),
-        256: Tile(32, 64, 8, 1),
+    ("forward", True): {
+        "any": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 2)},
+        "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2)},
+    },
+    ("rows", False): {
+        "any": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
+        "sm90": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
+        "sm100": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 1)},
+        "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
+    },
+    ("rows", True): {
+        "any": {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+        "hip": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
+    },
+    ("columns", False): {
+        "any": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+        "sm100": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 8, 1)},
+        "hip": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
     ("linear_columns", True): {
-        64: Tile(64, 64, 4, 2),
-        128: Tile(64, 64, 8, 2),
-        256: Tile(32, 64, 8, 1),
+        "any": {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2)},
+        "sm90": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 8, 2)},
+        "hip": {64: Tile(64, 64, 4, 2), 128: Tile(32, 32, 4, 2)},
+    },
+    ("state", False): {
+        "any": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2)},
+        "sm100": {64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2)},
     },
 }
 
@@ -73,16 +98,20 @@ def tile(
     dtype: torch.dtype,
     block_q: int,
     block_k: int,
-    linear: bool = False,
+    heavy: bool = False,
 ) -> Tile:
     """The tile of a launch: the table's row, cut to the blocks of the plan."""
     if target.backend == "interpreter":  # its time goes by the number of tiles
         return Tile(min(128, pad(block_q)), min(128, pad(block_k)), 1, 1)
-    padded = max(64, pad(head_dim))
-    row = _BASE[kernel, linear][padded]
+    families = _TABLE[kernel, heavy] if (kernel, heavy) in _TABLE else _TABLE[kernel, not heavy]
+    family = "hip" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm100")
+    row = families.get(family, families["any"])[max(64, pad(head_dim))]
     if dtype == torch.float32:  # twice the shared memory, and tf32x3 needs registers
         row = Tile(max(16, row.q // 4), max(16, row.k // 4), row.warps, 1)
-    return Tile(min(row.q, pad(block_q)), min(row.k, pad(block_k)), row.warps, row.stages)
+    q, k = min(row.q, pad(block_q)), min(row.k, pad(block_k))
+    # Four warps share 64 rows best; a tile that was cut needs no more.
+    few = kernel == "forward" and not heavy and q < row.q and family in ("sm90", "sm100")
+    return Tile(q, k, 4 if few else row.warps, row.stages)
 
 
 def pad(n: int) -> int:

@@ -15,6 +15,7 @@ from dit_accel.kernels.block_sparse.chunks import Chunk, Layout, stages, unblock
 from dit_accel.kernels.linear import torch_branch
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.plan import SparsePlan
+from dit_accel.kernels.row_order import in_block_order, in_query_order
 
 
 def _scores(
@@ -53,15 +54,13 @@ def forward(
     want_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`o, lse, o_l, norm`; lse is empty unless wanted, o_l and norm without a linear branch."""
-    q = _in_block_order(q, plan)
-    o, lse = _forward(q, k, v, plan, scale, shared_softmax, want_lse)
+    o, lse = _forward(in_block_order(q, plan), k, v, plan, scale, shared_softmax, want_lse)
     o_l, norm = q.new_empty(0), q.new_empty(0, dtype=lse.dtype)
     if linear is not None:
         o_l, norm = torch_branch.forward(q, k, v, plan, linear)
-        norm = _in_query_order(norm, plan)
     if want_lse:
-        lse = _in_query_order(lse, plan)
-    return _in_query_order(o, plan), lse, _in_query_order(o_l, plan), norm
+        lse = in_query_order(lse, plan)
+    return in_query_order(o, plan), lse, o_l, norm
 
 
 def backward(
@@ -82,35 +81,17 @@ def backward(
     linear: Linear | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    q, grad_o, o, lse = (_in_block_order(x, plan) for x in (q, grad_o, o, lse))
-    delta = (grad_o.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
+    rows = [in_block_order(x, plan) for x in (q, grad_o, o, lse)]
+    delta = (rows[1].to(lse.dtype) * rows[2].to(lse.dtype)).sum(-1)
     if grad_lse is not None:
-        delta -= _in_block_order(grad_lse, plan)
-    grads = _backward(q, k, v, grad_o, lse, delta, plan, scale, shared_softmax)
+        delta -= in_block_order(grad_lse, plan)
+    grads = _backward(rows[0], k, v, rows[1], rows[3], delta, plan, scale, shared_softmax)
+    grads = (in_query_order(grads[0], plan), *grads[1:])
     if linear is not None and grad_o_l is not None:
-        grad_o_l, o_l, norm = (_in_block_order(x, plan) for x in (grad_o_l, o_l, norm))
         more = torch_branch.backward(grad_o_l, q, k, v, plan, o_l, norm, linear)
         for x, y in zip(grads, more, strict=True):
             x += y
-    grad_q, grad_k, grad_v = grads
-    return _in_query_order(grad_q, plan), grad_k, grad_v
-
-
-def _in_block_order(x: Tensor, plan: SparsePlan) -> Tensor:
-    """Rows `[B, H, Lq, ...]` in the order of the query blocks."""
-    return x if plan.q_order is None else x.gather(2, _order(x, plan))
-
-
-def _in_query_order(x: Tensor, plan: SparsePlan) -> Tensor:
-    if plan.q_order is None or x.numel() == 0:
-        return x
-    return torch.zeros_like(x).scatter_(2, _order(x, plan), x)
-
-
-def _order(x: Tensor, plan: SparsePlan) -> Tensor:
-    assert plan.q_order is not None
-    order = plan.q_order.long()[None]
-    return (order if x.ndim == 3 else order[..., None]).expand(x.shape)
+    return grads
 
 
 def _forward(

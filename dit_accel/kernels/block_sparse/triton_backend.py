@@ -17,6 +17,7 @@ from dit_accel.kernels.block_sparse.backward_rows import rows_kernel
 from dit_accel.kernels.block_sparse.forward import forward_kernel, merge_kernel
 from dit_accel.kernels.block_sparse.tiles import Kernel, Target, pad, tile
 from dit_accel.kernels.launch import Launch
+from dit_accel.kernels.linear import torch_branch
 from dit_accel.kernels.linear.columns_kernel import linear_columns_kernel
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.linear.state_kernel import state_kernel
@@ -114,7 +115,7 @@ class _Problem:
             dtype=self.q.dtype,
             block_q=plan.block_q,
             block_k=plan.block_k,
-            linear=self.mode >= 2,
+            heavy=self.mode >= 2 or (kernel == "rows" and self.extra_keys > 0),
         )
         constants = {
             **self.dims(),
@@ -219,12 +220,18 @@ class _Problem:
         phi = x.new_empty(batch, heads, length, d) if want_phi else None
         out = x.new_empty(parts, batch, heads, d, self.value_dim, dtype=torch.float32)
         out_z = x.new_empty(parts, batch, heads, d, dtype=torch.float32)
-        value_tile = min(64, pad(self.value_dim))
-        wide = pad(d) > 128 or x.dtype == torch.float32
+        size = tile(
+            "state",
+            self.target,
+            head_dim=d,
+            dtype=x.dtype,
+            block_q=STATE_SPAN,
+            block_k=self.value_dim,
+        )
         self.run(
             Launch(
                 kernel=state_kernel,
-                grid=(parts * math.ceil(self.value_dim / value_tile), heads, batch),
+                grid=(parts * math.ceil(self.value_dim / size.k), heads, batch),
                 arguments={
                     "X": x,
                     "Y": y,
@@ -242,13 +249,13 @@ class _Problem:
                 },
                 constants={
                     **self.dims(),
-                    "TV": value_tile,
+                    "TV": size.k,
                     "BLOCK": self.plan.block_k,
-                    "TL": 32 if wide else 64,
+                    "TL": size.q,
                     "FEATURE": FEATURES[self.linear.feature_map],
                 },
-                num_warps=8 if wide else 4,
-                num_stages=1 if wide else 2,
+                num_warps=size.warps,
+                num_stages=size.stages,
             )
         )
         return phi, out.sum(0), out_z.sum(0)
@@ -284,6 +291,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`o, lse, o_l, norm`; lse is empty unless wanted, o_l and norm without a linear branch."""
     target = target or Target.of(q.device)
+    if linear is not None and not _fuses(q, v):
+        options = {"scale": scale, "shared_softmax": shared_softmax, "want_lse": want_lse}
+        o, lse, _, _ = forward(q, k, v, plan, linear=None, target=target, run=run, **options)
+        return o, lse, *torch_branch.forward(q, k, v, plan, linear)
     p = _Problem(q, k, v, plan, scale, shared_softmax, linear, target, run)
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
     rows = q.shape[:3]
@@ -388,11 +399,16 @@ def forward(
                 "n_segments": segments,
             },
             {name: constants[name] for name in ("VALUE_DIM", "DVP", "BLOCK_Q", "TQ", "WANT_LSE")},
-            num_warps=4,
+            num_warps=8,
             num_stages=2,
         )
     )
     return o, lse, o_l, norm
+
+
+def _fuses(q: Tensor, v: Tensor) -> bool:
+    """Whether the linear branch runs inside the kernels; beyond head_dim 128 a D x Dv state does not fit."""
+    return max(q.shape[-1], v.shape[-1]) <= 128
 
 
 def _long_rows(
@@ -432,9 +448,26 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     target = target or Target.of(q.device)
+    if linear is not None and not _fuses(q, v):
+        saved = (q, k, v, plan, o, lse, o_l, norm)
+        grads = backward(
+            grad_o,
+            grad_lse,
+            None,
+            *saved,
+            scale=scale,
+            shared_softmax=shared_softmax,
+            linear=None,
+            target=target,
+            run=run,
+        )
+        if grad_o_l is None:
+            return grads
+        more = torch_branch.backward(grad_o_l, q, k, v, plan, o_l, norm, linear)
+        return grads[0] + more[0], grads[1] + more[1], grads[2] + more[2]
     p = _Problem(q, k, v, plan, scale, shared_softmax, linear, target, run)
     grad_o = grad_o.contiguous()
-    delta, term = torch.empty_like(norm.new_empty(q.shape[:3])), torch.empty_like(norm)
+    delta, term = norm.new_empty(q.shape[:3]), torch.empty_like(norm)
     grad_q = q.new_empty(q.shape)
     if linear is not None:
         grad_o_l = torch.zeros_like(o) if grad_o_l is None else grad_o_l.contiguous()

@@ -2,7 +2,7 @@
 
 Per key block H_j = phi(K_j)^T V_j and Z_j = sum phi(K_j); with W the 0/1 matrix of a row's linear set,
 H_i = sum_j W_ij H_j, so nothing is subtracted that would have to cancel. A few heads at a time, so that the
-states never take more than `STATE_BYTES`. Rows are in the order of the query blocks.
+states never take more than `STATE_BYTES`.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_accel.kernels.linear.features import features, features_backward
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.plan import SparsePlan
+from dit_accel.kernels.row_order import in_block_order, in_query_order
 
 # States of all key blocks and of all query blocks of one head count double each in backward.
 STATE_BYTES = 2**26
@@ -120,6 +121,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`o_l` `[B, Hq, Lq, Dv]` and 1 / denominator `[B, Hq, Lq]`, 0 where there is nothing to sum."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q = in_block_order(q, plan)
     o_l = q.new_empty(*q.shape[:-1], v.shape[-1])
     norm = q.new_empty(q.shape[:-1], dtype=dtype)
     for head in _heads(q, k, v, plan, linear):
@@ -144,7 +146,7 @@ def forward(
         invalid = _q_invalid(plan)
         if invalid is not None:
             norm[at] = norm[at].masked_fill(invalid, 0.0)
-    return o_l, norm
+    return in_query_order(o_l, plan), in_query_order(norm, plan)
 
 
 def _row_states(
@@ -177,6 +179,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The linear branch's share of the gradients of q, k and v (README.md, equation 5)."""
     dtype = norm.dtype
+    grad_o_l, q, o_l, norm = (in_block_order(x, plan) for x in (grad_o_l, q, o_l, norm))
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     q_invalid = _q_invalid(plan)
     for head in _heads(q, k, v, plan, linear):
@@ -223,7 +226,7 @@ def backward(
             grad_keys = grad_keys.masked_fill(padding[:, None], 0.0)
         grad_k[at_key] = features_backward(keys, phi_k, grad_keys, linear.feature_map).to(k.dtype)
         grad_v[at_key] = grad_values.to(v.dtype)
-    return grad_q, grad_k, grad_v
+    return in_query_order(grad_q, plan), grad_k, grad_v
 
 
 def _k_padding(plan: SparsePlan, batch: int) -> Tensor | None:
