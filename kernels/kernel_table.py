@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for chips that need not be here, and writes what each takes of them.
 
-    python kernels/kernel_table.py --output docs/kernel-table.md
-    python kernels/kernel_table.py --targets 90 --head-dims 128 --check
+python kernels/kernel_table.py --output docs/kernel-table.md
+python kernels/kernel_table.py --targets 90 --head-dims 128 --check
 """
 
 import os
@@ -24,14 +24,14 @@ from dit_accel.files import atomic_path
 from dit_accel.kernels.aot import Usage, compile_launch
 from dit_accel.kernels.block_sparse.tiles import Target
 from dit_accel.kernels.catalogue import catalogue
-from dit_accel.kernels.head_dim_split import compare_splits
 
 Chip = Literal["80", "89", "90", "100", "gfx942"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SHARED_KIB = {"80": 163, "89": 99, "90": 227, "100": 227, "gfx942": 64}
 MATRIX = {"80": "mma.sync", "89": "mma.sync", "90": "wgmma", "100": "tcgen05", "gfx942": "mfma"}
-# Kernels that multiply one tile only, or none: nothing to prefetch.
-SMALL = ("merge", "pool")
+# These walk no tiles of keys or queries: nothing to multiply, or nothing to prefetch.
+NO_PRODUCT = ("merge/split rows", "pool/router")
+NO_WALK = (*NO_PRODUCT, "linear_columns/linear all")
 
 
 @dataclass
@@ -73,12 +73,11 @@ def missed(job: Job, usage: Usage) -> list[str]:
         found.append(f"{usage.spills} B of spills")
     if usage.shared > SHARED_KIB[job.chip] * 1024:
         found.append(f"{usage.shared // 1024} KiB of shared memory")
-    kernel = job.name.partition("/")[0]
-    if kernel not in SMALL:
-        if MATRIX[job.chip] not in usage.matrix:
-            found.append(f"no {MATRIX[job.chip]}, but {', '.join(usage.matrix) or 'nothing'}")
-        if not usage.async_copies and not job.chip.startswith("gfx") and usage.stages > 1:
-            found.append("no asynchronous copies")
+    if job.name not in NO_PRODUCT and MATRIX[job.chip] not in usage.matrix:
+        found.append(f"no {MATRIX[job.chip]}, but {', '.join(usage.matrix) or 'nothing'}")
+    pipelined = job.name not in NO_WALK and usage.stages > 1 and not job.chip.startswith("gfx")
+    if pipelined and not usage.async_copies:
+        found.append("no asynchronous copies")
     return found
 
 
@@ -133,7 +132,6 @@ def markdown(results: dict[Job, Usage], args: Args) -> Iterable[str]:
                     f"{both(u.async_copies for u in rows)} |"
                 )
         yield ""
-    yield from compare_splits([c for c in args.targets if c in ("80", "90")])
 
 
 def main(args: Args) -> None:

@@ -21,7 +21,7 @@ def merge_lse(
         a key. Differentiable.
 
     Raises:
-        ValueError: no part, or parts of different shape, dtype or device.
+        ValueError: no part, or parts of different shape, dtype or device; it names the part.
     """
     if not parts:
         raise ValueError("parts: got none; accepted is one or more (o, lse)")
@@ -32,9 +32,10 @@ def merge_lse(
                 f"parts[{i}]: o is {tuple(part_o.shape)} {part_o.dtype} on {part_o.device}, "
                 f"parts[0] is {tuple(o.shape)} {o.dtype} on {o.device}"
             )
-        if part_lse.shape != o.shape[:-1]:
+        if (part_lse.shape, part_lse.device) != (o.shape[:-1], o.device):
             raise ValueError(
-                f"parts[{i}]: lse is {tuple(part_lse.shape)}; accepted is {tuple(o.shape[:-1])}"
+                f"parts[{i}]: lse is {tuple(part_lse.shape)} on {part_lse.device}; "
+                f"accepted is {tuple(o.shape[:-1])} on {o.device}"
             )
     dtype = torch.float64 if o.dtype == torch.float64 else torch.float32
     each = torch.stack([part_lse.to(dtype) for _, part_lse in parts])
@@ -45,9 +46,11 @@ def merge_lse(
     total = weights.sum(0)
     empty = total == 0
     safe = torch.where(empty, torch.ones_like(total), total)
-    merged = sum(
-        w[..., None] * part_o.to(dtype) for w, (part_o, _) in zip(weights, parts, strict=True)
-    )
+    merged = torch.zeros_like(o, dtype=dtype)
+    for weight, part_lse, (part_o, _) in zip(weights, each, parts, strict=True):
+        # Other libraries leave NaN where there is no key, and a weight of 0 would not remove it.
+        finite = part_o.to(dtype).masked_fill((part_lse == -torch.inf)[..., None], 0.0)
+        merged = merged + weight[..., None] * finite
     out = torch.where(empty[..., None], torch.zeros_like(merged), merged / safe[..., None])
     lse = torch.where(empty, torch.full_like(total, -torch.inf), safe.log() + top)
     return out.to(o.dtype), lse

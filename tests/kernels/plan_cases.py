@@ -74,4 +74,48 @@ def dense_mask(mask: Tensor, geometry: dict) -> Tensor:
     tokens = mask.repeat_interleave(geometry["block_q"], 2).repeat_interleave(
         geometry["block_k"], 3
     )
-    return tokens[..., : geometry["q_len"], : geometry["kv_len"]] & visible_pairs(geometry)
+    tokens = tokens[..., : geometry["q_len"], : geometry["kv_len"]]
+    if (order := geometry.get("q_order")) is not None:
+        tokens = tokens.repeat(1, max(1, len(order) // tokens.shape[1]), 1, 1)
+        in_rows, tokens = tokens, torch.empty_like(tokens)
+        for h in range(tokens.shape[1]):
+            tokens[:, h, order[h % len(order)]] = in_rows[:, h]
+    if (columns := geometry.get("columns")) is not None:
+        shape = torch.broadcast_shapes(tokens.shape[:2], columns.shape[:2])
+        tokens = tokens.expand(*shape, -1, -1).clone()
+        for b in range(shape[0]):
+            for h in range(shape[1]):
+                keys = columns[b % len(columns), h % columns.shape[1]]
+                tokens[b, h, :, keys[keys < geometry["kv_len"]]] = True
+    return tokens & visible_pairs(geometry)
+
+
+@st.composite
+def masks(draw, longest: int, *, heads=(1, 3), **options) -> tuple[Tensor, dict]:
+    """A block mask and the other arguments of `from_block_mask`, with columns, an order of the queries
+    and a skip mask now and then."""
+    geometry = draw(geometries(longest, **options))
+    n_heads, seed = draw(st.sampled_from(heads)), draw(st.integers(0, 2**16), label="seed")
+    mask = random_block_mask(geometry, draw(st.sampled_from(DENSITIES)), (1, n_heads), seed)
+    g = torch.Generator().manual_seed(seed)
+    if draw(st.booleans(), label="skip"):
+        geometry["skip"] = torch.rand(mask.shape, generator=g) < 0.3
+    if draw(st.booleans(), label="columns"):
+        leading = len(geometry.get("kv_lengths", [0])), draw(st.sampled_from(heads))
+        geometry["columns"] = random_columns(geometry["kv_len"], leading, g)
+    if "q_block_sizes" not in geometry and draw(st.booleans(), label="q_order"):
+        n = draw(st.sampled_from(sorted({1, n_heads})))
+        order = [torch.randperm(geometry["q_len"], generator=g) for _ in range(n)]
+        geometry["q_order"] = torch.stack(order)
+        if "columns" in geometry:  # one number of heads, or one for all
+            geometry["columns"] = geometry["columns"][:, : max(n, n_heads)]
+    return mask, geometry
+
+
+def random_columns(kv_len: int, leading: tuple[int, int], g: torch.Generator) -> Tensor:
+    """`[*leading, 12]`, ascending keys and then `kv_len` in unused places."""
+    columns = torch.full((*leading, 12), kv_len)
+    for row in columns.flatten(0, 1):
+        n = int(torch.randint(0, min(12, kv_len) + 1, (1,), generator=g))
+        row[:n] = torch.randperm(kv_len, generator=g)[:n].sort().values
+    return columns

@@ -3,15 +3,24 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree
 
 from dit_accel.kernels import SparsePlan
+from dit_accel.kernels.lists import block_mask
 
-from .plan_cases import DENSITIES, dense_mask, geometries, random_block_mask, visible_pairs
+from .plan_cases import (
+    DENSITIES,
+    dense_mask,
+    geometries,
+    masks,
+    random_block_mask,
+    visible_pairs,
+)
 
 SQUARE = {"block_q": 16, "block_k": 16, "q_len": 64, "kv_len": 64}
+MASK = torch.ones(1, 1, 4, 4, dtype=torch.bool)
 seeds = st.integers(0, 2**16)
 heads = st.sampled_from([1, 3])
 
@@ -34,12 +43,25 @@ def kept(plan: SparsePlan) -> list[list[int]]:
     return [row.nonzero().flatten().tolist() for row in plan.to_block_mask()[0, 0]]
 
 
+def skipped(plan: SparsePlan) -> list[list[int]]:
+    mask = block_mask(plan.skip_num_blocks, plan.skip_indices, plan.num_k_blocks)
+    return [row.nonzero().flatten().tolist() for row in mask[0, 0]]
+
+
+def random_scores(geometry: dict, seed: int) -> torch.Tensor:
+    """Few distinct numbers, so that rows have ties."""
+    mask = random_block_mask(geometry, 0.5, (1, 1), seed)
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, mask.shape, generator=g).float()
+
+
 # -- what a plan means -----------------------------------------------------------------------------
 
 
-@given(geometries(200), st.sampled_from(DENSITIES), heads, seeds)
-def test_dense_mask_is_the_block_mask_under_the_visibility_rules(geometry, density, n_heads, seed):
-    mask = random_block_mask(geometry, density, (1, n_heads), seed)
+@settings(max_examples=200)
+@given(masks(200))
+def test_dense_mask_is_blocks_and_columns_under_the_visibility_rules(case):
+    mask, geometry = case
     plan = SparsePlan.from_block_mask(mask, **geometry)
     assert torch.equal(plan.to_dense_mask(), dense_mask(mask, geometry))
 
@@ -85,31 +107,78 @@ def test_lists_are_disjoint_ascending_and_hold_the_blocks_that_show_a_key(
             assert not any(complete[partial])
 
 
-@given(geometries(200), st.sampled_from(DENSITIES), heads, seeds)
-def test_density_is_the_share_of_the_pairs_that_a_dense_call_computes(
-    geometry, density, n_heads, seed
-):
-    mask = random_block_mask(geometry, density, (1, n_heads), seed)
+@settings(max_examples=120)
+@given(masks(200))
+def test_density_is_the_share_of_the_pairs_that_a_dense_call_computes(case):
+    mask, geometry = case
     plan = SparsePlan.from_block_mask(mask, **geometry)
-    attended = dense_mask(mask, geometry)
+    attended = dense_mask(mask, geometry)  # a column inside a block that is read counts once
     dense = visible_pairs(geometry, windowed=False).expand_as(attended)
     assert plan.density() == pytest.approx(attended.sum().item() / max(dense.sum().item(), 1))
     assert plan.density_tensor().ndim == 0
 
 
-@given(geometries(100, blocks=(16, 32)), st.sampled_from(DENSITIES), seeds)
-def test_recall_is_the_mean_softmax_mass_of_the_blocks_read(geometry, density, seed):
+@given(masks(100, heads=(1, 4), blocks=(16, 32)), seeds)
+def test_recall_is_the_mean_softmax_mass_that_is_read(case, seed):
+    mask, geometry = case
     batch = len(geometry.get("kv_lengths", [0, 0]))
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, 4, geometry["q_len"], 16, generator=g, dtype=torch.float64)
     k = torch.randn(batch, 2, geometry["kv_len"], 16, generator=g, dtype=torch.float64)
-    mask = random_block_mask(geometry, density, (1, 4), seed)
     recall = SparsePlan.from_block_mask(mask, **geometry).recall(q, k)
     seen = visible_pairs(geometry)
     logits = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(~seen, -torch.inf)
     mass = (logits.softmax(-1).nan_to_num() * dense_mask(mask, geometry)).sum(-1)
     expected = mass.sum(-1) / seen.any(-1).sum(-1).clamp(min=1)
     torch.testing.assert_close(recall, expected.expand(batch, 4))
+
+
+@given(masks(200))
+def test_skip_lists_hold_what_is_skipped_visible_and_not_read(case):
+    mask, geometry = case
+    geometry.setdefault("skip", torch.zeros_like(mask))
+    plan = SparsePlan.from_block_mask(mask, **geometry)
+    listed = block_mask(plan.skip_num_blocks, plan.skip_indices, plan.num_k_blocks)
+    assert not (listed & (plan.to_block_mask() | ~geometry["skip"])).any()
+    missing = geometry["skip"] & ~plan.to_block_mask() & ~listed
+    # Only blocks without any visible pair may be left out, whoever reads them.
+    assert not dense_mask(missing, {**geometry, "columns": None}).any()
+
+
+def test_the_linear_scopes_part_the_blocks():
+    skip = ~MASK & (torch.arange(4) > 1)
+    mask = torch.eye(4, dtype=torch.bool)[None, None]
+    plan = SparsePlan.from_block_mask(mask, **SQUARE, skip=skip | (torch.arange(4) == 3))
+    assert plan.linear_blocks("all").all()
+    assert torch.equal(plan.linear_blocks("complement"), ~mask)
+    assert torch.equal(plan.linear_blocks("marginal"), ~mask & (torch.arange(4) != 3))
+    unskipped = SparsePlan.from_block_mask(mask, **SQUARE)
+    assert torch.equal(unskipped.linear_blocks("marginal"), ~mask)
+
+
+@given(masks(200))
+def test_transpose_lists_the_rows_of_each_key_block(case):
+    mask, geometry = case
+    plan = SparsePlan.from_block_mask(mask, **geometry)
+    lists = plan.transpose()
+    for columns, counts, indices in (
+        (lists.partial, plan.kv_num_blocks, plan.kv_indices),
+        (lists.full, plan.full_kv_num_blocks, plan.full_kv_indices),
+    ):
+        rows = block_mask(counts, indices, plan.num_k_blocks)
+        assert torch.equal(block_mask(*columns, plan.num_q_blocks), rows.mT)
+        assert columns.counts.sum() == counts.sum()
+        assert columns.indices.dtype == torch.int32
+
+
+def test_rows_of_the_blocks_are_queries_in_q_order():
+    order = torch.tensor([[3, 0, 2, 1]])
+    mask = torch.eye(2, dtype=torch.bool)[None, None]
+    plan = SparsePlan.from_block_mask(
+        mask, block_q=2, block_k=2, q_len=4, kv_len=4, q_order=order, causal=True
+    )
+    rows = [row.nonzero().flatten().tolist() for row in plan.to_dense_mask()[0, 0]]
+    assert rows == [[0], [], [2], [0, 1]]
 
 
 def test_causal_is_aligned_to_the_bottom_right():
@@ -215,7 +284,90 @@ def test_a_block_that_no_query_may_see_takes_no_place_among_the_best():
     assert plan.to_block_mask()[:, 0, 0].int().tolist() == [[0, 0, 0, 1], [0, 1, 0, 0], [0] * 4]
 
 
+def test_forced_blocks_come_on_top_of_topk():
+    scores = [[0.0, 1, 2, 3, 9, 5]] * 6
+    assert kept(plan_of(scores, topk=0.1, sink_blocks=2)) == [[0, 1, 4]] * 6
+    assert kept(plan_of(scores, topk=0.1, diagonal=0)) == [sorted({i, 4}) for i in range(6)]
+    assert kept(plan_of(scores, topk=0.1, sink_blocks=1, diagonal=1))[3] == [0, 2, 3, 4]
+
+
+def test_a_forced_block_that_no_query_may_see_is_not_read():
+    scores = [[0.0] * 4] * 4
+    assert kept(plan_of(scores, topk=0.1, sink_blocks=3, causal=True))[0] == [0]
+    assert kept(plan_of(scores, topk=0.1, diagonal=1, causal=True)) == [
+        [0], [0, 1], [0, 1, 2], [0, 2, 3]
+    ]  # fmt: skip
+    lengths = torch.tensor([2])
+    assert kept(plan_of(scores, topk=0.1, diagonal=0, kv_lengths=lengths))[3] == [0]
+
+
+@given(geometries(200, rules=("all", "causal", "shifted", "window")), st.integers(0, 3), seeds)
+def test_the_diagonal_is_the_blocks_around_the_own_positions(geometry, reach, seed):
+    scores = random_scores(geometry, seed)
+    read = SparsePlan.from_scores(scores, topk=1e-9, diagonal=reach, **geometry).to_block_mask()
+    best = SparsePlan.from_scores(scores, topk=1e-9, **geometry).to_block_mask()
+    offset = geometry.get("q_offset", 0)
+    if geometry.get("causal"):
+        offset = geometry.get("q_offset", geometry["kv_len"] - geometry["q_len"])
+    near = torch.zeros_like(read)
+    for query in range(geometry["q_len"]):
+        at = (query + offset) // geometry["block_k"]
+        lowest, above = max(at - reach, 0), max(at + reach + 1, 0)
+        near[0, 0, query // geometry["block_q"], lowest:above] = True
+    every = SparsePlan.from_block_mask(torch.ones_like(read), **geometry).to_block_mask()
+    assert torch.equal(read, best | (near & every))
+
+
+def test_the_worst_blocks_are_skipped_but_never_those_that_are_kept():
+    scores = [[0.0, 4, 1, 3, 2]]
+    assert skipped(plan_of(scores, topk=0.2, skip=0.4)) == [[0, 2]]
+    assert skipped(plan_of(scores, topk=0.2, skip=0.4, sink_blocks=1)) == [[2]]
+    assert skipped(plan_of(scores, topk=0.8, skip=0.4)) == [[0]]
+    assert skipped(plan_of(scores, topk=0.2, skip=0.39)) == [[0]]
+    assert plan_of(scores, topk=0.2).skip_indices is None
+
+
+def test_blocks_that_nobody_sees_are_not_among_the_worst():
+    plan = plan_of([[0.0, 1, 2, 3]] * 4, topk=0.25, skip=0.25, causal=True)
+    assert skipped(plan) == [[], [0], [0], [0]]
+
+
+CRITERIA = {
+    "topk": {"topk": 0.3},
+    "top_p": {"top_p": 0.6},
+    "both": {"topk": 0.1, "top_p": 0.5},
+    "threshold": {"threshold": 0.5},
+}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@given(geometry=geometries(300, blocks=(16, 32)), skip=st.sampled_from([0.0, 0.2, 0.7]), seed=seeds)
+def test_every_row_that_sees_a_key_reads_a_block(criterion, geometry, skip, seed):
+    options = CRITERIA[criterion]
+    scores = random_scores(geometry, seed)
+    plan = SparsePlan.from_scores(scores, skip=skip, **options, **geometry)
+    assert plan.equals(SparsePlan.from_scores(scores, skip=skip, **options, **geometry))
+    read = plan.to_block_mask()
+    everything = SparsePlan.from_block_mask(torch.ones_like(scores, dtype=torch.bool), **geometry)
+    assert torch.equal(read.any(-1), everything.to_block_mask().any(-1).expand_as(read.any(-1)))
+    if skip:
+        lists = plan.skip_num_blocks, plan.skip_indices
+        assert not (block_mask(*lists, plan.num_k_blocks) & read).any()
+    for kind in ("kv", "full_kv"):  # on a CPU, lists are as wide as the longest row
+        counts = getattr(plan, f"{kind}_num_blocks")
+        assert getattr(plan, f"{kind}_indices").shape[-1] == max(int(counts.max()), 1)
+
+
 # -- a plan is data --------------------------------------------------------------------------------
+
+
+EXTRAS = {
+    "skip": torch.arange(16).view(1, 1, 4, 4) % 3 == 0,
+    "columns": torch.tensor([[[3, 20, 64], [0, 64, 64]]]),
+    "q_order": torch.randperm(64, generator=torch.Generator().manual_seed(0))[None],
+    "long_rows": torch.tensor([1, 3]),
+}
+OTHER_COLUMNS = torch.tensor([[[3, 21, 64], [0, 64, 64]]])
 
 
 def sample_plan(**changes) -> SparsePlan:
@@ -231,25 +383,31 @@ def test_equals_compares_tensors_and_numbers():
     assert not sample_plan(kv_lengths=torch.tensor([64])).equals(plan)
     assert not plan.equals(dataclasses.replace(plan, sink=1))
     assert not plan.equals(dataclasses.replace(plan, full_kv_indices=plan.full_kv_indices + 1))
+    assert sample_plan(**EXTRAS).equals(sample_plan(**EXTRAS))
+    for name, x in EXTRAS.items():
+        assert not plan.equals(sample_plan(**{name: x}))
+        other = OTHER_COLUMNS if name == "columns" else x.flip(-1)
+        assert not sample_plan(**EXTRAS).equals(sample_plan(**{**EXTRAS, name: other}))
 
 
 def test_to_moves_every_tensor():
-    plan = sample_plan(kv_lengths=torch.tensor([50]))
+    plan = sample_plan(kv_lengths=torch.tensor([50]), **EXTRAS)
     assert plan.to("cpu").equals(plan)
     moved = plan.to("meta")
     assert moved.device.type == "meta"
     tensors = [x for x in vars(moved).values() if isinstance(x, torch.Tensor)]
-    assert len(tensors) == 5
+    assert len(tensors) == 10
     assert all(x.device.type == "meta" for x in tensors)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"kv_lengths": torch.tensor([50])}, {"causal": True}], ids=str
+    "changes", [{}, {"kv_lengths": torch.tensor([50])}, {"causal": True}, EXTRAS], ids=", ".join
 )
 def test_a_plan_is_a_pytree_whose_leaves_rebuild_it(changes):
     plan = sample_plan(**changes)
     leaves, spec = _pytree.tree_flatten(plan)
-    assert sum(isinstance(x, torch.Tensor) for x in leaves) == 4 + ("kv_lengths" in changes)
+    tensors = [x for x in vars(plan).values() if isinstance(x, torch.Tensor)]
+    assert sum(isinstance(x, torch.Tensor) for x in leaves) == len(tensors)
     assert _pytree.tree_unflatten(leaves, spec).equals(plan)
 
 
@@ -263,7 +421,6 @@ def test_repr_tells_shape_rules_and_density():
 
 # -- bad input -------------------------------------------------------------------------------------
 
-MASK = torch.ones(1, 1, 4, 4, dtype=torch.bool)
 BAD_MASKS = {
     "mask has too few rows": ("mask", {"mask": MASK[:, :, :3]}),
     "mask has too many columns": ("mask", {"mask": MASK.expand(1, 1, 4, 4).repeat(1, 1, 1, 2)}),
@@ -288,6 +445,22 @@ BAD_MASKS = {
         "kv_lengths",
         {"mask": MASK.repeat(3, 1, 1, 1), "kv_lengths": torch.tensor([1, 2])},
     ),
+    "skip of another shape": ("skip", {"skip": MASK[..., :3]}),
+    "skip of integers": ("skip", {"skip": MASK.int()}),
+    "columns without heads": ("columns", {"columns": torch.tensor([[1, 2]])}),
+    "column above kv_len": ("columns", {"columns": torch.tensor([[[1, 65]]])}),
+    "negative column": ("columns", {"columns": torch.tensor([[[-1, 2]]])}),
+    "columns out of order": ("columns", {"columns": torch.tensor([[[2, 1]]])}),
+    "column twice": ("columns", {"columns": torch.tensor([[[2, 2]]])}),
+    "column after the unused": ("columns", {"columns": torch.tensor([[[64, 2]]])}),
+    "order of too few queries": ("q_order", {"q_order": torch.arange(63)[None]}),
+    "order without heads": ("q_order", {"q_order": torch.arange(64)}),
+    "order with a query twice": ("q_order", {"q_order": torch.zeros(1, 64, dtype=torch.int)}),
+    "order and ragged queries": (
+        "q_order",
+        {"q_order": torch.arange(64)[None], "q_block_sizes": torch.full((4,), 16)},
+    ),
+    "long row that is none": ("long_rows", {"long_rows": torch.tensor([4])}),
     "lengths in a column": ("kv_lengths", {"kv_lengths": torch.tensor([[1], [2]])}),
 }
 BAD_SCORES = {
@@ -299,6 +472,10 @@ BAD_SCORES = {
     "topk of nan": ("topk", {"topk": float("nan")}),
     "negative top_p": ("top_p", {"top_p": -0.5}),
     "top_p above one": ("top_p", {"top_p": 1.01}),
+    "skip of everything": ("skip", {"skip": 1.0, "topk": 0.5}),
+    "negative skip": ("skip", {"skip": -0.1, "topk": 0.5}),
+    "negative sink_blocks": ("sink_blocks", {"sink_blocks": -1, "topk": 0.5}),
+    "negative diagonal": ("diagonal", {"diagonal": -1, "topk": 0.5}),
     "scores of other lengths": ("scores", {"scores": torch.zeros(1, 1, 3, 4), "topk": 0.5}),
     "scores without heads": ("scores", {"scores": torch.zeros(1, 4, 4), "topk": 0.5}),
 }
@@ -316,3 +493,40 @@ def test_a_bad_argument_of_from_scores_is_named(case, unchecked):
     name, changes = BAD_SCORES[case]
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         SparsePlan.from_scores(**{"scores": torch.zeros(1, 1, 4, 4), **SQUARE, **changes})
+
+
+def changed(x: torch.Tensor, value: int) -> torch.Tensor:
+    x = x.clone()
+    x.view(-1)[0] = value
+    return x
+
+
+@pytest.mark.parametrize("value", [-1, 100])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{kind}_{what}" for kind in ("kv", "full_kv", "skip") for what in ("num_blocks", "indices")),
+        *("q_block_sizes", "k_block_sizes", "kv_lengths", "columns", "long_rows", "q_order"),
+    ],
+)  # fmt: skip
+def test_check_numbers_names_the_field_that_is_out_of_range(name, value):
+    extras = {**EXTRAS, "kv_lengths": torch.tensor([50])}
+    if name == "q_block_sizes":
+        del extras["q_order"]
+    sizes = torch.full((4,), 16)
+    if name != "q_order":
+        extras |= {"k_block_sizes": sizes}
+    if "q_order" not in extras:
+        extras["q_block_sizes"] = sizes
+    plan = sample_plan(**extras)
+    plan.check_numbers()
+    bad = dataclasses.replace(plan, **{name: changed(getattr(plan, name), value)})
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        bad.check_numbers()
+
+
+def test_check_numbers_wants_counts_and_indices_that_fit(unchecked):
+    plan = sample_plan()
+    bad = dataclasses.replace(plan, kv_indices=plan.kv_indices[:, :1])
+    with pytest.raises(ValueError, match=r"^kv_indices: shape \(1, 1, 4, "):
+        bad.check_numbers()

@@ -193,6 +193,13 @@ def test_half_precision_by_the_rule_of_two(combine):
         assert_kernel_close(name, actual[name], expected[name], plain[name])
 
 
+def test_strides_that_are_no_multiple_of_eight_beside_some_that_are():
+    case = problem(heads=2, kv_heads=2, d=16, d_v=20, strided=True, combine="alpha")
+    assert case.v.stride(2) % 8 == 0
+    assert case.v.shape[-1] % 8 != 0
+    check(case)
+
+
 def test_strides_of_any_kind():
     case = problem(d=24, strided=True)
     padded = [torch.cat([x, x], -1)[..., : x.shape[-1]] for x in (case.q, case.k, case.v)]

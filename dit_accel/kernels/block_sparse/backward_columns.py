@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.tile_math import (
+    aligned,
     covered,
     gathered_keys,
     load_rows,
@@ -81,9 +82,12 @@ def columns_kernel(
     scale, out_scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
-    POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v of one key tile; ADD: to what the linear branch left there."""
+    q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
+    k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
+    v_b, v_h, v_l = aligned(v_b, ALIGNED), aligned(v_h, ALIGNED), aligned(v_l, ALIGNED)
     SUB_K: tl.constexpr = (BLOCK_K + TK - 1) // TK
     MASK_D: tl.constexpr = HEAD_DIM != DP
     MASK_V: tl.constexpr = VALUE_DIM != DVP
@@ -156,12 +160,15 @@ def gathered_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, EXTRA_KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the extra keys (columns, or block means) of one head, over `span` query blocks.
 
     Written per part of the rows: [part, B, Hq, n, D] in fp32, summed by the caller in a fixed order.
     """
+    q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
+    k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
+    v_b, v_h, v_l = aligned(v_b, ALIGNED), aligned(v_h, ALIGNED), aligned(v_l, ALIGNED)
     SUB_Q: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
     MASK_D: tl.constexpr = HEAD_DIM != DP
     MASK_V: tl.constexpr = VALUE_DIM != DVP

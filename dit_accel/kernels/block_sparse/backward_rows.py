@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.tile_math import (
+    aligned,
     covered,
     gathered_keys,
     load_rows,
@@ -109,9 +110,12 @@ def rows_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, EXTRA_KEYS: tl.constexpr,
-    LINEAR: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr,
+    LINEAR: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """grad_q; also leaves delta, and t of the linear branch, for the kernels that follow."""
+    q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
+    k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
+    v_b, v_h, v_l = aligned(v_b, ALIGNED), aligned(v_h, ALIGNED), aligned(v_l, ALIGNED)
     SUB_Q: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
     EVEN_K: tl.constexpr = BLOCK_K % TK == 0
     MASK_D: tl.constexpr = HEAD_DIM != DP

@@ -103,6 +103,9 @@ class _Problem:
             "VALUE_DIM": self.value_dim,
             "DP": pad(self.head_dim),
             "PRECISION": "tf32" if half and self.target.backend == "cuda" else exact,
+            "ALIGNED": all(
+                n % 8 == 0 for n in (*self.strides().values(), self.head_dim, self.value_dim)
+            ),
         }
 
     def constants(self, kernel: Kernel) -> tuple[dict[str, Any], dict[str, int]]:
@@ -292,8 +295,18 @@ def forward(
     """`o, lse, o_l, norm`; lse is empty unless wanted, o_l and norm without a linear branch."""
     target = target or Target.of(q.device)
     if linear is not None and not _fuses(q, v):
-        options = {"scale": scale, "shared_softmax": shared_softmax, "want_lse": want_lse}
-        o, lse, _, _ = forward(q, k, v, plan, linear=None, target=target, run=run, **options)
+        o, lse, _, _ = forward(
+            q,
+            k,
+            v,
+            plan,
+            scale=scale,
+            shared_softmax=shared_softmax,
+            linear=None,
+            want_lse=want_lse,
+            target=target,
+            run=run,
+        )
         return o, lse, *torch_branch.forward(q, k, v, plan, linear)
     p = _Problem(q, k, v, plan, scale, shared_softmax, linear, target, run)
     o = q.new_empty(*q.shape[:-1], v.shape[-1])

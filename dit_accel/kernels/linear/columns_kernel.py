@@ -9,7 +9,13 @@ list (LINEAR 2), or the rows on the list (LINEAR 3); LINEAR 1 needs the totals o
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.tile_math import load_rows, phi, phi_backward, query_rows
+from dit_accel.kernels.block_sparse.tile_math import (
+    aligned,
+    load_rows,
+    phi,
+    phi_backward,
+    query_rows,
+)
 
 
 @triton.jit
@@ -20,9 +26,11 @@ def linear_columns_kernel(
     list_b, list_h, size_b, order_h, group, per_key, n_keys,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
-    LINEAR: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr,
+    LINEAR: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """STATE holds the sums over all rows of n phi(q)^T g and n t phi(q), per key."""
+    k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
+    v_b, v_h, v_l = aligned(v_b, ALIGNED), aligned(v_h, ALIGNED), aligned(v_l, ALIGNED)
     SUB_K: tl.constexpr = (BLOCK_K + TK - 1) // TK
     SUB_Q: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
     MASK_D: tl.constexpr = HEAD_DIM != DP

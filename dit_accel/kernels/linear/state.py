@@ -13,8 +13,12 @@ from dit_accel.kernels.linear.features import FEATURE_MAPS, features
 class LinearState:
     """Sums over keys, H = sum phi(k) v^T and Z = sum phi(k), which a change of few keys updates cheaply.
 
-    RAS refreshes some tokens per step: `update_` adds what they became and subtracts what they were, at
-    a cost that follows the refreshed tokens. Rounding adds up in fp32; start anew at each dense step.
+    RAS refreshes some tokens per step: `update_` adds what they became and subtracts what they were,
+
+        H += phi(k_new)^T v_new - phi(k_old)^T v_old      Z += sum phi(k_new) - sum phi(k_old)
+
+    at a cost that follows the refreshed tokens. Rounding adds up in fp32; start anew at each dense
+    step. Carries no gradient.
     """
 
     kv: Float[Tensor, "b h_kv d d_v"]
@@ -30,6 +34,7 @@ class LinearState:
             )
 
     @classmethod
+    @torch.no_grad()
     def from_keys(
         cls,
         k: Float[Tensor, "b h_kv l_k d"],
@@ -38,18 +43,35 @@ class LinearState:
         feature_map: str = "softmax",
         kv_lengths: Int[Tensor, " b"] | None = None,
     ) -> "LinearState":
-        """Sums over all keys, or over the first `kv_lengths` `[B]` of each sample."""
-        state = cls(
-            kv=_wide(k.new_empty(0)).new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]),
-            k=_wide(k.new_empty(0)).new_zeros(*k.shape[:2], k.shape[-1]),
-            feature_map=feature_map,
-        )
+        """Sums over all keys, or over the first `kv_lengths` `[B]` of each sample.
+
+        Raises:
+            ValueError: shapes that do not fit, or an unknown `feature_map`; it names the argument.
+        """
+        if k.shape[:-1] != v.shape[:-1]:
+            raise ValueError(f"v: shape {tuple(v.shape)} does not fit k {tuple(k.shape)}")
+        padding = None
         if kv_lengths is not None:
+            if tuple(kv_lengths.shape) != (len(k),):
+                raise ValueError(
+                    f"kv_lengths: shape {tuple(kv_lengths.shape)}; accepted is ({len(k)},)"
+                )
             padding = torch.arange(k.shape[2], device=k.device) >= kv_lengths[:, None]
             padding = padding[:, None, :, None]
-            return state._add(k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0), padding)
-        return state._add(k, v)
+            k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)  # they may hold NaN
+        empty = cls(
+            kv=k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=_wide(k).dtype),
+            k=k.new_zeros(*k.shape[:2], k.shape[-1], dtype=_wide(k).dtype),
+            feature_map=feature_map,
+        )
+        phi = empty._phi(k)
+        if padding is not None:
+            phi = phi.masked_fill(padding, 0.0)  # phi(0) is not 0
+        empty.kv.add_(phi.mT @ _wide(v))
+        empty.k.add_(phi.sum(2))
+        return empty
 
+    @torch.no_grad()
     def update_(
         self,
         k_old: Float[Tensor, "b h_kv n d"],
@@ -57,36 +79,51 @@ class LinearState:
         k_new: Float[Tensor, "b h_kv n d"],
         v_new: Float[Tensor, "b h_kv n d_v"],
     ) -> "LinearState":
-        """In place: the given keys and values (of the refreshed tokens only) become the new ones."""
-        for name, x, like in (
-            ("v_old", v_old, v_new),
-            ("k_old", k_old, k_new),
+        """In place: the given keys and values (of the refreshed tokens only) become the new ones.
+
+        Args:
+            k_old, v_old: exactly what the state has summed for these tokens, `n` may be 0.
+            k_new, v_new: what takes their place.
+
+        Returns:
+            This state.
+
+        Raises:
+            ValueError: a shape or device that does not fit the state; it names the argument.
+        """
+        b, h, d, d_v = self.kv.shape
+        n = k_old.shape[2] if k_old.ndim == 4 else 0
+        for name, x, width in (
+            ("k_old", k_old, d),
+            ("v_old", v_old, d_v),
+            ("k_new", k_new, d),
+            ("v_new", v_new, d_v),
         ):
-            if x.shape != like.shape:
+            if tuple(x.shape) != (b, h, n, width) or x.device != self.kv.device:
                 raise ValueError(
-                    f"{name}: shape {tuple(x.shape)}, but the new one has {tuple(like.shape)}"
+                    f"{name}: shape {tuple(x.shape)} on {x.device}; "
+                    f"accepted is {(b, h, n, width)} on {self.kv.device}"
                 )
-        # One product over old and new together: what does not change cancels before it is rounded.
+        # One product over old and new, so that the small difference is formed before it meets H.
         phi = torch.cat([self._phi(k_new), -self._phi(k_old)], 2)
-        self.kv.add_(phi.mT @ torch.cat([_wide(v_new), _wide(v_old)], 2))
+        v = torch.cat([_wide(v_new), _wide(v_old)], 2)
+        self.kv.add_(phi.mT @ v.to(phi.dtype))
         self.k.add_(phi.sum(2))
         return self
 
-    def update(self, k_old: Tensor, v_old: Tensor, k_new: Tensor, v_new: Tensor) -> "LinearState":
+    def update(
+        self,
+        k_old: Float[Tensor, "b h_kv n d"],
+        v_old: Float[Tensor, "b h_kv n d_v"],
+        k_new: Float[Tensor, "b h_kv n d"],
+        v_new: Float[Tensor, "b h_kv n d_v"],
+    ) -> "LinearState":
         """As `update_`, into a new state."""
         copy = LinearState(self.kv.clone(), self.k.clone(), self.feature_map)
         return copy.update_(k_old, v_old, k_new, v_new)
 
     def _phi(self, k: Tensor) -> Tensor:
         return features(_wide(k), self.feature_map)
-
-    def _add(self, k: Tensor, v: Tensor, padding: Tensor | None = None) -> "LinearState":
-        phi = self._phi(k)
-        if padding is not None:
-            phi = phi.masked_fill(padding, 0.0)
-        self.kv.add_(phi.mT @ _wide(v))
-        self.k.add_(phi.sum(2))
-        return self
 
 
 torch.export.register_dataclass(LinearState)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.tile_math import load_rows, phi
+from dit_accel.kernels.block_sparse.tile_math import aligned, load_rows, phi
 
 
 @triton.jit
@@ -11,7 +11,7 @@ def state_kernel(
     X, Y, SIZES, NORM, TERM, PHI, OUT, OUT_Z,
     x_b, x_h, x_l, y_b, y_h, y_l, length, span, size_b,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, TV: tl.constexpr,
-    BLOCK: tl.constexpr, TL: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, TL: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Keys (NORM is None): sums of phi(k)^T v and phi(k) over valid keys, which SIZES gives per block.
 
@@ -19,6 +19,8 @@ def state_kernel(
     t = TERM. A program sums `span` tokens for TV of the value dims; parts `[part, B, H, ...]` are added
     by the caller in a fixed order. PHI, if given, receives phi(x) `[B, H, L, D]`.
     """
+    x_b, x_h, x_l = aligned(x_b, ALIGNED), aligned(x_h, ALIGNED), aligned(x_l, ALIGNED)
+    y_b, y_h, y_l = aligned(y_b, ALIGNED), aligned(y_h, ALIGNED), aligned(y_l, ALIGNED)
     MASK_D: tl.constexpr = HEAD_DIM != DP
     NV: tl.constexpr = (VALUE_DIM + TV - 1) // TV
     i_h, i_b = tl.program_id(1), tl.program_id(2)

@@ -19,14 +19,14 @@ def pool_kernel(
     m_d = o_d < HEAD_DIM
     size = tl.minimum(BLOCK, length - i_block * BLOCK)
     if SIZES is not None:
-        size = tl.minimum(size, tl.load(SIZES + i_b * size_b + i_block))
+        size = tl.minimum(size, tl.load(SIZES + i_b * size_b + i_block).to(tl.int32))
     X += i_b.to(tl.int64) * x_b + i_h.to(tl.int64) * x_h
     X += (i_block * BLOCK).to(tl.int64) * x_l
     b_sum = tl.zeros([DP], tl.float32)
-    for start in tl.static_range(0, BLOCK, TL):
+    for start in range(0, size, TL):
         o_l = start + tl.arange(0, TL)
         # [TL, DP]
-        p_x = X + o_l[:, None] * x_l + o_d[None, :]
+        p_x = X + o_l[:, None].to(tl.int64) * x_l + o_d[None, :]
         b_x = tl.load(p_x, mask=(o_l[:, None] < size) & m_d[None, :], other=0.0)
         b_sum += tl.sum(b_x.to(tl.float32), 0)
     o_out = ((i_b * n_h + i_h).to(tl.int64) * n_blocks + i_block) * HEAD_DIM + o_d
@@ -34,7 +34,10 @@ def pool_kernel(
 
 
 def pool_launch(x: Tensor, out: Tensor, sizes: Tensor | None, block: int) -> Launch:
-    """The launch that fills `out` `[B, H, ceil(L / block), D]` from `x` `[B, H, L, D]`."""
+    """The launch that fills `out` `[B, H, ceil(L / block), D]` from `x` `[B, H, L, D]`.
+
+    `out` and `sizes` `[B|1, n]` contiguous, `x` along its last axis; any device, "meta" too.
+    """
     batch, heads, length, d = x.shape
     return Launch(
         kernel=pool_kernel,

@@ -1,5 +1,7 @@
 """Mean-pooled block scores, the router of SLA (arXiv 2509.24006, eq. 2) in fp32."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -8,65 +10,111 @@ from dit_accel.kernels.lists import reads_freely
 
 
 def pool_blocks(
-    x: Float[Tensor, "b h l d"], block: int, sizes: Int[Tensor, "b_sizes n"] | None = None
+    x: Float[Tensor, "b h l d"],
+    block: int,
+    sizes: Int[Tensor, "b_sizes n"] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: Literal["triton", "torch"] | None = None,
 ) -> Float[Tensor, "b h n d"]:
-    """Mean of the valid tokens of each block, in fp32 (fp64 for fp64).
+    """Mean of the valid tokens of each block. Not differentiable.
 
     Args:
         x: `[B, H, L, D]`, any strides.
-        block: tokens per block.
+        block: tokens per block, >= 1.
         sizes: `[B|1, ceil(L / block)]`, valid tokens at the start of each block. Default: all.
-            An empty block pools to 0.
+            An empty block pools to 0; what padding holds is never read.
+        dtype: of the result. Default: fp32 (fp64 for fp64), in which the mean is computed anyway.
+        backend: "triton" (one pass over `x`; a GPU, or Triton's interpreter) or "torch". Default:
+            "triton" on a GPU where Triton is installed, except for fp64.
+
+    Raises:
+        ValueError: `block` or the shape of `sizes` is wrong.
     """
+    if block < 1:
+        raise ValueError(f"block={block}: accepted is an int >= 1")
+    if sizes is not None:
+        n = -(-x.shape[2] // block)
+        if sizes.shape[0] not in (1, x.shape[0]) or sizes.shape[1] != n:
+            raise ValueError(
+                f"sizes: shape {tuple(sizes.shape)}; accepted is [1, {n}] or [{x.shape[0]}, {n}]"
+            )
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return torch.ops.dit_accel.pool_blocks(x, block, sizes)
+    return torch.ops.dit_accel.pool_blocks(x, block, sizes, dtype, backend)
 
 
 @torch.library.custom_op("dit_accel::pool_blocks", mutates_args=())
-def _pool_blocks(x: Tensor, block: int, sizes: Tensor | None) -> Tensor:
-    if not x.is_cuda or x.dtype == torch.float64:
-        return _pool_in_torch(x, block, sizes)
+def _pool_blocks(
+    x: Tensor,
+    block: int,
+    sizes: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    if backend is None:
+        backend = "triton" if x.is_cuda and x.dtype != torch.float64 and _has_triton() else "torch"
+    if backend == "torch":
+        return _pool_in_torch(x, block, sizes).to(dtype or _wide(x))
     from dit_accel.kernels.router.pool import pool_launch
 
-    out = _pool_blocks_fake(x, block, sizes)
+    out = _pool_blocks_fake(x, block, sizes, dtype)
     pool_launch(x, out, None if sizes is None else sizes.contiguous(), block)()
     return out
 
 
 @_pool_blocks.register_fake
-def _pool_blocks_fake(x: Tensor, block: int, sizes: Tensor | None) -> Tensor:
+def _pool_blocks_fake(
+    x: Tensor,
+    block: int,
+    sizes: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
     b, h, length, d = x.shape
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(b, h, -(-length // block), d, dtype=dtype)
+    return x.new_empty(b, h, -(-length // block), d, dtype=dtype or _wide(x))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton_package
+
+    return has_triton_package()
 
 
 def _pool_in_torch(x: Tensor, block: int, sizes: Tensor | None) -> Tensor:
-    length = x.shape[2]
-    pooled = _pool_blocks_fake(x, block, sizes)
-    n, whole, dtype = pooled.shape[2], length // block, pooled.dtype
+    """In fp32 or wider, contiguous: `torch.compile` relies on the strides that the fake promises."""
+    whole = x.shape[2] // block
     if sizes is None or (reads_freely(sizes) and bool((sizes[:, :whole] == block).all())):
-        # Summing a view reads x once and copies nothing; only the ragged tail is handled apart.
-        if whole:
-            torch.mean(
-                x[:, :, : whole * block].unflatten(2, (whole, block)),
-                3,
-                dtype=dtype,
-                out=pooled[:, :, :whole],
-            )
-        if whole < n:
-            tail = x[:, :, whole * block :].to(dtype)
-            if sizes is None:
-                pooled[:, :, whole] = tail.mean(2)
-            else:
-                valid = torch.arange(tail.shape[2], device=x.device) < sizes[:, whole, None]
-                total = tail.masked_fill(~valid[:, None, :, None], 0.0).sum(2)
-                pooled[:, :, whole] = total / sizes[:, None, whole, None].clamp(min=1)
-        return pooled
-    padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, n * block - length))
+        return _pool_whole_blocks(x, block, None if sizes is None else sizes[:, whole:])
+    pad, dtype = -x.shape[2] % block, _wide(x)
+    padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, pad)).unflatten(2, (-1, block))
     padding = torch.arange(block, device=x.device) >= sizes[:, None, :, None]  # [B|1, 1, n, block]
     # What padding holds may be NaN, so it is replaced, not multiplied by zero.
-    total = padded.unflatten(2, (n, block)).masked_fill(padding[..., None], 0.0).sum(3)
-    return total / sizes.clamp(min=1).to(dtype)[:, None, :, None]
+    total = padded.masked_fill(padding[..., None], 0.0).sum(3)
+    return (total / sizes.clamp(min=1).to(dtype)[:, None, :, None]).contiguous()
+
+
+def _pool_whole_blocks(x: Tensor, block: int, tail_sizes: Tensor | None) -> Tensor:
+    """All blocks full but the tail, if there is one, of which `tail_sizes` `[B|1, 1]` are valid."""
+    pooled = _pool_blocks_fake(x, block)
+    whole = x.shape[2] // block
+    if whole:
+        # Summing a view reads x once and copies nothing; only the ragged tail is handled apart.
+        view = x[:, :, : whole * block].unflatten(2, (whole, block))
+        torch.mean(view, 3, dtype=pooled.dtype, out=pooled[:, :, :whole])
+    if whole == pooled.shape[2]:
+        return pooled
+    tail = x[:, :, whole * block :].to(pooled.dtype)
+    if tail_sizes is None:
+        pooled[:, :, whole] = tail.mean(2)
+        return pooled
+    padding = torch.arange(tail.shape[2], device=x.device) >= tail_sizes
+    total = tail.masked_fill(padding[:, None, :, None], 0.0).sum(2)
+    pooled[:, :, whole] = total / tail_sizes[:, None].clamp(min=1)
+    return pooled
 
 
 @torch.no_grad()
@@ -87,8 +135,8 @@ def block_scores(
         q: `[B, Hq, Lq, D]`. k: `[B, Hkv, Lk, D]`, `Hq` a multiple of `Hkv`.
         block_q, block_k: tokens per block.
         scale: default `D ** -0.5`.
-        smooth_k: subtract the mean of all valid keys first. It shifts every row by a constant, so
-            no ranking changes in fp32; a `threshold` then counts from the row's mean.
+        smooth_k: subtract the mean of all valid keys first. It shifts every row by a constant: no
+            ranking and no softmax changes, but a `threshold` then counts from the row's mean score.
         q_sizes, k_sizes: `[B|1, T]` valid tokens per block (ragged tiles, `kv_lengths`).
 
     Returns:
@@ -101,11 +149,16 @@ def block_scores(
     pooled_q = pool_blocks(q, block_q, q_sizes)
     pooled_k = pool_blocks(k, block_k, k_sizes)
     if smooth_k:
-        weights = torch.full_like(pooled_k[:1, 0, :, 0], block_k)
-        weights[:, -1] = k.shape[2] - block_k * (pooled_k.shape[2] - 1)
-        weights = weights if k_sizes is None else k_sizes.to(pooled_k.dtype)
-        share = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-        pooled_k = pooled_k - (pooled_k * share[:, None, :, None]).sum(2, keepdim=True)
+        pooled_k = pooled_k - _mean_of_tokens(pooled_k, k.shape[2], block_k, k_sizes)
     grouped = pooled_q.unflatten(1, (k.shape[1], -1))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return ((grouped * scale) @ pooled_k[:, :, None].mT).flatten(1, 2)
+
+
+def _mean_of_tokens(pooled: Tensor, length: int, block: int, sizes: Tensor | None) -> Tensor:
+    """Mean over all valid tokens, `[B, H, 1, D]`, from the means of the blocks."""
+    if sizes is None:
+        starts = torch.arange(pooled.shape[2], device=pooled.device)[None] * block
+        sizes = (length - starts).clamp(max=block)
+    share = sizes / sizes.sum(-1, keepdim=True).clamp(min=1)
+    return (pooled * share.to(pooled.dtype)[:, None, :, None]).sum(2, keepdim=True)
