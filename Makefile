@@ -10,7 +10,10 @@ export OMP_WAIT_POLICY := PASSIVE
 export OPENBLAS_NUM_THREADS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install demo test lint bench gpu-check clean
+# Kernels cannot be rewritten with run-time shape checks, nor traced through them.
+PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
+
+.PHONY: install demo test test-long lint bench kernel-table gpu-check clean
 
 install: $(STAMP)
 
@@ -26,6 +29,11 @@ demo: install
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(PLAIN) tests/triton
+	$(PLAIN) tests/compile tests/aot
+
+test-long: install
+	TRITON_INTERPRET=1 DIT_ACCEL_CASES=2000 $(PLAIN) tests/triton
 
 lint: install
 	$(BIN)/ruff check .
@@ -35,8 +43,12 @@ lint: install
 bench: install
 	$(BIN)/python kernels/bench_attention.py --output kernels/results/cpu.json
 
+kernel-table: install
+	$(BIN)/python kernels/kernel_table.py --output docs/kernel-table.md
+	$(BIN)/python kernels/split_head_dim.py --append-to docs/kernel-table.md
+
 gpu-check: install
-	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(PLAIN) -m gpu tests/gpu
 	$(BIN)/python kernels/bench_attention.py --device cuda --output kernels/results/gpu.json
 
 clean:

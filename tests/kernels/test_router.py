@@ -119,3 +119,42 @@ def test_heads_that_do_not_divide_are_refused_by_name(unchecked):
     q, k = torch.zeros(1, 3, 64, 8), torch.zeros(1, 2, 64, 8)
     with pytest.raises(ValueError, match=r"^q: 3 heads.*2 heads of k"):
         block_scores(q, k, block_q=16, block_k=16)
+
+
+def test_smoothing_takes_the_mean_key_away_and_changes_no_choice(generator):
+    q = torch.randn(2, 4, 70, 16, generator=generator, dtype=torch.float64)
+    k = torch.randn(2, 2, 90, 16, generator=generator, dtype=torch.float64) + 3
+    lengths = torch.tensor([90, 40])
+    sizes = (lengths[:, None] - torch.arange(6) * 16).clamp(0, 16)
+    blocks = {"block_q": 16, "block_k": 16, "k_sizes": sizes}
+    smooth = block_scores(q, k, smooth_k=True, **blocks)
+    for b, n in enumerate(lengths):
+        centred = k[b, None] - k[b, None, :, :n].mean(2, keepdim=True)
+        expected = block_scores(
+            q[b, None], centred, smooth_k=False, **{**blocks, "k_sizes": sizes[b, None]}
+        )
+        valid = sizes[b] > 0
+        torch.testing.assert_close(smooth[b, None, ..., valid], expected[..., valid])
+    plain = block_scores(q, k, smooth_k=False, **blocks)
+    shift = (smooth - plain)[..., :3]
+    torch.testing.assert_close(shift, shift[..., :1].expand_as(shift))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_pooling_into_a_dtype_rounds_once(dtype, generator):
+    x = torch.randn(1, 2, 70, 8, generator=generator).half()
+    assert torch.equal(pool_blocks(x, 16, dtype=dtype), pool_blocks(x, 16).to(dtype))
+
+
+BAD_POOLS = {
+    "block of nothing": ("block", {"block": 0}),
+    "too few sizes": ("sizes", {"sizes": torch.ones(1, 2, dtype=torch.int)}),
+    "sizes of another batch": ("sizes", {"sizes": torch.ones(3, 4, dtype=torch.int)}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_POOLS)
+def test_a_bad_argument_of_pooling_is_named(case, unchecked):
+    name, changes = BAD_POOLS[case]
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        pool_blocks(**{"x": torch.zeros(2, 1, 64, 8), "block": 16, **changes})

@@ -69,26 +69,25 @@ def test_linear_branch(combine, scope, feature_map):
     )
 
 
+@pytest.mark.parametrize(("read", "mode"), [([3, 7], 2), ([0, 1, 3, 5, 6, 7, 11], 3)])
 @pytest.mark.parametrize("scope", ["marginal", "complement"])
-def test_subtraction_and_direct_sum_agree(scope, monkeypatch):
-    """Rows that read little subtract from the totals; forced to sum directly, they say the same."""
-    mask = torch.zeros(1, 1, 5, 12, dtype=torch.bool)
-    mask[..., 3] = mask[..., 7] = True
-    skip = torch.zeros_like(mask)
+def test_rows_that_read_little_subtract_and_others_sum_directly(scope, read, mode, monkeypatch):
+    mask, skip = torch.zeros(2, 1, 1, 5, 12, dtype=torch.bool)
+    mask[..., read] = True
     skip[..., 9] = True
-    options = {"combine": "alpha", "linear_scope": scope, "block_k": 8, "heads": 1}
-    case = problem(**options)
-    plan = SparsePlan.from_block_mask(mask, block_q=16, block_k=8, q_len=70, kv_len=90, skip=skip)
-    case.plan = plan
+    case = problem(block_k=8, heads=1, combine="alpha", linear_scope=scope)
+    case.plan = SparsePlan.from_block_mask(
+        mask, block_q=16, block_k=8, q_len=70, kv_len=90, skip=skip
+    )
     modes = []
-    launch = triton_backend._Problem.linear_constants
+    constants = triton_backend._Problem.linear_constants
     monkeypatch.setattr(
         triton_backend._Problem,
         "linear_constants",
-        lambda self: modes.append(self.mode) or launch(self),
+        lambda self: modes.append(self.mode) or constants(self),
     )
     check(case)
-    assert set(modes) == {2}
+    assert set(modes) == {mode}
 
 
 @pytest.mark.parametrize("q_len", [1, 2, 3])
