@@ -42,6 +42,7 @@ def split_forward(
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
     """Block-sparse attention of one head; D1 = 0: no second part."""
+    stride = stride // 8 * 8  # as in the package: a multiple of 8, for asynchronous copies
     o_q = tl.program_id(0) * TQ + tl.arange(0, TQ)
     b_q0 = load_part(Q, o_q, stride, 0, D0, HEAD_DIM)
     b_o0 = tl.zeros([TQ, D0], tl.float32)

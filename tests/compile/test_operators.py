@@ -37,7 +37,7 @@ def routed(q, k, **options):
     return SparsePlan.from_scores(scores, q_len=q.shape[2], kv_len=k.shape[2], **BLOCKS, **options)
 
 
-def operator_arguments(plan, q, k, v, *, feature_map, shared_softmax=False):
+def operator_arguments(plan, q, k, v, *, feature_map, backend="torch"):
     return (
         q,
         k,
@@ -49,11 +49,11 @@ def operator_arguments(plan, q, k, v, *, feature_map, shared_softmax=False):
         plan.window,
         plan.causal,
         0.2,
-        shared_softmax,
+        False,
         feature_map,
         "complement",
         True,
-        "torch",
+        backend,
     )
 
 

@@ -174,8 +174,7 @@ def _backward(
         lb = layout.blocked_q(lse[b, heads][..., None], dtype)
         lb = lb.masked_fill(lb == -math.inf, 0.0)  # hidden scores are -inf, so weights stay 0
         db = layout.blocked_q(delta[b, heads][..., None], dtype)
-        gq = torch.zeros_like(qb)
-        gk, gv = torch.zeros_like(kb), torch.zeros_like(vb)
+        gq, gk, gv = (x.new_zeros(x.shape) for x in (qb, kb, vb))  # contiguous, whatever x is
         tail_k = layout.tail(k[b, kv_heads], b, heads, dtype)
         tail_v = layout.tail(v[b, kv_heads], b, heads, dtype)
         if tail_k is not None and tail_v is not None:

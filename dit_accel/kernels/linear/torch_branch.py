@@ -5,8 +5,10 @@ H_i = sum_j W_ij H_j, so nothing is subtracted that would have to cancel. A few 
 states never take more than `STATE_BYTES`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -124,47 +126,89 @@ def forward(
     q = in_block_order(q, plan)
     o_l = q.new_empty(*q.shape[:-1], v.shape[-1])
     norm = q.new_empty(q.shape[:-1], dtype=dtype)
+    scratch = _Scratch()
     for head in _heads(q, k, v, plan, linear):
         at = (head.batch, head.heads)
-        state = None
+        totals = None
         if linear.state is not None:
-            kv, total_k = (x[head.batch, head.kv_head].to(dtype) for x in linear.state)
-            state = torch.cat([kv, total_k[:, None]], -1)
-        for _, rows, states in _row_states(head, plan, state):
+            kv, z = (x[head.batch, head.kv_head].to(dtype) for x in linear.state)
+            totals = _State(kv, z)
+        for _, rows, state in _row_states(head, plan, totals, scratch):
             phi = head.phi_q[:, rows]
-            if states.ndim == 2:
-                sums = phi @ states
-            else:
-                sums = (_blocks(phi, plan) @ states).flatten(1, 2)[:, : phi.shape[1]]
-            total = sums[..., -1]
+            total = _totals(phi, state.z, plan)
             if linear.scope == "all":
                 total = total + 1e-5
             valid = total > 0
             inverse = torch.where(valid, 1 / torch.where(valid, total, 1.0), 0.0)
-            o_l[at][:, rows] = (sums[..., :-1] * inverse[..., None]).to(o_l.dtype)
             norm[at][:, rows] = inverse
+            phi.mul_(inverse[..., None])
+            o_l[at][:, rows] = _times(phi, state.kv, plan)
         invalid = _q_invalid(plan)
         if invalid is not None:
             norm[at] = norm[at].masked_fill(invalid, 0.0)
     return in_query_order(o_l, plan), in_query_order(norm, plan)
 
 
+class _State(NamedTuple):
+    kv: Tensor
+    """`[D, Dv]`, or per block `[..., D, Dv]`."""
+    z: Tensor
+    """`[D]`, or per block `[..., D]`."""
+
+
+class _Scratch:
+    """Memory that every head uses again: touching new pages costs as much as the products."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Unwritten, of this shape, and of the dtype and device of `like`."""
+        n = math.prod(shape)
+        if name not in self._kept or self._kept[name].numel() < n:
+            self._kept[name] = like.new_empty(n)
+        return self._kept[name][:n].view(shape)
+
+
+def _totals(rows: Tensor, z: Tensor, plan: SparsePlan) -> Tensor:
+    """Rows `[G, n, D]` of whole query blocks times one `[D]`, or one per block `[G, n_q, D]`: `[G, n]`."""
+    if z.ndim == 1:
+        return rows @ z
+    return torch.linalg.vecdot(_blocks(rows, plan), z[..., None, :]).flatten(1)[:, : rows.shape[1]]
+
+
+def _times(rows: Tensor, state: Tensor, plan: SparsePlan) -> Tensor:
+    """Rows `[G, n, D]` of whole query blocks times one state `[D, N]`, or one per block `[G, n_q, D, N]`."""
+    if state.ndim == 2:
+        return rows @ state
+    return (_blocks(rows, plan) @ state).flatten(1, 2)[:, : rows.shape[1]]
+
+
 def _row_states(
-    head: _Head, plan: SparsePlan, state: Tensor | None
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Query blocks, their rows, and [H_i, Z_i] `[D, Dv + 1]` for all or `[G, n, D, Dv + 1]`."""
-    everything = slice(0, plan.num_q_blocks), slice(0, plan.q_len)
+    head: _Head, plan: SparsePlan, totals: _State | None, scratch: _Scratch
+) -> Iterator[tuple[slice, slice, _State]]:
+    """Query blocks, their rows, and their sums over keys: one state for all, or `[G, n, ...]`.
+
+    A state is valid until the next one is asked for.
+    """
+    phi, v = head.phi_k, head.v
     if head.weights is None:
-        if state is None:
-            phi, v = head.phi_k.flatten(0, 1), head.v.flatten(0, 1)
-            state = torch.cat([phi.T @ v, phi.sum(0)[:, None]], -1)
-        yield *everything, state
+        if totals is None:
+            phi, v = phi.flatten(0, 1), v.flatten(0, 1)
+            totals = _State(phi.T @ v, phi.sum(0))
+        yield slice(0, plan.num_q_blocks), slice(0, plan.q_len), totals
         return
-    per_block = torch.cat([head.phi_k.mT @ head.v, head.phi_k.sum(1)[..., None]], -1)
-    flat = per_block.flatten(1)
+    shape = len(phi), phi.shape[-1], v.shape[-1]
+    per_block = torch.bmm(phi.mT, v, out=scratch.take("blocks", phi, *shape)).flatten(1)
+    z_per_block = phi.sum(1)
     for blocks, rows in _row_chunks(head, plan):
-        summed = (head.weights[:, blocks] @ flat).unflatten(-1, per_block.shape[1:])
-        yield blocks, rows, summed if state is None else state - summed
+        weights = head.weights[:, blocks]
+        kv = scratch.take("rows", phi, weights.shape[0] * weights.shape[1], per_block.shape[1])
+        torch.mm(weights.flatten(0, 1), per_block, out=kv)
+        kv, z = kv.view(*weights.shape[:2], *shape[1:]), weights @ z_per_block
+        if totals is not None:
+            kv, z = torch.sub(totals.kv, kv, out=kv), totals.z - z
+        yield blocks, rows, _State(kv, z)
 
 
 def backward(
@@ -182,34 +226,29 @@ def backward(
     grad_o_l, q, o_l, norm = (in_block_order(x, plan) for x in (grad_o_l, q, o_l, norm))
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     q_invalid = _q_invalid(plan)
+    scratch = _Scratch()
     for head in _heads(q, k, v, plan, linear):
         at = (head.batch, head.heads)
         g, n = grad_o_l[at].to(dtype), norm[at]
         if q_invalid is not None:
             g = g.masked_fill(q_invalid[:, None], 0.0)
-        # A row's gradient of [numerator, denominator].
-        term = (g * o_l[at].to(dtype)).sum(-1)
-        grad_sums = torch.cat([g, -term[..., None]], -1) * n[..., None]
+        # A row's gradients of numerator and denominator.
+        grad_sums = g * n[..., None]
+        grad_total = -(grad_sums * o_l[at].to(dtype)).sum(-1, keepdim=True)
         grad_phi_q = torch.empty_like(head.phi_q)
-        shared = head.weights is None
-        grad_state: Tensor | None = None
-        for blocks, rows, states in _row_states(head, plan, None):
-            phi, gs = head.phi_q[:, rows], grad_sums[:, rows]
-            if shared:
-                grad_phi_q[:, rows] = gs @ states.mT
-                grad_state = (phi.mT @ gs).sum(0)
-            else:
-                assert head.weights is not None
-                by_block = _blocks(gs, plan)
-                grad_phi_q[:, rows] = (by_block @ states.mT).flatten(1, 2)[:, : phi.shape[1]]
-                of_rows = _blocks(phi, plan).mT @ by_block  # [G, n, D, Dv + 1]
-                part = head.weights[:, blocks].flatten(0, 1).T @ of_rows.flatten(0, 1).flatten(1)
-                grad_state = part if grad_state is None else grad_state.add_(part)
-        assert grad_state is not None
-        grad_state = grad_state.view(-1, head.phi_k.shape[-1], head.v.shape[-1] + 1)
-        grad_kv, grad_z = grad_state[..., :-1], grad_state[..., -1]
-        grad_phi_k = head.v @ grad_kv.mT + grad_z[:, None]
-        grad_values = head.phi_k @ grad_kv
+        grads: _State | None = None
+        for blocks, rows, state in _row_states(head, plan, None, scratch):
+            gs, gt = grad_sums[:, rows], grad_total[:, rows]
+            torch.add(
+                _times(gs, state.kv.mT, plan),
+                _times(gt, state.z[..., None, :], plan),
+                out=grad_phi_q[:, rows],
+            )
+            part = _key_sums(head, blocks, head.phi_q[:, rows], gs, gt, plan)
+            grads = part if grads is None else _State(grads.kv + part.kv, grads.z + part.z)
+        assert grads is not None
+        grad_phi_k = (head.v @ grads.kv.mT).add_(grads.z[..., None, :])
+        grad_values = head.phi_k @ grads.kv
         queries = _padded(q[at], plan.q_len, dtype, q_invalid)
         grad_q[at] = features_backward(queries, head.phi_q, grad_phi_q, linear.feature_map).to(
             q.dtype
@@ -227,6 +266,20 @@ def backward(
         grad_k[at_key] = features_backward(keys, phi_k, grad_keys, linear.feature_map).to(k.dtype)
         grad_v[at_key] = grad_values.to(v.dtype)
     return in_query_order(grad_q, plan), grad_k, grad_v
+
+
+def _key_sums(
+    head: _Head, blocks: slice, phi: Tensor, grad_sums: Tensor, grad_total: Tensor, plan: SparsePlan
+) -> _State:
+    """What rows pass on to the keys: one state for all key blocks, or one per block `[T_k, ...]`."""
+    if head.weights is None:
+        return _State((phi.mT @ grad_sums).sum(0), (phi.mT @ grad_total).sum(0)[:, 0])
+    weights = head.weights[:, blocks].flatten(0, 1).T
+    phi = _blocks(phi, plan).mT
+    kv, z = (
+        (phi @ _blocks(x, plan)).flatten(0, 1) for x in (grad_sums, grad_total)
+    )  # [G * n, D, N]
+    return _State((weights @ kv.flatten(1)).unflatten(-1, kv.shape[1:]), weights @ z[..., 0])
 
 
 def _k_padding(plan: SparsePlan, batch: int) -> Tensor | None:
