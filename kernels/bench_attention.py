@@ -1,12 +1,13 @@
-"""Times sparse attention against torch's SDPA on the same inputs, in one run, and its memory.
+"""Times sparse attention against every dense attention of torch on the same inputs, in one run.
 
     python kernels/bench_attention.py --output kernels/results/cpu.json
+    python kernels/bench_attention.py --device cuda --dtype bf16 --output kernels/results/gpu.json
     python kernels/bench_attention.py --parts crossover    # rewrites dit_accel/sla/crossover.json
 
-Each measurement alternates the candidates and reports the median of the repeats; on a CPU it counts
-one thread's CPU time, which other processes disturb less than the clock on the wall. "% of ideal" is
-the speed-up times the density: 100 % means that the time shrank exactly as much as the work. The crossover
-is measured as people feel it: wall-clock time with all of torch's threads.
+Candidates take turns; the median of the repeats counts. Each mode is timed "all in" (routing, planning,
+attention, linear branch, projection) and with its plan ready. "% of ideal" is the speed-up times the density:
+100 % means that the time shrank exactly as much as the work. On a CPU it counts one thread's CPU time; the
+crossover is measured as people feel it, on the wall with all of torch's threads.
 """
 
 import json
@@ -14,9 +15,8 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import torch.nn.functional as F
 import tyro
+from measure import Functions, gpu_clocks, peak_gpu_bytes, seconds, summary
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from tqdm import tqdm
 
 from dit_accel.environment import machine, versions
@@ -35,18 +39,24 @@ from dit_accel.kernels import (
     block_sparse_attention,
     sparse_linear_attention,
 )
+from dit_accel.kernels.linear.features import features
 
 
 @dataclass(frozen=True)
 class Case:
     """One problem."""
 
+    name: str
     heads: int
     length: int
     head_dim: int
-    block: int
+    block_q: int
+    block_k: int
     topk: float
+    kv_heads: int | None = None
     backward: bool = False
+    every_mode: bool = True
+    """Time every mode and every dense attention; else the plain kernel and SDPA's own choice only."""
 
 
 @dataclass
@@ -61,124 +71,219 @@ class Args:
     parts: tuple[Literal["cases", "crossover"], ...] = ("cases",)
     """What to measure; the other part of an existing output file is kept. "crossover" also rewrites
     the table behind crossover="auto"."""
+    only: str | None = None
+    """Only the cases whose name contains this."""
     memory_of: str | None = None
     """Internal: measure the memory of one case (JSON) in this fresh process."""
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HEADLINE = [Case(heads=12, length=8192, head_dim=128, block=128, topk=topk) for topk in (0.05, 0.1)]
-MORE = [
-    Case(heads=12, length=8192, head_dim=128, block=128, topk=0.25),
-    Case(heads=12, length=8192, head_dim=128, block=64, topk=0.1),
-    Case(heads=4, length=2048, head_dim=128, block=64, topk=0.1),
-    Case(heads=4, length=4001, head_dim=64, block=64, topk=0.1),
-    Case(heads=4, length=4096, head_dim=64, block=64, topk=0.1, backward=True),
-]
+DENSE = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+MODES: dict[str, dict[str, str]] = {
+    "none": {"combine": "none"},
+    "shared_softmax": {"combine": "shared_softmax"},
+    **{s: {"combine": "proj", "linear_scope": s} for s in ("all", "complement", "marginal")},
+}
 CROSSOVER_LENGTHS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
+GPU_LENGTHS = (*CROSSOVER_LENGTHS, 16384, 32768, 65536, 131072)
 
 
-def inputs(case: Case, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+def cases(device: str) -> Iterator[Case]:
+    if device == "cpu":
+        head = Case("headline", 12, 8192, 128, 128, 128, 0.05)
+        yield head
+        yield replace(head, name="headline, forward + backward", backward=True)
+        for topk in (0.1, 0.25, 0.5):
+            yield replace(head, name="density", topk=topk, every_mode=False)
+        yield replace(head, name="blocks of 64", block_q=64, block_k=64, topk=0.1, every_mode=False)
+        for length in (2048, 4096, 16384):
+            yield replace(head, name="length", heads=4, length=length, every_mode=False)
+        yield Case("ragged", 4, 4001, 64, 64, 64, 0.1, every_mode=False)
+        yield Case("grouped queries", 8, 4096, 64, 64, 64, 0.1, kv_heads=2, every_mode=False)
+        return
+    wan = Case("Wan2.1 1.3B 480p", 12, 32760, 128, 128, 64, 0.05)
+    yield wan
+    yield replace(wan, name="Wan2.1 1.3B 480p, forward + backward", backward=True)
+    yield replace(wan, name="Wan2.1 14B 720p", heads=40, length=75600)
+    for topk in (0.02, 0.1, 0.2, 0.4):
+        yield replace(wan, name="density", topk=topk)
+    for length in (2048, 4096, 8192, 16384, 65536, 131072):
+        yield replace(wan, name="length", length=length, every_mode=False)
+    yield Case("Lumina 2", 24, 4608, 96, 64, 64, 0.1, kv_heads=8)
+    yield Case("head_dim 72", 16, 4608, 72, 64, 64, 0.1)
+    yield Case("head_dim 64", 24, 17776, 64, 128, 64, 0.05)
+
+
+def inputs(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v `[1, H, L, D]`."""
     generator = torch.Generator().manual_seed(0)
-    shape = (1, case.heads, case.length, case.head_dim)
-    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)]
+    tensors = [
+        torch.randn(1, heads, case.length, case.head_dim, generator=generator).to(device, dtype)
+        for heads in (case.heads, case.kv_heads or case.heads, case.kv_heads or case.heads)
+    ]
     return [x.requires_grad_(case.backward) for x in tensors]
 
 
-def make_plan(case: Case, q: torch.Tensor, k: torch.Tensor) -> SparsePlan:
-    size = {"block_q": case.block, "block_k": case.block}
-    scores = block_scores(q, k, **size)
+def make_plan(case: Case, q: Tensor, k: Tensor) -> SparsePlan:
+    size = {"block_q": case.block_q, "block_k": case.block_k}
+    scores = block_scores(q.detach(), k.detach(), **size)
     return SparsePlan.from_scores(
-        scores, topk=case.topk, q_len=case.length, kv_len=case.length, **size
+        scores, topk=case.topk, skip=0.1, q_len=case.length, kv_len=case.length, **size
     )
 
 
-def candidates(
-    case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> dict[str, Callable[[], Any]]:
-    """What is timed; "kernel" has its plan ready, the others route every time."""
-    plan = make_plan(case, q.detach(), k.detach())
+def weight(case: Case, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(case.head_dim, case.head_dim, generator=generator) / case.head_dim**0.5
+    return matrix.to(like)
 
-    def finish(o: torch.Tensor) -> None:
+
+def attend(mode: str, q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, proj: Tensor) -> Tensor:
+    if mode == "none":
+        return block_sparse_attention(q, k, v, plan)
+    extra = {"proj_weight": proj} if MODES[mode]["combine"] == "proj" else {}
+    return sparse_linear_attention(q, k, v, plan, **MODES[mode], **extra)  # type: ignore[arg-type]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def candidates(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Functions, Functions]:
+    """Dense attentions, and ours: "mode" all in, "mode, planned", and the parts."""
+    plan, proj = make_plan(case, q, k), weight(case, q)
+
+    def finish(o: Tensor) -> None:
         if case.backward:
             torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
 
-    return {
-        "sdpa": lambda: finish(F.scaled_dot_product_attention(q, k, v)),
-        "kernel": lambda: finish(block_sparse_attention(q, k, v, plan)),
-        "router": lambda: make_plan(case, q.detach(), k.detach()),
-        "none": lambda: finish(
-            block_sparse_attention(q, k, v, make_plan(case, q.detach(), k.detach()))
-        ),
-        "shared_softmax": lambda: finish(
-            sparse_linear_attention(q, k, v, make_plan(case, q.detach(), k.detach()))
-        ),
-    }
+    def with_backend(backend: SDPBackend) -> Callable[[], None]:
+        def run() -> None:
+            with sdpa_kernel(backend):
+                finish(dense(q, k, v))
+
+        return run
+
+    def all_in(mode: str) -> Callable[[], None]:
+        return lambda: finish(attend(mode, q, k, v, make_plan(case, q, k), proj))
+
+    def planned(mode: str) -> Callable[[], None]:
+        return lambda: finish(attend(mode, q, k, v, plan, proj))
+
+    theirs: Functions = {"sdpa": lambda: finish(dense(q, k, v))}
+    ours: Functions = {"none": all_in("none"), "none, planned": planned("none")}
+    if not case.every_mode:
+        return theirs, ours
+    # FlexAttention under the same mask, and what an fp32 score matrix in full would need.
+    small = q.shape[1] * case.length**2 * 4 < 2**31
+    for name, backend in DENSE.items():
+        if (name != "math" or small) and (q.is_cuda or name == "math"):
+            theirs[name] = with_backend(backend)
+    compiled = torch.compile(flex_attention)
+    block_mask = plan.to_flex()
+    gqa = q.shape[1] != k.shape[1]
+    theirs["flex, same mask"] = lambda: finish(
+        compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa)
+    )
+    for mode in MODES:
+        ours |= {mode: all_in(mode), f"{mode}, planned": planned(mode)}
+    ours["router and plan"] = lambda: make_plan(case, q, k)
+    ours["feature maps"] = lambda: [features(x.detach(), "softmax") for x in (q, k)]
+    ours["projection"] = lambda: F.linear(q.detach(), proj)
+    return theirs, ours
 
 
-def timed(
-    functions: dict[str, Callable[[], Any]],
-    repeats: int,
-    device: str,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Seconds of each candidate, alternating."""
-
-    def once(function: Callable[[], Any]) -> float:
-        if device != "cpu":
-            torch.cuda.synchronize()
-        start = clock()
-        function()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return clock() - start
-
-    for function in functions.values():
-        once(function)
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            seconds[name].append(once(function))
-    return seconds
+def runnable(functions: Functions) -> tuple[Functions, dict[str, str]]:
+    """Those that run here, and why the others do not."""
+    good, bad = {}, {}
+    for name, function in functions.items():
+        try:
+            function()
+            good[name] = function
+        except Exception as error:  # a backend says in many ways that it does not support something
+            bad[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+    return good, bad
 
 
 def measure(case: Case, args: Args) -> dict[str, Any]:
     q, k, v = inputs(case, args.device, DTYPES[args.dtype])
-    density = make_plan(case, q.detach(), k.detach()).density()
-    clock = time.process_time if args.device == "cpu" else time.perf_counter
-    seconds = timed(candidates(case, q, k, v), args.repeats, args.device, clock)
-    median = {name: statistics.median(x) for name, x in seconds.items()}
-    rows = {}
-    for name, x in seconds.items():
-        quartiles = statistics.quantiles(x, n=5) if len(x) > 1 else [x[0]] * 4
-        speedup = median["sdpa"] / median[name]
-        rows[name] = {
-            "p20": quartiles[0],
-            "p50": median[name],
-            "p80": quartiles[-1],
-            "speedup": speedup,
+    plan = make_plan(case, q, k)
+    theirs, ours = candidates(case, q, k, v)
+    theirs, refused = runnable(theirs)
+    found = seconds({**theirs, **ours}, args.repeats, args.device)
+    rows = {name: summary(x) for name, x in found.items()}
+    best = min((n for n in theirs if not n.startswith("flex")), key=lambda n: rows[n]["p50"])
+    baseline = "flash" if "flash" in rows else "sdpa"
+    density = plan.density()
+    for row in rows.values():
+        row["speedup"] = rows[baseline]["p50"] / row["p50"]
+        row["speedup_over_best_dense"] = rows[best]["p50"] / row["p50"]
+        row["percent_of_ideal"] = 100 * row["speedup"] * density
+    result = {
+        **asdict(case),
+        "dtype": args.dtype,
+        "density": density,
+        "baseline": baseline,
+        "best_dense": best,
+        "seconds": rows,
+        "refused": refused,
+    }
+    if "complement, planned" in rows:
+        plain = rows["none, planned"]["p50"]
+        product = rows["projection"]["p50"] * (3 if case.backward else 1)
+        result["linear_branch_share"] = {
+            mode: (rows[f"{mode}, planned"]["p50"] - product - plain) / plain
+            for mode in ("all", "complement", "marginal")
         }
-        if name not in ("sdpa", "router"):
-            rows[name]["percent_of_ideal"] = 100 * speedup * density
-    return {**asdict(case), "dtype": args.dtype, "density": density, "seconds": rows}
-
-
-def extra_memory(case: Case, args: Args) -> dict[str, float]:
-    """Peak memory of one forward beyond inputs and output, as a share of both; a fresh process."""
     if args.device != "cpu":
-        q, k, v = inputs(case, args.device, DTYPES[args.dtype])
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        o = sparse_linear_attention(q, k, v, make_plan(case, q, k), combine="none")
-        extra = torch.cuda.max_memory_allocated() - before - o.nbytes
-        return {"extra_share": extra / (4 * q.nbytes), "extra_mib": extra / 2**20}
-    command = [
-        sys.executable,
-        __file__,
-        "--memory-of",
-        json.dumps(asdict(case)),
-        "--dtype",
-        args.dtype,
-    ]
+        result["memory"] = gpu_memory(case, theirs, ours, baseline)
+        result["relative_error"] = relative_errors(case, q, k, v, plan)
+    elif not case.backward:
+        result["memory"] = cpu_memory(case, args)
+    return result
+
+
+def gpu_memory(
+    case: Case, theirs: Functions, ours: Functions, baseline: str
+) -> dict[str, dict[str, float]]:
+    """Peak MiB of each beyond its inputs, and as a share of the dense baseline's."""
+    peaks = {n: peak_gpu_bytes(f) for n, f in {**theirs, **ours}.items() if n in (baseline, *MODES)}
+    return {
+        name: {"mib": x / 2**20, "share_of_dense": x / peaks[baseline]} for name, x in peaks.items()
+    }
+
+
+def relative_errors(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan
+) -> dict[str, float]:
+    """Norm of the error against fp32 torch under the same plan, four heads of it."""
+    heads = slice(0, 4 * (q.shape[1] // k.shape[1]))
+    few = [q[:, heads].detach(), k[:, :4].detach(), v[:, :4].detach()]
+    plan = replace(
+        plan,
+        **{
+            f"{kind}_{what}": getattr(plan, f"{kind}_{what}")[:, heads].contiguous()
+            for kind in ("kv", "full_kv", "skip")
+            for what in ("num_blocks", "indices")
+        },
+    )
+    proj = weight(case, q)
+    errors = {}
+    for mode in MODES if case.every_mode else ("none",):
+        exact = attend(mode, *(x.float() for x in few), plan, proj.float())
+        errors[mode] = ((attend(mode, *few, plan, proj) - exact).norm() / exact.norm()).item()
+    return errors
+
+
+def cpu_memory(case: Case, args: Args) -> dict[str, float]:
+    """Peak memory of one forward beyond inputs and output, as a share of both; a fresh process."""
+    command = [sys.executable, __file__, "--memory-of", json.dumps(asdict(case))]
+    command += ["--dtype", args.dtype]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -188,18 +293,16 @@ def memory_in_this_process(case: Case, args: Args) -> dict[str, float]:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
     with torch.no_grad():
-        small = inputs(
-            Case(1, 4 * case.block, case.head_dim, case.block, 0.5), "cpu", DTYPES[args.dtype]
-        )
-        block_sparse_attention(
-            *small, make_plan(Case(1, 4 * case.block, case.head_dim, case.block, 0.5), *small[:2])
-        )
+        small = replace(case, heads=1, kv_heads=None, length=4 * case.block_q, topk=0.5)
+        tensors = inputs(small, "cpu", DTYPES[args.dtype])
+        block_sparse_attention(*tensors, make_plan(small, *tensors[:2]))
         q, k, v = inputs(case, "cpu", DTYPES[args.dtype])
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = status("VmRSS")
         o = block_sparse_attention(q, k, v, make_plan(case, q, k))
         extra = status("VmHWM") - before - o.nbytes
-    return {"extra_share": extra / (3 * q.nbytes + o.nbytes), "extra_mib": extra / 2**20}
+    share = extra / (q.nbytes + k.nbytes + v.nbytes + o.nbytes)
+    return {"extra_share": share, "extra_mib": extra / 2**20}
 
 
 def crossover_rows(args: Args) -> list[dict[str, Any]]:
@@ -207,29 +310,18 @@ def crossover_rows(args: Args) -> list[dict[str, Any]]:
 
     The margin keeps a noisy measurement from sending people to the slower side.
     """
+    cpu = args.device == "cpu"
     rows = []
-    grid = [(topk, block) for topk in (0.1, 0.25, 0.4) for block in (16, 32, 64, 128)]
+    heads, head_dim, blocks = (2, 64, (16, 32, 64, 128)) if cpu else (12, 128, (64, 128))
+    grid = [(topk, block) for topk in (0.1, 0.25, 0.4) for block in blocks]
     for topk, block in tqdm(grid, desc="crossover"):
         first: int | None = None
         ratios = {}
-        for length in CROSSOVER_LENGTHS:
+        for length in CROSSOVER_LENGTHS if cpu else GPU_LENGTHS:
             if length < 4 * block:
                 continue
-            case = Case(heads=2, length=length, head_dim=64, block=block, topk=topk)
-            # As a transformer hands them over: heads interleaved, [B, L, H, D] in memory.
-            q, k, v = (
-                x.transpose(1, 2).contiguous().transpose(1, 2)
-                for x in inputs(case, args.device, DTYPES[args.dtype])
-            )
-            both = {
-                name: f
-                for name, f in candidates(case, q, k, v).items()
-                if name in ("sdpa", "shared_softmax")
-            }
-            seconds = timed(both, max(args.repeats, 9 if length < 2048 else 3), args.device)
-            ratios[length] = statistics.median(seconds["sdpa"]) / statistics.median(
-                seconds["shared_softmax"]
-            )
+            case = Case("crossover", heads, length, head_dim, block, block, topk)
+            ratios[length] = crossover_ratio(case, args)
             first = (first or length) if ratios[length] > 1.25 else None
         rows.append(
             {
@@ -244,34 +336,46 @@ def crossover_rows(args: Args) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_cases(args: Args) -> list[dict[str, Any]]:
-    results = []
-    for case in tqdm(HEADLINE + MORE, desc="cases"):
-        row = measure(case, args)
-        if not case.backward:
-            row["memory"] = extra_memory(case, args)
-        results.append(row)
-        numbers = "  ".join(
-            f"{name} {x['speedup']:.2f}x ({x['percent_of_ideal']:.0f} %)"
-            for name, x in row["seconds"].items()
-            if "percent_of_ideal" in x
-        )
-        memory = (
-            f"  extra memory {100 * row['memory']['extra_share']:.1f} %" if "memory" in row else ""
-        )
-        what = "forward+backward" if case.backward else "forward"
+def crossover_ratio(case: Case, args: Args) -> float:
+    """How much faster sparse attention is, all in, than torch's own choice of a dense one."""
+    # As a transformer hands them over: heads interleaved, [B, L, H, D] in memory.
+    q, k, v = (
+        x.transpose(1, 2).contiguous().transpose(1, 2)
+        for x in inputs(case, args.device, DTYPES[args.dtype])
+    )
+    both: Functions = {
+        "dense": lambda: dense(q, k, v),
+        "sparse": lambda: sparse_linear_attention(q, k, v, make_plan(case, q, k)),
+    }
+    repeats = max(args.repeats, 9 if case.length < 2048 else 3)
+    found = seconds(both, repeats, args.device, wall=True)
+    return statistics.median(found["dense"]) / statistics.median(found["sparse"])
+
+
+def report(row: dict[str, Any]) -> None:
+    """Prints what people compare."""
+    what = "forward + backward" if row["backward"] else "forward"
+    dense_ms = 1000 * row["seconds"][row["baseline"]]["p50"]
+    print(
+        f"\n{row['name']}: H={row['heads']} N={row['length']} d={row['head_dim']} blocks "
+        f"{row['block_q']}/{row['block_k']} density {row['density']:.3f} {row['dtype']} {what}; "
+        f"{row['baseline']} {dense_ms:.2f} ms, best dense {row['best_dense']}"
+    )
+    for name, x in row["seconds"].items():
         print(
-            f"H={case.heads} N={case.length} d={case.head_dim} blocks {case.block} "
-            f"density {row['density']:.3f} {what}: sdpa {row['seconds']['sdpa']['p50']:.3f} s  "
-            f"{numbers}{memory}"
+            f"  {name:24} {1000 * x['p50']:10.3f} ms  {x['speedup']:7.2f}x  "
+            f"{x['speedup_over_best_dense']:7.2f}x over best  {x['percent_of_ideal']:5.0f} % of ideal"
         )
-    return results
+    for key in ("linear_branch_share", "memory", "relative_error", "refused"):
+        if row.get(key):
+            print(f"  {key}: {row[key]}")
 
 
 def write_crossover(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         wins = f"from {row['min_length']} tokens" if row["min_length"] else "nowhere"
-        print(f"topk {row['topk']} block {row['block']}: sparse wins {wins}")
+        ratios = "  ".join(f"{n}: {x:.2f}x" for n, x in row["speedup_by_length"].items())
+        print(f"topk {row['topk']} block {row['block']}: sparse wins {wins}  ({ratios})")
     table = Path(__file__).parents[1] / "dit_accel" / "sla" / "crossover.json"
     kept = [
         row for row in json.loads(table.read_text())["rows"] if row["device"] != rows[0]["device"]
@@ -290,15 +394,26 @@ def main(args: Args) -> None:
     if args.output is not None and args.output.exists():
         data = json.loads(args.output.read_text())
     data |= {"format_version": 1, "versions": versions(), "machine": machine()}
+    clocks = [gpu_clocks()]
+
+    def save() -> None:
+        data["clocks"] = [*clocks, gpu_clocks()]
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.output, data)
+
     if "cases" in args.parts:
-        data["rows"] = measure_cases(args)
+        data["rows"] = []
+        wanted = [c for c in cases(args.device) if args.only is None or args.only in c.name]
+        for case in tqdm(wanted, desc="cases"):
+            data["rows"].append(measure(case, args))
+            report(data["rows"][-1])
+            save()
     if "crossover" in args.parts:
         torch.set_num_threads(threads)
         data["crossover"] = crossover_rows(args)
         write_crossover(data["crossover"])
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, data)
+        save()
 
 
 if __name__ == "__main__":

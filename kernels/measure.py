@@ -1,0 +1,75 @@
+"""Time and memory of functions that are to be compared, on a CPU or a GPU."""
+
+import contextlib
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Functions = dict[str, Callable[[], Any]]
+
+
+def seconds(
+    functions: Functions, repeats: int, device: str, *, wall: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each function, `repeats` times, taking turns; called once before.
+
+    On a GPU between two events of its queue, host included where the host is slower. On a CPU the
+    CPU time of this process, which other processes disturb less than the clock on the wall; or `wall`.
+    """
+    for function in functions.values():
+        function()
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            found[name].append(_once(function, device, wall))
+    return found
+
+
+def _once(function: Callable[[], Any], device: str, wall: bool) -> float:
+    if device == "cpu":
+        clock = time.perf_counter if wall else time.process_time
+        start = clock()
+        function()
+        return clock() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """The 20th, 50th and 80th percentile."""
+    fifths = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+    return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[-1]}
+
+
+def peak_gpu_bytes(function: Callable[[], Any]) -> int:
+    """Bytes allocated at most during a call, beyond what was allocated before."""
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def gpu_clocks() -> dict[str, str] | None:
+    """What the driver says of clocks, power and heat right now; None without a driver."""
+    fields = "clocks.sm,clocks.mem,clocks_throttle_reasons.active,power.draw,temperature.gpu"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        out = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout
+        return dict(zip(fields.split(","), (x.strip() for x in out.split(",")), strict=True))
+    return None
