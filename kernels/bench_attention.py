@@ -121,9 +121,11 @@ def cases(device: str) -> Iterator[Case]:
 
 def inputs(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:
     """q, k, v `[1, H, L, D]`."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     tensors = [
-        torch.randn(1, heads, case.length, case.head_dim, generator=generator).to(device, dtype)
+        torch.randn(
+            1, heads, case.length, case.head_dim, generator=generator, device=device, dtype=dtype
+        )
         for heads in (case.heads, case.kv_heads or case.heads, case.kv_heads or case.heads)
     ]
     return [x.requires_grad_(case.backward) for x in tensors]
