@@ -1,18 +1,14 @@
 """A plan as FlexAttention's `BlockMask`."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from dit_accel.kernels.lists import Lists, block_lists, block_mask
-
-if TYPE_CHECKING:
-    from dit_accel.kernels.plan import SparsePlan
+from dit_accel.kernels.plan_data import PlanData
 
 
-def to_flex(plan: "SparsePlan") -> BlockMask:
+def to_flex(plan: PlanData) -> BlockMask:
     """See `SparsePlan.to_flex`."""
     for name in ("columns", "q_order"):
         if getattr(plan, name) is not None:
@@ -29,7 +25,7 @@ def to_flex(plan: "SparsePlan") -> BlockMask:
     )
 
 
-def _block_kinds(plan: "SparsePlan") -> tuple[Tensor, Tensor]:
+def _block_kinds(plan: PlanData) -> tuple[Tensor, Tensor]:
     """Blocks that need the element rule, and those that do not, two `[B|1, Hq|1, T_q, T_k]`."""
     full = block_mask(plan.full_kv_num_blocks, plan.full_kv_indices, plan.num_k_blocks)
     partial = block_mask(plan.kv_num_blocks, plan.kv_indices, plan.num_k_blocks)
@@ -42,7 +38,7 @@ def _block_kinds(plan: "SparsePlan") -> tuple[Tensor, Tensor]:
     return partial, full
 
 
-def _mask_mod(plan: "SparsePlan", blocks: Tensor):
+def _mask_mod(plan: PlanData, blocks: Tensor):
     q_sizes, k_sizes = plan.q_sizes(), plan.k_sizes()
     b_blocks, h_blocks, b_sizes = len(blocks) > 1, blocks.shape[1] > 1, len(k_sizes) > 1
 

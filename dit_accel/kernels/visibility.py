@@ -1,16 +1,14 @@
 """Which keys each query sees under a plan: by pair, by block, and counted."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dit_accel.kernels.plan import SparsePlan
+from dit_accel.kernels.plan_data import PlanData
 
 
-def positions(plan: "SparsePlan") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def positions(plan: PlanData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each row and key: its position and whether it is a token.
 
     `[Hq|1, Lq]`, `[Lk]`, `[Lq]` and `[B|1, Lk]`, rows in the order of the query blocks.
@@ -23,7 +21,7 @@ def positions(plan: "SparsePlan") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q_pos, k_pos, q_ok, k_ok
 
 
-def row_ends(plan: "SparsePlan") -> tuple[Tensor, Tensor]:
+def row_ends(plan: PlanData) -> tuple[Tensor, Tensor]:
     """Smallest and largest key position that the rows of each block stand at, two `[Hq|1, T_q]`."""
     if plan.q_order is None:
         first = torch.arange(plan.num_q_blocks, device=plan.device) * plan.block_q
@@ -38,7 +36,7 @@ def row_ends(plan: "SparsePlan") -> tuple[Tensor, Tensor]:
     return blocks[0].amin(-1), blocks[1].amax(-1)
 
 
-def block_visibility(plan: "SparsePlan") -> tuple[Tensor, Tensor]:
+def block_visibility(plan: PlanData) -> tuple[Tensor, Tensor]:
     """Whether some, and whether every, pair of a block is visible: two `[B|1, Hq|1, T_q, T_k]`.
 
     A row whose queries run short (the query tail) still counts as full: its missing queries
@@ -59,7 +57,7 @@ def block_visibility(plan: "SparsePlan") -> tuple[Tensor, Tensor]:
     return some, every
 
 
-def column_members(plan: "SparsePlan") -> Tensor:
+def column_members(plan: PlanData) -> Tensor:
     """Which keys are columns, `[B|1, Hq|1, Lk]`."""
     assert plan.columns is not None
     member = torch.zeros(
@@ -68,7 +66,7 @@ def column_members(plan: "SparsePlan") -> Tensor:
     return member.scatter_(-1, plan.columns.long(), True)[..., : plan.kv_len]
 
 
-def _rows_seen(plan: "SparsePlan", i: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _rows_seen(plan: PlanData, i: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """For the rows of block i: keys read `[B|1, Hq|1, BQ, Lk]`, and keys that the rules show."""
     q_pos, k_pos, q_ok, k_ok = positions(plan)
     at = slice(i * plan.block_q, (i + 1) * plan.block_q)
@@ -79,7 +77,7 @@ def _rows_seen(plan: "SparsePlan", i: int, blocks: Tensor) -> tuple[Tensor, Tens
     return rules & member[:, :, None], rules
 
 
-def pair_mask(plan: "SparsePlan", blocks: Tensor, *, columns: bool = False) -> Tensor:
+def pair_mask(plan: PlanData, blocks: Tensor, *, columns: bool = False) -> Tensor:
     """The visible pairs of `blocks` `[B|1, Hq|1, T_q, T_k]`, and of the plan's columns if asked.
 
     `[B|1, Hq|1, Lq, Lk]`, queries in their own order.
@@ -98,7 +96,7 @@ def pair_mask(plan: "SparsePlan", blocks: Tensor, *, columns: bool = False) -> T
     return mask.gather(2, back.expand(*mask.shape))
 
 
-def density(plan: "SparsePlan") -> Tensor:
+def density(plan: PlanData) -> Tensor:
     """Attended pairs over the pairs of a dense call, a scalar on the plan's device."""
     blocks = plan.to_block_mask()
     if plan.positional or plan.columns is not None:
@@ -123,7 +121,7 @@ def density(plan: "SparsePlan") -> Tensor:
     return attended.sum() / dense.sum().clamp(min=1)
 
 
-def recall(plan: "SparsePlan", q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+def recall(plan: PlanData, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
     """Mean over queries of the exact softmax mass that the plan reads, `[B, Hq]`."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -24,6 +24,7 @@ from dit_accel.kernels.linear.state_kernel import state_kernel
 from dit_accel.kernels.lists import Lists, block_lists, pack_bits
 from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.router import pool_blocks
+from dit_accel.kernels.visibility import row_ends
 
 LOG2E = math.log2(math.e)
 FEATURES = {"softmax": 0, "elu": 1, "relu": 2}
@@ -200,7 +201,7 @@ class _Problem:
         columns = _lead(self.columns, self.lead)
         last = torch.full((1, plan.num_q_blocks), plan.kv_len - 1, device=plan.device)
         if plan.causal:
-            last = plan._row_ends()[1]
+            last = row_ends(plan)[1]
         last = last.clamp(max=plan.kv_len - 1).expand(*self.lead, -1).contiguous()
         return torch.searchsorted(columns, last.to(columns.dtype), right=True, out_int32=True)
 
