@@ -12,7 +12,7 @@ import torch
 
 def versions() -> dict[str, str]:
     """Versions that decide what a run computes."""
-    names = ("dit-accel", "torch", "diffusers", "transformers", "accelerate", "numpy")
+    names = ("dit-accel", "torch", "triton", "diffusers", "transformers", "accelerate", "numpy")
     found = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
