@@ -60,3 +60,11 @@ def transpose_lists(
 ) -> Lists:
     """The same pairs listed by column: for each of `n_k` blocks, the rows that hold it."""
     return block_lists(block_mask(counts, indices, n_k).mT)
+
+
+def check_range(name: str, x: Tensor, most: int) -> None:
+    """Raises ValueError unless every number is between 0 and `most`; reads the tensor."""
+    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= most:
+        raise ValueError(
+            f"{name}: accepted are numbers between 0 and {most}, got {int(x.min())} to {int(x.max())}"
+        )

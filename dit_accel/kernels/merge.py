@@ -25,6 +25,9 @@ def merge_lse(
     """
     if not parts:
         raise ValueError("parts: got none; accepted is one or more (o, lse)")
+    for i, part in enumerate(parts):
+        if not isinstance(part, tuple | list) or len(part) != 2:
+            raise ValueError(f"parts[{i}]: a {type(part).__name__}; accepted is a pair (o, lse)")
     o, lse = parts[0]
     for i, (part_o, part_lse) in enumerate(parts):
         if (part_o.shape, part_o.dtype, part_o.device) != (o.shape, o.dtype, o.device):

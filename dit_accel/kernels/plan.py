@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -132,10 +133,12 @@ class SparsePlan(PlanData):
                 _check_blocks(name, x, block_q, block_k, q_len, kv_len)
                 if x.dtype != torch.bool:
                     raise ValueError(f"{name}: dtype {x.dtype}; accepted is torch.bool")
-        if kv_lengths is not None and mask.shape[0] not in (1, len(kv_lengths)):
-            raise ValueError(
-                f"kv_lengths: {len(kv_lengths)} lengths for a mask of batch {mask.shape[0]}"
-            )
+        if most is not None and most < 1:
+            raise ValueError(f"most={most}: accepted is an int >= 1")
+        sizes = [("mask", *mask.shape[:2])]
+        if skip is not None:
+            sizes.append(("skip", *skip.shape[:2]))
+        _check_leading([*sizes, *plan.leading_sizes()])
         some, every = visibility.block_visibility(plan)
         shape = torch.broadcast_shapes(mask.shape, some.shape)
         mask = mask.expand(shape)
@@ -255,8 +258,21 @@ class SparsePlan(PlanData):
                 raise ValueError(f"{name}={value!r}: accepted is an int >= 1")
         if window is not None and (not isinstance(window, int) or window < 1 or not causal):
             raise ValueError(f"window={window}: accepted is an int >= 1 together with causal=True")
-        if sink < 0:
-            raise ValueError(f"sink={sink}: accepted is an int >= 0")
+        if sink < 0 or (sink and window is None):
+            raise ValueError(f"sink={sink}: accepted is an int >= 0, above 0 only with a window")
+        for name, x in (
+            ("kv_lengths", kv_lengths),
+            ("q_block_sizes", q_block_sizes),
+            ("k_block_sizes", k_block_sizes),
+            ("columns", columns),
+            ("q_order", q_order),
+            ("long_rows", long_rows),
+        ):
+            if x is not None and (
+                not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool
+            ):
+                kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"{name}: {kind}; accepted is a tensor of integers")
         if causal and (q_block_sizes is not None or k_block_sizes is not None):
             raise ValueError(
                 "causal=True: ragged tiles have no causal order; leave *_block_sizes out"
@@ -356,6 +372,21 @@ class SparsePlan(PlanData):
 
 
 torch.export.register_dataclass(SparsePlan)
+
+
+def _check_leading(sizes: Iterable) -> None:
+    """Names, batches and heads: every batch is 1 or the same number, and so are the heads."""
+    for axis, what in ((1, "batch"), (2, "heads")):
+        first = None
+        for size in sizes:
+            if size[axis] == 1:
+                continue
+            first = first or size
+            if size[axis] != first[axis]:
+                raise ValueError(
+                    f"{size[0]}: {what} {size[axis]}, but {first[0]} has {first[axis]}; "
+                    "accepted is 1 or the same number everywhere"
+                )
 
 
 def _check_blocks(

@@ -1,6 +1,7 @@
 """The lists of a plan and what follows from them alone; `SparsePlan` adds how plans are made and read."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dit_accel.kernels.lists import Lists, block_mask, transpose_lists
+from dit_accel.kernels.lists import Lists, block_mask, check_range, transpose_lists
 
 
 class ColumnLists(NamedTuple):
@@ -81,18 +82,15 @@ class PlanData:
         """Whether visibility depends on the query's position, not only on the key."""
         return self.causal or self.window is not None
 
-    def leading_sizes(self) -> list[tuple[str, int, int]]:
+    def leading_sizes(self) -> Iterator[tuple[str, int, int]]:
         """Of each tensor that has them: its name, batch and heads."""
-        sizes = [
-            (name, x.shape[0], x.shape[1])
-            for name in ("kv_num_blocks", "full_kv_num_blocks", "skip_num_blocks", "columns")
-            if (x := getattr(self, name)) is not None
-        ]
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "skip_num_blocks", "columns"):
+            if (x := getattr(self, name)) is not None:
+                yield name, x.shape[0], x.shape[1]
         if self.q_order is not None:
-            sizes.append(("q_order", 1, self.q_order.shape[0]))
+            yield "q_order", 1, self.q_order.shape[0]
         if self.kv_lengths is not None:
-            sizes.append(("kv_lengths", self.kv_lengths.shape[0], 1))
-        return sizes
+            yield "kv_lengths", self.kv_lengths.shape[0], 1
 
     def check_numbers(self) -> None:
         """Raise ValueError, naming the field, if a number in a tensor is out of range.
@@ -110,8 +108,8 @@ class PlanData:
                     f"{name}_indices: shape {tuple(indices.shape)} with counts "
                     f"{tuple(counts.shape)}; accepted are [B|1, Hq|1, {n_q}, n] and the same without n"
                 )
-            _check_range(f"{name}_num_blocks", counts, indices.shape[-1])
-            _check_range(f"{name}_indices", indices, n_k - 1)
+            check_range(f"{name}_num_blocks", counts, indices.shape[-1])
+            check_range(f"{name}_indices", indices, n_k - 1)
         for name, most in (
             ("q_block_sizes", self.block_q),
             ("k_block_sizes", self.block_k),
@@ -120,7 +118,7 @@ class PlanData:
             ("long_rows", n_q - 1),
         ):
             if getattr(self, name) is not None:
-                _check_range(name, getattr(self, name), most)
+                check_range(name, getattr(self, name), most)
         if self.columns is not None:
             step = self.columns.diff(dim=-1)
             if not bool(((step > 0) | (self.columns[..., 1:] == self.kv_len)).all()):
@@ -183,13 +181,6 @@ class PlanData:
         return ColumnLists(
             partial=transpose_lists(self.kv_num_blocks, self.kv_indices, n_k),
             full=transpose_lists(self.full_kv_num_blocks, self.full_kv_indices, n_k),
-        )
-
-
-def _check_range(name: str, x: Tensor, most: int) -> None:
-    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= most:
-        raise ValueError(
-            f"{name}: accepted are numbers between 0 and {most}, got {int(x.min())} to {int(x.max())}"
         )
 
 

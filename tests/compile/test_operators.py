@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from dit_accel.kernels import (
+    LinearState,
     SparsePlan,
     block_scores,
     block_sparse_attention,
@@ -138,3 +139,48 @@ def test_planning_with_kv_lengths_compiles_whole():
             compiled(scores, lengths, length), plan_density(scores, lengths, length)
         )
     assert counters["stats"]["unique_graphs"] == 1
+
+
+class Attention(torch.nn.Module):
+    """Parameters and sizes written as numbers, beside lengths that are symbolic."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = torch.nn.Linear(24, 24)
+        self.alpha = torch.nn.Parameter(torch.full((10,), 0.5))
+
+    def forward(self, q, k, v):
+        plan = routed(q, k, topk=0.3, skip=0.2, kv_lengths=torch.full((3,), 50))
+        mask = torch.ones(1, 10, plan.num_q_blocks, plan.num_k_blocks, dtype=torch.bool)
+        lengths = {"q_len": q.shape[2], "kv_len": k.shape[2]}
+        columns = torch.tensor([1]).expand(1, 10, 1)
+        written = SparsePlan.from_block_mask(mask, columns=columns, **lengths, **BLOCKS)
+        o = block_sparse_attention(q, k, v, written)
+        o = o + sparse_linear_attention(
+            q,
+            k,
+            v,
+            plan,
+            combine="proj",
+            linear_scope="marginal",
+            proj_weight=self.proj.weight,
+            proj_bias=self.proj.bias,
+        )
+        return o + sparse_linear_attention(q, k, v, plan, combine="alpha", alpha=self.alpha)
+
+
+def test_a_module_with_parameters_serves_many_lengths_in_one_graph():
+    module = Attention()
+    compiled = fresh_compiler()(module)
+    for length in LENGTHS[:4]:
+        inputs = tensors(length)
+        torch.testing.assert_close(compiled(*inputs), module(*inputs))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_refreshing_a_state_compiles_whole():
+    _, k, v = tensors(100)
+    state = LinearState.from_keys(k, v)
+    new = k[:, :, 5:10], v[:, :, 5:10], k[:, :, 10:15], v[:, :, 10:15]
+    refreshed = fresh_compiler()(lambda state, *new: state.update(*new).kv)(state, *new)
+    torch.testing.assert_close(refreshed, state.update(*new).kv)

@@ -192,6 +192,19 @@ def test_lse_alone_is_differentiable():
     assert_same(actual, (*expected, torch.zeros_like(case.v)))
 
 
+def test_gradients_of_columns_where_one_block_is_a_strided_view():
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in make_inputs(1, 1, 2, 8, 8, 4, 4))
+    q, k, v = q[:, :1], k[:, :2], v[:, :2]
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+    plan = SparsePlan.from_block_mask(
+        mask, block_q=16, block_k=k.shape[2], q_len=q.shape[2], kv_len=k.shape[2],
+        columns=torch.tensor([[[1]]]),
+    )  # fmt: skip
+    assert torch.autograd.gradcheck(
+        lambda *x: block_sparse_attention(*x, plan), (q[:, :1].repeat(1, 2, 1, 1), k, v)
+    )
+
+
 # -- dtypes ----------------------------------------------------------------------------------------
 
 

@@ -190,6 +190,39 @@ def test_any_length_and_topk_gives_finite_outputs_and_gradients(
         assert grad.isfinite().all()
 
 
+# -- autocast --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("combine", ["none", "shared_softmax", "proj", "alpha"])
+def test_autocast_is_attention_of_the_inputs_in_its_dtype(dtype, combine):
+    q, k, v = (x.float().requires_grad_() for x in inputs(5, 11))
+    plan, options = small_plan(), {"combine": combine}
+    if combine in ("proj", "alpha"):
+        options |= {name: x.float() for name, x in extras(combine).items()}
+    half = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    expected = sparse_linear_attention(*half, plan, **options)
+    expected_grads = torch.autograd.grad(expected.float().sum(), half)
+    with torch.autocast("cpu", dtype=dtype):
+        o = sparse_linear_attention(q, k, v.to(dtype), plan, **options)
+        grads = torch.autograd.grad(o.float().sum(), (q, k))
+    assert o.dtype == dtype
+    torch.testing.assert_close(o, expected)
+    for a, b in zip(grads, expected_grads, strict=False):
+        torch.testing.assert_close(a, b.float())
+
+
+def test_scores_and_totals_keep_their_precision_under_autocast():
+    q, k, v = (x.float() for x in inputs(64, 64))
+    scores = block_scores(q, k, block_q=16, block_k=16)
+    state = LinearState.from_keys(k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(block_scores(q, k, block_q=16, block_k=16), scores)
+        again = LinearState.from_keys(k, v)
+        again.update_(k[:, :, :4], v[:, :, :4], k[:, :, :4], v[:, :, :4])
+    torch.testing.assert_close(again.kv, state.kv)
+
+
 # -- bad input -------------------------------------------------------------------------------------
 
 X = torch.zeros(2, 4, 64, 16)
@@ -201,6 +234,8 @@ WIDE = {name: torch.zeros(2, 4, 64, 264) for name in ("q", "k", "v")}
 STATE = LinearState.from_keys(X, X)
 BAD = {
     "head_dim above 256": ("q", {**WIDE, "combine": "none"}),
+    "q that is no tensor": ("q", {"q": None}),
+    "plan that is a mask": ("plan", {"plan": ALL}),
     "scale of zero": ("scale", {"scale": 0.0}),
     "scale of nan": ("scale", {"scale": math.nan}),
     "infinite scale": ("scale", {"scale": math.inf}),
@@ -242,6 +277,11 @@ def test_a_bad_argument_is_named(case, unchecked):
     name, changes = BAD[case]
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         sparse_linear_attention(**{"q": X, "k": X, "v": X, "plan": PLAN, **changes})
+
+
+def test_forward_mode_is_refused_and_not_silently_zero(unchecked):
+    with pytest.raises(ValueError, match=r"^q: has a forward-mode tangent"):
+        torch.func.jvp(lambda q: block_sparse_attention(q, X, X, PLAN), (X,), (X,))
 
 
 @pytest.mark.parametrize("value", [-1, 4, 2**31 - 1])

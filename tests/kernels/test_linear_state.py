@@ -100,5 +100,9 @@ def test_bad_keys_are_named(unchecked):
         LinearState.from_keys(k, v[:, :, :3])
     with pytest.raises(ValueError, match=r"^kv_lengths: shape"):
         LinearState.from_keys(k, v, kv_lengths=torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"^kv_lengths: accepted are numbers between 0 and 20"):
+        LinearState.from_keys(k, v, kv_lengths=torch.tensor([1, 21]))
+    with pytest.raises(ValueError, match=r"^k: dtype torch.int64"):
+        LinearState.from_keys(k.long(), v)
     with pytest.raises(ValueError, match=r"^feature_map='hedgehog'"):
         LinearState.from_keys(k, v, feature_map="hedgehog")

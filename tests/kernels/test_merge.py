@@ -78,6 +78,7 @@ O = torch.zeros(1, 2, 3, 4)
 LSE = torch.zeros(1, 2, 3)
 BAD = {
     "no part": (r"parts: got none", []),
+    "tensors in place of pairs": (r"parts\[0\]: a Tensor", [O, LSE]),
     "other lengths": (r"parts\[1\]: o is", [(O, LSE), (O[:, :, :2], LSE[..., :2])]),
     "other dtype": (r"parts\[1\]: o is", [(O, LSE), (O.half(), LSE)]),
     "lse of another shape": (r"parts\[0\]: lse is", [(O, LSE[..., None])]),

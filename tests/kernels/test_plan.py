@@ -1,4 +1,5 @@
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree
 
-from dit_accel.kernels import SparsePlan
+from dit_accel.kernels import SparsePlan, lists
 from dit_accel.kernels.lists import block_mask
 
 from .plan_cases import (
@@ -358,6 +359,27 @@ def test_every_row_that_sees_a_key_reads_a_block(criterion, geometry, skip, seed
         assert getattr(plan, f"{kind}_indices").shape[-1] == max(int(counts.max()), 1)
 
 
+@settings(max_examples=100)
+@given(
+    geometry=geometries(300, blocks=(16, 32)), topk=st.sampled_from([0.05, 0.3, 0.8]),
+    diagonal=st.sampled_from([None, 0, 2]), sink_blocks=st.integers(0, 2), shuffled=st.booleans(),
+    seed=seeds,
+)  # fmt: skip
+def test_lists_as_wide_as_promised_hold_every_block(
+    geometry, topk, diagonal, sink_blocks, shuffled, seed
+):
+    """Where counting would stall the device, the width of the lists is an upper bound."""
+    if shuffled and "q_block_sizes" not in geometry:
+        order = torch.randperm(geometry["q_len"], generator=torch.Generator().manual_seed(seed))
+        geometry["q_order"] = order[None]
+    options = {"topk": topk, "diagonal": diagonal, "sink_blocks": sink_blocks, **geometry}
+    scores = random_scores(geometry, seed)
+    counted = SparsePlan.from_scores(scores, **options)
+    with mock.patch.object(lists, "reads_freely", return_value=False):
+        bounded = SparsePlan.from_scores(scores, **options)
+    assert torch.equal(bounded.to_block_mask(), counted.to_block_mask())
+
+
 # -- a plan is data --------------------------------------------------------------------------------
 
 
@@ -461,6 +483,22 @@ BAD_MASKS = {
         {"q_order": torch.arange(64)[None], "q_block_sizes": torch.full((4,), 16)},
     ),
     "long row that is none": ("long_rows", {"long_rows": torch.tensor([4])}),
+    "column that is no integer": ("columns", {"columns": torch.tensor([[[3.7]]])}),
+    "lengths as a list": ("kv_lengths", {"kv_lengths": [64]}),
+    "order of other heads": (
+        "q_order",
+        {"mask": MASK.expand(1, 2, 4, 4), "q_order": torch.arange(64).expand(3, 64)},
+    ),
+    "columns of other heads": (
+        "columns",
+        {"mask": MASK.expand(1, 2, 4, 4), "columns": torch.tensor([[[1], [2], [3]]])},
+    ),
+    "skip of another batch": (
+        "skip",
+        {"mask": MASK.expand(2, 1, 4, 4), "skip": ~MASK.expand(3, 1, 4, 4)},
+    ),
+    "sink without a window": ("sink", {"sink": 5}),
+    "lists of no width": ("most", {"most": 0}),
     "lengths in a column": ("kv_lengths", {"kv_lengths": torch.tensor([[1], [2]])}),
 }
 BAD_SCORES = {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.plan import SparsePlan
+from dit_accel.kernels.precision import no_autocast
 
 # Fields of a plan, in the order of the operators' arguments.
 TENSORS = (
@@ -131,16 +132,17 @@ def _forward(
     plan = _plan(q, k, tensors, (block_q, block_k, q_offset, sink), window, causal)
     state = None if state_kv is None or state_k is None else (state_kv, state_k)
     linear = None if feature_map is None else Linear(feature_map, linear_scope, state)
-    return _backend(backend).forward(
-        q,
-        k,
-        v,
-        plan,
-        scale=scale,
-        shared_softmax=shared_softmax,
-        linear=linear,
-        want_lse=want_lse,
-    )
+    with no_autocast(q):
+        return _backend(backend).forward(
+            q,
+            k,
+            v,
+            plan,
+            scale=scale,
+            shared_softmax=shared_softmax,
+            linear=linear,
+            want_lse=want_lse,
+        )
 
 
 @_forward.register_fake
@@ -209,22 +211,23 @@ def _backward(
     )
     plan = _plan(q, k, tensors, (block_q, block_k, q_offset, sink), window, causal)
     linear = None if feature_map is None else Linear(feature_map, linear_scope)
-    return _backend(backend).backward(
-        grad_o,
-        grad_lse,
-        grad_o_l,
-        q,
-        k,
-        v,
-        plan,
-        o,
-        lse,
-        o_l,
-        norm,
-        scale=scale,
-        shared_softmax=shared_softmax,
-        linear=linear,
-    )
+    with no_autocast(q):
+        return _backend(backend).backward(
+            grad_o,
+            grad_lse,
+            grad_o_l,
+            q,
+            k,
+            v,
+            plan,
+            o,
+            lse,
+            o_l,
+            norm,
+            scale=scale,
+            shared_softmax=shared_softmax,
+            linear=linear,
+        )
 
 
 @_backward.register_fake

@@ -2,17 +2,20 @@
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dit_accel.kernels.block_sparse.library import sparse_linear
 from dit_accel.kernels.linear.features import FEATURE_MAPS, FeatureMap
 from dit_accel.kernels.linear.state import LinearState
 from dit_accel.kernels.lists import reads_freely
 from dit_accel.kernels.plan import SparsePlan
+from dit_accel.kernels.precision import autocast_inputs, no_autocast
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
@@ -52,6 +55,7 @@ def block_sparse_attention(
             the argument. Numbers inside the plan are checked on a CPU, and elsewhere with
             `DIT_ACCEL_DEBUG=1`.
     """
+    q, k, v = _inputs(q, k, v)
     scale = _check(q, k, v, plan, scale)
     if backend == "flex":
         return _flex(q, k, v, plan, scale, return_lse)
@@ -102,6 +106,7 @@ def sparse_linear_attention(
     Raises:
         ValueError: as above, or arguments that do not belong to `combine`.
     """
+    q, k, v = _inputs(q, k, v)
     scale = _check(q, k, v, plan, scale)
     _check_combine(q, v, plan, combine, feature_map, linear_scope, proj_weight, proj_bias, alpha)
     if backend == "flex":
@@ -123,7 +128,8 @@ def sparse_linear_attention(
     )
     if combine == "proj":
         assert proj_weight is not None
-        flat = torch.addmm(o.flatten(0, 2), o_l.flatten(0, 2), proj_weight.to(o.dtype).T)
+        with no_autocast(o):
+            flat = torch.addmm(o.flatten(0, 2), o_l.flatten(0, 2), proj_weight.to(o.dtype).T)
         o = flat.view_as(o) if proj_bias is None else flat.view_as(o) + proj_bias.to(o.dtype)
     elif combine == "alpha":
         assert alpha is not None
@@ -191,14 +197,27 @@ def _wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """What is checked and attended: autocast's dtype if it is on."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: a {type(x).__name__}; accepted is a torch.Tensor")
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(f"{name}: has a forward-mode tangent; accepted is reverse mode only")
+    return autocast_inputs(q, k, v)
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float | None) -> float:
     """Raises ValueError, or returns the scale to use."""
+    if not isinstance(plan, SparsePlan):
+        raise ValueError(f"plan: a {type(plan).__name__}; accepted is a SparsePlan")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: shape {tuple(x.shape)}; accepted is [B, H, L, D]")
         if x.dtype not in DTYPES or x.dtype != q.dtype:
             raise ValueError(
-                f"{name}: dtype {x.dtype}; accepted is one of fp16, bf16, fp32, fp64, the same for q, k, v"
+                f"{name}: dtype {x.dtype} beside a q of {q.dtype}; accepted is one of fp16, bf16, fp32, "
+                "fp64, the same for q, k, v"
             )
         if x.device != q.device:
             raise ValueError(f"{name}: on {x.device}, but q is on {q.device}")
@@ -212,7 +231,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float | Non
         raise ValueError(f"k: shape {tuple(k.shape)} does not fit q {tuple(q.shape)}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"q: {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k"
+            f"q: {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k; "
+            "accepted is the layout [B, H, L, D]"
         )
     if (plan.q_len, plan.kv_len) != (q.shape[2], k.shape[2]):
         raise ValueError(
@@ -220,7 +240,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float | Non
             f"but q has {q.shape[2]} and k has {k.shape[2]}"
         )
     for name, batch, heads in plan.leading_sizes():
-        if batch not in (1, q.shape[0]) or heads not in (1, q.shape[1]):
+        # Symbolic sizes compare one by one; `in` would take equal ones for different.
+        if (batch != 1 and batch != q.shape[0]) or (heads != 1 and heads != q.shape[1]):
             raise ValueError(
                 f"plan: {name} made for batch {batch} and {heads} heads, "
                 f"but q has batch {q.shape[0]} and {q.shape[1]} heads"
@@ -276,12 +297,17 @@ def _check_combine(
                 raise ValueError(f"{name}: combine={combine!r} needs it")
         elif owner != combine:
             raise ValueError(f"{name}: belongs to combine={owner!r}, not to {combine!r}")
-        elif tuple(x.shape) not in shapes:
+        elif not any(_same(x.shape, shape) for shape in shapes):
             raise ValueError(
                 f"{name}: shape {tuple(x.shape)}; accepted is {' or '.join(map(str, dict.fromkeys(shapes)))}"
             )
         elif x.device != q.device:
             raise ValueError(f"{name}: on {x.device}, but q is on {q.device}")
+
+
+def _same(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Size by size, because symbolic ones do not compare inside tuples."""
+    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
 
 
 def _check_state(
@@ -296,7 +322,7 @@ def _check_state(
             f"state: kept with feature_map={state.feature_map!r}, but feature_map={feature_map!r}"
         )
     expected = (*k.shape[:2], k.shape[-1], v.shape[-1])
-    if tuple(state.kv.shape) != expected or tuple(state.k.shape) != expected[:3]:
+    if not _same(state.kv.shape, expected) or not _same(state.k.shape, expected[:3]):
         raise ValueError(
             f"state: kv {tuple(state.kv.shape)} and k {tuple(state.k.shape)}; "
             f"accepted are {expected} and {expected[:3]}"

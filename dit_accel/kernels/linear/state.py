@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dit_accel.kernels.linear.features import FEATURE_MAPS, features
+from dit_accel.kernels.lists import check_range, reads_freely
+from dit_accel.kernels.precision import no_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,9 @@ class LinearState:
         Raises:
             ValueError: shapes that do not fit, or an unknown `feature_map`; it names the argument.
         """
+        for name, x in (("k", k), ("v", v)):
+            if not x.is_floating_point():
+                raise ValueError(f"{name}: dtype {x.dtype}; accepted are floating point ones")
         if k.shape[:-1] != v.shape[:-1]:
             raise ValueError(f"v: shape {tuple(v.shape)} does not fit k {tuple(k.shape)}")
         padding = None
@@ -56,6 +61,8 @@ class LinearState:
                 raise ValueError(
                     f"kv_lengths: shape {tuple(kv_lengths.shape)}; accepted is ({len(k)},)"
                 )
+            if reads_freely(kv_lengths):
+                check_range("kv_lengths", kv_lengths, k.shape[2])
             padding = torch.arange(k.shape[2], device=k.device) >= kv_lengths[:, None]
             padding = padding[:, None, :, None]
             k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)  # they may hold NaN
@@ -67,11 +74,11 @@ class LinearState:
         phi = empty._phi(k)
         if padding is not None:
             phi = phi.masked_fill(padding, 0.0)  # phi(0) is not 0
-        empty.kv.add_(phi.mT @ _wide(v))
+        with no_autocast(k):
+            empty.kv.add_(phi.mT @ _wide(v))
         empty.k.add_(phi.sum(2))
         return empty
 
-    @torch.no_grad()
     def update_(
         self,
         k_old: Float[Tensor, "b h_kv n d"],
@@ -104,11 +111,12 @@ class LinearState:
                     f"{name}: shape {tuple(x.shape)} on {x.device}; "
                     f"accepted is {(b, h, n, width)} on {self.kv.device}"
                 )
-        # One product over old and new, so that the small difference is formed before it meets H.
-        phi = torch.cat([self._phi(k_new), -self._phi(k_old)], 2)
-        v = torch.cat([_wide(v_new), _wide(v_old)], 2)
-        self.kv.add_(phi.mT @ v.to(phi.dtype))
-        self.k.add_(phi.sum(2))
+        with torch.no_grad(), no_autocast(self.kv):
+            # One product over old and new, so that the small difference is formed before it meets H.
+            phi = torch.cat([self._phi(k_new), -self._phi(k_old)], 2)
+            v = torch.cat([_wide(v_new), _wide(v_old)], 2)
+            self.kv.add_(phi.mT @ v.to(phi.dtype))
+            self.k.add_(phi.sum(2))
         return self
 
     def update(

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dit_accel.kernels.lists import reads_freely
+from dit_accel.kernels.precision import no_autocast
 
 
 def pool_blocks(
@@ -152,7 +153,8 @@ def block_scores(
         pooled_k = pooled_k - _mean_of_tokens(pooled_k, k.shape[2], block_k, k_sizes)
     grouped = pooled_q.unflatten(1, (k.shape[1], -1))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return ((grouped * scale) @ pooled_k[:, :, None].mT).flatten(1, 2)
+    with no_autocast(q):
+        return ((grouped * scale) @ pooled_k[:, :, None].mT).flatten(1, 2)
 
 
 def _mean_of_tokens(pooled: Tensor, length: int, block: int, sizes: Tensor | None) -> Tensor:

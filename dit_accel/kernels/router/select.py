@@ -66,7 +66,8 @@ def select_blocks(
     if not skip:
         return kept, None
     n_open = open_blocks.sum(-1, keepdim=True)
-    worst = torch.arange(n_k, device=scores.device) >= n_open - math.floor(skip * n_k + 1e-9)
+    # floor(x) as -ceil(-x): torch.compile knows no floor of a symbolic product.
+    worst = torch.arange(n_k, device=scores.device) >= n_open + math.ceil(-skip * n_k - 1e-9)
     worst = worst.expand_as(keep).contiguous()
     return kept, torch.zeros_like(keep).scatter_(-1, order, worst) & open_blocks & ~kept
 
