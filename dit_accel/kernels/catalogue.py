@@ -1,9 +1,12 @@
 """Every launch that differs in code, on tensors without memory: what `make kernel-table` compiles."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse import triton_backend
+from dit_accel.kernels.block_sparse.forward import forward_kernel
 from dit_accel.kernels.block_sparse.tiles import Target
 from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.linear.spec import Linear
@@ -15,7 +18,7 @@ HEADS = 8
 
 
 def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, Launch]:
-    """Launches by `kernel/mode`, blocks of 64, for one chip, head_dim and dtype."""
+    """Launches by `kernel/mode`, blocks of 64 if not said otherwise, for one chip, head_dim and dtype."""
     modes = {
         "plain": _launches(target, head_dim, dtype),
         "causal": _launches(target, head_dim, dtype, causal=True),
@@ -25,6 +28,17 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
         "linear subtracted": _launches(target, head_dim, dtype, linear_scope="complement"),
         "linear summed": _launches(target, head_dim, dtype, linear_scope="complement", read=0.6),
         "split rows": _launches(target, head_dim, dtype, read=0.5, long_rows=True),
+    }
+    # Tiles of more than 64 queries, which only the forward kernel has.
+    wide = {
+        "plain": _launches(target, head_dim, dtype, block_q=128),
+        "causal": _launches(target, head_dim, dtype, block_q=128, causal=True),
+        "shared_softmax": _launches(target, head_dim, dtype, block_q=128, shared_softmax=True),
+        "linear all": _launches(target, head_dim, dtype, block_q=128, linear_scope="all"),
+    }
+    modes |= {
+        f"{mode}, 128 rows": [x for x in launches if x.kernel is forward_kernel]
+        for mode, launches in wide.items()
     }
     found: dict[str, Launch] = {}
     seen = set()
@@ -57,21 +71,23 @@ def _launches(
     columns: bool = False,
     shared_softmax: bool = False,
     linear_scope: str | None = None,
+    block_q: int = 64,
     read: float = 0.05,
     long_rows: bool = False,
 ) -> list[Launch]:
     """What a forward and a backward call would launch, in order."""
+    integers = functools.partial(torch.empty, dtype=torch.int32, device="meta")
     q, k, v = (_meta(head_dim, dtype) for _ in range(3))
     n = LENGTH // 64
     plan = SparsePlan.from_block_mask(
-        torch.empty(1, HEADS, n, n, dtype=torch.bool, device="meta"),
-        block_q=64,
+        torch.empty(1, HEADS, LENGTH // block_q, n, dtype=torch.bool, device="meta"),
+        block_q=block_q,
         block_k=64,
         q_len=LENGTH,
         kv_len=LENGTH,
         causal=causal,
-        columns=torch.empty(1, HEADS, 512, device="meta") if columns else None,
-        long_rows=torch.empty(2, device="meta") if long_rows else None,
+        columns=integers(1, HEADS, 512) if columns else None,
+        long_rows=integers(2) if long_rows else None,
         most=int(read * n),
     )
     linear = None if linear_scope is None else Linear("softmax", linear_scope)

@@ -192,6 +192,11 @@ def assert_half_close(problem: Problem, dtype: torch.dtype, backend: str) -> Non
         problem.results(torch.float64, "reference"),
         problem.results(dtype, "reference"),
     ]
+    # Plain torch overflows where a denominator is 1e-5; the kernel then has to be as good as rounding.
+    results[2] = {
+        n: torch.where(x.isfinite() | results[1][n].isinf(), x, results[1][n].to(x.dtype))
+        for n, x in results[2].items()
+    }
     # alpha's is a few sums that torch makes on both sides.
     names = [n for n in results[1] if not n.startswith("grad_") or n == "grad_proj_weight"]
     for name in names:

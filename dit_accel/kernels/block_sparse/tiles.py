@@ -56,8 +56,9 @@ _FAMILIES = {
 # Chosen by what compiles without spills into the shared memory there; nothing was timed on a chip yet.
 _TABLE: dict[tuple[Kernel, bool], dict[str, dict[int, Tile]]] = {
     ("forward", False): {
-        "any": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
-        "sm100": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "any": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
+        "sm90": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+        "sm100": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "hip": {64: Tile(128, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
     },
     ("forward", True): {
@@ -114,7 +115,8 @@ def tile(
         row = Tile(max(16, row.q // 4), max(16, row.k // 4), row.warps, 1)
     q, k = min(row.q, pad(block_q)), min(row.k, pad(block_k))
     # Four warps share 64 rows best; a tile that was cut needs no more.
-    few = kernel == "forward" and not heavy and q < row.q and family in ("sm90", "sm100")
+    few = kernel == "forward" and not heavy and q < row.q
+    few = few and (family in ("sm90", "sm100") or head_dim <= 64)
     return Tile(q, k, 4 if few else row.warps, row.stages)
 
 
