@@ -113,10 +113,13 @@ def tile(
     row = families.get(family, families["any"])[max(64, pad(head_dim))]
     if dtype == torch.float32:  # twice the shared memory, and tf32x3 needs registers
         row = Tile(max(16, row.q // 4), max(16, row.k // 4), row.warps, 1)
-    q, k = min(row.q, pad(block_q)), min(row.k, pad(block_k))
+    q, k = min(row.q, pad(block_q)), row.k
+    cut = kernel == "forward" and not heavy and q < row.q
+    if cut and (row.q, row.k) == (128, 32):  # half the queries leave room for twice the keys
+        k = 64
+    k = min(k, pad(block_k))
     # Four warps share 64 rows best; a tile that was cut needs no more.
-    few = kernel == "forward" and not heavy and q < row.q
-    few = few and (family in ("sm90", "sm100") or head_dim <= 64)
+    few = cut and (family in ("sm90", "sm100") or head_dim <= 64)
     return Tile(q, k, 4 if few else row.warps, row.stages)
 
 
