@@ -405,7 +405,12 @@ def main(args: Args) -> None:
             write_json(args.output, data)
 
     if "cases" in args.parts:
-        data["rows"] = []
+        # With --only, what other cases measured before stays in the file.
+        data["rows"] = [
+            row
+            for row in data.get("rows", [])
+            if args.only is not None and args.only not in row["name"]
+        ]
         wanted = [c for c in cases(args.device) if args.only is None or args.only in c.name]
         for case in tqdm(wanted, desc="cases"):
             data["rows"].append(measure(case, args))
