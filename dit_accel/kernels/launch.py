@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._triton import has_triton_package
+
+
+def runs_here(x: Tensor) -> bool:
+    """Whether Triton kernels are the default for `x`: on a GPU, not for fp64, if triton is installed."""
+    return x.is_cuda and x.dtype != torch.float64 and has_triton_package()
 
 
 @dataclass(frozen=True)

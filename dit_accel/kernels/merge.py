@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dit_accel.kernels.precision import wide
+
 
 def merge_lse(
     *parts: tuple[Float[Tensor, "b h l d"], Float[Tensor, "b h l"]],
@@ -40,7 +42,7 @@ def merge_lse(
                 f"parts[{i}]: lse is {tuple(part_lse.shape)} on {part_lse.device}; "
                 f"accepted is {tuple(o.shape[:-1])} on {o.device}"
             )
-    dtype = torch.float64 if o.dtype == torch.float64 else torch.float32
+    dtype = wide(o)
     each = torch.stack([part_lse.to(dtype) for _, part_lse in parts])
     # Rows without any key would be -inf - -inf; they are shifted by 0 and end as weights of 0.
     top = each.detach().amax(0)

@@ -1,9 +1,14 @@
-"""What `torch.autocast` means to attention: the dtype of its inputs, and nothing inside it."""
+"""In which dtype things are computed, and what `torch.autocast` has to say in that: only the inputs'."""
 
 import contextlib
 
 import torch
 from torch import Tensor
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of sums over `x`: fp32, or fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.plan_data import PlanData
+from dit_accel.kernels.precision import wide
 
 
 def positions(plan: PlanData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -123,7 +124,7 @@ def density(plan: PlanData) -> Tensor:
 
 def recall(plan: PlanData, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
     """Mean over queries of the exact softmax mass that the plan reads, `[B, Hq]`."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     if plan.q_order is not None:

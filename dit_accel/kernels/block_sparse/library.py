@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.plan import SparsePlan
-from dit_accel.kernels.precision import no_autocast
+from dit_accel.kernels.precision import no_autocast, wide
 
 # Fields of a plan, in the order of the operators' arguments.
 TENSORS = (
@@ -148,7 +148,7 @@ def _forward(
 @_forward.register_fake
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, feature_map, _, want_lse, _ = rest
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide(q)
     shape = (*q.shape[:-1], v.shape[-1])
     nothing = (0,)
     return (

@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._triton import has_triton_package
 
 from dit_accel.kernels.block_sparse.library import sparse_linear
+from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.linear.features import FEATURE_MAPS, FeatureMap
 from dit_accel.kernels.linear.state import LinearState
 from dit_accel.kernels.lists import reads_freely
@@ -173,7 +175,7 @@ def _flex(
 def _backend(q: Tensor, backend: Backend | None) -> str:
     if backend not in (None, *get_args(Backend)):
         raise ValueError(f"backend={backend!r}: accepted are {get_args(Backend)} and None")
-    triton_ready = q.is_cuda and q.dtype != torch.float64 and _triton_installed()
+    triton_ready = runs_here(q)
     if backend is None:
         return "triton" if triton_ready else "torch"
     if backend == "triton" and not triton_ready and not _interpreting():
@@ -183,14 +185,8 @@ def _backend(q: Tensor, backend: Backend | None) -> str:
     return backend
 
 
-def _triton_installed() -> bool:
-    from torch.utils._triton import has_triton_package
-
-    return has_triton_package()
-
-
 def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1" and _triton_installed()
+    return os.environ.get("TRITON_INTERPRET") == "1" and has_triton_package()
 
 
 def _wants_grad(*tensors: Tensor) -> bool:

@@ -52,43 +52,52 @@ _FAMILIES = {
     "121": "sm89",
 }
 
-# (kernel, whether it carries a linear branch or extra keys too) -> family -> padded head_dim -> Tile.
+# "short": query blocks of at most 64 rows. "heavy": carries a linear branch, or extra keys, too.
+Variant = Literal["plain", "short", "heavy"]
+
+# Kernel and variant -> family -> padded head_dim -> Tile.
 # Chosen by what compiles without spills into the shared memory there; nothing was timed on a chip yet.
-_TABLE: dict[tuple[Kernel, bool], dict[str, dict[int, Tile]]] = {
-    ("forward", False): {
+_TABLE: dict[tuple[Kernel, Variant], dict[str, dict[int, Tile]]] = {
+    ("forward", "plain"): {
         "any": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
         "sm90": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
         "sm100": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         "hip": {64: Tile(128, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
     },
-    ("forward", True): {
+    ("forward", "short"): {
+        "any": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+        "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 8, 2)},
+        "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
+        "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
+    },
+    ("forward", "heavy"): {
         "any": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 2)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2)},
     },
-    ("rows", False): {
+    ("rows", "plain"): {
         "any": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
         "sm90": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 4, 2)},
         "sm100": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 1)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
-    ("rows", True): {
+    ("rows", "heavy"): {
         "any": {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
         "sm90": {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 32, 4, 2)},
         "hip": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
-    ("columns", False): {
+    ("columns", "plain"): {
         "any": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
         "sm90": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
         "sm100": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 8, 1)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
-    ("linear_columns", True): {
+    ("linear_columns", "heavy"): {
         "any": {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2)},
         "sm90": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 8, 2)},
         "sm100": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(32, 32, 4, 2)},
     },
-    ("state", False): {
+    ("state", "plain"): {
         "any": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2)},
         "sm100": {64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2)},
     },
@@ -108,19 +117,16 @@ def tile(
     """The tile of a launch: the table's row, cut to the blocks of the plan."""
     if target.backend == "interpreter":  # its time goes by the number of tiles
         return Tile(min(128, pad(block_q)), min(128, pad(block_k)), 1, 1)
-    families = _TABLE[kernel, heavy] if (kernel, heavy) in _TABLE else _TABLE[kernel, not heavy]
+    wanted: list[Variant] = ["heavy", "plain"] if heavy else ["plain", "heavy"]
+    single = dtype == torch.float32
+    if block_q <= 64 and not heavy and not single:
+        wanted = ["short", *wanted]
+    families = next(_TABLE[kernel, x] for x in wanted if (kernel, x) in _TABLE)
     family = "hip" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm100")
     row = families.get(family, families["any"])[max(64, pad(head_dim))]
-    if dtype == torch.float32:  # twice the shared memory, and tf32x3 needs registers
+    if single:  # twice the shared memory, and tf32x3 needs registers
         row = Tile(max(16, row.q // 4), max(16, row.k // 4), row.warps, 1)
-    q, k = min(row.q, pad(block_q)), row.k
-    cut = kernel == "forward" and not heavy and q < row.q
-    if cut and (row.q, row.k) == (128, 32):  # half the queries leave room for twice the keys
-        k = 64
-    k = min(k, pad(block_k))
-    # Four warps share 64 rows best; a tile that was cut needs no more.
-    few = cut and (family in ("sm90", "sm100") or head_dim <= 64)
-    return Tile(q, k, 4 if few else row.warps, row.stages)
+    return Tile(min(row.q, pad(block_q)), min(row.k, pad(block_k)), row.warps, row.stages)
 
 
 def pad(n: int) -> int:

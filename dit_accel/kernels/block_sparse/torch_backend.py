@@ -15,6 +15,7 @@ from dit_accel.kernels.block_sparse.chunks import Chunk, Layout, stages, unblock
 from dit_accel.kernels.linear import torch_branch
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.plan import SparsePlan
+from dit_accel.kernels.precision import wide
 from dit_accel.kernels.row_order import in_block_order, in_query_order
 
 
@@ -103,7 +104,7 @@ def _forward(
     shared_softmax: bool,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide(q)
     group = q.shape[1] // k.shape[1]
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1] if want_lse else (0,), dtype=dtype)

@@ -92,7 +92,7 @@ class _Problem:
         return 2, skip
 
     def _centroids(self, x: Tensor) -> Tensor:
-        return pool_blocks(x, self.plan.block_k, self.k_sizes).to(x.dtype).contiguous()
+        return pool_blocks(x, self.plan.block_k, self.k_sizes, dtype=x.dtype)
 
     # -- pieces of launches ------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dit_accel.kernels.linear.features import FEATURE_MAPS, features
 from dit_accel.kernels.lists import check_range, reads_freely
-from dit_accel.kernels.precision import no_autocast
+from dit_accel.kernels.precision import no_autocast, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +67,15 @@ class LinearState:
             padding = padding[:, None, :, None]
             k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)  # they may hold NaN
         empty = cls(
-            kv=k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=_wide(k).dtype),
-            k=k.new_zeros(*k.shape[:2], k.shape[-1], dtype=_wide(k).dtype),
+            kv=k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=wide(k)),
+            k=k.new_zeros(*k.shape[:2], k.shape[-1], dtype=wide(k)),
             feature_map=feature_map,
         )
         phi = empty._phi(k)
         if padding is not None:
             phi = phi.masked_fill(padding, 0.0)  # phi(0) is not 0
         with no_autocast(k):
-            empty.kv.add_(phi.mT @ _wide(v))
+            empty.kv.add_(phi.mT @ v.to(phi.dtype))
         empty.k.add_(phi.sum(2))
         return empty
 
@@ -114,7 +114,7 @@ class LinearState:
         with torch.no_grad(), no_autocast(self.kv):
             # One product over old and new, so that the small difference is formed before it meets H.
             phi = torch.cat([self._phi(k_new), -self._phi(k_old)], 2)
-            v = torch.cat([_wide(v_new), _wide(v_old)], 2)
+            v = torch.cat([v_new, v_old], 2)
             self.kv.add_(phi.mT @ v.to(phi.dtype))
             self.k.add_(phi.sum(2))
         return self
@@ -131,11 +131,7 @@ class LinearState:
         return copy.update_(k_old, v_old, k_new, v_new)
 
     def _phi(self, k: Tensor) -> Tensor:
-        return features(_wide(k), self.feature_map)
+        return features(k.to(wide(k)), self.feature_map)
 
 
 torch.export.register_dataclass(LinearState)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

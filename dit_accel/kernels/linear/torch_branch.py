@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_accel.kernels.linear.features import features, features_backward
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.plan import SparsePlan
+from dit_accel.kernels.precision import wide
 from dit_accel.kernels.row_order import in_block_order, in_query_order
 
 # States of all key blocks and of all query blocks of one head count double each in backward.
@@ -49,7 +50,7 @@ def _padded(x: Tensor, length: int, dtype: torch.dtype, invalid: Tensor | None) 
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, linear: Linear) -> Iterator[_Head]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide(q)
     group = q.shape[1] // k.shape[1]
     token = torch.arange(plan.kv_len, device=q.device)
     k_sizes = plan.k_sizes()
@@ -122,7 +123,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, linear: Linear
 ) -> tuple[Tensor, Tensor]:
     """`o_l` `[B, Hq, Lq, Dv]` and 1 / denominator `[B, Hq, Lq]`, 0 where there is nothing to sum."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide(q)
     q = in_block_order(q, plan)
     o_l = q.new_empty(*q.shape[:-1], v.shape[-1])
     norm = q.new_empty(q.shape[:-1], dtype=dtype)

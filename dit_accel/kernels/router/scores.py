@@ -1,13 +1,12 @@
 """Mean-pooled block scores, the router of SLA (arXiv 2509.24006, eq. 2) in fp32."""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.lists import reads_freely
-from dit_accel.kernels.precision import no_autocast
+from dit_accel.kernels.precision import no_autocast, wide
 
 
 def pool_blocks(
@@ -16,7 +15,6 @@ def pool_blocks(
     sizes: Int[Tensor, "b_sizes n"] | None = None,
     *,
     dtype: torch.dtype | None = None,
-    backend: Literal["triton", "torch"] | None = None,
 ) -> Float[Tensor, "b h n d"]:
     """Mean of the valid tokens of each block. Not differentiable.
 
@@ -26,8 +24,6 @@ def pool_blocks(
         sizes: `[B|1, ceil(L / block)]`, valid tokens at the start of each block. Default: all.
             An empty block pools to 0; what padding holds is never read.
         dtype: of the result. Default: fp32 (fp64 for fp64), in which the mean is computed anyway.
-        backend: "triton" (one pass over `x`; a GPU, or Triton's interpreter) or "torch". Default:
-            "triton" on a GPU where Triton is installed, except for fp64.
 
     Raises:
         ValueError: `block` or the shape of `sizes` is wrong.
@@ -36,12 +32,13 @@ def pool_blocks(
         raise ValueError(f"block={block}: accepted is an int >= 1")
     if sizes is not None:
         n = -(-x.shape[2] // block)
-        if sizes.shape[0] not in (1, x.shape[0]) or sizes.shape[1] != n:
+        # Symbolic sizes compare one by one, not inside tuples.
+        if (sizes.shape[0] != 1 and sizes.shape[0] != x.shape[0]) or sizes.shape[1] != n:
             raise ValueError(
                 f"sizes: shape {tuple(sizes.shape)}; accepted is [1, {n}] or [{x.shape[0]}, {n}]"
             )
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return torch.ops.dit_accel.pool_blocks(x, block, sizes, dtype, backend)
+    return torch.ops.dit_accel.pool_blocks(x, block, sizes, dtype)
 
 
 @torch.library.custom_op("dit_accel::pool_blocks", mutates_args=())
@@ -50,12 +47,9 @@ def _pool_blocks(
     block: int,
     sizes: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    backend: str | None = None,
 ) -> Tensor:
-    if backend is None:
-        backend = "triton" if x.is_cuda and x.dtype != torch.float64 and _has_triton() else "torch"
-    if backend == "torch":
-        return _pool_in_torch(x, block, sizes).to(dtype or _wide(x))
+    if not runs_here(x):
+        return _pool_in_torch(x, block, sizes).to(dtype or wide(x))
     from dit_accel.kernels.router.pool import pool_launch
 
     out = _pool_blocks_fake(x, block, sizes, dtype)
@@ -69,20 +63,9 @@ def _pool_blocks_fake(
     block: int,
     sizes: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    backend: str | None = None,
 ) -> Tensor:
     b, h, length, d = x.shape
-    return x.new_empty(b, h, -(-length // block), d, dtype=dtype or _wide(x))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _has_triton() -> bool:
-    from torch.utils._triton import has_triton_package
-
-    return has_triton_package()
+    return x.new_empty(b, h, -(-length // block), d, dtype=dtype or wide(x))
 
 
 def _pool_in_torch(x: Tensor, block: int, sizes: Tensor | None) -> Tensor:
@@ -90,7 +73,7 @@ def _pool_in_torch(x: Tensor, block: int, sizes: Tensor | None) -> Tensor:
     whole = x.shape[2] // block
     if sizes is None or (reads_freely(sizes) and bool((sizes[:, :whole] == block).all())):
         return _pool_whole_blocks(x, block, None if sizes is None else sizes[:, whole:])
-    pad, dtype = -x.shape[2] % block, _wide(x)
+    pad, dtype = -x.shape[2] % block, wide(x)
     padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, pad)).unflatten(2, (-1, block))
     padding = torch.arange(block, device=x.device) >= sizes[:, None, :, None]  # [B|1, 1, n, block]
     # What padding holds may be NaN, so it is replaced, not multiplied by zero.
