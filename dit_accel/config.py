@@ -1,7 +1,8 @@
-"""`SLAConfig`: what sparse attention does, as one frozen, validated record."""
+"""`SLAConfig` and `RASConfig`: what acceleration does, as frozen, validated records."""
 
 import dataclasses
 import difflib
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,218 @@ from typing import Any, ClassVar, Literal, TypeGuard
 
 COMBINES = ("none", "shared_softmax")
 CROSSOVERS = ("auto", "never")
+SELECTIONS = ("age", "std", "l2norm", "random")
+SECTIONS = ("ras", "sla")
+
+
+class _Config:
+    """Loading and saving, shared by the configs. Each is one section of a YAML file."""
+
+    SECTION: ClassVar[str]
+    PRESETS: ClassVar[dict[str, dict[str, Any]]]
+
+    @classmethod
+    def load(cls, source: Any) -> Any:
+        """From a config, a dict, a preset name or a YAML file."""
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, dict):
+            return cls.from_dict(source)
+        if isinstance(source, str) and source in cls.PRESETS:
+            return cls(**cls.PRESETS[source])
+        if isinstance(source, str | os.PathLike):
+            if Path(source).is_file():
+                return cls.from_yaml(source)
+            names = list(cls.PRESETS)
+            raise ValueError(
+                f"{cls.SECTION}={str(source)!r}: no such preset or YAML file{_suggest(str(source), names)}; "
+                f"accepted are {', '.join(names)}, a YAML file, an {cls.__name__} or a dict"
+            )
+        raise ValueError(
+            f"{cls.SECTION}={source!r}: accepted are a preset name, a YAML file, an {cls.__name__} or a dict"
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Any:
+        """From field names and values; an unknown key is an error with a suggestion."""
+        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in names:
+                raise ValueError(
+                    f"unknown key {key!r}{_suggest(str(key), names)}; accepted are {', '.join(names)}"
+                )
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike) -> Any:
+        """From the section of a YAML file (`sla:` or `ras:`) that has these very field names."""
+        import yaml
+
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: not a readable YAML file ({error})") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{path}: accepted is a mapping with the section {cls.SECTION}:")
+        for key in data:
+            if key not in SECTIONS:
+                raise ValueError(
+                    f"{path}: unknown section {key!r}{_suggest(str(key), list(SECTIONS))}; accepted are ras: and sla:"
+                )
+        if not isinstance(data.get(cls.SECTION), dict):
+            raise ValueError(f"{path}: the section {cls.SECTION}: must hold keys and values")
+        try:
+            return cls.from_dict(data[cls.SECTION])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON or YAML; `from_dict` reads them back."""
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {key: _as_lists(x) for key, x in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SLAConfig:
+class RASConfig(_Config):
+    """Region-adaptive sampling: on most steps the transformer runs on some of the tokens only."""
+
+    ratio: float | int | tuple[tuple[float, float], ...] | list = 0.5
+    """Active tokens / all image tokens on a RAS step, in (0, 1]; or a list of (start, ratio), where
+    start is the fraction of the steps from which that ratio holds (the first is 0)."""
+    warmup: int | float = 0.15
+    """Dense first steps. A float is a fraction of the steps really executed, rounded up, and at least
+    3 steps; an int is a number of steps, at least 1."""
+    tail: int | float = 1
+    """Dense last steps; a float is a fraction, rounded up."""
+    resets: tuple[int | float, ...] | list = (0.43, 0.71)
+    """Dense steps in between: fractions of the steps (rounded up) or step indices."""
+    selection: Literal["age", "std", "l2norm", "random"] = "age"
+    """Who is active: the tokens longest without an update; those whose latents change with the lowest
+    standard deviation or norm over channels (the paper); or a random choice."""
+    high_ratio: float | int = 1.0
+    """For "std" and "l2norm": share of the inactive tokens taken from the highest scores, the others
+    from the lowest. 1 keeps the lowest scores active, as in the paper."""
+    starvation_scale: float | int = 0.1
+    """For "std" and "l2norm": a token dropped d times counts as exp(-starvation_scale * d) of its score."""
+    max_age: int | Literal["auto"] | None = "auto"
+    """Steps in a row a token may go without an update; "auto" is ceil(1 / ratio) + 1, None no cap."""
+    predictor: Literal["linear", "hold"] = "linear"
+    """Output of inactive tokens: extrapolated linearly in sigma (factor capped at 1), or held."""
+    kv_predictor: Literal["auto", "linear", "hold"] = "auto"
+    """Keys and values of inactive tokens, likewise. "linear" takes twice the memory; "auto" is linear
+    from 40 steps on where memory allows."""
+    region: Literal["tile", "token"] = "tile"
+    """What is selected: runs of 16, 32 or 64 neighbouring tokens, or single tokens."""
+    n_levels: int | None = 3
+    """At most this many different numbers of active tokens in a run; None: no limit."""
+    kv_cache: Literal["full", "fp8"] = "full"
+    """How cached keys and values are stored."""
+
+    SECTION: ClassVar[str] = "ras"
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "quality": {"ratio": 0.5, "warmup": 0.2, "resets": (0.35, 0.55, 0.75)},
+        "balanced": {},
+        "fast": {"ratio": 0.25},
+        "paper": {
+            "warmup": 4,
+            "selection": "std",
+            "max_age": None,
+            "predictor": "hold",
+            "kv_predictor": "hold",
+            "region": "token",
+            "n_levels": None,
+        },
+    }
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, list | tuple):
+            self._check_ratios()
+        else:
+            _check_fraction("ratio", self.ratio)
+        for name, least in (("warmup", 1), ("tail", 0)):
+            steps = getattr(self, name)
+            _check(
+                name,
+                steps,
+                (_is_int(steps) and steps >= least)
+                or (isinstance(steps, float) and 0 < steps <= 1),
+                f"an int >= {least} (steps) or a float in (0, 1] (fraction of the steps)",
+            )
+        _check("resets", self.resets, isinstance(self.resets, list | tuple), "a list")
+        object.__setattr__(self, "resets", tuple(self.resets))
+        for x in self.resets:
+            ok = (_is_int(x) and x >= 0) or (isinstance(x, float) and 0 < x < 1)
+            _check("resets", x, ok, "step indices >= 0 or fractions in (0, 1)")
+        _check_choice("selection", self.selection, SELECTIONS)
+        _check(
+            "high_ratio",
+            self.high_ratio,
+            _is_number(self.high_ratio) and 0 <= self.high_ratio <= 1,
+            "[0, 1]",
+        )
+        scale = self.starvation_scale
+        _check("starvation_scale", scale, _is_number(scale) and scale >= 0, "a number >= 0")
+        self._check_max_age()
+        _check_choice("predictor", self.predictor, ("linear", "hold"))
+        _check_choice("kv_predictor", self.kv_predictor, ("auto", "linear", "hold"))
+        _check_choice("region", self.region, ("tile", "token"))
+        levels = self.n_levels
+        _check(
+            "n_levels",
+            levels,
+            levels is None or (_is_int(levels) and levels >= 1),
+            "an int >= 1 or None",
+        )
+        _check_choice("kv_cache", self.kv_cache, ("full", "fp8"))
+
+    def _check_ratios(self) -> None:
+        accepted = "a fraction in (0, 1], or [(0, ratio), (start, ratio), ...] with rising starts"
+        pairs = self.ratio
+        good = bool(pairs) and all(  # type: ignore[arg-type]
+            isinstance(x, list | tuple)
+            and len(x) == 2
+            and all(map(_is_number, x))
+            and 0 <= x[0] < 1
+            for x in pairs  # type: ignore[union-attr]
+        )
+        starts = [x[0] for x in pairs] if good else []  # type: ignore[union-attr]
+        good = (
+            good and starts[0] == 0 and all(a < b for a, b in zip(starts, starts[1:], strict=False))
+        )
+        _check("ratio", pairs, good, accepted)
+        for _, ratio in pairs:  # type: ignore[union-attr]
+            _check_fraction("ratio", ratio)
+        object.__setattr__(self, "ratio", tuple(tuple(x) for x in pairs))  # type: ignore[union-attr]
+
+    def _check_max_age(self) -> None:
+        age = self.max_age
+        if age is None or age == "auto":
+            return
+        least = math.ceil(1 / self.lowest_ratio - 1e-9) - 1
+        _check(
+            "max_age",
+            age,
+            _is_int(age) and age >= least,
+            f"'auto', None, or an int >= {least} (ratio {self.lowest_ratio} * (max_age + 1) must reach 1)",
+        )
+
+    @property
+    def lowest_ratio(self) -> float:
+        """The smallest ratio of the run."""
+        if isinstance(self.ratio, int | float):
+            return self.ratio
+        return min(ratio for _, ratio in self.ratio)
+
+    @property
+    def age_limit(self) -> int | None:
+        """`max_age` as a number; None without a cap."""
+        if self.max_age == "auto":
+            return math.ceil(1 / self.lowest_ratio - 1e-9) + 1
+        return self.max_age
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLAConfig(_Config):
     """Sparse attention in the self-attention layers of a diffusion transformer."""
 
     topk: int | float = 0.25
@@ -34,6 +243,7 @@ class SLAConfig:
     crossover: Literal["auto", "never"] = "auto"
     """"auto": dense below the length measured to pay off; "never": sparse at every length."""
 
+    SECTION: ClassVar[str] = "sla"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "quality": {"topk": 0.4, "dense_steps": 0.2, "dense_layers": 2},
         "balanced": {},
@@ -45,8 +255,8 @@ class SLAConfig:
         for name in ("block_q", "block_k"):
             block = getattr(self, name)
             _check(name, block, _is_int(block) and block in (16, 32, 64, 128), "16, 32, 64, 128")
-        _check("combine", self.combine, self.combine in COMBINES, " or ".join(map(repr, COMBINES)))
-        _check("crossover", self.crossover, self.crossover in CROSSOVERS, "'auto' or 'never'")
+        _check_choice("combine", self.combine, COMBINES)
+        _check_choice("crossover", self.crossover, CROSSOVERS)
         self._check_order()
         steps = self.dense_steps
         _check(
@@ -100,66 +310,6 @@ class SLAConfig:
             f"a tile shape whose product ({tokens}) is block_q ({self.block_q}) and block_k ({self.block_k})",
         )
 
-    @classmethod
-    def load(cls, source: "SLAConfig | dict[str, Any] | str | os.PathLike") -> "SLAConfig":
-        """From a config, a dict, a preset name ("quality", "balanced", "fast"), or a YAML file."""
-        if isinstance(source, cls):
-            return source
-        if isinstance(source, dict):
-            return cls.from_dict(source)
-        if isinstance(source, str) and source in cls.PRESETS:
-            return cls(**cls.PRESETS[source])
-        if isinstance(source, str | os.PathLike):
-            if Path(source).is_file():
-                return cls.from_yaml(source)
-            names = list(cls.PRESETS)
-            raise ValueError(
-                f"sla={str(source)!r}: no such preset or YAML file{_suggest(str(source), names)}; "
-                f"accepted are {', '.join(names)}, a YAML file, an SLAConfig or a dict"
-            )
-        raise ValueError(
-            f"sla={source!r}: accepted are a preset name, a YAML file, an SLAConfig or a dict"
-        )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SLAConfig":
-        """From field names and values; an unknown key is an error with a suggestion."""
-        names = [f.name for f in dataclasses.fields(cls)]
-        for key in values:
-            if key not in names:
-                raise ValueError(
-                    f"unknown key {key!r}{_suggest(str(key), names)}; accepted are {', '.join(names)}"
-                )
-        return cls(**values)
-
-    @classmethod
-    def from_yaml(cls, path: str | os.PathLike) -> "SLAConfig":
-        """From a YAML file with an `sla:` section that has these very field names."""
-        import yaml
-
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: not a readable YAML file ({error})") from error
-        if not isinstance(data, dict):
-            raise ValueError(f"{path}: accepted is a mapping with the section sla:")
-        for key in data:
-            if key != "sla":
-                raise ValueError(
-                    f"{path}: unknown section {key!r}{_suggest(str(key), ['sla'])}; accepted is sla:"
-                )
-        if not isinstance(data.get("sla"), dict):
-            raise ValueError(f"{path}: the section sla: must hold keys and values")
-        try:
-            return cls.from_dict(data["sla"])
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON or YAML; `from_dict` reads them back."""
-        values = dataclasses.asdict(self)
-        return {key: list(x) if isinstance(x, tuple) else x for key, x in values.items()}
-
     def layer_topk(self, layer: int, num_layers: int) -> float:
         """`topk` of one layer, overrides applied."""
         return self.topk_by_layer.get(layer, self.topk_by_layer.get(layer - num_layers, self.topk))
@@ -188,8 +338,21 @@ class SLAConfig:
         return layer in self.dense_layers or layer - num_layers in self.dense_layers
 
 
+def num_steps_of(value: int | float, num_steps: int) -> int:
+    """A number of steps: an int is one, a float a fraction of `num_steps`, rounded up."""
+    return value if isinstance(value, int) else math.ceil(value * num_steps - 1e-9)
+
+
 def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(x) for x in value] if isinstance(value, tuple) else value
 
 
 def _check(name: str, value: Any, ok: bool, accepted: str) -> None:
@@ -197,9 +360,12 @@ def _check(name: str, value: Any, ok: bool, accepted: str) -> None:
         raise ValueError(f"{name}={value!r}: accepted: {accepted}")
 
 
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    _check(name, value, value in choices, " or ".join(map(repr, choices)))
+
+
 def _check_fraction(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    _check(name, value, number and 0 < value <= 1, "a fraction in (0, 1]")
+    _check(name, value, _is_number(value) and 0 < value <= 1, "a fraction in (0, 1]")
 
 
 def _suggest(word: str, accepted: list[str]) -> str:

@@ -2,66 +2,130 @@
 
 import os
 from dataclasses import dataclass
-from types import ModuleType
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from dit_accel.config import SLAConfig
-from dit_accel.models import family_of
+from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.models import FAMILIES, Family, family_of
 from dit_accel.models.clock import Clock
+from dit_accel.ras import RegionAdaptiveSampling
 from dit_accel.sla import SparseAttention
 
 
 class Session:
-    """One transformer's acceleration: the processors put in, the hook, and what they share."""
+    """One transformer's acceleration: the processors put in, the hooks, and what they share."""
 
-    def __init__(self, pipe: Any, family: ModuleType, sla: SLAConfig) -> None:
+    def __init__(
+        self, pipe: Any, family: Family, *, ras: RASConfig | None, sla: SLAConfig | None
+    ) -> None:
         transformer = pipe.transformer
-        modules = family.self_attention(transformer)
-        for name, module in modules.items():
+        self.family = family
+        self.layers = family.self_attention(transformer)
+        self.cross = family.cross_attention(transformer) if ras is not None else {}
+        self._check(transformer, ras)
+        self.clock = Clock(pipe)
+        self.sla = None if sla is None else SparseAttention(sla, len(self.layers))
+        self.ras = None if ras is None else RegionAdaptiveSampling(ras, self.layers)
+        for i, (name, layer) in enumerate(self.layers.items()):
+            processor = family.processor(layer.module.processor)
+            if self.sla is not None:
+                processor.attend = partial(self.sla, i)
+            if self.ras is not None:
+                processor.kv_store = self.ras.stores[name]
+            layer.module.set_processor(processor)
+        for module in self.cross.values():
+            module.set_processor(family.cross_processor(module.processor))
+        self._installed = {name: module.processor for name, module in self._modules()}
+        self._hooks = [
+            transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            transformer.register_forward_hook(self.after_forward, always_call=True),
+        ]
+        if self.ras is not None:
+            self._hooks += family.hooks(transformer, self.ras)
+
+    @property
+    def ras_config(self) -> RASConfig | None:
+        return None if self.ras is None else self.ras.config
+
+    @property
+    def sla_config(self) -> SLAConfig | None:
+        return None if self.sla is None else self.sla.config
+
+    def _modules(self) -> list[tuple[str, Any]]:
+        return [(name, x.module) for name, x in self.layers.items()] + list(self.cross.items())
+
+    def _check(self, transformer: Any, ras: RASConfig | None) -> None:
+        for name, module in self._modules():
             kind = type(module.processor).__name__
-            if kind not in family.STOCK_PROCESSORS:
+            if kind not in self.family.stock_processors:
                 raise ValueError(
-                    f"pipe.transformer.{name}: processor {kind}; accepted: {', '.join(family.STOCK_PROCESSORS)} "
+                    f"pipe.transformer.{name}: processor {kind}; accepted: {', '.join(self.family.stock_processors)} "
                     "(restore it before enable)"
                 )
-            if module.processor._parallel_config is not None:
+            if getattr(module.processor, "_parallel_config", None) is not None:
                 raise ValueError(
                     "pipe.transformer: context parallelism is on; accepted: a single device"
                 )
-        self.family = family
-        self.names = list(modules)
-        self.sla = SparseAttention(sla, len(modules))
-        self.clock = Clock(pipe)
-        for layer, module in enumerate(modules.values()):
-            module.set_processor(family.WanSparseAttnProcessor(self, layer, module.processor))
-        self._hook = transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        if ras is not None and getattr(transformer, "is_cache_enabled", False):
+            raise ValueError(
+                "ras: a step cache of diffusers is on, and both decide what a step computes; "
+                "call pipe.transformer.disable_cache() first"
+            )
 
-    def __call__(self, layer: int, q: Any, k: Any, v: Any, **kwargs: Any) -> Any:
-        return self.sla(layer, q, k, v, **kwargs)
-
-    def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    @torch.compiler.disable
+    def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the transformer."""
-        hidden_states, context = self.family.call_inputs(args, kwargs)
-        if self.clock.tick(transformer, context):
-            for name, module in self.family.self_attention(transformer).items():
-                if getattr(module.processor, "attend", None) is not self:
-                    raise RuntimeError(
-                        f"the processor of {name} was changed after enable: call disable() first"
-                    )
+        call = self.family.call(self.clock.pipe, transformer, args, kwargs)
+        if self.clock.tick(transformer, call.context, call.variant):
+            self._begin_run(transformer)
+        grid = self.family.token_grid(transformer, call.hidden_states)
+        if self.sla is not None:
+            self.sla.begin_step(self.clock.step, self.clock.num_steps, grid)
+        if self.ras is not None:
+            guidance = bool(getattr(self.clock.pipe, "do_classifier_free_guidance", False))
+            self.ras.begin_call(self.clock, call, grid, halves=2 if guidance else 1)
+            kwargs = self.family.focus_inputs(self.ras, kwargs)
+        return args, kwargs
+
+    def _begin_run(self, transformer: Any) -> None:
+        for name, module in self._modules():
+            if module.processor is not self._installed[name]:
+                raise RuntimeError(
+                    f"the processor of {name} was changed after enable: call disable() first"
+                )
+        if self.sla is not None:
             self.sla.reset()
-        grid = self.family.token_grid(transformer, hidden_states)
-        self.sla.begin_step(self.clock.step, self.clock.num_steps, grid)
+        if self.ras is not None:
+            if getattr(transformer, "is_cache_enabled", False):
+                raise RuntimeError(
+                    "a step cache of diffusers was switched on after enable(ras=...), and both decide what a "
+                    "step computes: call pipe.transformer.disable_cache() or disable() first"
+                )
+            self.ras.reset()
+
+    @torch.compiler.disable
+    def after_forward(self, transformer: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of the transformer, called after a failure too."""
+        if self.ras is None:
+            return
+        for module in self.cross.values():
+            if hasattr(module.processor, "text"):
+                module.processor.text = None
+        self.ras.end_call(self.clock, failed=output is None)
 
     def remove(self, transformer: nn.Module) -> None:
         """Put back what was there; processors that somebody else set stay."""
-        self._hook.remove()
-        for module in self.family.self_attention(transformer).values():
-            if getattr(module.processor, "attend", None) is self:
-                stock = module.processor.stock
-                stock._attention_backend = module.processor._attention_backend
-                module.set_processor(stock)
+        for hook in self._hooks:
+            hook.remove()
+        for name, module in self._modules():
+            ours = self._installed[name]
+            if module.processor is ours:
+                if hasattr(ours, "_attention_backend"):
+                    ours.stock._attention_backend = ours._attention_backend
+                module.set_processor(ours.stock)
 
 
 def session_of(pipe: Any) -> Session | None:
@@ -76,39 +140,54 @@ def session_of(pipe: Any) -> Session | None:
 
 
 def enable(
-    pipe: Any, *, ras: object = None, sla: SLAConfig | dict | str | os.PathLike | None = None
+    pipe: Any,
+    *,
+    ras: RASConfig | dict | str | os.PathLike | None = None,
+    sla: SLAConfig | dict | str | os.PathLike | None = None,
 ) -> None:
     """Accelerate a diffusers pipeline in place.
 
     Args:
-        pipe: a pipeline with a supported transformer (Wan2.1).
-        ras: region-adaptive sampling; only None in this version.
-        sla: sparse attention: an `SLAConfig`, a preset ("quality", "balanced", "fast"), a YAML
-            file, or a dict of `SLAConfig` fields.
+        pipe: a pipeline with a supported transformer: Wan2.1, Stable Diffusion 3 and 3.5,
+            Lumina-Next, Lumina-Image 2.0.
+        ras: region-adaptive sampling: an `RASConfig`, a preset ("quality", "balanced", "fast",
+            "paper"), a YAML file, or a dict of `RASConfig` fields.
+        sla: sparse attention (Wan2.1): an `SLAConfig`, a preset ("quality", "balanced", "fast"),
+            a YAML file, or a dict of `SLAConfig` fields.
 
     Raises:
         ValueError: a bad argument, a pipeline that is not supported, or one that is already on.
     """
-    if ras is not None:
+    if ras is None and sla is None:
         raise ValueError(
-            f"ras={ras!r}: accepted is None; this version has no region-adaptive sampling"
+            "ras=None, sla=None: nothing to enable; accepted are a preset name, a config, a YAML file, a dict"
         )
-    if sla is None:
-        raise ValueError(
-            "sla=None: nothing to enable; accepted are a preset name, an SLAConfig, a YAML file, a dict"
-        )
-    config = SLAConfig.load(sla)
+    ras_config = None if ras is None else RASConfig.load(ras)
+    sla_config = None if sla is None else SLAConfig.load(sla)
     if getattr(pipe, "transformer_2", None) is not None:
         raise ValueError(
             "pipe.transformer_2: two-transformer pipelines (Wan2.2) are not supported; accepted: None"
         )
     if not isinstance(getattr(pipe, "transformer", None), nn.Module):
         raise ValueError(
-            f"pipe: {type(pipe).__name__} has no transformer; accepted are Wan2.1 pipelines"
+            f"pipe: {type(pipe).__name__} has no transformer; accepted are pipelines of {', '.join(FAMILIES)}"
         )
-    if session_of(pipe) is not None:
-        raise ValueError("sla: already enabled on this transformer; call disable() first")
-    Session(pipe, family_of(pipe.transformer), config)
+    family = family_of(pipe.transformer)
+    if sla_config is not None and not family.sparse_attention:
+        raise ValueError(
+            f"sla: sparse attention does not support {family.name} yet; accepted: None"
+        )
+    before = session_of(pipe)
+    if before is not None:
+        for name, new, old in (("ras", ras_config, before.ras), ("sla", sla_config, before.sla)):
+            if new is not None and old is not None:
+                raise ValueError(
+                    f"{name}: already enabled on this transformer; call disable() first"
+                )
+        ras_config = ras_config or before.ras_config
+        sla_config = sla_config or before.sla_config
+        before.remove(pipe.transformer)
+    Session(pipe, family, ras=ras_config, sla=sla_config)
 
 
 def disable(pipe: Any) -> None:
@@ -222,19 +301,23 @@ def summary(pipe: Any, *, strict: bool = False) -> Summary:
             raise RuntimeError("acceleration is off: call enable() first")
         return Summary(enabled=False, config={}, layers=[])
     sla = session.sla
-    layers = [
-        LayerSummary(
-            name=name,
-            scheduled=sla.is_scheduled(i),
-            sparse_calls=stats.sparse_calls,
-            dense_calls=dict(stats.dense_calls),
-            density=stats.density,
-        )
-        for i, (name, stats) in enumerate(zip(session.names, sla.layers, strict=True))
-    ]
+    layers = (
+        []
+        if sla is None
+        else [
+            LayerSummary(
+                name=name,
+                scheduled=sla.is_scheduled(i),
+                sparse_calls=stats.sparse_calls,
+                dense_calls=dict(stats.dense_calls),
+                density=stats.density,
+            )
+            for i, (name, stats) in enumerate(zip(session.layers, sla.layers, strict=True))
+        ]
+    )
     if strict and (never := [x for x in layers if x.scheduled and not x.sparse_calls]):
         raise RuntimeError(
             "never sparse although scheduled: "
             + "; ".join(f"{x.name} ({', '.join(x.dense_calls) or 'not called'})" for x in never)
         )
-    return Summary(enabled=True, config=sla.config.to_dict(), layers=layers)
+    return Summary(enabled=True, config={} if sla is None else sla.config.to_dict(), layers=layers)

@@ -1,22 +1,31 @@
-"""One file per model family: its facts and its one attention processor."""
+"""One file per model family: its facts and its attention processors."""
 
 import importlib
-from types import ModuleType
 
 from torch import nn
 
-FAMILIES = {"WanTransformer3DModel": "dit_accel.models.wan"}
+from dit_accel.models.family import AttentionLayer, Call, Family, Focus
+
+FAMILIES = {
+    "WanTransformer3DModel": "wan.Wan",
+    "SD3Transformer2DModel": "sd3.StableDiffusion3",
+    "LuminaNextDiT2DModel": "lumina.LuminaNext",
+    "Lumina2Transformer2DModel": "lumina2.Lumina2",
+}
+
+__all__ = ["FAMILIES", "AttentionLayer", "Call", "Family", "Focus", "family_of"]
 
 
-def family_of(transformer: nn.Module) -> ModuleType:
-    """The module that knows this transformer.
+def family_of(transformer: nn.Module) -> Family:
+    """What is known about this transformer.
 
     Raises:
         ValueError: no family for its class.
     """
     for cls in type(transformer).__mro__:
         if cls.__name__ in FAMILIES:
-            return importlib.import_module(FAMILIES[cls.__name__])
+            module, name = FAMILIES[cls.__name__].split(".")
+            return getattr(importlib.import_module(f"dit_accel.models.{module}"), name)()
     raise ValueError(
         f"pipe.transformer: {type(transformer).__name__}; accepted are {', '.join(FAMILIES)}"
     )

@@ -1,51 +1,167 @@
-"""Wan2.1 (`WanTransformer3DModel`): facts, and its attention processor."""
+"""Wan2.1 (`WanTransformer3DModel`): facts, and its attention processors."""
 
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from jaxtyping import Float
 from torch import Tensor
 
-NAME = "Wan2.1"
-STOCK_PROCESSORS = ("WanAttnProcessor",)
+from dit_accel.models.family import (
+    AttentionLayer,
+    Call,
+    Family,
+    Focus,
+    after,
+    argument,
+    before,
+    projections,
+)
 
 
-def self_attention(transformer: Any) -> dict[str, Any]:
-    """The self-attention modules by name, in layer order."""
-    return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(transformer.blocks)}
+class Wan(Family):
+    """Text- and image-to-video; the guidance halves are separate calls."""
+
+    name = "Wan2.1"
+    stock_processors = ("WanAttnProcessor",)
+    sparse_attention = True
+
+    def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
+        return {
+            f"blocks.{i}.attn1": AttentionLayer(
+                block.attn1, block.attn1.heads, block.attn1.inner_dim // block.attn1.heads
+            )
+            for i, block in enumerate(transformer.blocks)
+        }
+
+    def cross_attention(self, transformer: Any) -> dict[str, Any]:
+        return {f"blocks.{i}.attn2": block.attn2 for i, block in enumerate(transformer.blocks)}
+
+    def processor(self, stock: Any) -> Any:
+        return WanSparseAttnProcessor(stock)
+
+    def cross_processor(self, stock: Any) -> Any:
+        return WanTextAttnProcessor(stock)
+
+    def call(self, pipe: Any, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+        timestep = argument(args, kwargs, "timestep", 1)
+        if timestep.ndim > 1:
+            raise ValueError(
+                f"timestep: shape {tuple(timestep.shape)}, one for each token (Wan2.2 TI2V); accepted is one for each sample"
+            )
+        return Call(
+            argument(args, kwargs, "hidden_states", 0),
+            argument(args, kwargs, "encoder_hidden_states", 2),
+            transformer.config.out_channels,
+        )
+
+    def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
+        t, h, w = (
+            n // p
+            for n, p in zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)
+        )
+        return t, h, w
+
+    def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
+        embedder = transformer.condition_embedder
+        return [
+            before(transformer.rope, _shrink_rope, focus, transformer.config.patch_size),
+            after(transformer.rope, _rope, focus),
+            after(transformer.patch_embedding, _embedded, focus),
+            after(embedder, _text_keys, focus, [block.attn2 for block in transformer.blocks]),
+            after(transformer.proj_out, focus.complete),
+        ]
+
+    def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
+        config = transformer.config
+        dim = config.num_attention_heads * config.attention_head_dim
+        linear = (
+            4 * dim * dim + 2 * dim * dim + 2 * dim * config.ffn_dim
+        )  # self, cross q and out, ffn
+        attention = 2 * (tokens + text) * dim
+        ends = (
+            dim * torch.Size(config.patch_size).numel() * (config.in_channels + config.out_channels)
+        )
+        return 2.0 * active * (config.num_layers * (linear + attention) + ends)
 
 
-def call_inputs(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """`hidden_states` and `encoder_hidden_states` of a transformer call."""
-    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    context = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
-    return hidden_states, context
+def _shrink_rope(focus: Focus, patch_size: tuple[int, int, int], args: tuple, kwargs: dict) -> Any:
+    """The tables are known: let the module make those of a single token."""
+    if "rope" in focus.per_run:
+        t, h, w = patch_size
+        args = (args[0][..., :t, :h, :w],)
+    return args, kwargs
 
 
-def token_grid(transformer: Any, hidden_states: Float[Tensor, "b c t h w"]) -> tuple[int, int, int]:
-    """Tokens (t, h, w); they lie in raster order, w fastest."""
-    t, h, w = (
-        n // p for n, p in zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)
-    )
-    return t, h, w
+def _rope(focus: Focus, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    tables = focus.per_run.setdefault("rope", output)
+    return tuple(focus.take(x) for x in tables)
 
 
-class WanSparseAttnProcessor:
-    """Self-attention with a seam: `attend` may answer; otherwise diffusers' dense attention runs.
+def _embedded(focus: Focus, output: Float[Tensor, "r c t h w"]) -> Tensor:
+    """Active tokens as a video of n frames of 1 x 1: the model flattens it to a sequence again."""
+    if focus.index is None:
+        return output
+    tokens = focus.take(output.flatten(2).transpose(1, 2))
+    return tokens.transpose(1, 2)[..., None, None]
 
-    Args:
-        attend: `(layer, q, k, v, masked=...) -> o | None`, all `[B, H, L, D]`.
-        layer: index of the block.
-        stock: the processor this one stands in for; its attention backend is honoured.
-    """
 
-    def __init__(self, attend: Any, layer: int, stock: Any) -> None:
-        self.attend = attend
-        self.layer = layer
+def _text_keys(focus: Focus, modules: list[Any], output: tuple[Any, ...]) -> None:
+    """Keys and values of the context in every cross-attention, once per context."""
+    text, image = output[2], output[3]
+    if "text" not in focus.per_context:
+        context = text if image is None else torch.cat([image, text], dim=1)
+        focus.per_context["text"] = [_text_key_value(attn, context) for attn in modules]
+    for attn, known in zip(modules, focus.per_context["text"], strict=True):
+        attn.processor.text = known
+
+
+def _text_key_value(attn: Any, context: Tensor) -> tuple[Tensor, ...] | None:
+    """(key, value) or (key, value, image key, image value), `[R, L, H, D]`; None where the weights
+    are elsewhere (block-wise offloading): the processor then computes them itself."""
+    if next(attn.parameters()).device != context.device:
+        return None
+    text = context
+    image: tuple[Tensor, ...] = ()
+    if attn.add_k_proj is not None:
+        length = context.shape[1] - 512  # diffusers hard-codes the length of the text
+        clip, text = context[:, :length], context[:, length:]
+        if attn.fused_projections:
+            k, v = attn.to_added_kv(clip).chunk(2, dim=-1)
+        else:
+            k, v = attn.add_k_proj(clip), attn.add_v_proj(clip)
+        image = (attn.norm_added_k(k), v)
+    if attn.fused_projections:
+        k, v = attn.to_kv(text).chunk(2, dim=-1)
+    else:
+        k, v = attn.to_k(text), attn.to_v(text)
+    return tuple(x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_k(k), v, *image))
+
+
+class _Processor:
+    """What diffusers expects of a processor beside the call."""
+
+    def __init__(self, stock: Any) -> None:
         self.stock = stock
         # diffusers' set_attention_backend and enable_parallelism look for these two.
         self._attention_backend = stock._attention_backend
         self._parallel_config = stock._parallel_config
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """diffusers' attention on `[B, L, H, D]`, heads merged."""
+        if self._parallel_config is not None:
+            raise RuntimeError(
+                "context parallelism splits the tokens that acceleration needs: disable() first"
+            )
+        out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
+        return out.flatten(2, 3).type_as(q)
+
+
+class WanSparseAttnProcessor(_Processor):
+    """Self-attention with two seams (see `Family.processor`); otherwise diffusers' attention runs."""
+
+    attend: Any = None
+    kv_store: Any = None
 
     def __call__(
         self,
@@ -55,43 +171,49 @@ class WanSparseAttnProcessor:
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "b l c"]:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        if self._parallel_config is not None:
-            raise RuntimeError(
-                "context parallelism splits the tokens that a sparse plan needs: disable() first"
-            )
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = (
-                attn.to_q(hidden_states),
-                attn.to_k(hidden_states),
-                attn.to_v(hidden_states),
-            )
+        query, key, value = projections(attn, hidden_states)
         query, key = attn.norm_q(query), attn.norm_k(key)  # across heads, hence before the split
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         if rotary_emb is not None:
             query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
-        out = self.attend(
-            self.layer,
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            masked=attention_mask is not None,
-        )
-        if out is not None:
-            out = out.transpose(1, 2)
+        if self.kv_store is not None:
+            key, value = self.kv_store(key, value)
+        out = None
+        if self.attend is not None:
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            out = self.attend(q, k, v, masked=attention_mask is not None)
+        if out is None:
+            out = self.dense(query, key, value, attention_mask)
         else:
-            out = dispatch_attention_fn(
-                query, key, value, attn_mask=attention_mask, backend=self._attention_backend
-            )
-        out = out.flatten(2, 3).type_as(query)
+            out = out.transpose(1, 2).flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class WanTextAttnProcessor(_Processor):
+    """Cross-attention to text (and image) whose keys and values were computed once."""
+
+    text: tuple[Tensor, ...] | None = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Float[Tensor, "b l c"],
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+    ) -> Float[Tensor, "b l c"]:
+        text = self.text
+        if text is None:
+            text = _text_key_value(attn, encoder_hidden_states)
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        out = self.dense(query, text[0], text[1], attention_mask)
+        if len(text) == 4:
+            out = out + self.dense(query, text[2], text[3])
         return attn.to_out[1](attn.to_out[0](out))
 
 
 def rotate(
-    x: Float[Tensor, "b l h d"], cos: Float[Tensor, "1 l 1 d"], sin: Float[Tensor, "1 l 1 d"]
+    x: Float[Tensor, "b l h d"], cos: Float[Tensor, "b_ l 1 d"], sin: Float[Tensor, "b_ l 1 d"]
 ) -> Float[Tensor, "b l h d"]:
     """Wan's rotary embedding: neighbouring channels form the rotated pairs."""
     even, odd = x[..., 0::2], x[..., 1::2]

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dit_accel import control
-from dit_accel.config import SLAConfig
+from dit_accel.config import RASConfig, SLAConfig
 
 # What decides which files DiffusionPipeline.load_config reads.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+_DEFAULT: Any = object()
 
 
 class SparsePipelineMixin:
@@ -17,40 +20,39 @@ class SparsePipelineMixin:
 
     _parent: ClassVar[str]
     """Class name of the diffusers parent, as it stands in model_index.json."""
+    _sla: ClassVar[str | None] = None
+    """Sparse attention where nothing is said; None: this family has none yet."""
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
-        sla: SLAConfig | dict | str | os.PathLike | None = "balanced",
-        ras: object = None,
+        sla: SLAConfig | dict | str | os.PathLike | None = _DEFAULT,
+        ras: RASConfig | dict | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load a plain diffusers repository and enable sparse attention on it.
+        """Load a plain diffusers repository and accelerate it.
 
         Args:
             pretrained_model_name_or_path: hub id or folder, as in diffusers.
-            sla: a preset ("quality", "balanced", "fast"), a YAML file, an `SLAConfig`, a dict of
-                its fields, or None for dense.
-            ras: region-adaptive sampling; only None in this version.
+            sla: sparse attention: a preset ("quality", "balanced", "fast"), a YAML file, an
+                `SLAConfig`, a dict of its fields, or None for dense. Default: "balanced" for Wan,
+                None for families that have no sparse attention yet.
+            ras: region-adaptive sampling: a preset ("quality", "balanced", "fast", "paper"), a YAML
+                file, an `RASConfig`, a dict of its fields, or None for all tokens in each step.
             **kwargs: everything the diffusers parent accepts.
 
         Raises:
             ValueError: a bad argument, or a repository of another pipeline class. Checked on
                 model_index.json, before any weight is read.
         """
-        if sla is not None:
-            sla = SLAConfig.load(sla)
-        if ras is not None:
-            raise ValueError(
-                f"ras={ras!r}: accepted is None; this version has no region-adaptive sampling"
-            )
+        sla_config, ras_config = cls._configs(sla, ras)
         cls._check_repository(pretrained_model_name_or_path, kwargs)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        if sla is not None:
+        if sla_config is not None or ras_config is not None:
             try:
-                control.enable(pipe, sla=sla)
+                control.enable(pipe, sla=sla_config, ras=ras_config)
             except ValueError:
                 del pipe  # large; the caller may catch the error and go on
                 raise
@@ -61,14 +63,14 @@ class SparsePipelineMixin:
         cls,
         pipeline: Any,
         *,
-        sla: SLAConfig | dict | str | os.PathLike | None = "balanced",
-        ras: object = None,
+        sla: SLAConfig | dict | str | os.PathLike | None = _DEFAULT,
+        ras: RASConfig | dict | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> Any:
         """Make a sparse pipeline from a loaded one; the components are shared, not copied.
 
         Shared components share their acceleration: if the transformer is already sparse, it stays
-        as it is and `sla` must be left out or be equal.
+        as it is, and `sla` and `ras` must be left out or be equal.
 
         Args:
             pipeline: a loaded diffusers pipeline of the same family.
@@ -76,22 +78,32 @@ class SparsePipelineMixin:
             **kwargs: everything the diffusers parent accepts. As in diffusers, `dtype`
                 defaults to float32; pass the dtype that the components have to keep it.
         """
-        config = None if sla is None else SLAConfig.load(sla)
-        if ras is not None:
-            raise ValueError(
-                f"ras={ras!r}: accepted is None; this version has no region-adaptive sampling"
-            )
+        sla_config, ras_config = cls._configs(sla, ras)
         session = control.session_of(pipeline)
-        if session is not None and sla not in ("balanced", None) and session.sla.config != config:
-            raise ValueError(
-                "sla: this transformer is already enabled with other settings; call disable() first"
+        if session is not None:
+            asked = (
+                ("sla", sla, sla_config, session.sla_config),
+                ("ras", ras, ras_config, session.ras_config),
             )
+            for name, given, new, old in asked:
+                if given not in (_DEFAULT, None) and new != old:
+                    raise ValueError(
+                        f"{name}: this transformer is already enabled with other settings; call disable() first"
+                    )
         if getattr(pipeline, "transformer_2", None) is not None:
             raise ValueError("pipeline.transformer_2: Wan2.2 is not supported; accepted: None")
         pipe = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
-        if config is not None and control.session_of(pipe) is None:
-            control.enable(pipe, sla=config)
+        if control.session_of(pipe) is None and (sla_config or ras_config):
+            control.enable(pipe, sla=sla_config, ras=ras_config)
         return pipe
+
+    @classmethod
+    def _configs(cls, sla: Any, ras: Any) -> tuple[SLAConfig | None, RASConfig | None]:
+        sla = cls._sla if sla is _DEFAULT else sla
+        return (
+            None if sla is None else SLAConfig.load(sla),
+            None if ras is None else RASConfig.load(ras),
+        )
 
     @classmethod
     def _check_repository(cls, source: str | os.PathLike, kwargs: dict[str, Any]) -> None:
@@ -138,7 +150,10 @@ class SparsePipelineMixin:
         return json.dumps(saved, indent=2, sort_keys=True) + "\n"
 
     def enable(
-        self, *, sla: SLAConfig | dict | str | os.PathLike | None = "balanced", ras: object = None
+        self,
+        *,
+        sla: SLAConfig | dict | str | os.PathLike | None = None,
+        ras: RASConfig | dict | str | os.PathLike | None = None,
     ) -> None:
         """See `dit_accel.enable`."""
         control.enable(self, ras=ras, sla=sla)

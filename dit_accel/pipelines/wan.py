@@ -10,6 +10,8 @@ from dit_accel.pipelines.base import SparsePipelineMixin
 
 
 class WanSizes:
+    _sla = "balanced"
+
     """Refuses sizes that diffusers would silently round."""
 
     def check_sizes(
@@ -61,4 +63,5 @@ class SparseWanPipeline(SparsePipelineMixin, WanSizes, WanPipeline):
     """
 
     _parent = "WanPipeline"
+    _sla = "balanced"
     __call__ = checked_call(WanPipeline.__call__)

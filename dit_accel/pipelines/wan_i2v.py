@@ -10,4 +10,5 @@ class SparseWanImageToVideoPipeline(SparsePipelineMixin, WanSizes, WanImageToVid
     """`diffusers.WanImageToVideoPipeline` with sparse self-attention; every argument of the parent works."""
 
     _parent = "WanImageToVideoPipeline"
+    _sla = "balanced"
     __call__ = checked_call(WanImageToVideoPipeline.__call__)

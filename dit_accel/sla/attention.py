@@ -99,6 +99,8 @@ class SparseAttention:
             return "dense step"
         if masked:
             return "attention mask"
+        if config.order != "raster" and q.shape[2] != k.shape[2]:
+            return "active tokens of region-adaptive sampling in a tile order"
         if k.shape[2] <= config.block_k:
             return f"one block: {k.shape[2]} keys, block_k={config.block_k}"
         if config.crossover == "auto":

@@ -28,9 +28,9 @@ def inputs():
 def test_a_seam_that_declines_gives_the_stock_result(attention, inputs):
     hidden_states, rotary = inputs
     stock = attention(hidden_states, rotary_emb=rotary)
-    attention.set_processor(
-        wan.WanSparseAttnProcessor(lambda *a, **k: None, 0, attention.processor)
-    )
+    processor = wan.WanSparseAttnProcessor(attention.processor)
+    processor.attend = lambda *a, **k: None
+    attention.set_processor(processor)
     torch.testing.assert_close(attention(hidden_states, rotary_emb=rotary), stock, rtol=0, atol=0)
 
 
@@ -39,17 +39,19 @@ def test_the_seam_gets_rotated_heads_in_b_h_l_d(attention, inputs):
     hidden_states, rotary = inputs
     stock = attention(hidden_states, rotary_emb=rotary)
 
-    def attend(layer, q, k, v, *, masked):
-        assert (layer, masked) == (5, False)
+    def attend(q, k, v, *, masked):
+        assert not masked
         assert q.shape == k.shape == v.shape == (2, 2, 24, 16)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-    attention.set_processor(wan.WanSparseAttnProcessor(attend, 5, attention.processor))
+    processor = wan.WanSparseAttnProcessor(attention.processor)
+    processor.attend = attend
+    attention.set_processor(processor)
     torch.testing.assert_close(attention(hidden_states, rotary_emb=rotary), stock)
 
 
 def test_context_parallelism_is_refused(attention, inputs):
-    processor = wan.WanSparseAttnProcessor(lambda *a, **k: None, 0, attention.processor)
+    processor = wan.WanSparseAttnProcessor(attention.processor)
     processor._parallel_config = object()
     attention.set_processor(processor)
     with pytest.raises(RuntimeError, match="context parallelism"):

@@ -334,8 +334,8 @@ def test_bad_repositories_are_refused_before_loading(tmp_path, monkeypatch):
         load(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"did you mean 'balanced'"):
         load(two, sla="balanecd")
-    with pytest.raises(ValueError, match="ras="):
-        load(two, ras="balanced")
+    with pytest.raises(ValueError, match=r"ras='papre'.*did you mean 'paper'"):
+        load(two, ras="papre")
 
 
 def test_enable_refuses_what_it_cannot_accelerate(sparse_wan):

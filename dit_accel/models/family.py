@@ -1,0 +1,163 @@
+"""`Family`: what acceleration asks of a model, and `Focus`: what a model asks of region-adaptive sampling."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a transformer, as far as acceleration needs to know it."""
+
+    hidden_states: Tensor
+    """Latents `[R, C, ...]`."""
+    context: Tensor
+    """`encoder_hidden_states`; its identity tells contexts apart."""
+    channels: int
+    """How many of the C are noisy latents; others are conditions."""
+    variant: Hashable = None
+    """What else tells contexts apart."""
+    guided: bool = False
+    """Whether the rows are two halves of classifier-free guidance, each with all samples."""
+    epoch: Hashable = None
+    """What cached keys were made with: if it changes within a run, they are stale."""
+
+
+class Focus:
+    """The tokens that the current call runs on, as the hooks of a family see them."""
+
+    call: Call
+    index: Tensor | None
+    """Active tokens `[R, n]`, ascending in raster order; None: all of them."""
+    per_run: dict[str, Any]
+    """For what stays the same over the run and all contexts."""
+
+    @property
+    def per_context(self) -> dict[str, Any]:
+        """For what stays the same over the calls of this context."""
+        raise NotImplementedError
+
+    def take(self, x: Tensor) -> Tensor:
+        """The active tokens of `[R or 1, N, ...]`, `[R, n, ...]`; x itself if all are active."""
+        return x if self.index is None else take(x, self.index)
+
+    def complete(self, x: Tensor) -> Tensor:
+        """The output of all tokens, `[R, N, C]`, from that of the active ones, `[R, n, C]`."""
+        raise NotImplementedError
+
+    def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
+        """Says where the image tokens of each row lie in the layers of this layout: from `offsets[r]`
+        on, in `length` tokens. The others are always active.
+
+        Returns:
+            The active tokens of the layout, `[R, n']`; None: all of them.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One self-attention module."""
+
+    module: Any
+    kv_heads: int
+    head_dim: int
+    layout: str = "image"
+    """Whose tokens it sees: "image", or a name that the family gives to `Focus.place`."""
+
+
+class Family:
+    """A model family: facts, and its attention processor. One subclass per file."""
+
+    name: str
+    stock_processors: tuple[str, ...]
+    sparse_attention: bool = False
+    """Whether its processor asks the seam `attend`."""
+
+    def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
+        """Self-attention layers by name, in the order they run."""
+        raise NotImplementedError
+
+    def cross_attention(self, transformer: Any) -> dict[str, Any]:
+        """Attention modules from image to text, by name."""
+        return {}
+
+    def processor(self, stock: Any) -> Any:
+        """The processor that stands in for `stock` in self-attention. It has two seams, None at first:
+        `attend(q, k, v, masked=...) -> o | None`, `[B, H, L, D]`, may answer instead of dense
+        attention; `kv_store(k, v) -> (k, v)`, `[B, L, H, D]`, turns fresh keys into those of all tokens.
+        """
+        raise NotImplementedError
+
+    def cross_processor(self, stock: Any) -> Any:
+        """The processor for cross-attention; its `text` holds keys and values computed before."""
+        raise NotImplementedError
+
+    def call(self, pipe: Any, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+        """What this call of the transformer is.
+
+        Raises:
+            ValueError: it uses something that region-adaptive sampling cannot follow.
+        """
+        raise NotImplementedError
+
+    def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
+        """Image tokens (t, h, w); they lie in raster order, w fastest."""
+        raise NotImplementedError
+
+    def focus_inputs(self, focus: Focus, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of the transformer with token-wise ones reduced to the active tokens."""
+        return kwargs
+
+    def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
+        """Registers the hooks that gather after embedding and complete the output; their handles."""
+        raise NotImplementedError
+
+    def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
+        """Multiply-adds times two of one row with `active` of `tokens` image tokens computed."""
+        raise NotImplementedError
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens `index` `[R, n]` of `[R or 1, N, ...]`, `[R, n, ...]`."""
+    rows = torch.arange(len(index), device=index.device)[:, None] if len(x) > 1 else 0
+    return x[rows, index]
+
+
+def argument(args: tuple, kwargs: dict[str, Any], name: str, position: int) -> Any:
+    """An argument given by position or by name."""
+    return kwargs[name] if name in kwargs else args[position]
+
+
+def after(module: nn.Module, change: Callable[..., Any], *state: Any) -> Any:
+    """Replaces a module's output by `change(*state, output)`."""
+    # partial, not a closure: a deep copy of the module then has a deep copy of the state.
+    return module.register_forward_hook(partial(_changed, change, state))
+
+
+def _changed(
+    change: Callable[..., Any], state: tuple, _module: Any, _args: Any, output: Any
+) -> Any:
+    return change(*state, output)
+
+
+def before(module: nn.Module, change: Callable[..., Any], *state: Any) -> Any:
+    """Replaces a module's arguments by `change(*state, args, kwargs)`, a pair."""
+    return module.register_forward_pre_hook(partial(_prepared, change, state), with_kwargs=True)
+
+
+def _prepared(
+    change: Callable[..., Any], state: tuple, _module: Any, args: Any, kwargs: Any
+) -> Any:
+    return change(*state, args, kwargs)
+
+
+def projections(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of self-attention, fused or not."""
+    if getattr(attn, "fused_projections", False):
+        return attn.to_qkv(hidden_states).chunk(3, dim=-1)
+    return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)

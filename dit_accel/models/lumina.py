@@ -1,0 +1,187 @@
+"""Lumina-Next (`LuminaNextDiT2DModel`): facts, and its attention processors."""
+
+import math
+from typing import Any
+
+from diffusers.models.embeddings import apply_rotary_emb
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from dit_accel.models.family import AttentionLayer, Call, Family, Focus, after, argument
+
+
+class LuminaNext(Family):
+    """Self- and cross-attention side by side; guidance halves [cond, uncond] in one batch."""
+
+    name = "Lumina-Next"
+    stock_processors = ("LuminaAttnProcessor2_0",)
+
+    def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
+        return {
+            f"layers.{i}.attn1": AttentionLayer(
+                layer.attn1, layer.attn1.inner_kv_dim // layer.head_dim, layer.head_dim
+            )
+            for i, layer in enumerate(transformer.layers)
+        }
+
+    def cross_attention(self, transformer: Any) -> dict[str, Any]:
+        return {f"layers.{i}.attn2": layer.attn2 for i, layer in enumerate(transformer.layers)}
+
+    def processor(self, stock: Any) -> Any:
+        return LuminaSparseAttnProcessor(stock)
+
+    def cross_processor(self, stock: Any) -> Any:
+        return LuminaTextAttnProcessor(stock)
+
+    def call(self, pipe: Any, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+        table = argument(args, kwargs, "image_rotary_emb", 4)
+        return Call(
+            argument(args, kwargs, "hidden_states", 0),
+            argument(args, kwargs, "encoder_hidden_states", 2),
+            transformer.config.in_channels,
+            guided=bool(getattr(pipe, "do_classifier_free_guidance", False)),
+            # The pipeline changes its rotary table at `scaling_watershed`; cached keys are rotated.
+            # It makes the table on the CPU, so looking into it waits for no device.
+            epoch=tuple(table[1, 1].tolist()) if table.device.type == "cpu" else None,
+        )
+
+    def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
+        p = transformer.config.patch_size
+        return 1, hidden_states.shape[2] // p, hidden_states.shape[3] // p
+
+    def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
+        return [
+            after(transformer.patch_embedder, _embedded, focus, transformer.layers),
+            after(transformer.norm_out, focus.complete),
+        ]
+
+    def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
+        config = transformer.config
+        dim, layer = config.hidden_size, transformer.layers[0]
+        kv = layer.attn1.inner_kv_dim
+        ffn = layer.feed_forward.linear_1.out_features
+        linear = 3 * dim * dim + 2 * dim * kv + 3 * dim * ffn  # both queries, keys, out; gated ffn
+        attention = 2 * (tokens + text) * dim
+        ends = (
+            config.patch_size**2
+            * dim
+            * (config.in_channels * tokens + transformer.out_channels * active)
+        )
+        return 2.0 * (active * config.num_layers * (linear + attention) + ends)
+
+
+def _embedded(focus: Focus, layers: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+    tokens, mask, size, rotary = output
+    if "text" not in focus.per_context:
+        focus.per_context["text"] = [
+            _text_key_value(x.attn2, x.norm1_context(focus.call.context)) for x in layers
+        ]
+    for layer, known in zip(layers, focus.per_context["text"], strict=True):
+        layer.attn2.processor.text = known
+    return focus.take(tokens), focus.take(mask), size, focus.take(rotary)
+
+
+def _key_value(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys (normalised, not rotated) and values, `[R, L, H_kv, D]`."""
+    key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    head_dim = attn.inner_dim // attn.heads
+    return key.unflatten(2, (-1, head_dim)), value.unflatten(2, (-1, head_dim))
+
+
+def _text_key_value(attn: Any, text: Tensor) -> tuple[Tensor, Tensor] | None:
+    """None where the weights are elsewhere (block-wise offloading)."""
+    if next(attn.parameters()).device != text.device:
+        return None
+    key, value = _key_value(attn, text)
+    return key.to(text.dtype), value
+
+
+class _Processor:
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def query(
+        self, attn: Any, hidden_states: Tensor, rotary: Tensor | None
+    ) -> Float[Tensor, "b l h d"]:
+        query = attn.to_q(hidden_states)
+        dtype = query.dtype
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        query = query.unflatten(2, (attn.heads, -1))
+        if rotary is not None:
+            query = apply_rotary_emb(query, rotary, use_real=False)
+        return query.to(dtype)
+
+    def dense(
+        self,
+        q: Float[Tensor, "b l h d"],
+        k: Float[Tensor, "b m h_kv d"],
+        v: Float[Tensor, "b m h_kv d"],
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Float[Tensor, "b l h d"]:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if mask is not None:
+            mask = mask.bool()[:, None, None]
+        # Grouped heads are repeated as diffusers does: SDPA's own grouping is slower with a mask.
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+class LuminaSparseAttnProcessor(_Processor):
+    """Self-attention with two seams, see `Family.processor`. Heads stay apart: the block gates them."""
+
+    attend: Any = None
+    kv_store: Any = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Float[Tensor, "b l c"],
+        encoder_hidden_states: Tensor,
+        attention_mask: Int[Tensor, "b l"] | Bool[Tensor, "b l"] | None = None,
+        query_rotary_emb: Tensor | None = None,
+        key_rotary_emb: Tensor | None = None,
+        base_sequence_length: int | None = None,
+    ) -> Float[Tensor, "b l h d"]:
+        query = self.query(attn, hidden_states, query_rotary_emb)
+        key, value = _key_value(attn, encoder_hidden_states)
+        if key_rotary_emb is not None:
+            key = apply_rotary_emb(key, key_rotary_emb, use_real=False)
+        key = key.to(query.dtype)
+        if self.kv_store is not None:
+            key, value = self.kv_store(key, value)
+        if attention_mask is not None and attention_mask.shape[1] != key.shape[1]:
+            attention_mask = None  # the mask of image tokens, all of them valid
+        scale = attn.scale
+        if base_sequence_length is not None:  # "proportional attention": by the length of the image
+            scale *= math.sqrt(math.log(key.shape[1], base_sequence_length))
+        return self.dense(query, key, value, attention_mask, scale).to(query.dtype)
+
+
+class LuminaTextAttnProcessor(_Processor):
+    """Cross-attention to text whose keys and values were computed once."""
+
+    text: tuple[Tensor, Tensor] | None = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Float[Tensor, "b l c"],
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: Tensor | None = None,
+        key_rotary_emb: Tensor | None = None,
+        base_sequence_length: int | None = None,
+    ) -> Float[Tensor, "b l h d"]:
+        query = self.query(attn, hidden_states, query_rotary_emb)
+        text = self.text
+        if text is None:
+            key, value = _key_value(attn, encoder_hidden_states)
+            text = key.to(query.dtype), value
+        return self.dense(query, text[0], text[1], attention_mask, None).to(query.dtype)

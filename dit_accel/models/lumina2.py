@@ -1,0 +1,192 @@
+"""Lumina-Image 2.0 (`Lumina2Transformer2DModel`): facts, and its attention processor."""
+
+import math
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from dit_accel.models.family import (
+    AttentionLayer,
+    Call,
+    Family,
+    Focus,
+    after,
+    argument,
+    before,
+    take,
+)
+
+
+class Lumina2(Family):
+    """Refiners for text and image, then layers over [text, image]; guidance halves are separate calls."""
+
+    name = "Lumina-Image 2.0"
+    stock_processors = ("Lumina2AttnProcessor2_0",)
+
+    def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
+        groups = {"noise_refiner": "image", "layers": "joint"}
+        return {
+            f"{group}.{i}.attn": AttentionLayer(
+                layer.attn, layer.attn.inner_kv_dim // layer.head_dim, layer.head_dim, layout
+            )
+            for group, layout in groups.items()
+            for i, layer in enumerate(getattr(transformer, group))
+        }
+
+    def processor(self, stock: Any) -> Any:
+        return Lumina2SparseAttnProcessor(stock)
+
+    def call(self, pipe: Any, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+        return Call(
+            argument(args, kwargs, "hidden_states", 0),
+            argument(args, kwargs, "encoder_hidden_states", 2),
+            transformer.config.in_channels,
+        )
+
+    def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
+        p = transformer.config.patch_size
+        return 1, hidden_states.shape[2] // p, hidden_states.shape[3] // p
+
+    def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
+        handles = [
+            before(transformer.rope_embedder, _shrink_tables, focus),
+            after(transformer.rope_embedder, _gather, focus, transformer.config.patch_size),
+            after(transformer.norm_out, _complete, focus),
+        ]
+        if len(transformer.context_refiner):
+            handles += [
+                before(transformer.context_refiner[0], _shrink_text, focus),
+                after(transformer.context_refiner[-1], _refined_text, focus),
+            ]
+        return handles
+
+    def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
+        config = transformer.config
+        dim, layers = config.hidden_size, transformer.layers
+        ffn = layers[0].feed_forward.linear_1.out_features
+        linear = 2 * dim * dim + 2 * dim * layers[0].attn.inner_kv_dim + 3 * dim * ffn
+        joint = (active + text) * (linear + 2 * (tokens + text) * dim)
+        image = active * (linear + 2 * tokens * dim)
+        ends = active * config.in_channels + (active + text) * transformer.out_channels
+        total = len(layers) * joint + len(transformer.noise_refiner) * image
+        return 2.0 * (total + config.patch_size**2 * dim * ends)
+
+
+def _shrink_tables(focus: Focus, args: tuple, kwargs: dict) -> Any:
+    """The tables of this context are known: let the module make those of two tokens, on the CPU, where
+    its question for the length of the text waits for no device."""
+    if "tables" in focus.per_context:
+        latents = args[0].new_zeros(1, args[0].shape[1], 2, 2, device="cpu")
+        args = (latents, torch.ones(1, 1, dtype=torch.int64))
+    return args, kwargs
+
+
+def _gather(focus: Focus, patch_size: int, output: tuple[Any, ...]) -> tuple[Any, ...]:
+    tables = focus.per_context.setdefault("tables", output[1:])
+    text_table, image_table, joint_table, text_lengths, lengths = tables
+    tokens = _patchify(focus.call.hidden_states, patch_size)
+    index = focus.place("joint", max(lengths), text_lengths)
+    if index is not None and focus.index is not None:
+        left_out = tokens.shape[1] - focus.index.shape[1]
+        joint_table = take(joint_table, index)
+        lengths = [n - left_out for n in lengths]
+    # The model cuts its output by this very list: `_complete` writes the full lengths into it.
+    focus.per_context["lengths"] = lengths = list(lengths)
+    return (
+        focus.take(tokens),
+        text_table,
+        focus.take(image_table),
+        joint_table,
+        text_lengths,
+        lengths,
+    )
+
+
+def _patchify(x: Float[Tensor, "b c h w"], p: int) -> Float[Tensor, "b n d"]:
+    b, c, h, w = x.shape
+    return x.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def _complete(focus: Focus, output: Float[Tensor, "r l c"]) -> Tensor:
+    """Image outputs of all tokens, behind the text of each row."""
+    _, _, _, starts, full_lengths = focus.per_context["tables"]
+    lengths = focus.per_context["lengths"]
+    fresh = torch.stack(
+        [output[r, a:b] for r, (a, b) in enumerate(zip(starts, lengths, strict=True))]
+    )
+    full = focus.complete(fresh)
+    if focus.index is None:
+        return output
+    lengths[:] = full_lengths
+    result = output.new_zeros(output.shape[0], max(full_lengths), output.shape[2])
+    for r, (a, b) in enumerate(zip(starts, full_lengths, strict=True)):
+        result[r, a:b] = full[r]
+    return result
+
+
+def _shrink_text(focus: Focus, args: tuple, kwargs: dict) -> Any:
+    """The refined text of this context is known: let the refiners work on one token."""
+    if "refined" in focus.per_context:
+        text, _, table = args
+        args = (text[:, :1], None, table[:, :1])
+    return args, kwargs
+
+
+def _refined_text(focus: Focus, output: Tensor) -> Tensor:
+    return focus.per_context.setdefault("refined", output)
+
+
+class Lumina2SparseAttnProcessor:
+    """Attention over [text, image] or (noise refiner) image tokens; see `Family.processor`."""
+
+    attend: Any = None
+    kv_store: Any = None
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Float[Tensor, "b l c"],
+        encoder_hidden_states: Tensor,
+        attention_mask: Bool[Tensor, "b l"] | None = None,
+        image_rotary_emb: Tensor | None = None,
+        base_sequence_length: int | None = None,
+    ) -> Float[Tensor, "b l c"]:
+        head_dim = attn.inner_dim // attn.heads
+        query, key, value = (
+            layer(hidden_states).unflatten(2, (-1, head_dim))
+            for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        dtype = query.dtype
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, use_real=False)
+            key = apply_rotary_emb(key, image_rotary_emb, use_real=False)
+        query, key = query.to(dtype), key.to(dtype)
+        if self.kv_store is not None:
+            key, value = self.kv_store(key, value)
+        length = key.shape[1]
+        if attention_mask is not None and attention_mask.shape[1] != length:
+            # Each row ends with its padding, as much in the short sequence as in the full one.
+            valid = length - (~attention_mask).sum(1, keepdim=True)
+            attention_mask = torch.arange(length, device=key.device) < valid
+        scale = attn.scale
+        if base_sequence_length is not None:  # "proportional attention"
+            scale *= math.sqrt(math.log(length, base_sequence_length))
+        groups = attn.heads // key.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out = out.transpose(1, 2).flatten(2).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out))

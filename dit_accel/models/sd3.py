@@ -1,0 +1,146 @@
+"""Stable Diffusion 3 and 3.5 (`SD3Transformer2DModel`): facts, and the joint attention processor."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from dit_accel.models.family import (
+    AttentionLayer,
+    Call,
+    Family,
+    Focus,
+    after,
+    argument,
+    projections,
+)
+
+
+class StableDiffusion3(Family):
+    """Joint attention over [image, text]; guidance halves [uncond, cond] in one batch."""
+
+    name = "Stable Diffusion 3"
+    stock_processors = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0")
+
+    def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
+        layers = {}
+        for i, block in enumerate(transformer.transformer_blocks):
+            for name in ("attn", "attn2"):
+                module = getattr(block, name)
+                if module is not None:
+                    head_dim = module.inner_kv_dim // module.heads
+                    layers[f"transformer_blocks.{i}.{name}"] = AttentionLayer(
+                        module, module.heads, head_dim
+                    )
+        return layers
+
+    def processor(self, stock: Any) -> Any:
+        return SD3SparseAttnProcessor(stock)
+
+    def call(self, pipe: Any, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+        if "ip_adapter_image_embeds" in (kwargs.get("joint_attention_kwargs") or {}):
+            raise ValueError(
+                "ip_adapter_image_embeds: IP-Adapter does not work with region-adaptive sampling"
+            )
+        skipped = kwargs.get("skip_layers")
+        return Call(
+            argument(args, kwargs, "hidden_states", 0),
+            argument(args, kwargs, "encoder_hidden_states", 1),
+            transformer.config.in_channels,
+            # Skip-layer guidance calls a third time, with the plain batch.
+            variant=None if skipped is None else tuple(skipped),
+            guided=skipped is None and bool(getattr(pipe, "do_classifier_free_guidance", False)),
+        )
+
+    def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
+        p = transformer.config.patch_size
+        return 1, hidden_states.shape[2] // p, hidden_states.shape[3] // p
+
+    def focus_inputs(self, focus: Focus, kwargs: dict[str, Any]) -> dict[str, Any]:
+        residuals = kwargs.get("block_controlnet_hidden_states")
+        if residuals is None:
+            return kwargs
+        return {**kwargs, "block_controlnet_hidden_states": [focus.take(x) for x in residuals]}
+
+    def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
+        return [
+            after(transformer.pos_embed, focus.take),
+            after(transformer.proj_out, focus.complete),
+        ]
+
+    def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
+        config = transformer.config
+        dim = config.num_attention_heads * config.attention_head_dim
+        total = 0.0
+        for block in transformer.transformer_blocks:
+            rows = active + text
+            total += (
+                3 * rows * dim * dim + 2 * rows * (tokens + text) * dim + 9 * active * dim * dim
+            )
+            if not block.context_pre_only:
+                total += 9 * text * dim * dim
+            if block.attn2 is not None:
+                total += 4 * active * dim * dim + 2 * active * tokens * dim
+        ends = config.patch_size**2 * (
+            config.in_channels * tokens + transformer.out_channels * active
+        )
+        return 2.0 * (total + dim * (ends + text * config.joint_attention_dim))
+
+
+class SD3SparseAttnProcessor:
+    """Attention over [image, text] or (SD3.5's second one) image alone; see `Family.processor`.
+
+    Only the image tokens pass the seam `kv_store`: the text is computed anew in every step.
+    """
+
+    attend: Any = None
+    kv_store: Any = None
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Float[Tensor, "b l c"],
+        encoder_hidden_states: Float[Tensor, "b t c"] | None = None,
+        attention_mask: None = None,
+    ) -> Any:
+        active = hidden_states.shape[1]
+        query, key, value = (
+            x.unflatten(2, (attn.heads, -1)) for x in projections(attn, hidden_states)
+        )
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        if self.kv_store is not None:
+            key, value = self.kv_store(key, value)
+        if encoder_hidden_states is not None:
+            text = _text_projections(attn, encoder_hidden_states)
+            query, key, value = (
+                torch.cat([x, t], dim=1) for x, t in zip((query, key, value), text, strict=True)
+            )
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v)
+        out = out.transpose(1, 2).flatten(2).to(q.dtype)
+        image = attn.to_out[1](attn.to_out[0](out[:, :active]))
+        if encoder_hidden_states is None:
+            return image
+        words = out[:, active:]
+        return image, words if attn.context_pre_only else attn.to_add_out(words)
+
+
+def _text_projections(attn: Any, text: Tensor) -> list[Tensor]:
+    if getattr(attn, "fused_projections", False):
+        projected = attn.to_added_qkv(text).chunk(3, dim=-1)
+    else:
+        projected = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
+    if attn.norm_added_q is not None:
+        query = attn.norm_added_q(query)
+    if attn.norm_added_k is not None:
+        key = attn.norm_added_k(key)
+    return [query, key, value]

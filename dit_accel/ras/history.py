@@ -1,0 +1,195 @@
+"""`History`: the last value of every token and how it changed, in static buffers written in place."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dit_accel.ras.predictor import extrapolate
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+class Full:
+    """Values as they are."""
+
+    def __init__(self, tokens: int, shape: tuple[int, ...], like: Tensor) -> None:
+        # Zeros, not empty memory: a difference to what was never written must stay finite.
+        self.data = like.new_zeros(tokens, *shape)
+
+    def write(self, x: Float[Tensor, "t *d"]) -> None:
+        self.data.copy_(x)
+
+    def put(self, index: Int[Tensor, " n"], x: Float[Tensor, "n *d"]) -> None:
+        self.data.index_copy_(0, index, x.to(self.data.dtype))
+
+    def read(self) -> Float[Tensor, "t *d"]:
+        return self.data
+
+    def take(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n *d"]:
+        return self.data.index_select(0, index)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+
+class Fp8:
+    """Values as 8-bit floats (e4m3), one fp32 scale for each token's last axis."""
+
+    def __init__(self, tokens: int, shape: tuple[int, ...], like: Tensor) -> None:
+        # Held as bytes: index_copy_ knows no 8-bit floats.
+        self.data = like.new_zeros(tokens, *shape, dtype=torch.uint8)
+        self.scale = like.new_zeros(tokens, *shape[:-1], 1, dtype=torch.float32)
+        self.dtype = like.dtype
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.float()
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+        return (x / scale).to(FP8).view(torch.uint8), scale
+
+    def _decode(self, data: Tensor, scale: Tensor) -> Tensor:
+        return (data.view(FP8).float() * scale).to(self.dtype)
+
+    def write(self, x: Float[Tensor, "t *d"]) -> None:
+        data, scale = self._encode(x)
+        self.data.copy_(data)
+        self.scale.copy_(scale)
+
+    def put(self, index: Int[Tensor, " n"], x: Float[Tensor, "n *d"]) -> None:
+        data, scale = self._encode(x)
+        self.data.index_copy_(0, index, data)
+        self.scale.index_copy_(0, index, scale)
+
+    def read(self) -> Float[Tensor, "t *d"]:
+        return self._decode(self.data, self.scale)
+
+    def take(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n *d"]:
+        return self._decode(self.data.index_select(0, index), self.scale.index_select(0, index))
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.scale.nbytes
+
+
+BUFFERS: dict[str, type[Full] | type[Fp8]] = {"full": Full, "fp8": Fp8}
+
+
+class History:
+    """What every token last was, and (if `linear`) what changed between its last two updates.
+
+    Args:
+        rows, length: tokens are stored flat, `rows * length` of them.
+        shape: of one token.
+        like: decides dtype and device.
+        linear: keep the change, twice the memory.
+        policy: "full" or "fp8".
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        length: int,
+        shape: tuple[int, ...],
+        like: Tensor,
+        *,
+        linear: bool,
+        policy: str = "full",
+    ) -> None:
+        buffer = BUFFERS[policy]
+        self.size = (rows, length, *shape)
+        self.last = buffer(rows * length, shape, like)
+        self.delta = buffer(rows * length, shape, like) if linear else None
+        self.exact = policy == "full"
+
+    def replace(self, x: Float[Tensor, "r l *d"], same: Float[Tensor, " t"] | None = None) -> None:
+        """Every token is new.
+
+        Args:
+            same: 1 for tokens whose last update had the same noise level, 0 for the others; None if
+                there can be none. Their change still spans the interval before.
+        """
+        x = x.reshape(-1, *self.size[2:])
+        if self.delta is not None:
+            change = x - self.last.read()
+            if same is not None:
+                change = change + _wide(same, x) * self.delta.read()
+            self.delta.write(change)
+        self.last.write(x)
+
+    def update(
+        self,
+        x: Float[Tensor, "r n *d"],
+        index: Int[Tensor, " rn"],
+        factor: Float[Tensor, " t"],
+        same: Float[Tensor, " t"] | None = None,
+    ) -> Float[Tensor, "r l *d"]:
+        """The tokens `index` (flat) are new; returns all, the others predicted.
+
+        The result may be the buffer itself: it holds until the next update.
+        """
+        x = x.reshape(-1, *self.size[2:])
+        if self.delta is None:
+            if self.exact:
+                self.last.put(index, x)
+                return self.last.read().view(self.size)
+            full = self.last.read()
+        else:
+            full = extrapolate(self.last.read()[None], self.delta.read()[None], factor[None])[0]
+            change = x - self.last.take(index)
+            if same is not None:
+                change = change + _wide(same[index], x) * self.delta.take(index)
+            self.delta.put(index, change)
+        self.last.put(index, x)
+        return full.index_copy_(0, index, x.to(full.dtype)).view(self.size)
+
+    @property
+    def nbytes(self) -> int:
+        return self.last.nbytes + (0 if self.delta is None else self.delta.nbytes)
+
+
+def _wide(x: Tensor, like: Tensor) -> Tensor:
+    return x.reshape(-1, *[1] * (like.ndim - 1)).to(like.dtype)
+
+
+class KVStore:
+    """The `kv_store` seam of one attention module: fresh keys and values in, those of all tokens out.
+
+    What it works on is set before each transformer call, outside of compiled blocks.
+    """
+
+    def __init__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Passes everything through from now on."""
+        self.k: History | None = None
+        self.v: History | None = None
+        self.index: Tensor | None = None
+        self.factor: Tensor | None = None
+        self.same: Tensor | None = None
+
+    def open(
+        self,
+        kv: tuple[History, History],
+        index: Int[Tensor, " rn"] | None,
+        factor: Float[Tensor, " t"],
+        same: Float[Tensor, " t"] | None,
+    ) -> None:
+        """Work on this context's histories; `index` None: all tokens come fresh."""
+        self.k, self.v = kv
+        self.index, self.factor, self.same = index, factor, same
+
+    def __call__(
+        self, k: Float[Tensor, "r n h d"], v: Float[Tensor, "r n h d_v"]
+    ) -> tuple[Float[Tensor, "r l h d"], Float[Tensor, "r l h d_v"]]:
+        if self.k is None or self.v is None or self.factor is None:
+            return k, v
+        if self.index is None:
+            self.k.replace(k, self.same)
+            self.v.replace(v, self.same)
+            return k, v
+        return (
+            self.k.update(k, self.index, self.factor, self.same).to(k.dtype),
+            self.v.update(v, self.index, self.factor, self.same).to(v.dtype),
+        )

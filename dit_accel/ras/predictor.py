@@ -1,0 +1,33 @@
+"""What stands in for the tokens that a step leaves out."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CAP = 1.0
+"""Largest extrapolation factor: beyond one interval a line is worse than a constant."""
+
+
+def extrapolation_factor(
+    sigma: Float[Tensor, ""],
+    last: Float[Tensor, "s n"],
+    previous: Float[Tensor, "s n"],
+    cap: float = CAP,
+) -> Float[Tensor, "s n"]:
+    """(sigma - last) / (last - previous) in [0, cap]; 0 where a token has one update only.
+
+    Args:
+        sigma: noise level of this step.
+        last, previous: noise levels of each token's last two updates.
+    """
+    gap = last - previous
+    factor = (sigma - last) / torch.where(gap == 0, torch.ones_like(gap), gap)
+    return torch.where(gap == 0, 0.0, factor).clamp(0, cap)
+
+
+def extrapolate(
+    last: Float[Tensor, "r n *d"], delta: Float[Tensor, "r n *d"], factor: Float[Tensor, "r n"]
+) -> Float[Tensor, "r n *d"]:
+    """last + factor * delta, delta being the change between a token's last two updates."""
+    factor = factor.reshape(*factor.shape, *[1] * (last.ndim - 2)).to(last.dtype)
+    return torch.addcmul(last, factor, delta)
