@@ -7,10 +7,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dit_accel.config import RASConfig as RASConfig
     from dit_accel.config import SLAConfig as SLAConfig
     from dit_accel.control import disable as disable
     from dit_accel.control import enable as enable
+    from dit_accel.control import estimate_memory as estimate_memory
     from dit_accel.control import summary as summary
+    from dit_accel.pipelines.lumina import SparseLuminaPipeline as SparseLuminaPipeline
+    from dit_accel.pipelines.lumina2 import SparseLumina2Pipeline as SparseLumina2Pipeline
+    from dit_accel.pipelines.sd3 import (
+        SparseStableDiffusion3Pipeline as SparseStableDiffusion3Pipeline,
+    )
     from dit_accel.pipelines.wan import SparseWanPipeline as SparseWanPipeline
     from dit_accel.pipelines.wan_i2v import (
         SparseWanImageToVideoPipeline as SparseWanImageToVideoPipeline,
@@ -19,11 +26,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "RASConfig": "dit_accel.config",
     "SLAConfig": "dit_accel.config",
+    "SparseLumina2Pipeline": "dit_accel.pipelines.lumina2",
+    "SparseLuminaPipeline": "dit_accel.pipelines.lumina",
+    "SparseStableDiffusion3Pipeline": "dit_accel.pipelines.sd3",
     "SparseWanImageToVideoPipeline": "dit_accel.pipelines.wan_i2v",
     "SparseWanPipeline": "dit_accel.pipelines.wan",
     "disable": "dit_accel.control",
     "enable": "dit_accel.control",
+    "estimate_memory": "dit_accel.control",
     "summary": "dit_accel.control",
 }
 

@@ -5,6 +5,7 @@ import difflib
 import math
 import os
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeGuard
 
@@ -12,6 +13,8 @@ COMBINES = ("none", "shared_softmax")
 CROSSOVERS = ("auto", "never")
 SELECTIONS = ("age", "std", "l2norm", "random")
 SECTIONS = ("ras", "sla")
+LINEAR_KV_FROM = 40
+"""Steps from which extrapolated keys and values were measured to pay (kv_predictor="auto")."""
 
 
 class _Config:
@@ -185,9 +188,7 @@ class RASConfig(_Config):
             for x in pairs  # type: ignore[union-attr]
         )
         starts = [x[0] for x in pairs] if good else []  # type: ignore[union-attr]
-        good = (
-            good and starts[0] == 0 and all(a < b for a, b in zip(starts, starts[1:], strict=False))
-        )
+        good = good and starts[0] == 0 and all(a < b for a, b in pairwise(starts))
         _check("ratio", pairs, good, accepted)
         for _, ratio in pairs:  # type: ignore[union-attr]
             _check_fraction("ratio", ratio)
@@ -211,6 +212,12 @@ class RASConfig(_Config):
         if isinstance(self.ratio, int | float):
             return self.ratio
         return min(ratio for _, ratio in self.ratio)
+
+    def linear_kv(self, num_steps: int) -> bool:
+        """Whether keys and values are extrapolated in a run of so many steps, memory permitting."""
+        if self.kv_predictor == "auto":
+            return num_steps >= LINEAR_KV_FROM
+        return self.kv_predictor == "linear"
 
     @property
     def age_limit(self) -> int | None:

@@ -1,8 +1,8 @@
-"""`enable`, `disable`, `summary`: acceleration of a pipeline, put on and taken off again."""
+"""`enable`, `disable`, `summary`, `estimate_memory`: acceleration of a pipeline, put on and taken off."""
 
+import math
 import os
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,122 +10,9 @@ from torch import nn
 
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.models import FAMILIES, Family, family_of
-from dit_accel.models.clock import Clock
-from dit_accel.ras import RegionAdaptiveSampling
-from dit_accel.sla import SparseAttention
-
-
-class Session:
-    """One transformer's acceleration: the processors put in, the hooks, and what they share."""
-
-    def __init__(
-        self, pipe: Any, family: Family, *, ras: RASConfig | None, sla: SLAConfig | None
-    ) -> None:
-        transformer = pipe.transformer
-        self.family = family
-        self.layers = family.self_attention(transformer)
-        self.cross = family.cross_attention(transformer) if ras is not None else {}
-        self._check(transformer, ras)
-        self.clock = Clock(pipe)
-        self.sla = None if sla is None else SparseAttention(sla, len(self.layers))
-        self.ras = None if ras is None else RegionAdaptiveSampling(ras, self.layers)
-        for i, (name, layer) in enumerate(self.layers.items()):
-            processor = family.processor(layer.module.processor)
-            if self.sla is not None:
-                processor.attend = partial(self.sla, i)
-            if self.ras is not None:
-                processor.kv_store = self.ras.stores[name]
-            layer.module.set_processor(processor)
-        for module in self.cross.values():
-            module.set_processor(family.cross_processor(module.processor))
-        self._installed = {name: module.processor for name, module in self._modules()}
-        self._hooks = [
-            transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True),
-            transformer.register_forward_hook(self.after_forward, always_call=True),
-        ]
-        if self.ras is not None:
-            self._hooks += family.hooks(transformer, self.ras)
-
-    @property
-    def ras_config(self) -> RASConfig | None:
-        return None if self.ras is None else self.ras.config
-
-    @property
-    def sla_config(self) -> SLAConfig | None:
-        return None if self.sla is None else self.sla.config
-
-    def _modules(self) -> list[tuple[str, Any]]:
-        return [(name, x.module) for name, x in self.layers.items()] + list(self.cross.items())
-
-    def _check(self, transformer: Any, ras: RASConfig | None) -> None:
-        for name, module in self._modules():
-            kind = type(module.processor).__name__
-            if kind not in self.family.stock_processors:
-                raise ValueError(
-                    f"pipe.transformer.{name}: processor {kind}; accepted: {', '.join(self.family.stock_processors)} "
-                    "(restore it before enable)"
-                )
-            if getattr(module.processor, "_parallel_config", None) is not None:
-                raise ValueError(
-                    "pipe.transformer: context parallelism is on; accepted: a single device"
-                )
-        if ras is not None and getattr(transformer, "is_cache_enabled", False):
-            raise ValueError(
-                "ras: a step cache of diffusers is on, and both decide what a step computes; "
-                "call pipe.transformer.disable_cache() first"
-            )
-
-    @torch.compiler.disable
-    def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of the transformer."""
-        call = self.family.call(self.clock.pipe, transformer, args, kwargs)
-        if self.clock.tick(transformer, call.context, call.variant):
-            self._begin_run(transformer)
-        grid = self.family.token_grid(transformer, call.hidden_states)
-        if self.sla is not None:
-            self.sla.begin_step(self.clock.step, self.clock.num_steps, grid)
-        if self.ras is not None:
-            guidance = bool(getattr(self.clock.pipe, "do_classifier_free_guidance", False))
-            self.ras.begin_call(self.clock, call, grid, halves=2 if guidance else 1)
-            kwargs = self.family.focus_inputs(self.ras, kwargs)
-        return args, kwargs
-
-    def _begin_run(self, transformer: Any) -> None:
-        for name, module in self._modules():
-            if module.processor is not self._installed[name]:
-                raise RuntimeError(
-                    f"the processor of {name} was changed after enable: call disable() first"
-                )
-        if self.sla is not None:
-            self.sla.reset()
-        if self.ras is not None:
-            if getattr(transformer, "is_cache_enabled", False):
-                raise RuntimeError(
-                    "a step cache of diffusers was switched on after enable(ras=...), and both decide what a "
-                    "step computes: call pipe.transformer.disable_cache() or disable() first"
-                )
-            self.ras.reset()
-
-    @torch.compiler.disable
-    def after_forward(self, transformer: nn.Module, args: tuple, output: Any) -> None:
-        """Forward hook of the transformer, called after a failure too."""
-        if self.ras is None:
-            return
-        for module in self.cross.values():
-            if hasattr(module.processor, "text"):
-                module.processor.text = None
-        self.ras.end_call(self.clock, failed=output is None)
-
-    def remove(self, transformer: nn.Module) -> None:
-        """Put back what was there; processors that somebody else set stay."""
-        for hook in self._hooks:
-            hook.remove()
-        for name, module in self._modules():
-            ours = self._installed[name]
-            if module.processor is ours:
-                if hasattr(ours, "_attention_backend"):
-                    ours.stock._attention_backend = ours._attention_backend
-                module.set_processor(ours.stock)
+from dit_accel.ras import memory
+from dit_accel.session import Session
+from dit_accel.summaries import Summary, summarise
 
 
 def session_of(pipe: Any) -> Session | None:
@@ -139,13 +26,25 @@ def session_of(pipe: Any) -> Session | None:
     return None
 
 
+def _family(pipe: Any) -> Family:
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(
+            "pipe.transformer_2: two-transformer pipelines (Wan2.2) are not supported; accepted: None"
+        )
+    if not isinstance(getattr(pipe, "transformer", None), nn.Module):
+        raise ValueError(
+            f"pipe: {type(pipe).__name__} has no transformer; accepted are pipelines of {', '.join(FAMILIES)}"
+        )
+    return family_of(pipe.transformer)
+
+
 def enable(
     pipe: Any,
     *,
     ras: RASConfig | dict | str | os.PathLike | None = None,
     sla: SLAConfig | dict | str | os.PathLike | None = None,
 ) -> None:
-    """Accelerate a diffusers pipeline in place.
+    """Accelerate a diffusers pipeline in place. One method can be added to the other later.
 
     Args:
         pipe: a pipeline with a supported transformer: Wan2.1, Stable Diffusion 3 and 3.5,
@@ -156,7 +55,7 @@ def enable(
             a YAML file, or a dict of `SLAConfig` fields.
 
     Raises:
-        ValueError: a bad argument, a pipeline that is not supported, or one that is already on.
+        ValueError: a bad argument, a pipeline that is not supported, or a method that is on already.
     """
     if ras is None and sla is None:
         raise ValueError(
@@ -164,15 +63,7 @@ def enable(
         )
     ras_config = None if ras is None else RASConfig.load(ras)
     sla_config = None if sla is None else SLAConfig.load(sla)
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise ValueError(
-            "pipe.transformer_2: two-transformer pipelines (Wan2.2) are not supported; accepted: None"
-        )
-    if not isinstance(getattr(pipe, "transformer", None), nn.Module):
-        raise ValueError(
-            f"pipe: {type(pipe).__name__} has no transformer; accepted are pipelines of {', '.join(FAMILIES)}"
-        )
-    family = family_of(pipe.transformer)
+    family = _family(pipe)
     if sla_config is not None and not family.sparse_attention:
         raise ValueError(
             f"sla: sparse attention does not support {family.name} yet; accepted: None"
@@ -197,127 +88,97 @@ def disable(pipe: Any) -> None:
         session.remove(pipe.transformer)
 
 
-@dataclass(frozen=True)
-class LayerSummary:
-    """One self-attention layer in the last run."""
-
-    name: str
-    scheduled: bool
-    """Whether the schedule lets this layer run sparse at all."""
-    sparse_calls: int
-    dense_calls: dict[str, int]
-    """By reason."""
-    density: float | None
-    """Mean over the sparse calls."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What acceleration did in the last run; prints as a table."""
-
-    enabled: bool
-    config: dict[str, Any]
-    layers: list[LayerSummary]
-
-    @property
-    def sparse_calls(self) -> int:
-        return sum(layer.sparse_calls for layer in self.layers)
-
-    @property
-    def dense_calls(self) -> dict[str, int]:
-        """Self-attention calls that ran dense, by reason."""
-        total: dict[str, int] = {}
-        for layer in self.layers:
-            for reason, n in layer.dense_calls.items():
-                total[reason] = total.get(reason, 0) + n
-        return total
-
-    @property
-    def density(self) -> float | None:
-        """Attended share of all (query, key) pairs, averaged over the sparse calls."""
-        kept = sum(
-            layer.density * layer.sparse_calls for layer in self.layers if layer.density is not None
-        )
-        return kept / self.sparse_calls if self.sparse_calls else None
-
-    @property
-    def overall_density(self) -> float | None:
-        """The same over every self-attention call: dense steps and layers count as 1."""
-        dense = sum(self.dense_calls.values())
-        calls = self.sparse_calls + dense
-        return ((self.density or 0.0) * self.sparse_calls + dense) / calls if calls else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "enabled": self.enabled,
-            "config": self.config,
-            "density": self.density,
-            "overall_density": self.overall_density,
-            "sparse_calls": self.sparse_calls,
-            "dense_calls": self.dense_calls,
-            # One cross-attention follows every self-attention; it is never replaced.
-            "cross_attention_dense_calls": self.sparse_calls + sum(self.dense_calls.values()),
-            "layers": [vars(layer) for layer in self.layers],
-        }
-
-    def __str__(self) -> str:
-        if not self.enabled:
-            return "acceleration is off"
-        rows = [("layer", "sparse", "dense", "density", "why dense")]
-        for x in self.layers:
-            why = ", ".join(f"{n} x {reason}" for reason, n in x.dense_calls.items())
-            density = "-" if x.density is None else f"{x.density:.3f}"
-            rows.append(
-                (x.name, str(x.sparse_calls), str(sum(x.dense_calls.values())), density, why)
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [
-            "  ".join(
-                [*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]
-            ).rstrip()
-            for row in rows
-        ]
-        if self.density is not None:
-            lines.append(
-                f"density {self.density:.3f} in sparse calls, {self.overall_density:.3f} over all self-attention"
-            )
-        elif self.layers and sum(self.dense_calls.values()):
-            lines.append("no self-attention call ran sparse")
-        lines.append("cross-attention is always dense")
-        return "\n".join(lines)
-
-
 def summary(pipe: Any, *, strict: bool = False) -> Summary:
-    """What ran sparse and what ran dense, and why, in the last run of this pipeline.
+    """What ran sparse or on some tokens only, what ran dense, and why, in the last run.
 
     Args:
         pipe: a pipeline, enabled or not.
-        strict: raise RuntimeError if a layer that the schedule lets run sparse never did.
+        strict: raise RuntimeError if a layer that the schedule lets run sparse never did, or if
+            region-adaptive sampling is on and no step ran on some of the tokens only.
     """
     session = session_of(pipe)
     if session is None:
         if strict:
             raise RuntimeError("acceleration is off: call enable() first")
         return Summary(enabled=False, config={}, layers=[])
-    sla = session.sla
-    layers = (
-        []
-        if sla is None
-        else [
-            LayerSummary(
-                name=name,
-                scheduled=sla.is_scheduled(i),
-                sparse_calls=stats.sparse_calls,
-                dense_calls=dict(stats.dense_calls),
-                density=stats.density,
+    result = summarise(session, pipe.transformer)
+    if strict:
+        never = [x for x in result.layers if x.scheduled and not x.sparse_calls]
+        if never:
+            raise RuntimeError(
+                "never sparse although scheduled: "
+                + "; ".join(f"{x.name} ({', '.join(x.dense_calls) or 'not called'})" for x in never)
             )
-            for i, (name, stats) in enumerate(zip(session.layers, sla.layers, strict=True))
-        ]
+        if result.ras is not None and not result.ras.ras_steps:
+            reasons = ", ".join(result.ras.dense_calls) or "not called"
+            raise RuntimeError(f"region-adaptive sampling never left a token out ({reasons})")
+    return result
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What region-adaptive sampling will keep, in bytes."""
+
+    kv_bytes: int
+    """Cached keys and values of all contexts."""
+    output_bytes: int
+    """Cached outputs."""
+    free_bytes: int
+    """Free on the pipeline's device now."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.kv_bytes + self.output_bytes
+
+    @property
+    def fits(self) -> bool:
+        """If not, region-adaptive sampling goes off for that run."""
+        return self.kv_bytes <= self.free_bytes
+
+
+def estimate_memory(
+    pipe: Any,
+    *,
+    height: int,
+    width: int,
+    num_frames: int = 1,
+    ras: RASConfig | dict | str | os.PathLike = "balanced",
+    num_inference_steps: int = 50,
+    batch_size: int = 1,
+    guidance: bool = True,
+    max_sequence_length: int = 256,
+) -> MemoryEstimate:
+    """What `enable(pipe, ras=...)` will keep during a run of this size.
+
+    Args:
+        pipe: a supported pipeline; it need not be enabled.
+        height, width, num_frames: as in its call.
+        ras: as in `enable`.
+        num_inference_steps: decides on kv_predictor="auto".
+        batch_size: prompts times images per prompt.
+        guidance: whether classifier-free guidance is on (two contexts).
+        max_sequence_length: text tokens; they are cached in Lumina-Image 2.0 only.
+    """
+    config = RASConfig.load(ras)
+    family = _family(pipe)
+    transformer = pipe.transformer
+    latents = torch.empty(
+        family.latent_shape(pipe, height, width, num_frames), device="meta", dtype=transformer.dtype
     )
-    if strict and (never := [x for x in layers if x.scheduled and not x.sparse_calls]):
-        raise RuntimeError(
-            "never sparse although scheduled: "
-            + "; ".join(f"{x.name} ({', '.join(x.dense_calls) or 'not called'})" for x in never)
-        )
-    return Summary(enabled=True, config={} if sla is None else sla.config.to_dict(), layers=layers)
+    tokens = math.prod(family.token_grid(transformer, latents))
+    rows = batch_size * (2 if guidance else 1)
+    linear = config.linear_kv(num_inference_steps)
+    layers = [
+        (tokens + (0 if x.layout == "image" else max_sequence_length), x.kv_heads, x.head_dim)
+        for x in family.self_attention(transformer).values()
+    ]
+    itemsize = transformer.dtype.itemsize
+    kinds = 2 if config.predictor == "linear" else 1
+    outputs = (
+        latents[0].numel() // transformer.config.in_channels * family.output_channels(transformer)
+    )
+    return MemoryEstimate(
+        kv_bytes=memory.cache_bytes(layers, rows, itemsize, config.kv_cache, linear),
+        output_bytes=rows * outputs * itemsize * kinds,
+        free_bytes=memory.free_bytes(torch.device(pipe._execution_device)),
+    )

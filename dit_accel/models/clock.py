@@ -34,7 +34,7 @@ class Clock:
         self._timesteps: Any = None
         self._begin: int | None = None
         self.contexts: dict[Hashable, Context] = {}
-        self.context: Context | None = None
+        self.context: Context = None  # type: ignore[assignment]  # set by `tick`
         """Of the current call."""
         self.step = 0
         self.num_steps = 0

@@ -109,6 +109,15 @@ class Family:
         """Image tokens (t, h, w); they lie in raster order, w fastest."""
         raise NotImplementedError
 
+    def latent_shape(self, pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, ...]:
+        """What the transformer gets for one sample of this size, in pixels."""
+        scale = pipe.vae_scale_factor
+        return 1, pipe.transformer.config.in_channels, height // scale, width // scale
+
+    def output_channels(self, transformer: Any) -> int:
+        """Channels of the output at each latent position."""
+        return transformer.out_channels
+
     def focus_inputs(self, focus: Focus, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of the transformer with token-wise ones reduced to the active tokens."""
         return kwargs
@@ -154,6 +163,12 @@ def _prepared(
     change: Callable[..., Any], state: tuple, _module: Any, args: Any, kwargs: Any
 ) -> Any:
     return change(*state, args, kwargs)
+
+
+def computed_once(attn: Any, compute: Callable[..., Any], text: Tensor) -> Any:
+    """`compute(attn, text)`; None where the weights are elsewhere (block-wise offloading): then the
+    processor has to compute it in each call."""
+    return compute(attn, text) if next(attn.parameters()).device == text.device else None
 
 
 def projections(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

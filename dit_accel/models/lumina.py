@@ -8,7 +8,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, after, argument
+from dit_accel.models.family import (
+    AttentionLayer,
+    Call,
+    Family,
+    Focus,
+    after,
+    argument,
+    computed_once,
+)
 
 
 class LuminaNext(Family):
@@ -75,7 +83,7 @@ def _embedded(focus: Focus, layers: Any, output: tuple[Any, ...]) -> tuple[Any, 
     tokens, mask, size, rotary = output
     if "text" not in focus.per_context:
         focus.per_context["text"] = [
-            _text_key_value(x.attn2, x.norm1_context(focus.call.context)) for x in layers
+            computed_once(x.attn2, _key_value, x.norm1_context(focus.call.context)) for x in layers
         ]
     for layer, known in zip(layers, focus.per_context["text"], strict=True):
         layer.attn2.processor.text = known
@@ -89,14 +97,6 @@ def _key_value(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         key = attn.norm_k(key)
     head_dim = attn.inner_dim // attn.heads
     return key.unflatten(2, (-1, head_dim)), value.unflatten(2, (-1, head_dim))
-
-
-def _text_key_value(attn: Any, text: Tensor) -> tuple[Tensor, Tensor] | None:
-    """None where the weights are elsewhere (block-wise offloading)."""
-    if next(attn.parameters()).device != text.device:
-        return None
-    key, value = _key_value(attn, text)
-    return key.to(text.dtype), value
 
 
 class _Processor:
@@ -124,8 +124,7 @@ class _Processor:
         scale: float | None,
     ) -> Float[Tensor, "b l h d"]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if mask is not None:
-            mask = mask.bool()[:, None, None]
+        mask = None if mask is None else mask.bool()[:, None, None]
         # Grouped heads are repeated as diffusers does: SDPA's own grouping is slower with a mask.
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
@@ -152,7 +151,7 @@ class LuminaSparseAttnProcessor(_Processor):
         query = self.query(attn, hidden_states, query_rotary_emb)
         key, value = _key_value(attn, encoder_hidden_states)
         if key_rotary_emb is not None:
-            key = apply_rotary_emb(key, key_rotary_emb, use_real=False)
+            key = apply_rotary_emb(key, key_rotary_emb, use_real=False)  # type: ignore[assignment]
         key = key.to(query.dtype)
         if self.kv_store is not None:
             key, value = self.kv_store(key, value)
@@ -180,8 +179,5 @@ class LuminaTextAttnProcessor(_Processor):
         base_sequence_length: int | None = None,
     ) -> Float[Tensor, "b l h d"]:
         query = self.query(attn, hidden_states, query_rotary_emb)
-        text = self.text
-        if text is None:
-            key, value = _key_value(attn, encoder_hidden_states)
-            text = key.to(query.dtype), value
-        return self.dense(query, text[0], text[1], attention_mask, None).to(query.dtype)
+        key, value = self.text or _key_value(attn, encoder_hidden_states)
+        return self.dense(query, key.to(query.dtype), value, attention_mask, None).to(query.dtype)

@@ -15,6 +15,7 @@ from dit_accel.models.family import (
     after,
     argument,
     before,
+    computed_once,
     projections,
 )
 
@@ -61,6 +62,14 @@ class Wan(Family):
             for n, p in zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)
         )
         return t, h, w
+
+    def latent_shape(self, pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, ...]:
+        frames = (num_frames - 1) // pipe.vae_scale_factor_temporal + 1
+        scale = pipe.vae_scale_factor_spatial
+        return 1, pipe.transformer.config.in_channels, frames, height // scale, width // scale
+
+    def output_channels(self, transformer: Any) -> int:
+        return transformer.config.out_channels
 
     def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
         embedder = transformer.condition_embedder
@@ -111,16 +120,15 @@ def _text_keys(focus: Focus, modules: list[Any], output: tuple[Any, ...]) -> Non
     text, image = output[2], output[3]
     if "text" not in focus.per_context:
         context = text if image is None else torch.cat([image, text], dim=1)
-        focus.per_context["text"] = [_text_key_value(attn, context) for attn in modules]
+        focus.per_context["text"] = [
+            computed_once(attn, _text_key_value, context) for attn in modules
+        ]
     for attn, known in zip(modules, focus.per_context["text"], strict=True):
         attn.processor.text = known
 
 
-def _text_key_value(attn: Any, context: Tensor) -> tuple[Tensor, ...] | None:
-    """(key, value) or (key, value, image key, image value), `[R, L, H, D]`; None where the weights
-    are elsewhere (block-wise offloading): the processor then computes them itself."""
-    if next(attn.parameters()).device != context.device:
-        return None
+def _text_key_value(attn: Any, context: Tensor) -> tuple[Tensor, ...]:
+    """(key, value) or (key, value, image key, image value), `[R, L, H, D]`."""
     text = context
     image: tuple[Tensor, ...] = ()
     if attn.add_k_proj is not None:
@@ -202,9 +210,7 @@ class WanTextAttnProcessor(_Processor):
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Float[Tensor, "b l c"]:
-        text = self.text
-        if text is None:
-            text = _text_key_value(attn, encoder_hidden_states)
+        text = self.text or _text_key_value(attn, encoder_hidden_states)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         out = self.dense(query, text[0], text[1], attention_mask)
         if len(text) == 4:

@@ -1,13 +1,14 @@
-"""Wan2.1 image-to-video with sparse attention (apart: importing it needs an image processor)."""
+"""Wan2.1 image-to-video, accelerated (apart: importing it needs an image processor)."""
 
 from diffusers import WanImageToVideoPipeline
 
 from dit_accel.pipelines.base import SparsePipelineMixin
-from dit_accel.pipelines.wan import WanSizes, checked_call
+from dit_accel.pipelines.sizes import VideoSizes, checked_call
 
 
-class SparseWanImageToVideoPipeline(SparsePipelineMixin, WanSizes, WanImageToVideoPipeline):
-    """`diffusers.WanImageToVideoPipeline` with sparse self-attention; every argument of the parent works."""
+class SparseWanImageToVideoPipeline(SparsePipelineMixin, VideoSizes, WanImageToVideoPipeline):
+    """`diffusers.WanImageToVideoPipeline` with sparse self-attention and region-adaptive sampling; every
+    argument of the parent works."""
 
     _parent = "WanImageToVideoPipeline"
     _sla = "balanced"

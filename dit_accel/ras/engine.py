@@ -19,9 +19,6 @@ from dit_accel.ras.predictor import extrapolation_factor
 from dit_accel.ras.schedule import Schedule, plan_steps
 from dit_accel.ras.selection import band_score, choose, tile_tokens, token_scores
 
-LINEAR_KV_FROM = 40
-"""Steps from which extrapolated keys and values were measured to pay (kv_predictor="auto")."""
-
 
 @dataclass
 class StepRecord:
@@ -174,13 +171,11 @@ class RegionAdaptiveSampling(Focus):
         self.selection.begin_step(step, self._tile_metric())
 
         geometry = (rows, samples, grid, latents.dtype, latents.device)
-        state = clock.context.state if clock.context is not None else None
-        fresh = state is None or state.geometry != geometry or state.epoch != call.epoch
-        if fresh:
-            state = ContextState(geometry, call.epoch)
-            if clock.context is not None:
-                clock.context.state = state
-        self.context = state
+        known: ContextState | None = clock.context.state
+        fresh = known is None or known.geometry != geometry or known.epoch != call.epoch
+        if known is None or fresh:
+            known = clock.context.state = ContextState(geometry, call.epoch)
+        self.context = known
 
         tiles = self.selection.tiles
         reason = self.off
@@ -219,7 +214,7 @@ class RegionAdaptiveSampling(Focus):
                 context.state = None
             self.reset()
             return
-        if clock.step >= clock.num_steps - 1 and clock.context is not None:
+        if clock.step >= clock.num_steps - 1:
             clock.context.state = None
         self._finish_call()
 
@@ -259,7 +254,6 @@ class RegionAdaptiveSampling(Focus):
 
     def _choose_memory(self, call: Call, tokens: int, rows: int, num_steps: int) -> None:
         """Whether keys and values are extrapolated, and whether they fit at all."""
-        policy = self.config.kv_predictor
         device = call.hidden_states.device
         text = call.context.shape[1] if call.context.ndim > 2 else 0
         itemsize = _compute_dtype(call.hidden_states).itemsize
@@ -272,9 +266,9 @@ class RegionAdaptiveSampling(Focus):
         def need(linear: bool) -> int:
             return memory.cache_bytes(sizes, rows, itemsize, self.config.kv_cache, linear)
 
-        self.linear_kv = policy == "linear" or (
-            policy == "auto" and num_steps >= LINEAR_KV_FROM and need(True) <= free
-        )
+        self.linear_kv = self.config.linear_kv(num_steps)
+        if self.config.kv_predictor == "auto" and need(True) > free:
+            self.linear_kv = False
         if need(self.linear_kv) > free:
             gib = 2.0**30
             self.off = "not enough memory for cached keys and values"

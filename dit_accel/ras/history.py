@@ -17,16 +17,16 @@ class Full:
         # Zeros, not empty memory: a difference to what was never written must stay finite.
         self.data = like.new_zeros(tokens, *shape)
 
-    def write(self, x: Float[Tensor, "t *d"]) -> None:
+    def write(self, x: Float[Tensor, "t ..."]) -> None:
         self.data.copy_(x)
 
-    def put(self, index: Int[Tensor, " n"], x: Float[Tensor, "n *d"]) -> None:
+    def put(self, index: Int[Tensor, " n"], x: Float[Tensor, "n ..."]) -> None:
         self.data.index_copy_(0, index, x.to(self.data.dtype))
 
-    def read(self) -> Float[Tensor, "t *d"]:
+    def read(self) -> Float[Tensor, "t ..."]:
         return self.data
 
-    def take(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n *d"]:
+    def take(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n ..."]:
         return self.data.index_select(0, index)
 
     @property
@@ -51,20 +51,20 @@ class Fp8:
     def _decode(self, data: Tensor, scale: Tensor) -> Tensor:
         return (data.view(FP8).float() * scale).to(self.dtype)
 
-    def write(self, x: Float[Tensor, "t *d"]) -> None:
+    def write(self, x: Float[Tensor, "t ..."]) -> None:
         data, scale = self._encode(x)
         self.data.copy_(data)
         self.scale.copy_(scale)
 
-    def put(self, index: Int[Tensor, " n"], x: Float[Tensor, "n *d"]) -> None:
+    def put(self, index: Int[Tensor, " n"], x: Float[Tensor, "n ..."]) -> None:
         data, scale = self._encode(x)
         self.data.index_copy_(0, index, data)
         self.scale.index_copy_(0, index, scale)
 
-    def read(self) -> Float[Tensor, "t *d"]:
+    def read(self) -> Float[Tensor, "t ..."]:
         return self._decode(self.data, self.scale)
 
-    def take(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n *d"]:
+    def take(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n ..."]:
         return self._decode(self.data.index_select(0, index), self.scale.index_select(0, index))
 
     @property
@@ -102,7 +102,7 @@ class History:
         self.delta = buffer(rows * length, shape, like) if linear else None
         self.exact = policy == "full"
 
-    def replace(self, x: Float[Tensor, "r l *d"], same: Float[Tensor, " t"] | None = None) -> None:
+    def replace(self, x: Float[Tensor, "r l ..."], same: Float[Tensor, " t"] | None = None) -> None:
         """Every token is new.
 
         Args:
@@ -119,11 +119,11 @@ class History:
 
     def update(
         self,
-        x: Float[Tensor, "r n *d"],
+        x: Float[Tensor, "r n ..."],
         index: Int[Tensor, " rn"],
         factor: Float[Tensor, " t"],
         same: Float[Tensor, " t"] | None = None,
-    ) -> Float[Tensor, "r l *d"]:
+    ) -> Float[Tensor, "r l ..."]:
         """The tokens `index` (flat) are new; returns all, the others predicted.
 
         The result may be the buffer itself: it holds until the next update.

@@ -26,8 +26,8 @@ def extrapolation_factor(
 
 
 def extrapolate(
-    last: Float[Tensor, "r n *d"], delta: Float[Tensor, "r n *d"], factor: Float[Tensor, "r n"]
-) -> Float[Tensor, "r n *d"]:
+    last: Float[Tensor, "r n ..."], delta: Float[Tensor, "r n ..."], factor: Float[Tensor, "r n"]
+) -> Float[Tensor, "r n ..."]:
     """last + factor * delta, delta being the change between a token's last two updates."""
     factor = factor.reshape(*factor.shape, *[1] * (last.ndim - 2)).to(last.dtype)
     return torch.addcmul(last, factor, delta)

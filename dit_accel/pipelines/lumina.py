@@ -1,0 +1,20 @@
+"""Lumina-Next, accelerated."""
+
+from diffusers import LuminaPipeline
+
+from dit_accel.pipelines.base import SparsePipelineMixin
+from dit_accel.pipelines.sizes import ImageSizes, checked_call
+
+
+class SparseLuminaPipeline(SparsePipelineMixin, ImageSizes, LuminaPipeline):
+    """`diffusers.LuminaPipeline` with region-adaptive sampling; every argument of the parent works.
+
+    Example:
+        >>> pipe = SparseLuminaPipeline.from_pretrained(
+        ...     "Alpha-VLLM/Lumina-Next-SFT-diffusers", ras="balanced"
+        ... )
+        >>> image = pipe("a cat on a skateboard", num_inference_steps=30).images[0]
+    """
+
+    _parent = "LuminaPipeline"
+    __call__ = checked_call(LuminaPipeline.__call__)

@@ -1,0 +1,20 @@
+"""Lumina-Image 2.0, accelerated."""
+
+from diffusers import Lumina2Pipeline
+
+from dit_accel.pipelines.base import SparsePipelineMixin
+from dit_accel.pipelines.sizes import ImageSizes, checked_call
+
+
+class SparseLumina2Pipeline(SparsePipelineMixin, ImageSizes, Lumina2Pipeline):
+    """`diffusers.Lumina2Pipeline` with region-adaptive sampling; every argument of the parent works.
+
+    Example:
+        >>> pipe = SparseLumina2Pipeline.from_pretrained(
+        ...     "Alpha-VLLM/Lumina-Image-2.0", ras="balanced"
+        ... )
+        >>> image = pipe("a cat on a skateboard", num_inference_steps=50).images[0]
+    """
+
+    _parent = "Lumina2Pipeline"
+    __call__ = checked_call(Lumina2Pipeline.__call__)

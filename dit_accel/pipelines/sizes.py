@@ -1,0 +1,70 @@
+"""Sizes are refused before any work starts, never silently rounded."""
+
+import functools
+import inspect
+from typing import Any
+
+
+def _check_multiple(name: str, value: Any, step: int) -> None:
+    if not isinstance(value, int) or value < step or value % step:
+        low = value // step * step if isinstance(value, int) else 0
+        raise ValueError(
+            f"{name}={value!r}: accepted are multiples of {step}, such as {max(low, step)} or {low + step}"
+        )
+
+
+class VideoSizes:
+    """Of Wan pipelines: diffusers would round."""
+
+    def check_sizes(
+        self, *, height: int = 480, width: int = 832, num_frames: int = 81, **_: Any
+    ) -> None:
+        """Raise ValueError for a size that this model cannot make (defaults as in `__call__`)."""
+        patch = self.transformer.config.patch_size  # type: ignore[attr-defined]
+        spatial = self.vae_scale_factor_spatial  # type: ignore[attr-defined]
+        temporal = self.vae_scale_factor_temporal  # type: ignore[attr-defined]
+        for name, value, p in (("height", height, patch[1]), ("width", width, patch[2])):
+            _check_multiple(name, value, max(16, spatial * p))  # diffusers itself insists on 16
+        if not isinstance(num_frames, int) or num_frames < 1 or (num_frames - 1) % temporal:
+            low = (num_frames - 1) // temporal * temporal + 1 if isinstance(num_frames, int) else 1
+            raise ValueError(
+                f"num_frames={num_frames!r}: accepted is {temporal}k+1, such as {max(low, 1)} or {max(low, 1) + temporal}"
+            )
+
+
+class ImageSizes:
+    """Of image pipelines."""
+
+    def check_sizes(
+        self,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        **_: Any,
+    ) -> None:
+        """Raise ValueError for a size that this model cannot make; None is the pipeline's default."""
+        step = self.vae_scale_factor * self.transformer.config.patch_size  # type: ignore[attr-defined]
+        for name, value in (("height", height), ("width", width)):
+            if value is not None:
+                _check_multiple(name, value, step)
+        if num_frames is not None:
+            raise ValueError(f"num_frames={num_frames!r}: this model makes images; accepted: None")
+
+
+def checked_call(call: Any) -> Any:
+    """The parent's `__call__`, same signature, with sizes checked first."""
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.check_sizes(
+            **{
+                k: x
+                for k, x in signature.bind(self, *args, **kwargs).arguments.items()
+                if k != "self"
+            }
+        )
+        return call(self, *args, **kwargs)
+
+    return checked

@@ -1,0 +1,126 @@
+"""`Session`: one transformer's acceleration, and what of it hangs on the transformer."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.models import Family
+from dit_accel.models.clock import Clock
+from dit_accel.ras import RegionAdaptiveSampling
+from dit_accel.sla import SparseAttention
+
+
+class Session:
+    """One transformer's acceleration: the processors put in, the hooks, and what they share."""
+
+    def __init__(
+        self, pipe: Any, family: Family, *, ras: RASConfig | None, sla: SLAConfig | None
+    ) -> None:
+        transformer = pipe.transformer
+        self.family = family
+        self.layers = family.self_attention(transformer)
+        self.cross = family.cross_attention(transformer) if ras is not None else {}
+        self._check(transformer, ras)
+        self.clock = Clock(pipe)
+        self.sla = None if sla is None else SparseAttention(sla, len(self.layers))
+        self.ras = None if ras is None else RegionAdaptiveSampling(ras, self.layers)
+        for i, (name, layer) in enumerate(self.layers.items()):
+            processor = family.processor(layer.module.processor)
+            if self.sla is not None:
+                processor.attend = partial(self.sla, i)
+            if self.ras is not None:
+                processor.kv_store = self.ras.stores[name]
+            layer.module.set_processor(processor)
+        for module in self.cross.values():
+            module.set_processor(family.cross_processor(module.processor))
+        self._installed = {name: module.processor for name, module in self._modules()}
+        self._hooks = [
+            transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            transformer.register_forward_hook(self.after_forward, always_call=True),
+        ]
+        if self.ras is not None:
+            self._hooks += family.hooks(transformer, self.ras)
+
+    @property
+    def ras_config(self) -> RASConfig | None:
+        return None if self.ras is None else self.ras.config
+
+    @property
+    def sla_config(self) -> SLAConfig | None:
+        return None if self.sla is None else self.sla.config
+
+    def _modules(self) -> list[tuple[str, Any]]:
+        return [(name, x.module) for name, x in self.layers.items()] + list(self.cross.items())
+
+    def _check(self, transformer: Any, ras: RASConfig | None) -> None:
+        for name, module in self._modules():
+            kind = type(module.processor).__name__
+            if kind not in self.family.stock_processors:
+                raise ValueError(
+                    f"pipe.transformer.{name}: processor {kind}; accepted: {', '.join(self.family.stock_processors)} "
+                    "(restore it before enable)"
+                )
+            if getattr(module.processor, "_parallel_config", None) is not None:
+                raise ValueError(
+                    "pipe.transformer: context parallelism is on; accepted: a single device"
+                )
+        if ras is not None and getattr(transformer, "is_cache_enabled", False):
+            raise ValueError(
+                "ras: a step cache of diffusers is on, and both decide what a step computes; "
+                "call pipe.transformer.disable_cache() first"
+            )
+
+    @torch.compiler.disable
+    def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the transformer."""
+        call = self.family.call(self.clock.pipe, transformer, args, kwargs)
+        if self.clock.tick(transformer, call.context, call.variant):
+            self._begin_run(transformer)
+        grid = self.family.token_grid(transformer, call.hidden_states)
+        if self.sla is not None:
+            self.sla.begin_step(self.clock.step, self.clock.num_steps, grid)
+        if self.ras is not None:
+            guidance = bool(getattr(self.clock.pipe, "do_classifier_free_guidance", False))
+            self.ras.begin_call(self.clock, call, grid, halves=2 if guidance else 1)
+            kwargs = self.family.focus_inputs(self.ras, kwargs)
+        return args, kwargs
+
+    def _begin_run(self, transformer: Any) -> None:
+        for name, module in self._modules():
+            if module.processor is not self._installed[name]:
+                raise RuntimeError(
+                    f"the processor of {name} was changed after enable: call disable() first"
+                )
+        if self.sla is not None:
+            self.sla.reset()
+        if self.ras is not None:
+            if getattr(transformer, "is_cache_enabled", False):
+                raise RuntimeError(
+                    "a step cache of diffusers was switched on after enable(ras=...), and both decide what a "
+                    "step computes: call pipe.transformer.disable_cache() or disable() first"
+                )
+            self.ras.reset()
+
+    @torch.compiler.disable
+    def after_forward(self, transformer: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of the transformer, called after a failure too."""
+        if self.ras is None:
+            return
+        for module in self.cross.values():
+            if hasattr(module.processor, "text"):
+                module.processor.text = None
+        self.ras.end_call(self.clock, failed=output is None)
+
+    def remove(self, transformer: nn.Module) -> None:
+        """Put back what was there; processors that somebody else set stay."""
+        for hook in self._hooks:
+            hook.remove()
+        for name, module in self._modules():
+            ours = self._installed[name]
+            if module.processor is ours:
+                if hasattr(ours, "_attention_backend"):
+                    ours.stock._attention_backend = ours._attention_backend
+                module.set_processor(ours.stock)
