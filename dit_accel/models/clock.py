@@ -34,8 +34,7 @@ class Clock:
         self._timesteps: Any = None
         self._begin: int | None = None
         self.contexts: dict[Hashable, Context] = {}
-        self.context: Context = None  # type: ignore[assignment]  # set by `tick`
-        """Of the current call."""
+        self._current: Hashable = None
         self.step = 0
         self.num_steps = 0
 
@@ -43,6 +42,11 @@ class Clock:
     def pipe(self) -> Any:
         """The pipeline, while it lives."""
         return self._pipe()
+
+    @property
+    def context(self) -> Context:
+        """That of the current call."""
+        return self.contexts[self._current]
 
     def tick(self, module: nn.Module, tensor: Any, variant: Hashable = None) -> bool:
         """Note one call with this context; True if it begins a new run."""
@@ -56,14 +60,14 @@ class Clock:
             self.contexts.clear()
             self.step = 0
             self._begin = getattr(self._scheduler, "begin_index", None)
-        self.context = self._context(tensor, variant)
-        self.step = self._position(self.context.next_step)
-        self.context.next_step = self.step + 1
+        context = self._context(tensor, variant)
+        self.step = self._position(context.next_step)
+        context.next_step = self.step + 1
         self.num_steps = len(timesteps) - (self._begin or 0)
         return new_run
 
     def _context(self, tensor: Any, variant: Hashable) -> Context:
-        key = (id(tensor), variant)
+        key = self._current = (id(tensor), variant)
         context = self.contexts.get(key)
         if context is None or context.ref() is not tensor:
             contexts = self.contexts

@@ -52,17 +52,14 @@ class Lumina2(Family):
         return 1, hidden_states.shape[2] // p, hidden_states.shape[3] // p
 
     def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
-        handles = [
+        refiners = transformer.context_refiner
+        return [
             before(transformer.rope_embedder, _shrink_tables, focus),
             after(transformer.rope_embedder, _gather, focus, transformer.config.patch_size),
             after(transformer.norm_out, _complete, focus),
+            *(before(layer, _shrink_text, focus) for layer in refiners),
+            *(after(layer, _refined_text, focus) for layer in refiners[-1:]),
         ]
-        if len(transformer.context_refiner):
-            handles += [
-                before(transformer.context_refiner[0], _shrink_text, focus),
-                after(transformer.context_refiner[-1], _refined_text, focus),
-            ]
-        return handles
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
         config = transformer.config

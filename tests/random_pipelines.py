@@ -1,0 +1,215 @@
+"""Tiny pipelines of every family with random weights, called with random embeddings: no text encoder."""
+
+import torch
+
+SCHEDULERS = ("euler", "unipc", "dpm++", "heun")
+FAMILIES = ("wan", "sd3", "sd35", "lumina", "lumina2")
+
+
+def scheduler(name):
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        FlowMatchHeunDiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
+
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return {
+        "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "heun": lambda: FlowMatchHeunDiscreteScheduler(shift=3.0),
+        "unipc": lambda: UniPCMultistepScheduler(**flow),
+        "dpm++": lambda: DPMSolverMultistepScheduler(**flow),
+    }[name]()
+
+
+def _liven(transformer):
+    """Random weights where models start with zeros: gates, and outputs that would be constant."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if parameter.abs().max() == 0:
+                parameter.normal_(std=0.1, generator=generator)
+    return transformer.eval()
+
+
+def _image_vae(channels):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+        sample_size=64,
+    ).eval()
+
+
+def sd3(solver="euler", dual=()):
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pooled_projection_dim=16,
+        pos_embed_max_size=32,
+        qk_norm="rms_norm" if dual else None,
+        dual_attention_layers=dual,
+    )
+    parts = dict.fromkeys(
+        (
+            "text_encoder",
+            "text_encoder_2",
+            "text_encoder_3",
+            "tokenizer",
+            "tokenizer_2",
+            "tokenizer_3",
+        )
+    )
+    return StableDiffusion3Pipeline(
+        transformer=_liven(transformer), scheduler=scheduler(solver), vae=_image_vae(4), **parts
+    )
+
+
+def lumina(solver="euler"):
+    from diffusers import LuminaNextDiT2DModel, LuminaPipeline
+
+    torch.manual_seed(0)
+    transformer = LuminaNextDiT2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=3,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=24,
+    )
+    torch.nn.init.zeros_(transformer.pad_token)
+    return LuminaPipeline(
+        transformer=_liven(transformer),
+        scheduler=scheduler(solver),
+        vae=_image_vae(4),
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
+def lumina2(solver="euler"):
+    from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+
+    torch.manual_seed(0)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=48,
+        num_layers=2,
+        num_refiner_layers=2,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(64, 64, 64),
+        cap_feat_dim=24,
+    )
+    return Lumina2Pipeline(
+        transformer=_liven(transformer),
+        scheduler=scheduler(solver),
+        vae=_image_vae(4),
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
+def wan(solver="unipc"):
+    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=3,
+        rope_max_seq_len=32,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    return WanPipeline(
+        transformer=_liven(transformer),
+        scheduler=scheduler(solver),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
+def make(family, solver="euler"):
+    pipe = sd3(solver, dual=(0, 1)) if family == "sd35" else globals()[family](solver)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def embeddings(family, prompts):
+    """Random embeddings of numbered prompts; the text of prompt i has 5 + i tokens in the Luminas."""
+    rows, masks = [], []
+    for i in prompts:
+        generator = torch.Generator().manual_seed(100 + i)
+        rows.append(torch.randn(12, 24, generator=generator))
+        masks.append((torch.arange(12) < 5 + abs(i)).long())
+    rows, masks = torch.stack(rows), torch.stack(masks)
+    if family in ("sd3", "sd35"):
+        pooled = rows.flatten(1)[:, :16].clone()
+        return {"prompt_embeds": rows, "pooled_prompt_embeds": pooled}
+    if family == "wan":
+        return {"prompt_embeds": rows}
+    return {"prompt_embeds": rows, "prompt_attention_mask": masks}
+
+
+def run(pipe, family, prompts=(0,), *, height=None, width=None, steps=10, guidance=2.0, **changed):
+    """Latents of a call. Default sizes: 11 x 13 tokens of an image, 3 x 7 x 9 of a video."""
+    prompts = list(prompts)
+    call = embeddings(family, prompts)
+    negative = embeddings(family, [-3] * len(prompts))
+    call |= {f"negative_{name}": value for name, value in negative.items()}
+    generators = [torch.Generator().manual_seed(i) for i in prompts]
+    if family == "wan":
+        call |= {"height": height or 112, "width": width or 144, "num_frames": 9}
+    else:
+        call |= {"height": height or 176, "width": width or 208}
+    out = pipe(
+        **call
+        | {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators}
+        | {"output_type": "latent"}
+        | changed
+    )
+    return out.frames if family == "wan" else out.images
+
+
+def relative(a, b):
+    return float((a - b).double().norm() / b.double().norm())
