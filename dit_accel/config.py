@@ -88,7 +88,7 @@ class _Config:
 class RASConfig(_Config):
     """Region-adaptive sampling: on most steps the transformer runs on some of the tokens only."""
 
-    ratio: float | int | tuple[tuple[float, float], ...] | list = 0.5
+    ratio: float | int | tuple | list = 0.5
     """Active tokens / all image tokens on a RAS step, in (0, 1]; or a list of (start, ratio), where
     start is the fraction of the steps from which that ratio holds (the first is 0)."""
     warmup: int | float = 0.15
@@ -96,7 +96,7 @@ class RASConfig(_Config):
     3 steps; an int is a number of steps, at least 1."""
     tail: int | float = 1
     """Dense last steps; a float is a fraction, rounded up."""
-    resets: tuple[int | float, ...] | list = (0.43, 0.71)
+    resets: tuple | list = (0.43, 0.71)
     """Dense steps in between: fractions of the steps (rounded up) or step indices."""
     selection: Literal["age", "std", "l2norm", "random"] = "age"
     """Who is active: the tokens longest without an update; those whose latents change with the lowest

@@ -56,8 +56,8 @@ def sd3(solver="euler", dual=()):
     transformer = SD3Transformer2DModel(
         sample_size=32,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=16,
+        out_channels=16,
         num_layers=3,
         attention_head_dim=16,
         num_attention_heads=2,
@@ -79,7 +79,7 @@ def sd3(solver="euler", dual=()):
         )
     )
     return StableDiffusion3Pipeline(
-        transformer=_liven(transformer), scheduler=scheduler(solver), vae=_image_vae(4), **parts
+        transformer=_liven(transformer), scheduler=scheduler(solver), vae=_image_vae(16), **parts
     )
 
 
@@ -197,6 +197,8 @@ def run(pipe, family, prompts=(0,), *, height=None, width=None, steps=10, guidan
     call = embeddings(family, prompts)
     negative = embeddings(family, [-3] * len(prompts))
     call |= {f"negative_{name}": value for name, value in negative.items()}
+    if family != "wan":  # WanPipeline casts by itself
+        call = {k: x.to(pipe.transformer.dtype) if x.is_floating_point() else x for k, x in call.items()}
     generators = [torch.Generator().manual_seed(i) for i in prompts]
     if family == "wan":
         call |= {"height": height or 112, "width": width or 144, "num_frames": 9}

@@ -45,7 +45,7 @@ def tile_size(num_tokens: int, region: str) -> int:
 def ratios(config: RASConfig, num_steps: int) -> list[float | None]:
     """The ratio of each step as configured; None where the step is dense.
 
-    Resets that lie past the end are dropped with a warning.
+    A reset given as a step past the end is dropped with a warning.
     """
     if isinstance(config.warmup, float):
         warmup = max(3, num_steps_of(config.warmup, num_steps))
@@ -54,13 +54,12 @@ def ratios(config: RASConfig, num_steps: int) -> list[float | None]:
     tail = num_steps_of(config.tail, num_steps)
     dense = set(range(warmup)) | set(range(num_steps - tail, num_steps))
     for reset in config.resets:
-        step = num_steps_of(reset, num_steps)
-        if step >= num_steps:
+        if isinstance(reset, int) and reset >= num_steps:
             warnings.warn(
-                f"resets: step {step} is past the end of a run of {num_steps} steps; dropped",
+                f"resets: step {reset} is past the end of a run of {num_steps} steps; dropped",
                 stacklevel=2,
             )
-        dense.add(step)
+        dense.add(num_steps_of(reset, num_steps))
     pieces = [(0.0, config.ratio)] if isinstance(config.ratio, int | float) else config.ratio
 
     def ratio_at(step: int) -> float:

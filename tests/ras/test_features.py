@@ -1,0 +1,539 @@
+"""What pipelines can do beside plain sampling: each works, or is refused by name."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel import control
+from dit_accel.ras import memory
+
+from ..random_pipelines import FAMILIES, embeddings, make, relative, run
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+SPARSE = {"ratio": 0.3, "warmup": 2, "resets": (6,)}
+
+
+def engine(pipe):
+    return control.session_of(pipe).ras
+
+
+def ras_steps(pipe):
+    return dit_accel.summary(pipe, strict=True).ras.ras_steps
+
+
+# Contexts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["wan", "lumina2"])
+def test_the_order_of_contexts_is_irrelevant(family):
+    """Halves that are called in turn: what each gets does not depend on who is first."""
+
+    def denoise(order):
+        pipe = make(family, "unipc")
+        dit_accel.enable(pipe, ras={**SPARSE, "selection": "std", "kv_predictor": "linear"})
+        texts = [embeddings(family, [i]) for i in (0, 1)]
+        grid = (3, 14, 18) if family == "wan" else (22, 26)
+        latents = torch.randn(1, 4, *grid, generator=torch.Generator().manual_seed(0))
+        pipe.scheduler.set_timesteps(10)
+        with torch.no_grad():
+            for t in pipe.scheduler.timesteps:
+                outputs = {}
+                for i in order:
+                    call = {"encoder_hidden_states": texts[i]["prompt_embeds"]}
+                    if family == "lumina2":
+                        call["encoder_attention_mask"] = texts[i]["prompt_attention_mask"]
+                    outputs[i] = pipe.transformer(
+                        hidden_states=latents, timestep=t.expand(1), return_dict=False, **call
+                    )[0]
+                guided = outputs[0] + 2 * (outputs[1] - outputs[0])
+                latents = pipe.scheduler.step(guided, t, latents, return_dict=False)[0]
+        assert ras_steps(pipe) == 6
+        return latents
+
+    torch.testing.assert_close(denoise([0, 1]), denoise([1, 0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["sd3", "lumina"])
+def test_the_order_of_halves_in_a_batch_is_irrelevant(family):
+    """Both halves of a batch get the index set of their sample, and rows do not mix."""
+    pipe = make(family)
+    dit_accel.enable(pipe, ras={**SPARSE, "selection": "std"})
+    pipe._guidance_scale = 2.0
+    shape = (16 if family == "sd3" else 4, 22, 26)
+    outputs = {}
+    for order in ([0, 1], [1, 0]):
+        texts = embeddings(family, order)
+        call = {"encoder_hidden_states": texts["prompt_embeds"]}
+        if family == "sd3":
+            call["pooled_projections"] = texts["pooled_prompt_embeds"]
+        else:
+            from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+            table = get_2d_rotary_pos_embed_lumina(16, 48, 48)
+            call |= {
+                "encoder_mask": texts["prompt_attention_mask"],
+                "image_rotary_emb": table,
+                "cross_attention_kwargs": {},
+            }
+        pipe.scheduler.set_timesteps(10)
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(1, *shape, generator=generator)
+        kept = []
+        with torch.no_grad():
+            for t in pipe.scheduler.timesteps:
+                out = pipe.transformer(
+                    hidden_states=torch.cat([latents] * 2),
+                    timestep=t.expand(2),
+                    return_dict=False,
+                    **call,
+                )[0]
+                rows = dict(zip(order, out, strict=True))
+                kept.append(rows)
+                latents = latents - 0.05 * (rows[0] + rows[1])[None, : shape[0]]
+        outputs[order[0]] = kept
+    for a, b in zip(outputs[0], outputs[1], strict=True):
+        for i in (0, 1):
+            torch.testing.assert_close(a[i], b[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+@pytest.mark.parametrize("family", ["wan", "sd3", "lumina2"])
+def test_guidance_switched_off_in_mid_run(family, ratio):
+    pipe = make(family)
+
+    def switch_off(pipe, step, timestep, kwargs):
+        if step == 4:
+            pipe._guidance_scale = 1.0
+            return {name: x[-1:] for name, x in kwargs.items()} if family == "sd3" else kwargs
+        return kwargs
+
+    if family == "lumina2":
+        changed = {"cfg_trunc_ratio": 0.5}
+    else:
+        changed = {"callback_on_step_end": switch_off}
+        if family == "sd3":
+            changed["callback_on_step_end_tensor_inputs"] = [
+                "prompt_embeds",
+                "pooled_prompt_embeds",
+            ]
+    plain = run(pipe, family, **changed)
+    dit_accel.enable(pipe, ras={**SPARSE, "ratio": ratio})
+    result = run(pipe, family, **changed)
+    report = dit_accel.summary(pipe, strict=True).ras
+    if ratio == 1.0:
+        assert relative(result, plain) < 1e-6
+    else:
+        assert 0 < relative(result, plain) < 0.2
+    if family == "sd3":  # the shorter batch is a context of its own, and its first call is dense
+        assert report.steps[5].dense_calls == {"first call of a context": 1}
+        assert not report.steps[7].dense_calls
+    torch.testing.assert_close(run(pipe, family, **changed), result, rtol=0, atol=0)
+
+
+def test_skip_layer_guidance_works():
+    """A third call with half of the rows, as diffusers makes it for SD3.5."""
+    pipe = make("sd35")
+    changed = {
+        "skip_guidance_layers": [1],
+        "skip_layer_guidance_start": 0.05,
+        "skip_layer_guidance_stop": 0.8,
+    }
+    plain = run(pipe, "sd35", (0, 1), **changed)
+    dit_accel.enable(pipe, ras={**SPARSE, "ratio": 1.0})
+    assert relative(run(pipe, "sd35", (0, 1), **changed), plain) < 1e-6
+    dit_accel.disable(pipe)
+    dit_accel.enable(pipe, ras=SPARSE)
+    both = run(pipe, "sd35", (0, 1), **changed)
+    assert 0 < relative(both, plain) < 0.2
+    assert engine(pipe).steps[3].calls == 2
+    for i in (0, 1):
+        assert relative(run(pipe, "sd35", (i,), **changed)[0], both[i]) < 1e-5
+
+
+# Other pipelines of the same transformer -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+@pytest.mark.parametrize("kind", ["img2img", "inpaint"])
+def test_img2img_and_inpainting_plan_the_steps_they_really_run(kind, ratio):
+    from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline
+
+    text = make("sd3")
+    components = dict(text.components)
+    if kind == "img2img":
+        pipe = StableDiffusion3Img2ImgPipeline(**components)
+    else:
+        pipe = StableDiffusion3InpaintPipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 176, 208, generator=torch.Generator().manual_seed(0))
+
+    def call():
+        texts = embeddings("sd3", [0])
+        negative = {f"negative_{k}": v for k, v in embeddings("sd3", [-3]).items()}
+        extra = {"image": image}
+        if kind == "inpaint":
+            extra["mask_image"] = (image.mean(1, keepdim=True) > 0.5).float()
+        return pipe(
+            **texts,
+            **negative,
+            **extra,
+            height=176,
+            width=208,
+            strength=0.6,
+            num_inference_steps=20,
+            guidance_scale=2.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+
+    plain = call()
+    dit_accel.enable(pipe, ras={"ratio": ratio})
+    result = call()
+    report = dit_accel.summary(pipe, strict=True).ras
+    assert len(report.steps) == 12  # 60 % of 20
+    dense = [step.step for step in report.steps if step.mode == "dense"]
+    assert dense == [0, 1, 2, 6, 9, 11]  # warm-up 3, resets ceil(.43 * 12), ceil(.71 * 12), tail
+    assert (relative(result, plain) < 1e-6) == (ratio == 1.0)
+    assert relative(result, plain) < 0.2
+
+
+def test_video_to_video_finds_its_begin_without_being_told():
+    """WanVideoToVideoPipeline cuts the timesteps and does not set begin_index."""
+    from dit_accel.models.clock import Clock
+
+    pipe = make("wan", "unipc")
+    clock = Clock(pipe)
+    pipe.scheduler.set_timesteps(20)
+    context, latents = torch.zeros(1), torch.zeros(1, 4, 3, 4, 4)
+    seen = []
+    for t in pipe.scheduler.timesteps[8:]:
+        clock.tick(pipe.transformer, context)
+        seen.append((clock.step, clock.num_steps))
+        latents = pipe.scheduler.step(torch.zeros_like(latents), t, latents).prev_sample
+    assert [step for step, _ in seen] == list(range(12))
+    assert {n for _, n in seen[1:]} == {12}
+
+
+def test_controlnet_residuals_are_reduced_to_the_active_tokens():
+    pipe = make("sd3")
+    transformer = pipe.transformer
+    residuals = [0.3 * torch.randn(2, 143, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+    add = transformer.register_forward_pre_hook(
+        lambda m, a, k: (a, {**k, "block_controlnet_hidden_states": list(residuals)}),
+        with_kwargs=True,
+    )
+    plain = run(pipe, "sd3")
+    dit_accel.enable(pipe, ras={**SPARSE, "ratio": 1.0})
+    assert relative(run(pipe, "sd3"), plain) < 1e-6
+    dit_accel.disable(pipe)
+    dit_accel.enable(pipe, ras=SPARSE)
+    result = run(pipe, "sd3")
+    assert ras_steps(pipe) == 6
+    assert 0 < relative(result, plain) < 0.2
+    add.remove()
+    assert relative(run(pipe, "sd3"), result) > 1e-3
+
+
+def test_ip_adapters_are_refused_by_name():
+    from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+
+    pipe = make("sd3")
+    block = pipe.transformer.transformer_blocks[1]
+    stock = block.attn.processor
+    block.attn.set_processor(
+        SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, timesteps_emb_dim=32)
+    )
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn: processor SD3IPAdapterJoint"):
+        dit_accel.enable(pipe, ras="balanced")
+    block.attn.set_processor(stock)
+    dit_accel.enable(pipe, ras="balanced")
+    with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-Adapter does not work"):
+        run(pipe, "sd3", joint_attention_kwargs={"ip_adapter_image_embeds": torch.zeros(1)})
+
+
+@every_family
+def test_processors_changed_after_enable_are_noticed(family):
+    pipe = make(family)
+    dit_accel.enable(pipe, ras=SPARSE)
+    session = control.session_of(pipe)
+    module = next(iter(session.layers.values())).module
+    module.set_processor(module.processor.stock)
+    with pytest.raises(RuntimeError, match=r"changed after enable: call disable\(\) first"):
+        run(pipe, family)
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+@pytest.mark.parametrize("family", ["wan", "sd3"])
+def test_fused_projections(family, fused_first):
+    pipe = make(family)
+    plain = run(pipe, family)
+    if not fused_first:
+        dit_accel.enable(pipe, ras={**SPARSE, "ratio": 1.0})
+    pipe.transformer.fuse_qkv_projections()
+    if fused_first:
+        dit_accel.enable(pipe, ras={**SPARSE, "ratio": 1.0})
+    elif family == "sd3":  # it replaces the processors
+        with pytest.raises(RuntimeError, match="changed after enable"):
+            run(pipe, family)
+        return
+    assert relative(run(pipe, family), plain) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["wan", "sd3", "lumina2"])
+def test_lora_works(family):
+    from peft import LoraConfig
+
+    pipe = make(family)
+    dit_accel.enable(pipe, ras={**SPARSE, "ratio": 1.0})
+    without = run(pipe, family)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["to_k", "to_v", "to_q"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config)
+    accelerated = run(pipe, family)
+    assert relative(accelerated, without) > 1e-4
+    dit_accel.disable(pipe)
+    assert relative(accelerated, run(pipe, family)) < 1e-6
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_pipelines(family, dtype):
+    pipe = make(family).to(dtype)
+    plain = run(pipe, family)
+    dit_accel.enable(pipe, ras={**SPARSE, "kv_predictor": "linear"})
+    result = run(pipe, family)
+    assert result.dtype == plain.dtype
+    assert relative(result.float(), plain.float()) < 0.2
+    state = []
+
+    def look(pipe, step, timestep, kwargs):
+        for context in control.session_of(pipe).clock.contexts.values():
+            if context.state is not None:
+                state.extend(k.last.data.dtype for k, _ in context.state.kv.values())
+        return kwargs
+
+    run(pipe, family, callback_on_step_end=look)
+    assert set(state) == {dtype}
+
+
+def test_autocast_decides_the_dtype_of_cached_keys():
+    pipe = make("sd3")
+    dit_accel.enable(pipe, ras=SPARSE)
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = run(pipe, "sd3")
+    assert torch.isfinite(latents).all()
+    assert ras_steps(pipe) == 6
+
+
+# Caches beside us ----------------------------------------------------------------------------------
+
+
+def test_step_caches_are_refused_in_both_directions():
+    from diffusers import FirstBlockCacheConfig
+
+    pipe = make("wan")
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match=r"ras: a step cache of diffusers is on"):
+        dit_accel.enable(pipe, ras="balanced")
+    pipe.transformer.disable_cache()
+    dit_accel.enable(pipe, ras="balanced")
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(RuntimeError, match=r"step cache of diffusers was switched on after enable"):
+        run(pipe, "wan")
+    pipe.transformer.disable_cache()
+    run(pipe, "wan")
+    assert ras_steps(pipe) > 0
+
+
+@every_family
+def test_what_a_prompt_decides_is_computed_once_and_changes_nothing(family):
+    """Text keys, refined text and rotary tables: bit-equal to not caching them."""
+    pipe = make(family)
+    plain = run(pipe, family, (0, 1))
+    dit_accel.enable(pipe, ras={"warmup": 1.0})
+    torch.testing.assert_close(run(pipe, family, (0, 1)), plain, rtol=0, atol=0)
+    modules = {
+        "wan": lambda t: [t.blocks[0].attn2.to_k],
+        "lumina": lambda t: [t.layers[0].attn2.to_k],
+    }.get(family, lambda t: [])(pipe.transformer)
+    calls = []
+    for module in modules:
+        module.register_forward_hook(lambda m, a, out: calls.append(a[0].shape[1]))
+    refined = []
+    if family == "lumina2":
+        pipe.transformer.context_refiner[1].feed_forward.register_forward_hook(
+            lambda m, a, out: refined.append(a[0].shape[1])
+        )
+    run(pipe, family, (0, 1))
+    contexts = 2 if family in ("wan", "lumina2") else 1
+    assert len(calls) == contexts * len(modules)
+    if refined:
+        assert sorted(refined) == [1] * 18 + [12] * 2
+
+
+# Memory --------------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("policy", ["full", "fp8"])
+@pytest.mark.parametrize("predictor", ["hold", "linear"])
+def test_estimated_memory_is_what_is_taken(family, policy, predictor):
+    pipe = make(family)
+    ras = {**SPARSE, "kv_cache": policy, "kv_predictor": predictor}
+    sizes = {"height": 176, "width": 208}
+    if family == "wan":
+        sizes = {"height": 112, "width": 144, "num_frames": 9}
+    estimate = dit_accel.estimate_memory(
+        pipe, **sizes, ras=ras, batch_size=2, max_sequence_length=6
+    )
+    dit_accel.enable(pipe, ras=ras)
+    taken = []
+
+    def look(pipe, step, timestep, kwargs):
+        states = [c.state for c in control.session_of(pipe).clock.contexts.values()]
+        taken.append(
+            (sum(s.nbytes for s in states if s), sum(s.output.nbytes for s in states if s))
+        )
+        return kwargs
+
+    run(pipe, family, (0, 1), callback_on_step_end=look)
+    kv, output = taken[3]
+    assert kv == pytest.approx(estimate.kv_bytes, rel=0.05)
+    assert output == estimate.output_bytes
+    assert estimate.total_bytes == estimate.kv_bytes + estimate.output_bytes
+    assert estimate.fits
+
+
+@every_family
+def test_too_little_memory_turns_ras_off_for_that_run_with_a_warning(family, monkeypatch):
+    pipe = make(family)
+    plain = run(pipe, family)
+    dit_accel.enable(pipe, ras=SPARSE)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.warns(UserWarning, match="ras: off for this run: cached keys and values need"):
+        result = run(pipe, family)
+    torch.testing.assert_close(result, plain, rtol=0, atol=0)
+    report = dit_accel.summary(pipe).ras
+    assert report.ras_steps == 0
+    assert set(report.dense_calls) == {"not enough memory for cached keys and values"}
+    assert report.kv_bytes == 0
+    with pytest.raises(RuntimeError, match="never left a token out"):
+        dit_accel.summary(pipe, strict=True)
+    monkeypatch.undo()
+    run(pipe, family)
+    assert ras_steps(pipe) > 0
+
+
+def test_extrapolated_keys_are_given_up_before_ras_is(monkeypatch):
+    pipe = make("wan")
+    dit_accel.enable(pipe, ras={"ratio": 0.5})
+    need = dit_accel.estimate_memory(
+        pipe, height=112, width=144, num_frames=9, ras={"kv_predictor": "hold"}
+    ).kv_bytes
+    run(pipe, "wan", steps=40)
+    assert dit_accel.summary(pipe).ras.kv_predictor == "linear"
+    run(pipe, "wan", steps=39)
+    assert dit_accel.summary(pipe).ras.kv_predictor == "hold"
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(1.5 * need))
+    run(pipe, "wan", steps=40)
+    assert dit_accel.summary(pipe).ras.kv_predictor == "hold"
+    assert ras_steps(pipe) > 0
+
+
+# Together with sparse attention ---------------------------------------------------------------------
+
+
+def test_sparse_attention_can_be_added_and_sees_all_keys():
+    pipe = make("wan")
+    sla = {"topk": 1.0, "block_q": 16, "block_k": 16, "crossover": "never", "dense_layers": 0}
+    dit_accel.enable(pipe, ras=SPARSE)
+    alone = run(pipe, "wan")
+    dit_accel.enable(pipe, sla=sla)
+    both = run(pipe, "wan")
+    report = dit_accel.summary(pipe, strict=True)
+    assert report.ras.ras_steps == 6
+    assert report.sparse_calls > 0
+    assert relative(both, alone) < 1e-5
+    for method in ({"ras": "fast"}, {"sla": "fast"}):
+        with pytest.raises(ValueError, match=f"{next(iter(method))}: already enabled"):
+            dit_accel.enable(pipe, **method)
+    dit_accel.disable(pipe)
+    assert not dit_accel.summary(pipe).enabled
+
+
+# Bad input -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ras", "message"),
+    [
+        ({"ratio": 0}, r"ratio=0: accepted: a fraction in \(0, 1\]"),
+        ({"ratio": 1.5}, r"ratio=1\.5"),
+        ({"ratio": 0.1, "max_age": 3}, r"max_age=3: accepted: 'auto', None, or an int >= 9"),
+        ({"selection": "attention"}, "selection='attention'.*'age' or 'std'"),
+        ({"ratios": 0.5}, r"unknown key 'ratios' \(did you mean 'ratio'\?\)"),
+        ("balancd", "ras='balancd': no such preset.*did you mean 'balanced'"),
+        (None, "nothing to enable"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_before_anything_changes(ras, message, unchecked):
+    pipe = make("sd3")
+    with pytest.raises(ValueError, match=message):
+        dit_accel.enable(pipe, ras=ras)
+    assert control.session_of(pipe) is None
+
+
+def test_sparse_attention_on_a_family_without_it_is_refused_by_name():
+    with pytest.raises(ValueError, match="sparse attention does not support Stable Diffusion 3"):
+        dit_accel.enable(make("sd3"), sla="balanced")
+
+
+def test_one_noise_level_per_token_is_refused():
+    pipe = make("wan")
+    dit_accel.enable(pipe, ras=SPARSE)
+    with pytest.raises(ValueError, match=r"timestep: shape \(1, 4\), one for each token"):
+        pipe.transformer(torch.zeros(1, 4, 1, 4, 4), torch.zeros(1, 4), torch.zeros(1, 12, 24))
+
+
+def test_schedulers_without_noise_levels_are_refused():
+    from types import SimpleNamespace
+
+    pipe = make("sd3")
+    dit_accel.enable(pipe, ras=SPARSE)
+    object.__setattr__(pipe, "scheduler", SimpleNamespace(timesteps=torch.arange(5)))
+    with pytest.raises(ValueError, match="SimpleNamespace has no sigmas"), torch.no_grad():
+        pipe.transformer(
+            hidden_states=torch.zeros(1, 16, 22, 26),
+            timestep=torch.zeros(1),
+            encoder_hidden_states=torch.zeros(1, 12, 24),
+            pooled_projections=torch.zeros(1, 16),
+        )
+
+
+@every_family
+def test_fewer_tokens_than_a_tile_run_dense_and_are_counted(family):
+    pipe = make(family)
+    size = {"height": 48, "width": 64}
+    if family == "wan":
+        size["num_frames"] = 1
+    plain = run(pipe, family, **size)
+    dit_accel.enable(pipe, ras=SPARSE)
+    torch.testing.assert_close(run(pipe, family, **size), plain, rtol=0, atol=0)
+    reasons = dit_accel.summary(pipe).ras.dense_calls
+    assert list(reasons) == ["12 tokens are fewer than a tile of 16"]
+
+
+def test_a_schedule_of_dense_steps_only_says_so():
+    pipe = make("sd3")
+    dit_accel.enable(pipe, ras="balanced")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(pipe, "sd3", steps=3)
+    report = dit_accel.summary(pipe)
+    assert list(report.ras.dense_calls) == ["the schedule has dense steps only"]
+    assert json.dumps(report.to_dict())
+    assert "0 of 3 steps region-adaptive" in str(report)
