@@ -367,7 +367,7 @@ def _check(name: str, value: Any, ok: bool, accepted: str) -> None:
         raise ValueError(f"{name}={value!r}: accepted: {accepted}")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: tuple) -> None:
     _check(name, value, value in choices, " or ".join(map(repr, choices)))
 
 

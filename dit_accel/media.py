@@ -65,14 +65,18 @@ def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> Non
 
 
 def write_clip(stem: Path, frames: Frames, *, kind: str, fps: int | float) -> list[Path]:
-    """Write `stem.mp4`, `stem.gif`, or `stem-000.png` and so on; returns the files."""
+    """Write `stem.mp4`, `stem.gif`, `stem.png` of one frame, or `stem-000.png` and so on; returns the
+    files."""
     if kind == "mp4":
         write_video(stem.with_suffix(".mp4"), frames, fps=fps)
         return [stem.with_suffix(".mp4")]
     if kind == "gif":
         write_gif(stem.with_suffix(".gif"), frames, fps=fps)
         return [stem.with_suffix(".gif")]
-    paths = [stem.with_name(f"{stem.name}-{i:03d}.png") for i in range(len(frames))]
+    if len(frames) == 1:
+        paths = [stem.with_name(f"{stem.name}.png")]
+    else:
+        paths = [stem.with_name(f"{stem.name}-{i:03d}.png") for i in range(len(frames))]
     for path, frame in zip(paths, frames, strict=True):
         write_png(path, frame)
     return paths

@@ -1,4 +1,4 @@
-"""The same prompt and seed, dense and sparse: clips, pictures, metrics and seconds."""
+"""The same prompt and seed, dense and accelerated: clips, pictures, metrics and seconds."""
 
 import os
 import statistics
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dit_accel import control, media
-from dit_accel.config import SLAConfig
+from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics import psnr, ssim
 from dit_accel.files import check_writable, write_json
@@ -21,7 +21,8 @@ def compare(
     pipe: Any,
     prompt: str,
     *,
-    sla: SLAConfig,
+    sla: SLAConfig | None = None,
+    ras: RASConfig | None = None,
     output_dir: str | os.PathLike,
     model: str,
     sampling: Sampling,
@@ -37,13 +38,17 @@ def compare(
 
     Args:
         pipe: a loaded pipeline without acceleration (see `pipelines.generate.load`, `sla=None`).
-        sla: what the sparse run uses.
+        sla, ras: what the accelerated run uses; at least one of the two.
         output_dir: created if needed; existing results are an error unless `overwrite`.
         repeats: measured runs of each kind, >= 1.
 
     Returns:
         The comparison as written to comparison.json.
     """
+    if sla is None and ras is None:
+        raise ValueError(
+            "sla=None, ras=None: nothing to compare; accepted is at least one of the two"
+        )
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: accepted is an int >= 1")
     if not fps > 0:
@@ -56,10 +61,10 @@ def compare(
         )
 
     def run(
-        config: SLAConfig | None, how: Sampling
+        accelerated: bool, how: Sampling
     ) -> tuple[np.ndarray, dict[str, float], control.Summary]:
-        if config is not None:
-            control.enable(pipe, sla=config)
+        if accelerated:
+            control.enable(pipe, sla=sla, ras=ras)
         try:
             return run_once(pipe, prompt, how, seed)
         finally:
@@ -67,13 +72,13 @@ def compare(
 
     warm_up = sampling.filled({})
     warm_up = Sampling(**{**vars(warm_up), "num_inference_steps": 2})
-    for config in (None, sla):
-        run(config, warm_up)
+    for accelerated in (False, True):
+        run(accelerated, warm_up)
     seconds: dict[str, list[dict[str, float]]] = {"dense": [], "sparse": []}
     for _ in range(repeats):
-        dense, took, _ = run(None, sampling)
+        dense, took, _ = run(False, sampling)
         seconds["dense"].append(took)
-        sparse, took, summary = run(sla, sampling)
+        sparse, took, summary = run(True, sampling)
         seconds["sparse"].append(took)
 
     def median(kind: str, phase: str) -> float:
@@ -112,11 +117,12 @@ def _write(
     folder: Path, dense: np.ndarray, sparse: np.ndarray, result: dict[str, Any], fps: float
 ) -> None:
     a, b = media.to_uint8(dense), media.to_uint8(sparse)
-    kept = (
-        "dense (below crossover)"
-        if result["density"] is None
-        else f"sparse, density {result['density']:.2f}"
-    )
+    ras = result["acceleration"]["ras"]
+    kept = "dense (below crossover)" if ras is None else "all keys"
+    if result["density"] is not None:
+        kept = f"sparse, density {result['density']:.2f}"
+    if ras is not None:
+        kept += f", {ras['cost']:.1f} of {len(ras['steps'])} steps"
     clips = [("dense", a), (kept, b)]
     media.write_video(folder / "dense.mp4", a, fps=fps)
     media.write_video(folder / "sparse.mp4", b, fps=fps)

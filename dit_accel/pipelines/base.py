@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
+from diffusers import DiffusionPipeline
+
 from dit_accel import control
 from dit_accel.config import RASConfig, SLAConfig
 
@@ -15,13 +17,40 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 _DEFAULT: Any = object()
 
 
+def read_index(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
+    """model_index.json of a folder or a hub repository.
+
+    Raises:
+        ValueError: there is none, or it cannot be read or reached.
+    """
+    path, name = Path(source), f"pretrained_model_name_or_path={str(source)!r}"
+    if not path.is_dir():
+        try:
+            return DiffusionPipeline.load_config(str(source), **hub)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{name}: neither a folder nor a repository that could be reached; "
+                "accepted is a diffusers repository (folder or hub id)"
+            ) from error
+    try:
+        return json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{name}: no model_index.json in this folder; accepted is a diffusers repository"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: model_index.json is not readable ({error})") from None
+
+
 class SparsePipelineMixin:
     """Comes first among the bases: `class SparseX(SparsePipelineMixin, X)`."""
 
     _parent: ClassVar[str]
     """Class name of the diffusers parent, as it stands in model_index.json."""
+    _aliases: ClassVar[tuple[str, ...]] = ()
+    """Older names of the parent that repositories may carry."""
     _sla: ClassVar[str | None] = None
-    """Sparse attention where nothing is said; None: this family has none yet."""
+    """Preset of `default_sla`."""
 
     @classmethod
     def from_pretrained(
@@ -99,47 +128,31 @@ class SparsePipelineMixin:
 
     @classmethod
     def _configs(cls, sla: Any, ras: Any) -> tuple[SLAConfig | None, RASConfig | None]:
-        sla = cls._sla if sla is _DEFAULT else sla
+        if sla is _DEFAULT:
+            sla = cls.default_sla()
         return (
             None if sla is None else SLAConfig.load(sla),
             None if ras is None else RASConfig.load(ras),
         )
 
     @classmethod
+    def default_sla(cls) -> SLAConfig | None:
+        """Sparse attention where nothing is said; None for families that have none yet."""
+        return None if cls._sla is None else SLAConfig.load(cls._sla)
+
+    @classmethod
     def _check_repository(cls, source: str | os.PathLike, kwargs: dict[str, Any]) -> None:
-        path = Path(source)
-        name = "pretrained_model_name_or_path"
-        index: dict[str, Any]
-        if path.is_dir():
-            file = path / "model_index.json"
-            try:
-                index = json.loads(file.read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                raise ValueError(
-                    f"{name}={str(source)!r}: no model_index.json in this folder; accepted is a diffusers repository"
-                ) from None
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"{name}={str(source)!r}: model_index.json is not readable ({error})"
-                ) from None
-        else:
-            hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-            try:
-                index = cls.load_config(str(source), **hub)  # type: ignore[attr-defined]
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"{name}={str(source)!r}: neither a folder nor a repository that could be reached; "
-                    "accepted is a diffusers repository (folder or hub id)"
-                ) from error
+        name = f"pretrained_model_name_or_path={str(source)!r}"
+        index = read_index(source, **{k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs})
         found = index.get("_class_name")
-        if found not in (cls._parent, cls.__name__):
+        if found not in (cls._parent, *cls._aliases, cls.__name__):
             raise ValueError(
-                f"{name}={str(source)!r}: holds a {found}; {cls.__name__} accepts a {cls._parent} repository"
+                f"{name}: holds a {found}; {cls.__name__} accepts a {cls._parent} repository"
             )
         second = index.get("transformer_2")
         if second is not None and second[0] is not None and "transformer_2" not in kwargs:
             raise ValueError(
-                f"{name}={str(source)!r}: has a transformer_2 (Wan2.2), which is not supported; "
+                f"{name}: has a transformer_2 (Wan2.2), which is not supported; "
                 "accepted are one-transformer repositories (Wan2.1)"
             )
 

@@ -1,6 +1,7 @@
-"""Prompts to clips on disk: load, generate, time the phases, write clip and sidecar JSON."""
+"""Prompts to clips and images on disk: load, generate, time the phases, write them and sidecar JSON."""
 
 import contextlib
+import importlib
 import json
 import os
 import time
@@ -13,12 +14,22 @@ import numpy as np
 import torch
 
 from dit_accel import control, media
-from dit_accel.config import SLAConfig
+from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.environment import machine, versions
 from dit_accel.files import check_writable, write_json
+from dit_accel.pipelines.focus import focus_masks, write_focus
 
 FORMAT_VERSION = 1
 CLIP_KINDS = ("mp4", "gif", "png")
+PIPELINES = {
+    "WanPipeline": "wan.SparseWanPipeline",
+    "StableDiffusion3Pipeline": "sd3.SparseStableDiffusion3Pipeline",
+    "LuminaPipeline": "lumina.SparseLuminaPipeline",
+    "LuminaText2ImgPipeline": "lumina.SparseLuminaPipeline",
+    "Lumina2Pipeline": "lumina2.SparseLumina2Pipeline",
+    "Lumina2Text2ImgPipeline": "lumina2.SparseLumina2Pipeline",
+}
+"""By the class name in model_index.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +121,14 @@ def phase_timer(pipe: Any) -> Iterator[dict[str, float]]:
 def run_once(
     pipe: Any, prompt: str, sampling: Sampling, seed: int
 ) -> tuple[np.ndarray, dict[str, float], control.Summary]:
-    """One clip: raw frames `[T, H, W, 3]` in [0, 1], seconds per phase, and what ran sparse."""
+    """One clip or image: raw frames `[T, H, W, 3]` in [0, 1], seconds per phase, and what was spared."""
     # The generator lives on the CPU: the same noise on every device.
     generator = torch.Generator("cpu").manual_seed(seed)
     with phase_timer(pipe) as seconds:
-        frames = pipe(
+        result = pipe(
             prompt=prompt, generator=generator, output_type="np", **sampling.call_arguments()
-        ).frames[0]
+        )
+    frames = result.frames[0] if hasattr(result, "frames") else result.images[:1]
     return frames, seconds, control.summary(pipe)
 
 
@@ -127,17 +139,36 @@ def resolved_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pipeline_class(model: str | os.PathLike, **hub: Any) -> Any:
+    """The sparse pipeline that runs this repository.
+
+    Raises:
+        ValueError: it cannot be reached, or holds another kind of pipeline.
+    """
+    from dit_accel.pipelines.base import read_index
+
+    found = read_index(model, **hub).get("_class_name")
+    if found not in PIPELINES:
+        raise ValueError(
+            f"model={str(model)!r}: holds a {found}; accepted are {', '.join(PIPELINES)}"
+        )
+    module, name = PIPELINES[found].split(".")
+    return getattr(importlib.import_module(f"dit_accel.pipelines.{module}"), name)
+
+
 def load(
     model: str | os.PathLike,
     *,
-    sla: SLAConfig | None,
+    sla: SLAConfig | str | None = "auto",
+    ras: RASConfig | None = None,
     device: str = "auto",
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     **kwargs: Any,
 ) -> Any:
-    """`SparseWanPipeline` on a device; dtype "auto" is bf16 on CUDA and fp32 elsewhere."""
-    from dit_accel.pipelines.wan import SparseWanPipeline
+    """A sparse pipeline on a device; dtype "auto" is bf16 on CUDA and fp32 elsewhere.
 
+    `sla="auto"` is the default of the pipeline: "balanced" for Wan, None for the others.
+    """
     where = resolved_device(device)
     chosen = ("bf16" if where.startswith("cuda") else "fp32") if dtype == "auto" else dtype
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,7 +178,10 @@ def load(
         raise ValueError(
             f"device={device!r}: not available here ({str(error).splitlines()[0]})"
         ) from None
-    pipe: Any = SparseWanPipeline.from_pretrained(model, sla=sla, dtype=types[chosen], **kwargs)
+    cls = pipeline_class(model, **{k: x for k, x in kwargs.items() if k == "revision"})
+    if sla != "auto":
+        kwargs["sla"] = sla
+    pipe: Any = cls.from_pretrained(model, ras=ras, dtype=types[chosen], **kwargs)
     return pipe.to(where)
 
 
@@ -165,10 +199,11 @@ def generate(
     model: str,
     sampling: Sampling,
     seed: int = 0,
-    kind: str = "mp4",
+    kind: str = "auto",
     fps: float = 16.0,
+    save_focus: bool = False,
 ) -> list[dict[str, Any]]:
-    """Generate one clip per prompt; each gets a numbered file and a sidecar JSON.
+    """Generate one clip or image per prompt; each gets a numbered file and a sidecar JSON.
 
     Args:
         pipe: a loaded pipeline (see `load`).
@@ -176,14 +211,18 @@ def generate(
         output_dir: created if needed; numbering goes on after what is there.
         model: what to write down as the model's name.
         sampling: arguments of the pipeline call.
-        kind: "mp4", "gif" or "png" (frames).
+        kind: "mp4", "gif" or "png" (frames); "auto" is png for images and mp4 for clips.
         fps: of the written clip.
+        save_focus: also write where region-adaptive sampling worked, see `write_focus`.
 
     Returns:
         The sidecar records, with `files` and `sidecar` as paths.
     """
-    if kind not in CLIP_KINDS:
-        raise ValueError(f"kind={kind!r}: accepted are {', '.join(CLIP_KINDS)}")
+    if kind not in ("auto", *CLIP_KINDS):
+        raise ValueError(f"kind={kind!r}: accepted are auto, {', '.join(CLIP_KINDS)}")
+    session = control.session_of(pipe)
+    if save_focus and (session is None or session.ras is None):
+        raise ValueError("save_focus: region-adaptive sampling is off; accepted with ras=...")
     if not fps > 0:
         raise ValueError(f"fps={fps}: accepted is a number > 0")
     folder = check_writable(output_dir, "output_dir")
@@ -195,7 +234,11 @@ def generate(
         used_seed = item.seed if item.seed is not None else seed + i
         frames, seconds, summary = run_once(pipe, item.prompt, used, used_seed)
         stem = folder / f"{first + i:04d}"
-        files = media.write_clip(stem, media.to_uint8(frames), kind=kind, fps=fps)
+        pictures = media.to_uint8(frames)
+        chosen = ("png" if len(frames) == 1 else "mp4") if kind == "auto" else kind
+        files = media.write_clip(stem, pictures, kind=chosen, fps=fps)
+        if save_focus:
+            files += write_focus(stem, pictures, focus_masks(pipe), fps=fps)
         record = {
             "format_version": FORMAT_VERSION,
             "prompt": item.prompt,

@@ -17,4 +17,5 @@ class SparseLuminaPipeline(SparsePipelineMixin, ImageSizes, LuminaPipeline):
     """
 
     _parent = "LuminaPipeline"
+    _aliases = ("LuminaText2ImgPipeline",)
     __call__ = checked_call(LuminaPipeline.__call__)

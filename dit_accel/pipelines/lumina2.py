@@ -17,4 +17,5 @@ class SparseLumina2Pipeline(SparsePipelineMixin, ImageSizes, Lumina2Pipeline):
     """
 
     _parent = "Lumina2Pipeline"
+    _aliases = ("Lumina2Text2ImgPipeline",)
     __call__ = checked_call(Lumina2Pipeline.__call__)

@@ -344,6 +344,21 @@ class RegionAdaptiveSampling(Focus):
             )
         self.kv_bytes = max(self.kv_bytes, self.context.nbytes)
 
+    def focus(self, sample: int = 0) -> list[Tensor | None]:
+        """Who was active in each step of the last run, bool `[t, h, w]` of one sample; None: everyone."""
+        if self.schedule is None:
+            return []
+        masks: list[Tensor | None] = []
+        for _, record in sorted(self.steps.items()):
+            if record.tiles is None or record.active == record.tokens:
+                masks.append(None)
+                continue
+            members = tile_tokens(record.tokens, self.schedule.tile, record.tiles.device)
+            mask = torch.zeros(record.tokens, dtype=torch.bool, device=record.tiles.device)
+            mask[members[record.tiles[sample]].flatten()] = True
+            masks.append(mask.view(self.grid).cpu())
+        return masks
+
     # What the selection looks at --------------------------------------------------------------------
 
     def _observe(self, step: int, latents: Tensor, samples: int) -> None:

@@ -97,7 +97,6 @@ class History:
         policy: str = "full",
     ) -> None:
         buffer = BUFFERS[policy]
-        self.size = (rows, length, *shape)
         self.last = buffer(rows * length, shape, like)
         self.delta = buffer(rows * length, shape, like) if linear else None
         self.exact = policy == "full"
@@ -109,7 +108,7 @@ class History:
             same: 1 for tokens whose last update had the same noise level, 0 for the others; None if
                 there can be none. Their change still spans the interval before.
         """
-        x = x.reshape(-1, *self.size[2:])
+        x = x.flatten(0, 1)
         if self.delta is not None:
             change = x - self.last.read()
             if same is not None:
@@ -128,11 +127,13 @@ class History:
 
         The result may be the buffer itself: it holds until the next update.
         """
-        x = x.reshape(-1, *self.size[2:])
+        # Sizes are read from x, not kept: a compiled block then serves every length.
+        size = (x.shape[0], -1, *x.shape[2:])
+        x = x.flatten(0, 1)
         if self.delta is None:
             if self.exact:
                 self.last.put(index, x)
-                return self.last.read().view(self.size)
+                return self.last.read().view(size)
             full = self.last.read()
         else:
             full = extrapolate(self.last.read()[None], self.delta.read()[None], factor[None])[0]
@@ -141,7 +142,7 @@ class History:
                 change = change + _wide(same[index], x) * self.delta.take(index)
             self.delta.put(index, change)
         self.last.put(index, x)
-        return full.index_copy_(0, index, x.to(full.dtype)).view(self.size)
+        return full.index_copy_(0, index, x.to(full.dtype)).view(size)
 
     @property
     def nbytes(self) -> int:

@@ -39,7 +39,7 @@ def tile_size(num_tokens: int, region: str) -> int:
     """Tokens per tile: 64, or 32 or 16 on short sequences, so that ratios stay about what was asked."""
     if region == "token":
         return 1
-    return next((size for size in (64, 32) if num_tokens >= 32 * size), 16)
+    return next((size for size in (64, 32) if num_tokens >= 64 * size), 16)
 
 
 def ratios(config: RASConfig, num_steps: int) -> list[float | None]:

@@ -1,10 +1,9 @@
 """Which tiles are active: pure functions of ages and scores, the same for every device.
 
-All work on tiles `[S, M]`, S samples of M tiles; larger scores are wanted more, ties go to the tile
-that comes first in `tie_order`.
+All work on tiles `[S, M]`, S samples of M tiles; larger scores are wanted more, ties go to the lower
+index. After a dense step all ages are equal, so that neighbours are updated together: on the trained
+models that is better than spreading them evenly or at random (docs/ras.md).
 """
-
-import functools
 
 import torch
 from jaxtyping import Float, Int
@@ -17,25 +16,9 @@ def tile_tokens(num_tokens: int, tile: int, device: torch.device) -> Int[Tensor,
     return torch.arange(m * tile, device=device).clamp(max=num_tokens - 1).view(m, tile)
 
 
-@functools.lru_cache(maxsize=64)
-def tie_order(m: int) -> tuple[int, ...]:
-    """The order in which equally wanted tiles are taken: strides of the golden ratio.
-
-    After a dense step all ages are equal; taking neighbours first would leave half of the picture a
-    step behind the other, and this spreads every number of tiles evenly.
-    """
-    golden = (5**0.5 - 1) / 2
-    return tuple(sorted(range(m), key=lambda i: (i * golden) % 1))
-
-
 def rank_by(score: Float[Tensor, "s m"]) -> Int[Tensor, "s m"]:
-    """Place of each tile when sorted by falling score; ties by `tie_order`."""
-    m = score.shape[1]
-    order = torch.tensor(tie_order(m), device=score.device)
-    by_score = order[score[:, order].argsort(dim=1, descending=True, stable=True)]
-    return torch.empty_like(by_score).scatter_(
-        1, by_score, torch.arange(m, device=score.device).expand_as(by_score)
-    )
+    """Place of each tile when sorted by falling score, ties by index."""
+    return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 def token_scores(change: Float[Tensor, "s n c"], kind: str, cell: int = 1) -> Float[Tensor, "s n"]:

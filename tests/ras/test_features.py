@@ -220,7 +220,9 @@ def test_video_to_video_finds_its_begin_without_being_told():
 def test_controlnet_residuals_are_reduced_to_the_active_tokens():
     pipe = make("sd3")
     transformer = pipe.transformer
-    residuals = [0.3 * torch.randn(2, 143, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+    residuals = [
+        0.3 * torch.randn(2, 143, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    ]
     add = transformer.register_forward_pre_hook(
         lambda m, a, k: (a, {**k, "block_controlnet_hidden_states": list(residuals)}),
         with_kwargs=True,
@@ -243,9 +245,7 @@ def test_ip_adapters_are_refused_by_name():
     pipe = make("sd3")
     block = pipe.transformer.transformer_blocks[1]
     stock = block.attn.processor
-    block.attn.set_processor(
-        SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, timesteps_emb_dim=32)
-    )
+    block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, timesteps_emb_dim=32))
     with pytest.raises(ValueError, match=r"blocks\.1\.attn: processor SD3IPAdapterJoint"):
         dit_accel.enable(pipe, ras="balanced")
     block.attn.set_processor(stock)

@@ -38,7 +38,9 @@ def test_01_starvation_prevention_has_the_right_sign():
     paper = RASConfig(**common, selection="std", max_age=None)
     assert never_updated(without) > 75
     assert never_updated(paper) == 0  # 75 of 256 there, 128 at scale 1
-    assert never_updated(RASConfig(**common, selection="std", max_age=None, starvation_scale=1.0)) == 0
+    assert (
+        never_updated(RASConfig(**common, selection="std", max_age=None, starvation_scale=1.0)) == 0
+    )
     for selection in ("age", "std", "l2norm", "random"):
         assert never_updated(RASConfig(**common, selection=selection)) == 0
 
@@ -95,7 +97,9 @@ def test_05_resets_past_the_end_none_at_all_and_any_ratio(ras):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert torch.isfinite(run(pipe, "sd3", steps=14)).all()
-    assert ["22 is past the end" in str(x.message) for x in seen] == [True] * (22 in ras.get("resets", ()))
+    assert ["22 is past the end" in str(x.message) for x in seen] == [True] * (
+        22 in ras.get("resets", ())
+    )
     assert dit_accel.summary(pipe, strict=True).ras.ras_steps > 0
 
 
@@ -173,7 +177,9 @@ def test_09_attention_arguments_reach_the_blocks():
 @pytest.mark.parametrize("ratio", [0.05, 0.5, 1.0])
 def test_10_every_step_has_its_own_selection_of_whole_tiles(high_ratio, ratio):
     pipe = make("sd3")
-    dit_accel.enable(pipe, ras={**SPARSE, "ratio": ratio, "selection": "std", "high_ratio": high_ratio})
+    dit_accel.enable(
+        pipe, ras={**SPARSE, "ratio": ratio, "selection": "std", "high_ratio": high_ratio}
+    )
     run(pipe, "sd3")
     ras = control.session_of(pipe).ras
     chosen = [x for x in ras.steps.values() if x.tiles is not None]

@@ -51,7 +51,7 @@ def test_at_most_n_levels_counts_and_never_fewer_tokens_than_asked():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "size"), [(143, 16), (1023, 16), (1024, 32), (1088, 32), (2048, 64), (32760, 64)]
+    ("tokens", "size"), [(143, 16), (1088, 16), (2047, 16), (2048, 32), (4096, 64), (32760, 64)]
 )
 def test_tiles_are_smaller_on_short_sequences(tokens, size):
     assert tile_size(tokens, "tile") == size
