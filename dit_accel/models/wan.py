@@ -112,7 +112,8 @@ def _embedded(focus: Focus, output: Float[Tensor, "r c t h w"]) -> Tensor:
     if focus.index is None:
         return output
     tokens = focus.take(output.flatten(2).transpose(1, 2))
-    return tokens.transpose(1, 2)[..., None, None]
+    # Contiguous, so that what the model makes of it has the strides that compiled blocks know.
+    return tokens.transpose(1, 2).contiguous()[..., None, None]
 
 
 def _text_keys(focus: Focus, modules: list[Any], output: tuple[Any, ...]) -> None:
