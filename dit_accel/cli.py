@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
-from dit_accel.config import SLAConfig
-from dit_accel.demo import TrainConfig
+from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.demo import ImageTrainConfig, TrainConfig
 from dit_accel.pipelines.generate import Prompt, Sampling
 
 EMBEDDED = "tiny-wan"
+EMBEDDED_IMAGE = "tiny-sd3"
 
 
 @dataclass(kw_only=True)
@@ -26,9 +27,13 @@ class _Common:
     """Options that generate and compare share."""
 
     model: str = EMBEDDED
-    """Wan2.1 repository: hub id or folder; "tiny-wan" is the embedded demo model."""
-    sla: str = "balanced"
-    """Sparse attention: quality, balanced, fast, a YAML file, or none."""
+    """Repository of Wan2.1, Stable Diffusion 3, Lumina-Next or Lumina-Image 2.0: hub id or folder;
+    "tiny-wan" and "tiny-sd3" are the embedded demo models."""
+    sla: str = "auto"
+    """Sparse attention: quality, balanced, fast, a YAML file, or none; auto is balanced for Wan and none
+    for the others."""
+    ras: str = "none"
+    """Region-adaptive sampling: quality, balanced, fast, paper, a YAML file, or none."""
     topk: float | None = None
     """Overrides the share of key blocks that is read exactly, in (0, 1]."""
     crossover: Literal["auto", "never"] | None = None
@@ -47,38 +52,44 @@ class _Common:
     format: Literal["human", "json"] = "human"
     """How the result is printed on stdout."""
 
-    def sla_config(self) -> SLAConfig | None:
-        """The settings, overrides applied; None for dense."""
+    def sla_config(self) -> SLAConfig | str | None:
+        """The settings, overrides applied; None for dense, "auto" for the pipeline's own."""
+        overrides: dict[str, Any] = {"topk": self.topk, "crossover": self.crossover}
+        given = {name: value for name, value in overrides.items() if value is not None}
         if self.sla == "none":
-            if self.topk is not None or self.crossover is not None:
+            if given:
                 raise ValueError("sla='none': dense; accepted without topk and crossover")
             return None
-        config = SLAConfig.load(self.sla)
-        return replace(
-            config,
-            topk=config.topk if self.topk is None else self.topk,
-            crossover=self.crossover or config.crossover,
-        )
+        if self.sla == "auto":
+            return replace(SLAConfig(), **given) if given else "auto"
+        return replace(SLAConfig.load(self.sla), **given)
+
+    def ras_config(self) -> RASConfig | None:
+        """The settings; None for all tokens in each step."""
+        return None if self.ras == "none" else RASConfig.load(self.ras)
 
     def resolve(self) -> tuple[str | Path, Sampling]:
         """Where the model lies, and the sampling arguments with its defaults."""
-        if self.model != EMBEDDED:
+        if self.model not in (EMBEDDED, EMBEDDED_IMAGE):
             return self.model, self.sampling
         from dit_accel import demo
         from dit_accel.files import asset
 
-        return asset(EMBEDDED), self.sampling.filled(demo.SAMPLING)
+        defaults = demo.SAMPLING if self.model == EMBEDDED else demo.IMAGE_SAMPLING
+        return asset(self.model), self.sampling.filled(defaults)
 
-    def load(self, sla: SLAConfig | None) -> tuple[Any, Sampling]:
+    def load(
+        self, sla: SLAConfig | str | None, ras: RASConfig | None = None
+    ) -> tuple[Any, Sampling]:
         """The pipeline, ready to run, and its sampling arguments."""
         from dit_accel.files import check_writable
         from dit_accel.pipelines import generate
 
         check_writable(self.output_dir, "output_dir")
         source, sampling = self.resolve()
-        hub = {} if self.revision is None else {"revision": self.revision}
+        hub: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
         where = "cpu" if self.cpu_offload else self.device
-        pipe = generate.load(source, sla=sla, device=where, dtype=self.dtype, **hub)
+        pipe = generate.load(source, sla=sla, ras=ras, device=where, dtype=self.dtype, **hub)
         if self.cpu_offload:
             pipe.enable_model_cpu_offload(device=generate.resolved_device(self.device))
         pipe.check_sizes(**sampling.call_arguments())
@@ -87,13 +98,16 @@ class _Common:
 
 @dataclass(kw_only=True)
 class Generate(_Common):
-    """Generate clips with sparse attention; each gets a sidecar JSON."""
+    """Generate clips or images, accelerated; each gets a sidecar JSON."""
 
     prompt: Positional[str | None] = None
     """What to show. Leave it out with --prompts-file."""
     prompts_file: Path | None = None
     """.txt with a prompt a line, or .jsonl with prompt, negative_prompt, seed."""
-    kind: Literal["mp4", "gif", "png"] = "mp4"
+    kind: Literal["auto", "mp4", "gif", "png"] = "auto"
+    """auto: mp4 for clips, png for images."""
+    save_focus: bool = False
+    """Also write where region-adaptive sampling worked: a heat map and the masks of its steps."""
 
     def run(self) -> None:
         from dit_accel.pipelines import generate
@@ -104,7 +118,9 @@ class Generate(_Common):
             prompts = generate.read_prompts(self.prompts_file)
         else:
             raise ValueError("prompt, prompts_file: give one of the two")
-        pipe, sampling = self.load(self.sla_config())
+        if self.save_focus and self.ras == "none":
+            raise ValueError("save_focus: accepted with --ras, which is none")
+        pipe, sampling = self.load(self.sla_config(), self.ras_config())
         records = generate.generate(
             pipe,
             prompts,
@@ -114,22 +130,26 @@ class Generate(_Common):
             seed=self.seed,
             kind=self.kind,
             fps=self.fps,
+            save_focus=self.save_focus,
         )
         if self.format == "json":
             _print_json(records)
             return
         for record in records:
-            seconds, sparse = record["seconds"], record["acceleration"]
-            density = "dense" if sparse["density"] is None else f"density {sparse['density']:.2f}"
-            _print(
-                f"{record['files'][0]}  {density}  denoise {seconds['denoise']:.1f} s  {record['prompt']}"
-            )
+            seconds, spared = record["seconds"], record["acceleration"]
+            what = "dense" if spared["density"] is None else f"density {spared['density']:.2f}"
+            if spared.get("ras"):
+                what += (
+                    f"  cost of {spared['ras']['cost']:.1f} of {len(spared['ras']['steps'])} steps"
+                )
+            files = "  ".join(record["files"])
+            _print(f"{files}  {what}  denoise {seconds['denoise']:.1f} s  {record['prompt']}")
         _print(str(pipe.summary()))
 
 
 @dataclass(kw_only=True)
 class Compare(_Common):
-    """Same seed dense and sparse: side-by-side clip, contact sheet, PSNR, SSIM, seconds, density."""
+    """Same seed dense and accelerated: side-by-side clip, contact sheet, PSNR, SSIM, seconds, density."""
 
     prompt: Positional[str]
     repeats: int = 1
@@ -140,14 +160,18 @@ class Compare(_Common):
     def run(self) -> None:
         from dit_accel.eval.compare import compare
 
-        sla = self.sla_config()
-        if sla is None:
+        sla: Any = self.sla_config()
+        ras = self.ras_config()
+        if sla is None and ras is None:
             raise ValueError("sla='none': nothing to compare; accepted are a preset or a YAML file")
         pipe, sampling = self.load(None)
+        if sla == "auto":
+            sla = pipe.default_sla()
         result = compare(
             pipe,
             self.prompt,
             sla=sla,
+            ras=ras,
             output_dir=self.output_dir,
             model=self.model,
             sampling=sampling,
@@ -198,39 +222,57 @@ class MakeData:
 
 @dataclass(kw_only=True)
 class Train:
-    """Train the demo model from nothing; started again, it resumes."""
+    """Train a demo model from nothing; started again, it resumes."""
 
     output_dir: Path
     """Where the diffusers repository goes; must not exist yet."""
+    model: Literal["tiny-wan", "tiny-sd3"] = "tiny-wan"
+    """tiny-wan makes clips, tiny-sd3 stills."""
     work_dir: Path | None = None
     """Checkpoints. Default: the output folder's name with "-work"."""
     recipe: OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    image: ImageTrainConfig = field(default_factory=ImageTrainConfig)
+    """The recipe of tiny-sd3; the options without a prefix are that of tiny-wan."""
     device: str = "auto"
 
     def run(self) -> None:
         from dit_accel import demo
 
-        record = demo.train(self.output_dir, self.work_dir, self.recipe, device=self.device)
+        still = self.model == EMBEDDED_IMAGE
+        if still and self.recipe != TrainConfig():
+            raise ValueError(
+                f"model={self.model!r}: accepted are recipe options that begin with image"
+            )
+        if not still and self.image != ImageTrainConfig():
+            raise ValueError(f"model={self.model!r}: accepted are recipe options without image")
+        if still:
+            record = demo.train_image(self.output_dir, self.work_dir, self.image, self.device)
+        else:
+            record = demo.train(self.output_dir, self.work_dir, self.recipe, self.device)
         _print_json(record)
 
 
 @dataclass(kw_only=True)
 class Judge:
-    """Generate clips with the demo model (or one like it) and judge them: shape, colour, motion."""
+    """Generate clips or stills with a demo model (or one like it) and judge them: shape, colour, motion
+    or background."""
 
     output: Path
     """The report, a JSON file."""
     model: str = EMBEDDED
+    """tiny-wan, tiny-sd3, or a repository: hub id or folder."""
     sla: str = "none"
-    """As in generate."""
+    """As in generate; clips only."""
     crossover: Literal["auto", "never"] | None = None
     num_clips: int = 288
     """Of combinations seen in training."""
     num_heldout: int = 96
     seed: int = 0
     batch_size: int = 8
-    num_inference_steps: int = 12
-    guidance_scale: float = 2.0
+    num_inference_steps: int | None = None
+    """Default: 12 for clips, 20 for stills."""
+    guidance_scale: float | None = None
+    """Default: 2."""
     device: str = "auto"
 
     def run(self) -> None:
@@ -238,11 +280,7 @@ class Judge:
         from dit_accel.files import check_writable
 
         check_writable(self.output.parent, "output")
-        common = _Common(
-            model=self.model, sla=self.sla, crossover=self.crossover, device=self.device
-        )
-        common.output_dir = self.output.parent
-        pipe, _ = common.load(common.sla_config())
+        pipe, sampling = self._stills() or self._clips()
         pipe.set_progress_bar_config(disable=True)
         report = demo.judge_pipeline(
             pipe,
@@ -250,8 +288,7 @@ class Judge:
             num_heldout=self.num_heldout,
             seed=self.seed,
             batch_size=self.batch_size,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
+            **sampling,
         )
         demo.write_report(report, self.output, Path(self.model).name)
         for split, metrics in report["summary"].items():
@@ -261,6 +298,45 @@ class Judge:
                     _print(
                         f"{split:8} {name:10} {x['rate']:.3f}  [{low:.3f}, {high:.3f}]  of {x['count']}"
                     )
+
+    def _sampling(self, defaults: dict[str, Any]) -> dict[str, Any]:
+        given = {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+        }
+        return defaults | {k: v for k, v in given.items() if v is not None}
+
+    def _clips(self) -> tuple[Any, dict[str, Any]]:
+        """A pipeline of clips and its sampling arguments."""
+        from dit_accel import demo
+
+        common = _Common(
+            model=self.model, sla=self.sla, crossover=self.crossover, device=self.device
+        )
+        common.output_dir = self.output.parent
+        return common.load(common.sla_config())[0], self._sampling(demo.SAMPLING)
+
+    def _stills(self) -> tuple[Any, dict[str, Any]] | None:
+        """The same for a folder that says it is a Stable Diffusion 3; None for any other model."""
+        from dit_accel import demo
+        from dit_accel.demo.trainer import pick_device
+        from dit_accel.files import asset
+
+        folder = asset(self.model) if self.model == EMBEDDED_IMAGE else Path(self.model)
+        index = folder / "model_index.json"
+        name = "StableDiffusion3Pipeline"
+        if not index.is_file() or json.loads(index.read_text())["_class_name"] != name:
+            return None
+        if self.sla != "none" or self.crossover is not None:
+            raise ValueError(
+                f"sla={self.sla!r}, crossover={self.crossover!r}: stills are judged dense; "
+                "accepted is sla='none' without crossover"
+            )
+        from diffusers import StableDiffusion3Pipeline
+
+        pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True)
+        sampling = self._sampling(demo.IMAGE_SAMPLING)
+        return pipe.to(pick_device(self.device)), sampling | {"num_frames": None}
 
 
 @dataclass(kw_only=True)
@@ -292,12 +368,13 @@ def _print_comparison(result: dict[str, Any]) -> None:
         return missing if value is None else f"{value:.{digits}f}"
 
     rows = [
-        ("", "dense", "sparse"),
+        ("", "dense", "accelerated"),
         ("denoise, s", f"{dense['denoise']:.2f}", f"{sparse['denoise']:.2f}"),
         ("text + decode, s", *(f"{x['text'] + x['decode']:.2f}" for x in (dense, sparse))),
         ("total, s", f"{dense['total']:.2f}", f"{sparse['total']:.2f}"),
         ("density of sparse calls", "1", number(result["density"], 3, "no sparse call")),
         ("density of all self-attention", "1", number(result["overall_density"], 3, "1")),
+        *_ras_rows(result["acceleration"]["ras"]),
         ("speed-up of denoising", "", f"{result['speedup_denoise']:.2f}x"),
         ("PSNR to dense, dB", "", number(result["psnr_db"], 2, "identical")),
         ("SSIM to dense", "", f"{result['ssim']:.4f}"),
@@ -308,6 +385,12 @@ def _print_comparison(result: dict[str, Any]) -> None:
         _print(f"  {n} calls dense: {reason}")
     for name in result["files"]:
         _print(str(Path(result["output_dir"]) / name))
+
+
+def _ras_rows(ras: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    if ras is None:
+        return []
+    return [("cost in dense steps", str(len(ras["steps"])), f"{ras['cost']:.2f}")]
 
 
 Command = (

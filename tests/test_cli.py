@@ -192,3 +192,49 @@ def test_same_seed_gives_the_same_frames(wan_repository, tmp_path, small_blocks)
                    "--kind", "png", "--output-dir", tmp_path / name) == 0  # fmt: skip
     a, b = (np.asarray(Image.open(tmp_path / name / "0000-004.png")) for name in ("a", "b"))
     np.testing.assert_array_equal(a, b)
+
+
+def test_generate_with_region_adaptive_sampling_and_its_pictures(wan_repository, tmp_path, capsys):
+    out = tmp_path / "out"
+    settings = tmp_path / "ras.yaml"
+    settings.write_text("ras:\n  ratio: 0.5\n  warmup: 1\n  resets: []\n")
+    size = ["--height", "64", "--width", "64", "--num-frames", "5", "--num-inference-steps", "4"]
+    size += ["--guidance-scale", "1", "--max-sequence-length", "16"]
+    call = ["generate", "a red circle", "--model", wan_repository, *size, "--output-dir", out]
+    assert run(*call, "--sla", "none", "--ras", settings, "--save-focus") == 0
+    assert "cost of 3.0 of 4 steps" in capsys.readouterr().out
+    names = ["0000-focus.mp4", "0000-focus.png", "0000.json", "0000.mp4"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    record = json.loads((out / "0000.json").read_text())["acceleration"]["ras"]
+    assert [step["mode"] for step in record["steps"]] == ["dense", "ras", "ras", "dense"]
+    assert run(*call, "--save-focus") == 2
+    assert "save_focus: accepted with --ras, which is none" in capsys.readouterr().err
+    assert run(*call, "--ras", "papr") == 2
+    assert "did you mean 'paper'" in capsys.readouterr().err
+
+
+def test_compare_with_region_adaptive_sampling(wan_repository, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["compare", "a red circle", "--model", wan_repository, *SMALL, "--output-dir", out]
+    arguments += ["--num-inference-steps", "6", "--height", "64", "--width", "64"]
+    assert run(*arguments, "--sla", "none", "--ras", "balanced") == 0
+    assert "cost in dense steps" in capsys.readouterr().out
+    result = json.loads((out / "comparison.json").read_text())
+    assert result["acceleration"]["ras"]["ras_steps"] == 1
+    assert result["psnr_db"] is not None
+    assert run(*arguments, "--sla", "none", "--overwrite") == 2
+
+
+def test_images_of_the_embedded_model(tmp_path, capsys):
+    out = tmp_path / "out"
+    call = ["generate", "a red circle on a teal background", "--model", "tiny-sd3"]
+    call += ["--num-inference-steps", "6", "--ras", "balanced", "--output-dir", out]
+    assert run(*call, "--save-focus", "--format", "json") == 0
+    assert sorted(p.name for p in out.iterdir()) == ["0000-focus.png", "0000.json", "0000.png"]
+    record = json.loads((out / "0000.json").read_text())
+    assert record["frames"] == [1, 64, 64, 3]
+    assert record["acceleration"]["config"] == {}  # no sparse attention on this family yet
+    assert run(*call, "--sla", "balanced") == 2
+    assert "does not support Stable Diffusion 3" in capsys.readouterr().err
+    assert run(*call, "--num-frames", "5") == 2
+    assert "num_frames=5: this model makes images" in capsys.readouterr().err

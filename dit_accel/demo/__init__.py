@@ -1,4 +1,5 @@
-"""The demo: procedural clips, a tiny Wan trained on them, and a judge that is not the model."""
+"""The demo: procedural clips and stills, a tiny Wan and a tiny Stable Diffusion 3 trained on them, and
+a judge that is not the model."""
 
 from __future__ import annotations
 
@@ -6,10 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import IMAGE_SAMPLING as IMAGE_SAMPLING
     from .config import SAMPLING as SAMPLING
+    from .config import ImageTrainConfig as ImageTrainConfig
     from .config import TrainConfig as TrainConfig
     from .dataset import ShapesDataset as ShapesDataset
     from .dataset import make_data as make_data
+    from .image.trainer import train_image as train_image
     from .judge import judge_clips as judge_clips
     from .report import judge_pipeline as judge_pipeline
     from .report import write_report as write_report
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
     from .trainer import train as train
 
 _HOME = {
+    "IMAGE_SAMPLING": "config",
+    "ImageTrainConfig": "config",
     "SAMPLING": "config",
     "ShapesDataset": "dataset",
     "TrainConfig": "config",
@@ -26,6 +32,7 @@ _HOME = {
     "load_shape_judge": "shape_judge",
     "make_data": "dataset",
     "train": "trainer",
+    "train_image": "image.trainer",
     "train_shape_judge": "shape_judge",
     "write_report": "report",
 }

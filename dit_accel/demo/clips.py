@@ -77,12 +77,14 @@ class Clips:
     def __getitem__(self, rows: slice) -> Clips:
         return Clips(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-    def captions(self) -> list[str]:
-        """One caption a clip."""
+    def captions(self, with_motion: bool = True) -> list[str]:
+        """One caption a clip, or, without the motion, a still."""
         labels = torch.stack(
             [self.shape, self.colour, self.motion, self.background, self.template], 1
         )
-        return [caption(Combination(s, c, m), b, t) for s, c, m, b, t in labels.tolist()]
+        return [
+            caption(Combination(s, c, m), b, t, with_motion) for s, c, m, b, t in labels.tolist()
+        ]
 
 
 def draw_clips(

@@ -14,12 +14,41 @@ SAMPLING = {
     "num_inference_steps": 12,
     "guidance_scale": 2.0,
 }
+# The same for the stills of the embedded image model: 16 x 16 = 256 latent tokens.
+IMAGE_SAMPLING = {
+    "height": 64,
+    "width": 64,
+    "num_inference_steps": 20,
+    "guidance_scale": 2.0,
+    "max_sequence_length": 256,
+}
 VAE_FRAMES, DECODER_FRAMES, STATISTICS_FRAMES = 5, 9, 17
 SHORT_FRAMES = 9  # 5 x 8 x 8 = 320 tokens, for the first DiT stage
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class Recipe:
+    """What the recipes share: checked fields, and themselves as JSON."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("ema", "caption_dropout", "long_text_share"):
+                if not 0 <= value <= 1:
+                    raise ValueError(f"{field.name} must lie in [0, 1], got {value!r}")
+            elif field.name == "seed":
+                if not isinstance(value, int) or value < 0:
+                    raise ValueError(f"seed must be an integer >= 0, got {value!r}")
+            elif not value > 0 or (field.type == "int" and not isinstance(value, int)):
+                raise ValueError(f"{field.name} must be a positive {field.type}, got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Recipe):
     """How to train the demo model. The defaults are what `assets/tiny-wan` was trained with."""
 
     seed: int = 0
@@ -62,18 +91,35 @@ class TrainConfig:
     save_every: int = 200
     """Steps between checkpoints."""
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("ema", "caption_dropout", "long_text_share"):
-                if not 0 <= value <= 1:
-                    raise ValueError(f"{field.name} must lie in [0, 1], got {value!r}")
-            elif field.name == "seed":
-                if not isinstance(value, int) or value < 0:
-                    raise ValueError(f"seed must be an integer >= 0, got {value!r}")
-            elif not value > 0 or (field.type == "int" and not isinstance(value, int)):
-                raise ValueError(f"{field.name} must be a positive {field.type}, got {value!r}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
+@dataclass(frozen=True)
+class ImageTrainConfig(Recipe):
+    """How to train the image model. The defaults are what `assets/tiny-sd3` was trained with."""
+
+    seed: int = 0
+    """Decides the data, the initial weights and all noise."""
+    vae_steps: int = 1200
+    vae_batch_size: int = 4
+    vae_learning_rate: float = 4e-3
+    """Of Muon and AdamW alike."""
+    vae_base_dim: int = 16
+    """Channels of the VAE at full resolution; 16 is .6 M parameters."""
+    num_layers: int = 4
+    num_heads: int = 4
+    """Of 32 channels each."""
+    dit_steps: int = 3000
+    dit_batch_size: int = 8
+    dit_pool: int = 8192
+    """Stills whose latents are computed once and drawn from."""
+    dit_learning_rate: float = 2e-3
+    """Of AdamW, for embeddings, norms and biases; Muon, for the blocks' matrices, has three times that."""
+    ema: float = 0.998
+    """Decay of the averaged weights, which are the ones kept."""
+    shift: float = 3.0
+    """Flow shift of the noise levels in training, and of the exported scheduler."""
+    caption_dropout: float = 0.1
+    """Share of empty captions, for classifier-free guidance."""
+    long_text_share: float = 0.15
+    """Share of steps with max_sequence_length 256 (the pipeline's default) rather than 16."""
+    save_every: int = 200
+    """Steps between checkpoints."""

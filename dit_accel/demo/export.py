@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import torch
 from dit_accel.environment import machine, versions
 from dit_accel.files import atomic_directory
 
-from .config import TrainConfig
+from .config import Recipe
 
 FORMAT_VERSION = 1
 
 
 def training_record(
-    config: TrainConfig, seconds: dict[str, float], device: torch.device
+    config: Recipe, seconds: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
     """The recipe, the time each stage took, and where."""
     return {
@@ -50,36 +51,20 @@ def _tidy_configs(folder: Path) -> None:
             path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def export_pipeline(
-    output: Path, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, shift: float
-) -> None:
-    """Saves a WanPipeline with fp16 weights. `output` appears complete or not at all; the parts
-    stay fp32."""
-    import copy
-
-    from diffusers import UniPCMultistepScheduler, WanPipeline
-
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        num_train_timesteps=1000,
-        flow_shift=shift,
-    )
+def export_pipeline(output: Path, pipeline: type, scheduler: Any, parts: dict[str, Any]) -> None:
+    """Saves a pipeline of this class with fp16 weights. `output` appears complete or not at all; the
+    parts stay fp32."""
     # Module.half rather than the models' own: diffusers keeps some layers in fp32, which doubles
     # their size.
-    text_encoder, vae, transformer = (
-        torch.nn.Module.half(copy.deepcopy(part).cpu().eval())
-        for part in (text_encoder, vae, transformer)
-    )
-    pipeline: Any = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=vae,
-        transformer=transformer,
-        scheduler=scheduler,
-    )
+    halves = {
+        name: torch.nn.Module.half(copy.deepcopy(part).cpu().eval())
+        if isinstance(part, torch.nn.Module)
+        else part
+        for name, part in parts.items()
+    }
+    pipe: Any = pipeline(scheduler=scheduler, **halves)
     with atomic_directory(output) as temporary:
-        pipeline.save_pretrained(temporary, safe_serialization=True)
+        pipe.save_pretrained(temporary, safe_serialization=True)
         _tidy_configs(temporary)
         for weights in temporary.rglob("*.safetensors"):
             weights.chmod(0o644)  # safetensors writes files that only their owner can read

@@ -47,6 +47,19 @@ def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{stage}/{step}".encode()))
 
 
+def running_average(averaged: nn.Module, trained: nn.Module, decay: float) -> Callable[[int], None]:
+    """What keeps `averaged` the exponential average of `trained`'s parameters, for `after_step`; it
+    forgets faster over the first steps."""
+    into: list[Tensor] = list(averaged.parameters())
+    source: list[Tensor] = list(trained.parameters())
+
+    @torch.no_grad()
+    def average(step: int) -> None:
+        torch._foreach_lerp_(into, source, 1 - min(decay, (1 + step) / (10 + step)))
+
+    return average
+
+
 def run_stage(
     stage: Stage,
     directory: Path,

@@ -51,3 +51,9 @@ def muon_and_adamw(
         "muon": MatrixMuon(chosen, lr=muon_rate),
         "adamw": torch.optim.AdamW(others, lr=adamw_rate, betas=(0.9, 0.98), weight_decay=0.0),
     }
+
+
+def muon_for_all(module: nn.Module, learning_rate: float) -> dict[str, torch.optim.Optimizer]:
+    """The two optimizers for a convolutional module: Muon wherever it can be, one learning rate."""
+    parameters = list(module.parameters())
+    return muon_and_adamw(parameters, parameters, learning_rate, learning_rate)

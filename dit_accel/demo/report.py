@@ -17,12 +17,22 @@ from dit_accel.files import write_json
 
 from .checks import check_count, check_frame
 from .clips import Clips, describe_clips
+from .image.stills import StillCombination, describe_stills
 from .judge import UNKNOWN, judge_clips
 from .shape_judge import ShapeJudge, load_shape_judge
-from .vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, TEMPLATES, combinations
+from .vocabulary import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    TEMPLATES,
+    Combination,
+    combinations,
+)
 
 FORMAT_VERSION = 1
 METRICS = ("shape", "colour", "motion", "all")
+STILL_METRICS = ("shape", "colour", "background", "all")
 _WORDS = {"shape": SHAPES, "colour": COLOURS, "motion": MOTIONS, "background": BACKGROUNDS}
 
 
@@ -37,35 +47,51 @@ def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, flo
     )
 
 
-def judged_clips(split: str, count: int, seed: int = 0) -> Clips:
-    """What is asked of the model: every combination of the split in turn, in a seeded order,
-    captions varied."""
-    generator = torch.Generator().manual_seed(seed)
+def _in_turn(split: str, count: int, generator: torch.Generator) -> list[Combination]:
     allowed = combinations(split)
     order: list[int] = []
     while len(order) < count:
         order += torch.randperm(len(allowed), generator=generator).tolist()
-    return describe_clips([allowed[i] for i in order[:count]], generator)
+    return [allowed[i] for i in order[:count]]
+
+
+def judged_clips(split: str, count: int, seed: int = 0) -> Clips:
+    """What is asked of the model: every combination of the split in turn, in a seeded order,
+    captions varied."""
+    generator = torch.Generator().manual_seed(seed)
+    return describe_clips(_in_turn(split, count, generator), generator)
+
+
+def judged_stills(split: str, count: int, seed: int = 0) -> Clips:
+    """The same for stills. Captions of held-out ones always name the background, without which
+    nothing about them would be new."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [StillCombination(*c) for c in _in_turn(split, count, generator)]
+    return describe_stills(chosen, generator, naming=split == "heldout")
 
 
 def score_clips(
-    video: Float[Tensor, "n 3 t h w"], expected: Clips, shape_judge: ShapeJudge | None = None
+    video: Float[Tensor, "n 3 t h w"],
+    expected: Clips,
+    shape_judge: ShapeJudge | None = None,
+    still: bool = False,
 ) -> list[dict[str, Any]]:
-    """One record a clip: what was asked for, what the judge saw, which of shape, colour and motion
-    are right.
+    """One record a clip: what was asked for, what the judge saw, what of it is right.
 
-    `video` has values in [-1, 1]. `background` is None where the caption leaves it open; it is no
-    part of `all`.
+    `video` has values in [-1, 1]. `all` is shape, colour and motion; for stills, which have no
+    motion, shape, colour and background. `background` is None where the caption leaves it open.
     """
     judgement = judge_clips(video, shape_judge)
+    names = [name for name in _WORDS if not (still and name == "motion")]
     records = []
     for i in range(len(expected)):
-        asked = {name: int(getattr(expected, name)[i]) for name in _WORDS}
-        seen = {name: int(getattr(judgement, name)[i]) for name in _WORDS}
-        right: dict[str, bool | None] = {name: asked[name] == seen[name] for name in _WORDS}
-        right["all"] = bool(right["shape"] and right["colour"] and right["motion"])
+        asked = {name: int(getattr(expected, name)[i]) for name in names}
+        seen = {name: int(getattr(judgement, name)[i]) for name in names}
+        right: dict[str, bool | None] = {name: asked[name] == seen[name] for name in names}
         if "{background}" not in TEMPLATES[int(expected.template[i])]:
             right["background"] = None
+        counted = STILL_METRICS[:-1] if still else METRICS[:-1]
+        right["all"] = all(right[name] is not False for name in counted)
         words = {n: "unclear" if k == UNKNOWN else _WORDS[n][k] for n, k in seen.items()}
         records.append(
             {"asked": {n: _WORDS[n][k] for n, k in asked.items()}, "seen": words, "right": right}
@@ -76,7 +102,7 @@ def score_clips(
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Right, count, rate and 95 % interval of each metric."""
     summary = {}
-    for metric in (*METRICS, "background"):
+    for metric in records[0]["right"]:
         results = [r["right"][metric] for r in records if r["right"][metric] is not None]
         low, high = wilson_interval(sum(results), len(results))
         rate = sum(results) / len(results) if results else None
@@ -94,27 +120,29 @@ def generate(
     prompts: list[str],
     seeds: list[int],
     *,
-    num_frames: int = 33,
+    num_frames: int | None = 33,
     height: int = 64,
     width: int = 64,
     num_inference_steps: int = 12,
     guidance_scale: float = 2.0,
     max_sequence_length: int = 512,
 ) -> Float[Tensor, "n 3 t h w"]:
-    """One batch of clips from a WanPipeline-like object, a CPU generator for each prompt; values in
-    [-1, 1]."""
-    frames = pipe(
+    """One batch of clips from a WanPipeline-like object, or of stills (one frame each) from an image
+    pipeline with `num_frames=None`, a CPU generator for each prompt; values in [-1, 1]."""
+    still = num_frames is None
+    output = pipe(
         prompt=prompts,
         height=height,
         width=width,
-        num_frames=num_frames,
+        **({} if still else {"num_frames": num_frames}),
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         max_sequence_length=max_sequence_length,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="pt",
-    ).frames
-    return torch.as_tensor(frames).float().cpu().transpose(1, 2) * 2 - 1
+    )
+    frames = torch.as_tensor(output.images)[:, None] if still else torch.as_tensor(output.frames)
+    return frames.float().cpu().transpose(1, 2) * 2 - 1
 
 
 def judge_pipeline(
@@ -126,33 +154,34 @@ def judge_pipeline(
     batch_size: int = 8,
     num_inference_steps: int = 12,
     guidance_scale: float = 2.0,
-    num_frames: int = 33,
+    num_frames: int | None = 33,
     height: int = 64,
     width: int = 64,
     max_sequence_length: int = 512,
     shape_judge: ShapeJudge | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Generates clips with any WanPipeline-like object and judges them.
+    """Generates clips with any WanPipeline-like object, or stills with an image pipeline, and judges
+    them.
 
     Clip i of a split has the same prompt and the same initial noise (seed + i) whatever the
     pipeline, batch size and steps, so reports of two pipelines can be compared clip by clip.
 
     Args:
-        pipe: called as `WanPipeline` is.
+        pipe: called as `WanPipeline` is, or as `StableDiffusion3Pipeline` with `num_frames=None`.
         num_clips: clips of combinations seen in training (173 of them, in turn); may be 0.
         num_heldout: clips of the 19 held-out combinations, in turn; may be 0.
+        num_frames: None for stills, whose combinations are of shape, colour and background.
         seed: decides prompts and noise.
         batch_size: clips generated at once.
-        num_inference_steps, guidance_scale, num_frames, height, width, max_sequence_length: for the
-            pipeline.
+        num_inference_steps, guidance_scale, height, width, max_sequence_length: for the pipeline.
         shape_judge: defaults to the committed one.
         progress: whether to show a progress bar on stderr.
 
     Returns:
         A report that `write_report` writes: `settings`, `summary` (for "train", "heldout" and
-        "all": right, count, rate and Wilson 95 % interval of shape, colour, motion, all three, and
-        the background where the caption names it), `clips` (one record each), `seconds_per_clip`,
+        "all": right, count, rate and Wilson 95 % interval of shape, colour, motion, the background
+        where the caption names it, and `all` as in `score_clips`), `clips` (one record each), `seconds_per_clip`,
         versions and machine.
     """
     from tqdm import tqdm
@@ -165,7 +194,8 @@ def judge_pipeline(
     check_count("batch_size", batch_size)
     check_count("num_inference_steps", num_inference_steps)
     check_count("max_sequence_length", max_sequence_length)
-    check_frame(num_frames, height, width)
+    still = num_frames is None
+    check_frame(1 if still else num_frames, height, width)
     if not guidance_scale >= 0:
         raise ValueError(f"guidance_scale must be a number >= 0, got {guidance_scale!r}")
 
@@ -182,12 +212,12 @@ def judge_pipeline(
     began = time.perf_counter()
     with tqdm(total=num_clips + num_heldout, desc="judging", disable=not progress) as bar:
         for split, count in (("train", num_clips), ("heldout", num_heldout)):
-            asked = judged_clips(split, count, seed)
-            prompts = asked.captions()
+            asked = (judged_stills if still else judged_clips)(split, count, seed)
+            prompts = asked.captions(with_motion=not still)
             for i in range(0, count, batch_size):
                 seeds = [seed + k for k in range(i, min(i + batch_size, count))]
                 video = generate(pipe, prompts[i : i + batch_size], seeds, **sampling)
-                scored = score_clips(video, asked[i : i + batch_size], shape_judge)
+                scored = score_clips(video, asked[i : i + batch_size], shape_judge, still)
                 for k, record in enumerate(scored):
                     head = {
                         "index": i + k,

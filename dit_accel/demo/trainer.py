@@ -25,8 +25,8 @@ from .config import (
     TrainConfig,
 )
 from .dit import CaptionTable, build_transformer, flow_matching_loss
-from .loop import Stage, run_stage, step_generator
-from .optimizers import muon_and_adamw
+from .loop import Stage, run_stage, running_average, step_generator
+from .optimizers import muon_and_adamw, muon_for_all
 from .text import build_text_encoder, build_tokenizer
 from .vae import (
     POSTERIOR_STD,
@@ -59,18 +59,12 @@ def _clips_at(generator: torch.Generator, count: int, frames: int, device: torch
     return render(clips, frames, HEIGHT, WIDTH).to(device)
 
 
-def _vae_optimizers(module: nn.Module, learning_rate: float) -> dict[str, torch.optim.Optimizer]:
-    return muon_and_adamw(
-        module.parameters(), list(module.parameters()), learning_rate, learning_rate
-    )
-
-
 def train_vae(
     config: TrainConfig, directory: Path, device: torch.device, progress: bool = True
 ) -> tuple[Any, float]:
     """The VAE stage. Returns the VAE, its latent statistics measured, and the seconds spent."""
     vae = build_vae(config.vae_base_dim, config.seed).to(device)
-    optimizers = _vae_optimizers(vae, config.vae_learning_rate)
+    optimizers = muon_for_all(vae, config.vae_learning_rate)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         video = _clips_at(generator, config.vae_batch_size, VAE_FRAMES, device)
@@ -106,7 +100,7 @@ def tune_decoder(
     """The decoder stage, in place: the encoder frozen, noisier latents than the VAE stage's.
     Returns seconds."""
     trained = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    optimizers = _vae_optimizers(trained, config.decoder_learning_rate)
+    optimizers = muon_for_all(trained, config.decoder_learning_rate)
     scale = latent_scale(vae, device)[1]
 
     def loss_of(generator: torch.Generator) -> Tensor:
@@ -172,7 +166,6 @@ def train_dit(
     rate = options[f"{name}_learning_rate"]
     matrices = [p for p in model.parameters() if p.ndim in (2, 5)]
     optimizers = muon_and_adamw(matrices, list(model.parameters()), 3 * rate, rate)
-    averaged, trained = list(ema.parameters()), list(model.parameters())
 
     @cache  # on the first step, so that a finished stage never encodes its pool
     def pool() -> tuple[Tensor, Tensor]:
@@ -185,10 +178,6 @@ def train_dit(
         return flow_matching_loss(
             model, *pool(), table, config, options[f"{name}_batch_size"], generator
         )
-
-    @torch.no_grad()
-    def average(step: int) -> None:
-        torch._foreach_lerp_(averaged, trained, 1 - min(config.ema, (1 + step) / (10 + step)))
 
     ignored = ("save_every", "full_") if name == "short" else ("save_every",)
     settings = {k: v for k, v in options.items() if not k.startswith(ignored)}
@@ -205,7 +194,7 @@ def train_dit(
         {"model": model, "ema": ema},
         optimizers,
         loss_of,
-        average,
+        running_average(ema, model, config.ema),
         progress,
     )
 
@@ -234,6 +223,8 @@ def train(
         What is also written to `<work_dir>/training.json`: the recipe, seconds per stage, versions,
         machine.
     """
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
     from .export import export_pipeline, training_record
 
     config = config or TrainConfig()
@@ -258,6 +249,13 @@ def train(
     seconds["dit-full"] = train_dit("full", NUM_FRAMES, *shared)
 
     record = training_record(config, seconds, place)
-    export_pipeline(output, tokenizer, text_encoder, vae, ema, config.shift)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        num_train_timesteps=1000,
+        flow_shift=config.shift,
+    )
+    parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "transformer": ema}
+    export_pipeline(output, WanPipeline, scheduler, parts)
     write_json(work / "training.json", record)
     return record

@@ -84,13 +84,17 @@ def combinations(split: str = "all") -> list[Combination]:
     return [c for c in everything if is_held_out(c) == (split == "heldout")]
 
 
-def caption(combination: Combination, background: int, template: int) -> str:
-    """The caption of a clip; `background` and `template` index BACKGROUNDS and TEMPLATES."""
+def caption(
+    combination: Combination, background: int, template: int, with_motion: bool = True
+) -> str:
+    """The caption of a clip; `background` and `template` index BACKGROUNDS and TEMPLATES. Without
+    the motion it is that of a still."""
     colour = COLOURS[combination.colour]
-    return TEMPLATES[template].format(
+    text = TEMPLATES[template].format(
         article="an" if colour[0] in "aeiou" else "a",
         colour=colour,
         shape=SHAPES[combination.shape],
-        motion=MOTIONS[combination.motion],
+        motion=MOTIONS[combination.motion] if with_motion else "",
         background=BACKGROUNDS[background],
     )
+    return " ".join(text.split())  # the motion left a gap

@@ -74,7 +74,7 @@ class Wan(Family):
     def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
         embedder = transformer.condition_embedder
         return [
-            before(transformer.rope, _shrink_rope, focus, transformer.config.patch_size),
+            before(transformer.rope, _shrink_rope, focus, tuple(transformer.config.patch_size)),
             after(transformer.rope, _rope, focus),
             after(transformer.patch_embedding, _embedded, focus),
             after(embedder, _text_keys, focus, [block.attn2 for block in transformer.blocks]),

@@ -46,7 +46,7 @@ def _stretch(
 
 
 def write_focus(
-    stem: Path, frames: UInt8[np.ndarray, "t h w 3"], masks: list[np.ndarray], *, fps: float
+    stem: Path, frames: UInt8[np.ndarray, "t h w 3"], masks: list[np.ndarray], *, fps: int | float
 ) -> list[Path]:
     """`stem-focus.png`: the clip, how often each token ran, and the masks of single steps; of a video
     also `stem-focus.mp4`, the clip beside its heat map. Returns the files."""

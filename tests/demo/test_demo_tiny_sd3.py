@@ -1,0 +1,67 @@
+"""The embedded, trained image model."""
+
+import json
+
+import pytest
+import torch
+
+from dit_accel.demo import IMAGE_SAMPLING
+from dit_accel.demo.report import generate, judged_stills, score_clips
+from dit_accel.files import asset
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(asset("tiny-sd3"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("length", [16, 256])
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_the_dense_model_shows_what_was_asked(pipe, split, length):
+    asked = judged_stills(split, 4)
+    sampling = IMAGE_SAMPLING | {"max_sequence_length": length}
+    stills = generate(
+        pipe, asked.captions(with_motion=False), [0, 1, 2, 3], num_frames=None, **sampling
+    )
+    assert stills.shape == (4, 3, 1, 64, 64)
+    assert sum(r["right"]["all"] for r in score_clips(stills, asked, still=True)) >= 3
+
+
+def test_the_same_seed_gives_the_same_still_in_any_batch(pipe):
+    prompts = ["a red circle on a navy background", "a white cross on a teal background"]
+    sampling = {**IMAGE_SAMPLING, "num_inference_steps": 3, "max_sequence_length": 16}
+    both = generate(pipe, prompts, [5, 6], num_frames=None, **sampling)
+    one = generate(pipe, prompts[1:], [6], num_frames=None, **sampling)
+    torch.testing.assert_close(both[1:], one, atol=1e-3, rtol=0)
+
+
+def test_a_still_has_256_image_tokens(pipe):
+    assert pipe.transformer.config.patch_size == 1
+    assert pipe.default_sample_size**2 == 256
+    assert pipe.scheduler.config.shift == 3.0
+
+
+def test_the_repository_is_small_fp16_and_free_of_paths():
+    from safetensors import safe_open
+
+    folder = asset("tiny-sd3")
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 8e6
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+    for path in folder.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text()
+
+
+def test_the_judges_report_meets_its_bounds():
+    report = json.loads(asset("tiny-sd3-judge.json").read_text())
+    seen, held_out = report["summary"]["train"], report["summary"]["heldout"]
+    assert seen["all"]["count"] == 288
+    assert held_out["all"]["count"] == 96
+    assert held_out["background"]["count"] == 96
+    assert seen["all"]["rate"] >= 0.97
+    assert held_out["all"]["rate"] >= 0.90
