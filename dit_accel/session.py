@@ -83,6 +83,11 @@ class Session:
         if self.sla is not None:
             self.sla.begin_step(self.clock.step, self.clock.num_steps, grid)
         if self.ras is not None:
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "ras: gradients are on, and cached tokens have none: run under torch.no_grad(), or "
+                    "disable() first"
+                )
             guidance = bool(getattr(self.clock.pipe, "do_classifier_free_guidance", False))
             self.ras.begin_call(self.clock, call, grid, halves=2 if guidance else 1)
             kwargs = self.family.focus_inputs(self.ras, kwargs)

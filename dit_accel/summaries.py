@@ -223,7 +223,7 @@ def _summarise_ras(session: Session, transformer: Any) -> RASSummary:
     return RASSummary(
         config=ras.config.to_dict(),
         steps=steps,
-        kv_predictor="linear" if ras.linear_kv else "hold",
+        kv_predictor="linear" if ras.run is not None and ras.run.linear_kv else "hold",
         kv_bytes=ras.kv_bytes,
     )
 

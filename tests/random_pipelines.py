@@ -197,10 +197,9 @@ def run(pipe, family, prompts=(0,), *, height=None, width=None, steps=10, guidan
     call = embeddings(family, prompts)
     negative = embeddings(family, [-3] * len(prompts))
     call |= {f"negative_{name}": value for name, value in negative.items()}
-    if family != "wan":  # WanPipeline casts by itself
-        call = {
-            k: x.to(pipe.transformer.dtype) if x.is_floating_point() else x for k, x in call.items()
-        }
+    for name, x in call.items():
+        dtype = pipe.transformer.dtype if x.is_floating_point() else x.dtype
+        call[name] = x.to(pipe._execution_device, dtype)
     generators = [torch.Generator().manual_seed(i) for i in prompts]
     if family == "wan":
         call |= {"height": height or 112, "width": width or 144, "num_frames": 9}

@@ -26,6 +26,16 @@ class Call:
     epoch: Hashable = None
     """What cached keys were made with: if it changes within a run, they are stale."""
 
+    @property
+    def noisy_latents(self) -> Tensor:
+        """`hidden_states` without the channels that are conditions."""
+        return self.hidden_states[:, : self.channels]
+
+    @property
+    def text_length(self) -> int:
+        """Text tokens."""
+        return self.context.shape[1] if self.context.ndim > 2 else 0
+
 
 class Focus:
     """The tokens that the current call runs on, as the hooks of a family see them."""
@@ -33,8 +43,11 @@ class Focus:
     call: Call
     index: Tensor | None
     """Active tokens `[R, n]`, ascending in raster order; None: all of them."""
-    per_run: dict[str, Any]
-    """For what stays the same over the run and all contexts."""
+
+    @property
+    def per_run(self) -> dict[str, Any]:
+        """For what stays the same over the run and all contexts."""
+        raise NotImplementedError
 
     @property
     def per_context(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 import dit_accel
 from dit_accel import control
-from dit_accel.ras import engine as ras_engine
+from dit_accel.ras import ages
 from dit_accel.ras.selection import band_score, tile_tokens
 
 from ..random_pipelines import FAMILIES, SCHEDULERS, make, relative, run
@@ -37,7 +37,7 @@ def engine(pipe):
 def masks(pipe, tokens):
     """Who was active in each step of the last run, `[S, N]`."""
     ras = engine(pipe)
-    members = tile_tokens(tokens, ras.schedule.tile, torch.device("cpu"))
+    members = tile_tokens(tokens, ras.run.schedule.tile, torch.device("cpu"))
     result = {}
     for step, record in ras.steps.items():
         samples = 1 if record.tiles is None else len(record.tiles)
@@ -93,7 +93,7 @@ def test_a_batch_of_two_equals_two_batches_of_one(family, solver, selection, mon
         gaps.append((ordered[:, count] - ordered[:, count - 1]).tolist())
         return band_score(metric, count, high_ratio)
 
-    monkeypatch.setattr(ras_engine, "band_score", noting)
+    monkeypatch.setattr(ages, "band_score", noting)
     both = run(pipe, family, (0, 1))
     tiles = {step: x.tiles for step, x in engine(pipe).steps.items() if x.tiles is not None}
     clear = dict(zip(tiles, gaps, strict=True)) if selection == "std" else None
@@ -269,7 +269,7 @@ def test_every_token_is_filled_on_odd_and_non_square_grids(family, size):
     latents = run(pipe, family, height=height, width=width)
     hook.remove()
     assert torch.isfinite(latents).all()
-    grid = engine(pipe).grid
+    grid = engine(pipe).run.key[1]
     assert grid[1:] == (height // 16, width // 16)
     # Output of an untouched token would be the buffer's zeros, equal over all steps.
     for out in seen:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dit_accel
 from dit_accel import control
 from dit_accel.config import RASConfig
-from dit_accel.ras.engine import Selection
+from dit_accel.ras.ages import Selection
 from dit_accel.ras.schedule import plan_steps
 
 from ..random_pipelines import FAMILIES, embeddings, make, relative, run

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.config import RASConfig
-from dit_accel.ras.engine import Selection
+from dit_accel.ras.ages import Selection
 from dit_accel.ras.schedule import plan_steps
 from dit_accel.ras.selection import (
     band_score,

@@ -1,0 +1,271 @@
+"""Paired quality of region-adaptive sampling on trained models (part of bench_ras.py)."""
+
+import itertools
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dit_accel import control, demo
+from dit_accel.config import RASConfig
+from dit_accel.demo.clips import describe_clips
+from dit_accel.demo.report import judged_clips, judged_stills, score_clips
+from dit_accel.demo.vocabulary import Combination
+from dit_accel.environment import machine, versions
+from dit_accel.files import asset, write_json
+
+FORMAT_VERSION = 1
+METRICS = ("psnr_db", "ssim", "latent_error", "right")
+REFERENCE_STEPS = 100
+OURS = ("ours, K/V held", "ours, K/V linear")
+HOLD = {"predictor": "hold", "kv_predictor": "hold"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to sample."""
+
+    kind: str
+    solver: str
+    steps: int
+    ratio: float | None = None
+    ras: dict[str, Any] | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.solver} {self.steps} {self.ratio or ''} {self.kind}"
+
+
+def rows_of(solver: str, steps: int, ratios: tuple[float, ...]) -> list[Row]:
+    """The plain pipeline, and every way to spare with each ratio; the cost of "ours" sets the plain
+    pipeline's steps at equal cost, which is why those rows come last."""
+    rows = [Row("dense", solver, steps)]
+    for ratio in ratios:
+        ways = {
+            "random tokens, held": {"selection": "random", **HOLD},
+            "paper": RASConfig.PRESETS["paper"],
+            OURS[0]: {"kv_predictor": "hold"},
+            OURS[1]: {"kv_predictor": "linear"},
+        }
+        rows += [Row(k, solver, steps, ratio, {**ras, "ratio": ratio}) for k, ras in ways.items()]
+        rows.append(Row("dense, equal cost", solver, steps, ratio))
+    return rows
+
+
+class Subject:
+    """A trained model and what is asked of it."""
+
+    def __init__(self, model: str, count: int) -> None:
+        from dit_accel.pipelines.generate import load
+
+        self.still = "sd3" in Path(model).name
+        path = Path(model)
+        self.pipe = load(path if path.is_dir() else asset(model), sla=None, device="auto")
+        self.pipe.set_progress_bar_config(disable=True)
+        sampling = demo.IMAGE_SAMPLING if self.still else demo.SAMPLING
+        # The captions have at most 13 tokens; the models were trained with 16 and with their pipeline's
+        # default, and longer text would be most of the cost.
+        self.sampling = {**sampling, "max_sequence_length": 16}
+        del self.sampling["num_inference_steps"]
+        self.asked = self._asked(path.name, count)
+        self.prompts = self.asked.captions(with_motion=not self.still)
+        self.shipped = self.pipe.scheduler
+
+    def _asked(self, name: str, count: int) -> Any:
+        if self.still:
+            return judged_stills("train", count)
+        if name != "tiny-wan-start":
+            return judged_clips("train", count)
+        # That model knows three shapes, six colours, four motions and one form of caption.
+        every = [Combination(*c) for c in itertools.product(range(3), range(6), range(4))]
+        generator = torch.Generator().manual_seed(0)
+        order = [i for _ in range(-(-count // 72)) for i in torch.randperm(72, generator=generator)]
+        clips = describe_clips([every[i] for i in order[:count]], generator)
+        return replace(clips, template=torch.zeros(count, dtype=torch.long))
+
+    def set_solver(self, name: str) -> None:
+        from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+        config = self.shipped.config
+        shift = config.get("flow_shift", config.get("shift", 3.0))
+        if name == "euler":
+            self.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        else:
+            self.pipe.scheduler = UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+            )
+
+    def latents(self, rows: range, steps: int, ras: dict | None) -> tuple[torch.Tensor, float]:
+        """Latents of these samples, and the cost in dense steps."""
+        if ras is not None:
+            control.enable(self.pipe, ras=ras)
+        try:
+            out = self.pipe(
+                [self.prompts[i] for i in rows],
+                generator=[torch.Generator().manual_seed(i) for i in rows],
+                num_inference_steps=steps,
+                output_type="latent",
+                **self.sampling,
+            )
+            report = control.summary(self.pipe).ras
+        finally:
+            control.disable(self.pipe)
+        latents = out.images if self.still else out.frames
+        return latents.cpu(), float(steps) if report is None else report.cost
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Frames `[N, 3, T, H, W]` in [-1, 1]."""
+        vae = self.pipe.vae
+        latents = latents.to(vae.device, vae.dtype)
+        if self.still:
+            z = latents / vae.config.scaling_factor + vae.config.shift_factor
+            return vae.decode(z).sample.clamp(-1, 1).float().cpu()[:, :, None]
+        shape = (1, -1, 1, 1, 1)
+        mean, std = (
+            torch.tensor(vae.config[name]).view(shape).to(latents)
+            for name in ("latents_mean", "latents_std")
+        )
+        return vae.decode(latents * std + mean).sample.clamp(-1, 1).float().cpu()
+
+    def score(
+        self, latents: torch.Tensor, reference: torch.Tensor, rows: range
+    ) -> list[tuple[float, ...]]:
+        """`METRICS` of each sample against the reference."""
+        from torchmetrics.functional.image import structural_similarity_index_measure as similarity
+
+        video, truth = self.decode(latents), self.decode(reference)
+        right = score_clips(video, self.asked[rows.start : rows.stop], still=self.still)
+        scores = []
+        for i in range(len(latents)):
+            error = (video[i] - truth[i]).double().square().mean() / 4
+            frames = [(x[i].transpose(0, 1) + 1) / 2 for x in (video, truth)]
+            latent = (latents[i] - reference[i]).norm() / reference[i].norm()
+            scores.append(
+                (
+                    float(-10 * error.clamp(min=1e-12).log10()),
+                    float(similarity(*frames, data_range=1.0)),
+                    float(latent),
+                    float(right[i]["right"]["all"]),
+                )
+            )
+        return scores
+
+
+@dataclass
+class Quality:
+    """Paired quality of every way to spare, against dense sampling at equal cost."""
+
+    output: Path
+    model: str = "tiny-wan"
+    """tiny-wan, tiny-sd3, or a folder."""
+    samples: int = 96
+    batch_size: int = 8
+    solvers: tuple[str, ...] = ("unipc", "euler")
+    steps: tuple[int, ...] = (20, 50, 10)
+    ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
+    work: Path | None = None
+    """Scores of single samples, kept so that a stopped run goes on. Default: beside the output."""
+
+    def run(self) -> None:
+        work = self.work or self.output.with_suffix(".work.json")
+        scores: dict[str, Any] = json.loads(work.read_text()) if work.exists() else {}
+        subject = Subject(self.model, self.samples)
+        plan = [row for s in self.solvers for n in self.steps for row in rows_of(s, n, self.ratios)]
+        bar = tqdm(total=len(plan) * self.samples, desc=self.model)
+        for start in range(0, self.samples, self.batch_size):
+            rows = range(start, min(start + self.batch_size, self.samples))
+            todo = [row for row in plan if str(rows[-1]) not in scores.get(row.key, {})]
+            bar.update((len(plan) - len(todo)) * len(rows))
+            if not todo:
+                continue
+            subject.set_solver("unipc")
+            reference, _ = subject.latents(rows, REFERENCE_STEPS, None)
+            for row in todo:
+                self._add(subject, row, rows, reference, scores)
+                write_json(work, scores)
+                bar.update(len(rows))
+        bar.close()
+        write_json(self.output, self.report(subject, plan, scores))
+        print_table(json.loads(self.output.read_text()))
+
+    def _add(
+        self, subject: Subject, row: Row, rows: range, reference: torch.Tensor, scores: dict
+    ) -> None:
+        subject.set_solver(row.solver)
+        steps = row.steps
+        if row.kind == "dense, equal cost":
+            ours = Row(OURS[0], row.solver, row.steps, row.ratio)
+            steps = max(1, round(scores[ours.key]["cost"]))
+        latents, cost = subject.latents(rows, steps, row.ras)
+        entry = scores.setdefault(row.key, {})
+        entry["cost"] = cost
+        for i, values in zip(rows, subject.score(latents, reference, rows), strict=True):
+            entry[str(i)] = values
+
+    def report(self, subject: Subject, plan: list[Row], scores: dict[str, Any]) -> dict[str, Any]:
+        def column(row: Row) -> np.ndarray:
+            return np.array([scores[row.key][str(i)] for i in range(self.samples)])
+
+        by_key = {row.key: column(row) for row in plan}
+        rows = []
+        for row in plan:
+            record: dict[str, Any] = {
+                "solver": row.solver,
+                "steps": row.steps,
+                "ratio": row.ratio,
+                "kind": row.kind,
+                "cost": scores[row.key]["cost"],
+                **{name: mean_interval(by_key[row.key][:, i]) for i, name in enumerate(METRICS)},
+            }
+            if row.ratio is not None:
+                for name, kind in (("paper", "paper"), ("equal_cost", "dense, equal cost")):
+                    other = Row(kind, row.solver, row.steps, row.ratio).key
+                    if other != row.key:
+                        gap = by_key[row.key] - by_key[other]
+                        record[f"minus_{name}"] = {
+                            metric: mean_interval(gap[:, i]) for i, metric in enumerate(METRICS)
+                        }
+            rows.append(record)
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": Path(self.model).name,
+            "samples": self.samples,
+            "reference": f"dense, UniPC, {REFERENCE_STEPS} steps, the same noise",
+            "sampling": subject.sampling,
+            "rows": rows,
+            "versions": versions(),
+            "machine": machine(),
+        }
+
+
+def mean_interval(values: np.ndarray) -> dict[str, Any]:
+    """Mean, and a 95 % bootstrap interval over samples."""
+    draws = np.random.default_rng(0).integers(0, len(values), (5000, len(values)))
+    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+    return {"mean": float(values.mean()), "interval_95": [float(low), float(high)]}
+
+
+def print_table(report: dict[str, Any]) -> None:
+    print(f"{report['model']}, {report['samples']} samples, against {report['reference']}")
+    print(
+        "| sampling | ratio | cost | PSNR, dB | SSIM | latent error | judge | PSNR minus equal cost |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for row in report["rows"]:
+        gap = row.get("minus_equal_cost", {}).get("psnr_db")
+        tail = (
+            ""
+            if gap is None
+            else f"{gap['mean']:+.2f} [{gap['interval_95'][0]:+.2f}, {gap['interval_95'][1]:+.2f}]"
+        )
+        means = {name: row[name]["mean"] for name in METRICS}
+        print(
+            f"| {row['solver']} {row['steps']}, {row['kind']} | {row['ratio'] or ''} | {row['cost']:.2f} "
+            f"| {means['psnr_db']:.2f} | {means['ssim']:.4f} | {means['latent_error']:.4f} "
+            f"| {means['right']:.3f} | {tail} |"
+        )
