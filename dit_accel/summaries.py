@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dit_accel.models import Family
+from dit_accel.ras import StepRecord
 from dit_accel.session import Session
 
 
@@ -37,7 +39,7 @@ class StepSummary:
     oldest: int
     """Most steps any token has gone without an update."""
     cost: float
-    """FLOPs that ran over those of a dense step."""
+    """FLOPs that ran over those of a step of the plain pipeline."""
 
 
 @dataclass(frozen=True)
@@ -205,19 +207,15 @@ def _summarise_ras(session: Session, transformer: Any) -> RASSummary:
     steps = []
     for step, record in sorted(ras.steps.items()):
         dense_calls = record.dense_calls.total()
-        share = session.family.flops(
-            transformer, record.active, record.tokens, record.text
-        ) / session.family.flops(transformer, record.tokens, record.tokens, record.text)
-        focused = record.calls - dense_calls
         steps.append(
             StepSummary(
                 step=step,
-                mode="ras" if focused else "dense",
+                mode="ras" if record.calls > dense_calls else "dense",
                 active=record.active,
                 tokens=record.tokens,
                 dense_calls=dict(record.dense_calls),
                 oldest=int(record.oldest),
-                cost=(dense_calls + focused * share) / record.calls,
+                cost=_cost(session.family, transformer, record),
             )
         )
     return RASSummary(
@@ -226,6 +224,16 @@ def _summarise_ras(session: Session, transformer: Any) -> RASSummary:
         kv_predictor="linear" if ras.run is not None and ras.run.linear_kv else "hold",
         kv_bytes=ras.kv_bytes,
     )
+
+
+def _cost(family: Family, transformer: Any, record: StepRecord) -> float:
+    def flops(active: int) -> float:
+        return family.flops(transformer, active, record.tokens, record.text)
+
+    text = family.text_flops(transformer, record.prompt)
+    dense_calls = record.dense_calls.total()
+    run = dense_calls * flops(record.tokens) + (record.calls - dense_calls) * flops(record.active)
+    return (run + record.fresh * text) / (record.calls * (flops(record.tokens) + text))
 
 
 def _total(counts: Any) -> dict[str, int]:

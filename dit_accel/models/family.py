@@ -140,8 +140,13 @@ class Family:
         raise NotImplementedError
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
-        """Multiply-adds times two of one row with `active` of `tokens` image tokens computed."""
+        """Matrix products of one row with `active` of `tokens` image tokens computed, what is computed
+        once per context left out."""
         raise NotImplementedError
+
+    def text_flops(self, transformer: Any, text: int) -> float:
+        """Matrix products that are computed once per context, and in each call of the plain model."""
+        return 0.0
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -67,16 +67,18 @@ class LuminaNext(Family):
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
         config = transformer.config
         dim, layer = config.hidden_size, transformer.layers[0]
-        kv = layer.attn1.inner_kv_dim
         ffn = layer.feed_forward.linear_1.out_features
-        linear = 3 * dim * dim + 2 * dim * kv + 3 * dim * ffn  # both queries, keys, out; gated ffn
+        # Queries of both attentions, keys, values, out, gated feed-forward.
+        linear = 3 * dim * dim + 2 * dim * layer.attn1.inner_kv_dim + 3 * dim * ffn
         attention = 2 * (tokens + text) * dim
-        ends = (
-            config.patch_size**2
-            * dim
-            * (config.in_channels * tokens + transformer.out_channels * active)
-        )
-        return 2.0 * (active * config.num_layers * (linear + attention) + ends)
+        patch = config.patch_size**2
+        ends = dim * patch * (tokens * config.in_channels + active * transformer.out_channels)
+        return 2.0 * (config.num_layers * active * (linear + attention) + ends)
+
+    def text_flops(self, transformer: Any, text: int) -> float:
+        attn = transformer.layers[0].attn2
+        width = transformer.config.cross_attention_dim
+        return 2.0 * transformer.config.num_layers * 2 * text * width * attn.inner_kv_dim
 
 
 def _embedded(focus: Focus, layers: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:

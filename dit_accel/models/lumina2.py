@@ -62,15 +62,24 @@ class Lumina2(Family):
         ]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
-        config = transformer.config
+        config, linear = transformer.config, self._linear(transformer)
         dim, layers = config.hidden_size, transformer.layers
-        ffn = layers[0].feed_forward.linear_1.out_features
-        linear = 2 * dim * dim + 2 * dim * layers[0].attn.inner_kv_dim + 3 * dim * ffn
         joint = (active + text) * (linear + 2 * (tokens + text) * dim)
         image = active * (linear + 2 * tokens * dim)
-        ends = active * config.in_channels + (active + text) * transformer.out_channels
         total = len(layers) * joint + len(transformer.noise_refiner) * image
-        return 2.0 * (total + config.patch_size**2 * dim * ends)
+        ends = active * config.in_channels + (active + text) * transformer.out_channels
+        caption = text * config.cap_feat_dim * dim
+        return 2.0 * (total + config.patch_size**2 * dim * ends + caption)
+
+    def text_flops(self, transformer: Any, text: int) -> float:
+        block = self._linear(transformer) + 2 * text * transformer.config.hidden_size
+        return 2.0 * len(transformer.context_refiner) * text * block
+
+    def _linear(self, transformer: Any) -> int:
+        """Weights that each token meets in a block."""
+        dim, block = transformer.config.hidden_size, transformer.layers[0]
+        ffn = block.feed_forward.linear_1.out_features
+        return 2 * dim * dim + 2 * dim * block.attn.inner_kv_dim + 3 * dim * ffn
 
 
 def _shrink_tables(focus: Focus, args: tuple, kwargs: dict) -> Any:

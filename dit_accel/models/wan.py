@@ -1,5 +1,6 @@
 """Wan2.1 (`WanTransformer3DModel`): facts, and its attention processors."""
 
+import math
 from typing import Any
 
 import torch
@@ -85,13 +86,17 @@ class Wan(Family):
         config = transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
         linear = (
-            4 * dim * dim + 2 * dim * dim + 2 * dim * config.ffn_dim
-        )  # self, cross q and out, ffn
+            6 * dim * dim + 2 * dim * config.ffn_dim
+        )  # self-attention, query and out of cross-, ffn
         attention = 2 * (tokens + text) * dim
-        ends = (
-            dim * torch.Size(config.patch_size).numel() * (config.in_channels + config.out_channels)
-        )
-        return 2.0 * active * (config.num_layers * (linear + attention) + ends)
+        patch = math.prod(config.patch_size)
+        ends = dim * patch * (tokens * config.in_channels + active * config.out_channels)
+        return 2.0 * (config.num_layers * active * (linear + attention) + ends)
+
+    def text_flops(self, transformer: Any, text: int) -> float:
+        config = transformer.config
+        dim = config.num_attention_heads * config.attention_head_dim
+        return 2.0 * config.num_layers * 2 * text * dim * dim
 
 
 def _shrink_rope(focus: Focus, patch_size: tuple[int, int, int], args: tuple, kwargs: dict) -> Any:

@@ -28,13 +28,17 @@ class StepRecord:
     active: int
     """Image tokens that ran, the least over its calls."""
     tokens: int
+    prompt: int
+    """Text tokens of a call, with padding."""
     text: int
-    """Text tokens of a call."""
+    """Those that the layers see."""
     tiles: Tensor | None
     """Active tiles `[S, count]`; None on a dense step."""
     oldest: Tensor
     """Largest age after the step, in steps."""
     calls: int = 0
+    fresh: int = 0
+    """Calls that computed what is kept for their context."""
     dense_calls: Counter[str] = field(default_factory=Counter)
     """Dense calls, by reason."""
 
@@ -90,6 +94,7 @@ class RegionAdaptiveSampling(Focus):
         self._flat: Tensor | None = None
         self._factor: Tensor | None = None
         self._same: Tensor | None = None
+        self._record: StepRecord = None  # type: ignore[assignment]
 
     @property
     def per_run(self) -> dict[str, Any]:
@@ -136,7 +141,7 @@ class RegionAdaptiveSampling(Focus):
             chosen = tile_tokens(tokens, run.schedule.tile, latents.device)[tiles].flatten(1)
             self.index = chosen.repeat(rows // samples, 1)
             self._flat = _flat(self.index, tokens)
-        self._count(run, step, tokens, reason)
+        self._count(run, step, tokens, reason, fresh)
         if run.off is None:
             self._open(run, clock, run.sigmas[step], samples, tokens)
 
@@ -206,14 +211,21 @@ class RegionAdaptiveSampling(Focus):
                 stacklevel=2,
             )
 
-    def _count(self, run: Run, step: int, tokens: int, reason: str | None) -> None:
+    def _count(self, run: Run, step: int, tokens: int, reason: str | None, fresh: bool) -> None:
         record = self.steps.get(step)
         if record is None:
             selection = run.selection
             record = self.steps[step] = StepRecord(
-                tokens, tokens, self.call.text_length, selection.tiles, selection.age.amax()
+                active=tokens,
+                tokens=tokens,
+                prompt=self.call.text_length,
+                text=self.call.text_length,
+                tiles=selection.tiles,
+                oldest=selection.age.amax(),
             )
+        self._record = record
         record.calls += 1
+        record.fresh += fresh
         if reason is not None:
             record.dense_calls[reason] += 1
         elif self.index is not None:
@@ -318,6 +330,7 @@ class RegionAdaptiveSampling(Focus):
         same = None if self._same is None else _placed(self._same, length, offsets)
         index = None if self.index is None else joint_index(self.index, tokens, length, offsets)
         self._attach(layout, length, None if index is None else _flat(index, length), factor, same)
+        self._record.text = length - tokens
         return index
 
 
