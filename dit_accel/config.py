@@ -126,7 +126,6 @@ class RASConfig(_Config):
         "balanced": {},
         "fast": {"ratio": 0.25},
         "paper": {
-            "warmup": 4,
             "selection": "std",
             "max_age": None,
             "predictor": "hold",
