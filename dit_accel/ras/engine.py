@@ -121,6 +121,7 @@ class RegionAdaptiveSampling(Focus):
         samples = rows // 2 if call.guided else rows
         run = self.run = self._run_of(clock, call, grid, samples, max(rows, samples * halves))
         step = min(clock.step, run.schedule.num_steps - 1)
+        late = clock.step >= run.schedule.num_steps
         self._observe(run, step, call.noisy_latents[:samples], grid)
         run.selection.begin_step(step, run.metric)
 
@@ -133,7 +134,10 @@ class RegionAdaptiveSampling(Focus):
 
         tiles = run.selection.tiles
         reason = run.off
-        if reason is None and tiles is None:
+        if reason is None and late:
+            # Called by hand, or by a pipeline with another scheduler: its step is not known.
+            reason = "past the scheduler's last step"
+        elif reason is None and tiles is None:
             reason = "dense step"
         elif reason is None and fresh:
             reason = "first call of a context"
@@ -142,7 +146,7 @@ class RegionAdaptiveSampling(Focus):
             self.index = chosen.repeat(rows // samples, 1)
             self._flat = _flat(self.index, tokens)
         self._count(run, step, tokens, reason, fresh)
-        if run.off is None:
+        if run.off is None and not late:
             self._open(run, clock, run.sigmas[step], samples, tokens)
 
     def end_call(self, clock: Clock, failed: bool) -> None:

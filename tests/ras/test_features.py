@@ -153,6 +153,38 @@ def test_skip_layer_guidance_works():
         assert relative(run(pipe, "sd35", (i,), **changed)[0], both[i]) < 1e-5
 
 
+def test_calls_past_the_last_step_are_dense_and_counted():
+    """By hand after a run, or by a pipeline that steps another scheduler."""
+    pipe = make("sd3")
+    text = embeddings("sd3", [0])
+    call = {
+        "hidden_states": torch.randn(1, 16, 22, 26),
+        "timestep": torch.full((1,), 500.0),
+        "encoder_hidden_states": text["prompt_embeds"],
+        "pooled_projections": text["pooled_prompt_embeds"],
+    }
+    with torch.no_grad():
+        plain = pipe.transformer(**call).sample
+        dit_accel.enable(pipe, ras={**SPARSE, "tail": 0})
+        run(pipe, "sd3")
+        for _ in range(3):
+            torch.testing.assert_close(pipe.transformer(**call).sample, plain, rtol=0, atol=0)
+    reasons = dit_accel.summary(pipe).ras.dense_calls
+    assert reasons["past the scheduler's last step"] == 3
+
+
+def test_gradients_are_refused():
+    pipe = make("sd3")
+    dit_accel.enable(pipe, ras=SPARSE)
+    with pytest.raises(RuntimeError, match="ras: gradients are on"):
+        pipe.transformer(
+            hidden_states=torch.zeros(1, 16, 22, 26),
+            timestep=torch.zeros(1),
+            encoder_hidden_states=torch.zeros(1, 12, 24),
+            pooled_projections=torch.zeros(1, 16),
+        )
+
+
 # Other pipelines of the same transformer -----------------------------------------------------------
 
 
@@ -495,7 +527,10 @@ def test_sparse_attention_on_a_family_without_it_is_refused_by_name():
 def test_one_noise_level_per_token_is_refused():
     pipe = make("wan")
     dit_accel.enable(pipe, ras=SPARSE)
-    with pytest.raises(ValueError, match=r"timestep: shape \(1, 4\), one for each token"):
+    with (
+        pytest.raises(ValueError, match=r"timestep: shape \(1, 4\), one for each token"),
+        torch.no_grad(),
+    ):
         pipe.transformer(torch.zeros(1, 4, 1, 4, 4), torch.zeros(1, 4), torch.zeros(1, 12, 24))
 
 
