@@ -20,7 +20,9 @@ def session_of(pipe: Any) -> Session | None:
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(transformer, nn.Module):
         return None
-    for hook in transformer._forward_pre_hooks.values():
+    # What torch.compile(transformer) returns wraps the module that was enabled.
+    module: Any = getattr(transformer, "_orig_mod", transformer)
+    for hook in module._forward_pre_hooks.values():
         if isinstance(owner := getattr(hook, "__self__", None), Session):
             return owner
     return None
@@ -77,15 +79,20 @@ def enable(
                 )
         ras_config = ras_config or before.ras_config
         sla_config = sla_config or before.sla_config
-        before.remove(pipe.transformer)
-    Session(pipe, family, ras=ras_config, sla=sla_config)
+        before.remove()
+    try:
+        Session(pipe, family, ras=ras_config, sla=sla_config)
+    except ValueError:
+        if before is not None:  # what was on stays on
+            Session(pipe, family, ras=before.ras_config, sla=before.sla_config)
+        raise
 
 
 def disable(pipe: Any) -> None:
     """Take the acceleration off; the transformer is then exactly what it was. No-op if it is off."""
     session = session_of(pipe)
     if session is not None:
-        session.remove(pipe.transformer)
+        session.remove()
 
 
 def summary(pipe: Any, *, strict: bool = False) -> Summary:
@@ -101,7 +108,7 @@ def summary(pipe: Any, *, strict: bool = False) -> Summary:
         if strict:
             raise RuntimeError("acceleration is off: call enable() first")
         return Summary(enabled=False, config={}, layers=[])
-    result = summarise(session, pipe.transformer)
+    result = summarise(session)
     if strict:
         never = [x for x in result.layers if x.scheduled and not x.sparse_calls]
         if never:

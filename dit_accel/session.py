@@ -19,7 +19,7 @@ class Session:
     def __init__(
         self, pipe: Any, family: Family, *, ras: RASConfig | None, sla: SLAConfig | None
     ) -> None:
-        transformer = pipe.transformer
+        transformer = self.transformer = pipe.transformer
         self.family = family
         self.layers = family.self_attention(transformer)
         self.cross = family.cross_attention(transformer) if ras is not None else {}
@@ -76,7 +76,7 @@ class Session:
     @torch.compiler.disable
     def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the transformer."""
-        call = self.family.call(self.clock.pipe, transformer, args, kwargs)
+        call = self.family.call(transformer, args, kwargs)
         if self.clock.tick(transformer, call.context, call.variant):
             self._begin_run(transformer)
         grid = self.family.token_grid(transformer, call.hidden_states)
@@ -88,8 +88,9 @@ class Session:
                     "ras: gradients are on, and cached tokens have none: run under torch.no_grad(), or "
                     "disable() first"
                 )
-            guidance = bool(getattr(self.clock.pipe, "do_classifier_free_guidance", False))
-            self.ras.begin_call(self.clock, call, grid, halves=2 if guidance else 1)
+            guidance = bool(getattr(self.clock.pipe, "do_classifier_free_guidance", True))
+            contexts = 2 if guidance and self.family.separate_guidance else 1
+            self.ras.begin_call(self.clock, call, grid, contexts)
             kwargs = self.family.focus_inputs(self.ras, kwargs)
         return args, kwargs
 
@@ -119,7 +120,7 @@ class Session:
                 module.processor.text = None
         self.ras.end_call(self.clock, failed=output is None)
 
-    def remove(self, transformer: nn.Module) -> None:
+    def remove(self) -> None:
         """Put back what was there; processors that somebody else set stay."""
         for hook in self._hooks:
             hook.remove()

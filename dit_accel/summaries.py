@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dit_accel.models import Family
 from dit_accel.ras import StepRecord
 from dit_accel.session import Session
 
@@ -29,7 +28,7 @@ class StepSummary:
 
     step: int
     mode: str
-    """"ras" if any call ran on some of the tokens only, else "dense"."""
+    """"ras" if a call left tokens out, else "dense"."""
     active: int
     """Image tokens that ran."""
     tokens: int
@@ -176,7 +175,7 @@ class Summary:
         return _table(rows)
 
 
-def summarise(session: Session, transformer: Any) -> Summary:
+def summarise(session: Session) -> Summary:
     """The counts of the last run."""
     sla = session.sla
     layers = (
@@ -197,25 +196,24 @@ def summarise(session: Session, transformer: Any) -> Summary:
         enabled=True,
         config={} if sla is None else sla.config.to_dict(),
         layers=layers,
-        ras=None if session.ras is None else _summarise_ras(session, transformer),
+        ras=None if session.ras is None else _summarise_ras(session),
     )
 
 
-def _summarise_ras(session: Session, transformer: Any) -> RASSummary:
+def _summarise_ras(session: Session) -> RASSummary:
     ras = session.ras
     assert ras is not None
     steps = []
     for step, record in sorted(ras.steps.items()):
-        dense_calls = record.dense_calls.total()
         steps.append(
             StepSummary(
                 step=step,
-                mode="ras" if record.calls > dense_calls else "dense",
+                mode="ras" if record.active < record.tokens else "dense",
                 active=record.active,
                 tokens=record.tokens,
                 dense_calls=dict(record.dense_calls),
                 oldest=int(record.oldest),
-                cost=_cost(session.family, transformer, record),
+                cost=_cost(session, record),
             )
         )
     return RASSummary(
@@ -226,7 +224,9 @@ def _summarise_ras(session: Session, transformer: Any) -> RASSummary:
     )
 
 
-def _cost(family: Family, transformer: Any, record: StepRecord) -> float:
+def _cost(session: Session, record: StepRecord) -> float:
+    family, transformer = session.family, session.transformer
+
     def flops(active: int) -> float:
         return family.flops(transformer, active, record.tokens, record.text)
 

@@ -33,6 +33,7 @@ class Clock:
         self._scheduler = pipe.scheduler
         self._timesteps: Any = None
         self._begin: int | None = None
+        self._seen_before_stepping = False
         self.contexts: dict[Hashable, Context] = {}
         self._current: Hashable = None
         self.step = 0
@@ -60,6 +61,7 @@ class Clock:
             self.contexts.clear()
             self.step = 0
             self._begin = getattr(self._scheduler, "begin_index", None)
+            self._seen_before_stepping = False
         context = self._context(tensor, variant)
         self.step = self._position(context.next_step)
         context.next_step = self.step + 1
@@ -84,15 +86,21 @@ class Clock:
         """The scheduler's own step, where it has begun to step; else the counted one."""
         index = getattr(self._scheduler, "step_index", None)
         if index is None:
+            self._seen_before_stepping = True
             return counted
         if self._begin is None:  # a pipeline that did not say where it begins
-            self._begin = index - counted
+            self._begin = index - (1 if self._seen_before_stepping else 0)
         return index - self._begin
 
     def sigmas(self) -> Tensor | None:
         """Noise levels of the steps of this run, one each; None if the scheduler has none."""
         sigmas = getattr(self._scheduler, "sigmas", None)
         return None if sigmas is None else sigmas[self._begin or 0 :]
+
+    @property
+    def scheduler(self) -> Any:
+        """The one whose steps are counted."""
+        return self._scheduler
 
     @property
     def repeats(self) -> bool:

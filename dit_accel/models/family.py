@@ -21,8 +21,6 @@ class Call:
     """How many of the C are noisy latents; others are conditions."""
     variant: Hashable = None
     """What else tells contexts apart."""
-    guided: bool = False
-    """Whether the rows are two halves of classifier-free guidance, each with all samples."""
     epoch: Hashable = None
     """What cached keys were made with: if it changes within a run, they are stale."""
 
@@ -88,6 +86,9 @@ class Family:
 
     name: str
     stock_processors: tuple[str, ...]
+    separate_guidance: bool
+    """Whether the halves of classifier-free guidance are two calls; else they are one batch, with the
+    same latents in both."""
     sparse_attention: bool = False
     """Whether its processor asks the seam `attend`."""
 
@@ -110,7 +111,7 @@ class Family:
         """The processor for cross-attention; its `text` holds keys and values computed before."""
         raise NotImplementedError
 
-    def call(self, pipe: Any, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+    def call(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
         """What this call of the transformer is.
 
         Raises:

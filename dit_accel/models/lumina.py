@@ -23,6 +23,7 @@ class LuminaNext(Family):
     """Self- and cross-attention side by side; guidance halves [cond, uncond] in one batch."""
 
     name = "Lumina-Next"
+    separate_guidance = False
     stock_processors = ("LuminaAttnProcessor2_0",)
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
@@ -42,13 +43,12 @@ class LuminaNext(Family):
     def cross_processor(self, stock: Any) -> Any:
         return LuminaTextAttnProcessor(stock)
 
-    def call(self, pipe: Any, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+    def call(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
         table = argument(args, kwargs, "image_rotary_emb", 4)
         return Call(
             argument(args, kwargs, "hidden_states", 0),
             argument(args, kwargs, "encoder_hidden_states", 2),
             transformer.config.in_channels,
-            guided=bool(getattr(pipe, "do_classifier_free_guidance", False)),
             # The pipeline changes its rotary table at `scaling_watershed`; cached keys are rotated.
             # It makes the table on the CPU, so looking into it waits for no device.
             epoch=tuple(table[1, 1].tolist()) if table.device.type == "cpu" else None,

@@ -25,6 +25,7 @@ class Lumina2(Family):
     """Refiners for text and image, then layers over [text, image]; guidance halves are separate calls."""
 
     name = "Lumina-Image 2.0"
+    separate_guidance = True
     stock_processors = ("Lumina2AttnProcessor2_0",)
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
@@ -40,7 +41,7 @@ class Lumina2(Family):
     def processor(self, stock: Any) -> Any:
         return Lumina2SparseAttnProcessor(stock)
 
-    def call(self, pipe: Any, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+    def call(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
         return Call(
             argument(args, kwargs, "hidden_states", 0),
             argument(args, kwargs, "encoder_hidden_states", 2),
@@ -54,7 +55,7 @@ class Lumina2(Family):
     def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
         refiners = transformer.context_refiner
         return [
-            before(transformer.rope_embedder, _shrink_tables, focus),
+            before(transformer.rope_embedder, _shrink_tables, focus, transformer.config.patch_size),
             after(transformer.rope_embedder, _gather, focus, transformer.config.patch_size),
             after(transformer.norm_out, _complete, focus),
             *(before(layer, _shrink_text, focus) for layer in refiners),
@@ -82,11 +83,11 @@ class Lumina2(Family):
         return 2 * dim * dim + 2 * dim * block.attn.inner_kv_dim + 3 * dim * ffn
 
 
-def _shrink_tables(focus: Focus, args: tuple, kwargs: dict) -> Any:
+def _shrink_tables(focus: Focus, patch_size: int, args: tuple, kwargs: dict) -> Any:
     """The tables of this context are known: let the module make those of two tokens, on the CPU, where
     its question for the length of the text waits for no device."""
     if "tables" in focus.per_context:
-        latents = args[0].new_zeros(1, args[0].shape[1], 2, 2, device="cpu")
+        latents = args[0].new_zeros(1, args[0].shape[1], patch_size, patch_size, device="cpu")
         args = (latents, torch.ones(1, 1, dtype=torch.int64))
     return args, kwargs
 

@@ -22,6 +22,7 @@ class StableDiffusion3(Family):
     """Joint attention over [image, text]; guidance halves [uncond, cond] in one batch."""
 
     name = "Stable Diffusion 3"
+    separate_guidance = False
     stock_processors = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0")
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
@@ -39,7 +40,7 @@ class StableDiffusion3(Family):
     def processor(self, stock: Any) -> Any:
         return SD3SparseAttnProcessor(stock)
 
-    def call(self, pipe: Any, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+    def call(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
         if "ip_adapter_image_embeds" in (kwargs.get("joint_attention_kwargs") or {}):
             raise ValueError(
                 "ip_adapter_image_embeds: IP-Adapter does not work with region-adaptive sampling"
@@ -51,7 +52,6 @@ class StableDiffusion3(Family):
             transformer.config.in_channels,
             # Skip-layer guidance calls a third time, with the plain batch.
             variant=None if skipped is None else tuple(skipped),
-            guided=skipped is None and bool(getattr(pipe, "do_classifier_free_guidance", False)),
         )
 
     def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:

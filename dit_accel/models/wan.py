@@ -25,6 +25,7 @@ class Wan(Family):
     """Text- and image-to-video; the guidance halves are separate calls."""
 
     name = "Wan2.1"
+    separate_guidance = True
     stock_processors = ("WanAttnProcessor",)
     sparse_attention = True
 
@@ -45,7 +46,7 @@ class Wan(Family):
     def cross_processor(self, stock: Any) -> Any:
         return WanTextAttnProcessor(stock)
 
-    def call(self, pipe: Any, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+    def call(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
         timestep = argument(args, kwargs, "timestep", 1)
         if timestep.ndim > 1:
             raise ValueError(

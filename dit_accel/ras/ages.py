@@ -10,14 +10,14 @@ from dit_accel.ras.selection import band_score, choose
 
 
 class Selection:
-    """One index set per sample, shared by all contexts of a step."""
+    """One index set for each row of the run's first call, shared by all contexts of a step."""
 
     def __init__(
-        self, config: RASConfig, schedule: Schedule, samples: int, device: torch.device
+        self, config: RASConfig, schedule: Schedule, rows: int, device: torch.device
     ) -> None:
         self.config = config
         self.schedule = schedule
-        shape = (samples, schedule.num_tiles)
+        shape = (rows, schedule.num_tiles)
         self.age = torch.zeros(shape, dtype=torch.long, device=device)
         self.dropped = torch.zeros(shape, device=device)
         """How often each tile was left out in this run."""

@@ -34,9 +34,9 @@ class ContextState:
         return sum(x.nbytes for pair in self.kv.values() for x in pair)
 
     def begin(
-        self, sigma: Float[Tensor, ""], index: Int[Tensor, "s n"] | None, shape: tuple[int, int]
-    ) -> tuple[Float[Tensor, "s t"], Float[Tensor, "s t"]]:
-        """A call at this noise level updates the tokens `index` of `shape` (samples, tokens).
+        self, sigma: Float[Tensor, ""], index: Int[Tensor, "r n"] | None, shape: tuple[int, int]
+    ) -> tuple[Float[Tensor, "r t"], Float[Tensor, "r t"]]:
+        """A call at this noise level updates the tokens `index` of `shape` (rows, tokens).
 
         Returns:
             How far each token's line has to be followed, and 1 for tokens whose last update had this

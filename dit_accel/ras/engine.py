@@ -51,7 +51,7 @@ class Run:
     selection: Selection
     sigmas: Float[Tensor, " steps"]
     key: tuple
-    """Length, grid, samples and device that all of this fits."""
+    """Length, grid and device that all of this fits."""
     off: str | None = None
     """Why RAS is off for the whole run."""
     linear_kv: bool = False
@@ -107,25 +107,26 @@ class RegionAdaptiveSampling(Focus):
 
     # A call ---------------------------------------------------------------------------------------
 
-    def begin_call(self, clock: Clock, call: Call, grid: tuple[int, int, int], halves: int) -> None:
+    def begin_call(
+        self, clock: Clock, call: Call, grid: tuple[int, int, int], contexts: int
+    ) -> None:
         """Decide what this call runs on.
 
         Args:
             clock: has just ticked for this call.
             call: of the family.
             grid: image tokens (t, h, w).
-            halves: rows of guidance in one run for each sample, over all contexts.
+            contexts: of this many rows that the run will have (for its memory).
         """
         latents = call.hidden_states
         rows, tokens = latents.shape[0], math.prod(grid)
-        samples = rows // 2 if call.guided else rows
-        run = self.run = self._run_of(clock, call, grid, samples, max(rows, samples * halves))
+        run = self.run = self._run_of(clock, call, grid, contexts)
         step = min(clock.step, run.schedule.num_steps - 1)
         late = clock.step >= run.schedule.num_steps
-        self._observe(run, step, call.noisy_latents[:samples], grid)
+        self._observe(run, step, call.noisy_latents, grid)
         run.selection.begin_step(step, run.metric)
 
-        geometry = (rows, samples, grid, latents.dtype, latents.device)
+        geometry = (rows, grid, latents.dtype, latents.device)
         state: ContextState | None = clock.context.state
         fresh = state is None or state.geometry != geometry or state.epoch != call.epoch
         if state is None or fresh:
@@ -143,11 +144,11 @@ class RegionAdaptiveSampling(Focus):
             reason = "first call of a context"
         if reason is None and tiles is not None:
             chosen = tile_tokens(tokens, run.schedule.tile, latents.device)[tiles].flatten(1)
-            self.index = chosen.repeat(rows // samples, 1)
+            self.index = _for_rows(chosen, rows)
             self._flat = _flat(self.index, tokens)
         self._count(run, step, tokens, reason, fresh)
         if run.off is None and not late:
-            self._open(run, clock, run.sigmas[step], samples, tokens)
+            self._open(clock, run.sigmas[step], (rows, tokens))
 
     def end_call(self, clock: Clock, failed: bool) -> None:
         """Forget what belongs to this call; after the last one, or a failure, give memory back."""
@@ -159,35 +160,35 @@ class RegionAdaptiveSampling(Focus):
             clock.context.state = None
         self._finish_call()
 
-    def _run_of(
-        self, clock: Clock, call: Call, grid: tuple[int, int, int], samples: int, rows: int
-    ) -> Run:
+    def _run_of(self, clock: Clock, call: Call, grid: tuple[int, int, int], contexts: int) -> Run:
         device = call.hidden_states.device
-        key = (clock.num_steps, grid, samples, device)
+        rows = call.hidden_states.shape[0]
+        key = (clock.num_steps, grid, device)
         if self.run is not None:
-            if self.run.key == key:
+            chosen_for = len(self.run.selection.age)
+            if self.run.key == key and (rows % chosen_for == 0 or chosen_for % rows == 0):
                 return self.run
             _forget(clock)  # what was cached fits another plan
         tokens = math.prod(grid)
         sigmas = clock.sigmas()
         if sigmas is None:
             raise ValueError(
-                f"pipe.scheduler: {type(clock.pipe.scheduler).__name__} has no sigmas; "
+                f"pipe.scheduler: {type(clock.scheduler).__name__} has no sigmas; "
                 "accepted are schedulers with noise levels, such as FlowMatchEulerDiscreteScheduler"
             )
         schedule = plan_steps(self.config, clock.num_steps, tokens)
         run = Run(
             schedule,
-            Selection(self.config, schedule, samples, device),
+            Selection(self.config, schedule, rows, device),
             sigmas.to(device=device, dtype=torch.float32),
             key,
         )
-        if tokens < schedule.tile:
-            run.off = f"{tokens} tokens are fewer than a tile of {schedule.tile}"
+        if schedule.num_tiles < 2:
+            run.off = f"{tokens} tokens are not more than a tile of {schedule.tile}"
         elif all(count is None for count in schedule.tiles):
             run.off = "the schedule has dense steps only"
         else:
-            self._choose_memory(run, call, tokens, rows)
+            self._choose_memory(run, call, tokens, rows * contexts)
         return run
 
     def _choose_memory(self, run: Run, call: Call, tokens: int, rows: int) -> None:
@@ -235,16 +236,11 @@ class RegionAdaptiveSampling(Focus):
         elif self.index is not None:
             record.active = min(record.active, self.index.shape[1])
 
-    def _open(
-        self, run: Run, clock: Clock, sigma: Float[Tensor, ""], samples: int, tokens: int
-    ) -> None:
+    def _open(self, clock: Clock, sigma: Float[Tensor, ""], shape: tuple[int, int]) -> None:
         """Point every store at what this context has cached."""
-        repeat = self.call.hidden_states.shape[0] // samples
-        own = None if self.index is None else self.index[:samples]
-        factor, same = self.context.begin(sigma, own, (samples, tokens))
-        self._factor = factor.repeat(repeat, 1)
-        self._same = same.repeat(repeat, 1) if clock.repeats else None
-        self._attach("image", tokens, self._flat, self._factor, self._same)
+        self._factor, same = self.context.begin(sigma, self.index, shape)
+        self._same = same if clock.repeats else None
+        self._attach("image", shape[1], self._flat, self._factor, self._same)
 
     def _attach(
         self,
@@ -287,6 +283,7 @@ class RegionAdaptiveSampling(Focus):
         """Score how the last step changed the latents: the guided update that was really made."""
         if self.config.selection not in ("std", "l2norm") or step == run.observed:
             return
+        latents = _for_rows(latents, len(run.selection.age))
         if run.latents is not None:
             cells = _by_token(latents.float() - run.latents.float(), grid)
             cell = cells.shape[2]
@@ -356,6 +353,12 @@ def joint_index(
             for row, start in zip(index, offsets, strict=True)
         ]
     )
+
+
+def _for_rows(x: Tensor, rows: int) -> Tensor:
+    """What was found for other rows of the same samples: halves of guidance have the same latents, so
+    that a batch of both repeats one of them."""
+    return x.repeat(max(1, rows // len(x)), *[1] * (x.ndim - 1))[:rows]
 
 
 def _placed(x: Float[Tensor, "r n"], length: int, offsets: list[int]) -> Float[Tensor, "r l"]:

@@ -60,7 +60,7 @@ class Reference:
         transformer.register_forward_pre_hook(self.begin, with_kwargs=True)
 
     def begin(self, transformer, args, kwargs):
-        call = self.family.call(self.pipe, transformer, args, kwargs)
+        call = self.family.call(transformer, args, kwargs)
         self.context = call.context
         key = (id(call.context), call.variant)
         self.key = key
