@@ -107,7 +107,8 @@ class Generate(_Common):
     kind: Literal["auto", "mp4", "gif", "png"] = "auto"
     """auto: mp4 for clips, png for images."""
     save_focus: bool = False
-    """Also write where region-adaptive sampling worked: a heat map and the masks of its steps."""
+    """Also write where region-adaptive sampling worked: a heat map and the masks of its steps. Nothing
+    is written for a run of dense steps only."""
 
     def run(self) -> None:
         from dit_accel.pipelines import generate

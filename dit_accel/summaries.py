@@ -141,7 +141,7 @@ class Summary:
             "overall_density": self.overall_density,
             "sparse_calls": self.sparse_calls,
             "dense_calls": self.dense_calls,
-            # One cross-attention follows every self-attention; it is never replaced.
+            # One cross-attention follows every self-attention; sparse attention leaves it alone.
             "cross_attention_dense_calls": self.sparse_calls + sum(self.dense_calls.values()),
             "layers": [asdict(layer) for layer in self.layers],
             "ras": None if self.ras is None else self.ras.to_dict(),
@@ -171,7 +171,7 @@ class Summary:
             )
         elif sum(self.dense_calls.values()):
             rows.append(("no self-attention call ran sparse",))
-        rows.append(("cross-attention is always dense",))
+        rows.append(("cross-attention reads all of its keys",))
         return _table(rows)
 
 

@@ -237,8 +237,9 @@ def generate(
         pictures = media.to_uint8(frames)
         chosen = ("png" if len(frames) == 1 else "mp4") if kind == "auto" else kind
         files = media.write_clip(stem, pictures, kind=chosen, fps=fps)
-        if save_focus:
-            files += write_focus(stem, pictures, focus_masks(pipe), fps=fps)
+        masks = focus_masks(pipe) if save_focus else []
+        if masks:
+            files += write_focus(stem, pictures, masks, fps=fps)
         record = {
             "format_version": FORMAT_VERSION,
             "prompt": item.prompt,

@@ -1,8 +1,7 @@
 """Which tiles are active: pure functions of ages and scores, the same for every device.
 
 All work on tiles `[S, M]`, S samples of M tiles; larger scores are wanted more, ties go to the lower
-index. After a dense step all ages are equal, so that neighbours are updated together: on the trained
-models that is better than spreading them evenly or at random (docs/ras.md).
+index, so that after a dense step, when all ages are equal, neighbours are updated together.
 """
 
 import torch
