@@ -162,7 +162,8 @@ class RASConfig(_Config):
             "[0, 1]",
         )
         scale = self.starvation_scale
-        _check("starvation_scale", scale, _is_number(scale) and scale >= 0, "a number >= 0")
+        ok = _is_number(scale) and 0 <= scale < math.inf
+        _check("starvation_scale", scale, ok, "a finite number >= 0")
         self._check_max_age()
         _check_choice("predictor", self.predictor, ("linear", "hold"))
         _check_choice("kv_predictor", self.kv_predictor, ("auto", "linear", "hold"))

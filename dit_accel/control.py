@@ -10,7 +10,8 @@ from torch import nn
 
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.models import FAMILIES, Family, family_of
-from dit_accel.ras import memory
+from dit_accel.ras import cached_layers, memory
+from dit_accel.ras.memory import plan_cache
 from dit_accel.session import Session
 from dit_accel.summaries import Summary, summarise
 
@@ -130,17 +131,19 @@ class MemoryEstimate:
     """Cached keys and values of all contexts."""
     output_bytes: int
     """Cached outputs."""
+    working_bytes: int
+    """Room left for the transformer's own work."""
     free_bytes: int
     """Free on the pipeline's device now."""
+    kv_predictor: str
+    """"linear" or "hold", as the run would use it."""
+    fits: bool
+    """If not, region-adaptive sampling goes off for that run."""
 
     @property
     def total_bytes(self) -> int:
+        """Of the caches."""
         return self.kv_bytes + self.output_bytes
-
-    @property
-    def fits(self) -> bool:
-        """If not, region-adaptive sampling goes off for that run."""
-        return self.kv_bytes <= self.free_bytes
 
 
 def estimate_memory(
@@ -165,27 +168,51 @@ def estimate_memory(
         batch_size: prompts times images per prompt.
         guidance: whether classifier-free guidance is on (two contexts).
         max_sequence_length: text tokens; they are cached in Lumina-Image 2.0 only.
+
+    Raises:
+        ValueError: a size, a count or a config that is not accepted.
     """
     config = RASConfig.load(ras)
     family = _family(pipe)
+    sizes = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "num_inference_steps": num_inference_steps,
+        "batch_size": batch_size,
+        "max_sequence_length": max_sequence_length,
+    }
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: accepted is an int >= 1")
     transformer = pipe.transformer
     latents = torch.empty(
         family.latent_shape(pipe, height, width, num_frames), device="meta", dtype=transformer.dtype
     )
     tokens = math.prod(family.token_grid(transformer, latents))
-    rows = batch_size * (2 if guidance else 1)
-    linear = config.linear_kv(num_inference_steps)
-    layers = [
-        (tokens + (0 if x.layout == "image" else max_sequence_length), x.kv_heads, x.head_dim)
-        for x in family.self_attention(transformer).values()
-    ]
+    if tokens < 1:
+        raise ValueError(f"height={height}, width={width}: less than one token of this model")
     itemsize = transformer.dtype.itemsize
-    kinds = 2 if config.predictor == "linear" else 1
+    halves = 2 if guidance else 1
+    contexts = halves if family.separate_guidance else 1
+    plan = plan_cache(
+        config,
+        num_inference_steps,
+        cached_layers(family.self_attention(transformer), tokens, max_sequence_length),
+        rows=batch_size * halves // contexts,
+        contexts=contexts,
+        itemsize=itemsize,
+        free=memory.free_bytes(torch.device(pipe._execution_device)),
+    )
     outputs = (
         latents[0].numel() // transformer.config.in_channels * family.output_channels(transformer)
     )
+    kinds = 2 if config.predictor == "linear" else 1
     return MemoryEstimate(
-        kv_bytes=memory.cache_bytes(layers, rows, itemsize, config.kv_cache, linear),
-        output_bytes=rows * outputs * itemsize * kinds,
-        free_bytes=memory.free_bytes(torch.device(pipe._execution_device)),
+        kv_bytes=plan.kv_bytes,
+        output_bytes=batch_size * halves * outputs * itemsize * kinds,
+        working_bytes=plan.working_bytes,
+        free_bytes=plan.free_bytes,
+        kv_predictor="linear" if plan.linear_kv else "hold",
+        fits=plan.fits,
     )

@@ -12,6 +12,8 @@ from jaxtyping import Float, UInt8
 
 from dit_accel.files import atomic_path
 
+BACKGROUND = 24
+"""Grey level between pictures."""
 Frames = UInt8[np.ndarray, "t h w 3"]
 
 
@@ -88,7 +90,7 @@ def titled(
     """The image under a dark strip with a title."""
     from PIL import Image, ImageDraw
 
-    strip = Image.new("RGB", (image.shape[1], height), (24, 24, 28))
+    strip = Image.new("RGB", (image.shape[1], height), (BACKGROUND,) * 3)
     ImageDraw.Draw(strip).text((6, 4), title, fill=(235, 235, 235))
     return np.concatenate([np.asarray(strip), image])
 
@@ -102,7 +104,7 @@ def side_by_side(
         parts: list[np.ndarray] = []
         for title, frames in clips:
             picture = titled(enlarge(frames[i : i + 1])[0], title)
-            parts += [picture, np.full((len(picture), gap, 3), 24, np.uint8)]
+            parts += [picture, np.full((len(picture), gap, 3), BACKGROUND, np.uint8)]
         rows.append(np.concatenate(parts[:-1], axis=1))
     return np.stack(rows)
 
@@ -116,6 +118,6 @@ def contact_sheet(
         chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
         parts: list[np.ndarray] = []
         for frame in enlarge(frames[chosen], tile):
-            parts += [frame, np.full((len(frame), gap, 3), 24, np.uint8)]
+            parts += [frame, np.full((len(frame), gap, 3), BACKGROUND, np.uint8)]
         rows.append(titled(np.concatenate(parts[:-1], axis=1), title))
     return np.concatenate(rows)

@@ -50,7 +50,7 @@ class RASSummary:
     kv_predictor: str
     """"linear" or "hold", as it was used."""
     kv_bytes: int
-    """Most that one context's cached keys and values took."""
+    """Most that cached keys and values took, all contexts together."""
 
     @property
     def ras_steps(self) -> int:
@@ -88,13 +88,17 @@ class RASSummary:
                     _reasons(x.dense_calls),
                 )
             )
-        if self.steps:
-            rows.append(
-                (
-                    f"{self.ras_steps} of {len(self.steps)} steps region-adaptive, cost of {self.cost:.2f} dense steps, "
-                    f"cached keys and values: {self.kv_predictor}, {self.kv_bytes / 2**20:.1f} MiB a context",
-                )
+        if not self.steps:
+            return "region-adaptive sampling: no run yet"
+        kept = "none"
+        if self.kv_bytes:
+            kept = f"{self.kv_predictor}, {self.kv_bytes / 2**20:.1f} MiB"
+        rows.append(
+            (
+                f"{self.ras_steps} of {len(self.steps)} steps region-adaptive, cost of {self.cost:.2f} dense steps, "
+                f"cached keys and values: {kept}",
             )
+        )
         return _table(rows)
 
 
@@ -205,14 +209,15 @@ def _summarise_ras(session: Session) -> RASSummary:
     assert ras is not None
     steps = []
     for step, record in sorted(ras.steps.items()):
+        dense = record.active == record.tokens
         steps.append(
             StepSummary(
                 step=step,
-                mode="ras" if record.active < record.tokens else "dense",
+                mode="dense" if dense else "ras",
                 active=record.active,
                 tokens=record.tokens,
                 dense_calls=dict(record.dense_calls),
-                oldest=int(record.oldest),
+                oldest=0 if dense else int(record.oldest),
                 cost=_cost(session, record),
             )
         )

@@ -29,7 +29,7 @@ PROMPTS = [
 
 def ran(pipe, sample: int = 0) -> np.ndarray:
     """How often each token ran, as colours: blue for the least, yellow for the most."""
-    share = np.mean(focus_masks(pipe, sample), axis=0)
+    share = np.mean(list(focus_masks(pipe, sample).values()), axis=0)
     return heat((share - share.min()) / max(np.ptp(share), 1e-6))
 
 

@@ -234,6 +234,11 @@ def test_images_of_the_embedded_model(tmp_path, capsys):
     record = json.loads((out / "0000.json").read_text())
     assert record["frames"] == [1, 64, 64, 3]
     assert record["acceleration"]["config"] == {}  # no sparse attention on this family yet
+    compared = tmp_path / "compared"
+    options = ["--num-inference-steps", "6", "--ras", "balanced", "--output-dir", compared]
+    assert run("compare", *call[1:4], *options) == 0
+    names = ["comparison.json", "contact_sheet.png", "dense.png", "side_by_side.png", "sparse.png"]
+    assert sorted(p.name for p in compared.iterdir()) == names
     assert run(*call, "--sla", "balanced") == 2
     assert "does not support Stable Diffusion 3" in capsys.readouterr().err
     assert run(*call, "--num-frames", "5") == 2

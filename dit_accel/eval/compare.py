@@ -14,7 +14,8 @@ from dit_accel.eval.metrics import psnr, ssim
 from dit_accel.files import check_writable, write_json
 from dit_accel.pipelines.generate import FORMAT_VERSION, Sampling, run_once
 
-FILES = ("dense.mp4", "sparse.mp4", "side_by_side.mp4", "contact_sheet.png", "comparison.json")
+PICTURES = ("dense", "sparse", "side_by_side", "contact_sheet")
+RECORD = "comparison.json"
 
 
 def compare(
@@ -31,10 +32,10 @@ def compare(
     fps: float = 16.0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Run dense and sparse from the same noise and write `FILES`.
+    """Run dense and sparse from the same noise; write `PICTURES` (mp4, png of an image) and `RECORD`.
 
-    Dense and sparse runs alternate, after one unmeasured warm-up each (two steps); the seconds are
-    medians over `repeats`. PSNR and SSIM compare raw frames, before any video coding.
+    Dense and sparse runs alternate, after a short unmeasured warm-up each; the seconds are medians
+    over `repeats`. PSNR and SSIM compare raw frames, before any video coding.
 
     Args:
         pipe: a loaded pipeline without acceleration (see `pipelines.generate.load`, `sla=None`).
@@ -54,7 +55,8 @@ def compare(
     if not fps > 0:
         raise ValueError(f"fps={fps}: accepted is a number > 0")
     folder = check_writable(output_dir, "output_dir")
-    present = [name for name in FILES if (folder / name).exists()]
+    names = [*(f"{x}.{kind}" for x in PICTURES for kind in ("mp4", "png")), RECORD]
+    present = [name for name in names if (folder / name).exists()]
     if present and not overwrite:
         raise ValueError(
             f"output_dir={str(output_dir)!r}: already holds {present[0]}; choose another or overwrite"
@@ -70,8 +72,10 @@ def compare(
         finally:
             control.disable(pipe)
 
+    # Region-adaptive sampling begins with dense steps.
+    steps = 2 if ras is None else 8
     warm_up = sampling.filled({})
-    warm_up = Sampling(**{**vars(warm_up), "num_inference_steps": 2})
+    warm_up = Sampling(**{**vars(warm_up), "num_inference_steps": steps})
     for accelerated in (False, True):
         run(accelerated, warm_up)
     seconds: dict[str, list[dict[str, float]]] = {"dense": [], "sparse": []}
@@ -84,7 +88,7 @@ def compare(
     def median(kind: str, phase: str) -> float:
         return statistics.median(run[phase] for run in seconds[kind])
 
-    result = {
+    result: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "prompt": prompt,
         "seed": seed,
@@ -107,9 +111,10 @@ def compare(
         "device": str(pipe.transformer.device),
         "versions": versions(),
         "machine": machine(),
-        "files": list(FILES),
     }
     _write(folder, dense, sparse, result, fps)
+    for name in set(present) - set(result["files"]):  # of a clip, where this is an image
+        (folder / name).unlink()
     return {**result, "output_dir": str(folder)}
 
 
@@ -124,15 +129,19 @@ def _write(
     if ras is not None:
         kept += f", {ras['cost']:.1f} of {len(ras['steps'])} steps"
     clips = [("dense", a), (kept, b)]
-    media.write_video(folder / "dense.mp4", a, fps=fps)
-    media.write_video(folder / "sparse.mp4", b, fps=fps)
-    media.write_video(folder / "side_by_side.mp4", media.side_by_side(clips), fps=fps)
     difference = np.abs(a.astype(np.int16) - b).astype(np.uint8)
-    media.write_png(
-        folder / "contact_sheet.png",
-        media.contact_sheet([*clips, ("absolute difference", difference)]),
-    )
+    kind = "png" if len(a) == 1 else "mp4"
+    files = []
+    for name, pictures in (
+        ("dense", a),
+        ("sparse", b),
+        ("side_by_side", media.side_by_side(clips)),
+    ):
+        files += media.write_clip(folder / name, pictures, kind=kind, fps=fps)
+    sheet = folder / "contact_sheet.png"
+    media.write_png(sheet, media.contact_sheet([*clips, ("absolute difference", difference)]))
+    result["files"] = [path.name for path in (*files, sheet)] + [RECORD]
     # JSON knows no infinity; equal clips have no finite PSNR.
     if result["psnr_db"] == float("inf"):
         result["psnr_db"] = None
-    write_json(folder / "comparison.json", result)
+    write_json(folder / RECORD, result)

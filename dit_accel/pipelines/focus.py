@@ -8,12 +8,15 @@ from jaxtyping import Bool, Float, UInt8
 
 from dit_accel import control, media
 
-# Dark blue for rarely, over orange, to pale yellow for in every step.
+COLUMNS = 4
+SIDE = 256
+"""Large pictures are thinned out to about this height in a focus picture."""
+# Dark blue for rarely, over orange, to pale yellow for often.
 _COLOURS = np.array([[13, 22, 66], [128, 37, 110], [222, 92, 60], [252, 190, 90], [252, 253, 191]])
 
 
-def focus_masks(pipe: Any, sample: int = 0) -> list[Bool[np.ndarray, "t h w"]]:
-    """Which tokens ran in each step of the last run that left some out; empty if none did.
+def focus_masks(pipe: Any, sample: int = 0) -> dict[int, Bool[np.ndarray, "t h w"]]:
+    """Which tokens ran, in each step of the last run that left some out; empty if none did.
 
     Raises:
         ValueError: region-adaptive sampling is off.
@@ -21,7 +24,7 @@ def focus_masks(pipe: Any, sample: int = 0) -> list[Bool[np.ndarray, "t h w"]]:
     session = control.session_of(pipe)
     if session is None or session.ras is None:
         raise ValueError("save_focus: region-adaptive sampling is off; accepted with ras=...")
-    return [mask.numpy() for mask in session.ras.focus(sample) if mask is not None]
+    return {step: mask.numpy() for step, mask in session.ras.focus(sample).items()}
 
 
 def heat(values: Float[np.ndarray, "t h w"]) -> UInt8[np.ndarray, "t h w 3"]:
@@ -43,38 +46,53 @@ def _stretch(
 
 
 def write_focus(
-    stem: Path, frames: UInt8[np.ndarray, "t h w 3"], masks: list[np.ndarray], *, fps: int | float
+    stem: Path,
+    frames: UInt8[np.ndarray, "t h w 3"],
+    masks: dict[int, np.ndarray],
+    *,
+    fps: int | float,
 ) -> list[Path]:
-    """`stem-focus.png`: the clip, how often each token ran, and the masks of single steps; of a video
-    also `stem-focus.mp4`, the clip beside its heat map. Returns the files."""
-    share = np.mean(masks, axis=0)
+    """`stem-focus.png`: the result, how often each token ran, and who ran in some of the steps; of a
+    video also `stem-focus.mp4`, the clip beside its heat map. Returns the files.
+
+    Args:
+        masks: see `focus_masks`; at least one.
+    """
+    every = max(1, min(frames.shape[1:3]) // SIDE)
+    frames = frames[:, ::every, ::every]
+    share = np.mean(list(masks.values()), axis=0)
     spread = max(share.max() - share.min(), 1e-6)
-    size = frames.shape[:3]
-    colours = _stretch(heat(((share - share.min()) / spread).astype(np.float64)), size)
-    title = f"share of the {len(masks)} region-adaptive steps: {share.min():.2f} (blue) to {share.max():.2f} (yellow)"
-    rows = [("result", frames), (title, colours)]
-    middle = size[0] // 2
-    steps = [_stretch(heat(mask.astype(np.float64)), size)[middle] for mask in masks]
-    rows.append(
-        ("who ran, step by step" + (" (middle frame)" if size[0] > 1 else ""), np.stack(steps))
-    )
-    columns = 8 if size[0] > 1 or len(steps) > 1 else 1
+    colours = _stretch(heat((share - share.min()) / spread), frames.shape[:3])
+    title = f"share of steps: {share.min():.2f} blue, {share.max():.2f} yellow"
+    cells = [
+        (name if i == 0 else f"frame {i}", clip[i])
+        for name, clip in (("result", frames), (title, colours))
+        for i in _spread(len(frames), COLUMNS)
+    ]
+    steps = list(masks)
+    middle = len(share) // 2
+    for i in _spread(len(steps), 2 * COLUMNS - len(cells) % COLUMNS):
+        who = heat(masks[steps[i]][middle : middle + 1].astype(float))
+        where = "" if len(share) == 1 else ", middle frame"
+        cells.append((f"ran in step {steps[i]}{where}", _stretch(who, (1, *frames.shape[1:3]))[0]))
     picture = stem.with_name(f"{stem.name}-focus.png")
-    media.write_png(picture, media.contact_sheet(_same_width(rows, columns), columns=columns))
-    if size[0] == 1:
+    media.write_png(picture, _grid(cells))
+    if len(frames) == 1:
         return [picture]
     video = stem.with_name(f"{stem.name}-focus.mp4")
-    media.write_video(video, media.side_by_side(rows[:2]), fps=fps)
+    clips = [("result", frames), (title, colours)]
+    media.write_video(video, media.side_by_side(clips), fps=fps)
     return [picture, video]
 
 
-def _same_width(
-    rows: list[tuple[str, np.ndarray]], columns: int
-) -> list[tuple[str, UInt8[np.ndarray, "n h w 3"]]]:
-    """Rows of exactly `columns` pictures: evenly spaced ones, or black ones behind the last."""
-    full = []
-    for title, frames in rows:
-        chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-        blank = np.zeros((columns - len(chosen), *frames.shape[1:]), np.uint8)
-        full.append((title, np.concatenate([frames[chosen], blank])))
-    return full
+def _spread(length: int, count: int) -> list[int]:
+    """At most `count` evenly spaced indices."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
+
+
+def _grid(cells: list[tuple[str, np.ndarray]]) -> UInt8[np.ndarray, "h w 3"]:
+    """Titled pictures in rows of `COLUMNS`."""
+    blank = ("", np.full_like(cells[0][1], media.BACKGROUND))
+    cells = cells + [blank] * (-len(cells) % COLUMNS)
+    rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
+    return np.concatenate([media.side_by_side([(t, x[None]) for t, x in row])[0] for row in rows])

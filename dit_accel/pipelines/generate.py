@@ -237,7 +237,7 @@ def generate(
         pictures = media.to_uint8(frames)
         chosen = ("png" if len(frames) == 1 else "mp4") if kind == "auto" else kind
         files = media.write_clip(stem, pictures, kind=chosen, fps=fps)
-        masks = focus_masks(pipe) if save_focus else []
+        masks = focus_masks(pipe) if save_focus else {}
         if masks:
             files += write_focus(stem, pictures, masks, fps=fps)
         record = {

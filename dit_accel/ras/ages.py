@@ -21,6 +21,7 @@ class Selection:
         self.age = torch.zeros(shape, dtype=torch.long, device=device)
         self.dropped = torch.zeros(shape, device=device)
         """How often each tile was left out in this run."""
+        self.draw = _draw(schedule, device) if config.selection == "random" else None
         self.step = -1
         self.tiles: Tensor | None = None
         """Active tiles `[S, count]`, ascending; None: all."""
@@ -50,12 +51,22 @@ class Selection:
 
     def _score(self, step: int, metric: Tensor | None, count: int) -> Tensor:
         config = self.config
-        if config.selection == "random":
-            # The same for every sample, so that a batch gives what single runs give.
-            generator = torch.Generator().manual_seed(step)
-            draw = torch.rand(1, self.age.shape[1], generator=generator, dtype=torch.float64)
-            return draw.to(self.age.device).expand_as(self.age)
+        if self.draw is not None:
+            return self.draw[step].expand_as(self.age)
         if config.selection == "age" or metric is None:
             return self.age.double()
         starved = metric * torch.exp(-config.starvation_scale * self.dropped)
         return band_score(starved, count, config.high_ratio)
+
+
+def _draw(schedule: Schedule, device: torch.device) -> Float[Tensor, "steps m"]:
+    """The same for every sample, so that a batch gives what single runs give, and for every device."""
+    draws = [
+        torch.rand(
+            schedule.num_tiles,
+            generator=torch.Generator().manual_seed(step),
+            dtype=torch.float64,
+        )
+        for step in range(schedule.num_steps)
+    ]
+    return torch.stack(draws).to(device)

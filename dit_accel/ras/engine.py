@@ -82,7 +82,7 @@ class RegionAdaptiveSampling(Focus):
         self.steps: dict[int, StepRecord] = {}
         self.run: Run | None = None
         self.kv_bytes = 0
-        """Most that one context's keys and values have taken."""
+        """Most that cached keys and values have taken, all contexts together."""
         self._finish_call()
 
     def _finish_call(self) -> None:
@@ -156,8 +156,13 @@ class RegionAdaptiveSampling(Focus):
             _forget(clock)
             self.reset()
             return
+        states = [context.state for context in clock.contexts.values()]
+        self.kv_bytes = max(self.kv_bytes, sum(x.nbytes for x in states if x is not None))
         if clock.step >= clock.num_steps - 1:
             clock.context.state = None
+            if self.run is not None:
+                self.run.latents = None
+                self.run.extras.clear()
         self._finish_call()
 
     def _run_of(self, clock: Clock, call: Call, grid: tuple[int, int, int], contexts: int) -> Run:
@@ -183,36 +188,37 @@ class RegionAdaptiveSampling(Focus):
             sigmas.to(device=device, dtype=torch.float32),
             key,
         )
-        if schedule.num_tiles < 2:
+        if getattr(clock.scheduler, "num_inference_steps", None) is None:
+            # The transformer is called by somebody who steps another scheduler.
+            run.off = "pipe.scheduler was not told its steps"
+        elif schedule.num_tiles < 2:
             run.off = f"{tokens} tokens are not more than a tile of {schedule.tile}"
         elif all(count is None for count in schedule.tiles):
             run.off = "the schedule has dense steps only"
         else:
-            self._choose_memory(run, call, tokens, rows * contexts)
+            self._choose_memory(run, call, tokens, rows, contexts)
         return run
 
-    def _choose_memory(self, run: Run, call: Call, tokens: int, rows: int) -> None:
+    def _choose_memory(self, run: Run, call: Call, tokens: int, rows: int, contexts: int) -> None:
         """Whether keys and values are extrapolated, and whether they fit at all."""
         device = call.hidden_states.device
-        itemsize = _compute_dtype(call.hidden_states).itemsize
-        sizes = [
-            (tokens + (0 if x.layout == "image" else call.text_length), x.kv_heads, x.head_dim)
-            for x in self.layers.values()
-        ]
-        free = memory.free_bytes(device)
-
-        def need(linear: bool) -> int:
-            return memory.cache_bytes(sizes, rows, itemsize, self.config.kv_cache, linear)
-
-        run.linear_kv = self.config.linear_kv(run.schedule.num_steps)
-        if self.config.kv_predictor == "auto" and need(True) > free:
-            run.linear_kv = False
-        if need(run.linear_kv) > free:
+        plan = memory.plan_cache(
+            self.config,
+            run.schedule.num_steps,
+            cached_layers(self.layers, tokens, call.text_length),
+            rows=rows,
+            contexts=contexts,
+            itemsize=_compute_dtype(call.hidden_states).itemsize,
+            free=memory.free_bytes(device),
+        )
+        run.linear_kv = plan.linear_kv
+        if not plan.fits:
             gib = 2.0**30
             run.off = "not enough memory for cached keys and values"
             warnings.warn(
-                f"ras: off for this run: cached keys and values need {need(run.linear_kv) / gib:.2f} GiB, "
-                f"{free / gib:.2f} GiB are free on {device}; kv_cache='fp8' or kv_predictor='hold' need less",
+                f"ras: off for this run: cached keys and values need {plan.kv_bytes / gib:.2f} GiB beside "
+                f"{plan.working_bytes / gib:.2f} GiB for the model's own work, {plan.free_bytes / gib:.2f} GiB "
+                f"are free on {device}; kv_cache='fp8' or kv_predictor='hold' need less",
                 stacklevel=2,
             )
 
@@ -275,7 +281,6 @@ class RegionAdaptiveSampling(Focus):
                 factor.flatten(),
                 None if same is None else same.flatten(),
             )
-        self.kv_bytes = max(self.kv_bytes, self.context.nbytes)
 
     def _observe(
         self, run: Run, step: int, latents: Float[Tensor, "s c ..."], grid: tuple[int, int, int]
@@ -292,17 +297,17 @@ class RegionAdaptiveSampling(Focus):
             run.metric = scores[:, members].mean(-1)
         run.latents, run.observed = latents, step
 
-    def focus(self, sample: int = 0) -> list[Tensor | None]:
-        """Who was active in each step of the last run, bool `[t, h, w]` of one sample; None: everyone."""
-        masks: list[Tensor | None] = []
-        for _, record in sorted(self.steps.items()):
+    def focus(self, sample: int = 0) -> dict[int, Tensor]:
+        """Who was active, bool `[t, h, w]` of one sample, in each step of the last run that left
+        tokens out."""
+        masks = {}
+        for step, record in sorted(self.steps.items()):
             if self.run is None or record.tiles is None or record.active == record.tokens:
-                masks.append(None)
                 continue
             members = tile_tokens(record.tokens, self.run.schedule.tile, record.tiles.device)
             mask = torch.zeros(record.tokens, dtype=torch.bool, device=record.tiles.device)
             mask[members[record.tiles[sample]].flatten()] = True
-            masks.append(mask.view(self.run.key[1]).cpu())
+            masks[step] = mask.view(self.run.key[1]).cpu()
         return masks
 
     # What the hooks of a family call (see `Focus`) --------------------------------------------------
@@ -333,6 +338,19 @@ class RegionAdaptiveSampling(Focus):
         self._attach(layout, length, None if index is None else _flat(index, length), factor, same)
         self._record.text = length - tokens
         return index
+
+
+def cached_layers(layers: dict[str, AttentionLayer], tokens: int, text: int) -> list[memory.Layer]:
+    """What these layers keep, with so many image and text tokens."""
+    return [
+        memory.Layer(
+            tokens=tokens + (0 if x.layout == "image" else text),
+            kv_heads=x.kv_heads,
+            head_dim=x.head_dim,
+            width=x.module.heads * x.head_dim,
+        )
+        for x in layers.values()
+    ]
 
 
 def joint_index(

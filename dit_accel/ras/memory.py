@@ -1,35 +1,87 @@
 """Bytes that region-adaptive sampling takes, and bytes that are free."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
+from dit_accel.config import RASConfig
 from dit_accel.ras.history import BUFFERS
+
+WORKING = 32
+"""Numbers per token and model width that a call of the transformer itself needs at its peak."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one attention layer has to keep."""
+
+    tokens: int
+    kv_heads: int
+    head_dim: int
+    width: int
+    """Of the model's hidden states."""
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What will be kept in a run."""
+
+    linear_kv: bool
+    """Whether keys and values are extrapolated, which takes twice the memory."""
+    kv_bytes: int
+    """Cached keys and values of all contexts."""
+    working_bytes: int
+    """What a call of the transformer takes beside them."""
+    free_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.kv_bytes + self.working_bytes <= self.free_bytes
 
 
 def bytes_per_token(kv_heads: int, head_dim: int, itemsize: int, policy: str) -> float:
     """Cached keys and values of one token in one layer."""
+    if policy not in BUFFERS:
+        raise ValueError(f"policy={policy!r}: accepted are {', '.join(BUFFERS)}")
     if policy == "fp8":
         return 2.0 * kv_heads * (head_dim + torch.float32.itemsize)
     return 2.0 * kv_heads * head_dim * itemsize
 
 
-def cache_bytes(
-    layers: list[tuple[int, int, int]], rows: int, itemsize: int, policy: str, linear: bool
-) -> int:
-    """Cached keys and values of all layers.
+def plan_cache(
+    config: RASConfig,
+    num_steps: int,
+    layers: list[Layer],
+    *,
+    rows: int,
+    contexts: int,
+    itemsize: int,
+    free: int,
+) -> CachePlan:
+    """What a run keeps; with kv_predictor="auto", extrapolation is given up where only that helps.
 
     Args:
-        layers: (tokens, kv_heads, head_dim) of each layer.
-        rows: of a batch, both halves of guidance included.
+        config: what is asked for.
+        num_steps: of the run.
+        layers: all self-attention layers.
+        rows: of one call of the transformer.
+        contexts: calls of a step, each of which has its own cache.
         itemsize: bytes of a number in the model's dtype.
-        policy: "full" or "fp8".
-        linear: whether changes are kept as well.
+        free: see `free_bytes`.
     """
-    if policy not in BUFFERS:
-        raise ValueError(f"policy={policy!r}: accepted are {', '.join(BUFFERS)}")
-    one = sum(n * bytes_per_token(h, d, itemsize, policy) for n, h, d in layers)
-    return math.ceil(one * rows * (2 if linear else 1))
+    one = sum(
+        x.tokens * bytes_per_token(x.kv_heads, x.head_dim, itemsize, config.kv_cache)
+        for x in layers
+    )
+    working = max(x.tokens * x.width for x in layers) * rows * itemsize * WORKING
+
+    def plan(linear: bool) -> CachePlan:
+        kv = math.ceil(one * rows * contexts * (2 if linear else 1))
+        return CachePlan(linear, kv, working, free)
+
+    wanted = plan(config.linear_kv(num_steps))
+    return plan(False) if config.kv_predictor == "auto" and not wanted.fits else wanted
 
 
 def free_bytes(device: torch.device) -> int:

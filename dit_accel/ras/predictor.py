@@ -12,9 +12,8 @@ def extrapolation_factor(
     sigma: Float[Tensor, ""],
     last: Float[Tensor, "s n"],
     previous: Float[Tensor, "s n"],
-    cap: float = CAP,
 ) -> Float[Tensor, "s n"]:
-    """(sigma - last) / (last - previous) in [0, cap]; 0 where a token has one update only.
+    """(sigma - last) / (last - previous) in [0, CAP]; 0 where a token has one update only.
 
     Args:
         sigma: noise level of this step.
@@ -22,7 +21,7 @@ def extrapolation_factor(
     """
     gap = last - previous
     factor = (sigma - last) / torch.where(gap == 0, torch.ones_like(gap), gap)
-    return torch.where(gap == 0, 0.0, factor).clamp(0, cap)
+    return torch.where(gap == 0, 0.0, factor).clamp(0, CAP)
 
 
 def extrapolate(

@@ -2,12 +2,16 @@
 
 import json
 import warnings
+import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dit_accel
-from dit_accel import control
+from dit_accel import RASConfig, control
 from dit_accel.ras import memory
 
 from ..random_pipelines import FAMILIES, embeddings, make, relative, run
@@ -437,7 +441,18 @@ def test_estimated_memory_is_what_is_taken(family, policy, predictor):
     assert kv == pytest.approx(estimate.kv_bytes, rel=0.05)
     assert output == estimate.output_bytes
     assert estimate.total_bytes == estimate.kv_bytes + estimate.output_bytes
-    assert estimate.fits
+    assert (estimate.fits, estimate.kv_predictor) == (True, predictor)
+    assert dit_accel.summary(pipe).ras.kv_bytes == kv
+
+
+def test_a_size_that_is_none_is_refused_before_memory_is_estimated():
+    pipe = make("sd3")
+    for name, value in (("height", 0), ("width", -64), ("batch_size", True)):
+        sizes = {"height": 64, "width": 64, name: value}
+        with pytest.raises(ValueError, match=f"{name}={value!r}: accepted is an int >= 1"):
+            dit_accel.estimate_memory(pipe, **sizes)
+    with pytest.raises(ValueError, match="height=8, width=64: less than one token"):
+        dit_accel.estimate_memory(pipe, height=8, width=64)
 
 
 @every_family
@@ -460,20 +475,105 @@ def test_too_little_memory_turns_ras_off_for_that_run_with_a_warning(family, mon
     assert ras_steps(pipe) > 0
 
 
+def test_a_shared_transformer_whose_own_scheduler_was_never_set_runs_dense():
+    from copy import deepcopy
+
+    pipe = make("sd3")
+    other = type(pipe)(**{**pipe.components, "scheduler": deepcopy(pipe.scheduler)})
+    plain = run(other, "sd3")
+    dit_accel.enable(pipe, ras=SPARSE)
+    torch.testing.assert_close(run(other, "sd3"), plain, rtol=0, atol=0)
+    report = dit_accel.summary(pipe).ras
+    assert set(report.dense_calls) == {"pipe.scheduler was not told its steps"}
+    run(pipe, "sd3")
+    assert ras_steps(pipe) > 0
+
+
 def test_extrapolated_keys_are_given_up_before_ras_is(monkeypatch):
     pipe = make("wan")
+    sizes = {"height": 112, "width": 144, "num_frames": 9}
+    held = dit_accel.estimate_memory(pipe, **sizes, ras={"kv_predictor": "hold"})
     dit_accel.enable(pipe, ras={"ratio": 0.5})
-    need = dit_accel.estimate_memory(
-        pipe, height=112, width=144, num_frames=9, ras={"kv_predictor": "hold"}
-    ).kv_bytes
     run(pipe, "wan", steps=40)
     assert dit_accel.summary(pipe).ras.kv_predictor == "linear"
     run(pipe, "wan", steps=39)
     assert dit_accel.summary(pipe).ras.kv_predictor == "hold"
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int(1.5 * need))
+    free = int(1.5 * held.kv_bytes) + held.working_bytes
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     run(pipe, "wan", steps=40)
     assert dit_accel.summary(pipe).ras.kv_predictor == "hold"
     assert ras_steps(pipe) > 0
+    for ras, kv_predictor, fits in (
+        ("balanced", "hold", True),
+        ({"kv_predictor": "linear"}, "linear", False),
+    ):
+        estimate = dit_accel.estimate_memory(pipe, **sizes, ras=ras)
+        assert (estimate.kv_predictor, estimate.fits) == (kv_predictor, fits)
+
+
+@pytest.mark.parametrize("family", ["wan", "sd3"])
+def test_the_room_left_for_the_models_own_work_is_enough(family):
+    """A dense call at full size, without data: the most that is alive at once."""
+    with FakeTensorMode(), torch.no_grad():
+        transformer, inputs, layer = full_size(family)
+        with LiveBytes() as live:
+            transformer(**inputs)
+    rows = len(inputs["hidden_states"])
+    plan = memory.plan_cache(
+        RASConfig(), 50, [layer], rows=rows, contexts=1, itemsize=4, free=2**40
+    )
+    assert 0.3 * plan.working_bytes < live.peak < plan.working_bytes
+
+
+def full_size(family):
+    """Two layers of Wan2.1 1.3B at 480p, 81 frames, or of Stable Diffusion 3 at 1024 x 1024."""
+    from diffusers import SD3Transformer2DModel, WanTransformer3DModel
+
+    timestep = torch.zeros(2, dtype=torch.long)
+    if family == "wan":
+        transformer = WanTransformer3DModel(
+            num_layers=2, num_attention_heads=12, attention_head_dim=128, ffn_dim=8960
+        )
+        inputs = {"hidden_states": torch.zeros(2, 16, 21, 60, 104)}
+        text, layer = torch.zeros(2, 512, 4096), memory.Layer(32760, 12, 128, 1536)
+    else:
+        transformer = SD3Transformer2DModel(
+            num_layers=2,
+            num_attention_heads=24,
+            attention_head_dim=64,
+            caption_projection_dim=1536,
+            pos_embed_max_size=192,
+        )
+        inputs = {
+            "hidden_states": torch.zeros(2, 16, 128, 128),
+            "pooled_projections": torch.zeros(2, 2048),
+        }
+        text, layer = torch.zeros(2, 333, 4096), memory.Layer(4096 + 333, 24, 64, 1536)
+    return transformer, {**inputs, "timestep": timestep, "encoder_hidden_states": text}, layer
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made under it took at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
+                storage = x.untyped_storage()
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        return out
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.live -= size
 
 
 # Together with sparse attention ---------------------------------------------------------------------
