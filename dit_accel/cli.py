@@ -138,13 +138,13 @@ class Generate(_Common):
             return
         for record in records:
             seconds, spared = record["seconds"], record["acceleration"]
-            what = "dense" if spared["density"] is None else f"density {spared['density']:.2f}"
-            if spared.get("ras"):
-                what += (
-                    f"  cost of {spared['ras']['cost']:.1f} of {len(spared['ras']['steps'])} steps"
-                )
+            what = [] if spared["density"] is None else [f"density {spared['density']:.2f}"]
+            if ras := spared["ras"]:
+                what.append(f"cost of {ras['cost']:.1f} of {len(ras['steps'])} steps")
             files = "  ".join(record["files"])
-            _print(f"{files}  {what}  denoise {seconds['denoise']:.1f} s  {record['prompt']}")
+            _print(
+                f"{files}  {', '.join(what) or 'dense'}  denoise {seconds['denoise']:.1f} s  {record['prompt']}"
+            )
         _print(str(pipe.summary()))
 
 

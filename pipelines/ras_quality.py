@@ -64,7 +64,9 @@ class Subject:
 
         self.still = "sd3" in Path(model).name
         path = Path(model)
-        self.pipe = load(path if path.is_dir() else asset(model), sla=None, device="auto")
+        self.pipe = load(
+            path if path.is_dir() else asset(model), sla=None, device="auto", dtype="fp32"
+        )
         self.pipe.set_progress_bar_config(disable=True)
         sampling = demo.IMAGE_SAMPLING if self.still else demo.SAMPLING
         # The captions have at most 13 tokens; the models were trained with 16 and with their pipeline's

@@ -6,7 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ class Family:
 
     def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
         """Image tokens (t, h, w); they lie in raster order, w fastest."""
-        raise NotImplementedError
+        p = transformer.config.patch_size
+        return 1, hidden_states.shape[2] // p, hidden_states.shape[3] // p
 
     def latent_shape(self, pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         """What the transformer gets for one sample of this size, in pixels."""
@@ -188,6 +191,24 @@ def computed_once(attn: Any, compute: Callable[..., Any], text: Tensor) -> Any:
     """`compute(attn, text)`; None where the weights are elsewhere (block-wise offloading): then the
     processor has to compute it in each call."""
     return compute(attn, text) if next(attn.parameters()).device == text.device else None
+
+
+def grouped_attention(
+    query: Float[Tensor, "b l h d"],
+    key: Float[Tensor, "b m h_kv d"],
+    value: Float[Tensor, "b m h_kv d"],
+    mask: Tensor | None,
+    scale: float | None,
+) -> Float[Tensor, "b l h d"]:
+    """Dense attention; `mask` `[B, M]` is true (or 1) for keys that count."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    mask = None if mask is None else mask.bool()[:, None, None]
+    # Grouped heads are repeated as diffusers does: SDPA's own grouping is slower with a mask.
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2).to(query.dtype)
 
 
 def projections(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,6 @@ from typing import Any
 from diffusers.models.embeddings import apply_rotary_emb
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel.models.family import (
     AttentionLayer,
@@ -16,6 +15,7 @@ from dit_accel.models.family import (
     after,
     argument,
     computed_once,
+    grouped_attention,
 )
 
 
@@ -53,10 +53,6 @@ class LuminaNext(Family):
             # It makes the table on the CPU, so looking into it waits for no device.
             epoch=tuple(table[1, 1].tolist()) if table.device.type == "cpu" else None,
         )
-
-    def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
-        p = transformer.config.patch_size
-        return 1, hidden_states.shape[2] // p, hidden_states.shape[3] // p
 
     def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
         return [
@@ -117,22 +113,6 @@ class _Processor:
             query = apply_rotary_emb(query, rotary, use_real=False)
         return query.to(dtype)
 
-    def dense(
-        self,
-        q: Float[Tensor, "b l h d"],
-        k: Float[Tensor, "b m h_kv d"],
-        v: Float[Tensor, "b m h_kv d"],
-        mask: Tensor | None,
-        scale: float | None,
-    ) -> Float[Tensor, "b l h d"]:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        mask = None if mask is None else mask.bool()[:, None, None]
-        # Grouped heads are repeated as diffusers does: SDPA's own grouping is slower with a mask.
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-
 
 class LuminaSparseAttnProcessor(_Processor):
     """Self-attention with two seams, see `Family.processor`. Heads stay apart: the block gates them."""
@@ -162,7 +142,7 @@ class LuminaSparseAttnProcessor(_Processor):
         scale = attn.scale
         if base_sequence_length is not None:  # "proportional attention": by the length of the image
             scale *= math.sqrt(math.log(key.shape[1], base_sequence_length))
-        return self.dense(query, key, value, attention_mask, scale).to(query.dtype)
+        return grouped_attention(query, key, value, attention_mask, scale)
 
 
 class LuminaTextAttnProcessor(_Processor):
@@ -182,4 +162,4 @@ class LuminaTextAttnProcessor(_Processor):
     ) -> Float[Tensor, "b l h d"]:
         query = self.query(attn, hidden_states, query_rotary_emb)
         key, value = self.text or _key_value(attn, encoder_hidden_states)
-        return self.dense(query, key.to(query.dtype), value, attention_mask, None).to(query.dtype)
+        return grouped_attention(query, key.to(query.dtype), value, attention_mask, None)

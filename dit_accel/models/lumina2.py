@@ -7,7 +7,6 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel.models.family import (
     AttentionLayer,
@@ -17,6 +16,7 @@ from dit_accel.models.family import (
     after,
     argument,
     before,
+    grouped_attention,
     take,
 )
 
@@ -47,10 +47,6 @@ class Lumina2(Family):
             argument(args, kwargs, "encoder_hidden_states", 2),
             transformer.config.in_channels,
         )
-
-    def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
-        p = transformer.config.patch_size
-        return 1, hidden_states.shape[2] // p, hidden_states.shape[3] // p
 
     def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
         refiners = transformer.context_refiner
@@ -189,11 +185,5 @@ class Lumina2SparseAttnProcessor:
         scale = attn.scale
         if base_sequence_length is not None:  # "proportional attention"
             scale *= math.sqrt(math.log(length, base_sequence_length))
-        groups = attn.heads // key.shape[2]
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        out = out.transpose(1, 2).flatten(2).type_as(query)
+        out = grouped_attention(query, key, value, attention_mask, scale).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))

@@ -54,10 +54,6 @@ class StableDiffusion3(Family):
             variant=None if skipped is None else tuple(skipped),
         )
 
-    def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
-        p = transformer.config.patch_size
-        return 1, hidden_states.shape[2] // p, hidden_states.shape[3] // p
-
     def focus_inputs(self, focus: Focus, kwargs: dict[str, Any]) -> dict[str, Any]:
         residuals = kwargs.get("block_controlnet_hidden_states")
         if residuals is None:
