@@ -1,21 +1,22 @@
-"""The embedded models dense and with region-adaptive sampling, and where its steps worked: assets/ras.png.
+"""The embedded models dense and with region-adaptive sampling, where its steps worked, and what differs:
 
 python pipelines/ras_pictures.py assets/ras.png
 """
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
 
-from dit_accel import SparseStableDiffusion3Pipeline, SparseWanPipeline
+from dit_accel import RASConfig, SparseStableDiffusion3Pipeline, SparseWanPipeline
 from dit_accel.demo import IMAGE_SAMPLING, SAMPLING
 from dit_accel.files import asset
 from dit_accel.media import contact_sheet, to_uint8, write_png
 from dit_accel.pipelines.focus import focus_masks, heat
 
-COLUMNS, STEPS = 8, 50
-PROMPTS = [
+COLUMNS, STEPS, RATIO, GAIN = 8, 50, 0.25, 8
+IMAGES = [
     "a red circle on a teal background",
     "a blue square on a gray background",
     "a yellow triangle on a navy background",
@@ -25,49 +26,52 @@ PROMPTS = [
     "a green triangle on a gray background",
     "a purple circle on a brown background",
 ]
+CLIP = "a red circle circling clockwise on a teal background"
 
 
-def ran(pipe, sample: int = 0) -> np.ndarray:
-    """How often each token ran, as colours: blue for the least, yellow for the most."""
-    share = np.mean(list(focus_masks(pipe, sample).values()), axis=0)
-    return heat((share - share.min()) / max(np.ptp(share), 1e-6))
+def pictures(pipe: Any, prompts: list[str], sampling: dict[str, Any]) -> np.ndarray:
+    """One image of each prompt, or evenly spaced frames of the only clip, `[COLUMNS, H, W, 3]`."""
+    generator = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    out = pipe(prompts, generator=generator, output_type="np", **sampling)
+    return evenly(out.images if hasattr(out, "images") else out.frames[0])
 
 
-def rows_of(title: str, pictures: np.ndarray, cost: float) -> tuple[str, np.ndarray]:
-    return f"{title}, cost of {cost:.1f} dense steps", to_uint8(pictures)
+def evenly(frames: np.ndarray) -> np.ndarray:
+    return frames[np.linspace(0, len(frames) - 1, COLUMNS).round().astype(int)]
 
 
-rows = []
+def share(pipe: Any, samples: int) -> np.ndarray:
+    """How often each token ran, `[COLUMNS, H, W, 3]`: blue for the least, yellow for the most."""
+    shares = np.stack(
+        [np.mean(list(focus_masks(pipe, i).values()), axis=0) for i in range(samples)]
+    )
+    shares = (shares - shares.min()) / max(np.ptp(shares), 1e-6)
+    return evenly(heat(shares.reshape(-1, *shares.shape[2:])))
+
+
+def rows_of(pipe: Any, prompts: list[str], sampling: dict[str, Any], what: str) -> list[tuple]:
+    sampling = {**sampling, "num_inference_steps": STEPS, "max_sequence_length": 16}
+    dense = pictures(pipe, prompts, sampling)
+    rows = [(f"{what}, dense, {STEPS} steps", to_uint8(dense))]
+    for name, ras in (("ours", {}), ("preset paper", RASConfig.PRESETS["paper"])):
+        pipe.enable(ras={**ras, "ratio": RATIO})
+        result = pictures(pipe, prompts, sampling)
+        cost, ran = pipe.summary(strict=True).ras.cost, share(pipe, len(prompts))
+        pipe.disable()
+        by = dense.shape[1] // ran.shape[1]
+        rows += [
+            (f"{name}, ratio {RATIO}, cost of {cost:.1f} steps", to_uint8(result)),
+            (
+                f"{name}: where it ran, blue least, yellow most often",
+                ran.repeat(by, 1).repeat(by, 2),
+            ),
+            (f"{name}: difference to dense, {GAIN} times", to_uint8(GAIN * np.abs(result - dense))),
+        ]
+    return rows
+
+
 images = SparseStableDiffusion3Pipeline.from_pretrained(asset("tiny-sd3"))
 clips = SparseWanPipeline.from_pretrained(asset("tiny-wan"), sla=None)
-for ras, title in (
-    (None, "dense"),
-    ({"ratio": 0.25}, "RAS, ratio .25"),
-    ({"ratio": 0.25, "selection": "std"}, "RAS, ratio .25, lowest deviation"),
-):
-    for pipe in (images, clips):
-        if ras is not None:
-            pipe.enable(ras=ras)
-        still = pipe is images
-        sampling = {**(IMAGE_SAMPLING if still else SAMPLING), "num_inference_steps": STEPS}
-        sampling["max_sequence_length"] = 16
-        prompts = PROMPTS if still else ["a red circle circling clockwise on a teal background"]
-        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        out = pipe(prompts, generator=generators, output_type="np", **sampling)
-        frames = out.images if still else out.frames[0]
-        cost = STEPS if ras is None else pipe.summary(strict=True).ras.cost
-        rows.append(rows_of(title, frames, cost))
-        if ras is not None:
-            if still:
-                maps = np.concatenate([ran(pipe, i) for i in range(len(prompts))])
-            else:
-                cells = ran(pipe)
-                maps = cells[np.linspace(0, len(cells) - 1, COLUMNS).round().astype(int)]
-            rows.append(
-                (
-                    "where it ran: blue least, yellow most often",
-                    maps.repeat(4 if still else 8, 1).repeat(4 if still else 8, 2),
-                )
-            )
-        pipe.disable()
-write_png(sys.argv[1], contact_sheet(rows, columns=COLUMNS, tile=96))
+rows = rows_of(images, IMAGES, IMAGE_SAMPLING, "tiny-sd3")
+rows += rows_of(clips, [CLIP], SAMPLING, "tiny-wan, frames of one clip")
+write_png(sys.argv[1], contact_sheet(rows, columns=COLUMNS, tile=128))
