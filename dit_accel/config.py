@@ -13,8 +13,12 @@ COMBINES = ("none", "shared_softmax")
 CROSSOVERS = ("auto", "never")
 SELECTIONS = ("age", "std", "l2norm", "random")
 SECTIONS = ("ras", "sla")
-LINEAR_KV_FROM = 40
+LINEAR_KV_FROM = 20
 """Steps from which extrapolated keys and values were measured to pay (kv_predictor="auto")."""
+FEW_UPDATES, RESETS = 10, (0.3, 0.5)
+"""resets="auto": RESETS where the tokens of a run get fewer updates than FEW_UPDATES. A dense step also
+shortens the intervals that tokens are extrapolated from, which costs more than it brings where updates
+are many."""
 
 
 class _Config:
@@ -94,10 +98,11 @@ class RASConfig(_Config):
     warmup: int | float = 0.15
     """Dense first steps. A float is a fraction of the steps really executed, rounded up, and at least
     3 steps; an int is a number of steps, at least 1."""
-    tail: int | float = 1
+    tail: int | float = 2
     """Dense last steps; a float is a fraction, rounded up."""
-    resets: tuple | list = (0.43, 0.71)
-    """Dense steps in between: fractions of the steps (rounded up) or step indices."""
+    resets: tuple | list | Literal["auto"] = "auto"
+    """Dense steps in between: fractions of the steps (rounded up) or step indices. "auto" is
+    (0.3, 0.5) where steps * ratio is less than 10, else none: extrapolation then does better alone."""
     selection: Literal["age", "std", "l2norm", "random"] = "age"
     """Who is active: the tokens longest without an update; those whose latents change with the lowest
     standard deviation or norm over channels (the paper); or a random choice."""
@@ -112,7 +117,7 @@ class RASConfig(_Config):
     """Output of inactive tokens: extrapolated linearly in sigma (factor capped at 1), or held."""
     kv_predictor: Literal["auto", "linear", "hold"] = "auto"
     """Keys and values of inactive tokens, likewise. "linear" takes twice the memory; "auto" is linear
-    from 40 steps on where memory allows."""
+    from 20 steps on where memory allows."""
     region: Literal["tile", "token"] = "tile"
     """What is selected: runs of 16, 32 or 64 neighbouring tokens, or single tokens."""
     n_levels: int | None = 3
@@ -122,11 +127,13 @@ class RASConfig(_Config):
 
     SECTION: ClassVar[str] = "ras"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quality": {"ratio": 0.5, "warmup": 0.2, "resets": (0.35, 0.55, 0.75)},
+        "quality": {"ratio": 0.5, "warmup": 0.25},
         "balanced": {},
         "fast": {"ratio": 0.25},
         "paper": {
             "selection": "std",
+            "tail": 1,
+            "resets": (0.43, 0.71),
             "max_age": None,
             "predictor": "hold",
             "kv_predictor": "hold",
@@ -149,11 +156,12 @@ class RASConfig(_Config):
                 or (isinstance(steps, float) and 0 < steps <= 1),
                 f"an int >= {least} (steps) or a float in (0, 1] (fraction of the steps)",
             )
-        _check("resets", self.resets, isinstance(self.resets, list | tuple), "a list")
-        object.__setattr__(self, "resets", tuple(self.resets))
-        for x in self.resets:
-            ok = (_is_int(x) and x >= 0) or (isinstance(x, float) and 0 < x < 1)
-            _check("resets", x, ok, "step indices >= 0 or fractions in (0, 1)")
+        if self.resets != "auto":
+            _check("resets", self.resets, isinstance(self.resets, list | tuple), "'auto' or a list")
+            object.__setattr__(self, "resets", tuple(self.resets))
+            for x in self.resets:
+                ok = (_is_int(x) and x >= 0) or (isinstance(x, float) and 0 < x < 1)
+                _check("resets", x, ok, "step indices >= 0 or fractions in (0, 1)")
         _check_choice("selection", self.selection, SELECTIONS)
         _check(
             "high_ratio",
@@ -212,6 +220,12 @@ class RASConfig(_Config):
         if isinstance(self.ratio, int | float):
             return self.ratio
         return min(ratio for _, ratio in self.ratio)
+
+    def resets_of(self, num_steps: int) -> tuple:
+        """The resets in a run of so many steps, as they are given."""
+        if self.resets == "auto":
+            return RESETS if num_steps * self.lowest_ratio < FEW_UPDATES else ()
+        return tuple(self.resets)
 
     def linear_kv(self, num_steps: int) -> bool:
         """Whether keys and values are extrapolated in a run of so many steps, memory permitting."""

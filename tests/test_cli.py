@@ -197,7 +197,7 @@ def test_same_seed_gives_the_same_frames(wan_repository, tmp_path, small_blocks)
 def test_generate_with_region_adaptive_sampling_and_its_pictures(wan_repository, tmp_path, capsys):
     out = tmp_path / "out"
     settings = tmp_path / "ras.yaml"
-    settings.write_text("ras:\n  ratio: 0.5\n  warmup: 1\n  resets: []\n")
+    settings.write_text("ras:\n  ratio: 0.5\n  warmup: 1\n  tail: 1\n  resets: []\n")
     size = ["--height", "64", "--width", "64", "--num-frames", "5", "--num-inference-steps", "4"]
     size += ["--guidance-scale", "1", "--max-sequence-length", "16"]
     call = ["generate", "a red circle", "--model", wan_repository, *size, "--output-dir", out]
@@ -216,11 +216,11 @@ def test_generate_with_region_adaptive_sampling_and_its_pictures(wan_repository,
 def test_compare_with_region_adaptive_sampling(wan_repository, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["compare", "a red circle", "--model", wan_repository, *SMALL, "--output-dir", out]
-    arguments += ["--num-inference-steps", "6", "--height", "64", "--width", "64"]
+    arguments += ["--num-inference-steps", "9", "--height", "64", "--width", "64"]
     assert run(*arguments, "--sla", "none", "--ras", "balanced") == 0
     assert "cost in dense steps" in capsys.readouterr().out
     result = json.loads((out / "comparison.json").read_text())
-    assert result["acceleration"]["ras"]["ras_steps"] == 1
+    assert result["acceleration"]["ras"]["ras_steps"] == 2
     assert result["psnr_db"] is not None
     assert run(*arguments, "--sla", "none", "--overwrite") == 2
 
@@ -228,14 +228,14 @@ def test_compare_with_region_adaptive_sampling(wan_repository, tmp_path, capsys)
 def test_images_of_the_embedded_model(tmp_path, capsys):
     out = tmp_path / "out"
     call = ["generate", "a red circle on a teal background", "--model", "tiny-sd3"]
-    call += ["--num-inference-steps", "6", "--ras", "balanced", "--output-dir", out]
+    call += ["--num-inference-steps", "9", "--ras", "balanced", "--output-dir", out]
     assert run(*call, "--save-focus", "--format", "json") == 0
     assert sorted(p.name for p in out.iterdir()) == ["0000-focus.png", "0000.json", "0000.png"]
     record = json.loads((out / "0000.json").read_text())
     assert record["frames"] == [1, 64, 64, 3]
     assert record["acceleration"]["config"] == {}  # no sparse attention on this family yet
     compared = tmp_path / "compared"
-    options = ["--num-inference-steps", "6", "--ras", "balanced", "--output-dir", compared]
+    options = ["--num-inference-steps", "9", "--ras", "balanced", "--output-dir", compared]
     assert run("compare", *call[1:4], *options) == 0
     names = ["comparison.json", "contact_sheet.png", "dense.png", "side_by_side.png", "sparse.png"]
     assert sorted(p.name for p in compared.iterdir()) == names

@@ -53,7 +53,7 @@ def ratios(config: RASConfig, num_steps: int) -> list[float | None]:
         warmup = config.warmup
     tail = num_steps_of(config.tail, num_steps)
     dense = set(range(warmup)) | set(range(num_steps - tail, num_steps))
-    for reset in config.resets:
+    for reset in config.resets_of(num_steps):
         if isinstance(reset, int) and reset >= num_steps:
             warnings.warn(
                 f"resets: step {reset} is past the end of a run of {num_steps} steps; dropped",

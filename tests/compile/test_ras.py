@@ -55,7 +55,7 @@ CASES = [(family, "linear") for family in FAMILIES] + [("wan", "hold"), ("wan", 
 
 @pytest.mark.parametrize(("family", "kv"), CASES, ids="-".join)
 def test_graphs_are_those_of_the_plain_pipeline_times_the_counts(family, kv):
-    ras = {"ratio": [(0, 0.7), (0.5, 0.3)], "warmup": 2, "resets": (6,)}
+    ras = {"ratio": [(0, 0.7), (0.5, 0.3)], "warmup": 2, "tail": 1, "resets": (6,)}
     ras |= {"kv_cache": "fp8"} if kv == "fp8" else {"kv_predictor": kv}
     plain, _ = graphs(family, None)
     assert plain > 0

@@ -16,7 +16,7 @@ CLASSES = {
     "lumina2": "Lumina2Pipeline",
 }
 every_family = pytest.mark.parametrize("family", CLASSES)
-RAS = {"ratio": 0.5, "warmup": 2}
+RAS = {"ratio": 0.5, "warmup": 2, "tail": 1}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ every_case = pytest.mark.parametrize(("family", "solver"), CASES, ids="-".join)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 # Few dense steps, so that ten steps show much of it.
-SPARSE = {"ratio": 0.3, "warmup": 2, "resets": (6,), "kv_predictor": "linear"}
+SPARSE = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,), "kv_predictor": "linear"}
 
 
 def engine(pipe):
@@ -52,7 +52,7 @@ def masks(pipe, tokens):
 def test_ratio_one_equals_plain(family, solver):
     pipe = make(family, solver)
     plain = run(pipe, family)
-    dit_accel.enable(pipe, ras={"ratio": 1.0, "warmup": 1, "resets": []})
+    dit_accel.enable(pipe, ras={"ratio": 1.0, "warmup": 1, "tail": 1, "resets": []})
     assert relative(run(pipe, family), plain) < 1e-6
     calls = [not step.dense_calls for step in dit_accel.summary(pipe).ras.steps]
     assert calls == [False, *[True] * (len(calls) - 2), False]

@@ -14,7 +14,7 @@ from dit_accel.ras.schedule import plan_steps
 
 from ..random_pipelines import FAMILIES, embeddings, make, relative, run
 
-SPARSE = {"ratio": 0.3, "warmup": 2, "resets": (6,)}
+SPARSE = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,)}
 
 
 def never_updated(config, steps=21):

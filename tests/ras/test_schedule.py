@@ -15,11 +15,19 @@ def dense_steps(config, num_steps):
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "expected"),
-    [(20, [0, 1, 2, 9, 15, 19]), (50, [*range(8), 22, 36, 49]), (4, [0, 1, 2, 3]), (1, [0])],
+    ("num_steps", "ratio", "expected"),
+    [
+        (20, 0.5, [0, 1, 2, 18, 19]),
+        (19, 0.5, [0, 1, 2, 6, 10, 17, 18]),
+        (39, 0.25, [*range(6), 12, 20, 37, 38]),
+        (40, 0.25, [*range(6), 38, 39]),
+        (40, [(0, 0.5), (0.5, 0.2)], [*range(6), 12, 20, 38, 39]),
+        (4, 0.5, [0, 1, 2, 3]),
+        (1, 0.5, [0]),
+    ],
 )
-def test_default_dense_steps(num_steps, expected):
-    assert dense_steps(RASConfig(), num_steps) == expected
+def test_default_dense_steps(num_steps, ratio, expected):
+    assert dense_steps(RASConfig(ratio=ratio), num_steps) == expected
 
 
 def test_integers_are_steps_and_floats_are_fractions():
@@ -30,7 +38,7 @@ def test_integers_are_steps_and_floats_are_fractions():
 
 def test_resets_past_the_end_are_dropped_with_a_warning():
     with pytest.warns(UserWarning, match="resets: step 22 is past the end of a run of 20 steps"):
-        assert dense_steps(RASConfig(resets=(12, 22)), 20) == [0, 1, 2, 12, 19]
+        assert dense_steps(RASConfig(resets=(12, 22)), 20) == [0, 1, 2, 12, 18, 19]
 
 
 def test_ratios_by_part_of_the_run():
