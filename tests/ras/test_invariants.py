@@ -23,7 +23,7 @@ CASES = [
     # The plain Lumina2 pipeline itself refuses the other two.
     if family != "lumina2" or solver in ("euler", "unipc")
 ]
-every_case = pytest.mark.parametrize(("family", "solver"), CASES, ids="-".join)
+every_case = pytest.mark.parametrize(("family", "solver"), CASES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 # Few dense steps, so that ten steps show much of it.
