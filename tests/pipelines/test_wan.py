@@ -179,9 +179,12 @@ def test_offload_hooks_in_either_order(sparse_wan, call, enable_first):
 
 
 def test_set_attention_backend_is_honoured_by_dense_calls_and_kept_after_disable(sparse_wan, call):
+    from diffusers.models.attention_dispatch import attention_backend
+
     pipe = sparse_wan(sla={})
-    pipe.transformer.set_attention_backend("_native_math")
-    pipe(**call())
+    with attention_backend("native"):  # puts back what is set for the whole process, too
+        pipe.transformer.set_attention_backend("_native_math")
+        pipe(**call())
     pipe.disable()
     backends = {str(p._attention_backend.value) for p in pipe.transformer.attn_processors.values()}
     assert backends == {"_native_math"}
