@@ -10,8 +10,7 @@ from torch import nn
 
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.models import FAMILIES, Family, family_of
-from dit_accel.ras import cached_layers, memory
-from dit_accel.ras.memory import plan_cache
+from dit_accel.ras import memory
 from dit_accel.session import Session
 from dit_accel.summaries import Summary, summarise
 
@@ -195,10 +194,10 @@ def estimate_memory(
     itemsize = transformer.dtype.itemsize
     halves = 2 if guidance else 1
     contexts = halves if family.separate_guidance else 1
-    plan = plan_cache(
+    plan = memory.plan_cache(
         config,
         num_inference_steps,
-        cached_layers(family.self_attention(transformer), tokens, max_sequence_length),
+        memory.cached_layers(family.self_attention(transformer), tokens, max_sequence_length),
         rows=batch_size * halves // contexts,
         contexts=contexts,
         itemsize=itemsize,

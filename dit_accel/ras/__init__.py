@@ -1,6 +1,6 @@
 """Region-adaptive sampling: schedule, selection, prediction, caches. Model-free."""
 
 from dit_accel.ras.context import ContextState
-from dit_accel.ras.engine import RegionAdaptiveSampling, StepRecord, cached_layers
+from dit_accel.ras.engine import RegionAdaptiveSampling, StepRecord
 
-__all__ = ["ContextState", "RegionAdaptiveSampling", "StepRecord", "cached_layers"]
+__all__ = ["ContextState", "RegionAdaptiveSampling", "StepRecord"]

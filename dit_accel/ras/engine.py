@@ -205,7 +205,7 @@ class RegionAdaptiveSampling(Focus):
         plan = memory.plan_cache(
             self.config,
             run.schedule.num_steps,
-            cached_layers(self.layers, tokens, call.text_length),
+            memory.cached_layers(self.layers, tokens, call.text_length),
             rows=rows,
             contexts=contexts,
             itemsize=_compute_dtype(call.hidden_states).itemsize,
@@ -338,19 +338,6 @@ class RegionAdaptiveSampling(Focus):
         self._attach(layout, length, None if index is None else _flat(index, length), factor, same)
         self._record.text = length - tokens
         return index
-
-
-def cached_layers(layers: dict[str, AttentionLayer], tokens: int, text: int) -> list[memory.Layer]:
-    """What these layers keep, with so many image and text tokens."""
-    return [
-        memory.Layer(
-            tokens=tokens + (0 if x.layout == "image" else text),
-            kv_heads=x.kv_heads,
-            head_dim=x.head_dim,
-            width=x.module.heads * x.head_dim,
-        )
-        for x in layers.values()
-    ]
 
 
 def joint_index(

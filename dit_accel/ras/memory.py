@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dit_accel.config import RASConfig
+from dit_accel.models import AttentionLayer
 from dit_accel.ras.history import BUFFERS
 
 WORKING = 32
@@ -38,6 +39,19 @@ class CachePlan:
     @property
     def fits(self) -> bool:
         return self.kv_bytes + self.working_bytes <= self.free_bytes
+
+
+def cached_layers(layers: dict[str, AttentionLayer], tokens: int, text: int) -> list[Layer]:
+    """What these layers keep, with so many image and text tokens."""
+    return [
+        Layer(
+            tokens=tokens + (0 if x.layout == "image" else text),
+            kv_heads=x.kv_heads,
+            head_dim=x.head_dim,
+            width=x.module.heads * x.head_dim,
+        )
+        for x in layers.values()
+    ]
 
 
 def bytes_per_token(kv_heads: int, head_dim: int, itemsize: int, policy: str) -> float:
