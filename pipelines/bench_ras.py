@@ -7,7 +7,7 @@
 Overhead: seconds of a region-adaptive step against a dense one of the same run, over the ratio of the
 FLOPs that they count (`Family.flops`). Quality: paired seeds against the model's own 100-step dense
 output from the same noise; every row names the cost it had, and "dense, equal cost" is the plain
-pipeline with as many steps. A run that was stopped goes on where it was.
+pipeline with as many steps, rounded up. A run that was stopped goes on where it was.
 """
 
 import os

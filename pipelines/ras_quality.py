@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,7 @@ class Quality:
         steps = row.steps
         if row.kind == "dense, equal cost":
             ours = Row(OURS[0], row.solver, row.steps, row.ratio)
-            steps = max(1, round(scores[ours.key]["cost"]))
+            steps = math.ceil(scores[ours.key]["cost"])
         latents, cost = subject.latents(rows, steps, row.ras)
         entry = scores.setdefault(row.key, {})
         entry["cost"] = cost
@@ -284,6 +285,7 @@ def print_table(report: dict[str, Any]) -> None:
             values = [cells[solver, steps, None, "dense"], *of.values()]
             line = [f"{solver} {steps}", f"{ratio}", f"{of[OURS[0]]['cost']:.1f}"]
             line += [format(x[metric]["mean"], digits) for x in values]
+            line[4] += f" ({of[COLUMNS[0]]['cost']:.0f} steps)"
             for kind in OURS if gaps else ():
                 gap = of[kind]["minus_equal_cost"][metric]
                 low, high = gap["interval_95"]
