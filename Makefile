@@ -28,9 +28,9 @@ demo: install
 		--overwrite --output-dir $(DEMO_OUT)
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(PLAIN) tests/triton
-	$(PLAIN) tests/compile tests/aot
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	TRITON_INTERPRET=1 $(PLAIN) -n 2 tests/triton
+	$(PLAIN) -n 2 tests/compile tests/aot
 
 test-long: install
 	TRITON_INTERPRET=1 DIT_ACCEL_CASES=2000 $(PLAIN) tests/triton
