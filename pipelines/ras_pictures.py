@@ -40,29 +40,42 @@ def evenly(frames: np.ndarray) -> np.ndarray:
     return frames[np.linspace(0, len(frames) - 1, COLUMNS).round().astype(int)]
 
 
-def share(pipe: Any, samples: int) -> np.ndarray:
-    """How often each token ran, `[COLUMNS, H, W, 3]`: blue for the least, yellow for the most."""
+def share(pipe: Any, samples: int) -> tuple[str, np.ndarray]:
+    """How often each token ran, `[COLUMNS, H, W, 3]`."""
     shares = np.stack(
         [np.mean(list(focus_masks(pipe, i).values()), axis=0) for i in range(samples)]
     )
     shares = (shares - shares.min()) / max(np.ptp(shares), 1e-6)
-    return evenly(heat(shares.reshape(-1, *shares.shape[2:])))
+    return "where it ran, blue least, yellow most often", evenly(
+        heat(shares.reshape(-1, *shares.shape[2:]))
+    )
+
+
+def turns(pipe: Any, samples: int) -> tuple[str, np.ndarray]:
+    """Who ran in the first steps, the same for all samples, `[COLUMNS, H, W, 3]`."""
+    masks = dict(list(focus_masks(pipe).items())[:COLUMNS])
+    who = np.stack([mask[len(mask) // 2] for mask in masks.values()])
+    where = ", middle frame" if len(masks[min(masks)]) > 1 else ""
+    return f"who ran (yellow) in steps {min(masks)} to {max(masks)}{where}", heat(who.astype(float))
 
 
 def rows_of(pipe: Any, prompts: list[str], sampling: dict[str, Any], what: str) -> list[tuple]:
     sampling = {**sampling, "num_inference_steps": STEPS, "max_sequence_length": 16}
     dense = pictures(pipe, prompts, sampling)
     rows = [(f"{what}, dense, {STEPS} steps", to_uint8(dense))]
-    for name, ras in (("ours", {}), ("preset paper", RASConfig.PRESETS["paper"])):
+    for name, ras, look in (
+        ("ours", {}, turns),
+        ("preset paper", RASConfig.PRESETS["paper"], share),
+    ):
         pipe.enable(ras={**ras, "ratio": RATIO})
         result = pictures(pipe, prompts, sampling)
-        cost, ran = pipe.summary(strict=True).ras.cost, share(pipe, len(prompts))
+        cost, (title, ran) = pipe.summary(strict=True).ras.cost, look(pipe, len(prompts))
         pipe.disable()
         by = dense.shape[1] // ran.shape[1]
         rows += [
             (f"{name}, ratio {RATIO}, cost of {cost:.1f} steps", to_uint8(result)),
             (
-                f"{name}: where it ran, blue least, yellow most often",
+                f"{name}: {title}",
                 ran.repeat(by, 1).repeat(by, 2),
             ),
             (f"{name}: difference to dense, {GAIN} times", to_uint8(GAIN * np.abs(result - dense))),

@@ -64,6 +64,8 @@ def write_focus(
     spread = max(share.max() - share.min(), 1e-6)
     colours = _stretch(heat((share - share.min()) / spread), frames.shape[:3])
     title = f"share of steps: {share.min():.2f} blue, {share.max():.2f} yellow"
+    if share.max() == share.min():
+        title = f"share of steps: {share.min():.2f} everywhere"
     cells = [
         (name if i == 0 else f"frame {i}", clip[i])
         for name, clip in (("result", frames), (title, colours))
