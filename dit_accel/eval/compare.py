@@ -14,8 +14,9 @@ from dit_accel.eval.metrics import psnr, ssim
 from dit_accel.files import check_writable, write_json
 from dit_accel.pipelines.generate import FORMAT_VERSION, Sampling, run_once
 
-PICTURES = ("dense", "sparse", "side_by_side", "contact_sheet")
-RECORD = "comparison.json"
+PICTURES = ("dense", "sparse", "side_by_side")
+"""mp4 of a clip, png of an image."""
+SHEET, RECORD = "contact_sheet.png", "comparison.json"
 
 
 def compare(
@@ -32,7 +33,7 @@ def compare(
     fps: float = 16.0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Run dense and sparse from the same noise; write `PICTURES` (mp4, png of an image) and `RECORD`.
+    """Run dense and sparse from the same noise; write `PICTURES`, `SHEET` and `RECORD`.
 
     Dense and sparse runs alternate, after a short unmeasured warm-up each; the seconds are medians
     over `repeats`. PSNR and SSIM compare raw frames, before any video coding.
@@ -55,7 +56,7 @@ def compare(
     if not fps > 0:
         raise ValueError(f"fps={fps}: accepted is a number > 0")
     folder = check_writable(output_dir, "output_dir")
-    names = [*(f"{x}.{kind}" for x in PICTURES for kind in ("mp4", "png")), RECORD]
+    names = [*(f"{x}.{kind}" for x in PICTURES for kind in ("mp4", "png")), SHEET, RECORD]
     present = [name for name in names if (folder / name).exists()]
     if present and not overwrite:
         raise ValueError(
@@ -138,9 +139,10 @@ def _write(
         ("side_by_side", media.side_by_side(clips)),
     ):
         files += media.write_clip(folder / name, pictures, kind=kind, fps=fps)
-    sheet = folder / "contact_sheet.png"
-    media.write_png(sheet, media.contact_sheet([*clips, ("absolute difference", difference)]))
-    result["files"] = [path.name for path in (*files, sheet)] + [RECORD]
+    media.write_png(
+        folder / SHEET, media.contact_sheet([*clips, ("absolute difference", difference)])
+    )
+    result["files"] = [*(path.name for path in files), SHEET, RECORD]
     # JSON knows no infinity; equal clips have no finite PSNR.
     if result["psnr_db"] == float("inf"):
         result["psnr_db"] = None
