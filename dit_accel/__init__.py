@@ -7,6 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dit_accel.adapters import load_sla as load_sla
+    from dit_accel.adapters import save_sla as save_sla
     from dit_accel.config import RASConfig as RASConfig
     from dit_accel.config import SLAConfig as SLAConfig
     from dit_accel.control import disable as disable
@@ -36,6 +38,8 @@ _HOMES = {
     "disable": "dit_accel.control",
     "enable": "dit_accel.control",
     "estimate_memory": "dit_accel.control",
+    "load_sla": "dit_accel.adapters",
+    "save_sla": "dit_accel.adapters",
     "summary": "dit_accel.control",
 }
 

@@ -7,16 +7,18 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 faile
 import json
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
+from dit_accel.cli_adapters import Convert, Merge, sla_settings
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.demo import ImageTrainConfig, TrainConfig
 from dit_accel.pipelines.generate import Prompt, Sampling
+from dit_accel.sla.files import Adapter
 
 EMBEDDED = "tiny-wan"
 EMBEDDED_IMAGE = "tiny-sd3"
@@ -30,12 +32,12 @@ class _Common:
     """Repository of Wan2.1, Stable Diffusion 3, Lumina-Next or Lumina-Image 2.0: hub id or folder;
     "tiny-wan" and "tiny-sd3" are the embedded demo models."""
     sla: str = "auto"
-    """Sparse attention: quality, balanced, fast, a YAML file, or none; auto is balanced for Wan and none
-    for the others."""
+    """Sparse attention: quality, balanced, fast, a YAML file, a folder with sla.safetensors, or none;
+    auto is the model's own sla.safetensors, and balanced without one."""
     ras: str = "none"
     """Region-adaptive sampling: quality, balanced, fast, paper, a YAML file, or none."""
     topk: float | None = None
-    """Overrides the share of key blocks that is read exactly, in (0, 1]."""
+    """Overrides the share of key blocks that is read exactly, in (0, 1]; not with sla.safetensors."""
     crossover: Literal["auto", "never"] | None = None
     """Overrides crossover: auto = dense where sparse was measured to lose, never = always sparse."""
     sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
@@ -52,17 +54,10 @@ class _Common:
     format: Literal["human", "json"] = "human"
     """How the result is printed on stdout."""
 
-    def sla_config(self) -> SLAConfig | str | None:
-        """The settings, overrides applied; None for dense, "auto" for the pipeline's own."""
-        overrides: dict[str, Any] = {"topk": self.topk, "crossover": self.crossover}
-        given = {name: value for name, value in overrides.items() if value is not None}
-        if self.sla == "none":
-            if given:
-                raise ValueError("sla='none': dense; accepted without topk and crossover")
-            return None
-        if self.sla == "auto":
-            return replace(SLAConfig(), **given) if given else "auto"
-        return replace(SLAConfig.load(self.sla), **given)
+    def sla_config(self) -> SLAConfig | Adapter | None:
+        """The settings, overrides applied; None for dense."""
+        source, _ = self.resolve()
+        return sla_settings(self.sla, source, self.hub, topk=self.topk, crossover=self.crossover)
 
     def ras_config(self) -> RASConfig | None:
         """The settings; None for all tokens in each step."""
@@ -78,8 +73,13 @@ class _Common:
         defaults = demo.SAMPLING if self.model == EMBEDDED else demo.IMAGE_SAMPLING
         return asset(self.model), self.sampling.filled(defaults)
 
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Arguments for the hub."""
+        return {} if self.revision is None else {"revision": self.revision}
+
     def load(
-        self, sla: SLAConfig | str | None, ras: RASConfig | None = None
+        self, sla: SLAConfig | Adapter | None, ras: RASConfig | None = None
     ) -> tuple[Any, Sampling]:
         """The pipeline, ready to run, and its sampling arguments."""
         from dit_accel.files import check_writable
@@ -87,9 +87,8 @@ class _Common:
 
         check_writable(self.output_dir, "output_dir")
         source, sampling = self.resolve()
-        hub: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
         where = "cpu" if self.cpu_offload else self.device
-        pipe = generate.load(source, sla=sla, ras=ras, device=where, dtype=self.dtype, **hub)
+        pipe = generate.load(source, sla=sla, ras=ras, device=where, dtype=self.dtype, **self.hub)
         if self.cpu_offload:
             pipe.enable_model_cpu_offload(device=generate.resolved_device(self.device))
         pipe.check_sizes(**sampling.call_arguments())
@@ -161,13 +160,10 @@ class Compare(_Common):
     def run(self) -> None:
         from dit_accel.eval.compare import compare
 
-        sla: Any = self.sla_config()
-        ras = self.ras_config()
+        sla, ras = self.sla_config(), self.ras_config()
         if sla is None and ras is None:
             raise ValueError("sla='none': nothing to compare; accepted are a preset or a YAML file")
         pipe, sampling = self.load(None)
-        if sla == "auto":
-            sla = pipe.default_sla()
         result = compare(
             pipe,
             self.prompt,
@@ -263,7 +259,7 @@ class Judge:
     model: str = EMBEDDED
     """tiny-wan, tiny-sd3, or a repository: hub id or folder."""
     sla: str = "none"
-    """As in generate; clips only."""
+    """As in generate."""
     crossover: Literal["auto", "never"] | None = None
     num_clips: int = 288
     """Of combinations seen in training."""
@@ -281,15 +277,25 @@ class Judge:
         from dit_accel.files import check_writable
 
         check_writable(self.output.parent, "output")
-        pipe, sampling = self._stills() or self._clips()
+        common = _Common(
+            model=self.model, sla=self.sla, crossover=self.crossover, device=self.device
+        )
+        common.output_dir = self.output.parent
+        pipe, _ = common.load(common.sla_config())
         pipe.set_progress_bar_config(disable=True)
+        still = not hasattr(pipe, "vae_scale_factor_temporal")
+        sampling = demo.IMAGE_SAMPLING | {"num_frames": None} if still else demo.SAMPLING
+        given = {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+        }
         report = demo.judge_pipeline(
             pipe,
             num_clips=self.num_clips,
             num_heldout=self.num_heldout,
             seed=self.seed,
             batch_size=self.batch_size,
-            **sampling,
+            **sampling | {k: v for k, v in given.items() if v is not None},
         )
         demo.write_report(report, self.output, Path(self.model).name)
         for split, metrics in report["summary"].items():
@@ -299,45 +305,6 @@ class Judge:
                     _print(
                         f"{split:8} {name:10} {x['rate']:.3f}  [{low:.3f}, {high:.3f}]  of {x['count']}"
                     )
-
-    def _sampling(self, defaults: dict[str, Any]) -> dict[str, Any]:
-        given = {
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-        }
-        return defaults | {k: v for k, v in given.items() if v is not None}
-
-    def _clips(self) -> tuple[Any, dict[str, Any]]:
-        """A pipeline of clips and its sampling arguments."""
-        from dit_accel import demo
-
-        common = _Common(
-            model=self.model, sla=self.sla, crossover=self.crossover, device=self.device
-        )
-        common.output_dir = self.output.parent
-        return common.load(common.sla_config())[0], self._sampling(demo.SAMPLING)
-
-    def _stills(self) -> tuple[Any, dict[str, Any]] | None:
-        """The same for a folder that says it is a Stable Diffusion 3; None for any other model."""
-        from dit_accel import demo
-        from dit_accel.demo.trainer import pick_device
-        from dit_accel.files import asset
-
-        folder = asset(self.model) if self.model == EMBEDDED_IMAGE else Path(self.model)
-        index = folder / "model_index.json"
-        name = "StableDiffusion3Pipeline"
-        if not index.is_file() or json.loads(index.read_text())["_class_name"] != name:
-            return None
-        if self.sla != "none" or self.crossover is not None:
-            raise ValueError(
-                f"sla={self.sla!r}, crossover={self.crossover!r}: stills are judged dense; "
-                "accepted is sla='none' without crossover"
-            )
-        from diffusers import StableDiffusion3Pipeline
-
-        pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True)
-        sampling = self._sampling(demo.IMAGE_SAMPLING)
-        return pipe.to(pick_device(self.device)), sampling | {"num_frames": None}
 
 
 @dataclass(kw_only=True)
@@ -397,6 +364,8 @@ def _ras_rows(ras: dict[str, Any] | None) -> list[tuple[str, str, str]]:
 Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Compare, subcommand("compare")]
+    | Annotated[Merge, subcommand("merge")]
+    | Annotated[Convert, subcommand("convert")]
     | Annotated[Env, subcommand("env")]
     | Annotated[Demo, subcommand("demo")]
 )

@@ -9,7 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeGuard
 
-COMBINES = ("none", "shared_softmax")
+COMBINES = ("none", "shared_softmax", "proj", "alpha")
+LINEAR_SCOPES = ("marginal", "complement", "all")
+FEATURE_MAPS = ("softmax", "elu", "relu")
 CROSSOVERS = ("auto", "never")
 SELECTIONS = ("age", "std", "l2norm", "random")
 SECTIONS = ("ras", "sla")
@@ -245,14 +247,28 @@ class RASConfig(_Config):
 class SLAConfig(_Config):
     """Sparse attention in the self-attention layers of a diffusion transformer."""
 
-    topk: int | float = 0.25
-    """Fraction of key blocks each query block reads exactly, in (0, 1]: max(1, ceil(topk * blocks))."""
+    topk: int | float | None = 0.25
+    """Fraction of key blocks each query block reads exactly, in (0, 1]: max(1, ceil(topk * blocks)).
+    Text blocks come in addition. None: `top_p` alone decides."""
+    top_p: float | int | None = None
+    """Read the fewest best blocks whose estimated softmax weights sum to this, in (0, 1]; with `topk`
+    the union of both."""
+    rounding: Literal["ceil", "floor"] = "ceil"
+    """Of topk * blocks; "floor" (at least one block) for checkpoints that were trained so."""
+    skip: float | int = 0.0
+    """Fraction of the lowest blocks that nothing reads (k_l in the paper), for linear_scope="marginal"."""
     block_q: int = 64
     """Tokens per query block: 16, 32, 64 or 128."""
     block_k: int = 64
     """Tokens per key block: 16, 32, 64 or 128."""
-    combine: Literal["none", "shared_softmax"] = "shared_softmax"
-    """What happens to unread blocks: dropped, or summarised in the same softmax (training-free)."""
+    combine: Literal["none", "shared_softmax", "proj", "alpha"] = "shared_softmax"
+    """What happens to unread blocks: dropped; summarised in the same softmax (training-free); or read by
+    linear attention, whose output is projected and added ("proj", SLA) or mixed in ("alpha", SLA2)."""
+    linear_scope: Literal["marginal", "complement", "all"] = "complement"
+    """What the linear attention of "proj" and "alpha" reads: all blocks that are not read exactly, those
+    without the skipped ones ("marginal"), or every block."""
+    feature_map: Literal["softmax", "elu", "relu"] = "softmax"
+    """Of the linear attention."""
     order: str | tuple[int, ...] | list[int] = "raster"
     """Token order: "raster", or a tile shape (t, h, w) in latent tokens whose product is the block."""
     dense_steps: int | float = 0.1
@@ -272,11 +288,26 @@ class SLAConfig(_Config):
     }
 
     def __post_init__(self) -> None:
-        _check_fraction("topk", self.topk)
+        if self.topk is None and self.top_p is None:
+            raise ValueError(
+                "topk=None, top_p=None: accepted is a fraction in (0, 1] for one of them"
+            )
+        for name in ("topk", "top_p"):
+            if getattr(self, name) is not None:
+                _check_fraction(name, getattr(self, name))
+        _check_choice("rounding", self.rounding, ("ceil", "floor"))
+        skip = self.skip
+        _check("skip", skip, _is_number(skip) and 0 <= skip < 1, "a fraction in [0, 1)")
         for name in ("block_q", "block_k"):
             block = getattr(self, name)
             _check(name, block, _is_int(block) and block in (16, 32, 64, 128), "16, 32, 64, 128")
         _check_choice("combine", self.combine, COMBINES)
+        _check_choice("linear_scope", self.linear_scope, LINEAR_SCOPES)
+        _check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        if skip and not (self.has_weights and self.linear_scope == "marginal"):
+            raise ValueError(
+                f"skip={skip}: accepted with combine='proj' or 'alpha' and linear_scope='marginal', else 0"
+            )
         _check_choice("crossover", self.crossover, CROSSOVERS)
         self._check_order()
         steps = self.dense_steps
@@ -331,7 +362,12 @@ class SLAConfig(_Config):
             f"a tile shape whose product ({tokens}) is block_q ({self.block_q}) and block_k ({self.block_k})",
         )
 
-    def layer_topk(self, layer: int, num_layers: int) -> float:
+    @property
+    def has_weights(self) -> bool:
+        """Whether each layer has weights of its own, which `save_sla` writes."""
+        return self.combine in ("proj", "alpha")
+
+    def layer_topk(self, layer: int, num_layers: int) -> float | int | None:
         """`topk` of one layer, overrides applied."""
         return self.topk_by_layer.get(layer, self.topk_by_layer.get(layer - num_layers, self.topk))
 

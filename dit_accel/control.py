@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.identity import identity_of, weights_of
 from dit_accel.models import FAMILIES, Family, family_of
 from dit_accel.ras import memory
 from dit_accel.session import Session
+from dit_accel.sla.files import Adapter, settings_of
 from dit_accel.summaries import Summary, summarise
 
 
@@ -44,7 +46,7 @@ def enable(
     pipe: Any,
     *,
     ras: RASConfig | dict | str | os.PathLike | None = None,
-    sla: SLAConfig | dict | str | os.PathLike | None = None,
+    sla: SLAConfig | Adapter | dict | str | os.PathLike | None = None,
 ) -> None:
     """Accelerate a diffusers pipeline in place. One method can be added to the other later.
 
@@ -53,23 +55,22 @@ def enable(
             Lumina-Next, Lumina-Image 2.0.
         ras: region-adaptive sampling: an `RASConfig`, a preset ("quality", "balanced", "fast",
             "paper"), a YAML file, or a dict of `RASConfig` fields.
-        sla: sparse attention (Wan2.1): an `SLAConfig`, a preset ("quality", "balanced", "fast"),
-            a YAML file, or a dict of `SLAConfig` fields.
+        sla: sparse attention: an `SLAConfig`, a preset ("quality", "balanced", "fast"),
+            a YAML file, a dict of `SLAConfig` fields, or what `save_sla` wrote (the folder or the file).
 
     Raises:
-        ValueError: a bad argument, a pipeline that is not supported, or a method that is on already.
+        ValueError: a bad argument, a pipeline that is not supported, an adapter made for another model, or
+            a method that is on already. The pipeline is then as before.
     """
     if ras is None and sla is None:
         raise ValueError(
-            "ras=None, sla=None: nothing to enable; accepted are a preset name, a config, a YAML file, a dict"
+            "ras=None, sla=None: nothing to enable; accepted are a preset name, a config, a YAML file, a dict, an adapter's folder"
         )
     ras_config = None if ras is None else RASConfig.load(ras)
-    sla_config = None if sla is None else SLAConfig.load(sla)
+    settings = None if sla is None else settings_of(sla)
+    adapter = settings if isinstance(settings, Adapter) else None
+    sla_config = settings.config if isinstance(settings, Adapter) else settings
     family = _family(pipe)
-    if sla_config is not None and not family.sparse_attention:
-        raise ValueError(
-            f"sla: sparse attention does not support {family.name} yet; accepted: None"
-        )
     before = session_of(pipe)
     if before is not None:
         for name, new, old in (("ras", ras_config, before.ras), ("sla", sla_config, before.sla)):
@@ -77,15 +78,38 @@ def enable(
                 raise ValueError(
                     f"{name}: already enabled on this transformer; call disable() first"
                 )
+    if adapter is not None:
+        try:
+            adapter.base.check(identity_of(pipe.transformer))
+        except ValueError as error:
+            raise ValueError(f"sla: this adapter was {error}") from None
+    if before is not None:
         ras_config = ras_config or before.ras_config
         sla_config = sla_config or before.sla_config
         before.remove()
     try:
-        Session(pipe, family, ras=ras_config, sla=sla_config)
-    except ValueError:
+        session = Session(pipe, family, ras=ras_config, sla=sla_config)
+        _load(session, adapter, before)
+    except Exception:
+        if (unfinished := session_of(pipe)) is not None:
+            unfinished.remove()
         if before is not None:  # what was on stays on
-            Session(pipe, family, ras=before.ras_config, sla=before.sla_config)
+            _load(Session(pipe, family, ras=before.ras_config, sla=before.sla_config), None, before)
         raise
+
+
+def _load(session: Session, adapter: Adapter | None, before: Session | None) -> None:
+    """Weights of sparse attention, from the adapter or from the session that this one replaces."""
+    if session.sla is None:
+        return
+    if adapter is not None:
+        for name, weights in adapter.layer_weights().items():
+            session.sla.modules[name].load_state_dict(weights)
+    elif before is not None and before.sla is not None:
+        for name, module in before.sla.modules.items():
+            session.sla.modules[name].router = module.router
+            if module.calibrated:
+                session.sla.modules[name].load_state_dict(weights_of(module))
 
 
 def disable(pipe: Any) -> None:

@@ -1,6 +1,5 @@
 """`Session`: one transformer's acceleration, and what of it hangs on the transformer."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.models import Family
 from dit_accel.models.clock import Clock
 from dit_accel.ras import RegionAdaptiveSampling
-from dit_accel.sla import SparseAttention
+from dit_accel.sla import Reordered, SparseAttention
 
 
 class Session:
@@ -23,17 +22,22 @@ class Session:
         self.family = family
         self.layers = family.self_attention(transformer)
         self.cross = family.cross_attention(transformer) if ras is not None else {}
-        self._check(transformer, ras)
+        self._check(transformer, ras, sla)
         self.clock = Clock(pipe)
-        self.sla = None if sla is None else SparseAttention(sla, len(self.layers))
-        self.ras = None if ras is None else RegionAdaptiveSampling(ras, self.layers)
-        for i, (name, layer) in enumerate(self.layers.items()):
+        self.sla = None if sla is None else SparseAttention(sla, self.layers)
+        self.ras = None if ras is None else self._region_adaptive(ras)
+        self.reordered: Reordered | None = None
+        if sla is not None and sla.order != "raster" and ras is None:
+            self.reordered = Reordered()
+        for name, layer in self.layers.items():
             processor = family.processor(layer.module.processor)
             if self.sla is not None:
-                processor.attend = partial(self.sla, i)
+                processor.attend = self.sla.layers[name]
             if self.ras is not None:
                 processor.kv_store = self.ras.stores[name]
             layer.module.set_processor(processor)
+        if self.sla is not None:
+            self.sla.attach(self._attention_modules())
         for module in self.cross.values():
             module.set_processor(family.cross_processor(module.processor))
         self._installed = {name: module.processor for name, module in self._modules()}
@@ -41,8 +45,23 @@ class Session:
             transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             transformer.register_forward_hook(self.after_forward, always_call=True),
         ]
-        if self.ras is not None:
-            self._hooks += family.hooks(transformer, self.ras)
+        if (focus := self.ras or self.reordered) is not None:
+            self._hooks += family.hooks(transformer, focus)
+
+    def _region_adaptive(self, config: RASConfig) -> RegionAdaptiveSampling:
+        """Under sparse attention it selects whole query blocks, in sparse attention's token order."""
+        if self.sla is None:
+            return RegionAdaptiveSampling(config, self.layers)
+        sla = self.sla
+        ras = RegionAdaptiveSampling(config, self.layers, tile=sla.tile, order=sla.order)
+        if sla.config.has_weights:
+            for name, store in ras.stores.items():
+                store.feature_map = sla.config.feature_map
+                sla.layers[name].store = store
+        return ras
+
+    def _attention_modules(self) -> dict[str, nn.Module]:
+        return {name: layer.module for name, layer in self.layers.items()}
 
     @property
     def ras_config(self) -> RASConfig | None:
@@ -55,7 +74,7 @@ class Session:
     def _modules(self) -> list[tuple[str, Any]]:
         return [(name, x.module) for name, x in self.layers.items()] + list(self.cross.items())
 
-    def _check(self, transformer: Any, ras: RASConfig | None) -> None:
+    def _check(self, transformer: Any, ras: RASConfig | None, sla: SLAConfig | None) -> None:
         for name, module in self._modules():
             kind = type(module.processor).__name__
             if kind not in self.family.stock_processors:
@@ -72,6 +91,8 @@ class Session:
                 "ras: a step cache of diffusers is on, and both decide what a step computes; "
                 "call pipe.transformer.disable_cache() first"
             )
+        if ras is not None and sla is not None and ras.kv_cache != "full":
+            raise ValueError(f"kv_cache={ras.kv_cache!r}: accepted with sparse attention is 'full'")
 
     @torch.compiler.disable
     def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -81,7 +102,12 @@ class Session:
             self._begin_run(transformer)
         grid = self.family.token_grid(transformer, call.hidden_states)
         if self.sla is not None:
-            self.sla.begin_step(self.clock.step, self.clock.num_steps, grid)
+            device = call.hidden_states.device
+            self.sla.begin_step(self.clock.step, self.clock.num_steps, grid, device)
+            order = self.sla.order(grid, device)
+            if self.reordered is not None and order is not None:
+                self.reordered.begin_call(call, order)
+                kwargs = self.family.focus_inputs(self.reordered, kwargs)
         if self.ras is not None:
             if torch.is_grad_enabled():
                 raise RuntimeError(
@@ -113,6 +139,8 @@ class Session:
     @torch.compiler.disable
     def after_forward(self, transformer: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the transformer, called after a failure too."""
+        if self.reordered is not None:
+            self.reordered.end_call()
         if self.ras is None:
             return
         for module in self.cross.values():
@@ -124,6 +152,8 @@ class Session:
         """Put back what was there; processors that somebody else set stay."""
         for hook in self._hooks:
             hook.remove()
+        if self.sla is not None:
+            self.sla.detach(self._attention_modules())
         for name, module in self._modules():
             ours = self._installed[name]
             if module.processor is ours:

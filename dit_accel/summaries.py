@@ -188,12 +188,12 @@ def summarise(session: Session) -> Summary:
         else [
             LayerSummary(
                 name=name,
-                scheduled=sla.is_scheduled(i),
+                scheduled=sla.layers[name].scheduled,
                 sparse_calls=stats.sparse_calls,
-                dense_calls=dict(stats.dense_calls),
+                dense_calls=stats.dense_calls,
                 density=stats.density,
             )
-            for i, (name, stats) in enumerate(zip(session.layers, sla.layers, strict=True))
+            for name, stats in sla.stats().items()
         ]
     )
     return Summary(

@@ -110,7 +110,7 @@ def quality(pipe: Any, config: SLAConfig, args: Args) -> dict[str, Any]:
                     if kind != "dense":
                         control.enable(pipe, sla=config)
                         if kind == "random plan":
-                            control.session_of(pipe).sla.router = random_router(i)
+                            control.session_of(pipe).sla.set_router(random_router(i))
                     clips[kind] = generate(pipe, prompts[i:stop], seeds, **QUALITY_SAMPLING)
                     if kind != "dense":
                         report = control.summary(pipe, strict=True)

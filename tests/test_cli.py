@@ -233,13 +233,12 @@ def test_images_of_the_embedded_model(tmp_path, capsys):
     assert sorted(p.name for p in out.iterdir()) == ["0000-focus.png", "0000.json", "0000.png"]
     record = json.loads((out / "0000.json").read_text())
     assert record["frames"] == [1, 64, 64, 3]
-    assert record["acceleration"]["config"] == {}  # no sparse attention on this family yet
+    reasons = list(record["acceleration"]["dense_calls"])
+    assert any(reason.startswith("crossover='auto': 256 tokens") for reason in reasons)
     compared = tmp_path / "compared"
     options = ["--num-inference-steps", "9", "--ras", "balanced", "--output-dir", compared]
     assert run("compare", *call[1:4], *options) == 0
     names = ["comparison.json", "contact_sheet.png", "dense.png", "side_by_side.png", "sparse.png"]
     assert sorted(p.name for p in compared.iterdir()) == names
-    assert run(*call, "--sla", "balanced") == 2
-    assert "does not support Stable Diffusion 3" in capsys.readouterr().err
     assert run(*call, "--num-frames", "5") == 2
     assert "num_frames=5: this model makes images" in capsys.readouterr().err

@@ -11,7 +11,12 @@ from dit_accel.config import SLAConfig
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 BAD_VALUES = {
-    "topk": [0, -0.1, 1.5, float("nan"), "half", True, None],
+    "topk": [0, -0.1, 1.5, float("nan"), "half", True],
+    "top_p": [0, -0.1, 1.5, float("nan"), "half", True],
+    "rounding": ["round", None, 1],
+    "skip": [-0.1, 1, float("nan"), "0", True, None],
+    "linear_scope": ["none", "", None],
+    "feature_map": ["hedgehog", "", None],
     "block_q": [0, 48, 256, "64", 64.0, None],
     "block_k": [0, 48, 256, "64", 64.0, None],
     "combine": ["sum", "", None, 1],
@@ -23,9 +28,14 @@ BAD_VALUES = {
 }
 FULL = SLAConfig(
     topk=0.3,
+    top_p=0.8,
+    rounding="floor",
+    skip=0.1,
     block_q=32,
     block_k=32,
-    combine="none",
+    combine="alpha",
+    linear_scope="marginal",
+    feature_map="elu",
     order=(2, 4, 4),
     dense_steps=3,
     dense_layers=(0, -1),
@@ -48,6 +58,19 @@ def test_a_bad_value_is_refused_by_field_name_and_accepted_values(name, value):
     if isinstance(value, dict):  # the entry at fault, not the whole table
         shown = next(x for x in value.values()) if "[" in str(error.value) else next(iter(value))
     assert repr(shown) in str(error.value)
+
+
+def test_one_of_topk_and_top_p_is_needed():
+    assert SLAConfig(topk=None, top_p=0.9).layer_topk(0, 2) is None
+    with pytest.raises(ValueError, match="topk=None, top_p=None: accepted is a fraction"):
+        SLAConfig(topk=None)
+
+
+def test_skipping_needs_a_linear_branch_that_can_skip():
+    SLAConfig(skip=0.1, combine="proj", linear_scope="marginal")
+    for settings in ({}, {"combine": "alpha"}, {"linear_scope": "marginal"}):
+        with pytest.raises(ValueError, match=r"skip=0\.1: accepted with combine='proj' or"):
+            SLAConfig(skip=0.1, **settings)
 
 
 def test_a_tile_must_fill_its_block():
@@ -105,9 +128,7 @@ def test_a_source_of_another_kind_is_refused_by_name():
 def test_an_unknown_key_suggests_the_nearest_one():
     with pytest.raises(ValueError, match=r"unknown key 'top_k' \(did you mean 'topk'\?\)"):
         SLAConfig.from_dict({"top_k": 0.5})
-    with pytest.raises(
-        ValueError, match="unknown key 'zzz'; accepted are topk, block_q, "
-    ) as error:
+    with pytest.raises(ValueError, match="unknown key 'zzz'; accepted are topk, top_p, ") as error:
         SLAConfig.from_dict({"zzz": 1})
     assert all(f.name in str(error.value) for f in dataclasses.fields(SLAConfig))
 

@@ -13,6 +13,7 @@ from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics import psnr, ssim
 from dit_accel.files import check_writable, write_json
 from dit_accel.pipelines.generate import FORMAT_VERSION, Sampling, run_once
+from dit_accel.sla.files import Adapter
 
 PICTURES = ("dense", "sparse", "side_by_side")
 """mp4 of a clip, png of an image."""
@@ -23,7 +24,7 @@ def compare(
     pipe: Any,
     prompt: str,
     *,
-    sla: SLAConfig | None = None,
+    sla: SLAConfig | Adapter | None = None,
     ras: RASConfig | None = None,
     output_dir: str | os.PathLike,
     model: str,

@@ -5,7 +5,7 @@ transformers.
 """
 
 from dit_accel.kernels.block_sparse import block_sparse_attention, sparse_linear_attention
-from dit_accel.kernels.linear import LinearState
+from dit_accel.kernels.linear import LinearState, linear_attention
 from dit_accel.kernels.merge import merge_lse
 from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.router import block_scores
@@ -15,6 +15,7 @@ __all__ = [
     "SparsePlan",
     "block_scores",
     "block_sparse_attention",
+    "linear_attention",
     "merge_lse",
     "sparse_linear_attention",
 ]

@@ -171,6 +171,7 @@ class SparsePlan(PlanData):
         threshold: float | None = None,
         skip: int | float = 0.0,
         sink_blocks: int = 0,
+        tail_blocks: int = 0,
         diagonal: int | None = None,
         causal: bool = False,
         **geometry,
@@ -178,30 +179,40 @@ class SparsePlan(PlanData):
         """A plan that keeps the best blocks of each row, at least one.
 
         Args:
-            scores: `[B|1, Hq|1, T_q, T_k]`, logits (see `block_scores`); higher is better.
-            topk: fraction in (0, 1]: the `max(1, ceil(topk * T_k))` best blocks of each row.
+            scores: `[B|1, Hq|1, T_q, T_k - tail_blocks]`, logits (see `block_scores`); higher is
+                better.
+            topk: fraction in (0, 1]: the `max(1, ceil(topk * n))` best of the n blocks with a score,
+                in each row.
             top_p: in (0, 1]: the fewest best blocks whose softmax weights sum to at least `top_p`.
                 With `topk` too: the union of both.
             threshold: keeps every block whose score is at least this (alone).
-            skip: fraction in [0, 1): the `floor(skip * T_k)` worst blocks of each row are negligible
+            skip: fraction in [0, 1): the `floor(skip * n)` worst blocks of each row are negligible
                 (the k_l of SLA); for `linear_scope="marginal"`.
             sink_blocks: first blocks that every row reads in addition.
+            tail_blocks: last blocks, without scores, that every row reads in addition (text).
             diagonal: every row also reads the blocks at its own positions (plus `q_offset`) and
                 this many on either side. Default: none.
             block_q, block_k, q_len, kv_len, causal, **geometry: as in `from_block_mask`.
 
         Ties go to the lower index, on every device.
         """
-        for name, number in (("sink_blocks", sink_blocks), ("diagonal", diagonal)):
+        for name, number in (
+            ("sink_blocks", sink_blocks),
+            ("tail_blocks", tail_blocks),
+            ("diagonal", diagonal),
+        ):
             if number is not None and number < 0:
                 raise ValueError(f"{name}={number}: accepted is an int >= 0")
         geometry.update(block_q=block_q, block_k=block_k, q_len=q_len, kv_len=kv_len, causal=causal)
         rules = cls._rules(scores.device, **geometry)
-        _, n_k = _check_blocks("scores", scores, block_q, block_k, q_len, kv_len)
-        forced, extra = None, 0
+        n_k = _check_blocks("scores", scores, block_q, block_k, q_len, kv_len, tail_blocks)
+        forced, extra = None, tail_blocks
         if sink_blocks or diagonal is not None:
             block = torch.arange(n_k, device=scores.device)
-            forced, extra = (block < sink_blocks).expand(1, 1, scores.shape[2], -1), sink_blocks
+            forced, extra = (
+                (block < sink_blocks).expand(1, 1, scores.shape[2], -1),
+                extra + sink_blocks,
+            )
             if diagonal is not None:
                 first, last = (
                     x.div(block_k, rounding_mode="floor")[..., None]
@@ -210,9 +221,9 @@ class SparsePlan(PlanData):
                 near = (block >= first - diagonal) & (block <= last + diagonal)
                 forced = forced | near[None]
                 extra += 2 * diagonal + 1 + math.ceil(block_q / block_k)
-                extra = n_k if rules.q_order is not None else extra
+                extra = n_k + tail_blocks if rules.q_order is not None else extra
         # A block that nobody may read must not use up a place among the best.
-        open_blocks = visibility.block_visibility(rules)[0]
+        open_blocks = visibility.block_visibility(rules)[0][..., :n_k]
         kept, skipped = select_blocks(
             scores,
             open_blocks,
@@ -222,6 +233,10 @@ class SparsePlan(PlanData):
             skip=skip,
             forced=forced,
         )
+        if tail_blocks:
+            kept = torch.nn.functional.pad(kept, (0, tail_blocks), value=True)
+            if skipped is not None:
+                skipped = torch.nn.functional.pad(skipped, (0, tail_blocks))
         most = None
         if topk is not None and top_p is None:
             most = topk_blocks(topk, n_k) + extra
@@ -390,13 +405,13 @@ def _check_leading(sizes: Iterable) -> None:
 
 
 def _check_blocks(
-    name: str, x: Tensor, block_q: int, block_k: int, q_len: int, kv_len: int
-) -> tuple[int, int]:
-    """`(T_q, T_k)`, which the last two sizes of `x` have to be."""
-    n_q, n_k = math.ceil(q_len / block_q), math.ceil(kv_len / block_k)
+    name: str, x: Tensor, block_q: int, block_k: int, q_len: int, kv_len: int, tail: int = 0
+) -> int:
+    """How many key blocks `x` `[B|1, Hq|1, T_q, T_k - tail]` has to name."""
+    n_q, n_k = math.ceil(q_len / block_q), math.ceil(kv_len / block_k) - tail
     if x.ndim != 4 or tuple(x.shape[-2:]) != (n_q, n_k):
         raise ValueError(
             f"{name}: shape {tuple(x.shape)}, but {q_len} queries in blocks of {block_q} and "
             f"{kv_len} keys in blocks of {block_k} need [B|1, Hq|1, {n_q}, {n_k}]"
         )
-    return n_q, n_k
+    return n_k

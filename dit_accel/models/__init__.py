@@ -5,6 +5,7 @@ import importlib
 from torch import nn
 
 from dit_accel.models.family import AttentionLayer, Call, Family, Focus
+from dit_accel.models.tokens import TokenOrder, joint_index
 
 FAMILIES = {
     "WanTransformer3DModel": "wan.Wan",
@@ -13,7 +14,16 @@ FAMILIES = {
     "Lumina2Transformer2DModel": "lumina2.Lumina2",
 }
 
-__all__ = ["FAMILIES", "AttentionLayer", "Call", "Family", "Focus", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "AttentionLayer",
+    "Call",
+    "Family",
+    "Focus",
+    "TokenOrder",
+    "family_of",
+    "joint_index",
+]
 
 
 def family_of(transformer: nn.Module) -> Family:

@@ -1,14 +1,15 @@
-"""`Family`: what acceleration asks of a model, and `Focus`: what a model asks of region-adaptive sampling."""
+"""`Family`: what acceleration asks of a model, and `Focus`: what a model asks of acceleration."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from dit_accel.models.tokens import take
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class Call:
 
 
 class Focus:
-    """The tokens that the current call runs on, as the hooks of a family see them."""
+    """The tokens that the current call runs on, and their order, as the hooks of a family see them."""
 
     call: Call
     index: Tensor | None
-    """Active tokens `[R, n]`, ascending in raster order; None: all of them."""
+    """The tokens that run, `[R, n]` places in raster order; None: all of them, in that order."""
+    keeps: bool = True
+    """Whether `per_run` and `per_context` outlive the call, so that it pays to compute things once."""
 
     @property
     def per_run(self) -> dict[str, Any]:
@@ -55,11 +58,12 @@ class Focus:
         raise NotImplementedError
 
     def take(self, x: Tensor) -> Tensor:
-        """The active tokens of `[R or 1, N, ...]`, `[R, n, ...]`; x itself if all are active."""
+        """The tokens that run, `[R, n, ...]`, of `[R or 1, N, ...]` in raster order."""
         return x if self.index is None else take(x, self.index)
 
     def complete(self, x: Tensor) -> Tensor:
-        """The output of all tokens, `[R, N, C]`, from that of the active ones, `[R, n, C]`."""
+        """The output of all tokens in raster order, `[R, N, C]`, from that of those that ran,
+        `[R, n, C]`."""
         raise NotImplementedError
 
     def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
@@ -67,7 +71,7 @@ class Focus:
         on, in `length` tokens. The others are always active.
 
         Returns:
-            The active tokens of the layout, `[R, n']`; None: all of them.
+            The places of the layout that run, `[R, n']`; None: all of them, in order.
         """
         raise NotImplementedError
 
@@ -91,8 +95,6 @@ class Family:
     separate_guidance: bool
     """Whether the halves of classifier-free guidance are two calls; else they are one batch, with the
     same latents in both."""
-    sparse_attention: bool = False
-    """Whether its processor asks the seam `attend`."""
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
         """Self-attention layers by name, in the order they run."""
@@ -104,8 +106,9 @@ class Family:
 
     def processor(self, stock: Any) -> Any:
         """The processor that stands in for `stock` in self-attention. It has two seams, None at first:
-        `attend(q, k, v, masked=...) -> o | None`, `[B, H, L, D]`, may answer instead of dense
-        attention; `kv_store(k, v) -> (k, v)`, `[B, L, H, D]`, turns fresh keys into those of all tokens.
+        `attend(q, k, v, text=..., masked=..., scale=...) -> o | None`, `[B, H, L, D]`, may answer instead
+        of dense attention (`text`: where text stands in joint sequences, "none", "first" or "last");
+        `kv_store(k, v) -> (k, v)`, `[B, L, H, D]`, turns fresh keys into those of all tokens.
         """
         raise NotImplementedError
 
@@ -151,12 +154,6 @@ class Family:
     def text_flops(self, transformer: Any, text: int) -> float:
         """Matrix products that are computed once per context, and in each call of the plain model."""
         return 0.0
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens `index` `[R, n]` of `[R or 1, N, ...]`, `[R, n, ...]`."""
-    rows = torch.arange(len(index), device=index.device)[:, None] if len(x) > 1 else 0
-    return x[rows, index]
 
 
 def argument(args: tuple, kwargs: dict[str, Any], name: str, position: int) -> Any:

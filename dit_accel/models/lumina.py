@@ -79,12 +79,14 @@ class LuminaNext(Family):
 
 def _embedded(focus: Focus, layers: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
     tokens, mask, size, rotary = output
-    if "text" not in focus.per_context:
-        focus.per_context["text"] = [
-            computed_once(x.attn2, _key_value, x.norm1_context(focus.call.context)) for x in layers
-        ]
-    for layer, known in zip(layers, focus.per_context["text"], strict=True):
-        layer.attn2.processor.text = known
+    if focus.keeps:
+        if "text" not in focus.per_context:
+            focus.per_context["text"] = [
+                computed_once(x.attn2, _key_value, x.norm1_context(focus.call.context))
+                for x in layers
+            ]
+        for layer, known in zip(layers, focus.per_context["text"], strict=True):
+            layer.attn2.processor.text = known
     return focus.take(tokens), focus.take(mask), size, focus.take(rotary)
 
 
@@ -142,7 +144,12 @@ class LuminaSparseAttnProcessor(_Processor):
         scale = attn.scale
         if base_sequence_length is not None:  # "proportional attention": by the length of the image
             scale *= math.sqrt(math.log(key.shape[1], base_sequence_length))
-        return grouped_attention(query, key, value, attention_mask, scale)
+        out = None
+        if self.attend is not None:  # the mask, of image tokens, hides none
+            out = self.attend(*(x.transpose(1, 2) for x in (query, key, value)), scale=scale)
+        if out is None:
+            return grouped_attention(query, key, value, attention_mask, scale)
+        return out.transpose(1, 2).to(query.dtype)
 
 
 class LuminaTextAttnProcessor(_Processor):

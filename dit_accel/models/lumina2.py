@@ -17,8 +17,8 @@ from dit_accel.models.family import (
     argument,
     before,
     grouped_attention,
-    take,
 )
+from dit_accel.models.tokens import take
 
 
 class Lumina2(Family):
@@ -185,5 +185,13 @@ class Lumina2SparseAttnProcessor:
         scale = attn.scale
         if base_sequence_length is not None:  # "proportional attention"
             scale *= math.sqrt(math.log(length, base_sequence_length))
-        out = grouped_attention(query, key, value, attention_mask, scale).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out))
+        out = None
+        if self.attend is not None:
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            masked = attention_mask is not None
+            out = self.attend(q, k, v, text="first", masked=masked, scale=scale)
+        if out is None:
+            out = grouped_attention(query, key, value, attention_mask, scale)
+        else:
+            out = out.transpose(1, 2).to(query.dtype)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))

@@ -120,7 +120,11 @@ class SD3SparseAttnProcessor:
                 torch.cat([x, t], dim=1) for x, t in zip((query, key, value), text, strict=True)
             )
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = scaled_dot_product_attention(q, k, v)
+        out = None
+        if self.attend is not None:
+            out = self.attend(q, k, v, text="none" if encoder_hidden_states is None else "last")
+        if out is None:
+            out = scaled_dot_product_attention(q, k, v)
         out = out.transpose(1, 2).flatten(2).to(q.dtype)
         image = attn.to_out[1](attn.to_out[0](out[:, :active]))
         if encoder_hidden_states is None:

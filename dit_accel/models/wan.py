@@ -27,7 +27,6 @@ class Wan(Family):
     name = "Wan2.1"
     separate_guidance = True
     stock_processors = ("WanAttnProcessor",)
-    sparse_attention = True
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
         return {
@@ -74,14 +73,16 @@ class Wan(Family):
         return transformer.config.out_channels
 
     def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
-        embedder = transformer.condition_embedder
-        return [
+        hooks = [
             before(transformer.rope, _shrink_rope, focus, tuple(transformer.config.patch_size)),
             after(transformer.rope, _rope, focus),
             after(transformer.patch_embedding, _embedded, focus),
-            after(embedder, _text_keys, focus, [block.attn2 for block in transformer.blocks]),
             after(transformer.proj_out, focus.complete),
         ]
+        if focus.keeps:
+            modules = [block.attn2 for block in transformer.blocks]
+            hooks.append(after(transformer.condition_embedder, _text_keys, focus, modules))
+        return hooks
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
         config = transformer.config

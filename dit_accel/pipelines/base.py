@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
 
-from dit_accel import control
+from dit_accel import adapters, control
 from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.sla.files import Adapter, read_adapter, settings_of
 
 # What decides which files DiffusionPipeline.load_config reads.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -17,13 +18,15 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 _DEFAULT: Any = object()
 
 
-def read_index(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
-    """model_index.json of a folder or a hub repository.
+def read_index(
+    source: str | os.PathLike, argument: str = "pretrained_model_name_or_path", **hub: Any
+) -> dict[str, Any]:
+    """model_index.json of a folder or a hub repository; messages call it `argument`.
 
     Raises:
         ValueError: there is none, or it cannot be read or reached.
     """
-    path, name = Path(source), f"pretrained_model_name_or_path={str(source)!r}"
+    path, name = Path(source), f"{argument}={str(source)!r}"
     if not path.is_dir():
         try:
             return DiffusionPipeline.load_config(str(source), **hub)
@@ -49,15 +52,13 @@ class SparsePipelineMixin:
     """Class name of the diffusers parent, as it stands in model_index.json."""
     _aliases: ClassVar[tuple[str, ...]] = ()
     """Older names of the parent that repositories may carry."""
-    _sla: ClassVar[str | None] = None
-    """Preset of `default_sla`."""
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
-        sla: SLAConfig | dict | str | os.PathLike | None = _DEFAULT,
+        sla: SLAConfig | Adapter | dict | str | os.PathLike | None = _DEFAULT,
         ras: RASConfig | dict | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -66,8 +67,8 @@ class SparsePipelineMixin:
         Args:
             pretrained_model_name_or_path: hub id or folder, as in diffusers.
             sla: sparse attention: a preset ("quality", "balanced", "fast"), a YAML file, an
-                `SLAConfig`, a dict of its fields, or None for dense. Default: "balanced" for Wan,
-                None for families that have no sparse attention yet.
+                `SLAConfig`, a dict of its fields, a folder or file that `save_sla` wrote, or None for
+                dense. Default: the `sla.safetensors` of the repository, and "balanced" without one.
             ras: region-adaptive sampling: a preset ("quality", "balanced", "fast", "paper"), a YAML
                 file, an `RASConfig`, a dict of its fields, or None for all tokens in each step.
             **kwargs: everything the diffusers parent accepts.
@@ -76,12 +77,17 @@ class SparsePipelineMixin:
             ValueError: a bad argument, or a repository of another pipeline class. Checked on
                 model_index.json, before any weight is read.
         """
-        sla_config, ras_config = cls._configs(sla, ras)
-        cls._check_repository(pretrained_model_name_or_path, kwargs)
+        settings, ras_config = cls._settings(sla, ras)
+        hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
+        cls._check_repository(pretrained_model_name_or_path, kwargs, hub)
+        if sla is _DEFAULT:
+            hub.pop("proxies", None)  # diffusers takes them, huggingface_hub does not
+            path = adapters.own_adapter(pretrained_model_name_or_path, **hub)
+            settings = settings if path is None else read_adapter(path)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        if sla_config is not None or ras_config is not None:
+        if settings is not None or ras_config is not None:
             try:
-                control.enable(pipe, sla=sla_config, ras=ras_config)
+                control.enable(pipe, sla=settings, ras=ras_config)
             except ValueError:
                 del pipe  # large; the caller may catch the error and go on
                 raise
@@ -92,7 +98,7 @@ class SparsePipelineMixin:
         cls,
         pipeline: Any,
         *,
-        sla: SLAConfig | dict | str | os.PathLike | None = _DEFAULT,
+        sla: SLAConfig | Adapter | dict | str | os.PathLike | None = _DEFAULT,
         ras: RASConfig | dict | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -103,15 +109,15 @@ class SparsePipelineMixin:
 
         Args:
             pipeline: a loaded diffusers pipeline of the same family.
-            sla, ras: as in `from_pretrained`.
+            sla, ras: as in `from_pretrained`; the default of `sla` is "balanced".
             **kwargs: everything the diffusers parent accepts. As in diffusers, `dtype`
                 defaults to float32; pass the dtype that the components have to keep it.
         """
-        sla_config, ras_config = cls._configs(sla, ras)
+        settings, ras_config = cls._settings(sla, ras)
         session = control.session_of(pipeline)
         if session is not None:
             asked = (
-                ("sla", sla, sla_config, session.sla_config),
+                ("sla", sla, settings, session.sla_config),
                 ("ras", ras, ras_config, session.ras_config),
             )
             for name, given, new, old in asked:
@@ -122,28 +128,25 @@ class SparsePipelineMixin:
         if getattr(pipeline, "transformer_2", None) is not None:
             raise ValueError("pipeline.transformer_2: Wan2.2 is not supported; accepted: None")
         pipe = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
-        if control.session_of(pipe) is None and (sla_config or ras_config):
-            control.enable(pipe, sla=sla_config, ras=ras_config)
+        if control.session_of(pipe) is None and (settings or ras_config):
+            control.enable(pipe, sla=settings, ras=ras_config)
         return pipe
 
     @classmethod
-    def _configs(cls, sla: Any, ras: Any) -> tuple[SLAConfig | None, RASConfig | None]:
+    def _settings(cls, sla: Any, ras: Any) -> tuple[SLAConfig | Adapter | None, RASConfig | None]:
         if sla is _DEFAULT:
-            sla = cls.default_sla()
+            sla = "balanced"
         return (
-            None if sla is None else SLAConfig.load(sla),
+            None if sla is None else settings_of(sla),
             None if ras is None else RASConfig.load(ras),
         )
 
     @classmethod
-    def default_sla(cls) -> SLAConfig | None:
-        """Sparse attention where nothing is said; None for families that have none yet."""
-        return None if cls._sla is None else SLAConfig.load(cls._sla)
-
-    @classmethod
-    def _check_repository(cls, source: str | os.PathLike, kwargs: dict[str, Any]) -> None:
+    def _check_repository(
+        cls, source: str | os.PathLike, kwargs: dict[str, Any], hub: dict[str, Any]
+    ) -> None:
         name = f"pretrained_model_name_or_path={str(source)!r}"
-        index = read_index(source, **{k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs})
+        index = read_index(source, **hub)
         found = index.get("_class_name")
         if found not in (cls._parent, *cls._aliases, cls.__name__):
             raise ValueError(
@@ -162,10 +165,22 @@ class SparsePipelineMixin:
         saved["_class_name"] = self._parent
         return json.dumps(saved, indent=2, sort_keys=True) + "\n"
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, and `sla.safetensors` beside it where sparse attention has weights of its own.
+
+        Plain diffusers loads the repository as the plain model; this class loads both.
+        """
+        session = control.session_of(self)
+        if session is not None and session.sla is not None and session.sla.config.has_weights:
+            # First, so that push_to_hub finds it.
+            adapters.save_sla(self, save_directory)
+        with adapters.weights_left_out(self):
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
     def enable(
         self,
         *,
-        sla: SLAConfig | dict | str | os.PathLike | None = None,
+        sla: SLAConfig | Adapter | dict | str | os.PathLike | None = None,
         ras: RASConfig | dict | str | os.PathLike | None = None,
     ) -> None:
         """See `dit_accel.enable`."""

@@ -18,6 +18,7 @@ from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.environment import machine, versions
 from dit_accel.files import check_writable, write_json
 from dit_accel.pipelines.focus import focus_masks, write_focus
+from dit_accel.sla.files import Adapter
 
 FORMAT_VERSION = 1
 CLIP_KINDS = ("mp4", "gif", "png")
@@ -159,16 +160,13 @@ def pipeline_class(model: str | os.PathLike, **hub: Any) -> Any:
 def load(
     model: str | os.PathLike,
     *,
-    sla: SLAConfig | str | None = "auto",
+    sla: SLAConfig | Adapter | str | None = "balanced",
     ras: RASConfig | None = None,
     device: str = "auto",
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     **kwargs: Any,
 ) -> Any:
-    """A sparse pipeline on a device; dtype "auto" is bf16 on CUDA and fp32 elsewhere.
-
-    `sla="auto"` is the default of the pipeline: "balanced" for Wan, None for the others.
-    """
+    """A sparse pipeline on a device; dtype "auto" is bf16 on CUDA and fp32 elsewhere."""
     where = resolved_device(device)
     chosen = ("bf16" if where.startswith("cuda") else "fp32") if dtype == "auto" else dtype
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -179,9 +177,7 @@ def load(
             f"device={device!r}: not available here ({str(error).splitlines()[0]})"
         ) from None
     cls = pipeline_class(model, **{k: x for k, x in kwargs.items() if k == "revision"})
-    if sla != "auto":
-        kwargs["sla"] = sla
-    pipe: Any = cls.from_pretrained(model, ras=ras, dtype=types[chosen], **kwargs)
+    pipe: Any = cls.from_pretrained(model, sla=sla, ras=ras, dtype=types[chosen], **kwargs)
     return pipe.to(where)
 
 

@@ -17,5 +17,4 @@ class SparseWanPipeline(SparsePipelineMixin, VideoSizes, WanPipeline):
     """
 
     _parent = "WanPipeline"
-    _sla = "balanced"
     __call__ = checked_call(WanPipeline.__call__)

@@ -11,5 +11,4 @@ class SparseWanImageToVideoPipeline(SparsePipelineMixin, VideoSizes, WanImageToV
     argument of the parent works."""
 
     _parent = "WanImageToVideoPipeline"
-    _sla = "balanced"
     __call__ = checked_call(WanImageToVideoPipeline.__call__)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dit_accel.kernels import LinearState
 from dit_accel.ras.history import History
 from dit_accel.ras.predictor import extrapolation_factor
 
@@ -24,6 +25,7 @@ class ContextState:
         self.epoch = epoch
         self.output: History | None = None
         self.kv: dict[str, tuple[History, History]] = {}
+        self.totals: dict[str, LinearState] = {}
         self.extras: dict[str, Any] = {}
         self._last: Tensor | None = None
         self._previous: Tensor | None = None

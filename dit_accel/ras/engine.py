@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dit_accel.config import RASConfig
-from dit_accel.models import AttentionLayer, Call, Focus
+from dit_accel.kernels import LinearState
+from dit_accel.models import AttentionLayer, Call, Focus, TokenOrder, joint_index
 from dit_accel.models.clock import Clock
 from dit_accel.ras import memory
 from dit_accel.ras.ages import Selection
@@ -52,6 +54,8 @@ class Run:
     sigmas: Float[Tensor, " steps"]
     key: tuple
     """Length, grid and device that all of this fits."""
+    order: TokenOrder | None = None
+    """In which the tokens run; None: raster. Tiles are runs of tokens in this order."""
     off: str | None = None
     """Why RAS is off for the whole run."""
     linear_kv: bool = False
@@ -63,17 +67,32 @@ class Run:
     """Step of the last observation."""
 
 
+def _as_configured(grid: tuple[int, int, int], device: torch.device) -> None:
+    """Nobody else has a say."""
+
+
 class RegionAdaptiveSampling(Focus):
     """RAS of one transformer (arXiv 2502.10389); what the hooks of a family see as `Focus`.
 
     Args:
         config: what to do.
         layers: the transformer's self-attention layers.
+        tile: tokens of a grid that are selected together; None (the default): as `config.region` says.
+        order: the order in which the tokens of a grid run; None (the default): raster.
     """
 
-    def __init__(self, config: RASConfig, layers: dict[str, AttentionLayer]) -> None:
+    def __init__(
+        self,
+        config: RASConfig,
+        layers: dict[str, AttentionLayer],
+        *,
+        tile: Callable[[tuple[int, int, int], torch.device], int | None] = _as_configured,
+        order: Callable[[tuple[int, int, int], torch.device], TokenOrder | None] = _as_configured,
+    ) -> None:
         self.config = config
         self.layers = layers
+        self.tile = tile
+        self.order = order
         self.stores = {name: KVStore() for name in layers}
         self.reset()
 
@@ -91,6 +110,7 @@ class RegionAdaptiveSampling(Focus):
         self.call: Call = None  # type: ignore[assignment]
         self.context: ContextState = None  # type: ignore[assignment]
         self.index: Tensor | None = None
+        self._places: Tensor | None = None
         self._flat: Tensor | None = None
         self._factor: Tensor | None = None
         self._same: Tensor | None = None
@@ -143,9 +163,17 @@ class RegionAdaptiveSampling(Focus):
         elif reason is None and fresh:
             reason = "first call of a context"
         if reason is None and tiles is not None:
-            chosen = tile_tokens(tokens, run.schedule.tile, latents.device)[tiles].flatten(1)
-            self.index = _for_rows(chosen, rows)
-            self._flat = _flat(self.index, tokens)
+            every = tile_tokens(tokens, run.schedule.tile, latents.device)
+            chosen = every[tiles].flatten(1)
+            if tiles.shape[1] == run.schedule.num_tiles:
+                # A short last tile repeats a token, which no step on all tokens needs.
+                chosen = chosen[:, :tokens]
+            self._places = _for_rows(chosen, rows)
+            self._flat = _flat(self._places, tokens)
+        self.index = self._places
+        if run.order is not None:
+            raster = run.order.gather
+            self.index = raster.expand(rows, -1) if self._places is None else raster[self._places]
         self._count(run, step, tokens, reason, fresh)
         if run.off is None and not late:
             self._open(clock, run.sigmas[step], (rows, tokens))
@@ -181,12 +209,13 @@ class RegionAdaptiveSampling(Focus):
                 f"pipe.scheduler: {type(clock.scheduler).__name__} has no sigmas; "
                 "accepted are schedulers with noise levels, such as FlowMatchEulerDiscreteScheduler"
             )
-        schedule = plan_steps(self.config, clock.num_steps, tokens)
+        schedule = plan_steps(self.config, clock.num_steps, tokens, self.tile(grid, device))
         run = Run(
             schedule,
             Selection(self.config, schedule, rows, device),
             sigmas.to(device=device, dtype=torch.float32),
             key,
+            order=self.order(grid, device),
         )
         if getattr(clock.scheduler, "num_inference_steps", None) is None:
             # The transformer is called by somebody who steps another scheduler.
@@ -239,12 +268,12 @@ class RegionAdaptiveSampling(Focus):
         record.fresh += fresh
         if reason is not None:
             record.dense_calls[reason] += 1
-        elif self.index is not None:
-            record.active = min(record.active, self.index.shape[1])
+        elif self._places is not None:
+            record.active = min(record.active, self._places.shape[1])
 
     def _open(self, clock: Clock, sigma: Float[Tensor, ""], shape: tuple[int, int]) -> None:
         """Point every store at what this context has cached."""
-        self._factor, same = self.context.begin(sigma, self.index, shape)
+        self._factor, same = self.context.begin(sigma, self._places, shape)
         self._same = same if clock.repeats else None
         self._attach("image", shape[1], self._flat, self._factor, self._same)
 
@@ -255,7 +284,13 @@ class RegionAdaptiveSampling(Focus):
         index: Int[Tensor, " rn"] | None,
         factor: Float[Tensor, "r l"],
         same: Float[Tensor, "r l"] | None,
+        text: int | None = 0,
     ) -> None:
+        """Point the stores of this layout at what the context has cached.
+
+        Args:
+            text: tokens before the image in each row; None: not the same in all rows.
+        """
         assert self.run is not None
         latents = self.call.hidden_states
         like = latents.new_empty(0, dtype=_compute_dtype(latents))
@@ -275,12 +310,31 @@ class RegionAdaptiveSampling(Focus):
                     for _ in range(2)
                 )
                 self.context.kv[name] = (k, v)
-            self.stores[name].open(
+            store = self.stores[name]
+            totals = None
+            if store.feature_map is not None and not self.run.linear_kv and text is not None:
+                totals = self._totals(name, layer, store.feature_map)
+            store.open(
                 self.context.kv[name],
                 index,
                 factor.flatten(),
                 None if same is None else same.flatten(),
+                totals,
+                text or 0,
             )
+
+    def _totals(self, name: str, layer: AttentionLayer, feature_map: str) -> LinearState:
+        """Sums over this context's image keys in one layer, zero at first."""
+        if name not in self.context.totals:
+            latents = self.call.hidden_states
+            dtype = torch.promote_types(latents.dtype, torch.float32)
+            shape = (latents.shape[0], layer.kv_heads, layer.head_dim)
+            self.context.totals[name] = LinearState(
+                latents.new_zeros(*shape, layer.head_dim, dtype=dtype),
+                latents.new_zeros(shape, dtype=dtype),
+                feature_map,
+            )
+        return self.context.totals[name]
 
     def _observe(
         self, run: Run, step: int, latents: Float[Tensor, "s c ..."], grid: tuple[int, int, int]
@@ -293,6 +347,8 @@ class RegionAdaptiveSampling(Focus):
             cells = _by_token(latents.float() - run.latents.float(), grid)
             cell = cells.shape[2]
             scores = token_scores(cells.flatten(2), self.config.selection, cell)
+            if run.order is not None:
+                scores = run.order.apply(scores)
             members = tile_tokens(scores.shape[1], run.schedule.tile, scores.device)
             run.metric = scores[:, members].mean(-1)
         run.latents, run.observed = latents, step
@@ -306,7 +362,8 @@ class RegionAdaptiveSampling(Focus):
                 continue
             members = tile_tokens(record.tokens, self.run.schedule.tile, record.tiles.device)
             mask = torch.zeros(record.tokens, dtype=torch.bool, device=record.tiles.device)
-            mask[members[record.tiles[sample]].flatten()] = True
+            places = members[record.tiles[sample]].flatten()
+            mask[places if self.run.order is None else self.run.order.gather[places]] = True
             masks[step] = mask.view(self.run.key[1]).cpu()
         return masks
 
@@ -314,8 +371,9 @@ class RegionAdaptiveSampling(Focus):
 
     def complete(self, x: Float[Tensor, "r n c"]) -> Float[Tensor, "r l c"]:
         """Outputs of all tokens from those of the active ones."""
+        order = None if self.run is None else self.run.order
         if self._factor is None:  # off for this run
-            return x
+            return x if order is None else order.undo(x)
         if self.context.output is None:
             self.context.output = History(
                 x.shape[0], x.shape[1], (x.shape[2],), x, linear=self.config.predictor == "linear"
@@ -323,41 +381,25 @@ class RegionAdaptiveSampling(Focus):
         same = None if self._same is None else self._same.flatten()
         if self._flat is None:
             self.context.output.replace(x, same)
-            return x
+            return x if order is None else order.undo(x)
         full = self.context.output.update(x, self._flat, self._factor.flatten(), same)
-        return full.clone()  # solvers may keep it, and the next step writes into the buffer
+        # Never the buffer itself: solvers may keep it, and the next step writes into the buffer.
+        return full.clone() if order is None else order.undo(full)
 
     def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
         """See `Focus.place`."""
-        if self._factor is None:
-            return None
-        tokens = self._factor.shape[1]
-        factor = _placed(self._factor, length, offsets)
-        same = None if self._same is None else _placed(self._same, length, offsets)
-        index = None if self.index is None else joint_index(self.index, tokens, length, offsets)
-        self._attach(layout, length, None if index is None else _flat(index, length), factor, same)
-        self._record.text = length - tokens
-        return index
-
-
-def joint_index(
-    index: Int[Tensor, "r n"], tokens: int, length: int, offsets: list[int]
-) -> Int[Tensor, "r m"]:
-    """Places of [text, active image tokens, padding] in sequences of [text, image, padding].
-
-    Args:
-        index: active image tokens of each row.
-        tokens: image tokens in all.
-        length: of the full sequences.
-        offsets: text tokens of each row.
-    """
-    every = torch.arange(length, device=index.device)
-    return torch.stack(
-        [
-            torch.cat([every[:start], row + start, every[start + tokens :]])
-            for row, start in zip(index, offsets, strict=True)
-        ]
-    )
+        assert self.run is not None
+        tokens = math.prod(self.run.key[1])
+        if self._factor is not None:
+            factor = _placed(self._factor, length, offsets)
+            same = None if self._same is None else _placed(self._same, length, offsets)
+            flat = None
+            if self._places is not None:
+                flat = _flat(joint_index(self._places, tokens, length, offsets), length)
+            text = offsets[0] if len(set(offsets)) == 1 else None
+            self._attach(layout, length, flat, factor, same, text)
+            self._record.text = length - tokens
+        return None if self.index is None else joint_index(self.index, tokens, length, offsets)
 
 
 def _for_rows(x: Tensor, rows: int) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dit_accel.kernels import LinearState
 from dit_accel.ras.predictor import extrapolate
 
 FP8 = torch.float8_e4m3fn
@@ -157,9 +158,15 @@ class KVStore:
     """The `kv_store` seam of one attention module: fresh keys and values in, those of all tokens out.
 
     What it works on is set before each transformer call, outside of compiled blocks.
+
+    Attributes:
+        feature_map: if set, linear attention needs sums over image keys. Where keys are held, the store
+            keeps them up to date: new minus old of the tokens that changed.
+        totals: these sums, for the call in progress; None: nobody keeps them.
     """
 
     def __init__(self) -> None:
+        self.feature_map: str | None = None
         self.close()
 
     def close(self) -> None:
@@ -169,6 +176,8 @@ class KVStore:
         self.index: Tensor | None = None
         self.factor: Tensor | None = None
         self.same: Tensor | None = None
+        self.totals: LinearState | None = None
+        self.text = 0
 
     def open(
         self,
@@ -176,10 +185,21 @@ class KVStore:
         index: Int[Tensor, " rn"] | None,
         factor: Float[Tensor, " t"],
         same: Float[Tensor, " t"] | None,
+        totals: LinearState | None = None,
+        text: int = 0,
     ) -> None:
-        """Work on this context's histories; `index` None: all tokens come fresh."""
+        """Work on this context's histories.
+
+        Args:
+            kv: of keys and of values.
+            index: tokens that come fresh, in rows laid end to end; None: all of them.
+            factor, same: see `History`.
+            totals: sums over the image keys in `kv`, to be kept up to date.
+            text: tokens before the image in each row, which are no part of the sums.
+        """
         self.k, self.v = kv
         self.index, self.factor, self.same = index, factor, same
+        self.totals, self.text = totals, text
 
     def __call__(
         self, k: Float[Tensor, "r n h d"], v: Float[Tensor, "r n h d_v"]
@@ -189,8 +209,21 @@ class KVStore:
         if self.index is None:
             self.k.replace(k, self.same)
             self.v.replace(v, self.same)
+            if self.totals is not None:
+                self.totals.set_(*(self._image(x.to(k.dtype)) for x in (k, v)))
             return k, v
+        if self.totals is not None:
+            # A short last tile repeats a token, which must change the sums only once.
+            again = (self.index == self.index.roll(1)).view(len(k), -1, 1, 1)
+            old: list[Tensor] = []
+            for new, history in ((k, self.k), (v, self.v)):
+                last = history.last.take(self.index).view_as(new).to(new.dtype)
+                old.append(torch.where(again, new, last))
+            self.totals.update_(*(self._image(x) for x in (*old, k, v)))
         return (
             self.k.update(k, self.index, self.factor, self.same).to(k.dtype),
             self.v.update(v, self.index, self.factor, self.same).to(v.dtype),
         )
+
+    def _image(self, x: Float[Tensor, "r n h d"]) -> Float[Tensor, "r h m d"]:
+        return x[:, self.text :].transpose(1, 2)

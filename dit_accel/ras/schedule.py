@@ -68,13 +68,16 @@ def ratios(config: RASConfig, num_steps: int) -> list[float | None]:
     return [None if i in dense else ratio_at(i) for i in range(num_steps)]
 
 
-def plan_steps(config: RASConfig, num_steps: int, num_tokens: int) -> Schedule:
+def plan_steps(
+    config: RASConfig, num_steps: int, num_tokens: int, tile: int | None = None
+) -> Schedule:
     """The schedule of a run of `num_steps` model calls over `num_tokens` image tokens.
 
     The active tiles are the nearest number to ratio * tiles, but enough for `max_age`; where the
     ratios ask for more than `n_levels` different numbers, they are raised to the nearest kept one.
+    `tile` tokens are selected together; default: as `config.region` says.
     """
-    tile = tile_size(num_tokens, config.region)
+    tile = tile or tile_size(num_tokens, config.region)
     num_tiles = math.ceil(num_tokens / tile)
     limit = config.age_limit
     least = 1 if limit is None else math.ceil(num_tiles / (limit + 1))

@@ -1,6 +1,13 @@
-"""Sparse attention for diffusion transformers: token orders, schedule, counting. Model-free."""
+"""Sparse-linear attention for diffusion transformers: the layer, its schedule, token orders. Model-free."""
 
-from dit_accel.sla.attention import LayerStats, SparseAttention
-from dit_accel.sla.order import TokenOrder, tile_order
+from dit_accel.sla.attention import SparseLinearAttention
+from dit_accel.sla.order import Reordered, tile_order
+from dit_accel.sla.schedule import LayerStats, SparseAttention
 
-__all__ = ["LayerStats", "SparseAttention", "TokenOrder", "tile_order"]
+__all__ = [
+    "LayerStats",
+    "Reordered",
+    "SparseAttention",
+    "SparseLinearAttention",
+    "tile_order",
+]

@@ -1,146 +1,242 @@
-"""`SparseAttention`: decides per call whether attention runs sparse, runs it, and counts."""
+"""`SparseLinearAttention`: one attention layer that reads its critical blocks exactly and the others cheaply."""
 
 import math
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel.config import SLAConfig
-from dit_accel.kernels import SparsePlan, block_scores, sparse_linear_attention
-from dit_accel.sla.crossover import min_sparse_length
-from dit_accel.sla.order import tile_order
+from dit_accel.kernels import (
+    LinearState,
+    SparsePlan,
+    block_scores,
+    linear_attention,
+    sparse_linear_attention,
+)
+
+Text = Literal["none", "first", "last"]
 
 
-@dataclass
-class LayerStats:
-    """What one attention layer did during one run."""
+class Projection(nn.Linear):
+    """A linear layer, zero at first, that gives its weights to a kernel instead of applying them.
 
-    sparse_calls: int = 0
-    dense_calls: Counter[str] = field(default_factory=Counter)
-    """Calls that ran dense, by reason."""
-    density_sum: float | Tensor = 0.0
-    """Sum of the densities of the sparse calls; a tensor, so that no call waits for the device."""
-
-    @property
-    def density(self) -> float | None:
-        """Mean density of the sparse calls; None without one."""
-        return float(self.density_sum) / self.sparse_calls if self.sparse_calls else None
-
-    @property
-    def calls(self) -> int:
-        return self.sparse_calls + self.dense_calls.total()
-
-
-class SparseAttention:
-    """The `attend` seam of the attention processors: one object for all layers of a transformer.
-
-    Args:
-        config: what to do; layer indices are checked against `num_layers`.
-        num_layers: self-attention layers of the transformer.
+    They are asked for by a call, so that offloading hooks bring them.
     """
 
-    def __init__(self, config: SLAConfig, num_layers: int) -> None:
-        config.check_layers(num_layers)
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.weight, self.bias
+
+
+class SparseLinearAttention(nn.Module):
+    """Sparse-linear attention (SLA, arXiv 2509.24006) of one layer, with the weights that it learns.
+
+    A router ranks the key blocks of each query block by their means; the best are read exactly, the
+    others as `config.combine` says. Text tokens in a joint sequence are exact as keys and as queries:
+    routing, centroids and the linear branch see image tokens only.
+
+    Args:
+        config: what to do; schedules and token orders are for others to follow.
+        heads: of the queries.
+        head_dim: of the values.
+        topk: of this layer. Default: that of the config.
+
+    Attributes:
+        proj_l: for `combine="proj"`, a linear layer on the linear branch's output, zero at first.
+        alpha_logit: for `combine="alpha"`, `[heads]`; sigmoid of it is the share of the exact branch. The
+            first call measures it as the mean attention mass that the plan reads, unless weights are loaded.
+        router: ranks key blocks, with the arguments of `block_scores`.
+
+    Weights stay in fp32 whatever dtype the model is cast to.
+    """
+
+    def __init__(
+        self, config: SLAConfig, heads: int, head_dim: int, *, topk: float | int | None = None
+    ) -> None:
+        super().__init__()
         self.config = config
-        self.num_layers = num_layers
+        self.topk = config.topk if topk is None else topk
         self.router: Callable[..., Tensor] = block_scores
-        """Ranks key blocks; takes the arguments of `block_scores`."""
-        self.grid: tuple[int, int, int] | None = None
-        """Latent tokens (t, h, w) of the current call."""
-        self.reset()
+        self.calibrated = True
+        if config.combine == "proj":
+            self.proj_l = Projection(head_dim, head_dim)
+        elif config.combine == "alpha":
+            self.alpha_logit = nn.Parameter(torch.zeros(heads))
+            self.calibrated = False
+        self.register_load_state_dict_post_hook(_loaded)
 
-    def reset(self) -> None:
-        """Start counting anew (a new run begins)."""
-        self.layers = [LayerStats() for _ in range(self.num_layers)]
-        self.step = 0
-        self.num_dense_steps = 0
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> "SparseLinearAttention":
+        def keeping_fp32(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return x.to(moved.device) if moved.dtype != x.dtype else moved
 
-    def begin_step(self, step: int, num_steps: int, grid: tuple[int, int, int]) -> None:
-        """What the next transformer call is: step `step` of `num_steps`, over `grid` tokens."""
-        dense = self.config.dense_steps
-        self.num_dense_steps = (
-            dense if isinstance(dense, int) else math.ceil(dense * num_steps - 1e-9)
-        )
-        self.step, self.grid = step, grid
+        return super()._apply(keeping_fp32, recurse)
 
-    def is_scheduled(self, layer: int) -> bool:
-        """Whether this layer is meant to run sparse on some step."""
-        return not self.config.is_dense_layer(layer, self.num_layers)
-
-    def __call__(
+    def forward(
         self,
-        layer: int,
         q: Float[Tensor, "b h l_q d"],
         k: Float[Tensor, "b h_kv l_k d"],
         v: Float[Tensor, "b h_kv l_k d_v"],
         *,
-        masked: bool = False,
-    ) -> Float[Tensor, "b h l_q d_v"] | None:
-        """Sparse attention of one layer, or None when this call has to run dense (it is counted)."""
-        stats = self.layers[layer]
-        reason = self._dense_reason(layer, q, k, masked)
-        if reason is not None:
-            stats.dense_calls[reason] += 1
-            return None
-        topk = self.config.layer_topk(layer, self.num_layers)
-        o, plan = self._attend(q, k, v, topk)
-        stats.sparse_calls += 1
-        stats.density_sum = stats.density_sum + plan.density_tensor()
-        return o
+        text: Text = "none",
+        text_tokens: int = 0,
+        scale: float | None = None,
+        state: LinearState | None = None,
+    ) -> tuple[Float[Tensor, "b h l_q d_v"], Float[Tensor, ""]]:
+        """Attention over image tokens, or over a joint sequence.
 
-    def _dense_reason(self, layer: int, q: Tensor, k: Tensor, masked: bool) -> str | None:
-        config = self.config
-        if not self.is_scheduled(layer):
-            return "dense layer"
-        if self.step < self.num_dense_steps:
-            return "dense step"
-        if masked:
-            return "attention mask"
-        if config.order != "raster" and q.shape[2] != k.shape[2]:
-            return "active tokens of region-adaptive sampling in a tile order"
-        if k.shape[2] <= config.block_k:
-            return f"one block: {k.shape[2]} keys, block_k={config.block_k}"
-        if config.crossover == "auto":
-            topk = config.layer_topk(layer, self.num_layers)
-            shortest = min_sparse_length(q.device.type, topk=topk, block=config.block_k)
-            if shortest is None:
-                return f"crossover='auto': not measured on {q.device.type}"
-            if k.shape[2] < shortest:
-                return f"crossover='auto': {k.shape[2]} tokens, sparse wins from {shortest}"
-        return None
+        Args:
+            q: `[B, Hq, Lq, D]`, some or all image tokens, and all text tokens.
+            k, v: `[B, Hkv, Lk, D]`, all tokens; `Hq` a multiple of `Hkv`.
+            text: where text tokens stand, in q as in k.
+            text_tokens: how many there are.
+            scale: default `D ** -0.5`.
+            state: totals over the image keys that the caller keeps up to date; inference only.
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, topk: float) -> tuple[Tensor, SparsePlan]:
-        config = self.config
-        order = None
-        if config.order != "raster":
-            if self.grid is None or math.prod(self.grid) != q.shape[2]:
-                raise RuntimeError(
-                    f"order={config.order}: the grid {self.grid} does not hold {q.shape[2]} tokens"
-                )
-            order = tile_order(self.grid, config.order, q.device)  # type: ignore[arg-type]
-            q, k, v = order.apply(q), order.apply(k), order.apply(v)
-        sizes = None if order is None else order.sizes
-        pool_sizes = None if sizes is None else sizes[None]
-        scores = self.router(
-            q,
-            k,
-            block_q=config.block_q,
-            block_k=config.block_k,
-            q_sizes=pool_sizes,
-            k_sizes=pool_sizes,
+        Returns:
+            The output, and the density of the call: attended (query, key) pairs over all pairs.
+        """
+        if text == "none":
+            text, text_tokens = "last", 0
+        (words, q_image), (words_k, k_image), (words_v, v_image) = (
+            _split(x, text, text_tokens) for x in (q, k, v)
         )
-        plan = SparsePlan.from_scores(
+        tokens, gap = k_image.shape[2], 0
+        keys, values = k, v
+        if text_tokens:
+            # [image, padding to whole blocks, text]: every image query reads the blocks of the text.
+            gap = -tokens % self.config.block_k
+            if gap or text == "first":
+                keys = _image_first(k_image, words_k, gap)
+                values = _image_first(v_image, words_v, gap)
+        plan = self._plan(q_image, k_image, keys.shape[2], gap, scale)
+        mode = self._mode(q_image, keys, plan, scale)
+        if text_tokens and mode.get("linear_scope") == "all":
+            # Every image key, and the text is no part of it: no kernel has this.
+            exact = sparse_linear_attention(
+                q_image, keys, values, plan, scale=scale, combine="none"
+            )
+            o = self._mix(exact, q_image, k_image, v_image, state, mode)
+        else:
+            if state is not None and text_tokens:
+                # Totals lose what is read, the text too: it has to be in them first.
+                added = LinearState.from_keys(words_k, words_v, feature_map=state.feature_map)
+                state = LinearState(state.kv + added.kv, state.k + added.k, state.feature_map)
+            o = sparse_linear_attention(
+                q_image, keys, values, plan, scale=scale, state=state, **mode
+            )
+        density = plan.density_tensor()
+        if not text_tokens:
+            return o, density
+        # Few queries that read every key: dense attention is the fastest way.
+        grouped = q.shape[1] != k.shape[1]
+        o_words = scaled_dot_product_attention(words, k, v, scale=scale, enable_gqa=grouped)
+        o_words = o_words.to(o.dtype)
+        share = q_image.shape[2] / q.shape[2]
+        joint = [o_words, o] if text == "first" else [o, o_words]
+        return torch.cat(joint, dim=2), density * share + (1 - share)
+
+    def _plan(self, q: Tensor, k: Tensor, kv_len: int, gap: int, scale: float | None) -> SparsePlan:
+        """Which blocks of image keys `k` each block of image queries reads.
+
+        Args:
+            q, k: of the image.
+            kv_len: keys in all: those of the image, `gap` of padding, and text.
+        """
+        config, tokens = self.config, k.shape[2]
+        scores = self.router(q, k, block_q=config.block_q, block_k=config.block_k, scale=scale)
+        tail = -(-(kv_len - tokens - gap) // config.block_k)
+        sizes = None
+        if gap:
+            starts = torch.arange(scores.shape[3] + tail, device=q.device) * config.block_k
+            sizes = torch.where(starts < tokens, tokens - starts, config.block_k)
+            sizes = sizes.clamp(max=config.block_k)
+        return SparsePlan.from_scores(
             scores,
-            topk=topk,
+            topk=self._fraction(scores.shape[3]),
+            top_p=config.top_p,
+            skip=config.skip,
+            tail_blocks=tail,
             block_q=config.block_q,
             block_k=config.block_k,
             q_len=q.shape[2],
-            kv_len=k.shape[2],
-            q_block_sizes=sizes,
+            kv_len=kv_len,
             k_block_sizes=sizes,
         )
-        o = sparse_linear_attention(q, k, v, plan, combine=config.combine)
-        return (o if order is None else order.undo(o)), plan
+
+    def _mode(self, q: Tensor, k: Tensor, plan: SparsePlan, scale: float | None) -> dict[str, Any]:
+        """Arguments of `sparse_linear_attention`: how the parts are combined, and with which weights."""
+        config = self.config
+        if not config.has_weights:
+            return {"combine": config.combine}
+        mode: dict[str, Any] = {
+            "combine": config.combine,
+            "linear_scope": config.linear_scope,
+            "feature_map": config.feature_map,
+        }
+        if config.combine == "proj":
+            weight, bias = self.proj_l()
+            return mode | {"proj_weight": weight.to(q.device), "proj_bias": bias.to(q.device)}
+        if not self.calibrated:
+            self._calibrate(q, k, plan, scale)
+        return mode | {"alpha": self.alpha_logit.to(q.device).sigmoid()}
+
+    def _mix(
+        self,
+        exact: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: LinearState | None,
+        mode: dict[str, Any],
+    ) -> Tensor:
+        """The exact branch, and a linear branch over every image key."""
+        linear = linear_attention(q, k, v, feature_map=mode["feature_map"], state=state)
+        linear = linear.to(exact.dtype)
+        if mode["combine"] == "alpha":
+            return torch.lerp(linear, exact, mode["alpha"].to(exact.dtype)[:, None, None])
+        weight, bias = (mode[name].to(exact.dtype) for name in ("proj_weight", "proj_bias"))
+        return exact + nn.functional.linear(linear, weight, bias)
+
+    def _fraction(self, blocks: int) -> float | None:
+        """`topk`, such that it stands for the right number of blocks."""
+        if self.topk is None or self.config.rounding == "ceil":
+            return self.topk
+        # The epsilon keeps floor(.29 * 100) at 29: the product is 28.999999999999996 in binary.
+        return max(1, math.floor(self.topk * blocks + 1e-9)) / blocks
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _calibrate(self, q: Tensor, k: Tensor, plan: SparsePlan, scale: float | None) -> None:
+        mass = plan.recall(q, k, scale=scale).mean(0)
+        # Strictly inside (0, 1), where sigmoid has a gradient.
+        self.alpha_logit.copy_(mass.float().clamp(1e-3, 1 - 1e-3).logit())
+        self.calibrated = True
+
+
+def _loaded(module: nn.Module, keys: Any) -> None:
+    module.calibrated = True  # type: ignore[assignment]
+
+
+def _split(x: Tensor, text: Text, tokens: int) -> tuple[Tensor, Tensor]:
+    """(text, image) of a joint sequence, as views."""
+    if text == "first":
+        return x[:, :, :tokens], x[:, :, tokens:]
+    cut = x.shape[2] - tokens
+    return x[:, :, cut:], x[:, :, :cut]
+
+
+def _image_first(image: Tensor, words: Tensor, gap: int) -> Tensor:
+    parts = [image, words]
+    if gap:
+        parts.insert(1, image.new_zeros(*image.shape[:2], gap, image.shape[3]))
+    return torch.cat(parts, dim=2)

@@ -45,10 +45,12 @@ def load(family, repositories, **kwargs):
 def test_loads_plain_repositories_and_equals_the_parent(family, repositories):
     pipe = load(family, repositories)
     assert isinstance(pipe, getattr(diffusers, CLASSES[family]))
-    assert not pipe.summary().enabled
+    assert pipe.summary().config == dit_accel.SLAConfig.load("balanced").to_dict()
     plain = run(make(family), family)
     torch.testing.assert_close(run(pipe, family), plain, rtol=0, atol=0)
-    accelerated = load(family, repositories, ras=RAS)
+    assert pipe.summary().sparse_calls == 0  # too short for it to pay
+    assert not load(family, repositories, sla=None).summary().enabled
+    accelerated = load(family, repositories, sla=None, ras=RAS)
     result = run(accelerated, family)
     assert (result - plain).abs().max() > 1e-6
     report = accelerated.summary(strict=True)
@@ -71,7 +73,7 @@ def test_what_is_saved_loads_in_plain_diffusers(family, repositories, tmp_path):
 @every_family
 def test_from_pipe_shares_components_and_acceleration(family):
     plain = make(family)
-    pipe = sparse_class(family).from_pipe(plain, ras=RAS)
+    pipe = sparse_class(family).from_pipe(plain, sla=None, ras=RAS)
     assert pipe.transformer is plain.transformer
     run(plain, family)
     assert dit_accel.summary(plain, strict=True).ras.ras_steps == 5
@@ -127,11 +129,6 @@ def test_repositories_under_their_older_names_are_accepted(family, old, reposito
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": old}))
     pipe = sparse_class(family).from_pretrained(folder, text_encoder=None, tokenizer=None)
     assert type(pipe) is sparse_class(family)
-
-
-def test_sparse_attention_is_refused_where_there_is_none(repositories):
-    with pytest.raises(ValueError, match="sla: sparse attention does not support Lumina-Next yet"):
-        load("lumina", repositories, sla="balanced")
 
 
 def test_image_to_video_with_and_without_an_image_encoder():

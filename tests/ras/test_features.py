@@ -621,11 +621,6 @@ def test_bad_settings_are_refused_before_anything_changes(ras, message, unchecke
     assert control.session_of(pipe) is None
 
 
-def test_sparse_attention_on_a_family_without_it_is_refused_by_name():
-    with pytest.raises(ValueError, match="sparse attention does not support Stable Diffusion 3"):
-        dit_accel.enable(make("sd3"), sla="balanced")
-
-
 def test_one_noise_level_per_token_is_refused():
     pipe = make("wan")
     dit_accel.enable(pipe, ras=SPARSE)

@@ -1,99 +1,258 @@
-"""When attention runs sparse, and what is counted."""
+"""One sparse-linear attention layer against its definition, with and without text."""
 
-import json
+import copy
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dit_accel.config import SLAConfig
-from dit_accel.sla import SparseAttention, crossover
+from dit_accel.config import COMBINES, FEATURE_MAPS, LINEAR_SCOPES, SLAConfig
+from dit_accel.kernels import LinearState, block_scores, linear_attention
+from dit_accel.kernels.linear.features import features
+from dit_accel.kernels.router.select import select_blocks
+from dit_accel.sla import SparseLinearAttention
+
+MODES = [
+    (combine, scope)
+    for combine in COMBINES
+    for scope in (LINEAR_SCOPES if combine in ("proj", "alpha") else ("complement",))
+]
+every_mode = pytest.mark.parametrize(("combine", "scope"), MODES)
 
 
-@pytest.fixture
-def qkv():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, 2, 96, 16, generator=generator) for _ in range(3)]
+def config(**changed):
+    base = {"topk": 0.3, "block_q": 16, "block_k": 16, "crossover": "never"}
+    return SLAConfig(**{**base, **changed})
 
 
-def make(**settings):
-    return SparseAttention(
-        SLAConfig(**{"block_q": 16, "block_k": 16, "crossover": "never", **settings}), 4
+def layer(heads, head_dim, **changed):
+    """With weights that are neither zero nor even."""
+    module = SparseLinearAttention(config(**changed), heads, head_dim)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(generator=generator)
+    module.calibrated = True
+    return module
+
+
+def inputs(q_tokens, tokens, text, heads=(2, 2), head_dim=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(h, n):
+        x = torch.randn(2, h, n, head_dim, generator=generator, dtype=torch.float64)
+        return x.requires_grad_()
+
+    return (
+        draw(heads[0], q_tokens + text),
+        draw(heads[1], tokens + text),
+        draw(heads[1], tokens + text),
     )
 
 
-def test_dense_steps_as_a_fraction_are_rounded_up(qkv):
-    attention = make(dense_steps=0.26, dense_layers=0)
-    outcomes = []
-    for step in range(4):
-        attention.begin_step(step, 4, (1, 8, 12))
-        outcomes.append(attention(1, *qkv) is None)
-    assert outcomes == [True, True, False, False]
-    assert attention.layers[1].dense_calls == {"dense step": 2}
+def definition(module, q, k, v, text, where, scale):
+    """A dense mask over tokens, and every formula as it is written."""
+    config = module.config
+    first = where == "first"
+    image = slice(text, None) if first else slice(0, k.shape[2] - text)
+    image_q = slice(text, None) if first else slice(0, q.shape[2] - text)
+    words = slice(0, text) if first else slice(k.shape[2] - text, None)
+    groups = q.shape[1] // k.shape[1]
+    k_all, v_all = (x.repeat_interleave(groups, 1) for x in (k, v))
+    ki, vi, kw, vw = k_all[:, :, image], v_all[:, :, image], k_all[:, :, words], v_all[:, :, words]
+    qi = q[:, :, image_q]
+    scores = block_scores(qi, k[:, :, image], block_q=16, block_k=16, scale=scale)
+    blocks = scores.shape[3]
+    topk = module.topk
+    if topk is not None and config.rounding == "floor":
+        topk = max(1, int(topk * blocks)) / blocks
+    kept, skipped = select_blocks(
+        scores,
+        torch.ones_like(scores, dtype=torch.bool),
+        topk=topk,
+        top_p=config.top_p,
+        skip=config.skip,
+    )
+    of_query = torch.arange(qi.shape[2]) // 16
+    of_key = torch.arange(ki.shape[2]) // 16
+    read = kept[:, :, of_query][..., of_key]
+    logits = scale * qi @ ki.mT
+    text_logits = scale * qi @ kw.mT
+    if config.combine == "shared_softmax":
+        onto = F.one_hot(of_key, blocks).to(q.dtype)
+        sizes = onto.sum(0)
+        means_k, means_v = ((onto.T @ x) / sizes[:, None] for x in (ki, vi))
+        block_logits = scale * qi @ means_k.mT + sizes.log()
+        block_logits = block_logits.masked_fill(kept[:, :, of_query], -math.inf)
+        every = torch.cat([logits.masked_fill(~read, -math.inf), block_logits, text_logits], -1)
+        return torch.softmax(every, -1) @ torch.cat([vi, means_v, vw], 2)
+    every = torch.cat([logits.masked_fill(~read, -math.inf), text_logits], -1)
+    o = torch.softmax(every, -1) @ torch.cat([vi, vw], 2)
+    if config.combine == "none":
+        return o
+    linear = {"all": torch.ones_like(read), "complement": ~read}.get(config.linear_scope)
+    if linear is None:
+        linear = ~read if skipped is None else ~(read | skipped[:, :, of_query][..., of_key])
+    weights = features(qi, config.feature_map) @ features(ki, config.feature_map).mT * linear
+    total = weights.sum(-1, keepdim=True) + (1e-5 if config.linear_scope == "all" else 0)
+    o_l = torch.where(total > 0, weights @ vi / total.clamp(min=1e-300), 0)
+    if config.combine == "proj":
+        return o + F.linear(o_l, module.proj_l.weight.to(o), module.proj_l.bias.to(o))
+    alpha = module.alpha_logit.sigmoid().to(o)[:, None, None].expand(*o.shape[:3], 1)
+    alpha = torch.where(linear.any(-1, keepdim=True), alpha, 1)
+    return alpha * o + (1 - alpha) * o_l
 
 
-def test_dense_layers_count_from_either_end(qkv):
-    attention = make(dense_layers=[0, -1], dense_steps=0)
-    attention.begin_step(0, 4, (1, 8, 12))
-    assert [attention(i, *qkv) is None for i in range(4)] == [True, False, False, True]
+def check(module, q, k, v, text, where, scale=0.31):
+    o, density = module(q, k, v, text=where, text_tokens=text, scale=scale)
+    expected = definition(module, q, k, v, text, where, scale)
+    image = o[:, :, text:] if where == "first" else o[:, :, : o.shape[2] - text]
+    torch.testing.assert_close(image, expected, rtol=1e-9, atol=1e-10)
+    words = slice(0, text) if where == "first" else slice(o.shape[2] - text, None)
+    groups = q.shape[1] // k.shape[1]
+    exact = F.scaled_dot_product_attention(
+        q[:, :, words],
+        k.repeat_interleave(groups, 1),
+        v.repeat_interleave(groups, 1),
+        scale=scale,
+    )
+    torch.testing.assert_close(o[:, :, words], exact)
+    assert 0 < float(density) <= 1
+    return o, torch.cat([exact, expected] if where == "first" else [expected, exact], 2)
 
 
-def test_masked_and_single_block_calls_go_dense_with_a_reason(qkv):
-    attention = make(dense_layers=0, dense_steps=0)
-    attention.begin_step(0, 4, (1, 8, 12))
-    assert attention(0, *qkv, masked=True) is None
-    assert attention(0, *(x[:, :, :16] for x in qkv)) is None
-    assert attention.layers[0].dense_calls == {
-        "attention mask": 1,
-        "one block: 16 keys, block_k=16": 1,
+@every_mode
+@pytest.mark.parametrize("where", ["none", "first", "last"])
+def test_forward_and_gradients_follow_the_definition(combine, scope, where):
+    text = 0 if where == "none" else 11
+    module = layer(4, 16, combine=combine, linear_scope=scope)
+    q, k, v = inputs(53, 87, text, heads=(4, 2))
+    o, expected = check(module, q, k, v, text, where)
+    grad = torch.randn(o.shape, dtype=o.dtype, generator=torch.Generator().manual_seed(3))
+    targets = [q, k, v, *module.parameters()]
+    got = torch.autograd.grad(o, targets, grad, allow_unused=True)
+    wanted = torch.autograd.grad(expected, targets, grad, allow_unused=True)
+    for x, a, b in zip(targets, got, wanted, strict=True):
+        exact = x.dtype == torch.float64  # weights are in fp32
+        torch.testing.assert_close(a, b, rtol=1e-8 if exact else 1e-4, atol=1e-9 if exact else 1e-4)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_settings_and_sizes_follow_the_definition(data):
+    combine, scope = data.draw(st.sampled_from(MODES))
+    where = data.draw(st.sampled_from(["none", "first", "last"]))
+    text = 0 if where == "none" else data.draw(st.integers(1, 40))
+    tokens = data.draw(st.integers(1, 90))
+    q_tokens = data.draw(st.integers(1, tokens))
+    kv_heads, groups = data.draw(st.sampled_from([1, 2])), data.draw(st.sampled_from([1, 3]))
+    topk = data.draw(st.none() | st.floats(0.01, 1))
+    top_p = data.draw(st.floats(0.1, 1)) if topk is None else data.draw(st.none() | st.just(0.7))
+    settings_ = {
+        "topk": topk,
+        "top_p": top_p,
+        "rounding": data.draw(st.sampled_from(["ceil", "floor"])),
+        "combine": combine,
+        "linear_scope": scope,
+        "feature_map": data.draw(st.sampled_from(FEATURE_MAPS)),
+        "skip": data.draw(st.sampled_from([0.0, 0.3])) if scope == "marginal" else 0.0,
     }
+    module = layer(kv_heads * groups, 8, **settings_)
+    seed = data.draw(st.integers(0, 99))
+    q, k, v = inputs(q_tokens, tokens, text, (kv_heads * groups, kv_heads), 8, seed)
+    check(module, q, k, v, text, where)
 
 
-def test_topk_by_layer_changes_the_density_of_that_layer_only(qkv):
-    attention = make(dense_layers=0, dense_steps=0, topk=0.5, topk_by_layer={-1: 1.0})
-    attention.begin_step(0, 4, (1, 8, 12))
-    for layer in (0, 3):
-        attention(layer, *qkv)
-    assert attention.layers[0].density == pytest.approx(0.5)
-    assert attention.layers[3].density == pytest.approx(1.0)
+@every_mode
+def test_reading_everything_is_dense_attention(combine, scope):
+    module = SparseLinearAttention(config(topk=1.0, combine=combine, linear_scope=scope), 2, 16)
+    q, k, v = (x.float() for x in inputs(53, 87, 11))
+    o, density = module(q, k, v, text="last", text_tokens=11)
+    exact = F.scaled_dot_product_attention(q, k, v)
+    assert float(density) == 1
+    if (combine, scope) == ("alpha", "all"):  # which mixes in linear attention over every key
+        alpha = module.alpha_logit.sigmoid()[:, None, None]
+        image = slice(0, 53)
+        o_l = linear_attention(q[:, :, image], k[:, :, :87], v[:, :, :87])
+        exact = exact.clone()
+        exact[:, :, image] = alpha * exact[:, :, image] + (1 - alpha) * o_l
+    torch.testing.assert_close(o, exact, rtol=1e-5, atol=1e-6)
 
 
-def test_a_tile_order_needs_its_grid(qkv):
-    attention = make(order=(1, 4, 4), dense_layers=0, dense_steps=0)
-    attention.begin_step(0, 4, (1, 5, 5))
-    with pytest.raises(RuntimeError, match=r"the grid \(1, 5, 5\) does not hold 96 tokens"):
-        attention(0, *qkv)
+@pytest.mark.parametrize("scope", LINEAR_SCOPES)
+@pytest.mark.parametrize("where", ["none", "first", "last"])
+def test_totals_that_are_kept_elsewhere_give_the_same(scope, where):
+    text = 0 if where == "none" else 11
+    module = layer(2, 16, combine="proj", linear_scope=scope)
+    with torch.no_grad():
+        q, k, v = inputs(53, 87, text)
+        image = slice(text, None) if where == "first" else slice(0, 87)
+        state = LinearState.from_keys(k[:, :, image], v[:, :, image])
+        options = {"text": where, "text_tokens": text}
+        fresh, _ = module(q, k, v, **options)
+        kept, _ = module(q, k, v, state=state, **options)
+    torch.testing.assert_close(kept, fresh, rtol=1e-9, atol=1e-10)
 
 
-@pytest.fixture
-def measured(monkeypatch):
-    rows = [
-        {"device": "cpu", "topk": 0.1, "block": 64, "min_length": 500},
-        {"device": "cpu", "topk": 0.25, "block": 64, "min_length": 2000},
-        {"device": "cpu", "topk": 0.4, "block": 64, "min_length": None},
-    ]
-    monkeypatch.setattr(crossover, "_table", lambda: rows)
+def test_the_first_call_measures_alpha_as_the_mass_that_is_read():
+    module = SparseLinearAttention(config(combine="alpha"), 2, 16)
+    assert not module.calibrated
+    q, k, v = (x.detach().float() for x in inputs(53, 87, 0))
+    module(q, k, v)
+    scores = block_scores(q, k, block_q=16, block_k=16)
+    kept, _ = select_blocks(scores, torch.ones_like(scores, dtype=torch.bool), topk=0.3)
+    read = kept[:, :, torch.arange(53) // 16][..., torch.arange(87) // 16]
+    mass = (torch.softmax(q @ k.mT / 4, -1) * read).sum(-1).mean((0, 2))
+    torch.testing.assert_close(module.alpha_logit.sigmoid().detach(), mass, rtol=1e-4, atol=1e-5)
+    before = module.alpha_logit.detach().clone()
+    module(2 * q, k, v)  # only the first
+    torch.testing.assert_close(module.alpha_logit.detach(), before, rtol=0, atol=0)
 
 
-def test_crossover_reads_only_rows_that_are_no_easier(measured):
-    assert crossover.min_sparse_length("cpu", topk=0.05, block=64) == 500
-    assert crossover.min_sparse_length("cpu", topk=0.2, block=64) == 2000
-    assert crossover.min_sparse_length("cpu", topk=0.4, block=64) is None
-    assert crossover.min_sparse_length("cpu", topk=0.1, block=32) is None
-    assert crossover.min_sparse_length("cuda", topk=0.1, block=64) is None
+def test_loaded_weights_are_not_measured_again():
+    source = layer(2, 16, combine="alpha")
+    module = SparseLinearAttention(config(combine="alpha"), 2, 16)
+    module.load_state_dict(source.state_dict())
+    q, k, v = (x.detach().float() for x in inputs(53, 87, 0))
+    module(q, k, v)
+    torch.testing.assert_close(module.alpha_logit, source.alpha_logit, rtol=0, atol=0)
 
 
-def test_crossover_auto_goes_dense_below_and_sparse_above(measured):
-    attention = SparseAttention(SLAConfig(topk=0.1, dense_layers=0, dense_steps=0), 1)
-    attention.begin_step(0, 4, (1, 1, 1))
-    short, long = ([torch.randn(1, 1, n, 16) for _ in range(3)] for n in (499, 500))
-    assert attention(0, *short) is None
-    assert attention(0, *long) is not None
-    assert attention.layers[0].dense_calls == {
-        "crossover='auto': 499 tokens, sparse wins from 500": 1
-    }
+@pytest.mark.parametrize(
+    ("combine", "names"),
+    [
+        ("none", []),
+        ("shared_softmax", []),
+        ("proj", ["proj_l.bias", "proj_l.weight"]),
+        ("alpha", ["alpha_logit"]),
+    ],
+)
+def test_weights_have_stable_names_and_stay_in_fp32(combine, names):
+    module = torch.nn.Sequential(SparseLinearAttention(config(combine=combine), 2, 16))
+    assert sorted(module.state_dict()) == [f"0.{name}" for name in names]
+    values = {name: x.clone() for name, x in module.state_dict().items()}
+    module.to(torch.bfloat16).half()
+    for name, x in module.state_dict().items():
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x, values[name], rtol=0, atol=0)
+    q, k, v = (x.detach().bfloat16() for x in inputs(53, 87, 0))
+    assert module[0](q, k, v)[0].dtype == torch.bfloat16
 
 
-def test_the_shipped_table_is_well_formed():
-    rows = crossover._table()
-    assert json.loads(json.dumps(rows)) == rows
-    assert all({"device", "topk", "block", "min_length"} <= set(row) for row in rows)
+def test_a_projection_starts_as_plain_sparse_attention():
+    q, k, v = inputs(53, 87, 0)
+    plain, _ = layer(2, 16, combine="none")(q, k, v)
+    zero, _ = SparseLinearAttention(config(combine="proj"), 2, 16)(q, k, v)
+    torch.testing.assert_close(zero, plain)
+
+
+def test_a_copy_has_its_own_weights():
+    module = layer(2, 16, combine="proj")
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        module.proj_l.weight.zero_()
+    assert twin.proj_l.weight.abs().max() > 0
+    assert twin.calibrated

@@ -66,18 +66,25 @@ class LinearState:
             padding = torch.arange(k.shape[2], device=k.device) >= kv_lengths[:, None]
             padding = padding[:, None, :, None]
             k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)  # they may hold NaN
-        empty = cls(
-            kv=k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=wide(k)),
-            k=k.new_zeros(*k.shape[:2], k.shape[-1], dtype=wide(k)),
-            feature_map=feature_map,
-        )
-        phi = empty._phi(k)
+        phi = features(k.to(wide(k)), feature_map)
         if padding is not None:
             phi = phi.masked_fill(padding, 0.0)  # phi(0) is not 0
         with no_autocast(k):
-            empty.kv.add_(phi.mT @ v.to(phi.dtype))
-        empty.k.add_(phi.sum(2))
-        return empty
+            return cls(phi.mT @ v.to(phi.dtype), phi.sum(2), feature_map)
+
+    @torch.no_grad()
+    def set_(
+        self, k: Float[Tensor, "b h_kv l_k d"], v: Float[Tensor, "b h_kv l_k d_v"]
+    ) -> "LinearState":
+        """In place: sums over these keys, whatever it has summed before.
+
+        Returns:
+            This state.
+        """
+        new = self.from_keys(k, v, feature_map=self.feature_map)
+        self.kv.copy_(new.kv)
+        self.k.copy_(new.k)
+        return self
 
     def update_(
         self,

@@ -1,0 +1,117 @@
+"""`save_sla`, `load_sla`: sparse attention's settings and weights in a file of their own."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from dit_accel import control
+from dit_accel.files import check_writable
+from dit_accel.identity import identity_of, weights_of
+from dit_accel.sla.files import FILE_NAME, Adapter, adapter_path, read_adapter, write_adapter
+
+
+def save_sla(pipe: Any, save_directory: str | os.PathLike) -> Path:
+    """Write `sla.safetensors`: settings and weights of the sparse attention that is on.
+
+    Args:
+        pipe: a pipeline with sparse attention.
+        save_directory: created if needed; an adapter in it is replaced.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: sparse attention is off or not calibrated yet, or the folder cannot be written.
+    """
+    adapter = adapter_of(pipe)
+    path = check_writable(save_directory, "save_directory") / FILE_NAME
+    write_adapter(path, adapter)
+    return path
+
+
+def load_sla(
+    pipe: Any, dir_or_id: str | os.PathLike, *, revision: str | None = None, **hub: Any
+) -> None:
+    """Switch sparse attention on with the settings and weights that `save_sla` wrote.
+
+    Region-adaptive sampling stays on if it is.
+
+    Args:
+        pipe: a pipeline with the base model that the adapter was made for, in any dtype.
+        dir_or_id: a folder that holds `sla.safetensors`, the file, or a hub repository.
+        revision: branch, tag or commit of a hub repository.
+        **hub: further arguments of `huggingface_hub.hf_hub_download` (`token`, `cache_dir`, ...).
+
+    Raises:
+        ValueError: the file cannot be found or read, was made for another model, or sparse attention is on
+            already. The pipeline is then as before.
+    """
+    path = Path(dir_or_id)
+    if path.is_dir():
+        path = path / FILE_NAME
+    elif not path.exists():
+        path = _download(str(dir_or_id), revision=revision, **hub)
+    control.enable(pipe, sla=read_adapter(path))
+
+
+def _download(repository: str, **hub: Any) -> Path:
+    try:
+        return Path(hf_hub_download(repository, FILE_NAME, **hub))
+    except (EntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"dir_or_id={repository!r}: neither a file, a folder nor a hub repository with a {FILE_NAME} that "
+            f"could be reached ({reason})"
+        ) from None
+
+
+def own_adapter(source: str | os.PathLike, **hub: Any) -> Path | None:
+    """The adapter file that a diffusers repository brings along, a folder or on the hub; None: none."""
+    if Path(source).exists():
+        return adapter_path(source)
+    try:
+        return Path(hf_hub_download(str(source), FILE_NAME, **hub))
+    except EntryNotFoundError:
+        return None
+
+
+def adapter_of(pipe: Any) -> Adapter:
+    """What `save_sla` writes.
+
+    Raises:
+        ValueError: sparse attention is off, or a layer's share of the exact branch was not measured yet.
+    """
+    session = control.session_of(pipe)
+    if session is None or session.sla is None:
+        raise ValueError("pipe: sparse attention is off; accepted after enable(pipe, sla=...)")
+    weights = {}
+    for name, layer in session.sla.layers.items():
+        if layer.scheduled and not layer.module.calibrated:
+            raise ValueError(
+                f"pipe: {name} has not measured its share of the exact branch (combine='alpha') yet; run the "
+                "pipeline once, at a size at which it runs sparse"
+            )
+        for parameter, x in weights_of(layer.module).items():
+            weights[f"{name}.{parameter}"] = x.float()
+    base = identity_of(session.transformer, pipe)
+    return Adapter(config=session.sla.config, base=base, weights=weights)
+
+
+@contextlib.contextmanager
+def weights_left_out(pipe: Any) -> Iterator[None]:
+    """The transformer's state dict is that of the plain model inside."""
+    session = control.session_of(pipe)
+    if session is None or session.sla is None:
+        yield
+        return
+    modules = {name: layer.module for name, layer in session.layers.items()}
+    session.sla.detach(modules)
+    try:
+        yield
+    finally:
+        session.sla.attach(modules)

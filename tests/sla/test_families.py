@@ -1,0 +1,314 @@
+"""Sparse attention in every family of models, alone and together with region-adaptive sampling."""
+
+import copy
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel import control
+from dit_accel.kernels import LinearState
+from dit_accel.sla import tile_order
+
+from ..random_pipelines import FAMILIES, make, relative, run
+from ..ras.reference import Reference
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+TILE = (2, 2, 4)
+every_order = pytest.mark.parametrize("order", ["raster", TILE], ids=["raster", "tiles"])
+MODES = [("none", "complement"), ("shared_softmax", "complement")]
+MODES += [(combine, scope) for combine in ("proj", "alpha") for scope in ("marginal", "all")]
+RAS = {"ratio": 0.4, "warmup": 2, "tail": 1, "resets": (6,)}
+
+
+def sla(**changed):
+    """Sparse in every step and layer."""
+    base = {"topk": 0.3, "block_q": 16, "block_k": 16, "crossover": "never"}
+    return {**base, "dense_steps": 0, "dense_layers": 0, **changed}
+
+
+def sparse(pipe):
+    return control.session_of(pipe).sla
+
+
+def randomise(pipe):
+    """Weights of sparse attention as if they were trained."""
+    generator = torch.Generator().manual_seed(8)
+    for module in sparse(pipe).modules.values():
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.normal_(std=0.2, generator=generator)
+        module.calibrated = True
+
+
+@every_family
+@every_order
+@pytest.mark.parametrize(("combine", "scope"), [m for m in MODES if m != ("alpha", "all")])
+def test_reading_everything_equals_plain(family, order, combine, scope):
+    pipe = make(family)
+    plain = run(pipe, family)
+    dit_accel.enable(pipe, sla=sla(topk=1.0, order=order, combine=combine, linear_scope=scope))
+    assert relative(run(pipe, family), plain) < 1e-5
+    report = dit_accel.summary(pipe, strict=True)
+    assert report.overall_density == 1
+    assert not report.dense_calls
+    assert all(layer.sparse_calls == report.layers[0].sparse_calls for layer in report.layers)
+
+
+@every_family
+@pytest.mark.parametrize(("combine", "scope"), MODES)
+def test_an_order_of_the_whole_forward_equals_one_around_each_attention(
+    family, combine, scope, monkeypatch
+):
+    pipe = make(family)
+    settings = sla(combine=combine, linear_scope=scope)
+    dit_accel.enable(pipe, sla={**settings, "order": TILE})
+    randomise(pipe)
+    latents = run(pipe, family)
+    dit_accel.disable(pipe)
+    dit_accel.enable(pipe, sla=settings)
+    randomise(pipe)
+    assert relative(run(pipe, family), latents) > 1e-4
+    grid = (3, 7, 9) if family == "wan" else (1, 11, 13)
+    order = tile_order(grid, TILE, torch.device("cpu"))
+
+    def around(forward):
+        def reordered(q, k, v, *, text, text_tokens, **options):
+            places = torch.arange(len(order.gather))
+            first = text_tokens if text == "first" else 0
+            every = torch.arange(k.shape[2])
+            every[first : first + len(places)] = order.gather + first
+            o, density = forward(
+                *(x[:, :, every] for x in (q, k, v)), text=text, text_tokens=text_tokens, **options
+            )
+            return o[:, :, every.argsort()], density
+
+        return reordered
+
+    for module in sparse(pipe).modules.values():
+        monkeypatch.setattr(module, "forward", around(module.forward))
+    assert relative(run(pipe, family), latents) < 1e-5
+
+
+@every_family
+@every_order
+@pytest.mark.parametrize(("combine", "scope"), MODES)
+def test_ratio_one_equals_sparse_attention_alone(family, order, combine, scope):
+    pipe = make(family)
+    settings = sla(order=order, combine=combine, linear_scope=scope)
+    dit_accel.enable(pipe, sla=settings)
+    randomise(pipe)
+    alone = run(pipe, family)
+    dit_accel.disable(pipe)
+    ras = {"ratio": 1.0, "warmup": 1, "tail": 1, "resets": [], "kv_predictor": "hold"}
+    dit_accel.enable(pipe, sla=settings, ras=ras)
+    randomise(pipe)
+    assert relative(run(pipe, family), alone) < 2e-6
+    calls = [not step.dense_calls for step in dit_accel.summary(pipe).ras.steps]
+    assert calls == [False, *[True] * (len(calls) - 2), False]
+
+
+@every_family
+@every_order
+@pytest.mark.parametrize("kv_predictor", ["linear", "hold"])
+def test_reading_everything_equals_region_adaptive_sampling_alone(family, order, kv_predictor):
+    pipe = make(family)
+    dit_accel.enable(
+        pipe, sla=sla(topk=1.0, order=order), ras={**RAS, "kv_predictor": kv_predictor}
+    )
+    latents = run(pipe, family, prompts=(0, 1))
+    session = control.session_of(pipe)
+    report = dit_accel.summary(pipe)
+    assert report.ras.ras_steps > 0
+    tokens = report.ras.steps[0].tokens
+    masks = {step.step: torch.ones(1, tokens, dtype=torch.bool) for step in report.ras.steps}
+    for sample in range(2):
+        for step, mask in session.ras.focus(sample).items():
+            if sample == 0:
+                masks[step] = mask.view(1, tokens)
+            else:
+                masks[step] = torch.cat([masks[step], mask.view(1, tokens)])
+    dit_accel.disable(pipe)
+    Reference(pipe, masks, linear=True, linear_kv=kv_predictor == "linear")
+    # Lumina2's prompts have different lengths: there, attention is dense and the order still counts.
+    assert relative(run(pipe, family, prompts=(0, 1)), latents) < 2e-5
+
+
+@every_family
+@every_order
+@pytest.mark.parametrize("scope", ["marginal", "complement", "all"])
+def test_totals_of_fifty_steps_equal_sums_over_all_keys(family, order, scope, monkeypatch):
+    pipe = make(family)
+    ras = {**RAS, "resets": [], "kv_predictor": "hold", "predictor": "hold"}
+    dit_accel.enable(pipe, sla=sla(combine="proj", linear_scope=scope, order=order), ras=ras)
+    randomise(pipe)
+    errors = []
+
+    def checked(forward):
+        def attend(q, k, v, *, text, text_tokens, state=None, **options):
+            if state is not None:
+                image = k.shape[2] - text_tokens
+                first = text_tokens if text == "first" else 0
+                part = slice(first, first + image)
+                exact = LinearState.from_keys(k[:, :, part], v[:, :, part])
+                errors.append(max(relative(state.kv, exact.kv), relative(state.k, exact.k)))
+            return forward(q, k, v, text=text, text_tokens=text_tokens, state=state, **options)
+
+        return attend
+
+    for module in sparse(pipe).modules.values():
+        monkeypatch.setattr(module, "forward", checked(module.forward))
+    latents = run(pipe, family, steps=50)
+    report = dit_accel.summary(pipe, strict=True)
+    assert len(errors) == report.sparse_calls > 50 * len(report.layers) - 1
+    assert max(errors) < 1e-5
+    for store in control.session_of(pipe).ras.stores.values():
+        store.feature_map = None  # nobody keeps totals now
+    assert relative(run(pipe, family, steps=50), latents) < 1e-4
+
+
+@every_family
+@every_order
+def test_active_tokens_are_whole_query_blocks_of_the_order(family, order):
+    pipe = make(family)
+    dit_accel.enable(pipe, sla=sla(order=order), ras=RAS)
+    run(pipe, family)
+    session = control.session_of(pipe)
+    grid = session.ras.run.key[1]
+    tokens = grid[0] * grid[1] * grid[2]
+    places = torch.arange(tokens)
+    if order != "raster":
+        places = tile_order(grid, order, torch.device("cpu")).gather
+    masks = session.ras.focus()
+    assert masks
+    for mask in masks.values():
+        blocks = mask.flatten()[places].split(16)
+        assert all(bool(x.all()) or not bool(x.any()) for x in blocks)
+    assert dit_accel.summary(pipe, strict=True).density < 0.6
+
+
+@every_family
+def test_both_methods_in_a_batch_equal_single_runs(family):
+    prompts = (0, 0) if family == "lumina2" else (0, 1)  # one text length
+    pipe = make(family)
+    dit_accel.enable(pipe, sla=sla(order=TILE), ras=RAS)
+    both = run(pipe, family, prompts)
+    assert dit_accel.summary(pipe, strict=True).density is not None
+    for i, prompt in enumerate(prompts):
+        assert relative(run(pipe, family, (prompt,))[0], both[i]) < 1e-5
+
+
+@every_order
+def test_texts_of_different_lengths_run_dense_and_are_counted(order):
+    pipe = make("lumina2")
+    plain = run(pipe, "lumina2", (0, 1))
+    dit_accel.enable(pipe, sla=sla(order=order))
+    latents = run(pipe, "lumina2", (0, 1))
+    reasons = {x.name: x.dense_calls for x in dit_accel.summary(pipe).layers}
+    assert reasons["layers.0.attn"] == {
+        "attention mask": 10
+    }  # the negative prompt's have one length
+    assert relative(latents, plain) < 0.5
+
+
+@every_family
+@pytest.mark.parametrize("combine", ["shared_softmax", "proj", "alpha"])
+@pytest.mark.parametrize("ras", [None, RAS], ids=["sla", "ras-sla"])
+def test_disable_restores_every_module(family, combine, ras):
+    def state_of(module):
+        return {
+            name: {key: dict(x) if isinstance(x, dict) else x for key, x in vars(m).items()}
+            for name, m in module.named_modules()
+        }
+
+    pipe = make(family)
+    plain = run(pipe, family)
+    before = state_of(pipe.transformer)
+    names = list(pipe.transformer.state_dict())
+    dit_accel.enable(pipe, sla=sla(order=TILE, combine=combine), ras=ras)
+    weights = [x for x in pipe.transformer.state_dict() if x not in names]
+    assert bool(weights) == (combine != "shared_softmax")
+    assert all(".sla." in x for x in weights)
+    run(pipe, family)
+    dit_accel.disable(pipe)
+    after = state_of(pipe.transformer)
+    assert before.keys() == after.keys()
+    for name, old in before.items():
+        assert old.keys() == after[name].keys()
+        assert all(old[k] is after[name][k] or old[k] == after[name][k] for k in old)
+    torch.testing.assert_close(run(pipe, family), plain, rtol=0, atol=0)
+
+
+@every_family
+def test_weights_move_with_the_pipeline_and_stay_in_fp32(family):
+    pipe = make(family)
+    dit_accel.enable(pipe, sla=sla(combine="proj"))
+    pipe.transformer.to(torch.bfloat16)
+    for name, parameter in pipe.transformer.named_parameters():
+        assert (parameter.dtype == torch.float32) == (".sla." in name), name
+
+
+@every_family
+def test_the_projection_gets_a_gradient_and_learns(family):
+    pipe = make(family)
+    dit_accel.enable(pipe, sla=sla(combine="proj", order=TILE))
+    seen = {}
+
+    def keep(module, args, kwargs):
+        seen.update(args=args, kwargs=kwargs)
+
+    hook = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    run(pipe, family, steps=1)
+    hook.remove()
+    out = pipe.transformer(*seen["args"], **seen["kwargs"])[0]
+    out.float().square().mean().backward()
+    for name, module in sparse(pipe).modules.items():
+        assert module.proj_l.weight.grad is not None, name
+    grads = [m.proj_l.weight.grad.abs().max() for m in sparse(pipe).modules.values()]
+    assert max(grads) > 0
+
+
+@every_family
+def test_a_deep_copy_is_its_own(family):
+    pipe = make(family)
+    dit_accel.enable(pipe, sla=sla(combine="proj", order=TILE), ras=RAS)
+    randomise(pipe)
+    latents = run(pipe, family)
+    twin = copy.deepcopy(pipe)
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(run(twin, family), latents, rtol=0, atol=0)
+    report = dit_accel.summary(twin, strict=True)
+    assert report.ras.ras_steps > 0
+    dit_accel.disable(twin)
+    assert not any(".sla." in name for name in twin.transformer.state_dict())
+
+
+def test_a_cache_of_bytes_is_refused_by_name():
+    pipe = make("sd3")
+    with pytest.raises(
+        ValueError, match="kv_cache='fp8': accepted with sparse attention is 'full'"
+    ):
+        dit_accel.enable(pipe, sla=sla(), ras={"kv_cache": "fp8"})
+    assert not dit_accel.summary(pipe).enabled
+    dit_accel.enable(pipe, ras={"kv_cache": "fp8"})
+    with pytest.raises(ValueError, match="kv_cache='fp8'"):
+        dit_accel.enable(pipe, sla=sla())
+    assert dit_accel.summary(pipe).ras is not None
+
+
+@every_family
+def test_a_run_that_broke_off_leaves_no_trace(family):
+    pipe = make(family)
+    dit_accel.enable(pipe, sla=sla(order=TILE))
+    fresh = run(pipe, family)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    hook = list(control.session_of(pipe).layers.values())[1].module.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, family, (1,))
+    hook.remove()
+    torch.testing.assert_close(run(pipe, family), fresh, rtol=0, atol=0)
