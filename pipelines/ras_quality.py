@@ -1,26 +1,21 @@
 """Paired quality of region-adaptive sampling on trained models (part of bench_ras.py)."""
 
-import itertools
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from quality_subject import METRICS, Subject, mean_interval
 from tqdm import tqdm
 
-from dit_accel import control, demo
 from dit_accel.config import RASConfig
-from dit_accel.demo.clips import describe_clips
-from dit_accel.demo.report import judged_clips, judged_stills, score_clips
-from dit_accel.demo.vocabulary import Combination
 from dit_accel.environment import machine, versions
-from dit_accel.files import asset, write_json
+from dit_accel.files import write_json
 
 FORMAT_VERSION = 1
-METRICS = ("psnr_db", "ssim", "latent_error", "right")
 REFERENCE_STEPS = 100
 OURS = ("ours, K/V held", "ours, K/V linear")
 HOLD = {"predictor": "hold", "kv_predictor": "hold"}
@@ -63,108 +58,6 @@ def rows_of(solver: str, steps: int, ratios: tuple[float, ...]) -> list[Row]:
     return rows
 
 
-class Subject:
-    """A trained model and what is asked of it."""
-
-    def __init__(self, model: str, count: int) -> None:
-        from dit_accel.pipelines.generate import load
-
-        self.still = "sd3" in Path(model).name
-        path = Path(model)
-        self.pipe = load(
-            path if path.is_dir() else asset(model), sla=None, device="auto", dtype="fp32"
-        )
-        self.pipe.set_progress_bar_config(disable=True)
-        sampling = demo.IMAGE_SAMPLING if self.still else demo.SAMPLING
-        # The captions have at most 13 tokens; the models were trained with 16 and with their pipeline's
-        # default, and longer text would be most of the cost.
-        self.sampling = {**sampling, "max_sequence_length": 16}
-        del self.sampling["num_inference_steps"]
-        self.asked = self._asked(path.name, count)
-        self.prompts = self.asked.captions(with_motion=not self.still)
-        self.shipped = self.pipe.scheduler
-
-    def _asked(self, name: str, count: int) -> Any:
-        if self.still:
-            return judged_stills("train", count)
-        if name != "tiny-wan-start":
-            return judged_clips("train", count)
-        # That model knows three shapes, six colours, four motions and one form of caption.
-        every = [Combination(*c) for c in itertools.product(range(3), range(6), range(4))]
-        generator = torch.Generator().manual_seed(0)
-        order = [i for _ in range(-(-count // 72)) for i in torch.randperm(72, generator=generator)]
-        clips = describe_clips([every[i] for i in order[:count]], generator)
-        return replace(clips, template=torch.zeros(count, dtype=torch.long))
-
-    def set_solver(self, name: str) -> None:
-        from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-
-        config = self.shipped.config
-        shift = config.get("flow_shift", config.get("shift", 3.0))
-        if name == "euler":
-            self.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-        else:
-            self.pipe.scheduler = UniPCMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-            )
-
-    def latents(self, rows: range, steps: int, ras: dict | None) -> tuple[torch.Tensor, float]:
-        """Latents of these samples, and the cost in dense steps."""
-        if ras is not None:
-            control.enable(self.pipe, ras=ras)
-        try:
-            out = self.pipe(
-                [self.prompts[i] for i in rows],
-                generator=[torch.Generator().manual_seed(i) for i in rows],
-                num_inference_steps=steps,
-                output_type="latent",
-                **self.sampling,
-            )
-            report = control.summary(self.pipe).ras
-        finally:
-            control.disable(self.pipe)
-        latents = out.images if self.still else out.frames
-        return latents.cpu(), float(steps) if report is None else report.cost
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Frames `[N, 3, T, H, W]` in [-1, 1]."""
-        vae = self.pipe.vae
-        latents = latents.to(vae.device, vae.dtype)
-        if self.still:
-            z = latents / vae.config.scaling_factor + vae.config.shift_factor
-            return vae.decode(z).sample.clamp(-1, 1).float().cpu()[:, :, None]
-        shape = (1, -1, 1, 1, 1)
-        mean, std = (
-            torch.tensor(vae.config[name]).view(shape).to(latents)
-            for name in ("latents_mean", "latents_std")
-        )
-        return vae.decode(latents * std + mean).sample.clamp(-1, 1).float().cpu()
-
-    def score(
-        self, latents: torch.Tensor, reference: torch.Tensor, rows: range
-    ) -> list[tuple[float, ...]]:
-        """`METRICS` of each sample against the reference."""
-        from torchmetrics.functional.image import structural_similarity_index_measure as similarity
-
-        video, truth = self.decode(latents), self.decode(reference)
-        right = score_clips(video, self.asked[rows.start : rows.stop], still=self.still)
-        scores = []
-        for i in range(len(latents)):
-            error = (video[i] - truth[i]).double().square().mean() / 4
-            frames = [(x[i].transpose(0, 1) + 1) / 2 for x in (video, truth)]
-            latent = (latents[i] - reference[i]).norm() / reference[i].norm()
-            scores.append(
-                (
-                    float(-10 * error.clamp(min=1e-12).log10()),
-                    float(similarity(*frames, data_range=1.0)),
-                    float(latent),
-                    float(right[i]["right"]["all"]),
-                )
-            )
-        return scores
-
-
 @dataclass
 class Quality:
     """Paired quality of every way to spare, against dense sampling at equal cost."""
@@ -193,7 +86,7 @@ class Quality:
             if not todo:
                 continue
             subject.set_solver("unipc")
-            reference, _ = subject.latents(rows, REFERENCE_STEPS, None)
+            reference, _ = subject.latents(rows, REFERENCE_STEPS)
             for row in todo:
                 self._add(subject, row, rows, reference, scores)
                 write_json(work, scores)
@@ -210,7 +103,8 @@ class Quality:
         if row.kind == "dense, equal cost":
             ours = Row(OURS[0], row.solver, row.steps, row.ratio)
             steps = math.ceil(scores[ours.key]["cost"])
-        latents, cost = subject.latents(rows, steps, row.ras)
+        latents, report = subject.latents(rows, steps, ras=row.ras)
+        cost = float(steps) if report is None or report.ras is None else report.ras.cost
         entry = scores.setdefault(row.key, {})
         entry["cost"] = cost
         for i, values in zip(rows, subject.score(latents, reference, rows), strict=True):
@@ -250,13 +144,6 @@ class Quality:
             "versions": versions(),
             "machine": machine(),
         }
-
-
-def mean_interval(values: np.ndarray) -> dict[str, Any]:
-    """Mean, and a 95 % bootstrap interval over samples."""
-    draws = np.random.default_rng(0).integers(0, len(values), (5000, len(values)))
-    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
-    return {"mean": float(values.mean()), "interval_95": [float(low), float(high)]}
 
 
 TABLES = {

@@ -1,0 +1,31 @@
+"""What sparse attention costs in quality and saves in time, all rows in one run.
+
+    python pipelines/bench_sla.py quality --model tiny-wan --output pipelines/results/sla_tiny_wan.json
+    python pipelines/bench_sla.py together --model tiny-wan --output pipelines/results/sla_ras_tiny_wan.json
+    python pipelines/bench_sla.py speed --output pipelines/results/sla_speed_cpu.json
+    python pipelines/bench_sla.py speed --device cuda --output pipelines/results/sla_speed_gpu.json
+
+Quality, training-free: the same prompts and seeds dense and sparse, with a random plan of the same density
+as control; before that, errors of single attention outputs for many more settings. Together: sparse attention
+and region-adaptive sampling, alone and at once. Speed: seconds of one
+transformer call, dense, sparse, region-adaptive and both, against what the counted FLOPs allow.
+"""
+
+import os
+from typing import Annotated
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import tyro
+from sla_quality import Quality
+from sla_speed import Speed
+from sla_together import Together
+
+Command = (
+    Annotated[Quality, tyro.conf.subcommand("quality")]
+    | Annotated[Together, tyro.conf.subcommand("together")]
+    | Annotated[Speed, tyro.conf.subcommand("speed")]
+)
+
+if __name__ == "__main__":
+    tyro.cli(Command, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,)).run()

@@ -1,0 +1,144 @@
+"""The trained models as subjects of quality measurements: what is asked of them, decoded and judged."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_accel import control, demo
+from dit_accel.demo.clips import describe_clips
+from dit_accel.demo.report import judged_clips, judged_stills, score_clips
+from dit_accel.demo.vocabulary import Combination
+from dit_accel.files import asset
+
+METRICS = ("psnr_db", "ssim", "latent_error", "right")
+
+
+class Subject:
+    """A trained model and what is asked of it."""
+
+    def __init__(self, model: str, count: int) -> None:
+        from dit_accel.pipelines.generate import load
+
+        self.still = "sd3" in Path(model).name
+        path = Path(model)
+        self.pipe = load(
+            path if path.is_dir() else asset(model), sla=None, device="auto", dtype="fp32"
+        )
+        self.pipe.set_progress_bar_config(disable=True)
+        sampling = demo.IMAGE_SAMPLING if self.still else demo.SAMPLING
+        # The captions have at most 13 tokens; the models were trained with 16 and with their pipeline's
+        # default, and longer text would be most of the cost.
+        self.sampling = {**sampling, "max_sequence_length": 16}
+        del self.sampling["num_inference_steps"]
+        self.asked = self._asked(path.name, count)
+        self.prompts = self.asked.captions(with_motion=not self.still)
+        self.shipped = self.pipe.scheduler
+
+    def _asked(self, name: str, count: int) -> Any:
+        if self.still:
+            return judged_stills("train", count)
+        if name != "tiny-wan-start":
+            return judged_clips("train", count)
+        # That model knows three shapes, six colours, four motions and one form of caption.
+        every = [Combination(*c) for c in itertools.product(range(3), range(6), range(4))]
+        generator = torch.Generator().manual_seed(0)
+        order = [i for _ in range(-(-count // 72)) for i in torch.randperm(72, generator=generator)]
+        clips = describe_clips([every[i] for i in order[:count]], generator)
+        return replace(clips, template=torch.zeros(count, dtype=torch.long))
+
+    def set_solver(self, name: str) -> None:
+        from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+        config = self.shipped.config
+        shift = config.get("flow_shift", config.get("shift", 3.0))
+        if name == "euler":
+            self.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        else:
+            self.pipe.scheduler = UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+            )
+
+    def latents(
+        self,
+        rows: range,
+        steps: int,
+        *,
+        sla: dict | None = None,
+        ras: dict | None = None,
+        prepare: Callable[[Any], None] | None = None,
+    ) -> tuple[torch.Tensor, control.Summary | None]:
+        """Latents of these samples, and what was spared.
+
+        Args:
+            rows: numbers of samples.
+            steps: of the solver that is set.
+            sla, ras: acceleration, if any.
+            prepare: gets the session before it runs.
+        """
+        if sla is not None or ras is not None:
+            control.enable(self.pipe, sla=sla, ras=ras)
+        if prepare is not None:
+            prepare(control.session_of(self.pipe))
+        try:
+            out = self.pipe(
+                [self.prompts[i] for i in rows],
+                generator=[torch.Generator().manual_seed(i) for i in rows],
+                num_inference_steps=steps,
+                output_type="latent",
+                **self.sampling,
+            )
+            report = control.summary(self.pipe)
+        finally:
+            control.disable(self.pipe)
+        latents = out.images if self.still else out.frames
+        return latents.cpu(), report if report.enabled else None
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Frames `[N, 3, T, H, W]` in [-1, 1]."""
+        vae = self.pipe.vae
+        latents = latents.to(vae.device, vae.dtype)
+        if self.still:
+            z = latents / vae.config.scaling_factor + vae.config.shift_factor
+            return vae.decode(z).sample.clamp(-1, 1).float().cpu()[:, :, None]
+        shape = (1, -1, 1, 1, 1)
+        mean, std = (
+            torch.tensor(vae.config[name]).view(shape).to(latents)
+            for name in ("latents_mean", "latents_std")
+        )
+        return vae.decode(latents * std + mean).sample.clamp(-1, 1).float().cpu()
+
+    def score(
+        self, latents: torch.Tensor, reference: torch.Tensor, rows: range
+    ) -> list[tuple[float, ...]]:
+        """`METRICS` of each sample against the reference."""
+        from torchmetrics.functional.image import structural_similarity_index_measure as similarity
+
+        video, truth = self.decode(latents), self.decode(reference)
+        right = score_clips(video, self.asked[rows.start : rows.stop], still=self.still)
+        scores = []
+        for i in range(len(latents)):
+            error = (video[i] - truth[i]).double().square().mean() / 4
+            frames = [(x[i].transpose(0, 1) + 1) / 2 for x in (video, truth)]
+            latent = (latents[i] - reference[i]).norm() / reference[i].norm()
+            scores.append(
+                (
+                    float(-10 * error.clamp(min=1e-12).log10()),
+                    float(similarity(*frames, data_range=1.0)),
+                    float(latent),
+                    float(right[i]["right"]["all"]),
+                )
+            )
+        return scores
+
+
+def mean_interval(values: np.ndarray) -> dict[str, Any]:
+    """Mean, and a 95 % bootstrap interval over samples."""
+    draws = np.random.default_rng(0).integers(0, len(values), (5000, len(values)))
+    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+    return {"mean": float(values.mean()), "interval_95": [float(low), float(high)]}
