@@ -13,7 +13,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Kernels cannot be rewritten with run-time shape checks, nor traced through them.
 PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
 
-.PHONY: install demo test test-long lint bench bench-ras kernel-table gpu-check gpu-check-ras clean
+.PHONY: install demo test test-long lint bench bench-ras bench-sla kernel-table gpu-check gpu-check-ras \
+	gpu-check-sla clean
 
 install: $(STAMP)
 
@@ -50,13 +51,21 @@ bench-ras: install
 		$(BIN)/python pipelines/bench_ras.py quality --model $$model \
 			--output pipelines/results/ras_$$(echo $$model | tr - _).json || exit 1; done
 
+bench-sla: install
+	$(BIN)/python pipelines/bench_sla.py speed --output pipelines/results/sla_speed_cpu.json
+	for model in tiny-wan tiny-sd3; do name=$$(echo $$model | tr - _); \
+		$(BIN)/python pipelines/bench_sla.py quality --model $$model \
+			--output pipelines/results/sla_$$name.json || exit 1; \
+		$(BIN)/python pipelines/bench_sla.py together --model $$model \
+			--output pipelines/results/sla_ras_$$name.json || exit 1; done
+
 kernel-table: install
 	$(BIN)/python kernels/kernel_table.py --output docs/kernel-table.md
 	$(BIN)/python kernels/split_head_dim.py --append-to docs/kernel-table.md
 
 # Both halves run, whatever the first one finds; compiling is most of the tests' time, so eight at once.
 gpu-check: install
-	$(PLAIN) -m gpu -n 8 --ignore tests/gpu/test_ras.py tests/gpu; tests=$$?; \
+	$(PLAIN) -m gpu -n 8 tests/gpu/test_kernels.py tests/gpu/test_cuda.py; tests=$$?; \
 	$(BIN)/python kernels/bench_attention.py --device cuda --dtype bf16 --repeats 10 \
 		--parts cases crossover --output kernels/results/gpu.json && exit $$tests
 
@@ -64,6 +73,11 @@ gpu-check-ras: install
 	$(PLAIN) -m gpu tests/gpu/test_ras.py; tests=$$?; \
 	$(BIN)/python pipelines/bench_ras.py overhead --device cuda --time-limit-s 420 \
 		--output pipelines/results/ras_overhead_gpu.json && exit $$tests
+
+gpu-check-sla: install
+	$(PLAIN) -m gpu -n 4 tests/gpu/test_sla.py; tests=$$?; \
+	$(BIN)/python pipelines/bench_sla.py speed --device cuda --time-limit-s 300 \
+		--output pipelines/results/sla_speed_gpu.json && exit $$tests
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUT)

@@ -294,6 +294,9 @@ class RegionAdaptiveSampling(Focus):
         assert self.run is not None
         latents = self.call.hidden_states
         like = latents.new_empty(0, dtype=_compute_dtype(latents))
+        if index is not None:
+            # Compiled blocks then serve every count from the first one on.
+            torch._dynamo.maybe_mark_dynamic(index, 0)
         for name, layer in self.layers.items():
             if layer.layout != layout:
                 continue
