@@ -7,7 +7,8 @@ from dit_accel.pipelines.sizes import ImageSizes, checked_call
 
 
 class SparseLuminaPipeline(SparsePipelineMixin, ImageSizes, LuminaPipeline):
-    """`diffusers.LuminaPipeline` with region-adaptive sampling; every argument of the parent works.
+    """`diffusers.LuminaPipeline` with sparse attention and region-adaptive sampling; every argument of the
+    parent works.
 
     Example:
         >>> pipe = SparseLuminaPipeline.from_pretrained(

@@ -7,7 +7,8 @@ from dit_accel.pipelines.sizes import ImageSizes, checked_call
 
 
 class SparseLumina2Pipeline(SparsePipelineMixin, ImageSizes, Lumina2Pipeline):
-    """`diffusers.Lumina2Pipeline` with region-adaptive sampling; every argument of the parent works.
+    """`diffusers.Lumina2Pipeline` with sparse attention and region-adaptive sampling; every argument of the
+    parent works.
 
     Example:
         >>> pipe = SparseLumina2Pipeline.from_pretrained(

@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from dit_accel.kernels import LinearState, SparsePlan, sparse_linear_attention
+from dit_accel.kernels import (
+    LinearState,
+    SparsePlan,
+    linear_attention,
+    sparse_linear_attention,
+)
 
 from .attention_cases import FEATURE_MAPS, SCOPES
 
@@ -26,6 +31,36 @@ def test_fifty_refreshes_are_the_state_of_the_final_keys(feature_map, dtype):
     assert state.kv.dtype == torch.float32
     torch.testing.assert_close(state.kv.double(), anew.kv, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(state.k.double(), anew.k, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_set_forgets_what_was_summed_and_keeps_the_memory(feature_map):
+    state = LinearState.from_keys(*keys(20), feature_map=feature_map)
+    kv = state.kv
+    k, v = keys(30, seed=4)
+    assert state.set_(k, v) is state
+    expected = LinearState.from_keys(k, v, feature_map=feature_map)
+    assert state.kv is kv
+    torch.testing.assert_close(state.kv, expected.kv, rtol=0, atol=0)
+    torch.testing.assert_close(state.k, expected.k, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("kept", [False, True])
+def test_linear_attention_is_the_branch_over_all_keys(feature_map, kept):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 40, 8, generator=g, dtype=torch.float64) for h in (6, 3, 3))
+    state = LinearState.from_keys(k, v, feature_map=feature_map) if kept else None
+    o = linear_attention(q, k, v, feature_map=feature_map, state=state)
+    mask = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
+    mask[..., 0] = True
+    plan = SparsePlan.from_block_mask(mask, block_q=16, block_k=16, q_len=40, kv_len=40)
+    options = {"feature_map": feature_map, "linear_scope": "all"}
+    projected = sparse_linear_attention(
+        q, k, v, plan, combine="proj", proj_weight=torch.eye(8, dtype=q.dtype), **options
+    )
+    exact = sparse_linear_attention(q, k, v, plan, combine="none")
+    torch.testing.assert_close(o, projected - exact)
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)

@@ -292,6 +292,20 @@ def test_forced_blocks_come_on_top_of_topk():
     assert kept(plan_of(scores, topk=0.1, sink_blocks=1, diagonal=1))[3] == [0, 2, 3, 4]
 
 
+def test_tail_blocks_have_no_score_and_are_read_by_every_row():
+    scores = torch.arange(30.0).view(1, 1, 6, 5)
+    sizes = {"block_q": 1, "block_k": 2, "q_len": 6}
+    plan = SparsePlan.from_scores(scores, topk=0.4, skip=0.4, tail_blocks=2, kv_len=13, **sizes)
+    assert kept(plan) == [[3, 4, 5, 6]] * 6
+    assert skipped(plan) == [[0, 1]] * 6
+    plan = SparsePlan.from_scores(
+        scores, topk=0.1, tail_blocks=1, sink_blocks=1, kv_len=12, **sizes
+    )
+    assert kept(plan) == [[0, 4, 5]] * 6
+    with pytest.raises(ValueError, match=r"scores: shape \(1, 1, 6, 5\).*need .*, 6, 6\]"):
+        SparsePlan.from_scores(scores, topk=0.4, tail_blocks=1, kv_len=14, **sizes)
+
+
 def test_a_forced_block_that_no_query_may_see_is_not_read():
     scores = [[0.0] * 4] * 4
     assert kept(plan_of(scores, topk=0.1, sink_blocks=3, causal=True))[0] == [0]
@@ -513,6 +527,7 @@ BAD_SCORES = {
     "skip of everything": ("skip", {"skip": 1.0, "topk": 0.5}),
     "negative skip": ("skip", {"skip": -0.1, "topk": 0.5}),
     "negative sink_blocks": ("sink_blocks", {"sink_blocks": -1, "topk": 0.5}),
+    "negative tail_blocks": ("tail_blocks", {"tail_blocks": -1, "topk": 0.5}),
     "negative diagonal": ("diagonal", {"diagonal": -1, "topk": 0.5}),
     "scores of other lengths": ("scores", {"scores": torch.zeros(1, 1, 3, 4), "topk": 0.5}),
     "scores without heads": ("scores", {"scores": torch.zeros(1, 4, 4), "topk": 0.5}),
