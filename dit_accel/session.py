@@ -104,9 +104,8 @@ class Session:
         if self.sla is not None:
             device = call.hidden_states.device
             self.sla.begin_step(self.clock.step, self.clock.num_steps, grid, device)
-            order = self.sla.order(grid, device)
-            if self.reordered is not None and order is not None:
-                self.reordered.begin_call(call, order)
+            if self.reordered is not None:
+                self.reordered.begin_call(call, self.sla.order(grid, device))
                 kwargs = self.family.focus_inputs(self.reordered, kwargs)
         if self.ras is not None:
             if torch.is_grad_enabled():

@@ -12,7 +12,7 @@ from quality_subject import METRICS, Subject, mean_interval
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from dit_accel.config import SLAConfig
+from dit_accel.config import CLIP_TILES, SLAConfig
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
 from dit_accel.kernels import SparsePlan
@@ -20,9 +20,8 @@ from dit_accel.sla import SparseLinearAttention
 
 FORMAT_VERSION = 1
 DENSITIES = (0.5, 0.25, 0.125, 0.05)
-# Of several shapes those with the lowest error of attention outputs; frames are 8 x 8 or 16 x 16 tokens.
 TILES = {
-    "video": {16: (4, 2, 2), 32: (8, 2, 2), 64: (4, 2, 8)},
+    "video": {block: CLIP_TILES[block] for block in (16, 32, 64)},
     "still": {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8)},
 }
 RANDOM = "random plan"

@@ -34,21 +34,22 @@ class Reordered(Focus):
     """
 
     keeps = False
-    order: TokenOrder
+    order: TokenOrder | None
 
     def __init__(self) -> None:
         self.end_call()
 
-    def begin_call(self, call: Call, order: TokenOrder) -> None:
-        """The transformer is about to be called on the tokens of this order."""
+    def begin_call(self, call: Call, order: TokenOrder | None) -> None:
+        """The transformer is about to be called on tokens in this order; None: raster."""
         self.end_call()  # Ctrl-C in the middle of a call skips the hook that ends it
         self.call, self.order = call, order
-        self.index = order.gather.expand(call.hidden_states.shape[0], -1)
+        if order is not None:
+            self.index = order.gather.expand(call.hidden_states.shape[0], -1)
 
     def end_call(self) -> None:
         """Forget the call."""
         self.call: Call = None  # type: ignore[assignment]
-        self.order = None  # type: ignore[assignment]
+        self.order = None
         self.index: Tensor | None = None
         self._kept: dict[str, Any] = {}
 
@@ -61,8 +62,9 @@ class Reordered(Focus):
         return self._kept
 
     def complete(self, x: Tensor) -> Tensor:
-        return self.order.undo(x)
+        return x if self.order is None else self.order.undo(x)
 
     def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
-        assert self.index is not None
+        if self.index is None:
+            return None
         return joint_index(self.index, self.index.shape[1], length, offsets)

@@ -159,15 +159,20 @@ class SparseAttention:
             layer.dense_count = layer.counts[STEP if layer.scheduled else LAYER]
 
     def order(self, grid: tuple[int, int, int], device: torch.device) -> TokenOrder | None:
-        """The order that the tokens of this grid run in; None: raster."""
-        tile = self.config.order
-        return None if tile == "raster" else tile_order(grid, tile, device)  # type: ignore[arg-type]
+        """The order that the tokens of this grid run in; None: raster, as where no layer runs sparse."""
+        tile = self.config.tile_of(grid)
+        return tile_order(grid, tile, device) if tile and self._pays(grid, device) else None
 
     def tile(self, grid: tuple[int, int, int], device: torch.device) -> int | None:
         """Tokens of this grid that are best selected together: query blocks, if any layer runs sparse."""
-        layers = self.layers.values()
-        sparse = any(x.scheduled and self._shortest(x, device) <= math.prod(grid) for x in layers)
-        return self.config.block_q if sparse else None
+        return self.config.block_q if self._pays(grid, device) else None
+
+    def _pays(self, grid: tuple[int, int, int], device: torch.device) -> bool:
+        tokens = math.prod(grid)
+        return tokens > self.config.block_k and any(
+            layer.scheduled and self._shortest(layer, device) <= tokens
+            for layer in self.layers.values()
+        )
 
     def _shortest(self, layer: LayerAttention, device: torch.device) -> int:
         config = self.config
