@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.models import Family
+from dit_accel.models import Family, by_name
 from dit_accel.models.clock import Clock
 from dit_accel.ras import RegionAdaptiveSampling
 from dit_accel.sla import Reordered, SparseAttention
@@ -36,8 +36,7 @@ class Session:
             if self.ras is not None:
                 processor.kv_store = self.ras.stores[name]
             layer.module.set_processor(processor)
-        if self.sla is not None:
-            self.sla.attach(self._attention_modules())
+        self._attach_weights()
         for module in self.cross.values():
             module.set_processor(family.cross_processor(module.processor))
         self._installed = {name: module.processor for name, module in self._modules()}
@@ -63,6 +62,16 @@ class Session:
     def _attention_modules(self) -> dict[str, nn.Module]:
         return {name: layer.module for name, layer in self.layers.items()}
 
+    def _attach_weights(self) -> None:
+        if self.sla is not None and self.sla.config.has_weights:
+            self.sla.attach(self._attention_modules())
+            _reapply_group_offloading(self.transformer)
+
+    def _detach_weights(self) -> None:
+        if self.sla is not None and self.sla.config.has_weights:
+            self.sla.detach(self._attention_modules())
+            _reapply_group_offloading(self.transformer)
+
     @property
     def ras_config(self) -> RASConfig | None:
         return None if self.ras is None else self.ras.config
@@ -82,10 +91,10 @@ class Session:
                     f"pipe.transformer.{name}: processor {kind}; accepted: {', '.join(self.family.stock_processors)} "
                     "(restore it before enable)"
                 )
-            if getattr(module.processor, "_parallel_config", None) is not None:
-                raise ValueError(
-                    "pipe.transformer: context parallelism is on; accepted: a single device"
-                )
+        if self._context_parallel(transformer):
+            raise ValueError(
+                "pipe.transformer: context parallelism is on; accepted: a single device"
+            )
         if ras is not None and getattr(transformer, "is_cache_enabled", False):
             raise ValueError(
                 "ras: a step cache of diffusers is on, and both decide what a step computes; "
@@ -94,10 +103,18 @@ class Session:
         if ras is not None and sla is not None and ras.kv_cache != "full":
             raise ValueError(f"kv_cache={ras.kv_cache!r}: accepted with sparse attention is 'full'")
 
+    def _context_parallel(self, transformer: Any) -> bool:
+        config = getattr(transformer, "_parallel_config", None)
+        return getattr(config, "context_parallel_config", None) is not None or any(
+            getattr(module.processor, "_parallel_config", None) is not None
+            for _, module in self._modules()
+        )
+
     @torch.compiler.disable
     def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the transformer."""
-        call = self.family.call(transformer, args, kwargs)
+        arguments = by_name(transformer, args, kwargs)
+        call = self.family.call(transformer, arguments)
         if self.clock.tick(transformer, call.context, call.variant):
             self._begin_run(transformer)
         grid = self.family.token_grid(transformer, call.hidden_states)
@@ -106,7 +123,6 @@ class Session:
             self.sla.begin_step(self.clock.step, self.clock.num_steps, grid, device)
             if self.reordered is not None:
                 self.reordered.begin_call(call, self.sla.order(grid, device))
-                kwargs = self.family.focus_inputs(self.reordered, kwargs)
         if self.ras is not None:
             if torch.is_grad_enabled():
                 raise RuntimeError(
@@ -116,8 +132,11 @@ class Session:
             guidance = bool(getattr(self.clock.pipe, "do_classifier_free_guidance", True))
             contexts = 2 if guidance and self.family.separate_guidance else 1
             self.ras.begin_call(self.clock, call, grid, contexts)
-            kwargs = self.family.focus_inputs(self.ras, kwargs)
-        return args, kwargs
+        if (focus := self.ras or self.reordered) is not None:
+            focused = self.family.focus_inputs(focus, arguments)
+            if focused is not arguments:
+                return (), focused
+        return None
 
     def _begin_run(self, transformer: Any) -> None:
         for name, module in self._modules():
@@ -125,6 +144,11 @@ class Session:
                 raise RuntimeError(
                     f"the processor of {name} was changed after enable: call disable() first"
                 )
+        if self._context_parallel(transformer):
+            raise RuntimeError(
+                "context parallelism was switched on after enable, and splits the tokens that acceleration "
+                "needs: call disable() first"
+            )
         if self.sla is not None:
             self.sla.reset()
         if self.ras is not None:
@@ -140,6 +164,8 @@ class Session:
         """Forward hook of the transformer, called after a failure too."""
         if self.reordered is not None:
             self.reordered.end_call()
+        if self.sla is not None:
+            self.sla.end_step()
         if self.ras is None:
             return
         for module in self.cross.values():
@@ -151,11 +177,22 @@ class Session:
         """Put back what was there; processors that somebody else set stay."""
         for hook in self._hooks:
             hook.remove()
-        if self.sla is not None:
-            self.sla.detach(self._attention_modules())
+        self._detach_weights()
         for name, module in self._modules():
             ours = self._installed[name]
             if module.processor is ours:
                 if hasattr(ours, "_attention_backend"):
                     ours.stock._attention_backend = ours._attention_backend
                 module.set_processor(ours.stock)
+
+
+def _reapply_group_offloading(transformer: nn.Module) -> None:
+    """Parameters came or went, and diffusers' group offloading with streams knows those that it has seen."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in transformer.modules())
+    hooks = (x.get_hook("group_offloading") for x in registries if x is not None)
+    hook = next((x for x in hooks if x is not None), None)
+    # Files that it has written before would be read under the names of other parameters.
+    if hook is not None and hook.config.offload_to_disk_path is None:
+        from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+        _maybe_remove_and_reapply_group_offloading(transformer)

@@ -4,7 +4,7 @@ import importlib
 
 from torch import nn
 
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus
+from dit_accel.models.family import AttentionLayer, Call, Family, Focus, by_name
 from dit_accel.models.tokens import TokenOrder, joint_index
 
 FAMILIES = {
@@ -21,6 +21,7 @@ __all__ = [
     "Family",
     "Focus",
     "TokenOrder",
+    "by_name",
     "family_of",
     "joint_index",
 ]

@@ -1,5 +1,6 @@
 """`Family`: what acceleration asks of a model, and `Focus`: what a model asks of acceleration."""
 
+import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
@@ -116,11 +117,11 @@ class Family:
         """The processor for cross-attention; its `text` holds keys and values computed before."""
         raise NotImplementedError
 
-    def call(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
-        """What this call of the transformer is.
+    def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
+        """What a call of the transformer with these arguments is (see `by_name`).
 
         Raises:
-            ValueError: it uses something that region-adaptive sampling cannot follow.
+            ValueError: it uses something that acceleration cannot follow.
         """
         raise NotImplementedError
 
@@ -138,9 +139,10 @@ class Family:
         """Channels of the output at each latent position."""
         return transformer.out_channels
 
-    def focus_inputs(self, focus: Focus, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of the transformer with token-wise ones reduced to the active tokens."""
-        return kwargs
+    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the transformer with token-wise ones reduced to the tokens that run; the very
+        same where there are none."""
+        return arguments
 
     def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
         """Registers the hooks that gather after embedding and complete the output; their handles."""
@@ -156,9 +158,11 @@ class Family:
         return 0.0
 
 
-def argument(args: tuple, kwargs: dict[str, Any], name: str, position: int) -> Any:
-    """An argument given by position or by name."""
-    return kwargs[name] if name in kwargs else args[position]
+def by_name(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of the transformer by name."""
+    # Of the class: offloading and caches put functions of their own in the place of a module's forward.
+    _, *names = inspect.signature(type(transformer).forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def after(module: nn.Module, change: Callable[..., Any], *state: Any) -> Any:

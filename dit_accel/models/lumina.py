@@ -13,7 +13,6 @@ from dit_accel.models.family import (
     Family,
     Focus,
     after,
-    argument,
     computed_once,
     grouped_attention,
 )
@@ -43,11 +42,11 @@ class LuminaNext(Family):
     def cross_processor(self, stock: Any) -> Any:
         return LuminaTextAttnProcessor(stock)
 
-    def call(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
-        table = argument(args, kwargs, "image_rotary_emb", 4)
+    def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
+        table = arguments["image_rotary_emb"]
         return Call(
-            argument(args, kwargs, "hidden_states", 0),
-            argument(args, kwargs, "encoder_hidden_states", 2),
+            arguments["hidden_states"],
+            arguments["encoder_hidden_states"],
             transformer.config.in_channels,
             # The pipeline changes its rotary table at `scaling_watershed`; cached keys are rotated.
             # It makes the table on the CPU, so looking into it waits for no device.

@@ -14,7 +14,6 @@ from dit_accel.models.family import (
     Family,
     Focus,
     after,
-    argument,
     before,
     grouped_attention,
 )
@@ -41,10 +40,10 @@ class Lumina2(Family):
     def processor(self, stock: Any) -> Any:
         return Lumina2SparseAttnProcessor(stock)
 
-    def call(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+    def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
         return Call(
-            argument(args, kwargs, "hidden_states", 0),
-            argument(args, kwargs, "encoder_hidden_states", 2),
+            arguments["hidden_states"],
+            arguments["encoder_hidden_states"],
             transformer.config.in_channels,
         )
 

@@ -13,7 +13,6 @@ from dit_accel.models.family import (
     Family,
     Focus,
     after,
-    argument,
     projections,
 )
 
@@ -40,25 +39,25 @@ class StableDiffusion3(Family):
     def processor(self, stock: Any) -> Any:
         return SD3SparseAttnProcessor(stock)
 
-    def call(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
-        if "ip_adapter_image_embeds" in (kwargs.get("joint_attention_kwargs") or {}):
+    def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
+        if "ip_adapter_image_embeds" in (arguments.get("joint_attention_kwargs") or {}):
             raise ValueError(
-                "ip_adapter_image_embeds: IP-Adapter does not work with region-adaptive sampling"
+                "ip_adapter_image_embeds: IP-Adapter does not work with acceleration; disable() first"
             )
-        skipped = kwargs.get("skip_layers")
+        skipped = arguments.get("skip_layers")
         return Call(
-            argument(args, kwargs, "hidden_states", 0),
-            argument(args, kwargs, "encoder_hidden_states", 1),
+            arguments["hidden_states"],
+            arguments["encoder_hidden_states"],
             transformer.config.in_channels,
             # Skip-layer guidance calls a third time, with the plain batch.
             variant=None if skipped is None else tuple(skipped),
         )
 
-    def focus_inputs(self, focus: Focus, kwargs: dict[str, Any]) -> dict[str, Any]:
-        residuals = kwargs.get("block_controlnet_hidden_states")
+    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
+        residuals = arguments.get("block_controlnet_hidden_states")
         if residuals is None:
-            return kwargs
-        return {**kwargs, "block_controlnet_hidden_states": [focus.take(x) for x in residuals]}
+            return arguments
+        return {**arguments, "block_controlnet_hidden_states": [focus.take(x) for x in residuals]}
 
     def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
         return [

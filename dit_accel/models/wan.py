@@ -14,7 +14,6 @@ from dit_accel.models.family import (
     Family,
     Focus,
     after,
-    argument,
     before,
     computed_once,
     projections,
@@ -45,15 +44,15 @@ class Wan(Family):
     def cross_processor(self, stock: Any) -> Any:
         return WanTextAttnProcessor(stock)
 
-    def call(self, transformer: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
-        timestep = argument(args, kwargs, "timestep", 1)
+    def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
+        timestep = arguments["timestep"]
         if timestep.ndim > 1:
             raise ValueError(
                 f"timestep: shape {tuple(timestep.shape)}, one for each token (Wan2.2 TI2V); accepted is one for each sample"
             )
         return Call(
-            argument(args, kwargs, "hidden_states", 0),
-            argument(args, kwargs, "encoder_hidden_states", 2),
+            arguments["hidden_states"],
+            arguments["encoder_hidden_states"],
             transformer.config.out_channels,
         )
 

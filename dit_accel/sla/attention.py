@@ -1,10 +1,12 @@
 """`SparseLinearAttention`: one attention layer that reads its critical blocks exactly and the others cheaply."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,17 +23,19 @@ from dit_accel.kernels import (
 Text = Literal["none", "first", "last"]
 
 
-class Projection(nn.Linear):
-    """A linear layer, zero at first, that gives its weights to a kernel instead of applying them.
+class Projection(nn.Module):
+    """Weights of a linear layer, zero at first, that a kernel applies.
 
-    They are asked for by a call, so that offloading hooks bring them.
+    They are asked for by a call, so that offloading hooks bring them. No `nn.Linear`, so that nobody wraps
+    or casts it as one: LoRA on all linear layers, 8-bit storage, quantisation.
     """
 
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, width))
+        self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.bias
 
 
@@ -49,7 +53,8 @@ class SparseLinearAttention(nn.Module):
         topk: of this layer. Default: that of the config.
 
     Attributes:
-        proj_l: for `combine="proj"`, a linear layer on the linear branch's output, zero at first.
+        proj_l: for `combine="proj"`, weight and bias of a linear layer on the linear branch's output, zero
+            at first.
         alpha_logit: for `combine="alpha"`, `[heads]`; sigmoid of it is the share of the exact branch. The
             first call measures it as the mean attention mass that the plan reads, unless weights are loaded.
         router: ranks key blocks, with the arguments of `block_scores`.
@@ -65,8 +70,9 @@ class SparseLinearAttention(nn.Module):
         self.topk = config.topk if topk is None else topk
         self.router: Callable[..., Tensor] = block_scores
         self.calibrated = True
+        self._measured: Tensor | None = None
         if config.combine == "proj":
-            self.proj_l = Projection(head_dim, head_dim)
+            self.proj_l = Projection(head_dim)
         elif config.combine == "alpha":
             self.alpha_logit = nn.Parameter(torch.zeros(heads))
             self.calibrated = False
@@ -214,13 +220,41 @@ class SparseLinearAttention(nn.Module):
         # The epsilon keeps floor(.29 * 100) at 29: the product is 28.999999999999996 in binary.
         return max(1, math.floor(self.topk * blocks + 1e-9)) / blocks
 
-    @torch.compiler.disable
+    @torch.compiler.disable(
+        reason="combine='alpha' measures the share of its exact branch in the first sparse call, which "
+        "cannot be compiled whole: run the pipeline once before you compile it, or load weights"
+    )
     @torch.no_grad()
     def _calibrate(self, q: Tensor, k: Tensor, plan: SparsePlan, scale: float | None) -> None:
         mass = plan.recall(q, k, scale=scale).mean(0)
         # Strictly inside (0, 1), where sigmoid has a gradient.
-        self.alpha_logit.copy_(mass.float().clamp(1e-3, 1 - 1e-3).logit())
+        self._measured = mass.float().clamp(1e-3, 1 - 1e-3).logit()
+        self.alpha_logit.copy_(self._measured)
         self.calibrated = True
+
+    @torch.no_grad()
+    def keep_measured(self) -> None:
+        """To be called when a forward of the whole model is over: offloading has put back what it keeps.
+
+        Raises:
+            RuntimeError: it keeps weights where nothing can be written (on a disk).
+        """
+        if self._measured is None:
+            return
+        measured, self._measured = self._measured.cpu(), None
+        for _ in range(
+            2
+        ):  # the second time round tells whether what the first one wrote has lasted
+            offloaded = self.alpha_logit.device.type == "meta"
+            with align_module_device(self, "cpu") if offloaded else contextlib.nullcontext():
+                if torch.equal(self.alpha_logit.cpu(), measured):
+                    return
+                self.alpha_logit.copy_(measured)
+        self.calibrated = False
+        raise RuntimeError(
+            "combine='alpha': what the first sparse call measured cannot be written to offloaded weights; "
+            "run the pipeline once before you offload it, or load weights"
+        )
 
 
 def _loaded(module: nn.Module, keys: Any) -> None:

@@ -61,6 +61,10 @@ class Reordered(Focus):
     def per_context(self) -> dict[str, Any]:
         return self._kept
 
+    def take(self, x: Tensor) -> Tensor:
+        # What is the same for all rows stays one row.
+        return x if self.order is None else self.order.apply(x)
+
     def complete(self, x: Tensor) -> Tensor:
         return x if self.order is None else self.order.undo(x)
 

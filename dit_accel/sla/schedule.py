@@ -35,7 +35,7 @@ class LayerAttention:
     """The seam `attend` of one attention processor.
 
     All that changes between calls is set before the transformer runs, and counts are tensors: a compiled
-    block serves every layer and step.
+    block serves every layer, step and image size.
     """
 
     def __init__(self, module: SparseLinearAttention, scheduled: bool) -> None:
@@ -43,8 +43,9 @@ class LayerAttention:
         self.scheduled = scheduled
         """Whether the schedule lets this layer run sparse on some step."""
         self.dense = True
-        self.tokens = 0
-        """Image tokens among the keys."""
+        self.image = torch.empty(0, 0)
+        """`[N, 0]`: image tokens among the keys. A shape, which compiled blocks take as it comes: the numbers
+        that they find in an object are theirs for good."""
         self.shortest = 0
         """Keys from which sparse attention pays."""
         self.store: Any = None
@@ -68,12 +69,12 @@ class LayerAttention:
         scale: float | None = None,
     ) -> Float[Tensor, "b h l_q d_v"] | None:
         """Sparse attention, or None where this call has to run dense; either way it is counted."""
-        block = self.module.config.block_k
+        tokens = self.image.shape[0]
         if self.dense:
             self.dense_count.add_(1)
         elif masked:
             self.counts[MASK].add_(1)
-        elif self.tokens <= block:
+        elif tokens <= self.module.config.block_k:
             self.counts[SHORT].add_(1)
         elif k.shape[2] < self.shortest:
             self.counts[CROSSOVER].add_(1)
@@ -83,7 +84,7 @@ class LayerAttention:
                 k,
                 v,
                 text=text,
-                text_tokens=k.shape[2] - self.tokens,
+                text_tokens=k.shape[2] - tokens,
                 scale=scale,
                 state=None if self.store is None else self.store.totals,
             )
@@ -153,10 +154,16 @@ class SparseAttention:
                 layer.shortest = self._shortest(layer, device)
         dense_step = step < num_steps_of(self.config.dense_steps, num_steps)
         self._tokens = math.prod(grid)
+        image = torch.empty(self._tokens, 0, device=device)
         for layer in self.layers.values():
-            layer.tokens = self._tokens
+            layer.image = image
             layer.dense = dense_step or not layer.scheduled
             layer.dense_count = layer.counts[STEP if layer.scheduled else LAYER]
+
+    def end_step(self) -> None:
+        """The transformer call is over."""
+        for layer in self.layers.values():
+            layer.module.keep_measured()
 
     def order(self, grid: tuple[int, int, int], device: torch.device) -> TokenOrder | None:
         """The order that the tokens of this grid run in; None: raster, as where no layer runs sparse."""

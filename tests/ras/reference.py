@@ -3,7 +3,7 @@ would not have computed is replaced by its prediction. Slow, and independent of 
 
 import torch
 
-from dit_accel.models import family_of
+from dit_accel.models import by_name, family_of
 
 
 class Remembered:
@@ -60,7 +60,7 @@ class Reference:
         transformer.register_forward_pre_hook(self.begin, with_kwargs=True)
 
     def begin(self, transformer, args, kwargs):
-        call = self.family.call(transformer, args, kwargs)
+        call = self.family.call(transformer, by_name(transformer, args, kwargs))
         self.context = call.context
         key = (id(call.context), call.variant)
         self.key = key

@@ -23,7 +23,7 @@ RAS = {"ratio": 0.4, "warmup": 2, "tail": 1, "resets": (6,)}
 
 def sla(**changed):
     """Sparse in every step and layer."""
-    base = {"topk": 0.3, "block_q": 16, "block_k": 16, "crossover": "never"}
+    base = {"topk": 0.3, "block_q": 16, "block_k": 16, "order": "raster", "crossover": "never"}
     return {**base, "dense_steps": 0, "dense_layers": 0, **changed}
 
 
@@ -46,9 +46,9 @@ def randomise(pipe):
 @pytest.mark.parametrize(("combine", "scope"), [m for m in MODES if m != ("alpha", "all")])
 def test_reading_everything_equals_plain(family, order, combine, scope):
     pipe = make(family)
-    plain = run(pipe, family)
+    plain = run(pipe, family, steps=4)
     dit_accel.enable(pipe, sla=sla(topk=1.0, order=order, combine=combine, linear_scope=scope))
-    assert relative(run(pipe, family), plain) < 1e-5
+    assert relative(run(pipe, family, steps=4), plain) < 1e-5
     report = dit_accel.summary(pipe, strict=True)
     assert report.overall_density == 1
     assert not report.dense_calls
@@ -64,11 +64,11 @@ def test_an_order_of_the_whole_forward_equals_one_around_each_attention(
     settings = sla(combine=combine, linear_scope=scope)
     dit_accel.enable(pipe, sla={**settings, "order": TILE})
     randomise(pipe)
-    latents = run(pipe, family)
+    latents = run(pipe, family, steps=4)
     dit_accel.disable(pipe)
     dit_accel.enable(pipe, sla=settings)
     randomise(pipe)
-    assert relative(run(pipe, family), latents) > 1e-4
+    assert relative(run(pipe, family, steps=4), latents) > 1e-4
     grid = (3, 7, 9) if family == "wan" else (1, 11, 13)
     order = tile_order(grid, TILE, torch.device("cpu"))
 
@@ -87,12 +87,15 @@ def test_an_order_of_the_whole_forward_equals_one_around_each_attention(
 
     for module in sparse(pipe).modules.values():
         monkeypatch.setattr(module, "forward", around(module.forward))
-    assert relative(run(pipe, family), latents) < 1e-5
+    assert relative(run(pipe, family, steps=4), latents) < 1e-5
 
 
 @every_family
 @every_order
-@pytest.mark.parametrize(("combine", "scope"), MODES)
+@pytest.mark.parametrize(
+    ("combine", "scope"),
+    [("shared_softmax", "complement"), ("proj", "all"), ("alpha", "marginal")],
+)
 def test_ratio_one_equals_sparse_attention_alone(family, order, combine, scope):
     pipe = make(family)
     settings = sla(order=order, combine=combine, linear_scope=scope)
@@ -134,13 +137,21 @@ def test_reading_everything_equals_region_adaptive_sampling_alone(family, order,
     assert relative(run(pipe, family, prompts=(0, 1)), latents) < 2e-5
 
 
-@every_family
-@every_order
-@pytest.mark.parametrize("scope", ["marginal", "complement", "all"])
-def test_totals_of_fifty_steps_equal_sums_over_all_keys(family, order, scope, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "order", "scope", "steps"),
+    [
+        ("wan", TILE, "complement", 50),
+        ("wan", "raster", "marginal", 12),
+        *((family, TILE, "complement", 12) for family in FAMILIES[1:]),
+        ("lumina2", "raster", "all", 12),
+        ("sd3", "raster", "all", 12),
+    ],
+)
+def test_totals_of_many_steps_equal_sums_over_all_keys(family, order, scope, steps, monkeypatch):
     pipe = make(family)
     ras = {**RAS, "resets": [], "kv_predictor": "hold", "predictor": "hold"}
-    dit_accel.enable(pipe, sla=sla(combine="proj", linear_scope=scope, order=order), ras=ras)
+    settings = sla(combine="proj", linear_scope=scope, order=order)
+    dit_accel.enable(pipe, sla=settings, ras=ras)
     randomise(pipe)
     errors = []
 
@@ -158,13 +169,13 @@ def test_totals_of_fifty_steps_equal_sums_over_all_keys(family, order, scope, mo
 
     for module in sparse(pipe).modules.values():
         monkeypatch.setattr(module, "forward", checked(module.forward))
-    latents = run(pipe, family, steps=50)
+    latents = run(pipe, family, steps=steps)
     report = dit_accel.summary(pipe, strict=True)
-    assert len(errors) == report.sparse_calls > 50 * len(report.layers) - 1
+    assert len(errors) == report.sparse_calls >= steps * len(report.layers)
     assert max(errors) < 1e-5
     for store in control.session_of(pipe).ras.stores.values():
         store.feature_map = None  # nobody keeps totals now
-    assert relative(run(pipe, family, steps=50), latents) < 1e-4
+    assert relative(run(pipe, family, steps=steps), latents) < 1e-4
 
 
 @every_family
