@@ -83,7 +83,7 @@ def rows_of(pipe: Any, prompts: list[str], sampling: dict[str, Any], what: str) 
     return rows
 
 
-images = SparseStableDiffusion3Pipeline.from_pretrained(asset("tiny-sd3"))
+images = SparseStableDiffusion3Pipeline.from_pretrained(asset("tiny-sd3"), sla=None)
 clips = SparseWanPipeline.from_pretrained(asset("tiny-wan"), sla=None)
 rows = rows_of(images, IMAGES, IMAGE_SAMPLING, "tiny-sd3")
 rows += rows_of(clips, [CLIP], SAMPLING, "tiny-wan, frames of one clip")
