@@ -103,12 +103,12 @@ def test_the_command_line_judges_stills_of_a_folder_as_stills(toy, tmp_path, cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["judge", "--model", "MODEL", "--output", "TMP/report.json", "--sla", "fast"], "sla"),
+        (["judge", "--model", "MODEL", "--output", "TMP/report.json", "--sla", "fats"], "sla"),
         (["train", "--model", "tiny-sd3", "--output-dir", "TMP/a", "--vae-steps", "1"], "model"),
         (["train", "--output-dir", "TMP/a", "--image.vae-steps", "1"], "model"),
         (["train", "--model", "tiny-sd3", "--output-dir", "TOY", "--device", "cpu"], "output_dir"),
     ],
-    ids=["sparse stills", "recipe of the clips", "recipe of the stills", "taken"],
+    ids=["a preset that is none", "recipe of the clips", "recipe of the stills", "taken"],
 )
 def test_bad_command_lines_are_named_before_any_work(toy, tmp_path, capsys, arguments, message):
     places = {"MODEL": str(toy / "model"), "TMP": str(tmp_path), "TOY": str(toy)}
