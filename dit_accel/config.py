@@ -16,8 +16,9 @@ CROSSOVERS = ("auto", "never")
 SELECTIONS = ("age", "std", "l2norm", "random")
 SECTIONS = ("ras", "sla")
 CLIP_TILES = {16: (4, 2, 2), 32: (8, 2, 2), 64: (4, 2, 8), 128: (4, 4, 8)}
-"""Of clips, by tokens per block: had lower errors of attention outputs than raster on trained models, which
-square tiles of images did not."""
+IMAGE_TILES = {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8), 128: (1, 8, 16)}
+"""order="auto", by tokens per block: what did better than raster on the trained models (images at 64 tokens:
+as well)."""
 LINEAR_KV_FROM = 20
 """Steps from which extrapolated keys and values were measured to pay (kv_predictor="auto")."""
 FEW_UPDATES, RESETS = 10, (0.3, 0.5)
@@ -274,7 +275,7 @@ class SLAConfig(_Config):
     """Of the linear attention."""
     order: str | tuple[int, ...] | list[int] = "auto"
     """Token order: "raster", a tile shape (t, h, w) in latent tokens whose product is the block, or "auto":
-    tiles of four frames on clips, raster on images."""
+    tiles of some frames on clips, square tiles on images."""
     dense_steps: int | float = 0.1
     """First denoising steps that stay dense: a fraction of the steps (rounded up) or a number."""
     dense_layers: int | tuple[int, ...] | list[int] = 1
@@ -374,7 +375,7 @@ class SLAConfig(_Config):
     def tile_of(self, grid: tuple[int, int, int]) -> tuple[int, int, int] | None:
         """The tile shape on a grid of tokens (t, h, w); None: raster."""
         if self.order == "auto":
-            return CLIP_TILES[self.block_q] if grid[0] > 1 else None
+            return (CLIP_TILES if grid[0] > 1 else IMAGE_TILES)[self.block_q]
         return None if self.order == "raster" else self.order  # type: ignore[return-value]
 
     def layer_topk(self, layer: int, num_layers: int) -> float | int | None:

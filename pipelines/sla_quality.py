@@ -12,7 +12,7 @@ from quality_subject import METRICS, Subject, mean_interval
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from dit_accel.config import CLIP_TILES, SLAConfig
+from dit_accel.config import CLIP_TILES, IMAGE_TILES, SLAConfig
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
 from dit_accel.kernels import SparsePlan
@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 DENSITIES = (0.5, 0.25, 0.125, 0.05)
 TILES = {
     "video": {block: CLIP_TILES[block] for block in (16, 32, 64)},
-    "still": {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8)},
+    "still": {block: IMAGE_TILES[block] for block in (16, 32, 64)},
 }
 RANDOM = "random plan"
 

@@ -62,9 +62,10 @@ def test_a_bad_value_is_refused_by_field_name_and_accepted_values(name, value):
 
 def test_the_order_follows_the_grid_unless_it_is_named():
     for block in (16, 32, 64, 128):
-        tile = SLAConfig(block_q=block).tile_of((2, 8, 8))
-        assert tile[0] * tile[1] * tile[2] == block
-        assert SLAConfig(block_q=block).tile_of((1, 8, 8)) is None
+        for frames in (1, 2):
+            tile = SLAConfig(block_q=block).tile_of((frames, 8, 8))
+            assert tile[0] * tile[1] * tile[2] == block
+            assert (tile[0] == 1) == (frames == 1)
     assert SLAConfig(order="raster").tile_of((2, 8, 8)) is None
     assert SLAConfig(order=(4, 4, 4)).tile_of((1, 8, 8)) == (4, 4, 4)
 
