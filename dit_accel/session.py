@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.models import Family, by_name
+from dit_accel.models import Family, Hook, by_name
 from dit_accel.models.clock import Clock
 from dit_accel.ras import RegionAdaptiveSampling
 from dit_accel.sla import Reordered, SparseAttention
@@ -29,6 +29,7 @@ class Session:
         self.reordered: Reordered | None = None
         if sla is not None and sla.order != "raster" and ras is None:
             self.reordered = Reordered()
+        self._focus = self.ras or self.reordered
         for name, layer in self.layers.items():
             processor = family.processor(layer.module.processor)
             if self.sla is not None:
@@ -44,8 +45,7 @@ class Session:
             transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             transformer.register_forward_hook(self.after_forward, always_call=True),
         ]
-        if (focus := self.ras or self.reordered) is not None:
-            self._hooks += family.hooks(transformer, focus)
+        self._focus_hooks = self._hook_focus(transformer)
 
     def _region_adaptive(self, config: RASConfig) -> RegionAdaptiveSampling:
         """Under sparse attention it selects whole query blocks, in sparse attention's token order."""
@@ -58,6 +58,20 @@ class Session:
                 store.feature_map = sla.config.feature_map
                 sla.layers[name].store = store
         return ras
+
+    def _hook_focus(self, transformer: nn.Module) -> list[tuple[str, Hook]]:
+        """The hooks that gather and complete, by the names of their modules."""
+        if self._focus is None:
+            return []
+        names = {module: name for name, module in transformer.named_modules()}
+        return [(names[x.module], x) for x in self.family.hooks(transformer, self._focus)]
+
+    def _follow_modules(self, transformer: nn.Module) -> None:
+        """Adapters such as LoRA put modules of their own around those that have our hooks."""
+        if any(transformer.get_submodule(name) is not x.module for name, x in self._focus_hooks):
+            for _, hook in self._focus_hooks:
+                hook.remove()
+            self._focus_hooks = self._hook_focus(transformer)
 
     def _attention_modules(self) -> dict[str, nn.Module]:
         return {name: layer.module for name, layer in self.layers.items()}
@@ -113,6 +127,7 @@ class Session:
     @torch.compiler.disable
     def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the transformer."""
+        self._follow_modules(transformer)
         arguments = by_name(transformer, args, kwargs)
         call = self.family.call(transformer, arguments)
         if self.clock.tick(transformer, call.context, call.variant):
@@ -132,8 +147,8 @@ class Session:
             guidance = bool(getattr(self.clock.pipe, "do_classifier_free_guidance", True))
             contexts = 2 if guidance and self.family.separate_guidance else 1
             self.ras.begin_call(self.clock, call, grid, contexts)
-        if (focus := self.ras or self.reordered) is not None:
-            focused = self.family.focus_inputs(focus, arguments)
+        if self._focus is not None:
+            focused = self.family.focus_inputs(self._focus, arguments)
             if focused is not arguments:
                 return (), focused
         return None
@@ -175,7 +190,7 @@ class Session:
 
     def remove(self) -> None:
         """Put back what was there; processors that somebody else set stay."""
-        for hook in self._hooks:
+        for hook in [*self._hooks, *(x for _, x in self._focus_hooks)]:
             hook.remove()
         self._detach_weights()
         for name, module in self._modules():

@@ -175,6 +175,29 @@ def make(family, solver="euler"):
     return pipe
 
 
+BLOCKS = {
+    "wan": lambda t: t.blocks,
+    "sd3": lambda t: t.transformer_blocks,
+    "sd35": lambda t: t.transformer_blocks,
+    "lumina": lambda t: t.layers,
+    "lumina2": lambda t: [*t.noise_refiner, *t.layers],
+}
+
+
+def compile_blocks(pipe, family, backend="aot_eager", **options):
+    """Compiles the repeated blocks; the counter of graphs."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend(backend)
+    options = {"backend": counter, "fullgraph": True, **options}
+    if family == "wan":
+        pipe.transformer.compile_repeated_blocks(**options)
+    else:  # diffusers names no repeated blocks for the others
+        for block in BLOCKS[family](pipe.transformer):
+            block.compile(**options)
+    return counter
+
+
 def embeddings(family, prompts):
     """Random embeddings of numbered prompts; the text of prompt i has 5 + i tokens in the Luminas."""
     rows, masks = [], []
@@ -212,6 +235,18 @@ def run(pipe, family, prompts=(0,), *, height=None, width=None, steps=10, guidan
         | changed
     )
     return out.frames if family == "wan" else out.images
+
+
+def randomise(pipe):
+    """Weights of sparse attention as if they were trained."""
+    from dit_accel import control
+
+    generator = torch.Generator().manual_seed(8)
+    for module in control.session_of(pipe).sla.modules.values():
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.normal_(std=0.2, generator=generator)
+        module.calibrated = True
 
 
 def relative(a, b):

@@ -4,7 +4,7 @@ import importlib
 
 from torch import nn
 
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, by_name
+from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, by_name
 from dit_accel.models.tokens import TokenOrder, joint_index
 
 FAMILIES = {
@@ -20,6 +20,7 @@ __all__ = [
     "Call",
     "Family",
     "Focus",
+    "Hook",
     "TokenOrder",
     "by_name",
     "family_of",

@@ -144,8 +144,8 @@ class Family:
         same where there are none."""
         return arguments
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
-        """Registers the hooks that gather after embedding and complete the output; their handles."""
+    def hooks(self, transformer: Any, focus: Focus) -> "list[Hook]":
+        """Registers the hooks that gather after embedding and complete the output."""
         raise NotImplementedError
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
@@ -165,10 +165,22 @@ def by_name(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def after(module: nn.Module, change: Callable[..., Any], *state: Any) -> Any:
+@dataclass(frozen=True)
+class Hook:
+    """A forward hook, and the module that it is on."""
+
+    module: nn.Module
+    handle: Any
+
+    def remove(self) -> None:
+        """Take it off."""
+        self.handle.remove()
+
+
+def after(module: nn.Module, change: Callable[..., Any], *state: Any) -> Hook:
     """Replaces a module's output by `change(*state, output)`."""
     # partial, not a closure: a deep copy of the module then has a deep copy of the state.
-    return module.register_forward_hook(partial(_changed, change, state))
+    return Hook(module, module.register_forward_hook(partial(_changed, change, state)))
 
 
 def _changed(
@@ -177,9 +189,10 @@ def _changed(
     return change(*state, output)
 
 
-def before(module: nn.Module, change: Callable[..., Any], *state: Any) -> Any:
+def before(module: nn.Module, change: Callable[..., Any], *state: Any) -> Hook:
     """Replaces a module's arguments by `change(*state, args, kwargs)`, a pair."""
-    return module.register_forward_pre_hook(partial(_prepared, change, state), with_kwargs=True)
+    hook = partial(_prepared, change, state)
+    return Hook(module, module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
 def _prepared(

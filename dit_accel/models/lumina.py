@@ -12,6 +12,7 @@ from dit_accel.models.family import (
     Call,
     Family,
     Focus,
+    Hook,
     after,
     computed_once,
     grouped_attention,
@@ -53,7 +54,7 @@ class LuminaNext(Family):
             epoch=tuple(table[1, 1].tolist()) if table.device.type == "cpu" else None,
         )
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
+    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
         return [
             after(transformer.patch_embedder, _embedded, focus, transformer.layers),
             after(transformer.norm_out, focus.complete),

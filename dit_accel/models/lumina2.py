@@ -13,6 +13,7 @@ from dit_accel.models.family import (
     Call,
     Family,
     Focus,
+    Hook,
     after,
     before,
     grouped_attention,
@@ -47,7 +48,7 @@ class Lumina2(Family):
             transformer.config.in_channels,
         )
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
+    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
         refiners = transformer.context_refiner
         return [
             before(transformer.rope_embedder, _shrink_tables, focus, transformer.config.patch_size),

@@ -12,6 +12,7 @@ from dit_accel.models.family import (
     Call,
     Family,
     Focus,
+    Hook,
     after,
     projections,
 )
@@ -59,7 +60,7 @@ class StableDiffusion3(Family):
             return arguments
         return {**arguments, "block_controlnet_hidden_states": [focus.take(x) for x in residuals]}
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
+    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
         return [
             after(transformer.pos_embed, focus.take),
             after(transformer.proj_out, focus.complete),

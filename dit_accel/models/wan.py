@@ -13,6 +13,7 @@ from dit_accel.models.family import (
     Call,
     Family,
     Focus,
+    Hook,
     after,
     before,
     computed_once,
@@ -71,7 +72,7 @@ class Wan(Family):
     def output_channels(self, transformer: Any) -> int:
         return transformer.config.out_channels
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Any]:
+    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
         hooks = [
             before(transformer.rope, _shrink_rope, focus, tuple(transformer.config.patch_size)),
             after(transformer.rope, _rope, focus),

@@ -11,6 +11,7 @@ from dit_accel.models import Call, Focus, TokenOrder, joint_index
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may serve a call with gradients next
 def tile_order(
     grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device
 ) -> TokenOrder:

@@ -143,6 +143,7 @@ class SparseAttention:
         """Count anew: a run begins."""
         self._begun = False
 
+    @torch.inference_mode(False)  # counts go on in calls with gradients
     def begin_step(
         self, step: int, num_steps: int, grid: tuple[int, int, int], device: torch.device
     ) -> None:

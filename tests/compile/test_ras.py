@@ -2,36 +2,10 @@
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_accel
 
-from ..random_pipelines import FAMILIES, make, relative, run
-
-BLOCKS = {
-    "wan": lambda t: t.blocks,
-    "sd3": lambda t: t.transformer_blocks,
-    "sd35": lambda t: t.transformer_blocks,
-    "lumina": lambda t: t.layers,
-    "lumina2": lambda t: [*t.noise_refiner, *t.layers],
-}
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def compile_blocks(pipe, family):
-    counter = CompileCounterWithBackend("aot_eager")
-    if family == "wan":
-        pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
-    else:  # diffusers names no repeated blocks for the others
-        for block in BLOCKS[family](pipe.transformer):
-            block.compile(backend=counter, fullgraph=True)
-    return counter
+from ..random_pipelines import FAMILIES, compile_blocks, make, relative, run
 
 
 def graphs(family, ras):

@@ -10,7 +10,7 @@ from dit_accel import control
 from dit_accel.kernels import LinearState
 from dit_accel.sla import tile_order
 
-from ..random_pipelines import FAMILIES, make, relative, run
+from ..random_pipelines import FAMILIES, make, randomise, relative, run
 from ..ras.reference import Reference
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -29,16 +29,6 @@ def sla(**changed):
 
 def sparse(pipe):
     return control.session_of(pipe).sla
-
-
-def randomise(pipe):
-    """Weights of sparse attention as if they were trained."""
-    generator = torch.Generator().manual_seed(8)
-    for module in sparse(pipe).modules.values():
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.normal_(std=0.2, generator=generator)
-        module.calibrated = True
 
 
 @every_family

@@ -1,0 +1,122 @@
+"""Sparse attention under torch.compile of the repeated blocks: how many graphs, and the same result and counts."""
+
+import pytest
+import torch
+
+import dit_accel
+
+from ..random_pipelines import compile_blocks, make, randomise, relative, run
+
+# Graphs of the plain pipeline. The blocks of Stable Diffusion 3 are among those of 3.5.
+PLAIN = {"wan": 1, "sd35": 2, "lumina": 1, "lumina2": 2}
+RAS = {"ratio": [(0, 0.7), (0.5, 0.3)], "warmup": 2, "tail": 1, "resets": (6,)}
+TILE = (1, 4, 4)
+ALL_SPARSE = {"dense_steps": 0, "dense_layers": 0}
+
+
+def sla(family, **changed):
+    """Dense and sparse steps and blocks (the first one of Stable Diffusion 3.5 has two attention layers)."""
+    base = {"topk": 0.3, "block_q": 16, "block_k": 16, "crossover": "never", "order": "raster"}
+    return {**base, "dense_steps": 2, "dense_layers": 2 if family == "sd35" else 1, **changed}
+
+
+def counted(pipe, family, **call):
+    """Latents, and all that was counted."""
+    latents = run(pipe, family, **call)
+    report = dit_accel.summary(pipe, strict=True).to_dict()
+    del report["config"]
+    return latents, report
+
+
+def eagerly(pipe, family, **call):
+    with torch.compiler.set_stance("force_eager"):
+        return counted(pipe, family, **call)
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_two_graphs_for_each_of_the_plain_pipeline_serve_both_orders(family):
+    pipe = make(family)
+    counter = compile_blocks(pipe, family, "eager")
+    run(pipe, family, steps=1)
+    assert counter.frame_count == PLAIN[family]
+    counter.frame_count = 0
+    graphs = []
+    for order in ("raster", TILE):
+        dit_accel.enable(pipe, sla=sla(family, order=order))
+        expected, counts = eagerly(pipe, family, steps=4)
+        for _ in range(2):
+            latents, report = counted(pipe, family, steps=4)
+            assert relative(latents, expected) < 1e-5
+            assert report == counts
+            graphs.append(counter.frame_count)
+        dit_accel.disable(pipe)
+    assert 0 < graphs[0] <= 2 * PLAIN[family]
+    assert graphs == graphs[:1] * 4
+
+
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        ("wan", {"combine": "proj", "order": TILE}),
+        ("sd35", ALL_SPARSE),
+        ("lumina", {"combine": "proj", **ALL_SPARSE}),
+        ("lumina2", {"order": TILE, **ALL_SPARSE}),
+    ],
+    ids=list(PLAIN),
+)
+def test_region_adaptive_sampling_doubles_them_however_many_counts_it_has(family, changed):
+    pipe = make(family)
+    dit_accel.enable(pipe, sla=sla(family, **changed), ras={**RAS, "kv_predictor": "hold"})
+    randomise(pipe)
+    expected, counts = eagerly(pipe, family)
+    assert len({step["active"] for step in counts["ras"]["steps"]}) == 3
+    # Tracing finds all breaks; AOTAutograd takes as long again, and one family shall do.
+    counter = compile_blocks(pipe, family, "aot_eager" if family == "lumina" else "eager")
+    graphs = []
+    for _ in range(2):
+        latents, report = counted(pipe, family)
+        assert relative(latents, expected) < 1e-5
+        assert report == counts
+        graphs.append(counter.frame_count)
+    assert 0 < graphs[0] == graphs[1] <= 4 * PLAIN[family]
+
+
+def test_a_third_size_needs_no_new_graph():
+    pipe = make("wan")
+    dit_accel.enable(pipe, sla=sla("wan", **ALL_SPARSE))
+    counter = compile_blocks(pipe, "wan", "eager")
+    graphs = []
+    for height, width in ((112, 144), (128, 176), (208, 240)):
+        counted(pipe, "wan", height=height, width=width, steps=1)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 2, 2]
+
+
+def test_shares_are_measured_before_blocks_are_compiled_whole_or_at_a_graph_break():
+    def fresh(**options):
+        pipe = make("wan")
+        dit_accel.enable(pipe, sla=sla("wan", combine="alpha", **ALL_SPARSE))
+        return pipe, compile_blocks(pipe, "wan", "eager", **options)
+
+    pipe, counter = fresh()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="run the pipeline once before"):
+        run(pipe, "wan")
+    expected, counts = eagerly(pipe, "wan", steps=2)
+    latents, report = counted(pipe, "wan", steps=2)
+    assert relative(latents, expected) < 1e-5
+    assert report == counts
+    assert counter.frame_count == 1
+    broken, _ = fresh(fullgraph=False)
+    assert relative(run(broken, "wan", steps=2), expected) < 1e-5
+
+
+def test_the_real_compiler():
+    pipe = make("wan")
+    dit_accel.enable(pipe, sla=sla("wan", **ALL_SPARSE, order=TILE))
+    expected, counts = eagerly(pipe, "wan", steps=4)
+    counter = compile_blocks(pipe, "wan", "inductor")
+    with torch._inductor.config.patch(compile_threads=1):  # no pool of processes for one graph
+        latents, report = counted(pipe, "wan", steps=4)
+    assert counter.frame_count == 1
+    assert relative(latents, expected) < 1e-5
+    assert report == counts
