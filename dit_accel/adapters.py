@@ -109,9 +109,8 @@ def weights_left_out(pipe: Any) -> Iterator[None]:
     if session is None or session.sla is None:
         yield
         return
-    modules = {name: layer.module for name, layer in session.layers.items()}
-    session.sla.detach(modules)
+    session.sla.detach()
     try:
         yield
     finally:
-        session.sla.attach(modules)
+        session.sla.attach()

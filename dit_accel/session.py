@@ -37,7 +37,9 @@ class Session:
             if self.ras is not None:
                 processor.kv_store = self.ras.stores[name]
             layer.module.set_processor(processor)
-        self._attach_weights()
+        if self.sla is not None and self.sla.config.has_weights:
+            self.sla.attach()
+            _reapply_group_offloading(transformer)
         for module in self.cross.values():
             module.set_processor(family.cross_processor(module.processor))
         self._installed = {name: module.processor for name, module in self._modules()}
@@ -72,19 +74,6 @@ class Session:
             for _, hook in self._focus_hooks:
                 hook.remove()
             self._focus_hooks = self._hook_focus(transformer)
-
-    def _attention_modules(self) -> dict[str, nn.Module]:
-        return {name: layer.module for name, layer in self.layers.items()}
-
-    def _attach_weights(self) -> None:
-        if self.sla is not None and self.sla.config.has_weights:
-            self.sla.attach(self._attention_modules())
-            _reapply_group_offloading(self.transformer)
-
-    def _detach_weights(self) -> None:
-        if self.sla is not None and self.sla.config.has_weights:
-            self.sla.detach(self._attention_modules())
-            _reapply_group_offloading(self.transformer)
 
     @property
     def ras_config(self) -> RASConfig | None:
@@ -192,7 +181,9 @@ class Session:
         """Put back what was there; processors that somebody else set stay."""
         for hook in [*self._hooks, *(x for _, x in self._focus_hooks)]:
             hook.remove()
-        self._detach_weights()
+        if self.sla is not None and self.sla.config.has_weights:
+            self.sla.detach()
+            _reapply_group_offloading(self.transformer)
         for name, module in self._modules():
             ours = self._installed[name]
             if module.processor is ours:

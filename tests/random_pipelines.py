@@ -249,5 +249,13 @@ def randomise(pipe):
         module.calibrated = True
 
 
+def state_of(module):
+    """What enable may change and disable has to restore, of every submodule."""
+    return {
+        name: {key: dict(x) if isinstance(x, dict) else x for key, x in vars(m).items()}
+        for name, m in module.named_modules()
+    }
+
+
 def relative(a, b):
     return float((a - b).double().norm() / b.double().norm())

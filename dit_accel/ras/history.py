@@ -210,7 +210,7 @@ class KVStore:
             self.k.replace(k, self.same)
             self.v.replace(v, self.same)
             if self.totals is not None:
-                self.totals.set_(*(self._image(x.to(k.dtype)) for x in (k, v)))
+                self.totals.set_(self._image(k), self._image(v))
             return k, v
         if self.totals is not None:
             # A short last tile repeats a token, which must change the sums only once.

@@ -242,9 +242,8 @@ class SparseLinearAttention(nn.Module):
         if self._measured is None:
             return
         measured, self._measured = self._measured.cpu(), None
-        for _ in range(
-            2
-        ):  # the second time round tells whether what the first one wrote has lasted
+        # The second time round tells whether what the first one wrote has lasted.
+        for _ in range(2):
             offloaded = self.alpha_logit.device.type == "meta"
             with align_module_device(self, "cpu") if offloaded else contextlib.nullcontext():
                 if torch.equal(self.alpha_logit.cpu(), measured):

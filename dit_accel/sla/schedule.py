@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_accel.config import SLAConfig, num_steps_of
 from dit_accel.models import AttentionLayer, TokenOrder
 from dit_accel.sla.attention import SparseLinearAttention, Text
-from dit_accel.sla.crossover import min_sparse_length
+from dit_accel.sla.crossover import NEVER, min_sparse_length
 from dit_accel.sla.order import tile_order
 
 LAYER, STEP, MASK, SHORT, CROSSOVER = range(5)
@@ -106,6 +106,7 @@ class SparseAttention:
         count = len(layers)
         config.check_layers(count)
         self.config = config
+        self._attention = {name: layer.module for name, layer in layers.items()}
         self.layers: dict[str, LayerAttention] = {}
         for i, (name, layer) in enumerate(layers.items()):
             module = SparseLinearAttention(
@@ -127,15 +128,15 @@ class SparseAttention:
         for layer in self.layers.values():
             layer.module.router = router
 
-    def attach(self, attention: Mapping[str, nn.Module]) -> None:
+    def attach(self) -> None:
         """Weights become part of the transformer, as the submodule `sla` of each attention layer."""
         if self.config.has_weights:
-            for name, module in attention.items():
+            for name, module in self._attention.items():
                 module.add_module("sla", self.layers[name].module)
 
-    def detach(self, attention: Mapping[str, nn.Module]) -> None:
+    def detach(self) -> None:
         """Undo `attach`."""
-        for name, module in attention.items():
+        for name, module in self._attention.items():
             if module._modules.get("sla") is self.layers[name].module:
                 del module.sla
 
@@ -200,7 +201,7 @@ class SparseAttention:
             STEP: "dense step",
             MASK: "attention mask",
             SHORT: f"one block: {self._tokens} tokens, block_k={self.config.block_k}",
-            CROSSOVER: f"crossover='auto': {self._tokens} tokens, sparse wins from {layer.shortest}",
+            CROSSOVER: f"crossover='auto': {self._tokens} tokens, sparse {_from(layer.shortest)}",
         }
         sparse = counts[SPARSE]
         return LayerStats(
@@ -208,3 +209,7 @@ class SparseAttention:
             dense_calls={text: counts[i] for i, text in reasons.items() if counts[i]},
             density=float(layer.density_sum) / sparse if sparse else None,
         )
+
+
+def _from(shortest: int) -> str:
+    return "was not measured to win" if shortest == NEVER else f"from {shortest} on"

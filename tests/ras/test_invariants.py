@@ -13,7 +13,7 @@ from dit_accel import control
 from dit_accel.ras import ages
 from dit_accel.ras.selection import band_score, tile_tokens
 
-from ..random_pipelines import FAMILIES, SCHEDULERS, make, relative, run
+from ..random_pipelines import FAMILIES, SCHEDULERS, make, relative, run, state_of
 from .reference import Reference
 
 CASES = [
@@ -140,13 +140,6 @@ def test_scheduler_object_and_config_stay(family, solver):
     assert pipe.scheduler is before
     assert dict(before.config) == config
     assert before.step.__func__ is step
-
-
-def state_of(module):
-    return {
-        name: {key: dict(x) if isinstance(x, dict) else x for key, x in vars(m).items()}
-        for name, m in module.named_modules()
-    }
 
 
 @every_family

@@ -10,7 +10,7 @@ from dit_accel import control
 from dit_accel.kernels import LinearState
 from dit_accel.sla import tile_order
 
-from ..random_pipelines import FAMILIES, make, randomise, relative, run
+from ..random_pipelines import FAMILIES, make, randomise, relative, run, state_of
 from ..ras.reference import Reference
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -216,12 +216,6 @@ def test_texts_of_different_lengths_run_dense_and_are_counted(order):
 @pytest.mark.parametrize("combine", ["shared_softmax", "proj", "alpha"])
 @pytest.mark.parametrize("ras", [None, RAS], ids=["sla", "ras-sla"])
 def test_disable_restores_every_module(family, combine, ras):
-    def state_of(module):
-        return {
-            name: {key: dict(x) if isinstance(x, dict) else x for key, x in vars(m).items()}
-            for name, m in module.named_modules()
-        }
-
     pipe = make(family)
     plain = run(pipe, family)
     before = state_of(pipe.transformer)

@@ -113,11 +113,20 @@ def test_crossover_auto_goes_dense_below_and_sparse_above(measured):
     attention.begin_step(0, 4, (1, 1, 499), CPU)
     assert call(attention, 0, short) is None
     assert attention.stats()["blocks.0"].dense_calls == {
-        "crossover='auto': 499 tokens, sparse wins from 500": 1
+        "crossover='auto': 499 tokens, sparse from 500 on": 1
     }
     attention.reset()
     attention.begin_step(0, 4, (1, 1, 500), CPU)
     assert call(attention, 0, long) is not None
+
+
+def test_where_sparse_never_won_the_reason_says_so(measured):
+    attention = SparseAttention(SLAConfig(topk=0.4, dense_layers=0, dense_steps=0), layers(1))
+    attention.begin_step(0, 4, (1, 1, 3000), CPU)
+    assert call(attention, 0, [torch.randn(1, 2, 3000, 16) for _ in range(3)]) is None
+    assert attention.stats()["blocks.0"].dense_calls == {
+        "crossover='auto': 3000 tokens, sparse was not measured to win": 1
+    }
 
 
 def test_tokens_selected_together_are_query_blocks_where_it_pays(measured):
