@@ -17,8 +17,7 @@ SELECTIONS = ("age", "std", "l2norm", "random")
 SECTIONS = ("ras", "sla")
 CLIP_TILES = {16: (4, 2, 2), 32: (8, 2, 2), 64: (4, 2, 8), 128: (4, 4, 8)}
 IMAGE_TILES = {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8), 128: (1, 8, 16)}
-"""order="auto", by tokens per block: what did better than raster on the trained models (but for images in
-blocks of 64, see docs/sla.md)."""
+"""order="auto", by tokens per block; docs/sla.md tells why."""
 LINEAR_KV_FROM = 20
 """Steps from which extrapolated keys and values were measured to pay (kv_predictor="auto")."""
 FEW_UPDATES, RESETS = 10, (0.3, 0.5)

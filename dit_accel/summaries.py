@@ -111,6 +111,14 @@ class Summary:
     """Of sparse attention; empty if it is off."""
     layers: list[LayerSummary]
     ras: RASSummary | None = None
+    cross_attention_layers: int = 0
+    """Attention modules from image to text, apart from those in `layers`; always dense."""
+
+    @property
+    def cross_attention_dense_calls(self) -> int:
+        """Each of them runs once in every call of the transformer."""
+        calls = (x.sparse_calls + sum(x.dense_calls.values()) for x in self.layers)
+        return self.cross_attention_layers * max(calls, default=0)
 
     @property
     def sparse_calls(self) -> int:
@@ -145,8 +153,7 @@ class Summary:
             "overall_density": self.overall_density,
             "sparse_calls": self.sparse_calls,
             "dense_calls": self.dense_calls,
-            # One cross-attention follows every self-attention; sparse attention leaves it alone.
-            "cross_attention_dense_calls": self.sparse_calls + sum(self.dense_calls.values()),
+            "cross_attention_dense_calls": self.cross_attention_dense_calls,
             "layers": [asdict(layer) for layer in self.layers],
             "ras": None if self.ras is None else self.ras.to_dict(),
         }
@@ -175,7 +182,8 @@ class Summary:
             )
         elif sum(self.dense_calls.values()):
             rows.append(("no self-attention call ran sparse",))
-        rows.append(("cross-attention reads all of its keys",))
+        if self.cross_attention_layers:
+            rows.append(("cross-attention reads all of its keys",))
         return _table(rows)
 
 
@@ -201,6 +209,7 @@ def summarise(session: Session) -> Summary:
         config={} if sla is None else sla.config.to_dict(),
         layers=layers,
         ras=None if session.ras is None else _summarise_ras(session),
+        cross_attention_layers=len(session.family.cross_attention(session.transformer)),
     )
 
 

@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import tyro
+from quality_subject import random_router
 from tqdm import tqdm
 
 from dit_accel import SLAConfig, SparseWanPipeline, control
@@ -52,19 +53,6 @@ class Args:
     device: str = "cpu"
     parts: tuple[Literal["speed", "quality"], ...] = ("speed", "quality")
     """What to measure; the other part of an existing output file is kept."""
-
-
-def random_router(seed: int) -> Any:
-    """Stands in for `block_scores`: the same shapes, no information."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def scores(
-        q: torch.Tensor, k: torch.Tensor, *, block_q: int, block_k: int, **_: Any
-    ) -> torch.Tensor:
-        blocks = (-(-q.shape[2] // block_q), -(-k.shape[2] // block_k))
-        return torch.rand((*q.shape[:2], *blocks), generator=generator).to(q.device)
-
-    return scores
 
 
 def psnr_each(a: torch.Tensor, b: torch.Tensor) -> list[float]:

@@ -137,6 +137,19 @@ class Subject:
         return scores
 
 
+def random_router(seed: int) -> Any:
+    """Stands in for `block_scores`: the same shapes, no information."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def scores(
+        q: torch.Tensor, k: torch.Tensor, *, block_q: int, block_k: int, **_: Any
+    ) -> torch.Tensor:
+        blocks = (-(-q.shape[2] // block_q), -(-k.shape[2] // block_k))
+        return torch.rand((*q.shape[:2], *blocks), generator=generator).to(q.device)
+
+    return scores
+
+
 def mean_interval(values: np.ndarray) -> dict[str, Any]:
     """Mean, and a 95 % bootstrap interval over samples."""
     draws = np.random.default_rng(0).integers(0, len(values), (5000, len(values)))

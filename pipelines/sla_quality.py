@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from quality_subject import METRICS, Subject, mean_interval
+from quality_subject import METRICS, Subject, mean_interval, random_router
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
@@ -75,17 +75,6 @@ def attention_rows() -> list[Row]:
     ]
 
 
-class RandomRouter:
-    """Stands in for `block_scores`: the same shapes, no information."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, q: Any, k: Any, *, block_q: int, block_k: int, **_: Any) -> torch.Tensor:
-        shape = (*q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k))
-        return torch.rand(shape, generator=self.generator).to(q.device)
-
-
 class Noted:
     """Calls of attention layers of a dense run, as the sparse layer would get them."""
 
@@ -124,7 +113,7 @@ def layer_of(row: Row, kind: str, call: tuple[Any, dict], top_p: float | None) -
     q = call[0][0]
     layer = SparseLinearAttention(SLAConfig(**row.sla(kind, top_p)), q.shape[1], q.shape[3])
     if row.router == RANDOM:
-        layer.router = RandomRouter(0)
+        layer.router = random_router(0)
     return layer
 
 
@@ -241,7 +230,7 @@ class Quality:
     ) -> None:
         def prepare(session: Any) -> None:
             if row.router == RANDOM:
-                session.sla.set_router(RandomRouter(rows.start))
+                session.sla.set_router(random_router(rows.start))
 
         latents, report = subject.latents(rows, self.steps, sla=sla, prepare=prepare)
         assert report is not None
