@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeGuard
 
 COMBINES = ("none", "shared_softmax", "proj", "alpha")
 LINEAR_SCOPES = ("marginal", "complement", "all")
+ROUTERS = ("spread", "mean")
 FEATURE_MAPS = ("softmax", "elu", "relu")
 CROSSOVERS = ("auto", "never")
 SELECTIONS = ("age", "std", "l2norm", "random")
@@ -256,6 +257,9 @@ class SLAConfig(_Config):
     top_p: float | int | None = None
     """Read the fewest best blocks whose estimated softmax weights sum to this, in (0, 1]; with `topk`
     the union of both."""
+    router: Literal["spread", "mean"] = "spread"
+    """How key blocks are ranked: by their mean key alone ("mean", SLA), or with what the spread of keys inside
+    a block adds to its attention."""
     rounding: Literal["ceil", "floor"] = "ceil"
     """Of topk * blocks; "floor" (at least one block) for checkpoints that were trained so."""
     skip: float | int = 0.0
@@ -299,6 +303,7 @@ class SLAConfig(_Config):
         for name in ("topk", "top_p"):
             if getattr(self, name) is not None:
                 _check_fraction(name, getattr(self, name))
+        _check_choice("router", self.router, ROUTERS)
         _check_choice("rounding", self.rounding, ("ceil", "floor"))
         skip = self.skip
         _check("skip", skip, _is_number(skip) and 0 <= skip < 1, "a fraction in [0, 1)")

@@ -30,7 +30,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SHARED_KIB = {"80": 163, "89": 99, "90": 227, "100": 227, "gfx942": 64}
 MATRIX = {"80": "mma.sync", "89": "mma.sync", "90": "wgmma", "100": "tcgen05", "gfx942": "mfma"}
 # These walk no tiles of keys or queries: nothing to multiply, or nothing to prefetch.
-NO_PRODUCT = ("merge/split rows", "pool/router")
+NO_PRODUCT = ("merge/split rows", "pool/router", "pool/spread")
 NO_WALK = (*NO_PRODUCT, "linear_columns/linear all")
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,20 @@ class Row:
     block: int = 32
     order: str = "tiles"
     router: str = "top-k"
+    ranked_by: str = "mean"
+    """`router` of the settings."""
 
     @property
     def key(self) -> str:
-        return f"{self.density} {self.combine} {self.block} {self.order} {self.router}"
+        spread = " spread" if self.ranked_by == "spread" else ""
+        return f"{self.density} {self.combine} {self.block} {self.order} {self.router}{spread}"
 
     def sla(self, kind: str, top_p: float | None) -> dict[str, Any]:
         """Settings; one dense step and one dense layer, as by default."""
         rule = {"topk": self.density} if self.router != "top-p" else {"topk": None, "top_p": top_p}
         return {
             **rule,
+            "router": self.ranked_by,
             "combine": self.combine,
             "block_q": self.block,
             "block_k": self.block,
@@ -60,16 +64,23 @@ def sampled_rows() -> list[Row]:
     rows = [Row(d, combine) for d in DENSITIES for combine in ("none", "shared_softmax")]
     at = {"density": 0.25, "combine": "shared_softmax"}
     rows += [Row(**at, router=RANDOM), Row(**at, router="top-p"), Row(**at, order="raster")]
-    return [*rows, Row(**at, block=16), Row(**at, block=64), Row(**at, block=64, order="raster")]
+    rows += [Row(**at, block=16), Row(**at, block=64), Row(**at, block=64, order="raster")]
+    rows += [Row(d, "shared_softmax", ranked_by="spread") for d in (0.25, 0.125)]
+    return [*rows, Row(**at, block=64, ranked_by="spread")]
 
 
 def attention_rows() -> list[Row]:
     """Rows whose attention outputs are compared: everything with everything."""
     return [
-        Row(density, combine, block, order, router)
+        Row(density, combine, block, order, router, ranked_by)
         for block in (16, 32, 64)
         for order in ("tiles", "raster")
-        for router in ("top-k", "top-p", RANDOM)
+        for router, ranked_by in (
+            ("top-k", "mean"),
+            ("top-k", "spread"),
+            ("top-p", "mean"),
+            (RANDOM, "mean"),
+        )
         for density in DENSITIES
         for combine in ("none", "shared_softmax")
     ]
@@ -178,9 +189,8 @@ class Quality:
         subject = Subject(self.model, self.samples)
         subject.set_solver("unipc")
         kind = "still" if subject.still else "video"
-        if "attention" not in scores:
-            scores["attention"] = self.attention(subject, kind)
-            write_json(work, scores)
+        self._add_attention(subject, kind, scores)
+        write_json(work, scores)
         print_attention(scores["attention"], Path(self.model).name)
         top_p = {x["key"]: x.get("top_p") for x in scores["attention"]}
         todo = list(self._todo(scores))
@@ -204,20 +214,21 @@ class Quality:
             if missing:
                 yield rows, missing
 
-    def attention(self, subject: Subject, kind: str) -> list[dict[str, Any]]:
-        """The comparison of attention outputs."""
-        records = []
-        orders = ("raster", *TILES[kind].values())
-        calls = {
-            order: noted_calls(subject, order, self.steps, self.attention_samples)
-            for order in orders
-        }
-        for row in tqdm(attention_rows(), desc=f"{self.model}, attention"):
+    def _add_attention(self, subject: Subject, kind: str, scores: dict[str, Any]) -> None:
+        """The comparison of attention outputs, as far as it is missing."""
+        known = {x["key"]: x for x in scores.get("attention", ())}
+        missing = [row for row in attention_rows() if row.key not in known]
+        if missing:
+            calls = {
+                order: noted_calls(subject, order, self.steps, self.attention_samples)
+                for order in ("raster", *TILES[kind].values())
+            }
+        for row in tqdm(missing, desc=f"{self.model}, attention"):
             order = "raster" if row.order == "raster" else TILES[kind][row.block]
             top_p = top_p_for(row, kind, calls[order]) if row.router == "top-p" else None
             found = attention_error(row, kind, calls[order], top_p)
-            records.append({"key": row.key, **asdict(row), "top_p": top_p, "measured": found})
-        return records
+            known[row.key] = {"key": row.key, **asdict(row), "top_p": top_p, "measured": found}
+        scores["attention"] = [known[row.key] | asdict(row) for row in attention_rows()]
 
     def _add(
         self,
@@ -265,6 +276,8 @@ class Quality:
             if row.key == Row(0.25, "shared_softmax").key:
                 other = Row(0.25, "shared_softmax", router=RANDOM).key
                 record["minus_random"] = differences(row.key, other)
+            if row.ranked_by == "spread":
+                record["minus_mean"] = differences(row.key, replace(row, ranked_by="mean").key)
             rows.append(record)
         right = np.array([scores["dense"][str(i)][-1] for i in range(self.samples)])
         return {
@@ -280,6 +293,11 @@ class Quality:
         }
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """How blocks are chosen."""
+    return f"{row['router']}, spread" if row["ranked_by"] == "spread" else row["router"]
+
+
 def print_attention(records: list[dict[str, Any]], model: str) -> None:
     """Relative errors of attention outputs, a line for each block, order and router."""
     print(
@@ -288,7 +306,7 @@ def print_attention(records: list[dict[str, Any]], model: str) -> None:
     head = ("blocks", "order", "router", *(f"{d}" for d in DENSITIES))
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     cells = {
-        (x["block"], x["order"], x["router"], x["density"], x["combine"]): x["measured"]
+        (x["block"], x["order"], name_of(x), x["density"], x["combine"]): x["measured"]
         for x in records
     }
     for block, order, router in dict.fromkeys(key[:3] for key in cells):
@@ -314,14 +332,21 @@ def print_table(report: dict[str, Any]) -> None:
         f"\n{report['model']}, {report['samples']} samples, against {report['reference']} (judge {right})"
     )
     head = ("topk", "density", "blocks", "order", "router", "combine", "PSNR, dB", "SSIM")
-    head = (*head, "latent error", "judge", "PSNR minus none", "minus random plan")
+    head = (
+        *head,
+        "latent error",
+        "judge",
+        "PSNR minus none",
+        "minus random plan",
+        "minus mean router",
+    )
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for x in report["rows"]:
         order = x["order"] if x["order"] == "raster" else "x".join(map(str, x["order"]))
         line = [f"{x['density']}", f"{x['realised_density']:.3f}", str(x["block"]), order]
-        line += [x["router"], x["combine"], interval(x["psnr_db"], ".1f")]
+        line += [name_of(x), x["combine"], interval(x["psnr_db"], ".1f")]
         line += [f"{x['ssim']['mean']:.4f}", f"{x['latent_error']['mean']:.3f}"]
         line.append(f"{x['right']['mean']:.2f}")
-        for name in ("minus_none", "minus_random"):
+        for name in ("minus_none", "minus_random", "minus_mean"):
             line.append(interval(x[name]["psnr_db"], "+.2f") if name in x else "")
         print(f"| {' | '.join(line)} |")

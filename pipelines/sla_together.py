@@ -37,9 +37,8 @@ class Together:
         scores: dict[str, Any] = json.loads(work.read_text()) if work.exists() else {}
         subject = Subject(self.model, self.samples)
         subject.set_solver("unipc")
-        sla = Row(self.topk, "shared_softmax", self.block).sla(
-            "still" if subject.still else "video", None
-        )
+        row = Row(self.topk, "shared_softmax", self.block, ranked_by="spread")
+        sla = row.sla("still" if subject.still else "video", None)
         ras = {"ratio": self.ratio}
         kinds: dict[str, dict[str, Any]] = {
             "sparse attention": {"sla": sla},

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 BAD_VALUES = {
     "topk": [0, -0.1, 1.5, float("nan"), "half", True],
     "top_p": [0, -0.1, 1.5, float("nan"), "half", True],
+    "router": ["max", "", None],
     "rounding": ["round", None, 1],
     "skip": [-0.1, 1, float("nan"), "0", True, None],
     "linear_scope": ["none", "", None],
@@ -29,6 +30,7 @@ BAD_VALUES = {
 FULL = SLAConfig(
     topk=0.3,
     top_p=0.8,
+    router="mean",
     rounding="floor",
     skip=0.1,
     block_q=32,

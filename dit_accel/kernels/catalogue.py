@@ -55,6 +55,7 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
     q = _meta(head_dim, dtype)
     pooled = _meta(head_dim, torch.float32)[:, :, : LENGTH // 64]
     found["pool/router"] = pool_launch(q, pooled, None, 64)
+    found["pool/spread"] = pool_launch(q, pooled, None, 64, torch.empty_like(pooled))
     return found
 
 

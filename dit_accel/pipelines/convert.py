@@ -60,6 +60,7 @@ def convert(
         topk=topk,
         block_q=block_q,
         block_k=block_k,
+        router="mean",
         rounding="floor",
         combine="proj",
         linear_scope="all",

@@ -1,6 +1,7 @@
 """`SparseLinearAttention`: one attention layer that reads its critical blocks exactly and the others cheaply."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -42,7 +43,7 @@ class Projection(nn.Module):
 class SparseLinearAttention(nn.Module):
     """Sparse-linear attention (SLA, arXiv 2509.24006) of one layer, with the weights that it learns.
 
-    A router ranks the key blocks of each query block by their means; the best are read exactly, the
+    A router ranks the key blocks of each query block; the best are read exactly, the
     others as `config.combine` says. Text tokens in a joint sequence are exact as keys and as queries:
     routing, centroids and the linear branch see image tokens only.
 
@@ -68,7 +69,9 @@ class SparseLinearAttention(nn.Module):
         super().__init__()
         self.config = config
         self.topk = config.topk if topk is None else topk
-        self.router: Callable[..., Tensor] = block_scores
+        self.router: Callable[..., Tensor] = functools.partial(
+            block_scores, spread=config.router == "spread"
+        )
         self.calibrated = True
         self._measured: Tensor | None = None
         if config.combine == "proj":

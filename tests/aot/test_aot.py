@@ -19,7 +19,7 @@ KERNELS = (
     "linear_columns/linear subtracted",
     "state/linear subtracted",
 )
-SMALL = ("merge/split rows", "pool/router")
+SMALL = ("merge/split rows", "pool/router", "pool/spread")
 
 
 @functools.cache

@@ -402,7 +402,8 @@ def test_small_chunks_and_stages_change_nothing(combine, changes, chunk_scores, 
     back = grads(expected, leaves)
     monkeypatch.setattr(chunks, "CHUNK_SCORES", chunk_scores)
     monkeypatch.setattr(chunks, "STAGE_BYTES", 1)
-    stages = list(chunks.stages(case.q, case.k, case.plan, torch.float64))
+    layout = chunks.Layout(case.plan, combine == "shared_softmax", torch.float64)
+    stages = list(chunks.stages(case.q, case.k, layout, torch.float64))
     assert len(stages) == 6  # one per batch entry and key head
     leaves = case.leaves()
     outputs = run(case, combine, leaves)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dit_accel.kernels.router import block_scores, pool_blocks
+from dit_accel.kernels.router import block_scores, pool_blocks, pool_moments
 
 BLOCKS = st.sampled_from([1, 16, 48, 64])
 
@@ -45,14 +45,34 @@ def test_pooling_is_the_mean_of_the_valid_tokens(inputs):
     torch.testing.assert_close(pooled, brute_pool(x, block, sizes))
 
 
+@given(pooled_inputs())
+def test_moments_are_the_means_of_the_valid_tokens_and_of_their_squares(inputs):
+    x, block, sizes = inputs
+    mean, square = pool_moments(x, block, None if sizes is None else torch.tensor(sizes))
+    torch.testing.assert_close(mean, brute_pool(x, block, sizes))
+    torch.testing.assert_close(square, brute_pool(x.square(), block, sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_squares_of_half_types_are_those_of_the_same_values(dtype, generator):
+    # More tokens than one part holds whose squares are computed at a time.
+    x = (300 * torch.randn(1, 3, 4000, 128, generator=generator)).to(dtype)
+    square = pool_moments(x, 64)[1]
+    assert square.dtype == torch.float32
+    torch.testing.assert_close(square, brute_pool(x.double().square(), 64).float())
+
+
 @pytest.mark.parametrize("sizes", [[16, 16, 5], [16, 16, 0], [3, 0, 5]], ids=str)
 def test_what_padding_holds_is_never_pooled(sizes, generator):
     x = torch.randn(1, 2, 40, 8, generator=generator)
     expected = brute_pool(x, 16, [sizes])
     for i, size in enumerate(sizes):
         x[:, :, i * 16 + size : (i + 1) * 16] = torch.nan
+    squares = brute_pool(x.nan_to_num().square(), 16, [sizes])
     pooled = pool_blocks(x, 16, torch.tensor([sizes]))
     torch.testing.assert_close(pooled, expected.float())
+    moments = pool_moments(x, 16, torch.tensor([sizes]))
+    torch.testing.assert_close(moments, (expected.float(), squares.float()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -85,6 +105,54 @@ def test_scores_are_scaled_dot_products_of_block_means(
     torch.testing.assert_close(scores, expected)
 
 
+@given(
+    block_q=BLOCKS,
+    block_k=BLOCKS,
+    q_len=st.integers(1, 150),
+    kv_len=st.integers(1, 150),
+    group=st.integers(1, 3),
+    loud=st.sampled_from([0.5, 3.0]),
+)
+def test_spread_adds_what_normal_logits_bring(block_q, block_k, q_len, kv_len, group, loud):
+    g = torch.Generator().manual_seed(0)
+    q = loud * torch.randn(2, 2 * group, q_len, 8, generator=g, dtype=torch.float64)
+    k = loud * torch.randn(2, 2, kv_len, 8, generator=g, dtype=torch.float64) + 5
+    blocks = {"block_q": block_q, "block_k": block_k}
+    found = block_scores(q, k, spread=True, **blocks) - block_scores(q, k, **blocks)
+    centred = k.clone()
+    for start in range(0, kv_len, block_k):
+        part = centred[:, :, start : start + block_k]
+        part -= part.mean(2, keepdim=True)
+    variance = brute_pool(centred.square(), block_k).repeat_interleave(group, 1)
+    s = brute_pool(q.square(), block_q) @ variance.mT / 8
+    log_n = torch.tensor(float(block_k)).log()
+    expected = torch.where(s <= 2 * log_n, s / 2, (2 * s * log_n).sqrt() - log_n)
+    torch.testing.assert_close(found, expected)
+
+
+def test_spread_is_closer_to_the_attention_of_a_block(generator):
+    q = torch.randn(1, 2, 128, 16, generator=generator, dtype=torch.float64)
+    k = torch.randn(1, 2, 512, 16, generator=generator, dtype=torch.float64)
+    k *= torch.linspace(0.2, 3, 16, dtype=torch.float64).repeat_interleave(32)[:, None]
+    blocks = {"block_q": 32, "block_k": 32}
+    truth = (q @ k.mT / 4).unflatten(3, (-1, 32)).exp().mean(-1).log()
+    truth = truth.unflatten(2, (-1, 32)).mean(3)
+    error = {
+        spread: float((block_scores(q, k, spread=spread, **blocks) - truth).abs().mean())
+        for spread in (False, True)
+    }
+    assert error[True] < 0.3 * error[False]
+
+
+def test_blocks_of_equal_keys_have_no_spread(generator):
+    q = torch.randn(1, 2, 64, 8, generator=generator, dtype=torch.float64)
+    k = torch.randn(1, 2, 4, 8, generator=generator, dtype=torch.float64).repeat_interleave(16, 2)
+    blocks = {"block_q": 16, "block_k": 16}
+    torch.testing.assert_close(
+        block_scores(q, k, spread=True, **blocks), block_scores(q, k, **blocks)
+    )
+
+
 def test_sizes_reach_the_side_they_belong_to(generator):
     q, k = torch.randn(2, 1, 1, 32, 8, generator=generator, dtype=torch.float64)
     q_sizes, k_sizes = [[16, 5]], [[7, 16]]
@@ -99,6 +167,13 @@ def test_sizes_reach_the_side_they_belong_to(generator):
     )
     expected = brute_pool(q, 16, q_sizes) @ brute_pool(k, 16, k_sizes).mT
     torch.testing.assert_close(scores, expected)
+    padding = torch.arange(32) % 16 >= torch.tensor(k_sizes)[0].repeat_interleave(16)
+    sizes = {"q_sizes": torch.tensor(q_sizes), "k_sizes": torch.tensor(k_sizes)}
+    spread = [
+        block_scores(q, x, block_q=16, block_k=16, spread=True, **sizes)
+        for x in (k, k.masked_fill(padding[:, None], torch.nan))
+    ]
+    torch.testing.assert_close(*spread)
 
 
 def test_scores_repeat_bit_for_bit_and_do_not_depend_on_strides(generator):

@@ -108,6 +108,7 @@ def test_the_converted_pipeline_is_the_original_one(wrapper, model, tmp_path):
             **blocks,
             combine="proj",
             linear_scope="all",
+            router="mean",
             rounding="floor",
             dense_steps=0,
             dense_layers=0,
@@ -135,6 +136,7 @@ def test_the_settings_are_those_that_turbodiffusion_serves_with(model, checkpoin
     config = read_adapter(out / "sla.safetensors").config
     assert (config.topk, config.block_q, config.block_k) == (0.1, 128, 64)
     assert (config.combine, config.linear_scope, config.rounding) == ("proj", "all", "floor")
+    assert config.router == "mean"
     assert (config.feature_map, config.dense_steps, config.dense_layers) == ("softmax", 0, 0)
     assert config.crossover == "never"
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_accel.config import COMBINES, FEATURE_MAPS, LINEAR_SCOPES, SLAConfig
+from dit_accel.config import COMBINES, FEATURE_MAPS, LINEAR_SCOPES, ROUTERS, SLAConfig
 from dit_accel.kernels import LinearState, block_scores, linear_attention
 from dit_accel.kernels.linear.features import features
 from dit_accel.kernels.router.select import select_blocks
@@ -64,7 +64,8 @@ def definition(module, q, k, v, text, where, scale):
     k_all, v_all = (x.repeat_interleave(groups, 1) for x in (k, v))
     ki, vi, kw, vw = k_all[:, :, image], v_all[:, :, image], k_all[:, :, words], v_all[:, :, words]
     qi = q[:, :, image_q]
-    scores = block_scores(qi, k[:, :, image], block_q=16, block_k=16, scale=scale)
+    spread = config.router == "spread"
+    scores = block_scores(qi, k[:, :, image], block_q=16, block_k=16, scale=scale, spread=spread)
     blocks = scores.shape[3]
     topk = module.topk
     if topk is not None and config.rounding == "floor":
@@ -154,6 +155,7 @@ def test_any_settings_and_sizes_follow_the_definition(data):
     settings_ = {
         "topk": topk,
         "top_p": top_p,
+        "router": data.draw(st.sampled_from(ROUTERS)),
         "rounding": data.draw(st.sampled_from(["ceil", "floor"])),
         "combine": combine,
         "linear_scope": scope,
@@ -202,7 +204,7 @@ def test_the_first_call_measures_alpha_as_the_mass_that_is_read():
     assert not module.calibrated
     q, k, v = (x.detach().float() for x in inputs(53, 87, 0))
     module(q, k, v)
-    scores = block_scores(q, k, block_q=16, block_k=16)
+    scores = block_scores(q, k, block_q=16, block_k=16, spread=True)
     kept, _ = select_blocks(scores, torch.ones_like(scores, dtype=torch.bool), topk=0.3)
     read = kept[:, :, torch.arange(53) // 16][..., torch.arange(87) // 16]
     mass = (torch.softmax(q @ k.mT / 4, -1) * read).sum(-1).mean((0, 2))

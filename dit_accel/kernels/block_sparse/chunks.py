@@ -11,7 +11,7 @@ from dit_accel.kernels.lists import block_lists
 from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.router import pool_blocks
 
-# Scores of one chunk: half a MiB in fp32 stays in a core's cache; larger chunks measured slower.
+# Scores of one chunk and thread: half a MiB in fp32 stays in a core's cache; larger chunks measured slower.
 CHUNK_SCORES = 2**17
 # Keys and values that must be copied (padding, strides, upcast) are copied this much at a time.
 STAGE_BYTES = 2**24
@@ -24,11 +24,11 @@ class Chunk:
     rows: Tensor | slice
     """Places in the stage's blocked query tensor."""
     kv_rows: Tensor
-    """`[c * n]` places in the stage's blocked key tensor."""
-    tail_heads: Tensor
-    """`[c]` rows of the stage's tail: key heads for block means, query heads for columns."""
+    """`[c * n]` places in the stage's table of keys or values; those of the tail come last."""
+    exact: int
+    """Keys of listed blocks; those of the tail follow."""
     hidden: Tensor | None
-    """`[c, 1 or BQ, n * BK]`, True where a key must not be read; None: nothing is hidden."""
+    """`[c, 1 or BQ, exact]`, True where a key must not be read; None: nothing is hidden."""
     tail_bias: Tensor | None
     """`[c, 1 or BQ, n_tail]`: log(block size) of unread block means, 0 of columns, -inf of what is
     read anyway or must not be read."""
@@ -56,9 +56,12 @@ class Layout:
         self.blocks = blocks
         self.q_pos = self._positions()
         self.unread_bias = None
+        self.n_tail = 0 if self.columns is None else self.columns.shape[-1]
         if shared_softmax:
+            self.n_tail = plan.num_k_blocks
             bias = self.k_sizes.to(dtype).log()[:, None, None, :]
             self.unread_bias = bias.masked_fill(blocks, -math.inf)
+        self.tail_blocks = -(-self.n_tail // plan.block_k)
 
     def blocked_q(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Query heads of one stage in blocks, see `_blocked`."""
@@ -66,25 +69,37 @@ class Layout:
         sizes = plan.q_sizes() if self.q_padded else None
         return _blocked(x, plan.num_q_blocks, plan.block_q, dtype, sizes)
 
-    def blocked_k(self, x: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-        """Key heads of one stage in blocks, see `_blocked`."""
+    def table(self, x: Tensor, batch: int, heads: slice, dtype: torch.dtype) -> Tensor:
+        """Keys or values of one stage, `[Hkv, Lk, D]`, in blocks (see `_blocked`); those of the tail follow.
+
+        The tail is block means `[Hkv, T_k, D]`, or the columns of each query head `[Hq, C, D]`. As blocks of
+        the same table it is gathered together with what it follows; gathering it apart and concatenating
+        took twice as long.
+        """
         plan = self.plan
         sizes = self.sizes_of(batch) if self.k_padded else None
-        return _blocked(x, plan.num_k_blocks, plan.block_k, dtype, sizes)
+        if not self.has_tail:
+            return _blocked(x, plan.num_k_blocks, plan.block_k, dtype, sizes)
+        tail = self._tail(x, batch, heads, dtype)
+        n, n_tail = len(x) * plan.num_k_blocks, -(-tail.shape[1] // plan.block_k)
+        table = x.new_empty(n + len(tail) * n_tail, plan.block_k, x.shape[-1], dtype=dtype)
+        _blocked(x, plan.num_k_blocks, plan.block_k, dtype, sizes, out=table[:n])
+        _blocked(tail, n_tail, plan.block_k, dtype, out=table[n:])
+        return table
+
+    def tail_of(self, table: Tensor, kv_heads: int) -> Tensor:
+        """The tail inside a table, `[Hkv or Hq, n_tail, D]`."""
+        plan = self.plan
+        tail = table[kv_heads * plan.num_k_blocks :].unflatten(0, (-1, self.tail_blocks))
+        return tail.flatten(1, 2)[:, : self.n_tail]
 
     def sizes_of(self, batch: int) -> Tensor:
         """Valid keys of each key block, `[T_k]`."""
         return self.k_sizes[batch if len(self.k_sizes) > 1 else 0]
 
-    def tail(self, x: Tensor, batch: int, heads: slice, dtype: torch.dtype) -> Tensor | None:
-        """What follows the listed blocks, of one stage's keys or values `[Hkv, Lk, D]`; None: nothing.
-
-        Block means `[Hkv, T_k, D]`, or the columns of each query head `[Hq, C, D]`.
-        """
+    def _tail(self, x: Tensor, batch: int, heads: slice, dtype: torch.dtype) -> Tensor:
         if self.unread_bias is not None:
             return pool_blocks(x[None], self.plan.block_k, self.sizes_of(batch)[None])[0]
-        if self.columns is None:
-            return None
         columns, valid = self.columns_of(batch, heads)
         head = torch.arange(len(columns), device=x.device) * len(x) // len(columns)
         return x[head[:, None], columns].to(dtype).masked_fill(~valid[..., None], 0.0)
@@ -134,18 +149,21 @@ class Layout:
         kv_heads, q_heads, q_blocks = kv_heads[order], q_heads[order], order % n_q
         kv_rows = indices + kv_heads[:, None] * n_k
         unread = None if unread is None else unread[order][:, None, :]
-        tail_heads, n_tail = (kv_heads, n_k if unread is not None else 0)
+        tail_heads = kv_heads
         if self.columns is not None:
-            tail_heads, n_tail = q_heads, self.columns.shape[-1]
+            tail_heads = q_heads
             covered = of_stage(self.blocks)[order]
             columns = self.columns_of(batch, heads)
+        tail_block = torch.arange(self.tail_blocks, device=order.device)
+        tail_rows = n_heads // group * n_k + tail_heads[:, None] * self.tail_blocks + tail_block
+        budget = CHUNK_SCORES * torch.get_num_threads()
         sorted_counts, sorted_masked = counts.tolist(), masked.tolist()
         kinds = [(m, count > 0) for m, count in zip(sorted_masked, sorted_counts, strict=True)]
         start = 0
         while start < len(order):
             n = sorted_counts[start]
-            per_row = plan.block_q * max(n * plan.block_k + n_tail, 1)
-            stop = min(start + max(1, CHUNK_SCORES // per_row), len(order))
+            per_row = plan.block_q * max((n + self.tail_blocks) * plan.block_k, 1)
+            stop = min(start + max(1, budget // per_row), len(order))
             while kinds[stop - 1] != kinds[start]:
                 stop -= 1
             rows = slice(start, stop)
@@ -165,10 +183,14 @@ class Layout:
                 bias = unread[rows]
                 if plan.q_block_sizes is not None:
                     bias = bias.masked_fill(~self._q_valid(q_blocks[rows])[..., None], -math.inf)
+            if bias is not None:
+                gap = self.tail_blocks * plan.block_k - self.n_tail
+                bias = torch.nn.functional.pad(bias, (0, gap), value=-math.inf)
+                read = torch.cat([read, tail_rows[rows]], 1)
             yield Chunk(
                 rows=rows if in_order else order[rows],
                 kv_rows=read.flatten(),
-                tail_heads=tail_heads[rows],
+                exact=n * plan.block_k,
                 hidden=hidden,
                 tail_bias=bias,
             )
@@ -208,23 +230,36 @@ class Layout:
 
 
 def _blocked(
-    x: Tensor, n: int, block: int, dtype: torch.dtype, sizes: Tensor | None = None
+    x: Tensor,
+    n: int,
+    block: int,
+    dtype: torch.dtype,
+    sizes: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`[H, L, D]` as `[H * n, block, D]` in `dtype`, zero-padded; a view where that is possible.
 
     `sizes` `[n]` are the valid tokens of each block: what padding holds may be NaN, which a weight
-    of zero would not cancel.
+    of zero would not cancel. `out` is filled if given.
     """
     heads, length, d = x.shape
-    if length != n * block:
-        padded = x.new_zeros(heads, n * block, d, dtype=dtype)
-        padded[:, :length] = x
-        x = padded
-    x = x.to(dtype).reshape(heads, n, block, d)
+    if out is None and length == n * block:
+        out = x.to(dtype).reshape(heads * n, block, d)
+    else:
+        if out is None:
+            out = x.new_empty(heads * n, block, d, dtype=dtype)
+        by_head = out.view(heads, n * block, d)
+        by_head[:, :length] = x
+        by_head[:, length:] = 0
     if sizes is not None:
-        padding = torch.arange(block, device=x.device) >= sizes[:, None]
-        x = x.masked_fill(padding[..., None], 0.0)
-    return x.flatten(0, 1)
+        hidden = (torch.arange(block, device=x.device) >= sizes[:, None]).repeat(heads, 1)[
+            ..., None
+        ]
+        # What was not copied belongs to the caller.
+        owned = out.data_ptr() != x.data_ptr()
+        out = out.masked_fill_(hidden, 0.0) if owned else out.masked_fill(hidden, 0.0)
+    return out
 
 
 def unblocked(x: Tensor, heads: int, length: int) -> Tensor:
@@ -232,16 +267,16 @@ def unblocked(x: Tensor, heads: int, length: int) -> Tensor:
 
 
 def stages(
-    q: Tensor, k: Tensor, plan: SparsePlan, dtype: torch.dtype
+    q: Tensor, k: Tensor, layout: Layout, dtype: torch.dtype
 ) -> Iterator[tuple[int, slice, slice]]:
     """`(batch, query heads, key heads)`, few enough heads at a time where they must be copied."""
-    kv_heads = k.shape[1]
+    plan, kv_heads = layout.plan, k.shape[1]
     group = q.shape[1] // kv_heads
     per_head = plan.num_k_blocks * plan.block_k * (2 + 2 * group) * k.shape[-1] * dtype.itemsize
     is_view = k.is_contiguous() and k.dtype == dtype and plan.kv_len % plan.block_k == 0
     is_view = is_view and q.is_contiguous() and plan.q_len % plan.block_q == 0
     padding = (plan.q_block_sizes, plan.k_block_sizes, plan.kv_lengths)
-    is_view = is_view and all(sizes is None for sizes in padding)
+    is_view = is_view and all(sizes is None for sizes in padding) and not layout.has_tail
     step = kv_heads if is_view else max(1, min(kv_heads, STAGE_BYTES // per_head))
     for b in range(q.shape[0]):
         for h in range(0, kv_heads, step):

@@ -19,28 +19,21 @@ from dit_accel.kernels.precision import wide
 from dit_accel.kernels.row_order import in_block_order, in_query_order
 
 
-def _scores(
-    chunk: Chunk, q: Tensor, scale: float, k: Tensor, tail: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _scores(chunk: Chunk, q: Tensor, scale: float, k: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of a chunk and the keys they belong to."""
-    keys = k.index_select(0, chunk.kv_rows).view(q.shape[0], -1, k.shape[-1])
-    exact = keys.shape[1]
-    if tail is not None:
-        keys = torch.cat([keys, tail.index_select(0, chunk.tail_heads)], 1)
+    keys = _gathered(chunk, k, len(q))
     # With beta=0 the first argument is never read; alpha scales for free.
     scores = torch.baddbmm(q.new_empty(1, 1, 1), q, keys.mT, beta=0, alpha=scale)
     if chunk.hidden is not None:
-        scores[..., :exact].masked_fill_(chunk.hidden, -math.inf)
+        scores[..., : chunk.exact].masked_fill_(chunk.hidden, -math.inf)
     if chunk.tail_bias is not None:
-        scores[..., exact:] += chunk.tail_bias
+        scores[..., chunk.exact :] += chunk.tail_bias
     return scores, keys
 
 
-def _values(chunk: Chunk, v: Tensor, tail: Tensor | None) -> Tensor:
-    values = v.index_select(0, chunk.kv_rows).view(len(chunk.tail_heads), -1, v.shape[-1])
-    if tail is not None:
-        values = torch.cat([values, tail.index_select(0, chunk.tail_heads)], 1)
-    return values
+def _gathered(chunk: Chunk, table: Tensor, count: int) -> Tensor:
+    """`[c, n, D]`, the keys or values that the chunk reads."""
+    return table.index_select(0, chunk.kv_rows).view(count, -1, table.shape[-1])
 
 
 def forward(
@@ -109,12 +102,10 @@ def _forward(
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1] if want_lse else (0,), dtype=dtype)
     layout = Layout(plan, shared_softmax, dtype)
-    for b, heads, kv_heads in stages(q, k, plan, dtype):
+    for b, heads, kv_heads in stages(q, k, layout, dtype):
         qb = layout.blocked_q(q[b, heads], dtype)
-        kb = layout.blocked_k(k[b, kv_heads], b, dtype)
-        vb = layout.blocked_k(v[b, kv_heads], b, dtype)
-        tail_k = layout.tail(k[b, kv_heads], b, heads, dtype)
-        tail_v = layout.tail(v[b, kv_heads], b, heads, dtype)
+        kb = layout.table(k[b, kv_heads], b, heads, dtype)
+        vb = layout.table(v[b, kv_heads], b, heads, dtype)
         direct = o.dtype == dtype and plan.q_len % plan.block_q == 0
         ob = (
             o[b, heads].view(*qb.shape[:2], -1)
@@ -123,7 +114,7 @@ def _forward(
         )
         lb = qb.new_empty(qb.shape[:2]) if want_lse else None
         for chunk in layout.chunks(b, heads, group):
-            scores, _ = _scores(chunk, qb[chunk.rows], scale, kb, tail_k)
+            scores, _ = _scores(chunk, qb[chunk.rows], scale, kb)
             if scores.shape[-1] == 0:  # rows that read nothing
                 ob[chunk.rows] = 0
                 if lb is not None:
@@ -138,7 +129,7 @@ def _forward(
             if lb is not None:
                 # The largest weight is exp(top - lse), so no second exponential is needed.
                 lb[chunk.rows] = torch.where(top == -math.inf, top, top - p.amax(-1).log())
-            values = _values(chunk, vb, tail_v)
+            values = _gathered(chunk, vb, len(p))
             if isinstance(chunk.rows, slice):
                 torch.bmm(p, values, out=ob[chunk.rows])
             else:
@@ -166,37 +157,32 @@ def _backward(
     group = q.shape[1] // k.shape[1]
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     layout = Layout(plan, shared_softmax, dtype)
-    for b, heads, kv_heads in stages(q, k, plan, dtype):
+    for b, heads, kv_heads in stages(q, k, layout, dtype):
         n_heads, n_kv = heads.stop - heads.start, kv_heads.stop - kv_heads.start
         qb = layout.blocked_q(q[b, heads], dtype)
-        kb = layout.blocked_k(k[b, kv_heads], b, dtype)
-        vb = layout.blocked_k(v[b, kv_heads], b, dtype)
+        kb = layout.table(k[b, kv_heads], b, heads, dtype)
+        vb = layout.table(v[b, kv_heads], b, heads, dtype)
         go = layout.blocked_q(grad_o[b, heads], dtype)
         lb = layout.blocked_q(lse[b, heads][..., None], dtype)
         lb = lb.masked_fill(lb == -math.inf, 0.0)  # hidden scores are -inf, so weights stay 0
         db = layout.blocked_q(delta[b, heads][..., None], dtype)
         gq, gk, gv = (x.new_zeros(x.shape) for x in (qb, kb, vb))  # contiguous, whatever x is
-        tail_k = layout.tail(k[b, kv_heads], b, heads, dtype)
-        tail_v = layout.tail(v[b, kv_heads], b, heads, dtype)
-        if tail_k is not None and tail_v is not None:
-            gtk, gtv = torch.zeros_like(tail_k), torch.zeros_like(tail_v)
         for chunk in layout.chunks(b, heads, group):
             qc, goc = qb[chunk.rows], go[chunk.rows]
-            scores, keys = _scores(chunk, qc, scale, kb, tail_k)
+            scores, keys = _scores(chunk, qc, scale, kb)
             if scores.shape[-1] == 0:
                 continue
             p = scores.sub_(lb[chunk.rows]).exp_()
             dv = torch.bmm(p.mT, goc)
-            ds = torch.bmm(goc, _values(chunk, vb, tail_v).mT)
+            ds = torch.bmm(goc, _gathered(chunk, vb, len(qc)).mT)
             ds = ds.sub_(db[chunk.rows]).mul_(p).mul_(scale)
             gq[chunk.rows] = torch.bmm(ds, keys)
             dk = torch.bmm(ds.mT, qc)
-            exact = len(chunk.kv_rows) // len(chunk.tail_heads) * plan.block_k
-            gk.index_add_(0, chunk.kv_rows, dk[:, :exact].reshape(-1, *kb.shape[1:]))
-            gv.index_add_(0, chunk.kv_rows, dv[:, :exact].reshape(-1, *vb.shape[1:]))
-            if layout.has_tail:
-                gtk.index_add_(0, chunk.tail_heads, dk[:, exact:])
-                gtv.index_add_(0, chunk.tail_heads, dv[:, exact:])
+            gk.index_add_(0, chunk.kv_rows, dk.reshape(-1, *kb.shape[1:]))
+            gv.index_add_(0, chunk.kv_rows, dv.reshape(-1, *vb.shape[1:]))
+        if layout.has_tail:
+            gtk, gtv = layout.tail_of(gk, n_kv), layout.tail_of(gv, n_kv)
+            gk, gv = (x[: n_kv * plan.num_k_blocks] for x in (gk, gv))
         if shared_softmax:
             # A mean hands its gradient to its tokens in equal parts.
             sizes = layout.sizes_of(b)

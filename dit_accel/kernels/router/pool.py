@@ -1,4 +1,4 @@
-"""Triton kernel of the router: block means, reading every token once."""
+"""Triton kernel of the router: block means, and mean squares, reading every token once."""
 
 import triton
 import triton.language as tl
@@ -9,10 +9,10 @@ from dit_accel.kernels.launch import Launch
 
 @triton.jit
 def pool_kernel(
-    X, OUT, SIZES, x_b, x_h, x_l, length, size_b,
+    X, OUT, SQUARES, SIZES, x_b, x_h, x_l, length, size_b,
     HEAD_DIM: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, TL: tl.constexpr,
 ):  # fmt: skip
-    """mean of the valid tokens of one block; 0 for a block without any."""
+    """mean (and mean square) of the valid tokens of one block; 0 for a block without any."""
     i_block, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_blocks, n_h = tl.num_programs(0), tl.num_programs(1)
     o_d = tl.arange(0, DP)
@@ -23,20 +23,27 @@ def pool_kernel(
     X += i_b.to(tl.int64) * x_b + i_h.to(tl.int64) * x_h
     X += (i_block * BLOCK).to(tl.int64) * x_l
     b_sum = tl.zeros([DP], tl.float32)
+    b_squares = tl.zeros([DP], tl.float32)
     for start in range(0, size, TL):
         o_l = start + tl.arange(0, TL)
         # [TL, DP]
         p_x = X + o_l[:, None].to(tl.int64) * x_l + o_d[None, :]
-        b_x = tl.load(p_x, mask=(o_l[:, None] < size) & m_d[None, :], other=0.0)
-        b_sum += tl.sum(b_x.to(tl.float32), 0)
+        b_x = tl.load(p_x, mask=(o_l[:, None] < size) & m_d[None, :], other=0.0).to(tl.float32)
+        b_sum += tl.sum(b_x, 0)
+        if SQUARES is not None:
+            b_squares += tl.sum(b_x * b_x, 0)
     o_out = ((i_b * n_h + i_h).to(tl.int64) * n_blocks + i_block) * HEAD_DIM + o_d
     tl.store(OUT + o_out, (b_sum / tl.maximum(size, 1)).to(OUT.dtype.element_ty), mask=m_d)
+    if SQUARES is not None:
+        tl.store(SQUARES + o_out, b_squares / tl.maximum(size, 1), mask=m_d)
 
 
-def pool_launch(x: Tensor, out: Tensor, sizes: Tensor | None, block: int) -> Launch:
-    """The launch that fills `out` `[B, H, ceil(L / block), D]` from `x` `[B, H, L, D]`.
+def pool_launch(
+    x: Tensor, out: Tensor, sizes: Tensor | None, block: int, squares: Tensor | None = None
+) -> Launch:
+    """The launch that fills `out` and fp32 `squares` `[B, H, ceil(L / block), D]` from `x` `[B, H, L, D]`.
 
-    `out` and `sizes` `[B|1, n]` contiguous, `x` along its last axis; any device, "meta" too.
+    `out`, `squares` and `sizes` `[B|1, n]` contiguous, `x` along its last axis; any device, "meta" too.
     """
     batch, heads, length, d = x.shape
     return Launch(
@@ -45,6 +52,7 @@ def pool_launch(x: Tensor, out: Tensor, sizes: Tensor | None, block: int) -> Lau
         arguments={
             "X": x,
             "OUT": out,
+            "SQUARES": squares,
             "SIZES": sizes,
             **{f"x_{axis}": x.stride(i) for i, axis in enumerate("bhl")},
             "length": length,

@@ -1,4 +1,6 @@
-"""Mean-pooled block scores, the router of SLA (arXiv 2509.24006, eq. 2) in fp32."""
+"""Block scores from pooled tokens: the router of SLA (arXiv 2509.24006, eq. 2) and one that knows spread, in fp32."""
+
+import math
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +30,21 @@ def pool_blocks(
     Raises:
         ValueError: `block` or the shape of `sizes` is wrong.
     """
+    _check_blocks(x, block, sizes)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return torch.ops.dit_accel.pool_blocks(x, block, sizes, dtype)
+
+
+def pool_moments(
+    x: Float[Tensor, "b h l d"], block: int, sizes: Int[Tensor, "b_sizes n"] | None = None
+) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n d"]]:
+    """Mean, and mean square, of the valid tokens of each block; arguments and errors as of `pool_blocks`."""
+    _check_blocks(x, block, sizes)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return torch.ops.dit_accel.pool_moments(x, block, sizes)
+
+
+def _check_blocks(x: Tensor, block: int, sizes: Tensor | None) -> None:
     if block < 1:
         raise ValueError(f"block={block}: accepted is an int >= 1")
     if sizes is not None:
@@ -37,8 +54,6 @@ def pool_blocks(
             raise ValueError(
                 f"sizes: shape {tuple(sizes.shape)}; accepted is [1, {n}] or [{x.shape[0]}, {n}]"
             )
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return torch.ops.dit_accel.pool_blocks(x, block, sizes, dtype)
 
 
 @torch.library.custom_op("dit_accel::pool_blocks", mutates_args=())
@@ -68,37 +83,69 @@ def _pool_blocks_fake(
     return x.new_empty(b, h, -(-length // block), d, dtype=dtype or wide(x))
 
 
-def _pool_in_torch(x: Tensor, block: int, sizes: Tensor | None) -> Tensor:
+@torch.library.custom_op("dit_accel::pool_moments", mutates_args=())
+def _pool_moments(x: Tensor, block: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if not runs_here(x):
+        return _pool_in_torch(x, block, sizes), _pool_in_torch(x, block, sizes, square=True)
+    from dit_accel.kernels.router.pool import pool_launch
+
+    mean, mean_square = _pool_moments_fake(x, block, sizes)
+    pool_launch(x, mean, None if sizes is None else sizes.contiguous(), block, mean_square)()
+    return mean, mean_square
+
+
+@_pool_moments.register_fake
+def _pool_moments_fake(x: Tensor, block: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return _pool_blocks_fake(x, block), _pool_blocks_fake(x, block)
+
+
+def _pool_in_torch(x: Tensor, block: int, sizes: Tensor | None, *, square: bool = False) -> Tensor:
     """In fp32 or wider, contiguous: `torch.compile` relies on the strides that the fake promises."""
     whole = x.shape[2] // block
     if sizes is None or (reads_freely(sizes) and bool((sizes[:, :whole] == block).all())):
-        return _pool_whole_blocks(x, block, None if sizes is None else sizes[:, whole:])
+        return _pool_whole_blocks(x, block, None if sizes is None else sizes[:, whole:], square)
     pad, dtype = -x.shape[2] % block, wide(x)
     padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, pad)).unflatten(2, (-1, block))
     padding = torch.arange(block, device=x.device) >= sizes[:, None, :, None]  # [B|1, 1, n, block]
     # What padding holds may be NaN, so it is replaced, not multiplied by zero.
-    total = padded.masked_fill(padding[..., None], 0.0).sum(3)
+    valid = padded.masked_fill(padding[..., None], 0.0)
+    total = (valid.square() if square else valid).sum(3)
     return (total / sizes.clamp(min=1).to(dtype)[:, None, :, None]).contiguous()
 
 
-def _pool_whole_blocks(x: Tensor, block: int, tail_sizes: Tensor | None) -> Tensor:
+def _pool_whole_blocks(x: Tensor, block: int, tail_sizes: Tensor | None, square: bool) -> Tensor:
     """All blocks full but the tail, if there is one, of which `tail_sizes` `[B|1, 1]` are valid."""
     pooled = _pool_blocks_fake(x, block)
     whole = x.shape[2] // block
     if whole:
         # Summing a view reads x once and copies nothing; only the ragged tail is handled apart.
         view = x[:, :, : whole * block].unflatten(2, (whole, block))
-        torch.mean(view, 3, dtype=pooled.dtype, out=pooled[:, :, :whole])
+        if square:
+            _mean_square(view, pooled[:, :, :whole])
+        else:
+            torch.mean(view, 3, dtype=pooled.dtype, out=pooled[:, :, :whole])
     if whole == pooled.shape[2]:
         return pooled
     tail = x[:, :, whole * block :].to(pooled.dtype)
-    if tail_sizes is None:
-        pooled[:, :, whole] = tail.mean(2)
-        return pooled
-    padding = torch.arange(tail.shape[2], device=x.device) >= tail_sizes
-    total = tail.masked_fill(padding[:, None, :, None], 0.0).sum(2)
-    pooled[:, :, whole] = total / tail_sizes[:, None].clamp(min=1)
+    if tail_sizes is not None:
+        padding = torch.arange(tail.shape[2], device=x.device) >= tail_sizes
+        tail = tail.masked_fill(padding[:, None, :, None], 0.0)
+    total = (tail.square() if square else tail).sum(2)
+    count = tail.shape[2] if tail_sizes is None else tail_sizes[:, None].clamp(min=1)
+    pooled[:, :, whole] = total / count
     return pooled
+
+
+def _mean_square(view: Tensor, out: Tensor) -> None:
+    """Mean over the tokens of blocks `[B, H, n, block, D]`, a cacheful at a time: squares of everything at
+    once would be written to memory and read back (7x slower)."""
+    b, h, n, block, d = view.shape
+    step = min(n, max(1, 2**19 // (b * h * block * d)))
+    squares = torch.empty(b, h, step, block, d, dtype=out.dtype, device=out.device)
+    for part, mean in zip(view.split(step, 2), out.split(step, 2), strict=True):
+        scratch = squares[:, :, : part.shape[2]]
+        torch.mul(part, part.to(out.dtype), out=scratch)
+        torch.mean(scratch, 3, out=mean)
 
 
 @torch.no_grad()
@@ -110,10 +157,17 @@ def block_scores(
     block_k: int,
     scale: float | None = None,
     smooth_k: bool = False,
+    spread: bool = False,
     q_sizes: Int[Tensor, "b_q n_q"] | None = None,
     k_sizes: Int[Tensor, "b_k n_k"] | None = None,
 ) -> Float[Tensor, "b h_q n_q n_k"]:
     """Scaled dot products of block means: the logits by which a plan ranks key blocks.
+
+    A block whose keys differ holds more attention than its mean tells: exp is convex. With `spread`, each
+    score estimates the mean over queries of `log(mean_j exp(scale * q . k_j))`. With channels taken as
+    independent, the logits of a query have variance `s = scale**2 * sum_d q_d**2 var_d(k)`; for normal
+    logits the correction is `s / 2`, until the largest of `n = block_k` draws rules the sum:
+    `sqrt(2 s log n) - log n` from `s = 2 log n` on (Derrida's random-energy model, Phys. Rev. B 24, 2613).
 
     Args:
         q: `[B, Hq, Lq, D]`. k: `[B, Hkv, Lk, D]`, `Hq` a multiple of `Hkv`.
@@ -121,6 +175,7 @@ def block_scores(
         scale: default `D ** -0.5`.
         smooth_k: subtract the mean of all valid keys first. It shifts every row by a constant: no
             ranking and no softmax changes, but a `threshold` then counts from the row's mean score.
+        spread: add what the spread of keys inside a block brings.
         q_sizes, k_sizes: `[B|1, T]` valid tokens per block (ragged tiles, `kv_lengths`).
 
     Returns:
@@ -130,14 +185,32 @@ def block_scores(
         raise ValueError(
             f"q: {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k"
         )
-    pooled_q = pool_blocks(q, block_q, q_sizes)
-    pooled_k = pool_blocks(k, block_k, k_sizes)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    gain = None
+    if spread:
+        pooled_q, square_q = pool_moments(q, block_q, q_sizes)
+        pooled_k, square_k = pool_moments(k, block_k, k_sizes)
+        variance = (square_k - pooled_k.square()).clamp(min=0)
+        gain = _spread_gain(_products(square_q * scale**2, variance), block_k)
+    else:
+        pooled_q = pool_blocks(q, block_q, q_sizes)
+        pooled_k = pool_blocks(k, block_k, k_sizes)
     if smooth_k:
         pooled_k = pooled_k - _mean_of_tokens(pooled_k, k.shape[2], block_k, k_sizes)
-    grouped = pooled_q.unflatten(1, (k.shape[1], -1))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = _products(pooled_q * scale, pooled_k)
+    return scores if gain is None else scores + gain
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """`q @ k.mT` with grouped heads, `[B, Hq, T_q, T_k]`."""
     with no_autocast(q):
-        return ((grouped * scale) @ pooled_k[:, :, None].mT).flatten(1, 2)
+        return (q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT).flatten(1, 2)
+
+
+def _spread_gain(variance: Tensor, n: int) -> Tensor:
+    """What normal logits of this variance add to the logarithm of their mean exponential, for n draws."""
+    most = 2 * math.log(n)
+    return torch.where(variance <= most, variance / 2, (variance * most).sqrt() - most / 2)
 
 
 def _mean_of_tokens(pooled: Tensor, length: int, block: int, sizes: Tensor | None) -> Tensor:
