@@ -139,7 +139,7 @@ def top_p_for(row: Row, kind: str, calls: list) -> float:
     low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
-        found = density_of(Row(**{**asdict(row), "combine": "none"}), kind, calls, middle)
+        found = density_of(row, kind, calls, middle)
         if abs(found - target) < 0.01 * target:
             break
         low, high = (middle, high) if found < target else (low, middle)
@@ -223,9 +223,14 @@ class Quality:
                 order: noted_calls(subject, order, self.steps, self.attention_samples)
                 for order in ("raster", *TILES[kind].values())
             }
+        top_ps: dict[Any, float] = {}
         for row in tqdm(missing, desc=f"{self.model}, attention"):
             order = "raster" if row.order == "raster" else TILES[kind][row.block]
-            top_p = top_p_for(row, kind, calls[order]) if row.router == "top-p" else None
+            top_p, case = None, replace(row, combine="none")
+            if row.router == "top-p":
+                if case not in top_ps:
+                    top_ps[case] = top_p_for(case, kind, calls[order])
+                top_p = top_ps[case]
             found = attention_error(row, kind, calls[order], top_p)
             known[row.key] = {"key": row.key, **asdict(row), "top_p": top_p, "measured": found}
         scores["attention"] = [known[row.key] | asdict(row) for row in attention_rows()]
