@@ -244,22 +244,22 @@ def _blocked(
     of zero would not cancel. `out` is filled if given.
     """
     heads, length, d = x.shape
-    if out is None and length == n * block:
+    owned = out is not None or length != n * block
+    if not owned:
         out = x.to(dtype).reshape(heads * n, block, d)
-    else:
-        if out is None:
-            out = x.new_empty(heads * n, block, d, dtype=dtype)
+    elif out is None:
+        out = x.new_empty(heads * n, block, d, dtype=dtype)
+    if owned:
         by_head = out.view(heads, n * block, d)
         by_head[:, :length] = x
         by_head[:, length:] = 0
-    if sizes is not None:
-        hidden = (torch.arange(block, device=x.device) >= sizes[:, None]).repeat(heads, 1)[
-            ..., None
-        ]
-        # What was not copied belongs to the caller.
-        owned = out.data_ptr() != x.data_ptr()
-        out = out.masked_fill_(hidden, 0.0) if owned else out.masked_fill(hidden, 0.0)
-    return out
+    if sizes is None:
+        return out
+    padding = (torch.arange(block, device=x.device) >= sizes[:, None])[..., None]
+    by_block = out.view(heads, n, block, d)
+    # What was not copied belongs to the caller.
+    fill = by_block.masked_fill_ if owned else by_block.masked_fill
+    return fill(padding, 0.0).flatten(0, 1)
 
 
 def unblocked(x: Tensor, heads: int, length: int) -> Tensor:
