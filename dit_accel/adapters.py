@@ -2,16 +2,19 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+import torch
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from dit_accel import control
+from dit_accel.config import SLAConfig
 from dit_accel.files import check_writable
-from dit_accel.identity import identity_of, weights_of
+from dit_accel.identity import identity_of, is_hub_id, weights_of
 from dit_accel.sla.files import FILE_NAME, Adapter, adapter_path, read_adapter, write_adapter
 
 
@@ -60,6 +63,11 @@ def load_sla(
 
 
 def _download(repository: str, **hub: Any) -> Path:
+    if not is_hub_id(repository):
+        raise ValueError(
+            f"dir_or_id={repository!r}: no such file or folder; accepted is a folder with a {FILE_NAME}, that file, "
+            "or a hub repository (owner/name)"
+        )
     try:
         return Path(hf_hub_download(repository, FILE_NAME, **hub))
     except (EntryNotFoundError, OSError, ValueError) as error:
@@ -71,11 +79,23 @@ def _download(repository: str, **hub: Any) -> Path:
 
 
 def own_adapter(source: str | os.PathLike, **hub: Any) -> Path | None:
-    """The adapter file that a diffusers repository brings along, a folder or on the hub; None: none."""
+    """The adapter file that a diffusers repository brings along, a folder or on the hub; None: none.
+
+    Warns where the hub cannot be asked whether there is one.
+    """
     if Path(source).exists():
         return adapter_path(source)
     try:
         return Path(hf_hub_download(str(source), FILE_NAME, **hub))
+    except LocalEntryNotFoundError:
+        where = {key: hub[key] for key in ("cache_dir", "revision") if key in hub}
+        if try_to_load_from_cache(str(source), FILE_NAME, **where) is not _CACHED_NO_EXIST:
+            warnings.warn(
+                f"{source}: the hub cannot be asked whether this repository has a {FILE_NAME}; going on as without "
+                "one. Pass sla= to choose.",
+                stacklevel=3,
+            )
+        return None
     except EntryNotFoundError:
         return None
 
@@ -100,6 +120,20 @@ def adapter_of(pipe: Any) -> Adapter:
             weights[f"{name}.{parameter}"] = x.float()
     base = identity_of(session.transformer, pipe)
     return Adapter(config=session.sla.config, base=base, weights=weights)
+
+
+def runs_with(pipe: Any, settings: SLAConfig | Adapter | None) -> bool:
+    """Whether the sparse attention of a pipeline is just this; None: off."""
+    session = control.session_of(pipe)
+    sla = None if session is None else session.sla
+    if sla is None or settings is None:
+        return sla is None and settings is None
+    if not isinstance(settings, Adapter):
+        return sla.config == settings
+    weights = adapter_of(pipe).weights if settings.weights else {}
+    return sla.config == settings.config and all(
+        torch.equal(x, weights[name]) for name, x in settings.weights.items()
+    )
 
 
 @contextlib.contextmanager

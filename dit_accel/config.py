@@ -81,7 +81,9 @@ class _Config:
                 raise ValueError(
                     f"{path}: unknown section {key!r}{_suggest(str(key), list(SECTIONS))}; accepted are ras: and sla:"
                 )
-        if not isinstance(data.get(cls.SECTION), dict):
+        if cls.SECTION not in data:
+            raise ValueError(f"{path}: no section {cls.SECTION}:")
+        if not isinstance(data[cls.SECTION], dict):
             raise ValueError(f"{path}: the section {cls.SECTION}: must hold keys and values")
         try:
             return cls.from_dict(data[cls.SECTION])
@@ -256,7 +258,7 @@ class SLAConfig(_Config):
     Text blocks come in addition. None: `top_p` alone decides."""
     top_p: float | int | None = None
     """Read the fewest best blocks whose estimated softmax weights sum to this, in (0, 1]; with `topk`
-    the union of both."""
+    the union of both. Only with crossover="never": how much it reads is not known in advance."""
     router: Literal["spread", "mean"] = "spread"
     """How key blocks are ranked: by their mean key alone ("mean", SLA), or with what the spread of keys inside
     a block adds to its attention."""
@@ -318,6 +320,11 @@ class SLAConfig(_Config):
                 f"skip={skip}: accepted with combine='proj' or 'alpha' and linear_scope='marginal', else 0"
             )
         _check_choice("crossover", self.crossover, CROSSOVERS)
+        if self.top_p is not None and self.crossover == "auto":
+            raise ValueError(
+                f"top_p={self.top_p}: how much it reads is not known in advance, so that crossover='auto' cannot tell "
+                "whether that pays; accepted with crossover='never'"
+            )
         self._check_order()
         steps = self.dense_steps
         _check(

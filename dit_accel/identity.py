@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dit_accel.models import FAMILIES, AttentionLayer, family_of
 from dit_accel.sla.base_model import FINGERPRINT_VALUES, Base, LayerGeometry
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)[\\/]snapshots[\\/]([0-9a-f]{40})")
 
 
@@ -40,23 +40,30 @@ def identity_of(transformer: nn.Module, pipe: Any = None) -> Base:
 
 
 def _values(layer: AttentionLayer) -> Tensor:
-    """Evenly spaced values of the value projection; zeros where it cannot be read (offloaded, quantised)."""
+    """Evenly spaced values of the value projection; zeros where it cannot be read (quantised)."""
     module: Any = layer.module
     fused = getattr(module, "fused_projections", False)
     projection = module.to_qkv if fused else module.to_v
     while hasattr(projection, "base_layer"):  # a LoRA of peft stands in front
         projection = projection.base_layer
-    weight: Any = getattr(projection, "weight", None)
-    readable = (
-        type(weight) in (Tensor, nn.Parameter)
-        and weight.device.type != "meta"
-        and weight.is_floating_point()
-    )
-    if not readable:
-        return torch.zeros(FINGERPRINT_VALUES)
-    weight = weight.detach()[-layer.kv_heads * layer.head_dim :].flatten()
-    places = torch.arange(FINGERPRINT_VALUES, device=weight.device) * weight.numel()
-    return weight[places // FINGERPRINT_VALUES].float().cpu()
+    with _at_hand(projection):
+        weight: Any = getattr(projection, "weight", None)
+        readable = (
+            type(weight) in (Tensor, nn.Parameter)
+            and weight.device.type != "meta"
+            and weight.is_floating_point()
+        )
+        if not readable:
+            return torch.zeros(FINGERPRINT_VALUES)
+        weight = weight.detach()[-layer.kv_heads * layer.head_dim :].flatten()
+        places = torch.arange(FINGERPRINT_VALUES, device=weight.device) * weight.numel()
+        return weight[places // FINGERPRINT_VALUES].float().cpu()
+
+
+def _at_hand(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Its own parameters can be read inside, also where offloading keeps them elsewhere."""
+    offloaded = any(x.device.type == "meta" for x in module.parameters(recurse=False))
+    return align_module_device(module, "cpu") if offloaded else contextlib.nullcontext()
 
 
 def _origin(transformer: Any, pipe: Any) -> tuple[str, str]:
@@ -69,10 +76,15 @@ def _origin(transformer: Any, pipe: Any) -> tuple[str, str]:
     return public_name(re.sub(r"[\\/]transformer[\\/]*$", "", names[0]) or names[1]), ""
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether this can name a hub repository: owner/name."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def public_name(source: str | os.PathLike) -> str:
     """A hub id as it is; of a path only the last component."""
     name = str(source)
-    if not name or (_HUB_ID.fullmatch(name) and not os.path.exists(name)):
+    if not name or (is_hub_id(name) and not os.path.exists(name)):
         return name
     return re.split(r"[\\/]", os.path.abspath(name))[-1]
 
@@ -81,8 +93,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Copies of its parameters on the CPU, also where block-wise offloading keeps them elsewhere."""
     weights = {}
     for prefix, part in module.named_modules():
-        offloaded = any(x.device.type == "meta" for x in part.parameters(recurse=False))
-        with align_module_device(part, "cpu") if offloaded else contextlib.nullcontext():
+        with _at_hand(part):
             for name, x in part.named_parameters(prefix, recurse=False):
                 weights[name] = x.detach().to("cpu", copy=True)
     return weights

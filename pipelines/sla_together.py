@@ -96,7 +96,7 @@ def print_table(report: dict[str, Any]) -> None:
     print(f"\n{report['model']}, {report['samples']} samples, against {report['reference']}")
     head = (
         "",
-        "density of attention",
+        "density of all self-attention",
         "cost of steps",
         "PSNR, dB",
         "SSIM",

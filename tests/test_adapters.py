@@ -1,11 +1,12 @@
 """`save_sla`, `load_sla`: what was saved runs again bit for bit, and nothing else is let in."""
 
+import contextlib
 import shutil
 
 import diffusers
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 
 from dit_accel import SparseWanPipeline, disable, enable, load_sla, save_sla, summary
@@ -288,7 +289,7 @@ REFUSED = {
     "truncated": (_truncated, "truncated, damaged or something else"),
     "pickle": (_pickle, "a zip archive, as torch.save writes it"),
     "nothing": (lambda path: None, "no such file"),
-    "no folder": (lambda path: path.rmdir(), "neither a file, a folder nor a hub repository"),
+    "no folder": (lambda path: path.rmdir(), "no such file or folder; accepted is a folder"),
 }
 
 
@@ -387,7 +388,7 @@ def test_a_folder_stands_where_a_preset_could(repositories, adapter):
     shared = SparseWanPipeline.from_pipe(pipes[0])
     assert session_of(shared) is session_of(pipes[0])
     with pytest.raises(ValueError, match=r"sla: .* call disable\(\) first"):
-        SparseWanPipeline.from_pipe(pipes[0], sla=folder)
+        SparseWanPipeline.from_pipe(pipes[0], sla="fast")
     with pytest.raises(ValueError, match=r"sla=.*: a folder without sla\.safetensors"):
         sparse(repositories["wan"], sla=repositories["wan"])
 
@@ -397,13 +398,70 @@ def test_repositories_on_the_hub_may_bring_an_adapter(repositories, adapter, mon
 
     def download(repo_id, filename, **arguments):
         if repo_id == "org/plain":
-            raise LocalEntryNotFoundError("no such file")
+            raise EntryNotFoundError("404")
         return str(adapter[0] / filename)
 
     monkeypatch.setattr("dit_accel.adapters.hf_hub_download", download)
     assert own_adapter("org/tuned", revision="v1") == adapter[0] / "sla.safetensors"
     assert own_adapter("org/plain") is None
     assert own_adapter(repositories["wan"]) is None
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known to be absent", "unknown"])
+def test_without_the_hub_a_possible_adapter_is_not_passed_over_in_silence(known, tmp_path):
+    """As the cache of huggingface_hub looks after a download of the other files."""
+    from dit_accel.adapters import own_adapter
+
+    commit = "0" * 40
+    cache = tmp_path / "models--org--plain"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    (cache / "snapshots" / commit).mkdir(parents=True)
+    if known:
+        (cache / ".no_exist" / commit).mkdir(parents=True)
+        (cache / ".no_exist" / commit / "sla.safetensors").touch()
+    warned = contextlib.nullcontext() if known else pytest.warns(UserWarning, match="org/plain: .* sla.safetensors")  # fmt: skip
+    with warned:
+        assert own_adapter("org/plain", cache_dir=tmp_path, local_files_only=True) is None
+
+
+@pytest.mark.parametrize("wrong", ["adapterr", "/no/such/folder", "a/b/c", "./here"])
+def test_what_cannot_be_a_repository_is_not_looked_for_on_the_hub(wrong, monkeypatch):
+    monkeypatch.setattr("dit_accel.adapters.hf_hub_download", None)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        load_sla(make("wan"), wrong)
+
+
+def test_a_pickle_where_settings_could_stand(tmp_path):
+    torch.save({}, tmp_path / "sla.pt")
+    with pytest.raises(ValueError, match=r"sla.pt: .*pickle.*accepted is a safetensors file"):
+        enable(make("wan"), sla=tmp_path / "sla.pt")
+    with pytest.raises(ValueError, match=r"none.yaml'.*: no such file or folder; accepted are"):
+        enable(make("wan"), sla=str(tmp_path / "none.yaml"))
+
+
+def test_another_base_is_refused_where_offloading_keeps_its_weights(adapter):
+    pipe = make("wan")
+    torch.nn.init.normal_(pipe.transformer.blocks[0].attn1.to_v.weight)
+    offloaded(pipe.transformer)
+    with pytest.raises(ValueError, match="another base model"):
+        load_sla(pipe, adapter[0])
+
+
+def test_a_base_that_cannot_be_read_is_said(adapter, monkeypatch):
+    monkeypatch.setattr("dit_accel.identity._values", lambda layer: torch.zeros(64))
+    with pytest.warns(UserWarning, match="cannot be checked"):
+        load_sla(make("wan"), adapter[0])
+
+
+def test_from_pipe_knows_the_adapter_that_is_on(adapter):
+    pipe = make("wan")
+    load_sla(pipe, adapter[0])
+    assert SparseWanPipeline.from_pipe(pipe, sla=adapter[0]).summary().enabled
+    with torch.no_grad():
+        next(x for name, x in pipe.transformer.named_parameters() if ".sla." in name).add_(1)
+    with pytest.raises(ValueError, match="other settings"):
+        SparseWanPipeline.from_pipe(pipe, sla=adapter[0])
 
 
 def test_a_saved_pipeline_is_a_plain_repository_with_an_adapter(repositories, adapter, tmp_path):
@@ -427,9 +485,26 @@ def test_a_saved_pipeline_is_a_plain_repository_with_an_adapter(repositories, ad
     assert torch.equal(run(sparse(tmp_path / "saved"), "wan", steps=STEPS), adapter[1])
 
 
-def test_saving_a_pipeline_with_presets_adds_nothing(repositories, tmp_path):
+def test_settings_without_weights_are_saved_too_but_for_the_default(repositories, tmp_path):
     sparse(repositories["wan"], sla="balanced").save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "sla.safetensors").exists()
+    sparse(repositories["wan"], sla={"topk": 0.1}).save_pretrained(tmp_path / "saved")
+    assert sparse(tmp_path / "saved").summary().config["topk"] == 0.1
+    sparse(repositories["wan"], sla="balanced").save_pretrained(tmp_path / "saved")
+    assert sparse(tmp_path / "saved").summary().config["topk"] == 0.25
+
+
+def test_a_folder_with_an_adapter_is_not_saved_into_without_one(repositories, adapter, tmp_path):
+    pipe = sparse(repositories["wan"], sla=adapter[0])
+    pipe.save_pretrained(tmp_path)
+    before = (tmp_path / "sla.safetensors").read_bytes()
+    pipe.disable()
+    with pytest.raises(ValueError, match=r"save_directory=.*sla.safetensors, and sparse attention is off"):  # fmt: skip
+        pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "sla.safetensors").read_bytes() == before
+
+
+def test_alpha_is_measured_before_it_is_saved(repositories, tmp_path):
     pipe = sparse(repositories["wan"], sla={**SLA, "combine": "alpha"})
     with pytest.raises(ValueError, match="run the pipeline once"):
         pipe.save_pretrained(tmp_path / "alpha")

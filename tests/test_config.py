@@ -73,7 +73,10 @@ def test_the_order_follows_the_grid_unless_it_is_named():
 
 
 def test_one_of_topk_and_top_p_is_needed():
-    assert SLAConfig(topk=None, top_p=0.9).layer_topk(0, 2) is None
+    config = SLAConfig(topk=None, top_p=0.9, crossover="never")
+    assert config.layer_topk(0, 2) is None
+    with pytest.raises(ValueError, match=r"^top_p=0.9: .* accepted with crossover='never'"):
+        SLAConfig(top_p=0.9)
     with pytest.raises(ValueError, match="topk=None, top_p=None: accepted is a fraction"):
         SLAConfig(topk=None)
 
@@ -163,6 +166,7 @@ def test_a_config_survives_dict_json_and_yaml(config, tmp_path):
             r"unknown section 'sia' \(did you mean 'sla'\?\); accepted are ras: and sla:",
         ),
         ("sla: {topk: 0.5}\ntrain: {}\n", "unknown section 'train'; accepted are ras: and sla:"),
+        ("ras: {}\n", "no section sla:"),
         ("sla:\n", "section sla: must hold keys and values"),
         ("sla: [1]\n", "section sla: must hold keys and values"),
         ("topk", "mapping with the section sla:"),

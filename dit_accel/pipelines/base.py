@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 from dit_accel import adapters, control
 from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.sla.files import Adapter, read_adapter, settings_of
+from dit_accel.sla.files import FILE_NAME, Adapter, read_adapter, settings_of
 
 # What decides which files DiffusionPipeline.load_config reads.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -117,11 +117,11 @@ class SparsePipelineMixin:
         session = control.session_of(pipeline)
         if session is not None:
             asked = (
-                ("sla", sla, settings, session.sla_config),
-                ("ras", ras, ras_config, session.ras_config),
+                ("sla", sla, adapters.runs_with(pipeline, settings)),
+                ("ras", ras, ras_config == session.ras_config),
             )
-            for name, given, new, old in asked:
-                if given not in (_DEFAULT, None) and new != old:
+            for name, given, same in asked:
+                if not (given is _DEFAULT or given is None or same):
                     raise ValueError(
                         f"{name}: this transformer is already enabled with other settings; call disable() first"
                     )
@@ -166,14 +166,24 @@ class SparsePipelineMixin:
         return json.dumps(saved, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, and `sla.safetensors` beside it where sparse attention has weights of its own.
+        """As in diffusers, and `sla.safetensors` beside it if sparse attention is on and not just the default.
 
         Plain diffusers loads the repository as the plain model; this class loads both.
+
+        Raises:
+            ValueError: sparse attention is off, and the folder holds an adapter, which would be loaded with
+                what is saved now; or it is on and cannot be saved yet (see `save_sla`).
         """
-        session = control.session_of(self)
-        if session is not None and session.sla is not None and session.sla.config.has_weights:
-            # First, so that push_to_hub finds it.
-            adapters.save_sla(self, save_directory)
+        session, path = control.session_of(self), Path(save_directory) / FILE_NAME
+        if session is not None and session.sla is not None:
+            if session.sla.config != SLAConfig() or path.exists():
+                # First, so that push_to_hub finds it.
+                adapters.save_sla(self, save_directory)
+        elif path.exists():
+            raise ValueError(
+                f"save_directory={str(save_directory)!r}: holds {path.name}, and sparse attention is off; accepted is a "
+                "folder without one"
+            )
         with adapters.weights_left_out(self):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 

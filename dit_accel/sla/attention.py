@@ -79,7 +79,6 @@ class SparseLinearAttention(nn.Module):
         elif config.combine == "alpha":
             self.alpha_logit = nn.Parameter(torch.zeros(heads))
             self.calibrated = False
-        self.register_load_state_dict_post_hook(_loaded)
 
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
@@ -89,6 +88,11 @@ class SparseLinearAttention(nn.Module):
             return x.to(moved.device) if moved.dtype != x.dtype else moved
 
         return super()._apply(keeping_fp32, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # Others load what they own into the whole model, a LoRA for one.
+        self.calibrated |= f"{prefix}alpha_logit" in state_dict
 
     def forward(
         self,
@@ -257,10 +261,6 @@ class SparseLinearAttention(nn.Module):
             "combine='alpha': what the first sparse call measured cannot be written to offloaded weights; "
             "run the pipeline once before you offload it, or load weights"
         )
-
-
-def _loaded(module: nn.Module, keys: Any) -> None:
-    module.calibrated = True  # type: ignore[assignment]
 
 
 def _split(x: Tensor, text: Text, tokens: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """`Base`: how an adapter knows the transformer that it was made for. Model-free."""
 
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ class Base:
             raise ValueError(f"{FINGERPRINT}: not finite")
 
     def check(self, found: "Base") -> None:
-        """Refuse a transformer other than this one.
+        """Refuse a transformer other than this one; warn where no weights can be compared.
 
         Raises:
             ValueError: it has another class, other layers or other weights.
@@ -68,7 +69,13 @@ class Base:
                     f"made for {_described(mine)}; this transformer has {_described(other)}"
                 )
         similarity = self.similarity(found)
-        if similarity is not None and similarity < LEAST_SIMILARITY:
+        if similarity is None:
+            warnings.warn(
+                "sparse attention's weights: whether they belong to this base model cannot be checked, because its "
+                "weights, or those that the adapter was made for, cannot be read (quantised)",
+                stacklevel=2,
+            )
+        elif similarity < LEAST_SIMILARITY:
             raise ValueError(
                 f"made for another base model{f' ({self.model})' if self.model else ''}: similarity of the weights "
                 f"{similarity:.2f}; accepted from {LEAST_SIMILARITY}"

@@ -168,12 +168,20 @@ def settings_of(sla: Any) -> SLAConfig | Adapter:
     if isinstance(sla, Adapter):
         return sla
     if isinstance(sla, str | os.PathLike) and sla not in SLAConfig.PRESETS:
-        if (path := adapter_path(sla)) is not None:
-            return read_adapter(path)
-        if Path(sla).is_dir():
+        path = Path(sla)
+        if path.is_dir():
+            path = path / FILE_NAME
+            if not path.exists():
+                raise ValueError(
+                    f"sla={str(sla)!r}: a folder without {FILE_NAME}; accepted is a folder that holds one"
+                )
+        if not path.exists() and (path.name != str(sla) or path.suffix):
             raise ValueError(
-                f"sla={str(sla)!r}: a folder without {FILE_NAME}; accepted is a folder that holds one"
+                f"sla={str(sla)!r}: no such file or folder; accepted are {', '.join(SLAConfig.PRESETS)}, a YAML file, a "
+                f"{FILE_NAME} or a folder with one, an SLAConfig or a dict (a hub repository: load_sla)"
             )
+        if path.is_file() and path.suffix not in (".yaml", ".yml"):
+            return read_adapter(path)
     return SLAConfig.load(sla)
 
 

@@ -76,7 +76,7 @@ class LayerAttention:
             self.counts[MASK].add_(1)
         elif tokens <= self.module.config.block_k:
             self.counts[SHORT].add_(1)
-        elif k.shape[2] < self.shortest:
+        elif tokens < self.shortest:
             self.counts[CROSSOVER].add_(1)
         else:
             o, density = self.module(
@@ -187,7 +187,8 @@ class SparseAttention:
         config = self.config
         if config.crossover == "never":
             return 0
-        topk = 1.0 if layer.module.topk is None else layer.module.topk
+        topk = layer.module.topk
+        assert topk is not None  # `top_p` goes with "never"
         return min_sparse_length(device.type, topk=topk, block=config.block_k)
 
     def stats(self) -> dict[str, LayerStats]:

@@ -223,6 +223,15 @@ def test_loaded_weights_are_not_measured_again():
     torch.testing.assert_close(module.alpha_logit, source.alpha_logit, rtol=0, atol=0)
 
 
+def test_what_others_load_into_the_model_does_not_stop_the_measuring():
+    module = SparseLinearAttention(config(combine="alpha"), 2, 16)
+    model = torch.nn.ModuleDict({"attention": module, "linear": torch.nn.Linear(2, 2)})
+    model.load_state_dict({"linear.bias": torch.zeros(2)}, strict=False)
+    assert not module.calibrated
+    model.load_state_dict(model.state_dict())
+    assert module.calibrated
+
+
 @pytest.mark.parametrize(
     ("combine", "names"),
     [

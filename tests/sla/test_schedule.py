@@ -129,6 +129,18 @@ def test_where_sparse_never_won_the_reason_says_so(measured):
     }
 
 
+def test_text_does_not_count_for_the_crossover(measured):
+    """Else calls would run sparse in an order and in tiles that were not made for it."""
+    attention = SparseAttention(
+        SLAConfig(topk=0.4, dense_layers=0, dense_steps=0, block_q=32, block_k=32), layers(1)
+    )
+    qkv = [torch.randn(1, 2, 499 + 77, 16) for _ in range(3)]
+    attention.begin_step(0, 4, (1, 1, 499), CPU)
+    assert call(attention, 0, qkv, text="last") is None
+    assert attention.order((1, 1, 499), CPU) is None
+    assert attention.tile((1, 1, 499), CPU) is None
+
+
 def test_tokens_selected_together_are_query_blocks_where_it_pays(measured):
     attention = SparseAttention(SLAConfig(topk=0.1, block_q=32), layers(2))
     assert attention.tile((1, 1, 499), CPU) is None
