@@ -299,8 +299,8 @@ class Quality:
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """How blocks are chosen."""
-    return f"{row['router']}, spread" if row["ranked_by"] == "spread" else row["router"]
+    """How blocks are chosen, with the setting `router` where blocks are ranked."""
+    return row["router"] if row["router"] == RANDOM else f"{row['router']}, {row['ranked_by']}"
 
 
 def print_attention(records: list[dict[str, Any]], model: str) -> None:
@@ -308,7 +308,7 @@ def print_attention(records: list[dict[str, Any]], model: str) -> None:
     print(
         f"\n{model}: relative error of attention outputs, none / shared_softmax (share of mass read)"
     )
-    head = ("blocks", "order", "router", *(f"{d}" for d in DENSITIES))
+    head = ("blocks", "order", "chosen by", *(f"{d}" for d in DENSITIES))
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     cells = {
         (x["block"], x["order"], name_of(x), x["density"], x["combine"]): x["measured"]
@@ -336,7 +336,7 @@ def print_table(report: dict[str, Any]) -> None:
     print(
         f"\n{report['model']}, {report['samples']} samples, against {report['reference']} (judge {right})"
     )
-    head = ("topk", "density", "blocks", "order", "router", "combine", "PSNR, dB", "SSIM")
+    head = ("topk", "density", "blocks", "order", "chosen by", "combine", "PSNR, dB", "SSIM")
     head = (
         *head,
         "latent error",
