@@ -28,9 +28,13 @@ class Launch:
     num_stages: int
 
     def __call__(self) -> None:
-        self.kernel[self.grid](
-            **self.arguments,
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-        )
+        first = next(x for x in self.arguments.values() if isinstance(x, Tensor))
+        with torch.cuda.device_of(
+            first
+        ):  # Triton launches on the current device, not on the tensors'
+            self.kernel[self.grid](
+                **self.arguments,
+                **self.constants,
+                num_warps=self.num_warps,
+                num_stages=self.num_stages,
+            )
