@@ -17,7 +17,8 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subco
 from dit_accel.cli_adapters import Convert, Merge, sla_settings
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.demo import ImageTrainConfig, TrainConfig
-from dit_accel.pipelines.generate import Prompt, Sampling
+from dit_accel.pipelines.generate import Sampling
+from dit_accel.prompts import number_prompts, read_prompts
 from dit_accel.sla.files import Adapter
 
 EMBEDDED = "tiny-wan"
@@ -113,9 +114,9 @@ class Generate(_Common):
         from dit_accel.pipelines import generate
 
         if self.prompt is not None and self.prompts_file is None:
-            prompts = [Prompt(self.prompt)]
+            prompts = number_prompts([self.prompt])
         elif self.prompts_file is not None and self.prompt is None:
-            prompts = generate.read_prompts(self.prompts_file)
+            prompts = read_prompts(self.prompts_file)
         else:
             raise ValueError("prompt, prompts_file: give one of the two")
         if self.save_focus and self.ras == "none":

@@ -69,12 +69,10 @@ def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> Non
 def write_clip(stem: Path, frames: Frames, *, kind: str, fps: int | float) -> list[Path]:
     """Write `stem.mp4`, `stem.gif`, `stem.png` of one frame, or `stem-000.png` and so on; returns the
     files."""
-    if kind == "mp4":
-        write_video(stem.with_suffix(".mp4"), frames, fps=fps)
-        return [stem.with_suffix(".mp4")]
-    if kind == "gif":
-        write_gif(stem.with_suffix(".gif"), frames, fps=fps)
-        return [stem.with_suffix(".gif")]
+    if kind in ("mp4", "gif"):
+        path = stem.with_name(f"{stem.name}.{kind}")  # a stem may hold dots
+        (write_video if kind == "mp4" else write_gif)(path, frames, fps=fps)
+        return [path]
     if len(frames) == 1:
         paths = [stem.with_name(f"{stem.name}.png")]
     else:

@@ -2,10 +2,10 @@
 
 import contextlib
 import importlib
-import json
+import inspect
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,11 @@ from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.environment import machine, versions
 from dit_accel.files import check_writable, write_json
 from dit_accel.pipelines.focus import focus_masks, write_focus
+from dit_accel.prompts import PromptRecord
 from dit_accel.sla.files import Adapter
 
 FORMAT_VERSION = 1
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 CLIP_KINDS = ("mp4", "gif", "png")
 PIPELINES = {
     "WanPipeline": "wan.SparseWanPipeline",
@@ -56,39 +58,15 @@ class Sampling:
         """With `defaults` where nothing was given."""
         return Sampling(**{**defaults, **self.call_arguments()})
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """One line of a prompts file."""
-
-    prompt: str
-    negative_prompt: str | None = None
-    seed: int | None = None
+    def overridden(self, **own: Any) -> "Sampling":
+        """With `own` in place of what is here."""
+        return Sampling(**{**asdict(self), **own})
 
 
-def read_prompts(path: str | os.PathLike) -> list[Prompt]:
-    """Prompts from a .txt (one a line) or .jsonl file (`prompt`, `negative_prompt`, `seed`)."""
-    path = Path(path)
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"prompts_file={str(path)!r}: not a readable text file ({error})"
-        ) from None
-    if not lines:
-        raise ValueError(f"prompts_file={str(path)!r}: holds no prompt")
-    if path.suffix != ".jsonl":
-        return [Prompt(line.strip()) for line in lines]
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            prompts.append(Prompt(**json.loads(line)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"prompts_file={str(path)!r}, line {number}: accepted is a JSON object with prompt "
-                f"and optionally negative_prompt, seed ({error})"
-            ) from None
-    return prompts
+def with_steps(pipe: Any, sampling: Sampling) -> Sampling:
+    """With the pipeline's own number of steps where none is given."""
+    default = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+    return sampling.filled({"num_inference_steps": default})
 
 
 @contextlib.contextmanager
@@ -96,9 +74,11 @@ def phase_timer(pipe: Any) -> Iterator[dict[str, float]]:
     """Seconds for text, denoise and decode of the pipeline calls inside, filled in at the end."""
     marks: list[float] = []
 
+    device = torch.device(pipe._execution_device)
+
     def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def note(*_: Any) -> None:
@@ -119,18 +99,39 @@ def phase_timer(pipe: Any) -> Iterator[dict[str, float]]:
     seconds["total"] = end - start
 
 
+def run_batch(
+    pipe: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    negative_prompts: Sequence[str] | None = None,
+) -> tuple[np.ndarray, dict[str, float], control.Summary]:
+    """One call: raw frames `[B, T, H, W, 3]` in [0, 1], seconds per phase, and what was spared.
+
+    Args:
+        seeds: of the samples. Each has a generator of its own, so that its noise does not depend on the
+            others in the batch.
+        negative_prompts: of the samples; None: that of `sampling` for all of them.
+    """
+    arguments = sampling.call_arguments()
+    if negative_prompts is None and sampling.negative_prompt is not None:
+        negative_prompts = [sampling.negative_prompt] * len(prompts)
+    if negative_prompts is not None:
+        arguments["negative_prompt"] = list(negative_prompts)
+    # Generators live on the CPU: the same noise on every device.
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    with phase_timer(pipe) as seconds:
+        result = pipe(prompt=list(prompts), generator=generators, output_type="np", **arguments)
+    frames = result.frames if hasattr(result, "frames") else result.images[:, None]
+    return frames, seconds, control.summary(pipe)
+
+
 def run_once(
     pipe: Any, prompt: str, sampling: Sampling, seed: int
 ) -> tuple[np.ndarray, dict[str, float], control.Summary]:
     """One clip or image: raw frames `[T, H, W, 3]` in [0, 1], seconds per phase, and what was spared."""
-    # The generator lives on the CPU: the same noise on every device.
-    generator = torch.Generator("cpu").manual_seed(seed)
-    with phase_timer(pipe) as seconds:
-        result = pipe(
-            prompt=prompt, generator=generator, output_type="np", **sampling.call_arguments()
-        )
-    frames = result.frames[0] if hasattr(result, "frames") else result.images[:1]
-    return frames, seconds, control.summary(pipe)
+    frames, seconds, summary = run_batch(pipe, [prompt], sampling, [seed])
+    return frames[0], seconds, summary
 
 
 def resolved_device(device: str) -> str:
@@ -138,6 +139,13 @@ def resolved_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolved_dtype(dtype: Dtype, device: str) -> Dtype:
+    """ "auto" is bf16 on CUDA and fp32 elsewhere."""
+    if dtype != "auto":
+        return dtype
+    return "bf16" if device.startswith("cuda") else "fp32"
 
 
 def pipeline_class(model: str | os.PathLike, **hub: Any) -> Any:
@@ -163,12 +171,12 @@ def load(
     sla: SLAConfig | Adapter | str | None = "balanced",
     ras: RASConfig | None = None,
     device: str = "auto",
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    dtype: Dtype = "auto",
     **kwargs: Any,
 ) -> Any:
-    """A sparse pipeline on a device; dtype "auto" is bf16 on CUDA and fp32 elsewhere."""
+    """A sparse pipeline on a device."""
     where = resolved_device(device)
-    chosen = ("bf16" if where.startswith("cuda") else "fp32") if dtype == "auto" else dtype
+    chosen = resolved_dtype(dtype, where)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     try:
         torch.empty(0, device=where)
@@ -189,7 +197,7 @@ def _free_index(directory: Path) -> int:
 
 def generate(
     pipe: Any,
-    prompts: list[Prompt],
+    prompts: list[PromptRecord],
     *,
     output_dir: str | os.PathLike,
     model: str,
@@ -221,12 +229,13 @@ def generate(
         raise ValueError("save_focus: region-adaptive sampling is off; accepted with ras=...")
     if not fps > 0:
         raise ValueError(f"fps={fps}: accepted is a number > 0")
+    settings = [sampling.overridden(**item.sampling_arguments()) for item in prompts]
+    for used in settings:
+        pipe.check_sizes(**used.call_arguments())
     folder = check_writable(output_dir, "output_dir")
     first = _free_index(folder)
     records = []
-    for i, item in enumerate(prompts):
-        own = {} if item.negative_prompt is None else {"negative_prompt": item.negative_prompt}
-        used = Sampling(**{**asdict(sampling), **own})
+    for i, (item, used) in enumerate(zip(prompts, settings, strict=True)):
         used_seed = item.seed if item.seed is not None else seed + i
         frames, seconds, summary = run_once(pipe, item.prompt, used, used_seed)
         stem = folder / f"{first + i:04d}"
