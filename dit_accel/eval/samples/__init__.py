@@ -1,0 +1,1 @@
+"""Sample sets on disk: planned, made by pipeline calls, resumed, opened."""
