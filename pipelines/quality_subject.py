@@ -13,6 +13,7 @@ from dit_accel import control, demo
 from dit_accel.demo.clips import describe_clips
 from dit_accel.demo.report import judged_clips, judged_stills, score_clips
 from dit_accel.demo.vocabulary import Combination
+from dit_accel.eval.metrics.pairs import ssim
 from dit_accel.files import asset
 
 METRICS = ("psnr_db", "ssim", "latent_error", "right")
@@ -117,19 +118,17 @@ class Subject:
         self, latents: torch.Tensor, reference: torch.Tensor, rows: range
     ) -> list[tuple[float, ...]]:
         """`METRICS` of each sample against the reference."""
-        from torchmetrics.functional.image import structural_similarity_index_measure as similarity
-
         video, truth = self.decode(latents), self.decode(reference)
         right = score_clips(video, self.asked[rows.start : rows.stop], still=self.still)
         scores = []
         for i in range(len(latents)):
             error = (video[i] - truth[i]).double().square().mean() / 4
-            frames = [(x[i].transpose(0, 1) + 1) / 2 for x in (video, truth)]
+            frames = [((x[i].permute(1, 2, 3, 0) + 1) / 2).numpy() for x in (video, truth)]
             latent = (latents[i] - reference[i]).norm() / reference[i].norm()
             scores.append(
                 (
                     float(-10 * error.clamp(min=1e-12).log10()),
-                    float(similarity(*frames, data_range=1.0)),
+                    ssim(*frames),
                     float(latent),
                     float(right[i]["right"]["all"]),
                 )

@@ -10,7 +10,7 @@ import numpy as np
 from dit_accel import control, media
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.environment import machine, versions
-from dit_accel.eval.metrics import psnr, ssim
+from dit_accel.eval.metrics.pairs import psnr, ssim
 from dit_accel.files import check_writable, write_json
 from dit_accel.pipelines.generate import FORMAT_VERSION, Sampling, run_once
 from dit_accel.sla.files import Adapter

@@ -1,0 +1,1 @@
+"""results.json: its types, its checks, reading and writing."""

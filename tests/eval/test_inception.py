@@ -1,0 +1,131 @@
+"""FID's network against torch-fidelity and torchmetrics, on random weights, and its weights file."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dit_accel.eval.metrics.distances import frechet_distance, frechet_figure
+from dit_accel.eval.metrics.feature_set import FeatureSet
+from dit_accel.eval.metrics.inception import SHA256, load_inception
+
+pytest.importorskip("torch_fidelity")  # `make install` has it
+
+
+@pytest.fixture
+def weights(inception_weights):
+    return inception_weights
+
+
+@pytest.fixture
+def images(rng):
+    """Smooth pictures: random ones of a few pixels, enlarged."""
+    small = torch.from_numpy(rng.integers(0, 256, (16, 3, 6, 6), dtype=np.uint8)).float()
+    large = nn.functional.interpolate(small, (48, 40), mode="bicubic").clamp(0, 255)
+    return large.byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def features_of(extractor, images):
+    return extractor([extractor.prepare(x) for x in images])
+
+
+def test_all_features_are_those_of_torch_fidelity(weights, images):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    kinds = ["64", "192", "768", "2048"]
+    network = FeatureExtractorInceptionV3("a", kinds, feature_extractor_weights_path=weights)
+    spatial = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda *x: spatial.append(x[-1]))
+    theirs = network(torch.from_numpy(images[:2]).permute(0, 3, 1, 2))
+    found = load_inception(
+        weights, kinds=[*kinds, "spatial"], resize="tf-legacy", allow_other_weights=True
+    )
+    ours = features_of(found, images[:2])
+    for kind, expected in zip(kinds, theirs, strict=True):
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(ours[kind], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours["spatial"], spatial[0][:, :7].flatten(1), rtol=1e-5, atol=1e-5)
+    assert ours["spatial"].shape == (2, 17 * 17 * 7)
+
+
+def test_fid_is_that_of_torchmetrics(weights, images):
+    """From bytes to the figure; 64 features, because a random network needs no more."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    theirs = FrechetInceptionDistance(64, feature_extractor_weights_path=str(weights))
+    inception = load_inception(
+        weights, kinds=("64",), resize="torch-antialias", allow_other_weights=True
+    )
+    sets = []
+    for half, real in ((images[:8], True), (images[8:], False)):
+        theirs.update(torch.from_numpy(half).permute(0, 3, 1, 2), real=real)
+        sets.append(FeatureSet(inception.record("64"), 64))
+        sets[-1].add(features_of(inception, half)["64"], list(map(str, range(8))))
+    assert frechet_distance(*sets) == pytest.approx(theirs.compute().item(), rel=1e-3)
+    found = frechet_figure(*sets, flags=inception.flags)
+    assert found["flags"] == ["other-weights", "rank-deficient"]
+    assert found["extractor"]["id"] == "inception-v3-2015-12-05:64"
+    assert found["extractor"]["resize"] == "torch-antialias"
+
+
+def test_a_pass_goes_no_deeper_than_needed(weights, images):
+    inception = load_inception(weights, kinds=("64",), allow_other_weights=True)
+    inception.module.network.Mixed_5b = None  # would fail if it were called
+    assert features_of(inception, images[:1])["64"].shape == (1, 64)
+
+
+def test_unknown_weights_need_permission(weights):
+    with pytest.raises(ValueError, match=rf"sha256 [0-9a-f]{{64}}; accepted are FID's.*{SHA256}"):
+        load_inception(weights)
+
+
+def test_files_of_something_else_are_refused(tmp_path, weights):
+    path = tmp_path / "weights.pth"
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_inception(path)
+    path.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="not a weights file"):
+        load_inception(path, allow_other_weights=True)
+    for damaged in (np.random.default_rng(0).bytes(500), b"Not Found", b"\x80\x02X", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="not a weights file"):
+            load_inception(path, allow_other_weights=True)
+    torch.save({"fc.bias": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="does not hold Inception's weights"):
+        load_inception(path, allow_other_weights=True)
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(ValueError, match="holds no tensors by name"):
+        load_inception(path, allow_other_weights=True)
+
+
+def test_code_in_a_weights_file_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "was here"), "w"))
+
+    path = tmp_path / "weights.pth"
+    torch.save({"fc.bias": Evil()}, path)
+    with pytest.raises(ValueError, match="not a weights file"):
+        load_inception(path, allow_other_weights=True)
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="not a weights file"):
+        load_inception(path, allow_other_weights=True)
+    assert not (tmp_path / "was here").exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_arguments_come_before_reading():
+    with pytest.raises(ValueError, match=r"kinds=\('1024',\): accepted are 64, 192"):
+        load_inception("nowhere", kinds=("1024",))
+    with pytest.raises(ValueError, match="resize='lanczos'"):
+        load_inception("nowhere", resize="lanczos")
+
+
+def test_a_missing_library_says_what_to_install(weights, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(ImportError, match=r"torch-fidelity cannot be imported.*dit-accel\[eval\]"):
+        load_inception(weights, allow_other_weights=True)
