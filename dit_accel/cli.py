@@ -1,10 +1,10 @@
 """`dit-accel`: one sub-command a job. Parses, calls, prints.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed while running,
-2 bad input (nothing was written), 130 interrupted.
+2 bad input (nothing was written) or a --fail_if that cannot be decided, 3 a --fail_if condition
+holds, 130 interrupted.
 """
 
-import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -14,96 +14,30 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, subcommand
 
-from dit_accel.cli_adapters import Convert, Merge, sla_settings
-from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.cli_adapters import Convert, Merge
+from dit_accel.cli_common import (
+    EMBEDDED,
+    EMBEDDED_IMAGE,
+    AccelerationOptions,
+    FailIf,
+    fail_on,
+    print_json,
+    print_line,
+)
+from dit_accel.cli_eval import Eval
 from dit_accel.demo import ImageTrainConfig, TrainConfig
-from dit_accel.pipelines.generate import Sampling
 from dit_accel.prompts import number_prompts, read_prompts
-from dit_accel.sla.files import Adapter
-
-EMBEDDED = "tiny-wan"
-EMBEDDED_IMAGE = "tiny-sd3"
 
 
 @dataclass(kw_only=True)
-class _Common:
-    """Options that generate and compare share."""
-
-    model: str = EMBEDDED
-    """Repository of Wan2.1, Stable Diffusion 3, Lumina-Next or Lumina-Image 2.0: hub id or folder;
-    "tiny-wan" and "tiny-sd3" are the embedded demo models."""
-    sla: str = "auto"
-    """Sparse attention: quality, balanced, fast, a YAML file, a folder with sla.safetensors, or none;
-    auto is the model's own sla.safetensors, and balanced without one."""
-    ras: str = "none"
-    """Region-adaptive sampling: quality, balanced, fast, paper, a YAML file, or none."""
-    topk: float | None = None
-    """Overrides the share of key blocks that is read exactly, in (0, 1]; not with sla.safetensors."""
-    crossover: Literal["auto", "never"] | None = None
-    """Overrides crossover: auto = dense where sparse was measured to lose, never = always sparse."""
-    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
-    seed: int = 0
-    output_dir: Path = Path("outputs")
-    fps: float = 16.0
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    revision: str | None = None
-    """Branch, tag or commit of a hub repository."""
-    cpu_offload: bool = False
-    """Keep on the GPU only the part that works (enable_model_cpu_offload)."""
-    format: Literal["human", "json"] = "human"
-    """How the result is printed on stdout."""
-
-    def sla_config(self) -> SLAConfig | Adapter | None:
-        """The settings, overrides applied; None for dense."""
-        source, _ = self.resolve()
-        return sla_settings(self.sla, source, self.hub, topk=self.topk, crossover=self.crossover)
-
-    def ras_config(self) -> RASConfig | None:
-        """The settings; None for all tokens in each step."""
-        return None if self.ras == "none" else RASConfig.load(self.ras)
-
-    def resolve(self) -> tuple[str | Path, Sampling]:
-        """Where the model lies, and the sampling arguments with its defaults."""
-        if self.model not in (EMBEDDED, EMBEDDED_IMAGE):
-            return self.model, self.sampling
-        from dit_accel import demo
-        from dit_accel.files import asset
-
-        defaults = demo.SAMPLING if self.model == EMBEDDED else demo.IMAGE_SAMPLING
-        return asset(self.model), self.sampling.filled(defaults)
-
-    @property
-    def hub(self) -> dict[str, Any]:
-        """Arguments for the hub."""
-        return {} if self.revision is None else {"revision": self.revision}
-
-    def load(
-        self, sla: SLAConfig | Adapter | None, ras: RASConfig | None = None
-    ) -> tuple[Any, Sampling]:
-        """The pipeline, ready to run, and its sampling arguments."""
-        from dit_accel.files import check_writable
-        from dit_accel.pipelines import generate
-
-        check_writable(self.output_dir, "output_dir")
-        source, sampling = self.resolve()
-        where = "cpu" if self.cpu_offload else self.device
-        pipe = generate.load(source, sla=sla, ras=ras, device=where, dtype=self.dtype, **self.hub)
-        if self.cpu_offload:
-            pipe.enable_model_cpu_offload(device=generate.resolved_device(self.device))
-        pipe.check_sizes(**sampling.call_arguments())
-        return pipe, sampling
-
-
-@dataclass(kw_only=True)
-class Generate(_Common):
+class Generate(AccelerationOptions):
     """Generate clips or images, accelerated; each gets a sidecar JSON."""
 
     prompt: Positional[str | None] = None
     """What to show. Leave it out with --prompts-file."""
     prompts_file: Path | None = None
-    """.txt with a prompt a line, or .jsonl with prompt, negative_prompt, seed."""
+    """.txt with a prompt a line, or .jsonl, .csv, .tsv with prompt and, where wanted, negative_prompt, seed,
+    height, width, num_frames."""
     kind: Literal["auto", "mp4", "gif", "png"] = "auto"
     """auto: mp4 for clips, png for images."""
     save_focus: bool = False
@@ -134,7 +68,7 @@ class Generate(_Common):
             save_focus=self.save_focus,
         )
         if self.format == "json":
-            _print_json(records)
+            print_json(records)
             return
         for record in records:
             seconds, spared = record["seconds"], record["acceleration"]
@@ -142,29 +76,36 @@ class Generate(_Common):
             if ras := spared["ras"]:
                 what.append(f"cost of {ras['cost']:.1f} of {len(ras['steps'])} steps")
             files = "  ".join(record["files"])
-            _print(
+            print_line(
                 f"{files}  {', '.join(what) or 'dense'}  denoise {seconds['denoise']:.1f} s  {record['prompt']}"
             )
-        _print(str(pipe.summary()))
+        print_line(str(pipe.summary()))
 
 
 @dataclass(kw_only=True)
-class Compare(_Common):
+class Compare(AccelerationOptions):
     """Same seed dense and accelerated: side-by-side clip, contact sheet, PSNR, SSIM, seconds, density."""
 
     prompt: Positional[str]
     repeats: int = 1
     """Measured runs of each kind; the median counts."""
+    methods: tuple[str, ...] = ()
+    """What else to run, as in `eval run`: fewer_steps (dense sampling in the time of the others),
+    first_block_cache, sea_cache, ras, sla, ras_sla, with a setting after a colon."""
+    fail_if: FailIf = ()
+    """Exit with 3 if this holds, as in "psnr<25" or "speedup_total<1.5"; may be given several times."""
     overwrite: bool = False
     """Replace an earlier comparison in the folder."""
 
     def run(self) -> None:
-        from dit_accel.eval.compare import compare
+        from dit_accel.eval.runs.compare import COMPARED, as_results, compare
+        from dit_accel.eval.view.conditions import check, check_early
 
+        check_early(self.fail_if, metrics=COMPARED)
         sla, ras = self.sla_config(), self.ras_config()
         if sla is None and ras is None:
             raise ValueError("sla='none': nothing to compare; accepted are a preset or a YAML file")
-        pipe, sampling = self.load(None)
+        pipe, sampling = self.load()
         result = compare(
             pipe,
             self.prompt,
@@ -175,10 +116,13 @@ class Compare(_Common):
             sampling=sampling,
             seed=self.seed,
             repeats=self.repeats,
+            methods=self.methods,
+            crossover=self.crossover,
             fps=self.fps,
             overwrite=self.overwrite,
         )
-        _print_json(result) if self.format == "json" else _print_comparison(result)
+        print_json(result) if self.format == "json" else _print_comparison(result)
+        fail_on(check(as_results(result), self.fail_if))
 
 
 @dataclass(kw_only=True)
@@ -192,10 +136,10 @@ class Env:
 
         facts = {**versions(), **machine()}
         if self.format == "json":
-            _print_json(facts)
+            print_json(facts)
             return
         for key, value in facts.items():
-            _print(f"{key:14} {value}")
+            print_line(f"{key:14} {value}")
 
 
 @dataclass(kw_only=True)
@@ -215,7 +159,7 @@ class MakeData:
     def run(self) -> None:
         from dit_accel import demo
 
-        _print(str(demo.make_data(**vars(self))))
+        print_line(str(demo.make_data(**vars(self))))
 
 
 @dataclass(kw_only=True)
@@ -247,7 +191,7 @@ class Train:
             record = demo.train_image(self.output_dir, self.work_dir, self.image, self.device)
         else:
             record = demo.train(self.output_dir, self.work_dir, self.recipe, self.device)
-        _print_json(record)
+        print_json(record)
 
 
 @dataclass(kw_only=True)
@@ -278,7 +222,7 @@ class Judge:
         from dit_accel.files import check_writable
 
         check_writable(self.output.parent, "output")
-        common = _Common(
+        common = AccelerationOptions(
             model=self.model, sla=self.sla, crossover=self.crossover, device=self.device
         )
         common.output_dir = self.output.parent
@@ -303,7 +247,7 @@ class Judge:
             for name, x in metrics.items():
                 low, high = x["interval_95"]
                 if x["count"]:
-                    _print(
+                    print_line(
                         f"{split:8} {name:10} {x['rate']:.3f}  [{low:.3f}, {high:.3f}]  of {x['count']}"
                     )
 
@@ -322,49 +266,24 @@ class Demo:
         self.command.run()
 
 
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
-def _print_json(data: Any) -> None:
-    _print(json.dumps(data, indent=2, ensure_ascii=False))
-
-
 def _print_comparison(result: dict[str, Any]) -> None:
-    dense, sparse = result["seconds"]["dense"], result["seconds"]["sparse"]
+    from dit_accel.eval.runs.compare import as_results
+    from dit_accel.eval.view.terminal import results_lines
 
-    def number(value: float | None, digits: int, missing: str) -> str:
-        return missing if value is None else f"{value:.{digits}f}"
-
-    rows = [
-        ("", "dense", "accelerated"),
-        ("denoise, s", f"{dense['denoise']:.2f}", f"{sparse['denoise']:.2f}"),
-        ("text + decode, s", *(f"{x['text'] + x['decode']:.2f}" for x in (dense, sparse))),
-        ("total, s", f"{dense['total']:.2f}", f"{sparse['total']:.2f}"),
-        ("density of sparse calls", "1", number(result["density"], 3, "no sparse call")),
-        ("density of all self-attention", "1", number(result["overall_density"], 3, "1")),
-        *_ras_rows(result["acceleration"]["ras"]),
-        ("speed-up of denoising", "", f"{result['speedup_denoise']:.2f}x"),
-        ("PSNR to dense, dB", "", number(result["psnr_db"], 2, "identical")),
-        ("SSIM to dense", "", f"{result['ssim']:.4f}"),
-    ]
-    for name, a, b in rows:
-        _print(f"{name:31}{a:>10}{b:>16}")
+    print_line("\n".join(results_lines(as_results(result), parts=True)))
+    density = result["density"]
+    shown = "no sparse call" if density is None else f"{density:.3f}"
+    print_line(f"\ndensity of sparse calls: {shown}")
     for reason, n in result["acceleration"]["dense_calls"].items():
-        _print(f"  {n} calls dense: {reason}")
+        print_line(f"  {n} calls dense: {reason}")
     for name in result["files"]:
-        _print(str(Path(result["output_dir"]) / name))
-
-
-def _ras_rows(ras: dict[str, Any] | None) -> list[tuple[str, str, str]]:
-    if ras is None:
-        return []
-    return [("cost in dense steps", str(len(ras["steps"])), f"{ras['cost']:.2f}")]
+        print_line(str(Path(result["output_dir"]) / name))
 
 
 Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Compare, subcommand("compare")]
+    | Annotated[Eval, subcommand("eval")]
     | Annotated[Merge, subcommand("merge")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Env, subcommand("env")]
@@ -392,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError) as error:
         sys.stderr.write(f"failed: {error}\n")
         raise SystemExit(1) from None
 

@@ -66,6 +66,21 @@ def test_generate_reads_a_prompts_file(wan_repository, tmp_path, capsys):
     assert "a blue square" in capsys.readouterr().out
 
 
+def test_prompts_have_sizes_of_their_own(wan_repository, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.csv", tmp_path / "out"
+    call = ["generate", "--prompts-file", prompts, "--model", wan_repository, *SMALL]
+    call += ["--sla", "none", "--output-dir", out]
+    prompts.write_text("prompt,height,num_frames\na red circle,,\na blue square,48,1\n")
+    assert run(*call) == 0
+    frames = [json.loads((out / f"000{i}.json").read_text())["frames"] for i in range(2)]
+    assert frames == [[5, 32, 32, 3], [1, 48, 32, 3]]
+    before = sorted(out.iterdir())
+    prompts.write_text("prompt,height\na red circle,\na blue square,50\n")
+    assert run(*call) == 2
+    assert "height=50: accepted are multiples of 16" in capsys.readouterr().err
+    assert sorted(out.iterdir()) == before
+
+
 def test_compare_writes_clips_pictures_and_figures(wan_repository, tmp_path, small_blocks, capsys):
     out = tmp_path / "out"
     arguments = [
@@ -92,6 +107,48 @@ def test_compare_writes_clips_pictures_and_figures(wan_repository, tmp_path, sma
     assert (out / "comparison.json").read_bytes() == before
     assert "already holds" in capsys.readouterr().err
     assert run(*arguments, "--overwrite") == 0
+
+
+def test_compare_with_fewer_steps_and_conditions(wan_repository, tmp_path, small_blocks, capsys):
+    out = tmp_path / "out"
+    arguments = ["compare", "a red circle", "--model", wan_repository, *SMALL]
+    arguments += ["--num-inference-steps", "3", "--sla", small_blocks, "--output-dir", out]
+    more = ["--methods", "fewer_steps:2", "first_block_cache:0.1", "--repeats", 2]
+    assert run(*arguments, *more, "--fail_if", "ssim<0") == 0
+    printed = capsys.readouterr().out
+    result = json.loads((out / "comparison.json").read_text())
+    assert {p.name for p in out.iterdir()} == set(result["files"])
+    dense, fewer, cache, sparse = result["rows"]
+    kinds = ["dense", "fewer_steps", "cache", "sla"]
+    assert [x["method"] for x in result["rows"]] == kinds
+    assert "Dense, 2 steps" in printed
+    assert fewer["num_inference_steps"] == 2
+    assert fewer["metrics"]["psnr"]["value"] > 0
+    assert cache["settings"]["cache"]["threshold"] == 0.1
+    assert {"dense-2-steps.mp4", "firstblockcache-0.1.mp4"} < set(result["files"])
+    # The figures of the comparison are those of its rows.
+    assert sparse["metrics"]["psnr"]["value"] == result["psnr_db"]
+    assert sparse["metrics"]["ssim"]["value"] == result["ssim"]
+    for key, row in (("dense", dense), ("sparse", sparse)):
+        assert row["seconds"]["total"]["median"] == result["seconds"][key]["total"]
+        assert row["seconds"]["total"]["n"] == result["repeats"] == 2
+    assert sparse["speedup"]["denoise"] == result["speedup_denoise"]
+    assert sparse["density"] == result["overall_density"]
+    # Clips of methods that are not asked for again go; what fails is written all the same.
+    again = [*arguments, "--overwrite", "--fail_if", "psnr<1000", "--fail_if", "speedup_total<1000"]
+    assert run(*again) == 3
+    assert capsys.readouterr().err.count("fail_if: SLA: ") == 2
+    result = json.loads((out / "comparison.json").read_text())
+    assert {p.name for p in out.iterdir()} == set(result["files"])
+    assert [x["method"] for x in result["rows"]] == ["dense", "sla"]
+    assert run(*again, "--fail_if", "pnsr<3") == 2
+    assert "there will be no figure 'pnsr'" in capsys.readouterr().err
+    one = [*arguments, "--overwrite", "--methods", "fewer_steps", "--num-inference-steps", "1"]
+    assert run(*one) == 2
+    assert "num_inference_steps=1 of dense sampling are no more" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite", "--methods", "fewer_step") == 2
+    assert "'fewer_step' is none" in capsys.readouterr().err
+    assert {p.name for p in out.iterdir()} == set(result["files"])
 
 
 def test_comparison_of_equal_clips_has_no_finite_psnr(wan_repository, tmp_path, capsys):
@@ -218,7 +275,7 @@ def test_compare_with_region_adaptive_sampling(wan_repository, tmp_path, capsys)
     arguments = ["compare", "a red circle", "--model", wan_repository, *SMALL, "--output-dir", out]
     arguments += ["--num-inference-steps", "9", "--height", "64", "--width", "64"]
     assert run(*arguments, "--sla", "none", "--ras", "balanced") == 0
-    assert "cost in dense steps" in capsys.readouterr().out
+    assert "Cost dense steps" in capsys.readouterr().out
     result = json.loads((out / "comparison.json").read_text())
     assert result["acceleration"]["ras"]["ras_steps"] == 2
     assert result["psnr_db"] is not None

@@ -1,0 +1,210 @@
+"""The ways to sample that an evaluation compares, by name: `ras:fast`, `first_block_cache:0.1`."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.eval.samples.acceleration import accelerated, acceleration_settings
+from dit_accel.names import safe_name
+from dit_accel.sla.files import Adapter, settings_of
+
+DEFAULT = ("fewer_steps", "first_block_cache", "sea_cache", "ras", "sla", "ras_sla")
+"""What is compared with dense sampling unless the caller says otherwise."""
+CACHES = {
+    "first_block_cache": ("FirstBlockCache", "FirstBlockCacheConfig"),
+    "sea_cache": ("SeaCache", "SeaCacheConfig"),
+}
+"""Step caches of diffusers: the name to show, and the class of its settings."""
+Crossover = Literal["auto", "never"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to sample: a row of the table."""
+
+    name: str
+    """Of the row."""
+    kind: str
+    """One of `results.METHODS`."""
+    sla: SLAConfig | Adapter | None = None
+    ras: RASConfig | None = None
+    cache: Any = None
+    """A cache config of diffusers."""
+    num_inference_steps: int | None = None
+    """None: as many as dense sampling; of `fewer_steps`: as many as take the time of another row."""
+    why: str | None = None
+    """Why it cannot run here."""
+    note: str | None = None
+    """What a reader of the row must know."""
+
+    @property
+    def folder(self) -> str:
+        """Of its samples: the name in plain letters."""
+        return safe_name(re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-."))
+
+    @property
+    def acceleration(self) -> dict[str, Any]:
+        """Arguments of `acceleration.accelerated`."""
+        return {"sla": self.sla, "ras": self.ras, "cache": self.cache}
+
+
+DENSE = Method(name="Dense", kind="dense")
+
+
+def dense_with(steps: int) -> Method:
+    """Dense sampling with so many steps."""
+    word = "step" if steps == 1 else "steps"
+    return Method(name=f"Dense, {steps} {word}", kind="fewer_steps", num_inference_steps=steps)
+
+
+def read_methods(
+    names: Sequence[str | Method],
+    pipe: Any,
+    *,
+    sla: SLAConfig | Adapter | str = "balanced",
+    ras: RASConfig | str = "balanced",
+    crossover: Crossover | None = None,
+) -> list[Method]:
+    """Methods from their names; dense sampling comes first, whatever the names.
+
+    - `fewer_steps`: dense sampling at the time of each of the others; `fewer_steps:8` with 8 steps.
+    - `first_block_cache`, `sea_cache`: step caches of diffusers; `first_block_cache:0.1` sets the threshold.
+    - `ras`, `sla`: `ras:fast` takes a preset or a YAML file, `sla:` also a folder with sla.safetensors.
+    - `ras_sla`: both; `ras_sla:fast+quality` takes one setting each, `ras_sla:fast` one for both.
+
+    Args:
+        pipe: what decides whether a step cache is available.
+        sla, ras: settings where the name gives none.
+        crossover: overrides that of all sparse attention.
+
+    Raises:
+        ValueError: an unknown name or setting, or two methods of one name.
+    """
+
+    def sparse(setting: str) -> tuple[str, SLAConfig | Adapter]:
+        chosen = settings_of(setting or sla)
+        if crossover is not None:
+            chosen = _with_crossover(chosen, crossover)
+        return _label(setting or sla), chosen
+
+    def regions(setting: str) -> tuple[str, RASConfig]:
+        return _label(setting or ras), RASConfig.load(setting or ras)
+
+    methods = [DENSE]
+    for name in names:
+        if isinstance(name, Method):
+            steps = name.num_inference_steps if name.kind == "fewer_steps" else None
+            methods.append(name if steps is None else dense_with(steps))
+            continue
+        what, _, setting = name.partition(":")
+        if what == "dense" and not setting:
+            continue
+        if what == "fewer_steps":
+            methods.append(_fewer(setting))
+        elif what in CACHES:
+            methods.append(_cached(what, setting, pipe))
+        elif what == "ras":
+            label, chosen = regions(setting)
+            methods.append(Method(name=f"RAS{label}", kind="ras", ras=chosen))
+        elif what == "sla":
+            label, attention = sparse(setting)
+            methods.append(Method(name=f"SLA{label}", kind="sla", sla=attention))
+        elif what == "ras_sla":
+            first, plus, second = setting.partition("+")
+            (label, chosen), (other, attention) = regions(first), sparse(second if plus else first)
+            shown = f"RAS + SLA{label}" if label == other else f"RAS{label} + SLA{other}"
+            methods.append(Method(name=shown, kind="ras_sla", ras=chosen, sla=attention))
+        else:
+            raise ValueError(
+                f"methods: {name!r} is none; accepted are dense, {', '.join(DEFAULT)}, with a setting after "
+                "a colon"
+            )
+    folders = [x.folder for x in methods]
+    for i, method in enumerate(methods):
+        if method.folder in folders[:i]:
+            raise ValueError(f"methods: {method.name!r} comes twice; accepted are different names")
+    return methods
+
+
+def check_methods(pipe: Any, methods: Sequence[Method], steps: int) -> dict[str, dict[str, Any]]:
+    """Put each method on once.
+
+    Args:
+        methods: that can run here.
+        steps: of dense sampling.
+
+    Returns:
+        By name what is shown of their settings.
+
+    Raises:
+        ValueError: something is on already, or one cannot be put on, or takes no fewer steps than dense
+            sampling.
+    """
+    found = acceleration_settings(pipe)
+    if any(x is not None for x in found.values()):
+        on = ", ".join(key for key, x in found.items() if x is not None)
+        raise ValueError(f"pipe: {on} is on; accepted is a pipeline without acceleration")
+    out: dict[str, dict[str, Any]] = {}
+    for method in methods:
+        if method.kind == "fewer_steps" and steps <= (method.num_inference_steps or 1):
+            raise ValueError(
+                f"methods: {method.name!r}: num_inference_steps={steps} of dense sampling are no more; "
+                "accepted are fewer steps than those"
+            )
+        with accelerated(pipe, **method.acceleration):
+            settings = acceleration_settings(pipe)
+        out[method.name] = {k: x for k, x in settings.items() if x is not None}
+    return out
+
+
+def _fewer(setting: str) -> Method:
+    if not setting:
+        return Method(name="Dense, fewer steps", kind="fewer_steps")
+    if not setting.isdecimal() or int(setting) < 1:
+        raise ValueError(f"methods: 'fewer_steps:{setting}': accepted is a number of steps >= 1")
+    return dense_with(int(setting))
+
+
+def _cached(what: str, setting: str, pipe: Any) -> Method:
+    import diffusers
+
+    shown, cls = CACHES[what]
+    values: dict[str, float] = {}
+    if setting:
+        try:
+            values = {"threshold": float(setting)}
+        except ValueError:
+            raise ValueError(
+                f"methods: '{what}:{setting}': accepted is a threshold, a number"
+            ) from None
+    transformer = pipe.transformer
+    channels = [getattr(transformer.config, f"{x}_channels", None) for x in ("in", "out")]
+    name, why, config = f"{shown} {setting}".strip(), None, None
+    if not hasattr(diffusers, cls):
+        why = f"not in diffusers {diffusers.__version__}"
+    elif not hasattr(transformer, "enable_cache"):
+        why = f"not in diffusers for {type(transformer).__name__}"
+    elif what == "sea_cache" and channels[0] != channels[1]:
+        why = "not in diffusers for models that take a picture beside the noise"
+    else:
+        try:
+            config = getattr(diffusers, cls)(**values)
+        except ValueError as error:
+            raise ValueError(f"methods: {what}:{setting}: {error}") from None
+    return Method(name=name, kind="cache", cache=config, why=why)
+
+
+def _with_crossover(settings: SLAConfig | Adapter, crossover: Crossover) -> SLAConfig | Adapter:
+    if isinstance(settings, Adapter):
+        return replace(settings, config=replace(settings.config, crossover=crossover))
+    return replace(settings, crossover=crossover)
+
+
+def _label(settings: Any) -> str:
+    """What tells the settings apart, with a space before it; nothing where only their fields could."""
+    if isinstance(settings, Adapter):
+        return " with its weights"
+    return f" {Path(settings).stem}" if isinstance(settings, str) else ""

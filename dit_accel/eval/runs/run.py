@@ -1,0 +1,175 @@
+"""`run_evaluation`: every method's samples, seconds, memory and quality, in one table and one page."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.eval.metrics.measurement import Measurement
+from dit_accel.eval.metrics.networks import Networks
+from dit_accel.eval.metrics.score import open_reference
+from dit_accel.eval.results.store import build_results, write_results
+from dit_accel.eval.results.types import Results
+from dit_accel.eval.runs.methods import (
+    DEFAULT,
+    DENSE,
+    Crossover,
+    Method,
+    check_methods,
+    read_methods,
+)
+from dit_accel.eval.runs.scores import Scorer, choose_metrics
+from dit_accel.eval.runs.stages import Stages
+from dit_accel.eval.samples.generate import shard_of
+from dit_accel.eval.samples.plan import Sample, plan_samples
+from dit_accel.eval.samples.sets import SampleSet
+from dit_accel.eval.view.conditions import check_early
+from dit_accel.eval.view.report import check_libraries, report
+from dit_accel.identity import public_name
+from dit_accel.pipelines.generate import Sampling, with_steps
+from dit_accel.prompts import PromptRecord
+from dit_accel.sla.files import Adapter
+
+_CLIP = 81
+"""Frames that video pipelines make by default."""
+
+
+def run_evaluation(
+    pipe: Any,
+    prompts: Sequence[PromptRecord],
+    *,
+    output_dir: str | os.PathLike,
+    model: str | os.PathLike,
+    sampling: Sampling,
+    methods: Sequence[str | Method] = DEFAULT,
+    sla: SLAConfig | Adapter | str = "balanced",
+    ras: RASConfig | str = "balanced",
+    crossover: Crossover | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    batch_size: int = 1,
+    repeats: int = 5,
+    metrics: Sequence[str] | None = None,
+    reference: SampleSet | Measurement | str | os.PathLike | None = None,
+    networks: Networks | None = None,
+    title: str | None = None,
+    shown: int = 8,
+    fps: float | int = 16.0,
+    fail_if: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Results:
+    """Sample with every method, measure, and write results.json, table.md, grid.png and report.html.
+
+    First the sample sets are made, each in a sub-folder; then calls of one sample are measured, the
+    methods taking turns; then dense sampling with the number of steps whose denoising takes the time of
+    each accelerated method is sampled too. Started again after a kill, it goes on.
+
+    Args:
+        pipe: a loaded pipeline without acceleration.
+        prompts: see `prompts.load_prompts`.
+        model, revision: what to write down as the model's name, and its commit.
+        sampling: arguments of the pipeline calls.
+        methods: see `methods.read_methods`. Dense sampling is always there.
+        sla, ras: settings of methods that name none.
+        crossover: overrides that of all sparse attention.
+        seed: sample i has `seed + i`, as in `generate.generate`.
+        batch_size: samples a pipeline call when sets are made; step caches take one. Seconds and memory
+            are always measured with one.
+        repeats: measured calls of each method, one prompt after the other.
+        metrics: see `scores.choose_metrics`.
+        reference: what FID and its like compare with: a folder of real pictures, or a saved
+            measurement of it. None: the dense set, and their names say so.
+        networks: weights that metrics need.
+        title: of the report.
+        shown: samples in page and grid.
+        fps: of the clips.
+        fail_if: conditions that the caller is going to `check`; refused where they name a figure or a row
+            that there will not be.
+        overwrite: replace samples in the folder that were made with other settings.
+        progress: bars and notes on stderr.
+
+    Raises:
+        ValueError: bad input, before any work.
+        RuntimeError: a sample could not be written. What is finished stays; run it again to go on.
+    """
+    if shard_of() != (0, 1):
+        raise ValueError(
+            "WORLD_SIZE: an evaluation runs in one process; accepted under torchrun is `eval generate`, into "
+            "the sub-folders, which an evaluation then finds"
+        )
+    if not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"repeats={repeats!r}: accepted is an int >= 1")
+    if shown < 0:
+        raise ValueError(f"shown={shown}: accepted is a whole number >= 0")
+    check_libraries()
+    sampling = with_steps(pipe, sampling)
+    samples = plan_samples(prompts, sampling, seed=seed, count=1, layout="ids")
+    for sample in samples:
+        pipe.check_sizes(**sample.sampling.call_arguments())
+    chosen = read_methods(methods, pipe, sla=sla, ras=ras, crossover=crossover)
+    fewer = [x for x in chosen if x.kind == "fewer_steps"]
+    runnable = [x for x in chosen if x.why is None and x not in fewer]
+    stages = Stages(
+        pipe,
+        prompts,
+        samples,
+        sampling,
+        Path(output_dir),
+        batch_size,
+        {
+            "model": model,
+            "revision": revision,
+            "seed": seed,
+            "fps": fps,
+            "overwrite": overwrite,
+        },
+        progress,
+    )
+    stages.settings |= check_methods(pipe, [*runnable, *fewer], stages.steps)
+    against = open_reference(reference)
+    networks = networks or Networks()
+    names = choose_metrics(_planned(pipe, samples), metrics, networks=networks, reference=against)
+    check_early(
+        fail_if, metrics=names.figures, rows=[y for x in runnable for y in (x.name, x.kind)]
+    )
+    networks.loaded(names.needed)
+    for method in (*runnable, *(x for x in fewer if x.num_inference_steps is not None)):
+        stages.check(method)
+    for method in runnable:
+        stages.make(method)
+    watch, fewer = stages.measure(runnable, fewer, repeats)
+    for method in fewer:
+        stages.make(method)
+    device = str(pipe._execution_device)
+    options = {**networks.loaded(names.needed, device), "device": device, "progress": False}
+    scorer = Scorer(names, stages.sets[DENSE.name], against, options)
+    others = [x for x in chosen if x.kind not in ("dense", "fewer_steps")]
+    name = public_name(model)
+    results = build_results(
+        title=title or f"{name}: what acceleration costs",
+        model=name,
+        sampling=sampling.call_arguments() | {"seed": seed},
+        prompts=len(samples),
+        repeats=repeats,
+        rows=[stages.row(x, watch, scorer) for x in (DENSE, *fewer, *others)],
+        samples=[
+            {"id": x.id, "prompt": x.record.prompt, "media": stages.media(x)} for x in samples
+        ],
+    )
+    write_results(output_dir, results)
+    report(output_dir, samples=shown)
+    return results
+
+
+def _planned(pipe: Any, samples: Sequence[Sample]) -> SampleSet:
+    """The set that is going to be made, to ask what can be measured of it."""
+    clips = hasattr(pipe, "vae_scale_factor_temporal")
+    frames = {x.id: (x.sampling.num_frames or _CLIP) if clips else 1 for x in samples}
+    return SampleSet(
+        Path(),
+        "clips" if clips else "images",
+        {name: tuple(Path(str(i)) for i in range(n)) for name, n in frames.items()},
+        {x.id: x.record.prompt for x in samples},
+    )

@@ -1,0 +1,162 @@
+"""FID and CLIP score of a folder of images or clips, or of a prompts file that a model draws first.
+
+python eval/fid_clip.py samples/ --reference coco/ --inception weights-inception-2015-12-05-6726825d.pth \\
+    --clip openai/clip-vit-large-patch14 --prompts captions.jsonl
+python eval/fid_clip.py eval/demo_images.jsonl --model tiny-sd3 --output-dir samples/ \\
+    --reference dense/
+
+Without --inception the shipped extractor stands in, which knows the demo's pictures only; its distance is
+called fd_tiny, never FID. Without --clip there is no CLIP score, without --reference no distance.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from dit_accel.cli_common import ModelOptions
+from dit_accel.environment import machine, versions
+from dit_accel.eval.metrics.choices import TINY, Given
+from dit_accel.eval.metrics.networks import Networks
+from dit_accel.eval.metrics.score import open_reference, score
+from dit_accel.eval.samples.generate import generate, shard_of
+from dit_accel.eval.samples.prompts import load_prompts
+from dit_accel.eval.samples.sets import Kind, SampleSet
+from dit_accel.files import check_writable, write_json
+from dit_accel.pipelines.generate import Sampling, load
+
+
+@dataclass
+class Args:
+    """Command line."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder of images or of clips (as frames), or a prompts file."""
+    reference: Path | None = None
+    """Folder of the real or dense images, or a saved measurement of it (.safetensors)."""
+    inception: Path | None = None
+    """FID's Inception weights."""
+    clip: str | None = None
+    """A CLIP model's folder or id on the Hub."""
+    clip_revision: str | None = None
+    prompts: Path | None = None
+    """Of the images, by id; default: what their manifest says."""
+    resize: Literal["clean", "tf-legacy", "torch-antialias"] = "clean"
+    allow_other_weights: bool = False
+    """Take Inception weights of another sha256."""
+    model: str | None = None
+    """What draws the prompts: a pipeline's folder or id on the Hub."""
+    output_dir: Path | None = None
+    """Where the drawn samples go; a run that was killed goes on."""
+    sla: str | None = None
+    """Sparse attention: a preset or a YAML file; default: dense."""
+    ras: str | None = None
+    """Region-adaptive sampling: likewise."""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    max_sequence_length: int | None = None
+    seed: int = 0
+    batch_size: int = 8
+    device: str = "auto"
+    output: Path | None = None
+    """JSON with both figures and all that belongs to them."""
+
+
+def draw(args: Args, metrics: Sequence[str], networks: Networks) -> SampleSet:
+    """The images of a prompts file, once nothing can stop the figures that they are for."""
+    if args.model is None or args.output_dir is None:
+        raise ValueError(
+            f"source={str(args.source)!r}: a prompts file needs --model and --output-dir; accepted without "
+            "them is a folder"
+        )
+    drawn, named = load_prompts(args.source), load_prompts(args.prompts or args.source)
+    reference = open_reference(args.reference)
+    networks.loaded(metrics)
+    asked = Sampling(
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        height=args.height,
+        width=args.width,
+        num_frames=args.num_frames,
+        max_sequence_length=args.max_sequence_length,
+    )
+    source, sampling = ModelOptions(model=args.model, sampling=asked).resolve()
+    pipe = load(source, sla=args.sla, ras=args.ras, device=args.device)
+    kind: Kind = "clips" if hasattr(pipe, "vae_scale_factor_temporal") else "images"
+    several = args.num_frames or 2  # a model's own number is more than one
+    frames = {x.id: (x.num_frames or several) if kind == "clips" else 1 for x in drawn}
+    planned = SampleSet(args.source, kind, {x: (Path(x),) * n for x, n in frames.items()})
+    Given(planned, reference, {x.id: x.prompt for x in named}, networks.given).choose(metrics)
+    made = generate(
+        pipe,
+        drawn,
+        output_dir=args.output_dir,
+        model=args.model,
+        sampling=sampling,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    assert made is not None  # the only rank
+    return made
+
+
+def main(args: Args) -> None:
+    _, ranks = shard_of()
+    if ranks > 1:
+        raise ValueError(
+            f"WORLD_SIZE={ranks}: this script is one process; accepted under torchrun is `dit-accel eval "
+            "generate`, and then this script on its folder"
+        )
+    metrics = []
+    if args.reference is not None:
+        metrics.append(f"fd_{TINY}" if args.inception is None else "fid")
+    if args.clip is not None:
+        metrics.append("clip_score")
+    if not metrics:
+        raise ValueError("reference, clip: none; accepted is at least one of the two")
+    if args.output is not None:
+        check_writable(args.output.parent, "output")
+    networks = Networks(
+        inception=args.inception,
+        clip=args.clip,
+        clip_revision=args.clip_revision,
+        resize=args.resize,
+        allow_other_weights=args.allow_other_weights,
+    )
+    figures = score(
+        args.source if args.source.is_dir() else draw(args, metrics, networks),
+        reference=args.reference,
+        prompts=args.prompts,
+        metrics=metrics,
+        **asdict(networks),
+        batch_size=args.batch_size,
+        device=args.device,
+    )
+    for metric, figure in figures.items():
+        against = f" against {figure['n_reference']}" if "n_reference" in figure else ""
+        notes = [f"n = {figure['n']}{against}", figure["extractor"]["id"]]
+        if figure["extractor"]["resize"]:
+            notes.append(f"resize {figure['extractor']['resize']}")
+        notes += figure.get("flags", [])
+        if figure["interval_95"]:
+            notes.append("95 % interval {:.3f} to {:.3f}".format(*figure["interval_95"]))
+        if figure.get("truncated"):
+            notes.append(f"{figure['truncated']} prompts cut at the model's limit")
+        print(f"{metric:<11} {figure['value']:.3f}  ({', '.join(notes)})")
+    if args.output is not None:
+        about = {"format_version": 1, "versions": versions(), "machine": machine()}
+        write_json(args.output, {**about, "figures": figures})
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,110 @@
+"""The short script: a folder in, two figures out."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_accel.files import asset
+
+SCRIPT = Path(__file__).parents[2] / "eval" / "fid_clip.py"
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_folder_against_a_folder(stills, write_images, tmp_path):
+    images, _ = stills(8)
+    a, b = write_images(tmp_path / "a", images), write_images(tmp_path / "b", images[::-1] // 2)
+    done = run(a, "--reference", b, "--output", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())["figures"]
+    value = found["fd_tiny"]["value"]
+    assert value > 1
+    assert done.stdout.startswith(f"fd_tiny     {value:.3f}  (n = 8 against 8, dit-accel-tiny:64")
+    assert "rank-deficient" in done.stdout
+
+
+def test_bad_input_is_one_line_and_code_2(write_images, tmp_path):
+    folder = write_images(tmp_path / "a", np.zeros((2, 64, 64, 3), np.uint8))
+    done = run(folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: reference, clip: none; accepted is at least one of the two\n"
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    done = run(tmp_path / "prompts.txt", "--reference", folder)
+    assert done.returncode == 2
+    assert "a prompts file needs --model and --output-dir" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("fid_clip", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def args(script, write_images, tmp_path):
+    """`args(*prompts, **changed)`: arguments to draw these with tiny-sd3 and compare them."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    reference = write_images(tmp_path / "reference", images)
+
+    def build(*prompts, **changed):
+        (tmp_path / "prompts.txt").write_text("".join(f"{x}\n" for x in prompts))
+        given = {"source": tmp_path / "prompts.txt", "model": str(asset("tiny-sd3"))}
+        given |= {"output_dir": tmp_path / "out", "reference": reference, "device": "cpu"}
+        return script.Args(**given | changed)
+
+    return build
+
+
+def test_a_clip_is_drawn_and_its_frames_are_compared(
+    script, args, wan_repository, tmp_path, capsys
+):
+    size = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
+    output = tmp_path / "deep" / "out.json"
+    script.main(
+        args(
+            "a red circle",
+            model=str(wan_repository),
+            num_inference_steps=1,
+            output=output,
+            **size,
+        )
+    )
+    assert json.loads(output.read_text())["figures"]["fd_tiny"]["n"] == 5
+    assert "(n = 5 against 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changed", "message"),
+    [
+        ("ab", {"reference": Path("none")}, "path='none': accepted is a folder"),
+        ("ab", {"prompts": Path("none.txt")}, "prompts='none.txt': no such file"),
+        ("ab", {"output": Path("/proc/none/out.json")}, "output='/proc/none': cannot write there"),
+        ("ab", {"inception": Path("none.pth")}, "none.pth"),
+        ("a", {}, "1 pictures; metric 'fd_tiny' accepts at least 2"),
+    ],
+    ids=["reference", "prompts", "output", "inception", "one prompt"],
+)
+def test_what_would_stop_the_figures_stops_the_drawing(
+    script, args, monkeypatch, prompts, changed, message
+):
+    monkeypatch.setattr(script, "generate", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match=message):
+        script.main(args(*prompts, **changed))
+
+
+def test_under_torchrun_it_names_what_draws_there(script, args, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2: .* under torchrun is `dit-accel eval gen"):
+        script.main(args("a", "b"))

@@ -1,0 +1,658 @@
+"""The report: results.json is checked, and table, grid and page say what it says."""
+
+import base64
+import copy
+import hashlib
+import html.parser
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_accel.eval.results.schema import validate
+from dit_accel.eval.results.store import build_results, read_results, write_results
+from dit_accel.eval.results.types import reference_row
+from dit_accel.eval.runs.rows import speedup, timing
+from dit_accel.eval.view import inline
+from dit_accel.eval.view.cells import figure_cell, number, seconds_cell, speedup_cell
+from dit_accel.eval.view.conditions import check
+from dit_accel.eval.view.definitions import definition, usual_order
+from dit_accel.eval.view.equal_time import equal_time
+from dit_accel.eval.view.grid import fitting, font, grid
+from dit_accel.eval.view.labels import RADIUS, around, overlap
+from dit_accel.eval.view.markdown import escape, markdown
+from dit_accel.eval.view.plot import quality_plot
+from dit_accel.eval.view.report import report
+from dit_accel.eval.view.table import build_table
+
+from .example_report import example_results, figure, write_media
+
+GOLDEN = Path(__file__).with_name("golden_table.md")
+HOSTILE = (
+    '"><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">',
+    "</script><script>window.hacked = 1</script><!-- <script>",
+    "' autofocus onfocus='window.hacked = 1' {{ 7 * 7 }} {% raw %} \\u003cb\\u003e",
+    "\N{RIGHT-TO-LEFT OVERRIDE}\N{HEBREW LETTER SHIN}\N{HEBREW LETTER LAMED} <b>x</b> \0",
+    "long" * 1500,
+)
+
+
+def change(data, path, value):
+    """`data` with one place set; `...` removes it."""
+    data = copy.deepcopy(data)
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return data
+
+
+@pytest.fixture
+def results():
+    return example_results()
+
+
+@pytest.fixture
+def folder(tmp_path, results):
+    """An evaluation of stills on disk: ten samples of four rows."""
+    names = ("Dense", "Dense, 12 steps", "SLA balanced", "RAS + SLA")
+    results["samples"] = write_media(tmp_path, results, 10, "png", size=32, names=names)
+    write_results(tmp_path, results)
+    return tmp_path
+
+
+# results.json
+
+
+def test_results_are_read_as_they_were_written(tmp_path, results):
+    path = write_results(tmp_path, results)
+    assert read_results(path) == read_results(tmp_path) == results
+
+
+def test_build_adds_versions_and_machine_and_checks(results):
+    keys = ("title", "model", "sampling", "prompts", "repeats", "rows", "samples")
+    built = build_results(**{key: results[key] for key in keys})
+    assert built["versions"]["torch"]
+    assert built["machine"]["cores"] >= 1
+    assert validate(built) is built
+    with pytest.raises(ValueError, match="prompts=0: accepted is a whole number >= 1"):
+        build_results(**{**{key: results[key] for key in keys}, "prompts": 0})
+
+
+ROW = ("rows", 7)
+PSNR = (*ROW, "metrics", "psnr")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("format_version",), 2, r"format_version=2: accepted is 1; another version of dit-accel"),
+        (("kind",), "compare", r'kind=\'compare\': accepted is "eval"'),
+        (("title",), ..., r"title is missing"),
+        (("title",), " ", r"title=' ': accepted is a text that is not empty"),
+        (("title",), "a\ud800", r"title='a.*': accepted is a text without lone surrogates"),
+        (("repeats",), True, r"repeats=True: accepted is a whole number >= 1"),
+        (("rows",), {}, r"rows=\{\}: accepted is a list of objects"),
+        (("rows",), [], r"rows=\[\]: accepted is at least one row"),
+        (("rows", 0), "dense", r"rows\[0\]='dense': accepted is an object"),
+        (("reference",), "teacher", r"reference='teacher': accepted is the name or the method"),
+        ((*ROW, "name"), "Dense", r"rows\[7\].name='Dense': accepted is a name used once"),
+        ((*ROW, "method"), "magic", r"rows\[7\].method='magic': accepted is one of dense, fewer_"),
+        ((*ROW, "available"), 1, r"rows\[7\].available=1: accepted is true or false"),
+        ((*ROW, "available"), False, r"rows\[7\].why=None: accepted is a text"),
+        ((*ROW, "density"), 1.5, r"rows\[7\].density=1.5: accepted is .* >= 0 and <= 1 or null"),
+        ((*ROW, "folder"), "../up", r"rows\[7\].folder='../up': accepted is a path inside"),
+        ((*ROW, "peak_memory_of"), None, r"peak_memory_of=None: accepted is one of gpu, process"),
+        ((*ROW, "speedup", "total"), ..., r"rows\[7\].speedup.total is missing"),
+        ((*ROW, "seconds", "warm_up"), {}, r"rows\[7\].seconds: phase='warm_up': accepted is one"),
+        ((*ROW, "seconds", "text", "iqr"), [2, 1], r"seconds.text.iqr=\[2, 1\]: accepted is \[low"),
+        ((*PSNR, "value"), math.nan, r"rows\[7\].metrics.psnr.value=nan: accepted is a finite"),
+        ((*PSNR, "value"), None, r"rows\[7\].metrics.psnr.why is missing"),
+        ((*PSNR, "n"), -1, r"rows\[7\].metrics.psnr.n=-1: accepted is a whole number >= 0"),
+        ((*PSNR, "interval_95"), [1.0, math.inf], r"interval_95=\[1.0, inf\]: accepted is \[lower"),
+        ((*PSNR, "extractor"), {"id": "x"}, r"metrics.psnr.extractor.sha256 is missing"),
+        ((*PSNR, "flags"), "few", r"metrics.psnr.flags='few': accepted is a list of texts"),
+        ((*PSNR, "truncated"), "x", r"metrics.psnr.truncated='x': accepted is a whole number"),
+        ((*PSNR, "values"), {"a": "x"}, r"metrics.psnr.values.a='x': accepted is a finite number"),
+    ],
+)
+def test_a_bad_place_is_named(results, path, value, message):
+    validate(results)
+    with pytest.raises(ValueError, match=message):
+        validate(change(results, path, value))
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "a/../../b.png", "C:\\x.png", "C:/x.png", "x.svg", ""]
+)
+def test_media_stay_inside_the_folder(results, path):
+    results["samples"] = [{"id": "0", "prompt": "", "media": {"Dense": "dense/0.png"}}]
+    validate(results)
+    with pytest.raises(ValueError, match=r"samples\[0\].media.Dense=.*accepted is a path inside"):
+        validate(change(results, ("samples", 0, "media", "Dense"), path))
+    with pytest.raises(
+        ValueError, match=r"samples\[0\].media: row='x': accepted is one of 'Dense'"
+    ):
+        validate(change(results, ("samples", 0, "media"), {"x": "x.png"}))
+
+
+def test_unreadable_results_are_named(tmp_path, results):
+    with pytest.raises(ValueError, match=r"cannot read results.json \(No such file"):
+        read_results(tmp_path)
+    file = tmp_path / "results.json"
+    file.write_text('{"format_version": 1,')
+    with pytest.raises(ValueError, match=r"results.json is not JSON \(Expecting"):
+        read_results(tmp_path)
+    file.write_text(json.dumps(change(results, (*PSNR, "value"), math.nan)))
+    with pytest.raises(ValueError, match=r"results.json: rows\[7\].metrics.psnr.value=nan"):
+        read_results(file)
+
+
+def test_bad_results_are_not_written(tmp_path, results):
+    write_results(tmp_path, results)
+    with pytest.raises(ValueError, match="value=nan"):
+        write_results(tmp_path, change(results, (*PSNR, "value"), math.nan))
+    assert read_results(tmp_path) == results
+
+
+def test_timing_takes_median_and_quartiles_of_common_phases():
+    runs = [{"total": x, "denoise": x / 2} for x in (4.0, 1.0, 2.0, 3.0, 10.0)]
+    runs[0]["text"] = 1.0
+    assert timing(runs) == {
+        "denoise": {"median": 1.5, "iqr": [1.0, 2.0], "n": 5},
+        "total": {"median": 3.0, "iqr": [2.0, 4.0], "n": 5},
+    }
+    assert speedup(timing(runs), timing(runs[1:2])) == {"denoise": 3.0, "total": 3.0}
+    assert speedup(timing(runs), {}) is None
+    with pytest.raises(ValueError, match="at least one measured run"):
+        timing([])
+
+
+def test_the_reference_is_found_by_name_before_method(results):
+    assert reference_row(results)["name"] == "Dense"
+    results["reference"] = "Dense, 12 steps"
+    assert reference_row(results)["num_inference_steps"] == 12
+
+
+# Figures as text
+
+
+def test_numbers_are_rounded_and_signed():
+    assert number(-0.004, 2) == "0.00"
+    assert number(-0.004, 2, signed=True) == "\N{PLUS-MINUS SIGN}0.00"
+    assert number(-1.25, 1) == "\N{MINUS SIGN}1.2"
+    assert number(3.0, 1, signed=True) == "+3.0"
+    assert number(1234567.0, 0) == "1\N{NARROW NO-BREAK SPACE}234\N{NARROW NO-BREAK SPACE}567"
+
+
+def test_a_figure_shows_interval_difference_and_what_limits_it():
+    about = definition("psnr")
+    part = figure(31.239, 0.5, "dB", infinite=3)
+    cell = figure_cell(part, about, figure(30.0, None, "dB"))
+    assert (cell.text, cell.range, cell.delta) == ("31.24", "[30.74, 31.74]", "+1.24")
+    assert (cell.n, cell.note) == ("24", "3 identical pairs left out")
+    same = figure_cell(figure(None, None, "dB", infinite=24, why="all identical"), about)
+    assert (same.text, same.value) == ("identical", math.inf)
+    none = figure_cell(figure(None, None, "dB", n=0, why="no pairs"), about)
+    assert (none.text, none.value) == ("no value: no pairs", None)
+    clips = figure(1.0, None, "", n=792, of="frames", flags=["rank-deficient"])
+    assert figure_cell(clips, definition("fd_tiny")).n == "792 frames"
+    assert figure_cell(clips, definition("fd_tiny")).note == "rank-deficient"
+
+
+def test_seconds_have_three_digits_and_quartiles():
+    cell = seconds_cell({"median": 12.345, "iqr": [12.0, 13.0], "n": 5})
+    assert (cell.text, cell.range) == ("12.3", "(12.0\N{EN DASH}13.0)")
+    assert seconds_cell({"median": 0.0123, "iqr": [0.0123, 0.0123], "n": 1}).range == ""
+    row = {"median": 2.0, "iqr": [1.6, 2.5], "n": 5}
+    reference = {"median": 4.0, "iqr": [3.0, 4.8], "n": 5}
+    cell = speedup_cell(2.0, row, reference)
+    assert (cell.text, cell.range) == ("2.00\N{MULTIPLICATION SIGN}", "(1.20\N{EN DASH}3.00)")
+
+
+def test_variants_and_unknown_metrics_have_names():
+    assert definition("fid_768").label == "FID (768)"
+    assert definition("judge_motion").better == "higher"
+    assert definition("vibes").label == "vibes"
+    assert definition("vibes").better is None
+    keys = ["vibes", "judge_motion", "fd_tiny", "judge", "psnr"]
+    assert sorted(keys, key=usual_order) == ["psnr", "fd_tiny", "judge", "judge_motion", "vibes"]
+
+
+# The table
+
+
+def test_table_md_is_as_it_was_looked_at(results):
+    """Rewrite golden_table.md from `markdown(example_results())` after a change, and read it."""
+    assert markdown(results) == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_the_best_is_marked_unless_most_rows_have_it(results):
+    table = build_table(results)
+    best = {
+        column.key: [line.name for line in table.lines if line.cells[i].best]
+        for i, column in enumerate(table.columns)
+    }
+    assert best["psnr"] == ["SLA, every key"]  # identical beats every finite value
+    assert best["seconds_total"] == ["RAS + SLA"]
+    assert best["fd_tiny"] == ["Dense", "SLA, every key"]
+    assert best["peak_memory_bytes"] == best["density"] == []
+
+
+def test_a_figure_without_value_says_why_and_hides_no_n(results):
+    results["rows"][4]["metrics"]["ssim"] = figure(None, None, "", n=0, why="frames | differ")
+    results["rows"][6]["metrics"]["judge"]["n"] = 23
+    table = build_table(results)
+    sizes = {column.key: column.n for column in table.columns}
+    assert (sizes["ssim"], sizes["judge"]) == ("24", "")
+    text = markdown(results)
+    assert r"| no value: frames \| differ |" in text
+    assert "n = 23" in text
+
+
+def test_names_cannot_break_the_table(results):
+    results["rows"][7]["name"] = "a | b\n<script> `c` [d](e) *f*"
+    lines = markdown(results).splitlines()
+    [line] = [line for line in lines if line.startswith("| a ")]
+    assert line.startswith(r"| a \| b \<script> \`c\` \[d\](e) \*f\* | 24 |")
+    bars = [x.replace(r"\|", "").count("|") for x in lines if x.startswith("|")]
+    assert len(set(bars)) == 1
+    assert escape("ras_sla") == r"ras\_sla"
+
+
+def test_a_run_without_timing_or_samples_has_a_table(results):
+    for row in results["rows"]:
+        row |= {"seconds": {}, "speedup": None, "peak_memory_bytes": None, "peak_memory_of": None}
+        row |= {"density": None, "cost": None}
+    validate(results)
+    keys = [column.key for column in build_table(results).columns]
+    assert keys == ["psnr", "ssim", "fd_tiny", "flicker", "judge", "judge_motion"]
+    assert "## At equal time" not in markdown(results)
+
+
+# At equal time
+
+
+def dense_and_one(method="sla", seconds=3.0, value=25.0, spread=0.5):
+    """Dense with 10 and 20 steps at 2 s and 4 s, 20 dB and 24 dB; one accelerated row."""
+    data = example_results()
+    rows = [data["rows"][i] for i in (0, 1, 2, 7)]
+    for row, at, psnr in zip(
+        rows, (8.0, 4.0, 2.0, seconds), (None, 24.0, 20.0, value), strict=True
+    ):
+        row["seconds"]["total"] = {"median": at, "iqr": [at, at], "n": 5}
+        if psnr is not None:
+            row["metrics"]["psnr"] = figure(psnr, spread, "dB")
+    rows[3]["method"] = method
+    return {**data, "rows": rows}
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict", "difference", "basis"),
+    [
+        ({}, "better", "+3.00 dB", "interpolated"),
+        ({"value": 22.8}, "overlap", "+0.80 dB", "interpolated"),
+        ({"value": 19.0}, "worse", "\N{MINUS SIGN}3.00 dB", "interpolated"),
+        ({"spread": None}, "open", "+3.00 dB", "interpolated"),
+        ({"seconds": 1.9}, "better", "+5.00 dB", "15 steps in 2.00 s, this row in 1.90 s"),
+        ({"seconds": 1.0}, "unknown", "", "no dense run takes about 1.00 s"),
+        ({"seconds": 6.0}, "unknown", "", "no dense run takes about 6.00 s"),
+        ({"seconds": 8.5, "value": 40.0}, "worse", "", "the reference itself takes 8.00 s"),
+    ],
+)
+def test_acceleration_is_held_against_fewer_steps(changed, verdict, difference, basis):
+    [found] = equal_time(dense_and_one(**changed), "psnr", "total")
+    assert (found.verdict, found.difference) == (verdict, difference)
+    assert basis in found.basis
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict", "interval"),
+    [
+        # The line's samples at 3 s are 21.5 to 22.5 dB.
+        ([22.6, 22.0, 23.2, 22.2, 22.9, 22.8], "better", "[+0.52, +0.68]"),
+        ([21.4, 20.8, 22.0, 21.0, 21.7, 21.6], "worse", "[\N{MINUS SIGN}0.68, \N{MINUS SIGN}0.52]"),
+        ([22.6, 20.8, 23.2, 21.0, 22.9, 21.6], "undecided", None),
+        ([22.6, 22.0, 23.2, 22.2, 22.9], "few", ""),
+    ],
+)
+def test_the_same_prompts_are_compared_one_by_one(values, verdict, interval):
+    """Their own intervals overlap by far: prompts differ more than methods do."""
+    line = [22.0, 21.6, 22.5, 21.5, 22.3, 22.1][: len(values)]
+    data = dense_and_one(value=float(np.mean(values)), spread=3.0)
+    for row, offset in zip(data["rows"][1:3], (2.0, -2.0), strict=True):
+        shifted = {str(i): x + offset for i, x in enumerate(line)}
+        mean = float(np.mean(list(shifted.values())))
+        row["metrics"]["psnr"] |= {"value": mean, "n": len(line), "values": shifted}
+    own = {str(i): x for i, x in enumerate(values)}
+    data["rows"][3]["metrics"]["psnr"] |= {"n": len(values), "values": own}
+    [found] = equal_time(data, "psnr", "total")
+    assert found.verdict == verdict
+    difference = number(float(np.mean(values) - np.mean(line)), 2, signed=True)
+    assert found.difference == f"{difference} dB"
+    if interval is None:
+        low, high = (
+            float(x.replace("\N{MINUS SIGN}", "-")) for x in found.interval[1:-1].split(", ")
+        )
+        assert low < 0 < high
+    else:
+        assert found.interval == interval
+    own.popitem()  # one pair is identical: its value is none, and the means are all there is
+    assert equal_time(data, "psnr", "total")[0].verdict == "overlap"
+
+
+def identical_row(data, same=10, of=10):
+    """The accelerated row's PSNR with `same` pairs identical to the reference's, the others at 20 dB."""
+    values = {str(i): None if i < same else 20.0 for i in range(of)}
+    value = None if same == of else 20.0
+    found = figure(value, 1.0, "dB", n=of, infinite=same, values=values)
+    data["rows"][3]["metrics"]["psnr"] = found | ({"why": "identical"} if value is None else {})
+    return data
+
+
+@pytest.mark.parametrize(
+    ("quartiles", "verdict"),
+    [((7.0, 7.5), "better"), ((7.7, 8.3), "undecided"), ((8.6, 8.9), "worse")],
+)
+def test_time_decides_where_samples_are_identical(quartiles, verdict):
+    data = identical_row(dense_and_one(seconds=8.0))
+    data["rows"][0]["seconds"]["total"]["iqr"] = [7.6, 8.5]
+    middle = sum(quartiles) / 2
+    data["rows"][3]["seconds"]["total"] |= {"median": middle, "iqr": [*quartiles]}
+    [found] = equal_time(data, "psnr", "total")
+    assert (found.verdict, found.difference) == (verdict, "identical to the reference")
+
+
+def test_one_call_tells_no_difference_in_time():
+    data = identical_row(dense_and_one(seconds=4.0))
+    assert equal_time(data, "psnr", "total")[0].verdict == "better"
+    data["rows"][3]["seconds"]["total"]["n"] = 1
+    assert equal_time(data, "psnr", "total")[0].verdict == "undecided"
+
+
+def test_means_that_leave_identical_pairs_out_decide_nothing():
+    [found] = equal_time(identical_row(dense_and_one(), same=8), "psnr", "total")
+    assert (found.verdict, found.difference) == ("mixed", "")
+    data = dense_and_one()
+    data["rows"][1]["metrics"]["psnr"]["infinite"] = 3  # of the line
+    assert equal_time(data, "psnr", "total")[0].verdict == "mixed"
+
+
+def test_a_little_longer_than_the_reference_is_not_slower():
+    data = dense_and_one(seconds=8.1)
+    data["rows"][3]["seconds"]["total"]["iqr"] = [7.9, 8.3]
+    assert equal_time(data, "psnr", "total")[0].verdict == "undecided"
+    data["rows"][3]["seconds"]["total"] |= {"median": 9.1, "iqr": [9.0, 9.2]}
+    assert equal_time(data, "psnr", "total")[0].verdict == "worse"
+
+
+def test_a_row_slower_than_the_reference_is_held_against_it():
+    data = dense_and_one(seconds=20.0)
+    [found] = [x for x in equal_time(data, "judge", "total") if x.name == "SLA balanced"]
+    assert (found.verdict, found.basis) == (
+        "overlap",
+        "dense with 24 steps in 8.00 s, this row in 20.0 s",
+    )
+
+
+def test_a_quicker_dense_run_that_is_better_counts_instead_of_the_line():
+    data = dense_and_one(value=25.0)
+    data["rows"][2]["metrics"]["psnr"] |= {
+        "value": 27.0,
+        "interval_95": [26.5, 27.5],
+    }  # at 2 s; 24 dB at 4 s
+    [found] = equal_time(data, "psnr", "total")
+    assert (found.verdict, found.difference) == ("worse", "\N{MINUS SIGN}2.00 dB")
+    assert found.basis == "dense with 15 steps in 2.00 s, this row in 3.00 s"
+
+
+def test_only_acceleration_is_held_against_the_line():
+    assert equal_time(dense_and_one("fewer_steps"), "psnr", "total") == []
+
+
+# Conditions
+
+
+@pytest.mark.parametrize(
+    ("condition", "rows"),
+    [
+        ("psnr<25", []),
+        ("psnr < 26.5", ["RAS + SLA"]),
+        ("psnr>=1e3", ["SLA, every key"]),  # identical is infinite
+        ("judge<=.875", ["FirstBlockCache 0.1", "RAS + SLA"]),
+        ("Dense, 12 steps:psnr<25", ["Dense, 12 steps"]),
+        ("fewer_steps: psnr < 27", ["Dense, 15 steps", "Dense, 12 steps"]),
+        ("speedup_total < 1", ["SLA, every key"]),
+        ("RAS balanced: seconds_denoise > 2", ["RAS balanced"]),
+        ("peak_memory_bytes > 900e6", ["RAS + SLA"]),  # 891 MiB,
+    ],
+)
+def test_conditions_that_hold_are_told(results, condition, rows):
+    breached = check(results, [condition])
+    assert [text.split(": ")[0] for text in breached] == rows
+
+
+def test_a_breach_tells_value_and_limit(results):
+    assert check(results, ["psnr<26.5", "flicker>2"]) == ["RAS + SLA: psnr is 26.3, fails < 26.5"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("psnr", r"accepted is \[row:\]metric"),
+        ("psnr = 25", r"accepted is \[row:\]metric"),
+        ("psnr < nan", r"accepted is \[row:\]metric"),
+        ("psnrr < 25", r"no figure 'psnrr' here; accepted are psnr, ssim"),
+        (
+            "density < 1",
+            r"density of row 'FirstBlockCache 0.1' has no value \(it was not measured\)",
+        ),
+        ("Dense: psnr < 25", r"row 'Dense' is what psnr compares with"),
+        ("nobody: psnr < 25", r"no row 'nobody'; accepted are 'Dense'"),
+        ("SeaCache: psnr < 25", r"row 'SeaCache' is not available \(not in diffusers"),
+    ],
+)
+def test_what_cannot_be_judged_is_no_pass(results, condition, message):
+    with pytest.raises(ValueError, match=message):
+        check(results, [condition])
+
+
+def test_a_figure_without_a_value_is_no_pass(results):
+    results["rows"][6]["metrics"]["psnr"] = figure(None, None, "dB", n=0, why="no pairs")
+    with pytest.raises(ValueError, match=r"row 'RAS balanced' has no value \(no pairs\)"):
+        check(results, ["psnr<25"])
+    for row in results["rows"]:
+        row["available"] = row["method"] == "dense"
+    with pytest.raises(ValueError, match="no accelerated row is available"):
+        check(results, ["psnr<25"])
+
+
+# The plot
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("metric", ["psnr", "fd_tiny", "judge"])
+def test_points_lie_where_their_figures_say(results, metric, narrow):
+    drawn = quality_plot(results, metric, "total", narrow=narrow)
+    rows = {row["name"]: row for row in results["rows"]}
+    left, top, right, bottom = drawn.frame
+    finite = [p for p in drawn.points if rows[p.name]["metrics"][metric]["value"] is not None]
+    seconds = [rows[p.name]["seconds"]["total"]["median"] for p in finite]
+    values = [rows[p.name]["metrics"][metric]["value"] for p in finite]
+    assert np.corrcoef(seconds, [p.x for p in finite])[0, 1] == pytest.approx(1)
+    assert np.corrcoef(values, [p.y for p in finite])[0, 1] == pytest.approx(-1)
+    assert all(left <= p.x <= right and top <= p.y <= bottom for p in finite)
+    ticks = [(float(t.text.replace("\N{MINUS SIGN}", "-")), t.at) for t in drawn.y_ticks]
+    slope = np.polyfit([t[1] for t in ticks], [t[0] for t in ticks], 1)
+    np.testing.assert_allclose(np.polyval(slope, [p.y for p in finite]), values, rtol=1e-3)
+    assert len(ticks) >= 3
+
+
+def test_identical_rows_stand_above_the_frame_and_the_reference_is_a_line(results):
+    drawn = quality_plot(results, "psnr", "total")
+    [same] = [p for p in drawn.points if p.name == "SLA, every key"]
+    assert drawn.band
+    assert same.y < drawn.frame[1]
+    assert same.y_bar is None
+    assert drawn.reference.text == "Dense: 4.12 s"
+    assert len(drawn.line) == 3
+    assert quality_plot(results, "judge", "total").reference is None
+
+
+def test_labels_overlap_neither_each_other_nor_points(results):
+    for metric in ("psnr", "judge"):
+        drawn = quality_plot(results, metric, "denoise", narrow=True)
+        boxes = [around(p.x, p.y, RADIUS) for p in drawn.points]
+        assert len(drawn.labels) >= len(drawn.points) // 2
+        for label in drawn.labels:
+            assert 0 <= label.box[0] < label.box[2] <= drawn.width
+            assert not any(overlap(label.box, other) for other in boxes)
+            boxes.append(label.box)
+
+
+def test_one_point_is_no_plot(results):
+    results["rows"] = results["rows"][:2]
+    assert quality_plot(results, "psnr", "total") is None
+
+
+# Files
+
+
+def test_a_report_has_table_grid_and_page(folder, results):
+    written = report(folder, samples=3)
+    assert {key: path.name for key, path in written.items()} == {
+        "table": "table.md",
+        "page": "report.html",
+        "grid": "grid.png",
+    }
+    assert written["table"].read_text(encoding="utf-8") == markdown(results)
+    page = written["page"].read_text(encoding="utf-8")
+    table = build_table(results)
+    for line in table.lines:  # the same text in both
+        for cell in line.cells:
+            assert cell.text in page
+            assert cell.range in page
+    assert "3 of 10 samples are in this page; the others" in page
+    with Image.open(written["grid"]) as image:
+        assert image.size == (8 + 4 * 200, 30 + 3 * 226)
+
+
+def test_a_machine_that_says_nothing_of_itself_is_no_obstacle(folder, results):
+    write_results(folder, results | {"machine": {}, "versions": {}})
+    assert "<title>" in report(folder)["page"].read_text(encoding="utf-8")
+
+
+def test_titles_and_overwriting(folder):
+    page = report(folder, title="Another <title>", samples=1)["page"]
+    assert "<title>Another &lt;title&gt;</title>" in page.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"already holds table.md"):
+        report(folder, overwrite=False)
+    with pytest.raises(ValueError, match=r"samples=-1: accepted is a whole number >= 0"):
+        report(folder, samples=-1)
+
+
+def test_missing_libraries_are_named_before_any_work(folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r"a report needs jinja2; install it with .*dit-accel\[eval\]"
+    ):
+        report(folder)
+    assert not (folder / "table.md").exists()
+
+
+def test_an_older_grid_goes_with_the_media(folder, results):
+    assert report(folder)["grid"].exists()
+    write_results(folder, {**results, "samples": []})
+    assert set(report(folder)) == {"table", "page"}
+    assert not (folder / "grid.png").exists()
+
+
+def test_missing_and_broken_media_leave_the_old_report(folder):
+    before = report(folder)["page"].read_bytes()
+    broken = folder / "sla-balanced" / "0001.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"0001.png: not a readable picture"):
+        report(folder)
+    broken.unlink()
+    with pytest.raises(ValueError, match=r"'sla-balanced/0001.png' of sample '0001' is not there"):
+        report(folder)
+    assert (folder / "report.html").read_bytes() == before
+    assert not list(folder.glob(".tmp-*"))
+
+
+def test_a_page_does_not_grow_without_bound(folder, results):
+    size = sum((folder / file).stat().st_size for file in results["samples"][0]["media"].values())
+    found = inline.inline_media(results, folder, 8, page_bytes=round(size * 2.5))
+    assert 1 <= len(found.samples) < 8
+    assert "a page holds at most" in found.note
+    kept = sum(len(x[1]) for sample in found.samples for x in sample["media"].values())
+    assert kept * 0.75 <= size * 2.5
+
+
+def test_the_grid_shows_samples_below_and_methods_beside_each_other(folder, results):
+    sheet = grid(results, folder, 2)
+    own = np.asarray(Image.open(folder / results["samples"][1]["media"]["RAS + SLA"]))
+    top, left = 30 + 226 + 26, 8 + 3 * 200
+    np.testing.assert_array_equal(sheet[top + 3 : top + 192 : 6, left + 3 : left + 192 : 6], own)
+    assert grid(results, folder, 0) is None
+
+
+def test_long_titles_are_cut_to_their_tile():
+    text = fitting("SLA with a very long name\nand a second line", 120, 13)
+    assert text.startswith("SLA with")
+    assert text.endswith("…")
+    assert font(13).getlength(text) <= 120
+    assert fitting("\ud800", 100, 12) == "?"
+
+
+class _Tags(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.scripts, self.policy, self.inside = [], [], "", None
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        self.inside = tag
+        if attributes.get("http-equiv") == "Content-Security-Policy":
+            self.policy = attributes["content"]
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts.append(data)
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+
+def test_hostile_text_stays_text(folder, results):
+    for sample, text in zip(results["samples"], HOSTILE, strict=False):
+        sample["prompt"] = text
+    results["title"] = results["model"] = HOSTILE[0]
+    results["rows"][5]["why"] = HOSTILE[1]
+    name = results["rows"][7]["name"]
+    results["rows"][7]["name"] = HOSTILE[2]
+    for sample in results["samples"]:
+        sample["media"][HOSTILE[2]] = sample["media"].pop(name)
+    write_results(folder, results)
+    found = _Tags()
+    found.feed(report(folder)["page"].read_text(encoding="utf-8"))
+    assert [tag for tag, _ in found.tags].count("script") == 2
+    assert [tag for tag, _ in found.tags].count("img") == 0
+    for _, attributes in found.tags:
+        assert not [key for key in attributes if key.startswith("on")]
+        assert "style" not in attributes  # the policy would block it
+        assert attributes.get("href", "#").startswith(("#", "data:,"))
+        assert "src" not in attributes
+    data, script = found.scripts
+    assert [x["prompt"] for x in json.loads(data)["samples"][:5]] == list(HOSTILE)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in found.policy
+    assert "default-src 'none'" in found.policy

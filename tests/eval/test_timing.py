@@ -1,0 +1,276 @@
+"""Measured calls: turns, warm-up, records that are kept, equal time, memory."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_accel import control
+from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.eval.runs import timing as module
+from dit_accel.eval.runs.fewer_steps import (
+    equal_time_steps,
+    measure_all,
+    measure_equal_time,
+    nearest_steps,
+    seconds_of,
+)
+from dit_accel.eval.runs.methods import DENSE, Method, dense_with
+from dit_accel.eval.runs.peak_memory import peak_memory
+from dit_accel.eval.runs.rows import build_row, unavailable_row
+from dit_accel.eval.runs.timing import Request, Stopwatch
+from dit_accel.eval.runs.timing_log import TimingLog
+from dit_accel.pipelines.generate import Sampling, phase_timer
+
+from ..random_pipelines import make
+
+REQUESTS = [Request(x, Sampling(num_inference_steps=10), i) for i, x in enumerate(["a", "b"])]
+RAS = Method(name="RAS", kind="ras", ras=RASConfig())
+FEWER = Method(name="Dense, fewer steps", kind="fewer_steps")
+CACHE = Method(name="Cache", kind="cache")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make("sd3")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Calls that take what `clock.seconds` says, a warm-up a thousand; (prompt, steps, seed, on) of each."""
+
+    class Clock:
+        calls: list = []  # noqa: RUF012
+
+        def seconds(self, steps, on):
+            return 0.5 * steps if on else 1.0 * steps
+
+    clock = Clock()
+    clock.calls = []
+    names = []
+
+    def run_once(pipe, prompt, sampling, seed):
+        on = control.session_of(pipe) is not None
+        steps = sampling.num_inference_steps
+        took = clock.seconds(steps, on)
+        if (on or steps == module.WARM_UP_STEPS) and on not in names:
+            names.append(on)
+            took = 1000.0
+        clock.calls.append((prompt, steps, seed, on))
+        parts = {"text": 0.25, "denoise": took, "decode": 0.25, "total": took + 0.5}
+        return np.zeros((1, 8, 8, 3)), parts, control.summary(pipe)
+
+    monkeypatch.setattr(module, "run_once", run_once)
+    # Collecting garbage takes long in a process full of tests.
+    monkeypatch.setattr("dit_accel.eval.runs.peak_memory.gc.collect", lambda: 0)
+    return clock
+
+
+def denoise(watch, method):
+    return [x["seconds"]["denoise"] for x in watch.calls[method.name]]
+
+
+def test_methods_take_turns_and_warm_up_does_not_count(pipe, clock):
+    seen = []
+    watch = Stopwatch(pipe, REQUESTS, on_call=lambda method, call: seen.append(method.name))
+    watch.run([DENSE, RAS, CACHE], 3)
+    assert clock.calls[:3] == [("a", 2, 0, False), ("a", 10, 0, True), ("a", 2, 0, False)]
+    # Each round begins with the next method, and has the next prompt.
+    assert seen == ["Dense", "RAS", "Cache", "RAS", "Cache", "Dense", "Cache", "Dense", "RAS"]
+    assert [x[0] for x in clock.calls[3:]] == ["a"] * 3 + ["b"] * 3 + ["a"] * 3
+    assert denoise(watch, DENSE) == [10.0] * 3
+    assert denoise(watch, RAS) == [5.0] * 3
+    assert watch.seconds(RAS) == 5.0
+    assert watch.calls["RAS"][0]["seconds"]["total"] == 5.5
+    assert control.session_of(pipe) is None
+
+
+def test_what_is_measured_already_is_not_measured_again(pipe, clock):
+    watch = Stopwatch(pipe, REQUESTS)
+    watch.run([DENSE, RAS], 2)
+    before = len(clock.calls)
+    watch.run([DENSE, RAS], 2)
+    assert len(clock.calls) == before
+    again = Stopwatch(pipe, REQUESTS, calls=watch.calls)
+    again.calls["RAS"].pop()
+    again.run([DENSE, RAS], 2)
+    # Its warm-up, and the one call that is missing, with the prompt of that round.
+    assert [x[:2] for x in clock.calls[before:]] == [("a", 10), ("b", 10)]
+
+
+def test_the_median_counts(pipe, clock):
+    took = iter([9.0, 1.0, 5.0])
+    clock.seconds = lambda steps, on: next(took) if steps == 10 else 0.0
+    watch = Stopwatch(pipe, REQUESTS)
+    watch.run([DENSE], 3)
+    assert watch.seconds(DENSE) == 5.0
+
+
+def test_fewer_steps_take_the_time_of_the_accelerated_run(pipe, clock):
+    watch = Stopwatch(pipe, REQUESTS)
+    assert measure_equal_time(watch, [DENSE, RAS], 3, steps=10) == {"RAS": 5}
+    assert {name: len(x) for name, x in watch.calls.items()} == {
+        "Dense": 3,
+        "RAS": 3,
+        "Dense, 5 steps": 3,
+    }
+    order = [x[1:] for x in clock.calls if x[1] != module.WARM_UP_STEPS]
+    order.remove((10, 0, True))  # its warm-up, which is a whole call
+    # After the first round the fewer steps are known, and take turns with the others.
+    assert [x[0] for x in order[:3]] == [10, 10, 5]
+    assert [x[0] for x in order[3:6]].count(5) == 1
+
+
+def test_a_wrong_first_guess_is_mended(pipe, clock):
+    """Where part of the time is the same for any number of steps."""
+    clock.seconds = lambda steps, on: 5.2 if on else 3.0 + 0.7 * steps
+    watch = Stopwatch(pipe, REQUESTS)
+    assert measure_equal_time(watch, [DENSE, RAS], 1, steps=10) == {"RAS": 3}
+    assert "Dense, 5 steps" in watch.calls  # the guess
+
+
+def test_fewer_steps_never_take_the_time_of_methods_slower_than_dense_sampling(pipe, clock):
+    clock.seconds = lambda steps, on: 3.0 * steps if on else 1.0 * steps
+    watch = Stopwatch(pipe, REQUESTS)
+    assert measure_all(watch, [DENSE, RAS], [FEWER], 1, steps=10) == ([], {})
+    assert set(watch.calls) == {"Dense", "RAS"}
+    assert measure_all(watch, [DENSE, RAS], [FEWER, dense_with(4)], 1, steps=10) == (
+        [dense_with(4)],
+        {},
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_was_measured_is_not_measured_again_on_a_noisy_machine(pipe, clock, seed):
+    rng = np.random.default_rng(seed)
+    clock.seconds = lambda steps, on: steps * (0.5 if on else 1.0) * rng.normal(1, 0.05)
+    watch = Stopwatch(pipe, REQUESTS)
+    found = measure_all(watch, [DENSE, RAS], [FEWER], 3, steps=30)
+    before = len(clock.calls)
+    again = Stopwatch(pipe, REQUESTS, calls=watch.calls)
+    assert measure_all(again, [DENSE, RAS], [FEWER], 3, steps=30) == found
+    assert len(clock.calls) == before
+
+
+@given(
+    st.integers(2, 60),
+    st.floats(0.01, 2),
+    st.floats(0, 5),
+    st.lists(st.floats(0.1, 100), min_size=1, max_size=4),
+)
+def test_the_nearest_number_of_steps_is_found(most, slope, fixed, targets):
+    def took(n):
+        return fixed + slope * n
+
+    asked = []
+
+    def measure(numbers):
+        asked.extend(numbers)
+        return {n: took(n) for n in numbers}
+
+    found = equal_time_steps({most + 1: took(most + 1)}, targets, most, measure)
+    for n, target in zip(found, targets, strict=True):
+        assert 1 <= n <= most
+        assert n in asked
+        # The time is a line, so that the second attempt is right.
+        best = min(abs(took(x) - target) for x in range(1, most + 1))
+        assert abs(took(n) - target) == pytest.approx(best, abs=1e-6)
+    assert len(asked) <= 3 * len(targets)
+
+
+def test_seconds_between_measurements_lie_on_the_line():
+    measured = {4: 2.0, 10: 8.0}
+    assert [seconds_of(measured, n) for n in (3, 4, 7, 10)] == [1.0, 2.0, 5.0, 8.0]
+    assert seconds_of({10: 5.0}, 4) == 2.0
+    assert nearest_steps({10: 10.0}, 4.5, 9) == 4  # equally near: the fewer
+    assert nearest_steps({10: 10.0}, 99.0, 9) == 9
+    assert nearest_steps({10: 10.0}, 0.0, 9) == 1
+
+
+def test_a_log_keeps_calls_of_the_same_settings_only(tmp_path, capsys):
+    about = {"machine": {"cores": 2}, "methods": [["Dense", {"a": (1, 2)}]]}
+    log = TimingLog(tmp_path, about)
+    assert log.calls == {}
+    log.calls["Dense"] = [{"seconds": {"total": 1.5}}]
+    log.write()
+    assert TimingLog(tmp_path, about).calls == log.calls
+    assert capsys.readouterr().err == ""
+    other = about | {"machine": {"cores": 8}}
+    assert TimingLog(tmp_path, other).calls == {}
+    assert "measured anew: machine.cores was 2 and is 8" in capsys.readouterr().err
+    (tmp_path / "timings.json").write_text(json.dumps({"about": 3})[:-2])
+    assert TimingLog(tmp_path, about).calls == {}
+    assert "timings.json is damaged" in capsys.readouterr().err
+
+
+def test_the_peak_of_one_block_is_not_that_of_another():
+    with peak_memory("cpu") as large:
+        np.ones(150 << 17)  # 150 MiB
+    with peak_memory("cpu") as small:
+        np.ones(1 << 17)
+    if large.size is None:
+        pytest.skip("this system does not forget a process's peak")
+    assert large.of == "process"
+    assert 120 << 20 < large.size - small.size < 180 << 20
+
+
+def test_where_the_system_does_not_tell_nothing_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr("dit_accel.eval.runs.peak_memory._PROC", tmp_path / "none")
+    with peak_memory("cpu") as peak:
+        pass
+    assert (peak.size, peak.of) == (None, None)
+
+
+def record(took, peak=100, of="process", dense=()):
+    seconds = {"text": 0.0, "denoise": took, "decode": 0.0, "total": took}
+    return {"seconds": seconds, "peak_bytes": peak, "peak_of": of, "dense_calls": dict(dense)}
+
+
+def test_rows_hold_medians_ratios_and_the_highest_peak():
+    dense = build_row(DENSE, steps=10, calls=[record(4.0), record(8.0), record(5.0)])
+    assert (dense["density"], dense["cost"]) == (1.0, 10.0)
+    assert dense["speedup"] == {"denoise": 1.0, "total": 1.0}
+    calls = [record(2.0, 300), record(2.5, 700), record(3.0, 200, dense={"dense step": 3})]
+    method = Method(name="RAS", kind="ras", note="look")
+    row = build_row(
+        method,
+        steps=10,
+        calls=calls,
+        reference=dense["seconds"],
+        settings={"ras": {}},
+        cost=7.5,
+    )
+    assert row["seconds"]["denoise"] == {"median": 2.5, "iqr": [2.25, 2.75], "n": 3}
+    assert row["speedup"]["denoise"] == 2.0
+    assert (row["peak_memory_bytes"], row["peak_memory_of"]) == (700, "process")
+    assert row["settings"] == {"ras": {}, "dense_calls": {"dense step": 3}, "note": "look"}
+    assert (row["density"], row["cost"]) == (None, 7.5)
+    unknown = build_row(dense_with(5), steps=5, calls=[record(1.0, None, None)])
+    assert (unknown["peak_memory_bytes"], unknown["peak_memory_of"]) == (None, None)
+    assert (unknown["density"], unknown["cost"]) == (1.0, 5.0)
+
+
+def test_rows_of_what_cannot_run_say_why():
+    row = unavailable_row("SeaCache", "cache", "not here", num_inference_steps=10)
+    assert (row["available"], row["why"], row["seconds"]) == (False, "not here", {})
+
+
+def test_seconds_wait_for_the_device_that_works(pipe, monkeypatch):
+    """Not for the current one: under torchrun, or with cuda:1, that is another."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(device))
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda", 3))
+    with phase_timer(pipe) as seconds:
+        pass
+    assert waited == [torch.device("cuda", 3)] * 2
+    assert seconds["total"] >= 0
+
+
+def test_what_is_accelerated_is_warmed_up_whole(pipe, clock):
+    """Its first step of a kind can be a late one."""
+    sla = Method(name="SLA", kind="sla", sla=SLAConfig(dense_steps=3, crossover="never"))
+    Stopwatch(pipe, REQUESTS).run([DENSE, sla], 1)
+    assert [x[1] for x in clock.calls[:2]] == [2, 10]
