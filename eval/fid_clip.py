@@ -11,7 +11,7 @@ called fd_tiny, never FID. Without --clip there is no CLIP score, without --refe
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +22,11 @@ from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics.choices import TINY, Given
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import open_reference, score
-from dit_accel.eval.samples.generate import generate, shard_of
+from dit_accel.eval.samples.generate import generate, planned_set, shard_of
+from dit_accel.eval.samples.plan import plan_samples
 from dit_accel.eval.samples.prompts import load_prompts
-from dit_accel.eval.samples.sets import Kind, SampleSet
+from dit_accel.eval.samples.sets import SampleSet
+from dit_accel.eval.view.terminal import figures_lines
 from dit_accel.files import check_writable, write_json
 from dit_accel.pipelines.generate import Sampling, load
 
@@ -55,12 +57,7 @@ class Args:
     """Sparse attention: a preset or a YAML file; default: dense."""
     ras: str | None = None
     """Region-adaptive sampling: likewise."""
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    max_sequence_length: int | None = None
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     seed: int = 0
     batch_size: int = 8
     device: str = "auto"
@@ -76,22 +73,12 @@ def draw(args: Args, metrics: Sequence[str], networks: Networks) -> SampleSet:
             "them is a folder"
         )
     drawn, named = load_prompts(args.source), load_prompts(args.prompts or args.source)
+    source, sampling = ModelOptions(model=args.model, sampling=args.sampling).resolve()
     reference = open_reference(args.reference)
     networks.loaded(metrics)
-    asked = Sampling(
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        height=args.height,
-        width=args.width,
-        num_frames=args.num_frames,
-        max_sequence_length=args.max_sequence_length,
-    )
-    source, sampling = ModelOptions(model=args.model, sampling=asked).resolve()
     pipe = load(source, sla=args.sla, ras=args.ras, device=args.device)
-    kind: Kind = "clips" if hasattr(pipe, "vae_scale_factor_temporal") else "images"
-    several = args.num_frames or 2  # a model's own number is more than one
-    frames = {x.id: (x.num_frames or several) if kind == "clips" else 1 for x in drawn}
-    planned = SampleSet(args.source, kind, {x: (Path(x),) * n for x, n in frames.items()})
+    samples = plan_samples(drawn, sampling, seed=args.seed, count=1, layout="ids")
+    planned = planned_set(pipe, samples)
     Given(planned, reference, {x.id: x.prompt for x in named}, networks.given).choose(metrics)
     made = generate(
         pipe,
@@ -138,17 +125,7 @@ def main(args: Args) -> None:
         batch_size=args.batch_size,
         device=args.device,
     )
-    for metric, figure in figures.items():
-        against = f" against {figure['n_reference']}" if "n_reference" in figure else ""
-        notes = [f"n = {figure['n']}{against}", figure["extractor"]["id"]]
-        if figure["extractor"]["resize"]:
-            notes.append(f"resize {figure['extractor']['resize']}")
-        notes += figure.get("flags", [])
-        if figure["interval_95"]:
-            notes.append("95 % interval {:.3f} to {:.3f}".format(*figure["interval_95"]))
-        if figure.get("truncated"):
-            notes.append(f"{figure['truncated']} prompts cut at the model's limit")
-        print(f"{metric:<11} {figure['value']:.3f}  ({', '.join(notes)})")
+    print("\n".join(figures_lines(figures)))
     if args.output is not None:
         about = {"format_version": 1, "versions": versions(), "machine": machine()}
         write_json(args.output, {**about, "figures": figures})

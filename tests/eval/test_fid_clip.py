@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dit_accel.files import asset
+from dit_accel.pipelines.generate import Sampling
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "fid_clip.py"
 
@@ -28,7 +29,8 @@ def test_a_folder_against_a_folder(stills, write_images, tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())["figures"]
     value = found["fd_tiny"]["value"]
     assert value > 1
-    assert done.stdout.startswith(f"fd_tiny     {value:.3f}  (n = 8 against 8, dit-accel-tiny:64")
+    assert done.stdout.startswith(f"fd_tiny  {value:.3f} squared")
+    assert "(n = 8 against 8, dit-accel-tiny:64, resize clean" in done.stdout
     assert "rank-deficient" in done.stdout
 
 
@@ -70,18 +72,11 @@ def test_a_clip_is_drawn_and_its_frames_are_compared(
     script, args, wan_repository, tmp_path, capsys
 ):
     size = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
+    sampling = Sampling(num_inference_steps=1, **size)
     output = tmp_path / "deep" / "out.json"
-    script.main(
-        args(
-            "a red circle",
-            model=str(wan_repository),
-            num_inference_steps=1,
-            output=output,
-            **size,
-        )
-    )
+    script.main(args("a red circle", model=str(wan_repository), sampling=sampling, output=output))
     assert json.loads(output.read_text())["figures"]["fd_tiny"]["n"] == 5
-    assert "(n = 5 against 3" in capsys.readouterr().out
+    assert "(n = 5 frames against 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from dit_accel.eval.runs.methods import (
 )
 from dit_accel.eval.runs.scores import Scorer, choose_metrics
 from dit_accel.eval.runs.stages import Stages
-from dit_accel.eval.samples.generate import shard_of
-from dit_accel.eval.samples.plan import Sample, plan_samples
+from dit_accel.eval.samples.generate import planned_set, shard_of
+from dit_accel.eval.samples.plan import plan_samples
 from dit_accel.eval.samples.sets import SampleSet
 from dit_accel.eval.view.conditions import check_early
 from dit_accel.eval.view.report import check_libraries, report
@@ -30,9 +30,6 @@ from dit_accel.identity import public_name
 from dit_accel.pipelines.generate import Sampling, with_steps
 from dit_accel.prompts import PromptRecord
 from dit_accel.sla.files import Adapter
-
-_CLIP = 81
-"""Frames that video pipelines make by default."""
 
 
 def run_evaluation(
@@ -130,7 +127,9 @@ def run_evaluation(
     stages.settings |= check_methods(pipe, [*runnable, *fewer], stages.steps)
     against = open_reference(reference)
     networks = networks or Networks()
-    names = choose_metrics(_planned(pipe, samples), metrics, networks=networks, reference=against)
+    names = choose_metrics(
+        planned_set(pipe, samples), metrics, networks=networks, reference=against
+    )
     check_early(
         fail_if, metrics=names.figures, rows=[y for x in runnable for y in (x.name, x.kind)]
     )
@@ -161,15 +160,3 @@ def run_evaluation(
     write_results(output_dir, results)
     report(output_dir, samples=shown)
     return results
-
-
-def _planned(pipe: Any, samples: Sequence[Sample]) -> SampleSet:
-    """The set that is going to be made, to ask what can be measured of it."""
-    clips = hasattr(pipe, "vae_scale_factor_temporal")
-    frames = {x.id: (x.sampling.num_frames or _CLIP) if clips else 1 for x in samples}
-    return SampleSet(
-        Path(),
-        "clips" if clips else "images",
-        {name: tuple(Path(str(i)) for i in range(n)) for name, n in frames.items()},
-        {x.id: x.record.prompt for x in samples},
-    )

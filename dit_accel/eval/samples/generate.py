@@ -23,6 +23,9 @@ from dit_accel.pipelines.generate import Sampling, resolved_device, with_steps
 from dit_accel.prompts import PromptRecord, prompts_sha256
 from dit_accel.sla.files import Adapter
 
+_CLIP = 81
+"""Frames that video pipelines make by default."""
+
 
 def generate(
     pipe: Any,
@@ -191,7 +194,7 @@ def _planned(
     """With the acceleration on, and everything checked."""
     _check_numbers(fps=fps, seed=seed, batch_size=batch_size, samples_per_prompt=samples_per_prompt)
     rank, world_size = shard_of(rank, world_size)
-    kind: Kind = "clips" if hasattr(pipe, "vae_scale_factor_temporal") else "images"
+    kind = _kind(pipe)
     if layout not in ("ids", "vbench"):
         raise ValueError(f"layout={layout!r}: accepted are ids, vbench")
     if layout == "vbench" and kind == "images":
@@ -232,6 +235,18 @@ def _planned(
         yield plan
 
 
+def planned_set(pipe: Any, samples: Sequence[Sample]) -> SampleSet:
+    """The set that is going to be made of these, to ask what can be measured of it."""
+    kind = _kind(pipe)
+    frames = {x.id: (x.sampling.num_frames or _CLIP) if kind == "clips" else 1 for x in samples}
+    return SampleSet(
+        Path(),
+        kind,
+        {name: tuple(Path(str(i)) for i in range(n)) for name, n in frames.items()},
+        {x.id: x.record.prompt for x in samples},
+    )
+
+
 def shard_of(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
     """Rank and number of ranks: as given, else those of torchrun, else one process."""
     if (rank is None) != (world_size is None):
@@ -254,6 +269,10 @@ def rank_device(device: str = "auto") -> str:
     local = os.environ.get("LOCAL_RANK")
     chosen = resolved_device(device)
     return f"cuda:{local}" if chosen == "cuda" and local else chosen
+
+
+def _kind(pipe: Any) -> Kind:
+    return "clips" if hasattr(pipe, "vae_scale_factor_temporal") else "images"
 
 
 def _check_numbers(

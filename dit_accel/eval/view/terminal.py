@@ -46,6 +46,8 @@ def figures_lines(figures: Mapping[str, Figure]) -> list[str]:
             notes[0] += f" against {figure['n_reference']}"
         if figure["extractor"] is not None:
             notes.append(figure["extractor"]["id"])
+            if resize := figure["extractor"].get("resize"):
+                notes.append(f"resize {resize}")
         notes += [cell.note] if cell.note else []
         text = " ".join(x for x in (cell.text, figure["unit"], cell.range) if x)
         out.append(f"{metric:{width}}{text}  ({', '.join(notes)})")
