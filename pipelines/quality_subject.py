@@ -13,6 +13,7 @@ from dit_accel import control, demo
 from dit_accel.demo.clips import describe_clips
 from dit_accel.demo.report import judged_clips, judged_stills, score_clips
 from dit_accel.demo.vocabulary import Combination
+from dit_accel.eval.metrics.figures import bootstrap_interval
 from dit_accel.eval.metrics.pairs import ssim
 from dit_accel.files import asset
 
@@ -151,6 +152,5 @@ def random_router(seed: int) -> Any:
 
 def mean_interval(values: np.ndarray) -> dict[str, Any]:
     """Mean, and a 95 % bootstrap interval over samples."""
-    draws = np.random.default_rng(0).integers(0, len(values), (5000, len(values)))
-    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
-    return {"mean": float(values.mean()), "interval_95": [float(low), float(high)]}
+    interval = bootstrap_interval(values, draws=5000) or [float(values[0])] * 2
+    return {"mean": float(values.mean()), "interval_95": interval}
