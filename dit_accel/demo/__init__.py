@@ -3,8 +3,9 @@ a judge that is not the model."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dit_accel.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .config import IMAGE_SAMPLING as IMAGE_SAMPLING
@@ -21,30 +22,21 @@ if TYPE_CHECKING:
     from .shape_judge import train_shape_judge as train_shape_judge
     from .trainer import train as train
 
-_HOME = {
-    "IMAGE_SAMPLING": "config",
-    "ImageTrainConfig": "config",
-    "SAMPLING": "config",
-    "ShapesDataset": "dataset",
-    "TrainConfig": "config",
-    "judge_clips": "judge",
-    "judge_pipeline": "report",
-    "load_shape_judge": "shape_judge",
-    "make_data": "dataset",
-    "train": "trainer",
-    "train_image": "image.trainer",
-    "train_shape_judge": "shape_judge",
-    "write_report": "report",
+_HOMES = {
+    "IMAGE_SAMPLING": "dit_accel.demo.config",
+    "ImageTrainConfig": "dit_accel.demo.config",
+    "SAMPLING": "dit_accel.demo.config",
+    "ShapesDataset": "dit_accel.demo.dataset",
+    "TrainConfig": "dit_accel.demo.config",
+    "judge_clips": "dit_accel.demo.judge",
+    "judge_pipeline": "dit_accel.demo.report",
+    "load_shape_judge": "dit_accel.demo.shape_judge",
+    "make_data": "dit_accel.demo.dataset",
+    "train": "dit_accel.demo.trainer",
+    "train_image": "dit_accel.demo.image.trainer",
+    "train_shape_judge": "dit_accel.demo.shape_judge",
+    "write_report": "dit_accel.demo.report",
 }
 
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__ = sorted(_HOMES)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

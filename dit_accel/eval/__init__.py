@@ -3,8 +3,9 @@
 The names here load at first use; none needs more than the core, except where its docstring says so.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dit_accel.lazy import lazy_names
 
 if TYPE_CHECKING:
     from dit_accel.eval.metrics.features import Extractor as Extractor
@@ -20,29 +21,18 @@ if TYPE_CHECKING:
     from dit_accel.eval.view.report import report as report
 
 _HOMES = {
-    "Extractor": "metrics.features",
-    "Networks": "metrics.networks",
-    "SampleSet": "samples.sets",
-    "compare": "runs.compare",
-    "generate": "samples.generate",
-    "load_prompts": "samples.prompts",
-    "measure": "metrics.score",
-    "read_results": "results.store",
-    "report": "view.report",
-    "run_evaluation": "runs.run",
-    "score": "metrics.score",
+    "Extractor": "dit_accel.eval.metrics.features",
+    "Networks": "dit_accel.eval.metrics.networks",
+    "SampleSet": "dit_accel.eval.samples.sets",
+    "compare": "dit_accel.eval.runs.compare",
+    "generate": "dit_accel.eval.samples.generate",
+    "load_prompts": "dit_accel.eval.samples.prompts",
+    "measure": "dit_accel.eval.metrics.score",
+    "read_results": "dit_accel.eval.results.store",
+    "report": "dit_accel.eval.view.report",
+    "run_evaluation": "dit_accel.eval.runs.run",
+    "score": "dit_accel.eval.metrics.score",
 }
 
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
