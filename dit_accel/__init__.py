@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from dit_accel.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from dit_accel.adapters import load_sla as load_sla
-    from dit_accel.adapters import save_sla as save_sla
+    from dit_accel.checkpoint.save_load import load_sla as load_sla
+    from dit_accel.checkpoint.save_load import save_sla as save_sla
     from dit_accel.config import RASConfig as RASConfig
     from dit_accel.config import SLAConfig as SLAConfig
     from dit_accel.control import disable as disable
@@ -39,8 +39,8 @@ _HOMES = {
     "disable": "dit_accel.control",
     "enable": "dit_accel.control",
     "estimate_memory": "dit_accel.control",
-    "load_sla": "dit_accel.adapters",
-    "save_sla": "dit_accel.adapters",
+    "load_sla": "dit_accel.checkpoint.save_load",
+    "save_sla": "dit_accel.checkpoint.save_load",
     "summary": "dit_accel.control",
 }
 

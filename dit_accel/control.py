@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_accel.checkpoint.file import SLACheckpoint, settings_of
+from dit_accel.checkpoint.identity import identity_of, weights_of
 from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.identity import identity_of, weights_of
 from dit_accel.models import FAMILIES, Family, family_of
 from dit_accel.ras import memory
-from dit_accel.session import Session
-from dit_accel.sla.files import Adapter, settings_of
+from dit_accel.runtime.install import Session
 from dit_accel.summaries import Summary, summarise
 
 
@@ -46,7 +46,7 @@ def enable(
     pipe: Any,
     *,
     ras: RASConfig | dict | str | os.PathLike | None = None,
-    sla: SLAConfig | Adapter | dict | str | os.PathLike | None = None,
+    sla: SLAConfig | SLACheckpoint | dict | str | os.PathLike | None = None,
 ) -> None:
     """Accelerate a diffusers pipeline in place. One method can be added to the other later.
 
@@ -68,8 +68,8 @@ def enable(
         )
     ras_config = None if ras is None else RASConfig.load(ras)
     settings = None if sla is None else settings_of(sla)
-    adapter = settings if isinstance(settings, Adapter) else None
-    sla_config = settings.config if isinstance(settings, Adapter) else settings
+    adapter = settings if isinstance(settings, SLACheckpoint) else None
+    sla_config = settings.config if isinstance(settings, SLACheckpoint) else settings
     family = _family(pipe)
     before = session_of(pipe)
     if before is not None:
@@ -98,7 +98,7 @@ def enable(
         raise
 
 
-def _load(session: Session, adapter: Adapter | None, before: Session | None) -> None:
+def _load(session: Session, adapter: SLACheckpoint | None, before: Session | None) -> None:
     """Weights of sparse attention, from the adapter or from the session that this one replaces."""
     if session.sla is None:
         return

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dit_accel.ras import StepRecord
-from dit_accel.session import Session
+from dit_accel.runtime.install import Session
 
 
 @dataclass(frozen=True)

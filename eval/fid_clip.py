@@ -17,18 +17,18 @@ from typing import Literal
 
 import tyro
 
-from dit_accel.cli_common import ModelOptions
+from dit_accel.cli.options import ModelOptions
 from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics.choices import TINY, Given
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import open_reference, score
-from dit_accel.eval.samples.generate import generate, planned_set, shard_of
-from dit_accel.eval.samples.plan import plan_samples
-from dit_accel.eval.samples.prompts import load_prompts
-from dit_accel.eval.samples.sets import SampleSet
 from dit_accel.eval.view.terminal import figures_lines
 from dit_accel.files import check_writable, write_json
-from dit_accel.pipelines.generate import Sampling, load
+from dit_accel.sampling.generate import generate, planned_set, shard_of
+from dit_accel.sampling.pipeline_call import Sampling, load
+from dit_accel.sampling.plan import plan_samples
+from dit_accel.sampling.prompt_sets import load_prompts
+from dit_accel.sampling.sets import SampleSet
 
 
 @dataclass

@@ -24,7 +24,7 @@ class Subject:
     """A trained model and what is asked of it."""
 
     def __init__(self, model: str, count: int) -> None:
-        from dit_accel.pipelines.generate import load
+        from dit_accel.sampling.pipeline_call import load
 
         self.still = "sd3" in Path(model).name
         path = Path(model)

@@ -12,8 +12,8 @@ import torch
 from dit_accel import RASConfig, SparseStableDiffusion3Pipeline, SparseWanPipeline
 from dit_accel.demo import IMAGE_SAMPLING, SAMPLING
 from dit_accel.files import asset
-from dit_accel.media import contact_sheet, to_uint8, write_png
-from dit_accel.pipelines.focus import focus_masks, heat
+from dit_accel.sampling.focus import focus_masks, heat
+from dit_accel.sampling.media import contact_sheet, to_uint8, write_png
 
 COLUMNS, STEPS, RATIO, GAIN = 8, 50, 0.25, 8
 IMAGES = [

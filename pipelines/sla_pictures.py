@@ -12,8 +12,8 @@ import torch
 from dit_accel import SparseWanPipeline, control
 from dit_accel.demo import SAMPLING
 from dit_accel.files import asset
-from dit_accel.media import contact_sheet, to_uint8, write_png
-from dit_accel.pipelines.focus import heat
+from dit_accel.sampling.focus import heat
+from dit_accel.sampling.media import contact_sheet, to_uint8, write_png
 from dit_accel.sla import SparseLinearAttention
 
 COLUMNS, BLOCK, GAIN = 8, 32, 4

@@ -12,7 +12,8 @@ from quality_subject import METRICS, Subject, mean_interval, random_router
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from dit_accel.config import CLIP_TILES, IMAGE_TILES, SLAConfig
+from dit_accel.config import SLAConfig
+from dit_accel.config.sla import CLIP_TILES, IMAGE_TILES
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
 from dit_accel.kernels import SparsePlan

@@ -13,7 +13,7 @@ from diffusers import StableDiffusion3Pipeline
 from dit_accel.demo import IMAGE_SAMPLING
 from dit_accel.demo.report import generate, judged_stills
 from dit_accel.files import asset
-from dit_accel.media import enlarge, titled, to_uint8, write_png
+from dit_accel.sampling.media import enlarge, titled, to_uint8, write_png
 
 COLUMNS, GAP = 8, 4
 

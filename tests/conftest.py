@@ -14,6 +14,7 @@ import functools
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -122,3 +123,56 @@ def sparse_wan(wan_repository):
         return pipe
 
     return load
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def stills():
+    """`stills(count, seed)`: pictures of the demo `[n, 64, 64, 3]` in bytes, and their captions."""
+    from dit_accel.demo.image.stills import draw_stills, render_stills
+
+    def draw(count, seed=0):
+        described = draw_stills(count, torch.Generator().manual_seed(seed))
+        images = (render_stills(described) + 1) * 127.5
+        return images.round().byte().permute(0, 2, 3, 1).numpy(), described.captions(False)
+
+    return draw
+
+
+@pytest.fixture
+def write_images():
+    """`write_images(folder, images)`: one png an image, named 00000, 00001, ...; returns the folder."""
+    from PIL import Image
+
+    def write(folder, images):
+        folder.mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(folder / f"{i:05d}.png")
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def wan(wan_repository):
+    """A tiny Wan with random weights, dense."""
+    from dit_accel import SparseWanPipeline
+
+    pipe = SparseWanPipeline.from_pretrained(wan_repository, sla=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    """The embedded tiny-sd3, dense."""
+    from dit_accel import SparseStableDiffusion3Pipeline
+    from dit_accel.files import asset
+
+    pipe = SparseStableDiffusion3Pipeline.from_pretrained(asset("tiny-sd3"), sla=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from dit_accel.eval.results.store import read_results as read_results
     from dit_accel.eval.runs.compare import compare as compare
     from dit_accel.eval.runs.run import run_evaluation as run_evaluation
-    from dit_accel.eval.samples.generate import generate as generate
-    from dit_accel.eval.samples.prompts import load_prompts as load_prompts
-    from dit_accel.eval.samples.sets import SampleSet as SampleSet
     from dit_accel.eval.view.report import report as report
+    from dit_accel.sampling.generate import generate as generate
+    from dit_accel.sampling.prompt_sets import load_prompts as load_prompts
+    from dit_accel.sampling.sets import SampleSet as SampleSet
 
 _HOMES = {
     "Extractor": "dit_accel.eval.metrics.features",
     "Networks": "dit_accel.eval.metrics.networks",
-    "SampleSet": "dit_accel.eval.samples.sets",
+    "SampleSet": "dit_accel.sampling.sets",
     "compare": "dit_accel.eval.runs.compare",
-    "generate": "dit_accel.eval.samples.generate",
-    "load_prompts": "dit_accel.eval.samples.prompts",
+    "generate": "dit_accel.sampling.generate",
+    "load_prompts": "dit_accel.sampling.prompt_sets",
     "measure": "dit_accel.eval.metrics.score",
     "read_results": "dit_accel.eval.results.store",
     "report": "dit_accel.eval.view.report",

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
 
-from dit_accel import adapters, control
+from dit_accel import control
+from dit_accel.checkpoint import save_load
+from dit_accel.checkpoint.file import FILE_NAME, SLACheckpoint, read_checkpoint, settings_of
 from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.sla.files import FILE_NAME, Adapter, read_adapter, settings_of
 
 # What decides which files DiffusionPipeline.load_config reads.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -58,7 +59,7 @@ class SparsePipelineMixin:
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
-        sla: SLAConfig | Adapter | dict | str | os.PathLike | None = _DEFAULT,
+        sla: SLAConfig | SLACheckpoint | dict | str | os.PathLike | None = _DEFAULT,
         ras: RASConfig | dict | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -82,8 +83,8 @@ class SparsePipelineMixin:
         cls._check_repository(pretrained_model_name_or_path, kwargs, hub)
         if sla is _DEFAULT:
             hub.pop("proxies", None)  # diffusers takes them, huggingface_hub does not
-            path = adapters.own_adapter(pretrained_model_name_or_path, **hub)
-            settings = settings if path is None else read_adapter(path)
+            path = save_load.own_checkpoint(pretrained_model_name_or_path, **hub)
+            settings = settings if path is None else read_checkpoint(path)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         if settings is not None or ras_config is not None:
             try:
@@ -98,7 +99,7 @@ class SparsePipelineMixin:
         cls,
         pipeline: Any,
         *,
-        sla: SLAConfig | Adapter | dict | str | os.PathLike | None = _DEFAULT,
+        sla: SLAConfig | SLACheckpoint | dict | str | os.PathLike | None = _DEFAULT,
         ras: RASConfig | dict | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -117,7 +118,7 @@ class SparsePipelineMixin:
         session = control.session_of(pipeline)
         if session is not None:
             asked = (
-                ("sla", sla, adapters.runs_with(pipeline, settings)),
+                ("sla", sla, save_load.runs_with(pipeline, settings)),
                 ("ras", ras, ras_config == session.ras_config),
             )
             for name, given, same in asked:
@@ -133,7 +134,9 @@ class SparsePipelineMixin:
         return pipe
 
     @classmethod
-    def _settings(cls, sla: Any, ras: Any) -> tuple[SLAConfig | Adapter | None, RASConfig | None]:
+    def _settings(
+        cls, sla: Any, ras: Any
+    ) -> tuple[SLAConfig | SLACheckpoint | None, RASConfig | None]:
         if sla is _DEFAULT:
             sla = "balanced"
         return (
@@ -178,19 +181,19 @@ class SparsePipelineMixin:
         if session is not None and session.sla is not None:
             if session.sla.config != SLAConfig() or path.exists():
                 # First, so that push_to_hub finds it.
-                adapters.save_sla(self, save_directory)
+                save_load.save_sla(self, save_directory)
         elif path.exists():
             raise ValueError(
                 f"save_directory={str(save_directory)!r}: holds {path.name}, and sparse attention is off; accepted is a "
                 "folder without one"
             )
-        with adapters.weights_left_out(self):
+        with save_load.weights_left_out(self):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def enable(
         self,
         *,
-        sla: SLAConfig | Adapter | dict | str | os.PathLike | None = None,
+        sla: SLAConfig | SLACheckpoint | dict | str | os.PathLike | None = None,
         ras: RASConfig | dict | str | os.PathLike | None = None,
     ) -> None:
         """See `dit_accel.enable`."""

@@ -14,13 +14,13 @@ from torch import Tensor
 from dit_accel.config import RASConfig
 from dit_accel.kernels import LinearState
 from dit_accel.models import AttentionLayer, Call, Focus, TokenOrder, joint_index
-from dit_accel.models.clock import Clock
 from dit_accel.ras import memory
 from dit_accel.ras.ages import Selection
 from dit_accel.ras.context import ContextState
 from dit_accel.ras.history import History, KVStore
 from dit_accel.ras.schedule import Schedule, plan_steps
 from dit_accel.ras.selection import tile_tokens, token_scores
+from dit_accel.runtime.clock import Clock
 
 
 @dataclass

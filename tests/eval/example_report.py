@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from dit_accel import media
 from dit_accel.demo.clips import render
 from dit_accel.demo.dataset import ShapesDataset
 from dit_accel.eval.results.types import FORMAT_VERSION
 from dit_accel.eval.runs.rows import speedup, unavailable_row
+from dit_accel.sampling import media
 
 EXTRACTOR = {"id": "tiny-shapes-v1", "sha256": "5f" * 32, "resize": "64x64 bilinear"}
 

@@ -7,10 +7,10 @@ import diffusers
 import pytest
 import torch
 
+from dit_accel.checkpoint.file import SLACheckpoint
+from dit_accel.checkpoint.identity import identity_of
 from dit_accel.config import SLAConfig
 from dit_accel.eval.runs.methods import DEFAULT, Method, dense_with, read_methods
-from dit_accel.identity import identity_of
-from dit_accel.sla.files import Adapter
 
 from ..random_pipelines import make
 
@@ -105,7 +105,7 @@ def test_an_adapter_keeps_its_weights_under_another_crossover(wan):
     shapes = {f"{x.name}.proj_l.weight": (x.head_dim, x.head_dim) for x in base.layers}
     shapes |= {f"{x.name}.proj_l.bias": (x.head_dim,) for x in base.layers}
     weights = {name: torch.ones(shape) for name, shape in shapes.items()}
-    adapter = Adapter(config=config, base=base, weights=weights)
+    adapter = SLACheckpoint(config=config, base=base, weights=weights)
     [_, method] = read_methods(["sla"], wan, sla=adapter, crossover="never")
     assert method.name == "SLA with its weights"
     assert method.sla.weights is adapter.weights

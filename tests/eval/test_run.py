@@ -19,10 +19,10 @@ from dit_accel.eval.runs import timing as timing_module
 from dit_accel.eval.runs.methods import Method, dense_with, read_methods
 from dit_accel.eval.runs.presets import DEMO, run_demo
 from dit_accel.eval.runs.scores import choose_metrics
-from dit_accel.eval.samples.generate import generate
-from dit_accel.eval.samples.sets import SampleSet
-from dit_accel.pipelines.generate import Sampling
-from dit_accel.prompts import PromptRecord, number_prompts
+from dit_accel.sampling.generate import generate
+from dit_accel.sampling.pipeline_call import Sampling
+from dit_accel.sampling.prompts import PromptRecord, number_prompts
+from dit_accel.sampling.sets import SampleSet
 
 from .run_worker import PROMPTS, SAMPLING, evaluate
 
@@ -145,7 +145,7 @@ def test_run_again_it_makes_nothing_and_says_the_same(wan, folder, results, monk
     grid = folder / "grid.png"
     monkeypatch.setattr(timing_module, "run_once", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr(
-        "dit_accel.eval.samples.batches.run_batch", lambda *_: pytest.fail("made again")
+        "dit_accel.sampling.batches.run_batch", lambda *_: pytest.fail("made again")
     )
     again = evaluate(wan, folder)
     assert again == results
@@ -320,9 +320,7 @@ def test_bad_input_is_refused_before_any_work(
 ):
     for module, name in ((timing_module, "run_once"), (stages, "progress_bar")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("it worked"))
-    monkeypatch.setattr(
-        "dit_accel.eval.samples.batches.run_batch", lambda *_: pytest.fail("it worked")
-    )
+    monkeypatch.setattr("dit_accel.sampling.batches.run_batch", lambda *_: pytest.fail("it worked"))
     with pytest.raises(ValueError, match=message):
         evaluate(wan, changed.pop("output_dir", tmp_path), **changed)
     assert not any(x.is_file() for x in tmp_path.rglob("*"))

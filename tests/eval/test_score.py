@@ -15,7 +15,7 @@ from dit_accel.eval.metrics.features import Extractor
 from dit_accel.eval.metrics.measurement import Measurement
 from dit_accel.eval.metrics.pairs import psnr, ssim
 from dit_accel.eval.metrics.score import measure, score
-from dit_accel.eval.samples.sets import SampleSet
+from dit_accel.sampling.sets import SampleSet
 
 QUIET = {"progress": False, "workers": 1}
 

@@ -23,7 +23,7 @@ from dit_accel.eval.runs.peak_memory import peak_memory
 from dit_accel.eval.runs.rows import build_row, unavailable_row
 from dit_accel.eval.runs.timing import Request, Stopwatch
 from dit_accel.eval.runs.timing_log import TimingLog
-from dit_accel.pipelines.generate import Sampling, phase_timer
+from dit_accel.sampling.pipeline_call import Sampling, phase_timer
 
 from ..random_pipelines import make
 

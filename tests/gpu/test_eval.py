@@ -5,7 +5,7 @@ import torch
 
 from dit_accel.eval import generate, load_prompts, run_evaluation, score
 from dit_accel.files import asset
-from dit_accel.pipelines.generate import Sampling, load
+from dit_accel.sampling.pipeline_call import Sampling, load
 
 pytestmark = pytest.mark.gpu
 SAMPLING = Sampling(num_inference_steps=6, height=64, width=64, guidance_scale=2.0)

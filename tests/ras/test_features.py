@@ -240,7 +240,7 @@ def test_img2img_and_inpainting_plan_the_steps_they_really_run(kind, ratio):
 
 def test_video_to_video_finds_its_begin_without_being_told():
     """WanVideoToVideoPipeline cuts the timesteps and does not set begin_index."""
-    from dit_accel.models.clock import Clock
+    from dit_accel.runtime.clock import Clock
 
     pipe = make("wan", "unipc")
     clock = Clock(pipe)
@@ -288,7 +288,7 @@ def test_ip_adapters_are_refused_by_name():
         dit_accel.enable(pipe, ras="balanced")
     block.attn.set_processor(stock)
     dit_accel.enable(pipe, ras="balanced")
-    with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-Adapter does not work"):
+    with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-SLACheckpoint does not work"):
         run(pipe, "sd3", joint_attention_kwargs={"ip_adapter_image_embeds": torch.zeros(1)})
 
 

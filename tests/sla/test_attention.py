@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_accel.config import COMBINES, FEATURE_MAPS, LINEAR_SCOPES, ROUTERS, SLAConfig
+from dit_accel.config import SLAConfig
+from dit_accel.config.sla import COMBINES, FEATURE_MAPS, LINEAR_SCOPES, ROUTERS
 from dit_accel.kernels import LinearState, block_scores, linear_attention
 from dit_accel.kernels.linear.features import features
 from dit_accel.kernels.router.select import select_blocks

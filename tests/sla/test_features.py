@@ -498,7 +498,7 @@ def test_ip_adapters_are_refused_by_name():
     block.attn.set_processor(stock)
     enable(pipe)
     image = {"ip_adapter_image_embeds": torch.zeros(1)}
-    with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-Adapter does not work"):
+    with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-SLACheckpoint does not work"):
         run(pipe, "sd3", joint_attention_kwargs=image)
 
 

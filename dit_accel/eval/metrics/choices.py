@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dit_accel.eval.metrics.judge import unknown_prompt
 from dit_accel.eval.metrics.measurement import Comparison, Measurement, source_of
-from dit_accel.eval.samples.sets import SampleSet, pair_ids
+from dit_accel.sampling.sets import SampleSet, pair_ids
 
 PAIRED = ("psnr", "ssim", "lpips")
 """Compare a sample with the reference's of the same id."""

@@ -23,8 +23,8 @@ from dit_accel.eval.metrics.feature_set import FeatureSet
 from dit_accel.eval.metrics.figures import mean_figure
 from dit_accel.eval.metrics.judge import judge_figures
 from dit_accel.eval.results.types import Extractor, Figure
-from dit_accel.eval.samples.sets import SampleSet
 from dit_accel.files import atomic_path
+from dit_accel.sampling.sets import SampleSet
 
 UNITS = {
     "psnr": "dB",

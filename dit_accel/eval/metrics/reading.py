@@ -14,7 +14,7 @@ from dit_accel.eval.metrics.choices import Given
 from dit_accel.eval.metrics.measurement import Measurement, source_of
 from dit_accel.eval.metrics.meters import ClipMeter, FeatureMeter, FrameMeter, JudgeMeter
 from dit_accel.eval.metrics.pairs import check_sizes
-from dit_accel.eval.samples.sets import SampleSet
+from dit_accel.sampling.sets import SampleSet
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

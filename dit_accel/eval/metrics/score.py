@@ -16,7 +16,7 @@ from dit_accel.eval.metrics.meters import ClipMeter, FeatureMeter, FrameMeter, J
 from dit_accel.eval.metrics.pairs import Lpips
 from dit_accel.eval.metrics.reading import Meters, check_reference, read_all
 from dit_accel.eval.results.types import Figure
-from dit_accel.eval.samples.sets import SampleSet
+from dit_accel.sampling.sets import SampleSet
 
 Source = SampleSet | str | os.PathLike
 
@@ -227,6 +227,6 @@ def _prompts(
         return samples.prompts
     if isinstance(prompts, Mapping):
         return dict(prompts)
-    from dit_accel.eval.samples.prompts import load_prompts
+    from dit_accel.sampling.prompt_sets import load_prompts
 
     return {record.id: record.prompt for record in load_prompts(prompts)}

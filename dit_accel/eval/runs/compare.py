@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_accel import media
+from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics.figures import mean_figure
@@ -21,8 +21,8 @@ from dit_accel.eval.runs.methods import DENSE, Crossover, Method, check_methods,
 from dit_accel.eval.runs.rows import build_row, unavailable_row
 from dit_accel.eval.runs.timing import Call, Request, Stopwatch
 from dit_accel.files import check_writable, write_json
-from dit_accel.pipelines.generate import FORMAT_VERSION, Sampling, with_steps
-from dit_accel.sla.files import Adapter
+from dit_accel.sampling import media
+from dit_accel.sampling.pipeline_call import FORMAT_VERSION, Sampling, with_steps
 
 SHEET, RECORD = "contact_sheet.png", "comparison.json"
 COMPARED = ("psnr", "ssim")
@@ -34,7 +34,7 @@ def compare(
     pipe: Any,
     prompt: str,
     *,
-    sla: SLAConfig | Adapter | None = None,
+    sla: SLAConfig | SLACheckpoint | None = None,
     ras: RASConfig | None = None,
     methods: Sequence[str | Method] = (),
     crossover: Crossover | None = None,

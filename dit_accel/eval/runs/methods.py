@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dit_accel.checkpoint.file import SLACheckpoint, settings_of
 from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.eval.samples.acceleration import accelerated, acceleration_settings
-from dit_accel.names import safe_name
-from dit_accel.sla.files import Adapter, settings_of
+from dit_accel.sampling.acceleration import accelerated, acceleration_settings
+from dit_accel.sampling.names import safe_name
 
 DEFAULT = ("fewer_steps", "first_block_cache", "sea_cache", "ras", "sla", "ras_sla")
 """What is compared with dense sampling unless the caller says otherwise."""
@@ -29,7 +29,7 @@ class Method:
     """Of the row."""
     kind: str
     """One of `results.METHODS`."""
-    sla: SLAConfig | Adapter | None = None
+    sla: SLAConfig | SLACheckpoint | None = None
     ras: RASConfig | None = None
     cache: Any = None
     """A cache config of diffusers."""
@@ -64,7 +64,7 @@ def read_methods(
     names: Sequence[str | Method],
     pipe: Any,
     *,
-    sla: SLAConfig | Adapter | str = "balanced",
+    sla: SLAConfig | SLACheckpoint | str = "balanced",
     ras: RASConfig | str = "balanced",
     crossover: Crossover | None = None,
 ) -> list[Method]:
@@ -84,7 +84,7 @@ def read_methods(
         ValueError: an unknown name or setting, or two methods of one name.
     """
 
-    def sparse(setting: str) -> tuple[str, SLAConfig | Adapter]:
+    def sparse(setting: str) -> tuple[str, SLAConfig | SLACheckpoint]:
         chosen = settings_of(setting or sla)
         if crossover is not None:
             chosen = _with_crossover(chosen, crossover)
@@ -197,14 +197,16 @@ def _cached(what: str, setting: str, pipe: Any) -> Method:
     return Method(name=name, kind="cache", cache=config, why=why)
 
 
-def _with_crossover(settings: SLAConfig | Adapter, crossover: Crossover) -> SLAConfig | Adapter:
-    if isinstance(settings, Adapter):
+def _with_crossover(
+    settings: SLAConfig | SLACheckpoint, crossover: Crossover
+) -> SLAConfig | SLACheckpoint:
+    if isinstance(settings, SLACheckpoint):
         return replace(settings, config=replace(settings.config, crossover=crossover))
     return replace(settings, crossover=crossover)
 
 
 def _label(settings: Any) -> str:
     """What tells the settings apart, with a space before it; nothing where only their fields could."""
-    if isinstance(settings, Adapter):
+    if isinstance(settings, SLACheckpoint):
         return " with its weights"
     return f" {Path(settings).stem}" if isinstance(settings, str) else ""

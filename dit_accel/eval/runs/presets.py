@@ -10,9 +10,9 @@ from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.eval.results.types import Results
 from dit_accel.eval.runs.methods import Method
 from dit_accel.eval.runs.run import run_evaluation
-from dit_accel.eval.samples.prompts import load_prompts
 from dit_accel.files import asset
-from dit_accel.pipelines.generate import Sampling, load
+from dit_accel.sampling.pipeline_call import Sampling, load
+from dit_accel.sampling.prompt_sets import load_prompts
 
 REPEATS = 5
 

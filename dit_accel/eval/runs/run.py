@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_accel.checkpoint.file import SLACheckpoint
+from dit_accel.checkpoint.identity import public_name
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.eval.metrics.measurement import Measurement
 from dit_accel.eval.metrics.networks import Networks
@@ -21,15 +23,13 @@ from dit_accel.eval.runs.methods import (
 )
 from dit_accel.eval.runs.scores import Scorer, choose_metrics
 from dit_accel.eval.runs.stages import Stages
-from dit_accel.eval.samples.generate import planned_set, shard_of
-from dit_accel.eval.samples.plan import plan_samples
-from dit_accel.eval.samples.sets import SampleSet
 from dit_accel.eval.view.conditions import check_early
 from dit_accel.eval.view.report import check_libraries, report
-from dit_accel.identity import public_name
-from dit_accel.pipelines.generate import Sampling, with_steps
-from dit_accel.prompts import PromptRecord
-from dit_accel.sla.files import Adapter
+from dit_accel.sampling.generate import planned_set, shard_of
+from dit_accel.sampling.pipeline_call import Sampling, with_steps
+from dit_accel.sampling.plan import plan_samples
+from dit_accel.sampling.prompts import PromptRecord
+from dit_accel.sampling.sets import SampleSet
 
 
 def run_evaluation(
@@ -40,7 +40,7 @@ def run_evaluation(
     model: str | os.PathLike,
     sampling: Sampling,
     methods: Sequence[str | Method] = DEFAULT,
-    sla: SLAConfig | Adapter | str = "balanced",
+    sla: SLAConfig | SLACheckpoint | str = "balanced",
     ras: RASConfig | str = "balanced",
     crossover: Crossover | None = None,
     revision: str | None = None,

@@ -11,8 +11,8 @@ from dit_accel.eval.metrics.measurement import Measurement
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import measure, score
 from dit_accel.eval.results.types import Figure
-from dit_accel.eval.samples.sets import SampleSet
 from dit_accel.eval.view.definitions import TO_DENSE
+from dit_accel.sampling.sets import SampleSet
 
 Reference = SampleSet | Measurement
 

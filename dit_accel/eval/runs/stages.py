@@ -15,13 +15,13 @@ from dit_accel.eval.runs.rows import build_row, mean_of, timing, unavailable_row
 from dit_accel.eval.runs.scores import Scorer
 from dit_accel.eval.runs.timing import Request, Stopwatch
 from dit_accel.eval.runs.timing_log import TimingLog
-from dit_accel.eval.samples.acceleration import weights_sha256
-from dit_accel.eval.samples.batches import progress_bar, quiet
-from dit_accel.eval.samples.generate import check_generate, generate
-from dit_accel.eval.samples.plan import Sample
-from dit_accel.eval.samples.sets import SampleSet
-from dit_accel.pipelines.generate import Sampling
-from dit_accel.prompts import PromptRecord
+from dit_accel.sampling.acceleration import weights_sha256
+from dit_accel.sampling.batches import progress_bar, quiet
+from dit_accel.sampling.generate import check_generate, generate
+from dit_accel.sampling.pipeline_call import Sampling
+from dit_accel.sampling.plan import Sample
+from dit_accel.sampling.prompts import PromptRecord
+from dit_accel.sampling.sets import SampleSet
 
 
 @dataclass

@@ -10,9 +10,9 @@ import numpy as np
 from dit_accel import control
 from dit_accel.eval.runs.methods import Method
 from dit_accel.eval.runs.peak_memory import Peak, peak_memory
-from dit_accel.eval.samples.acceleration import accelerated
-from dit_accel.eval.samples.batches import WARM_UP_STEPS
-from dit_accel.pipelines.generate import Sampling, run_once
+from dit_accel.sampling.acceleration import accelerated
+from dit_accel.sampling.batches import WARM_UP_STEPS
+from dit_accel.sampling.pipeline_call import Sampling, run_once
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dit_accel.eval.samples.journal import differences
 from dit_accel.files import write_json
+from dit_accel.sampling.journal import differences
 
 TIMINGS = "timings.json"
 FORMAT_VERSION = 1

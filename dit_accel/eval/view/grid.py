@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dit_accel.eval.results.types import Results
-from dit_accel.media import BACKGROUND, enlarge
+from dit_accel.sampling.media import BACKGROUND, enlarge
 
 TILE, GAP, HEAD, PROMPT = 192, 8, 30, 26
 """Pixels: side of a picture, space between, height of the titles and of the prompts."""

@@ -36,7 +36,7 @@ def report(
             Nothing is written then.
         ImportError: jinja2 or matplotlib is missing.
     """
-    from dit_accel.media import write_png
+    from dit_accel.sampling.media import write_png
 
     check_libraries()
     if samples < 0:

@@ -1,0 +1,231 @@
+"""`sla.safetensors`: what sparse attention learned, and the base model that it learned it for. Model-free."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dit_accel.checkpoint.base_model import FINGERPRINT, FINGERPRINT_VALUES, Base, LayerGeometry
+from dit_accel.config import SLAConfig
+from dit_accel.files import atomic_path
+from dit_accel.sla.attention import SparseLinearAttention
+
+FILE_NAME = "sla.safetensors"
+FORMAT, FORMAT_VERSION = "dit_accel.sla", "1"
+_HEADER = ("config", "layers", "transformer_class", "base_model", "base_revision", "digest")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SLACheckpoint:
+    """Settings and weights of sparse attention, and their base model. The weights are checked against both."""
+
+    config: SLAConfig
+    base: Base
+    weights: dict[str, Tensor]
+    """fp32, by `<layer>.<parameter>`; empty where `config.combine` has none."""
+
+    def __post_init__(self) -> None:
+        self.config.check_layers(len(self.base.layers))
+        found = {name: tuple(x.shape) for name, x in self.weights.items()}
+        if problem := mismatch(found, self.weight_shapes()):
+            raise ValueError(f"weights for combine={self.config.combine!r}: {problem}")
+        for name, x in self.weights.items():
+            if x.dtype != torch.float32 or not x.isfinite().all():
+                raise ValueError(f"{name}: accepted are finite fp32 values")
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What the settings demand."""
+        layers = self.base.layers
+        with torch.device("meta"):
+            modules = {
+                sizes: SparseLinearAttention(self.config, *sizes)
+                for sizes in {(x.heads, x.head_dim) for x in layers}
+            }
+        return {
+            f"{layer.name}.{name}": tuple(x.shape)
+            for layer in layers
+            for name, x in modules[layer.heads, layer.head_dim].state_dict().items()
+        }
+
+    def layer_weights(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts by layer; empty without weights."""
+        layers: dict[str, dict[str, Tensor]] = {}
+        for layer in self.base.layers if self.weights else ():
+            prefix = layer.name + "."
+            layers[layer.name] = {
+                name.removeprefix(prefix): x
+                for name, x in self.weights.items()
+                if name.startswith(prefix)
+            }
+        return layers
+
+
+def mismatch(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> str:
+    """What is wrong with the names and shapes of a state dict, in words; empty: nothing."""
+    parts = []
+    for label, names in (
+        ("missing", expected.keys() - found.keys()),
+        ("not expected", found.keys() - expected.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{label}: {', '.join(sorted(names)[:3])}{more}")
+    for name in sorted(found.keys() & expected.keys()):
+        if found[name] != expected[name]:
+            parts.append(f"{name} has shape {found[name]}; accepted: {expected[name]}")
+            break
+    return "; ".join(parts)
+
+
+def write_checkpoint(path: str | os.PathLike, adapter: SLACheckpoint) -> None:
+    """Write the file, atomically."""
+    base = adapter.base
+    header = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": json.dumps(adapter.config.to_dict(), sort_keys=True),
+        "layers": json.dumps(base.layers),
+        "transformer_class": base.transformer_class,
+        "base_model": base.model,
+        "base_revision": base.revision,
+    }
+    tensors = {
+        name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, x in {**adapter.weights, FINGERPRINT: base.fingerprint}.items()
+    }
+    header["digest"] = digest(header, tensors)
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
+
+
+def read_checkpoint(path: str | os.PathLike) -> SLACheckpoint:
+    """Read the file and verify all that can be verified without the model.
+
+    Raises:
+        ValueError: it is missing, something else, of another version, damaged, or contradicts itself.
+    """
+    with open_safetensors(path) as file:
+        header = file.metadata() or {}
+        if header.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: format={header.get('format')!r}; accepted is an adapter file ({FORMAT})"
+            )
+        if header.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: format_version={header.get('format_version')!r}; this dit_accel reads {FORMAT_VERSION!r}"
+            )
+        if missing := [key for key in _HEADER if key not in header]:
+            raise ValueError(f"{path}: no {missing[0]!r} in the header")
+        # Copies: the file may change under a memory map.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    for name, x in tensors.items():
+        if x.dtype != torch.float32:
+            raise ValueError(f"{path}: {name} is {x.dtype}; accepted is float32")
+    if digest(header, tensors) != header["digest"]:
+        raise ValueError(f"{path}: damaged or changed after it was written (digest does not match)")
+    try:
+        layers = tuple(LayerGeometry(*_layer(x)) for x in json.loads(header["layers"]))
+        shape = (len(layers), FINGERPRINT_VALUES)
+        fingerprint = tensors.pop(FINGERPRINT, torch.empty(0))
+        if tuple(fingerprint.shape) != shape:
+            raise ValueError(f"{FINGERPRINT}: shape {tuple(fingerprint.shape)}; accepted: {shape}")
+        base = Base(
+            transformer_class=header["transformer_class"],
+            layers=layers,
+            fingerprint=fingerprint,
+            model=header["base_model"],
+            revision=header["base_revision"],
+        )
+        values = json.loads(header["config"])
+        if not isinstance(values, dict):
+            raise ValueError(f"config: {values!r}; accepted: the fields of SLAConfig")
+        config = SLAConfig.from_dict(values)
+        return SLACheckpoint(config=config, base=base, weights=tensors)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def checkpoint_path(source: str | os.PathLike) -> Path | None:
+    """The adapter file that this names: the file itself, or that of a folder; None: neither."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / FILE_NAME
+    return path if path.suffix == ".safetensors" and path.is_file() else None
+
+
+def settings_of(sla: Any) -> SLAConfig | SLACheckpoint:
+    """What `sla=` of the public functions means: an adapter for a folder or file that holds one, else a
+    preset, a YAML file or a dict, as `SLAConfig.load` reads them."""
+    if isinstance(sla, SLACheckpoint):
+        return sla
+    if isinstance(sla, str | os.PathLike) and sla not in SLAConfig.PRESETS:
+        path = Path(sla)
+        if path.is_dir():
+            path = path / FILE_NAME
+            if not path.exists():
+                raise ValueError(
+                    f"sla={str(sla)!r}: a folder without {FILE_NAME}; accepted is a folder that holds one"
+                )
+        if not path.exists() and (path.name != str(sla) or path.suffix):
+            raise ValueError(
+                f"sla={str(sla)!r}: no such file or folder; accepted are {', '.join(SLAConfig.PRESETS)}, a YAML file, a "
+                f"{FILE_NAME} or a folder with one, an SLAConfig or a dict (a hub repository: load_sla)"
+            )
+        if path.is_file() and path.suffix not in (".yaml", ".yml"):
+            return read_checkpoint(path)
+    return SLAConfig.load(sla)
+
+
+def digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the header (without the digest) and the names, shapes, dtypes and bytes of the tensors."""
+    state = hashlib.sha256()
+    for key in sorted(header.keys() - {"digest"}):
+        state.update(json.dumps([key, header[key]]).encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        state.update(json.dumps([name, list(x.shape), str(x.dtype)]).encode())
+        state.update(x.numpy().tobytes())
+    return state.hexdigest()
+
+
+@contextlib.contextmanager
+def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
+    """`safe_open`, but what is no safetensors file is a ValueError that says what it is."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; accepted is a safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {_kind(path, error)}; accepted is a safetensors file") from None
+
+
+def _kind(path: str | os.PathLike, error: Exception) -> str:
+    with Path(path).open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"PK\3\4"):
+        return "a zip archive, as torch.save writes it (a pickle)"
+    # A safetensors file begins with the length of its header, which is seldom 64 KiB and more.
+    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(head[2:3]):
+        return "a pickle"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs, not the file (git lfs pull fetches it)"
+    if head.lstrip().startswith(b"<"):
+        return "a web page"
+    return f"truncated, damaged or something else ({error})" if head else "empty"
+
+
+def _layer(entry: Any) -> tuple[str, int, int, int]:
+    good = isinstance(entry, list) and len(entry) == 4 and isinstance(entry[0], str)
+    if not good or any(type(size) is not int for size in entry[1:]):
+        raise ValueError(f"layers: {entry!r}; accepted: [name, heads, kv_heads, head_dim]")
+    return tuple(entry)

@@ -1,0 +1,134 @@
+"""`merge`: fully tuned transformer weights become a normal diffusers repository, with their adapter."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dit_accel.checkpoint.file import (
+    FILE_NAME,
+    SLACheckpoint,
+    mismatch,
+    open_safetensors,
+    read_checkpoint,
+)
+from dit_accel.checkpoint.identity import identity_of, public_name
+from dit_accel.checkpoint.repository import (
+    check_output,
+    empty_transformer,
+    fill,
+    without_weights,
+    write_repository,
+)
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def merge(
+    model: str | os.PathLike,
+    transformer: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    adapter: str | os.PathLike | None = None,
+) -> Path:
+    """Write the repository `model` with other weights in its transformer.
+
+    Args:
+        model: folder of a diffusers repository of the same architecture.
+        transformer: the tuned weights: a folder that `save_pretrained` wrote (of the transformer or of the
+            whole pipeline), or a safetensors file with its state dict. If they hold sparse attention's
+            weights too (`*.sla.*`), `adapter` is needed, and its weights count.
+        output_dir: must not exist yet, or be empty.
+        adapter: folder or file that `save_sla` wrote; it is written beside the weights and knows them as its
+            base model. An adapter in `model` belongs to other weights and is not copied.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: a bad argument, or weights that do not fit; nothing is written then.
+    """
+    output = check_output(output_dir)
+    tuned = empty_transformer(model)
+    stored = None if adapter is None else read_checkpoint(_file(adapter))
+    name = f"transformer={str(transformer)!r}"
+    weights = _read(Path(transformer), tuned, name)
+    fill(tuned, _without_adapter(weights, stored, name), name)
+    if stored is not None:
+        base = identity_of(tuned)
+        try:
+            stored.base.check(base)
+        except ValueError as error:
+            raise ValueError(f"adapter={str(adapter)!r}: {error}") from None
+        stored = replace(stored, base=replace(base, model=public_name(output)))
+    write_repository(model, output, tuned, stored)
+    return output
+
+
+def _file(adapter: str | os.PathLike) -> Path:
+    path = Path(adapter)
+    return path / FILE_NAME if path.is_dir() else path
+
+
+def _read(path: Path, transformer: Any, name: str) -> dict[str, Tensor]:
+    """The state dict, memory-mapped."""
+    if not path.is_dir():
+        return _tensors([path])
+    if (path / "model_index.json").is_file():
+        path = path / "transformer"
+    _check_config(path, transformer, name)
+    index = path / f"{_WEIGHTS}.index.json"
+    if not index.is_file():
+        return _tensors([path / _WEIGHTS])
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name}: {index.name} is not readable ({error})") from None
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{name}: {index.name} names {shard!r}; accepted are files beside it")
+    return _tensors([path / shard for shard in sorted(shards)])
+
+
+def _tensors(paths: list[Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        with open_safetensors(path) as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def _check_config(folder: Path, transformer: Any, name: str) -> None:
+    """Weights of equal shapes may still mean something else."""
+    tuned = without_weights(type(transformer), folder, name)
+    mine, other = (_plain(x.config) for x in (transformer, tuned))
+    for key in sorted(mine.keys() | other.keys()):
+        if mine.get(key) != other.get(key):
+            raise ValueError(
+                f"{name}: its config has {key}={other.get(key)!r}; accepted, as in model: {mine.get(key)!r}"
+            )
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Without what says only where it came from; tuples as the lists that JSON makes of them."""
+    return {key: json.loads(json.dumps(x)) for key, x in config.items() if not key.startswith("_")}
+
+
+def _without_adapter(
+    weights: dict[str, Tensor], adapter: SLACheckpoint | None, name: str
+) -> dict[str, Tensor]:
+    """The plain model's weights; those of sparse attention have to have the adapter's names."""
+    own = {key.replace(".sla.", ".", 1): x for key, x in weights.items() if ".sla." in key}
+    if own:
+        if adapter is None:
+            raise ValueError(
+                f"{name}: holds weights of sparse attention (*.sla.*) but not its settings; accepted with "
+                "adapter, which has both"
+            )
+        found = {key: tuple(x.shape) for key, x in own.items()}
+        if problem := mismatch(found, adapter.weight_shapes()):
+            raise ValueError(f"{name}: *.sla.* and the adapter differ: {problem}")
+    return {key: x for key, x in weights.items() if ".sla." not in key}

@@ -1,0 +1,181 @@
+"""`SLAConfig`: settings of sparse-linear attention."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from dit_accel.config.base import Config, check, check_choice, check_fraction, is_int, is_number
+
+COMBINES = ("none", "shared_softmax", "proj", "alpha")
+LINEAR_SCOPES = ("marginal", "complement", "all")
+ROUTERS = ("spread", "mean")
+FEATURE_MAPS = ("softmax", "elu", "relu")
+CROSSOVERS = ("auto", "never")
+CLIP_TILES = {16: (4, 2, 2), 32: (8, 2, 2), 64: (4, 2, 8), 128: (4, 4, 8)}
+IMAGE_TILES = {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8), 128: (1, 8, 16)}
+"""order="auto", by tokens per block; docs/sla.md tells why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLAConfig(Config):
+    """Sparse attention in the self-attention layers of a diffusion transformer."""
+
+    topk: int | float | None = 0.25
+    """Fraction of key blocks each query block reads exactly, in (0, 1]: max(1, ceil(topk * blocks)).
+    Text blocks come in addition. None: `top_p` alone decides."""
+    top_p: float | int | None = None
+    """Read the fewest best blocks whose estimated softmax weights sum to this, in (0, 1]; with `topk`
+    the union of both. Only with crossover="never": how much it reads is not known in advance."""
+    router: Literal["spread", "mean"] = "spread"
+    """How key blocks are ranked: by their mean key alone ("mean", SLA), or with what the spread of keys inside
+    a block adds to its attention."""
+    rounding: Literal["ceil", "floor"] = "ceil"
+    """Of topk * blocks; "floor" (at least one block) for checkpoints that were trained so."""
+    skip: float | int = 0.0
+    """Fraction of the lowest blocks that nothing reads (k_l in the paper), for linear_scope="marginal"."""
+    block_q: int = 64
+    """Tokens per query block: 16, 32, 64 or 128."""
+    block_k: int = 64
+    """Tokens per key block: 16, 32, 64 or 128."""
+    combine: Literal["none", "shared_softmax", "proj", "alpha"] = "shared_softmax"
+    """What happens to unread blocks: dropped; summarised in the same softmax (training-free); or read by
+    linear attention, whose output is projected and added ("proj", SLA) or mixed in ("alpha", SLA2)."""
+    linear_scope: Literal["marginal", "complement", "all"] = "complement"
+    """What the linear attention of "proj" and "alpha" reads: all blocks that are not read exactly, those
+    without the skipped ones ("marginal"), or every block."""
+    feature_map: Literal["softmax", "elu", "relu"] = "softmax"
+    """Of the linear attention."""
+    order: str | tuple[int, ...] | list[int] = "auto"
+    """Token order: "raster", a tile shape (t, h, w) in latent tokens whose product is the block, or "auto":
+    tiles of some frames on clips, square tiles on images."""
+    dense_steps: int | float = 0.1
+    """First denoising steps that stay dense: a fraction of the steps (rounded up) or a number."""
+    dense_layers: int | tuple[int, ...] | list[int] = 1
+    """Layers that stay dense: the first n, or a list of indices (negative ones from the end)."""
+    topk_by_layer: dict[Any, float] = field(default_factory=dict)
+    """Overrides of `topk` for single layers."""
+    crossover: Literal["auto", "never"] = "auto"
+    """"auto": dense below the length measured to pay off; "never": sparse at every length."""
+
+    SECTION: ClassVar[str] = "sla"
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "quality": {"topk": 0.4, "dense_steps": 0.2, "dense_layers": 2},
+        "balanced": {},
+        "fast": {"topk": 0.15, "dense_steps": 0.05},
+    }
+
+    def __post_init__(self) -> None:
+        if self.topk is None and self.top_p is None:
+            raise ValueError(
+                "topk=None, top_p=None: accepted is a fraction in (0, 1] for one of them"
+            )
+        for name in ("topk", "top_p"):
+            if getattr(self, name) is not None:
+                check_fraction(name, getattr(self, name))
+        check_choice("router", self.router, ROUTERS)
+        check_choice("rounding", self.rounding, ("ceil", "floor"))
+        skip = self.skip
+        check("skip", skip, is_number(skip) and 0 <= skip < 1, "a fraction in [0, 1)")
+        for name in ("block_q", "block_k"):
+            block = getattr(self, name)
+            check(name, block, is_int(block) and block in (16, 32, 64, 128), "16, 32, 64, 128")
+        check_choice("combine", self.combine, COMBINES)
+        check_choice("linear_scope", self.linear_scope, LINEAR_SCOPES)
+        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        if skip and not (self.has_weights and self.linear_scope == "marginal"):
+            raise ValueError(
+                f"skip={skip}: accepted with combine='proj' or 'alpha' and linear_scope='marginal', else 0"
+            )
+        check_choice("crossover", self.crossover, CROSSOVERS)
+        if self.top_p is not None and self.crossover == "auto":
+            raise ValueError(
+                f"top_p={self.top_p}: how much it reads is not known in advance, so that crossover='auto' cannot tell "
+                "whether that pays; accepted with crossover='never'"
+            )
+        self._check_order()
+        steps = self.dense_steps
+        check(
+            "dense_steps",
+            steps,
+            (is_int(steps) and steps >= 0) or (isinstance(steps, float) and 0 <= steps <= 1),
+            "an int >= 0 (steps) or a float in [0, 1] (fraction of the steps)",
+        )
+        layers = self.dense_layers
+        if isinstance(layers, list):
+            object.__setattr__(self, "dense_layers", tuple(layers))
+        check(
+            "dense_layers",
+            layers,
+            (is_int(layers) and layers >= 0)
+            or (isinstance(layers, list | tuple) and all(map(is_int, layers))),
+            "an int >= 0 (the first n layers) or a list of layer indices",
+        )
+        check(
+            "topk_by_layer",
+            self.topk_by_layer,
+            isinstance(self.topk_by_layer, dict),
+            "{layer: topk}",
+        )
+        # JSON has string keys only; 3 and "3" mean the same layer.
+        by_layer = {}
+        for layer, topk in self.topk_by_layer.items():
+            digits = str(layer).removeprefix("-")
+            check("topk_by_layer", layer, digits.isdecimal(), "layer indices as keys")
+            check_fraction(f"topk_by_layer[{layer}]", topk)
+            by_layer[int(layer)] = topk
+        object.__setattr__(self, "topk_by_layer", by_layer)
+
+    def _check_order(self) -> None:
+        if isinstance(self.order, list):
+            object.__setattr__(self, "order", tuple(self.order))
+        if self.order in ("auto", "raster"):
+            return
+        tile = self.order
+        check(
+            "order",
+            tile,
+            isinstance(tile, tuple) and len(tile) == 3 and all(is_int(n) and n >= 1 for n in tile),
+            "'auto', 'raster' or a tile shape (t, h, w)",
+        )
+        tokens = tile[0] * tile[1] * tile[2]  # type: ignore[operator]
+        check(
+            "order",
+            tile,
+            tokens == self.block_q == self.block_k,
+            f"a tile shape whose product ({tokens}) is block_q ({self.block_q}) and block_k ({self.block_k})",
+        )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether each layer has weights of its own, which `save_sla` writes."""
+        return self.combine in ("proj", "alpha")
+
+    def tile_of(self, grid: tuple[int, int, int]) -> tuple[int, int, int] | None:
+        """The tile shape on a grid of tokens (t, h, w); None: raster."""
+        if self.order == "auto":
+            return (CLIP_TILES if grid[0] > 1 else IMAGE_TILES)[self.block_q]
+        return None if self.order == "raster" else self.order  # type: ignore[return-value]
+
+    def layer_topk(self, layer: int, num_layers: int) -> float | int | None:
+        """`topk` of one layer, overrides applied."""
+        return self.topk_by_layer.get(layer, self.topk_by_layer.get(layer - num_layers, self.topk))
+
+    def check_layers(self, num_layers: int) -> None:
+        """Refuse layer indices that a model of `num_layers` layers does not have."""
+        named = () if isinstance(self.dense_layers, int) else self.dense_layers
+        by_name = {"dense_layers": tuple(named), "topk_by_layer": tuple(self.topk_by_layer)}
+        for name, indices in by_name.items():
+            for i in indices:
+                check(name, i, -num_layers <= i < num_layers, f"indices of the {num_layers} layers")
+        if isinstance(self.dense_layers, int):
+            check(
+                "dense_layers",
+                self.dense_layers,
+                self.dense_layers <= num_layers,
+                f"at most {num_layers}",
+            )
+
+    def is_dense_layer(self, layer: int, num_layers: int) -> bool:
+        """Whether this layer always stays dense."""
+        if isinstance(self.dense_layers, int):
+            return layer < self.dense_layers
+        return layer in self.dense_layers or layer - num_layers in self.dense_layers

@@ -1,1 +1,0 @@
-"""Sample sets on disk: planned, made by pipeline calls, resumed, opened."""

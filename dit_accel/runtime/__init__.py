@@ -1,0 +1,1 @@
+"""Acceleration of a transformer: put on, followed through its calls, taken off. Names no method."""

@@ -1,0 +1,1 @@
+"""From prompts to files: prompts, settings, device, resumable generation, sidecars, media."""

@@ -1,0 +1,81 @@
+"""Acceleration for the time of one run, and what of it is written down."""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dit_accel import control
+from dit_accel.checkpoint.file import SLACheckpoint, digest
+from dit_accel.checkpoint.identity import identity_of, weights_of
+from dit_accel.config import RASConfig, SLAConfig
+
+
+@contextlib.contextmanager
+def accelerated(
+    pipe: Any,
+    *,
+    sla: SLAConfig | SLACheckpoint | str | None = None,
+    ras: RASConfig | str | None = None,
+    cache: Any = None,
+) -> Iterator[None]:
+    """With sparse attention, region-adaptive sampling or a step cache of diffusers on; off at the end.
+
+    What is None stays as it was.
+
+    Raises:
+        ValueError: bad settings, something that is on already, or a cache for a model that diffusers has
+            none for.
+    """
+    transformer = pipe.transformer
+    if (sla is not None or ras is not None) and control.session_of(pipe) is not None:
+        raise ValueError("sla, ras: acceleration is on already; call pipe.disable() first")
+    if cache is not None and not hasattr(transformer, "enable_cache"):
+        raise ValueError(
+            f"cache: step caches are not available in diffusers for {type(transformer).__name__}"
+        )
+    if cache is not None and transformer.is_cache_enabled:
+        raise ValueError("cache: a step cache is on already; call disable_cache() first")
+    try:
+        if sla is not None or ras is not None:
+            control.enable(pipe, sla=sla, ras=ras)
+        if cache is not None:
+            transformer.enable_cache(cache)
+        yield
+    finally:
+        if cache is not None and transformer.is_cache_enabled:
+            transformer.disable_cache()
+        if sla is not None or ras is not None:
+            control.disable(pipe)
+
+
+def acceleration_settings(pipe: Any) -> dict[str, Any]:
+    """What is on: `sla`, `ras` and `cache`, each None or plain values for JSON."""
+    settings: dict[str, Any] = {"sla": None, "ras": None, "cache": None}
+    session = control.session_of(pipe)
+    if session is not None and session.sla is not None:
+        settings["sla"] = session.sla.config.to_dict()
+        if session.sla.config.has_weights:
+            weights = {
+                f"{layer}.{name}": x.float()
+                for layer, module in session.sla.modules.items()
+                for name, x in weights_of(module).items()
+            }
+            settings["sla"]["weights_sha256"] = digest({}, weights)
+    if session is not None and session.ras_config is not None:
+        settings["ras"] = session.ras_config.to_dict()
+    if (cache := getattr(pipe.transformer, "_cache_config", None)) is not None:
+        values = {x.name: getattr(cache, x.name) for x in dataclasses.fields(cache)}
+        settings["cache"] = {"name": type(cache).__name__.removesuffix("Config")} | {
+            k: x for k, x in values.items() if x is None or isinstance(x, bool | int | float | str)
+        }
+    return settings
+
+
+def weights_sha256(pipe: Any) -> str:
+    """Of the transformer's fingerprint: some weights of each layer, whatever dtype they are kept in."""
+    fingerprint = identity_of(pipe.transformer).fingerprint
+    return hashlib.sha256(fingerprint.to(torch.float32).numpy().tobytes()).hexdigest()
