@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from dit_accel.config import SLAConfig as SLAConfig
     from dit_accel.control import disable as disable
     from dit_accel.control import enable as enable
-    from dit_accel.control import estimate_memory as estimate_memory
+    from dit_accel.control import sampling_loop as sampling_loop
     from dit_accel.control import summary as summary
+    from dit_accel.memory import estimate_memory as estimate_memory
     from dit_accel.pipelines.lumina import SparseLuminaPipeline as SparseLuminaPipeline
     from dit_accel.pipelines.lumina2 import SparseLumina2Pipeline as SparseLumina2Pipeline
     from dit_accel.pipelines.sd3 import (
@@ -38,8 +39,9 @@ _HOMES = {
     "SparseWanPipeline": "dit_accel.pipelines.wan",
     "disable": "dit_accel.control",
     "enable": "dit_accel.control",
-    "estimate_memory": "dit_accel.control",
+    "estimate_memory": "dit_accel.memory",
     "load_sla": "dit_accel.checkpoint.save_load",
+    "sampling_loop": "dit_accel.control",
     "save_sla": "dit_accel.checkpoint.save_load",
     "summary": "dit_accel.control",
 }

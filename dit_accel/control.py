@@ -1,241 +1,200 @@
-"""`enable`, `disable`, `summary`, `estimate_memory`: acceleration of a pipeline, put on and taken off."""
+"""`enable`, `disable`, `summary`, `sampling_loop`: acceleration of a transformer, put on and taken off."""
 
-import math
+import contextlib
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor
 
 from dit_accel.checkpoint.file import SLACheckpoint, settings_of
 from dit_accel.checkpoint.identity import identity_of, weights_of
 from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.models import FAMILIES, Family, family_of
-from dit_accel.ras import memory
-from dit_accel.runtime.install import Session
-from dit_accel.summaries import Summary, summarise
+from dit_accel.ras import RegionAdaptiveSampling
+from dit_accel.runtime.install import install, installation_of, transformer_of, uninstall
+from dit_accel.runtime.loop import SamplingLoop
+from dit_accel.runtime.method import Method
+from dit_accel.runtime.summary import summarise
+from dit_accel.sla import SparseAttention
+from dit_accel.summaries import Summary
+
+OFF = "none"
+"""Switches a method off, as on the command line."""
 
 
-def session_of(pipe: Any) -> Session | None:
-    """The acceleration on this pipeline's transformer, if any (shared components share it)."""
-    transformer = getattr(pipe, "transformer", None)
-    if not isinstance(transformer, nn.Module):
-        return None
-    # What torch.compile(transformer) returns wraps the module that was enabled.
-    module: Any = getattr(transformer, "_orig_mod", transformer)
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(owner := getattr(hook, "__self__", None), Session):
-            return owner
-    return None
-
-
-def _family(pipe: Any) -> Family:
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise ValueError(
-            "pipe.transformer_2: two-transformer pipelines (Wan2.2) are not supported; accepted: None"
-        )
-    if not isinstance(getattr(pipe, "transformer", None), nn.Module):
-        raise ValueError(
-            f"pipe: {type(pipe).__name__} has no transformer; accepted are pipelines of {', '.join(FAMILIES)}"
-        )
-    return family_of(pipe.transformer)
+def method_of(target: Any, name: str) -> Any:
+    """The method of this name that is on; None if it is off."""
+    installation = installation_of(target)
+    return None if installation is None else installation.methods.get(name)
 
 
 def enable(
-    pipe: Any,
+    target: Any,
     *,
     ras: RASConfig | dict | str | os.PathLike | None = None,
     sla: SLAConfig | SLACheckpoint | dict | str | os.PathLike | None = None,
+    **methods: Any,
 ) -> None:
-    """Accelerate a diffusers pipeline in place. One method can be added to the other later.
+    """Accelerate a transformer in place. Settings of a method that is on already are replaced.
+
+    In a sampling loop of diffusers nothing else is needed, whichever pipeline runs it. A loop written by hand
+    is followed through its scheduler's `timesteps`, or declared with `sampling_loop`. Outside of any loop
+    (training, a single call) sparse attention runs in every scheduled layer, and region-adaptive sampling
+    runs dense.
 
     Args:
-        pipe: a pipeline with a supported transformer: Wan2.1, Stable Diffusion 3 and 3.5,
-            Lumina-Next, Lumina-Image 2.0.
+        target: a transformer of Wan2.1, Stable Diffusion 3 and 3.5, Lumina-Next or Lumina-Image 2.0, a wrapper
+            of one (DDP, PEFT, torch.compile), or a diffusers pipeline that has one.
         ras: region-adaptive sampling: an `RASConfig`, a preset ("quality", "balanced", "fast",
-            "paper"), a YAML file, or a dict of `RASConfig` fields.
+            "paper"), a YAML file, or a dict of `RASConfig` fields. "none" switches it off. Default: left as it is.
         sla: sparse attention: an `SLAConfig`, a preset ("quality", "balanced", "fast"),
-            a YAML file, a dict of `SLAConfig` fields, or what `save_sla` wrote (the folder or the file).
+            a YAML file, a dict of `SLAConfig` fields, or an SLA checkpoint that `save_sla` wrote (the folder or
+            the file). "none" switches it off. Default: left as it is.
+        **methods: further methods, each an instance of `dit_accel.runtime.method.Method` under its name.
 
     Raises:
-        ValueError: a bad argument, a pipeline that is not supported, an adapter made for another model, or
-            a method that is on already. The pipeline is then as before.
+        ValueError: a bad argument, a transformer that is not supported, or an SLA checkpoint made for another
+            model. What was on before is then still on.
     """
-    if ras is None and sla is None:
+    if ras is None and sla is None and not methods:
         raise ValueError(
-            "ras=None, sla=None: nothing to enable; accepted are a preset name, a config, a YAML file, a dict, an adapter's folder"
+            "ras=None, sla=None: nothing to enable; accepted are a preset name, a config, a YAML file, a dict, or "
+            "the folder of an SLA checkpoint"
         )
-    ras_config = None if ras is None else RASConfig.load(ras)
-    settings = None if sla is None else settings_of(sla)
-    adapter = settings if isinstance(settings, SLACheckpoint) else None
-    sla_config = settings.config if isinstance(settings, SLACheckpoint) else settings
-    family = _family(pipe)
-    before = session_of(pipe)
-    if before is not None:
-        for name, new, old in (("ras", ras_config, before.ras), ("sla", sla_config, before.sla)):
-            if new is not None and old is not None:
-                raise ValueError(
-                    f"{name}: already enabled on this transformer; call disable() first"
-                )
-    if adapter is not None:
-        try:
-            adapter.base.check(identity_of(pipe.transformer))
-        except ValueError as error:
-            raise ValueError(f"sla: this adapter was {error}") from None
-    if before is not None:
-        ras_config = ras_config or before.ras_config
-        sla_config = sla_config or before.sla_config
-        before.remove()
-    try:
-        session = Session(pipe, family, ras=ras_config, sla=sla_config)
-        _load(session, adapter, before)
-    except Exception:
-        if (unfinished := session_of(pipe)) is not None:
-            unfinished.remove()
-        if before is not None:  # what was on stays on
-            _load(Session(pipe, family, ras=before.ras_config, sla=before.sla_config), None, before)
-        raise
-
-
-def _load(session: Session, adapter: SLACheckpoint | None, before: Session | None) -> None:
-    """Weights of sparse attention, from the adapter or from the session that this one replaces."""
-    if session.sla is None:
+    made: dict[str, Any] = dict(_further(methods))
+    if ras is not None:
+        made["ras"] = None if ras == OFF else RegionAdaptiveSampling(RASConfig.load(ras))
+    settings = None if sla is None or sla == OFF else settings_of(sla)
+    before = installation_of(target)
+    on: dict[str, Any] = {} if before is None else dict(before.methods)
+    if sla is not None:
+        made["sla"] = None
+        if settings is not None:
+            made["sla"] = _sparse_attention(target, settings, on.get("sla"))
+    chosen = {name: x for name, x in {**on, **made}.items() if x is not None}
+    if not chosen:
+        uninstall(target)
         return
-    if adapter is not None:
-        for name, weights in adapter.layer_weights().items():
-            session.sla.modules[name].load_state_dict(weights)
-    elif before is not None and before.sla is not None:
-        for name, module in before.sla.modules.items():
-            session.sla.modules[name].router = module.router
-            if module.calibrated:
-                session.sla.modules[name].load_state_dict(weights_of(module))
+    install(target, chosen.values(), replaced=before)
 
 
-def disable(pipe: Any) -> None:
-    """Take the acceleration off; the transformer is then exactly what it was. No-op if it is off."""
-    session = session_of(pipe)
-    if session is not None:
-        session.remove()
+def _further(methods: dict[str, Any]) -> Iterator[tuple[str, Method]]:
+    for name, method in methods.items():
+        if not isinstance(method, Method) or method.name != name:
+            raise ValueError(
+                f"{name}={method!r}: accepted are ras, sla, and methods (instances of Method) under their name"
+            )
+        yield name, method
 
 
-def summary(pipe: Any, *, strict: bool = False) -> Summary:
+def _sparse_attention(
+    target: Any, settings: SLAConfig | SLACheckpoint, on: SparseAttention | None
+) -> SparseAttention:
+    transformer_of(target)  # refuses what has none before anything is compared
+    if isinstance(settings, SLACheckpoint):
+        try:
+            settings.base.check(identity_of(transformer_of(target)))
+        except ValueError as error:
+            raise ValueError(f"sla: this SLA checkpoint was {error}") from None
+        return SparseAttention(settings.config, settings.layer_weights())
+    if on is None:
+        return SparseAttention(settings)
+    if on.config == settings:
+        return on
+    # Other settings for the same kind of weights: what was learned stays.
+    same_kind = settings.has_weights and on.config.combine == settings.combine
+    learned = same_kind and all(x.calibrated for x in on.attention.values())
+    weights = {name: weights_of(x) for name, x in on.attention.items()} if learned else None
+    return SparseAttention(settings, weights)
+
+
+def disable(target: Any) -> None:
+    """Take all acceleration off; the transformer is then exactly what it was. No-op if none is on.
+
+    Args:
+        target: as in `enable`.
+    """
+    uninstall(target)
+
+
+@contextlib.contextmanager
+def sampling_loop(
+    target: Any,
+    scheduler: Any = None,
+    *,
+    timesteps: Tensor | None = None,
+    sigmas: Tensor | None = None,
+) -> Iterator[SamplingLoop]:
+    """Declare the scheduler of a sampling loop written by hand, so that steps are known.
+
+    Without it a loop is followed where `timestep` is a view of the timesteps of an enabled pipeline's
+    scheduler. Inside the block calls belong to this scheduler. Nothing happens where acceleration is off.
+
+    Args:
+        target: as in `enable`.
+        scheduler: a diffusers scheduler that was told its steps (`set_timesteps`).
+        timesteps: `[steps]`, of a loop without a diffusers scheduler. Pass views of it (`timesteps[i]`) to the
+            transformer, or set `loop.step` before its calls.
+        sigmas: `[steps]` or longer, the noise levels of these timesteps. Region-adaptive sampling needs them.
+
+    Yields:
+        The loop; `loop.step` tells the index of the step where `timestep` cannot.
+
+    Raises:
+        ValueError: neither or both of scheduler and timesteps, or tensors of another shape.
+
+    Example:
+        >>> dit_accel.enable(transformer, ras="balanced")
+        >>> scheduler.set_timesteps(20)
+        >>> with torch.no_grad(), dit_accel.sampling_loop(transformer, scheduler):
+        ...     for t in scheduler.timesteps:
+        ...         velocity = transformer(latents, t.expand(1), text, return_dict=False)[0]
+        ...         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+    """
+    loop = SamplingLoop(scheduler, timesteps=timesteps, sigmas=sigmas)
+    transformer_of(target)
+    installation = installation_of(target)
+    if installation is None:
+        yield loop
+        return
+    with installation.clock.declare(loop):
+        yield loop
+
+
+def summary(target: Any, *, strict: bool = False) -> Summary:
     """What ran sparse or on some tokens only, what ran dense, and why, in the last run.
 
     Args:
-        pipe: a pipeline, enabled or not.
+        target: as in `enable`.
         strict: raise RuntimeError if a layer that the schedule lets run sparse never did, or if
             region-adaptive sampling is on and no step ran on some of the tokens only.
     """
-    session = session_of(pipe)
-    if session is None:
-        if strict:
-            raise RuntimeError("acceleration is off: call enable() first")
-        return Summary(enabled=False, config={}, layers=[])
-    result = summarise(session)
-    if strict:
-        never = [x for x in result.layers if x.scheduled and not x.sparse_calls]
-        if never:
-            raise RuntimeError(
-                "never sparse although scheduled: "
-                + "; ".join(f"{x.name} ({', '.join(x.dense_calls) or 'not called'})" for x in never)
-            )
-        if result.ras is not None and not result.ras.ras_steps:
-            reasons = ", ".join(result.ras.dense_calls) or "not called"
-            raise RuntimeError(f"region-adaptive sampling never left a token out ({reasons})")
+    result = Summary(summarise(target).methods)
+    if not strict:
+        return result
+    if not result.enabled:
+        raise RuntimeError("acceleration is off: call enable() first")
+    never = [x for x in result.layers if x.scheduled and not x.sparse_calls]
+    if never:
+        raise RuntimeError(
+            "never sparse although scheduled: "
+            + "; ".join(f"{x.name} ({', '.join(x.dense_calls) or 'not called'})" for x in never)
+        )
+    if result.ras is not None and not result.ras.ras_steps:
+        why = ", ".join(result.ras.dense_calls) or "not called"
+        raise RuntimeError(f"region-adaptive sampling never left a token out ({why})")
     return result
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """What region-adaptive sampling will keep, in bytes."""
-
-    kv_bytes: int
-    """Cached keys and values of all contexts."""
-    output_bytes: int
-    """Cached outputs."""
-    working_bytes: int
-    """Room left for the transformer's own work."""
-    free_bytes: int
-    """Free on the pipeline's device now."""
-    kv_predictor: str
-    """"linear" or "hold", as the run would use it."""
-    fits: bool
-    """If not, region-adaptive sampling goes off for that run."""
-
-    @property
-    def total_bytes(self) -> int:
-        """Of the caches."""
-        return self.kv_bytes + self.output_bytes
+class _View:  # TEMPORARY until the branches are merged
+    def __init__(self, i: Any) -> None:
+        self.installation = i
+        self.sla, self.ras = i.methods.get("sla"), i.methods.get("ras")
+        self.sla_config = None if self.sla is None else self.sla.config
+        self.ras_config = None if self.ras is None else self.ras.config
+        self.clock, self.layers, self.family = i.clock, i.layers, i.family
 
 
-def estimate_memory(
-    pipe: Any,
-    *,
-    height: int,
-    width: int,
-    num_frames: int = 1,
-    ras: RASConfig | dict | str | os.PathLike = "balanced",
-    num_inference_steps: int = 50,
-    batch_size: int = 1,
-    guidance: bool = True,
-    max_sequence_length: int = 256,
-) -> MemoryEstimate:
-    """What `enable(pipe, ras=...)` will keep during a run of this size.
-
-    Args:
-        pipe: a supported pipeline; it need not be enabled.
-        height, width, num_frames: as in its call.
-        ras: as in `enable`.
-        num_inference_steps: decides on kv_predictor="auto".
-        batch_size: prompts times images per prompt.
-        guidance: whether classifier-free guidance is on (two contexts).
-        max_sequence_length: text tokens; they are cached in Lumina-Image 2.0 only.
-
-    Raises:
-        ValueError: a size, a count or a config that is not accepted.
-    """
-    config = RASConfig.load(ras)
-    family = _family(pipe)
-    sizes = {
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "num_inference_steps": num_inference_steps,
-        "batch_size": batch_size,
-        "max_sequence_length": max_sequence_length,
-    }
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: accepted is an int >= 1")
-    transformer = pipe.transformer
-    latents = torch.empty(
-        family.latent_shape(pipe, height, width, num_frames), device="meta", dtype=transformer.dtype
-    )
-    tokens = math.prod(family.token_grid(transformer, latents))
-    if tokens < 1:
-        raise ValueError(f"height={height}, width={width}: less than one token of this model")
-    itemsize = transformer.dtype.itemsize
-    halves = 2 if guidance else 1
-    contexts = halves if family.separate_guidance else 1
-    plan = memory.plan_cache(
-        config,
-        num_inference_steps,
-        memory.cached_layers(family.self_attention(transformer), tokens, max_sequence_length),
-        rows=batch_size * halves // contexts,
-        contexts=contexts,
-        itemsize=itemsize,
-        free=memory.free_bytes(torch.device(pipe._execution_device)),
-    )
-    outputs = (
-        latents[0].numel() // transformer.config.in_channels * family.output_channels(transformer)
-    )
-    kinds = 2 if config.predictor == "linear" else 1
-    return MemoryEstimate(
-        kv_bytes=plan.kv_bytes,
-        output_bytes=batch_size * halves * outputs * itemsize * kinds,
-        working_bytes=plan.working_bytes,
-        free_bytes=plan.free_bytes,
-        kv_predictor="linear" if plan.linear_kv else "hold",
-        fits=plan.fits,
-    )
+def session_of(target: Any) -> Any:
+    found = installation_of(target)
+    return None if found is None else _View(found)

@@ -54,7 +54,7 @@ def _values(layer: AttentionLayer) -> Tensor:
             and weight.is_floating_point()
         )
         if not readable:
-            return torch.zeros(FINGERPRINT_VALUES)
+            return torch.zeros(FINGERPRINT_VALUES, dtype=torch.float32)
         weight = weight.detach()[-layer.kv_heads * layer.head_dim :].flatten()
         places = torch.arange(FINGERPRINT_VALUES, device=weight.device) * weight.numel()
         return weight[places // FINGERPRINT_VALUES].float().cpu()

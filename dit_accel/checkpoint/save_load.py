@@ -22,6 +22,7 @@ from dit_accel.checkpoint.file import (
 from dit_accel.checkpoint.identity import identity_of, is_hub_id, weights_of
 from dit_accel.config import SLAConfig
 from dit_accel.files import check_writable
+from dit_accel.runtime.install import transformer_of
 
 
 def save_sla(pipe: Any, save_directory: str | os.PathLike) -> Path:
@@ -124,7 +125,7 @@ def checkpoint_of(pipe: Any) -> SLACheckpoint:
             )
         for parameter, x in weights_of(layer.module).items():
             weights[f"{name}.{parameter}"] = x.float()
-    base = identity_of(session.transformer, pipe)
+    base = identity_of(transformer_of(pipe), pipe)
     return SLACheckpoint(config=session.sla.config, base=base, weights=weights)
 
 
@@ -149,8 +150,8 @@ def weights_left_out(pipe: Any) -> Iterator[None]:
     if session is None or session.sla is None:
         yield
         return
-    session.sla.detach()
+    session.sla.detach_weights()
     try:
         yield
     finally:
-        session.sla.attach()
+        session.sla.attach_weights()

@@ -107,7 +107,7 @@ def describe_clips(
     shape, colour, motion = torch.tensor(chosen, dtype=torch.long).reshape(count, 3).unbind(1)
     background = torch.randint(len(BACKGROUNDS), (count,), generator=generator)
     template = torch.randint(len(TEMPLATES), (count,), generator=generator)
-    size, speed, x, y, phase = torch.rand(5, count, generator=generator)
+    size, speed, x, y, phase = torch.rand(5, count, generator=generator, dtype=torch.float32)
     return Clips(
         shape,
         colour,
@@ -124,25 +124,37 @@ def describe_clips(
 def centres(clips: Clips, num_frames: int, height: int, width: int) -> Float[Tensor, "n t 2"]:
     """Where the object is in each frame: (x, y) in pixels, a pixel's centre being at +.5."""
     scale = min(height, width)
-    time = torch.linspace(-1, 1, num_frames) if num_frames > 1 else torch.zeros(1)
-    direction = torch.tensor(_LINE_DIRECTION)[clips.motion.clamp(max=3)]  # [n, 2]
+    time = (
+        torch.linspace(-1, 1, num_frames, dtype=torch.float32)
+        if num_frames > 1
+        else torch.zeros(1, dtype=torch.float32)
+    )
+    direction = torch.tensor(_LINE_DIRECTION, dtype=torch.float32)[
+        clips.motion.clamp(max=3)
+    ]  # [n, 2]
     half_path = HALF_PATH * scale * clips.speed
     line = (half_path[:, None] * direction)[:, None] * time[None, :, None]
 
-    sign = torch.tensor([_TURN_SIGN.get(m, 0.0) for m in range(6)])[clips.motion]
+    sign = torch.tensor([_TURN_SIGN.get(m, 0.0) for m in range(6)], dtype=torch.float32)[
+        clips.motion
+    ]
     turns = clips.phase[:, None] + (sign * SLOWEST_TURNS * clips.speed)[:, None] * (time + 1) / 2
     angle = 2 * math.pi * turns
     orbit = ORBIT * scale * torch.stack([angle.cos(), angle.sin()], -1)
 
     circling = (clips.motion >= 4)[:, None]
     path = torch.where(circling[..., None], orbit, line)
-    reach = torch.where(circling, torch.tensor(ORBIT * scale), half_path[:, None] * direction.abs())
+    reach = torch.where(
+        circling,
+        torch.tensor(ORBIT * scale, dtype=torch.float32),
+        half_path[:, None] * direction.abs(),
+    )
     room = (
-        torch.tensor([width, height]) / 2
+        torch.tensor([width, height], dtype=torch.float32) / 2
         - (MARGIN * scale + RADIUS * scale * clips.size)[:, None]
         - reach
     )
-    middle = torch.tensor([width, height]) / 2 + room * clips.place
+    middle = torch.tensor([width, height], dtype=torch.float32) / 2 + room * clips.place
     return middle[:, None] + path
 
 
@@ -169,7 +181,7 @@ def coverage(clips: Clips, num_frames: int, height: int, width: int) -> Float[Te
     x = torch.arange(width) + 0.5 - centre[..., 0, None, None]
     y = (torch.arange(height) + 0.5)[:, None] - centre[..., 1, None, None]
     radius = (RADIUS * min(height, width) * clips.size)[:, None, None, None]
-    out = torch.empty(len(clips), num_frames, height, width)
+    out = torch.empty(len(clips), num_frames, height, width, dtype=torch.float32)
     for shape in clips.shape.unique().tolist():
         rows = clips.shape == shape
         out[rows] = (_inside(shape, x[rows], y[rows], radius[rows]) + 0.5).clamp(0, 1)
@@ -181,6 +193,8 @@ def render(
 ) -> Float[Tensor, "n 3 t h w"]:
     """Draws the clips; values in [-1, 1]. One frame shows the middle of the motion."""
     mask = coverage(clips, num_frames, height, width)[:, None]
-    colour = torch.tensor(COLOUR_RGB)[clips.colour][:, :, None, None, None]
-    background = torch.tensor(BACKGROUND_RGB)[clips.background][:, :, None, None, None]
+    colour = torch.tensor(COLOUR_RGB, dtype=torch.float32)[clips.colour][:, :, None, None, None]
+    background = torch.tensor(BACKGROUND_RGB, dtype=torch.float32)[clips.background][
+        :, :, None, None, None
+    ]
     return (background + (colour - background) * mask) * 2 - 1

@@ -102,10 +102,14 @@ def flow_matching_loss(
 ) -> Tensor:
     """Mean squared error of the velocity on a batch drawn from a pool of (normalised) latents."""
     rows = torch.randint(len(latents), (batch_size,), generator=generator)
-    noise = torch.randn(batch_size, *latents.shape[1:], generator=generator)
-    level = torch.sigmoid(1.1 * torch.randn(batch_size, generator=generator))
-    empty = torch.rand(batch_size, generator=generator) < config.caption_dropout
-    long_text = torch.rand((), generator=generator).item() < config.long_text_share
+    noise = torch.randn(batch_size, *latents.shape[1:], generator=generator, dtype=torch.float32)
+    level = torch.sigmoid(1.1 * torch.randn(batch_size, generator=generator, dtype=torch.float32))
+    empty = (
+        torch.rand(batch_size, generator=generator, dtype=torch.float32) < config.caption_dropout
+    )
+    long_text = (
+        torch.rand((), generator=generator, dtype=torch.float32).item() < config.long_text_share
+    )
 
     device = latents.device
     sigma = (config.shift * level / (1 + (config.shift - 1) * level)).to(device)

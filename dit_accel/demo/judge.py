@@ -43,7 +43,7 @@ class Judgement:
 def _nearest(
     rgb: Float[Tensor, "n 3"], palette: tuple[tuple[float, ...], ...], limit: float
 ) -> Int[Tensor, " n"]:
-    distance, index = torch.cdist(rgb, torch.tensor(palette)).min(1)
+    distance, index = torch.cdist(rgb, torch.tensor(palette, dtype=torch.float32)).min(1)
     return torch.where(distance < limit, index, UNKNOWN)
 
 
@@ -111,7 +111,11 @@ def judge_clips(
     colour, background, mask = separate_object(video.cpu())
     count, frames, height, width = mask.shape
     motion = judge_motion(centroids(mask), min(height, width))
-    seen = torch.linspace(0, frames - 1, min(frames, _SHAPE_FRAMES)).round().long()
+    seen = (
+        torch.linspace(0, frames - 1, min(frames, _SHAPE_FRAMES), dtype=torch.float32)
+        .round()
+        .long()
+    )
     crops = crop_objects(mask[:, seen].flatten(0, 1))
     opinion = shape_judge(crops).softmax(-1).unflatten(0, (count, len(seen))).mean(1)
     share, shape = opinion.max(1)

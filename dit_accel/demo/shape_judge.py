@@ -54,10 +54,10 @@ def centroids(mask: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b 2"]:
 def crop_objects(mask: Float[Tensor, "n h w"]) -> Float[Tensor, "n 1 c c"]:
     """A CROP x CROP view of each object, centred on its centre of mass and scaled by its area."""
     height, width = mask.shape[-2:]
-    size = torch.tensor([width, height], device=mask.device)
+    size = torch.tensor([width, height], device=mask.device, dtype=torch.float32)
     centre = centroids(mask) * 2 / size - 1
     half = 0.5 * _WINDOW * mask.sum((1, 2)).clamp_min(4.0).sqrt()
-    theta = torch.zeros(len(mask), 2, 3, device=mask.device)
+    theta = torch.zeros(len(mask), 2, 3, device=mask.device, dtype=torch.float32)
     theta[:, 0, 0], theta[:, 1, 1] = half * 2 / width, half * 2 / height
     theta[:, :, 2] = centre
     grid = F.affine_grid(theta, [len(mask), 1, CROP, CROP], align_corners=False)
@@ -78,9 +78,11 @@ def _training_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Ten
     clips = describe_clips([Combination(s, 0, 0) for s in shape.tolist()], generator)
     side = int(torch.randint(48, 97, (), generator=generator))
     mask = coverage(clips, 1, side, side)[:, 0]
-    mask = _blur(mask, 1.6 * torch.rand((), generator=generator).item())
-    noise = torch.randn(mask.shape, generator=generator) * (mask > 0.05)
-    mask = (mask + 0.12 * torch.rand((), generator=generator) * noise).clamp(0, 1)
+    mask = _blur(mask, 1.6 * torch.rand((), generator=generator, dtype=torch.float32).item())
+    noise = torch.randn(mask.shape, generator=generator, dtype=torch.float32) * (mask > 0.05)
+    mask = (mask + 0.12 * torch.rand((), generator=generator, dtype=torch.float32) * noise).clamp(
+        0, 1
+    )
     return crop_objects(mask), shape
 
 

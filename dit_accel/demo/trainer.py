@@ -69,7 +69,7 @@ def train_vae(
     def loss_of(generator: torch.Generator) -> Tensor:
         video = _clips_at(generator, config.vae_batch_size, VAE_FRAMES, device)
         mean = encode_clip(vae, video)
-        noise = torch.randn(mean.shape, generator=generator).to(device)
+        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(device)
         error = decode_clip(vae, mean + POSTERIOR_STD * noise) - video
         # The last term only keeps the latents from growing past unit size, where the noise would
         # not matter.
@@ -107,8 +107,8 @@ def tune_decoder(
         video = _clips_at(generator, config.vae_batch_size, DECODER_FRAMES, device)
         with torch.no_grad():
             mean = encode_clip(vae, video)
-        noise = torch.randn(mean.shape, generator=generator)
-        amount = 0.15 * torch.rand(len(mean), 1, 1, 1, 1, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32)
+        amount = 0.15 * torch.rand(len(mean), 1, 1, 1, 1, generator=generator, dtype=torch.float32)
         error = decode_clip(vae, mean + scale * (amount * noise).to(device)) - video
         return error.square().mean() + 0.2 * error.abs().mean()
 

@@ -100,7 +100,7 @@ def decode_clip(vae: Any, latents: Float[Tensor, "b z lt lh lw"]) -> Float[Tenso
 def latent_scale(vae: Any, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """The configured mean and standard deviation of each latent channel, as [1, z, 1, 1, 1]."""
     mean, std = (
-        torch.tensor(vae.config[name], device=device).view(1, -1, 1, 1, 1)
+        torch.tensor(vae.config[name], device=device, dtype=torch.float32).view(1, -1, 1, 1, 1)
         for name in ("latents_mean", "latents_std")
     )
     return mean, std

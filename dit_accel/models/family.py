@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel.models.tokens import take
 
@@ -23,10 +21,21 @@ class Call:
     """`encoder_hidden_states`; its identity tells contexts apart."""
     channels: int
     """How many of the C are noisy latents; others are conditions."""
+    grid: tuple[int, int, int]
+    """Image tokens (t, h, w); they lie in raster order, w fastest."""
+    timestep: Any = None
+    """The transformer's argument of that name."""
+    images: Tensor | None = None
+    """Image embeddings that the call is conditioned on, beside the text."""
     variant: Hashable = None
     """What else tells contexts apart."""
     epoch: Hashable = None
     """What cached keys were made with: if it changes within a run, they are stale."""
+
+    @property
+    def conditions(self) -> tuple[Tensor, ...]:
+        """The tensors that the call is conditioned on; their identity tells contexts apart."""
+        return (self.context,) if self.images is None else (self.context, self.images)
 
     @property
     def noisy_latents(self) -> Tensor:
@@ -199,34 +208,3 @@ def _prepared(
     change: Callable[..., Any], state: tuple, _module: Any, args: Any, kwargs: Any
 ) -> Any:
     return change(*state, args, kwargs)
-
-
-def computed_once(attn: Any, compute: Callable[..., Any], text: Tensor) -> Any:
-    """`compute(attn, text)`; None where the weights are elsewhere (block-wise offloading): then the
-    processor has to compute it in each call."""
-    return compute(attn, text) if next(attn.parameters()).device == text.device else None
-
-
-def grouped_attention(
-    query: Float[Tensor, "b l h d"],
-    key: Float[Tensor, "b m h_kv d"],
-    value: Float[Tensor, "b m h_kv d"],
-    mask: Tensor | None,
-    scale: float | None,
-) -> Float[Tensor, "b l h d"]:
-    """Dense attention; `mask` `[B, M]` is true (or 1) for keys that count."""
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    mask = None if mask is None else mask.bool()[:, None, None]
-    # Grouped heads are repeated as diffusers does: SDPA's own grouping is slower with a mask.
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2).to(query.dtype)
-
-
-def projections(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of self-attention, fused or not."""
-    if getattr(attn, "fused_projections", False):
-        return attn.to_qkv(hidden_states).chunk(3, dim=-1)
-    return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)

@@ -7,16 +7,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dit_accel.models.family import (
-    AttentionLayer,
-    Call,
-    Family,
-    Focus,
-    Hook,
-    after,
-    computed_once,
-    grouped_attention,
-)
+from dit_accel.models.attention import SparseProcessor, computed_once, grouped_attention
+from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after
 
 
 class LuminaNext(Family):
@@ -45,10 +37,13 @@ class LuminaNext(Family):
 
     def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
         table = arguments["image_rotary_emb"]
+        hidden_states = arguments["hidden_states"]
         return Call(
-            arguments["hidden_states"],
+            hidden_states,
             arguments["encoder_hidden_states"],
             transformer.config.in_channels,
+            self.token_grid(transformer, hidden_states),
+            arguments.get("timestep"),
             # The pipeline changes its rotary table at `scaling_watershed`; cached keys are rotated.
             # It makes the table on the CPU, so looking into it waits for no device.
             epoch=tuple(table[1, 1].tolist()) if table.device.type == "cpu" else None,
@@ -99,10 +94,7 @@ def _key_value(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     return key.unflatten(2, (-1, head_dim)), value.unflatten(2, (-1, head_dim))
 
 
-class _Processor:
-    def __init__(self, stock: Any) -> None:
-        self.stock = stock
-
+class _Processor(SparseProcessor):
     def query(
         self, attn: Any, hidden_states: Tensor, rotary: Tensor | None
     ) -> Float[Tensor, "b l h d"]:
@@ -117,10 +109,7 @@ class _Processor:
 
 
 class LuminaSparseAttnProcessor(_Processor):
-    """Self-attention with two seams, see `Family.processor`. Heads stay apart: the block gates them."""
-
-    attend: Any = None
-    kv_store: Any = None
+    """Self-attention with the two seams. Heads stay apart: the block gates them."""
 
     def __call__(
         self,
@@ -154,8 +143,6 @@ class LuminaSparseAttnProcessor(_Processor):
 
 class LuminaTextAttnProcessor(_Processor):
     """Cross-attention to text whose keys and values were computed once."""
-
-    text: tuple[Tensor, Tensor] | None = None
 
     def __call__(
         self,

@@ -8,16 +8,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dit_accel.models.family import (
-    AttentionLayer,
-    Call,
-    Family,
-    Focus,
-    Hook,
-    after,
-    before,
-    grouped_attention,
-)
+from dit_accel.models.attention import SparseProcessor, grouped_attention
+from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
 from dit_accel.models.tokens import take
 
 
@@ -42,10 +34,13 @@ class Lumina2(Family):
         return Lumina2SparseAttnProcessor(stock)
 
     def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
+        hidden_states = arguments["hidden_states"]
         return Call(
-            arguments["hidden_states"],
+            hidden_states,
             arguments["encoder_hidden_states"],
             transformer.config.in_channels,
+            self.token_grid(transformer, hidden_states),
+            arguments.get("timestep"),
         )
 
     def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
@@ -143,14 +138,8 @@ def _refined_text(focus: Focus, output: Tensor) -> Tensor:
     return focus.per_context.setdefault("refined", output)
 
 
-class Lumina2SparseAttnProcessor:
+class Lumina2SparseAttnProcessor(SparseProcessor):
     """Attention over [text, image] or (noise refiner) image tokens; see `Family.processor`."""
-
-    attend: Any = None
-    kv_store: Any = None
-
-    def __init__(self, stock: Any) -> None:
-        self.stock = stock
 
     def __call__(
         self,

@@ -7,15 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel.models.family import (
-    AttentionLayer,
-    Call,
-    Family,
-    Focus,
-    Hook,
-    after,
-    projections,
-)
+from dit_accel.models.attention import SparseProcessor, projections
+from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after
 
 
 class StableDiffusion3(Family):
@@ -46,10 +39,13 @@ class StableDiffusion3(Family):
                 "ip_adapter_image_embeds: IP-SLACheckpoint does not work with acceleration; disable() first"
             )
         skipped = arguments.get("skip_layers")
+        hidden_states = arguments["hidden_states"]
         return Call(
-            arguments["hidden_states"],
+            hidden_states,
             arguments["encoder_hidden_states"],
             transformer.config.in_channels,
+            self.token_grid(transformer, hidden_states),
+            arguments.get("timestep"),
             # Skip-layer guidance calls a third time, with the plain batch.
             variant=None if skipped is None else tuple(skipped),
         )
@@ -85,17 +81,11 @@ class StableDiffusion3(Family):
         return 2.0 * (total + dim * (ends + text * config.joint_attention_dim))
 
 
-class SD3SparseAttnProcessor:
+class SD3SparseAttnProcessor(SparseProcessor):
     """Attention over [image, text] or (SD3.5's second one) image alone; see `Family.processor`.
 
     Only the image tokens pass the seam `kv_store`: the text is computed anew in every step.
     """
-
-    attend: Any = None
-    kv_store: Any = None
-
-    def __init__(self, stock: Any) -> None:
-        self.stock = stock
 
     def __call__(
         self,

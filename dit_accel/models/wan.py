@@ -8,17 +8,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_accel.models.family import (
-    AttentionLayer,
-    Call,
-    Family,
-    Focus,
-    Hook,
-    after,
-    before,
-    computed_once,
-    projections,
-)
+from dit_accel.models.attention import SparseProcessor, computed_once, projections
+from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
 
 
 class Wan(Family):
@@ -51,10 +42,14 @@ class Wan(Family):
             raise ValueError(
                 f"timestep: shape {tuple(timestep.shape)}, one for each token (Wan2.2 TI2V); accepted is one for each sample"
             )
+        hidden_states = arguments["hidden_states"]
         return Call(
-            arguments["hidden_states"],
+            hidden_states,
             arguments["encoder_hidden_states"],
             transformer.config.out_channels,
+            self.token_grid(transformer, hidden_states),
+            timestep,
+            images=arguments.get("encoder_hidden_states_image"),
         )
 
     def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
@@ -154,14 +149,19 @@ def _text_key_value(attn: Any, context: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_k(k), v, *image))
 
 
-class _Processor:
+class _Processor(SparseProcessor):
     """What diffusers expects of a processor beside the call."""
 
     def __init__(self, stock: Any) -> None:
-        self.stock = stock
+        super().__init__(stock)
         # diffusers' set_attention_backend and enable_parallelism look for these two.
         self._attention_backend = stock._attention_backend
         self._parallel_config = stock._parallel_config
+
+    def release(self) -> Any:
+        # Somebody may have chosen another backend in the meantime, for the processor that was there.
+        self.stock._attention_backend = self._attention_backend
+        return super().release()
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """diffusers' attention on `[B, L, H, D]`, heads merged."""
@@ -174,10 +174,7 @@ class _Processor:
 
 
 class WanSparseAttnProcessor(_Processor):
-    """Self-attention with two seams (see `Family.processor`); otherwise diffusers' attention runs."""
-
-    attend: Any = None
-    kv_store: Any = None
+    """Self-attention with the two seams; otherwise diffusers' attention runs."""
 
     def __call__(
         self,
@@ -207,8 +204,6 @@ class WanSparseAttnProcessor(_Processor):
 
 class WanTextAttnProcessor(_Processor):
     """Cross-attention to text (and image) whose keys and values were computed once."""
-
-    text: tuple[Tensor, ...] | None = None
 
     def __call__(
         self,

@@ -19,7 +19,7 @@ class Selection:
         self.schedule = schedule
         shape = (rows, schedule.num_tiles)
         self.age = torch.zeros(shape, dtype=torch.long, device=device)
-        self.dropped = torch.zeros(shape, device=device)
+        self.dropped = torch.zeros(shape, dtype=torch.float32, device=device)
         """How often each tile was left out in this run."""
         self.draw = _draw(schedule, device) if config.selection == "random" else None
         self.step = -1

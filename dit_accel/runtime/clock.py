@@ -1,108 +1,218 @@
-"""`Clock`: which run, step and context a transformer call belongs to, read from what is there."""
+"""`Clock`: tells which run, step and context a transformer call belongs to, without a device sync."""
 
+import contextlib
+import copy
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-
-class Context:
-    """One `encoder_hidden_states` of a run. It lives no longer than that tensor."""
-
-    def __init__(self, ref: weakref.ref, first_step: int) -> None:
-        self.ref = ref
-        self.next_step = first_step
-        self.state: Any = None
-        """What an acceleration keeps for this context."""
+from dit_accel.runtime.caller import calling_pipeline, holds
+from dit_accel.runtime.loop import SamplingLoop, index_in, same_storage
+from dit_accel.runtime.run import Context, Run
 
 
-class Clock:
-    """Counts the transformer calls of a pipeline.
+@dataclass
+class Position:
+    """Where a call stands in a sampling loop."""
 
-    A run is the identity of `pipe.scheduler.timesteps`; a context is the identity of
-    `encoder_hidden_states` (the two halves of classifier-free guidance) and of what else `variant`
-    says about a call; a step is the position of the scheduler once it has begun to step, before that
-    the number of earlier calls of that context. Nothing is guessed from timestep values: some models
-    count them upwards, some solvers repeat them.
-    """
-
-    def __init__(self, pipe: Any) -> None:
-        # Weak: the pipeline owns the transformer, which owns this clock.
-        self._pipe = weakref.ref(pipe)
-        self._scheduler = pipe.scheduler
-        self._timesteps: Any = None
-        self._begin: int | None = None
-        self._seen_before_stepping = False
-        self.contexts: dict[Hashable, Context] = {}
-        self._current: Hashable = None
-        self.step = 0
-        self.num_steps = 0
-
-    @property
-    def pipe(self) -> Any:
-        """The pipeline, while it lives."""
-        return self._pipe()
-
-    @property
-    def context(self) -> Context:
-        """That of the current call."""
-        return self.contexts[self._current]
-
-    def tick(self, module: nn.Module, tensor: Any, variant: Hashable = None) -> bool:
-        """Note one call with this context; True if it begins a new run."""
-        pipe = self._pipe()
-        if pipe is not None and pipe.transformer is module:  # else: a copy, or a shared transformer
-            self._scheduler = pipe.scheduler
-        timesteps = self._scheduler.timesteps
-        new_run = timesteps is not self._timesteps
-        if new_run:
-            self._timesteps = timesteps
-            self.contexts.clear()
-            self.step = 0
-            self._begin = getattr(self._scheduler, "begin_index", None)
-            self._seen_before_stepping = False
-        context = self._context(tensor, variant)
-        self.step = self._position(context.next_step)
-        context.next_step = self.step + 1
-        self.num_steps = len(timesteps) - (self._begin or 0)
-        return new_run
-
-    def _context(self, tensor: Any, variant: Hashable) -> Context:
-        key = self._current = (id(tensor), variant)
-        context = self.contexts.get(key)
-        if context is None or context.ref() is not tensor:
-            contexts = self.contexts
-
-            def forget(_: Any) -> None:
-                contexts.pop(key, None)
-
-            # A context that appears in mid-run belongs to the step in progress. With its tensor goes
-            # all that an acceleration has cached for it, also after an interrupt.
-            context = contexts[key] = Context(weakref.ref(tensor, forget), self.step)
-        return context
-
-    def _position(self, counted: int) -> int:
-        """The scheduler's own step, where it has begun to step; else the counted one."""
-        index = getattr(self._scheduler, "step_index", None)
-        if index is None:
-            self._seen_before_stepping = True
-            return counted
-        if self._begin is None:  # a pipeline that did not say where it begins
-            self._begin = index - (1 if self._seen_before_stepping else 0)
-        return index - self._begin
-
-    def sigmas(self) -> Tensor | None:
-        """Noise levels of the steps of this run, one each; None if the scheduler has none."""
-        sigmas = getattr(self._scheduler, "sigmas", None)
-        return None if sigmas is None else sigmas[self._begin or 0 :]
+    driver: Any
+    """A scheduler, or a declared loop."""
+    timesteps: Tensor
+    index: int
+    """Of the step in `timesteps`."""
+    pipe: weakref.ref | None = None
+    """The pipeline that runs, if it is known."""
 
     @property
     def scheduler(self) -> Any:
-        """The one whose steps are counted."""
-        return self._scheduler
+        """That of the driver; None of a loop that has none."""
+        return self.driver.scheduler if isinstance(self.driver, SamplingLoop) else self.driver
 
-    @property
-    def repeats(self) -> bool:
-        """Whether two steps may share a noise level (Heun and the like)."""
-        return getattr(self._scheduler, "order", 1) > 1
+
+class Clock:
+    """Follows the calls of one transformer.
+
+    The driver of a call is the first of these that is found:
+
+    1. a known scheduler (of an enabled pipeline, of a pipeline seen calling, of a declared loop) of whose
+       `timesteps` the call's `timestep` is a view: same storage, and the offset is the step;
+    2. the innermost declared loop (`sampling_loop`);
+    3. the pipeline whose method is calling, and
+    4. the scheduler of the enabled pipeline, both while they move: told their steps, not past the last one,
+       gradients off.
+
+    Without a driver the call is outside of any sampling loop.
+
+    A run is one pass of a scheduler over its timesteps. New timesteps, or a step back, begin another. A context
+    is the identity of the tensors that a call is conditioned on, what the family adds to it, and which call of
+    that step it is.
+    """
+
+    def __init__(self) -> None:
+        self.loops: list[SamplingLoop] = []
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._pipe: weakref.ref | None = None
+        self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
+        self.run: Run | None = None
+        """Of the current or last call."""
+
+    def __deepcopy__(self, memo: dict) -> "Clock":
+        clock = type(self)()
+        for scheduler in self._known:
+            clock._known.add(copy.deepcopy(scheduler, memo))
+        pipe = None if self._pipe is None else memo.get(id(self._pipe()))
+        clock._pipe = None if pipe is None else weakref.ref(pipe)
+        return clock
+
+    def follow(self, pipe: Any) -> None:
+        """Know the scheduler of this pipeline from now on."""
+        self._pipe = weakref.ref(pipe)
+        self._known.add(pipe.scheduler)
+
+    def forget(self) -> None:
+        """Begin anew with the next call: methods were put on or taken off."""
+        self.run = None
+        self._runs.clear()
+
+    @contextlib.contextmanager
+    def declare(self, loop: SamplingLoop) -> Iterator[None]:
+        """Calls inside the block belong to this loop."""
+        self.loops.append(loop)
+        try:
+            yield
+        finally:
+            self.loops.remove(loop)
+
+    def tick(
+        self,
+        transformer: nn.Module,
+        timestep: Any,
+        tensors: tuple[Any, ...] = (),
+        variant: Hashable = None,
+    ) -> bool:
+        """Note a call.
+
+        Args:
+            transformer: the module that is called.
+            timestep: its argument of that name.
+            tensors: what the call is conditioned on: text embeddings, image embeddings.
+            variant: what else tells calls of a step apart.
+
+        Returns:
+            Whether it begins a new run.
+        """
+        position = self._position(transformer, timestep)
+        if position is None:
+            run, step, new = self._outside_of_loops()
+        else:
+            run, step, new = self._in_loop(position)
+        if step != run.step:
+            run.calls.clear()
+        self.run, run.step = run, step
+        _enter_context(run, tensors, variant)
+        return new
+
+    def _position(self, transformer: nn.Module, timestep: Any) -> Position | None:
+        pipe = None if self._pipe is None else self._pipe()
+        if pipe is not None and not holds(pipe, transformer):
+            pipe = None
+        if pipe is not None:
+            self._known.add(pipe.scheduler)  # it may have been replaced
+        if found := _by_storage([*reversed(self.loops), *self._known], timestep):
+            if pipe is not None and pipe.scheduler is found.driver:
+                found.pipe = self._pipe
+            return found
+        if self.loops and (found := _by_count(self.loops[-1])):
+            return found
+        if torch.is_grad_enabled():  # training
+            return None
+        if caller := calling_pipeline(transformer, timestep):
+            pipe, scheduler = caller
+            self._known.add(scheduler)
+            found = _by_storage([scheduler], timestep) or _by_count(scheduler)
+        elif pipe is not None:
+            found = _by_count(pipe.scheduler)
+        if found is not None:
+            found.pipe = weakref.ref(pipe)
+        return found
+
+    def _outside_of_loops(self) -> tuple[Run, int, bool]:
+        if self.run is not None and not self.run.in_loop:
+            return self.run, self.run.step + 1, False
+        return Run(), 0, True
+
+    def _in_loop(self, position: Position) -> tuple[Run, int, bool]:
+        index, run = position.index, self._runs.get(position.driver)
+        same = run is not None and run.timesteps is position.timesteps
+        if run is not None and same and index >= run.begin + run.step:
+            if run.begin_assumed and run.step == 0 and index > run.begin:
+                run.begin_at(index - 1)  # only its first step tells where a silent scheduler began
+            return run, index - run.begin, False
+        scheduler = position.scheduler
+        told = getattr(scheduler, "begin_index", None)
+        run = self._runs[position.driver] = Run(
+            position.timesteps,
+            scheduler=scheduler,
+            sigmas=getattr(position.driver, "sigmas", None) if scheduler is None else None,
+            begin=index if told is None or told > index else told,
+            pipe=position.pipe,
+        )
+        run.begin_assumed = told is None and getattr(scheduler, "step_index", None) is None
+        return run, index - run.begin, True
+
+
+def _enter_context(run: Run, tensors: tuple[Any, ...], variant: Hashable) -> None:
+    what = (*map(id, tensors), variant)
+    ordinal = run.calls[what] = run.calls.get(what, -1) + 1
+    key = (what, ordinal)
+    context = run.contexts.get(key)
+    if context is None or not context.is_of(tensors):
+        contexts = run.contexts
+
+        def forget(_: Any) -> None:
+            # With its tensors goes all that methods keep for a context, also after an interrupt.
+            contexts.pop(key, None)
+
+        references = tuple(weakref.ref(x, forget) for x in tensors)
+        context = contexts[key] = Context(references)
+    run.context = context
+
+
+def _was_told(driver: Any) -> bool:
+    """Whether a scheduler was told its steps: before that its timesteps are those of training."""
+    scheduler = driver.scheduler if isinstance(driver, SamplingLoop) else driver
+    return scheduler is None or getattr(scheduler, "num_inference_steps", 1) is not None
+
+
+def _by_storage(drivers: list[Any], timestep: Any) -> Position | None:
+    """The driver of whose timesteps this is a view."""
+    for driver in drivers:
+        timesteps = getattr(driver, "timesteps", None)
+        if not isinstance(timesteps, Tensor) or not same_storage(timestep, timesteps):
+            continue
+        index = index_in(timestep, timesteps)
+        if index is not None and _was_told(driver):
+            return Position(driver, timesteps, index)
+    return None
+
+
+def _by_count(driver: Any) -> Position | None:
+    """The step that the driver itself counts; None if it does not move."""
+    timesteps = getattr(driver, "timesteps", None)
+    if not isinstance(timesteps, Tensor) or not _was_told(driver):
+        return None
+    index: int | None = None
+    scheduler = driver
+    if isinstance(driver, SamplingLoop):
+        index, scheduler = driver.step, driver.scheduler
+        if index is None and scheduler is None:
+            return None
+    if index is None:
+        counted = getattr(scheduler, "step_index", None)
+        index = getattr(scheduler, "begin_index", None) if counted is None else counted
+    index = index or 0
+    return Position(driver, timesteps, index) if 0 <= index < len(timesteps) else None

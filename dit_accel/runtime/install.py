@@ -1,72 +1,129 @@
-"""`Session`: one transformer's acceleration, and what of it hangs on the transformer."""
+"""`Installation`: the methods that accelerate one transformer, its processors and hooks, put on and taken off."""
 
+import copy
+import threading
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.models import Family, Hook, by_name
-from dit_accel.ras import RegionAdaptiveSampling
+from dit_accel.models import FAMILIES, Call, Family, Focus, Hook, by_name, family_of
+from dit_accel.models.attention import SparseProcessor
 from dit_accel.runtime.clock import Clock
-from dit_accel.sla import Reordered, SparseAttention
+from dit_accel.runtime.method import Host, Method
+from dit_accel.runtime.run import Run
+from dit_accel.runtime.weights import weights_state
 
 
-class Session:
-    """One transformer's acceleration: the processors put in, the hooks, and what they share."""
+class Installation:
+    """Acceleration installed on one transformer: its methods, processors and hooks.
 
-    def __init__(
-        self, pipe: Any, family: Family, *, ras: RASConfig | None, sla: SLAConfig | None
-    ) -> None:
-        transformer = self.transformer = pipe.transformer
-        self.family = family
-        self.layers = family.self_attention(transformer)
-        self.cross = family.cross_attention(transformer) if ras is not None else {}
-        self._check(transformer, ras, sla)
-        self.clock = Clock(pipe)
-        self.sla = None if sla is None else SparseAttention(sla, self.layers)
-        self.ras = None if ras is None else self._region_adaptive(ras)
-        self.reordered: Reordered | None = None
-        if sla is not None and sla.order != "raster" and ras is None:
-            self.reordered = Reordered()
-        self._focus = self.ras or self.reordered
-        for name, layer in self.layers.items():
-            processor = family.processor(layer.module.processor)
-            if self.sla is not None:
-                processor.attend = self.sla.layers[name]
-            if self.ras is not None:
-                processor.kv_store = self.ras.stores[name]
-            layer.module.set_processor(processor)
-        if self.sla is not None and self.sla.config.has_weights:
-            self.sla.attach()
+    The transformer owns it, through its hooks. It knows no pipeline and keeps no reference to the
+    transformer, so that a deleted model is free at once.
+    """
+
+    def __init__(self, transformer: Any, methods: Iterable[Method], clock: Clock) -> None:
+        self.methods = {x.name: x for x in sorted(methods, key=lambda x: -x.focus_rank)}
+        self.clock = clock
+        self.family = family_of(transformer)
+        self.run: Run | None = None
+        """The last run that methods were told about."""
+        self._call: Call | None = None
+        self._weights: Any = None
+        self._said: set[str] = set()
+        self._guard = threading.Lock()
+        self._owner: threading.Thread | None = None
+        self.focus = _focus_of(self.methods.values())
+        """What decides which tokens run in which order; None: all of them, in raster order."""
+        self._processors: dict[str, Any] = {}
+        self._hooks: list[Any] = []
+        self._focus_hooks: list[tuple[str, Hook]] = []
+        self.layers = self.family.self_attention(transformer)
+        self._check(transformer)
+        try:
+            self._install(transformer)
+        except BaseException:
+            self.remove(transformer)
+            raise
+
+    # Putting on and taking off ----------------------------------------------------------------------
+
+    def host(self, transformer: Any) -> Host:
+        """The transformer, as methods see it."""
+        return Host(transformer, self.family, self.layers, tuple(self.methods.values()), self.focus)
+
+    def _check(self, transformer: Any) -> None:
+        _check_parallelism(transformer, self._modules(transformer))
+        if any(x.uses_attention for x in self.methods.values()):
+            _check_processors(self.family, self._modules(transformer))
+        self._check_methods(transformer)
+
+    def _check_methods(self, transformer: Any) -> None:
+        for method in self.methods.values():
+            others = [x for x in self.methods.values() if x is not method]
+            method.check(transformer, others)
+
+    def _modules(self, transformer: Any) -> dict[str, Any]:
+        """Attention modules by name: self-attention, and cross-attention where its text is computed once."""
+        modules = {name: x.module for name, x in self.layers.items()}
+        if self.focus is not None and self.focus.keeps:
+            modules |= self.family.cross_attention(transformer)
+        return modules
+
+    def _install(self, transformer: Any) -> None:
+        if any(x.uses_attention for x in self.methods.values()):
+            for name, module in self._modules(transformer).items():
+                stock = _stock(module.processor)
+                ours = (
+                    self.family.processor(stock)
+                    if name in self.layers
+                    else self.family.cross_processor(stock)
+                )
+                module.set_processor(ours)
+                self._processors[name] = ours
+        host = self.host(transformer)
+        for method in self.methods.values():
+            method.attach(host)
+        if self._adds_modules:
             _reapply_group_offloading(transformer)
-        for module in self.cross.values():
-            module.set_processor(family.cross_processor(module.processor))
-        self._installed = {name: module.processor for name, module in self._modules()}
         self._hooks = [
             transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             transformer.register_forward_hook(self.after_forward, always_call=True),
         ]
         self._focus_hooks = self._hook_focus(transformer)
 
-    def _region_adaptive(self, config: RASConfig) -> RegionAdaptiveSampling:
-        """Under sparse attention it selects whole query blocks, in sparse attention's token order."""
-        if self.sla is None:
-            return RegionAdaptiveSampling(config, self.layers)
-        sla = self.sla
-        ras = RegionAdaptiveSampling(config, self.layers, tile=sla.tile, order=sla.order)
-        if sla.config.has_weights:
-            for name, store in ras.stores.items():
-                store.feature_map = sla.config.feature_map
-                sla.layers[name].store = store
-        return ras
+    def remove(self, transformer: Any) -> None:
+        """Put back what was there; processors that somebody else set stay."""
+        for hook in [*self._hooks, *(x for _, x in self._focus_hooks)]:
+            hook.remove()
+        for method in self.methods.values():
+            method.detach()
+        if self._adds_modules:
+            _reapply_group_offloading(transformer)
+        stock = {id(x): x.release() for x in self._processors.values()}
+        for name, module in self._modules(transformer).items():
+            ours = self._processors.get(name)
+            if ours is not None and module.processor is ours:
+                module.set_processor(ours.stock)
+        # Fusing projections notes the processors that it finds, and unfusing sets those.
+        noted = getattr(transformer, "original_attn_processors", None)
+        if isinstance(noted, dict) and any(id(x) in stock for x in noted.values()):
+            transformer.original_attn_processors = {
+                name: stock.get(id(x), x) for name, x in noted.items()
+            }
+
+    @property
+    def _adds_modules(self) -> bool:
+        return any(x.modules for x in self.methods.values())
 
     def _hook_focus(self, transformer: nn.Module) -> list[tuple[str, Hook]]:
         """The hooks that gather and complete, by the names of their modules."""
-        if self._focus is None:
+        if self.focus is None:
             return []
         names = {module: name for name, module in transformer.named_modules()}
-        return [(names[x.module], x) for x in self.family.hooks(transformer, self._focus)]
+        return [(names[x.module], x) for x in self.family.hooks(transformer, self.focus)]
 
     def _follow_modules(self, transformer: nn.Module) -> None:
         """Adapters such as LoRA put modules of their own around those that have our hooks."""
@@ -75,121 +132,235 @@ class Session:
                 hook.remove()
             self._focus_hooks = self._hook_focus(transformer)
 
-    @property
-    def ras_config(self) -> RASConfig | None:
-        return None if self.ras is None else self.ras.config
+    def __deepcopy__(self, memo: dict) -> "Installation":
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        own = {
+            "_guard": threading.Lock(),
+            "_owner": None,
+            "run": None,
+            "_call": None,
+            "_weights": None,
+        }
+        for name, value in vars(self).items():
+            setattr(new, name, own[name] if name in own else copy.deepcopy(value, memo))
+        return new
 
-    @property
-    def sla_config(self) -> SLAConfig | None:
-        return None if self.sla is None else self.sla.config
-
-    def _modules(self) -> list[tuple[str, Any]]:
-        return [(name, x.module) for name, x in self.layers.items()] + list(self.cross.items())
-
-    def _check(self, transformer: Any, ras: RASConfig | None, sla: SLAConfig | None) -> None:
-        for name, module in self._modules():
-            kind = type(module.processor).__name__
-            if kind not in self.family.stock_processors:
-                raise ValueError(
-                    f"pipe.transformer.{name}: processor {kind}; accepted: {', '.join(self.family.stock_processors)} "
-                    "(restore it before enable)"
-                )
-        if self._context_parallel(transformer):
-            raise ValueError(
-                "pipe.transformer: context parallelism is on; accepted: a single device"
-            )
-        if ras is not None and getattr(transformer, "is_cache_enabled", False):
-            raise ValueError(
-                "ras: a step cache of diffusers is on, and both decide what a step computes; "
-                "call pipe.transformer.disable_cache() first"
-            )
-        if ras is not None and sla is not None and ras.kv_cache != "full":
-            raise ValueError(f"kv_cache={ras.kv_cache!r}: accepted with sparse attention is 'full'")
-
-    def _context_parallel(self, transformer: Any) -> bool:
-        config = getattr(transformer, "_parallel_config", None)
-        return getattr(config, "context_parallel_config", None) is not None or any(
-            getattr(module.processor, "_parallel_config", None) is not None
-            for _, module in self._modules()
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an accelerated transformer cannot be pickled: call dit_accel.disable() first, or save it with "
+            "save_pretrained"
         )
+
+    # One call of the transformer --------------------------------------------------------------------
 
     @torch.compiler.disable
     def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the transformer."""
+        self._enter()
         self._follow_modules(transformer)
         arguments = by_name(transformer, args, kwargs)
-        call = self.family.call(transformer, arguments)
-        if self.clock.tick(transformer, call.context, call.variant):
+        call = self._call = self.family.call(transformer, arguments)
+        if self.clock.tick(transformer, call.timestep, call.conditions, call.variant):
             self._begin_run(transformer)
-        grid = self.family.token_grid(transformer, call.hidden_states)
-        if self.sla is not None:
-            device = call.hidden_states.device
-            self.sla.begin_step(self.clock.step, self.clock.num_steps, grid, device)
-            if self.reordered is not None:
-                self.reordered.begin_call(call, self.sla.order(grid, device))
-        if self.ras is not None:
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    "ras: gradients are on, and cached tokens have none: run under torch.no_grad(), or "
-                    "disable() first"
-                )
-            guidance = bool(getattr(self.clock.pipe, "do_classifier_free_guidance", True))
-            contexts = 2 if guidance and self.family.separate_guidance else 1
-            self.ras.begin_call(self.clock, call, grid, contexts)
-        if self._focus is not None:
-            focused = self.family.focus_inputs(self._focus, arguments)
+        run = self.run = self.clock.run
+        assert run is not None
+        self._notice_weights(transformer, run)
+        for method in self.methods.values():
+            method.begin_call(run, call)
+        if self.focus is not None:
+            focused = self.family.focus_inputs(self.focus, arguments)
             if focused is not arguments:
                 return (), focused
         return None
 
+    @torch.compiler.disable
+    def after_forward(self, transformer: nn.Module, args: tuple, output: Any) -> Any:
+        """Forward hook of the transformer, called after a failure too."""
+        if self._owner is not threading.current_thread():
+            return None  # the call of another thread, which `_enter` refused
+        try:
+            return self._end_call(output)
+        finally:
+            self._call = self._owner = None
+
+    def _end_call(self, output: Any) -> Any:
+        for processor in self._processors.values():
+            processor.text = None
+        run, call, changed = self.run, self._call, None
+        if run is None or call is None:
+            return None
+        for method in self.methods.values():
+            new = method.end_call(run, call, output if changed is None else changed)
+            changed = changed if new is None else new
+        if output is not None and run.is_last_step:
+            self._warn_if_idle(run)
+        return changed
+
+    def _enter(self) -> None:
+        """One call at a time: what methods keep between their hooks belongs to one call."""
+        me = threading.current_thread()
+        with self._guard:
+            # An interrupted call (Ctrl-C) may never have ended.
+            owner = self._owner
+            if owner is not None and owner is not me and owner.is_alive():
+                raise RuntimeError(
+                    f"this accelerated transformer is in a call of thread {owner.name!r}: give each thread "
+                    "a transformer of its own (copy.deepcopy), or let one wait for the other"
+                )
+            self._owner = me
+
     def _begin_run(self, transformer: Any) -> None:
-        for name, module in self._modules():
-            if module.processor is not self._installed[name]:
+        modules = self._modules(transformer)
+        for name, ours in self._processors.items():
+            if modules[name].processor is not ours:
                 raise RuntimeError(
                     f"the processor of {name} was changed after enable: call disable() first"
                 )
-        if self._context_parallel(transformer):
-            raise RuntimeError(
-                "context parallelism was switched on after enable, and splits the tokens that acceleration "
-                "needs: call disable() first"
-            )
-        if self.sla is not None:
-            self.sla.reset()
-        if self.ras is not None:
-            if getattr(transformer, "is_cache_enabled", False):
-                raise RuntimeError(
-                    "a step cache of diffusers was switched on after enable(ras=...), and both decide what a "
-                    "step computes: call pipe.transformer.disable_cache() or disable() first"
-                )
-            self.ras.reset()
+        try:
+            _check_parallelism(transformer, modules)
+            self._check_methods(transformer)
+        except ValueError as error:
+            raise RuntimeError(f"changed after enable: {error}") from None
+        self._weights = None
+        assert self.clock.run is not None
+        for method in self.methods.values():
+            method.begin_run(self.clock.run)
 
-    @torch.compiler.disable
-    def after_forward(self, transformer: nn.Module, args: tuple, output: Any) -> None:
-        """Forward hook of the transformer, called after a failure too."""
-        if self.reordered is not None:
-            self.reordered.end_call()
-        if self.sla is not None:
-            self.sla.end_step()
-        if self.ras is None:
+    def _notice_weights(self, transformer: nn.Module, run: Run) -> None:
+        if not any(x.keeps_activations for x in self.methods.values()):
             return
-        for module in self.cross.values():
-            if hasattr(module.processor, "text"):
-                module.processor.text = None
-        self.ras.end_call(self.clock, failed=output is None)
+        ours = {x for method in self.methods.values() for x in method.modules.values()}
+        weights = weights_state(transformer, leave_out=ours)
+        if self._weights is not None and weights != self._weights:
+            for method in self.methods.values():
+                method.weights_changed(run)
+        self._weights = weights
 
-    def remove(self) -> None:
-        """Put back what was there; processors that somebody else set stay."""
-        for hook in [*self._hooks, *(x for _, x in self._focus_hooks)]:
-            hook.remove()
-        if self.sla is not None and self.sla.config.has_weights:
-            self.sla.detach()
-            _reapply_group_offloading(self.transformer)
-        for name, module in self._modules():
-            ours = self._installed[name]
-            if module.processor is ours:
-                if hasattr(ours, "_attention_backend"):
-                    ours.stock._attention_backend = ours._attention_backend
-                module.set_processor(ours.stock)
+    def _warn_if_idle(self, run: Run) -> None:
+        reasons = [f"{x.name}: {why}" for x in self.methods.values() if (why := x.idle(run))]
+        text = "; ".join(reasons)
+        if len(reasons) == len(self.methods) and text not in self._said:
+            self._said.add(text)
+            warnings.warn(f"dit_accel accelerated nothing in this run ({text})", stacklevel=2)
+
+
+def installation_of(target: Any) -> Installation | None:
+    """The acceleration on a transformer, on a wrapper of it, or on the transformer of a pipeline."""
+    found = find(target)
+    return None if found is None else found[1]
+
+
+def install(
+    target: Any, methods: Iterable[Method], *, replaced: Installation | None = None
+) -> Installation:
+    """Put methods on a transformer.
+
+    Args:
+        target: a transformer, a wrapper of one (DDP, PEFT, torch.compile), or a pipeline.
+        methods: all methods that are to be on.
+        replaced: what is on now; it stays on if this fails.
+
+    Raises:
+        ValueError: a transformer or processors that are not supported, or methods that do not go together.
+    """
+    transformer = transformer_of(target)
+    clock = Clock() if replaced is None else replaced.clock
+    if replaced is not None:
+        replaced.remove(transformer)
+        clock.forget()
+    try:
+        installation = Installation(transformer, methods, clock)
+    except BaseException:
+        if replaced is not None:
+            Installation(transformer, replaced.methods.values(), clock)
+        raise
+    if target is not transformer and hasattr(target, "scheduler"):
+        clock.follow(target)
+    return installation
+
+
+def uninstall(target: Any) -> None:
+    """Take all methods off; nothing happens if none is on."""
+    found = find(target)
+    if found is not None:
+        transformer, installation = found
+        installation.remove(transformer)
+
+
+def transformer_of(target: Any) -> Any:
+    """The transformer that a pipeline, a wrapper or a transformer stands for.
+
+    Raises:
+        ValueError: there is none of a supported model, or there are two.
+    """
+    if getattr(target, "transformer_2", None) is not None:
+        raise ValueError(
+            "pipe.transformer_2: two-transformer pipelines (Wan2.2) are not supported; accepted: None"
+        )
+    module = _module(target)
+    if module is None:
+        raise ValueError(
+            f"target: {type(target).__name__} is no transformer and has none; accepted are transformers and "
+            f"pipelines of {', '.join(FAMILIES)}"
+        )
+    for inner in module.modules():
+        if any(cls.__name__ in FAMILIES for cls in type(inner).__mro__):
+            return inner
+    family_of(module)  # which refuses it, by name
+    raise AssertionError("unreachable")
+
+
+def _module(target: Any) -> nn.Module | None:
+    module = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def find(target: Any) -> tuple[Any, Installation] | None:
+    """The accelerated transformer and its installation; `target` as in `installation_of`."""
+    module = _module(target)
+    if module is None:
+        return None
+    for inner in module.modules():
+        for hook in inner._forward_pre_hooks.values():
+            if isinstance(owner := getattr(hook, "__self__", None), Installation):
+                return inner, owner
+    return None
+
+
+def _focus_of(methods: Iterable[Method]) -> Focus | None:
+    """That of the method with the highest rank."""
+    candidates = [x for x in methods if x.focus is not None]
+    return max(candidates, key=lambda x: x.focus_rank).focus if candidates else None
+
+
+def _stock(processor: Any) -> Any:
+    """The processor of diffusers behind one of ours that outlived its installation."""
+    while isinstance(processor, SparseProcessor):
+        processor = processor.stock
+    return processor
+
+
+def _check_processors(family: Family, modules: dict[str, Any]) -> None:
+    for name, module in modules.items():
+        kind = type(_stock(module.processor)).__name__
+        if kind not in family.stock_processors:
+            raise ValueError(
+                f"transformer.{name}: processor {kind}; accepted: {', '.join(family.stock_processors)} "
+                "(restore it before enable)"
+            )
+
+
+def _check_parallelism(transformer: Any, modules: dict[str, Any]) -> None:
+    config = getattr(transformer, "_parallel_config", None)
+    if getattr(config, "context_parallel_config", None) is not None or any(
+        getattr(module.processor, "_parallel_config", None) is not None
+        for module in modules.values()
+    ):
+        raise ValueError(
+            "transformer: context parallelism is on and splits the tokens that acceleration needs; accepted: a "
+            "single device"
+        )
 
 
 def _reapply_group_offloading(transformer: nn.Module) -> None:

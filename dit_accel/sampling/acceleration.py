@@ -61,7 +61,7 @@ def acceleration_settings(pipe: Any) -> dict[str, Any]:
         if session.sla.config.has_weights:
             weights = {
                 f"{layer}.{name}": x.float()
-                for layer, module in session.sla.modules.items()
+                for layer, module in session.sla.attention.items()
                 for name, x in weights_of(module).items()
             }
             settings["sla"]["weights_sha256"] = digest({}, weights)

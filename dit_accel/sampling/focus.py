@@ -25,7 +25,7 @@ def focus_masks(pipe: Any, sample: int = 0) -> dict[int, Bool[np.ndarray, "t h w
     session = control.session_of(pipe)
     if session is None or session.ras is None:
         raise ValueError("save_focus: region-adaptive sampling is off; accepted with ras=...")
-    return {step: mask.numpy() for step, mask in session.ras.focus(sample).items()}
+    return {step: mask.numpy() for step, mask in session.ras.masks(sample).items()}
 
 
 def heat(values: Float[np.ndarray, "t h w"]) -> UInt8[np.ndarray, "t h w 3"]:

@@ -2,10 +2,9 @@
 
 from dit_accel.sla.attention import SparseLinearAttention
 from dit_accel.sla.order import Reordered, tile_order
-from dit_accel.sla.schedule import LayerStats, SparseAttention
+from dit_accel.sla.schedule import SparseAttention
 
 __all__ = [
-    "LayerStats",
     "Reordered",
     "SparseAttention",
     "SparseLinearAttention",

@@ -33,8 +33,8 @@ class Projection(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width, width))
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.zeros(width, width, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(width, dtype=torch.float32))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.bias
@@ -77,7 +77,7 @@ class SparseLinearAttention(nn.Module):
         if config.combine == "proj":
             self.proj_l = Projection(head_dim)
         elif config.combine == "alpha":
-            self.alpha_logit = nn.Parameter(torch.zeros(heads))
+            self.alpha_logit = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
             self.calibrated = False
 
     def _apply(

@@ -1,4 +1,4 @@
-"""`SparseAttention`: which layers run sparse in which steps, and what they really did."""
+"""`SparseAttention`: the method; which layers run sparse in which steps, and what they really did."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,28 +7,40 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_accel.config import SLAConfig, num_steps_of
-from dit_accel.models import AttentionLayer, TokenOrder
+from dit_accel.models import AttentionLayer, Call, TokenOrder
+from dit_accel.runtime.method import Host, Method
+from dit_accel.runtime.run import Run
+from dit_accel.runtime.summary import reasons
 from dit_accel.sla.attention import SparseLinearAttention, Text
 from dit_accel.sla.crossover import NEVER, min_sparse_length
-from dit_accel.sla.order import tile_order
+from dit_accel.sla.order import Reordered, tile_order
+from dit_accel.sla.summary import AttentionSummary, LayerSummary
 
 LAYER, STEP, MASK, SHORT, CROSSOVER = range(5)
 """Why a call runs dense; the next place counts the sparse calls."""
 SPARSE = 5
 
 
-@dataclass(frozen=True)
-class LayerStats:
-    """What one attention layer did during one run."""
+class LayerCounts:
+    """What one attention layer did during one run, as tensors: counting waits for no device."""
 
-    sparse_calls: int
-    dense_calls: dict[str, int]
-    """Calls that ran dense, by reason."""
-    density: float | None
-    """Mean over the sparse calls; None without one."""
+    def __init__(self, device: torch.device) -> None:
+        self.calls = torch.zeros(SPARSE + 1, dtype=torch.int64, device=device)
+        self.density_sum = torch.zeros((), dtype=torch.float32, device=device)
+
+
+@dataclass
+class RunState:
+    """What is kept for one run."""
+
+    counts: dict[str, LayerCounts]
+    shortest: dict[str, int]
+    """Keys from which sparse attention pays, by layer."""
+    tokens: int = 0
+    """Image tokens of the last call."""
 
 
 class LayerAttention:
@@ -43,20 +55,19 @@ class LayerAttention:
         self.scheduled = scheduled
         """Whether the schedule lets this layer run sparse on some step."""
         self.dense = True
-        self.image = torch.empty(0, 0)
+        self.image = torch.empty(0, 0, dtype=torch.float32)
         """`[N, 0]`: image tokens among the keys. A shape, which compiled blocks take as it comes: the numbers
         that they find in an object are theirs for good."""
         self.shortest = 0
         """Keys from which sparse attention pays."""
         self.store: Any = None
         """Whose `totals` are sums over image keys, kept up to date; None: nobody keeps them."""
-        self.reset(torch.device("cpu"))
+        self.count_into(LayerCounts(torch.device("cpu")))
 
-    def reset(self, device: torch.device) -> None:
-        """Count anew."""
-        self.counts = torch.zeros(SPARSE + 1, dtype=torch.int64, device=device)
-        self.density_sum = torch.zeros((), device=device)
-        self.dense_count = self.counts[LAYER]
+    def count_into(self, counts: LayerCounts) -> None:
+        """Count the next calls there."""
+        self.counts, self.density_sum = counts.calls, counts.density_sum
+        self.dense_count = self.counts[STEP if self.scheduled else LAYER]
 
     def __call__(
         self,
@@ -94,76 +105,129 @@ class LayerAttention:
         return None
 
 
-class SparseAttention:
+class SparseAttention(Method):
     """Sparse attention of a whole transformer.
 
+    In a sampling loop the first steps are dense, as `config.dense_steps` says. Outside of one (training, a
+    call by hand) every scheduled layer runs sparse in every call, and gradients flow.
+
     Args:
-        config: what to do; layer indices are checked against `layers`.
-        layers: the transformer's self-attention layers.
+        config: settings.
+        weights: state dicts of the layers' modules, by the name of the layer; None: initial ones.
     """
 
-    def __init__(self, config: SLAConfig, layers: Mapping[str, AttentionLayer]) -> None:
-        count = len(layers)
-        config.check_layers(count)
+    name = "sla"
+    uses_attention = True
+
+    def __init__(
+        self, config: SLAConfig, weights: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> None:
         self.config = config
-        self._attention = {name: layer.module for name, layer in layers.items()}
+        self.weights = weights
         self.layers: dict[str, LayerAttention] = {}
-        for i, (name, layer) in enumerate(layers.items()):
-            module = SparseLinearAttention(
-                config, layer.module.heads, layer.head_dim, topk=config.layer_topk(i, count)
-            )
-            if isinstance(weight := getattr(layer.module.to_q, "weight", None), Tensor):
-                module.to(weight.device if weight.device.type != "meta" else "cpu")
-            self.layers[name] = LayerAttention(module, not config.is_dense_layer(i, count))
-        self._tokens = 0
-        self._begun = False
+        self._attention: dict[str, nn.Module] = {}
+        self.reordered = None if config.order == "raster" else Reordered()
+        self._reorders = False
+        self._state: RunState | None = None
 
     @property
-    def modules(self) -> dict[str, SparseLinearAttention]:
-        """By the name of the attention layer."""
+    def focus(self) -> Reordered | None:  # type: ignore[override]
+        return self.reordered
+
+    def make_layers(self, layers: Mapping[str, AttentionLayer]) -> None:
+        """Make a module for each self-attention layer.
+
+        Raises:
+            ValueError: the config names layers that are not there, or the weights do not fit.
+        """
+        count = len(layers)
+        self.config.check_layers(count)
+        self._attention = {name: layer.module for name, layer in layers.items()}
+        for i, (name, layer) in enumerate(layers.items()):
+            module = SparseLinearAttention(
+                self.config,
+                layer.module.heads,
+                layer.head_dim,
+                topk=self.config.layer_topk(i, count),
+            )
+            if self.weights:
+                module.load_state_dict(dict(self.weights[name]))
+            if isinstance(weight := getattr(layer.module.to_q, "weight", None), Tensor):
+                module.to(weight.device if weight.device.type != "meta" else "cpu")
+            self.layers[name] = LayerAttention(module, not self.config.is_dense_layer(i, count))
+
+    def attach(self, host: Host) -> None:
+        if not self.layers:  # attached for the second time, it keeps what it has learned
+            self.make_layers(host.layers)
+        self._reorders = self.reordered is not None and host.focus is self.reordered
+        for name, layer in host.layers.items():
+            processor, ours = layer.module.processor, self.layers[name]
+            processor.attend = ours
+            ours.store = None
+            if self.config.has_weights and processor.kv_store is not None:
+                processor.kv_store.feature_map = self.config.feature_map
+                ours.store = processor.kv_store
+        self.attach_weights()
+
+    def detach(self) -> None:
+        self.detach_weights()
+        self._state = None
+
+    @property
+    def attention(self) -> dict[str, SparseLinearAttention]:
+        """The modules by the name of the attention layer."""
         return {name: layer.module for name, layer in self.layers.items()}
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        return self.attention if self.config.has_weights else {}
 
     def set_router(self, router: Callable[..., Tensor]) -> None:
         """Rank key blocks otherwise; it takes the arguments of `block_scores`."""
         for layer in self.layers.values():
             layer.module.router = router
 
-    def attach(self) -> None:
-        """Weights become part of the transformer, as the submodule `sla` of each attention layer."""
+    def attach_weights(self) -> None:
+        """Make weights part of the transformer, as the submodule `sla` of each attention layer."""
         if self.config.has_weights:
             for name, module in self._attention.items():
                 module.add_module("sla", self.layers[name].module)
 
-    def detach(self) -> None:
-        """Undo `attach`."""
+    def detach_weights(self) -> None:
+        """Undo `attach_weights`."""
         for name, module in self._attention.items():
             if module._modules.get("sla") is self.layers[name].module:
                 del module.sla
 
-    def reset(self) -> None:
-        """Count anew: a run begins."""
-        self._begun = False
+    def begin_run(self, run: Run) -> None:
+        run.states[self.name] = None  # the device is known with the first call
 
     @torch.inference_mode(False)  # counts go on in calls with gradients
-    def begin_step(
-        self, step: int, num_steps: int, grid: tuple[int, int, int], device: torch.device
-    ) -> None:
-        """What the next transformer call is: step `step` of `num_steps`, over `grid` image tokens."""
-        if not self._begun:
-            self._begun = True
-            for layer in self.layers.values():
-                layer.reset(device)
-                layer.shortest = self._shortest(layer, device)
-        dense_step = step < num_steps_of(self.config.dense_steps, num_steps)
-        self._tokens = math.prod(grid)
-        image = torch.empty(self._tokens, 0, device=device)
-        for layer in self.layers.values():
+    def begin_call(self, run: Run, call: Call) -> None:
+        device = call.hidden_states.device
+        state: RunState | None = run.states[self.name]
+        if state is None:
+            state = run.states[self.name] = RunState(
+                {name: LayerCounts(device) for name in self.layers},
+                {name: self._shortest(layer, device) for name, layer in self.layers.items()},
+            )
+        self._state = state
+        state.tokens = math.prod(call.grid)
+        dense_step = run.num_steps is not None and run.step < num_steps_of(
+            self.config.dense_steps, run.num_steps
+        )
+        image = torch.empty(state.tokens, 0, dtype=torch.float32, device=device)
+        for name, layer in self.layers.items():
             layer.image = image
             layer.dense = dense_step or not layer.scheduled
-            layer.dense_count = layer.counts[STEP if layer.scheduled else LAYER]
+            layer.shortest = state.shortest[name]
+            layer.count_into(state.counts[name])
+        if self._reorders and self.reordered is not None:
+            self.reordered.begin_call(call, self.order(call.grid, device))
 
-    def end_step(self) -> None:
-        """The transformer call is over."""
+    def end_call(self, run: Run, call: Call, output: Any) -> None:
+        if self.reordered is not None:
+            self.reordered.end_call()
         for layer in self.layers.values():
             layer.module.keep_measured()
 
@@ -191,24 +255,45 @@ class SparseAttention:
         assert topk is not None  # `top_p` goes with "never"
         return min_sparse_length(device.type, topk=topk, block=config.block_k)
 
-    def stats(self) -> dict[str, LayerStats]:
+    def rows(self, host: Host, run: Run | None) -> AttentionSummary:
         """What each layer did in the last run. Waits for the device."""
-        return {name: self._stats(layer) for name, layer in self.layers.items()}
+        state = self._state
+        layers = [self._layer_summary(name, layer, state) for name, layer in self.layers.items()]
+        cross = len(host.family.cross_attention(host.transformer))
+        return AttentionSummary(self.config.to_dict(), layers, cross)
 
-    def _stats(self, layer: LayerAttention) -> LayerStats:
-        counts = layer.counts.tolist()
-        reasons = {
+    def idle(self, run: Run) -> str | None:
+        state: RunState = run.states[self.name]
+        calls = torch.stack([x.calls for x in state.counts.values()]).sum(0).tolist()
+        if calls[SPARSE]:
+            return None
+        shortest = min(state.shortest.values())
+        return reasons(self._dense_calls(calls, state.tokens, shortest))
+
+    def _dense_calls(self, calls: list[int], tokens: int, shortest: int) -> dict[str, int]:
+        named = {
             LAYER: "dense layer",
             STEP: "dense step",
             MASK: "attention mask",
-            SHORT: f"one block: {self._tokens} tokens, block_k={self.config.block_k}",
-            CROSSOVER: f"crossover='auto': {self._tokens} tokens, sparse {_from(layer.shortest)}",
+            SHORT: f"one block: {tokens} tokens, block_k={self.config.block_k}",
+            CROSSOVER: f"crossover='auto': {tokens} tokens, sparse {_from(shortest)}",
         }
-        sparse = counts[SPARSE]
-        return LayerStats(
+        return {text: calls[i] for i, text in named.items() if calls[i]}
+
+    def _layer_summary(
+        self, name: str, layer: LayerAttention, state: RunState | None
+    ) -> LayerSummary:
+        if state is None:
+            return LayerSummary(name, layer.scheduled, 0, {}, None)
+        counts = state.counts[name]
+        calls = counts.calls.tolist()
+        sparse = calls[SPARSE]
+        return LayerSummary(
+            name=name,
+            scheduled=layer.scheduled,
             sparse_calls=sparse,
-            dense_calls={text: counts[i] for i, text in reasons.items() if counts[i]},
-            density=float(layer.density_sum) / sparse if sparse else None,
+            dense_calls=self._dense_calls(calls, state.tokens, state.shortest[name]),
+            density=float(counts.density_sum) / sparse if sparse else None,
         )
 
 

@@ -82,10 +82,12 @@ def flow_matching_loss(
     """Mean squared error of the velocity on a batch drawn from a pool of latents, one a caption."""
     count = config.dit_batch_size
     rows = torch.randint(len(latents), (count,), generator=generator)
-    noise = torch.randn(count, *latents.shape[1:], generator=generator)
-    level = torch.sigmoid(1.1 * torch.randn(count, generator=generator))
-    empty = torch.rand(count, generator=generator) < config.caption_dropout
-    long_text = torch.rand((), generator=generator).item() < config.long_text_share
+    noise = torch.randn(count, *latents.shape[1:], generator=generator, dtype=torch.float32)
+    level = torch.sigmoid(1.1 * torch.randn(count, generator=generator, dtype=torch.float32))
+    empty = torch.rand(count, generator=generator, dtype=torch.float32) < config.caption_dropout
+    long_text = (
+        torch.rand((), generator=generator, dtype=torch.float32).item() < config.long_text_share
+    )
 
     device = latents.device
     sigma = (config.shift * level / (1 + (config.shift - 1) * level)).to(device)

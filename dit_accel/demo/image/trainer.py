@@ -37,10 +37,12 @@ def train_vae(
         images = render_stills(
             draw_stills(config.vae_batch_size, generator, placement=ANYWHERE)
         ).to(device)
-        amount = _LATENT_NOISE * torch.rand(len(images), 1, 1, 1, generator=generator)
+        amount = _LATENT_NOISE * torch.rand(
+            len(images), 1, 1, 1, generator=generator, dtype=torch.float32
+        )
         with torch.autocast(device.type, torch.bfloat16):
             mean = encode(vae, images).float()
-            noise = amount * torch.randn(mean.shape, generator=generator)
+            noise = amount * torch.randn(mean.shape, generator=generator, dtype=torch.float32)
             decoded = vae.decode(mean + noise.to(device)).sample.float()
         error = decoded - images
         # The last term only keeps the latents from growing past unit size, where the noise would

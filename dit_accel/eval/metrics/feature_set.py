@@ -35,7 +35,7 @@ class FeatureSet:
         self._sum = torch.zeros(dims, dtype=torch.float64)
         self._products = torch.zeros(dims, dims, dtype=torch.float64)
         self._keys = torch.zeros(0, dtype=torch.int64)
-        self._rows = torch.zeros(0, dims)
+        self._rows = torch.zeros(0, dims, dtype=torch.float32)
         self._waiting: list[tuple[Tensor, Tensor]] = []  # copying the rows for each batch is slow
 
     def add(self, features: Float[Tensor, "n d"], names: Sequence[str]) -> None:

@@ -57,7 +57,7 @@ def judge(
 
     labels = torch.tensor([_vocabulary(still)[x] for x in prompts])
     shape, colour, motion, background, template = labels.unbind(1)
-    any_ = torch.zeros(len(prompts))  # what a caption does not say
+    any_ = torch.zeros(len(prompts), dtype=torch.float32)  # what a caption does not say
     expected = Clips(
         shape, colour, motion, background, template, any_, any_, any_[:, None].expand(-1, 2), any_
     )

@@ -61,10 +61,10 @@ def training_batch(
     from dit_accel.demo.vocabulary import BACKGROUND_RGB, COLOUR_RGB
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
+        return torch.rand(*shape, generator=generator, dtype=torch.float32)
 
     def colours(palette: tuple[tuple[float, ...], ...], chosen: Tensor) -> Tensor:
-        near = torch.tensor(palette)[chosen] + 0.1 * (uniform(count, 3) - 0.5)
+        near = torch.tensor(palette, dtype=torch.float32)[chosen] + 0.1 * (uniform(count, 3) - 0.5)
         return torch.where(uniform(count, 1) < 0.5, near.clamp(0, 1), uniform(count, 3))
 
     stills = draw_stills(count, generator, split="all", placement=ANYWHERE)
@@ -75,7 +75,7 @@ def training_batch(
     # The square roots are asked for and drawn evenly: a little blur or noise is what matters most.
     blur, noise = (uniform(count) * (uniform(count) < 0.6) for _ in range(2))
     images = _blurred(images, _MOST_BLUR * blur.square())
-    grain = torch.randn(images.shape, generator=generator)
+    grain = torch.randn(images.shape, generator=generator, dtype=torch.float32)
     images = (images + (_MOST_NOISE * noise.square())[:, None, None, None] * grain).clamp(0, 1)
     measures = torch.cat(
         [

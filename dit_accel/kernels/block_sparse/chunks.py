@@ -208,7 +208,7 @@ class Layout:
             shown = shown & self.plan.visible(q_pos[..., None], at[:, None])
         if self.plan.q_block_sizes is not None:
             shown = shown & self._q_valid(q_block)[..., None]
-        bias = torch.zeros(shown.shape, device=shown.device)
+        bias = torch.zeros(shown.shape, device=shown.device, dtype=torch.float32)
         return bias.masked_fill(~shown, -math.inf)
 
     def _visible(

@@ -1,0 +1,108 @@
+"""`estimate_memory`: what region-adaptive sampling will keep in a run, in bytes."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dit_accel.config import RASConfig
+from dit_accel.models import family_of
+from dit_accel.ras import memory
+from dit_accel.runtime.install import transformer_of
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What region-adaptive sampling will keep, in bytes."""
+
+    kv_bytes: int
+    """Cached keys and values of all contexts."""
+    output_bytes: int
+    """Cached outputs."""
+    working_bytes: int
+    """Room left for the transformer's own work."""
+    free_bytes: int
+    """Free on the pipeline's device now."""
+    kv_predictor: str
+    """"linear" or "hold", as the run would use it."""
+    fits: bool
+    """If not, region-adaptive sampling goes off for that run."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the caches."""
+        return self.kv_bytes + self.output_bytes
+
+
+def estimate_memory(
+    pipe: Any,
+    *,
+    height: int,
+    width: int,
+    num_frames: int = 1,
+    ras: RASConfig | dict | str | os.PathLike = "balanced",
+    num_inference_steps: int = 50,
+    batch_size: int = 1,
+    guidance: bool = True,
+    max_sequence_length: int = 256,
+) -> MemoryEstimate:
+    """What `enable(pipe, ras=...)` will keep during a run of this size.
+
+    Args:
+        pipe: a supported pipeline; it need not be enabled.
+        height, width, num_frames: as in its call.
+        ras: as in `enable`.
+        num_inference_steps: decides on kv_predictor="auto".
+        batch_size: prompts times images per prompt.
+        guidance: whether classifier-free guidance is on (two contexts).
+        max_sequence_length: text tokens; they are cached in Lumina-Image 2.0 only.
+
+    Raises:
+        ValueError: a size, a count or a config that is not accepted.
+    """
+    config = RASConfig.load(ras)
+    transformer = transformer_of(pipe)
+    family = family_of(transformer)
+    sizes = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "num_inference_steps": num_inference_steps,
+        "batch_size": batch_size,
+        "max_sequence_length": max_sequence_length,
+    }
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: accepted is an int >= 1")
+    latents = torch.empty(
+        family.latent_shape(pipe, height, width, num_frames), device="meta", dtype=transformer.dtype
+    )
+    tokens = math.prod(family.token_grid(transformer, latents))
+    if tokens < 1:
+        raise ValueError(f"height={height}, width={width}: less than one token of this model")
+    itemsize = transformer.dtype.itemsize
+    halves = 2 if guidance else 1
+    contexts = halves if family.separate_guidance else 1
+    plan = memory.plan_cache(
+        config,
+        num_inference_steps,
+        memory.cached_layers(family.self_attention(transformer), tokens, max_sequence_length),
+        rows=batch_size * halves // contexts,
+        contexts=contexts,
+        itemsize=itemsize,
+        free=memory.free_bytes(torch.device(pipe._execution_device)),
+    )
+    outputs = (
+        latents[0].numel() // transformer.config.in_channels * family.output_channels(transformer)
+    )
+    kinds = 2 if config.predictor == "linear" else 1
+    return MemoryEstimate(
+        kv_bytes=plan.kv_bytes,
+        output_bytes=batch_size * halves * outputs * itemsize * kinds,
+        working_bytes=plan.working_bytes,
+        free_bytes=plan.free_bytes,
+        kv_predictor="linear" if plan.linear_kv else "hold",
+        fits=plan.fits,
+    )

@@ -1,0 +1,56 @@
+"""What region-adaptive sampling does not go with: step caches of diffusers, schedulers that add noise."""
+
+from typing import Any
+
+from torch import nn
+
+CACHE_MODULES = (
+    "faster_cache",
+    "first_block_cache",
+    "mag_cache",
+    "pyramid_attention_broadcast",
+    "sea_cache",
+    "taylorseer_cache",
+    "text_kv_cache",
+)
+"""Modules of `diffusers.hooks` whose hooks skip computations in some steps."""
+NOISY_CLASSES = (
+    "Ancestral",
+    "CMStochasticIterative",
+    "Cosine",  # DPM-Solver with cosine noise, an SDE
+    "DDPM",
+    "DPMSolverSDE",
+    "LCM",
+    "RePaint",
+    "SASolver",
+    "ScoreSdeVe",
+    "TCD",
+    "UnCLIP",
+)
+"""Parts of the names of diffusers' schedulers that draw noise in every step."""
+
+
+def step_cache_of(transformer: nn.Module) -> str | None:
+    """The step cache of diffusers that is on, whichever way it was put on; None: none is."""
+    if getattr(transformer, "is_cache_enabled", False):
+        return type(transformer._cache_config).__name__
+    for module in transformer.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        for hook in registry.hooks.values() if registry is not None else ():
+            if type(hook).__module__.rpartition(".")[2] in CACHE_MODULES:
+                return type(hook).__name__
+    return None
+
+
+def noise_of(scheduler: Any) -> str | None:
+    """How a scheduler adds noise in each step, by name; None: it does not."""
+    if scheduler is None:
+        return None
+    name = type(scheduler).__name__
+    if any(part in name for part in NOISY_CLASSES):
+        return name
+    config = getattr(scheduler, "config", {})
+    if config.get("stochastic_sampling"):
+        return f"{name}, stochastic_sampling"
+    algorithm = str(config.get("algorithm_type", ""))
+    return f"{name}, {algorithm}" if algorithm.startswith("sde") else None

@@ -1,0 +1,94 @@
+"""`Method`: the contract of an acceleration method, and `Host`: what it is attached to."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.models import AttentionLayer, Call, Family, Focus, TokenOrder
+from dit_accel.runtime.run import Run
+
+
+class Method:
+    """One way to make the calls of a transformer cheaper.
+
+    A method is attached to one transformer, told about its calls, asked what it did, and detached. Every
+    function here does nothing by default. What a method keeps for a run goes into `run.states[self.name]`, and
+    for a context into `run.context.states[self.name]`.
+    """
+
+    name: str
+    """Keyword of `enable`, key of `summary`."""
+    uses_attention = False
+    """Whether it needs the seams `attend` and `kv_store` of the attention processors."""
+    keeps_activations = False
+    """Whether it keeps what the transformer computed from one step to the next: dropped when weights change."""
+    focus: Focus | None = None
+    """Which tokens a call runs on and in which order, if the method decides that."""
+    focus_rank = 0
+    """Of several methods with a focus, the one with the highest rank decides."""
+
+    def check(self, transformer: nn.Module, others: Collection["Method"]) -> None:
+        """Refuse what the method cannot work with, at `enable` and at the beginning of each run.
+
+        Raises:
+            ValueError: the transformer, as it is now, or another method does not go with it.
+        """
+
+    def attach(self, host: "Host") -> None:
+        """Connect to the transformer. Methods with a higher `focus_rank` are attached first."""
+
+    def begin_run(self, run: Run) -> None:
+        """A new run begins, with the call that `begin_call` tells next."""
+
+    def begin_call(self, run: Run, call: Call) -> None:
+        """The transformer is about to run."""
+
+    def end_call(self, run: Run, call: Call, output: Any) -> Any:
+        """The transformer has run.
+
+        Args:
+            output: what it returned; None after a failure.
+
+        Returns:
+            What it returns instead; None leaves the output as it is.
+        """
+
+    def weights_changed(self, run: Run) -> None:
+        """Weights of the transformer changed in mid-run: what was kept is stale."""
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+
+    def rows(self, host: "Host", run: Run | None) -> Any:
+        """What the method did in a run, for `summary`: an object that prints as a table and has `to_dict`."""
+
+    def idle(self, run: Run) -> str | None:
+        """Why the method has accelerated nothing in this run; None if it has accelerated something."""
+
+    def order(self, grid: tuple[int, int, int], device: torch.device) -> TokenOrder | None:
+        """The order in which tokens of this grid should run; None: no wish."""
+
+    def tile(self, grid: tuple[int, int, int], device: torch.device) -> int | None:
+        """How many neighbouring tokens are best kept together; None: no wish."""
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Modules with weights that it adds to the transformer."""
+        return {}
+
+
+@dataclass
+class Host:
+    """A transformer as methods see it. It is not kept: a method that keeps it keeps the model alive."""
+
+    transformer: Any
+    family: Family
+    layers: dict[str, AttentionLayer] = field(default_factory=dict)
+    """Self-attention layers by name."""
+    methods: tuple[Method, ...] = ()
+
+    focus: Focus | None = None
+    """What decides which tokens run and in which order; None: all of them run, in raster order."""

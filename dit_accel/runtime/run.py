@@ -1,0 +1,107 @@
+"""`Run` and `Context`: what the calls of one sampling loop share."""
+
+import weakref
+from collections.abc import Hashable
+from typing import Any
+
+from torch import Tensor
+
+
+class Context:
+    """Calls of a run that belong together, one in each step: those with the same text (and image embeddings).
+
+    It lives no longer than the tensors that it is known by.
+    """
+
+    def __init__(self, tensors: tuple[weakref.ref, ...]) -> None:
+        self.tensors = tensors
+        self.states: dict[str, Any] = {}
+        """What each method keeps for this context, by the name of the method."""
+
+    def is_of(self, tensors: tuple[Any, ...]) -> bool:
+        """Whether these very tensors name this context."""
+        return len(tensors) == len(self.tensors) and all(
+            ref() is x for ref, x in zip(self.tensors, tensors, strict=True)
+        )
+
+
+class Run:
+    """One pass of a scheduler over its timesteps, or the calls outside of any sampling loop.
+
+    Attributes:
+        timesteps: those of the scheduler; None outside of a sampling loop.
+        begin: index of the first step that is really executed (image-to-image begins late).
+        step: step of the current call, from 0; outside of a sampling loop the number of earlier calls.
+        contexts: by key, see `Clock`.
+        context: that of the current call.
+        states: what each method keeps for this run, by the name of the method.
+    """
+
+    def __init__(
+        self,
+        timesteps: Tensor | None = None,
+        *,
+        scheduler: Any = None,
+        sigmas: Tensor | None = None,
+        begin: int = 0,
+        pipe: weakref.ref | None = None,
+    ) -> None:
+        self.timesteps = timesteps
+        self.begin = begin
+        self.begin_assumed = False
+        """Whether `begin` is the first position seen, because the scheduler does not tell it."""
+        self.step = -1
+        self.calls: dict[Hashable, int] = {}
+        """Calls of the current step, less one, by what they are conditioned on."""
+        self.contexts: dict[Hashable, Context] = {}
+        self.context: Context
+        self.states: dict[str, Any] = {}
+        self._scheduler = None if scheduler is None else weakref.ref(scheduler)
+        self._sigmas = sigmas
+        self._pipe = pipe
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps from `begin` to the end; None outside of a sampling loop."""
+        return None if self.timesteps is None else len(self.timesteps) - self.begin
+
+    def begin_at(self, index: int) -> None:
+        """Correct `begin`, once it is known."""
+        self.begin, self.begin_assumed = index, False
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether a sampling loop drives the calls: its step is known."""
+        return self.timesteps is not None
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether the current call is in the last step of a sampling loop."""
+        return self.num_steps is not None and self.step >= self.num_steps - 1
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler that drives the run; None if it is gone or was never known."""
+        return None if self._scheduler is None else self._scheduler()
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline that runs, while it lives; None if it is not known."""
+        return None if self._pipe is None else self._pipe()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether two steps may share a noise level (Heun and the like)."""
+        return self.scheduler is None or getattr(self.scheduler, "order", 1) > 1
+
+    def sigmas(self) -> Tensor | None:
+        """Noise levels of the steps of this run, one each; None if they are not known."""
+        sigmas = self._sigmas
+        if sigmas is None:
+            sigmas = getattr(self.scheduler, "sigmas", None)
+        return None if sigmas is None else sigmas[self.begin :]
+
+    def forget(self, name: str) -> None:
+        """Drop what the method of this name keeps for the contexts."""
+        for context in self.contexts.values():
+            context.states.pop(name, None)

@@ -1,0 +1,91 @@
+"""`AttentionSummary`: what sparse attention did in one run."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dit_accel.runtime.summary import reasons, table, total
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One self-attention layer under sparse attention."""
+
+    name: str
+    scheduled: bool
+    """Whether the schedule lets this layer run sparse at all."""
+    sparse_calls: int
+    dense_calls: dict[str, int]
+    """By reason."""
+    density: float | None
+    """Mean over the sparse calls."""
+
+
+@dataclass(frozen=True)
+class AttentionSummary:
+    """Sparse attention in the last run."""
+
+    config: dict[str, Any]
+    layers: list[LayerSummary]
+    cross_attention_layers: int = 0
+    """Attention modules from image to text, apart from those in `layers`; always dense."""
+
+    @property
+    def cross_attention_dense_calls(self) -> int:
+        """Each cross-attention module runs once in every call of the transformer."""
+        calls = (x.sparse_calls + sum(x.dense_calls.values()) for x in self.layers)
+        return self.cross_attention_layers * max(calls, default=0)
+
+    @property
+    def sparse_calls(self) -> int:
+        """Self-attention calls that ran sparse."""
+        return sum(layer.sparse_calls for layer in self.layers)
+
+    @property
+    def dense_calls(self) -> dict[str, int]:
+        """Self-attention calls that ran dense, by reason."""
+        return total(layer.dense_calls for layer in self.layers)
+
+    @property
+    def density(self) -> float | None:
+        """Attended share of all (query, key) pairs, averaged over the sparse calls."""
+        kept = sum(
+            layer.density * layer.sparse_calls for layer in self.layers if layer.density is not None
+        )
+        return kept / self.sparse_calls if self.sparse_calls else None
+
+    @property
+    def overall_density(self) -> float | None:
+        """The same over every self-attention call: dense steps and layers count as 1."""
+        dense = sum(self.dense_calls.values())
+        calls = self.sparse_calls + dense
+        return ((self.density or 0.0) * self.sparse_calls + dense) / calls if calls else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "config": self.config,
+            "density": self.density,
+            "overall_density": self.overall_density,
+            "sparse_calls": self.sparse_calls,
+            "dense_calls": self.dense_calls,
+            "cross_attention_dense_calls": self.cross_attention_dense_calls,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("layer", "sparse", "dense", "density", "why dense")]
+        for x in self.layers:
+            density = "-" if x.density is None else f"{x.density:.3f}"
+            dense = str(sum(x.dense_calls.values()))
+            rows.append((x.name, str(x.sparse_calls), dense, density, reasons(x.dense_calls)))
+        if self.density is not None:
+            rows.append(
+                (
+                    f"density {self.density:.3f} in sparse calls, {self.overall_density:.3f} over all self-attention",
+                )
+            )
+        elif sum(self.dense_calls.values()):
+            rows.append(("no self-attention call ran sparse",))
+        if self.cross_attention_layers:
+            rows.append(("cross-attention reads all of its keys",))
+        return table(rows)
