@@ -5,8 +5,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
 from dit_accel.checkpoint.file import SLACheckpoint, settings_of
 from dit_accel.checkpoint.identity import identity_of, weights_of
 from dit_accel.config import RASConfig, SLAConfig
@@ -122,8 +120,8 @@ def sampling_loop(
     target: Any,
     scheduler: Any = None,
     *,
-    timesteps: Tensor | None = None,
-    sigmas: Tensor | None = None,
+    timesteps: Any = None,
+    sigmas: Any = None,
 ) -> Iterator[SamplingLoop]:
     """Declare the scheduler of a sampling loop written by hand, so that steps are known.
 

@@ -242,7 +242,7 @@ def randomise(pipe):
     from dit_accel import control
 
     generator = torch.Generator().manual_seed(8)
-    for module in control.session_of(pipe).sla.modules.values():
+    for module in control.method_of(pipe, "sla").attention.values():
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.normal_(std=0.2, generator=generator)

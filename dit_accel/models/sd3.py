@@ -36,7 +36,7 @@ class StableDiffusion3(Family):
     def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
         if "ip_adapter_image_embeds" in (arguments.get("joint_attention_kwargs") or {}):
             raise ValueError(
-                "ip_adapter_image_embeds: IP-SLACheckpoint does not work with acceleration; disable() first"
+                "ip_adapter_image_embeds: IP-Adapter does not work with acceleration; disable() first"
             )
         skipped = arguments.get("skip_layers")
         hidden_states = arguments["hidden_states"]

@@ -24,6 +24,8 @@ class Position:
     timesteps: Tensor
     index: int
     """Of the step in `timesteps`."""
+    counted: bool = False
+    """Whether the driver's own count is all that tells the index."""
     pipe: weakref.ref | None = None
     """The pipeline that runs, if it is known."""
 
@@ -161,7 +163,7 @@ class Clock:
             begin=index if told is None or told > index else told,
             pipe=position.pipe,
         )
-        run.begin_assumed = told is None and getattr(scheduler, "step_index", None) is None
+        run.begin_assumed = position.counted and told is None
         return run, index - run.begin, True
 
 
@@ -215,4 +217,4 @@ def _by_count(driver: Any) -> Position | None:
         counted = getattr(scheduler, "step_index", None)
         index = getattr(scheduler, "begin_index", None) if counted is None else counted
     index = index or 0
-    return Position(driver, timesteps, index) if 0 <= index < len(timesteps) else None
+    return Position(driver, timesteps, index, counted=True) if 0 <= index < len(timesteps) else None

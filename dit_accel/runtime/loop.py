@@ -19,8 +19,8 @@ class SamplingLoop:
         self,
         scheduler: Any = None,
         *,
-        timesteps: Tensor | None = None,
-        sigmas: Tensor | None = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
     ) -> None:
         if (scheduler is None) == (timesteps is None):
             raise ValueError(

@@ -26,7 +26,7 @@ def test_equals_the_cpu(family, combine, ras):
         pipe = make(family).to(device)
         dit_accel.enable(pipe, sla={**SLA, "combine": combine, "order": (2, 4, 4)}, ras=ras)
         generator = torch.Generator().manual_seed(0)
-        for module in control.session_of(pipe).sla.modules.values():
+        for module in control.method_of(pipe, "sla").attention.values():
             module.calibrated = True
             with torch.no_grad():
                 for parameter in module.parameters():

@@ -21,7 +21,7 @@ SPARSE = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,)}
 
 
 def engine(pipe):
-    return control.session_of(pipe).ras
+    return control.method_of(pipe, "ras")
 
 
 def ras_steps(pipe):
@@ -288,7 +288,7 @@ def test_ip_adapters_are_refused_by_name():
         dit_accel.enable(pipe, ras="balanced")
     block.attn.set_processor(stock)
     dit_accel.enable(pipe, ras="balanced")
-    with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-SLACheckpoint does not work"):
+    with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-Adapter does not work"):
         run(pipe, "sd3", joint_attention_kwargs={"ip_adapter_image_embeds": torch.zeros(1)})
 
 
@@ -296,7 +296,7 @@ def test_ip_adapters_are_refused_by_name():
 def test_processors_changed_after_enable_are_noticed(family):
     pipe = make(family)
     dit_accel.enable(pipe, ras=SPARSE)
-    session = control.session_of(pipe)
+    session = control.installation_of(pipe)
     module = next(iter(session.layers.values())).module
     module.set_processor(module.processor.stock)
     with pytest.raises(RuntimeError, match=r"changed after enable: call disable\(\) first"):
@@ -348,9 +348,9 @@ def test_half_precision_pipelines(family, dtype):
     state = []
 
     def look(pipe, step, timestep, kwargs):
-        for context in control.session_of(pipe).clock.contexts.values():
-            if context.state is not None:
-                state.extend(k.last.data.dtype for k, _ in context.state.kv.values())
+        for context in control.installation_of(pipe).clock.run.contexts.values():
+            if context.states.get("ras") is not None:
+                state.extend(k.last.data.dtype for k, _ in context.states["ras"].kv.values())
         return kwargs
 
     run(pipe, family, callback_on_step_end=look)
@@ -431,7 +431,9 @@ def test_estimated_memory_is_what_is_taken(family, policy, predictor):
     taken = []
 
     def look(pipe, step, timestep, kwargs):
-        states = [c.state for c in control.session_of(pipe).clock.contexts.values()]
+        states = [
+            c.states.get("ras") for c in control.installation_of(pipe).clock.run.contexts.values()
+        ]
         taken.append(
             (sum(s.nbytes for s in states if s), sum(s.output.nbytes for s in states if s))
         )
@@ -619,7 +621,7 @@ def test_bad_settings_are_refused_before_anything_changes(ras, message, unchecke
     pipe = make("sd3")
     with pytest.raises(ValueError, match=message):
         dit_accel.enable(pipe, ras=ras)
-    assert control.session_of(pipe) is None
+    assert control.installation_of(pipe) is None
 
 
 def test_one_noise_level_per_token_is_refused():
@@ -708,7 +710,7 @@ def test_an_own_loop_with_embeddings_made_anew_keeps_its_steps():
     pipe.scheduler.set_timesteps(10)
     text = embeddings("sd3", [0])
     latents = torch.randn(1, 16, 22, 26)
-    session = control.session_of(pipe)
+    session = control.installation_of(pipe)
     seen = []
     with torch.no_grad():
         for t in pipe.scheduler.timesteps:
@@ -720,7 +722,7 @@ def test_an_own_loop_with_embeddings_made_anew_keeps_its_steps():
                     pooled_projections=text["pooled_prompt_embeds"],
                     return_dict=False,
                 )[0]
-                seen.append(session.clock.step)
+                seen.append(session.clock.run.step)
             latents = pipe.scheduler.step(velocity, t, latents, return_dict=False)[0]
     assert seen == [step for step in range(10) for _ in range(2)]
     assert ras_steps(pipe) == 6

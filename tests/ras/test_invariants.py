@@ -31,7 +31,7 @@ SPARSE = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,), "kv_predictor": 
 
 
 def engine(pipe):
-    return control.session_of(pipe).ras
+    return control.method_of(pipe, "ras")
 
 
 def masks(pipe, tokens):
@@ -162,9 +162,9 @@ def buffers(pipe):
     """Weak references to all cached keys of the run in progress."""
     return [
         weakref.ref(k.last.data)
-        for context in control.session_of(pipe).clock.contexts.values()
-        if context.state is not None
-        for k, _ in context.state.kv.values()
+        for context in control.installation_of(pipe).clock.run.contexts.values()
+        if context.states.get("ras") is not None
+        for k, _ in context.states["ras"].kv.values()
     ]
 
 

@@ -28,7 +28,7 @@ def sla(**changed):
 
 
 def sparse(pipe):
-    return control.session_of(pipe).sla
+    return control.method_of(pipe, "sla")
 
 
 @every_family
@@ -75,7 +75,7 @@ def test_an_order_of_the_whole_forward_equals_one_around_each_attention(
 
         return reordered
 
-    for module in sparse(pipe).modules.values():
+    for module in sparse(pipe).attention.values():
         monkeypatch.setattr(module, "forward", around(module.forward))
     assert relative(run(pipe, family, steps=4), latents) < 1e-5
 
@@ -110,13 +110,13 @@ def test_reading_everything_equals_region_adaptive_sampling_alone(family, order,
         pipe, sla=sla(topk=1.0, order=order), ras={**RAS, "kv_predictor": kv_predictor}
     )
     latents = run(pipe, family, prompts=(0, 1))
-    session = control.session_of(pipe)
+    session = control.installation_of(pipe)
     report = dit_accel.summary(pipe)
     assert report.ras.ras_steps > 0
     tokens = report.ras.steps[0].tokens
     masks = {step.step: torch.ones(1, tokens, dtype=torch.bool) for step in report.ras.steps}
     for sample in range(2):
-        for step, mask in session.ras.focus(sample).items():
+        for step, mask in session.methods["ras"].masks(sample).items():
             if sample == 0:
                 masks[step] = mask.view(1, tokens)
             else:
@@ -157,13 +157,13 @@ def test_totals_of_many_steps_equal_sums_over_all_keys(family, order, scope, ste
 
         return attend
 
-    for module in sparse(pipe).modules.values():
+    for module in sparse(pipe).attention.values():
         monkeypatch.setattr(module, "forward", checked(module.forward))
     latents = run(pipe, family, steps=steps)
     report = dit_accel.summary(pipe, strict=True)
     assert len(errors) == report.sparse_calls >= steps * len(report.layers)
     assert max(errors) < 1e-5
-    for store in control.session_of(pipe).ras.stores.values():
+    for store in control.method_of(pipe, "ras").stores.values():
         store.feature_map = None  # nobody keeps totals now
     assert relative(run(pipe, family, steps=steps), latents) < 1e-4
 
@@ -174,13 +174,13 @@ def test_active_tokens_are_whole_query_blocks_of_the_order(family, order):
     pipe = make(family)
     dit_accel.enable(pipe, sla=sla(order=order), ras=RAS)
     run(pipe, family)
-    session = control.session_of(pipe)
-    grid = session.ras.run.key[1]
+    session = control.installation_of(pipe)
+    grid = session.methods["ras"].plan.key[1]
     tokens = grid[0] * grid[1] * grid[2]
     places = torch.arange(tokens)
     if order != "raster":
         places = tile_order(grid, order, torch.device("cpu")).gather
-    masks = session.ras.focus()
+    masks = session.methods["ras"].masks()
     assert masks
     for mask in masks.values():
         blocks = mask.flatten()[places].split(16)
@@ -257,9 +257,9 @@ def test_the_projection_gets_a_gradient_and_learns(family):
     hook.remove()
     out = pipe.transformer(*seen["args"], **seen["kwargs"])[0]
     out.float().square().mean().backward()
-    for name, module in sparse(pipe).modules.items():
+    for name, module in sparse(pipe).attention.items():
         assert module.proj_l.weight.grad is not None, name
-    grads = [m.proj_l.weight.grad.abs().max() for m in sparse(pipe).modules.values()]
+    grads = [m.proj_l.weight.grad.abs().max() for m in sparse(pipe).attention.values()]
     assert max(grads) > 0
 
 
@@ -302,7 +302,7 @@ def test_a_run_that_broke_off_leaves_no_trace(family):
     def fail(*_):
         raise KeyboardInterrupt
 
-    hook = list(control.session_of(pipe).layers.values())[1].module.register_forward_hook(fail)
+    hook = list(control.installation_of(pipe).layers.values())[1].module.register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
         run(pipe, family, (1,))
     hook.remove()

@@ -34,7 +34,7 @@ def enable(pipe, **changed):
 
 
 def modules(pipe):
-    return control.session_of(pipe).sla.modules
+    return control.method_of(pipe, "sla").attention
 
 
 def sparse_calls(pipe):
@@ -498,7 +498,7 @@ def test_ip_adapters_are_refused_by_name():
     block.attn.set_processor(stock)
     enable(pipe)
     image = {"ip_adapter_image_embeds": torch.zeros(1)}
-    with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-SLACheckpoint does not work"):
+    with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-Adapter does not work"):
         run(pipe, "sd3", joint_attention_kwargs=image)
 
 
