@@ -15,18 +15,23 @@ EMBEDDED_MODELS = ("tiny-wan", "tiny-sd3")
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike, *, suffix: str | None = None) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; it takes the name `path` if the block succeeds.
 
-    The sibling keeps the suffix, because writers choose the format by it. On any error it is
-    removed and whatever stood at `path` is left as it was.
+    On any error the sibling is removed and whatever stood at `path` is left as it was.
+
+    Args:
+        path: file to write.
+        suffix: suffix of the sibling. Default: that of `path`, because writers choose the format by it.
 
     Raises:
         OSError: the file could not be written; `filename` is `path`, never the temporary sibling.
     """
     path, temporary = Path(path), None
     try:
-        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(
+            prefix=".tmp-", suffix=path.suffix if suffix is None else suffix, dir=path.parent
+        )
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -116,7 +121,8 @@ def _reason(error: OSError) -> str:
 
 def write_json(path: str | os.PathLike, data: dict[str, Any]) -> None:
     """Write `data` as indented JSON, atomically."""
-    with atomic_path(path) as temporary:
+    # What a killed process leaves must not pass for a JSON file.
+    with atomic_path(path, suffix=".part") as temporary:
         temporary.write_text(
             json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )

@@ -1,6 +1,7 @@
 """`generate`: prompts to a sample set, in batches and shards; a run that was killed goes on."""
 
 import contextlib
+import errno
 import inspect
 import os
 import sys
@@ -22,6 +23,9 @@ from dit_accel.sampling.sample_files import frames_sha256, is_intact, remove_old
 from dit_accel.sampling.set_plan import SetPlan, planned
 from dit_accel.sampling.sets import SampleSet
 from dit_accel.sampling.settings import Sampling
+
+_DISTURBED = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
+"""Errors where another process, started for the same samples, has swept temporary files or was faster."""
 
 
 def generate(
@@ -176,10 +180,14 @@ def _write(plan: SetPlan, made: BatchResult, i: int) -> Record:
     """Write the files of one sample; return its entry in the manifest."""
     sample, pictures, summary = made.samples[i], made.pictures(i), made.summary
     advice = f"sample {sample.id!r} is unfinished, what is finished stays; run it again to go on"
+    options: dict[str, Any] = {"kind": plan.kind, "fps": plan.settings["fps"]}
     with naming_failures(advice):
-        files = write_sample(
-            plan.folder, sample, pictures, kind=plan.kind, fps=plan.settings["fps"]
-        )
+        try:
+            files = write_sample(plan.folder, sample, pictures, **options)
+        except OSError as error:
+            if error.errno not in _DISTURBED:
+                raise
+            files = write_sample(plan.folder, sample, pictures, **options)
     return {
         "prompt": sample.record.prompt,
         "negative_prompt": sample.sampling.negative_prompt,

@@ -12,11 +12,18 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from dit_accel.files import atomic_path, write_json
-from dit_accel.sampling.manifest import FORMAT_VERSION, JOURNAL, MANIFEST, read_manifest
+from dit_accel.sampling.manifest import (
+    FORMAT_VERSION,
+    JOURNAL,
+    MANIFEST,
+    differences,
+    is_inside,
+    read_manifest,
+)
 from dit_accel.sampling.plan import VBENCH_FOLDER
 
 Record = dict[str, Any]
@@ -84,20 +91,6 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return where two settings differ, in words."""
-    found = []
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif key == "prompts_sha256" and a != b:
-            found.append("the prompts are others, or more or fewer")
-        elif a != b:
-            found.append(f"{prefix}{key} was {_short(a)} and is {_short(b)}")
-    return found
 
 
 def known_samples(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Found:
@@ -188,12 +181,6 @@ def merge(folder: Path, settings: Mapping[str, Any], shards: Shards) -> bool:
     return True
 
 
-def is_inside(file: str) -> bool:
-    """Return whether a path of a manifest stays inside the folder."""
-    path = PurePosixPath(file)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in file and file != ""
-
-
 def _progress_files(folder: Path) -> list[Path]:
     journals = sorted(folder.glob(JOURNAL.format("*")))
     manifest = folder / MANIFEST  # after the journals: where one has gone, it stands
@@ -262,8 +249,3 @@ def _sweep(folder: Path) -> None:
 
 def _line(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,7 @@
-"""manifest.json of a sample set: its names, its form, and the frames that it lists."""
+"""manifest.json of a sample set: its names, its form, the frames that it lists, and how two settings differ."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,8 +46,7 @@ def listed_frames(folder: Path, name: str, sample: dict[str, Any]) -> tuple[Path
         ValueError: none, or one that is missing, outside of the folder or no readable picture.
     """
     for file in sample["files"]:
-        place = PurePosixPath(file)
-        if place.is_absolute() or ".." in place.parts or "\\" in file:
+        if not is_inside(file):
             raise ValueError(
                 f"{folder / MANIFEST}: file {file!r} of {name!r} is outside the folder"
             )
@@ -61,3 +61,28 @@ def listed_frames(folder: Path, name: str, sample: dict[str, Any]) -> tuple[Path
         if not frame.is_file():
             raise ValueError(f"{frame}: named in {MANIFEST} but missing; run generation again")
     return tuple(frames)
+
+
+def is_inside(file: str) -> bool:
+    """Return whether a path of a manifest stays inside the folder."""
+    path = PurePosixPath(file)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in file and file != ""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return where two settings differ, in words."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif key == "prompts_sha256" and a != b:
+            found.append("the prompts are others, or more or fewer")
+        elif a != b:
+            found.append(f"{prefix}{key} was {_short(a)} and is {_short(b)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

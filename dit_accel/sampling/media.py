@@ -50,6 +50,7 @@ def write_video(path: str | os.PathLike, frames: Frames, *, fps: int | float) ->
             for frame in frames:
                 writer.append_data(frame)  # type: ignore[attr-defined]
         # imageio does not pass on that ffmpeg failed at the end, as it does on a full disk.
+        temporary.stat()
         try:
             count, _ = imageio_ffmpeg.count_frames_and_secs(str(temporary))
         except RuntimeError:

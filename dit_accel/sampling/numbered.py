@@ -30,7 +30,7 @@ def generate_numbered(
     sampling: Sampling,
     seed: int = 0,
     kind: str = "auto",
-    fps: float = 16.0,
+    fps: float | int = 16.0,
     save_focus: bool = False,
 ) -> list[dict[str, Any]]:
     """Generate one clip or image per prompt; each gets a numbered file and a sidecar JSON.

@@ -58,8 +58,8 @@ class PromptRecord:
             if value is None:
                 continue
             if type(value) is not int or not (0 if name == "seed" else 1) <= value < 2**63:
-                least = "an int >= 0" if name == "seed" else "an int >= 1"
-                raise ValueError(f"{name}={value!r}: accepted is {least}")
+                least = 0 if name == "seed" else 1
+                raise ValueError(f"{name}={value!r}: accepted is an int >= {least} and below 2**63")
 
     def sampling_arguments(self) -> dict[str, Any]:
         """Return the arguments of a pipeline call that this record overrides."""

@@ -12,7 +12,8 @@ from jaxtyping import UInt8
 
 from dit_accel.files import atomic_directory
 from dit_accel.sampling import media
-from dit_accel.sampling.journal import Found, Shards, is_inside, remove_stale
+from dit_accel.sampling.journal import Found, Shards, remove_stale
+from dit_accel.sampling.manifest import is_inside
 from dit_accel.sampling.pictures import is_picture, read_image
 from dit_accel.sampling.plan import Sample
 from dit_accel.sampling.settings import Kind

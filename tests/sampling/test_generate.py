@@ -9,6 +9,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -436,6 +437,33 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_later(wan, drawn, tmp_path
     drawn.clear()
     assert len(make(wan, tmp_path)) == 4
     assert len(drawn) == 3
+
+
+@pytest.mark.parametrize("where", ["swept", "faster"])
+def test_a_second_process_for_the_same_samples_does_no_harm(
+    wan, drawn, tmp_path, monkeypatch, where
+):
+    """It has swept our temporary files when it finished, or has put the same clip there first."""
+    real, disturbed = sample_files.atomic_directory, []
+
+    @contextlib.contextmanager
+    def disturb(place):
+        with real(place) as temporary:
+            yield temporary
+            if not disturbed:
+                disturbed.append(place)
+                if where == "faster":
+                    shutil.copytree(temporary, place)
+                else:
+                    shutil.rmtree(temporary)
+
+    make(wan, tmp_path / "alone")
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_files, "atomic_directory", disturb)
+        assert len(make(wan, tmp_path / "two")) == 4
+    assert disturbed
+    assert pictures(tmp_path / "two") == pictures(tmp_path / "alone")
+    assert names(tmp_path / "two") == names(tmp_path / "alone")
 
 
 def test_values_that_are_not_finite_are_no_picture(wan, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def compare(
     sampling: Sampling,
     seed: int = 0,
     repeats: int = 1,
-    fps: float = 16.0,
+    fps: float | int = 16.0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run dense and sparse from the same noise; write a clip (mp4) or image (png) of each, both
@@ -197,7 +197,7 @@ def _write(
     shown: Mapping[str, np.ndarray],
     stems: Mapping[str, str],
     result: dict[str, Any],
-    fps: float,
+    fps: float | int,
 ) -> list[str]:
     """Write the pictures of each method, the accelerated one last; return their names."""
     ras = result["acceleration"]["ras"]
