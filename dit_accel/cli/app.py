@@ -45,7 +45,7 @@ class Generate(AccelerationOptions):
     is written for a run of dense steps only."""
 
     def run(self) -> None:
-        from dit_accel.sampling import pipeline_call as generate
+        from dit_accel.sampling.numbered import generate_numbered
 
         if self.prompt is not None and self.prompts_file is None:
             prompts = number_prompts([self.prompt])
@@ -56,7 +56,7 @@ class Generate(AccelerationOptions):
         if self.save_focus and self.ras == "none":
             raise ValueError("save_focus: accepted with --ras, which is none")
         pipe, sampling = self.load(self.sla_config(), self.ras_config())
-        records = generate.generate(
+        records = generate_numbered(
             pipe,
             prompts,
             output_dir=self.output_dir,

@@ -19,7 +19,7 @@ from dit_accel.cli.options import (
 )
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.results.types import Results
-from dit_accel.sampling.pipeline_call import Sampling
+from dit_accel.sampling.settings import Sampling
 
 
 @dataclass(kw_only=True)
@@ -50,14 +50,13 @@ class Generate(AccelerationOptions):
 
     def run(self) -> None:
         from dit_accel.eval.runs.methods import CACHES, read_methods
-        from dit_accel.sampling.generate import generate, rank_device
+        from dit_accel.sampling.generate import generate
         from dit_accel.sampling.prompt_sets import load_prompts
 
         prompts = load_prompts(self.prompts, self.limit)
         sla, ras = self.sla_config(), self.ras_config()
         if self.cache != "none" and self.cache.partition(":")[0] not in CACHES:
             raise ValueError(f"cache={self.cache!r}: accepted are none, {', '.join(CACHES)}")
-        self.device = rank_device(self.device)
         pipe, sampling = self.load()
         cache = None
         if self.cache != "none":

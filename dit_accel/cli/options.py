@@ -1,6 +1,7 @@
 """What the sub-commands share: options of a model and of acceleration, and printing."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, UseAppendAction
 from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.cli.checkpoints import sla_settings
 from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.sampling.pipeline_call import Dtype, Sampling
+from dit_accel.sampling.settings import Dtype, Sampling
 
 EMBEDDED = "tiny-wan"
 EMBEDDED_IMAGE = "tiny-sd3"
@@ -40,15 +41,15 @@ class ModelOptions:
     format: Literal["human", "json"] = "human"
     """How the result is printed on stdout."""
 
-    def resolve(self) -> tuple[str | Path, Sampling]:
+    def resolve(self) -> tuple[str | os.PathLike, Sampling]:
         """Where the model lies, and the sampling arguments with its defaults."""
         if self.model not in (EMBEDDED, EMBEDDED_IMAGE):
             return self.model, self.sampling
         from dit_accel import demo
-        from dit_accel.files import asset
+        from dit_accel.files import model_source
 
         defaults = demo.SAMPLING if self.model == EMBEDDED else demo.IMAGE_SAMPLING
-        return asset(self.model), self.sampling.filled(defaults)
+        return model_source(self.model), self.sampling.filled(defaults)
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -60,18 +61,19 @@ class ModelOptions:
     ) -> tuple[Any, Sampling]:
         """The pipeline, ready to run, and its sampling arguments."""
         from dit_accel.files import check_writable
-        from dit_accel.sampling import pipeline_call as generate
+        from dit_accel.sampling.load import load_pipeline
 
         check_writable(self.output_dir, "output_dir")
         source, sampling = self.resolve()
-        device = generate.resolved_device(self.device)
-        where = "cpu" if self.cpu_offload else device
-        dtype = generate.resolved_dtype(
-            self.dtype, device
-        )  # of where it works, not of where it waits
-        pipe = generate.load(source, sla=sla, ras=ras, device=where, dtype=dtype, **self.hub)
-        if self.cpu_offload:
-            pipe.enable_model_cpu_offload(device=device)
+        pipe = load_pipeline(
+            source,
+            sla=sla,
+            ras=ras,
+            device=self.device,
+            dtype=self.dtype,
+            cpu_offload=self.cpu_offload,
+            **self.hub,
+        )
         pipe.check_sizes(**sampling.call_arguments())
         return pipe, sampling
 

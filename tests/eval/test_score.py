@@ -397,7 +397,7 @@ def test_too_few_samples_are_refused_before_any_work(sets, write_images, tmp_pat
         ({"metrics": ("fd_tiny",), "reference": None}, "'fd_tiny' needs a reference"),
         ({"resize": "nearest"}, "resize='nearest'"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1"),
-        ({"device": "abacus"}, "device must be 'auto'"),
+        ({"device": "abacus"}, "device='abacus'"),
         ({"shard": (2, 2)}, r"shard=\(2, 2\): accepted is"),
         ({"reference": "nowhere"}, "nowhere"),
         ({"prompts": "nowhere.txt"}, "nowhere.txt"),
