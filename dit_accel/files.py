@@ -77,6 +77,23 @@ def check_writable(directory: str | os.PathLike, argument: str) -> Path:
     return path
 
 
+EMBEDDED_MODELS = ("tiny-sd3", "tiny-wan")
+"""Models that travel with the package; their names stand wherever a model can be named."""
+
+
+def model_source(name: str | os.PathLike) -> str | Path:
+    """Return the folder of an embedded model, and any other name as it is.
+
+    A folder in the current directory that has the name of an embedded model comes first.
+
+    Args:
+        name: an embedded model ("tiny-sd3", "tiny-wan"), a folder or a hub id.
+    """
+    if str(name) in EMBEDDED_MODELS and not Path(name).is_dir():
+        return asset(str(name))
+    return name if isinstance(name, str) else Path(name)
+
+
 def asset(name: str) -> Path:
     """Path of a bundled asset, in an installed wheel or in a source checkout.
 

@@ -2,6 +2,7 @@
 
 from diffusers import StableDiffusion3Pipeline
 
+from dit_accel.pipelines.accelerate import accelerated_init
 from dit_accel.pipelines.base import SparsePipelineMixin
 from dit_accel.pipelines.sizes import ImageSizes, checked_call
 
@@ -20,4 +21,5 @@ class SparseStableDiffusion3Pipeline(SparsePipelineMixin, ImageSizes, StableDiff
     """
 
     _parent = "StableDiffusion3Pipeline"
+    __init__ = accelerated_init(StableDiffusion3Pipeline.__init__)
     __call__ = checked_call(StableDiffusion3Pipeline.__call__)

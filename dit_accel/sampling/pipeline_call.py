@@ -155,7 +155,7 @@ def pipeline_class(model: str | os.PathLike, **hub: Any) -> Any:
     Raises:
         ValueError: it cannot be reached, or holds another kind of pipeline.
     """
-    from dit_accel.pipelines.base import read_index
+    from dit_accel.checkpoint.repository import read_index
 
     found = read_index(model, **hub).get("_class_name")
     if found not in PIPELINES:
