@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_accel.checkpoint.base_model import FINGERPRINT, FINGERPRINT_VALUES, Base, LayerGeometry
-from dit_accel.config import SLAConfig
+from dit_accel.config import OFF, SLAConfig
 from dit_accel.files import atomic_path
 from dit_accel.sla.attention import SparseLinearAttention
 
@@ -162,9 +162,11 @@ def checkpoint_path(source: str | os.PathLike) -> Path | None:
     return path if path.suffix == ".safetensors" and path.is_file() else None
 
 
-def settings_of(sla: Any) -> SLAConfig | SLACheckpoint:
-    """What `sla=` of the public functions means: an adapter for a folder or file that holds one, else a
-    preset, a YAML file or a dict, as `SLAConfig.load` reads them."""
+def settings_of(sla: Any) -> SLAConfig | SLACheckpoint | None:
+    """Read what `sla=` of the public functions accepts: a folder or file that holds an SLA checkpoint, else
+    what `SLAConfig.load` reads; None for None and "none"."""
+    if sla is None or sla == OFF:
+        return None
     if isinstance(sla, SLACheckpoint):
         return sla
     if isinstance(sla, str | os.PathLike) and sla not in SLAConfig.PRESETS:

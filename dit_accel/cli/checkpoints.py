@@ -26,14 +26,14 @@ def sla_settings(
             raise ValueError("sla='none': dense; accepted without topk and crossover")
         return None
     settings = _own_settings(model, hub) if sla == "auto" else settings_of(sla)
-    if not isinstance(settings, SLACheckpoint):
+    if isinstance(settings, SLAConfig):
         overrides: dict[str, Any] = {"topk": topk, "crossover": crossover}
         return replace(settings, **{k: x for k, x in overrides.items() if x is not None})
-    if topk is not None:
+    if settings is not None and topk is not None:
         raise ValueError(
             f"topk={topk}: part of what {FILE_NAME} was trained for; accepted with a preset or a YAML file"
         )
-    if crossover is not None:
+    if settings is not None and crossover is not None:
         settings = replace(settings, config=replace(settings.config, crossover=crossover))
     return settings
 
