@@ -20,7 +20,7 @@ from dit_accel.checkpoint.base_model import (
     BaseModel,
     LayerGeometry,
 )
-from dit_accel.config import SLAConfig
+from dit_accel.config import OFF, SLAConfig
 from dit_accel.files import atomic_path
 from dit_accel.sla.attention import SparseLinearAttention
 
@@ -172,7 +172,7 @@ def settings_of(sla: Any) -> SLAConfig | SLACheckpoint | None:
     Raises:
         ValueError: none of these, or a file that cannot be read.
     """
-    if sla is None or sla == "none":
+    if sla is None or sla == OFF:
         return None
     if isinstance(sla, SLACheckpoint):
         return sla

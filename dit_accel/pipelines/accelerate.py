@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 
 from dit_accel import control
+from dit_accel.config import OFF
 from dit_accel.pipelines.arguments import Settings, read_settings
 
 
@@ -23,7 +24,7 @@ def accelerate(pipe: Any, settings: Settings, defaults: Settings | None = None) 
     wanted = settings if on else {**(defaults or {}), **settings}
     given: dict[str, Any] = {name: x for name, x in wanted.items() if x is not None}
     if on:
-        given |= {name: "none" for name, x in wanted.items() if x is None}
+        given |= {name: OFF for name, x in wanted.items() if x is None}
     if given:
         control.enable(pipe, **given)
     return pipe

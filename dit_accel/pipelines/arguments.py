@@ -34,7 +34,7 @@ def read_settings(sla: Any, ras: Any) -> Settings:
     if sla is not DEFAULT:
         settings["sla"] = settings_of(sla)
     if ras is not DEFAULT:
-        settings["ras"] = None if ras is None or ras == "none" else RASConfig.load(ras)
+        settings["ras"] = RASConfig.load(ras)
     return settings
 
 
