@@ -1,10 +1,18 @@
 """Atomic writing and bundled assets."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from dit_accel.files import asset, atomic_path, check_writable, write_json
+from dit_accel.files import (
+    EMBEDDED_MODELS,
+    asset,
+    atomic_path,
+    check_writable,
+    model_source,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
@@ -46,3 +54,27 @@ def test_a_full_disk_is_noticed_before_work_starts(tmp_path, monkeypatch):
 def test_missing_assets_are_named():
     with pytest.raises(FileNotFoundError, match="no-such-asset"):
         asset("no-such-asset")
+
+
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_names_of_embedded_models_are_their_folders_unless_there_is_a_folder(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for given in (name, Path(name)):
+        assert model_source(given) == asset(name)
+        assert (model_source(given) / "model_index.json").is_file()
+    (tmp_path / name).write_text("a file is no model")
+    assert model_source(name) == asset(name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    assert model_source(name) == name
+
+
+@pytest.mark.parametrize("name", ["org/tiny-wan", "tiny-wan2", "tiny-wan-judge.json", "./tiny-wan", "/x/tiny-sd3", ""])  # fmt: skip
+def test_other_names_are_left_as_they_are(name):
+    assert model_source(name) == name
+
+
+def test_paths_stay_paths(tmp_path):
+    assert model_source(tmp_path / "tiny-wan") == tmp_path / "tiny-wan"

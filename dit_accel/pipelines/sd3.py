@@ -9,8 +9,8 @@ from dit_accel.pipelines.sizes import ImageSizes, checked_call
 
 class SparseStableDiffusion3Pipeline(SparsePipelineMixin, ImageSizes, StableDiffusion3Pipeline):
     """`diffusers.StableDiffusion3Pipeline` with sparse attention and region-adaptive sampling; every
-    argument of the parent works. (For img2img and inpainting, load the diffusers pipeline and call
-    `dit_accel.enable`.)
+    argument of the parent works. `AutoPipelineForImage2Image.from_pipe(pipe)` and
+    `AutoPipelineForInpainting.from_pipe(pipe)` share the accelerated transformer.
 
     Example:
         >>> pipe = SparseStableDiffusion3Pipeline.from_pretrained(

@@ -312,13 +312,22 @@ def test_wrong_files_are_refused_and_leave_the_pipeline_as_it_was(case, ras, tmp
         assert torch.equal(run(pipe, "wan", steps=1), plain)
 
 
-def test_wrong_pipelines_are_refused_and_stay_as_they_were(checkpoint):
-    pipe = tuned(combine="none")
-    before = snapshot(pipe.transformer)
-    with pytest.raises(ValueError, match=r"already enabled .* call disable\(\) first"):
-        load_sla(pipe, checkpoint[0])
-    assert same(snapshot(pipe.transformer), before)
+@pytest.mark.parametrize("ras", [False, True], ids=["plain", "ras"])
+@pytest.mark.parametrize("combine", ["none", "proj", "alpha"])
+def test_other_sparse_attention_is_replaced(combine, ras, checkpoint):
+    pipe = tuned(combine=combine, topk=0.7)
+    if ras:
+        enable(pipe, ras=RAS)
+    load_sla(pipe, checkpoint[0])
+    assert (session_of(pipe).ras_config is not None) == ras
+    expected = read_checkpoint(checkpoint[0] / "sla.safetensors")
+    assert session_of(pipe).sla_config == expected.config
+    assert weights(pipe).keys() == {name.replace("attn1.", "attn1") for name in expected.weights}
+    if not ras:
+        assert torch.equal(run(pipe, "wan", steps=STEPS), checkpoint[1])
 
+
+def test_wrong_pipelines_are_refused_and_stay_as_they_were(checkpoint):
     class Other(diffusers.models.transformers.transformer_wan.WanAttnProcessor):
         pass
 
@@ -387,8 +396,8 @@ def test_a_folder_stands_where_a_preset_could(repositories, checkpoint):
         assert torch.equal(run(pipe, "wan", steps=STEPS), expected)
     shared = SparseWanPipeline.from_pipe(pipes[0])
     assert session_of(shared) is session_of(pipes[0])
-    with pytest.raises(ValueError, match=r"sla: .* call disable\(\) first"):
-        SparseWanPipeline.from_pipe(pipes[0], sla="fast")
+    SparseWanPipeline.from_pipe(pipes[0], sla="fast")
+    assert session_of(pipes[0]).sla_config.topk == 0.15
     with pytest.raises(ValueError, match=r"sla=.*: a folder without sla\.safetensors"):
         sparse(repositories["wan"], sla=repositories["wan"])
 
@@ -454,14 +463,16 @@ def test_a_base_that_cannot_be_read_is_said(checkpoint, monkeypatch):
         load_sla(make("wan"), checkpoint[0])
 
 
-def test_from_pipe_knows_the_sla_checkpoint_that_is_on(checkpoint):
+def test_from_pipe_replaces_weights_that_differ(checkpoint):
     pipe = make("wan")
     load_sla(pipe, checkpoint[0])
-    assert SparseWanPipeline.from_pipe(pipe, sla=checkpoint[0]).summary().enabled
+    expected = {name: x.clone() for name, x in weights(pipe).items()}
     with torch.no_grad():
         next(x for name, x in pipe.transformer.named_parameters() if ".sla." in name).add_(1)
-    with pytest.raises(ValueError, match="other settings"):
-        SparseWanPipeline.from_pipe(pipe, sla=checkpoint[0])
+    assert SparseWanPipeline.from_pipe(pipe).transformer is pipe.transformer
+    assert not equal(weights(pipe), expected)  # without settings, what is on stays
+    SparseWanPipeline.from_pipe(pipe, sla=checkpoint[0])
+    assert equal(weights(pipe), expected)
 
 
 def test_a_saved_pipeline_is_a_plain_repository_with_an_sla_checkpoint(
