@@ -198,6 +198,10 @@ class SparsePipelineMixin:
         with weights_left_out(self):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
+    def __repr__(self) -> str:
+        """Return model_index.json under the name of this class."""
+        return f"{type(self).__qualname__} {self.to_json_string()}"  # type: ignore[attr-defined]
+
     def enable(self, *, sla: SLAInput = None, ras: RASInput = None) -> None:
         """See `dit_accel.enable`."""
         control.enable(self, ras=ras, sla=sla)

@@ -270,6 +270,9 @@ def test_classes_are_found_by_the_name_of_their_parent_and_pickled_by_their_own(
     assert cls.__qualname__.startswith("Sparse")
     assert pickle.loads(pickle.dumps(cls)) is cls
 
+    pipe = cls.from_pipe(make(family))
+    assert repr(pipe).startswith(f"{cls.__qualname__} {{")
+
     class Own(cls):
         pass
 
