@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from dit_accel.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from dit_accel.checkpoint.save_load import load_sla as load_sla
     from dit_accel.checkpoint.save_load import save_sla as save_sla
     from dit_accel.config import RASConfig as RASConfig
     from dit_accel.config import SLAConfig as SLAConfig
     from dit_accel.control import disable as disable
     from dit_accel.control import enable as enable
+    from dit_accel.control import load_sla as load_sla
     from dit_accel.control import sampling_loop as sampling_loop
     from dit_accel.control import summary as summary
     from dit_accel.memory import estimate_memory as estimate_memory
@@ -40,7 +40,7 @@ _HOMES = {
     "disable": "dit_accel.control",
     "enable": "dit_accel.control",
     "estimate_memory": "dit_accel.memory",
-    "load_sla": "dit_accel.checkpoint.save_load",
+    "load_sla": "dit_accel.control",
     "sampling_loop": "dit_accel.control",
     "save_sla": "dit_accel.checkpoint.save_load",
     "summary": "dit_accel.control",

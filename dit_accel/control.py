@@ -1,29 +1,26 @@
-"""`enable`, `disable`, `summary`, `sampling_loop`: acceleration of a transformer, put on and taken off."""
+"""`enable`, `load_sla`, `disable`, `summary`, `sampling_loop`: the public functions of acceleration."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from dit_accel.checkpoint.file import SLACheckpoint, settings_of
+from dit_accel.checkpoint.file import SLACheckpoint, read_checkpoint, settings_of
 from dit_accel.checkpoint.identity import identity_of, weights_of
-from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.checkpoint.save_load import find_checkpoint
+from dit_accel.config import OFF, RASConfig, SLAConfig
 from dit_accel.ras import RegionAdaptiveSampling
-from dit_accel.runtime.install import install, installation_of, transformer_of, uninstall
+from dit_accel.runtime.install import (
+    install,
+    installation_of,
+    transformer_of,
+    uninstall,
+)
 from dit_accel.runtime.loop import SamplingLoop
 from dit_accel.runtime.method import Method
 from dit_accel.runtime.summary import summarise
 from dit_accel.sla import SparseAttention
 from dit_accel.summaries import Summary
-
-OFF = "none"
-"""Switches a method off, as on the command line."""
-
-
-def method_of(target: Any, name: str) -> Any:
-    """The method of this name that is on; None if it is off."""
-    installation = installation_of(target)
-    return None if installation is None else installation.methods.get(name)
 
 
 def enable(
@@ -106,6 +103,27 @@ def _sparse_attention(
     return SparseAttention(settings, weights)
 
 
+def load_sla(
+    target: Any, dir_or_id: str | os.PathLike, *, revision: str | None = None, **hub: Any
+) -> None:
+    """Switch sparse attention on with the settings and weights that `save_sla` wrote.
+
+    Sparse attention with other settings is replaced. Region-adaptive sampling stays as it is.
+
+    Args:
+        target: a pipeline or transformer of the base model that the SLA checkpoint was made for, in any dtype.
+        dir_or_id: a folder that holds `sla.safetensors`, the file, or a hub repository.
+        revision: branch, tag or commit of a hub repository. Default: the main branch.
+        **hub: further arguments of `huggingface_hub.hf_hub_download` (`token`, `cache_dir`, ...).
+
+    Raises:
+        ValueError: the file cannot be found or read, or was made for another model. The transformer is
+            then unchanged.
+    """
+    path = find_checkpoint(dir_or_id, revision=revision, **hub)
+    enable(target, sla=read_checkpoint(path))
+
+
 def disable(target: Any) -> None:
     """Take all acceleration off; the transformer is then exactly what it was. No-op if none is on.
 
@@ -182,17 +200,3 @@ def summary(target: Any, *, strict: bool = False) -> Summary:
         why = ", ".join(result.ras.dense_calls) or "not called"
         raise RuntimeError(f"region-adaptive sampling never left a token out ({why})")
     return result
-
-
-class _View:  # TEMPORARY until the branches are merged
-    def __init__(self, i: Any) -> None:
-        self.installation = i
-        self.sla, self.ras = i.methods.get("sla"), i.methods.get("ras")
-        self.sla_config = None if self.sla is None else self.sla.config
-        self.ras_config = None if self.ras is None else self.ras.config
-        self.clock, self.layers, self.family = i.clock, i.layers, i.family
-
-
-def session_of(target: Any) -> Any:
-    found = installation_of(target)
-    return None if found is None else _View(found)

@@ -16,6 +16,7 @@ from dit_accel.demo.vocabulary import Combination
 from dit_accel.eval.metrics.figures import bootstrap_interval
 from dit_accel.eval.metrics.pairs import ssim
 from dit_accel.files import asset
+from dit_accel.runtime.install import installation_of
 
 METRICS = ("psnr_db", "ssim", "latent_error", "right")
 
@@ -85,7 +86,7 @@ class Subject:
         if sla is not None or ras is not None:
             control.enable(self.pipe, sla=sla, ras=ras)
         if prepare is not None:
-            prepare(control.session_of(self.pipe))
+            prepare(installation_of(self.pipe))
         try:
             out = self.pipe(
                 [self.prompts[i] for i in rows],

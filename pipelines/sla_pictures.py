@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_accel import SparseWanPipeline, control
+from dit_accel import SparseWanPipeline
 from dit_accel.demo import SAMPLING
 from dit_accel.files import asset
+from dit_accel.runtime.install import installation_of
 from dit_accel.sampling.focus import heat
 from dit_accel.sampling.media import contact_sheet, to_uint8, write_png
 from dit_accel.sla import SparseLinearAttention
@@ -40,7 +41,7 @@ def what_is_read(pipe: Any) -> np.ndarray:
     """What the query block in the middle of the clip reads, mean over heads of a middle layer in the last
     step at density .25: `[COLUMNS, H, W, 3]`."""
     pipe.enable(sla=settings(0.25))
-    session = control.session_of(pipe)
+    session = installation_of(pipe)
     layers = list(session.sla.layers.values())
     module: SparseLinearAttention = layers[len(layers) // 2].module
     plan_of, plans = module._plan, []

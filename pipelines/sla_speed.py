@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dit_accel import control
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
+from dit_accel.runtime.install import method_of
 
 FORMAT_VERSION = 1
 # What diffusers calls its attention backends; Wan goes through them, the others call SDPA.
@@ -108,7 +109,7 @@ class Speed:
         noted: list[tuple[torch.Tensor, ...]] = []
         sla = {"topk": 1.0, "crossover": "never", "dense_steps": 0, "dense_layers": 0}
         control.enable(loop, sla=sla)
-        layers = control.session_of(loop).sla.layers  # type: ignore[union-attr]
+        layers = method_of(loop, "sla").layers  # type: ignore[union-attr]
         module = next(iter(layers.values())).module
         forward = module.forward
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from dit_accel.runtime.install import method_of
+
 SCHEDULERS = ("euler", "unipc", "dpm++", "heun")
 FAMILIES = ("wan", "sd3", "sd35", "lumina", "lumina2")
 
@@ -239,10 +241,9 @@ def run(pipe, family, prompts=(0,), *, height=None, width=None, steps=10, guidan
 
 def randomise(pipe):
     """Weights of sparse attention as if they were trained."""
-    from dit_accel import control
 
     generator = torch.Generator().manual_seed(8)
-    for module in control.method_of(pipe, "sla").attention.values():
+    for module in method_of(pipe, "sla").attention.values():
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.normal_(std=0.2, generator=generator)

@@ -1,4 +1,4 @@
-"""What the command line does with adapters: `dit-accel merge`, `dit-accel convert`, and `--sla`."""
+"""SLA checkpoints on the command line: `dit-accel merge`, `dit-accel convert`, and `--sla`."""
 
 import os
 import sys
@@ -26,21 +26,21 @@ def sla_settings(
             raise ValueError("sla='none': dense; accepted without topk and crossover")
         return None
     settings = _own_settings(model, hub) if sla == "auto" else settings_of(sla)
-    if not isinstance(settings, SLACheckpoint):
+    if isinstance(settings, SLAConfig):
         overrides: dict[str, Any] = {"topk": topk, "crossover": crossover}
         return replace(settings, **{k: x for k, x in overrides.items() if x is not None})
-    if topk is not None:
+    if settings is not None and topk is not None:
         raise ValueError(
             f"topk={topk}: part of what {FILE_NAME} was trained for; accepted with a preset or a YAML file"
         )
-    if crossover is not None:
+    if settings is not None and crossover is not None:
         settings = replace(settings, config=replace(settings.config, crossover=crossover))
     return settings
 
 
 def _own_settings(model: str | os.PathLike, hub: dict[str, Any]) -> SLAConfig | SLACheckpoint:
+    from dit_accel.checkpoint.repository import read_index
     from dit_accel.checkpoint.save_load import own_checkpoint
-    from dit_accel.pipelines.base import read_index
 
     read_index(model, **hub)  # which says what is wrong with a model that cannot be read
     path = own_checkpoint(model, **hub)
@@ -49,7 +49,7 @@ def _own_settings(model: str | os.PathLike, hub: dict[str, Any]) -> SLAConfig | 
 
 @dataclass(kw_only=True)
 class Merge:
-    """Bake fully tuned weights into a normal diffusers repository, with their adapter beside them."""
+    """Write tuned weights as a diffusers repository, with their SLA checkpoint beside them."""
 
     model: Path
     """Folder of the diffusers repository that was tuned."""
@@ -57,13 +57,15 @@ class Merge:
     """The tuned weights: a folder that save_pretrained wrote, or a safetensors file with the state dict."""
     output_dir: Path
     """Must not exist yet, or be empty."""
-    adapter: Path | None = None
-    """The sla.safetensors trained with them, or its folder."""
+    sla_checkpoint: Path | None = None
+    """The sla.safetensors that was trained with the weights, or its folder."""
 
     def run(self) -> None:
         from dit_accel.checkpoint.merge import merge
 
-        output = merge(self.model, self.transformer, self.output_dir, adapter=self.adapter)
+        output = merge(
+            self.model, self.transformer, self.output_dir, sla_checkpoint=self.sla_checkpoint
+        )
         sys.stdout.write(f"{output}\n")
 
 
@@ -80,7 +82,7 @@ class Convert:
     topk: float = 0.1
     """Share of key blocks that is read exactly, in (0, 1]."""
     block_q: int = 128
-    """Tokens per query block. TurboDiffusion trains with 64 x 64 and serves with 128 x 64."""
+    """Tokens per query block. TurboDiffusion trains with 64 x 64 and serves with 128 x 64 (Hopper: 64 x 128)."""
     block_k: int = 64
     """Tokens per key block."""
 

@@ -4,10 +4,13 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
 
 SECTIONS = ("ras", "sla")
+OFF = "none"
+"""What turns a method off where its settings are a string, as on the command line."""
 
 
 class Config:
@@ -18,7 +21,20 @@ class Config:
 
     @classmethod
     def load(cls, source: Any) -> Any:
-        """From a config, a dict, a preset name or a YAML file."""
+        """Read settings from what `sla=` and `ras=` of the public functions accept.
+
+        Args:
+            source: a config, a dict of its fields, a preset name, or the path of a YAML file; None or
+                "none" for a method that is off.
+
+        Returns:
+            The config, or None for a method that is off.
+
+        Raises:
+            ValueError: anything else, an unknown key, or a value that a field does not accept.
+        """
+        if source is None or source == OFF:
+            return None
         if isinstance(source, cls):
             return source
         if isinstance(source, dict):
@@ -28,7 +44,7 @@ class Config:
         if isinstance(source, str | os.PathLike):
             if Path(source).is_file():
                 return cls.from_yaml(source)
-            names = list(cls.PRESETS)
+            names = [*cls.PRESETS, OFF]
             raise ValueError(
                 f"{cls.SECTION}={str(source)!r}: no such preset or YAML file{suggest(str(source), names)}; "
                 f"accepted are {', '.join(names)}, a YAML file, an {cls.__name__} or a dict"
@@ -51,12 +67,7 @@ class Config:
     @classmethod
     def from_yaml(cls, path: str | os.PathLike) -> Any:
         """From the section of a YAML file (`sla:` or `ras:`) that has these very field names."""
-        import yaml
-
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: not a readable YAML file ({error})") from error
+        data = read_yaml(path)
         if not isinstance(data, dict):
             raise ValueError(f"{path}: accepted is a mapping with the section {cls.SECTION}:")
         for key in data:
@@ -77,6 +88,46 @@ class Config:
         """Plain values, ready for JSON or YAML; `from_dict` reads them back."""
         values = dataclasses.asdict(self)  # type: ignore[call-overload]
         return {key: as_lists(x) for key, x in values.items()}
+
+
+def read_yaml(path: str | os.PathLike) -> Any:
+    """Read a YAML file; every YAML file that the package reads goes through here.
+
+    Two rules differ from PyYAML's: a key that is given twice in one mapping is an error, and numbers
+    such as 1e-1 and 5E3 are numbers (YAML 1.2), not text (YAML 1.1).
+
+    Raises:
+        ValueError: the file cannot be read, is not YAML, or has a key twice; the message names the key.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            # Before the parent expands "<<", whose keys may be overridden.
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    value = self.construct_object(key)
+                    if value in seen:
+                        raise _DuplicateKeyError(key.value, key.start_mark.line + 1)
+                    seen.add(value)
+            return super().construct_mapping(node, deep=deep)
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader
+    except _DuplicateKeyError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: not a readable YAML file ({error})") from error
+
+
+_EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+
+
+class _DuplicateKeyError(Exception):
+    def __init__(self, key: str, line: int) -> None:
+        super().__init__(f"key {key!r} is given twice (line {line}); each key may appear once")
 
 
 def num_steps_of(value: int | float, num_steps: int) -> int:

@@ -60,8 +60,10 @@ class RASConfig(Config):
         "fast": {"ratio": 0.25},
         "paper": {
             "selection": "std",
-            "tail": 1,
-            "resets": (0.43, 0.71),
+            # The published code: dense steps 0 to 3, 12 and 20 of 28; 0 to 3, 12 and 22 of 30; none at the end.
+            "warmup": 4,
+            "tail": 0,
+            "resets": (0.4, 0.71),
             "max_age": None,
             "predictor": "hold",
             "kv_predictor": "hold",

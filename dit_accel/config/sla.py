@@ -121,6 +121,7 @@ class SLAConfig(Config):
             digits = str(layer).removeprefix("-")
             check("topk_by_layer", layer, digits.isdecimal(), "layer indices as keys")
             check_fraction(f"topk_by_layer[{layer}]", topk)
+            check("topk_by_layer", layer, int(layer) not in by_layer, "each layer once")
             by_layer[int(layer)] = topk
         object.__setattr__(self, "topk_by_layer", by_layer)
 

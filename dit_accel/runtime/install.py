@@ -251,6 +251,12 @@ def installation_of(target: Any) -> Installation | None:
     return None if found is None else found[1]
 
 
+def method_of(target: Any, name: str) -> Any:
+    """The method of this name that is on; None if it is off. `target` as in `installation_of`."""
+    installation = installation_of(target)
+    return None if installation is None else installation.methods.get(name)
+
+
 def install(
     target: Any, methods: Iterable[Method], *, replaced: Installation | None = None
 ) -> Installation:

@@ -12,6 +12,7 @@ from dit_accel import control
 from dit_accel.checkpoint.file import SLACheckpoint, digest
 from dit_accel.checkpoint.identity import identity_of, weights_of
 from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.runtime.install import installation_of, method_of
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def accelerated(
             none for.
     """
     transformer = pipe.transformer
-    if (sla is not None or ras is not None) and control.session_of(pipe) is not None:
+    if (sla is not None or ras is not None) and installation_of(pipe) is not None:
         raise ValueError("sla, ras: acceleration is on already; call pipe.disable() first")
     if cache is not None and not hasattr(transformer, "enable_cache"):
         raise ValueError(
@@ -55,18 +56,18 @@ def accelerated(
 def acceleration_settings(pipe: Any) -> dict[str, Any]:
     """Return the settings of what is on: `sla`, `ras` and `cache`, each None or plain values for JSON."""
     settings: dict[str, Any] = {"sla": None, "ras": None, "cache": None}
-    session = control.session_of(pipe)
-    if session is not None and session.sla is not None:
-        settings["sla"] = session.sla.config.to_dict()
-        if session.sla.config.has_weights:
+    sla, ras = (method_of(pipe, name) for name in ("sla", "ras"))
+    if sla is not None:
+        settings["sla"] = sla.config.to_dict()
+        if sla.config.has_weights:
             weights = {
                 f"{layer}.{name}": x.float()
-                for layer, module in session.sla.attention.items()
+                for layer, module in sla.attention.items()
                 for name, x in weights_of(module).items()
             }
             settings["sla"]["weights_sha256"] = digest({}, weights)
-    if session is not None and session.ras_config is not None:
-        settings["ras"] = session.ras_config.to_dict()
+    if ras is not None:
+        settings["ras"] = ras.config.to_dict()
     if (cache := getattr(pipe.transformer, "_cache_config", None)) is not None:
         values = {x.name: getattr(cache, x.name) for x in dataclasses.fields(cache)}
         settings["cache"] = {"name": type(cache).__name__.removesuffix("Config")} | {

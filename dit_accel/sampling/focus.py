@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from dit_accel import control
+from dit_accel.runtime.install import method_of
 from dit_accel.sampling import media
 
 COLUMNS = 4
@@ -22,10 +22,10 @@ def focus_masks(pipe: Any, sample: int = 0) -> dict[int, Bool[np.ndarray, "t h w
     Raises:
         ValueError: region-adaptive sampling is off.
     """
-    session = control.session_of(pipe)
-    if session is None or session.ras is None:
+    ras = method_of(pipe, "ras")
+    if ras is None:
         raise ValueError("save_focus: region-adaptive sampling is off; accepted with ras=...")
-    return {step: mask.numpy() for step, mask in session.ras.masks(sample).items()}
+    return {step: mask.numpy() for step, mask in ras.masks(sample).items()}
 
 
 def heat(values: Float[np.ndarray, "t h w"]) -> UInt8[np.ndarray, "t h w 3"]:

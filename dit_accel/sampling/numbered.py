@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_accel import control
 from dit_accel.environment import machine, versions
 from dit_accel.files import check_writable, naming_failures, write_json
+from dit_accel.runtime.install import method_of
 from dit_accel.sampling import media
 from dit_accel.sampling.batches import run_batches
 from dit_accel.sampling.call import BatchResult
@@ -56,8 +56,7 @@ def generate_numbered(
     """
     if kind not in ("auto", *CLIP_KINDS):
         raise ValueError(f"kind={kind!r}: accepted are auto, {', '.join(CLIP_KINDS)}")
-    session = control.session_of(pipe)
-    if save_focus and (session is None or session.ras is None):
+    if save_focus and method_of(pipe, "ras") is None:
         raise ValueError("save_focus: region-adaptive sampling is off; accepted with ras=...")
     check_fps(fps)
     samples = plan_samples(prompts, sampling, seed=seed, count=1, layout="ids")

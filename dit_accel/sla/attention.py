@@ -224,8 +224,9 @@ class SparseLinearAttention(nn.Module):
         """`topk`, such that it stands for the right number of blocks."""
         if self.topk is None or self.config.rounding == "ceil":
             return self.topk
-        # The epsilon keeps floor(.29 * 100) at 29: the product is 28.999999999999996 in binary.
-        return max(1, math.floor(self.topk * blocks + 1e-9)) / blocks
+        # No epsilon: checkpoints were trained with int(topk * blocks) in binary floating point, which
+        # is 28 for .29 of 100 blocks. `topk_blocks` turns k / blocks back into exactly k.
+        return max(1, math.floor(self.topk * blocks)) / blocks
 
     @torch.compiler.disable(
         reason="combine='alpha' measures the share of its exact branch in the first sparse call, which "

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dit_accel import control
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.eval import compare
 from dit_accel.eval.runs import timing
+from dit_accel.runtime.install import installation_of
 
 from .run_worker import SAMPLING
 
@@ -54,7 +54,7 @@ def test_a_full_disk_names_the_file_and_keeps_the_earlier_comparison(
     assert named.name in before
     assert "No space left" in str(caught.value)
     assert content(compared) == before
-    assert control.session_of(wan) is None
+    assert installation_of(wan) is None
 
 
 def test_a_comparison_that_is_replaced_leaves_no_old_file(wan, compared, tmp_path):
@@ -88,7 +88,7 @@ def test_bad_input_is_refused_before_any_work(wan, tmp_path, monkeypatch, name, 
     with pytest.raises(ValueError, match=name):
         make(wan, tmp_path / "out", **changed)
     assert not (tmp_path / "out").exists()
-    assert control.session_of(wan) is None
+    assert installation_of(wan) is None
 
 
 def test_earlier_files_are_kept_before_any_work(wan, compared, monkeypatch):

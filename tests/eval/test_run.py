@@ -19,6 +19,7 @@ from dit_accel.eval.runs import timing as timing_module
 from dit_accel.eval.runs.methods import Method, dense_with, read_methods
 from dit_accel.eval.runs.presets import DEMO, run_demo
 from dit_accel.eval.runs.scores import choose_metrics
+from dit_accel.runtime.install import installation_of
 from dit_accel.sampling.generate import generate
 from dit_accel.sampling.prompts import PromptRecord, number_prompts
 from dit_accel.sampling.sets import SampleSet
@@ -152,7 +153,7 @@ def test_run_again_it_makes_nothing_and_says_the_same(wan, folder, results, monk
     assert {x: x.stat().st_mtime_ns for x in before if x != grid} == {
         x: y for x, y in before.items() if x != grid
     }
-    assert control.session_of(wan) is None
+    assert installation_of(wan) is None
 
 
 def test_a_killed_run_goes_on(wan, wan_repository, tmp_path, results):
@@ -324,7 +325,7 @@ def test_bad_input_is_refused_before_any_work(
     with pytest.raises(ValueError, match=message):
         evaluate(wan, changed.pop("output_dir", tmp_path), **changed)
     assert not any(x.is_file() for x in tmp_path.rglob("*"))
-    assert control.session_of(wan) is None
+    assert installation_of(wan) is None
 
 
 def test_it_is_no_job_for_several_processes(wan, tmp_path, monkeypatch):

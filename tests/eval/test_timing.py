@@ -23,6 +23,7 @@ from dit_accel.eval.runs.peak_memory import peak_memory
 from dit_accel.eval.runs.rows import build_row, unavailable_row
 from dit_accel.eval.runs.timing import Stopwatch
 from dit_accel.eval.runs.timing_log import TimingLog
+from dit_accel.runtime.install import installation_of
 from dit_accel.sampling.batches import WARM_UP_STEPS
 from dit_accel.sampling.call import BatchResult, phase_timer
 from dit_accel.sampling.plan import plan_samples
@@ -60,7 +61,7 @@ def clock(monkeypatch):
 
     def run_batch(pipe, samples, **overrides):
         [sample] = samples
-        on = control.session_of(pipe) is not None
+        on = installation_of(pipe) is not None
         steps = sample.sampling.overridden(**overrides).num_inference_steps
         took = clock.seconds(steps, on)
         if (on or steps == WARM_UP_STEPS) and on not in names:
@@ -93,7 +94,7 @@ def test_methods_take_turns_and_warm_up_does_not_count(pipe, clock):
     assert denoise(watch, RAS) == [5.0] * 3
     assert watch.seconds(RAS) == 5.0
     assert watch.calls["RAS"][0]["seconds"]["total"] == 5.5
-    assert control.session_of(pipe) is None
+    assert installation_of(pipe) is None
 
 
 def test_what_is_measured_already_is_not_measured_again(pipe, clock):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel import control
+from dit_accel.runtime.install import method_of
 
 from ..random_pipelines import FAMILIES, make, relative, run
 
@@ -26,7 +26,7 @@ def test_equals_the_cpu(family, combine, ras):
         pipe = make(family).to(device)
         dit_accel.enable(pipe, sla={**SLA, "combine": combine, "order": (2, 4, 4)}, ras=ras)
         generator = torch.Generator().manual_seed(0)
-        for module in control.method_of(pipe, "sla").attention.values():
+        for module in method_of(pipe, "sla").attention.values():
             module.calibrated = True
             with torch.no_grad():
                 for parameter in module.parameters():

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dit_accel
-from dit_accel import RASConfig, control
+from dit_accel import RASConfig
 from dit_accel.ras import memory
+from dit_accel.runtime.install import installation_of, method_of
 
 from ..random_pipelines import FAMILIES, embeddings, make, relative, run
 
@@ -21,7 +22,7 @@ SPARSE = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,)}
 
 
 def engine(pipe):
-    return control.method_of(pipe, "ras")
+    return method_of(pipe, "ras")
 
 
 def ras_steps(pipe):
@@ -296,7 +297,7 @@ def test_ip_adapters_are_refused_by_name():
 def test_processors_changed_after_enable_are_noticed(family):
     pipe = make(family)
     dit_accel.enable(pipe, ras=SPARSE)
-    session = control.installation_of(pipe)
+    session = installation_of(pipe)
     module = next(iter(session.layers.values())).module
     module.set_processor(module.processor.stock)
     with pytest.raises(RuntimeError, match=r"changed after enable: call disable\(\) first"):
@@ -348,7 +349,7 @@ def test_half_precision_pipelines(family, dtype):
     state = []
 
     def look(pipe, step, timestep, kwargs):
-        for context in control.installation_of(pipe).clock.run.contexts.values():
+        for context in installation_of(pipe).clock.run.contexts.values():
             if context.states.get("ras") is not None:
                 state.extend(k.last.data.dtype for k, _ in context.states["ras"].kv.values())
         return kwargs
@@ -431,9 +432,7 @@ def test_estimated_memory_is_what_is_taken(family, policy, predictor):
     taken = []
 
     def look(pipe, step, timestep, kwargs):
-        states = [
-            c.states.get("ras") for c in control.installation_of(pipe).clock.run.contexts.values()
-        ]
+        states = [c.states.get("ras") for c in installation_of(pipe).clock.run.contexts.values()]
         taken.append(
             (sum(s.nbytes for s in states if s), sum(s.output.nbytes for s in states if s))
         )
@@ -621,7 +620,7 @@ def test_bad_settings_are_refused_before_anything_changes(ras, message, unchecke
     pipe = make("sd3")
     with pytest.raises(ValueError, match=message):
         dit_accel.enable(pipe, ras=ras)
-    assert control.installation_of(pipe) is None
+    assert installation_of(pipe) is None
 
 
 def test_one_noise_level_per_token_is_refused():
@@ -710,7 +709,7 @@ def test_an_own_loop_with_embeddings_made_anew_keeps_its_steps():
     pipe.scheduler.set_timesteps(10)
     text = embeddings("sd3", [0])
     latents = torch.randn(1, 16, 22, 26)
-    session = control.installation_of(pipe)
+    session = installation_of(pipe)
     seen = []
     with torch.no_grad():
         for t in pipe.scheduler.timesteps:

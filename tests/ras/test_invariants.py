@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel import control
 from dit_accel.ras import ages
 from dit_accel.ras.selection import band_score, tile_tokens
+from dit_accel.runtime.install import installation_of, method_of
 
 from ..random_pipelines import FAMILIES, SCHEDULERS, make, relative, run, state_of
 from .reference import Reference
@@ -31,7 +31,7 @@ SPARSE = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,), "kv_predictor": 
 
 
 def engine(pipe):
-    return control.method_of(pipe, "ras")
+    return method_of(pipe, "ras")
 
 
 def masks(pipe, tokens):
@@ -162,7 +162,7 @@ def buffers(pipe):
     """Weak references to all cached keys of the run in progress."""
     return [
         weakref.ref(k.last.data)
-        for context in control.installation_of(pipe).clock.run.contexts.values()
+        for context in installation_of(pipe).clock.run.contexts.values()
         if context.states.get("ras") is not None
         for k, _ in context.states["ras"].kv.values()
     ]

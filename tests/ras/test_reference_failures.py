@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
-from dit_accel import control
 from dit_accel.config import RASConfig
 from dit_accel.ras.ages import Selection
 from dit_accel.ras.schedule import plan_steps
+from dit_accel.runtime.install import method_of
 
 from ..random_pipelines import FAMILIES, embeddings, make, relative, run
 
@@ -61,7 +61,7 @@ def test_03_batches_work_and_each_sample_has_its_own_selection(family):
     pipe = make(family)
     dit_accel.enable(pipe, ras={**SPARSE, "selection": "std"})
     run(pipe, family, (0, 1))
-    chosen = [x.tiles for x in control.method_of(pipe, "ras").steps.values() if x.tiles is not None]
+    chosen = [x.tiles for x in method_of(pipe, "ras").steps.values() if x.tiles is not None]
     halves = 1 if family in ("wan", "lumina2") else 2
     assert all(len(tiles) == 2 * halves for tiles in chosen)
     assert all(torch.equal(tiles[:2], tiles[-2:]) for tiles in chosen)
@@ -147,7 +147,7 @@ def test_08_sd35_caches_the_keys_of_its_second_attention_too():
     lengths = {}
 
     def look(name):
-        store = control.method_of(pipe, "ras").stores[name]
+        store = method_of(pipe, "ras").stores[name]
         return lambda module, args, out: lengths.setdefault(name, set()).add(
             None if store.index is None else store.index.numel()
         )
@@ -183,7 +183,7 @@ def test_10_every_step_has_its_own_selection_of_whole_tiles(high_ratio, ratio):
         pipe, ras={**SPARSE, "ratio": ratio, "selection": "std", "high_ratio": high_ratio}
     )
     run(pipe, "sd3")
-    ras = control.method_of(pipe, "ras")
+    ras = method_of(pipe, "ras")
     chosen = [x for x in ras.steps.values() if x.tiles is not None]
     assert len(chosen) == 6
     assert len({id(x.tiles) for x in chosen}) == 6

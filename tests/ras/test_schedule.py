@@ -95,3 +95,16 @@ def test_capacity_ends_at_the_next_dense_step():
     plan = plan_steps(RASConfig(ratio=0.5, warmup=1, tail=1, resets=(4,)), 8, 4096)
     assert plan.capacity(1, 4) == [0, 32, 64, None, None]
     assert plan.capacity(6, 2) == [0, None, None]
+
+
+@pytest.mark.parametrize(("steps", "resets"), [(28, [12, 20]), (30, [12, 22])])
+def test_preset_paper_has_the_dense_steps_of_the_published_code(steps, resets):
+    assert dense_steps(RASConfig.load("paper"), steps) == [0, 1, 2, 3, *resets]
+
+
+@pytest.mark.parametrize("steps", [10, 14, 20, 40, 50, 100])
+def test_preset_paper_keeps_its_proportions_at_other_numbers_of_steps(steps):
+    dense = dense_steps(RASConfig.load("paper"), steps)
+    assert dense[:4] == [0, 1, 2, 3]
+    assert [i / steps for i in dense[4:]] == pytest.approx([0.41, 0.73], abs=0.09)
+    assert dense[-1] < steps - 1

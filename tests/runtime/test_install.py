@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel import control
+from dit_accel.runtime.install import installation_of, method_of
 
 from ..random_pipelines import FAMILIES, make, relative, run, state_of
 
@@ -254,7 +254,7 @@ def test_a_call_after_an_interrupted_one_goes_through():
     pipe = make("sd3")
     dit_accel.enable(pipe, **BOTH)
     expected = run(pipe, "sd3")
-    installation = control.installation_of(pipe)
+    installation = installation_of(pipe)
     installation._enter()  # as if Ctrl-C had skipped the hook that ends a call
     torch.testing.assert_close(run(pipe, "sd3"), expected, rtol=0, atol=0)
     in_threads([installation._enter])  # and of a thread that is gone
@@ -293,11 +293,11 @@ def test_none_as_a_word_switches_a_method_off():
 def test_learned_weights_outlive_other_settings_of_their_kind():
     pipe = make("sd3")
     dit_accel.enable(pipe, sla={**SLA, "combine": "proj"})
-    modules = control.method_of(pipe, "sla").attention
+    modules = method_of(pipe, "sla").attention
     for module in modules.values():
         torch.nn.init.normal_(module.proj_l.weight)
     dit_accel.enable(pipe, sla={**SLA, "combine": "proj", "topk": 0.6})
-    for name, module in control.method_of(pipe, "sla").attention.items():
+    for name, module in method_of(pipe, "sla").attention.items():
         assert module.topk == 0.6
         torch.testing.assert_close(module.proj_l.weight, modules[name].proj_l.weight)
 

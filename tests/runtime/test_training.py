@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel import control
+from dit_accel.runtime.install import method_of
 
 from ..random_pipelines import FAMILIES, make, randomise, relative
 from .training_worker import DENSE, bare_wan, batch, train
@@ -28,7 +28,7 @@ def test_ten_steps_of_training_run_sparse_and_learn():
     for layer in report.layers:
         assert layer.sparse_calls == (10 if layer.scheduled else 0)
         assert layer.dense_calls == ({} if layer.scheduled else {"dense layer": 10})
-    learned = [x.proj_l.weight for x in control.method_of(transformer, "sla").attention.values()]
+    learned = [x.proj_l.weight for x in method_of(transformer, "sla").attention.values()]
     assert not learned[0].any()  # a dense layer learns nothing
     assert all(x.any() for x in learned[1:])
 
@@ -48,7 +48,7 @@ def test_gradients_reach_inputs_and_weights_in_every_family(family, combine):
         output.square().mean().backward()
     assert latents.grad.isfinite().all()
     assert latents.grad.any()
-    for module in control.method_of(transformer, "sla").attention.values():
+    for module in method_of(transformer, "sla").attention.values():
         for parameter in module.parameters():
             assert parameter.grad.any()
     assert not dit_accel.summary(transformer).dense_calls

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_accel import control
+from dit_accel.runtime.install import installation_of
 from dit_accel.sampling import batches as module
 from dit_accel.sampling import generate as generation
 from dit_accel.sampling import journal, media, sample_files
@@ -712,7 +713,7 @@ def test_acceleration_is_on_for_the_run_only(wan, tmp_path):
     assert 2 < record["cost"] < 4
     assert clips.manifest["acceleration"]["sla"]["topk"] == 0.5
     assert clips.manifest["acceleration"]["ras"]["ratio"] == 0.5
-    assert control.session_of(wan) is None
+    assert installation_of(wan) is None
     cached = make(
         wan,
         tmp_path / "cache",
@@ -733,7 +734,7 @@ def test_what_is_on_already_is_noted(wan, drawn, tmp_path):
         assert clips.manifest["acceleration"]["sla"]["topk"] > 0
         with pytest.raises(ValueError, match="acceleration is on already"):
             make(wan, tmp_path, PROMPTS[:1], sla="fast")
-        assert control.session_of(wan) is not None
+        assert installation_of(wan) is not None
     finally:
         wan.disable()
 
@@ -802,7 +803,7 @@ def test_a_check_says_what_a_run_would_and_leaves_no_trace(wan, drawn, tmp_path)
 
     check(tmp_path / "new" / "out", sla="fast", warm_up=True)
     assert trace() == {}
-    assert control.session_of(wan) is None
+    assert installation_of(wan) is None
     make(wan, tmp_path / "old")
     make(wan, tmp_path / "begun", rank=0, world_size=2)
     (tmp_path / "begun" / "manifest.rank1.jsonl").write_text("{\n")

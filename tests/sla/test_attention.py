@@ -13,7 +13,7 @@ from dit_accel.config import SLAConfig
 from dit_accel.config.sla import COMBINES, FEATURE_MAPS, LINEAR_SCOPES, ROUTERS
 from dit_accel.kernels import LinearState, block_scores, linear_attention
 from dit_accel.kernels.linear.features import features
-from dit_accel.kernels.router.select import select_blocks
+from dit_accel.kernels.router.select import select_blocks, topk_blocks
 from dit_accel.sla import SparseLinearAttention
 
 MODES = [
@@ -268,3 +268,34 @@ def test_a_copy_has_its_own_weights():
         module.proj_l.weight.zero_()
     assert twin.proj_l.weight.abs().max() > 0
     assert twin.calibrated
+
+
+@pytest.mark.parametrize(
+    ("topk", "blocks", "read"),
+    [
+        # Binary floating point falls short of 29, 29, 57 and 123 here, in training as well.
+        (0.29, 100, 28),
+        (0.145, 200, 28),
+        (0.57, 100, 56),
+        (0.41, 300, 122),
+        (0.1, 7, 1),
+        (0.5, 7, 3),
+        (0.3, 10, 3),
+        (1.0, 13, 13),
+    ],
+)
+def test_rounding_down_reads_as_many_blocks_as_in_training(topk, blocks, read):
+    module = layer(1, 16, topk=topk, rounding="floor", combine="none")
+    q, k, v = inputs(16, 16 * blocks, 0, heads=(1, 1))
+    _, density = module(q, k, v)
+    assert read == max(1, int(topk * blocks))
+    assert float(density) * blocks == pytest.approx(read, abs=1e-3)
+
+
+def test_rounding_down_is_exact_for_every_fraction_and_number_of_blocks():
+    fractions = {i / n for n in (1000, 64, 7, 3) for i in range(1, n + 1)}
+    for topk in fractions:
+        module = layer(1, 16, topk=topk, rounding="floor", combine="none")
+        for blocks in range(1, 301):
+            read = topk_blocks(module._fraction(blocks), blocks)
+            assert read == max(1, int(topk * blocks)), (topk, blocks)

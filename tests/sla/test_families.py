@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel import control
 from dit_accel.kernels import LinearState
+from dit_accel.runtime.install import installation_of, method_of
 from dit_accel.sla import tile_order
 
 from ..random_pipelines import FAMILIES, make, randomise, relative, run, state_of
@@ -28,7 +28,7 @@ def sla(**changed):
 
 
 def sparse(pipe):
-    return control.method_of(pipe, "sla")
+    return method_of(pipe, "sla")
 
 
 @every_family
@@ -110,7 +110,7 @@ def test_reading_everything_equals_region_adaptive_sampling_alone(family, order,
         pipe, sla=sla(topk=1.0, order=order), ras={**RAS, "kv_predictor": kv_predictor}
     )
     latents = run(pipe, family, prompts=(0, 1))
-    session = control.installation_of(pipe)
+    session = installation_of(pipe)
     report = dit_accel.summary(pipe)
     assert report.ras.ras_steps > 0
     tokens = report.ras.steps[0].tokens
@@ -163,7 +163,7 @@ def test_totals_of_many_steps_equal_sums_over_all_keys(family, order, scope, ste
     report = dit_accel.summary(pipe, strict=True)
     assert len(errors) == report.sparse_calls >= steps * len(report.layers)
     assert max(errors) < 1e-5
-    for store in control.method_of(pipe, "ras").stores.values():
+    for store in method_of(pipe, "ras").stores.values():
         store.feature_map = None  # nobody keeps totals now
     assert relative(run(pipe, family, steps=steps), latents) < 1e-4
 
@@ -174,7 +174,7 @@ def test_active_tokens_are_whole_query_blocks_of_the_order(family, order):
     pipe = make(family)
     dit_accel.enable(pipe, sla=sla(order=order), ras=RAS)
     run(pipe, family)
-    session = control.installation_of(pipe)
+    session = installation_of(pipe)
     grid = session.methods["ras"].plan.key[1]
     tokens = grid[0] * grid[1] * grid[2]
     places = torch.arange(tokens)
@@ -302,7 +302,7 @@ def test_a_run_that_broke_off_leaves_no_trace(family):
     def fail(*_):
         raise KeyboardInterrupt
 
-    hook = list(control.installation_of(pipe).layers.values())[1].module.register_forward_hook(fail)
+    hook = list(installation_of(pipe).layers.values())[1].module.register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
         run(pipe, family, (1,))
     hook.remove()

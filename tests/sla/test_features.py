@@ -9,7 +9,7 @@ from diffusers.hooks import group_offloading
 from torch.utils._pytree import tree_map_only
 
 import dit_accel
-from dit_accel import control
+from dit_accel.runtime.install import method_of
 
 from ..random_pipelines import FAMILIES, make, randomise, relative, run
 
@@ -34,7 +34,7 @@ def enable(pipe, **changed):
 
 
 def modules(pipe):
-    return control.method_of(pipe, "sla").attention
+    return method_of(pipe, "sla").attention
 
 
 def sparse_calls(pipe):

@@ -86,12 +86,17 @@ def read_methods(
 
     def sparse(setting: str) -> tuple[str, SLAConfig | SLACheckpoint]:
         chosen = settings_of(setting or sla)
+        if chosen is None:
+            raise ValueError("methods: 'sla:none' is dense sampling; accepted is dense")
         if crossover is not None:
             chosen = _with_crossover(chosen, crossover)
         return _label(setting or sla), chosen
 
     def regions(setting: str) -> tuple[str, RASConfig]:
-        return _label(setting or ras), RASConfig.load(setting or ras)
+        chosen = RASConfig.load(setting or ras)
+        if chosen is None:
+            raise ValueError("methods: 'ras:none' is dense sampling; accepted is dense")
+        return _label(setting or ras), chosen
 
     methods = [DENSE]
     for name in names:
