@@ -145,6 +145,15 @@ def generate(
     return frames.float().cpu().transpose(1, 2) * 2 - 1
 
 
+def check_judged(num_clips: int, num_heldout: int, batch_size: int) -> None:
+    """Raise ValueError for numbers of clips that `judge_pipeline` does not accept."""
+    check_count("num_clips", num_clips, 0)
+    check_count("num_heldout", num_heldout, 0)
+    if num_clips + num_heldout == 0:
+        raise ValueError("num_clips=0, num_heldout=0: accepted is at least one clip")
+    check_count("batch_size", batch_size)
+
+
 def judge_pipeline(
     pipe: Any,
     *,
@@ -186,12 +195,8 @@ def judge_pipeline(
     """
     from tqdm import tqdm
 
-    check_count("num_clips", num_clips, 0)
-    check_count("num_heldout", num_heldout, 0)
-    if num_clips + num_heldout == 0:
-        raise ValueError("num_clips and num_heldout must not both be 0")
+    check_judged(num_clips, num_heldout, batch_size)
     check_count("seed", seed, 0)
-    check_count("batch_size", batch_size)
     check_count("num_inference_steps", num_inference_steps)
     check_count("max_sequence_length", max_sequence_length)
     still = num_frames is None

@@ -280,7 +280,7 @@ def _check_numbers(
 ) -> None:
     if not 0 < fps < float("inf"):
         raise ValueError(f"fps={fps}: accepted is a number > 0")
-    if type(seed) is not int or not 0 <= seed < 2**62:
+    if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r}: accepted is an int >= 0")
     for name, value in (("batch_size", batch_size), ("samples_per_prompt", samples_per_prompt)):
         if value is not None and (type(value) is not int or value < 1):

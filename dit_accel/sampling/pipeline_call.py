@@ -2,13 +2,11 @@
 
 import contextlib
 import importlib
-import inspect
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +18,16 @@ from dit_accel.environment import machine, versions
 from dit_accel.files import check_writable, write_json
 from dit_accel.sampling import media
 from dit_accel.sampling.focus import focus_masks, write_focus
+from dit_accel.sampling.picture import read_picture
 from dit_accel.sampling.prompts import PromptRecord
+from dit_accel.sampling.settings import Dtype, Sampling, check_fps, check_seed
+from dit_accel.sampling.settings import with_steps as with_steps
 
 FORMAT_VERSION = 1
-Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 CLIP_KINDS = ("mp4", "gif", "png")
 PIPELINES = {
     "WanPipeline": "wan.SparseWanPipeline",
+    "WanImageToVideoPipeline": "wan_i2v.SparseWanImageToVideoPipeline",
     "StableDiffusion3Pipeline": "sd3.SparseStableDiffusion3Pipeline",
     "LuminaPipeline": "lumina.SparseLuminaPipeline",
     "LuminaText2ImgPipeline": "lumina.SparseLuminaPipeline",
@@ -34,40 +35,6 @@ PIPELINES = {
     "Lumina2Text2ImgPipeline": "lumina2.SparseLumina2Pipeline",
 }
 """By the class name in model_index.json."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Arguments of one pipeline call; None leaves the pipeline's own default."""
-
-    height: int | None = None
-    """Pixels; must be divisible by the model's step."""
-    width: int | None = None
-    num_frames: int | None = None
-    """Temporal factor * k + 1 (4k+1 for Wan2.1)."""
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    max_sequence_length: int | None = None
-    """Text tokens."""
-
-    def call_arguments(self) -> dict[str, Any]:
-        """The given ones, under the pipeline's names."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-    def filled(self, defaults: dict[str, Any]) -> "Sampling":
-        """With `defaults` where nothing was given."""
-        return Sampling(**{**defaults, **self.call_arguments()})
-
-    def overridden(self, **own: Any) -> "Sampling":
-        """With `own` in place of what is here."""
-        return Sampling(**{**asdict(self), **own})
-
-
-def with_steps(pipe: Any, sampling: Sampling) -> Sampling:
-    """With the pipeline's own number of steps where none is given."""
-    default = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
-    return sampling.filled({"num_inference_steps": default})
 
 
 @contextlib.contextmanager
@@ -119,6 +86,8 @@ def run_batch(
         negative_prompts = [sampling.negative_prompt] * len(prompts)
     if negative_prompts is not None:
         arguments["negative_prompt"] = list(negative_prompts)
+    if sampling.image is not None:
+        arguments["image"] = read_picture(sampling.image)
     # Generators live on the CPU: the same noise on every device.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with phase_timer(pipe) as seconds:
@@ -157,7 +126,7 @@ def pipeline_class(model: str | os.PathLike, **hub: Any) -> Any:
     """
     from dit_accel.pipelines.base import read_index
 
-    found = read_index(model, **hub).get("_class_name")
+    found = read_index(model, "model", **hub).get("_class_name")
     if found not in PIPELINES:
         raise ValueError(
             f"model={str(model)!r}: holds a {found}; accepted are {', '.join(PIPELINES)}"
@@ -207,6 +176,7 @@ def generate(
     kind: str = "auto",
     fps: float = 16.0,
     save_focus: bool = False,
+    extras: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Generate one clip or image per prompt; each gets a numbered file and a sidecar JSON.
 
@@ -219,6 +189,7 @@ def generate(
         kind: "mp4", "gif" or "png" (frames); "auto" is png for images and mp4 for clips.
         fps: of the written clip.
         save_focus: also write where region-adaptive sampling worked, see `write_focus`.
+        extras: what else was set on the pipeline, for the sidecars (see `extras.prepare`).
 
     Returns:
         The sidecar records, with `files` and `sidecar` as paths.
@@ -228,8 +199,8 @@ def generate(
     session = control.session_of(pipe)
     if save_focus and (session is None or session.ras is None):
         raise ValueError("save_focus: region-adaptive sampling is off; accepted with ras=...")
-    if not fps > 0:
-        raise ValueError(f"fps={fps}: accepted is a number > 0")
+    check_fps(fps)
+    check_seed(seed, len(prompts))
     settings = [sampling.overridden(**item.sampling_arguments()) for item in prompts]
     for used in settings:
         pipe.check_sizes(**used.call_arguments())
@@ -252,6 +223,7 @@ def generate(
             "seed": used_seed,
             "model": model,
             "sampling": used.call_arguments(),
+            **(extras or {}),
             "frames": list(frames.shape),
             "fps": fps,
             "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
