@@ -86,5 +86,5 @@ def run(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RuntimeError, OSError, ImportError, MemoryError) as error:
-        sys.stderr.write(f"failed: {error or type(error).__name__}\n")
+        sys.stderr.write(f"failed: {str(error) or type(error).__name__}\n")
         raise SystemExit(1) from None

@@ -36,6 +36,8 @@ class Report:
         from dit_accel.eval.view.conditions import check
         from dit_accel.eval.view.report import report
 
+        if self.shown < 0:
+            raise ValueError(f"shown={self.shown}: accepted is an int >= 0")
         reasons = check(read_results(self.folder), self.fail_if)
         written = report(
             self.folder, title=self.title, samples=self.shown, overwrite=self.overwrite

@@ -89,13 +89,18 @@ class Run(ModelOptions):
                      "cpu_offload", "title"):  # fmt: skip
             if getattr(self, name) != getattr(plain, name):
                 raise ValueError(f"preset='demo': decides on {name} itself; accepted without it")
+        steps = self.sampling.num_inference_steps
+        if steps == 1:
+            raise ValueError(
+                "num_inference_steps=1: dense sampling is compared with fewer steps; accepted is an int >= 2"
+            )
         self.check()
         from dit_accel.eval.runs.presets import run_demo
 
         found = run_demo(
             self.output_dir,
             limit=self.limit,
-            num_inference_steps=self.sampling.num_inference_steps,
+            num_inference_steps=steps,
             device=self.device,
             **common,
         )

@@ -11,7 +11,7 @@ from dit_accel.checkpoint.convert import convert
 from dit_accel.checkpoint.file import read_checkpoint
 from dit_accel.control import session_of
 
-from ..cli.test_cli import run as cli
+from ..cli.command import run as cli
 from ..random_pipelines import make, run
 from .test_save_load import STEPS, absent
 
