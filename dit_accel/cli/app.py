@@ -5,8 +5,12 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 faile
 holds, 130 interrupted. --version prints the version.
 """
 
+import contextlib
+import io
+import itertools
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -71,13 +75,7 @@ def run(argv: list[str] | None = None) -> None:
         print_line(f"dit-accel {__version__}")
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    command: Any = tyro.cli(
-        Command,  # type: ignore[arg-type]
-        prog="dit-accel",
-        description=__doc__,
-        args=arguments,
-        config=(OmitSubcommandPrefixes,),
-    )
+    command = _parsed(arguments)
     try:
         command.run()
     except ValueError as error:
@@ -88,3 +86,30 @@ def run(argv: list[str] | None = None) -> None:
     except (RuntimeError, OSError, ImportError, MemoryError) as error:
         sys.stderr.write(f"failed: {str(error) or type(error).__name__}\n")
         raise SystemExit(1) from None
+
+
+def _parsed(arguments: Sequence[str]) -> Any:
+    """Return the command that the arguments name.
+
+    tyro explains a value of the wrong type in a box of many lines. Such a value is reported in one line, as
+    other values that are refused; messages about unknown or missing options stay as they are.
+    """
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(
+                Command,  # type: ignore[arg-type]
+                prog="dit-accel",
+                description=__doc__,
+                args=arguments,
+                config=(OmitSubcommandPrefixes,),
+            )
+    except SystemExit as stop:
+        text = shown.getvalue()
+        if stop.code == 2 and "Error parsing" in text:
+            lines = [x.strip("│| ") for x in text[text.index("Error parsing") :].splitlines()]
+            # The first paragraph, up to an empty line or a rule.
+            first = itertools.takewhile(lambda x: x.strip("─-"), lines)
+            text = f"error: {' '.join(first)}\n"
+        sys.stderr.write(text)
+        raise

@@ -130,3 +130,24 @@ def test_errors_are_one_line_and_an_exit_code(error, code, line, capsys, monkeyp
 def test_an_unknown_option_is_refused_with_a_suggestion(capsys):
     assert run("generate", "x", "--num-inference-stepz", "3") == 2
     assert "--num-inference-steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e3", "1.5", "many", "", "0x10", "x" * 40])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["generate", "x"], "--num-inference-steps"),
+        (["generate", "x"], "--seed"),
+        (["compare", "x"], "--repeats"),
+        (["eval", "run"], "--limit"),
+        (["eval", "score", "x"], "--workers"),
+        (["demo", "train", "--output-dir", "x"], "--vae-steps"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_in_one_line(command, option, value, capsys):
+    assert run(*command, option, value) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert option in lines[0]
+    assert repr(value) in lines[0]
