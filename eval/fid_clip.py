@@ -24,10 +24,11 @@ from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import open_reference, score
 from dit_accel.eval.view.terminal import figures_lines
 from dit_accel.files import check_writable, write_json
-from dit_accel.sampling.generate import generate, planned_set, shard_of
-from dit_accel.sampling.pipeline_call import load
+from dit_accel.sampling.generate import generate
+from dit_accel.sampling.load import load_pipeline
 from dit_accel.sampling.plan import plan_samples
 from dit_accel.sampling.prompt_sets import load_prompts
+from dit_accel.sampling.set_plan import planned_set, shard_of
 from dit_accel.sampling.sets import SampleSet
 
 
@@ -77,7 +78,7 @@ def draw(args: Args, metrics: Sequence[str], networks: Networks) -> SampleSet:
     source, sampling = options.resolve()
     reference = open_reference(args.reference)
     networks.loaded(metrics)
-    pipe = load(source, sla=args.sla, ras=args.ras, device=args.device)
+    pipe = load_pipeline(source, sla=args.sla, ras=args.ras, device=args.device)
     samples = plan_samples(drawn, sampling, seed=args.seed, count=1, layout="ids")
     planned = planned_set(pipe, samples)
     Given(planned, reference, {x.id: x.prompt for x in named}, networks.given).choose(metrics)

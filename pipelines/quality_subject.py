@@ -24,11 +24,11 @@ class Subject:
     """A trained model and what is asked of it."""
 
     def __init__(self, model: str, count: int) -> None:
-        from dit_accel.sampling.pipeline_call import load
+        from dit_accel.sampling.load import load_pipeline
 
         self.still = "sd3" in Path(model).name
         path = Path(model)
-        self.pipe = load(
+        self.pipe = load_pipeline(
             path if path.is_dir() else asset(model), sla=None, device="auto", dtype="fp32"
         )
         self.pipe.set_progress_bar_config(disable=True)

@@ -11,9 +11,10 @@ import numpy as np
 from diffusers import StableDiffusion3Pipeline
 
 from dit_accel.demo import IMAGE_SAMPLING
-from dit_accel.demo.report import generate, judged_stills
+from dit_accel.demo.report import clip_batches, judged_stills
 from dit_accel.files import asset
 from dit_accel.sampling.media import enlarge, titled, to_uint8, write_png
+from dit_accel.sampling.settings import Sampling
 
 COLUMNS, GAP = 8, 4
 
@@ -21,10 +22,9 @@ pipe = StableDiffusion3Pipeline.from_pretrained(asset("tiny-sd3"))
 rows = []
 for split, count in (("train", 16), ("heldout", 8)):
     captions = judged_stills(split, count).captions(with_motion=False)
-    for i in range(0, count, COLUMNS):
-        prompts = captions[i : i + COLUMNS]
-        seeds = list(range(i, i + COLUMNS))
-        stills = generate(pipe, prompts, seeds, num_frames=None, **IMAGE_SAMPLING)[:, :, 0]
+    batches = clip_batches(pipe, captions, Sampling(**IMAGE_SAMPLING), batch_size=COLUMNS)
+    for i, video in zip(range(0, count, COLUMNS), batches, strict=True):
+        prompts, stills = captions[i : i + COLUMNS], video[:, :, 0]
         pictures = enlarge(to_uint8((stills.permute(0, 2, 3, 1).numpy() + 1) / 2), 192)
         tiles = [
             titled(np.pad(picture, ((0, GAP), (0, GAP), (0, 0))), textwrap.fill(text, 30), 38)

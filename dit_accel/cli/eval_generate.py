@@ -42,10 +42,9 @@ class Generate(AccelerationOptions):
         if self.samples_per_prompt is not None:
             check_count("samples_per_prompt", self.samples_per_prompt)
         sla, ras = self.sla_config(), self.ras_config()
-        from dit_accel.sampling.generate import generate, rank_device
+        from dit_accel.sampling.generate import generate
         from dit_accel.sampling.plan import VBENCH_SAMPLES
 
-        self.device = rank_device(self.device)
         count = self.samples_per_prompt or (VBENCH_SAMPLES if self.layout == "vbench" else 1)
         outline, sampling = self.check(prompts, samples=len(prompts) * count)
         cache = self._cache(outline)

@@ -141,8 +141,8 @@ class Run(ModelOptions):
         from dit_accel.eval.runs.methods import check_fewer, read_methods
         from dit_accel.eval.runs.scores import choose_metrics
         from dit_accel.eval.view.conditions import check_early
-        from dit_accel.sampling.generate import planned_set
         from dit_accel.sampling.plan import plan_samples
+        from dit_accel.sampling.set_plan import planned_set
 
         chosen = read_methods(methods, outline, sla=sla, crossover=self.crossover)
         check_fewer(chosen, outline.steps(sampling))

@@ -38,14 +38,14 @@ class Generate(AccelerationOptions):
             raise ValueError("save_focus=True: accepted with --ras, which is none")
         sla, ras = self.sla_config(), self.ras_config()
         outline, sampling = self.check(prompts)
-        from dit_accel.sampling import pipeline_call
         from dit_accel.sampling.extras import check_extras, prepare
+        from dit_accel.sampling.numbered import generate_numbered
 
         extras = check_extras(
             outline, scheduler=self.scheduler, loras=self.lora, compile=self.compile
         )
         pipe = self.load(sla, ras)
-        records = pipeline_call.generate(
+        records = generate_numbered(
             pipe,
             prompts,
             output_dir=self.output_dir,

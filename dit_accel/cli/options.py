@@ -57,16 +57,16 @@ class ModelOptions:
         """Arguments for the hub."""
         return {} if self.revision is None else {"revision": self.revision}
 
-    def resolve(self) -> tuple[str | Path, Sampling]:
+    def resolve(self) -> tuple[str | os.PathLike, Sampling]:
         """Return where the model is, and checked sampling arguments with the defaults of embedded models."""
         sampling = Sampling(**asdict(self.sampling))
         if self.model not in (EMBEDDED, EMBEDDED_IMAGE):
             return self.model, sampling
         from dit_accel import demo
-        from dit_accel.files import asset
+        from dit_accel.files import model_source
 
         defaults = demo.SAMPLING if self.model == EMBEDDED else demo.IMAGE_SAMPLING
-        return asset(self.model), sampling.filled(defaults)
+        return model_source(self.model), sampling.filled(defaults)
 
     def check(
         self, prompts: Sequence[Any] = (), *, samples: int | None = None
@@ -108,17 +108,17 @@ class ModelOptions:
 
     def load(self, sla: Any = None, ras: RASConfig | None = None) -> Any:
         """Load the pipeline; `check` comes first."""
-        from dit_accel.sampling import pipeline_call
+        from dit_accel.sampling.load import load_pipeline
 
-        source, _ = self.resolve()
-        device = pipeline_call.resolved_device(self.device)
-        where = "cpu" if self.cpu_offload else device
-        # Of the device that computes, not of the one that keeps the weights.
-        dtype = pipeline_call.resolved_dtype(self.dtype, device)
-        pipe = pipeline_call.load(source, sla=sla, ras=ras, device=where, dtype=dtype, **self.hub)
-        if self.cpu_offload:
-            pipe.enable_model_cpu_offload(device=device)
-        return pipe
+        return load_pipeline(
+            self.resolve()[0],
+            sla=sla,
+            ras=ras,
+            device=self.device,
+            dtype=self.dtype,
+            cpu_offload=self.cpu_offload,
+            **self.hub,
+        )
 
 
 @dataclass(kw_only=True)

@@ -1,10 +1,10 @@
-"""Generates clips with a pipeline, judges them, and reports the accuracy with intervals."""
+"""`judge_pipeline`: judge the clips that a pipeline generates, and report the accuracy with intervals."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ from torch import Tensor
 
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
+from dit_accel.sampling.batches import progress_bar, run_batches
+from dit_accel.sampling.plan import plan_batches, plan_samples
+from dit_accel.sampling.prompts import number_prompts
+from dit_accel.sampling.settings import Sampling, check_seed
 
 from .checks import check_count, check_frame
 from .clips import Clips, describe_clips
@@ -115,34 +119,24 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def generate(
-    pipe: Any,
-    prompts: list[str],
-    seeds: list[int],
-    *,
-    num_frames: int | None = 33,
-    height: int = 64,
-    width: int = 64,
-    num_inference_steps: int = 12,
-    guidance_scale: float = 2.0,
-    max_sequence_length: int = 512,
-) -> Float[Tensor, "n 3 t h w"]:
-    """One batch of clips from a WanPipeline-like object, or of stills (one frame each) from an image
-    pipeline with `num_frames=None`, a CPU generator for each prompt; values in [-1, 1]."""
-    still = num_frames is None
-    output = pipe(
-        prompt=prompts,
-        height=height,
-        width=width,
-        **({} if still else {"num_frames": num_frames}),
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        max_sequence_length=max_sequence_length,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="pt",
-    )
-    frames = torch.as_tensor(output.images)[:, None] if still else torch.as_tensor(output.frames)
-    return frames.float().cpu().transpose(1, 2) * 2 - 1
+def clip_batches(
+    pipe: Any, prompts: Sequence[str], sampling: Sampling, *, seed: int = 0, batch_size: int = 8
+) -> Iterator[Float[Tensor, "n 3 t h w"]]:
+    """Generate batches of clips, or of stills (one frame each) with an image pipeline.
+
+    Args:
+        pipe: called as `WanPipeline` or `StableDiffusion3Pipeline` is.
+        prompts: prompt i has the initial noise of `seed + i`, whatever the batch size.
+        sampling: arguments of the pipeline call.
+        seed: first seed.
+        batch_size: clips generated at once.
+
+    Yields:
+        Clips with values in [-1, 1].
+    """
+    samples = plan_samples(number_prompts(prompts), sampling, seed=seed, count=1, layout="ids")
+    for made in run_batches(pipe, plan_batches(samples, batch_size)):
+        yield torch.from_numpy(made.frames).float().permute(0, 4, 1, 2, 3) * 2 - 1
 
 
 def check_judged(num_clips: int, num_heldout: int, batch_size: int) -> None:
@@ -193,19 +187,13 @@ def judge_pipeline(
         where the caption names it, and `all` as in `score_clips`), `clips` (one record each), `seconds_per_clip`,
         versions and machine.
     """
-    from tqdm import tqdm
-
     check_judged(num_clips, num_heldout, batch_size)
-    check_count("seed", seed, 0)
-    check_count("num_inference_steps", num_inference_steps)
-    check_count("max_sequence_length", max_sequence_length)
+    check_seed(seed, max(num_clips, num_heldout))
     still = num_frames is None
     check_frame(1 if still else num_frames, height, width)
     if not guidance_scale >= 0:
         raise ValueError(f"guidance_scale must be a number >= 0, got {guidance_scale!r}")
-
-    shape_judge = shape_judge or load_shape_judge()
-    sampling: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "num_frames": num_frames,
         "height": height,
         "width": width,
@@ -213,25 +201,25 @@ def judge_pipeline(
         "guidance_scale": guidance_scale,
         "max_sequence_length": max_sequence_length,
     }
+    sampling = Sampling(**settings)
+    shape_judge = shape_judge or load_shape_judge()
     records: list[dict[str, Any]] = []
     began = time.perf_counter()
-    with tqdm(total=num_clips + num_heldout, desc="judging", disable=not progress) as bar:
+    with progress_bar(
+        total=num_clips + num_heldout, desc="judging", unit="clip", disable=not progress
+    ) as bar:
         for split, count in (("train", num_clips), ("heldout", num_heldout)):
+            if count == 0:
+                continue
             asked = (judged_stills if still else judged_clips)(split, count, seed)
             prompts = asked.captions(with_motion=not still)
-            for i in range(0, count, batch_size):
-                seeds = [seed + k for k in range(i, min(i + batch_size, count))]
-                video = generate(pipe, prompts[i : i + batch_size], seeds, **sampling)
-                scored = score_clips(video, asked[i : i + batch_size], shape_judge, still)
-                for k, record in enumerate(scored):
-                    head = {
-                        "index": i + k,
-                        "split": split,
-                        "prompt": prompts[i + k],
-                        "seed": seeds[k],
-                    }
+            i = 0
+            for video in clip_batches(pipe, prompts, sampling, seed=seed, batch_size=batch_size):
+                for record in score_clips(video, asked[i : i + len(video)], shape_judge, still):
+                    head = {"index": i, "split": split, "prompt": prompts[i], "seed": seed + i}
                     records.append(head | record)
-                bar.update(len(scored))
+                    i += 1
+                bar.update(len(video))
     seconds = time.perf_counter() - began
     splits = {name: [r for r in records if r["split"] == name] for name in ("train", "heldout")}
     device = getattr(pipe, "device", torch.device("cpu"))
@@ -243,7 +231,7 @@ def judge_pipeline(
             "num_heldout": num_heldout,
             "seed": seed,
             "batch_size": batch_size,
-            **sampling,
+            **settings,
         },
         "summary": {
             name: summarise(rows) for name, rows in (*splits.items(), ("all", records)) if rows

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.files import write_json
+from dit_accel.sampling.devices import pick_device
 
 from .checks import check_empty_dir
 from .clips import ANYWHERE, Clips, draw_clips, render
@@ -37,21 +38,6 @@ from .vae import (
     latent_scale,
     whole_clip,
 )
-
-
-def pick_device(device: str) -> torch.device:
-    """`"auto"` is the GPU where there is one, else the CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"device must be 'auto' or a torch device such as 'cpu' or 'cuda', got {device!r}"
-        ) from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, but torch sees no GPU here; 'auto' or 'cpu' work")
-    return place
 
 
 def _clips_at(generator: torch.Generator, count: int, frames: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Acceleration for the time of one run, and what of it is written down."""
+"""`accelerated`: context manager that enables acceleration for one run; and its settings for records."""
 
 import contextlib
 import dataclasses
@@ -22,9 +22,9 @@ def accelerated(
     ras: RASConfig | str | None = None,
     cache: Any = None,
 ) -> Iterator[None]:
-    """With sparse attention, region-adaptive sampling or a step cache of diffusers on; off at the end.
+    """Enable sparse attention, region-adaptive sampling or a step cache of diffusers; disable it at the end.
 
-    What is None stays as it was.
+    An argument of None leaves that method as it was.
 
     Raises:
         ValueError: bad settings, something that is on already, or a cache for a model that diffusers has
@@ -53,7 +53,7 @@ def accelerated(
 
 
 def acceleration_settings(pipe: Any) -> dict[str, Any]:
-    """What is on: `sla`, `ras` and `cache`, each None or plain values for JSON."""
+    """Return the settings of what is on: `sla`, `ras` and `cache`, each None or plain values for JSON."""
     settings: dict[str, Any] = {"sla": None, "ras": None, "cache": None}
     session = control.session_of(pipe)
     if session is not None and session.sla is not None:
@@ -76,6 +76,6 @@ def acceleration_settings(pipe: Any) -> dict[str, Any]:
 
 
 def weights_sha256(pipe: Any) -> str:
-    """Of the transformer's fingerprint: some weights of each layer, whatever dtype they are kept in."""
+    """Return the hash of the transformer's fingerprint: some weights of each layer, whatever their dtype."""
     fingerprint = identity_of(pipe.transformer).fingerprint
     return hashlib.sha256(fingerprint.to(torch.float32).numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Pictures of where region-adaptive sampling worked: how often each token ran, and when."""
+"""`write_focus`: pictures of where region-adaptive sampling worked, how often each token ran, and when."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ _COLOURS = np.array([[13, 22, 66], [128, 37, 110], [222, 92, 60], [252, 190, 90]
 
 
 def focus_masks(pipe: Any, sample: int = 0) -> dict[int, Bool[np.ndarray, "t h w"]]:
-    """Which tokens ran, in each step of the last run that left some out; empty if none did.
+    """Return which tokens ran, in each step of the last run that left some out; empty if none did.
 
     Raises:
         ValueError: region-adaptive sampling is off.
@@ -29,7 +29,7 @@ def focus_masks(pipe: Any, sample: int = 0) -> dict[int, Bool[np.ndarray, "t h w
 
 
 def heat(values: Float[np.ndarray, "t h w"]) -> UInt8[np.ndarray, "t h w 3"]:
-    """Values in [0, 1] as colours."""
+    """Return values in [0, 1] as colours."""
     place = np.clip(values, 0, 1) * (len(_COLOURS) - 1)
     low = np.minimum(place.astype(int), len(_COLOURS) - 2)
     share = (place - low)[..., None]
@@ -39,7 +39,7 @@ def heat(values: Float[np.ndarray, "t h w"]) -> UInt8[np.ndarray, "t h w 3"]:
 def _stretch(
     cells: UInt8[np.ndarray, "t h w 3"], size: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "t2 h2 w2 3"]:
-    """Nearest neighbour, to the size of the clip."""
+    """Enlarge to the size of the clip (nearest neighbour)."""
     for axis, length in enumerate(size):
         index = np.arange(length) * cells.shape[axis] // length
         cells = np.take(cells, index, axis=axis)
@@ -53,7 +53,7 @@ def write_focus(
     *,
     fps: int | float,
 ) -> list[Path]:
-    """`stem-focus.png`: the result, how often each token ran, and who ran in some of the steps; of a
+    """Write `stem-focus.png`: the result, how often each token ran, and who ran in some of the steps; of a
     video also `stem-focus.mp4`, the clip beside its heat map. Returns the files.
 
     Args:
@@ -89,12 +89,12 @@ def write_focus(
 
 
 def _spread(length: int, count: int) -> list[int]:
-    """At most `count` evenly spaced indices."""
+    """Return at most `count` evenly spaced indices."""
     return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
 
 
 def _grid(cells: list[tuple[str, np.ndarray]]) -> UInt8[np.ndarray, "h w 3"]:
-    """Titled pictures in rows of `COLUMNS`."""
+    """Return titled pictures in rows of `COLUMNS`."""
     blank = ("", np.full_like(cells[0][1], media.BACKGROUND))
     cells = cells + [blank] * (-len(cells) % COLUMNS)
     rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]

@@ -1,30 +1,31 @@
-"""Prompts to a sample set: batches, shards, and a run that goes on where it was killed."""
+"""`generate`: prompts to a sample set, in batches and shards; a run that was killed goes on."""
 
 import contextlib
+import errno
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dit_accel.checkpoint.file import SLACheckpoint
-from dit_accel.checkpoint.identity import public_name
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.environment import machine, versions
-from dit_accel.files import check_writable
-from dit_accel.sampling.acceleration import accelerated, acceleration_settings, weights_sha256
-from dit_accel.sampling.batches import BatchRun, progress_bar, quiet
-from dit_accel.sampling.journal import Found, Journal, Shards, known_samples, merge
-from dit_accel.sampling.pipeline_call import Sampling, resolved_device, with_steps
-from dit_accel.sampling.plan import VBENCH_SAMPLES, Layout, Sample, plan_batches, plan_samples
-from dit_accel.sampling.prompts import PromptRecord, prompts_sha256
-from dit_accel.sampling.sample_files import check_free, is_intact, remove_old
-from dit_accel.sampling.sets import FORMAT_VERSION, Kind, SampleSet
+from dit_accel.files import naming_failures
+from dit_accel.sampling.batches import progress_bar, quiet, run_batches
+from dit_accel.sampling.call import BatchResult
+from dit_accel.sampling.journal import Journal, Record, merge
+from dit_accel.sampling.manifest import FORMAT_VERSION
+from dit_accel.sampling.plan import Layout, Sample
+from dit_accel.sampling.prompts import PromptRecord
+from dit_accel.sampling.sample_files import frames_sha256, is_intact, remove_old, write_sample
+from dit_accel.sampling.set_plan import SetPlan, planned
+from dit_accel.sampling.sets import SampleSet
+from dit_accel.sampling.settings import Sampling
 
-_CLIP = 81
-"""Frames that video pipelines make by default."""
+_DISTURBED = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
+"""Errors where another process, started for the same samples, has swept temporary files or was faster."""
 
 
 def generate(
@@ -55,16 +56,16 @@ def generate(
     its batch change its noise; another batch size only changes how sums are rounded.
 
     Args:
-        pipe: a loaded pipeline (see `pipelines.generate.load`).
-        prompts: see `dit_accel.sampling.prompts.read_prompts`; their sizes and negative prompts win over `sampling`.
+        pipe: a loaded pipeline (see `load.load_pipeline`).
+        prompts: see `prompts.read_prompts`; their sizes and negative prompts win over `sampling`.
         output_dir: gets `<id>.png` of an image, and of a clip `<id>/0000.png, ...` (what metrics read) and
             `<id>.mp4` (for looking).
-        model, revision: what to write down as the model's name, and its commit.
+        model, revision: name of the model for the manifest, and its commit.
         sampling: arguments of the pipeline calls; the pipeline's own number of steps where none is given.
         seed: sample i of all of them has `seed + i`; one with a seed of its own keeps that.
         batch_size: samples a pipeline call; only samples of one size share a call.
         samples_per_prompt: with more than one the ids get "-0", "-1", ... Default: 1, for VBench 5.
-        fps: of the mp4.
+        fps: frame rate of the mp4.
         layout: "vbench" puts the mp4 files into `vbench/<prompt>-<i>.mp4`, where VBench finds them.
         sla, ras: acceleration for this run only; None leaves the pipeline as it is.
         cache: a cache config of diffusers for this run only, such as `FirstBlockCacheConfig`.
@@ -73,7 +74,7 @@ def generate(
         overwrite: replace samples that were made with other settings; without it they are an error.
             Samples of the same settings are kept either way.
         warm_up: one call before the first one, so that its seconds are like the others'.
-        progress: bars on stderr.
+        progress: show bars on stderr.
 
     Returns:
         The set, or None while other ranks have samples to make.
@@ -83,7 +84,7 @@ def generate(
         RuntimeError: a sample could not be written, or came out as something that is no picture. What is
             finished stays; run it again to go on.
     """
-    with _planned(
+    with planned(
         pipe,
         prompts,
         output_dir=output_dir,
@@ -119,11 +120,9 @@ def generate(
             header = {"format_version": FORMAT_VERSION, **plan.settings}
             header |= {"device": str(pipe._execution_device)}
             header |= {"versions": versions(), "machine": machine()}
+            bar = {"desc": f"{label}generating", "disable": not progress}
             with Journal(folder, shards, header, kept, redo=damaged) as journal, quiet(pipe):
-                bar = {"desc": f"{label}generating", "disable": not progress}
-                run = BatchRun(pipe, folder, plan.kind, fps, journal)
-                own = plan.batches[shards.rank :: shards.world_size]
-                run.make(own, kept, warm_up=warm_up, bar=bar)
+                _make(pipe, plan, kept, journal, warm_up=warm_up, bar=bar)
     return SampleSet.open(folder) if merge(folder, plan.settings, shards) else None
 
 
@@ -143,7 +142,7 @@ def check_generate(pipe: Any, prompts: Sequence[PromptRecord], **options: Any) -
     folder = Path(arguments.arguments["output_dir"])
     new = [x for x in (folder, *folder.parents) if not os.path.exists(x)]
     try:
-        with _planned(**arguments.arguments):
+        with planned(**arguments.arguments):
             pass
     finally:
         for place in new:  # where a file can be written shows only in a folder that is there
@@ -151,140 +150,58 @@ def check_generate(pipe: Any, prompts: Sequence[PromptRecord], **options: Any) -
                 place.rmdir()
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a run has to do."""
-
-    folder: Path
-    kind: Kind
-    settings: dict[str, Any]
-    """What samples depend on."""
-    samples: list[Sample]
-    batches: list[list[Sample]]
-    shards: Shards
-    found: Found
-
-    @property
-    def own(self) -> list[Sample]:
-        """Samples of this rank."""
-        return [x for x in self.samples if self.shards.owner[x.id] == self.shards.rank]
-
-
-@contextlib.contextmanager
-def _planned(
+def _make(
     pipe: Any,
-    prompts: Sequence[PromptRecord],
+    plan: SetPlan,
+    kept: dict[str, Record],
+    journal: Journal,
     *,
-    output_dir: str | os.PathLike,
-    model: str | os.PathLike,
-    sampling: Sampling,
-    revision: str | None,
-    seed: int,
-    batch_size: int,
-    samples_per_prompt: int | None,
-    fps: float | int,
-    layout: Layout,
-    sla: SLAConfig | SLACheckpoint | str | None,
-    ras: RASConfig | str | None,
-    cache: Any,
-    rank: int | None,
-    world_size: int | None,
-    overwrite: bool,
-) -> Iterator[_Plan]:
-    """With the acceleration on, and everything checked."""
-    _check_numbers(fps=fps, seed=seed, batch_size=batch_size, samples_per_prompt=samples_per_prompt)
-    rank, world_size = shard_of(rank, world_size)
-    kind = _kind(pipe)
-    if layout not in ("ids", "vbench"):
-        raise ValueError(f"layout={layout!r}: accepted are ids, vbench")
-    if layout == "vbench" and kind == "images":
-        raise ValueError("layout='vbench': VBench judges clips, and this model makes images")
-    if cache is not None and batch_size > 1:
-        raise ValueError(
-            f"batch_size={batch_size}: a step cache decides for all samples of a call at once, so they would "
-            "depend on each other; accepted with cache is 1"
-        )
-    count = samples_per_prompt or (VBENCH_SAMPLES if layout == "vbench" else 1)
-    sampling = with_steps(pipe, sampling)
-    samples = plan_samples(prompts, sampling, seed=seed, count=count, layout=layout)
-    for used in {x.call: x.sampling for x in samples}.values():
-        pipe.check_sizes(**used.call_arguments())
-    batches = plan_batches(samples, batch_size)
-    ranks = {x.id: b % world_size for b, batch in enumerate(batches) for x in batch}
-    shards = Shards({x.id: ranks[x.id] for x in samples}, rank=rank, world_size=world_size)
-    with accelerated(pipe, sla=sla, ras=ras, cache=cache):
-        settings = {
-            "kind": kind,
-            "model": public_name(model),
-            "revision": revision,
-            "weights": weights_sha256(pipe),
-            "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-            "sampling": sampling.call_arguments(),
-            "seed": seed,
-            "acceleration": acceleration_settings(pipe),
-            "fps": fps,
-            "layout": layout,
-            "samples_per_prompt": count,
-            "prompts_sha256": prompts_sha256(prompts),
-        }
-        folder = check_writable(output_dir, "output_dir")
-        found = known_samples(folder, settings, overwrite=overwrite)
-        plan = _Plan(folder, kind, settings, samples, batches, shards, found)
-        if found.samples is None and not overwrite:
-            check_free(folder, plan.own, samples, kind)
-        yield plan
-
-
-def planned_set(pipe: Any, samples: Sequence[Sample]) -> SampleSet:
-    """The set that is going to be made of these, to ask what can be measured of it."""
-    kind = _kind(pipe)
-    frames = {x.id: (x.sampling.num_frames or _CLIP) if kind == "clips" else 1 for x in samples}
-    return SampleSet(
-        Path(),
-        kind,
-        {name: tuple(Path(str(i)) for i in range(n)) for name, n in frames.items()},
-        {x.id: x.record.prompt for x in samples},
-    )
-
-
-def shard_of(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
-    """Rank and number of ranks: as given, else those of torchrun, else one process."""
-    if (rank is None) != (world_size is None):
-        raise ValueError(f"rank={rank}, world_size={world_size}: accepted are both or neither")
-    if rank is None or world_size is None:
-        values = [os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")]
-        try:
-            rank, world_size = map(int, values)
-        except ValueError:
-            raise ValueError(f"RANK={values[0]!r}, WORLD_SIZE={values[1]!r}: no numbers") from None
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(
-            f"rank={rank}, world_size={world_size}: accepted is 0 <= rank < world_size"
-        )
-    return rank, world_size
-
-
-def rank_device(device: str = "auto") -> str:
-    """The device of this process: under torchrun each has a GPU of its own."""
-    local = os.environ.get("LOCAL_RANK")
-    chosen = resolved_device(device)
-    return f"cuda:{local}" if chosen == "cuda" and local else chosen
-
-
-def _kind(pipe: Any) -> Kind:
-    return "clips" if hasattr(pipe, "vae_scale_factor_temporal") else "images"
-
-
-def _check_numbers(
-    *, fps: float | int, seed: int, batch_size: int, samples_per_prompt: int | None
+    warm_up: bool,
+    bar: dict[str, Any],
 ) -> None:
-    if not 0 < fps < float("inf"):
-        raise ValueError(f"fps={fps}: accepted is a number > 0")
-    if type(seed) is not int or not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed!r}: accepted is an int >= 0")
-    for name, value in (("batch_size", batch_size), ("samples_per_prompt", samples_per_prompt)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name}={value!r}: accepted is an int >= 1")
+    """Make every batch with a sample that is missing, and write the missing samples.
+
+    A batch runs as a whole: the company of the missing samples, and with it the last bits of the result,
+    are then those of a run that was never killed.
+    """
+    batches = plan.own_batches
+    total = sum(len(batch) for batch in batches)
+    done = sum(x.id in kept for batch in batches for x in batch)
+    missing = [batch for batch in batches if any(x.id not in kept for x in batch)]
+    with progress_bar(total=total, initial=done, **bar) as samples:
+        for made in run_batches(pipe, missing, warm_up=warm_up):
+            for i, sample in enumerate(made.samples):
+                if sample.id not in kept:
+                    journal.append(sample.id, _write(plan, made, i))
+                    samples.update()
+
+
+def _write(plan: SetPlan, made: BatchResult, i: int) -> Record:
+    """Write the files of one sample; return its entry in the manifest."""
+    sample, pictures, summary = made.samples[i], made.pictures(i), made.summary
+    advice = f"sample {sample.id!r} is unfinished, what is finished stays; run it again to go on"
+    options: dict[str, Any] = {"kind": plan.kind, "fps": plan.settings["fps"]}
+    with naming_failures(advice):
+        try:
+            files = write_sample(plan.folder, sample, pictures, **options)
+        except OSError as error:
+            if error.errno not in _DISTURBED:
+                raise
+            files = write_sample(plan.folder, sample, pictures, **options)
+    return {
+        "prompt": sample.record.prompt,
+        "negative_prompt": sample.sampling.negative_prompt,
+        "seed": sample.seed,
+        "ref_path": sample.record.ref_path,
+        "frames": list(pictures.shape),
+        "files": files,
+        "sha256": frames_sha256(pictures),
+        "seconds": {phase: took / len(made.samples) for phase, took in made.seconds.items()},
+        "density": summary.overall_density,
+        "sparse_density": summary.density,
+        "cost": None if summary.ras is None else summary.ras.cost,
+        "batch": len(made.samples),
+    }
 
 
 def _note_renamed(samples: Sequence[Sample]) -> None:

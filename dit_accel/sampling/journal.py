@@ -1,4 +1,4 @@
-"""What is finished of a sample set: a journal a rank while it runs, one manifest at the end.
+"""Progress of a sample set on disk: a journal a rank while it runs, one manifest at the end.
 
 Ranks share nothing but the folder. A rank appends a line to its journal once the files of a sample are
 complete; when it has finished it merges all journals, if together they hold every sample. Two ranks that
@@ -12,12 +12,19 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from dit_accel.files import atomic_path, write_json
+from dit_accel.sampling.manifest import (
+    FORMAT_VERSION,
+    JOURNAL,
+    MANIFEST,
+    differences,
+    is_inside,
+    read_manifest,
+)
 from dit_accel.sampling.plan import VBENCH_FOLDER
-from dit_accel.sampling.sets import FORMAT_VERSION, JOURNAL, MANIFEST, read_manifest
 
 Record = dict[str, Any]
 _ATTEMPTS = 10
@@ -26,7 +33,7 @@ _ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class Shards:
-    """Who makes which sample."""
+    """Ranks of a run, and which rank makes which sample."""
 
     owner: dict[str, int]
     """Rank by id, for all samples, in the order of the manifest."""
@@ -36,7 +43,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class _Progress:
-    """What one journal or manifest holds."""
+    """Content of one journal or manifest."""
 
     header: dict[str, Any]
     samples: dict[str, Record]
@@ -44,7 +51,7 @@ class _Progress:
 
 @dataclass(frozen=True)
 class Found:
-    """What earlier runs have left in a folder."""
+    """Samples and files of earlier runs in a folder."""
 
     samples: dict[str, Record] | None
     """Made with the same settings; None: nobody has begun."""
@@ -55,7 +62,7 @@ class Found:
 
 
 class Journal:
-    """The samples that one rank has finished."""
+    """Journal of one rank: a line for each finished sample."""
 
     def __init__(
         self,
@@ -65,7 +72,7 @@ class Journal:
         samples: Mapping[str, Record],
         redo: Iterable[str] = (),
     ) -> None:
-        """Starts the file with what is known; `redo` are ids that others may still believe to be intact."""
+        """Start the file with the known samples; `redo` are ids that others may still believe to be intact."""
         self._path = folder / JOURNAL.format(shards.rank)
         first = header | {"world_size": shards.world_size, "rank": shards.rank, "redo": [*redo]}
         lines = [first, *({"id": name} | record for name, record in samples.items())]
@@ -74,7 +81,7 @@ class Journal:
         self._file = self._path.open("a", encoding="utf-8")
 
     def append(self, name: str, record: Record) -> None:
-        """Once its files are complete; on disk when this returns."""
+        """Add a sample whose files are complete; the line is on disk when this returns."""
         self._file.write(_line({"id": name} | record))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -86,22 +93,8 @@ class Journal:
         self._file.close()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two settings differ, in words."""
-    found = []
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif key == "prompts_sha256" and a != b:
-            found.append("the prompts are others, or more or fewer")
-        elif a != b:
-            found.append(f"{prefix}{key} was {_short(a)} and is {_short(b)}")
-    return found
-
-
 def known_samples(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Found:
-    """What is there of samples made with these settings, and of other ones.
+    """Return the samples of earlier runs that were made with these settings, and the files of others.
 
     Raises:
         ValueError: samples made with other settings, or a damaged file, without `overwrite`.
@@ -143,7 +136,7 @@ def remove_stale(folder: Path, found: Found, shards: Shards) -> None:
 
 
 def merge(folder: Path, settings: Mapping[str, Any], shards: Shards) -> bool:
-    """Write the manifest if all samples are there; whether it stands then."""
+    """Write the manifest if all samples are there; return whether it stands then."""
     journals: list[_Progress] = []
     for path in _progress_files(folder):
         with contextlib.suppress(
@@ -188,12 +181,6 @@ def merge(folder: Path, settings: Mapping[str, Any], shards: Shards) -> bool:
     return True
 
 
-def is_inside(file: str) -> bool:
-    """Whether a path of a manifest stays inside the folder."""
-    path = PurePosixPath(file)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in file and file != ""
-
-
 def _progress_files(folder: Path) -> list[Path]:
     journals = sorted(folder.glob(JOURNAL.format("*")))
     manifest = folder / MANIFEST  # after the journals: where one has gone, it stands
@@ -201,7 +188,7 @@ def _progress_files(folder: Path) -> list[Path]:
 
 
 def _read_all(folder: Path) -> dict[Path, _Progress | ValueError]:
-    """What each journal and the manifest hold, or what is wrong with them."""
+    """Return the content of each journal and of the manifest, or what is wrong with them."""
     found: dict[Path, _Progress | ValueError] = {}
     for _ in range(_ATTEMPTS):
         found, paths = {}, _progress_files(folder)
@@ -222,7 +209,7 @@ def _settings(progress: _Progress, like: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> _Progress:
-    """Raises FileNotFoundError, or ValueError if it is damaged."""
+    """Read one; raise FileNotFoundError, or ValueError if it is damaged."""
     if path.name == MANIFEST:
         header = read_manifest(path.parent)
         return _Progress(header, header.pop("samples"))
@@ -251,7 +238,7 @@ def _read(path: Path) -> _Progress:
 
 
 def _sweep(folder: Path) -> None:
-    """Half-written samples of killed runs; all samples are complete now, so nobody writes one."""
+    """Remove half-written samples of killed runs; all samples are complete now, so nobody writes one."""
     for place in (folder, folder / VBENCH_FOLDER):
         for path in place.glob(".tmp-*"):
             if path.is_dir() and not path.is_symlink():
@@ -262,8 +249,3 @@ def _sweep(folder: Path) -> None:
 
 def _line(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

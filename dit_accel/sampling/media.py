@@ -3,6 +3,7 @@
 Frames are uint8 `[T, H, W, 3]` here; everything is written atomically.
 """
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,37 +19,50 @@ Frames = UInt8[np.ndarray, "t h w 3"]
 
 
 def to_uint8(frames: Float[np.ndarray, "t h w 3"]) -> Frames:
-    """From [0, 1], rounded."""
+    """Return frames in [0, 1] as 8-bit pictures, rounded."""
     return np.rint(np.clip(frames, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
 def enlarge(frames: Frames, smallest_side: int = 256) -> UInt8[np.ndarray, "t h_large w_large 3"]:
-    """Whole-number nearest-neighbour enlargement, so that tiny clips can be looked at."""
+    """Enlarge by a whole number (nearest neighbour), so that tiny clips can be looked at."""
     factor = max(1, smallest_side // min(frames.shape[1:3]))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def write_video(path: str | os.PathLike, frames: Frames, *, fps: int | float) -> None:
-    """H.264 mp4 that plays everywhere (yuv420p), at visually lossless quality (CRF 12)."""
-    import imageio.v2 as imageio
+    """Write an H.264 mp4 that plays everywhere (yuv420p), at visually lossless quality (CRF 12).
 
-    with (
-        atomic_path(path) as temporary,
-        imageio.get_writer(
+    Raises:
+        OSError: it could not be written, or is shorter than the clip.
+    """
+    import imageio.v2 as imageio
+    import imageio_ffmpeg
+
+    with atomic_path(path) as temporary:
+        with imageio.get_writer(
             temporary,
             fps=fps,
             codec="libx264",
             quality=None,
             macro_block_size=2,
             output_params=["-crf", "12"],
-        ) as writer,
-    ):
-        for frame in frames:
-            writer.append_data(frame)  # type: ignore[attr-defined]
+        ) as writer:
+            for frame in frames:
+                writer.append_data(frame)  # type: ignore[attr-defined]
+        # imageio does not pass on that ffmpeg failed at the end, as it does on a full disk.
+        temporary.stat()
+        try:
+            count, _ = imageio_ffmpeg.count_frames_and_secs(str(temporary))
+        except RuntimeError:
+            count = 0
+        if count != len(frames):
+            raise OSError(
+                errno.EIO, f"ffmpeg wrote {count} of {len(frames)} frames; is the disk full?"
+            )
 
 
 def write_gif(path: str | os.PathLike, frames: Frames, *, fps: int | float) -> None:
-    """An endless GIF; GIF counts hundredths of a second, so `fps` is approximate."""
+    """Write an endless GIF; GIF counts hundredths of a second, so `fps` is approximate."""
     from PIL import Image
 
     images = [Image.fromarray(frame) for frame in frames]
@@ -59,7 +73,7 @@ def write_gif(path: str | os.PathLike, frames: Frames, *, fps: int | float) -> N
 
 
 def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """One picture."""
+    """Write one picture."""
     from PIL import Image
 
     with atomic_path(path) as temporary:
@@ -85,7 +99,7 @@ def write_clip(stem: Path, frames: Frames, *, kind: str, fps: int | float) -> li
 def titled(
     image: UInt8[np.ndarray, "h w 3"], title: str, height: int = 22
 ) -> UInt8[np.ndarray, "h2 w 3"]:
-    """The image under a dark strip with a title."""
+    """Return the image under a dark strip with a title."""
     from PIL import Image, ImageDraw
 
     strip = Image.new("RGB", (image.shape[1], height), (BACKGROUND,) * 3)
@@ -96,7 +110,7 @@ def titled(
 def side_by_side(
     clips: Sequence[tuple[str, Frames]], gap: int = 8
 ) -> UInt8[np.ndarray, "t h_all w_all 3"]:
-    """Titled clips beside each other, enlarged if tiny."""
+    """Return titled clips beside each other, enlarged if tiny."""
     rows = []
     for i in range(len(clips[0][1])):
         parts: list[np.ndarray] = []
@@ -110,7 +124,7 @@ def side_by_side(
 def contact_sheet(
     clips: Sequence[tuple[str, Frames]], columns: int = 8, tile: int = 128, gap: int = 4
 ) -> UInt8[np.ndarray, "h_all w_all 3"]:
-    """One row of evenly spaced frames per clip."""
+    """Return a picture with one row of evenly spaced frames per clip."""
     rows = []
     for title, frames in clips:
         chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)

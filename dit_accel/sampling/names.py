@@ -14,12 +14,12 @@ _SUFFIX = re.compile(r"\.(?=(png|jpe?g|webp|gif|mp4|jsonl?|tmp)$)", re.IGNORECAS
 
 
 def name_key(name: str) -> str:
-    """Equal for names that some file system takes for one: case, and how accents are stored."""
+    """Return a key that is equal for names that some file system takes for one: case, and how accents are stored."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def safe_name(text: str, *, ending: str = "", max_bytes: int = MAX_BYTES) -> str:
-    """A file name that reads like `text` + `ending`; what is safe already stays as it is.
+    """Return a file name that reads like `text` + `ending`; what is safe already stays as it is.
 
     No separators, control or invisible characters, no leading dot or trailing dot or space (of any
     kind), no device name of Windows, no suffix of a media file (`x.mp4` would meet the clip of `x`), at
@@ -48,7 +48,7 @@ def unique_names(
     max_bytes: int = MAX_BYTES,
     fold_case: bool = True,
 ) -> list[str]:
-    """Their `safe_name`s; where two would be one file, the later one gets "-2", "-3", ... before `ending`.
+    """Return their `safe_name`s; where two would be one file, the later one gets "-2", "-3", ... before `ending`.
 
     Args:
         fold_case: names that differ in case only count as one, as they do on Windows and macOS.
@@ -70,5 +70,5 @@ def unique_names(
 
 
 def _cut(name: str, max_bytes: int) -> str:
-    """At most that many bytes, at the end of a character."""
+    """Cut to at most that many bytes, at the end of a character."""
     return name.encode()[:max_bytes].decode(errors="ignore")

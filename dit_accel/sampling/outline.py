@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from dit_accel.sampling.pipeline_call import pipeline_class
+from dit_accel.sampling.load import pipeline_class
 from dit_accel.sampling.settings import Sampling
 
 MAX_TEXT_TOKENS = {"StableDiffusion3Pipeline": 512, "Lumina2Pipeline": 512}

@@ -1,12 +1,12 @@
-"""Which samples a run makes, under which names, and which of them share a pipeline call."""
+"""`plan_samples` and `plan_batches`: the samples of a run, their names and seeds, and who shares a call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from dit_accel.sampling.names import name_key, unique_names
-from dit_accel.sampling.pipeline_call import Sampling
 from dit_accel.sampling.prompts import PromptRecord
+from dit_accel.sampling.settings import Sampling, check_seed
 
 Layout = Literal["ids", "vbench"]
 VBENCH_SAMPLES = 5
@@ -40,13 +40,18 @@ class Sample:
 def plan_samples(
     prompts: Sequence[PromptRecord], sampling: Sampling, *, seed: int, count: int, layout: Layout
 ) -> list[Sample]:
-    """`count` samples of each prompt, prompt by prompt; sample i has `seed + i`, or its prompt's own seed.
+    """Plan `count` samples of each prompt, prompt by prompt; sample i has `seed + i`, or its prompt's own seed.
 
     Raises:
-        ValueError: no prompts, or two of them with one id (with layout "vbench": or one text).
+        ValueError: no prompts, or two of them with one id (with layout "vbench": or one text); a seed out of
+            range.
     """
     if not prompts:
         raise ValueError("prompts=[]: accepted is at least one")
+    check_seed(seed, len(prompts) * count)
+    for record in prompts:
+        if record.seed is not None:
+            check_seed(record.seed, count)
     texts = [x.prompt for x in prompts]
     _check_unique("id", [name_key(x.id) for x in prompts], [x.id for x in prompts], "")
     if layout == "vbench":
@@ -80,7 +85,7 @@ def plan_samples(
 
 
 def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[list[Sample]]:
-    """In the order of their first samples; only samples that one call can make share a batch."""
+    """Return batches in the order of their first samples; only samples that one call can make share one."""
     unfinished: dict[tuple, list[Sample]] = {}
     batches: list[list[Sample]] = []
     for sample in samples:

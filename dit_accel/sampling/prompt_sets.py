@@ -1,4 +1,4 @@
-"""The shipped prompt sets, and any prompts file."""
+"""`load_prompts`: prompts of a shipped set or of any prompts file."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ SETS = {
 
 
 def load_prompts(source: str | os.PathLike, limit: int | None = None) -> list[PromptRecord]:
-    """Records of a shipped set or of a prompts file; of its first `limit` prompts.
+    """Return the records of a shipped set or of a prompts file; of its first `limit` prompts.
 
     Args:
         source: "smoke", "demo", "demo-images", or a path (see `dit_accel.sampling.prompts.read_prompts`).
@@ -37,6 +37,6 @@ def load_prompts(source: str | os.PathLike, limit: int | None = None) -> list[Pr
 
 
 def _shipped(name: str) -> Path:
-    """In a checkout the sets lie in eval/, in a wheel among the assets."""
+    """Return the path of a set: in eval/ of a checkout, among the assets of a wheel."""
     checkout = Path(__file__).resolve().parents[2] / "eval" / name
     return checkout if checkout.is_file() else asset(f"prompts/{name}")

@@ -1,4 +1,4 @@
-"""`read_prompts`: what to generate, from txt, jsonl, csv and tsv files."""
+"""`read_prompts`: prompts from txt, jsonl, csv and tsv files."""
 
 import csv
 import difflib
@@ -23,7 +23,7 @@ _NUMBERS = ("seed", "height", "width", "num_frames")
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One thing to generate. None leaves what holds for all of them."""
+    """One prompt with settings of its own; None leaves the setting of the run."""
 
     id: str
     """Names the sample; a safe file name."""
@@ -58,11 +58,11 @@ class PromptRecord:
             if value is None:
                 continue
             if type(value) is not int or not (0 if name == "seed" else 1) <= value < 2**63:
-                least = "an int >= 0" if name == "seed" else "an int >= 1"
-                raise ValueError(f"{name}={value!r}: accepted is {least}")
+                least = 0 if name == "seed" else 1
+                raise ValueError(f"{name}={value!r}: accepted is an int >= {least} and below 2**63")
 
     def sampling_arguments(self) -> dict[str, Any]:
-        """What this record overrides in a pipeline call."""
+        """Return the arguments of a pipeline call that this record overrides."""
         names = ("negative_prompt", "height", "width", "num_frames")
         return {name: x for name in names if (x := getattr(self, name)) is not None}
 
@@ -71,18 +71,18 @@ _FIELDS = [x.name for x in fields(PromptRecord)]
 
 
 def number_prompts(prompts: Iterable[str]) -> list[PromptRecord]:
-    """Records with the ids 00000, 00001, ..."""
+    """Return records with the ids 00000, 00001, ..."""
     return [PromptRecord(f"{i:05d}", prompt) for i, prompt in enumerate(prompts)]
 
 
 def prompts_sha256(prompts: Sequence[PromptRecord]) -> str:
-    """Equal for equal records, however they were stored."""
+    """Return a hash that is equal for equal records, however they were stored."""
     data = json.dumps([asdict(x) for x in prompts], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(data.encode()).hexdigest()
 
 
 def read_prompts(path: str | os.PathLike) -> list[PromptRecord]:
-    """Records of a prompts file, in its order.
+    """Read the records of a prompts file, in its order.
 
     - .txt (or no suffix): a prompt a line; empty lines are left out.
     - .jsonl: an object a line, with the fields of `PromptRecord`; only `prompt` is needed.

@@ -1,4 +1,4 @@
-"""The files of a sample: written whole, checked, and removed where a set is replaced."""
+"""Files of the samples of a set: written whole, checked, and removed where a set is replaced."""
 
 import contextlib
 import hashlib
@@ -12,9 +12,11 @@ from jaxtyping import UInt8
 
 from dit_accel.files import atomic_directory
 from dit_accel.sampling import media
-from dit_accel.sampling.journal import Found, Shards, is_inside, remove_stale
+from dit_accel.sampling.journal import Found, Shards, remove_stale
+from dit_accel.sampling.manifest import is_inside
+from dit_accel.sampling.pictures import is_picture, read_image
 from dit_accel.sampling.plan import Sample
-from dit_accel.sampling.sets import IMAGE_SUFFIXES, Kind, read_image
+from dit_accel.sampling.settings import Kind
 
 Pictures = UInt8[np.ndarray, "t h w 3"]
 
@@ -22,10 +24,10 @@ Pictures = UInt8[np.ndarray, "t h w 3"]
 def write_sample(
     folder: Path, sample: Sample, pictures: Pictures, *, kind: Kind, fps: float | int
 ) -> list[str]:
-    """`<id>.png`, or the frames and the mp4 of a clip; each is complete under its name or not there.
+    """Write `<id>.png`, or the frames and the mp4 of a clip; each is complete under its name or not there.
 
     Returns:
-        Their paths, relative to the folder.
+        The paths of the files, relative to the folder.
     """
     if kind == "images":
         name = f"{sample.id}.png"
@@ -45,15 +47,15 @@ def write_sample(
 
 
 def frames_sha256(frames: Pictures) -> str:
-    """Of the pixels, row by row; the same whatever the file format."""
+    """Return the hash of the pixels, row by row; the same whatever the file format."""
     return hashlib.sha256(np.ascontiguousarray(frames).tobytes()).hexdigest()
 
 
 def is_intact(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether the files are there and hold the pixels that were noted."""
+    """Return whether the files are there and hold the pixels of the record."""
     try:
         files = [folder / file for file in record["files"] if is_inside(file)]
-        frames = [read_image(x) for x in files if x.suffix.lower() in IMAGE_SUFFIXES]
+        frames = [read_image(x) for x in files if is_picture(x)]
         if any(x.stat().st_size == 0 for x in files):
             return False
         return frames_sha256(np.stack(frames)) == record["sha256"]
@@ -62,11 +64,11 @@ def is_intact(folder: Path, record: dict[str, Any]) -> bool:
 
 
 def check_free(folder: Path, own: Sequence[Sample], samples: Sequence[Sample], kind: Kind) -> None:
-    """Nothing in the folder tells of an earlier run, so what is in the way belongs to somebody.
+    """Check that no file of somebody else is in the way, in a folder that holds no earlier run.
 
     Args:
-        own: of this rank.
-        samples: of all ranks; another may have begun this very moment.
+        own: samples of this rank.
+        samples: samples of all ranks; another rank may have begun this very moment.
 
     Raises:
         ValueError: something is in the way.
@@ -81,7 +83,7 @@ def check_free(folder: Path, own: Sequence[Sample], samples: Sequence[Sample], k
     planned = {name for sample in samples for name in _places(sample, kind)}
     for path in sorted(folder.iterdir()):
         strange = path.name not in planned and not path.name.startswith(".")
-        if strange and path.suffix.lower() in IMAGE_SUFFIXES:
+        if strange and is_picture(path):
             raise ValueError(
                 f"output_dir={str(folder)!r}: holds pictures of another origin, such as {path.name}; choose "
                 "another folder"
@@ -91,7 +93,7 @@ def check_free(folder: Path, own: Sequence[Sample], samples: Sequence[Sample], k
 def remove_old(
     folder: Path, found: Found, samples: Sequence[Sample], shards: Shards, kind: Kind
 ) -> None:
-    """Remove the set that is replaced. What is where another rank writes is left to that rank."""
+    """Remove the set that is replaced. Files where another rank writes are left to that rank."""
     foreign = [x for x in samples if shards.owner[x.id] != shards.rank]
     spared = {place for x in foreign for place in _places(x, kind)}
     for file in found.old_files:
@@ -105,12 +107,12 @@ def remove_old(
 
 
 def _places(sample: Sample, kind: Kind) -> list[str]:
-    """Where its files go."""
+    """Return the names of the sample's files and folders."""
     return [f"{sample.id}.png"] if kind == "images" else [sample.id, sample.video]
 
 
 def _is_clip(place: Path) -> bool:
-    """A folder with nothing but frames in it, so that nobody's pictures are taken for a leftover."""
+    """Return whether a folder holds frames only, so that nobody's pictures are taken for a leftover."""
     return (
         place.is_dir()
         and not place.is_symlink()

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Kind = Literal["images", "clips"]
+"""What a pipeline makes."""
 SEEDS = 2**63
 """Seeds are in [0, SEEDS): what `torch.Generator.manual_seed` takes without a sign."""
 FPS = (0.01, 1000.0)

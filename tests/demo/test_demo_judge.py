@@ -109,6 +109,7 @@ class _Drawing:
 
     def __init__(self, num_clips: int, num_heldout: int, backwards: bool) -> None:
         self.backwards = backwards
+        self.transformer, self._execution_device = torch.nn.Identity(), "cpu"
         self.seeds: list[int] = []
         clips = [judged_clips("train", num_clips), judged_clips("heldout", num_heldout)]
         self.by_prompt = {text: c[i : i + 1] for c in clips for i, text in enumerate(c.captions())}
@@ -117,7 +118,7 @@ class _Drawing:
         self.seeds += [g.initial_seed() for g in generator]
         video = torch.cat([render(self.by_prompt[p], num_frames, height, width) for p in prompt])
         video = video.flip(2) if self.backwards else video
-        return SimpleNamespace(frames=(video.transpose(1, 2) + 1) / 2)
+        return SimpleNamespace(frames=(video.permute(0, 2, 3, 4, 1).numpy() + 1) / 2)
 
 
 @pytest.mark.parametrize("backwards", [False, True])

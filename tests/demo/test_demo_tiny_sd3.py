@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dit_accel.demo import IMAGE_SAMPLING
-from dit_accel.demo.report import generate, judged_stills, score_clips
+from dit_accel.demo.report import clip_batches, judged_stills, score_clips
 from dit_accel.files import asset
+from dit_accel.sampling.settings import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -23,19 +24,17 @@ def pipe():
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_the_dense_model_shows_what_was_asked(pipe, split, length):
     asked = judged_stills(split, 4)
-    sampling = IMAGE_SAMPLING | {"max_sequence_length": length}
-    stills = generate(
-        pipe, asked.captions(with_motion=False), [0, 1, 2, 3], num_frames=None, **sampling
-    )
+    sampling = Sampling(**IMAGE_SAMPLING | {"max_sequence_length": length})
+    [stills] = clip_batches(pipe, asked.captions(with_motion=False), sampling)
     assert stills.shape == (4, 3, 1, 64, 64)
     assert sum(r["right"]["all"] for r in score_clips(stills, asked, still=True)) >= 3
 
 
 def test_the_same_seed_gives_the_same_still_in_any_batch(pipe):
     prompts = ["a red circle on a navy background", "a white cross on a teal background"]
-    sampling = {**IMAGE_SAMPLING, "num_inference_steps": 3, "max_sequence_length": 16}
-    both = generate(pipe, prompts, [5, 6], num_frames=None, **sampling)
-    one = generate(pipe, prompts[1:], [6], num_frames=None, **sampling)
+    sampling = Sampling(**IMAGE_SAMPLING).overridden(num_inference_steps=3, max_sequence_length=16)
+    [both] = clip_batches(pipe, prompts, sampling, seed=5)
+    [one] = clip_batches(pipe, prompts[1:], sampling, seed=6)
     torch.testing.assert_close(both[1:], one, atol=1e-3, rtol=0)
 
 

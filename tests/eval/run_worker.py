@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from dit_accel.sampling.pipeline_call import Sampling
 from dit_accel.sampling.prompts import PromptRecord
+from dit_accel.sampling.settings import Sampling
 
 PROMPTS = [PromptRecord("a", "a red circle moving right"), PromptRecord("b", "a blue square")]
 SAMPLING = Sampling(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dit_accel.files import asset
-from dit_accel.sampling.pipeline_call import Sampling
+from dit_accel.sampling.settings import Sampling
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "fid_clip.py"
 

@@ -14,15 +14,15 @@ from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import score
 from dit_accel.eval.results.store import read_results
-from dit_accel.eval.runs import stages
+from dit_accel.eval.runs import measured
 from dit_accel.eval.runs import timing as timing_module
 from dit_accel.eval.runs.methods import Method, dense_with, read_methods
 from dit_accel.eval.runs.presets import DEMO, run_demo
 from dit_accel.eval.runs.scores import choose_metrics
 from dit_accel.sampling.generate import generate
-from dit_accel.sampling.pipeline_call import Sampling
 from dit_accel.sampling.prompts import PromptRecord, number_prompts
 from dit_accel.sampling.sets import SampleSet
+from dit_accel.sampling.settings import Sampling
 
 from .run_worker import PROMPTS, SAMPLING, evaluate
 
@@ -143,7 +143,7 @@ def test_media_of_every_row_are_named(results, folder):
 def test_run_again_it_makes_nothing_and_says_the_same(wan, folder, results, monkeypatch):
     before = {x: x.stat().st_mtime_ns for x in folder.rglob("*") if x.suffix in (".png", ".mp4")}
     grid = folder / "grid.png"
-    monkeypatch.setattr(timing_module, "run_once", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(timing_module, "run_batch", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr(
         "dit_accel.sampling.batches.run_batch", lambda *_: pytest.fail("made again")
     )
@@ -175,8 +175,8 @@ def test_a_killed_run_goes_on(wan, wan_repository, tmp_path, results):
     again = evaluate(wan, tmp_path)
     assert {x: x.stat().st_mtime_ns for x in made} == made
     after = json.loads(log.read_text())["calls"]
-    for name, measured in kept.items():
-        assert after[name][: len(measured)] == measured
+    for name, earlier in kept.items():
+        assert after[name][: len(earlier)] == earlier
     figures = {name: x["metrics"] for name, x in rows_of(again).items()}
     whole = {name: x["metrics"] for name, x in rows_of(results).items()}
     for name in set(figures) & set(whole):  # fewer steps depend on the seconds
@@ -318,7 +318,7 @@ BAD = {
 def test_bad_input_is_refused_before_any_work(
     wan, tmp_path, changed, message, monkeypatch, unchecked
 ):
-    for module, name in ((timing_module, "run_once"), (stages, "progress_bar")):
+    for module, name in ((timing_module, "run_batch"), (measured, "progress_bar")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("it worked"))
     monkeypatch.setattr("dit_accel.sampling.batches.run_batch", lambda *_: pytest.fail("it worked"))
     with pytest.raises(ValueError, match=message):

@@ -21,13 +21,19 @@ from dit_accel.eval.runs.fewer_steps import (
 from dit_accel.eval.runs.methods import DENSE, Method, dense_with
 from dit_accel.eval.runs.peak_memory import peak_memory
 from dit_accel.eval.runs.rows import build_row, unavailable_row
-from dit_accel.eval.runs.timing import Request, Stopwatch
+from dit_accel.eval.runs.timing import Stopwatch
 from dit_accel.eval.runs.timing_log import TimingLog
-from dit_accel.sampling.pipeline_call import Sampling, phase_timer
+from dit_accel.sampling.batches import WARM_UP_STEPS
+from dit_accel.sampling.call import BatchResult, phase_timer
+from dit_accel.sampling.plan import plan_samples
+from dit_accel.sampling.prompts import number_prompts
+from dit_accel.sampling.settings import Sampling
 
 from ..random_pipelines import make
 
-REQUESTS = [Request(x, Sampling(num_inference_steps=10), i) for i, x in enumerate(["a", "b"])]
+SAMPLES = plan_samples(
+    number_prompts(["a", "b"]), Sampling(num_inference_steps=10), seed=0, count=1, layout="ids"
+)
 RAS = Method(name="RAS", kind="ras", ras=RASConfig())
 FEWER = Method(name="Dense, fewer steps", kind="fewer_steps")
 CACHE = Method(name="Cache", kind="cache")
@@ -52,18 +58,20 @@ def clock(monkeypatch):
     clock.calls = []
     names = []
 
-    def run_once(pipe, prompt, sampling, seed):
+    def run_batch(pipe, samples, **overrides):
+        [sample] = samples
         on = control.session_of(pipe) is not None
-        steps = sampling.num_inference_steps
+        steps = sample.sampling.overridden(**overrides).num_inference_steps
         took = clock.seconds(steps, on)
-        if (on or steps == module.WARM_UP_STEPS) and on not in names:
+        if (on or steps == WARM_UP_STEPS) and on not in names:
             names.append(on)
             took = 1000.0
-        clock.calls.append((prompt, steps, seed, on))
+        clock.calls.append((sample.record.prompt, steps, sample.seed, on))
         parts = {"text": 0.25, "denoise": took, "decode": 0.25, "total": took + 0.5}
-        return np.zeros((1, 8, 8, 3)), parts, control.summary(pipe)
+        return BatchResult((sample,), np.zeros((1, 1, 8, 8, 3)), parts, control.summary(pipe))
 
-    monkeypatch.setattr(module, "run_once", run_once)
+    monkeypatch.setattr(module, "run_batch", run_batch)
+    monkeypatch.setattr("dit_accel.sampling.batches.run_batch", run_batch)
     # Collecting garbage takes long in a process full of tests.
     monkeypatch.setattr("dit_accel.eval.runs.peak_memory.gc.collect", lambda: 0)
     return clock
@@ -75,7 +83,7 @@ def denoise(watch, method):
 
 def test_methods_take_turns_and_warm_up_does_not_count(pipe, clock):
     seen = []
-    watch = Stopwatch(pipe, REQUESTS, on_call=lambda method, call: seen.append(method.name))
+    watch = Stopwatch(pipe, SAMPLES, on_call=lambda method, call: seen.append(method.name))
     watch.run([DENSE, RAS, CACHE], 3)
     assert clock.calls[:3] == [("a", 2, 0, False), ("a", 10, 0, True), ("a", 2, 0, False)]
     # Each round begins with the next method, and has the next prompt.
@@ -89,12 +97,12 @@ def test_methods_take_turns_and_warm_up_does_not_count(pipe, clock):
 
 
 def test_what_is_measured_already_is_not_measured_again(pipe, clock):
-    watch = Stopwatch(pipe, REQUESTS)
+    watch = Stopwatch(pipe, SAMPLES)
     watch.run([DENSE, RAS], 2)
     before = len(clock.calls)
     watch.run([DENSE, RAS], 2)
     assert len(clock.calls) == before
-    again = Stopwatch(pipe, REQUESTS, calls=watch.calls)
+    again = Stopwatch(pipe, SAMPLES, calls=watch.calls)
     again.calls["RAS"].pop()
     again.run([DENSE, RAS], 2)
     # Its warm-up, and the one call that is missing, with the prompt of that round.
@@ -104,20 +112,20 @@ def test_what_is_measured_already_is_not_measured_again(pipe, clock):
 def test_the_median_counts(pipe, clock):
     took = iter([9.0, 1.0, 5.0])
     clock.seconds = lambda steps, on: next(took) if steps == 10 else 0.0
-    watch = Stopwatch(pipe, REQUESTS)
+    watch = Stopwatch(pipe, SAMPLES)
     watch.run([DENSE], 3)
     assert watch.seconds(DENSE) == 5.0
 
 
 def test_fewer_steps_take_the_time_of_the_accelerated_run(pipe, clock):
-    watch = Stopwatch(pipe, REQUESTS)
+    watch = Stopwatch(pipe, SAMPLES)
     assert measure_equal_time(watch, [DENSE, RAS], 3, steps=10) == {"RAS": 5}
     assert {name: len(x) for name, x in watch.calls.items()} == {
         "Dense": 3,
         "RAS": 3,
         "Dense, 5 steps": 3,
     }
-    order = [x[1:] for x in clock.calls if x[1] != module.WARM_UP_STEPS]
+    order = [x[1:] for x in clock.calls if x[1] != WARM_UP_STEPS]
     order.remove((10, 0, True))  # its warm-up, which is a whole call
     # After the first round the fewer steps are known, and take turns with the others.
     assert [x[0] for x in order[:3]] == [10, 10, 5]
@@ -127,14 +135,14 @@ def test_fewer_steps_take_the_time_of_the_accelerated_run(pipe, clock):
 def test_a_wrong_first_guess_is_mended(pipe, clock):
     """Where part of the time is the same for any number of steps."""
     clock.seconds = lambda steps, on: 5.2 if on else 3.0 + 0.7 * steps
-    watch = Stopwatch(pipe, REQUESTS)
+    watch = Stopwatch(pipe, SAMPLES)
     assert measure_equal_time(watch, [DENSE, RAS], 1, steps=10) == {"RAS": 3}
     assert "Dense, 5 steps" in watch.calls  # the guess
 
 
 def test_fewer_steps_never_take_the_time_of_methods_slower_than_dense_sampling(pipe, clock):
     clock.seconds = lambda steps, on: 3.0 * steps if on else 1.0 * steps
-    watch = Stopwatch(pipe, REQUESTS)
+    watch = Stopwatch(pipe, SAMPLES)
     assert measure_all(watch, [DENSE, RAS], [FEWER], 1, steps=10) == ([], {})
     assert set(watch.calls) == {"Dense", "RAS"}
     assert measure_all(watch, [DENSE, RAS], [FEWER, dense_with(4)], 1, steps=10) == (
@@ -147,10 +155,10 @@ def test_fewer_steps_never_take_the_time_of_methods_slower_than_dense_sampling(p
 def test_what_was_measured_is_not_measured_again_on_a_noisy_machine(pipe, clock, seed):
     rng = np.random.default_rng(seed)
     clock.seconds = lambda steps, on: steps * (0.5 if on else 1.0) * rng.normal(1, 0.05)
-    watch = Stopwatch(pipe, REQUESTS)
+    watch = Stopwatch(pipe, SAMPLES)
     found = measure_all(watch, [DENSE, RAS], [FEWER], 3, steps=30)
     before = len(clock.calls)
-    again = Stopwatch(pipe, REQUESTS, calls=watch.calls)
+    again = Stopwatch(pipe, SAMPLES, calls=watch.calls)
     assert measure_all(again, [DENSE, RAS], [FEWER], 3, steps=30) == found
     assert len(clock.calls) == before
 
@@ -272,5 +280,5 @@ def test_seconds_wait_for_the_device_that_works(pipe, monkeypatch):
 def test_what_is_accelerated_is_warmed_up_whole(pipe, clock):
     """Its first step of a kind can be a late one."""
     sla = Method(name="SLA", kind="sla", sla=SLAConfig(dense_steps=3, crossover="never"))
-    Stopwatch(pipe, REQUESTS).run([DENSE, sla], 1)
+    Stopwatch(pipe, SAMPLES).run([DENSE, sla], 1)
     assert [x[1] for x in clock.calls[:2]] == [2, 10]

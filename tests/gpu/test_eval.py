@@ -5,7 +5,8 @@ import torch
 
 from dit_accel.eval import generate, load_prompts, run_evaluation, score
 from dit_accel.files import asset
-from dit_accel.sampling.pipeline_call import Sampling, load
+from dit_accel.sampling.load import load_pipeline
+from dit_accel.sampling.settings import Sampling
 
 pytestmark = pytest.mark.gpu
 SAMPLING = Sampling(num_inference_steps=6, height=64, width=64, guidance_scale=2.0)
@@ -13,7 +14,7 @@ SAMPLING = Sampling(num_inference_steps=6, height=64, width=64, guidance_scale=2
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = load(asset("tiny-sd3"), sla=None, device="cuda")
+    pipe = load_pipeline(asset("tiny-sd3"), sla=None, device="cuda")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

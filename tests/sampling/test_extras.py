@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from dit_accel import SparseWanPipeline
 from dit_accel.files import asset
 from dit_accel.sampling.extras import check_extras, prepare, scheduler_class
+from dit_accel.sampling.load import load_pipeline
 from dit_accel.sampling.outline import read_outline
-from dit_accel.sampling.pipeline_call import load
 
 from .. import random_pipelines
 
@@ -60,14 +60,14 @@ def sample(pipe, steps):
 
 @pytest.fixture(scope="module")
 def reference():
-    return sample(load(asset("tiny-wan"), sla=None), 24)
+    return sample(load_pipeline(asset("tiny-wan"), sla=None), 24)
 
 
 @pytest.mark.parametrize("name", [*FLOW, *NOISY])
 def test_schedulers_follow_the_same_flow(name, reference):
     # Solvers differ in their error, which vanishes with many steps; a wrong flow or shift does not.
     model = asset("tiny-wan")
-    pipe = load(model, sla=None)
+    pipe = load_pipeline(model, sla=None)
     done = prepare(pipe, check_extras(read_outline(model), scheduler=name))
     assert done == {"scheduler": name}
     assert type(pipe.scheduler).__name__ == name
@@ -81,7 +81,7 @@ def test_schedulers_follow_the_same_flow(name, reference):
 @pytest.mark.parametrize("name", FLOW)
 def test_an_image_model_changes_its_scheduler_too(name):
     model = asset("tiny-sd3")
-    pipe = load(model, sla=None)
+    pipe = load_pipeline(model, sla=None)
     prepare(pipe, check_extras(read_outline(model), scheduler=name))
     assert getattr(pipe.scheduler.config, "flow_shift", pipe.scheduler.config.get("shift")) == 3.0
     pipe.set_progress_bar_config(disable=True)

@@ -9,6 +9,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,12 +25,15 @@ from dit_accel import control
 from dit_accel.sampling import batches as module
 from dit_accel.sampling import generate as generation
 from dit_accel.sampling import journal, media, sample_files
-from dit_accel.sampling.generate import check_generate, generate, rank_device, shard_of
+from dit_accel.sampling.call import BatchResult, run_batch
+from dit_accel.sampling.devices import device_name
+from dit_accel.sampling.generate import check_generate, generate
 from dit_accel.sampling.journal import Journal, Shards, known_samples, merge
-from dit_accel.sampling.pipeline_call import Sampling, run_batch
 from dit_accel.sampling.plan import plan_batches, plan_samples
 from dit_accel.sampling.prompts import PromptRecord, number_prompts
+from dit_accel.sampling.set_plan import shard_of
 from dit_accel.sampling.sets import SampleSet
+from dit_accel.sampling.settings import Sampling
 
 from .generate_worker import PROMPTS, SAMPLING
 
@@ -41,12 +45,13 @@ def drawn(monkeypatch):
     """Pipeline calls that draw noise of the seeds, and no video encoder; the prompts of each call."""
     calls = []
 
-    def draw(pipe, prompts, sampling, seeds, negative_prompts=None):
-        calls.append(list(prompts))
-        shape = (sampling.num_frames or 1, sampling.height, sampling.width, 3)
-        frames = np.stack([np.random.default_rng(seed).random(shape) for seed in seeds])
+    def draw(pipe, samples, **_):
+        calls.append([x.record.prompt for x in samples])
+        used = samples[0].sampling
+        shape = (used.num_frames or 1, used.height, used.width, 3)
+        frames = np.stack([np.random.default_rng(x.seed).random(shape) for x in samples])
         seconds = {"text": 0.25, "denoise": 1.0, "decode": 0.25, "total": 1.5}
-        return frames, seconds, control.summary(pipe)
+        return BatchResult(tuple(samples), frames, seconds, control.summary(pipe))
 
     monkeypatch.setattr(module, "run_batch", draw)
     monkeypatch.setattr(media, "write_video", lambda path, *_, **__: path.write_bytes(b"mp4"))
@@ -58,9 +63,9 @@ def counted(monkeypatch):
     """The prompts of each pipeline call."""
     calls = []
 
-    def count(pipe, prompts, *arguments):
-        calls.append(list(prompts))
-        return run_batch(pipe, prompts, *arguments)
+    def count(pipe, samples, **overrides):
+        calls.append([x.record.prompt for x in samples])
+        return run_batch(pipe, samples, **overrides)
 
     monkeypatch.setattr(module, "run_batch", count)
     return calls
@@ -152,12 +157,14 @@ def test_two_processes_make_what_one_makes(wan, wan_repository, tmp_path):
 
 
 def test_the_batch_size_changes_rounding_only(wan, whole, tmp_path, counted):
-    texts, seeds = [x.prompt for x in PROMPTS[:2]], [3, 4]
-    both, _, _ = run_batch(wan, texts, SAMPLING, seeds)
+    samples = plan_samples(
+        number_prompts(x.prompt for x in PROMPTS[:2]), SAMPLING, seed=3, count=1, layout="ids"
+    )
+    both = run_batch(wan, samples)
     for i in range(2):
-        alone, _, _ = run_batch(wan, [texts[i]], SAMPLING, [seeds[i]])
+        alone = run_batch(wan, [samples[i]])
         # fp32 sums of other shapes: some 1e-7 a layer; other noise would differ by 0.1 and more.
-        np.testing.assert_allclose(both[i], alone[0], atol=1e-5)
+        np.testing.assert_allclose(both.frames[i], alone.frames[0], atol=1e-5)
     batched = make(wan, tmp_path, batch_size=3)
     # The one with a negative prompt cannot share a call with those that leave it to the model.
     assert counted == [[PROMPTS[i].prompt for i in (0, 1, 3)], [PROMPTS[2].prompt]]
@@ -408,7 +415,7 @@ def test_files_of_somebody_else_are_not_touched(wan, drawn, tmp_path):
     with pytest.raises(ValueError, match="already holds 00002; choose another or overwrite"):
         make(wan, tmp_path)
     assert drawn == []
-    with pytest.raises(RuntimeError, match="cannot write sample '00002'"):
+    with pytest.raises(RuntimeError, match=r"00002: could not be written .*'00002' is unfinished"):
         make(wan, tmp_path, overwrite=True)
     assert (tmp_path / "00002" / "holiday.png").exists()
 
@@ -424,7 +431,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_later(wan, drawn, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(media, "write_png", full)
-        with pytest.raises(RuntimeError, match=r"cannot write sample '00001' \(No space left"):
+        with pytest.raises(RuntimeError, match=r"could not be written \(No space left.*'00001'"):
             make(wan, tmp_path)
     assert [x for x in names(tmp_path) if x.startswith(".tmp")] == []
     drawn.clear()
@@ -432,10 +439,39 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_later(wan, drawn, tmp_path
     assert len(drawn) == 3
 
 
+@pytest.mark.parametrize("where", ["swept", "faster"])
+def test_a_second_process_for_the_same_samples_does_no_harm(
+    wan, drawn, tmp_path, monkeypatch, where
+):
+    """It has swept our temporary files when it finished, or has put the same clip there first."""
+    real, disturbed = sample_files.atomic_directory, []
+
+    @contextlib.contextmanager
+    def disturb(place):
+        with real(place) as temporary:
+            yield temporary
+            if not disturbed:
+                disturbed.append(place)
+                if where == "faster":
+                    shutil.copytree(temporary, place)
+                else:
+                    shutil.rmtree(temporary)
+
+    make(wan, tmp_path / "alone")
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_files, "atomic_directory", disturb)
+        assert len(make(wan, tmp_path / "two")) == 4
+    assert disturbed
+    assert pictures(tmp_path / "two") == pictures(tmp_path / "alone")
+    assert names(tmp_path / "two") == names(tmp_path / "alone")
+
+
 def test_values_that_are_not_finite_are_no_picture(wan, tmp_path, monkeypatch):
-    frames = np.full((1, 5, 32, 32, 3), np.nan)
-    broken = (frames, {"total": 1.0}, control.summary(wan))
-    monkeypatch.setattr(module, "run_batch", lambda *_: broken)
+    def broken(pipe, samples):
+        frames = np.full((1, 5, 32, 32, 3), np.nan)
+        return BatchResult(tuple(samples), frames, {"total": 1.0}, control.summary(pipe))
+
+    monkeypatch.setattr(module, "run_batch", broken)
     with pytest.raises(
         RuntimeError, match="sample '00000': the model returned values that are not"
     ):
@@ -444,10 +480,10 @@ def test_values_that_are_not_finite_are_no_picture(wan, tmp_path, monkeypatch):
 
 
 def test_too_large_a_batch_says_what_to_do(wan, tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(module, "run_batch", fail)
+    monkeypatch.setattr(wan.transformer, "forward", fail)
     with pytest.raises(RuntimeError, match=r"with 2 samples in a call \(CUDA out of memory\.\)"):
         make(wan, tmp_path, batch_size=2)
 
@@ -711,9 +747,9 @@ def test_a_warm_up_is_one_call_more(wan, tmp_path, monkeypatch, acceleration, fi
     """Short where all steps are of one kind."""
     steps = []
 
-    def count(pipe, prompts, sampling, *rest):
-        steps.append(sampling.num_inference_steps)
-        return run_batch(pipe, prompts, sampling, *rest)
+    def count(pipe, samples, **overrides):
+        steps.append(samples[0].sampling.overridden(**overrides).num_inference_steps)
+        return run_batch(pipe, samples, **overrides)
 
     monkeypatch.setattr(module, "run_batch", count)
     three = SAMPLING.overridden(num_inference_steps=3)
@@ -737,7 +773,7 @@ def test_a_warm_up_is_one_call_more(wan, tmp_path, monkeypatch, acceleration, fi
         ),
         ({"batch_size": 0}, "batch_size=0: accepted is an int >= 1"),
         ({"samples_per_prompt": 0}, "samples_per_prompt=0"),
-        ({"fps": 0}, "fps=0: accepted is a number > 0"),
+        ({"fps": 0}, "fps=0: accepted is a number"),
         ({"seed": -1}, "seed=-1: accepted is an int >= 0"),
         ({"layout": "tree"}, "layout='tree': accepted are ids, vbench"),
         ({"rank": 2, "world_size": 2}, "accepted is 0 <= rank < world_size"),
@@ -813,15 +849,15 @@ def test_torchrun_says_who_we_are(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert shard_of() == (0, 1)
-    assert rank_device("cpu") == "cpu"
+    assert device_name("cpu") == "cpu"
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert shard_of() == (5, 8)
     assert shard_of(0, 2) == (0, 2)
-    assert rank_device("cuda") == "cuda:1"
-    assert rank_device("cuda:3") == "cuda:3"
-    assert rank_device("cpu") == "cpu"
+    assert device_name("cuda") == "cuda:1"
+    assert device_name("cuda:3") == "cuda:3"
+    assert device_name("cpu") == "cpu"
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(ValueError, match="RANK='x', WORLD_SIZE='8': no numbers"):
         shard_of()

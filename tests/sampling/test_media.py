@@ -1,5 +1,8 @@
 """Clips written can be read back."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -47,3 +50,27 @@ def test_tiny_clips_are_enlarged_by_whole_pixels(frames):
     assert both.shape[2] == 2 * frames.shape[2] * 8 + 8
     sheet = media.contact_sheet([("a", frames), ("b", frames)], columns=3, tile=32)
     assert sheet.shape == (2 * (32 + 22), 3 * 48 + 2 * 4, 3)
+
+
+def test_a_video_that_is_cut_off_is_an_error_and_no_file(tmp_path):
+    """ffmpeg fails at the end only, as on a full disk."""
+    code = """
+import resource, sys
+import subprocess
+import sys
+
+import numpy as np
+from pathlib import Path
+from dit_accel.sampling import media
+frames = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+path = Path(sys.argv[1]) / "clip.mp4"
+try:
+    media.write_video(path, frames, fps=16)
+except OSError as error:
+    assert error.filename == str(path), error
+    sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert done.returncode == 7
+    assert list(tmp_path.iterdir()) == []

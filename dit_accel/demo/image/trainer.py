@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_accel.files import write_json
+from dit_accel.sampling.devices import pick_device
 
 from ..checks import check_empty_dir
 from ..clips import Clips
 from ..config import ImageTrainConfig
 from ..loop import Stage, run_stage, running_average, step_generator
 from ..optimizers import muon_and_adamw, muon_for_all
-from ..trainer import pick_device
 from .dit import LONG_TEXT, SHORT_TEXT, build_transformer, flow_matching_loss
 from .stills import ANYWHERE, draw_stills, render_stills
 from .text import StillCaptions, build_text_parts

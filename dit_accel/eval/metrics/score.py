@@ -99,7 +99,7 @@ def measure(
         ValueError: bad input, before any work where it can be known by then.
     """
     from dit_accel.demo.checks import check_count
-    from dit_accel.demo.trainer import pick_device
+    from dit_accel.sampling.devices import pick_device
 
     check_resize(resize)
     for name, value, least in (

@@ -1,4 +1,4 @@
-"""The same prompt and seed, dense and accelerated: clips, pictures, metrics and seconds."""
+"""`compare`: an evaluation of one prompt, dense and accelerated, with clips and pictures to look at."""
 
 import contextlib
 import json
@@ -16,14 +16,17 @@ from dit_accel.eval.metrics.figures import mean_figure
 from dit_accel.eval.metrics.pairs import psnr, ssim
 from dit_accel.eval.results.store import build_results
 from dit_accel.eval.results.types import PHASES, Figure, Results, Row
-from dit_accel.eval.runs.fewer_steps import measure_all
-from dit_accel.eval.runs.methods import DENSE, Crossover, Method, check_methods, read_methods
-from dit_accel.eval.runs.rows import build_row, unavailable_row
-from dit_accel.eval.runs.timing import Call, Request, Stopwatch
-from dit_accel.files import check_writable, write_json
+from dit_accel.eval.runs.lineup import line_up
+from dit_accel.eval.runs.measured import MeasuredCalls
+from dit_accel.eval.runs.methods import DENSE, Crossover, Method
+from dit_accel.files import atomic_files, check_writable, naming_failures, write_json
 from dit_accel.sampling import media
-from dit_accel.sampling.pipeline_call import FORMAT_VERSION, Sampling, with_steps
+from dit_accel.sampling.call import BatchResult
+from dit_accel.sampling.plan import plan_samples
+from dit_accel.sampling.prompts import number_prompts
+from dit_accel.sampling.settings import Sampling, check_count, check_fps, with_steps
 
+FORMAT_VERSION = 1
 SHEET, RECORD = "contact_sheet.png", "comparison.json"
 COMPARED = ("psnr", "ssim")
 """Metrics of a comparison."""
@@ -43,7 +46,7 @@ def compare(
     sampling: Sampling,
     seed: int = 0,
     repeats: int = 1,
-    fps: float = 16.0,
+    fps: float | int = 16.0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run dense and sparse from the same noise; write a clip (mp4) or image (png) of each, both
@@ -53,75 +56,70 @@ def compare(
     and SSIM compare raw frames, before any video coding.
 
     Args:
-        pipe: a loaded pipeline without acceleration (see `pipelines.generate.load`, `sla=None`).
-        sla, ras: what the accelerated run uses; at least one of the two.
-        methods: what else to run, as in `methods.read_methods`: "fewer_steps" is dense sampling with the
+        pipe: a loaded pipeline without acceleration (see `load.load_pipeline`, `sla=None`).
+        sla, ras: settings of the accelerated run; at least one of the two.
+        methods: further methods to run, as in `methods.read_methods`: "fewer_steps" is dense sampling with the
             number of steps whose denoising takes the time of an accelerated run, what it has to beat.
-        crossover: of sparse attention in `methods`.
+        crossover: overrides that of sparse attention in `methods`.
         output_dir: created if needed; existing results are an error unless `overwrite`.
         repeats: measured runs of each kind, >= 1.
 
     Returns:
         The comparison as written to comparison.json. Its `rows` are those of an evaluation's results.json,
         the accelerated run last.
+
+    Raises:
+        ValueError: bad input, before any work.
+        RuntimeError: a file could not be written; then the folder is as it was.
     """
     if sla is None and ras is None:
         raise ValueError(
             "sla=None, ras=None: nothing to compare; accepted is at least one of the two"
         )
-    if not prompt.strip():
-        raise ValueError("prompt='': accepted is a text that is not empty")
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: accepted is an int >= 1")
-    if not fps > 0:
-        raise ValueError(f"fps={fps}: accepted is a number > 0")
+    check_count("repeats", repeats)
+    check_fps(fps)
     sampling = with_steps(pipe, sampling)
-    steps = sampling.num_inference_steps
-    assert steps is not None
-    folder = check_writable(output_dir, "output_dir")
+    samples = plan_samples(number_prompts([prompt]), sampling, seed=seed, count=1, layout="ids")
+    pipe.check_sizes(**sampling.call_arguments())
+    assert sampling.num_inference_steps is not None
     kind = "sla" if ras is None else "ras" if sla is None else "ras_sla"
     sparse = Method(name=_NAMES[kind], kind=kind, sla=sla, ras=ras)
-    chosen = read_methods([*methods, sparse], pipe, crossover=crossover)
-    runnable = [x for x in chosen if x.why is None]
-    settings = check_methods(pipe, runnable, steps)
+    lineup = line_up(
+        [*methods, sparse], pipe, steps=sampling.num_inference_steps, crossover=crossover
+    )
+    folder = check_writable(output_dir, "output_dir")
     earlier = _earlier(folder, overwrite)
-    last: dict[str, Call] = {}
-
-    def keep(method: Method, call: Call) -> None:
-        last[method.name] = call
-
-    watch = Stopwatch(pipe, [Request(prompt, sampling, seed)], on_call=keep)
-    fewer = [x for x in runnable if x.kind == "fewer_steps"]
-    others = [x for x in runnable if x.kind != "fewer_steps"]
-    fewer, _ = measure_all(watch, others, fewer, repeats, steps=steps)
-    rest = [x for x in chosen if x.kind not in ("dense", "fewer_steps")]
-    shown = [DENSE, *fewer, *rest]
+    last: dict[str, BatchResult] = {}
+    measured = MeasuredCalls(pipe, samples, lineup)
+    measured.measure(repeats, on_call=lambda method, call: last.update({method.name: call.made}))
+    shown = lineup.rows(measured.fewer)
     calls = {x.name: last[x.name] for x in shown if x.why is None}
-    rows = _rows(shown, watch, calls, settings, steps)
+    rows = [_row(x, measured, calls) for x in shown]
     result = _record(rows, calls[sparse.name]) | {
         "prompt": prompt,
         "seed": seed,
         "model": model,
         "sampling": sampling.call_arguments(),
-        "frames": list(calls[sparse.name].frames.shape),
+        "frames": list(calls[sparse.name].frames[0].shape),
         "repeats": repeats,
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "device": str(pipe.transformer.device),
         "versions": versions(),
         "machine": machine(),
     }
-    frames = {x.name: calls[x.name].frames for x in shown if x.name in calls}
+    pictures = {name: call.pictures(0) for name, call in calls.items()}
     stems = {x.name: x.folder for x in shown} | {sparse.name: "sparse"}
-    files = _write(folder, frames, stems, result, fps)
-    result["files"] = [*files, SHEET, RECORD]
-    write_json(folder / RECORD, result)
+    with naming_failures("nothing of this comparison is kept"), atomic_files(folder) as staging:
+        files = _write(staging, pictures, stems, result, fps)
+        result["files"] = [*files, SHEET, RECORD]
+        write_json(staging / RECORD, result)
     for name in earlier - set(result["files"]):
         (folder / name).unlink(missing_ok=True)
     return {**result, "output_dir": str(folder)}
 
 
 def _earlier(folder: Path, overwrite: bool) -> set[str]:
-    """Files of an earlier comparison, which go when the new one is written.
+    """Return the files of an earlier comparison, which go when the new one is written.
 
     Raises:
         ValueError: there is one, and it must stay.
@@ -141,7 +139,7 @@ def _earlier(folder: Path, overwrite: bool) -> set[str]:
 
 
 def as_results(comparison: Mapping[str, Any]) -> Results:
-    """The comparison in the form of an evaluation, for its table and conditions."""
+    """Return the comparison in the form of an evaluation, for its table and conditions."""
     return build_results(
         title="comparison",
         model=comparison["model"],
@@ -153,45 +151,28 @@ def as_results(comparison: Mapping[str, Any]) -> Results:
     )
 
 
-def _rows(
-    methods: Sequence[Method],
-    watch: Stopwatch,
-    calls: Mapping[str, Call],
-    settings: Mapping[str, Any],
-    steps: int,
-) -> list[Row]:
-    rows: list[Row] = []
-    dense = calls[DENSE.name].frames
-    for method in methods:
-        n = method.num_inference_steps or steps
-        if method.why is not None:
-            rows.append(
-                unavailable_row(method.name, method.kind, method.why, num_inference_steps=n)
-            )
-            continue
-        call = calls[method.name]
-        metrics: dict[str, Figure] = {}
-        if rows:
-            metrics["psnr"] = mean_figure([psnr(dense, call.frames)], "dB")
-            metrics["ssim"] = mean_figure([ssim(dense, call.frames)], "")
-        row = build_row(
-            method,
-            steps=n,
-            calls=watch.calls[method.name],
-            reference=rows[0]["seconds"] if rows else None,
-            settings=settings.get(method.name),
-            metrics=metrics,
-            density=call.summary.overall_density,
-            cost=None if call.summary.ras is None else call.summary.ras.cost,
-        )
-        if row["peak_memory_of"] == "process":  # which also holds the frames of the other runs
-            row |= {"peak_memory_bytes": None, "peak_memory_of": None}
-        rows.append(row)
-    return rows
+def _row(method: Method, measured: MeasuredCalls, calls: Mapping[str, BatchResult]) -> Row:
+    """Return the row of a method, with PSNR and SSIM of raw frames against dense sampling."""
+    if method.why is not None:
+        return measured.missing_row(method)
+    call, dense = calls[method.name], calls[DENSE.name].frames[0]
+    metrics: dict[str, Figure] = {}
+    if method.name != DENSE.name:
+        metrics["psnr"] = mean_figure([psnr(dense, call.frames[0])], "dB")
+        metrics["ssim"] = mean_figure([ssim(dense, call.frames[0])], "")
+    row = measured.row(
+        method,
+        metrics=metrics,
+        density=call.summary.overall_density,
+        cost=None if call.summary.ras is None else call.summary.ras.cost,
+    )
+    if row["peak_memory_of"] == "process":  # which also holds the frames of the other runs
+        row |= {"peak_memory_bytes": None, "peak_memory_of": None}
+    return row
 
 
-def _record(rows: Sequence[Row], sparse: Call) -> dict[str, Any]:
-    """The figures by name, and all rows."""
+def _record(rows: Sequence[Row], sparse: BatchResult) -> dict[str, Any]:
+    """Return the figures by name, and all rows."""
     last = rows[-1]
     assert last["speedup"] is not None
     return {
@@ -213,19 +194,18 @@ def _record(rows: Sequence[Row], sparse: Call) -> dict[str, Any]:
 
 def _write(
     folder: Path,
-    frames: Mapping[str, np.ndarray],
+    shown: Mapping[str, np.ndarray],
     stems: Mapping[str, str],
     result: dict[str, Any],
-    fps: float,
+    fps: float | int,
 ) -> list[str]:
-    """The pictures of each method, the accelerated one last; their names."""
+    """Write the pictures of each method, the accelerated one last; return their names."""
     ras = result["acceleration"]["ras"]
     kept = "dense (below crossover)" if ras is None else "all keys"
     if result["density"] is not None:
         kept = f"sparse, density {result['density']:.2f}"
     if ras is not None:
         kept += f", {ras['cost']:.1f} of {len(ras['steps'])} steps"
-    shown = {name: media.to_uint8(x) for name, x in frames.items()}
     *others, last = shown
     clips = [*((x.lower(), shown[x]) for x in others), (kept, shown[last])]
     difference = np.abs(clips[0][1].astype(np.int16) - shown[last]).astype(np.uint8)

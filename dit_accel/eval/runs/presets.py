@@ -11,8 +11,9 @@ from dit_accel.eval.results.types import Results
 from dit_accel.eval.runs.methods import Method
 from dit_accel.eval.runs.run import run_evaluation
 from dit_accel.files import asset
-from dit_accel.sampling.pipeline_call import Sampling, load
+from dit_accel.sampling.load import load_pipeline
 from dit_accel.sampling.prompt_sets import load_prompts
+from dit_accel.sampling.settings import Sampling
 
 REPEATS = 5
 
@@ -84,7 +85,7 @@ def run_demo(
         dense = [f"fewer_steps:{n}" for n in preset.steps if n < most]
         prompts = load_prompts(preset.prompts, preset.limit if limit is None else limit)
         results[name] = run_evaluation(
-            load(asset(name), sla=None, device=device),
+            load_pipeline(asset(name), sla=None, device=device),
             prompts,
             output_dir=Path(output_dir) / name,
             model=name,

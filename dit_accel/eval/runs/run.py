@@ -13,23 +13,18 @@ from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import open_reference
 from dit_accel.eval.results.store import build_results, write_results
 from dit_accel.eval.results.types import Results
-from dit_accel.eval.runs.methods import (
-    DEFAULT,
-    DENSE,
-    Crossover,
-    Method,
-    check_methods,
-    read_methods,
-)
+from dit_accel.eval.runs.lineup import line_up
+from dit_accel.eval.runs.measured import MeasuredCalls
+from dit_accel.eval.runs.methods import DEFAULT, DENSE, Crossover, Method
 from dit_accel.eval.runs.scores import Scorer, choose_metrics
 from dit_accel.eval.runs.stages import Stages
 from dit_accel.eval.view.conditions import check_early
 from dit_accel.eval.view.report import check_libraries, report
-from dit_accel.sampling.generate import planned_set, shard_of
-from dit_accel.sampling.pipeline_call import Sampling, with_steps
 from dit_accel.sampling.plan import plan_samples
 from dit_accel.sampling.prompts import PromptRecord
+from dit_accel.sampling.set_plan import planned_set, shard_of
 from dit_accel.sampling.sets import SampleSet
+from dit_accel.sampling.settings import Sampling, check_count, with_steps
 
 
 def run_evaluation(
@@ -96,8 +91,7 @@ def run_evaluation(
             "WORLD_SIZE: an evaluation runs in one process; accepted under torchrun is `eval generate`, into "
             "the sub-folders, which an evaluation then finds"
         )
-    if not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"repeats={repeats!r}: accepted is an int >= 1")
+    check_count("repeats", repeats)
     if shown < 0:
         raise ValueError(f"shown={shown}: accepted is a whole number >= 0")
     check_libraries()
@@ -105,9 +99,12 @@ def run_evaluation(
     samples = plan_samples(prompts, sampling, seed=seed, count=1, layout="ids")
     for sample in samples:
         pipe.check_sizes(**sample.sampling.call_arguments())
-    chosen = read_methods(methods, pipe, sla=sla, ras=ras, crossover=crossover)
-    fewer = [x for x in chosen if x.kind == "fewer_steps"]
-    runnable = [x for x in chosen if x.why is None and x not in fewer]
+    assert sampling.num_inference_steps is not None
+    lineup = line_up(
+        methods, pipe, steps=sampling.num_inference_steps, sla=sla, ras=ras, crossover=crossover
+    )
+    runnable = lineup.runnable
+    measured = MeasuredCalls(pipe, samples, lineup)
     stages = Stages(
         pipe,
         prompts,
@@ -122,9 +119,9 @@ def run_evaluation(
             "fps": fps,
             "overwrite": overwrite,
         },
+        measured,
         progress,
     )
-    stages.settings |= check_methods(pipe, [*runnable, *fewer], stages.steps)
     against = open_reference(reference)
     networks = networks or Networks()
     names = choose_metrics(
@@ -134,17 +131,16 @@ def run_evaluation(
         fail_if, metrics=names.figures, rows=[y for x in runnable for y in (x.name, x.kind)]
     )
     networks.loaded(names.needed)
-    for method in (*runnable, *(x for x in fewer if x.num_inference_steps is not None)):
+    for method in (*runnable, *(x for x in lineup.fewer if x.num_inference_steps is not None)):
         stages.check(method)
     for method in runnable:
         stages.make(method)
-    watch, fewer = stages.measure(runnable, fewer, repeats)
-    for method in fewer:
+    stages.measure(repeats)
+    for method in measured.fewer:
         stages.make(method)
     device = str(pipe._execution_device)
     options = {**networks.loaded(names.needed, device), "device": device, "progress": False}
     scorer = Scorer(names, stages.sets[DENSE.name], against, options)
-    others = [x for x in chosen if x.kind not in ("dense", "fewer_steps")]
     name = public_name(model)
     results = build_results(
         title=title or f"{name}: what acceleration costs",
@@ -152,7 +148,7 @@ def run_evaluation(
         sampling=sampling.call_arguments() | {"seed": seed},
         prompts=len(samples),
         repeats=repeats,
-        rows=[stages.row(x, watch, scorer) for x in (DENSE, *fewer, *others)],
+        rows=[stages.row(x, scorer) for x in lineup.rows(measured.fewer)],
         samples=[
             {"id": x.id, "prompt": x.record.prompt, "media": stages.media(x)} for x in samples
         ],

@@ -9,24 +9,22 @@ from typing import Any
 
 from dit_accel.environment import machine, versions
 from dit_accel.eval.results.types import Row
-from dit_accel.eval.runs.fewer_steps import measure_all
-from dit_accel.eval.runs.methods import DENSE, Method, dense_with
-from dit_accel.eval.runs.rows import build_row, mean_of, timing, unavailable_row
+from dit_accel.eval.runs.measured import MeasuredCalls
+from dit_accel.eval.runs.methods import Method
+from dit_accel.eval.runs.rows import mean_of
 from dit_accel.eval.runs.scores import Scorer
-from dit_accel.eval.runs.timing import Request, Stopwatch
 from dit_accel.eval.runs.timing_log import TimingLog
 from dit_accel.sampling.acceleration import weights_sha256
-from dit_accel.sampling.batches import progress_bar, quiet
 from dit_accel.sampling.generate import check_generate, generate
-from dit_accel.sampling.pipeline_call import Sampling
 from dit_accel.sampling.plan import Sample
 from dit_accel.sampling.prompts import PromptRecord
 from dit_accel.sampling.sets import SampleSet
+from dit_accel.sampling.settings import Sampling
 
 
 @dataclass
 class Stages:
-    """What is at hand, and what has been made so far."""
+    """Inputs of an evaluation, and what has been made so far."""
 
     pipe: Any
     prompts: Sequence[PromptRecord]
@@ -37,23 +35,16 @@ class Stages:
     batch_size: int
     options: Mapping[str, Any]
     """Further arguments of `generate`."""
+    measured: MeasuredCalls
     progress: bool
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of the methods, by name, as rows show them."""
     sets: dict[str, SampleSet] = field(default_factory=dict)
 
-    @property
-    def steps(self) -> int:
-        """Of dense sampling."""
-        assert self.sampling.num_inference_steps is not None
-        return self.sampling.num_inference_steps
-
     def check(self, method: Method) -> None:
-        """Raises ValueError if `make` would, before any method is made."""
+        """Raise ValueError if `make` would, before any method is made."""
         check_generate(self.pipe, self.prompts, **self._generated(method))
 
     def make(self, method: Method) -> None:
-        """Its sample set, or what is missing of it."""
+        """Make the sample set of a method, or what is missing of it."""
         if self.progress:
             sys.stderr.write(f"{method.name}\n")
         made = generate(self.pipe, self.prompts, **self._generated(method), progress=self.progress)
@@ -61,7 +52,7 @@ class Stages:
         self.sets[method.name] = made
 
     def _generated(self, method: Method) -> dict[str, Any]:
-        """Arguments of `generate`."""
+        """Return the arguments of `generate`."""
         sampling = self.sampling
         if method.num_inference_steps is not None:
             sampling = sampling.overridden(num_inference_steps=method.num_inference_steps)
@@ -75,51 +66,21 @@ class Stages:
             **self.options,
         }
 
-    def measure(
-        self, methods: Sequence[Method], fewer: Sequence[Method], repeats: int
-    ) -> tuple[Stopwatch, list[Method]]:
-        """Calls of every method, and of dense sampling with fewer steps.
+    def measure(self, repeats: int) -> None:
+        """Measure every method; calls of a run that was killed are kept."""
+        log = TimingLog(self.folder, self._about(repeats))
+        self.measured.calls = log.calls
+        self.measured.measure(repeats, on_call=lambda *_: log.write(), progress=self.progress)
 
-        Args:
-            methods: dense sampling and the accelerated ones.
-            fewer: with their numbers of steps; one without a number stands for those that take the time
-                of each accelerated method.
-
-        Returns:
-            The measurements, and the dense methods with fewer steps that belong into the table.
-        """
-        with (
-            progress_bar(desc="timing", unit="call", disable=not self.progress) as bar,
-            quiet(self.pipe),
-        ):
-            log = TimingLog(self.folder, self._about([*methods, *fewer], repeats))
-
-            def on_call(*_: Any) -> None:
-                log.write()
-                bar.update()
-
-            watch = Stopwatch(self.pipe, self._requests(repeats), calls=log.calls, on_call=on_call)
-            rows, found = measure_all(watch, methods, fewer, repeats, steps=self.steps)
-        for name, steps in found.items():
-            own = self.settings.setdefault(dense_with(steps).name, {})
-            own.setdefault("equal_time_to", []).append(name)
-        return watch, rows
-
-    def row(self, method: Method, watch: Stopwatch, scorer: Scorer) -> Row:
-        """Everything about a method."""
-        steps = method.num_inference_steps or self.steps
+    def row(self, method: Method, scorer: Scorer) -> Row:
+        """Return the table row of a method."""
         if method.why is not None:
-            return unavailable_row(method.name, method.kind, method.why, num_inference_steps=steps)
+            return self.measured.missing_row(method)
         made = self.sets[method.name]
         assert made.manifest is not None
         records = list(made.manifest["samples"].values())
-        dense = timing([x["seconds"] for x in watch.calls[DENSE.name]])
-        return build_row(
+        return self.measured.row(
             method,
-            steps=steps,
-            calls=watch.calls[method.name],
-            reference=dense,
-            settings=self.settings.get(method.name),
             metrics=scorer.figures(made),
             density=mean_of(records, "density"),
             cost=mean_of(records, "cost"),
@@ -127,21 +88,16 @@ class Stages:
         )
 
     def media(self, sample: Sample) -> dict[str, str]:
-        """What each row made of a sample, relative to the folder."""
+        """Return the files that each row made of a sample, relative to the folder."""
         return {
             name: made.media(sample.id).relative_to(self.folder).as_posix()
             for name, made in self.sets.items()
         }
 
-    def _requests(self, repeats: int) -> list[Request]:
-        """Prompts of the first one's size."""
-        like = [x for x in self.samples if x.call == self.samples[0].call]
-        return [Request(x.record.prompt, x.sampling, x.seed) for x in like[:repeats]]
-
-    def _about(self, methods: Sequence[Method], repeats: int) -> dict[str, Any]:
-        """What seconds depend on."""
+    def _about(self, repeats: int) -> dict[str, Any]:
+        """Return everything that the seconds depend on."""
         samples = [(x.record.prompt, x.seed, x.sampling.call_arguments()) for x in self.samples]
-        transformer = self.pipe.transformer
+        transformer, lineup = self.pipe.transformer, self.measured.lineup
         return {
             "weights": weights_sha256(self.pipe),
             "dtype": str(transformer.dtype),
@@ -149,6 +105,8 @@ class Stages:
             "machine": machine(),
             "versions": versions(),
             "samples_sha256": hashlib.sha256(repr(samples).encode()).hexdigest(),
-            "methods": [[x.name, self.settings[x.name]] for x in methods],
+            "methods": [
+                [x.name, lineup.settings[x.name]] for x in [*lineup.runnable, *lineup.fewer]
+            ],
             "repeats": repeats,
         }

@@ -1,61 +1,46 @@
-"""Calls that are measured one at a time: seconds by phase, memory, and what was spared."""
+"""`Stopwatch`: calls that are measured one at a time: seconds by phase, memory, density."""
 
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from dit_accel import control
 from dit_accel.eval.runs.methods import Method
 from dit_accel.eval.runs.peak_memory import Peak, peak_memory
 from dit_accel.sampling.acceleration import accelerated
-from dit_accel.sampling.batches import WARM_UP_STEPS
-from dit_accel.sampling.pipeline_call import Sampling, run_once
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a measured call has to make."""
-
-    prompt: str
-    sampling: Sampling
-    seed: int
+from dit_accel.sampling.batches import run_warm_up
+from dit_accel.sampling.call import BatchResult, run_batch
+from dit_accel.sampling.plan import Sample
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one call made and took."""
+    """Result and cost of one measured call."""
 
-    frames: np.ndarray
-    """`[T, H, W, 3]` in [0, 1]."""
-    seconds: dict[str, float]
-    """By phase."""
-    summary: control.Summary
+    made: BatchResult
+    """One sample."""
     peak: Peak
 
     def record(self) -> dict[str, Any]:
-        """The measurements, for JSON."""
+        """Return the measurements, for JSON."""
         return {
-            "seconds": self.seconds,
+            "seconds": self.made.seconds,
             "peak_bytes": self.peak.size,
             "peak_of": self.peak.of,
-            "dense_calls": self.summary.dense_calls,
+            "dense_calls": self.made.summary.dense_calls,
         }
 
 
-def measured_call(pipe: Any, method: Method, request: Request) -> Call:
-    """One call with batch 1, the acceleration on for it alone."""
-    sampling = request.sampling
-    if method.num_inference_steps is not None:
-        sampling = sampling.overridden(num_inference_steps=method.num_inference_steps)
+def measured_call(pipe: Any, method: Method, sample: Sample) -> Call:
+    """Make one call for one sample, with the acceleration on for it alone."""
+    steps = method.num_inference_steps
+    changed = {} if steps is None else {"num_inference_steps": steps}
     with (
         accelerated(pipe, **method.acceleration),
         peak_memory(pipe._execution_device) as peak,
     ):
-        frames, seconds, summary = run_once(pipe, request.prompt, sampling, request.seed)
-    return Call(frames, seconds, summary, peak)
+        made = run_batch(pipe, [sample], **changed)
+    return Call(made, peak)
 
 
 class Stopwatch:
@@ -64,22 +49,25 @@ class Stopwatch:
     def __init__(
         self,
         pipe: Any,
-        requests: Sequence[Request],
+        samples: Sequence[Sample],
         *,
         calls: dict[str, list[dict[str, Any]]] | None = None,
         on_call: Callable[[Method, Call], None] = lambda method, call: None,
     ) -> None:
-        """`calls` are records of earlier measurements, by name; round i makes request i, and again from
-        the first one."""
+        """Args:
+        samples: round i makes sample i, and again from the first one.
+        calls: records of earlier measurements, by name of the method.
+        on_call: called after each measured call.
+        """
         self._pipe = pipe
-        self._requests = requests
+        self._samples = samples
         self._on_call = on_call
         self.calls = {} if calls is None else calls
         """Records by name of the method, a round each."""
         self._warm: set[str] = set()
 
     def run(self, methods: Sequence[Method], rounds: int) -> None:
-        """Until each method has been measured so often."""
+        """Measure until each method has been measured `rounds` times."""
         missing = [x for x in methods if len(self.calls.get(x.name, [])) < rounds]
         for method in missing:
             if method.name not in self._warm:
@@ -90,23 +78,17 @@ class Stopwatch:
             for method in [*missing[first:], *missing[:first]]:
                 records = self.calls.setdefault(method.name, [])
                 if len(records) == i:
-                    request = self._requests[i % len(self._requests)]
-                    call = measured_call(self._pipe, method, request)
+                    sample = self._samples[i % len(self._samples)]
+                    call = measured_call(self._pipe, method, sample)
                     records.append(call.record())
                     self._on_call(method, call)
 
     def seconds(self, method: Method, rounds: int | None = None) -> float:
-        """The median of denoising, of the first `rounds`."""
+        """Return the median of denoising, of the first `rounds`."""
         calls = self.calls[method.name][:rounds]
         return statistics.median(x["seconds"]["denoise"] for x in calls)
 
     def _warm_up(self, method: Method) -> None:
-        """A call that is not measured: what happens once only, such as compiling a kernel, must not count."""
-        request = self._requests[0]
-        sampling = request.sampling
-        if (
-            method.sla is None and method.ras is None
-        ):  # else a late step may be the first of its kind
-            sampling = sampling.overridden(num_inference_steps=WARM_UP_STEPS)
+        """Make a call that is not measured."""
         with accelerated(self._pipe, **method.acceleration):
-            run_once(self._pipe, request.prompt, sampling, request.seed)
+            run_warm_up(self._pipe, self._samples[:1])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.files import write_json
-from dit_accel.sampling.journal import differences
+from dit_accel.sampling.manifest import differences
 
 TIMINGS = "timings.json"
 FORMAT_VERSION = 1

@@ -1,0 +1,111 @@
+"""`run_batch`: one pipeline call for the samples of a batch, with its seconds by phase."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+
+from dit_accel import control
+from dit_accel.sampling import media
+from dit_accel.sampling.picture import read_picture
+from dit_accel.sampling.plan import Sample
+from dit_accel.sampling.settings import Kind
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Result of one pipeline call."""
+
+    samples: tuple[Sample, ...]
+    frames: Float[np.ndarray, "b t h w 3"]
+    """Raw frames of each sample, in [0, 1]."""
+    seconds: dict[str, float]
+    """Seconds of the call: text, denoise, decode, total."""
+    summary: control.Summary
+
+    def pictures(self, i: int) -> UInt8[np.ndarray, "t h w 3"]:
+        """Return the frames of sample `i` as pictures.
+
+        Raises:
+            RuntimeError: values that are not finite.
+        """
+        if not np.isfinite(self.frames[i]).all():
+            raise RuntimeError(
+                f"sample {self.samples[i].id!r}: the model returned values that are not finite (does it need "
+                "another dtype?)"
+            )
+        return media.to_uint8(self.frames[i])
+
+
+def media_kind(pipe: Any) -> Kind:
+    """Return whether the pipeline makes images or clips."""
+    return "clips" if hasattr(pipe, "vae_scale_factor_temporal") else "images"
+
+
+@contextlib.contextmanager
+def phase_timer(pipe: Any) -> Iterator[dict[str, float]]:
+    """Measure seconds for text, denoise and decode of the pipeline calls inside; filled in at the end."""
+    marks: list[float] = []
+
+    device = torch.device(pipe._execution_device)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def note(*_: Any) -> None:
+        marks.append(now())
+
+    before = pipe.transformer.register_forward_pre_hook(note)
+    after = pipe.transformer.register_forward_hook(note)
+    seconds: dict[str, float] = {}
+    start = now()
+    try:
+        yield seconds
+    finally:
+        before.remove()
+        after.remove()
+    end = now()
+    if marks:
+        seconds.update(text=marks[0] - start, denoise=marks[-1] - marks[0], decode=end - marks[-1])
+    seconds["total"] = end - start
+
+
+def run_batch(pipe: Any, samples: Sequence[Sample], **overrides: Any) -> BatchResult:
+    """Make the samples of one batch in one pipeline call.
+
+    Each sample has a generator of its own, so that its noise does not depend on the others.
+
+    Args:
+        pipe: a loaded pipeline.
+        samples: samples of one size, with a negative prompt each or none (see `plan.plan_batches`).
+        overrides: fields of `Sampling` that replace those of the samples.
+
+    Raises:
+        RuntimeError: the memory does not suffice.
+    """
+    arguments = samples[0].sampling.overridden(**overrides).call_arguments()
+    negative = [x.sampling.negative_prompt for x in samples]
+    if negative[0] is not None:
+        arguments["negative_prompt"] = negative
+    if "image" in arguments:
+        arguments["image"] = read_picture(arguments["image"])
+    # Generators live on the CPU: the same noise on every device.
+    generators = [torch.Generator("cpu").manual_seed(x.seed) for x in samples]
+    prompts = [x.record.prompt for x in samples]
+    try:
+        with phase_timer(pipe) as seconds:
+            result = pipe(prompt=prompts, generator=generators, output_type="np", **arguments)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"out of memory with {len(samples)} samples in a call ({str(error).splitlines()[0]}); what is "
+            "finished stays, run it again with a smaller batch_size or size"
+        ) from error
+    frames = result.frames if hasattr(result, "frames") else result.images[:, None]
+    return BatchResult(tuple(samples), frames, seconds, control.summary(pipe))

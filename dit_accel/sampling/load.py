@@ -1,0 +1,73 @@
+"""`load_pipeline`: from the name of a model to a sparse pipeline on a device."""
+
+import importlib
+import os
+from typing import Any
+
+from dit_accel.checkpoint.file import SLACheckpoint
+from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.files import model_source
+from dit_accel.sampling.devices import pick_device, pick_dtype
+from dit_accel.sampling.settings import Dtype
+
+PIPELINES = {
+    "WanPipeline": "wan.SparseWanPipeline",
+    "WanImageToVideoPipeline": "wan_i2v.SparseWanImageToVideoPipeline",
+    "StableDiffusion3Pipeline": "sd3.SparseStableDiffusion3Pipeline",
+    "LuminaPipeline": "lumina.SparseLuminaPipeline",
+    "LuminaText2ImgPipeline": "lumina.SparseLuminaPipeline",
+    "Lumina2Pipeline": "lumina2.SparseLumina2Pipeline",
+    "Lumina2Text2ImgPipeline": "lumina2.SparseLumina2Pipeline",
+}
+"""Sparse pipelines by the class name in model_index.json."""
+
+
+def pipeline_class(model: str | os.PathLike, **hub: Any) -> Any:
+    """Return the sparse pipeline that runs this repository.
+
+    Raises:
+        ValueError: the repository cannot be reached, or holds another kind of pipeline.
+    """
+    from dit_accel.pipelines.base import read_index
+
+    found = read_index(model_source(model), "model", **hub).get("_class_name")
+    if found not in PIPELINES:
+        raise ValueError(
+            f"model={str(model)!r}: holds a {found}; accepted are {', '.join(PIPELINES)}"
+        )
+    module, name = PIPELINES[found].split(".")
+    return getattr(importlib.import_module(f"dit_accel.pipelines.{module}"), name)
+
+
+def load_pipeline(
+    model: str | os.PathLike,
+    *,
+    sla: SLAConfig | SLACheckpoint | str | None = "balanced",
+    ras: RASConfig | str | None = None,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    cpu_offload: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Load a sparse pipeline and move it to a device.
+
+    Args:
+        model: folder or hub id of a diffusers repository, or "tiny-wan" or "tiny-sd3".
+        sla, ras: acceleration to enable, as in `from_pretrained`.
+        device, dtype: see `devices.pick_device` and `devices.pick_dtype`.
+        cpu_offload: keep on the device only the part that works (`enable_model_cpu_offload`).
+        kwargs: further arguments of `from_pretrained`, such as `revision`.
+
+    Raises:
+        ValueError: a bad argument, before any weight is read.
+    """
+    place = pick_device(device)
+    source = model_source(model)
+    hub = {k: x for k, x in kwargs.items() if k == "revision"}
+    pipe: Any = pipeline_class(source, **hub).from_pretrained(
+        source, sla=sla, ras=ras, dtype=pick_dtype(dtype, place), **kwargs
+    )
+    if not cpu_offload:
+        return pipe.to(place)
+    pipe.enable_model_cpu_offload(device=place)
+    return pipe

@@ -1,0 +1,112 @@
+"""`generate_numbered`: prompts to numbered files, each with a sidecar JSON (`dit-accel generate`)."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_accel import control
+from dit_accel.environment import machine, versions
+from dit_accel.files import check_writable, naming_failures, write_json
+from dit_accel.sampling import media
+from dit_accel.sampling.batches import run_batches
+from dit_accel.sampling.call import BatchResult
+from dit_accel.sampling.claims import claimed_stem
+from dit_accel.sampling.focus import focus_masks, write_focus
+from dit_accel.sampling.plan import plan_samples
+from dit_accel.sampling.prompts import PromptRecord
+from dit_accel.sampling.settings import Sampling, check_fps
+
+FORMAT_VERSION = 1
+CLIP_KINDS = ("mp4", "gif", "png")
+
+
+def generate_numbered(
+    pipe: Any,
+    prompts: Sequence[PromptRecord],
+    *,
+    output_dir: str | os.PathLike,
+    model: str,
+    sampling: Sampling,
+    seed: int = 0,
+    kind: str = "auto",
+    fps: float | int = 16.0,
+    save_focus: bool = False,
+    extras: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Generate one clip or image per prompt; each gets a numbered file and a sidecar JSON.
+
+    Any number of processes may write into one folder: each number belongs to one of them.
+
+    Args:
+        pipe: a loaded pipeline (see `load.load_pipeline`).
+        prompts: prompt i uses its own seed, or `seed + i`.
+        output_dir: created if needed; numbering goes on after what is there.
+        model: name of the model in the sidecars.
+        sampling: arguments of the pipeline call; sizes and negative prompts of the prompts win.
+        kind: "mp4", "gif" or "png" (frames); "auto" is png for images and mp4 for clips.
+        fps: frame rate of the written clips.
+        save_focus: also write where region-adaptive sampling worked, see `write_focus`.
+        extras: what else was put on the pipeline, for the sidecars (see `extras.prepare`).
+
+    Returns:
+        The sidecar records, with `files` and `sidecar` as paths.
+
+    Raises:
+        ValueError: bad input, before anything is generated.
+        RuntimeError: a file could not be written; samples that are finished stay.
+    """
+    if kind not in ("auto", *CLIP_KINDS):
+        raise ValueError(f"kind={kind!r}: accepted are auto, {', '.join(CLIP_KINDS)}")
+    session = control.session_of(pipe)
+    if save_focus and (session is None or session.ras is None):
+        raise ValueError("save_focus: region-adaptive sampling is off; accepted with ras=...")
+    check_fps(fps)
+    samples = plan_samples(prompts, sampling, seed=seed, count=1, layout="ids")
+    for sample in samples:
+        pipe.check_sizes(**sample.sampling.call_arguments())
+    folder = check_writable(output_dir, "output_dir")
+    records = []
+    for made in run_batches(pipe, [[x] for x in samples]):
+        about = {"model": model, "fps": fps, "extras": extras or {}}
+        masks = focus_masks(pipe) if save_focus else {}
+        records.append(_write(folder, made, _record(pipe, made, about), kind=kind, masks=masks))
+    return records
+
+
+def _record(pipe: Any, made: BatchResult, about: dict[str, Any]) -> dict[str, Any]:
+    """Return the sidecar, without the names of the files."""
+    [sample], [frames] = made.samples, made.frames
+    return {
+        "format_version": FORMAT_VERSION,
+        "prompt": sample.record.prompt,
+        "seed": sample.seed,
+        "model": about["model"],
+        "sampling": sample.sampling.call_arguments(),
+        **about["extras"],
+        "frames": list(frames.shape),
+        "fps": about["fps"],
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "device": str(pipe.transformer.device),
+        "seconds": made.seconds,
+        "acceleration": made.summary.to_dict(),
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def _write(
+    folder: Path, made: BatchResult, record: dict[str, Any], *, kind: str, masks: dict[int, Any]
+) -> dict[str, Any]:
+    """Write the files of one sample, the sidecar last; return its record with paths."""
+    pictures = made.pictures(0)
+    if kind == "auto":
+        kind = "png" if len(pictures) == 1 else "mp4"
+    with naming_failures("samples that are finished stay"), claimed_stem(folder) as stem:
+        files = media.write_clip(stem, pictures, kind=kind, fps=record["fps"])
+        if masks:
+            files += write_focus(stem, pictures, masks, fps=record["fps"])
+        record["files"] = [path.name for path in files]
+        sidecar = stem.with_suffix(".json")
+        write_json(sidecar, record)
+    return {**record, "files": [str(path) for path in files], "sidecar": str(sidecar)}

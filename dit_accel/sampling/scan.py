@@ -1,0 +1,101 @@
+"""`scan_folder`: the images or clips of any folder, by their names."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from dit_accel.sampling.pictures import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    is_picture,
+    is_unread_picture,
+)
+from dit_accel.sampling.settings import Kind
+
+
+def scan_folder(folder: Path) -> tuple[Kind, dict[str, tuple[Path, ...]]]:
+    """Return the kind of the samples in a folder without a manifest, and their files by id.
+
+    Raises:
+        ValueError: nothing in it, images beside clips, two files of one id, videos without frames, or a clip
+            with a frame missing.
+    """
+    images: dict[str, tuple[Path, ...]] = {}
+    clips: dict[str, tuple[Path, ...]] = {}
+    videos: list[Path] = []
+    unread: list[Path] = []
+    for place, names in _walk(folder):
+        pictures = [x for x in names if is_picture(x)]
+        videos += [x for x in names if x.suffix.lower() in VIDEO_SUFFIXES]
+        unread += [x for x in names if is_unread_picture(x)]
+        if not pictures:
+            continue
+        if place != folder and all(_is_number(x.stem) for x in pictures):
+            clips[place.relative_to(folder).as_posix()] = _in_order(pictures)
+            continue
+        for picture in pictures:
+            name = picture.relative_to(folder).with_suffix("").as_posix()
+            if name in images:
+                raise ValueError(
+                    f"{picture}: has the id {name!r} of {images[name][0].name}; accepted are different names"
+                )
+            images[name] = (picture,)
+    for video in videos:
+        if video.relative_to(folder).with_suffix("").as_posix() not in clips:
+            raise ValueError(
+                f"{video}: a video without its frames; metrics read raw frames, because video coding changes "
+                f"them. Accepted is a folder {video.stem}/ of 0000.png, 0001.png, ..."
+            )
+    if images and clips:
+        raise ValueError(
+            f"{folder}: images ({some_names(sorted(images))}) beside clips ({some_names(sorted(clips))}); accepted is "
+            "one kind"
+        )
+    left_out = _by_suffix(unread, folder)
+    if not images and not clips:
+        beside = f", only {left_out}" if left_out else ""
+        raise ValueError(f"{folder}: holds no {', '.join(IMAGE_SUFFIXES)} file{beside}")
+    if left_out:
+        sys.stderr.write(
+            f"note: {folder}: left out {left_out}; pictures are read from {', '.join(IMAGE_SUFFIXES)} files\n"
+        )
+    return ("clips", clips) if clips else ("images", images)
+
+
+def _by_suffix(files: list[Path], folder: Path) -> str:
+    """Return the names of files in words, a group for each suffix."""
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        groups.setdefault(file.suffix.lower(), []).append(file.relative_to(folder).as_posix())
+    return "; ".join(f"{len(x)} {suffix} ({some_names(x)})" for suffix, x in sorted(groups.items()))
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield each folder with its files, without hidden ones, which are working files."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(x for x in folders if not x.startswith("."))
+        yield Path(place), [Path(place) / x for x in sorted(names) if not x.startswith(".")]
+
+
+def _is_number(stem: str) -> bool:
+    return stem.isascii() and stem.isdigit()
+
+
+def _in_order(frames: list[Path]) -> tuple[Path, ...]:
+    ordered = sorted(frames, key=lambda x: int(x.stem))
+    numbers = [int(x.stem) for x in ordered]
+    for number, expected in zip(numbers, range(numbers[0], numbers[0] + len(numbers)), strict=True):
+        if number != expected:
+            wrong = f"{number} comes twice" if number < expected else f"{expected} is missing"
+            raise ValueError(
+                f"{frames[0].parent}: files named by numbers are the frames of a clip, and {wrong}; open that "
+                "folder itself if they are images"
+            )
+    return tuple(ordered)
+
+
+def some_names(ids: list[str], limit: int = 5) -> str:
+    """Return the first names in words, and how many more there are."""
+    more = f", and {len(ids) - limit} more" if len(ids) > limit else ""
+    return ", ".join(repr(x) for x in ids[:limit]) + more

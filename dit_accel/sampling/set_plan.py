@@ -1,0 +1,152 @@
+"""`planned`: what a run of a sample set has to make, checked before anything is made."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_accel.checkpoint.file import SLACheckpoint
+from dit_accel.checkpoint.identity import public_name
+from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.files import check_writable
+from dit_accel.sampling.acceleration import accelerated, acceleration_settings, weights_sha256
+from dit_accel.sampling.call import media_kind
+from dit_accel.sampling.journal import Found, Shards, known_samples
+from dit_accel.sampling.plan import VBENCH_SAMPLES, Layout, Sample, plan_batches, plan_samples
+from dit_accel.sampling.prompts import PromptRecord, prompts_sha256
+from dit_accel.sampling.sample_files import check_free
+from dit_accel.sampling.sets import SampleSet
+from dit_accel.sampling.settings import Kind, Sampling, check_count, check_fps, with_steps
+
+_CLIP = 81
+"""Frames that video pipelines make by default."""
+
+
+@dataclass(frozen=True)
+class SetPlan:
+    """Work of one process on a sample set."""
+
+    folder: Path
+    kind: Kind
+    settings: dict[str, Any]
+    """Everything that the samples depend on."""
+    samples: list[Sample]
+    """Samples of all ranks."""
+    batches: list[list[Sample]]
+    """Batches of all ranks."""
+    shards: Shards
+    found: Found
+    """Samples of earlier runs."""
+
+    @property
+    def own(self) -> list[Sample]:
+        """Samples of this rank."""
+        return [x for x in self.samples if self.shards.owner[x.id] == self.shards.rank]
+
+    @property
+    def own_batches(self) -> list[list[Sample]]:
+        """Batches of this rank."""
+        return self.batches[self.shards.rank :: self.shards.world_size]
+
+
+@contextlib.contextmanager
+def planned(
+    pipe: Any,
+    prompts: Sequence[PromptRecord],
+    *,
+    output_dir: str | os.PathLike,
+    model: str | os.PathLike,
+    sampling: Sampling,
+    revision: str | None,
+    seed: int,
+    batch_size: int,
+    samples_per_prompt: int | None,
+    fps: float | int,
+    layout: Layout,
+    sla: SLAConfig | SLACheckpoint | str | None,
+    ras: RASConfig | str | None,
+    cache: Any,
+    rank: int | None,
+    world_size: int | None,
+    overwrite: bool,
+) -> Iterator[SetPlan]:
+    """Check everything, enable the acceleration, and yield the plan; arguments as in `generate`.
+
+    Raises:
+        ValueError: bad input, or a folder that holds something else.
+    """
+    check_fps(fps)
+    check_count("batch_size", batch_size)
+    if samples_per_prompt is not None:
+        check_count("samples_per_prompt", samples_per_prompt)
+    rank, world_size = shard_of(rank, world_size)
+    kind = media_kind(pipe)
+    if layout not in ("ids", "vbench"):
+        raise ValueError(f"layout={layout!r}: accepted are ids, vbench")
+    if layout == "vbench" and kind == "images":
+        raise ValueError("layout='vbench': VBench judges clips, and this model makes images")
+    if cache is not None and batch_size > 1:
+        raise ValueError(
+            f"batch_size={batch_size}: a step cache decides for all samples of a call at once, so they would "
+            "depend on each other; accepted with cache is 1"
+        )
+    count = samples_per_prompt or (VBENCH_SAMPLES if layout == "vbench" else 1)
+    sampling = with_steps(pipe, sampling)
+    samples = plan_samples(prompts, sampling, seed=seed, count=count, layout=layout)
+    for used in {x.call: x.sampling for x in samples}.values():
+        pipe.check_sizes(**used.call_arguments())
+    batches = plan_batches(samples, batch_size)
+    ranks = {x.id: b % world_size for b, batch in enumerate(batches) for x in batch}
+    shards = Shards({x.id: ranks[x.id] for x in samples}, rank=rank, world_size=world_size)
+    with accelerated(pipe, sla=sla, ras=ras, cache=cache):
+        settings = {
+            "kind": kind,
+            "model": public_name(model),
+            "revision": revision,
+            "weights": weights_sha256(pipe),
+            "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+            "sampling": sampling.call_arguments(),
+            "seed": seed,
+            "acceleration": acceleration_settings(pipe),
+            "fps": fps,
+            "layout": layout,
+            "samples_per_prompt": count,
+            "prompts_sha256": prompts_sha256(prompts),
+        }
+        folder = check_writable(output_dir, "output_dir")
+        found = known_samples(folder, settings, overwrite=overwrite)
+        plan = SetPlan(folder, kind, settings, samples, batches, shards, found)
+        if found.samples is None and not overwrite:
+            check_free(folder, plan.own, samples, kind)
+        yield plan
+
+
+def planned_set(pipe: Any, samples: Sequence[Sample]) -> SampleSet:
+    """Return the set that is going to be made of these samples, to ask what can be measured of it."""
+    kind = media_kind(pipe)
+    frames = {x.id: (x.sampling.num_frames or _CLIP) if kind == "clips" else 1 for x in samples}
+    return SampleSet(
+        Path(),
+        kind,
+        {name: tuple(Path(str(i)) for i in range(n)) for name, n in frames.items()},
+        {x.id: x.record.prompt for x in samples},
+    )
+
+
+def shard_of(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
+    """Return rank and number of ranks: as given, else those of torchrun, else one process."""
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"rank={rank}, world_size={world_size}: accepted are both or neither")
+    if rank is None or world_size is None:
+        values = [os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")]
+        try:
+            rank, world_size = map(int, values)
+        except ValueError:
+            raise ValueError(f"RANK={values[0]!r}, WORLD_SIZE={values[1]!r}: no numbers") from None
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"rank={rank}, world_size={world_size}: accepted is 0 <= rank < world_size"
+        )
+    return rank, world_size
