@@ -157,7 +157,7 @@ def model_source(name: str | os.PathLike) -> str | os.PathLike:
     Args:
         name: "tiny-wan", "tiny-sd3", or the folder or hub id of a repository.
     """
-    if name not in EMBEDDED_MODELS or (Path(name) / "model_index.json").is_file():
+    if str(name) not in EMBEDDED_MODELS or (Path(name) / "model_index.json").is_file():
         return name
     return asset(str(name))
 

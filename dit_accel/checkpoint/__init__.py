@@ -1,1 +1,1 @@
-"""The file of sparse attention: its format, the model that it is for, saving and loading, merging, converting."""
+"""SLA checkpoints: their file, the fingerprint of the base model, saving and loading, merging, converting."""

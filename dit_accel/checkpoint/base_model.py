@@ -1,4 +1,4 @@
-"""`Base`: how an adapter knows the transformer that it was made for. Model-free."""
+"""`BaseModel`: the transformer that an SLA checkpoint was made for, as the file describes it."""
 
 import warnings
 from dataclasses import dataclass
@@ -10,9 +10,10 @@ from torch import Tensor
 FINGERPRINT = "base.fingerprint"
 FINGERPRINT_VALUES = 64
 LEAST_SIMILARITY = 0.9
-"""Between fingerprints of one model: other dtypes and merged LoRAs stay far above, other models near 0."""
+"""Least cosine between two fingerprints of one model. Other dtypes and merged LoRAs stay far above it; other
+models are near 0."""
 MOST_LAYERS, LARGEST = 4096, 1024
-"""Bounds on what a header may claim before anything is made from it."""
+"""Largest number of layers, and of heads or head_dim, that a file may claim."""
 
 
 class LayerGeometry(NamedTuple):
@@ -25,17 +26,17 @@ class LayerGeometry(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Base:
-    """A transformer, as far as adapters tell transformers apart."""
+class BaseModel:
+    """Geometry and fingerprint of a transformer, by which an SLA checkpoint recognises its base model."""
 
     transformer_class: str
     layers: tuple[LayerGeometry, ...]
     fingerprint: Float32[Tensor, "layers values"]
-    """Some values of each layer's value projection, or zeros where they cannot be read."""
+    """Some values of each layer's value projection; zeros where they cannot be read."""
     model: str = ""
-    """Hub id or folder name."""
+    """Hub id or folder name; empty: unknown."""
     revision: str = ""
-    """Commit of the hub repository."""
+    """Commit of the hub repository; empty: unknown."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.layers) <= MOST_LAYERS:
@@ -51,11 +52,11 @@ class Base:
         if not self.fingerprint.isfinite().all():
             raise ValueError(f"{FINGERPRINT}: not finite")
 
-    def check(self, found: "Base") -> None:
-        """Refuse a transformer other than this one; warn where no weights can be compared.
+    def check(self, found: "BaseModel") -> None:
+        """Refuse another transformer than this one; warn where the weights cannot be compared.
 
         Raises:
-            ValueError: it has another class, other layers or other weights.
+            ValueError: `found` has another class, other layers or other weights.
         """
         if found.transformer_class != self.transformer_class:
             raise ValueError(f"made for a {self.transformer_class}, not {found.transformer_class}")
@@ -71,8 +72,8 @@ class Base:
         similarity = self.similarity(found)
         if similarity is None:
             warnings.warn(
-                "sparse attention's weights: whether they belong to this base model cannot be checked, because its "
-                "weights, or those that the adapter was made for, cannot be read (quantised)",
+                "the SLA checkpoint cannot be checked against this base model: the weights of the model, or of the one "
+                "that the checkpoint was made for, cannot be read (quantised)",
                 stacklevel=2,
             )
         elif similarity < LEAST_SIMILARITY:
@@ -81,8 +82,8 @@ class Base:
                 f"{similarity:.2f}; accepted from {LEAST_SIMILARITY}"
             )
 
-    def similarity(self, other: "Base") -> float | None:
-        """Cosine between the fingerprints, over the layers that both know; None: there is none."""
+    def similarity(self, other: "BaseModel") -> float | None:
+        """Return the cosine between the fingerprints over the layers that both have; None: no such layer."""
         a, b = self.fingerprint.double(), other.fingerprint.double()
         known = a.any(1) & b.any(1)
         if not known.any():

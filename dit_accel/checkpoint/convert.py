@@ -1,4 +1,4 @@
-"""`convert`: TurboDiffusion checkpoints of Wan2.1 become a diffusers repository and an adapter."""
+"""`convert`: write a TurboDiffusion checkpoint of Wan2.1 as a diffusers repository with an SLA checkpoint."""
 
 import os
 import pickle
@@ -18,13 +18,22 @@ from dit_accel.checkpoint.repository import (
     fill,
     write_repository,
 )
+from dit_accel.checkpoint.state_dict import find_state_dict, plain_names
 from dit_accel.config import SLAConfig
 
 _PROJECTION = re.compile(
     r"blocks\.(\d+)\.self_attn\.attn_op\.local_attn\.(proj_l\.(?:weight|bias))"
 )
-_WRAPPER = "_checkpoint_wrapped_module."
-"""What activation checkpointing adds to names; released files have it."""
+_ROOTS = (
+    "blocks",
+    "head",
+    "img_emb",
+    "patch_embedding",
+    "text_embedding",
+    "time_embedding",
+    "time_projection",
+)
+"""First components of the keys in Wan's original layout."""
 
 
 def convert(
@@ -38,22 +47,27 @@ def convert(
 ) -> Path:
     """Write a TurboDiffusion checkpoint (SLA) as a diffusers repository with `sla.safetensors`.
 
-    The weights do not say how they are run, so the arguments do. TurboDiffusion trains with blocks of
-    64 x 64 tokens and serves with 128 x 64; its linear branch reads every key and it rounds
-    topk * blocks down, and so does the adapter. Step-distilled checkpoints (rCM) need their own few-step
-    sampling, which is no part of the weights either.
+    A checkpoint does not record how its sparse attention runs, so the arguments say it. TurboDiffusion trains
+    with blocks of 64 x 64 tokens, and serves with blocks of 128 x 64, or 64 x 128 on Hopper GPUs. It takes
+    blocks in raster order, rounds topk * blocks down, and its linear branch reads every key; the settings that
+    are written do the same. Step-distilled checkpoints (rCM) also need their own few-step sampling, which is
+    not part of the weights.
 
     Args:
-        checkpoint: a `.pth` file in the original layout of Wan, with `proj_l` weights; not quantised.
-        model: folder of a Wan2.1 repository of diffusers of the same size; all but the transformer is copied.
-        output_dir: must not exist yet, or be empty.
-        topk, block_q, block_k: of the adapter, see `SLAConfig`.
+        checkpoint: a `.pth` file in Wan's original layout, with `proj_l` weights; not quantised. Prefixes that
+            DDP, FSDP, `torch.compile`, activation checkpointing and training loops put on the keys are removed.
+        model: folder of a diffusers repository of Wan2.1 of the same size. Everything but the transformer is
+            copied from it.
+        output_dir: folder to write; must not exist, or be empty.
+        topk: fraction of key blocks that each query block reads exactly, in (0, 1].
+        block_q: tokens per query block: 16, 32, 64 or 128.
+        block_k: tokens per key block: 16, 32, 64 or 128.
 
     Returns:
         `output_dir`.
 
     Raises:
-        ValueError: a bad argument, or a checkpoint that does not fit; nothing is written then.
+        ValueError: a bad argument, or a checkpoint that does not fit. Nothing is written.
     """
     output = check_output(output_dir)
     config = SLAConfig(
@@ -65,6 +79,7 @@ def convert(
         combine="proj",
         linear_scope="all",
         feature_map="softmax",
+        order="raster",
         dense_steps=0,
         dense_layers=0,
         crossover="never",
@@ -81,23 +96,26 @@ def convert(
         if match := _PROJECTION.fullmatch(key):
             projections[f"blocks.{match[1]}.attn1.{match[2]}"] = weights.pop(key).float()
     if not projections:
-        raise ValueError(f"{name}: no proj_l weights; accepted are checkpoints trained with SLA")
+        raise ValueError(
+            f"{name}: no keys such as blocks.0.self_attn.attn_op.local_attn.proj_l.weight; accepted are checkpoints "
+            "trained with SLA"
+        )
     fill(transformer, _to_diffusers(weights, transformer), name)
     base = replace(identity_of(transformer), model=public_name(output))
     try:
-        adapter = SLACheckpoint(config=config, base=base, weights=projections)
+        sla_checkpoint = SLACheckpoint(config=config, base=base, weights=projections)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    write_repository(model, output, transformer, adapter)
+    write_repository(model, output, transformer, sla_checkpoint)
     return output
 
 
 def _to_diffusers(weights: dict[str, Tensor], transformer: Any) -> dict[str, Tensor]:
-    # In here, because it is no public function of diffusers.
+    # Imported here, because it is not a public function of diffusers.
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     converted = convert_wan_transformer_to_diffusers(dict(weights))
-    # There a linear layer on flattened patches, here a convolution: the same numbers in the same order.
+    # The original has a linear layer on flattened patches, diffusers a convolution with the same numbers.
     patch, key = transformer.patch_embedding.weight, "patch_embedding.weight"
     flat = converted.get(key)
     if flat is not None and flat.shape == patch.flatten(1).shape:
@@ -106,37 +124,27 @@ def _to_diffusers(weights: dict[str, Tensor], transformer: Any) -> dict[str, Ten
 
 
 def _read(path: Path, name: str) -> dict[str, Tensor]:
-    """The state dict, memory-mapped, under plain names."""
+    """Return the state dict, memory-mapped, under plain names."""
     if not path.is_file():
         raise ValueError(f"{name}: no such file; accepted is a .pth file")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{name}: a pickle of more than tensors, which only running its code could read; "
-            "accepted is a state dict"
+            f"{name}: a pickle with more than tensors, which cannot be read without running its code; accepted is a "
+            "state dict"
         ) from None
-    except Exception as error:  # whatever a damaged file makes of the reader
+    except Exception as error:  # torch.load raises many kinds of errors on damaged files
         raise ValueError(
-            f"{name}: damaged, or no checkpoint of torch ({str(error).splitlines()[0]})"
+            f"{name}: damaged, or not a checkpoint of torch ({str(error).splitlines()[0]})"
         ) from None
-    while isinstance(data, dict):
-        inner = [data[key] for key in ("model", "state_dict") if isinstance(data.get(key), dict)]
-        if not inner:
-            break
-        data = inner[0]
-    if not isinstance(data, dict) or not data:
-        raise ValueError(f"{name}: holds no state dict")
     weights: dict[str, Tensor] = {}
-    for key, x in data.items():
-        plain = str(key).removeprefix("net.").replace(_WRAPPER, "")
+    for plain, (key, x) in plain_names(find_state_dict(data, _ROOTS, name), _ROOTS, name).items():
         if plain.endswith(".int8_weight"):
             raise ValueError(
                 f"{name}: quantised ({key}); accepted is the checkpoint without -quant"
             )
         if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
-            raise ValueError(f"{name}: {key} is no plain tensor; accepted is a state dict")
-        if plain in weights:
-            raise ValueError(f"{name}: {plain} is there twice")
+            raise ValueError(f"{name}: {key} is not a plain tensor; accepted is a state dict")
         weights[plain] = x.detach()
     return weights

@@ -1,4 +1,4 @@
-"""`sla.safetensors`: what sparse attention learned, and the base model that it learned it for. Model-free."""
+"""`sla.safetensors`: the file of an SLA checkpoint, written and read without a model."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dit_accel.checkpoint.base_model import FINGERPRINT, FINGERPRINT_VALUES, Base, LayerGeometry
+from dit_accel.checkpoint.base_model import (
+    FINGERPRINT,
+    FINGERPRINT_VALUES,
+    BaseModel,
+    LayerGeometry,
+)
 from dit_accel.config import OFF, SLAConfig
 from dit_accel.files import atomic_path
 from dit_accel.sla.attention import SparseLinearAttention
@@ -29,9 +34,9 @@ class SLACheckpoint:
     """Settings and weights of sparse attention, and their base model. The weights are checked against both."""
 
     config: SLAConfig
-    base: Base
+    base: BaseModel
     weights: dict[str, Tensor]
-    """fp32, by `<layer>.<parameter>`; empty where `config.combine` has none."""
+    """fp32 tensors by `<layer>.<parameter>`; empty if `config.combine` has no weights."""
 
     def __post_init__(self) -> None:
         self.config.check_layers(len(self.base.layers))
@@ -43,7 +48,7 @@ class SLACheckpoint:
                 raise ValueError(f"{name}: accepted are finite fp32 values")
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What the settings demand."""
+        """Return the shapes of the weights that the settings require, by name."""
         layers = self.base.layers
         with torch.device("meta"):
             modules = {
@@ -57,7 +62,7 @@ class SLACheckpoint:
         }
 
     def layer_weights(self) -> dict[str, dict[str, Tensor]]:
-        """State dicts by layer; empty without weights."""
+        """Return one state dict for each layer; empty without weights."""
         layers: dict[str, dict[str, Tensor]] = {}
         for layer in self.base.layers if self.weights else ():
             prefix = layer.name + "."
@@ -70,7 +75,7 @@ class SLACheckpoint:
 
 
 def mismatch(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> str:
-    """What is wrong with the names and shapes of a state dict, in words; empty: nothing."""
+    """Describe how names and shapes of a state dict differ from the expected ones; empty: they do not."""
     parts = []
     for label, names in (
         ("missing", expected.keys() - found.keys()),
@@ -86,13 +91,13 @@ def mismatch(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> str:
     return "; ".join(parts)
 
 
-def write_checkpoint(path: str | os.PathLike, adapter: SLACheckpoint) -> None:
-    """Write the file, atomically."""
-    base = adapter.base
+def write_checkpoint(path: str | os.PathLike, checkpoint: SLACheckpoint) -> None:
+    """Write the file atomically."""
+    base = checkpoint.base
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "config": json.dumps(adapter.config.to_dict(), sort_keys=True),
+        "config": json.dumps(checkpoint.config.to_dict(), sort_keys=True),
         "layers": json.dumps(base.layers),
         "transformer_class": base.transformer_class,
         "base_model": base.model,
@@ -100,7 +105,7 @@ def write_checkpoint(path: str | os.PathLike, adapter: SLACheckpoint) -> None:
     }
     tensors = {
         name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, x in {**adapter.weights, FINGERPRINT: base.fingerprint}.items()
+        for name, x in {**checkpoint.weights, FINGERPRINT: base.fingerprint}.items()
     }
     header["digest"] = digest(header, tensors)
     with atomic_path(path) as temporary:
@@ -108,16 +113,16 @@ def write_checkpoint(path: str | os.PathLike, adapter: SLACheckpoint) -> None:
 
 
 def read_checkpoint(path: str | os.PathLike) -> SLACheckpoint:
-    """Read the file and verify all that can be verified without the model.
+    """Read the file, and check everything that can be checked without the model.
 
     Raises:
-        ValueError: it is missing, something else, of another version, damaged, or contradicts itself.
+        ValueError: the file is missing, has another format or version, is damaged, or contradicts itself.
     """
     with open_safetensors(path) as file:
         header = file.metadata() or {}
         if header.get("format") != FORMAT:
             raise ValueError(
-                f"{path}: format={header.get('format')!r}; accepted is an adapter file ({FORMAT})"
+                f"{path}: format={header.get('format')!r}; accepted is an SLA checkpoint ({FORMAT!r})"
             )
         if header.get("format_version") != FORMAT_VERSION:
             raise ValueError(
@@ -138,7 +143,7 @@ def read_checkpoint(path: str | os.PathLike) -> SLACheckpoint:
         fingerprint = tensors.pop(FINGERPRINT, torch.empty(0))
         if tuple(fingerprint.shape) != shape:
             raise ValueError(f"{FINGERPRINT}: shape {tuple(fingerprint.shape)}; accepted: {shape}")
-        base = Base(
+        base = BaseModel(
             transformer_class=header["transformer_class"],
             layers=layers,
             fingerprint=fingerprint,
@@ -154,17 +159,19 @@ def read_checkpoint(path: str | os.PathLike) -> SLACheckpoint:
         raise ValueError(f"{path}: {error}") from None
 
 
-def checkpoint_path(source: str | os.PathLike) -> Path | None:
-    """The adapter file that this names: the file itself, or that of a folder; None: neither."""
-    path = Path(source)
-    if path.is_dir():
-        path = path / FILE_NAME
-    return path if path.suffix == ".safetensors" and path.is_file() else None
-
-
 def settings_of(sla: Any) -> SLAConfig | SLACheckpoint | None:
-    """Read what `sla=` of the public functions accepts: a folder or file that holds an SLA checkpoint, else
-    what `SLAConfig.load` reads; None for None and "none"."""
+    """Read what `sla=` of the public functions accepts.
+
+    Args:
+        sla: an `SLACheckpoint`, a folder or file with one, or what `SLAConfig.load` reads: an `SLAConfig`, a
+            preset, a YAML file or a dict. None and "none" mean off.
+
+    Returns:
+        The settings; None: off.
+
+    Raises:
+        ValueError: none of these, or a file that cannot be read.
+    """
     if sla is None or sla == OFF:
         return None
     if isinstance(sla, SLACheckpoint):
@@ -179,8 +186,8 @@ def settings_of(sla: Any) -> SLAConfig | SLACheckpoint | None:
                 )
         if not path.exists() and (path.name != str(sla) or path.suffix):
             raise ValueError(
-                f"sla={str(sla)!r}: no such file or folder; accepted are {', '.join(SLAConfig.PRESETS)}, a YAML file, a "
-                f"{FILE_NAME} or a folder with one, an SLAConfig or a dict (a hub repository: load_sla)"
+                f"sla={str(sla)!r}: no such file or folder; accepted are {', '.join(SLAConfig.PRESETS)}, none, a YAML "
+                f"file, a {FILE_NAME} or a folder with one, an SLAConfig or a dict (a hub repository: load_sla)"
             )
         if path.is_file() and path.suffix not in (".yaml", ".yml"):
             return read_checkpoint(path)
@@ -188,7 +195,7 @@ def settings_of(sla: Any) -> SLAConfig | SLACheckpoint | None:
 
 
 def digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over the header (without the digest) and the names, shapes, dtypes and bytes of the tensors."""
+    """Return the sha256 of the header (without the digest) and of the tensors' names, shapes, dtypes and bytes."""
     state = hashlib.sha256()
     for key in sorted(header.keys() - {"digest"}):
         state.update(json.dumps([key, header[key]]).encode())
@@ -201,7 +208,7 @@ def digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 @contextlib.contextmanager
 def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
-    """`safe_open`, but what is no safetensors file is a ValueError that says what it is."""
+    """Open a file with `safe_open`; a ValueError says what another kind of file is."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; accepted is a safetensors file")
     try:

@@ -1,4 +1,4 @@
-"""What adapter files hold, read from a model: its identity, and the weights of sparse attention."""
+"""Read from a model what an SLA checkpoint holds: the base model's identity, and the weights of sparse attention."""
 
 import contextlib
 import os
@@ -9,23 +9,23 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from dit_accel.checkpoint.base_model import FINGERPRINT_VALUES, Base, LayerGeometry
+from dit_accel.checkpoint.base_model import FINGERPRINT_VALUES, BaseModel, LayerGeometry
 from dit_accel.models import FAMILIES, AttentionLayer, family_of
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)[\\/]snapshots[\\/]([0-9a-f]{40})")
 
 
-def identity_of(transformer: nn.Module, pipe: Any = None) -> Base:
-    """Geometry and fingerprint of a transformer, and with `pipe` the name of its model.
+def identity_of(transformer: nn.Module, pipe: Any = None) -> BaseModel:
+    """Return geometry and fingerprint of a transformer, and with `pipe` the name of its model.
 
     Raises:
-        ValueError: it is of no supported class.
+        ValueError: the transformer's class is not supported.
     """
     transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile wraps
     layers = family_of(transformer).self_attention(transformer)
     model, revision = _origin(transformer, pipe) if pipe is not None else ("", "")
-    return Base(
+    return BaseModel(
         transformer_class=next(
             cls.__name__ for cls in type(transformer).__mro__ if cls.__name__ in FAMILIES
         ),
@@ -40,13 +40,13 @@ def identity_of(transformer: nn.Module, pipe: Any = None) -> Base:
 
 
 def _values(layer: AttentionLayer) -> Tensor:
-    """Evenly spaced values of the value projection; zeros where it cannot be read (quantised)."""
+    """Return evenly spaced values of the value projection; zeros where it cannot be read (quantised)."""
     module: Any = layer.module
     fused = getattr(module, "fused_projections", False)
     projection = module.to_qkv if fused else module.to_v
-    while hasattr(projection, "base_layer"):  # a LoRA of peft stands in front
+    while hasattr(projection, "base_layer"):  # a LoRA layer of peft wraps it
         projection = projection.base_layer
-    with _at_hand(projection):
+    with _readable(projection):
         weight: Any = getattr(projection, "weight", None)
         readable = (
             type(weight) in (Tensor, nn.Parameter)
@@ -60,14 +60,14 @@ def _values(layer: AttentionLayer) -> Tensor:
         return weight[places // FINGERPRINT_VALUES].float().cpu()
 
 
-def _at_hand(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Its own parameters can be read inside, also where offloading keeps them elsewhere."""
+def _readable(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Context manager in which the module's own parameters can be read, also if they are offloaded."""
     offloaded = any(x.device.type == "meta" for x in module.parameters(recurse=False))
     return align_module_device(module, "cpu") if offloaded else contextlib.nullcontext()
 
 
 def _origin(transformer: Any, pipe: Any) -> tuple[str, str]:
-    """Hub id or folder name, and commit; nothing else of the paths of this machine."""
+    """Return hub id or folder name, and commit; no paths, which would tell about this machine."""
     names = [str(getattr(x, "config", {}).get("_name_or_path") or "") for x in (transformer, pipe)]
     for name in names:
         if snapshot := _SNAPSHOT.search(name):
@@ -77,12 +77,12 @@ def _origin(transformer: Any, pipe: Any) -> tuple[str, str]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this can name a hub repository: owner/name."""
+    """Return whether the name has the form of a hub repository: owner/name."""
     return _HUB_ID.fullmatch(name) is not None
 
 
 def public_name(source: str | os.PathLike) -> str:
-    """A hub id as it is; of a path only the last component."""
+    """Return a hub id unchanged, and the last component of a path."""
     name = str(source)
     if not name or (is_hub_id(name) and not os.path.exists(name)):
         return name
@@ -90,10 +90,10 @@ def public_name(source: str | os.PathLike) -> str:
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of its parameters on the CPU, also where block-wise offloading keeps them elsewhere."""
+    """Return copies of the module's parameters on the CPU, also if they are offloaded."""
     weights = {}
     for prefix, part in module.named_modules():
-        with _at_hand(part):
+        with _readable(part):
             for name, x in part.named_parameters(prefix, recurse=False):
                 weights[name] = x.detach().to("cpu", copy=True)
     return weights

@@ -1,4 +1,4 @@
-"""`merge`: fully tuned transformer weights become a normal diffusers repository, with their adapter."""
+"""`merge`: write tuned transformer weights as a diffusers repository, with their SLA checkpoint."""
 
 import json
 import os
@@ -23,6 +23,7 @@ from dit_accel.checkpoint.repository import (
     without_weights,
     write_repository,
 )
+from dit_accel.checkpoint.state_dict import plain_tensors
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -32,49 +33,52 @@ def merge(
     transformer: str | os.PathLike,
     output_dir: str | os.PathLike,
     *,
-    adapter: str | os.PathLike | None = None,
+    sla_checkpoint: str | os.PathLike | None = None,
 ) -> Path:
-    """Write the repository `model` with other weights in its transformer.
+    """Write a copy of the repository `model` with the tuned weights in its transformer.
 
     Args:
         model: folder of a diffusers repository of the same architecture.
         transformer: the tuned weights: a folder that `save_pretrained` wrote (of the transformer or of the
-            whole pipeline), or a safetensors file with its state dict. If they hold sparse attention's
-            weights too (`*.sla.*`), `adapter` is needed, and its weights count.
-        output_dir: must not exist yet, or be empty.
-        adapter: folder or file that `save_sla` wrote; it is written beside the weights and knows them as its
-            base model. An adapter in `model` belongs to other weights and is not copied.
+            whole pipeline), or a safetensors file with the transformer's state dict. Prefixes that DDP, FSDP,
+            `torch.compile` and training loops put on the keys are removed. If the weights of sparse attention
+            are among them (`*.sla.*`), `sla_checkpoint` is required, and its weights are the ones written.
+        output_dir: folder to write; must not exist, or be empty.
+        sla_checkpoint: folder or file that `save_sla` wrote. It is written beside the weights, which become
+            its base model. Default: none. An `sla.safetensors` in `model` belongs to the weights there and is
+            not copied.
 
     Returns:
         `output_dir`.
 
     Raises:
-        ValueError: a bad argument, or weights that do not fit; nothing is written then.
+        ValueError: a bad argument, or weights that do not fit. Nothing is written.
     """
     output = check_output(output_dir)
     tuned = empty_transformer(model)
-    stored = None if adapter is None else read_checkpoint(_file(adapter))
+    stored = None if sla_checkpoint is None else read_checkpoint(_file(sla_checkpoint))
     name = f"transformer={str(transformer)!r}"
-    weights = _read(Path(transformer), tuned, name)
-    fill(tuned, _without_adapter(weights, stored, name), name)
+    roots = {key.split(".")[0] for key in tuned.state_dict()}
+    weights = plain_tensors(_read(Path(transformer), tuned, name), roots, name)
+    fill(tuned, _without_sla(weights, stored, name), name)
     if stored is not None:
         base = identity_of(tuned)
         try:
             stored.base.check(base)
         except ValueError as error:
-            raise ValueError(f"adapter={str(adapter)!r}: {error}") from None
+            raise ValueError(f"sla_checkpoint={str(sla_checkpoint)!r}: {error}") from None
         stored = replace(stored, base=replace(base, model=public_name(output)))
     write_repository(model, output, tuned, stored)
     return output
 
 
-def _file(adapter: str | os.PathLike) -> Path:
-    path = Path(adapter)
+def _file(sla_checkpoint: str | os.PathLike) -> Path:
+    path = Path(sla_checkpoint)
     return path / FILE_NAME if path.is_dir() else path
 
 
 def _read(path: Path, transformer: Any, name: str) -> dict[str, Tensor]:
-    """The state dict, memory-mapped."""
+    """Return the state dict, memory-mapped."""
     if not path.is_dir():
         return _tensors([path])
     if (path / "model_index.json").is_file():
@@ -102,7 +106,7 @@ def _tensors(paths: list[Path]) -> dict[str, Tensor]:
 
 
 def _check_config(folder: Path, transformer: Any, name: str) -> None:
-    """Weights of equal shapes may still mean something else."""
+    """Refuse tuned weights with another config: weights of equal shapes may still mean something else."""
     tuned = without_weights(type(transformer), folder, name)
     mine, other = (_plain(x.config) for x in (transformer, tuned))
     for key in sorted(mine.keys() | other.keys()):
@@ -113,22 +117,22 @@ def _check_config(folder: Path, transformer: Any, name: str) -> None:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """Without what says only where it came from; tuples as the lists that JSON makes of them."""
+    """Return a config without private entries (its origin), and with lists for tuples, as JSON has them."""
     return {key: json.loads(json.dumps(x)) for key, x in config.items() if not key.startswith("_")}
 
 
-def _without_adapter(
-    weights: dict[str, Tensor], adapter: SLACheckpoint | None, name: str
+def _without_sla(
+    weights: dict[str, Tensor], sla_checkpoint: SLACheckpoint | None, name: str
 ) -> dict[str, Tensor]:
-    """The plain model's weights; those of sparse attention have to have the adapter's names."""
+    """Return the plain model's weights, after comparing those of sparse attention with the SLA checkpoint."""
     own = {key.replace(".sla.", ".", 1): x for key, x in weights.items() if ".sla." in key}
     if own:
-        if adapter is None:
+        if sla_checkpoint is None:
             raise ValueError(
                 f"{name}: holds weights of sparse attention (*.sla.*) but not its settings; accepted with "
-                "adapter, which has both"
+                "sla_checkpoint, which has both"
             )
         found = {key: tuple(x.shape) for key, x in own.items()}
-        if problem := mismatch(found, adapter.weight_shapes()):
-            raise ValueError(f"{name}: *.sla.* and the adapter differ: {problem}")
+        if problem := mismatch(found, sla_checkpoint.weight_shapes()):
+            raise ValueError(f"{name}: *.sla.* and the SLA checkpoint differ: {problem}")
     return {key: x for key, x in weights.items() if ".sla." not in key}

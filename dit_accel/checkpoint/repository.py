@@ -1,5 +1,6 @@
-"""What `merge` and `convert` share: a diffusers repository that gets another transformer."""
+"""Diffusers repositories: read the index, and write a copy with another transformer."""
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,25 +14,61 @@ from torch import Tensor
 from dit_accel.checkpoint.file import FILE_NAME, SLACheckpoint, mismatch, write_checkpoint
 from dit_accel.files import atomic_directory, check_writable
 from dit_accel.models import FAMILIES
-from dit_accel.pipelines.base import read_index
+
+
+def read_index(
+    source: str | os.PathLike, argument: str = "pretrained_model_name_or_path", **hub: Any
+) -> dict[str, Any]:
+    """Return the content of `model_index.json` of a folder or a hub repository.
+
+    Args:
+        source: folder, or hub id.
+        argument: how messages call `source`.
+        **hub: arguments of `DiffusionPipeline.load_config` (`revision`, `token`, ...).
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read or reached.
+    """
+    path, name = Path(source), f"{argument}={str(source)!r}"
+    if not path.is_dir():
+        try:
+            return diffusers.DiffusionPipeline.load_config(str(source), **hub)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{name}: neither a folder nor a repository that could be reached; "
+                "accepted is a diffusers repository (folder or hub id)"
+            ) from error
+    try:
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{name}: no model_index.json in this folder; accepted is a diffusers repository"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: model_index.json is not readable ({error})") from None
+    if not isinstance(index, dict):
+        raise ValueError(
+            f"{name}: model_index.json holds no mapping; accepted is that of diffusers"
+        )
+    return index
 
 
 def check_output(output_dir: str | os.PathLike) -> Path:
-    """Refuse, before anything is read, a folder that holds something or cannot be made."""
+    """Refuse a folder that is not empty or cannot be made, before any work."""
     path = Path(output_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(
-            f"output_dir={str(output_dir)!r}: exists already; accepted is a new or empty folder"
+            f"output_dir={str(output_dir)!r}: exists already; accepted is a new or an empty folder"
         )
     check_writable(path.parent, "output_dir")
     return path
 
 
 def empty_transformer(model: str | os.PathLike) -> Any:
-    """The transformer of a diffusers repository (a folder), without weights.
+    """Return the transformer of a diffusers repository (a folder), without weights.
 
     Raises:
-        ValueError: no such repository, or none of a supported model.
+        ValueError: no such repository, or its model is not supported.
     """
     folder, name = Path(model), f"model={str(model)!r}"
     if not folder.is_dir():
@@ -50,7 +87,7 @@ def empty_transformer(model: str | os.PathLike) -> Any:
 
 
 def without_weights(cls: Any, folder: Path, name: str) -> Any:
-    """A transformer made from the config.json of a folder; parameters are on the meta device."""
+    """Return a transformer made from the config.json of a folder; its parameters are on the meta device."""
     try:
         config = cls.load_config(folder)
     except (OSError, ValueError) as error:
@@ -60,15 +97,15 @@ def without_weights(cls: Any, folder: Path, name: str) -> Any:
     try:
         with init_empty_weights():
             return cls.from_config(config)
-    except Exception as error:  # whatever wrong values make of the constructor
+    except Exception as error:  # constructors raise many kinds of errors on wrong values
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise ValueError(
-            f"{name}: config.json of {folder.name} is no {cls.__name__} ({reason})"
+            f"{name}: config.json of {folder.name} does not describe a {cls.__name__} ({reason})"
         ) from None
 
 
 def fill(transformer: Any, weights: Mapping[str, Tensor], name: str) -> None:
-    """Give it its weights, without a copy; they have to fit exactly.
+    """Load weights into an empty transformer without copying them; names and shapes must fit exactly.
 
     Raises:
         ValueError: missing, unexpected or misshapen weights; the message begins with `name`.
@@ -86,15 +123,15 @@ def write_repository(
     model: str | os.PathLike,
     output_dir: str | os.PathLike,
     transformer: Any,
-    adapter: SLACheckpoint | None,
+    sla_checkpoint: SLACheckpoint | None,
 ) -> None:
-    """Everything of the repository `model` but its transformer and adapter, and these instead.
+    """Write a copy of the repository `model` with another transformer and SLA checkpoint.
 
     `output_dir` appears complete or not at all.
     """
     with atomic_directory(output_dir) as folder:
         for entry in sorted(Path(model).iterdir()):
-            # Hidden ones are a download's or git's own.
+            # Hidden entries belong to git or to the download cache.
             if entry.name in ("transformer", FILE_NAME) or entry.name.startswith("."):
                 continue
             if entry.is_dir():
@@ -104,5 +141,5 @@ def write_repository(
         transformer.save_pretrained(folder / "transformer")
         for weights in (folder / "transformer").glob("*.safetensors"):
             weights.chmod(0o644)  # safetensors writes files that only their owner can read
-        if adapter is not None:
-            write_checkpoint(folder / FILE_NAME, adapter)
+        if sla_checkpoint is not None:
+            write_checkpoint(folder / FILE_NAME, sla_checkpoint)

@@ -1,4 +1,4 @@
-"""`save_sla`, `load_sla`: sparse attention's settings and weights in a file of their own."""
+"""`save_sla`, `load_sla`: write the sparse attention of a pipeline to an SLA checkpoint, and load it again."""
 
 import contextlib
 import os
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -15,12 +14,10 @@ from dit_accel import control
 from dit_accel.checkpoint.file import (
     FILE_NAME,
     SLACheckpoint,
-    checkpoint_path,
     read_checkpoint,
     write_checkpoint,
 )
 from dit_accel.checkpoint.identity import identity_of, is_hub_id, weights_of
-from dit_accel.config import SLAConfig
 from dit_accel.files import check_writable
 
 
@@ -29,17 +26,17 @@ def save_sla(pipe: Any, save_directory: str | os.PathLike) -> Path:
 
     Args:
         pipe: a pipeline with sparse attention.
-        save_directory: created if needed; an adapter in it is replaced.
+        save_directory: created if needed; an SLA checkpoint in it is replaced.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         ValueError: sparse attention is off or not calibrated yet, or the folder cannot be written.
     """
-    adapter = checkpoint_of(pipe)
+    checkpoint = checkpoint_of(pipe)
     path = check_writable(save_directory, "save_directory") / FILE_NAME
-    write_checkpoint(path, adapter)
+    write_checkpoint(path, checkpoint)
     return path
 
 
@@ -48,17 +45,17 @@ def load_sla(
 ) -> None:
     """Switch sparse attention on with the settings and weights that `save_sla` wrote.
 
-    Region-adaptive sampling stays on if it is.
+    Sparse attention with other settings is replaced. Region-adaptive sampling stays as it is.
 
     Args:
-        pipe: a pipeline with the base model that the adapter was made for, in any dtype.
+        pipe: a pipeline with the base model that the SLA checkpoint was made for, in any dtype.
         dir_or_id: a folder that holds `sla.safetensors`, the file, or a hub repository.
-        revision: branch, tag or commit of a hub repository.
+        revision: branch, tag or commit of a hub repository. Default: the main branch.
         **hub: further arguments of `huggingface_hub.hf_hub_download` (`token`, `cache_dir`, ...).
 
     Raises:
-        ValueError: the file cannot be found or read, was made for another model, or sparse attention is on
-            already. The pipeline is then as before.
+        ValueError: the file cannot be found or read, or was made for another model. The pipeline is then
+            unchanged.
     """
     path = Path(dir_or_id)
     if path.is_dir():
@@ -84,21 +81,28 @@ def _download(repository: str, **hub: Any) -> Path:
         ) from None
 
 
-def own_checkpoint(source: str | os.PathLike, **hub: Any) -> Path | None:
-    """The adapter file that a diffusers repository brings along, a folder or on the hub; None: none.
+def own_file(source: str | os.PathLike, file_name: str, argument: str, **hub: Any) -> Path | None:
+    """Return the path of a settings file in a diffusers repository; None: it has none.
 
-    Warns where the hub cannot be asked whether there is one.
+    Warns if the hub cannot be asked.
+
+    Args:
+        source: folder, or hub id.
+        file_name: `sla.safetensors` or `ras.json`.
+        argument: the argument that chooses the settings instead of the file ("sla" or "ras").
+        **hub: arguments of `huggingface_hub.hf_hub_download`.
     """
     if Path(source).exists():
-        return checkpoint_path(source)
+        path = Path(source) / file_name
+        return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(str(source), FILE_NAME, **hub))
+        return Path(hf_hub_download(str(source), file_name, **hub))
     except LocalEntryNotFoundError:
         where = {key: hub[key] for key in ("cache_dir", "revision") if key in hub}
-        if try_to_load_from_cache(str(source), FILE_NAME, **where) is not _CACHED_NO_EXIST:
+        if try_to_load_from_cache(str(source), file_name, **where) is not _CACHED_NO_EXIST:
             warnings.warn(
-                f"{source}: the hub cannot be asked whether this repository has a {FILE_NAME}; going on as without "
-                "one. Pass sla= to choose.",
+                f"{source}: the hub cannot be asked whether this repository has a {file_name}; loading without one. "
+                f"Pass {argument}= to choose the settings.",
                 stacklevel=3,
             )
         return None
@@ -106,11 +110,16 @@ def own_checkpoint(source: str | os.PathLike, **hub: Any) -> Path | None:
         return None
 
 
+def own_checkpoint(source: str | os.PathLike, **hub: Any) -> Path | None:
+    """Return the path of the SLA checkpoint in a diffusers repository; None: it has none. See `own_file`."""
+    return own_file(source, FILE_NAME, "sla", **hub)
+
+
 def checkpoint_of(pipe: Any) -> SLACheckpoint:
-    """What `save_sla` writes.
+    """Return the sparse attention of a pipeline as an SLA checkpoint.
 
     Raises:
-        ValueError: sparse attention is off, or a layer's share of the exact branch was not measured yet.
+        ValueError: sparse attention is off, or a layer has not measured its share of the exact branch yet.
     """
     session = control.session_of(pipe)
     if session is None or session.sla is None:
@@ -128,23 +137,9 @@ def checkpoint_of(pipe: Any) -> SLACheckpoint:
     return SLACheckpoint(config=session.sla.config, base=base, weights=weights)
 
 
-def runs_with(pipe: Any, settings: SLAConfig | SLACheckpoint | None) -> bool:
-    """Whether the sparse attention of a pipeline is just this; None: off."""
-    session = control.session_of(pipe)
-    sla = None if session is None else session.sla
-    if sla is None or settings is None:
-        return sla is None and settings is None
-    if not isinstance(settings, SLACheckpoint):
-        return sla.config == settings
-    weights = checkpoint_of(pipe).weights if settings.weights else {}
-    return sla.config == settings.config and all(
-        torch.equal(x, weights[name]) for name, x in settings.weights.items()
-    )
-
-
 @contextlib.contextmanager
 def weights_left_out(pipe: Any) -> Iterator[None]:
-    """The transformer's state dict is that of the plain model inside."""
+    """Context manager in which the transformer's state dict is that of the plain model."""
     session = control.session_of(pipe)
     if session is None or session.sla is None:
         yield

@@ -21,7 +21,7 @@ class Convert:
     topk: float = 0.1
     """Share of key blocks that is read exactly, in (0, 1]."""
     block_q: int = 128
-    """Tokens per query block. TurboDiffusion trains with 64 x 64 and serves with 128 x 64."""
+    """Tokens per query block. TurboDiffusion trains with 64 x 64 and serves with 128 x 64 (Hopper: 64 x 128)."""
     block_k: int = 64
     """Tokens per key block."""
 

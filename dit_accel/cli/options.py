@@ -175,8 +175,8 @@ def sla_settings(
 def _own_settings(model: str | os.PathLike, hub: dict[str, Any]) -> Any:
     """Return the SLA checkpoint of the repository, or the preset "balanced" where there is none."""
     from dit_accel.checkpoint.file import read_checkpoint
+    from dit_accel.checkpoint.repository import read_index
     from dit_accel.checkpoint.save_load import own_checkpoint
-    from dit_accel.pipelines.base import read_index
 
     read_index(model, "model", **hub)  # for its message about a model that cannot be read
     path = own_checkpoint(model, **hub)

@@ -226,7 +226,7 @@ def judge_pipeline(
     return {
         "format_version": FORMAT_VERSION,
         "settings": {
-            "pipeline": type(pipe).__name__,
+            "pipeline": type(pipe).__qualname__,
             "num_clips": num_clips,
             "num_heldout": num_heldout,
             "seed": seed,

@@ -1,1 +1,1 @@
-"""diffusers pipelines that are sparse from the start; one file per model."""
+"""diffusers pipelines with acceleration built in; one file a model family."""

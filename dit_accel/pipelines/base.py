@@ -1,148 +1,153 @@
 """`SparsePipelineMixin`: what every sparse pipeline adds to its diffusers parent."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file import FromSingleFileMixin
+from diffusers.loaders.single_file_model import FromOriginalModelMixin
+from diffusers.loaders.single_file_utils import SCHEDULER_LEGACY_KWARGS
 
 from dit_accel import control
-from dit_accel.checkpoint import save_load
-from dit_accel.checkpoint.file import FILE_NAME, SLACheckpoint, read_checkpoint, settings_of
+from dit_accel.checkpoint.file import FILE_NAME, SLACheckpoint, read_checkpoint
+from dit_accel.checkpoint.ras_file import RAS_FILE_NAME, read_ras, write_ras
+from dit_accel.checkpoint.repository import read_index
+from dit_accel.checkpoint.save_load import own_file, save_sla, weights_left_out
 from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.files import check_writable, model_source
+from dit_accel.pipelines.accelerate import accelerate
+from dit_accel.pipelines.arguments import (
+    DEFAULT,
+    Settings,
+    check_keywords,
+    read_settings,
+    with_dtypes,
+)
 
-# What decides which files DiffusionPipeline.load_config reads.
+SLAInput = SLAConfig | SLACheckpoint | dict | str | os.PathLike | None
+RASInput = RASConfig | dict | str | os.PathLike | None
+BALANCED: Settings = {"sla": SLAConfig.load("balanced")}
+"""Methods that are on by default."""
+# The arguments that decide which files DiffusionPipeline.load_config reads.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
-_DEFAULT: Any = object()
-
-
-def read_index(
-    source: str | os.PathLike, argument: str = "pretrained_model_name_or_path", **hub: Any
-) -> dict[str, Any]:
-    """model_index.json of a folder or a hub repository; messages call it `argument`.
-
-    Raises:
-        ValueError: there is none, or it cannot be read or reached.
-    """
-    path, name = Path(source), f"{argument}={str(source)!r}"
-    if not path.is_dir():
-        try:
-            return DiffusionPipeline.load_config(str(source), **hub)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{name}: neither a folder nor a repository that could be reached; "
-                "accepted is a diffusers repository (folder or hub id)"
-            ) from error
-    try:
-        return json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{name}: no model_index.json in this folder; accepted is a diffusers repository"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: model_index.json is not readable ({error})") from None
-
-
 class SparsePipelineMixin:
-    """Comes first among the bases: `class SparseX(SparsePipelineMixin, X)`."""
+    """Base class that comes first: `class SparseX(SparsePipelineMixin, X)`.
+
+    A subclass takes the `__name__` of its diffusers parent, because diffusers finds pipelines by that name:
+    in model_index.json and in `AutoPipelineFor*.from_pipe`. `__qualname__` stays.
+    """
 
     _parent: ClassVar[str]
-    """Class name of the diffusers parent, as it stands in model_index.json."""
+    """Class name of the diffusers parent, as in model_index.json."""
     _aliases: ClassVar[tuple[str, ...]] = ()
-    """Older names of the parent that repositories may carry."""
+    """Older names of the parent that repositories may have."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__name__ = cls._parent
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
-        sla: SLAConfig | SLACheckpoint | dict | str | os.PathLike | None = _DEFAULT,
-        ras: RASConfig | dict | str | os.PathLike | None = None,
+        sla: SLAInput = DEFAULT,
+        ras: RASInput = DEFAULT,
         **kwargs: Any,
     ) -> Any:
-        """Load a plain diffusers repository and accelerate it.
+        """Load a diffusers repository and accelerate it.
 
         Args:
-            pretrained_model_name_or_path: hub id or folder, as in diffusers.
-            sla: sparse attention: a preset ("quality", "balanced", "fast"), a YAML file, an
-                `SLAConfig`, a dict of its fields, a folder or file that `save_sla` wrote, or None for
-                dense. Default: the `sla.safetensors` of the repository, and "balanced" without one.
-            ras: region-adaptive sampling: a preset ("quality", "balanced", "fast", "paper"), a YAML
-                file, an `RASConfig`, a dict of its fields, or None for all tokens in each step.
-            **kwargs: everything the diffusers parent accepts.
+            pretrained_model_name_or_path: hub id, folder, or an embedded model ("tiny-wan", "tiny-sd3").
+            sla: sparse attention: a preset ("quality", "balanced", "fast"), a YAML file, an `SLAConfig`, a dict
+                of its fields, or a folder or file that `save_sla` wrote; None or "none" for dense attention.
+                Default: the `sla.safetensors` of the repository, and "balanced" without one.
+            ras: region-adaptive sampling: a preset ("quality", "balanced", "fast", "paper"), a YAML file, an
+                `RASConfig`, or a dict of its fields; None or "none" for all tokens in each step. Default: the
+                `ras.json` of the repository, and off without one.
+            **kwargs: everything that the diffusers parent accepts. `dtype` may also be a name: "fp32",
+                "bf16", "fp16", "float32", "bfloat16" or "float16".
 
         Raises:
-            ValueError: a bad argument, or a repository of another pipeline class. Checked on
-                model_index.json, before any weight is read.
+            ValueError: a bad or unknown argument, or a repository of another pipeline class; before any weight
+                is read. Or the transformer cannot be accelerated.
         """
-        settings, ras_config = cls._settings(sla, ras)
+        settings = read_settings(sla, ras)
+        if kwargs.get("custom_pipeline") is None:
+            check_keywords(cls, kwargs, DiffusionPipeline.from_pretrained)
+        kwargs = with_dtypes(kwargs)
+        source = model_source(pretrained_model_name_or_path)
         hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
-        cls._check_repository(pretrained_model_name_or_path, kwargs, hub)
-        if sla is _DEFAULT:
-            hub.pop("proxies", None)  # diffusers takes them, huggingface_hub does not
-            path = save_load.own_checkpoint(pretrained_model_name_or_path, **hub)
-            settings = settings if path is None else read_checkpoint(path)
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        if settings is not None or ras_config is not None:
-            try:
-                control.enable(pipe, sla=settings, ras=ras_config)
-            except ValueError:
-                del pipe  # large; the caller may catch the error and go on
-                raise
-        return pipe
+        cls._check_repository(source, kwargs, hub)
+        hub.pop("proxies", None)  # diffusers takes them, huggingface_hub does not
+        own = BALANCED.copy()
+        if "sla" not in settings and (path := own_file(source, FILE_NAME, "sla", **hub)):
+            own["sla"] = read_checkpoint(path)
+        if "ras" not in settings and (path := own_file(source, RAS_FILE_NAME, "ras", **hub)):
+            own["ras"] = read_ras(path)
+        pipe = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
+        return accelerate(pipe, settings, own)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike,
+        *,
+        sla: SLAInput = DEFAULT,
+        ras: RASInput = DEFAULT,
+        **kwargs: Any,
+    ) -> Any:
+        """Load one file of weights in the original layout and accelerate the pipeline.
+
+        Args:
+            pretrained_model_link_or_path: path or hub link of a `.safetensors` or `.ckpt` file.
+            sla: as in `from_pretrained`, but files beside the weights are not looked for. Default: "balanced".
+            ras: likewise. Default: off.
+            **kwargs: everything that the diffusers parent accepts; `dtype` as in `from_pretrained`.
+
+        Raises:
+            NotImplementedError: the diffusers parent has no `from_single_file` (only Stable Diffusion 3 has).
+            ValueError: a bad or unknown argument, before any weight is read; or the transformer cannot be
+                accelerated.
+        """
+        if not issubclass(cls, FromSingleFileMixin):
+            raise NotImplementedError(
+                f"{cls.__qualname__}.from_single_file: {cls._parent} of diffusers has none; load the transformer with its "
+                "own from_single_file, and pass it to from_pretrained as transformer="
+            )
+        settings = read_settings(sla, ras)
+        loaders = (FromSingleFileMixin.from_single_file, FromOriginalModelMixin.from_single_file)
+        check_keywords(cls, kwargs, *loaders, more=SCHEDULER_LEGACY_KWARGS)
+        pipe = super().from_single_file(pretrained_model_link_or_path, **with_dtypes(kwargs))  # type: ignore[misc]
+        return accelerate(pipe, settings, BALANCED)
 
     @classmethod
     def from_pipe(
-        cls,
-        pipeline: Any,
-        *,
-        sla: SLAConfig | SLACheckpoint | dict | str | os.PathLike | None = _DEFAULT,
-        ras: RASConfig | dict | str | os.PathLike | None = None,
-        **kwargs: Any,
+        cls, pipeline: Any, *, sla: SLAInput = DEFAULT, ras: RASInput = DEFAULT, **kwargs: Any
     ) -> Any:
-        """Make a sparse pipeline from a loaded one; the components are shared, not copied.
+        """Make a sparse pipeline from a loaded one. The components are shared, not copied.
 
-        Shared components share their acceleration: if the transformer is already sparse, it stays
-        as it is, and `sla` and `ras` must be left out or be equal.
+        Shared components share their acceleration. If the transformer is accelerated already, settings that
+        are given replace those of their method for both pipelines, and the other method stays.
 
         Args:
             pipeline: a loaded diffusers pipeline of the same family.
-            sla, ras: as in `from_pretrained`; the default of `sla` is "balanced".
-            **kwargs: everything the diffusers parent accepts. As in diffusers, `dtype`
-                defaults to float32; pass the dtype that the components have to keep it.
+            sla: as in `from_pretrained`. Default: unchanged, or "balanced" if nothing is on.
+            ras: as in `from_pretrained`. Default: unchanged.
+            **kwargs: everything that the diffusers parent accepts. As in diffusers, `dtype` defaults to
+                float32; pass the dtype that the components have to keep it.
+
+        Raises:
+            ValueError: a bad argument, or the transformer cannot be accelerated.
         """
-        settings, ras_config = cls._settings(sla, ras)
-        session = control.session_of(pipeline)
-        if session is not None:
-            asked = (
-                ("sla", sla, save_load.runs_with(pipeline, settings)),
-                ("ras", ras, ras_config == session.ras_config),
-            )
-            for name, given, same in asked:
-                if not (given is _DEFAULT or given is None or same):
-                    raise ValueError(
-                        f"{name}: this transformer is already enabled with other settings; call disable() first"
-                    )
+        settings = read_settings(sla, ras)
         if getattr(pipeline, "transformer_2", None) is not None:
             raise ValueError("pipeline.transformer_2: Wan2.2 is not supported; accepted: None")
-        pipe = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
-        if control.session_of(pipe) is None and (settings or ras_config):
-            control.enable(pipe, sla=settings, ras=ras_config)
-        return pipe
-
-    @classmethod
-    def _settings(
-        cls, sla: Any, ras: Any
-    ) -> tuple[SLAConfig | SLACheckpoint | None, RASConfig | None]:
-        if sla is _DEFAULT:
-            sla = "balanced"
-        return (
-            None if sla is None else settings_of(sla),
-            None if ras is None else RASConfig.load(ras),
-        )
+        pipe = super().from_pipe(pipeline, **with_dtypes(kwargs))  # type: ignore[misc]
+        return accelerate(pipe, settings, BALANCED)
 
     @classmethod
     def _check_repository(
@@ -151,9 +156,9 @@ class SparsePipelineMixin:
         name = f"pretrained_model_name_or_path={str(source)!r}"
         index = read_index(source, **hub)
         found = index.get("_class_name")
-        if found not in (cls._parent, *cls._aliases, cls.__name__):
+        if found not in (cls._parent, *cls._aliases):
             raise ValueError(
-                f"{name}: holds a {found}; {cls.__name__} accepts a {cls._parent} repository"
+                f"{name}: holds a {found}; {cls.__qualname__} accepts a {cls._parent} repository"
             )
         second = index.get("transformer_2")
         if second is not None and second[0] is not None and "transformer_2" not in kwargs:
@@ -162,40 +167,42 @@ class SparsePipelineMixin:
                 "accepted are one-transformer repositories (Wan2.1)"
             )
 
-    def to_json_string(self) -> str:
-        """model_index.json, under the parent's class name, so that plain diffusers can load it."""
-        saved = json.loads(super().to_json_string())  # type: ignore[misc]
-        saved["_class_name"] = self._parent
-        return json.dumps(saved, indent=2, sort_keys=True) + "\n"
-
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, and `sla.safetensors` beside it if sparse attention is on and not just the default.
+        """Save as diffusers does, with the settings of the methods that are on.
 
-        Plain diffusers loads the repository as the plain model; this class loads both.
+        `sla.safetensors` is written if sparse attention is on with other settings than the default, `ras.json` if
+        region-adaptive sampling is on. Plain diffusers loads the repository as the plain model; `from_pretrained`
+        of this class loads the settings too.
 
         Raises:
-            ValueError: sparse attention is off, and the folder holds an adapter, which would be loaded with
-                what is saved now; or it is on and cannot be saved yet (see `save_sla`).
+            ValueError: a method is off, and the folder holds its file, which would be loaded with what is saved
+                now; or sparse attention cannot be saved yet (see `save_sla`). Nothing is written.
         """
-        session, path = control.session_of(self), Path(save_directory) / FILE_NAME
-        if session is not None and session.sla is not None:
-            if session.sla.config != SLAConfig() or path.exists():
-                # First, so that push_to_hub finds it.
-                save_load.save_sla(self, save_directory)
-        elif path.exists():
-            raise ValueError(
-                f"save_directory={str(save_directory)!r}: holds {path.name}, and sparse attention is off; accepted is a "
-                "folder without one"
-            )
-        with save_load.weights_left_out(self):
+        session, folder = control.session_of(self), Path(save_directory)
+        sla = None if session is None else session.sla_config
+        ras = None if session is None else session.ras_config
+        for file_name, method, config in (
+            (FILE_NAME, "sparse attention", sla),
+            (RAS_FILE_NAME, "region-adaptive sampling", ras),
+        ):
+            if config is None and (folder / file_name).exists():
+                raise ValueError(
+                    f"save_directory={str(save_directory)!r}: holds {file_name}, and {method} is off; accepted is a "
+                    "folder without one"
+                )
+        # Before diffusers saves, so that push_to_hub=True uploads these files too.
+        if sla is not None and (sla != SLAConfig() or (folder / FILE_NAME).exists()):
+            save_sla(self, folder)
+        if ras is not None:
+            write_ras(check_writable(folder, "save_directory") / RAS_FILE_NAME, ras)
+        with weights_left_out(self):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
-    def enable(
-        self,
-        *,
-        sla: SLAConfig | SLACheckpoint | dict | str | os.PathLike | None = None,
-        ras: RASConfig | dict | str | os.PathLike | None = None,
-    ) -> None:
+    def __repr__(self) -> str:
+        """Return model_index.json under the name of this class."""
+        return f"{type(self).__qualname__} {self.to_json_string()}"  # type: ignore[attr-defined]
+
+    def enable(self, *, sla: SLAInput = None, ras: RASInput = None) -> None:
         """See `dit_accel.enable`."""
         control.enable(self, ras=ras, sla=sla)
 

@@ -2,6 +2,7 @@
 
 from diffusers import LuminaPipeline
 
+from dit_accel.pipelines.accelerate import accelerated_init
 from dit_accel.pipelines.base import SparsePipelineMixin
 from dit_accel.pipelines.sizes import ImageSizes, checked_call
 
@@ -19,4 +20,5 @@ class SparseLuminaPipeline(SparsePipelineMixin, ImageSizes, LuminaPipeline):
 
     _parent = "LuminaPipeline"
     _aliases = ("LuminaText2ImgPipeline",)
+    __init__ = accelerated_init(LuminaPipeline.__init__)
     __call__ = checked_call(LuminaPipeline.__call__)

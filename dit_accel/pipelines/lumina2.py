@@ -2,6 +2,7 @@
 
 from diffusers import Lumina2Pipeline
 
+from dit_accel.pipelines.accelerate import accelerated_init
 from dit_accel.pipelines.base import SparsePipelineMixin
 from dit_accel.pipelines.sizes import ImageSizes, checked_call
 
@@ -19,4 +20,5 @@ class SparseLumina2Pipeline(SparsePipelineMixin, ImageSizes, Lumina2Pipeline):
 
     _parent = "Lumina2Pipeline"
     _aliases = ("Lumina2Text2ImgPipeline",)
+    __init__ = accelerated_init(Lumina2Pipeline.__init__)
     __call__ = checked_call(Lumina2Pipeline.__call__)

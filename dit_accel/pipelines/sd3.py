@@ -2,14 +2,15 @@
 
 from diffusers import StableDiffusion3Pipeline
 
+from dit_accel.pipelines.accelerate import accelerated_init
 from dit_accel.pipelines.base import SparsePipelineMixin
 from dit_accel.pipelines.sizes import ImageSizes, checked_call
 
 
 class SparseStableDiffusion3Pipeline(SparsePipelineMixin, ImageSizes, StableDiffusion3Pipeline):
     """`diffusers.StableDiffusion3Pipeline` with sparse attention and region-adaptive sampling; every
-    argument of the parent works. (For img2img and inpainting, load the diffusers pipeline and call
-    `dit_accel.enable`.)
+    argument of the parent works. `AutoPipelineForImage2Image.from_pipe(pipe)` and
+    `AutoPipelineForInpainting.from_pipe(pipe)` share the accelerated transformer.
 
     Example:
         >>> pipe = SparseStableDiffusion3Pipeline.from_pretrained(
@@ -20,4 +21,5 @@ class SparseStableDiffusion3Pipeline(SparsePipelineMixin, ImageSizes, StableDiff
     """
 
     _parent = "StableDiffusion3Pipeline"
+    __init__ = accelerated_init(StableDiffusion3Pipeline.__init__)
     __call__ = checked_call(StableDiffusion3Pipeline.__call__)

@@ -1,4 +1,4 @@
-"""Sizes are refused before any work starts, never silently rounded."""
+"""Checks of heights, widths and frame counts: a size that the model cannot make is refused, not rounded."""
 
 import functools
 import inspect
@@ -14,12 +14,16 @@ def _check_multiple(name: str, value: Any, step: int) -> None:
 
 
 class VideoSizes:
-    """Of Wan pipelines: diffusers would round."""
+    """Size checks of Wan pipelines, which round in diffusers."""
 
     def check_sizes(
         self, *, height: int = 480, width: int = 832, num_frames: int = 81, **_: Any
     ) -> None:
-        """Raise ValueError for a size that this model cannot make (defaults as in `__call__`)."""
+        """Check a size before the call; defaults as in `__call__`.
+
+        Raises:
+            ValueError: the model cannot make this size.
+        """
         patch = self.transformer.config.patch_size  # type: ignore[attr-defined]
         spatial = self.vae_scale_factor_spatial  # type: ignore[attr-defined]
         temporal = self.vae_scale_factor_temporal  # type: ignore[attr-defined]
@@ -33,7 +37,7 @@ class VideoSizes:
 
 
 class ImageSizes:
-    """Of image pipelines."""
+    """Size checks of image pipelines."""
 
     def check_sizes(
         self,
@@ -43,7 +47,11 @@ class ImageSizes:
         num_frames: int | None = None,
         **_: Any,
     ) -> None:
-        """Raise ValueError for a size that this model cannot make; None is the pipeline's default."""
+        """Check a size before the call; None stands for the pipeline's default.
+
+        Raises:
+            ValueError: the model cannot make this size.
+        """
         step = self.vae_scale_factor * self.transformer.config.patch_size  # type: ignore[attr-defined]
         for name, value in (("height", height), ("width", width)):
             if value is not None:
@@ -53,7 +61,7 @@ class ImageSizes:
 
 
 def checked_call(call: Any) -> Any:
-    """The parent's `__call__`, same signature, with sizes checked first."""
+    """Return the parent's `__call__`, with the same signature, that checks sizes first."""
     signature = inspect.signature(call)
 
     @functools.wraps(call)

@@ -2,6 +2,7 @@
 
 from diffusers import WanPipeline
 
+from dit_accel.pipelines.accelerate import accelerated_init
 from dit_accel.pipelines.base import SparsePipelineMixin
 from dit_accel.pipelines.sizes import VideoSizes, checked_call
 
@@ -17,4 +18,5 @@ class SparseWanPipeline(SparsePipelineMixin, VideoSizes, WanPipeline):
     """
 
     _parent = "WanPipeline"
+    __init__ = accelerated_init(WanPipeline.__init__)
     __call__ = checked_call(WanPipeline.__call__)

@@ -28,7 +28,7 @@ def pipeline_class(model: str | os.PathLike, **hub: Any) -> Any:
     Raises:
         ValueError: the repository cannot be reached, or holds another kind of pipeline.
     """
-    from dit_accel.pipelines.base import read_index
+    from dit_accel.checkpoint.repository import read_index
 
     found = read_index(model_source(model), "model", **hub).get("_class_name")
     if found not in PIPELINES:

@@ -86,7 +86,7 @@ def read_outline(model: str | os.PathLike, **hub: Any) -> Outline:
     """
     import diffusers
 
-    from dit_accel.pipelines.base import read_index
+    from dit_accel.checkpoint.repository import read_index
 
     pipeline = pipeline_class(model, **hub)
     index = read_index(model, "model", **hub)

@@ -5,6 +5,8 @@ import pickle
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers.models.transformers import transformer_wan
 
 from dit_accel import SLAConfig, SparseWanPipeline, enable
 from dit_accel.checkpoint.convert import convert
@@ -12,7 +14,7 @@ from dit_accel.checkpoint.file import read_checkpoint
 from dit_accel.control import session_of
 
 from ..cli.command import run as cli
-from ..random_pipelines import make, run
+from ..random_pipelines import make, relative, run
 from .test_save_load import STEPS, absent
 
 # The original names, from those of diffusers. In blocks.
@@ -82,6 +84,12 @@ WRAPPERS = {
     "plain": lambda x: x,
     "model": lambda x: {"model": x, "iteration": 7},
     "state_dict": lambda x: {"state_dict": {f"net.{name}": y for name, y in x.items()}},
+    "ddp": lambda x: {f"module._orig_mod.net.{name}": y for name, y in x.items()},
+    "comfy": lambda x: {f"model.diffusion_model.{name}": y for name, y in x.items()},
+    "distilled": lambda x: {
+        "generator": {f"model._fsdp_wrapped_module.{name}": y for name, y in x.items()},
+        "critic": {name: torch.zeros_like(y) for name, y in x.items()},
+    },
     "checkpointed": lambda x: {
         name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): y
         for name, y in x.items()
@@ -110,6 +118,7 @@ def test_the_converted_pipeline_is_the_original_one(wrapper, model, tmp_path):
             linear_scope="all",
             router="mean",
             rounding="floor",
+            order="raster",
             dense_steps=0,
             dense_layers=0,
             crossover="never",
@@ -139,6 +148,70 @@ def test_the_settings_are_those_that_turbodiffusion_serves_with(model, checkpoin
     assert config.router == "mean"
     assert (config.feature_map, config.dense_steps, config.dense_layers) == ("softmax", 0, 0)
     assert config.crossover == "never"
+    assert config.order == "raster"
+
+
+class PublishedAttention:
+    """Self-attention as TurboDiffusion serves it, written from its code: blocks in raster order, the best
+    floor(topk * n) blocks by the means of queries and centred keys, a linear branch over all keys."""
+
+    def __init__(self, weights, topk, block_q, block_k):
+        self.weights, self.topk, self.block_q, self.block_k = weights, topk, block_q, block_k
+        self.layer = None
+        self.stock = transformer_wan.dispatch_attention_fn
+
+    def install(self, transformer, monkeypatch):
+        monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", self)
+        for i, block in enumerate(transformer.blocks):
+            block.attn1.register_forward_pre_hook(lambda *_, i=i: setattr(self, "layer", i))
+            block.attn1.register_forward_hook(lambda *_: setattr(self, "layer", None))
+
+    def __call__(self, q, k, v, *args, **kwargs):
+        if self.layer is None:
+            return self.stock(q, k, v, *args, **kwargs)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+
+        def means(x, size):
+            return torch.stack([part.mean(2) for part in x.split(size, 2)], 2)
+
+        scores = means(q, self.block_q) @ means(k - k.mean(2, keepdim=True), self.block_k).mT
+        best = scores.topk(max(1, int(self.topk * scores.shape[-1])), -1).indices
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+        rows = torch.arange(q.shape[2]) // self.block_q
+        columns = torch.arange(k.shape[2]) // self.block_k
+        exact = F.scaled_dot_product_attention(q, k, v, attn_mask=kept[:, :, rows][..., columns])
+        fq, fk = q.softmax(-1), k.softmax(-1)
+        linear = fq @ (fk.mT @ v) / (fq * fk.sum(2, keepdim=True)).sum(-1, keepdim=True)
+        weight, bias = (self.weights[PROJECTION.format(self.layer) + x] for x in ("weight", "bias"))
+        return (exact + F.linear(linear, weight, bias)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("topk", [0.3, 0.6])
+@pytest.mark.parametrize("blocks", [(128, 64), (64, 128), (64, 64), (128, 128), (32, 16), (16, 64)])
+def test_the_output_is_that_of_the_checkpoint(blocks, topk, model, tmp_path, monkeypatch):
+    """On a grid of 3 x 14 x 10 tokens, where raster blocks and tiles differ and no block divides the length."""
+    transformer = make("wan").transformer
+    weights = turbo(transformer)
+    torch.save(weights, tmp_path / "turbo.pth")
+    block_q, block_k = blocks
+    out = convert(
+        tmp_path / "turbo.pth", model, tmp_path / "out", topk=topk, block_q=block_q, block_k=block_k
+    )
+    converted = SparseWanPipeline.from_pretrained(out, **absent("wan"))
+    generator = torch.Generator().manual_seed(0)
+    call = {
+        "hidden_states": torch.randn(1, 4, 3, 28, 20, generator=generator),
+        "timestep": torch.tensor([700.0]),
+        "encoder_hidden_states": torch.randn(1, 12, 24, generator=generator),
+        "return_dict": False,
+    }
+    converted.scheduler.set_timesteps(4)
+    with torch.no_grad():
+        [found] = converted.transformer(**call)
+        PublishedAttention(weights, topk, block_q, block_k).install(transformer, monkeypatch)
+        [expected] = transformer(**call)
+    assert converted.summary(strict=True).sparse_calls
+    assert relative(found, expected) < 1e-5
 
 
 class Harmful:
@@ -153,10 +226,10 @@ def changed(**changes):
 
 FFN, PROJ = "blocks.0.ffn.0.weight", PROJECTION.format(2) + "bias"
 REFUSED = {
-    "code": (lambda: {"model": Harmful()}, "a pickle of more than tensors"),
+    "code": (lambda: {"model": Harmful()}, "a pickle with more than tensors"),
     "no dict": (lambda: [torch.ones(1)], "holds no state dict"),
     "empty": (dict, "holds no state dict"),
-    "no tensor": (lambda: changed(step=3), "step is no plain tensor"),
+    "no tensor": (lambda: changed(step=3), "step is not a plain tensor"),
     "quantised": (
         lambda: changed(**{"blocks.0.ffn.0.int8_weight": torch.ones(1)}),
         "quantised .* accepted is the checkpoint without -quant",
@@ -165,10 +238,15 @@ REFUSED = {
     "extra": (lambda: changed(more=torch.ones(1)), "not expected: more"),
     "shape": (lambda: changed(**{FFN: torch.ones(2, 2)}), r"has shape \(2, 2\); accepted: "),
     "huge": (lambda: changed(**{FFN: torch.ones(1).expand(10**9)}), r"has shape \(1000000000,\)"),
+    "prefix": (
+        lambda: {f"teacher.{name}": x for name, x in changed().items()},
+        r"prefix 'teacher' of teacher\.",
+    ),
+    "several": (lambda: {"model": changed(), "ema": changed()}, "several .*'model', 'ema'"),
     "twice": (lambda: changed(**{f"net.{FFN}": torch.ones(1)}), f"{FFN} is there twice"),
     "no proj_l": (
         lambda: {name: x for name, x in changed().items() if "proj_l" not in name},
-        "no proj_l weights; accepted are checkpoints trained with SLA",
+        "proj_l.*accepted are checkpoints trained with SLA",
     ),
     "one proj_l": (lambda: changed(**{PROJ: None}), r"missing: blocks\.2\.attn1\.proj_l\.bias"),
     "layers": (
@@ -194,7 +272,7 @@ def test_damaged_files_and_other_models_are_refused(model, checkpoint, tmp_path)
     for damaged in (content[: len(content) // 2], b"", b"nonsense", pickle.dumps(Harmful())):
         checkpoint.write_bytes(damaged)
         with pytest.raises(
-            ValueError, match=r"damaged, or no checkpoint of torch|a pickle of more"
+            ValueError, match=r"damaged, or not a checkpoint of torch|a pickle with more"
         ):
             convert(checkpoint, model, out)
     with pytest.raises(ValueError, match="no such file"):

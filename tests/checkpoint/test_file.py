@@ -1,4 +1,4 @@
-"""The adapter file: what is written comes back, and everything else is refused, each with its reason."""
+"""The SLA checkpoint: what is written comes back, and everything else is refused, each with its reason."""
 
 import json
 import pickle
@@ -9,10 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dit_accel import SLAConfig
-from dit_accel.checkpoint.base_model import FINGERPRINT, Base, LayerGeometry
+from dit_accel.checkpoint.base_model import FINGERPRINT, BaseModel, LayerGeometry
 from dit_accel.checkpoint.file import (
     SLACheckpoint,
-    checkpoint_path,
     digest,
     read_checkpoint,
     settings_of,
@@ -25,7 +24,7 @@ LAYERS = (LayerGeometry("blocks.0.attn1", 4, 2, 8), LayerGeometry("blocks.1.attn
 def make(seed=0, **settings):
     config = SLAConfig(**{"combine": "proj", **settings})
     generator = torch.Generator().manual_seed(seed)
-    base = Base(
+    base = BaseModel(
         transformer_class="WanTransformer3DModel",
         layers=LAYERS,
         fingerprint=torch.randn(2, 64, generator=generator),
@@ -76,22 +75,22 @@ def forge(path, header=(), tensors=(), seal=True):
     ids=["proj", "alpha", "training-free"],
 )
 def test_what_is_written_comes_back(tmp_path, settings):
-    adapter, path = make(**settings), tmp_path / "sla.safetensors"
-    write_checkpoint(path, adapter)
+    checkpoint, path = make(**settings), tmp_path / "sla.safetensors"
+    write_checkpoint(path, checkpoint)
     found = read_checkpoint(path)
-    assert found.config == adapter.config
-    assert found.weights.keys() == adapter.weights.keys()
-    assert all(torch.equal(found.weights[name], x) for name, x in adapter.weights.items())
-    assert torch.equal(found.base.fingerprint, adapter.base.fingerprint)
+    assert found.config == checkpoint.config
+    assert found.weights.keys() == checkpoint.weights.keys()
+    assert all(torch.equal(found.weights[name], x) for name, x in checkpoint.weights.items())
+    assert torch.equal(found.base.fingerprint, checkpoint.base.fingerprint)
     for field in ("transformer_class", "layers", "model", "revision"):
-        assert getattr(found.base, field) == getattr(adapter.base, field)
+        assert getattr(found.base, field) == getattr(checkpoint.base, field)
     assert path.stat().st_mode & 0o777 == 0o644
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-        assert set(file.keys()) == {*adapter.weights, FINGERPRINT}
+        assert set(file.keys()) == {*checkpoint.weights, FINGERPRINT}
     assert header["format"] == "dit_accel.sla"
     assert header["format_version"] == "1"
-    assert json.loads(header["config"]) == json.loads(json.dumps(adapter.config.to_dict()))
+    assert json.loads(header["config"]) == json.loads(json.dumps(checkpoint.config.to_dict()))
     assert json.loads(header["layers"])[0] == ["blocks.0.attn1", 4, 2, 8]
 
 
@@ -175,8 +174,8 @@ WEIGHT = "blocks.1.attn1.proj_l.weight"
 @pytest.mark.parametrize(
     ("header", "tensors", "message"),
     [
-        ({"format": "pt"}, {}, "format='pt'; accepted is an adapter file"),
-        ({"format": None}, {}, "format=None; accepted is an adapter file"),
+        ({"format": "pt"}, {}, "format='pt'; accepted is an SLA checkpoint"),
+        ({"format": None}, {}, "format=None; accepted is an SLA checkpoint"),
         ({"format_version": "2"}, {}, "format_version='2'; this dit_accel reads '1'"),
         ({"layers": None}, {}, "no 'layers' in the header"),
         ({"config": "nonsense"}, {}, "Expecting value"),
@@ -209,10 +208,10 @@ def test_contradictions_are_named(unchecked, path, header, tensors, message):
         read_checkpoint(path)
 
 
-def test_a_wrong_adapter_cannot_even_be_made():
-    adapter = make()
+def test_a_wrong_sla_checkpoint_cannot_even_be_made():
+    checkpoint = make()
     with pytest.raises(ValueError, match=r"missing: blocks\.0\.attn1\.proj_l\.bias"):
-        SLACheckpoint(config=adapter.config, base=adapter.base, weights={})
+        SLACheckpoint(config=checkpoint.config, base=checkpoint.base, weights={})
 
 
 def test_bases_are_compared_by_geometry_and_weights():
@@ -222,7 +221,7 @@ def test_bases_are_compared_by_geometry_and_weights():
         base.check(other)
 
     def changed(**fields):
-        return Base(**{**vars(base), **fields})
+        return BaseModel(**{**vars(base), **fields})
 
     base.check(changed(fingerprint=base.fingerprint.bfloat16().float(), model="", revision=""))
     with pytest.warns(UserWarning, match="cannot be checked"):
@@ -246,7 +245,6 @@ def test_settings_are_a_preset_first_then_a_path(path, tmp_path, monkeypatch):
     yaml = tmp_path / "sla.yaml"
     yaml.write_text("sla:\n  topk: 0.5\n")
     assert settings_of(yaml) == SLAConfig(topk=0.5)
-    assert checkpoint_path(yaml) is None
     (tmp_path / "fast").mkdir()
     monkeypatch.chdir(tmp_path)
     assert settings_of("fast") == SLAConfig.load("fast")

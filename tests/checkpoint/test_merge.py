@@ -1,4 +1,4 @@
-"""`merge`: tuned weights become a plain diffusers repository with their adapter, or nothing is written."""
+"""`merge`: tuned weights become a plain diffusers repository with their SLA checkpoint, or nothing is written."""
 
 import json
 import shutil
@@ -17,6 +17,8 @@ from ..cli.command import run as cli
 from ..random_pipelines import make, run
 from .test_save_load import STEPS, absent, tuned
 
+PREFIXES = ("module.", "_orig_mod.", "model.module._orig_mod.", "transformer.")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -30,7 +32,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A fully tuned pipeline: its adapter, its weights in several forms, and what it generates."""
+    """A fully tuned pipeline: its SLA checkpoint, its weights in several forms, and what it generates."""
     folder = tmp_path_factory.mktemp("trained")
     pipe, generator = tuned(), torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -44,16 +46,27 @@ def trained(tmp_path_factory):
         pipe.transformer.save_pretrained(folder / "transformer")
         pipe.transformer.save_pretrained(folder / "sharded", max_shard_size="20KB")
         pipe.save_pretrained(folder / "pipeline")
+        for prefix in PREFIXES:
+            prefixed = {prefix + name: x for name, x in pipe.transformer.state_dict().items()}
+            save_file(prefixed, folder / f"{prefix}safetensors")
     assert (folder / "sharded" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     return folder, run(pipe, "wan", steps=STEPS)
 
 
 @pytest.mark.parametrize(
-    "form", ["with-sla.safetensors", "plain.safetensors", "transformer", "sharded", "pipeline"]
+    "form",
+    [
+        "with-sla.safetensors",
+        "plain.safetensors",
+        "transformer",
+        "sharded",
+        "pipeline",
+        *(f"{prefix}safetensors" for prefix in PREFIXES),
+    ],
 )
 def test_the_merged_repository_is_the_tuned_pipeline(form, model, trained, tmp_path):
     folder, expected = trained
-    out = merge(model, folder / form, tmp_path / "new" / "tuned-wan", adapter=folder)
+    out = merge(model, folder / form, tmp_path / "new" / "tuned-wan", sla_checkpoint=folder)
     pipe = SparseWanPipeline.from_pretrained(out, **absent("wan"))
     pipe.set_progress_bar_config(disable=True)
     assert torch.equal(run(pipe, "wan", steps=STEPS), expected)
@@ -71,7 +84,7 @@ def test_the_merged_repository_is_the_tuned_pipeline(form, model, trained, tmp_p
     assert [p.name for p in out.parent.iterdir()] == ["tuned-wan"]
 
 
-def test_without_an_adapter_there_is_none(model, trained, tmp_path):
+def test_without_an_sla_checkpoint_there_is_none(model, trained, tmp_path):
     (tmp_path / "out").mkdir()
     out = merge(model, trained[0] / "plain.safetensors", tmp_path / "out")
     assert not (out / "sla.safetensors").exists()
@@ -117,6 +130,14 @@ SLA = "blocks.0.attn1.sla.proj_l.bias"
 REFUSED = {
     "missing": (lambda t, p: changed(t, p / "x", **{BIAS: None}), f"missing: {BIAS}"),
     "extra": (lambda t, p: changed(t, p / "x", lora=torch.ones(1)), "not expected: lora"),
+    "prefix": (
+        lambda t, p: changed(t, p / "x", **{f"teacher.{BIAS}": torch.ones(1)}),
+        f"prefix 'teacher' of teacher.{BIAS}",
+    ),
+    "twice": (
+        lambda t, p: changed(t, p / "x", **{f"module.{BIAS}": torch.ones(16)}),
+        f"{BIAS} is there twice, as .*module.{BIAS}",
+    ),
     "shape": (
         lambda t, p: changed(t, p / "x", **{BIAS: torch.ones(3)}),
         r"proj_out.bias has shape \(3,\); accepted: \(16,\)",
@@ -127,11 +148,11 @@ REFUSED = {
     ),
     "sla missing": (
         lambda t, p: changed(t, p / "x", **{SLA: None}),
-        r"the adapter differ: missing: blocks\.0\.attn1\.proj_l\.bias",
+        r"the SLA checkpoint differ: missing: blocks\.0\.attn1\.proj_l\.bias",
     ),
     "sla extra": (
         lambda t, p: changed(t, p / "x", **{"blocks.0.attn1.sla.more": torch.ones(1)}),
-        r"the adapter differ: not expected: blocks\.0\.attn1\.more",
+        r"the SLA checkpoint differ: not expected: blocks\.0\.attn1\.more",
     ),
     "config": (_other_config, "its config has eps=0.5; accepted, as in model: 1e-06"),
     "class": (_other_class, "holds a SD3Transformer2DModel; accepted: WanTransformer3DModel"),
@@ -148,7 +169,7 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_written(case, model, t
     (tmp_path / "in").mkdir()
     weights = make_weights(trained[0], tmp_path / "in")
     with pytest.raises(ValueError, match=message):
-        merge(model, weights, tmp_path / "out", adapter=trained[0])
+        merge(model, weights, tmp_path / "out", sla_checkpoint=trained[0])
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
@@ -162,16 +183,16 @@ def test_the_other_arguments_are_checked_too(model, trained, tmp_path):
     with pytest.raises(ValueError, match=r"model=.*: no model_index\.json"):
         merge(folder, weights, out)
     with pytest.raises(
-        ValueError, match=r"holds weights of sparse attention .* accepted with adapter"
+        ValueError, match=r"holds weights of sparse attention .* accepted with sla_checkpoint"
     ):
         merge(model, folder / "with-sla.safetensors", out)
     with pytest.raises(ValueError, match=r"sla\.safetensors: truncated"):
-        merge(model, weights, out, adapter=model)
+        merge(model, weights, out, sla_checkpoint=model)
     with pytest.raises(ValueError, match="no such file"):
-        merge(model, weights, out, adapter=tmp_path)
+        merge(model, weights, out, sla_checkpoint=tmp_path)
     save_sla(tuned("lumina"), tmp_path / "lumina")
-    with pytest.raises(ValueError, match=r"adapter=.*: made for a LuminaNextDiT2DModel"):
-        merge(model, weights, out, adapter=tmp_path / "lumina")
+    with pytest.raises(ValueError, match=r"sla_checkpoint=.*: made for a LuminaNextDiT2DModel"):
+        merge(model, weights, out, sla_checkpoint=tmp_path / "lumina")
     for entry, value, message in (
         ("transformer_2", ["diffusers", "WanTransformer3DModel"], "has a transformer_2"),
         ("transformer", ["diffusers", "FluxTransformer2DModel"], "is a FluxTransformer2DModel"),
@@ -188,10 +209,10 @@ def test_the_other_arguments_are_checked_too(model, trained, tmp_path):
 def test_the_command_line(model, trained, tmp_path, capsys):
     folder, out = trained[0], tmp_path / "out"
     command = ["merge", "--model", model, "--transformer", folder / "transformer"]
-    assert cli(*command, "--adapter", folder, "--output-dir", out) == 0
+    assert cli(*command, "--sla-checkpoint", folder, "--output-dir", out) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert (out / "sla.safetensors").is_file()
-    assert cli(*command, "--adapter", folder, "--output-dir", out) == 2
+    assert cli(*command, "--sla-checkpoint", folder, "--output-dir", out) == 2
     assert "exists already" in capsys.readouterr().err
-    assert cli(*command, "--adapter", model, "--output-dir", tmp_path / "new") == 2
+    assert cli(*command, "--sla-checkpoint", model, "--output-dir", tmp_path / "new") == 2
     assert not (tmp_path / "new").exists()

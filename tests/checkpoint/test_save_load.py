@@ -72,9 +72,9 @@ def repositories(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
+def checkpoint(tmp_path_factory):
     """One for the tiny Wan, and what it generates."""
-    pipe, folder = tuned(), tmp_path_factory.mktemp("adapter")
+    pipe, folder = tuned(), tmp_path_factory.mktemp("sla")
     save_sla(pipe, folder)
     return folder, run(pipe, "wan", steps=STEPS)
 
@@ -93,7 +93,7 @@ def test_saved_then_loaded_into_a_plain_pipeline_is_the_same(
     load_sla(plain, tmp_path / "new" / "folder")
     assert torch.equal(run(plain, family, steps=STEPS), expected)
     assert session_of(plain).sla_config == session_of(pipe).sla_config
-    # Saved once more, it is the same adapter of the same model, which now has a name.
+    # Saved once more, it is the same SLA checkpoint of the same model, which now has a name.
     save_sla(plain, tmp_path)
     found = read_checkpoint(tmp_path / "sla.safetensors")
     assert equal(found.weights, read_checkpoint(tmp_path / "new/folder/sla.safetensors").weights)
@@ -137,22 +137,22 @@ def test_saving_needs_sparse_attention_and_a_folder(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_hub_repository(adapter, monkeypatch):
+def test_a_hub_repository(checkpoint, monkeypatch):
     calls = []
 
     def download(repo_id, filename, **arguments):
         calls.append((repo_id, filename, arguments))
         if repo_id == "org/other":
             raise EntryNotFoundError("404: sla.safetensors is not in org/other\nmore")
-        return str(adapter[0] / filename)
+        return str(checkpoint[0] / filename)
 
     monkeypatch.setattr("dit_accel.checkpoint.save_load.hf_hub_download", download)
     pipe = make("wan")
     with pytest.raises(ValueError, match=r"dir_or_id='org/other': .* \(404: sla.safetensors is not in org/other\)"):  # fmt: skip
         load_sla(pipe, "org/other")
-    load_sla(pipe, "org/adapter", revision="v1", token="secret")
-    assert calls[-1] == ("org/adapter", "sla.safetensors", {"revision": "v1", "token": "secret"})
-    assert torch.equal(run(pipe, "wan", steps=STEPS), adapter[1])
+    load_sla(pipe, "org/sla", revision="v1", token="secret")
+    assert calls[-1] == ("org/sla", "sla.safetensors", {"revision": "v1", "token": "secret"})
+    assert torch.equal(run(pipe, "wan", steps=STEPS), checkpoint[1])
 
 
 @pytest.mark.parametrize(
@@ -204,11 +204,11 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_same_base_is_accepted_in_every_form(variant, adapter, tmp_path):
+def test_the_same_base_is_accepted_in_every_form(variant, checkpoint, tmp_path):
     pipe = make("wan")
     VARIANTS[variant](pipe.transformer)
-    load_sla(pipe, adapter[0])
-    expected = read_checkpoint(adapter[0] / "sla.safetensors")
+    load_sla(pipe, checkpoint[0])
+    expected = read_checkpoint(checkpoint[0] / "sla.safetensors")
     assert equal(read_checkpoint(save_sla(pipe, tmp_path)).weights, expected.weights)
     # What is saved from it fits the plain model.
     load_sla(make("wan"), tmp_path)
@@ -312,13 +312,22 @@ def test_wrong_files_are_refused_and_leave_the_pipeline_as_it_was(case, ras, tmp
         assert torch.equal(run(pipe, "wan", steps=1), plain)
 
 
-def test_wrong_pipelines_are_refused_and_stay_as_they_were(adapter):
-    pipe = tuned(combine="none")
-    before = snapshot(pipe.transformer)
-    with pytest.raises(ValueError, match=r"already enabled .* call disable\(\) first"):
-        load_sla(pipe, adapter[0])
-    assert same(snapshot(pipe.transformer), before)
+@pytest.mark.parametrize("ras", [False, True], ids=["plain", "ras"])
+@pytest.mark.parametrize("combine", ["none", "proj", "alpha"])
+def test_other_sparse_attention_is_replaced(combine, ras, checkpoint):
+    pipe = tuned(combine=combine, topk=0.7)
+    if ras:
+        enable(pipe, ras=RAS)
+    load_sla(pipe, checkpoint[0])
+    assert (session_of(pipe).ras_config is not None) == ras
+    expected = read_checkpoint(checkpoint[0] / "sla.safetensors")
+    assert session_of(pipe).sla_config == expected.config
+    assert weights(pipe).keys() == {name.replace("attn1.", "attn1") for name in expected.weights}
+    if not ras:
+        assert torch.equal(run(pipe, "wan", steps=STEPS), checkpoint[1])
 
+
+def test_wrong_pipelines_are_refused_and_stay_as_they_were(checkpoint):
     class Other(diffusers.models.transformers.transformer_wan.WanAttnProcessor):
         pass
 
@@ -326,15 +335,15 @@ def test_wrong_pipelines_are_refused_and_stay_as_they_were(adapter):
     pipe.transformer.blocks[1].attn1.set_processor(Other())
     before = snapshot(pipe.transformer)
     with pytest.raises(ValueError, match="processor Other; accepted: WanAttnProcessor"):
-        load_sla(pipe, adapter[0])
+        load_sla(pipe, checkpoint[0])
     assert same(snapshot(pipe.transformer), before)
 
     pipe.transformer = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"pipe.transformer: Linear; accepted are Wan"):
-        load_sla(pipe, adapter[0])
+        load_sla(pipe, checkpoint[0])
 
 
-def test_a_failure_while_loading_leaves_the_pipeline_as_it_was(adapter, monkeypatch):
+def test_a_failure_while_loading_leaves_the_pipeline_as_it_was(checkpoint, monkeypatch):
     pipe = make("wan")
     enable(pipe, ras=RAS)
     expected = run(pipe, "wan", steps=4)
@@ -345,7 +354,7 @@ def test_a_failure_while_loading_leaves_the_pipeline_as_it_was(adapter, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("dit_accel.sla.SparseLinearAttention.load_state_dict", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
-            load_sla(pipe, adapter[0])
+            load_sla(pipe, checkpoint[0])
     session = session_of(pipe)
     assert session.sla is None
     assert session.ras is not None
@@ -354,10 +363,10 @@ def test_a_failure_while_loading_leaves_the_pipeline_as_it_was(adapter, monkeypa
 
 
 @pytest.fixture
-def repository(repositories, adapter, tmp_path):
-    """A diffusers repository that brings its adapter along."""
+def repository(repositories, checkpoint, tmp_path):
+    """A diffusers repository that brings its SLA checkpoint along."""
     folder = shutil.copytree(repositories["wan"], tmp_path / "repository")
-    shutil.copy(adapter[0] / "sla.safetensors", folder)
+    shutil.copy(checkpoint[0] / "sla.safetensors", folder)
     return folder
 
 
@@ -367,9 +376,9 @@ def sparse(folder, **arguments):
     return pipe
 
 
-def test_pipelines_load_the_adapter_of_their_repository(repository, adapter):
+def test_pipelines_load_the_sla_checkpoint_of_their_repository(repository, checkpoint):
     pipe = sparse(repository)
-    assert torch.equal(run(pipe, "wan", steps=STEPS), adapter[1])
+    assert torch.equal(run(pipe, "wan", steps=STEPS), checkpoint[1])
     assert not sparse(repository, sla=None).summary().enabled
     assert session_of(sparse(repository, sla="fast")).sla_config.topk == 0.15
     (repository / "sla.safetensors").write_bytes(b"")
@@ -377,8 +386,8 @@ def test_pipelines_load_the_adapter_of_their_repository(repository, adapter):
         sparse(repository)
 
 
-def test_a_folder_stands_where_a_preset_could(repositories, adapter):
-    folder, expected = adapter
+def test_a_folder_stands_where_a_preset_could(repositories, checkpoint):
+    folder, expected = checkpoint
     pipes = [sparse(repositories["wan"], sla=folder), sparse(repositories["wan"], sla=None)]
     pipes[1].enable(sla=str(folder / "sla.safetensors"))
     pipes.append(SparseWanPipeline.from_pipe(make("wan"), sla=folder))
@@ -387,28 +396,28 @@ def test_a_folder_stands_where_a_preset_could(repositories, adapter):
         assert torch.equal(run(pipe, "wan", steps=STEPS), expected)
     shared = SparseWanPipeline.from_pipe(pipes[0])
     assert session_of(shared) is session_of(pipes[0])
-    with pytest.raises(ValueError, match=r"sla: .* call disable\(\) first"):
-        SparseWanPipeline.from_pipe(pipes[0], sla="fast")
+    SparseWanPipeline.from_pipe(pipes[0], sla="fast")
+    assert session_of(pipes[0]).sla_config.topk == 0.15
     with pytest.raises(ValueError, match=r"sla=.*: a folder without sla\.safetensors"):
         sparse(repositories["wan"], sla=repositories["wan"])
 
 
-def test_repositories_on_the_hub_may_bring_an_adapter(repositories, adapter, monkeypatch):
+def test_repositories_on_the_hub_may_bring_an_sla_checkpoint(repositories, checkpoint, monkeypatch):
     from dit_accel.checkpoint.save_load import own_checkpoint
 
     def download(repo_id, filename, **arguments):
         if repo_id == "org/plain":
             raise EntryNotFoundError("404")
-        return str(adapter[0] / filename)
+        return str(checkpoint[0] / filename)
 
     monkeypatch.setattr("dit_accel.checkpoint.save_load.hf_hub_download", download)
-    assert own_checkpoint("org/tuned", revision="v1") == adapter[0] / "sla.safetensors"
+    assert own_checkpoint("org/tuned", revision="v1") == checkpoint[0] / "sla.safetensors"
     assert own_checkpoint("org/plain") is None
     assert own_checkpoint(repositories["wan"]) is None
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known to be absent", "unknown"])
-def test_without_the_hub_a_possible_adapter_is_not_passed_over_in_silence(known, tmp_path):
+def test_without_the_hub_a_possible_sla_checkpoint_is_not_passed_over_in_silence(known, tmp_path):
     """As the cache of huggingface_hub looks after a download of the other files."""
     from dit_accel.checkpoint.save_load import own_checkpoint
 
@@ -425,7 +434,7 @@ def test_without_the_hub_a_possible_adapter_is_not_passed_over_in_silence(known,
         assert own_checkpoint("org/plain", cache_dir=tmp_path, local_files_only=True) is None
 
 
-@pytest.mark.parametrize("wrong", ["adapterr", "/no/such/folder", "a/b/c", "./here"])
+@pytest.mark.parametrize("wrong", ["mysla", "/no/such/folder", "a/b/c", "./here"])
 def test_what_cannot_be_a_repository_is_not_looked_for_on_the_hub(wrong, monkeypatch):
     monkeypatch.setattr("dit_accel.checkpoint.save_load.hf_hub_download", None)
     with pytest.raises(ValueError, match="no such file or folder"):
@@ -440,36 +449,40 @@ def test_a_pickle_where_settings_could_stand(tmp_path):
         enable(make("wan"), sla=str(tmp_path / "none.yaml"))
 
 
-def test_another_base_is_refused_where_offloading_keeps_its_weights(adapter):
+def test_another_base_is_refused_where_offloading_keeps_its_weights(checkpoint):
     pipe = make("wan")
     torch.nn.init.normal_(pipe.transformer.blocks[0].attn1.to_v.weight)
     offloaded(pipe.transformer)
     with pytest.raises(ValueError, match="another base model"):
-        load_sla(pipe, adapter[0])
+        load_sla(pipe, checkpoint[0])
 
 
-def test_a_base_that_cannot_be_read_is_said(adapter, monkeypatch):
+def test_a_base_that_cannot_be_read_is_said(checkpoint, monkeypatch):
     monkeypatch.setattr("dit_accel.checkpoint.identity._values", lambda layer: torch.zeros(64))
     with pytest.warns(UserWarning, match="cannot be checked"):
-        load_sla(make("wan"), adapter[0])
+        load_sla(make("wan"), checkpoint[0])
 
 
-def test_from_pipe_knows_the_adapter_that_is_on(adapter):
+def test_from_pipe_replaces_weights_that_differ(checkpoint):
     pipe = make("wan")
-    load_sla(pipe, adapter[0])
-    assert SparseWanPipeline.from_pipe(pipe, sla=adapter[0]).summary().enabled
+    load_sla(pipe, checkpoint[0])
+    expected = {name: x.clone() for name, x in weights(pipe).items()}
     with torch.no_grad():
         next(x for name, x in pipe.transformer.named_parameters() if ".sla." in name).add_(1)
-    with pytest.raises(ValueError, match="other settings"):
-        SparseWanPipeline.from_pipe(pipe, sla=adapter[0])
+    assert SparseWanPipeline.from_pipe(pipe).transformer is pipe.transformer
+    assert not equal(weights(pipe), expected)  # without settings, what is on stays
+    SparseWanPipeline.from_pipe(pipe, sla=checkpoint[0])
+    assert equal(weights(pipe), expected)
 
 
-def test_a_saved_pipeline_is_a_plain_repository_with_an_adapter(repositories, adapter, tmp_path):
-    pipe = sparse(repositories["wan"], sla=adapter[0])
+def test_a_saved_pipeline_is_a_plain_repository_with_an_sla_checkpoint(
+    repositories, checkpoint, tmp_path
+):
+    pipe = sparse(repositories["wan"], sla=checkpoint[0])
     pipe.save_pretrained(tmp_path / "saved")
     assert equal(weights(pipe), weights(sparse(tmp_path / "saved")))
     assert "blocks.0.attn1.sla.proj_l.weight" in pipe.transformer.state_dict()  # still there
-    assert torch.equal(run(pipe, "wan", steps=STEPS), adapter[1])
+    assert torch.equal(run(pipe, "wan", steps=STEPS), checkpoint[1])
     with safe_open(
         tmp_path / "saved/transformer/diffusion_pytorch_model.safetensors", framework="pt"
     ) as file:
@@ -482,7 +495,7 @@ def test_a_saved_pipeline_is_a_plain_repository_with_an_adapter(repositories, ad
     vanilla = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved", **absent("wan"))
     assert type(vanilla) is diffusers.WanPipeline
     assert torch.equal(plain.proj_out.weight, vanilla.transformer.proj_out.weight)
-    assert torch.equal(run(sparse(tmp_path / "saved"), "wan", steps=STEPS), adapter[1])
+    assert torch.equal(run(sparse(tmp_path / "saved"), "wan", steps=STEPS), checkpoint[1])
 
 
 def test_settings_without_weights_are_saved_too_but_for_the_default(repositories, tmp_path):
@@ -494,8 +507,10 @@ def test_settings_without_weights_are_saved_too_but_for_the_default(repositories
     assert sparse(tmp_path / "saved").summary().config["topk"] == 0.25
 
 
-def test_a_folder_with_an_adapter_is_not_saved_into_without_one(repositories, adapter, tmp_path):
-    pipe = sparse(repositories["wan"], sla=adapter[0])
+def test_a_folder_with_an_sla_checkpoint_is_not_saved_into_without_one(
+    repositories, checkpoint, tmp_path
+):
+    pipe = sparse(repositories["wan"], sla=checkpoint[0])
     pipe.save_pretrained(tmp_path)
     before = (tmp_path / "sla.safetensors").read_bytes()
     pipe.disable()

@@ -1,4 +1,4 @@
-"""`--sla` with SLA checkpoints."""
+"""`--sla` with SLA checkpoints; `merge` and `convert` are tested beside their functions."""
 
 import json
 import shutil
@@ -13,10 +13,10 @@ SLA = {"topk": 0.5, "block_q": 16, "block_k": 16, "combine": "proj", "dense_step
 
 
 @pytest.fixture
-def adapter(wan_repository, tmp_path):
+def checkpoint(wan_repository, tmp_path):
     pipe = SparseWanPipeline.from_pretrained(wan_repository, sla={**SLA, "crossover": "never"})
-    save_sla(pipe, tmp_path / "adapter")
-    return tmp_path / "adapter"
+    save_sla(pipe, tmp_path / "sla")
+    return tmp_path / "sla"
 
 
 def config(out):
@@ -24,8 +24,10 @@ def config(out):
     return json.loads(record.read_text())["acceleration"]["config"]
 
 
-def test_generate_and_compare_run_with_an_adapter(wan_repository, adapter, tmp_path, capsys):
-    common = ["a red circle", "--model", wan_repository, *SMALL, "--sla", adapter]
+def test_generate_and_compare_run_with_an_sla_checkpoint(
+    wan_repository, checkpoint, tmp_path, capsys
+):
+    common = ["a red circle", "--model", wan_repository, *SMALL, "--sla", checkpoint]
     assert run("generate", *common, "--kind", "png", "--output-dir", tmp_path / "a") == 0
     assert config(tmp_path / "a")["combine"] == "proj"
     assert config(tmp_path / "a")["crossover"] == "never"
@@ -36,18 +38,18 @@ def test_generate_and_compare_run_with_an_adapter(wan_repository, adapter, tmp_p
     capsys.readouterr()
     assert run("generate", *common, "--topk", "0.1", "--output-dir", tmp_path / "c") == 2
     assert "topk=0.1: part of what the SLA checkpoint was trained for" in capsys.readouterr().err
-    (adapter / "sla.safetensors").write_bytes(b"")
+    (checkpoint / "sla.safetensors").write_bytes(b"")
     assert run("generate", *common, "--output-dir", tmp_path / "c") == 2
     assert "sla.safetensors: empty" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
 
 
-def test_a_repository_with_an_adapter_runs_with_it(wan_repository, adapter, tmp_path):
+def test_a_repository_with_an_sla_checkpoint_runs_with_it(wan_repository, checkpoint, tmp_path):
     model = shutil.copytree(wan_repository, tmp_path / "model")
     common = ["generate", "a red circle", "--model", model, *SMALL, "--kind", "png"]
     assert run(*common, "--output-dir", tmp_path / "plain") == 0
     assert config(tmp_path / "plain")["combine"] == "shared_softmax"
-    shutil.copy(adapter / "sla.safetensors", model)
+    shutil.copy(checkpoint / "sla.safetensors", model)
     assert run(*common, "--output-dir", tmp_path / "own") == 0
     assert config(tmp_path / "own")["combine"] == "proj"
     assert run(*common, "--sla", "fast", "--output-dir", tmp_path / "fast") == 0

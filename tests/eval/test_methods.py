@@ -99,16 +99,16 @@ def test_settings_of_the_caller_hold_where_a_name_gives_none(wan):
     assert config.crossover == "auto"
 
 
-def test_an_adapter_keeps_its_weights_under_another_crossover(wan):
+def test_an_sla_checkpoint_keeps_its_weights_under_another_crossover(wan):
     config = SLAConfig(combine="proj")
     base = identity_of(wan.transformer)
     shapes = {f"{x.name}.proj_l.weight": (x.head_dim, x.head_dim) for x in base.layers}
     shapes |= {f"{x.name}.proj_l.bias": (x.head_dim,) for x in base.layers}
     weights = {name: torch.ones(shape) for name, shape in shapes.items()}
-    adapter = SLACheckpoint(config=config, base=base, weights=weights)
-    [_, method] = read_methods(["sla"], wan, sla=adapter, crossover="never")
+    checkpoint = SLACheckpoint(config=config, base=base, weights=weights)
+    [_, method] = read_methods(["sla"], wan, sla=checkpoint, crossover="never")
     assert method.name == "SLA with its weights"
-    assert method.sla.weights is adapter.weights
+    assert method.sla.weights is checkpoint.weights
     assert method.sla.config.crossover == "never"
 
 

@@ -79,8 +79,17 @@ def test_from_pipe_shares_components_and_acceleration(family):
     assert dit_accel.summary(plain, strict=True).ras.ras_steps == 5
     again = sparse_class(family).from_pipe(pipe)
     assert again.summary().ras.config == pipe.summary().ras.config
-    with pytest.raises(ValueError, match="ras: this transformer is already enabled with other"):
-        sparse_class(family).from_pipe(pipe, ras="paper")
+    sparse_class(family).from_pipe(pipe, ras="paper")
+    assert pipe.summary().ras.config["selection"] == "std"
+    assert not pipe.summary().config  # sparse attention stays off
+    sparse_class(family).from_pipe(pipe, sla="fast")
+    assert dit_accel.summary(plain).config["topk"] == 0.15
+    assert pipe.summary().ras.config["selection"] == "std"
+    sparse_class(family).from_pipe(pipe, sla=None)
+    assert not pipe.summary().config
+    assert pipe.summary().ras is not None
+    sparse_class(family).from_pipe(pipe, sla="none", ras="none")
+    assert not dit_accel.summary(plain).enabled
 
 
 @every_family
@@ -109,7 +118,7 @@ def test_other_repositories_and_settings_are_refused_before_loading(family, tmp_
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     cls = sparse_class(family)
     with pytest.raises(
-        ValueError, match=f"holds a FluxPipeline; {cls.__name__} accepts a {CLASSES[family]}"
+        ValueError, match=f"holds a FluxPipeline; {cls.__qualname__} accepts a {CLASSES[family]}"
     ):
         cls.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="did you mean 'paper'"):

@@ -1,0 +1,55 @@
+"""Put the settings that a pipeline was loaded with on its transformer."""
+
+import functools
+import inspect
+from typing import Any
+
+from dit_accel import control
+from dit_accel.config import OFF
+from dit_accel.pipelines.arguments import Settings, read_settings
+
+
+def accelerate(pipe: Any, settings: Settings, defaults: Settings | None = None) -> Any:
+    """Enable the methods that have settings, disable those with None, and return the pipeline.
+
+    Args:
+        pipe: a loaded pipeline. Its transformer may be accelerated already, if it is shared.
+        settings: what the caller asked for. It replaces what is on; methods that are not named stay.
+        defaults: used for methods that are not named in `settings`, if nothing is on yet.
+
+    Raises:
+        ValueError: the transformer cannot be accelerated in this way. It is then unchanged.
+    """
+    on = control.session_of(pipe) is not None
+    wanted = settings if on else {**(defaults or {}), **settings}
+    given: dict[str, Any] = {name: x for name, x in wanted.items() if x is not None}
+    if on:
+        given |= {name: OFF for name, x in wanted.items() if x is None}
+    if given:
+        control.enable(pipe, **given)
+    return pipe
+
+
+def accelerated_init(init: Any) -> Any:
+    """Return a diffusers constructor with two more keywords, `sla` and `ras`, both off by default.
+
+    They are off by default because diffusers calls the constructor in every function that loads a pipeline,
+    and the loading functions of the sparse pipelines enable the methods afterwards.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def accelerated(self: Any, *args: Any, sla: Any = None, ras: Any = None, **kwargs: Any) -> None:
+        settings = read_settings(sla, ras)
+        init(self, *args, **kwargs)
+        accelerate(self, {name: x for name, x in settings.items() if x is not None})
+
+    # diffusers reads the names of the components from the signature. Keywords with a default are not components.
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("sla", "ras")
+    ]
+    accelerated.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *options]
+    )
+    return accelerated

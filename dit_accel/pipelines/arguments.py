@@ -1,0 +1,99 @@
+"""Checks of the arguments that load a pipeline; they run before anything is read."""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+
+from dit_accel.checkpoint.file import SLACheckpoint, settings_of
+from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.config.base import suggest
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+DEFAULT: Any = object()
+"""Default of `sla` and `ras` where None means off."""
+Settings = dict[str, SLAConfig | SLACheckpoint | RASConfig | None]
+"""By method: its settings, or None to switch it off. Methods that are not named stay as they are."""
+
+
+def read_settings(sla: Any, ras: Any) -> Settings:
+    """Return the settings of the methods that were given; `DEFAULT` means not given.
+
+    Raises:
+        ValueError: `settings_of` or `RASConfig.load` does not accept them.
+    """
+    settings: Settings = {}
+    if sla is not DEFAULT:
+        settings["sla"] = settings_of(sla)
+    if ras is not DEFAULT:
+        settings["ras"] = RASConfig.load(ras)
+    return settings
+
+
+def with_dtypes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with names of dtypes ("bf16", "float16") replaced by the dtypes.
+
+    diffusers itself takes float32 for anything that is not a dtype or a dict of dtypes by component.
+
+    Raises:
+        ValueError: `dtype` or `torch_dtype` is something else, or both are given.
+    """
+    changed = dict(arguments)
+    given = [key for key in ("dtype", "torch_dtype") if changed.get(key) is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"dtype={changed['dtype']!r}, torch_dtype={changed['torch_dtype']!r}: accepted is one of them"
+        )
+    for key in given:
+        value = changed[key]
+        if isinstance(value, dict):
+            changed[key] = {part: _dtype(f"{key}[{part!r}]", x) for part, x in value.items()}
+        else:
+            changed[key] = _dtype(key, value)
+    return changed
+
+
+def _dtype(name: str, value: Any) -> torch.dtype:
+    found = DTYPES.get(value) if isinstance(value, str) else value
+    if not isinstance(found, torch.dtype):
+        hint = suggest(value, list(DTYPES)) if isinstance(value, str) else ""
+        raise ValueError(
+            f"{name}={value!r}: not a dtype{hint}; accepted are a torch.dtype, {', '.join(DTYPES)}, or a dict of them by "
+            "component"
+        )
+    return found
+
+
+def check_keywords(
+    cls: type, given: Mapping[str, Any], *loaders: Callable[..., Any], more: Collection[str] = ()
+) -> None:
+    """Refuse keyword arguments that diffusers would ignore.
+
+    Args:
+        cls: the pipeline class; the parameters of its constructor are accepted.
+        given: the keyword arguments.
+        loaders: functions of diffusers that take keywords out of their **kwargs. diffusers has no list of these
+            keywords, so every name among the string constants of their code is accepted.
+        more: further keywords that are accepted.
+
+    Raises:
+        ValueError: a keyword is not accepted.
+    """
+    accepted = {*inspect.signature(cls).parameters, *more}
+    for loader in loaders:
+        constants = inspect.unwrap(getattr(loader, "__func__", loader)).__code__.co_consts
+        accepted |= {x for x in constants if isinstance(x, str) and x.isidentifier()}
+    for key, value in given.items():
+        if key not in accepted:
+            raise ValueError(
+                f"{key}={value!r:.60}: unknown keyword{suggest(key, sorted(accepted))}; accepted are sla, ras and the "
+                "keywords of the diffusers parent"
+            )
