@@ -17,7 +17,7 @@ from typing import Literal
 
 import tyro
 
-from dit_accel.cli.options import ModelOptions
+from dit_accel.cli.options import ModelOptions, SamplingOptions
 from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics.choices import TINY, Given
 from dit_accel.eval.metrics.networks import Networks
@@ -30,7 +30,6 @@ from dit_accel.sampling.plan import plan_samples
 from dit_accel.sampling.prompt_sets import load_prompts
 from dit_accel.sampling.set_plan import planned_set, shard_of
 from dit_accel.sampling.sets import SampleSet
-from dit_accel.sampling.settings import Sampling
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Args:
     """Sparse attention: a preset or a YAML file; default: dense."""
     ras: str | None = None
     """Region-adaptive sampling: likewise."""
-    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
     seed: int = 0
     batch_size: int = 8
     device: str = "auto"
@@ -75,7 +74,8 @@ def draw(args: Args, metrics: Sequence[str], networks: Networks) -> SampleSet:
             "them is a folder"
         )
     drawn, named = load_prompts(args.source), load_prompts(args.prompts or args.source)
-    source, sampling = ModelOptions(model=args.model, sampling=args.sampling).resolve()
+    options = ModelOptions(model=args.model, sampling=SamplingOptions(**asdict(args.sampling)))
+    source, sampling = options.resolve()
     reference = open_reference(args.reference)
     networks.loaded(metrics)
     pipe = load_pipeline(source, sla=args.sla, ras=args.ras, device=args.device)

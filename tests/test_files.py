@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dit_accel.files import (
+    EMBEDDED_MODELS,
     asset,
     atomic_directory,
     atomic_files,
@@ -129,3 +130,28 @@ def test_embedded_models_have_names(tmp_path, monkeypatch):
     assert model_source("tiny-wan") == asset("tiny-wan")
     (tmp_path / "tiny-wan" / "model_index.json").write_text("{}")
     assert model_source("tiny-wan") == "tiny-wan"
+
+
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_names_of_embedded_models_are_their_folders_unless_there_is_a_folder(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for given in (name, Path(name)):
+        assert model_source(given) == asset(name)
+        assert (model_source(given) / "model_index.json").is_file()
+    (tmp_path / name).write_text("a file is no model")
+    assert model_source(name) == asset(name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "model_index.json").write_text("{}")
+    assert model_source(name) == name
+
+
+@pytest.mark.parametrize("name", ["org/tiny-wan", "tiny-wan2", "tiny-wan-judge.json", "./tiny-wan", "/x/tiny-sd3", ""])  # fmt: skip
+def test_other_names_are_left_as_they_are(name):
+    assert model_source(name) == name
+
+
+def test_paths_stay_paths(tmp_path):
+    assert model_source(tmp_path / "tiny-wan") == tmp_path / "tiny-wan"

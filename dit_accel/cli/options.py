@@ -1,72 +1,117 @@
-"""What the sub-commands share: options of a model and of acceleration, and printing."""
+"""Option groups that commands share: a model, how it is sampled, and its acceleration."""
 
-import json
+import contextlib
 import os
-import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, UseAppendAction
 
-from dit_accel.checkpoint.file import SLACheckpoint
-from dit_accel.cli.checkpoints import sla_settings
 from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.sampling.settings import Dtype, Sampling
+from dit_accel.sampling.settings import Dtype, Sampling, check_fps, check_seed
 
 EMBEDDED = "tiny-wan"
 EMBEDDED_IMAGE = "tiny-sd3"
 FailIf = Annotated[tuple[str, ...], UseAppendAction]
-"""`--fail_if`, which may be given several times."""
+"""`--fail-if`, which may be given several times."""
+Format = Literal["human", "json"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(Sampling):
+    """`Sampling` as parsed. It is checked when the command runs, whose errors are one line."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 @dataclass(kw_only=True)
 class ModelOptions:
-    """What is sampled from, how, and where it goes."""
+    """The model, how it is sampled, and where results go."""
 
     model: str = EMBEDDED
     """Repository of Wan2.1, Stable Diffusion 3, Lumina-Next or Lumina-Image 2.0: hub id or folder;
     "tiny-wan" and "tiny-sd3" are the embedded demo models."""
-    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
     seed: int = 0
+    """Seed of the first sample, in [0, 2**63); later samples count up from it."""
     output_dir: Path = Path("outputs")
+    """Folder for results; created when there is something to write."""
     fps: float = 16.0
+    """Frames per second of written clips."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "auto"
+    """auto is bf16 on a GPU and fp32 on a CPU."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     cpu_offload: bool = False
     """Keep on the GPU only the part that works (enable_model_cpu_offload)."""
-    format: Literal["human", "json"] = "human"
+    format: Format = "human"
     """How the result is printed on stdout."""
-
-    def resolve(self) -> tuple[str | os.PathLike, Sampling]:
-        """Where the model lies, and the sampling arguments with its defaults."""
-        if self.model not in (EMBEDDED, EMBEDDED_IMAGE):
-            return self.model, self.sampling
-        from dit_accel import demo
-        from dit_accel.files import model_source
-
-        defaults = demo.SAMPLING if self.model == EMBEDDED else demo.IMAGE_SAMPLING
-        return model_source(self.model), self.sampling.filled(defaults)
 
     @property
     def hub(self) -> dict[str, Any]:
         """Arguments for the hub."""
         return {} if self.revision is None else {"revision": self.revision}
 
-    def load(
-        self, sla: SLAConfig | SLACheckpoint | None = None, ras: RASConfig | None = None
+    def resolve(self) -> tuple[str | os.PathLike, Sampling]:
+        """Return where the model is, and checked sampling arguments with the defaults of embedded models."""
+        sampling = Sampling(**asdict(self.sampling))
+        if self.model not in (EMBEDDED, EMBEDDED_IMAGE):
+            return self.model, sampling
+        from dit_accel import demo
+        from dit_accel.files import model_source
+
+        defaults = demo.SAMPLING if self.model == EMBEDDED else demo.IMAGE_SAMPLING
+        return model_source(self.model), sampling.filled(defaults)
+
+    def check(
+        self, prompts: Sequence[Any] = (), *, samples: int | None = None
     ) -> tuple[Any, Sampling]:
-        """The pipeline, ready to run, and its sampling arguments."""
-        from dit_accel.files import check_writable
+        """Check everything that can be checked before the model is loaded.
+
+        Args:
+            prompts: the prompts, whose sizes replace those of the options.
+            samples: number of samples. Default: one for each prompt.
+
+        Returns:
+            The outline of the pipeline (see `sampling.outline`), and the sampling arguments.
+
+        Raises:
+            ValueError: an option that this model or this machine does not accept.
+        """
+        source, sampling = self.resolve()
+        check_fps(self.fps)
+        check_seed(self.seed, max(1, len(prompts) if samples is None else samples))
+        from dit_accel.sampling.devices import pick_device
+        from dit_accel.sampling.outline import read_outline
+        from dit_accel.sampling.picture import picture_size, read_picture
+
+        pick_device(self.device)
+        picture = None if sampling.image is None else read_picture(sampling.image)
+        outline = read_outline(source, **self.hub)
+        sized = sampling
+        if (
+            picture is not None
+            and outline.takes_image
+            and sampling.height is sampling.width is None
+        ):
+            sized = sampling.filled(picture_size(picture, outline))
+        outline.check(sized)
+        for record in prompts:
+            outline.check(sized.overridden(**record.sampling_arguments()))
+        check_output(self.output_dir, "output_dir")
+        return outline, sized
+
+    def load(self, sla: Any = None, ras: RASConfig | None = None) -> Any:
+        """Load the pipeline; `check` comes first."""
         from dit_accel.sampling.load import load_pipeline
 
-        check_writable(self.output_dir, "output_dir")
-        source, sampling = self.resolve()
-        pipe = load_pipeline(
-            source,
+        return load_pipeline(
+            self.resolve()[0],
             sla=sla,
             ras=ras,
             device=self.device,
@@ -74,8 +119,6 @@ class ModelOptions:
             cpu_offload=self.cpu_offload,
             **self.hub,
         )
-        pipe.check_sizes(**sampling.call_arguments())
-        return pipe, sampling
 
 
 @dataclass(kw_only=True)
@@ -92,29 +135,66 @@ class AccelerationOptions(ModelOptions):
     crossover: Literal["auto", "never"] | None = None
     """Overrides crossover: auto = dense where sparse was measured to lose, never = always sparse."""
 
-    def sla_config(self) -> SLAConfig | SLACheckpoint | None:
-        """The settings, overrides applied; None for dense."""
+    def sla_config(self) -> Any:
+        """Return the settings or checkpoint of sparse attention, overrides applied; None for dense."""
         source, _ = self.resolve()
         return sla_settings(self.sla, source, self.hub, topk=self.topk, crossover=self.crossover)
 
     def ras_config(self) -> RASConfig | None:
-        """The settings; None for all tokens in each step."""
-        return None if self.ras == "none" else RASConfig.load(self.ras)
+        """Return the settings of region-adaptive sampling; None for all tokens in each step."""
+        return RASConfig.load(self.ras)
 
 
-def print_line(text: str) -> None:
-    """One line on stdout."""
-    sys.stdout.write(text + "\n")
+def sla_settings(
+    sla: str,
+    model: str | os.PathLike,
+    hub: dict[str, Any],
+    *,
+    topk: float | None = None,
+    crossover: Literal["auto", "never"] | None = None,
+) -> Any:
+    """Return what `--sla`, `--topk` and `--crossover` mean: an SLAConfig, an SLACheckpoint, or None for dense."""
+    from dit_accel.checkpoint.file import settings_of
+
+    overrides: dict[str, Any] = {"topk": topk, "crossover": crossover}
+    overrides = {k: x for k, x in overrides.items() if x is not None}
+    if sla == "none" and overrides:
+        raise ValueError("sla='none': dense; accepted without topk and crossover")
+    settings = _own_settings(model, hub) if sla == "auto" else settings_of(sla)
+    if isinstance(settings, SLAConfig):
+        return replace(settings, **overrides)
+    if topk is not None:
+        raise ValueError(
+            f"topk={topk}: part of what the SLA checkpoint was trained for; accepted with a preset or a YAML file"
+        )
+    if settings is None or not overrides:
+        return settings
+    return replace(settings, config=replace(settings.config, **overrides))
 
 
-def print_json(data: Any) -> None:
-    """For programs."""
-    print_line(json.dumps(data, indent=2, ensure_ascii=False))
+def _own_settings(model: str | os.PathLike, hub: dict[str, Any]) -> Any:
+    """Return the SLA checkpoint of the repository, or the preset "balanced" where there is none."""
+    from dit_accel.checkpoint.file import read_checkpoint
+    from dit_accel.checkpoint.repository import read_index
+    from dit_accel.checkpoint.save_load import own_checkpoint
+
+    read_index(model, "model", **hub)  # for its message about a model that cannot be read
+    path = own_checkpoint(model, **hub)
+    return SLAConfig.load("balanced") if path is None else read_checkpoint(path)
 
 
-def fail_on(reasons: list[str]) -> None:
-    """Exit with 3 if a --fail_if condition holds."""
-    if reasons:
-        for reason in reasons:
-            sys.stderr.write(f"fail_if: {reason}\n")
-        raise SystemExit(3)
+def check_output(folder: Path, argument: str) -> None:
+    """Check that a folder can be written to; a folder that was not there is not left behind.
+
+    Raises:
+        ValueError: it cannot; the message names `argument`.
+    """
+    from dit_accel.files import check_writable
+
+    new = [x for x in (folder, *folder.parents) if not os.path.exists(x)]
+    try:
+        check_writable(folder, argument)
+    finally:
+        for place in new:
+            with contextlib.suppress(OSError):
+                place.rmdir()

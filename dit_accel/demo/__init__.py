@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .dataset import make_data as make_data
     from .image.trainer import train_image as train_image
     from .judge import judge_clips as judge_clips
+    from .report import check_judged as check_judged
     from .report import judge_pipeline as judge_pipeline
     from .report import write_report as write_report
     from .shape_judge import load_shape_judge as load_shape_judge
@@ -28,6 +29,7 @@ _HOMES = {
     "SAMPLING": "dit_accel.demo.config",
     "ShapesDataset": "dit_accel.demo.dataset",
     "TrainConfig": "dit_accel.demo.config",
+    "check_judged": "dit_accel.demo.report",
     "judge_clips": "dit_accel.demo.judge",
     "judge_pipeline": "dit_accel.demo.report",
     "load_shape_judge": "dit_accel.demo.shape_judge",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -37,9 +38,9 @@ class Recipe:
                 if not 0 <= value <= 1:
                     raise ValueError(f"{field.name} must lie in [0, 1], got {value!r}")
             elif field.name == "seed":
-                if not isinstance(value, int) or value < 0:
-                    raise ValueError(f"seed must be an integer >= 0, got {value!r}")
-            elif not value > 0 or (field.type == "int" and not isinstance(value, int)):
+                if not isinstance(value, int) or not 0 <= value < 2**63:
+                    raise ValueError(f"seed must be an integer in [0, 2**63), got {value!r}")
+            elif not 0 < value < math.inf or (field.type == "int" and not isinstance(value, int)):
                 raise ValueError(f"{field.name} must be a positive {field.type}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:

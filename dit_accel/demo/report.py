@@ -139,6 +139,15 @@ def clip_batches(
         yield torch.from_numpy(made.frames).float().permute(0, 4, 1, 2, 3) * 2 - 1
 
 
+def check_judged(num_clips: int, num_heldout: int, batch_size: int) -> None:
+    """Raise ValueError for numbers of clips that `judge_pipeline` does not accept."""
+    check_count("num_clips", num_clips, 0)
+    check_count("num_heldout", num_heldout, 0)
+    if num_clips + num_heldout == 0:
+        raise ValueError("num_clips=0, num_heldout=0: accepted is at least one clip")
+    check_count("batch_size", batch_size)
+
+
 def judge_pipeline(
     pipe: Any,
     *,
@@ -178,12 +187,8 @@ def judge_pipeline(
         where the caption names it, and `all` as in `score_clips`), `clips` (one record each), `seconds_per_clip`,
         versions and machine.
     """
-    check_count("num_clips", num_clips, 0)
-    check_count("num_heldout", num_heldout, 0)
-    if num_clips + num_heldout == 0:
-        raise ValueError("num_clips and num_heldout must not both be 0")
+    check_judged(num_clips, num_heldout, batch_size)
     check_seed(seed, max(num_clips, num_heldout))
-    check_count("batch_size", batch_size)
     still = num_frames is None
     check_frame(1 if still else num_frames, height, width)
     if not guidance_scale >= 0:

@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 
 from dit_accel import control
 from dit_accel.sampling import media
+from dit_accel.sampling.picture import read_picture
 from dit_accel.sampling.plan import Sample
 from dit_accel.sampling.settings import Kind
 
@@ -93,6 +94,8 @@ def run_batch(pipe: Any, samples: Sequence[Sample], **overrides: Any) -> BatchRe
     negative = [x.sampling.negative_prompt for x in samples]
     if negative[0] is not None:
         arguments["negative_prompt"] = negative
+    if "image" in arguments:
+        arguments["image"] = read_picture(arguments["image"])
     # Generators live on the CPU: the same noise on every device.
     generators = [torch.Generator("cpu").manual_seed(x.seed) for x in samples]
     prompts = [x.record.prompt for x in samples]

@@ -12,6 +12,7 @@ from dit_accel.sampling.settings import Dtype
 
 PIPELINES = {
     "WanPipeline": "wan.SparseWanPipeline",
+    "WanImageToVideoPipeline": "wan_i2v.SparseWanImageToVideoPipeline",
     "StableDiffusion3Pipeline": "sd3.SparseStableDiffusion3Pipeline",
     "LuminaPipeline": "lumina.SparseLuminaPipeline",
     "LuminaText2ImgPipeline": "lumina.SparseLuminaPipeline",
@@ -29,7 +30,7 @@ def pipeline_class(model: str | os.PathLike, **hub: Any) -> Any:
     """
     from dit_accel.checkpoint.repository import read_index
 
-    found = read_index(model_source(model), **hub).get("_class_name")
+    found = read_index(model_source(model), "model", **hub).get("_class_name")
     if found not in PIPELINES:
         raise ValueError(
             f"model={str(model)!r}: holds a {found}; accepted are {', '.join(PIPELINES)}"

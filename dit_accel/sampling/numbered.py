@@ -32,6 +32,7 @@ def generate_numbered(
     kind: str = "auto",
     fps: float | int = 16.0,
     save_focus: bool = False,
+    extras: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Generate one clip or image per prompt; each gets a numbered file and a sidecar JSON.
 
@@ -46,6 +47,7 @@ def generate_numbered(
         kind: "mp4", "gif" or "png" (frames); "auto" is png for images and mp4 for clips.
         fps: frame rate of the written clips.
         save_focus: also write where region-adaptive sampling worked, see `write_focus`.
+        extras: what else was put on the pipeline, for the sidecars (see `extras.prepare`).
 
     Returns:
         The sidecar records, with `files` and `sidecar` as paths.
@@ -65,7 +67,7 @@ def generate_numbered(
     folder = check_writable(output_dir, "output_dir")
     records = []
     for made in run_batches(pipe, [[x] for x in samples]):
-        about = {"model": model, "fps": fps}
+        about = {"model": model, "fps": fps, "extras": extras or {}}
         masks = focus_masks(pipe) if save_focus else {}
         records.append(_write(folder, made, _record(pipe, made, about), kind=kind, masks=masks))
     return records
@@ -80,6 +82,7 @@ def _record(pipe: Any, made: BatchResult, about: dict[str, Any]) -> dict[str, An
         "seed": sample.seed,
         "model": about["model"],
         "sampling": sample.sampling.call_arguments(),
+        **about["extras"],
         "frames": list(frames.shape),
         "fps": about["fps"],
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),

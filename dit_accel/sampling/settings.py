@@ -40,6 +40,8 @@ class Sampling:
     negative_prompt: str | None = None
     max_sequence_length: int | None = None
     """Text tokens."""
+    image: str | None = None
+    """Picture file that a clip begins with, for image-to-video models."""
 
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():

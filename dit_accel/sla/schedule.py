@@ -142,7 +142,7 @@ class SparseAttention(Method):
         """
         count = len(layers)
         self.config.check_layers(count)
-        self._attention = {name: layer.module for name, layer in layers.items()}
+        made = {}
         for i, (name, layer) in enumerate(layers.items()):
             module = SparseLinearAttention(
                 self.config,
@@ -154,7 +154,9 @@ class SparseAttention(Method):
                 module.load_state_dict(dict(self.weights[name]))
             if isinstance(weight := getattr(layer.module.to_q, "weight", None), Tensor):
                 module.to(weight.device if weight.device.type != "meta" else "cpu")
-            self.layers[name] = LayerAttention(module, not self.config.is_dense_layer(i, count))
+            made[name] = LayerAttention(module, not self.config.is_dense_layer(i, count))
+        self.layers = made
+        self._attention = {name: layer.module for name, layer in layers.items()}
 
     def attach(self, host: Host) -> None:
         if not self.layers:  # attached for the second time, it keeps what it has learned

@@ -13,7 +13,7 @@ from dit_accel.checkpoint.convert import convert
 from dit_accel.checkpoint.file import read_checkpoint
 from dit_accel.runtime.install import method_of
 
-from ..cli.test_cli import run as cli
+from ..cli.command import run as cli
 from ..random_pipelines import make, relative, run
 from .test_save_load import STEPS, absent
 

@@ -13,7 +13,7 @@ from dit_accel.checkpoint.file import read_checkpoint
 from dit_accel.checkpoint.merge import merge
 from dit_accel.checkpoint.save_load import weights_left_out
 
-from ..cli.test_cli import run as cli
+from ..cli.command import run as cli
 from ..random_pipelines import make, run
 from .test_save_load import STEPS, absent, tuned
 

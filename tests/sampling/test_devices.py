@@ -47,7 +47,7 @@ def test_embedded_models_are_loaded_without_the_hub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", local)
     monkeypatch.chdir(tmp_path)
-    assert pipeline_class("tiny-wan").__name__ == "SparseWanPipeline"
+    assert pipeline_class("tiny-wan").__qualname__ == "SparseWanPipeline"
     pipe = load_pipeline("tiny-sd3", sla=None, device="cpu", dtype="bf16")
-    assert type(pipe).__name__ == "SparseStableDiffusion3Pipeline"
+    assert type(pipe).__qualname__ == "SparseStableDiffusion3Pipeline"
     assert pipe.transformer.dtype == torch.bfloat16

@@ -152,17 +152,23 @@ def check_methods(pipe: Any, methods: Sequence[Method], steps: int) -> dict[str,
     if any(x is not None for x in found.values()):
         on = ", ".join(key for key, x in found.items() if x is not None)
         raise ValueError(f"pipe: {on} is on; accepted is a pipeline without acceleration")
+    check_fewer(methods, steps)
     out: dict[str, dict[str, Any]] = {}
+    for method in methods:
+        with accelerated(pipe, **method.acceleration):
+            settings = acceleration_settings(pipe)
+        out[method.name] = {k: x for k, x in settings.items() if x is not None}
+    return out
+
+
+def check_fewer(methods: Sequence[Method], steps: int) -> None:
+    """Raise ValueError for dense sampling with fewer steps that takes no fewer than dense sampling's `steps`."""
     for method in methods:
         if method.kind == "fewer_steps" and steps <= (method.num_inference_steps or 1):
             raise ValueError(
                 f"methods: {method.name!r}: num_inference_steps={steps} of dense sampling are no more; "
                 "accepted are fewer steps than those"
             )
-        with accelerated(pipe, **method.acceleration):
-            settings = acceleration_settings(pipe)
-        out[method.name] = {k: x for k, x in settings.items() if x is not None}
-    return out
 
 
 def _fewer(setting: str) -> Method:

@@ -1,4 +1,4 @@
-"""`--fail_if "psnr<25"`: conditions on results, for use in CI."""
+"""`--fail-if "psnr<25"`: conditions on results, for use in CI."""
 
 import math
 import operator

@@ -7,7 +7,7 @@ import pytest
 
 from dit_accel import SparseWanPipeline, save_sla
 
-from .test_cli import SMALL, run
+from .command import SMALL, run
 
 SLA = {"topk": 0.5, "block_q": 16, "block_k": 16, "combine": "proj", "dense_steps": 0}
 
@@ -37,7 +37,7 @@ def test_generate_and_compare_run_with_an_sla_checkpoint(
     assert config(tmp_path / "b")["crossover"] == "auto"
     capsys.readouterr()
     assert run("generate", *common, "--topk", "0.1", "--output-dir", tmp_path / "c") == 2
-    assert "topk=0.1: part of what sla.safetensors was trained for" in capsys.readouterr().err
+    assert "topk=0.1: part of what the SLA checkpoint was trained for" in capsys.readouterr().err
     (checkpoint / "sla.safetensors").write_bytes(b"")
     assert run("generate", *common, "--output-dir", tmp_path / "c") == 2
     assert "sla.safetensors: empty" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""`dit-accel eval generate`."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dit_accel.cli.options import AccelerationOptions
+from dit_accel.cli.printing import print_json, print_line
+
+
+@dataclass(kw_only=True)
+class Generate(AccelerationOptions):
+    """Prompts to a sample set; started again after a kill, it goes on. Under torchrun each process makes its
+    share: torchrun --nproc-per-node 2 -m dit_accel.cli eval generate ...
+
+    Exit codes: 0 done, 1 failed while running (what is finished stays), 2 bad input, 130 interrupted.
+    """
+
+    prompts: str = "smoke"
+    """A file (.txt, .jsonl, .csv, .tsv), or a shipped set: smoke, demo, demo-images."""
+    limit: int | None = None
+    """Only so many prompts."""
+    sla: str = "none"
+    """Sparse attention: none, auto, quality, balanced, fast, a YAML file, or a folder with
+    sla.safetensors."""
+    cache: str = "none"
+    """A step cache of diffusers: none, first_block_cache, sea_cache; with a threshold after a colon."""
+    batch_size: int = 1
+    """Samples a pipeline call."""
+    samples_per_prompt: int | None = None
+    """Default: 1; for VBench 5."""
+    layout: Literal["ids", "vbench"] = "ids"
+    """vbench also puts the clips where VBench looks for them."""
+    overwrite: bool = False
+    """Replace samples that were made with other settings."""
+
+    def run(self) -> None:
+        from dit_accel.sampling.prompt_sets import load_prompts
+        from dit_accel.sampling.settings import check_count
+
+        prompts = load_prompts(self.prompts, self.limit)
+        check_count("batch_size", self.batch_size)
+        if self.samples_per_prompt is not None:
+            check_count("samples_per_prompt", self.samples_per_prompt)
+        sla, ras = self.sla_config(), self.ras_config()
+        from dit_accel.sampling.generate import generate
+        from dit_accel.sampling.plan import VBENCH_SAMPLES
+
+        count = self.samples_per_prompt or (VBENCH_SAMPLES if self.layout == "vbench" else 1)
+        outline, sampling = self.check(prompts, samples=len(prompts) * count)
+        cache = self._cache(outline)
+        if self.layout == "vbench" and not outline.makes_clips:
+            raise ValueError("layout='vbench': VBench judges clips, and this model makes images")
+        pipe = self.load()
+        made = generate(
+            pipe,
+            prompts,
+            output_dir=self.output_dir,
+            model=self.model,
+            sampling=sampling,
+            revision=self.revision,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            samples_per_prompt=self.samples_per_prompt,
+            fps=self.fps,
+            layout=self.layout,
+            sla=sla,
+            ras=ras,
+            cache=cache,
+            overwrite=self.overwrite,
+            warm_up=True,
+        )
+        if self.format == "json":
+            done = {} if made is None else {"kind": made.kind, "samples": len(made)}
+            print_json({"output_dir": str(self.output_dir), "complete": made is not None, **done})
+        elif made is None:
+            print_line(f"{self.output_dir}: this process has finished; others have not")
+        else:
+            print_line(f"{self.output_dir}: {len(made)} {made.kind}")
+
+    def _cache(self, outline: Any) -> Any:
+        """Return the cache config of diffusers that --cache names; None for none."""
+        from dit_accel.eval.runs.methods import CACHES, read_methods
+
+        if self.cache == "none":
+            return None
+        if self.cache.partition(":")[0] not in CACHES:
+            raise ValueError(f"cache={self.cache!r}: accepted are none, {', '.join(CACHES)}")
+        [_, method] = read_methods([self.cache], outline)
+        if method.why is not None:
+            raise ValueError(f"cache={self.cache!r}: {method.why}")
+        if self.batch_size > 1:
+            raise ValueError(
+                f"batch_size={self.batch_size}: a step cache decides for all samples of a call at once, so they "
+                "would depend on each other; accepted with cache is 1"
+            )
+        return method.cache

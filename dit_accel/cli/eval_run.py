@@ -1,0 +1,159 @@
+"""`dit-accel eval run`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import OmitArgPrefixes
+
+from dit_accel.cli.options import FailIf, ModelOptions, SamplingOptions, sla_settings
+from dit_accel.cli.printing import fail_on, print_line, print_results
+from dit_accel.config import SLAConfig
+from dit_accel.eval.metrics.networks import Networks
+
+
+@dataclass(kw_only=True)
+class Run(ModelOptions):
+    """Dense sampling, dense sampling with fewer steps at equal time, step caches, RAS and SLA in one table
+    and one page. Started again after a kill, it goes on.
+
+    Exit codes: 0 done, 1 failed while running (what is finished stays), 2 bad input or a --fail-if that
+    cannot be decided, 3 a --fail-if condition holds, 130 interrupted.
+    """
+
+    preset: Literal["none", "demo"] = "none"
+    """demo: both embedded models, each in a sub-folder with a page of its own; some minutes on two cores."""
+    prompts: str = "smoke"
+    """A file (.txt, .jsonl, .csv, .tsv), or a shipped set: smoke, demo, demo-images."""
+    limit: int | None = None
+    """Only so many prompts."""
+    methods: tuple[str, ...] = ()
+    """fewer_steps, first_block_cache, sea_cache, ras, sla, ras_sla; with a setting after a colon:
+    fewer_steps:8, first_block_cache:0.1, ras:fast, sla:my.yaml, ras_sla:fast+quality. Default: all."""
+    crossover: Literal["auto", "never"] | None = None
+    """Overrides that of all sparse attention."""
+    batch_size: int = 1
+    """Samples a pipeline call when sets are made. Seconds are always measured with one."""
+    repeats: int = 5
+    """Measured calls of each method."""
+    metrics: tuple[str, ...] = ()
+    """Default: PSNR, SSIM, what the networks allow, flicker of clips, the judge of demo prompts."""
+    reference: Path | None = None
+    """Real pictures that FID and its like compare with; default: the dense samples, and the names say so."""
+    networks: OmitArgPrefixes[Networks] = field(default_factory=Networks)
+    title: str | None = None
+    """Of the report."""
+    shown: int = 8
+    """Samples in page and picture."""
+    fail_if: FailIf = ()
+    """Exit with 3 if this holds, as in "psnr<25" or "SLA balanced: speedup_total<1"; may be given several
+    times."""
+    overwrite: bool = False
+    """Replace samples that were made with other settings."""
+
+    def run(self) -> None:
+        from dit_accel.eval.view.conditions import check, check_early
+        from dit_accel.sampling.settings import check_count
+
+        check_early(self.fail_if)
+        check_count("batch_size", self.batch_size)
+        check_count("repeats", self.repeats)
+        if self.shown < 0:
+            raise ValueError(f"shown={self.shown}: accepted is an int >= 0")
+        for name in ("inception", "lpips"):
+            path = getattr(self.networks, name)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name}={str(path)!r}: no such file")
+        common: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "repeats": self.repeats,
+            "metrics": self.metrics or None,
+            "reference": self.reference,
+            "networks": self.networks,
+            "seed": self.seed,
+            "fps": self.fps,
+            "shown": self.shown,
+            "fail_if": self.fail_if,
+            "overwrite": self.overwrite,
+        }
+        found = self._preset(common) if self.preset == "demo" else self._one(common)
+        print_results(found, self.format)
+        if self.format == "human":
+            for folder in found:
+                print_line(str(Path(folder) / "report.html"))
+        fail_on([reason for results in found.values() for reason in check(results, self.fail_if)])
+
+    def _preset(self, common: dict[str, Any]) -> dict[str, Any]:
+        plain = Run(sampling=SamplingOptions(num_inference_steps=self.sampling.num_inference_steps))
+        for name in ("model", "sampling", "prompts", "methods", "crossover", "dtype", "revision",
+                     "cpu_offload", "title"):  # fmt: skip
+            if getattr(self, name) != getattr(plain, name):
+                raise ValueError(f"preset='demo': decides on {name} itself; accepted without it")
+        steps = self.sampling.num_inference_steps
+        if steps == 1:
+            raise ValueError(
+                "num_inference_steps=1: dense sampling is compared with fewer steps; accepted is an int >= 2"
+            )
+        self.check()
+        from dit_accel.eval.runs.presets import run_demo
+
+        found = run_demo(
+            self.output_dir,
+            limit=self.limit,
+            num_inference_steps=steps,
+            device=self.device,
+            **common,
+        )
+        return {str(self.output_dir / name): results for name, results in found.items()}
+
+    def _one(self, common: dict[str, Any]) -> dict[str, Any]:
+        from dit_accel.sampling.prompt_sets import load_prompts
+
+        prompts = load_prompts(self.prompts, self.limit)
+        own = sla_settings("auto", self.resolve()[0], self.hub)
+        outline, sampling = self.check(prompts)
+        from dit_accel.eval.runs.methods import DEFAULT
+        from dit_accel.eval.runs.run import run_evaluation
+
+        sla = "balanced" if isinstance(own, SLAConfig) else own
+        methods = self.methods or DEFAULT
+        self._check_measured(outline, sampling, prompts, methods, sla)
+        results = run_evaluation(
+            self.load(),
+            prompts,
+            output_dir=self.output_dir,
+            model=self.model,
+            sampling=sampling,
+            methods=methods,
+            sla=sla,
+            crossover=self.crossover,
+            revision=self.revision,
+            title=self.title,
+            **common,
+        )
+        return {str(self.output_dir): results}
+
+    def _check_measured(
+        self, outline: Any, sampling: Any, prompts: Any, methods: Any, sla: Any
+    ) -> None:
+        """Check methods, metrics and conditions as the evaluation will, before the model is loaded."""
+        from dit_accel.eval.metrics.score import open_reference
+        from dit_accel.eval.runs.methods import check_fewer, read_methods
+        from dit_accel.eval.runs.scores import choose_metrics
+        from dit_accel.eval.view.conditions import check_early
+        from dit_accel.sampling.plan import plan_samples
+        from dit_accel.sampling.set_plan import planned_set
+
+        chosen = read_methods(methods, outline, sla=sla, crossover=self.crossover)
+        check_fewer(chosen, outline.steps(sampling))
+        planned = planned_set(
+            outline, plan_samples(prompts, sampling, seed=self.seed, count=1, layout="ids")
+        )
+        reference = open_reference(self.reference)
+        names = choose_metrics(
+            planned, self.metrics or None, networks=self.networks, reference=reference
+        )
+        rows = [x for x in chosen if x.why is None and x.kind != "fewer_steps"]
+        check_early(
+            self.fail_if, metrics=names.figures, rows=[y for x in rows for y in (x.name, x.kind)]
+        )

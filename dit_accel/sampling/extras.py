@@ -1,0 +1,198 @@
+"""Optional additions to a run: a scheduler by name, LoRA weights, compiled blocks."""
+
+import difflib
+import importlib.util
+import inspect
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_accel.sampling.outline import Outline
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+NEEDED = {"LuminaPipeline": {"sigmas"}, "Lumina2Pipeline": {"sigmas", "mu"}}
+"""Arguments that a pipeline of diffusers passes to `set_timesteps`, by its class name."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One set of LoRA weights."""
+
+    source: str
+    """Safetensors file, or hub id."""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """Checked additions to a run."""
+
+    scheduler: Any = None
+    """Scheduler class of diffusers; None: that of the repository."""
+    loras: tuple[Lora, ...] = ()
+    compile: bool = False
+
+
+def check_extras(
+    outline: Outline,
+    *,
+    scheduler: str | None = None,
+    loras: Sequence[str] = (),
+    compile: bool = False,  # noqa: A002  # the name of the option
+) -> Extras:
+    """Check additions before a model is loaded.
+
+    Args:
+        outline: the repository that will be loaded.
+        scheduler: class name of a scheduler of diffusers that supports flow matching.
+        loras: safetensors files, folders with one, or hub ids, each with an optional `:scale`.
+        compile: whether `torch.compile` compiles the repeated blocks of the transformer.
+
+    Raises:
+        ValueError: an unknown scheduler, LoRA weights that cannot be read or are for another model, or a
+            transformer whose blocks diffusers cannot compile.
+        ImportError: LoRA without PEFT.
+    """
+    if compile and not outline.transformer_class._repeated_blocks:
+        raise ValueError(
+            f"compile=True: diffusers names no repeated blocks of {outline.transformer_class.__name__}; accepted "
+            "with Wan2.1"
+        )
+    chosen = None if scheduler is None else scheduler_class(scheduler, outline)
+    return Extras(
+        scheduler=chosen,
+        loras=tuple(_checked_lora(x, outline) for x in loras),
+        compile=compile,
+    )
+
+
+def prepare(pipe: Any, extras: Extras) -> dict[str, Any]:
+    """Put additions on a loaded pipeline.
+
+    Returns:
+        What was put on, as plain values for a sidecar.
+    """
+    done: dict[str, Any] = {}
+    if extras.scheduler is not None:
+        pipe.scheduler = _flow_scheduler(extras.scheduler, pipe.scheduler.config)
+        done["scheduler"] = extras.scheduler.__name__
+    if extras.loras:
+        names = [f"lora_{i}" for i in range(len(extras.loras))]
+        for name, lora in zip(names, extras.loras, strict=True):
+            pipe.load_lora_weights(lora.source, adapter_name=name, use_safetensors=True)
+        pipe.set_adapters(names, [x.scale for x in extras.loras])
+        done["lora"] = [{"source": x.source, "scale": x.scale} for x in extras.loras]
+    if extras.compile:
+        pipe.transformer.compile_repeated_blocks()
+        done["compile"] = True
+    return done
+
+
+def scheduler_class(name: str, outline: Outline) -> Any:
+    """Return the scheduler class of diffusers with this name.
+
+    Raises:
+        ValueError: there is none, it has no flow matching (which all supported models need), or the pipeline
+            passes arguments that it does not take.
+    """
+    import diffusers
+
+    names = [x for x in dir(diffusers) if x.endswith("Scheduler")]
+    accepted = [x for x in names if _is_flow(getattr(diffusers, x))]
+    if name not in accepted:
+        close = difflib.get_close_matches(name, accepted, n=1)
+        why = "supports no flow matching" if name in names else "no such scheduler in diffusers"
+        hint = f" (did you mean {close[0]!r}?)" if close and name not in names else ""
+        raise ValueError(f"scheduler={name!r}: {why}{hint}; accepted are {', '.join(accepted)}")
+    cls = getattr(diffusers, name)
+    taken = inspect.signature(cls.set_timesteps).parameters
+    if missing := NEEDED.get(outline.pipeline._parent, set()) - set(taken):
+        raise ValueError(
+            f"scheduler={name!r}: takes no {', '.join(sorted(missing))}, which a {outline.pipeline._parent} passes; "
+            "accepted is FlowMatchEulerDiscreteScheduler"
+        )
+    return cls
+
+
+def _is_flow(cls: Any) -> bool:
+    """Whether a scheduler can drive a flow-matching model from noise to picture in one stage."""
+    if re.search(r"Inverse|^Helios", cls.__name__):
+        return False
+    return (
+        cls.__name__.startswith("FlowMatch")
+        or "use_flow_sigmas" in inspect.signature(cls.__init__).parameters
+    )
+
+
+def _flow_scheduler(cls: Any, config: Any) -> Any:
+    """Build a scheduler from the configuration of another; flow matching has two spellings in diffusers."""
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    if "use_flow_sigmas" in inspect.signature(cls.__init__).parameters:
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        return cls.from_config(config, **flow, flow_shift=shift)
+    return cls.from_config(config, shift=shift)
+
+
+def _checked_lora(text: str, outline: Outline) -> Lora:
+    """Read LoRA weights once, so that an unusable file is refused before a model is loaded."""
+    where = f"lora={text!r}"
+    source, scale = _split_scale(text)
+    if not math.isfinite(scale):
+        raise ValueError(f"{where}: the scale after the colon must be a finite number")
+    cls = outline.pipeline
+    if not hasattr(cls, "lora_state_dict"):
+        raise ValueError(f"{where}: diffusers loads no LoRA into a {cls._parent}")
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(f"{where}: LoRA needs the package peft; pip install peft")
+    source = _lora_file(source, where)
+    try:
+        weights = cls.lora_state_dict(source, use_safetensors=True)
+    except Exception as error:  # safetensors, hub and format converters have errors of their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{where}: no readable LoRA weights ({reason})") from None
+    if not weights or not all("lora" in x for x in weights):
+        raise ValueError(f"{where}: holds weights that are not LoRA")
+    if not any(x.startswith("transformer.") for x in weights):
+        raise ValueError(f"{where}: holds no LoRA weights of a transformer")
+    return Lora(source, scale)
+
+
+def _split_scale(text: str) -> tuple[str, float]:
+    """Split `source:scale`; the scale is 1 where none is given."""
+    source, colon, scale = text.rpartition(":")
+    if colon and source and not Path(text).exists():
+        try:
+            return source, float(scale)
+        except ValueError:
+            pass  # a colon of the name
+    return text, 1.0
+
+
+def _lora_file(source: str, where: str) -> str:
+    """Return the safetensors file that a path means, or the hub id."""
+    path = Path(source)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{where}: accepted is a .safetensors file")
+        return source
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if path / LORA_FILE in found:
+            return str(path / LORA_FILE)
+        if len(found) != 1:
+            names = ", ".join(x.name for x in found) or "none"
+            raise ValueError(
+                f"{where}: a folder with these safetensors files: {names}; accepted is a folder with {LORA_FILE} or "
+                "with one file"
+            )
+        return str(found[0])
+    if not _HUB_ID.fullmatch(source) or path.suffix == ".safetensors":
+        raise ValueError(
+            f"{where}: no such file or folder; accepted are a .safetensors file, a folder with one, or a hub id, "
+            "with an optional :scale"
+        )
+    return source

@@ -1,0 +1,127 @@
+"""`read_outline`: what the configuration files of a repository say about its pipeline, before weights are read."""
+
+import inspect
+import os
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from dit_accel.sampling.load import pipeline_class
+from dit_accel.sampling.settings import Sampling
+
+MAX_TEXT_TOKENS = {"StableDiffusion3Pipeline": 512, "Lumina2Pipeline": 512}
+"""Most text tokens that the diffusers pipeline accepts, by its class name."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Facts about a pipeline that is not loaded.
+
+    It has those attributes of a pipeline that checks of arguments read: `check_sizes`, `transformer.config`,
+    the scale factors of the VAE.
+    """
+
+    pipeline: Any
+    """The sparse pipeline class."""
+    transformer: Any
+    """`config`, and `enable_cache` if the class of the transformer has it."""
+    transformer_class: Any
+    facts: dict[str, int]
+    """Scale factors of the VAE, under their names as attributes of the pipeline."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["facts"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @property
+    def makes_clips(self) -> bool:
+        """Whether the pipeline makes clips rather than images."""
+        return "vae_scale_factor_temporal" in self.facts
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether the pipeline begins with a picture."""
+        return self.pipeline._parent == "WanImageToVideoPipeline"
+
+    def steps(self, sampling: Sampling) -> int:
+        """Return the number of steps: that of `sampling`, or the pipeline's default."""
+        default = (
+            inspect.signature(self.pipeline.__call__).parameters["num_inference_steps"].default
+        )
+        return sampling.num_inference_steps or default
+
+    def check_sizes(self, **arguments: Any) -> None:
+        """Raise ValueError for a size that the pipeline cannot make."""
+        self.pipeline.check_sizes(self, **arguments)
+
+    def check(self, sampling: Sampling) -> None:
+        """Raise ValueError for call arguments that this pipeline does not accept."""
+        self.check_sizes(**sampling.call_arguments())
+        most = MAX_TEXT_TOKENS.get(self.pipeline._parent)
+        tokens = sampling.max_sequence_length
+        if most is not None and tokens is not None and tokens > most:
+            raise ValueError(
+                f"max_sequence_length={tokens}: {self.pipeline._parent} accepts at most {most}"
+            )
+        if self.takes_image and sampling.image is None:
+            raise ValueError("image=None: an image-to-video model needs a picture; give --image")
+        if sampling.image is not None and not self.takes_image:
+            raise ValueError(
+                f"image={sampling.image!r}: a {self.pipeline._parent} takes no picture; accepted is an "
+                "image-to-video model (WanImageToVideoPipeline)"
+            )
+
+
+def read_outline(model: str | os.PathLike, **hub: Any) -> Outline:
+    """Read model_index.json and the configurations of transformer and VAE.
+
+    Args:
+        model: folder or hub id of a diffusers repository.
+        hub: `revision`, where one is wanted.
+
+    Raises:
+        ValueError: the repository cannot be reached or read, or its pipeline is not supported.
+    """
+    import diffusers
+
+    from dit_accel.checkpoint.repository import read_index
+
+    pipeline = pipeline_class(model, **hub)
+    index = read_index(model, "model", **hub)
+    parts = {}
+    for name in ("transformer", "vae"):
+        cls = getattr(diffusers, (index.get(name) or [None, ""])[1] or "", None)
+        if cls is None:
+            raise ValueError(
+                f"model={str(model)!r}: {name}={index.get(name)!r} in model_index.json; accepted is a class of "
+                "diffusers"
+            )
+        try:
+            config = cls.load_config(str(model), subfolder=name, **hub)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model={str(model)!r}: the configuration of {name} is not readable "
+                f"({str(error).splitlines()[0]})"
+            ) from None
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        defaults = {x.name: x.default for x in parameters if x.default is not x.empty}
+        parts[name] = cls, SimpleNamespace(**(defaults | config))
+    (cls, config), (_, vae) = parts["transformer"], parts["vae"]
+    methods = {"enable_cache": cls.enable_cache} if hasattr(cls, "enable_cache") else {}
+    # Messages name the type of a transformer.
+    transformer = type(cls.__name__, (), {"config": config, **methods})()
+    return Outline(pipeline, transformer, cls, _scale_factors(pipeline, vae))
+
+
+def _scale_factors(pipeline: Any, vae: Any) -> dict[str, int]:
+    """Return the scale factors of the VAE as pipelines of diffusers compute them."""
+    if pipeline._parent.startswith("Lumina"):
+        return {"vae_scale_factor": 8}
+    if hasattr(vae, "scale_factor_temporal"):
+        return {
+            "vae_scale_factor_temporal": vae.scale_factor_temporal,
+            "vae_scale_factor_spatial": vae.scale_factor_spatial,
+        }
+    return {"vae_scale_factor": 2 ** (len(vae.block_out_channels) - 1)}

@@ -1,0 +1,146 @@
+"""`dit-accel compare`: files and figures, and input that is refused."""
+
+import json
+
+import pytest
+
+from .command import SMALL, run
+
+
+def test_compare_writes_clips_pictures_and_figures(wan_repository, tmp_path, small_blocks, capsys):
+    out = tmp_path / "out"
+    arguments = [
+        "compare",
+        "a red circle",
+        "--model",
+        wan_repository,
+        *SMALL,
+        "--sla",
+        small_blocks,
+    ]
+    arguments += ["--output-dir", out]
+    assert run(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "density of sparse calls" in printed
+    result = json.loads((out / "comparison.json").read_text())
+    assert {p.name for p in out.iterdir()} == set(result["files"])
+    assert result["psnr_db"] > 10
+    assert result["ssim"] <= 1
+    assert result["density"] == pytest.approx(0.5)
+    assert result["seconds"]["dense"]["denoise"] > 0
+    before = (out / "comparison.json").read_bytes()
+    assert run(*arguments) == 2
+    assert (out / "comparison.json").read_bytes() == before
+    assert "already holds" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite") == 0
+
+
+def test_compare_with_fewer_steps_and_conditions(wan_repository, tmp_path, small_blocks, capsys):
+    out = tmp_path / "out"
+    arguments = ["compare", "a red circle", "--model", wan_repository, *SMALL]
+    arguments += ["--num-inference-steps", "3", "--sla", small_blocks, "--output-dir", out]
+    more = ["--methods", "fewer_steps:2", "first_block_cache:0.1", "--repeats", 2]
+    assert run(*arguments, *more, "--fail-if", "ssim<0") == 0
+    printed = capsys.readouterr().out
+    result = json.loads((out / "comparison.json").read_text())
+    assert {p.name for p in out.iterdir()} == set(result["files"])
+    dense, fewer, cache, sparse = result["rows"]
+    kinds = ["dense", "fewer_steps", "cache", "sla"]
+    assert [x["method"] for x in result["rows"]] == kinds
+    assert "Dense, 2 steps" in printed
+    assert fewer["num_inference_steps"] == 2
+    assert fewer["metrics"]["psnr"]["value"] > 0
+    assert cache["settings"]["cache"]["threshold"] == 0.1
+    assert {"dense-2-steps.mp4", "firstblockcache-0.1.mp4"} < set(result["files"])
+    # The figures of the comparison are those of its rows.
+    assert sparse["metrics"]["psnr"]["value"] == result["psnr_db"]
+    assert sparse["metrics"]["ssim"]["value"] == result["ssim"]
+    for key, row in (("dense", dense), ("sparse", sparse)):
+        assert row["seconds"]["total"]["median"] == result["seconds"][key]["total"]
+        assert row["seconds"]["total"]["n"] == result["repeats"] == 2
+    assert sparse["speedup"]["denoise"] == result["speedup_denoise"]
+    assert sparse["density"] == result["overall_density"]
+    # Clips of methods that are not asked for again go; what fails is written all the same.
+    again = [*arguments, "--overwrite", "--fail-if", "psnr<1000", "--fail-if", "speedup_total<1000"]
+    assert run(*again) == 3
+    assert capsys.readouterr().err.count("fail_if: SLA: ") == 2
+    result = json.loads((out / "comparison.json").read_text())
+    assert {p.name for p in out.iterdir()} == set(result["files"])
+    assert [x["method"] for x in result["rows"]] == ["dense", "sla"]
+    assert run(*again, "--fail-if", "pnsr<3") == 2
+    assert "there will be no figure 'pnsr'" in capsys.readouterr().err
+    one = [*arguments, "--overwrite", "--methods", "fewer_steps", "--num-inference-steps", "1"]
+    assert run(*one) == 2
+    assert "num_inference_steps=1 of dense sampling are no more" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite", "--methods", "fewer_step") == 2
+    assert "'fewer_step' is none" in capsys.readouterr().err
+    assert {p.name for p in out.iterdir()} == set(result["files"])
+
+
+def test_comparison_of_equal_clips_has_no_finite_psnr(wan_repository, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert (
+        run("compare", "a red circle", "--model", wan_repository, *SMALL, "--output-dir", out) == 0
+    )
+    assert "identical" in capsys.readouterr().out  # preset "balanced" is dense at this size
+    assert json.loads((out / "comparison.json").read_text())["psnr_db"] is None
+
+
+def test_compare_with_region_adaptive_sampling(wan_repository, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["compare", "a red circle", "--model", wan_repository, *SMALL, "--output-dir", out]
+    arguments += ["--num-inference-steps", "9", "--height", "64", "--width", "64"]
+    assert run(*arguments, "--sla", "none", "--ras", "balanced") == 0
+    assert "Cost dense steps" in capsys.readouterr().out
+    result = json.loads((out / "comparison.json").read_text())
+    assert result["acceleration"]["ras"]["ras_steps"] == 2
+    assert result["psnr_db"] is not None
+    assert run(*arguments, "--sla", "none", "--overwrite") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--repeats", "0"], "repeats=0"),
+        (["--num-inference-steps", "0"], "num_inference_steps=0"),
+        (["--guidance-scale", "nan"], "guidance_scale=nan"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--seed", str(2**63)], f"seed={2**63}"),
+        (["--fps", "nan"], "fps=nan"),
+        (["--height", "0"], "height=0"),
+        (["--height", "60"], "height=60"),
+        (["--num-frames", "6"], "num_frames=6"),
+        (["--device", "cuda:99"], "device='cuda:99'"),
+        (["--max-sequence-length", "99999999"], "max_sequence_length=99999999"),
+        (["--sla", "none"], "sla='none'"),
+        (["--sla", "fats"], "sla='fats'"),
+        (["--methods", "slaa"], "'slaa'"),
+        (["--methods", "sla:fats"], "'fats'"),
+        (["--methods", "sea_cache:x"], "'sea_cache:x'"),
+        (["--methods", "fewer_steps:2"], "num_inference_steps=2"),
+        (["--methods", "ras", "ras"], "'RAS balanced'"),
+        (["--fail-if", "psnr"], "fail_if='psnr'"),
+        (["--fail-if", "pnsr<3"], "'pnsr'"),
+        (["--fail_if", "psnr<nan"], "fail_if='psnr<nan'"),
+        (["--model", "/no/such/folder"], "model='/no/such/folder'"),
+        (["--output-dir", "/proc/none/out"], "output_dir='/proc/none/out'"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_a_bad_value_is_refused_before_the_model_is_loaded(
+    refused, wan_repository, arguments, named
+):
+    call = ["compare", "a red circle", "--model", wan_repository, *SMALL, "--output-dir", "out"]
+    assert named in refused(*call, *arguments)
+
+
+def test_an_empty_prompt_is_refused(refused):
+    for prompt in ("", "  "):
+        assert f"prompt={prompt!r}" in refused("compare", prompt)
+
+
+def test_an_earlier_comparison_is_not_replaced(refused, wan_repository, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "comparison.json").write_text("{}")
+    call = ["compare", "x", "--model", wan_repository, *SMALL, "--output-dir", "out"]
+    assert "output_dir='out'" in refused(*call)
