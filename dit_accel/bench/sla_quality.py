@@ -8,165 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from quality_subject import METRICS, Subject, mean_interval, random_router
-from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from dit_accel.config import SLAConfig
-from dit_accel.config.sla import CLIP_TILES, IMAGE_TILES
+from dit_accel.bench.sla_attention import (
+    attention_error,
+    noted_calls,
+    print_attention,
+    top_p_for,
+)
+from dit_accel.bench.sla_rows import RANDOM, TILES, Row, attention_rows, name_of, sampled_rows
+from dit_accel.bench.subjects import METRICS, Subject, mean_interval, random_router
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
-from dit_accel.kernels import SparsePlan
-from dit_accel.sla import SparseLinearAttention
 
 FORMAT_VERSION = 1
-DENSITIES = (0.5, 0.25, 0.125, 0.05)
-TILES = {
-    "video": {block: CLIP_TILES[block] for block in (16, 32, 64)},
-    "still": {block: IMAGE_TILES[block] for block in (16, 32, 64)},
-}
-RANDOM = "random plan"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to attend."""
-
-    density: float
-    """Asked for: the fraction of key blocks that is read."""
-    combine: str
-    block: int = 32
-    order: str = "tiles"
-    router: str = "top-k"
-    ranked_by: str = "mean"
-    """`router` of the settings."""
-
-    @property
-    def key(self) -> str:
-        spread = " spread" if self.ranked_by == "spread" else ""
-        return f"{self.density} {self.combine} {self.block} {self.order} {self.router}{spread}"
-
-    def sla(self, kind: str, top_p: float | None) -> dict[str, Any]:
-        """Settings; one dense step and one dense layer, as by default."""
-        rule = {"topk": self.density} if self.router != "top-p" else {"topk": None, "top_p": top_p}
-        return {
-            **rule,
-            "router": self.ranked_by,
-            "combine": self.combine,
-            "block_q": self.block,
-            "block_k": self.block,
-            "order": "raster" if self.order == "raster" else TILES[kind][self.block],
-            "crossover": "never",
-        }
-
-
-def sampled_rows() -> list[Row]:
-    """Rows that are sampled with: every density both ways, and at .25 what else matters."""
-    rows = [Row(d, combine) for d in DENSITIES for combine in ("none", "shared_softmax")]
-    at = {"density": 0.25, "combine": "shared_softmax"}
-    rows += [Row(**at, router=RANDOM), Row(**at, router="top-p"), Row(**at, order="raster")]
-    rows += [Row(**at, block=16), Row(**at, block=64), Row(**at, block=64, order="raster")]
-    rows += [Row(d, "shared_softmax", ranked_by="spread") for d in (0.25, 0.125)]
-    return [*rows, Row(**at, block=64, ranked_by="spread")]
-
-
-def attention_rows() -> list[Row]:
-    """Rows whose attention outputs are compared: everything with everything."""
-    return [
-        Row(density, combine, block, order, router, ranked_by)
-        for block in (16, 32, 64)
-        for order in ("tiles", "raster")
-        for router, ranked_by in (
-            ("top-k", "mean"),
-            ("top-k", "spread"),
-            ("top-p", "mean"),
-            (RANDOM, "mean"),
-        )
-        for density in DENSITIES
-        for combine in ("none", "shared_softmax")
-    ]
-
-
-class Noted:
-    """Calls of attention layers of a dense run, as the sparse layer would get them."""
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self.seen = 0
-        self.calls: list[tuple[tuple, dict]] = []
-
-    def watch(self, module: SparseLinearAttention) -> None:
-        forward = module.forward
-
-        def noting(*qkv: torch.Tensor, **options: Any) -> Any:
-            if self.seen % self.every == 0:
-                self.calls.append(([x.clone() for x in qkv], options))
-            self.seen += 1
-            return forward(*qkv, **options)
-
-        module.forward = noting  # type: ignore[method-assign]
-
-
-def noted_calls(subject: Subject, order: Any, steps: int, samples: int) -> list[tuple[Any, dict]]:
-    """Some attention calls of a run that reads everything, in this token order, at every depth."""
-    noted = Noted(every=5)  # so that layers and contexts take turns
-
-    def prepare(session: Any) -> None:
-        for layer in session.sla.layers.values():
-            noted.watch(layer.module)
-
-    block = 16 if order == "raster" else int(np.prod(order))
-    sla = {"topk": 1.0, "block_q": block, "block_k": block, "order": order, "crossover": "never"}
-    subject.latents(range(samples), steps, sla=sla, prepare=prepare)
-    return noted.calls
-
-
-def layer_of(row: Row, kind: str, call: tuple[Any, dict], top_p: float | None) -> Any:
-    q = call[0][0]
-    layer = SparseLinearAttention(SLAConfig(**row.sla(kind, top_p)), q.shape[1], q.shape[3])
-    if row.router == RANDOM:
-        layer.router = random_router(0)
-    return layer
-
-
-def density_of(row: Row, kind: str, calls: list, top_p: float | None) -> float:
-    layer = layer_of(row, kind, calls[0], top_p)
-    return float(np.mean([float(layer(*qkv, **options)[1]) for qkv, options in calls]))
-
-
-def top_p_for(row: Row, kind: str, calls: list) -> float:
-    """The `top_p` whose mean density is that of `topk` (to a hundredth of it)."""
-    target = density_of(Row(row.density, "none", row.block, row.order), kind, calls, None)
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        found = density_of(row, kind, calls, middle)
-        if abs(found - target) < 0.01 * target:
-            break
-        low, high = (middle, high) if found < target else (low, middle)
-    return middle
-
-
-def attention_error(row: Row, kind: str, calls: list, top_p: float | None) -> dict[str, float]:
-    """Relative error of attention outputs against dense attention, and the attention mass read."""
-    errors, masses, densities = [], [], []
-    for call in calls:
-        layer = layer_of(row, kind, call, top_p)
-        (q, k, v), options = call
-        plans: list[SparsePlan] = []
-        plan_of = layer._plan
-        layer._plan = lambda *args, plan_of=plan_of, plans=plans: (
-            plans.append(plan_of(*args)) or plans[-1]
-        )
-        o, density = layer(q, k, v, **options)
-        scale = options.get("scale")
-        exact = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
-        errors.append(float((o - exact).norm() / exact.norm()))
-        densities.append(float(density))
-        if options.get("text", "none") == "none":
-            masses.append(float(plans[0].recall(q, k, scale=scale).mean()))
-    result = {"error": float(np.mean(errors)), "density": float(np.mean(densities))}
-    return result | ({"recall": float(np.mean(masses))} if masses else {})
 
 
 @dataclass
@@ -299,33 +154,6 @@ class Quality:
         }
 
 
-def name_of(row: dict[str, Any]) -> str:
-    """How blocks are chosen, with the setting `router` where blocks are ranked."""
-    return row["router"] if row["router"] == RANDOM else f"{row['router']}, {row['ranked_by']}"
-
-
-def print_attention(records: list[dict[str, Any]], model: str) -> None:
-    """Relative errors of attention outputs, a line for each block, order and router."""
-    print(
-        f"\n{model}: relative error of attention outputs, none / shared_softmax (share of mass read)"
-    )
-    head = ("blocks", "order", "chosen by", *(f"{d}" for d in DENSITIES))
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    cells = {
-        (x["block"], x["order"], name_of(x), x["density"], x["combine"]): x["measured"]
-        for x in records
-    }
-    for block, order, router in dict.fromkeys(key[:3] for key in cells):
-        line = [str(block), order, router]
-        for density in DENSITIES:
-            none, shared = (
-                cells[block, order, router, density, c] for c in ("none", "shared_softmax")
-            )
-            mass = f" ({none['recall']:.2f})" if "recall" in none else ""
-            line.append(f"{none['error']:.3f} / {shared['error']:.3f}{mass}")
-        print(f"| {' | '.join(line)} |")
-
-
 def print_table(report: dict[str, Any]) -> None:
     """One line for each row that was sampled with."""
 
@@ -337,9 +165,8 @@ def print_table(report: dict[str, Any]) -> None:
     print(
         f"\n{report['model']}, {report['samples']} samples, against {report['reference']} (judge {right})"
     )
-    head = ("topk", "density", "blocks", "order", "chosen by", "combine", "PSNR, dB", "SSIM")
     head = (
-        *head,
+        *("topk", "density", "blocks", "order", "chosen by", "combine", "PSNR, dB", "SSIM"),
         "latent error",
         "judge",
         "PSNR minus none",
