@@ -9,30 +9,24 @@ and no rule of ALLOWED names it. diffusers_tests_plugin.py holds the variants.
 """
 
 import io
-import json
 import os
-import re
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 from diffusers_tests_plugin import VARIANTS
 
+from dit_accel.bench.outcomes import Allowed, Records, compare, markdown, read_records
 from dit_accel.environment import machine, versions
 from dit_accel.files import atomic_path, write_json
 
 FOLDERS = ("wan", "stable_diffusion_3", "lumina", "lumina2")
-LARGE_LEFT_OUT = (
-    "wan/test_wan_22.py",
-    "wan/test_wan_22_image_to_video.py",
-)  # refused by name, see ALLOWED
+# Refused by name, see ALLOWED: once is enough.
+LARGE_LEFT_OUT = ("wan/test_wan_22.py", "wan/test_wan_22_image_to_video.py")
 LEFT_OUT = {
     "wan/test_wan_animate.py": "WanAnimateTransformer3DModel is not supported",
     "wan/test_wan_vace.py": "WanVACETransformer3DModel is not supported",
@@ -42,21 +36,6 @@ STAND_INS = {
     "parameterized": "class parameterized:\n    expand = staticmethod(lambda *a, **k: lambda f: f)\n",
     "requests_mock": "",
 }
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """A documented difference: which tests of which variants, and what their message says."""
-
-    test: str
-    message: str
-    variants: str
-    reason: str
-
-    def covers(self, test: str, variant: str, message: str) -> bool:
-        """Whether this rule names the failure."""
-        pairs = ((self.test, test), (self.variants, variant), (self.message, message))
-        return all(re.search(pattern, text) for pattern, text in pairs)
 
 
 ALLOWED = (
@@ -104,9 +83,11 @@ class DiffusersTests:
         with tempfile.TemporaryDirectory(prefix="diffusers-tests-") as folder:
             revision = take_tests(self.diffusers, self.revision, Path(folder))
             results = {x: self.records(Path(folder), x) for x in variants}
-        report = compare(results) | {"diffusers_tests": revision}
+        texts = {x: VARIANTS[x].text for x in variants}
+        report = compare(results, {x: VARIANTS[x].against for x in variants}, ALLOWED)
+        report |= {"diffusers_tests": revision, "variants": texts, "left_out": LEFT_OUT}
         report |= {"versions": versions(), "machine": machine()}
-        text = markdown(report)
+        text = markdown(report, texts)
         print(text)
         if self.output is not None:
             self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +96,7 @@ class DiffusersTests:
                 path.write_text(text, encoding="utf-8")
         return 1 if report["unexpected"] else 0
 
-    def records(self, folder: Path, variant: str) -> dict[str, dict[str, Any]]:
+    def records(self, folder: Path, variant: str) -> Records:
         """Return the record of each test, read from the work folder or run now."""
         kept = None if self.work is None else self.work / f"{variant}.jsonl"
         if kept is None or not kept.exists():
@@ -149,8 +130,9 @@ def take_tests(source: Path, revision: str | None, folder: Path) -> str:
         ) from None
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
-    plugin = Path(__file__).with_name("diffusers_tests_plugin.py")
-    (folder / plugin.name).write_text(plugin.read_text(encoding="utf-8"), encoding="utf-8")
+    for name in ("diffusers_tests_plugin.py", "diffusers_tests_hub.py"):
+        text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
     (folder / "stand_ins").mkdir()
     for name, text in STAND_INS.items():
         (folder / "stand_ins" / f"{name}.py").write_text(text)
@@ -190,125 +172,6 @@ def run_variant(folder: Path, variant: str, expression: str) -> Path:
     if done.returncode not in (0, 1):
         raise SystemExit(f"{variant}: pytest ended with {done.returncode}, see above")
     return records
-
-
-def read_records(records: Path) -> dict[str, dict[str, Any]]:
-    """Return the record of each test by its name."""
-    found: dict[str, dict[str, Any]] = {}
-    for line in records.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        name = record.pop("test").removeprefix("tests/pipelines/")
-        # A test that passes and fails while it is taken down has failed.
-        if name not in found or record["outcome"] == "failed":
-            found[name] = record
-    return found
-
-
-def first_line(message: str) -> str:
-    """The line of a failure's message that says most."""
-    lines = [x.strip() for x in message.splitlines() if x.strip()]
-    return lines[0][:300] if lines else ""
-
-
-def compare(results: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Outcomes of every test, and the failures that the plain pipelines do not have."""
-    tests = list(dict.fromkeys(name for found in results.values() for name in found))
-    unexpected, allowed = [], []
-    for variant, found in results.items():
-        plain = results[VARIANTS[variant].against]
-        for name in tests:
-            outcome, before = (
-                x.get(name, {"outcome": "not run"})["outcome"] for x in (found, plain)
-            )
-            if outcome in (before, "passed"):
-                continue
-            message = found.get(name, {}).get("message", "")
-            rule = next((x for x in ALLOWED if x.covers(name, variant, message)), None)
-            entry = {"test": name, "variant": variant, "plain": before, "outcome": outcome}
-            entry["message"] = first_line(message)
-            if rule is None:
-                unexpected.append(entry)
-            else:
-                allowed.append(entry | {"reason": rule.reason})
-    return {
-        "format_version": 1,
-        "variants": {x: VARIANTS[x].text for x in results},
-        "left_out": LEFT_OUT,
-        "counts": {x: counts(found.values()) for x, found in results.items()},
-        "plain_failures": [
-            {"variant": x, "test": name, "message": first_line(record["message"])}
-            for x in results
-            if VARIANTS[x].against == x
-            for name, record in results[x].items()
-            if record["outcome"] == "failed"
-        ],
-        "unexpected": unexpected,
-        "allowed": allowed,
-        "tests": {
-            name: {x: found.get(name, {}).get("outcome") for x, found in results.items()}
-            for name in tests
-        },
-    }
-
-
-def counts(records: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Outcomes, and what was accelerated."""
-    records = list(records)
-    total = Counter(x["outcome"] for x in records)
-    found = {x: total[x] for x in ("passed", "failed", "skipped")}
-    for name in ("pipelines", "sparse_calls", "ras_steps"):
-        found[name] = sum(x.get(name, 0) for x in records)
-    found["tests_with_sparse_calls"] = sum(x.get("sparse_calls", 0) > 0 for x in records)
-    found["tests_with_ras_steps"] = sum(x.get("ras_steps", 0) > 0 for x in records)
-    return found
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown: counts, outcomes by file, and each difference."""
-    lines = [
-        "| variant | what runs | passed | failed | skipped | not as plain, allowed | not as plain |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
-    for variant, text in report["variants"].items():
-        c = report["counts"][variant]
-        more = [sum(x["variant"] == variant for x in report[k]) for k in ("allowed", "unexpected")]
-        cells = [variant, text, c["passed"], c["failed"], c["skipped"], *more]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", "Passed / failed by file:", "", f"| file | {' | '.join(report['variants'])} |"]
-    lines.append("|---" * (1 + len(report["variants"])) + "|")
-    files = dict.fromkeys(name.split("::")[0] for name in report["tests"])
-    for file in files:
-        cells = [file]
-        for variant in report["variants"]:
-            total = Counter(
-                x[variant] for name, x in report["tests"].items() if name.split("::")[0] == file
-            )
-            cells.append(f"{total['passed']} / {total['failed']}")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Accelerated (pipelines enabled; tests with sparse calls; tests with RAS steps):",
-        "",
-    ]
-    for variant in report["variants"]:
-        c = report["counts"][variant]
-        figures = (c["pipelines"], c["tests_with_sparse_calls"], c["tests_with_ras_steps"])
-        lines.append(f"- {variant}: {'; '.join(map(str, figures))}")
-    for key, title in (
-        ("plain_failures", "Fails with plain pipelines"),
-        ("allowed", "Fails with a variant only, documented"),
-        ("unexpected", "Fails with a variant only, not documented"),
-    ):
-        lines += ["", f"{title}:", ""]
-        by_reason: dict[tuple[str, str], list[str]] = {}
-        for x in report[key]:
-            by_reason.setdefault((x.get("reason") or x["message"], x["test"]), []).append(
-                x["variant"]
-            )
-        lines += [
-            f"- `{test}` ({', '.join(v)}): {why}" for (why, test), v in by_reason.items()
-        ] or ["- none"]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
