@@ -42,8 +42,8 @@ def read_records(path: Path) -> Records:
 
 
 def one_line(message: str) -> str:
-    """Return the begin of a failure's message on one line."""
-    return " ".join(message.split())[:200]
+    """Return the begin of a failure's message on one line, without temporary folders."""
+    return re.sub(r"/\S*pytest-of-[^\s/]+/", "", " ".join(message.split()))[:120]
 
 
 def compare(
