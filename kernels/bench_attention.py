@@ -25,12 +25,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import torch.nn.functional as F
 import tyro
-from measure import Functions, gpu_clocks, peak_gpu_bytes, seconds, summary
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from tqdm import tqdm
 
+from dit_accel.bench.timing import Functions, gpu_clocks, peak_gpu_bytes, seconds, summary
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
 from dit_accel.kernels import (

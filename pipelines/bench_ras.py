@@ -16,8 +16,9 @@ from typing import Annotated
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import tyro
-from ras_overhead import Overhead
-from ras_quality import Quality
+
+from dit_accel.bench.ras_overhead import Overhead
+from dit_accel.bench.ras_quality import Quality
 
 Command = (
     Annotated[Overhead, tyro.conf.subcommand("overhead")]

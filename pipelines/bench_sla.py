@@ -17,9 +17,10 @@ from typing import Annotated
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import tyro
-from sla_quality import Quality
-from sla_speed import Speed
-from sla_together import Together
+
+from dit_accel.bench.sla_quality import Quality
+from dit_accel.bench.sla_speed import Speed
+from dit_accel.bench.sla_together import Together
 
 Command = (
     Annotated[Quality, tyro.conf.subcommand("quality")]

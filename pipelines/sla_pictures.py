@@ -12,7 +12,7 @@ import torch
 from dit_accel import SparseWanPipeline
 from dit_accel.demo import SAMPLING
 from dit_accel.files import asset
-from dit_accel.runtime.install import installation_of
+from dit_accel.runtime.install import method_of
 from dit_accel.sampling.focus import heat
 from dit_accel.sampling.media import contact_sheet, to_uint8, write_png
 from dit_accel.sla import SparseLinearAttention
@@ -41,8 +41,8 @@ def what_is_read(pipe: Any) -> np.ndarray:
     """What the query block in the middle of the clip reads, mean over heads of a middle layer in the last
     step at density .25: `[COLUMNS, H, W, 3]`."""
     pipe.enable(sla=settings(0.25))
-    session = installation_of(pipe)
-    layers = list(session.sla.layers.values())
+    sla = method_of(pipe, "sla")
+    layers = list(sla.layers.values())
     module: SparseLinearAttention = layers[len(layers) // 2].module
     plan_of, plans = module._plan, []
 
@@ -53,7 +53,7 @@ def what_is_read(pipe: Any) -> np.ndarray:
     module._plan = noted  # type: ignore[method-assign]
     clip(pipe)
     grid = (SAMPLING["num_frames"] // 2 + 1, SAMPLING["height"] // 8, SAMPLING["width"] // 8)
-    order = session.sla.order(grid, torch.device("cpu"))
+    order = sla.order(grid, torch.device("cpu"))
     pipe.disable()
     read = (
         plans[-1].to_block_mask()[-1].float().mean(0)

@@ -1,7 +1,9 @@
 """The package as a whole: light import, root folders, public names."""
 
+import ast
 import subprocess
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,29 @@ def test_kernels_know_neither_diffusers_nor_transformers():
         "assert not {'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (x.name for x in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(path.relative_to(ROOT).parent.parts)
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{module}.{x.name}" for x in node.names)
+
+
+def test_nothing_of_the_library_imports_bench():
+    """Benchmarks stand above the library; scripts alone import them."""
+    package = ROOT / "dit_accel"
+    files = [x for x in package.rglob("*.py") if package / "bench" not in x.parents]
+    found = {
+        str(path.relative_to(ROOT)): name
+        for path in files
+        for name in _imports(path)
+        if f"{name}.".startswith("dit_accel.bench.")
+    }
+    assert not found
 
 
 def test_every_public_name_resolves_and_unknown_ones_do_not():

@@ -7,21 +7,26 @@ from typing import Any
 
 import torch
 
+Build = Callable[[], Any]
+Inputs = Callable[[torch.device, torch.dtype], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Geometry:
     """A transformer with random weights and the size of its input."""
 
     name: str
-    build: Callable[[], Any]
+    build: Build
     """The transformer, on the default device."""
-    inputs: Callable[[torch.device, torch.dtype], dict[str, Any]]
+    inputs: Inputs
     """Arguments of one call, without the timestep."""
     guided: bool
     """Whether both halves of guidance come in one batch; else they are two calls."""
 
 
-def _wan(dim: int, layers: int, heads: int, ffn: int, grid: tuple[int, int, int], text: int) -> Any:
+def _wan(
+    dim: int, layers: int, heads: int, ffn: int, grid: tuple[int, int, int], text: int
+) -> tuple[Build, Inputs]:
     from diffusers import WanTransformer3DModel
 
     def build() -> Any:
@@ -47,7 +52,7 @@ def _wan(dim: int, layers: int, heads: int, ffn: int, grid: tuple[int, int, int]
     return build, inputs
 
 
-def _sd3_medium() -> Any:
+def _sd3_medium() -> tuple[Build, Inputs]:
     from diffusers import SD3Transformer2DModel
 
     def build() -> Any:
@@ -72,12 +77,12 @@ def _sd3_medium() -> Any:
     return build, inputs
 
 
-def _lumina_next() -> Any:
+def _lumina_next() -> tuple[Build, Inputs]:
     from diffusers import LuminaNextDiT2DModel
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
     def build() -> Any:
-        model = LuminaNextDiT2DModel(num_layers=24, num_kv_heads=8)
+        model: Any = LuminaNextDiT2DModel(num_layers=24, num_kv_heads=8)
         torch.nn.init.zeros_(model.pad_token)
         return model
 
@@ -94,7 +99,7 @@ def _lumina_next() -> Any:
 
 
 def geometries(device: str) -> list[Geometry]:
-    """Those of real models on a GPU, a small one elsewhere."""
+    """Return the geometries of real models for a GPU, one small geometry for a CPU."""
     if device == "cpu":
         small = _wan(1024, 6, 8, 4096, (4, 32, 32), 512)
         return [Geometry("wan-dim1024-6layers-4096tokens", *small, guided=False)]
@@ -107,7 +112,7 @@ def geometries(device: str) -> list[Geometry]:
 
 
 def large_videos() -> list[Geometry]:
-    """Where attention is most of the time."""
+    """Return video geometries in which attention takes most of the time."""
     return [
         Geometry(
             "wan2.1-1.3b-480p-81", *_wan(1536, 30, 12, 8960, (21, 30, 52), 4096), guided=False
@@ -119,18 +124,21 @@ def large_videos() -> list[Geometry]:
 
 
 class Loop:
-    """As much of a pipeline as an acceleration looks at: a transformer, a scheduler, guidance."""
+    """Sampling loop without text encoder and VAE: a transformer, a scheduler and guidance.
+
+    `dit_accel.enable` accepts it like a pipeline.
+    """
 
     def __init__(self, transformer: Any, guided: bool) -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         self.transformer = transformer
-        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        self.scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
         self.do_classifier_free_guidance = guided
 
     @torch.no_grad()
     def run(self, inputs: dict[str, Any], steps: int) -> list[float]:
-        """Seconds of each step."""
+        """Sample and return the seconds of each step."""
         latents = inputs["hidden_states"]
         device = latents.device
         self.scheduler.set_timesteps(steps, device=device)
@@ -148,11 +156,12 @@ class Loop:
 
 
 def wait(device: torch.device) -> None:
+    """Wait until the device has done its work, so that a clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def family_blocks(transformer: Any) -> list[Any]:
-    """The repeated blocks of a transformer."""
+    """Return the repeated blocks of a transformer."""
     names = ("blocks", "transformer_blocks", "noise_refiner", "layers")
     return [block for name in names for block in getattr(transformer, name, [])]

@@ -1,4 +1,4 @@
-"""Time and memory of functions that are to be compared, on a CPU or a GPU."""
+"""Measure time and memory of functions to compare, on a CPU or a GPU."""
 
 import contextlib
 import statistics
@@ -15,10 +15,17 @@ Functions = dict[str, Callable[[], Any]]
 def seconds(
     functions: Functions, repeats: int, device: str, *, wall: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each function, `repeats` times, taking turns; called once before.
+    """Return the seconds that each function takes, `repeats` times, in turns.
 
-    On a GPU between two events of its queue, host included where the host is slower. On a CPU the
-    CPU time of this process, which other processes disturb less than the clock on the wall; or `wall`.
+    Each function is called once before, to warm up. On a GPU the time lies between two events of its queue and
+    includes the host where the host is slower.
+
+    Args:
+        functions: functions without arguments, by name.
+        repeats: number of timed calls of each function.
+        device: "cpu" or a CUDA device.
+        wall: on a CPU, read the wall clock. Default: the CPU time of this process, which other processes
+            disturb less.
     """
     for function in functions.values():
         function()
@@ -45,13 +52,13 @@ def _once(function: Callable[[], Any], device: str, wall: bool) -> float:
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """The 20th, 50th and 80th percentile."""
+    """Return the 20th, 50th and 80th percentile."""
     fifths = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
     return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[-1]}
 
 
 def peak_gpu_bytes(function: Callable[[], Any]) -> int:
-    """Bytes allocated at most during a call, beyond what was allocated before."""
+    """Return the peak of bytes that a call allocates beyond what was allocated before."""
     function()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -61,7 +68,7 @@ def peak_gpu_bytes(function: Callable[[], Any]) -> int:
 
 
 def gpu_clocks() -> dict[str, str] | None:
-    """What the driver says of clocks, power and heat right now; None without a driver."""
+    """Return clocks, power and temperature as the driver reports them; None without a driver."""
     fields = "clocks.sm,clocks.mem,clocks_throttle_reasons.active,power.draw,temperature.gpu"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         out = subprocess.run(

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quality_subject import METRICS, Subject, mean_interval
-from sla_quality import Row
 from tqdm import tqdm
 
+from dit_accel.bench.sla_rows import Row
+from dit_accel.bench.subjects import METRICS, Subject, mean_interval
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from geometries import Geometry, Loop, geometries, large_videos, wait
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from dit_accel import control
+from dit_accel.bench.geometries import Geometry, Loop, geometries, large_videos, wait
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
 from dit_accel.runtime.install import method_of
@@ -106,7 +106,7 @@ class Speed:
 
     def attention_seconds(self, loop: Loop, inputs: dict[str, Any], device: torch.device) -> float:
         """Of all self-attention of a dense step: one layer's call of SDPA, times layers."""
-        noted: list[tuple[torch.Tensor, ...]] = []
+        noted: list[tuple[Any, ...]] = []
         sla = {"topk": 1.0, "crossover": "never", "dense_steps": 0, "dense_layers": 0}
         control.enable(loop, sla=sla)
         layers = method_of(loop, "sla").layers  # type: ignore[union-attr]

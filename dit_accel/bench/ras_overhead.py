@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from geometries import Geometry, Loop, family_blocks, geometries
 from tqdm import tqdm
 
 from dit_accel import control
+from dit_accel.bench.geometries import Geometry, Loop, family_blocks, geometries
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
 
@@ -84,13 +84,14 @@ class Overhead:
                 if ras is not None:
                     control.enable(loop, ras=ras)
                 marks = loop.run(inputs, self.steps + (0 if ras is None else 2))
-                steps = [] if ras is None else control.summary(loop, strict=True).ras.steps
+                done = None if ras is None else control.summary(loop, strict=True).ras
                 control.disable(loop)
                 if i == 0:
                     continue  # warms up, and compiles
-                if ras is None:
+                if done is None:
                     seconds[name] += marks
                     continue
+                steps = done.steps
                 seconds[name] += [marks[s.step] for s in steps if s.mode == "ras"]
                 dense[name] += [marks[s.step] for s in steps if s.mode == "dense"]
                 shares[name] = next(s.cost for s in steps if s.mode == "ras")
@@ -98,7 +99,7 @@ class Overhead:
         plain = statistics.median(seconds["plain"])
         for name in list(kinds)[1:]:
             step = statistics.median(seconds[name])
-            row = {
+            row: dict[str, Any] = {
                 "geometry": geometry.name,
                 "compiled": compiled,
                 "dtype": str(dtype).removeprefix("torch."),

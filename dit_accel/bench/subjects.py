@@ -1,4 +1,4 @@
-"""The trained models as subjects of quality measurements: what is asked of them, decoded and judged."""
+"""Trained models as subjects of quality benchmarks: their prompts, samples and scores."""
 
 import itertools
 from collections.abc import Callable
@@ -22,7 +22,12 @@ METRICS = ("psnr_db", "ssim", "latent_error", "right")
 
 
 class Subject:
-    """A trained model and what is asked of it."""
+    """A trained model and the prompts that it samples.
+
+    Args:
+        model: "tiny-wan", "tiny-sd3", or a folder with a diffusers repository.
+        count: number of prompts.
+    """
 
     def __init__(self, model: str, count: int) -> None:
         from dit_accel.sampling.load import load_pipeline
@@ -55,6 +60,7 @@ class Subject:
         return replace(clips, template=torch.zeros(count, dtype=torch.long))
 
     def set_solver(self, name: str) -> None:
+        """Use this solver with the shift of the shipped scheduler: "euler", anything else is UniPC."""
         from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
         config = self.shipped.config
@@ -75,18 +81,18 @@ class Subject:
         ras: dict | None = None,
         prepare: Callable[[Any], None] | None = None,
     ) -> tuple[torch.Tensor, control.Summary | None]:
-        """Latents of these samples, and what was spared.
+        """Return the latents of these samples, and the summary of an accelerated run.
 
         Args:
-            rows: numbers of samples.
-            steps: of the solver that is set.
-            sla, ras: acceleration, if any.
-            prepare: gets the session before it runs.
+            rows: numbers of the samples; number i has prompt i and seed i.
+            steps: number of steps of the solver.
+            sla, ras: settings of `dit_accel.enable`. Default: dense.
+            prepare: called with the methods that are on, by name, before the run.
         """
         if sla is not None or ras is not None:
             control.enable(self.pipe, sla=sla, ras=ras)
         if prepare is not None:
-            prepare(installation_of(self.pipe))
+            prepare(installation_of(self.pipe).methods)
         try:
             out = self.pipe(
                 [self.prompts[i] for i in rows],
@@ -103,7 +109,7 @@ class Subject:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Frames `[N, 3, T, H, W]` in [-1, 1]."""
+        """Return frames `[N, 3, T, H, W]` in [-1, 1]."""
         vae = self.pipe.vae
         latents = latents.to(vae.device, vae.dtype)
         if self.still:
@@ -119,10 +125,10 @@ class Subject:
     def score(
         self, latents: torch.Tensor, reference: torch.Tensor, rows: range
     ) -> list[tuple[float, ...]]:
-        """`METRICS` of each sample against the reference."""
+        """Return `METRICS` of each sample against the reference."""
         video, truth = self.decode(latents), self.decode(reference)
         right = score_clips(video, self.asked[rows.start : rows.stop], still=self.still)
-        scores = []
+        scores: list[tuple[float, ...]] = []
         for i in range(len(latents)):
             error = (video[i] - truth[i]).double().square().mean() / 4
             frames = [((x[i].permute(1, 2, 3, 0) + 1) / 2).numpy() for x in (video, truth)]
@@ -139,7 +145,7 @@ class Subject:
 
 
 def random_router(seed: int) -> Any:
-    """Stands in for `block_scores`: the same shapes, no information."""
+    """Return a router with the signature of `block_scores` that scores blocks at random."""
     generator = torch.Generator().manual_seed(seed)
 
     def scores(
@@ -152,6 +158,6 @@ def random_router(seed: int) -> Any:
 
 
 def mean_interval(values: np.ndarray) -> dict[str, Any]:
-    """Mean, and a 95 % bootstrap interval over samples."""
+    """Return the mean and a 95 % bootstrap interval over samples."""
     interval = bootstrap_interval(values, draws=5000) or [float(values[0])] * 2
     return {"mean": float(values.mean()), "interval_95": interval}

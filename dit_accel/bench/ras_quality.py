@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from quality_subject import METRICS, Subject, mean_interval
 from tqdm import tqdm
 
+from dit_accel.bench.subjects import METRICS, Subject, mean_interval
 from dit_accel.config import RASConfig
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json

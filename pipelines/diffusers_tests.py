@@ -1,0 +1,178 @@
+"""Runs diffusers' own pipeline tests on plain, on our and on enabled pipelines, and compares.
+
+    python pipelines/diffusers_tests.py --diffusers ../diffusers --output pipelines/results/diffusers_tests.json
+    python pipelines/diffusers_tests.py --diffusers diffusers.git --revision v0.40.0 --variants plain enable
+
+A copy of the tests folder runs once for each variant, offline; tiny text encoders and tokenizers take the place of
+those that the tests fetch from the hub. Exit code 1: a test passes with the plain pipelines and fails with a variant,
+and no rule of ALLOWED names it. diffusers_tests_plugin.py holds the variants.
+"""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from diffusers_tests_plugin import VARIANTS
+
+from dit_accel.bench.outcomes import Allowed, Records, compare, markdown, read_records
+from dit_accel.environment import machine, versions
+from dit_accel.files import atomic_path, write_json
+
+FOLDERS = ("wan", "stable_diffusion_3", "lumina", "lumina2")
+# Refused by name, see ALLOWED: once is enough.
+LARGE_LEFT_OUT = ("wan/test_wan_22.py", "wan/test_wan_22_image_to_video.py")
+LEFT_OUT = {
+    "wan/test_wan_animate.py": "WanAnimateTransformer3DModel is not supported",
+    "wan/test_wan_vace.py": "WanVACETransformer3DModel is not supported",
+}
+# Imported by modules of which the tests here use only helpers.
+STAND_INS = {
+    "parameterized": "class parameterized:\n    expand = staticmethod(lambda *a, **k: lambda f: f)\n",
+    "requests_mock": "",
+}
+
+
+ALLOWED = (
+    Allowed("test_fused_qkv", "after enable", "enable|sparse", "fusing after enable is refused"),
+    Allowed("test_wan_22", r"transformer_2|Wan2\.2", "", "Wan2.2 is refused by name"),
+    Allowed(
+        "test_wan_22.*incorrect_variants",
+        "AssertionError",
+        "classes",
+        "Wan2.2 is refused before its files are read",
+    ),
+    Allowed(
+        "lumina2.*batch_single_identical",
+        "",
+        "sparse",
+        "prompts of different lengths: masked calls of Lumina2 run dense",
+    ),
+)
+
+
+@dataclass
+class DiffusersTests:
+    """Compare the outcome of diffusers' pipeline tests between variants."""
+
+    diffusers: Path
+    """A git repository of diffusers: a checkout, or a bare one."""
+    revision: str | None = None
+    """Commit or tag whose tests are taken. Default: HEAD."""
+    output: Path | None = None
+    """JSON file; the same as Markdown is written beside it. Default: only printed."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Which variants run, beside those with plain pipelines that they are compared with."""
+    tests: str = ""
+    """Only the tests that this expression of pytest's -k selects."""
+    work: Path | None = None
+    """Folder that keeps the records of finished variants, so that a stopped run goes on. Default: none is kept."""
+
+    def run(self) -> int:
+        """Run, print and write; the exit code."""
+        unknown = set(self.variants) - set(VARIANTS)
+        if unknown:
+            raise SystemExit(f"--variants {', '.join(unknown)}: accepted are {', '.join(VARIANTS)}")
+        asked = {x: VARIANTS[x].against for x in self.variants}
+        variants = [x for x in VARIANTS if x in asked or x in asked.values()]
+        with tempfile.TemporaryDirectory(prefix="diffusers-tests-") as folder:
+            revision = take_tests(self.diffusers, self.revision, Path(folder))
+            results = {x: self.records(Path(folder), x) for x in variants}
+        texts = {x: VARIANTS[x].text for x in variants}
+        report = compare(results, {x: VARIANTS[x].against for x in variants}, ALLOWED)
+        report |= {"diffusers_tests": revision, "variants": texts, "left_out": LEFT_OUT}
+        report |= {"versions": versions(), "machine": machine()}
+        text = markdown(report, texts)
+        print(text)
+        if self.output is not None:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.output, report)
+            with atomic_path(self.output.with_suffix(".md")) as path:
+                path.write_text(text, encoding="utf-8")
+        return 1 if report["unexpected"] else 0
+
+    def records(self, folder: Path, variant: str) -> Records:
+        """Return the record of each test, read from the work folder or run now."""
+        kept = None if self.work is None else self.work / f"{variant}.jsonl"
+        if kept is None or not kept.exists():
+            found = run_variant(folder, variant, self.tests)
+            if kept is None:
+                return read_records(found)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(kept) as path:
+                path.write_bytes(found.read_bytes())
+        return read_records(kept)
+
+
+def take_tests(source: Path, revision: str | None, folder: Path) -> str:
+    """Copy the tests folder and what it needs; return the commit that it is from."""
+    git = ["git", "-C", str(source)]
+
+    def call(*arguments: str) -> bytes:
+        return subprocess.run([*git, *arguments], check=True, capture_output=True).stdout
+
+    if not source.is_dir():
+        raise SystemExit(
+            f"--diffusers {source}: no such folder; accepted is a diffusers repository"
+        )
+    try:
+        commit = call("rev-parse", "--verify", f"{revision or 'HEAD'}^{{commit}}").decode().strip()
+        archive = call("archive", "--format=tar", commit, "tests")
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(
+            f"--diffusers {source}, --revision {revision}: {error.stderr.decode().strip()}; accepted is a git "
+            "repository of diffusers with a tests folder at that commit"
+        ) from None
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
+    for name in ("diffusers_tests_plugin.py", "diffusers_tests_hub.py"):
+        text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "stand_ins").mkdir()
+    for name, text in STAND_INS.items():
+        (folder / "stand_ins" / f"{name}.py").write_text(text)
+    return commit
+
+
+def run_variant(folder: Path, variant: str, expression: str) -> Path:
+    """Run the tests once and return the file with a JSON record per line."""
+    records = folder / f"{variant}.jsonl"
+    path = [str(folder), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "DIT_ACCEL_VARIANT": variant,
+        "DIT_ACCEL_REPORT": str(records),
+        "DIT_ACCEL_STAND_INS": str(folder / "stand_ins"),
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "HF_HOME": str(folder / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # slices are compared with figures of a CPU
+    }
+    environment.pop("RUN_SLOW", None)
+    environment.pop("RUN_NIGHTLY", None)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "diffusers_tests_plugin",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += ["-q", "--no-header", "--tb=short", "--rootdir", str(folder), "-k", expression]
+    left_out = [*LEFT_OUT, *(LARGE_LEFT_OUT if VARIANTS[variant].large else ())]
+    command += [f"--ignore=tests/pipelines/{name}" for name in left_out]
+    command += [f"tests/pipelines/{name}" for name in FOLDERS]
+    print(f"{variant}: {VARIANTS[variant].text}", file=sys.stderr, flush=True)
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=sys.stderr, check=False)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{variant}: pytest ended with {done.returncode}, see above")
+    return records
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(DiffusersTests, description=__doc__).run())
