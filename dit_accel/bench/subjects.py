@@ -92,7 +92,8 @@ class Subject:
         if sla is not None or ras is not None:
             control.enable(self.pipe, sla=sla, ras=ras)
         if prepare is not None:
-            prepare(installation_of(self.pipe).methods)
+            installation = installation_of(self.pipe)
+            prepare({} if installation is None else installation.methods)
         try:
             out = self.pipe(
                 [self.prompts[i] for i in rows],
