@@ -28,7 +28,7 @@ class Method:
     name: str
     """Of the row."""
     kind: str
-    """One of `results.METHODS`."""
+    """One of `results.types.METHODS`."""
     sla: SLAConfig | SLACheckpoint | None = None
     ras: RASConfig | None = None
     cache: Any = None

@@ -60,7 +60,7 @@ def run_evaluation(
 
     Args:
         pipe: a loaded pipeline without acceleration.
-        prompts: see `prompts.load_prompts`.
+        prompts: see `prompt_sets.load_prompts`.
         model, revision: what to write down as the model's name, and its commit.
         sampling: arguments of the pipeline calls.
         methods: see `methods.read_methods`. Dense sampling is always there.

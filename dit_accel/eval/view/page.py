@@ -25,7 +25,7 @@ def render_page(
     """The page as text.
 
     Args:
-        results: checked, see `results.read_results`.
+        results: checked, see `results.store.read_results`.
         folder: where the media lie.
         title: instead of the results' own.
         samples: at most this many samples have their media inside the page.
