@@ -182,6 +182,8 @@ class Installation:
         try:
             return self._end_call(output)
         finally:
+            if self.run is not None:
+                self.run.context = None  # type: ignore[assignment]
             self._call = self._owner = None
 
     def _end_call(self, output: Any) -> Any:
