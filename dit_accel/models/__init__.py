@@ -1,6 +1,7 @@
 """One file per model family: its facts and its attention processors."""
 
 import importlib
+from typing import Any
 
 from torch import nn
 
@@ -23,9 +24,27 @@ __all__ = [
     "Hook",
     "TokenOrder",
     "by_name",
+    "check_pipeline",
     "family_of",
     "joint_index",
 ]
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Refuse pipelines whose way of calling a transformer no family knows.
+
+    Raises:
+        ValueError: two transformers, or one timestep for each token (both Wan2.2).
+    """
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(
+            "pipe.transformer_2: two-transformer pipelines (Wan2.2) are not supported; accepted: None"
+        )
+    if getattr(getattr(pipe, "config", None), "expand_timesteps", False):
+        raise ValueError(
+            "pipe.config.expand_timesteps=True: one timestep for each token (Wan2.2 TI2V) is not supported; accepted: "
+            "False"
+        )
 
 
 def family_of(transformer: nn.Module) -> Family:

@@ -24,7 +24,9 @@ class VideoSizes:
         Raises:
             ValueError: the model cannot make this size.
         """
-        patch = self.transformer.config.patch_size  # type: ignore[attr-defined]
+        # Wan2.2, run dense, may have its second transformer alone.
+        transformer = self.transformer or self.transformer_2  # type: ignore[attr-defined]
+        patch = transformer.config.patch_size
         spatial = self.vae_scale_factor_spatial  # type: ignore[attr-defined]
         temporal = self.vae_scale_factor_temporal  # type: ignore[attr-defined]
         for name, value, p in (("height", height, patch[1]), ("width", width, patch[2])):

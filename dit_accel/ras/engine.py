@@ -1,10 +1,7 @@
 """`RegionAdaptiveSampling`: decides per call which tokens run, and completes what did not."""
 
 import math
-import warnings
-from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,74 +11,18 @@ from torch import Tensor, nn
 from dit_accel.config import RASConfig
 from dit_accel.kernels import LinearState
 from dit_accel.models import AttentionLayer, Call, Focus, TokenOrder, joint_index
-from dit_accel.ras import memory
-from dit_accel.ras.ages import Selection
-from dit_accel.ras.compatibility import noise_of, step_cache_of
+from dit_accel.ras.compatibility import step_cache_of
 from dit_accel.ras.context import ContextState
 from dit_accel.ras.history import History, KVStore
-from dit_accel.ras.schedule import Schedule, plan_steps
-from dit_accel.ras.selection import tile_tokens, token_scores
-from dit_accel.ras.summary import RASSummary, StepSummary
+from dit_accel.ras.plan import RunPlan, compute_dtype, for_rows, make_plan
+from dit_accel.ras.records import RunState, StepRecord, summarise
+from dit_accel.ras.selection import tile_tokens
+from dit_accel.ras.summary import RASSummary
 from dit_accel.runtime.method import Host, Method
 from dit_accel.runtime.run import Run
 from dit_accel.runtime.summary import reasons, total
 
 OUTSIDE = "no sampling loop drives this call"
-
-
-@dataclass
-class StepRecord:
-    """What one step of a run did."""
-
-    active: int
-    """Image tokens that ran, the least over its calls."""
-    tokens: int
-    prompt: int
-    """Text tokens of a call, with padding."""
-    text: int
-    """Those that the layers see."""
-    tiles: Tensor | None
-    """Active tiles `[S, count]`; None on a dense step."""
-    oldest: Tensor
-    """Largest age after the step, in steps."""
-    calls: int = 0
-    fresh: int = 0
-    """Calls that computed what is kept for their context."""
-    dense_calls: Counter[str] = field(default_factory=Counter)
-    """Dense calls, by reason."""
-
-
-@dataclass
-class RunPlan:
-    """What the calls of one run share; made again if its length or geometry changes."""
-
-    schedule: Schedule
-    selection: Selection
-    sigmas: Float[Tensor, " steps"] | None
-    key: tuple
-    """Length, grid and device that all of this fits."""
-    order: TokenOrder | None = None
-    """In which the tokens run; None: raster. Tiles are runs of tokens in this order."""
-    off: str | None = None
-    """Why RAS is off for the whole run."""
-    linear_kv: bool = False
-    extras: dict[str, Any] = field(default_factory=dict)
-    latents: Tensor | None = None
-    """Those of the step before, for scores."""
-    metric: Float[Tensor, "s m"] | None = None
-    observed: int = -1
-    """Step of the last observation."""
-
-
-@dataclass
-class RunState:
-    """What is kept for one run."""
-
-    steps: dict[int, StepRecord] = field(default_factory=dict)
-    plan: RunPlan | None = None
-    """None before the first call, and outside of sampling loops."""
-    kv_bytes: int = 0
-    """Most that cached keys and values have taken, all contexts together."""
 
 
 class RegionAdaptiveSampling(Method, Focus):
@@ -217,7 +158,7 @@ class RegionAdaptiveSampling(Method, Focus):
         plan = self.state.plan = self._plan_of(run, call)
         self._order, self._per_run = plan.order, plan.extras
         step = run.step
-        self._observe(plan, step, call.noisy_latents, grid)
+        plan.observe(step, call.noisy_latents, self.config.selection)
         plan.selection.begin_step(step, plan.metric)
 
         geometry = (rows, grid, latents.dtype, latents.device)
@@ -239,7 +180,7 @@ class RegionAdaptiveSampling(Method, Focus):
             if tiles.shape[1] == plan.schedule.num_tiles:
                 # A short last tile repeats a token, which no step on all tokens needs.
                 chosen = chosen[:, :tokens]
-            self._places = _for_rows(chosen, rows)
+            self._places = for_rows(chosen, rows)
             self._flat = _flat(self._places, tokens)
         self.index = self._places
         if plan.order is not None:
@@ -273,12 +214,14 @@ class RegionAdaptiveSampling(Method, Focus):
             state.plan.extras.clear()
 
     def rows(self, host: Host, run: Run | None) -> RASSummary:
-        return summarise(self, host)
+        return summarise(self.state, self.config, host)
 
     def idle(self, run: Run) -> str | None:
         records = run.states[self.name].steps.values()
         if any(x.active < x.tokens for x in records):
             return None
+        if any(not x.dense_calls for x in records):
+            return "every token is active in every step"  # ratio=1
         return reasons(total(x.dense_calls for x in records))
 
     def _order_of(self, grid: tuple[int, int, int], device: torch.device) -> TokenOrder | None:
@@ -290,69 +233,22 @@ class RegionAdaptiveSampling(Method, Focus):
         return next((x for x in tiles if x is not None), None)
 
     def _plan_of(self, run: Run, call: Call) -> RunPlan:
-        grid, device = call.grid, call.hidden_states.device
-        rows, steps = call.hidden_states.shape[0], run.num_steps
-        assert steps is not None
-        key, known = (steps, grid, device), self.state.plan
+        known = self.state.plan
+        if known is not None and known.fits(run, call):
+            return known
         if known is not None:
-            chosen_for = len(known.selection.age)
-            if known.key == key and (rows % chosen_for == 0 or chosen_for % rows == 0):
-                return known
             run.forget(self.name)  # what was cached fits another plan
-        tokens = math.prod(grid)
-        sigmas = run.sigmas()
-        if sigmas is None and run.scheduler is not None:
-            raise ValueError(
-                f"scheduler: {type(run.scheduler).__name__} has no sigmas; accepted with ras are schedulers with "
-                "noise levels, such as FlowMatchEulerDiscreteScheduler"
-            )
-        schedule = plan_steps(self.config, steps, tokens, self._tile_of(grid, device))
-        plan = RunPlan(
-            schedule,
-            Selection(self.config, schedule, rows, device),
-            None if sigmas is None else sigmas.to(device=device, dtype=torch.float32),
-            key,
-            order=self._order_of(grid, device),
-        )
-        if sigmas is None:
-            plan.off = "the noise levels of this loop are not known (sigmas)"
-        elif noise := noise_of(run.scheduler):
-            # Each step then begins at latents that no earlier output foretells.
-            plan.off = f"the scheduler adds noise in each step ({noise})"
-        elif schedule.num_tiles < 2:
-            plan.off = f"{tokens} tokens are not more than a tile of {schedule.tile}"
-        elif all(count is None for count in schedule.tiles):
-            plan.off = "the schedule has dense steps only"
-        else:
-            guidance = bool(getattr(run.pipe, "do_classifier_free_guidance", True))
-            contexts = 2 if guidance and self.separate_guidance else 1
-            self._choose_memory(plan, call, tokens, rows, contexts)
-        return plan
-
-    def _choose_memory(
-        self, plan: RunPlan, call: Call, tokens: int, rows: int, contexts: int
-    ) -> None:
-        """Whether keys and values are extrapolated, and whether they fit at all."""
+        guidance = bool(getattr(run.pipe, "do_classifier_free_guidance", True))
         device = call.hidden_states.device
-        cache = memory.plan_cache(
+        return make_plan(
             self.config,
-            plan.schedule.num_steps,
-            memory.cached_layers(self.layers, tokens, call.text_length),
-            rows=rows,
-            contexts=contexts,
-            itemsize=_compute_dtype(call.hidden_states).itemsize,
-            free=memory.free_bytes(device),
+            run,
+            call,
+            layers=self.layers,
+            tile=self._tile_of(call.grid, device),
+            order=self._order_of(call.grid, device),
+            contexts=2 if guidance and self.separate_guidance else 1,
         )
-        plan.linear_kv = cache.linear_kv
-        if not cache.fits:
-            gib = 2.0**30
-            plan.off = "not enough memory for cached keys and values"
-            warnings.warn(
-                f"ras: off for this run: cached keys and values need {cache.kv_bytes / gib:.2f} GiB beside "
-                f"{cache.working_bytes / gib:.2f} GiB for the model's own work, {cache.free_bytes / gib:.2f} GiB "
-                f"are free on {device}; kv_cache='fp8' or kv_predictor='hold' need less",
-                stacklevel=2,
-            )
 
     def _count(
         self, step: int, reason: str | None, fresh: bool, tiles: Tensor | None, oldest: Tensor
@@ -398,7 +294,7 @@ class RegionAdaptiveSampling(Method, Focus):
         """
         assert self.plan is not None
         latents = self.call.hidden_states
-        like = latents.new_empty(0, dtype=_compute_dtype(latents))
+        like = latents.new_empty(0, dtype=compute_dtype(latents))
         if index is not None:
             # Compiled blocks then serve every count from the first one on.
             torch._dynamo.maybe_mark_dynamic(index, 0)
@@ -443,27 +339,6 @@ class RegionAdaptiveSampling(Method, Focus):
                 feature_map,
             )
         return self.context.totals[name]
-
-    def _observe(
-        self,
-        plan: RunPlan,
-        step: int,
-        latents: Float[Tensor, "s c ..."],
-        grid: tuple[int, int, int],
-    ) -> None:
-        """Score how the last step changed the latents: the guided update that was really made."""
-        if self.config.selection not in ("std", "l2norm") or step == plan.observed:
-            return
-        latents = _for_rows(latents, len(plan.selection.age))
-        if plan.latents is not None:
-            cells = _by_token(latents.float() - plan.latents.float(), grid)
-            cell = cells.shape[2]
-            scores = token_scores(cells.flatten(2), self.config.selection, cell)
-            if plan.order is not None:
-                scores = plan.order.apply(scores)
-            members = tile_tokens(scores.shape[1], plan.schedule.tile, scores.device)
-            plan.metric = scores[:, members].mean(-1)
-        plan.latents, plan.observed = latents, step
 
     def masks(self, sample: int = 0) -> dict[int, Tensor]:
         """Active tokens of one sample, bool `[t, h, w]`, in each step of the last run that left tokens out."""
@@ -515,12 +390,6 @@ class RegionAdaptiveSampling(Method, Focus):
         return None if self.index is None else joint_index(self.index, tokens, length, offsets)
 
 
-def _for_rows(x: Tensor, rows: int) -> Tensor:
-    """What was found for other rows of the same samples: halves of guidance have the same latents, so
-    that a batch of both repeats one of them."""
-    return x.repeat(max(1, rows // len(x)), *[1] * (x.ndim - 1))[:rows]
-
-
 def _placed(x: Float[Tensor, "r n"], length: int, offsets: list[int]) -> Float[Tensor, "r l"]:
     """Values of image tokens at their places in longer sequences, 0 elsewhere."""
     longer = x.new_zeros(x.shape[0], length)
@@ -532,58 +401,3 @@ def _placed(x: Float[Tensor, "r n"], length: int, offsets: list[int]) -> Float[T
 def _flat(index: Int[Tensor, "r n"], length: int) -> Int[Tensor, " rn"]:
     """The index into rows laid end to end."""
     return (index + torch.arange(len(index), device=index.device)[:, None] * length).flatten()
-
-
-def _by_token(
-    x: Float[Tensor, "s c ..."], grid: tuple[int, int, int]
-) -> Float[Tensor, "s n cell c"]:
-    """The latent positions of each token."""
-    if x.ndim == 4:
-        x = x[:, :, None]
-    for axis, (size, n) in enumerate(zip(x.shape[2:], grid, strict=True)):
-        x = x.unflatten(2 + 2 * axis, (n, size // n))  # ends as [S, C, t, pt, h, ph, w, pw]
-    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4, 6).flatten(1, 3)
-
-
-def _compute_dtype(latents: Tensor) -> torch.dtype:
-    """What keys come in: autocast's dtype, or that of the latents."""
-    kind = latents.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return latents.dtype
-
-
-def summarise(ras: RegionAdaptiveSampling, host: Host) -> RASSummary:
-    """What the last run did."""
-    steps = []
-    for step, record in sorted(ras.steps.items()):
-        dense = record.active == record.tokens
-        steps.append(
-            StepSummary(
-                step=step,
-                mode="dense" if dense else "ras",
-                active=record.active,
-                tokens=record.tokens,
-                dense_calls=dict(record.dense_calls),
-                oldest=0 if dense else int(record.oldest),
-                cost=_cost(host, record),
-            )
-        )
-    return RASSummary(
-        config=ras.config.to_dict(),
-        steps=steps,
-        kv_predictor="linear" if ras.plan is not None and ras.plan.linear_kv else "hold",
-        kv_bytes=ras.kv_bytes,
-    )
-
-
-def _cost(host: Host, record: StepRecord) -> float:
-    family, transformer = host.family, host.transformer
-
-    def flops(active: int) -> float:
-        return family.flops(transformer, active, record.tokens, record.text)
-
-    text = family.text_flops(transformer, record.prompt)
-    dense_calls = record.dense_calls.total()
-    run = dense_calls * flops(record.tokens) + (record.calls - dense_calls) * flops(record.active)
-    return (run + record.fresh * text) / (record.calls * (flops(record.tokens) + text))

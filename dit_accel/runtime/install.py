@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.models import FAMILIES, Call, Family, Focus, Hook, by_name, family_of
+from dit_accel.models import FAMILIES, Call, Family, Focus, Hook, by_name, check_pipeline, family_of
 from dit_accel.models.attention import SparseProcessor
 from dit_accel.runtime.clock import Clock
 from dit_accel.runtime.method import Host, Method
@@ -182,6 +182,8 @@ class Installation:
         try:
             return self._end_call(output)
         finally:
+            if self.run is not None:
+                self.run.context = None  # type: ignore[assignment]
             self._call = self._owner = None
 
     def _end_call(self, output: Any) -> Any:
@@ -298,12 +300,9 @@ def transformer_of(target: Any) -> Any:
     """The transformer that a pipeline, a wrapper or a transformer stands for.
 
     Raises:
-        ValueError: there is none of a supported model, or there are two.
+        ValueError: there is none of a supported model, or the pipeline calls it in a way that is not supported.
     """
-    if getattr(target, "transformer_2", None) is not None:
-        raise ValueError(
-            "pipe.transformer_2: two-transformer pipelines (Wan2.2) are not supported; accepted: None"
-        )
+    check_pipeline(target)
     module = _module(target)
     if module is None:
         raise ValueError(

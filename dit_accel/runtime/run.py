@@ -33,7 +33,7 @@ class Run:
         begin: index of the first step that is really executed (image-to-image begins late).
         step: step of the current call, from 0; outside of a sampling loop the number of earlier calls.
         contexts: by key, see `Clock`.
-        context: that of the current call.
+        context: that of the current call; None between calls, so that it can go with its tensors.
         states: what each method keeps for this run, by the name of the method.
     """
 
@@ -54,7 +54,7 @@ class Run:
         self.calls: dict[Hashable, int] = {}
         """Calls of the current step, less one, by what they are conditioned on."""
         self.contexts: dict[Hashable, Context] = {}
-        self.context: Context
+        self.context: Context = None  # type: ignore[assignment]
         self.states: dict[str, Any] = {}
         self._scheduler = None if scheduler is None else weakref.ref(scheduler)
         self._sigmas = sigmas

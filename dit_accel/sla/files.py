@@ -6,5 +6,6 @@ from typing import Any
 
 def read_adapter(path: Any) -> Any:
     """See `dit_accel.checkpoint.file.read_checkpoint`."""
-    # By name, at the call: sla/ stands below checkpoint/ and imports nothing from it.
-    return import_module("dit_accel.checkpoint.file").read_checkpoint(path)
+    # At the call, by name: sla/ stands below checkpoint/ and must not import from it.
+    package = __name__.partition(".")[0]
+    return import_module(f"{package}.checkpoint.file").read_checkpoint(path)

@@ -305,7 +305,7 @@ BAD = {
         {"methods": ["fewer_steps:3"]},
         "num_inference_steps=3 of dense sampling are no more",
     ),
-    "setting": ({"methods": [EIGHT_BIT]}, "kv_cache='fp8': accepted with sparse attention"),
+    "setting": ({"methods": [EIGHT_BIT]}, "kv_cache='fp8'"),
     "metric": ({"metrics": ["pnsr"]}, "'pnsr' is none"),
     "reference": ({"reference": "none/here"}, "path='none/here'"),
     "weights": ({"networks": Networks(inception=Path("no.pth"))}, "inception='no.pth'"),

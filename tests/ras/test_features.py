@@ -1,7 +1,6 @@
 """What pipelines can do beside plain sampling: each works, or is refused by name."""
 
 import json
-import warnings
 import weakref
 
 import pytest
@@ -160,7 +159,7 @@ def test_skip_layer_guidance_works():
 
 
 def test_calls_past_the_last_step_are_dense_and_counted():
-    """By hand after a run, or by a pipeline that steps another scheduler."""
+    """By hand after a run: no sampling loop drives them."""
     pipe = make("sd3")
     text = embeddings("sd3", [0])
     call = {
@@ -176,7 +175,7 @@ def test_calls_past_the_last_step_are_dense_and_counted():
         for _ in range(3):
             torch.testing.assert_close(pipe.transformer(**call).sample, plain, rtol=0, atol=0)
     reasons = dit_accel.summary(pipe).ras.dense_calls
-    assert reasons["past the scheduler's last step"] == 3
+    assert reasons == {"no sampling loop drives this call": 3}
 
 
 def test_gradients_are_refused():
@@ -241,19 +240,17 @@ def test_img2img_and_inpainting_plan_the_steps_they_really_run(kind, ratio):
 
 def test_video_to_video_finds_its_begin_without_being_told():
     """WanVideoToVideoPipeline cuts the timesteps and does not set begin_index."""
-    from dit_accel.runtime.clock import Clock
-
     pipe = make("wan", "unipc")
-    clock = Clock(pipe)
+    dit_accel.enable(pipe, ras={**SPARSE, "resets": ()})
     pipe.scheduler.set_timesteps(20)
-    context, latents = torch.zeros(1), torch.zeros(1, 4, 3, 4, 4)
-    seen = []
-    for t in pipe.scheduler.timesteps[8:]:
-        clock.tick(pipe.transformer, context)
-        seen.append((clock.step, clock.num_steps))
-        latents = pipe.scheduler.step(torch.zeros_like(latents), t, latents).prev_sample
-    assert [step for step, _ in seen] == list(range(12))
-    assert {n for _, n in seen[1:]} == {12}
+    text, latents = embeddings("wan", [0])["prompt_embeds"], torch.zeros(1, 4, 3, 14, 18)
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps[8:]:
+            velocity = pipe.transformer(latents, t.expand(1), text, return_dict=False)[0]
+            latents = pipe.scheduler.step(velocity, t, latents, return_dict=False)[0]
+    report = dit_accel.summary(pipe).ras
+    assert len(report.steps) == 12
+    assert [x.step for x in report.steps if x.dense_calls] == [0, 1, 11]
 
 
 def test_controlnet_residuals_are_reduced_to_the_active_tokens():
@@ -380,7 +377,7 @@ def test_step_caches_are_refused_in_both_directions():
     pipe.transformer.disable_cache()
     dit_accel.enable(pipe, ras="balanced")
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(RuntimeError, match=r"step cache of diffusers was switched on after enable"):
+    with pytest.raises(RuntimeError, match=r"step cache of diffusers"):
         run(pipe, "wan")
     pipe.transformer.disable_cache()
     run(pipe, "wan")
@@ -474,20 +471,6 @@ def test_too_little_memory_turns_ras_off_for_that_run_with_a_warning(family, mon
         dit_accel.summary(pipe, strict=True)
     monkeypatch.undo()
     run(pipe, family)
-    assert ras_steps(pipe) > 0
-
-
-def test_a_shared_transformer_whose_own_scheduler_was_never_set_runs_dense():
-    from copy import deepcopy
-
-    pipe = make("sd3")
-    other = type(pipe)(**{**pipe.components, "scheduler": deepcopy(pipe.scheduler)})
-    plain = run(other, "sd3")
-    dit_accel.enable(pipe, ras=SPARSE)
-    torch.testing.assert_close(run(other, "sd3"), plain, rtol=0, atol=0)
-    report = dit_accel.summary(pipe).ras
-    assert set(report.dense_calls) == {"pipe.scheduler was not told its steps"}
-    run(pipe, "sd3")
     assert ras_steps(pipe) > 0
 
 
@@ -593,9 +576,6 @@ def test_sparse_attention_can_be_added_and_sees_all_keys():
     assert report.ras.ras_steps == 6
     assert report.sparse_calls > 0
     assert relative(both, alone) < 1e-5
-    for method in ({"ras": "fast"}, {"sla": "fast"}):
-        with pytest.raises(ValueError, match=f"{next(iter(method))}: already enabled"):
-            dit_accel.enable(pipe, **method)
     dit_accel.disable(pipe)
     assert not dit_accel.summary(pipe).enabled
 
@@ -634,12 +614,13 @@ def test_one_noise_level_per_token_is_refused():
 
 
 def test_schedulers_without_noise_levels_are_refused():
-    from types import SimpleNamespace
+    class Silent:
+        timesteps = torch.arange(5)
 
     pipe = make("sd3")
     dit_accel.enable(pipe, ras=SPARSE)
-    object.__setattr__(pipe, "scheduler", SimpleNamespace(timesteps=torch.arange(5)))
-    with pytest.raises(ValueError, match="SimpleNamespace has no sigmas"), torch.no_grad():
+    object.__setattr__(pipe, "scheduler", Silent())
+    with pytest.raises(ValueError, match="Silent has no sigmas"), torch.no_grad():
         pipe.transformer(
             hidden_states=torch.zeros(1, 16, 22, 26),
             timestep=torch.zeros(1),
@@ -730,8 +711,7 @@ def test_an_own_loop_with_embeddings_made_anew_keeps_its_steps():
 def test_a_schedule_of_dense_steps_only_says_so():
     pipe = make("sd3")
     dit_accel.enable(pipe, ras="balanced")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning, match="dense steps only"):
         run(pipe, "sd3", steps=3)
     report = dit_accel.summary(pipe)
     assert list(report.ras.dense_calls) == ["the schedule has dense steps only"]

