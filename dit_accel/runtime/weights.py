@@ -3,14 +3,14 @@
 from collections.abc import Collection, Hashable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def weights_state(transformer: nn.Module, leave_out: Collection[nn.Module] = ()) -> Hashable:
     """A value that changes when weights or LoRA adapters do; cheap, and without a device sync.
 
     It covers adapters that are loaded, deleted, switched, scaled, fused or unfused (PEFT), and weights that are
-    written in place (`load_state_dict`). Weights that an offloading hook moves are not looked at: their
+    written in place (`load_state_dict`) or replaced. Weights that an offloading hook moves are not looked at: their
     tensors change in every call.
 
     Args:
@@ -18,7 +18,7 @@ def weights_state(transformer: nn.Module, leave_out: Collection[nn.Module] = ())
         leave_out: modules in it whose weights do not count.
     """
     state: list[Hashable] = []
-    versions, offloaded = 0, False
+    versions, places, offloaded = 0, 0, False
     # `__dict__`, not hasattr: this runs in every call, and a module's __getattr__ is slow.
     for module in _modules(transformer, leave_out):
         attributes = module.__dict__
@@ -29,8 +29,9 @@ def weights_state(transformer: nn.Module, leave_out: Collection[nn.Module] = ())
         for x in attributes["_parameters"].values():
             if x is not None:
                 versions += _version(x)
+                places += _place(x)
     if not offloaded:
-        state.append(versions)
+        state += [versions, places]
     return tuple(state)
 
 
@@ -60,3 +61,8 @@ def _adapters(layer: Any) -> Hashable:
 def _version(x: Any) -> int:
     # Tensors made in inference mode have no counter, and cannot be written in place either.
     return 0 if x.is_inference() else x._version
+
+
+def _place(x: Any) -> int:
+    """Where its values are. Tensors of other classes (quantised ones) may not be one piece of memory."""
+    return x.data_ptr() if type(x) in (Tensor, nn.Parameter) else id(x)

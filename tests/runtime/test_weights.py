@@ -21,7 +21,18 @@ def load(transformer):
     transformer.load_state_dict({k: x * 1.01 for k, x in transformer.state_dict().items()})
 
 
+def replace(transformer):
+    module = transformer.proj_out
+    module.weight = torch.nn.Parameter(module.weight * 1.01)
+
+
+def set_data(transformer):
+    transformer.proj_out.weight.data = transformer.proj_out.weight.data * 1.01
+
+
 CHANGES = {
+    "replaced": replace,
+    "data set": set_data,
     "scaled": lambda x: x.set_adapters(["style"], [0.3]),
     "switched": lambda x: x.set_adapters(["other"]),
     "off": lambda x: x.disable_adapters(),
