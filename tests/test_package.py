@@ -63,3 +63,51 @@ def test_every_public_name_resolves_and_unknown_ones_do_not():
         assert getattr(dit_accel, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'SparseWann'"):
         dit_accel.SparseWann  # noqa: B018
+
+
+FLOORS = (
+    {"files", "lazy", "environment"},
+    {"config"},
+    {"kernels"},
+    {"models"},
+    {"runtime"},
+    {"ras", "sla"},
+    {"checkpoint", "summaries", "memory"},
+    {"control"},
+    {"pipelines"},
+    {"sampling"},
+    {"demo"},
+    {"eval"},
+    {"bench", "cli"},
+)
+"""Folders and modules of dit_accel; each imports from lower floors and its own only."""
+
+
+def imported_rooms(path):
+    """The folders or modules of dit_accel that a file imports from, at the top or inside functions."""
+    here = ["dit_accel", *path.relative_to(ROOT / "dit_accel").parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [x.name for x in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [module] if module.count(".") else [f"{module}.{x.name}" for x in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "dit_accel" and len(parts) > 1:
+                yield parts[1]
+
+
+def test_imports_run_downward():
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    upward = []
+    for path in (ROOT / "dit_accel").rglob("*.py"):
+        room = path.relative_to(ROOT / "dit_accel").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for other in imported_rooms(path):
+            if other in floor and other != room and floor[other] >= floor[room]:
+                upward.append(f"{path.relative_to(ROOT)} imports {other}")
+    assert not upward
