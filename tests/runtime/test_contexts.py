@@ -126,7 +126,11 @@ def image_guided(transformer, tensors):
             for picture in (image, blank):
                 words = text
                 if tensors == "own text":
-                    words = text if picture is image else conditions.arguments.setdefault("t", text.clone())
+                    words = (
+                        text
+                        if picture is image
+                        else conditions.arguments.setdefault("t", text.clone())
+                    )
                 if tensors == "made anew" and picture is blank:
                     picture = torch.zeros_like(image)
                 calls.append(
@@ -270,9 +274,7 @@ def test_batches_and_sizes_that_change_in_mid_run(family, rows):
 def buffers(pipe):
     """What is kept for the contexts of the run that goes on."""
     kept = [x.states.get("ras") for x in installation_of(pipe).clock.run.contexts.values()]
-    return [
-        weakref.ref(k.last.data) for x in kept if x is not None for k, _ in x.kv.values()
-    ]
+    return [weakref.ref(k.last.data) for x in kept if x is not None for k, _ in x.kv.values()]
 
 
 def alive(references):

@@ -330,8 +330,7 @@ def told(solver, steps=10):
 @every_family
 def test_loops_that_alternate_step_by_step(family, how, view):
     """Two generators on one transformer: each has its own run."""
-    if how == "declared" and not view:
-        pass  # fails: `Clock._position` gives a computed timestep to the innermost declared loop
+    # fails [declared, computed]: `Clock._position` gives a computed timestep to the innermost declared loop
     pipe = make(family)
     transformer = pipe.transformer
     dit_accel.enable(transformer, **BOTH)
@@ -360,6 +359,7 @@ def test_loops_that_alternate_step_by_step(family, how, view):
 @every_family
 def test_a_pipeline_that_runs_inside_of_a_declared_loop(family):
     """A preview in a loop by hand; the Luminas compute their timesteps."""
+    # fails: `Clock._position` asks declared loops before it looks for a calling pipeline
     pipe = make(family)
     dit_accel.enable(pipe.transformer, **BOTH)
     made = told("euler")
@@ -367,15 +367,18 @@ def test_a_pipeline_that_runs_inside_of_a_declared_loop(family):
         expected = list(steps_by_hand(pipe.transformer, made, family))[-1]
     made = told("euler")
     with dit_accel.sampling_loop(pipe.transformer, made):
+        last = None
         for i, latents in enumerate(steps_by_hand(pipe.transformer, made, family)):
+            last = latents
             if i == 4:
                 expect_alone(pipe, family, "euler", 6)
-    same(latents, expected)
+    same(last, expected)
 
 
 @every_family
 def test_a_declared_loop_in_another_thread(family):
     """It is the loop of that thread only."""
+    # fails: `Clock.loops` is one list for all threads
     pipe = make(family)
     dit_accel.enable(pipe.transformer, **BOTH)
     expected = by_hand(family, "scheduler, counted")[0]
@@ -383,13 +386,13 @@ def test_a_declared_loop_in_another_thread(family):
     def work(end_of_step):
         made = told("euler")
         with dit_accel.sampling_loop(pipe.transformer, made):
+            last = None
             for latents in steps_by_hand(pipe.transformer, made, family, view=False):
+                last = latents
                 end_of_step(None, None, None, None)
-        return latents
+        return last
 
-    first, second = interleaved(
-        work, lambda f: run(pipe, family, steps=8, callback_on_step_end=f)
-    )
+    first, second = interleaved(work, lambda f: run(pipe, family, steps=8, callback_on_step_end=f))
     same(first, expected)
     same(second, alone(family, "euler", 8)[0])
 
@@ -398,9 +401,7 @@ def test_a_declared_loop_in_another_thread(family):
 def follow(transformer, made, family, indices, told_by="view"):
     """The velocities of these steps, each from latents of its own."""
     conditions = Conditions(family)
-    with dit_accel.sampling_loop(
-        transformer, timesteps=made.timesteps, sigmas=made.sigmas
-    ) as loop:
+    with dit_accel.sampling_loop(transformer, timesteps=made.timesteps, sigmas=made.sigmas) as loop:
         out = []
         for i in indices:
             generator = torch.Generator().manual_seed(i)
@@ -420,11 +421,12 @@ def test_a_loop_that_jumps_back_begins_anew(family, told_by):
     indices = [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9]
     plain = follow(pipe.transformer, told("euler"), family, indices, told_by)
     dit_accel.enable(pipe.transformer, ras={**RAS, "ratio": 1.0})
-    for a, b in zip(follow(pipe.transformer, told("euler"), family, indices, told_by), plain):
+    found = follow(pipe.transformer, told("euler"), family, indices, told_by)
+    for a, b in zip(found, plain, strict=True):
         assert relative(a, b) < 1e-5
     dit_accel.enable(pipe.transformer, ras=RAS)
     found = follow(pipe.transformer, told("euler"), family, indices, told_by)
-    equal = [torch.equal(a, b) for a, b in zip(found, plain)]
+    equal = [torch.equal(a, b) for a, b in zip(found, plain, strict=True)]
     assert equal == [True] * 2 + [False] * 4 + [True] * 2 + [False] * 4 + [True]
     report = dit_accel.summary(pipe).ras
     assert [x.mode for x in report.steps] == ["dense"] * 2 + ["ras"] * 4 + ["dense"]
@@ -433,6 +435,7 @@ def test_a_loop_that_jumps_back_begins_anew(family, told_by):
 @pytest.mark.parametrize("told_by", ["view", "step"])
 def test_a_loop_that_leaves_steps_out(told_by):
     """The index that is told is the step, also where the second one is not the next."""
+    # fails [step]: `Clock._in_loop` takes the begin of a loop with `loop.step` for assumed, and corrects it
     pipe = make("sd3")
     dit_accel.enable(pipe.transformer, ras=RAS)
     follow(pipe.transformer, told("euler", 12), "sd3", [0, 2, 4, 6, 8, 11], told_by)
@@ -454,6 +457,7 @@ class DataClassLike:
 
 @pytest.mark.parametrize("kind", ["dataclass pipe", "dataclass scheduler", "namedtuple pipe"])
 def test_pipelines_and_schedulers_of_any_class(kind):
+    # fails [dataclass scheduler, namedtuple pipe]: `Clock.follow` needs a hash and a weak reference
     pipe = make("sd3")
     made = told("euler")
     if kind == "dataclass scheduler":
@@ -472,6 +476,7 @@ def test_pipelines_and_schedulers_of_any_class(kind):
 
 
 def test_a_caller_whose_scheduler_cannot_be_read_is_passed_over():
+    # fails: `calling_pipeline` reads `scheduler` of any `self`, and only AttributeError is expected
     class Trainer:
         @property
         def scheduler(self):

@@ -1,7 +1,7 @@
 """What is kept for a run goes when weights change in mid-run, and stays when they do not."""
 
 import contextlib
-import copy
+import functools
 
 import pytest
 import torch
@@ -9,12 +9,13 @@ import torch
 import dit_accel
 from dit_accel.runtime.install import installation_of
 
-from ..random_pipelines import FAMILIES, make, relative, run, scheduler
+from .. import random_pipelines
+from ..random_pipelines import make, relative, scheduler
 from .own_loops import BOTH, RAS, Conditions
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+run = functools.partial(random_pipelines.run, steps=8)
 ALL_TOKENS = {**RAS, "ratio": 1.0}
-CHANGE_AFTER = 4
+CHANGE_AFTER = 3
 FRESH = "first call of a context"
 
 
@@ -55,7 +56,9 @@ def scale_of_one_layer(transformer):
 
 def other_state(transformer):
     state = transformer.state_dict()
-    return {name: x * 1.3 if "to_" in name and x.is_floating_point() else x for name, x in state.items()}
+    return {
+        name: x * 1.3 if "to_" in name and x.is_floating_point() else x for name, x in state.items()
+    }
 
 
 def load(transformer):
@@ -79,17 +82,14 @@ def optimizer_step(transformer):
 
 
 def hotswap(transformer):
+    """As `load_lora_weights(..., hotswap=True)` does it."""
     from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
-    other = add_adapter(copy.deepcopy(plain_of(transformer)), "one", seed=7)
-    state = {
-        name.replace(".one", ""): x for name, x in other.state_dict().items() if "lora_" in name
-    }
+    other = add_adapter(plain_of(transformer), "one", seed=7)
     hotswap_adapter_from_state_dict(
         model=transformer,
-        state_dict=state,
+        state_dict={name: x for name, x in other.state_dict().items() if "lora_" in name},
         adapter_name="one",
-        parameter_prefix="lora_",
         config=transformer.peft_config["one"],
     )
 
@@ -116,8 +116,8 @@ CHANGES = {
     "unload": (add_adapter, lambda t: t.unload_lora()),
     "hotswap": (add_adapter, hotswap),
     "load": (nothing, load),
-    "assign": (nothing, assign),
-    "new parameters": (nothing, new_parameters),
+    "assign": (assign, assign),
+    "new parameters": (new_parameters, new_parameters),
     "optimizer": (nothing, optimizer_step),
 }
 SAME_WEIGHTS = {
@@ -142,14 +142,13 @@ def changing(change, clone=False):
 
 def wan(prepare):
     pipe = make("wan")
-    with contextlib.suppress(AttributeError):
-        prepare(pipe.transformer)
+    prepare(pipe.transformer)
     return pipe
 
 
 @pytest.mark.parametrize("what", [*CHANGES, *SAME_WEIGHTS])
 def test_a_change_in_mid_run_drops_what_was_kept(what):
-    # fails [assign, new parameters]: a sum of version counters, and new parameters begin at 0
+    # fails [hotswap, assign, new parameters]: a sum of version counters, and new parameters begin at 0
     prepare, change = {**CHANGES, **SAME_WEIGHTS}[what]
     plain = run(wan(prepare), "wan", **changing(change))
     if what in CHANGES:
@@ -170,12 +169,19 @@ def test_a_change_in_mid_run_drops_what_was_kept(what):
     same(*found)
 
 
-@pytest.mark.parametrize("what", ["scale", "add", "fuse with scale", "load"])
-@pytest.mark.parametrize("family", ["sd3", "sd35", "lumina", "lumina2"])
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [
+        ("sd3", "scale"),
+        ("sd3", "load"),
+        ("sd35", "add"),
+        ("lumina", "load"),  # diffusers has no adapters for it
+        ("lumina2", "fuse with scale"),
+        ("lumina2", "load"),
+    ],
+)
 def test_every_family_notices(family, what):
     prepare, change = CHANGES[what]
-    if family == "lumina" and what != "load":
-        pytest.skip("diffusers has no adapters for Lumina-Next")
 
     def made():
         pipe = make(family)
@@ -197,12 +203,16 @@ def test_every_family_notices(family, what):
     steps = dit_accel.summary(pipe).ras.steps
     calls = 2 if family == "lumina2" else 1
     assert steps[CHANGE_AFTER + 1].dense_calls == {FRESH: calls}
-    assert dit_accel.summary(pipe).ras.ras_steps == 6
+    assert dit_accel.summary(pipe).ras.ras_steps == 4
 
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("wan", "attention_kwargs"), ("sd3", "joint_attention_kwargs"), ("lumina2", "attention_kwargs")],
+    [
+        ("wan", "attention_kwargs"),
+        ("sd3", "joint_attention_kwargs"),
+        ("lumina2", "attention_kwargs"),
+    ],
 )
 def test_a_lora_scale_among_the_arguments_that_changes_in_mid_run(family, name):
     # fails: the scale is applied inside of the transformer's forward, after the weights were looked at
@@ -228,16 +238,14 @@ def test_a_lora_scale_among_the_arguments_that_changes_in_mid_run(family, name):
     assert dit_accel.summary(pipe).ras.steps[CHANGE_AFTER + 1].dense_calls == {FRESH: calls}
 
 
-@pytest.mark.parametrize("alpha", [2, 3, 1])
-@pytest.mark.parametrize("scale", [1.0, 0.7, 0.1, 0.9, 0.0])
+@pytest.mark.parametrize(("scale", "alpha"), [(1.0, 2), (0.7, 2), (0.1, 3), (0.9, 1), (0.0, 2)])
 def test_a_constant_lora_scale_among_the_arguments_keeps_the_steps(scale, alpha):
-    # fails where scaling * scale / scale is not the scaling again
     pipe = make("sd3")
     add_adapter(pipe.transformer, alpha=alpha)
     pipe.transformer.set_adapters("one", 0.7)
     dit_accel.enable(pipe, ras=RAS)
     run(pipe, "sd3", joint_attention_kwargs={"scale": scale})
-    assert dit_accel.summary(pipe).ras.ras_steps == 7
+    assert dit_accel.summary(pipe).ras.ras_steps == 5
     assert FRESH not in dit_accel.summary(pipe).ras.dense_calls
 
 
@@ -277,7 +285,10 @@ def test_a_change_between_the_calls_of_two_runs_reaches_both():
     pipe = wan(add_adapter)
     dit_accel.enable(pipe, ras=RAS)
     found = alternating(pipe.transformer, change=change)
-    equal = [[torch.equal(a, b) for a, b in zip(x, y, strict=True)] for x, y in zip(found, plain, strict=True)]
+    equal = [
+        [torch.equal(a, b) for a, b in zip(x, y, strict=True)]
+        for x, y in zip(found, plain, strict=True)
+    ]
     first = [True] * 2 + [False] * 4 + [True] + [False] * 2 + [True]
     second = [True] * 2 + [False] * 3 + [True] + [False] + [True]
     assert equal == [first, second]
@@ -309,7 +320,8 @@ def model_offload(pipe):
 def sequential_offload(pipe):
     from accelerate import cpu_offload
 
-    cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
+    for module in (pipe.transformer, pipe.vae):
+        cpu_offload(module, execution_device=torch.device("cpu"))
 
 
 def group_offload(kind):
@@ -336,19 +348,20 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
+@pytest.mark.parametrize(
+    ("family", "lora"), [("wan", True), ("wan", False), ("sd3", False), ("lumina2", True)]
+)
 @pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize("family", ["wan", "sd3", "lumina2"])
 def test_weights_that_only_move_keep_the_steps(family, move, lora):
     pipe = make(family)
     if lora:
         add_adapter(pipe.transformer)
     MOVES[move](pipe)
     dit_accel.enable(pipe, **BOTH)
-    for _ in range(2):
+    for _ in range(2 if move != "none" else 1):
         run(pipe, family)
         report = dit_accel.summary(pipe, strict=True).ras
-        assert report.ras_steps == 7
+        assert report.ras_steps == 5
         assert set(report.dense_calls) == {"dense step"}
 
 
