@@ -194,7 +194,7 @@ def anew(x):
 @pytest.mark.parametrize("change", [anew, in_place])
 @pytest.mark.parametrize("family", ["wan", "sd3", "lumina2"])
 def test_embeddings_changed_in_mid_run(family, change):
-    # fails [wan, lumina2, in_place]: text keys and refined text are known by the identity of the tensor alone
+    # fails [in_place]: text keys and refined text are known by the identity of the tensor alone
     pipe = make(family)
     plain = run(pipe, family, **changing(family, change))
     dit_accel.enable(pipe, ras=ALL_TOKENS)
@@ -334,6 +334,7 @@ def test_memory_returns_though_guidance_ended_before_the_run(family):
 @pytest.mark.parametrize("what", [stop, fail])
 @pytest.mark.parametrize("family", ["wan", "sd3"])
 def test_memory_returns_after_a_run_that_stops_early(family, what):
+    # fails: `Run.context` keeps the context of the last call after its tensors are gone
     pipe = make(family)
     dit_accel.enable(pipe, **BOTH)
     expected = run(pipe, family)
@@ -463,7 +464,7 @@ def warned(pipe, family, **changed):
     ],
     ids=["ras", "sla", "sla, short", "sla, crossover", "both"],
 )
-@every_family
+@pytest.mark.parametrize("family", ["wan", "sd3"])
 def test_an_idle_run_warns_once_for_each_reason(family, on, reason):
     # fails: the text counts calls, so that halves of guidance and other lengths say it again
     pipe = make(family)

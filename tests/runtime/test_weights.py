@@ -221,19 +221,23 @@ def test_a_lora_scale_among_the_arguments_that_changes_in_mid_run(family, name):
         add_adapter(pipe.transformer)
         return pipe
 
-    def callback(pipe, step, timestep, kwargs):
-        if step == CHANGE_AFTER:
-            setattr(pipe, f"_{name}", {"scale": 0.2})
-        return kwargs
+    def changed(scales=(1.0, 0.2)):
+        own = {"scale": scales[0]}
 
-    changed = {name: {"scale": 1.0}, "callback_on_step_end": callback}
-    plain = run(made(), family, **changed)
+        def callback(pipe, step, timestep, kwargs):
+            if step == CHANGE_AFTER:
+                own["scale"] = scales[1]
+            return kwargs
+
+        return {name: own, "callback_on_step_end": callback}
+
+    plain = run(made(), family, **changed())
     assert relative(run(made(), family), plain) > 1e-4
     pipe = made()
     dit_accel.enable(pipe, ras=ALL_TOKENS)
-    assert relative(run(pipe, family, **changed), plain) < 1e-5
+    assert relative(run(pipe, family, **changed()), plain) < 1e-5
     dit_accel.enable(pipe, ras=RAS)
-    run(pipe, family, **changed)
+    run(pipe, family, **changed())
     calls = 1 if family == "sd3" else 2
     assert dit_accel.summary(pipe).ras.steps[CHANGE_AFTER + 1].dense_calls == {FRESH: calls}
 
