@@ -1,71 +1,392 @@
-"""What methods keep from step to step is dropped when weights change in mid-run."""
+"""What is kept for a run goes when weights change in mid-run, and stays when they do not."""
+
+import contextlib
+import functools
 
 import pytest
 import torch
 
 import dit_accel
+from dit_accel.runtime.install import installation_of
 
-from ..random_pipelines import make, run
+from .. import random_pipelines
+from ..random_pipelines import make, relative, scheduler
+from .own_loops import BOTH, RAS, Conditions
 
-RAS = {"ratio": 0.5, "warmup": 2, "tail": 1, "resets": ()}
-CHANGED_AFTER = 4
+run = functools.partial(random_pipelines.run, steps=8)
+ALL_TOKENS = {**RAS, "ratio": 1.0}
+CHANGE_AFTER = 3
+FRESH = "first call of a context"
 
 
-def lora(*targets):
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def add_adapter(transformer, name="one", seed=0, alpha=2):
     from peft import LoraConfig
 
-    return LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=2, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False
+    )
+    transformer.add_adapter(config, adapter_name=name)
+    return transformer
+
+
+def two_adapters(transformer):
+    add_adapter(add_adapter(transformer), "two", seed=1)
+    transformer.set_adapter("one")
+
+
+def fused(transformer):
+    add_adapter(transformer)
+    transformer.fuse_lora()
+
+
+def disabled(transformer):
+    add_adapter(transformer)
+    transformer.disable_lora()
+
+
+def scale_of_one_layer(transformer):
+    layer = next(x for x in transformer.modules() if hasattr(x, "lora_A"))
+    layer.set_scale("one", 0.3)
+
+
+def other_state(transformer):
+    state = transformer.state_dict()
+    return {
+        name: x * 1.3 if "to_" in name and x.is_floating_point() else x for name, x in state.items()
+    }
 
 
 def load(transformer):
-    transformer.load_state_dict({k: x * 1.01 for k, x in transformer.state_dict().items()})
+    transformer.load_state_dict(other_state(transformer))
 
 
-def replace(transformer):
-    module = transformer.proj_out
-    module.weight = torch.nn.Parameter(module.weight * 1.01)
+def assign(transformer):
+    transformer.load_state_dict(other_state(transformer), assign=True)
 
 
-def set_data(transformer):
-    transformer.proj_out.weight.data = transformer.proj_out.weight.data * 1.01
+def new_parameters(transformer):
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(module.weight.detach() * 1.3)
+
+
+def optimizer_step(transformer):
+    for parameter in transformer.parameters():
+        parameter.grad = torch.full_like(parameter, 0.05)
+    torch.optim.SGD(transformer.parameters(), lr=1.0).step()
+
+
+def hotswap(transformer):
+    """As `load_lora_weights(..., hotswap=True)` does it."""
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+
+    other = add_adapter(plain_of(transformer), "one", seed=7)
+    hotswap_adapter_from_state_dict(
+        model=transformer,
+        state_dict={name: x for name, x in other.state_dict().items() if "lora_" in name},
+        adapter_name="one",
+        config=transformer.peft_config["one"],
+    )
+
+
+def plain_of(transformer):
+    """Another transformer of this config."""
+    return type(transformer).from_config(transformer.config)
+
+
+def nothing(transformer):
+    pass
 
 
 CHANGES = {
-    "replaced": replace,
-    "data set": set_data,
-    "scaled": lambda x: x.set_adapters(["style"], [0.3]),
-    "switched": lambda x: x.set_adapters(["other"]),
-    "off": lambda x: x.disable_adapters(),
-    "deleted": lambda x: x.delete_adapters("style"),
-    "added": lambda x: x.add_adapter(lora("to_v"), adapter_name="third"),
-    "fused": lambda x: x.fuse_lora(),
-    "loaded": load,
-    "written in place": lambda x: next(x.parameters()).mul_(1.01),
+    "add": (nothing, add_adapter),
+    "switch": (two_adapters, lambda t: t.set_adapter("two")),
+    "several": (two_adapters, lambda t: t.set_adapters(["one", "two"], [0.5, 0.7])),
+    "scale": (add_adapter, lambda t: t.set_adapters("one", 0.4)),
+    "scale of one layer": (add_adapter, scale_of_one_layer),
+    "disable": (add_adapter, lambda t: t.disable_lora()),
+    "enable": (disabled, lambda t: t.enable_lora()),
+    "delete": (two_adapters, lambda t: t.delete_adapters("one")),
+    "fuse with scale": (add_adapter, lambda t: t.fuse_lora(lora_scale=0.3)),
+    "unload": (add_adapter, lambda t: t.unload_lora()),
+    "hotswap": (add_adapter, hotswap),
+    "load": (nothing, load),
+    "assign": (assign, assign),
+    "new parameters": (new_parameters, new_parameters),
+    "optimizer": (nothing, optimizer_step),
+}
+SAME_WEIGHTS = {
+    "fuse": (add_adapter, lambda t: t.fuse_lora()),
+    "unfuse": (fused, lambda t: t.unfuse_lora()),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-@pytest.mark.parametrize("family", ["wan", "sd3"])
-@pytest.mark.parametrize("change", [None, *CHANGES])
-def test_the_call_after_a_change_is_computed_anew(change, family):
-    pipe = make(family)
-    pipe.transformer.add_adapter(lora("to_q", "to_k"), adapter_name="other")
-    pipe.transformer.add_adapter(lora("to_q", "to_k"), adapter_name="style")
-    pipe.transformer.set_adapters(["style"])
+def changing(change, clone=False):
+    """Arguments of a call that changes weights after a step; `clone` makes its contexts new ones too."""
+
+    def callback(pipe, step, timestep, kwargs):
+        if step == CHANGE_AFTER:
+            change(pipe.transformer)
+            if clone:
+                return {name: x.clone() for name, x in kwargs.items()}
+        return kwargs
+
+    inputs = ["prompt_embeds", "negative_prompt_embeds"]
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": inputs}
+
+
+def wan(prepare):
+    pipe = make("wan")
+    prepare(pipe.transformer)
+    return pipe
+
+
+@pytest.mark.parametrize("what", [*CHANGES, *SAME_WEIGHTS])
+def test_a_change_in_mid_run_drops_what_was_kept(what):
+    # fails [hotswap, assign, new parameters]: a sum of version counters, and new parameters begin at 0
+    prepare, change = {**CHANGES, **SAME_WEIGHTS}[what]
+    plain = run(wan(prepare), "wan", **changing(change))
+    if what in CHANGES:
+        assert relative(run(wan(prepare), "wan"), plain) > 1e-4
+    pipe = wan(prepare)
+    dit_accel.enable(pipe, ras=ALL_TOKENS)
+    assert relative(run(pipe, "wan", **changing(change)), plain) < 1e-5
+    found = []
+    for clone in (False, True):  # with new embeddings nothing that was kept can be used
+        pipe = wan(prepare)
+        dit_accel.enable(pipe, **BOTH)
+        latents = run(pipe, "wan", **changing(change, clone))
+        steps = dit_accel.summary(pipe).ras.steps
+        assert steps[CHANGE_AFTER + 1].dense_calls == {FRESH: 2}
+        assert not steps[CHANGE_AFTER].dense_calls
+        assert not steps[CHANGE_AFTER + 2].dense_calls
+        found.append(latents)
+    same(*found)
+
+
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [
+        ("sd3", "scale"),
+        ("sd3", "load"),
+        ("sd35", "add"),
+        ("lumina", "load"),  # diffusers has no adapters for it
+        ("lumina2", "fuse with scale"),
+        ("lumina2", "load"),
+    ],
+)
+def test_every_family_notices(family, what):
+    prepare, change = CHANGES[what]
+
+    def made():
+        pipe = make(family)
+        prepare(pipe.transformer)
+        return pipe
+
+    def callback(pipe, step, timestep, kwargs):
+        if step == CHANGE_AFTER:
+            change(pipe.transformer)
+        return kwargs
+
+    plain = run(made(), family, callback_on_step_end=callback)
+    pipe = made()
+    dit_accel.enable(pipe, ras=ALL_TOKENS)
+    assert relative(run(pipe, family, callback_on_step_end=callback), plain) < 1e-5
+    pipe = made()
+    dit_accel.enable(pipe, **BOTH)
+    run(pipe, family, callback_on_step_end=callback)
+    steps = dit_accel.summary(pipe).ras.steps
+    calls = 2 if family == "lumina2" else 1
+    assert steps[CHANGE_AFTER + 1].dense_calls == {FRESH: calls}
+    assert dit_accel.summary(pipe).ras.ras_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("wan", "attention_kwargs"),
+        ("sd3", "joint_attention_kwargs"),
+        ("lumina2", "attention_kwargs"),
+    ],
+)
+def test_a_lora_scale_among_the_arguments_that_changes_in_mid_run(family, name):
+    # fails: the scale is applied inside of the transformer's forward, after the weights were looked at
+    def made():
+        pipe = make(family)
+        add_adapter(pipe.transformer)
+        return pipe
+
+    def changed(scales=(1.0, 0.2)):
+        own = {"scale": scales[0]}
+
+        def callback(pipe, step, timestep, kwargs):
+            if step == CHANGE_AFTER:
+                own["scale"] = scales[1]
+            return kwargs
+
+        return {name: own, "callback_on_step_end": callback}
+
+    plain = run(made(), family, **changed())
+    assert relative(run(made(), family), plain) > 1e-4
+    pipe = made()
+    dit_accel.enable(pipe, ras=ALL_TOKENS)
+    assert relative(run(pipe, family, **changed()), plain) < 1e-5
     dit_accel.enable(pipe, ras=RAS)
+    run(pipe, family, **changed())
+    calls = 1 if family == "sd3" else 2
+    assert dit_accel.summary(pipe).ras.steps[CHANGE_AFTER + 1].dense_calls == {FRESH: calls}
 
-    @torch.no_grad()
-    def between(pipe, step, timestep, tensors):
-        if change is not None and step == CHANGED_AFTER:
-            CHANGES[change](pipe.transformer)
-        return {}
 
-    run(pipe, family, steps=9, callback_on_step_end=between)
-    reasons = [x.dense_calls for x in dit_accel.summary(pipe).ras.steps]
-    calls = 2 if family == "wan" else 1
-    expected = [{}] * 9
-    for step in (0, 1, 8):
-        expected[step] = {"dense step": calls}
-    if change is not None:
-        expected[CHANGED_AFTER + 1] = {"first call of a context": calls}
-    assert reasons == expected
+@pytest.mark.parametrize(("scale", "alpha"), [(1.0, 2), (0.7, 2), (0.1, 3), (0.9, 1), (0.0, 2)])
+def test_a_constant_lora_scale_among_the_arguments_keeps_the_steps(scale, alpha):
+    pipe = make("sd3")
+    add_adapter(pipe.transformer, alpha=alpha)
+    pipe.transformer.set_adapters("one", 0.7)
+    dit_accel.enable(pipe, ras=RAS)
+    run(pipe, "sd3", joint_attention_kwargs={"scale": scale})
+    assert dit_accel.summary(pipe).ras.ras_steps == 5
+    assert FRESH not in dit_accel.summary(pipe).ras.dense_calls
+
+
+# Runs side by side ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def alternating(transformer, before_each=(nothing, nothing), change=nothing):
+    """Two loops that take turns; the outputs of each."""
+    loops = []
+    for prompt, steps in enumerate((10, 8)):
+        made = scheduler("euler")
+        made.set_timesteps(steps)
+        loops.append((made, Conditions("wan", prompt), []))
+    with contextlib.ExitStack() as stack:
+        for made, *_ in loops:
+            stack.enter_context(dit_accel.sampling_loop(transformer, made))
+        for i in range(10):
+            for which, (made, conditions, out) in enumerate(loops):
+                if i >= len(made.timesteps):
+                    continue
+                before_each[which](transformer)
+                if (i, which) == (5, 1):
+                    change(transformer)
+                latents = conditions.latents * (1 - i / 10)
+                out.append(conditions.velocity(transformer, latents, made.timesteps[i].expand(1)))
+    return [out for *_, out in loops]
+
+
+def test_a_change_between_the_calls_of_two_runs_reaches_both():
+    # fails: the weights that were seen last are kept for the transformer, not for each run
+    def change(transformer):
+        transformer.set_adapters("one", 0.2)
+
+    pipe = wan(add_adapter)
+    plain = alternating(pipe.transformer, change=change)
+    pipe = wan(add_adapter)
+    dit_accel.enable(pipe, ras=RAS)
+    found = alternating(pipe.transformer, change=change)
+    equal = [
+        [torch.equal(a, b) for a, b in zip(x, y, strict=True)]
+        for x, y in zip(found, plain, strict=True)
+    ]
+    first = [True] * 2 + [False] * 4 + [True] + [False] * 2 + [True]
+    second = [True] * 2 + [False] * 3 + [True] + [False] + [True]
+    assert equal == [first, second]
+
+
+def test_runs_with_adapters_of_their_own_keep_their_steps():
+    # fails: each run takes the other's adapter for a change of its own weights
+    own = [lambda t: t.set_adapters("one", 1.0), lambda t: t.set_adapters("two", 1.0)]
+    pipe = wan(two_adapters)
+    dit_accel.enable(pipe, ras=RAS)
+    expected = []
+    for which in (0, 1):
+        expected.append(alternating(pipe.transformer, (own[which], own[which]))[which])
+    found = alternating(pipe.transformer, own)
+    for a, b in zip(found, expected, strict=True):
+        for x, y in zip(a, b, strict=True):
+            same(x, y)
+
+
+# Weights that only move -----------------------------------------------------------------------------
+
+
+def model_offload(pipe):
+    from accelerate import cpu_offload_with_hook
+
+    cpu_offload_with_hook(pipe.transformer, execution_device="cpu")
+
+
+def sequential_offload(pipe):
+    from accelerate import cpu_offload
+
+    for module in (pipe.transformer, pipe.vae):
+        cpu_offload(module, execution_device=torch.device("cpu"))
+
+
+def group_offload(kind):
+    def put_on(pipe):
+        cpu = torch.device("cpu")
+        pipe.transformer.enable_group_offload(
+            onload_device=cpu, offload_device=cpu, offload_type=kind, num_blocks_per_group=1
+        )
+
+    return put_on
+
+
+def layerwise_casting(pipe):
+    pipe.transformer.enable_layerwise_casting(torch.bfloat16, torch.float32)
+
+
+MOVES = {
+    "none": lambda pipe: None,
+    "model": model_offload,
+    "sequential": sequential_offload,
+    "block_level": group_offload("block_level"),
+    "leaf_level": group_offload("leaf_level"),
+    "casting": layerwise_casting,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"), [("wan", True), ("wan", False), ("sd3", False), ("lumina2", True)]
+)
+@pytest.mark.parametrize("move", MOVES)
+def test_weights_that_only_move_keep_the_steps(family, move, lora):
+    pipe = make(family)
+    if lora:
+        add_adapter(pipe.transformer)
+    MOVES[move](pipe)
+    dit_accel.enable(pipe, **BOTH)
+    for _ in range(2 if move != "none" else 1):
+        run(pipe, family)
+        report = dit_accel.summary(pipe, strict=True).ras
+        assert report.ras_steps == 5
+        assert set(report.dense_calls) == {"dense step"}
+
+
+@pytest.mark.parametrize("what", ["scale", "switch", "fuse with scale", "load"])
+@pytest.mark.parametrize("move", ["model", "casting"])
+def test_changes_are_noticed_beside_offloading_too(move, what):
+    # fails [model, load]: versions are not looked at where a hook of accelerate is, though it moves nothing in a run
+    prepare, change = CHANGES[what]
+    pipe = wan(prepare)
+    MOVES[move](pipe)
+    dit_accel.enable(pipe, ras=RAS)
+    run(pipe, "wan", **changing(change))
+    assert dit_accel.summary(pipe).ras.steps[CHANGE_AFTER + 1].dense_calls == {FRESH: 2}
+
+
+def test_what_was_kept_of_an_earlier_run_is_no_change():
+    """Weights that change between two runs cost nothing."""
+    pipe = wan(add_adapter)
+    dit_accel.enable(pipe, ras=RAS)
+    run(pipe, "wan")
+    pipe.transformer.set_adapters("one", 0.3)
+    run(pipe, "wan")
+    assert set(dit_accel.summary(pipe).ras.dense_calls) == {"dense step"}
+    assert installation_of(pipe).clock.run.is_last_step

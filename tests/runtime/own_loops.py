@@ -1,0 +1,55 @@
+"""Sampling loops written by hand over a bare transformer of each family."""
+
+import torch
+
+from ..random_pipelines import embeddings
+
+RAS = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": ()}
+SLA = {"topk": 0.3, "block_q": 16, "block_k": 16, "crossover": "never", "dense_steps": 1}
+BOTH = {"ras": RAS, "sla": SLA}
+
+
+class Conditions:
+    """What a transformer of this family is conditioned on, and latents to begin with."""
+
+    def __init__(self, family, prompt=0, rows=1):
+        self.family = family
+        text = embeddings(family, [prompt] * rows)
+        self.text = text["prompt_embeds"]
+        self.arguments = {}
+        if family in ("sd3", "sd35"):
+            self.arguments["pooled_projections"] = text["pooled_prompt_embeds"]
+        elif family == "lumina2":
+            self.arguments["encoder_attention_mask"] = text["prompt_attention_mask"]
+        elif family == "lumina":
+            from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+            self.arguments |= {
+                "encoder_mask": text["prompt_attention_mask"],
+                "image_rotary_emb": get_2d_rotary_pos_embed_lumina(16, 48, 48),
+                "cross_attention_kwargs": {},
+            }
+        shape = {"wan": (4, 3, 14, 18), "lumina": (4, 22, 26), "lumina2": (4, 22, 26)}
+        shape = shape.get(family, (16, 22, 26))
+        generator = torch.Generator().manual_seed(prompt + 40)
+        self.latents = torch.randn(rows, *shape, generator=generator)
+
+    def velocity(self, transformer, latents, timestep, text=None, **changed):
+        """Output of one call."""
+        out = transformer(
+            hidden_states=latents,
+            timestep=timestep,
+            encoder_hidden_states=self.text if text is None else text,
+            return_dict=False,
+            **{**self.arguments, **changed},
+        )[0]
+        return out[:, : latents.shape[1]]  # Lumina-Next predicts variances too
+
+
+def steps_of(report):
+    """Mode and active tokens of each step, and calls of each layer."""
+    ras = [] if report.ras is None else report.ras.steps
+    return (
+        [(x.step, x.mode, x.active, x.dense_calls) for x in ras],
+        [(x.sparse_calls, x.dense_calls) for x in report.layers],
+    )
