@@ -10,6 +10,7 @@ from dit_accel.checkpoint.identity import identity_of, weights_of
 from dit_accel.checkpoint.save_load import find_checkpoint
 from dit_accel.config import OFF, RASConfig, SLAConfig
 from dit_accel.ras import RegionAdaptiveSampling
+from dit_accel.runtime.caller import declaring_frame
 from dit_accel.runtime.install import (
     install,
     installation_of,
@@ -94,7 +95,7 @@ def _sparse_attention(
         return SparseAttention(settings.config, settings.layer_weights())
     if on is None:
         return SparseAttention(settings)
-    if on.config == settings:
+    if repr(on.config) == repr(settings):  # equality takes one step, 1, for all of them, 1.0
         return on
     # Other settings for the same kind of weights: what was learned stays.
     same_kind = settings.has_weights and on.config.combine == settings.combine
@@ -144,7 +145,8 @@ def sampling_loop(
     """Declare the scheduler of a sampling loop written by hand, so that steps are known.
 
     Without it a loop is followed where `timestep` is a view of the timesteps of an enabled pipeline's
-    scheduler. Inside the block calls belong to this scheduler. Nothing happens where acceleration is off.
+    scheduler. Calls that are made from inside the block belong to this scheduler, unless a pipeline
+    makes them. Nothing happens where acceleration is off.
 
     Args:
         target: as in `enable`.
@@ -173,8 +175,12 @@ def sampling_loop(
     if installation is None:
         yield loop
         return
-    with installation.clock.declare(loop):
-        yield loop
+    loop.frame = declaring_frame()
+    try:
+        with installation.clock.declare(loop):
+            yield loop
+    finally:
+        loop.frame = None  # it holds the loop
 
 
 def summary(target: Any, *, strict: bool = False) -> Summary:

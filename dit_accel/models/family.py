@@ -27,6 +27,8 @@ class Call:
     """The transformer's argument of that name."""
     images: Tensor | None = None
     """Image embeddings that the call is conditioned on, beside the text."""
+    mask: Tensor | None = None
+    """Which text tokens count."""
     variant: Hashable = None
     """What else tells contexts apart."""
     epoch: Hashable = None
@@ -35,7 +37,8 @@ class Call:
     @property
     def conditions(self) -> tuple[Tensor, ...]:
         """The tensors that the call is conditioned on; their identity tells contexts apart."""
-        return (self.context,) if self.images is None else (self.context, self.images)
+        tensors = (self.context, self.images, self.mask)
+        return tuple(x for x in tensors if x is not None)
 
     @property
     def noisy_latents(self) -> Tensor:

@@ -44,6 +44,7 @@ class LuminaNext(Family):
             transformer.config.in_channels,
             self.token_grid(transformer, hidden_states),
             arguments.get("timestep"),
+            mask=arguments.get("encoder_mask"),
             # The pipeline changes its rotary table at `scaling_watershed`; cached keys are rotated.
             # It makes the table on the CPU, so looking into it waits for no device.
             epoch=tuple(table[1, 1].tolist()) if table.device.type == "cpu" else None,

@@ -41,6 +41,7 @@ class Lumina2(Family):
             transformer.config.in_channels,
             self.token_grid(transformer, hidden_states),
             arguments.get("timestep"),
+            mask=arguments.get("encoder_attention_mask"),
         )
 
     def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:

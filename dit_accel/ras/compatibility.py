@@ -1,5 +1,6 @@
 """What region-adaptive sampling does not go with: step caches of diffusers, schedulers that add noise."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -17,12 +18,15 @@ CACHE_MODULES = (
 NOISY_CLASSES = (
     "Ancestral",
     "CMStochasticIterative",
+    "CogVideoXDPM",
+    "ConsistencyDecoder",
     "Cosine",  # DPM-Solver with cosine noise, an SDE
     "DDPM",
     "DPMSolverSDE",
     "LCM",
     "RePaint",
     "SASolver",
+    "SCM",
     "ScoreSdeVe",
     "TCD",
     "UnCLIP",
@@ -47,9 +51,12 @@ def noise_of(scheduler: Any) -> str | None:
     if scheduler is None:
         return None
     name = type(scheduler).__name__
-    if any(part in name for part in NOISY_CLASSES):
-        return name
-    config = getattr(scheduler, "config", {})
+    for cls in type(scheduler).__mro__:
+        if any(part in cls.__name__ for part in NOISY_CLASSES):
+            return name
+    config = getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        return None
     if config.get("stochastic_sampling"):
         return f"{name}, stochastic_sampling"
     algorithm = str(config.get("algorithm_type", ""))

@@ -20,7 +20,7 @@ from dit_accel.ras.selection import tile_tokens
 from dit_accel.ras.summary import RASSummary
 from dit_accel.runtime.method import Host, Method
 from dit_accel.runtime.run import Run
-from dit_accel.runtime.summary import reasons, total
+from dit_accel.runtime.summary import total
 
 OUTSIDE = "no sampling loop drives this call"
 
@@ -202,6 +202,9 @@ class RegionAdaptiveSampling(Method, Focus):
             self.state.kv_bytes = max(self.state.kv_bytes, nbytes)
             if run.is_last_step:
                 run.context.states.pop(self.name, None)
+                for context in run.contexts.values():
+                    if context.step < run.step - 1:  # guidance was switched off
+                        context.states.pop(self.name, None)
                 if self.plan is not None:
                     self.plan.latents = None
                     self.plan.extras.clear()
@@ -222,7 +225,7 @@ class RegionAdaptiveSampling(Method, Focus):
             return None
         if any(not x.dense_calls for x in records):
             return "every token is active in every step"  # ratio=1
-        return reasons(total(x.dense_calls for x in records))
+        return ", ".join(total(x.dense_calls for x in records))
 
     def _order_of(self, grid: tuple[int, int, int], device: torch.device) -> TokenOrder | None:
         orders = (x.order(grid, device) for x in self.others)

@@ -1,40 +1,95 @@
-"""`calling_pipeline`: finds the pipeline whose loop is calling the transformer."""
+"""`calling_driver`: finds the loop or the pipeline that is calling the transformer."""
 
 import inspect
 import sys
+import threading
+from collections.abc import Collection
 from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
 
-from dit_accel.runtime.loop import same_storage
+from dit_accel.runtime.loop import SamplingLoop, same_storage
 
 MAX_FRAMES = 64
 """Frames to look at: a pipeline's loop is a handful above the call of its transformer."""
 
 
-def calling_pipeline(transformer: nn.Module, timestep: Any) -> tuple[Any, Any] | None:
-    """The nearest caller that has a scheduler and drives this call.
+def calling_driver(
+    transformer: nn.Module, timestep: Any, loops: Collection[SamplingLoop], *, pipelines: bool
+) -> Any:
+    """The nearest caller that drives this call: a declared loop, or a pipeline.
 
     A transformer does not know the pipelines that share it, and a pipeline that was never enabled is known
-    only by its loop. A caller drives the call if `timestep` is a view of its scheduler's timesteps, or if
-    this transformer (or a wrapper of it) is its `transformer`.
+    only by its loop. A pipeline drives the call if `timestep` is a view of its scheduler's timesteps, or if
+    this transformer (or a wrapper of it) is its `transformer`. A declared loop drives the calls of the
+    function that declared it.
+
+    Args:
+        transformer: the module that is called.
+        timestep: its argument of that name.
+        loops: declared loops.
+        pipelines: whether to look for pipelines.
 
     Returns:
-        (pipeline, scheduler), or None if no caller is a pipeline.
+        A loop, a pipeline, or None.
     """
     frame: FrameType | None = sys._getframe(1)
     for _ in range(MAX_FRAMES):
         if frame is None:
             return None
-        caller = _self_of(frame)
-        scheduler = getattr(caller, "scheduler", None)
-        if isinstance(timesteps := getattr(scheduler, "timesteps", None), Tensor) and (
-            same_storage(timestep, timesteps) or holds(caller, transformer)
-        ):
-            return caller, scheduler
+        for loop in loops:
+            if loop.frame is frame:
+                return loop
+        if pipelines:
+            caller = _self_of(frame)
+            timesteps = getattr(scheduler_of(caller), "timesteps", None)
+            if isinstance(timesteps, Tensor) and (
+                same_storage(timestep, timesteps) or holds(caller, transformer)
+            ):
+                return caller
         frame = frame.f_back
     return None
+
+
+def declaring_frame() -> FrameType | None:
+    """The function that enters a context manager written as a generator, whose body calls this."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _is_contextlib(frame):
+        frame = frame.f_back
+    while frame is not None and _is_contextlib(frame):
+        frame = frame.f_back
+    return frame
+
+
+def _is_contextlib(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") == "contextlib"
+
+
+def is_inside(thread: threading.Thread, transformer: nn.Module) -> bool:
+    """Whether a thread is in a call of this transformer."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if _self_of(frame) is transformer:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def scheduler_of(pipe: Any) -> Any:
+    """Its attribute `scheduler`; None if it has none, or none that can be read."""
+    try:
+        return getattr(pipe, "scheduler", None)
+    except Exception:  # a property of an unrelated object
+        return None
+
+
+def holds(pipe: Any, transformer: nn.Module) -> bool:
+    """Whether the `transformer` of this pipeline is this one, or a wrapper of it."""
+    held = getattr(pipe, "transformer", None)
+    return isinstance(held, nn.Module) and (
+        held is transformer or any(x is transformer for x in held.modules())
+    )
 
 
 def _self_of(frame: FrameType) -> Any:
@@ -47,11 +102,3 @@ def _self_of(frame: FrameType) -> Any:
         # Before Python 3.13 the frame keeps this copy, and so would keep what its function deletes.
         variables.clear()
     return caller
-
-
-def holds(pipe: Any, transformer: nn.Module) -> bool:
-    """Whether the `transformer` of this pipeline is this one, or a wrapper of it."""
-    held = getattr(pipe, "transformer", None)
-    return isinstance(held, nn.Module) and (
-        held is transformer or any(x is transformer for x in held.modules())
-    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 import weakref
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -10,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.runtime.caller import calling_pipeline, holds
+from dit_accel.runtime.caller import calling_driver, holds
 from dit_accel.runtime.loop import SamplingLoop, index_in, same_storage
 from dit_accel.runtime.run import Context, Run
+
+MOST_CALLS = 8
+"""Calls of a step with the same conditions that are told apart. Guidance makes three or four of them; more are a
+loop whose step is not known, and nothing is kept for them."""
 
 
 @dataclass
@@ -42,10 +47,10 @@ class Clock:
 
     1. a known scheduler (of an enabled pipeline, of a pipeline seen calling, of a declared loop) of whose
        `timesteps` the call's `timestep` is a view: same storage, and the offset is the step;
-    2. the innermost declared loop (`sampling_loop`);
-    3. the pipeline whose method is calling, and
-    4. the scheduler of the enabled pipeline, both while they move: told their steps, not past the last one,
-       gradients off.
+    2. the nearest caller that is a pipeline or has declared a loop (`sampling_loop`);
+    3. the scheduler of the enabled pipeline.
+
+    Pipelines drive calls while they move only: told their steps, not past the last one, gradients off.
 
     Without a driver the call is outside of any sampling loop.
 
@@ -56,29 +61,50 @@ class Clock:
 
     def __init__(self) -> None:
         self.loops: list[SamplingLoop] = []
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._known: dict[int, weakref.ref] = {}
+        """Schedulers by id."""
         self._pipe: weakref.ref | None = None
-        self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
+        self._runs: dict[int, Run] = {}
+        """By id of the driver."""
         self.run: Run | None = None
         """Of the current or last call."""
 
     def __deepcopy__(self, memo: dict) -> "Clock":
         clock = type(self)()
-        for scheduler in self._known:
-            clock._known.add(copy.deepcopy(scheduler, memo))
+        for scheduler in self._schedulers():
+            clock._know(copy.deepcopy(scheduler, memo))
         pipe = None if self._pipe is None else memo.get(id(self._pipe()))
         clock._pipe = None if pipe is None else weakref.ref(pipe)
         return clock
 
     def follow(self, pipe: Any) -> None:
         """Know the scheduler of this pipeline from now on."""
-        self._pipe = weakref.ref(pipe)
-        self._known.add(pipe.scheduler)
+        self._pipe = _weak(pipe)
+        self._know(pipe.scheduler)
+
+    def _know(self, scheduler: Any) -> None:
+        key = id(scheduler)
+        if key in self._known:
+            return
+        known, runs = self._known, self._runs
+
+        def forget(_: Any) -> None:
+            known.pop(key, None)
+            _close(runs, key)
+
+        # Not a WeakSet: a scheduler may have no hash.
+        reference = _weak(scheduler, forget)
+        if reference is not None:
+            known[key] = reference
+
+    def _schedulers(self) -> list[Any]:
+        return [x for ref in list(self._known.values()) if (x := ref()) is not None]
 
     def forget(self) -> None:
         """Begin anew with the next call: methods were put on or taken off."""
         self.run = None
-        self._runs.clear()
+        for key in list(self._runs):
+            _close(self._runs, key)
 
     @contextlib.contextmanager
     def declare(self, loop: SamplingLoop) -> Iterator[None]:
@@ -88,6 +114,7 @@ class Clock:
             yield
         finally:
             self.loops.remove(loop)
+            _close(self._runs, id(loop))
 
     def tick(
         self,
@@ -123,24 +150,32 @@ class Clock:
         if pipe is not None and not holds(pipe, transformer):
             pipe = None
         if pipe is not None:
-            self._known.add(pipe.scheduler)  # it may have been replaced
-        if found := _by_storage([*reversed(self.loops), *self._known], timestep):
+            self._know(pipe.scheduler)  # it may have been replaced
+        if found := _by_storage([*self.loops, *self._schedulers()], timestep):
             if pipe is not None and pipe.scheduler is found.driver:
                 found.pipe = self._pipe
             return found
-        if self.loops and (found := _by_count(self.loops[-1])):
-            return found
-        if torch.is_grad_enabled():  # training
+        moving = not torch.is_grad_enabled()  # else it is training
+        if moving or self.loops:
+            caller = calling_driver(transformer, timestep, self.loops, pipelines=moving)
+            if caller is None:
+                caller = self._loop_of_this_thread()
+            if isinstance(caller, SamplingLoop):
+                return _by_count(caller)
+            if caller is not None:
+                pipe = caller
+        if pipe is None or not moving:
             return None
-        if caller := calling_pipeline(transformer, timestep):
-            pipe, scheduler = caller
-            self._known.add(scheduler)
-            found = _by_storage([scheduler], timestep) or _by_count(scheduler)
-        elif pipe is not None:
-            found = _by_count(pipe.scheduler)
+        self._know(pipe.scheduler)
+        found = _by_storage([pipe.scheduler], timestep) or _by_count(pipe.scheduler)
         if found is not None:
-            found.pipe = weakref.ref(pipe)
+            found.pipe = _weak(pipe)
         return found
+
+    def _loop_of_this_thread(self) -> SamplingLoop | None:
+        """The last loop of this thread that was declared by a function that has returned since."""
+        mine = [x for x in self.loops if x.thread is threading.current_thread()]
+        return mine[-1] if mine and not mine[-1].is_suspended else None
 
     def _outside_of_loops(self) -> tuple[Run, int, bool]:
         if self.run is not None and not self.run.in_loop:
@@ -148,15 +183,16 @@ class Clock:
         return Run(), 0, True
 
     def _in_loop(self, position: Position) -> tuple[Run, int, bool]:
-        index, run = position.index, self._runs.get(position.driver)
+        index, run = position.index, self._runs.get(id(position.driver))
         same = run is not None and run.timesteps is position.timesteps
         if run is not None and same and index >= run.begin + run.step:
             if run.begin_assumed and run.step == 0 and index > run.begin:
                 run.begin_at(index - 1)  # only its first step tells where a silent scheduler began
             return run, index - run.begin, False
+        _close(self._runs, id(position.driver))
         scheduler = position.scheduler
         told = getattr(scheduler, "begin_index", None)
-        run = self._runs[position.driver] = Run(
+        run = self._runs[id(position.driver)] = Run(
             position.timesteps,
             scheduler=scheduler,
             sigmas=getattr(position.driver, "sigmas", None) if scheduler is None else None,
@@ -165,6 +201,21 @@ class Clock:
         )
         run.begin_assumed = position.counted and told is None
         return run, index - run.begin, True
+
+
+def _close(runs: dict[int, Run], key: int) -> None:
+    """Forget a run. Its contexts refer to each other in a circle, so they are let go by hand."""
+    run = runs.pop(key, None)
+    if run is not None:
+        run.contexts.clear()
+
+
+def _weak(x: Any, forget: Any = None) -> weakref.ref | None:
+    """A weak reference; None for an object that cannot have one."""
+    try:
+        return weakref.ref(x, forget)
+    except TypeError:
+        return None
 
 
 def _enter_context(run: Run, tensors: tuple[Any, ...], variant: Hashable) -> None:
@@ -179,8 +230,10 @@ def _enter_context(run: Run, tensors: tuple[Any, ...], variant: Hashable) -> Non
             # With its tensors goes all that methods keep for a context, also after an interrupt.
             contexts.pop(key, None)
 
-        references = tuple(weakref.ref(x, forget) for x in tensors)
-        context = contexts[key] = Context(references)
+        context = Context(tensors, forget)
+        if ordinal < MOST_CALLS:
+            contexts[key] = context
+    context.step = run.step
     run.context = context
 
 
@@ -213,8 +266,9 @@ def _by_count(driver: Any) -> Position | None:
         index, scheduler = driver.step, driver.scheduler
         if index is None and scheduler is None:
             return None
+    counted = index is None
     if index is None:
-        counted = getattr(scheduler, "step_index", None)
-        index = getattr(scheduler, "begin_index", None) if counted is None else counted
+        position = getattr(scheduler, "step_index", None)
+        index = getattr(scheduler, "begin_index", None) if position is None else position
     index = index or 0
-    return Position(driver, timesteps, index, counted=True) if 0 <= index < len(timesteps) else None
+    return Position(driver, timesteps, index, counted) if 0 <= index < len(timesteps) else None

@@ -11,10 +11,11 @@ from torch import nn
 
 from dit_accel.models import FAMILIES, Call, Family, Focus, Hook, by_name, check_pipeline, family_of
 from dit_accel.models.attention import SparseProcessor
+from dit_accel.runtime.caller import is_inside
 from dit_accel.runtime.clock import Clock
 from dit_accel.runtime.method import Host, Method
 from dit_accel.runtime.run import Run
-from dit_accel.runtime.weights import weights_state
+from dit_accel.runtime.weights import lora_scale, weights_state
 
 
 class Installation:
@@ -31,7 +32,6 @@ class Installation:
         self.run: Run | None = None
         """The last run that methods were told about."""
         self._call: Call | None = None
-        self._weights: Any = None
         self._said: set[str] = set()
         self._guard = threading.Lock()
         self._owner: threading.Thread | None = None
@@ -140,7 +140,6 @@ class Installation:
             "_owner": None,
             "run": None,
             "_call": None,
-            "_weights": None,
         }
         for name, value in vars(self).items():
             setattr(new, name, own[name] if name in own else copy.deepcopy(value, memo))
@@ -157,7 +156,7 @@ class Installation:
     @torch.compiler.disable
     def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the transformer."""
-        self._enter()
+        self._enter(transformer)
         self._follow_modules(transformer)
         arguments = by_name(transformer, args, kwargs)
         call = self._call = self.family.call(transformer, arguments)
@@ -165,7 +164,7 @@ class Installation:
             self._begin_run(transformer)
         run = self.run = self.clock.run
         assert run is not None
-        self._notice_weights(transformer, run)
+        self._notice_weights(transformer, run, arguments)
         for method in self.methods.values():
             method.begin_call(run, call)
         if self.focus is not None:
@@ -199,13 +198,13 @@ class Installation:
             self._warn_if_idle(run)
         return changed
 
-    def _enter(self) -> None:
+    def _enter(self, transformer: nn.Module) -> None:
         """One call at a time: what methods keep between their hooks belongs to one call."""
         me = threading.current_thread()
         with self._guard:
-            # An interrupted call (Ctrl-C) may never have ended.
             owner = self._owner
-            if owner is not None and owner is not me and owner.is_alive():
+            # A call that was interrupted (Ctrl-C) never ends; then its thread has left the transformer.
+            if owner is not None and owner is not me and is_inside(owner, transformer):
                 raise RuntimeError(
                     f"this accelerated transformer is in a call of thread {owner.name!r}: give each thread "
                     "a transformer of its own (copy.deepcopy), or let one wait for the other"
@@ -219,30 +218,37 @@ class Installation:
                 raise RuntimeError(
                     f"the processor of {name} was changed after enable: call disable() first"
                 )
-        try:
-            _check_parallelism(transformer, modules)
-            self._check_methods(transformer)
-        except ValueError as error:
-            raise RuntimeError(f"changed after enable: {error}") from None
-        self._weights = None
+        self._check_again(transformer)
         assert self.clock.run is not None
         for method in self.methods.values():
             method.begin_run(self.clock.run)
 
-    def _notice_weights(self, transformer: nn.Module, run: Run) -> None:
+    def _notice_weights(self, transformer: nn.Module, run: Run, arguments: dict[str, Any]) -> None:
         if not any(x.keeps_activations for x in self.methods.values()):
             return
         ours = {x for method in self.methods.values() for x in method.modules.values()}
-        weights = weights_state(transformer, leave_out=ours)
-        if self._weights is not None and weights != self._weights:
+        weights = (weights_state(transformer, leave_out=ours), lora_scale(arguments))
+        if run.weights is not None and weights != run.weights:
+            self._check_again(transformer)  # a step cache shows in the state too
             for method in self.methods.values():
                 method.weights_changed(run)
-        self._weights = weights
+        run.weights = weights
+
+    def _check_again(self, transformer: nn.Module) -> None:
+        try:
+            _check_parallelism(transformer, self._modules(transformer))
+            self._check_methods(transformer)
+        except ValueError as error:
+            raise RuntimeError(f"changed after enable: {error}") from None
 
     def _warn_if_idle(self, run: Run) -> None:
-        reasons = [f"{x.name}: {why}" for x in self.methods.values() if (why := x.idle(run))]
-        text = "; ".join(reasons)
-        if len(reasons) == len(self.methods) and text not in self._said:
+        """Warn once for each reason, at the first call of a run's last step."""
+        if run.idle_checked:
+            return
+        run.idle_checked = True
+        why = [f"{x.name}: {reason}" for x in self.methods.values() if (reason := x.idle(run))]
+        text = "; ".join(why)
+        if len(why) == len(self.methods) and text not in self._said:
             self._said.add(text)
             warnings.warn(f"dit_accel accelerated nothing in this run ({text})", stacklevel=2)
 

@@ -1,5 +1,8 @@
 """`SamplingLoop`: a declared sampling loop; and how a `timestep` tells its place in the timesteps."""
 
+import inspect
+import threading
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +44,15 @@ class SamplingLoop:
         self._timesteps = timesteps
         self.sigmas = sigmas
         self.step: int | None = None
+        self.frame: FrameType | None = None
+        """The function that declared the loop, while it runs: it drives the calls made from there."""
+        self.thread = threading.current_thread()
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether a generator declared the loop: it may have been left and be resumed later."""
+        flags = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+        return self.frame is not None and bool(self.frame.f_code.co_flags & flags)
 
     @property
     def timesteps(self) -> Tensor | None:

@@ -66,7 +66,7 @@ class Method:
         """What the method did in a run, for `summary`: an object that prints as a table and has `to_dict`."""
 
     def idle(self, run: Run) -> str | None:
-        """Why the method has accelerated nothing in this run; None if it has accelerated something."""
+        """Why the method has accelerated nothing in this run, without counts; None if it has accelerated something."""
 
     def order(self, grid: tuple[int, int, int], device: torch.device) -> TokenOrder | None:
         """The order in which tokens of this grid should run; None: no wish."""

@@ -13,16 +13,26 @@ class Context:
     It lives no longer than the tensors that it is known by.
     """
 
-    def __init__(self, tensors: tuple[weakref.ref, ...]) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: tuple[Any, ...], forget: Any = None) -> None:
+        self._tensors = tuple(weakref.ref(x, forget) for x in tensors)
+        self._versions = _versions(tensors)
+        self.step = -1
+        """Step of its last call."""
         self.states: dict[str, Any] = {}
         """What each method keeps for this context, by the name of the method."""
 
     def is_of(self, tensors: tuple[Any, ...]) -> bool:
-        """Whether these very tensors name this context."""
-        return len(tensors) == len(self.tensors) and all(
-            ref() is x for ref, x in zip(self.tensors, tensors, strict=True)
+        """Whether these very tensors name this context, and were not written to in between."""
+        return (
+            len(tensors) == len(self._tensors)
+            and all(ref() is x for ref, x in zip(self._tensors, tensors, strict=True))
+            and _versions(tensors) == self._versions
         )
+
+
+def _versions(tensors: tuple[Any, ...]) -> tuple[int, ...]:
+    # Tensors made in inference mode have no counter.
+    return tuple(0 if x.is_inference() else x._version for x in tensors)
 
 
 class Run:
@@ -56,6 +66,10 @@ class Run:
         self.contexts: dict[Hashable, Context] = {}
         self.context: Context = None  # type: ignore[assignment]
         self.states: dict[str, Any] = {}
+        self.weights: Hashable = None
+        """The transformer's weights at the last call, see `weights_state`; None before the first."""
+        self.idle_checked = False
+        """Whether it was asked if the run accelerated anything."""
         self._scheduler = None if scheduler is None else weakref.ref(scheduler)
         self._sigmas = sigmas
         self._pipe = pipe

@@ -1,50 +1,71 @@
 """`weights_state`: notices that a transformer's weights change in mid-run."""
 
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable
 from typing import Any
 
 from torch import Tensor, nn
 
+PLAIN = (Tensor, nn.Parameter)
+
 
 def weights_state(transformer: nn.Module, leave_out: Collection[nn.Module] = ()) -> Hashable:
-    """A value that changes when weights or LoRA adapters do; cheap, and without a device sync.
+    """A value that changes when weights, LoRA adapters or diffusers' hooks do; without a device sync.
 
     It covers adapters that are loaded, deleted, switched, scaled, fused or unfused (PEFT), and weights that are
-    written in place (`load_state_dict`) or replaced. Weights that an offloading hook moves are not looked at: their
-    tensors change in every call.
+    written in place (`load_state_dict`) or replaced. Weights that offloading brings anew for each call are
+    not looked at.
 
     Args:
         transformer: the module.
         leave_out: modules in it whose weights do not count.
     """
     state: list[Hashable] = []
-    versions, places, offloaded = 0, 0, False
-    # `__dict__`, not hasattr: this runs in every call, and a module's __getattr__ is slow.
-    for module in _modules(transformer, leave_out):
+    versions = places = 0
+    moved = replaced = False
+    # This runs in every call. Hence one loop, and `__dict__`: the __getattr__ of a module is slow.
+    todo = [transformer]
+    while todo:
+        module = todo.pop()
         attributes = module.__dict__
+        for child in attributes["_modules"].values():
+            if child is not None and child not in leave_out:
+                todo.append(child)
         if "merged_adapters" in attributes:
             state.append(_adapters(module))
-        if "_hf_hook" in attributes or _is_group_offloaded(attributes.get("_diffusers_hook")):
-            offloaded = True
+        if "_hf_hook" in attributes:
+            moved = True
+            replaced = replaced or _replaces(attributes["_hf_hook"])
+        if "_diffusers_hook" in attributes and (hooks := attributes["_diffusers_hook"].hooks):
+            state.append(tuple(hooks))
+            replaced = replaced or "group_offloading" in hooks
+            moved = moved or "layerwise_casting" in hooks
         for x in attributes["_parameters"].values():
-            if x is not None:
-                versions += _version(x)
-                places += _place(x)
-    if not offloaded:
-        state += [versions, places]
+            if x is None:
+                continue
+            if type(x) not in PLAIN:  # quantised ones may not be one piece of memory
+                places += id(x)
+            elif not x.is_inference():  # tensors made in inference mode have no counter
+                versions += x._version
+                places += x.data_ptr()
+    if not replaced:
+        state.append(versions)
+        if not moved:
+            state.append(places)
     return tuple(state)
 
 
-def _modules(module: nn.Module, leave_out: Collection[nn.Module]) -> Iterator[nn.Module]:
-    todo = [module]
-    while todo:
-        module = todo.pop()
-        todo.extend(x for x in module._modules.values() if x is not None and x not in leave_out)
-        yield module
+def lora_scale(arguments: dict[str, Any]) -> Hashable:
+    """The scale of LoRA that a call of the transformer asks for."""
+    for name in ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs"):
+        scale = (arguments.get(name) or {}).get("scale")
+        if scale is not None:
+            return float(scale)
+    return None
 
 
-def _is_group_offloaded(registry: Any) -> bool:
-    return registry is not None and "group_offloading" in registry.hooks
+def _replaces(hook: Any) -> bool:
+    """Whether a hook of accelerate brings weights for each call (sequential offloading)."""
+    return getattr(hook, "offload", False) or any(map(_replaces, getattr(hook, "hooks", ())))
 
 
 def _adapters(layer: Any) -> Hashable:
@@ -56,13 +77,3 @@ def _adapters(layer: Any) -> Hashable:
         bool(layer.disable_adapters),
         tuple((name, float(x)) for name, x in scaling.items()),
     )
-
-
-def _version(x: Any) -> int:
-    # Tensors made in inference mode have no counter, and cannot be written in place either.
-    return 0 if x.is_inference() else x._version
-
-
-def _place(x: Any) -> int:
-    """Where its values are. Tensors of other classes (quantised ones) may not be one piece of memory."""
-    return x.data_ptr() if type(x) in (Tensor, nn.Parameter) else id(x)

@@ -13,7 +13,6 @@ from dit_accel.config import SLAConfig, num_steps_of
 from dit_accel.models import AttentionLayer, Call, TokenOrder
 from dit_accel.runtime.method import Host, Method
 from dit_accel.runtime.run import Run
-from dit_accel.runtime.summary import reasons
 from dit_accel.sla.attention import SparseLinearAttention, Text
 from dit_accel.sla.crossover import NEVER, min_sparse_length
 from dit_accel.sla.order import Reordered, tile_order
@@ -270,7 +269,7 @@ class SparseAttention(Method):
         if calls[SPARSE]:
             return None
         shortest = min(state.shortest.values())
-        return reasons(self._dense_calls(calls, state.tokens, shortest))
+        return ", ".join(self._dense_calls(calls, state.tokens, shortest))
 
     def _dense_calls(self, calls: list[int], tokens: int, shortest: int) -> dict[str, int]:
         named = {

@@ -95,7 +95,6 @@ def test_schedulers_that_add_none_keep_their_steps(family, name):
     ["FlowMatchLCMScheduler", "EulerAncestralDiscreteScheduler", "SASolverScheduler"],
 )
 def test_subclasses_of_schedulers_that_add_noise(parent):
-    # fails: `noise_of` looks at the name of the class alone, not at those that it is made of
     import diffusers
 
     from dit_accel.ras.compatibility import noise_of
@@ -105,7 +104,6 @@ def test_subclasses_of_schedulers_that_add_noise(parent):
 
 
 def test_schedulers_with_a_config_of_another_kind():
-    # fails: `noise_of` takes every config for a dict
     from types import SimpleNamespace
 
     from dit_accel.ras.compatibility import noise_of
@@ -161,7 +159,6 @@ def all_schedulers():
 
 
 def test_every_scheduler_of_diffusers_that_adds_noise_is_known():
-    # fails: CogVideoXDPMScheduler, ConsistencyDecoderScheduler and SCMScheduler draw noise in every step
     from dit_accel.ras.compatibility import NOISY_CLASSES
 
     missed, wrong = set(), set()
@@ -277,7 +274,6 @@ def test_step_caches_put_on_by_function(family, name):
 
 @pytest.mark.parametrize("name", ["mag", "pyramid"])
 def test_a_step_cache_put_on_in_mid_run(name):
-    # fails: caches are looked for at the beginning of a run only
     pipe = make("wan")
     dit_accel.enable(pipe, ras=RAS)
     apply, config = caches(pipe)[name]

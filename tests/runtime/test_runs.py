@@ -335,7 +335,6 @@ def told(solver, steps=10):
 @every_family
 def test_loops_that_alternate_step_by_step(family, how, view):
     """Two generators on one transformer: each has its own run."""
-    # fails [declared, computed]: `Clock._position` gives a computed timestep to the innermost declared loop
     pipe = make(family)
     transformer = pipe.transformer
     dit_accel.enable(transformer, **BOTH)
@@ -364,7 +363,6 @@ def test_loops_that_alternate_step_by_step(family, how, view):
 @every_family
 def test_a_pipeline_that_runs_inside_of_a_declared_loop(family):
     """A preview in a loop by hand; the Luminas compute their timesteps."""
-    # fails: `Clock._position` asks declared loops before it looks for a calling pipeline
     pipe = make(family)
     dit_accel.enable(pipe.transformer, **BOTH)
     made = told("euler")
@@ -383,7 +381,6 @@ def test_a_pipeline_that_runs_inside_of_a_declared_loop(family):
 @every_family
 def test_a_declared_loop_in_another_thread(family):
     """It is the loop of that thread only."""
-    # fails: `Clock.loops` is one list for all threads
     pipe = make(family)
     dit_accel.enable(pipe.transformer, **BOTH)
     expected = by_hand(family, "scheduler, counted")[0]
@@ -440,7 +437,6 @@ def test_a_loop_that_jumps_back_begins_anew(family, told_by):
 @pytest.mark.parametrize("told_by", ["view", "step"])
 def test_a_loop_that_leaves_steps_out(told_by):
     """The index that is told is the step, also where the second one is not the next."""
-    # fails [step]: `Clock._in_loop` takes the begin of a loop with `loop.step` for assumed, and corrects it
     pipe = make("sd3")
     dit_accel.enable(pipe.transformer, ras=RAS)
     follow(pipe.transformer, told("euler", 12), "sd3", [0, 2, 4, 6, 8, 11], told_by)
@@ -462,7 +458,6 @@ class DataClassLike:
 
 @pytest.mark.parametrize("kind", ["dataclass pipe", "dataclass scheduler", "namedtuple pipe"])
 def test_pipelines_and_schedulers_of_any_class(kind):
-    # fails [dataclass scheduler, namedtuple pipe]: `Clock.follow` needs a hash and a weak reference
     pipe = make("sd3")
     made = told("euler")
     if kind == "dataclass scheduler":
@@ -481,7 +476,6 @@ def test_pipelines_and_schedulers_of_any_class(kind):
 
 
 def test_a_caller_whose_scheduler_cannot_be_read_is_passed_over():
-    # fails: `calling_pipeline` reads `scheduler` of any `self`, and only AttributeError is expected
     class Trainer:
         @property
         def scheduler(self):
