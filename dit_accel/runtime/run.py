@@ -1,7 +1,7 @@
 """`Run` and `Context`: what the calls of one sampling loop share."""
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +33,14 @@ class Context:
 def _versions(tensors: tuple[Any, ...]) -> tuple[int, ...]:
     # Tensors made in inference mode have no counter.
     return tuple(0 if x.is_inference() else x._version for x in tensors)
+
+
+def _reference(x: Any) -> Callable[[], Any]:
+    """A weak reference where the object can have one."""
+    try:
+        return weakref.ref(x)
+    except TypeError:  # None, too
+        return lambda: x
 
 
 class Run:
@@ -70,7 +78,7 @@ class Run:
         """The transformer's weights at the last call, see `weights_state`; None before the first."""
         self.idle_checked = False
         """Whether it was asked if the run accelerated anything."""
-        self._scheduler = None if scheduler is None else weakref.ref(scheduler)
+        self._scheduler = _reference(scheduler)
         self._sigmas = sigmas
         self._pipe = pipe
 
@@ -96,7 +104,7 @@ class Run:
     @property
     def scheduler(self) -> Any:
         """The scheduler that drives the run; None if it is gone or was never known."""
-        return None if self._scheduler is None else self._scheduler()
+        return self._scheduler()
 
     @property
     def pipe(self) -> Any:
