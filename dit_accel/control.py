@@ -188,8 +188,8 @@ def summary(target: Any, *, strict: bool = False) -> Summary:
 
     Args:
         target: as in `enable`.
-        strict: raise RuntimeError if a layer that the schedule lets run sparse never did, or if
-            region-adaptive sampling is on and no step ran on some of the tokens only.
+        strict: raise RuntimeError if any method that is on accelerated nothing: a layer that the schedule lets
+            run sparse never did, or no step ran on some of the tokens only.
     """
     result = Summary(summarise(target).methods)
     if not strict:
@@ -199,10 +199,11 @@ def summary(target: Any, *, strict: bool = False) -> Summary:
     never = [x for x in result.layers if x.scheduled and not x.sparse_calls]
     if never:
         raise RuntimeError(
-            "never sparse although scheduled: "
+            "sla: never sparse although scheduled (crossover='never' runs it sparse at every length, sla='none' "
+            "switches it off): "
             + "; ".join(f"{x.name} ({', '.join(x.dense_calls) or 'not called'})" for x in never)
         )
     if result.ras is not None and not result.ras.ras_steps:
         why = ", ".join(result.ras.dense_calls) or "not called"
-        raise RuntimeError(f"region-adaptive sampling never left a token out ({why})")
+        raise RuntimeError(f"ras: region-adaptive sampling never left a token out ({why})")
     return result

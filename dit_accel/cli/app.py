@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -77,7 +78,9 @@ def run(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = _parsed(arguments)
     try:
-        command.run()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command.run()
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
@@ -86,6 +89,11 @@ def run(argv: list[str] | None = None) -> None:
     except (RuntimeError, OSError, ImportError, MemoryError) as error:
         sys.stderr.write(f"failed: {str(error) or type(error).__name__}\n")
         raise SystemExit(1) from None
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning as one line, without the place in our files that gave it."""
+    sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
 
 
 def _parsed(arguments: Sequence[str]) -> Any:

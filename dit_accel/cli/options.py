@@ -21,10 +21,10 @@ Format = Literal["human", "json"]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(Sampling):
-    """`Sampling` as parsed. It is checked when the command runs, whose errors are one line."""
+    """Arguments of the pipeline call; default: those of the pipeline."""
 
     def __post_init__(self) -> None:
-        pass
+        pass  # checked when the command runs, whose errors are one line
 
 
 @dataclass(kw_only=True)

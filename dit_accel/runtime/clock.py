@@ -161,6 +161,11 @@ class Clock:
             if caller is None:
                 caller = self._loop_of_this_thread()
             if isinstance(caller, SamplingLoop):
+                if caller.scheduler is None and caller.step is None:
+                    raise ValueError(
+                        "timestep: no view of the timesteps of this sampling_loop, and loop.step=None; accepted is "
+                        "timesteps[i], or loop.step set to the index of the step"
+                    )
                 return _by_count(caller)
             if caller is not None:
                 pipe = caller

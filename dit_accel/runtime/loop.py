@@ -15,7 +15,6 @@ class SamplingLoop:
         scheduler: the diffusers scheduler of the loop, or None.
         timesteps: `[steps]`, of a loop without a scheduler.
         sigmas: `[steps]` or `[steps + 1]`, noise levels of a loop without a scheduler.
-        step: index of the current step; None: read from the scheduler or from `timestep`.
     """
 
     def __init__(
@@ -43,10 +42,23 @@ class SamplingLoop:
         self.scheduler = scheduler
         self._timesteps = timesteps
         self.sigmas = sigmas
-        self.step: int | None = None
+        self._step: int | None = None
         self.frame: FrameType | None = None
         """The function that declared the loop, while it runs: it drives the calls made from there."""
         self.thread = threading.current_thread()
+
+    @property
+    def step(self) -> int | None:
+        """Index of the current step; None: read from the scheduler or from `timestep`."""
+        return self._step
+
+    @step.setter
+    def step(self, index: Any) -> None:
+        steps = 0 if self.timesteps is None else len(self.timesteps)
+        is_index = isinstance(index, int) and not isinstance(index, bool) and 0 <= index < steps
+        if index is not None and not is_index:
+            raise ValueError(f"step={index!r}: accepted is None or an index in [0, {steps})")
+        self._step = index
 
     @property
     def is_suspended(self) -> bool:

@@ -289,3 +289,18 @@ def test_a_clock_keeps_no_pipeline_and_no_scheduler_alive():
     del pipe
     assert run.pipe is None
     assert run.scheduler is None
+
+
+@torch.no_grad()
+def test_a_declared_loop_whose_step_is_not_known_says_so():
+    clock, scheduler = Clock(), Scheduler(5)
+    loop = SamplingLoop(timesteps=scheduler.timesteps, sigmas=scheduler.sigmas)
+    with clock.declare(loop), pytest.raises(ValueError, match=r"loop\.step=None"):
+        tick(clock, view(scheduler, 0) * 2, torch.zeros(1))
+
+
+@pytest.mark.parametrize("step", [-1, 5, "a", 1.0, True])
+def test_steps_that_a_loop_does_not_have_are_refused(step):
+    loop = SamplingLoop(Scheduler(5))
+    with pytest.raises(ValueError, match=f"step={step!r}"):
+        loop.step = step
