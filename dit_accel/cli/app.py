@@ -6,6 +6,7 @@ holds, 130 interrupted. --version prints the version.
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -13,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -79,7 +81,7 @@ def run(argv: list[str] | None = None) -> None:
     command = _parsed(arguments)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
             command.run()
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -91,9 +93,14 @@ def run(argv: list[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning as one line, without the place in our files that gave it."""
-    sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
+def _show_warning(
+    usual: Any, message: Warning | str, category: type, filename: str, *args: Any, **kwargs: Any
+) -> None:
+    """Print a warning of ours as one line, without the place in our files that gave it."""
+    if "dit_accel" in Path(filename).parts:
+        sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
+    else:
+        usual(message, category, filename, *args, **kwargs)
 
 
 def _parsed(arguments: Sequence[str]) -> Any:
