@@ -184,7 +184,7 @@ def sampling_loop(
 
 
 def summary(target: Any, *, strict: bool = False) -> Summary:
-    """What ran sparse or on some tokens only, what ran dense, and why, in the last run.
+    """Return what each method did in the last run: sparse and dense calls, steps on some tokens, reasons.
 
     Args:
         target: as in `enable`.

@@ -1,4 +1,4 @@
-"""What region-adaptive sampling does not go with: step caches of diffusers, schedulers that add noise."""
+"""Checks for step caches of diffusers and schedulers that add noise, which region-adaptive sampling excludes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +35,7 @@ NOISY_CLASSES = (
 
 
 def step_cache_of(transformer: nn.Module) -> str | None:
-    """The step cache of diffusers that is on, whichever way it was put on; None: none is."""
+    """Return the name of the step cache of diffusers that is on, however it was put on; None if none is."""
     if getattr(transformer, "is_cache_enabled", False):
         return type(transformer._cache_config).__name__
     for module in transformer.modules():
@@ -47,7 +47,7 @@ def step_cache_of(transformer: nn.Module) -> str | None:
 
 
 def noise_of(scheduler: Any) -> str | None:
-    """How a scheduler adds noise in each step, by name; None: it does not."""
+    """Return the name of a scheduler that adds noise in each step; None if it adds none."""
     if scheduler is None:
         return None
     name = type(scheduler).__name__

@@ -100,12 +100,12 @@ class RegionAdaptiveSampling(Method, Focus):
 
     @property
     def plan(self) -> RunPlan | None:
-        """That of the current or last run."""
+        """Plan of the current or last run."""
         return self.state.plan
 
     @property
     def steps(self) -> dict[int, StepRecord]:
-        """What the steps of the current or last run did."""
+        """Records of the steps of the current or last run."""
         return self.state.steps
 
     @property

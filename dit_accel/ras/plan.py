@@ -21,7 +21,7 @@ from dit_accel.runtime.run import Run
 
 @dataclass
 class RunPlan:
-    """What the calls of one run share; made again if its length or geometry changes."""
+    """Decisions that the calls of one run share; made again if its length or geometry changes."""
 
     schedule: Schedule
     selection: Selection
@@ -29,9 +29,9 @@ class RunPlan:
     key: tuple
     """Length, grid and device that all of this fits."""
     order: TokenOrder | None = None
-    """In which the tokens run; None: raster. Tiles are runs of tokens in this order."""
+    """Order in which the tokens run; None: raster. Tiles are runs of tokens in this order."""
     off: str | None = None
-    """Why RAS is off for the whole run."""
+    """Reason why RAS is off for the whole run."""
     linear_kv: bool = False
     extras: dict[str, Any] = field(default_factory=dict)
     latents: Tensor | None = None
@@ -67,7 +67,7 @@ class RunPlan:
         return self.key[1]
 
     def fits(self, run: Run, call: Call) -> bool:
-        """Whether a call of this run, with its rows, can follow this plan."""
+        """Return whether a call of this run, with its rows, can follow this plan."""
         rows, chosen_for = call.hidden_states.shape[0], len(self.selection.age)
         return self.key == _key(run, call) and (rows % chosen_for == 0 or chosen_for % rows == 0)
 
@@ -183,7 +183,7 @@ def _by_token(
 
 
 def compute_dtype(latents: Tensor) -> torch.dtype:
-    """What keys come in: autocast's dtype, or that of the latents."""
+    """Return the dtype of keys: that of autocast, or that of the latents."""
     kind = latents.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -13,7 +13,7 @@ from dit_accel.runtime.method import Host
 
 @dataclass
 class StepRecord:
-    """What one step of a run did."""
+    """Record of one step of a run."""
 
     active: int
     """Image tokens that ran, the least over its calls."""
@@ -35,7 +35,7 @@ class StepRecord:
 
 @dataclass
 class RunState:
-    """What is kept for one run."""
+    """State that is kept for one run."""
 
     steps: dict[int, StepRecord] = field(default_factory=dict)
     plan: RunPlan | None = None

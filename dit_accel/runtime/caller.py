@@ -67,7 +67,7 @@ def _is_contextlib(frame: FrameType) -> bool:
 
 
 def is_inside(thread: threading.Thread, transformer: nn.Module) -> bool:
-    """Whether a thread is in a call of this transformer."""
+    """Return whether a thread is in a call of this transformer."""
     frame = sys._current_frames().get(thread.ident or 0)
     while frame is not None:
         if _self_of(frame) is transformer:
@@ -85,7 +85,7 @@ def scheduler_of(pipe: Any) -> Any:
 
 
 def holds(pipe: Any, transformer: nn.Module) -> bool:
-    """Whether the `transformer` of this pipeline is this one, or a wrapper of it."""
+    """Return whether the `transformer` of this pipeline is this one, or a wrapper of it."""
     held = getattr(pipe, "transformer", None)
     return isinstance(held, nn.Module) and (
         held is transformer or any(x is transformer for x in held.modules())

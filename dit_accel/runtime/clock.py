@@ -22,21 +22,21 @@ loop whose step is not known, and nothing is kept for them."""
 
 @dataclass
 class Position:
-    """Where a call stands in a sampling loop."""
+    """Position of a call in a sampling loop."""
 
     driver: Any
     """A scheduler, or a declared loop."""
     timesteps: Tensor
     index: int
-    """Of the step in `timesteps`."""
+    """Index of the step in `timesteps`."""
     counted: bool = False
-    """Whether the driver's own count is all that tells the index."""
+    """True if the index is known from the driver's own count only."""
     pipe: weakref.ref | None = None
     """The pipeline that runs, if it is known."""
 
     @property
     def scheduler(self) -> Any:
-        """That of the driver; None of a loop that has none."""
+        """Scheduler of the driver; None for a loop without one."""
         return self.driver.scheduler if isinstance(self.driver, SamplingLoop) else self.driver
 
 
@@ -65,9 +65,9 @@ class Clock:
         """Schedulers by id."""
         self._pipe: weakref.ref | None = None
         self._runs: dict[int, Run] = {}
-        """By id of the driver."""
+        """Runs by the id of their driver."""
         self.run: Run | None = None
-        """Of the current or last call."""
+        """Run of the current or last call."""
 
     def __deepcopy__(self, memo: dict) -> "Clock":
         clock = type(self)()
@@ -243,7 +243,7 @@ def _enter_context(run: Run, tensors: tuple[Any, ...], variant: Hashable) -> Non
 
 
 def _was_told(driver: Any) -> bool:
-    """Whether a scheduler was told its steps: before that its timesteps are those of training."""
+    """Return whether a scheduler was told its steps; before that its timesteps are those of training."""
     scheduler = driver.scheduler if isinstance(driver, SamplingLoop) else driver
     return scheduler is None or getattr(scheduler, "num_inference_steps", 1) is not None
 

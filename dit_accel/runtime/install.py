@@ -36,7 +36,7 @@ class Installation:
         self._guard = threading.Lock()
         self._owner: threading.Thread | None = None
         self.focus = _focus_of(self.methods.values())
-        """What decides which tokens run in which order; None: all of them, in raster order."""
+        """Focus that selects and orders the tokens; None: all of them, in raster order."""
         self._processors: dict[str, Any] = {}
         self._hooks: list[Any] = []
         self._focus_hooks: list[tuple[str, Hook]] = []
@@ -340,7 +340,7 @@ def find(target: Any) -> tuple[Any, Installation] | None:
 
 
 def _focus_of(methods: Iterable[Method]) -> Focus | None:
-    """That of the method with the highest rank."""
+    """Return the focus of the method with the highest rank."""
     candidates = [x for x in methods if x.focus is not None]
     return max(candidates, key=lambda x: x.focus_rank).focus if candidates else None
 

@@ -62,7 +62,7 @@ class SamplingLoop:
 
     @property
     def is_suspended(self) -> bool:
-        """Whether a generator declared the loop: it may have been left and be resumed later."""
+        """True if a generator declared the loop: it may be suspended and resumed later."""
         flags = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
         return self.frame is not None and bool(self.frame.f_code.co_flags & flags)
 
@@ -73,7 +73,7 @@ class SamplingLoop:
 
 
 def same_storage(view: Any, base: Tensor) -> bool:
-    """Whether `view` is a view of the tensor `base` (they share memory)."""
+    """Return whether `view` is a view of the tensor `base` (they share memory)."""
     return (
         isinstance(view, Tensor)
         and view.device == base.device

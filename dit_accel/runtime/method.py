@@ -22,13 +22,13 @@ class Method:
     name: str
     """Keyword of `enable`, key of `summary`."""
     uses_attention = False
-    """Whether it needs the seams `attend` and `kv_store` of the attention processors."""
+    """True if the method needs the seams `attend` and `kv_store` of the attention processors."""
     keeps_activations = False
-    """Whether it keeps what the transformer computed from one step to the next: dropped when weights change."""
+    """True if the method keeps activations from one step to the next; they are dropped when weights change."""
     focus: Focus | None = None
-    """Which tokens a call runs on and in which order, if the method decides that."""
+    """Focus of the method, if it selects or orders the tokens of a call."""
     focus_rank = 0
-    """Of several methods with a focus, the one with the highest rank decides."""
+    """Rank of the focus; the highest one of all methods is used."""
 
     def check(self, transformer: nn.Module, others: Collection["Method"]) -> None:
         """Refuse what the method cannot work with, at `enable` and at the beginning of each run.
@@ -63,16 +63,16 @@ class Method:
         """Undo `attach`."""
 
     def rows(self, host: "Host", run: Run | None) -> Any:
-        """What the method did in a run, for `summary`: an object that prints as a table and has `to_dict`."""
+        """Return the summary of a run: an object that prints as a table and has `to_dict`."""
 
     def idle(self, run: Run) -> str | None:
-        """Why the method has accelerated nothing in this run, without counts; None if it has accelerated something."""
+        """Return why the method accelerated nothing in this run, without counts; None if it accelerated something."""
 
     def order(self, grid: tuple[int, int, int], device: torch.device) -> TokenOrder | None:
-        """The order in which tokens of this grid should run; None: no wish."""
+        """Return the order in which tokens of this grid should run; None: no wish."""
 
     def tile(self, grid: tuple[int, int, int], device: torch.device) -> int | None:
-        """How many neighbouring tokens are best kept together; None: no wish."""
+        """Return how many neighbouring tokens are best kept together; None: no wish."""
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -91,4 +91,4 @@ class Host:
     methods: tuple[Method, ...] = ()
 
     focus: Focus | None = None
-    """What decides which tokens run and in which order; None: all of them run, in raster order."""
+    """Focus that selects and orders the tokens; None: all of them run, in raster order."""

@@ -19,10 +19,10 @@ class Context:
         self.step = -1
         """Step of its last call."""
         self.states: dict[str, Any] = {}
-        """What each method keeps for this context, by the name of the method."""
+        """State of each method for this context, by the name of the method."""
 
     def is_of(self, tensors: tuple[Any, ...]) -> bool:
-        """Whether these very tensors name this context, and were not written to in between."""
+        """Return whether the context belongs to these very tensors, and they were not written to since."""
         return (
             len(tensors) == len(self._tensors)
             and all(ref() is x for ref, x in zip(self._tensors, tensors, strict=True))
@@ -67,7 +67,7 @@ class Run:
         self.timesteps = timesteps
         self.begin = begin
         self.begin_assumed = False
-        """Whether `begin` is the first position seen, because the scheduler does not tell it."""
+        """True if `begin` is the first position seen, because the scheduler does not tell it."""
         self.step = -1
         self.calls: dict[Hashable, int] = {}
         """Calls of the current step, less one, by what they are conditioned on."""
@@ -77,7 +77,7 @@ class Run:
         self.weights: Hashable = None
         """The transformer's weights at the last call, see `weights_state`; None before the first."""
         self.idle_checked = False
-        """Whether it was asked if the run accelerated anything."""
+        """True once the run was checked for having accelerated anything."""
         self._scheduler = _reference(scheduler)
         self._sigmas = sigmas
         self._pipe = pipe
@@ -93,12 +93,12 @@ class Run:
 
     @property
     def in_loop(self) -> bool:
-        """Whether a sampling loop drives the calls: its step is known."""
+        """True if a sampling loop drives the calls: the step is known."""
         return self.timesteps is not None
 
     @property
     def is_last_step(self) -> bool:
-        """Whether the current call is in the last step of a sampling loop."""
+        """True if the current call is in the last step of a sampling loop."""
         return self.num_steps is not None and self.step >= self.num_steps - 1
 
     @property
@@ -113,7 +113,7 @@ class Run:
 
     @property
     def repeats(self) -> bool:
-        """Whether two steps may share a noise level (Heun and the like)."""
+        """True if two steps may share a noise level (Heun and the like)."""
         return self.scheduler is None or getattr(self.scheduler, "order", 1) > 1
 
     def sigmas(self) -> Tensor | None:

@@ -9,14 +9,14 @@ from dit_accel.runtime.install import find
 
 @dataclass(frozen=True)
 class Summary:
-    """What the methods on a transformer did in the last run; prints as tables."""
+    """Summaries of the methods on a transformer for the last run; prints as tables."""
 
     methods: Mapping[str, Any] = field(default_factory=dict)
     """The summary of each method that is on, by its name."""
 
     @property
     def enabled(self) -> bool:
-        """Whether any method is on."""
+        """True if any method is on."""
         return bool(self.methods)
 
     def to_dict(self) -> dict[str, Any]:
@@ -30,7 +30,7 @@ class Summary:
 
 
 def summarise(target: Any) -> Summary:
-    """What the methods on a transformer, or on that of a pipeline, did in the last run."""
+    """Return the summaries of the methods on a transformer, or on that of a pipeline, for the last run."""
     found = find(target)
     if found is None:
         return Summary()

@@ -64,12 +64,12 @@ def lora_scale(arguments: dict[str, Any]) -> Hashable:
 
 
 def _replaces(hook: Any) -> bool:
-    """Whether a hook of accelerate brings weights for each call (sequential offloading)."""
+    """Return whether a hook of accelerate brings weights for each call (sequential offloading)."""
     return getattr(hook, "offload", False) or any(map(_replaces, getattr(hook, "hooks", ())))
 
 
 def _adapters(layer: Any) -> Hashable:
-    """What a LoRA layer of PEFT applies."""
+    """Return the state of a LoRA layer of PEFT: active, merged and disabled adapters, and their scales."""
     scaling = getattr(layer, "scaling", {})
     return (
         tuple(layer.active_adapters),

@@ -24,7 +24,7 @@ SPARSE = 5
 
 
 class LayerCounts:
-    """What one attention layer did during one run, as tensors: counting waits for no device."""
+    """Counts of one attention layer in one run, kept as tensors so that counting needs no device sync."""
 
     def __init__(self, device: torch.device) -> None:
         self.calls = torch.zeros(SPARSE + 1, dtype=torch.int64, device=device)
@@ -33,7 +33,7 @@ class LayerCounts:
 
 @dataclass
 class RunState:
-    """What is kept for one run."""
+    """State that is kept for one run."""
 
     counts: dict[str, LayerCounts]
     shortest: dict[str, int]

@@ -12,10 +12,10 @@ class LayerSummary:
 
     name: str
     scheduled: bool
-    """Whether the schedule lets this layer run sparse at all."""
+    """True if the schedule lets this layer run sparse at all."""
     sparse_calls: int
     dense_calls: dict[str, int]
-    """By reason."""
+    """Dense calls by reason."""
     density: float | None
     """Mean over the sparse calls."""
 
