@@ -20,7 +20,7 @@ REFERENCE_STEPS = 100
 OURS = ("ours, K/V held", "ours, K/V linear")
 HOLD = {"predictor": "hold", "kv_predictor": "hold"}
 DENSE_STEPS = {"warmup": 0.15, "tail": 1, "resets": (0.43, 0.71)}
-"""Of the rows that choose tokens in other ways than ours; the published ones of 28 and 30 steps are those of the
+"""Settings of the rows that choose tokens in other ways than ours; the published ones of 28 and 30 steps are those of the
 preset "paper"."""
 
 

@@ -95,7 +95,7 @@ def plain_names(
 def plain_tensors(
     weights: Mapping[str, Tensor], roots: Collection[str], name: str
 ) -> dict[str, Tensor]:
-    """As `plain_names`, without the keys that the entries had."""
+    """Return the result of `plain_names` without the keys that the entries had."""
     return {key: x for key, (_, x) in plain_names(weights, roots, name).items()}
 
 

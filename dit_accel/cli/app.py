@@ -31,7 +31,7 @@ from dit_accel.cli.printing import print_line
 
 @dataclass(kw_only=True)
 class Eval:
-    """What acceleration costs: samples, metrics, one table and one page."""
+    """Evaluation of acceleration: samples, metrics, one table and one page."""
 
     command: (
         Annotated[eval_generate.Generate, subcommand("generate")]

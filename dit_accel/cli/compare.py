@@ -18,7 +18,7 @@ class Compare(AccelerationOptions):
     repeats: int = 1
     """Measured runs of each kind; the median counts."""
     methods: tuple[str, ...] = ()
-    """What else to run, as in `eval run`: fewer_steps (dense sampling in the time of the others),
+    """Further methods to run, as in `eval run`: fewer_steps (dense sampling in the time of the others),
     first_block_cache, sea_cache, ras, sla, ras_sla, with a setting after a colon."""
     fail_if: FailIf = ()
     """Exit with 3 if this holds, as in "psnr<25" or "speedup_total<1.5"; may be given several times."""

@@ -61,7 +61,7 @@ class Train:
     """Train a demo model from nothing; started again, it resumes."""
 
     output_dir: Path
-    """Where the diffusers repository goes; must not exist yet."""
+    """Folder of the diffusers repository to write; must not exist yet."""
     model: Literal["tiny-wan", "tiny-sd3"] = "tiny-wan"
     """tiny-wan makes clips, tiny-sd3 stills."""
     work_dir: Path | None = None
@@ -101,10 +101,10 @@ class Judge:
     model: str = EMBEDDED
     """tiny-wan, tiny-sd3, or a repository: hub id or folder."""
     sla: str = "none"
-    """As in generate."""
+    """Sparse attention, as in generate."""
     crossover: Literal["auto", "never"] | None = None
     num_clips: int = 288
-    """Of combinations seen in training."""
+    """Clips of combinations seen in training."""
     num_heldout: int = 96
     seed: int = 0
     batch_size: int = 8

@@ -42,7 +42,7 @@ class Run(ModelOptions):
     """Real pictures that FID and its like compare with; default: the dense samples, and the names say so."""
     networks: OmitArgPrefixes[Networks] = field(default_factory=Networks)
     title: str | None = None
-    """Of the report."""
+    """Title of the report."""
     shown: int = 8
     """Samples in page and picture."""
     fail_if: FailIf = ()

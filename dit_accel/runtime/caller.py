@@ -98,7 +98,8 @@ def _self_of(frame: FrameType) -> Any:
         return None  # a module or class body, whose variables are no copy
     variables = frame.f_locals
     caller = variables.get("self")
-    if isinstance(variables, dict):
-        # Before Python 3.13 the frame keeps this copy, and so would keep what its function deletes.
+    if isinstance(variables, dict) and sys.gettrace() is None:
+        # Before Python 3.13 the frame keeps this copy, and so would keep what its function deletes. A debugger
+        # writes the copy back.
         variables.clear()
     return caller

@@ -161,7 +161,11 @@ class Installation:
         arguments = by_name(transformer, args, kwargs)
         call = self._call = self.family.call(transformer, arguments)
         if self.clock.tick(transformer, call.timestep, call.conditions, call.variant):
-            self._begin_run(transformer)
+            try:
+                self._begin_run(transformer)
+            except BaseException:
+                self.clock.forget()  # a run that did not begin: the next call begins one
+                raise
         run = self.run = self.clock.run
         assert run is not None
         self._notice_weights(transformer, run, arguments)

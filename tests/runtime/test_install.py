@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import pickle
+import sys
 import threading
 import weakref
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import dit_accel
+from dit_accel.runtime.caller import calling_driver
 from dit_accel.runtime.install import installation_of, method_of
 
 from ..random_pipelines import FAMILIES, make, relative, run, state_of
@@ -257,6 +259,55 @@ def test_a_call_after_an_interrupted_one_goes_through():
     torch.testing.assert_close(run(pipe, "sd3"), expected, rtol=0, atol=0)
     in_threads([lambda: installation._enter(pipe.transformer)])  # and of a thread that is gone
     torch.testing.assert_close(run(pipe, "sd3"), expected, rtol=0, atol=0)
+
+
+def test_a_run_that_could_not_begin_begins_with_the_next_call():
+    """The steps go on where they are; no new timesteps are set in between."""
+    pipe = make("sd3")
+    dit_accel.enable(pipe, **BOTH)
+    module = next(iter(control_layers(pipe))).module
+    ours = module.processor
+    pipe.scheduler.set_timesteps(6)
+    call = {
+        "hidden_states": torch.zeros(1, 16, 22, 26),
+        "timestep": pipe.scheduler.timesteps[0].expand(1),
+        "encoder_hidden_states": torch.zeros(1, 12, 24),
+        "pooled_projections": torch.zeros(1, 16),
+    }
+    with torch.no_grad():
+        module.set_processor(ours.stock)
+        with pytest.raises(RuntimeError, match="changed"):
+            pipe.transformer(**call)
+        module.set_processor(ours)
+        pipe.transformer(**call)
+    assert len(dit_accel.summary(pipe).ras.steps) == 1
+
+
+def control_layers(pipe):
+    return installation_of(pipe).layers.values()
+
+
+def test_a_debugger_keeps_the_variables_of_the_function_that_it_stopped_in():
+    transformer = torch.nn.Identity()
+
+    def stopped():
+        kept = 1
+        kept += 1
+        return kept
+
+    def trace(frame, event, arg):
+        if frame.f_code is stopped.__code__ and event == "line":
+            calling_driver(
+                transformer, torch.zeros(1), [], pipelines=True
+            )  # as typed at its prompt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        assert stopped() == 2
+    finally:
+        sys.settrace(before)
 
 
 # Settings -------------------------------------------------------------------------------------------
