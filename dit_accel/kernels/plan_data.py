@@ -54,6 +54,9 @@ class PlanData:
     """Row r of the query blocks is query `q_order[r]`, `[Hq|1, Lq]`; None: in order."""
     long_rows: Int[Tensor, " n_long"] | None = None
     """Query blocks that read very many keys; kernels may split them. A hint: results stay the same."""
+    row_bound: int | None = None
+    """Most blocks that one row reads and skips together; None: not known. Kernels choose by it how the
+    linear branch sums, so the choice is the same on every device."""
 
     causal: bool = False
     """Query i sees keys up to `i + q_offset`."""
