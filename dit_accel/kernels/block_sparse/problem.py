@@ -120,7 +120,7 @@ class Problem:
             dtype=self.q.dtype,
             block_q=plan.block_q,
             block_k=plan.block_k,
-            heavy=self.mode >= 2 or (kernel == "rows" and self.extra_keys > 0),
+            variant="heavy" if self.mode >= 2 else "extra" if self.extra_keys else "plain",
         )
         constants = {
             **self.dims,
