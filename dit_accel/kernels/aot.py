@@ -3,7 +3,6 @@
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
 
 import triton
 from triton import knobs
@@ -16,44 +15,11 @@ from dit_accel.kernels.block_sparse.tiles import Target
 from dit_accel.kernels.chips import CHIPS
 from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.loop_products import loop_flops
-from dit_accel.kernels.machine_code import Loop
 from dit_accel.kernels.predicted import Prediction, predict
+from dit_accel.kernels.usage import Usage
 
 # Constants of the kernels that are sizes of a tile.
 _TILE = ("TQ", "TK", "TL", "TV")
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Resources and main loops of a compiled kernel."""
-
-    registers: int
-    """Per thread."""
-    spills: int
-    """Bytes of spill stores per thread (HIP: spilled registers * 4)."""
-    stack: int
-    """Bytes of local memory per thread."""
-    shared: int
-    """Bytes per program."""
-    programs: int
-    """Programs that fit on one SM at a time; 0 if the chip cannot launch the kernel or is not in `CHIPS`."""
-    matrix: dict[str, int]
-    """Matrix instructions in the machine code, by kind."""
-    async_copies: int
-    """Asynchronous copies in the machine code."""
-    warps: int
-    stages: int
-    tile: dict[str, int]
-    """Sizes of a tile, by the name of the kernel's constant."""
-    loops: tuple[Loop, ...]
-    """Main loops (innermost loops with matrix instructions), in the order of the code."""
-    predicted: tuple[Prediction | None, ...]
-    """Predicted share of the matrix units' throughput of each loop; None where the model has no number."""
-
-    @property
-    def wait(self) -> int | None:
-        """Smallest number of groups of copies under way that a main loop waits with; None without such waits."""
-        return min((x.wait for x in self.loops if isinstance(x.wait, int)), default=None)
 
 
 def compile_launch(launch: Launch, target: Target) -> Usage:

@@ -17,7 +17,9 @@ def loop_flops(ttgir: str) -> tuple[int, ...]:
 def _innermost(ttgir: str) -> Iterator[list[str]]:
     """Yield the lines of each loop that holds no other loop."""
     depth = 0
-    stack: list[tuple[int, list[str] | None]] = []  # open loops: brace depth outside, lines if innermost
+    stack: list[
+        tuple[int, list[str] | None]
+    ] = []  # open loops: brace depth outside, lines if innermost
     for line in ttgir.splitlines():
         if line.startswith("#"):  # layouts and locations
             continue

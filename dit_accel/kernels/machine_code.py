@@ -1,7 +1,6 @@
 """Reads the inner loops of a kernel from its machine code: NVIDIA's SASS, or amdgcn assembly.
 
-A main loop is an innermost loop with matrix instructions. Assembly is read as it comes: a loop is a backward
-branch that no other backward branch lies in.
+A main loop is an innermost loop with matrix instructions.
 """
 
 import re
@@ -55,7 +54,7 @@ MATRIX_NAMES = {
     "mma.sync": r"HMMA",
     "mfma": r"v_mfma",
 }
-_SASS_LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?(\S.*?)\s*;\s*/\*")
+_SASS_LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P[0-9T]+\s+)?(\S.*?)\s*;\s*/\*")
 _AMDGCN_LINE = re.compile(r"(?:(\.?\w+):)?\s*([a-z]\w+)?([^;]*)")
 
 
@@ -68,6 +67,8 @@ class Instruction(NamedTuple):
     """Mnemonic and operands, without a predicate."""
     target: int | None = None
     """Address that a branch goes to."""
+    ends: bool = False
+    """Whether the instruction after this one never follows it: an unconditional branch, or the end."""
 
     @property
     def name(self) -> str:
@@ -108,9 +109,11 @@ def read_sass(text: str) -> list[Instruction]:
     found = []
     for line in text.splitlines():
         if match := _SASS_LINE.match(line):
-            address, code = int(match[1], 16), match[2]
-            jump = re.match(r"BRA.*?\b0x([0-9a-f]+)$", code)
-            found.append(Instruction(address, code, int(jump[1], 16) if jump else None))
+            address, predicate, code = int(match[1], 16), match[2], match[3]
+            jump = re.match(r"BRA\S*\s+(.*?)0x([0-9a-f]+)$", code)
+            always = bool(re.match("EXIT|RET", code)) or (jump is not None and not jump[1])
+            target = int(jump[2], 16) if jump else None
+            found.append(Instruction(address, code, target, always and not predicate))
     return found
 
 
@@ -125,26 +128,51 @@ def read_amdgcn(text: str) -> list[Instruction]:
             labels[label] = len(lines)
         if name:
             lines.append(f"{name} {operands.strip()}".strip())
-        if name == "s_endpgm":
+        if label and label.startswith(".Lfunc_end"):
             break
     found = []
     for i, code in enumerate(lines):
         jump = re.match(r"s_c?branch\S*\s+(\S+)", code)
-        found.append(Instruction(i, code, labels.get(jump[1]) if jump else None))
+        ends = code.startswith(("s_branch", "s_endpgm"))
+        found.append(Instruction(i, code, labels.get(jump[1]) if jump else None, ends))
     return found
 
 
 def innermost_loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
-    """Yield the instructions of each innermost loop, in the order of their addresses."""
+    """Yield the instructions of each loop that holds no other loop, in the order of their addresses.
+
+    A loop is a backward branch that can be reached from where it goes.
+    """
     index = {x.address: i for i, x in enumerate(code)}
     last: dict[int, int] = {}  # several branches back to one place are one loop
     for i, x in enumerate(code):
         if x.target is not None and x.target <= x.address and x.target in index:
-            last[index[x.target]] = i
+            first = index[x.target]
+            if _reachable(code[first : i + 1]):
+                last[first] = i
     spans = sorted(last.items())
     for first, end in spans:
         if not any((a, b) != (first, end) and first <= a and b <= end for a, b in spans):
             yield code[first : end + 1]
+
+
+def _reachable(body: list[Instruction]) -> bool:
+    """Whether the last instruction can be reached from the first without leaving `body`."""
+    index = {x.address: i for i, x in enumerate(body)}
+    seen: set[int] = set()
+    todo = [0]
+    while todo:
+        i = todo.pop()
+        # Runs of instructions without branches are walked here, not on the list.
+        while i < len(body) and i not in seen:
+            seen.add(i)
+            target = body[i].target
+            if target is not None and target in index:
+                todo.append(index[target])
+            if body[i].ends:
+                break
+            i += 1
+    return len(body) - 1 in seen
 
 
 def main_loops(code: list[Instruction], *, amd: bool = False) -> tuple[Loop, ...]:
@@ -155,7 +183,9 @@ def main_loops(code: list[Instruction], *, amd: bool = False) -> tuple[Loop, ...
         counts = Counter(instruction_class(x.text, classes) for x in body)
         if not counts["matrix"]:
             continue
-        products = (_product(x.text) for x in body if instruction_class(x.text, classes) == "matrix")
+        products = (
+            _product(x.text) for x in body if instruction_class(x.text, classes) == "matrix"
+        )
         loops.append(
             Loop(
                 instructions=dict(counts.most_common()),
@@ -209,9 +239,7 @@ def _copied(body: list[Instruction]) -> int | None:
     if any(re.match(r"UTMALDG|UBLKCP", x.text) for x in body):
         return None
     return sum(
-        _width(x.text)
-        for x in body
-        if re.match(r"LDGSTS|LDG\.|(global|buffer)_load", x.text)
+        _width(x.text) for x in body if re.match(r"LDGSTS|LDG\.|(global|buffer)_load", x.text)
     )
 
 

@@ -35,7 +35,9 @@ class Prediction:
         return f"{'<= ' if self.bound else ''}{100 * self.share:.0f}"
 
 
-def predict(loop: Loop, flops: int | None, warps: int, programs: int, chip: Chip) -> Prediction | None:
+def predict(
+    loop: Loop, flops: int | None, warps: int, programs: int, chip: Chip
+) -> Prediction | None:
     """Predict one main loop.
 
     flops: matrix FLOP of one step; None gives None. warps: per program. programs: per SM.
@@ -57,7 +59,9 @@ def _pipes(loop: Loop, flops: int, warps: int, chip: Chip) -> dict[str, float]:
     fp = count("fp", 0) - on_alu + count("imad", 0)
     alu = on_alu + count("int", 0) + count("convert", 0)
     pipes = {
-        "matrix": max(flops / chip.tensor, _shared_reads(loop) * warps / 4),
+        "matrix": max(
+            max(flops, _issued(loop, warps)) / chip.tensor, _shared_reads(loop) * warps / 4
+        ),
         "special": count("special", 0) * lanes / chip.mufu,
         "alu": (alu + (fp if chip.fp is None else 0)) * lanes / chip.alu,
     }
@@ -70,8 +74,24 @@ def _pipes(loop: Loop, flops: int, warps: int, chip: Chip) -> dict[str, float]:
     return pipes
 
 
+def _issued(loop: Loop, warps: int) -> float:
+    """Matrix FLOP that the instructions do: more than the loop asks for where warps repeat each other's work.
+
+    0 for tcgen05, whose instructions do not tell their size.
+    """
+    flops = 0.0
+    for name, n in loop.products.items():
+        if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):  # of a group of four warps
+            flops += n * 2 * int(shape[1]) * int(shape[2]) * int(shape[3]) * warps / 4
+        elif (shape := re.match(r"v_mfma_\w+?_(\d+)x(\d+)x(\d+)", name)) or (
+            shape := re.match(r"HMMA\.(16)(8)(\d+)", name)
+        ):
+            flops += n * 2 * int(shape[1]) * int(shape[2]) * int(shape[3]) * warps
+    return flops
+
+
 def _shared_reads(loop: Loop) -> float:
-    """Clocks in which the wgmma of one warp group read shared memory: 128 bytes a clock."""
+    """Clocks in which the wgmma of one group of four warps read shared memory: 128 bytes a clock."""
     clocks = 0.0
     for name, n in loop.products.items():
         if shape := re.match(r"HGMMA\.64x(\d+)x16", name):
