@@ -1,0 +1,64 @@
+"""Bounds: each one can be missed, and each exemption is one."""
+
+import dataclasses
+
+import pytest
+
+from dit_accel.kernels.machine_code import Loop
+from dit_accel.kernels.usage import Usage, missed
+
+LOOP = Loop({"matrix": 12}, {}, {}, copied=128, wait=2)
+GOOD = Usage(
+    registers=200, spills=0, stack=0, shared=96 * 1024, programs=1, matrix={"wgmma": 24}, async_copies=70, warps=8, stages=3,
+    tile={"TQ": 128}, loops=(LOOP, LOOP), predicted=(None, None),
+)  # fmt: skip
+
+
+def of(**changes):
+    return dataclasses.replace(GOOD, **changes)
+
+
+def loops(**changes):
+    return of(loops=(LOOP, dataclasses.replace(LOOP, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("usage", "found"),
+    [
+        (GOOD, []),
+        (of(spills=4), ["spills"]),
+        (of(shared=228 * 1024, programs=0), ["too much shared memory"]),
+        (of(programs=0), ["too many registers for one program on an SM"]),
+        (of(matrix={"mma.sync": 64}), ["no wgmma, but mma.sync"]),
+        (of(matrix={}, loops=()), ["no wgmma, but nothing", "no main loop in the machine code"]),
+        (loops(wait=0), ["async_wait 0 in loop 2"]),
+        (loops(wait=None), ["no asynchronous copies in loop 2"]),
+        (loops(wait=None, copied=0), []),
+        (loops(wait="mbarrier", copied=None), []),
+        (dataclasses.replace(loops(wait=0), stages=1), []),
+    ],
+)
+def test_bounds(usage, found):
+    assert missed("forward/plain", "90", 128, usage) == found
+
+
+def test_bounds_of_other_chips():
+    assert missed("forward/plain", "90", 256, of(spills=128)) == []
+    assert missed("forward/plain", "90", 256, of(spills=132)) == ["spills"]
+    small = of(matrix={"mma.sync": 64}, spills=128)
+    assert missed("forward/plain", "120", 128, small) == []
+    assert missed("forward/plain", "80", 128, small) == ["spills"]
+    assert (
+        missed(
+            "forward/plain",
+            "gfx942",
+            128,
+            of(matrix={"mfma": 8}, shared=0, loops=(dataclasses.replace(LOOP, wait=None),)),
+        )
+        == []
+    )
+
+
+def test_kernels_without_products_or_loops():
+    assert missed("pool/router", "90", 128, of(matrix={}, loops=())) == []
+    assert missed("linear_columns/linear all", "90", 128, of(loops=())) == []
