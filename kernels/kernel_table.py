@@ -82,7 +82,7 @@ def compile_job(job: Job) -> Usage:
 
 
 def misses_of(job: Job, usage: Usage) -> list[str]:
-    return missed(job.name, job.chip, job.head_dim, usage)
+    return missed(job.chip, job.head_dim, usage)
 
 
 def row(job: Job, usage: Usage) -> str:
@@ -191,6 +191,7 @@ def label(chip: str) -> str:
 def record(job: Job, usage: Usage) -> dict[str, Any]:
     """Everything about one kernel, for the JSON file."""
     fields = asdict(usage)
+    del fields["flops"]
     for loop, prediction in zip(fields["loops"], fields.pop("predicted"), strict=True):
         del loop["names"]  # single mnemonics: too long for a file in the repository
         loop["predicted"] = prediction and {**prediction, "share": round(prediction["share"], 3)}

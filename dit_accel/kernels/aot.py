@@ -41,13 +41,12 @@ def compile_launch(launch: Launch, target: Target) -> Usage:
         spills = machine_code.local_stores(code)
     loops = machine_code.main_loops(code, amd=hip)
     shared = compiled.metadata.shared
-    chip = CHIPS.get(target.arch)
+    flops = loop_flops(compiled.asm["ttgir"])
     programs = 0
     predicted: tuple[Prediction | None, ...] = (None,) * len(loops)
-    if chip is not None:
+    if (chip := CHIPS.get(target.arch)) is not None:
         columns = getattr(compiled.metadata, "tmem_size", None) or 0
         programs = chip.programs(registers, launch.num_warps, shared, columns)
-        flops = loop_flops(compiled.asm["ttgir"])
         if len(flops) == len(loops):  # otherwise the assembler has split or unrolled a loop
             predicted = tuple(
                 predict(x, n, launch.num_warps, programs, chip)
@@ -59,12 +58,14 @@ def compile_launch(launch: Launch, target: Target) -> Usage:
         stack=stack,
         shared=shared,
         programs=programs,
+        products=compiled.asm["ttir"].count("= tt.dot "),
         matrix=machine_code.matrix_instructions(code),
         async_copies=machine_code.async_copies(code, amd=hip),
         warps=launch.num_warps,
         stages=launch.num_stages,
         tile={x: int(launch.constants[x]) for x in _TILE if x in launch.constants},
         loops=loops,
+        flops=flops,
         predicted=predicted,
     )
 

@@ -6,10 +6,6 @@ from dit_accel.kernels.chips import CHIPS
 from dit_accel.kernels.machine_code import Loop
 from dit_accel.kernels.predicted import Prediction
 
-# Launches of the catalogue that multiply no tiles, and one that multiplies without a loop.
-NO_PRODUCT = ("merge/split rows", "pool/router", "pool/spread")
-NO_LOOP = (*NO_PRODUCT, "linear_columns/linear all")
-
 
 @dataclass(frozen=True)
 class Usage:
@@ -25,6 +21,8 @@ class Usage:
     """Bytes per program."""
     programs: int
     """Programs that fit on one SM at a time; 0 if the chip cannot launch the kernel or is not in `CHIPS`."""
+    products: int
+    """Matrix products in Triton's source of the kernel, counted once for each place."""
     matrix: dict[str, int]
     """Matrix instructions in the machine code, by kind."""
     async_copies: int
@@ -35,11 +33,13 @@ class Usage:
     """Sizes of a tile, by the name of the kernel's constant."""
     loops: tuple[Loop, ...]
     """Main loops (innermost loops with matrix instructions), in the order of the code."""
+    flops: tuple[int, ...]
+    """Matrix FLOP of one step of each main loop, as Triton's TTGIR has them."""
     predicted: tuple[Prediction | None, ...]
     """Predicted share of the matrix units' throughput of each loop; None where the model has no number."""
 
 
-def missed(name: str, arch: str, head_dim: int, usage: Usage) -> list[str]:
+def missed(arch: str, head_dim: int, usage: Usage) -> list[str]:
     """List the bounds that a kernel misses.
 
     Spills: none up to head_dim 128 on sm_80, sm_90 and sm_100, at most 128 bytes elsewhere. Memory: within
@@ -49,7 +49,6 @@ def missed(name: str, arch: str, head_dim: int, usage: Usage) -> list[str]:
     for being rare: loops over partial blocks and extra keys run as often as the plan says.
 
     Args:
-        name: `kernel/mode`, as the catalogue names it.
         arch: key of `CHIPS`.
         head_dim: of the launch.
         usage: result of `compile_launch`.
@@ -63,9 +62,9 @@ def missed(name: str, arch: str, head_dim: int, usage: Usage) -> list[str]:
         found.append("too much shared memory")
     elif not usage.programs:
         found.append("too many registers for one program on an SM")
-    if name not in NO_PRODUCT and chip.matrix not in usage.matrix:
+    if usage.products and chip.matrix not in usage.matrix:
         found.append(f"no {chip.matrix}, but {', '.join(usage.matrix) or 'nothing'}")
-    if name not in NO_LOOP and not usage.loops:
+    if usage.flops and not usage.loops:
         found.append("no main loop in the machine code")
     if usage.stages > 1 and chip.matrix != "mfma":
         for number, loop in enumerate(usage.loops, 1):

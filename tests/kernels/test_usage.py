@@ -9,8 +9,8 @@ from dit_accel.kernels.usage import Usage, missed
 
 LOOP = Loop({"matrix": 12}, {}, {}, copied=128, wait=2)
 GOOD = Usage(
-    registers=200, spills=0, stack=0, shared=96 * 1024, programs=1, matrix={"wgmma": 24}, async_copies=70, warps=8, stages=3,
-    tile={"TQ": 128}, loops=(LOOP, LOOP), predicted=(None, None),
+    registers=200, spills=0, stack=0, shared=96 * 1024, programs=1, products=4, matrix={"wgmma": 24}, async_copies=70, warps=8, stages=3,
+    tile={"TQ": 128}, loops=(LOOP, LOOP), flops=(1, 1), predicted=(None, None),
 )  # fmt: skip
 
 
@@ -39,15 +39,15 @@ def loops(**changes):
     ],
 )
 def test_bounds(usage, found):
-    assert missed("forward/plain", "90", 128, usage) == found
+    assert missed("90", 128, usage) == found
 
 
 def test_bounds_of_other_chips():
-    assert missed("forward/plain", "90", 256, of(spills=128)) == []
-    assert missed("forward/plain", "90", 256, of(spills=132)) == ["spills"]
+    assert missed("90", 256, of(spills=128)) == []
+    assert missed("90", 256, of(spills=132)) == ["spills"]
     small = of(matrix={"mma.sync": 64}, spills=128)
-    assert missed("forward/plain", "120", 128, small) == []
-    assert missed("forward/plain", "80", 128, small) == ["spills"]
+    assert missed("120", 128, small) == []
+    assert missed("80", 128, small) == ["spills"]
     assert (
         missed(
             "forward/plain",
@@ -60,5 +60,5 @@ def test_bounds_of_other_chips():
 
 
 def test_kernels_without_products_or_loops():
-    assert missed("pool/router", "90", 128, of(matrix={}, loops=())) == []
-    assert missed("linear_columns/linear all", "90", 128, of(loops=())) == []
+    assert missed("90", 128, of(products=0, flops=(), matrix={}, loops=())) == []
+    assert missed("90", 128, of(flops=(), loops=())) == []
