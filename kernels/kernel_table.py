@@ -136,8 +136,8 @@ head_dim 256 runs its linear branch outside the kernels. The table shows head_di
 head_dims, by loop: `{json}`.
 """
 BOUNDS = """Bounds: no spills up to head_dim 128 on sm_80, sm_90 and sm_100, at most 128 B elsewhere; shared memory within the
-limit; the chip's own matrix instruction; in kernels of more than one stage no main loop with `async_wait` 0, and none that
-loads without asynchronous copies. gfx942 is exempt from the last: its loads fill registers. No loop is exempt
+limit; in main loops the chip's own matrix instruction and, with more than one stage, no `async_wait` 0 and no
+loads that are not asynchronous. gfx942 is exempt from the last: its loads fill registers. No loop is exempt
 for being rare.
 """
 COLUMNS = (

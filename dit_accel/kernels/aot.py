@@ -58,7 +58,6 @@ def compile_launch(launch: Launch, target: Target) -> Usage:
         stack=stack,
         shared=shared,
         programs=programs,
-        products=compiled.asm["ttir"].count("= tt.dot "),
         matrix=machine_code.matrix_instructions(code),
         async_copies=machine_code.async_copies(code, amd=hip),
         warps=launch.num_warps,

@@ -96,7 +96,17 @@ class Loop:
 
     @property
     def total(self) -> int:
+        """Instructions of all classes."""
         return sum(self.instructions.values())
+
+    @property
+    def matrix(self) -> tuple[str, ...]:
+        """Kinds of matrix instructions, by the name that PTX and AMD give them."""
+        return tuple(
+            name
+            for name, pattern in MATRIX_NAMES.items()
+            if any(re.match(pattern, x) for x in self.products)
+        )
 
 
 def instruction_class(text: str, classes: dict[str, str] = _SASS) -> str:

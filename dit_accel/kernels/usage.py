@@ -21,8 +21,6 @@ class Usage:
     """Bytes per program."""
     programs: int
     """Programs that fit on one SM at a time; 0 if the chip cannot launch the kernel or is not in `CHIPS`."""
-    products: int
-    """Matrix products in Triton's source of the kernel, counted once for each place."""
     matrix: dict[str, int]
     """Matrix instructions in the machine code, by kind."""
     async_copies: int
@@ -43,10 +41,10 @@ def missed(arch: str, head_dim: int, usage: Usage) -> list[str]:
     """List the bounds that a kernel misses.
 
     Spills: none up to head_dim 128 on sm_80, sm_90 and sm_100, at most 128 bytes elsewhere. Memory: within
-    the limit. Products: by the chip's own matrix instruction. Main loops: no wait for all copies, and no
-    loads that are not asynchronous. A loop is exempt from the last bound if it has nothing to prefetch: one
-    stage, or no loads from global memory; so is gfx942, whose loads fill registers. A loop is not exempt
-    for being rare: loops over partial blocks and extra keys run as often as the plan says.
+    the limit. Main loops: the chip's own matrix instruction, no wait for all copies, and no loads that are not
+    asynchronous. A loop is exempt from the bounds on loads if it has nothing to prefetch: one stage, or no
+    loads from global memory; so is gfx942, whose loads fill registers. A loop is not exempt for being rare:
+    loops over partial blocks and extra keys run as often as the plan says.
 
     Args:
         arch: key of `CHIPS`.
@@ -62,14 +60,15 @@ def missed(arch: str, head_dim: int, usage: Usage) -> list[str]:
         found.append("too much shared memory")
     elif not usage.programs:
         found.append("too many registers for one program on an SM")
-    if usage.products and chip.matrix not in usage.matrix:
-        found.append(f"no {chip.matrix}, but {', '.join(usage.matrix) or 'nothing'}")
     if usage.flops and not usage.loops:
         found.append("no main loop in the machine code")
-    if usage.stages > 1 and chip.matrix != "mfma":
-        for number, loop in enumerate(usage.loops, 1):
-            if loop.wait == 0:
-                found.append(f"async_wait 0 in loop {number}")
-            elif loop.wait is None and loop.copied:
-                found.append(f"no asynchronous copies in loop {number}")
+    for number, loop in enumerate(usage.loops, 1):
+        if chip.matrix not in loop.matrix:
+            found.append(f"no {chip.matrix} in loop {number}, but {', '.join(loop.matrix)}")
+        if usage.stages == 1 or chip.matrix == "mfma":
+            continue
+        if loop.wait == 0:
+            found.append(f"async_wait 0 in loop {number}")
+        elif loop.wait is None and loop.copied:
+            found.append(f"no asynchronous copies in loop {number}")
     return found
