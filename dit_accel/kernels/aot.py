@@ -10,7 +10,7 @@ from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import native_specialize_impl
 
-from dit_accel.kernels import machine_code
+from dit_accel.kernels import assembly, machine_code
 from dit_accel.kernels.block_sparse.tiles import Target
 from dit_accel.kernels.chips import CHIPS
 from dit_accel.kernels.launch import Launch
@@ -32,11 +32,11 @@ def compile_launch(launch: Launch, target: Target) -> Usage:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(_source(launch, make_backend(gpu)), target=gpu, options=options)
     if hip:
-        code = machine_code.read_amdgcn(compiled.asm["amdgcn"])
+        code = assembly.read_amdgcn(compiled.asm["amdgcn"])
         registers, spills, stack = _hip_usage(compiled.asm["amdgcn"])
     else:
         text = _disassemble(compiled.asm["cubin"])
-        code = machine_code.read_sass(text)
+        code = assembly.read_sass(text)
         registers, stack = _cuda_usage(text)
         spills = machine_code.local_stores(code)
     loops = machine_code.main_loops(code, amd=hip)

@@ -2,14 +2,13 @@
 
 import pytest
 
+from dit_accel.kernels.assembly import read_amdgcn, read_sass
 from dit_accel.kernels.machine_code import (
     async_copies,
     instruction_class,
     local_stores,
     main_loops,
     matrix_instructions,
-    read_amdgcn,
-    read_sass,
 )
 
 
