@@ -30,7 +30,9 @@ def read_sass(text: str) -> list[Instruction]:
     found = []
     for line in text.splitlines():
         if match := _SASS_LINE.match(line):
-            address, predicate, code = int(match[1], 16), match[2], match[3]
+            address, predicate = int(match[1], 16), match[2]
+            # Some versions print scheduling hints for new chips: "BRA 0x30   &req={1}   ?trans5".
+            code = re.sub(r"\s+[&?].*", "", match[3])
             jump = re.match(r"BRA\S*\s+(.*?)0x([0-9a-f]+)$", code)
             always = bool(re.match("EXIT|RET", code)) or (jump is not None and not jump[1])
             target = int(jump[2], 16) if jump else None

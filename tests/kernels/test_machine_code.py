@@ -62,6 +62,11 @@ def test_loop_of_mma_sync():
     assert local_stores(code) == 8
 
 
+def test_scheduling_hints_are_no_part_of_an_instruction():
+    hinted = SM_80.replace(" ;", "            &req={5}    ?WAIT15_END_GROUP ;")
+    assert main_loops(read_sass(hinted)) == main_loops(read_sass(SM_80))
+
+
 def test_smallest_wait_counts():
     body = "HMMA.16816.F32.BF16 R88, R88, R104, RZ"
     code = read_sass(sass("DEPBAR.LE SB0, 0x3", "DEPBAR.LE SB0, 0x0", body, "@P0 BRA 0x0"))
