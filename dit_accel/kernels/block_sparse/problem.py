@@ -106,7 +106,7 @@ class Problem:
             shapes.append(plan.columns.shape[:2])
         if self.shared_softmax and plan.kv_lengths is not None:
             shapes.append(torch.Size((len(plan.kv_lengths), 1)))
-        return torch.broadcast_shapes(*shapes)
+        return shapes[0] if len(set(shapes)) == 1 else torch.broadcast_shapes(*shapes)
 
     # -- pieces of launches ------------------------------------------------------------------------
 
