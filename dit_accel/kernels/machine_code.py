@@ -49,6 +49,9 @@ _AMDGCN = {
     "fp": r"v_\w*_(f|bf)(16|32|64)",
     "int": r"v_",
 }
+_BULK = r"UTMALDG|UBLKCP"
+ROW_BYTES = 16
+"""Bytes per thread from which a loop loads tiles; less are indices and sizes."""
 MATRIX_NAMES = {
     "wgmma": r"HGMMA",
     "tcgen05": r"UTC[A-Z]*MMA",
@@ -144,7 +147,10 @@ def _wait(body: list[Instruction]) -> int | Literal["mbarrier"] | None:
     numbers = [int(x[1], 16) for x in waits if x]
     if numbers:
         return min(numbers)
-    if any(re.match(r"UTMALDG|UBLKCP|SYNCS", x.text) for x in body):
+    if any(re.match(_BULK, x.text) for x in body):
+        return "mbarrier"
+    # Other warps may copy for this loop. On sm_100 products signal barriers too, so a loop that loads is not meant.
+    if any(x.text.startswith("SYNCS") for x in body) and (_copied(body) or 0) < ROW_BYTES:
         return "mbarrier"
     return None
 
@@ -157,7 +163,7 @@ def _product(text: str) -> str:
 
 
 def _copied(body: list[Instruction]) -> int | None:
-    if any(re.match(r"UTMALDG|UBLKCP", x.text) for x in body):
+    if any(re.match(_BULK, x.text) for x in body):
         return None
     return sum(
         _width(x.text) for x in body if re.match(r"LDGSTS|LDG\.|(global|buffer)_load", x.text)

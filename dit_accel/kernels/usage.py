@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dit_accel.kernels.chips import CHIPS
-from dit_accel.kernels.machine_code import Loop
+from dit_accel.kernels.machine_code import ROW_BYTES, Loop
 from dit_accel.kernels.predicted import Prediction
 
 
@@ -43,7 +43,7 @@ def missed(arch: str, head_dim: int, usage: Usage) -> list[str]:
     Spills: none up to head_dim 128 on sm_80, sm_90 and sm_100, at most 128 bytes elsewhere. Memory: within
     the limit. Main loops: the chip's own matrix instruction, no wait for all copies, and no loads that are not
     asynchronous. A loop is exempt from the bounds on loads if it has nothing to prefetch: one stage, or no
-    loads from global memory; so is gfx942, whose loads fill registers. A loop is not exempt for being rare:
+    loads of tiles from global memory; so is gfx942, whose loads fill registers. A loop is not exempt for being rare:
     loops over partial blocks and extra keys run as often as the plan says.
 
     Args:
@@ -69,6 +69,6 @@ def missed(arch: str, head_dim: int, usage: Usage) -> list[str]:
             continue
         if loop.wait == 0:
             found.append(f"async_wait 0 in loop {number}")
-        elif loop.wait is None and loop.copied:
+        elif loop.wait is None and (loop.copied or 0) >= ROW_BYTES:
             found.append(f"no asynchronous copies in loop {number}")
     return found

@@ -96,6 +96,18 @@ def test_bulk_copies_wait_at_barriers():
     assert matrix_instructions(code) == {"wgmma": 2}
 
 
+def test_copies_of_other_warps_wait_at_barriers_too():
+    wait, product = (
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR60], R4",
+        "HGMMA.64x64x16.F32.BF16 R88, gdesc[UR20], R88",
+    )
+    (loop,) = main_loops(read_sass(sass("LDG.E R4, [R2.64]", wait, product, "@P0 BRA 0x0")))
+    assert (loop.wait, loop.copied) == ("mbarrier", 4)
+    # On sm_100 a product signals a barrier as well: that tells nothing of this loop's own loads.
+    (loop,) = main_loops(read_sass(sass("LDG.E.128 R4, [R2.64]", wait, product, "@P0 BRA 0x0")))
+    assert (loop.wait, loop.copied) == (None, 16)
+
+
 def test_innermost_loops_only():
     product = "HMMA.16816.F32.BF16 R88, R88, R104, RZ"
     code = read_sass(sass("MOV R1, R2", product, "@P0 BRA 0x10", product, "@P1 BRA 0x0"))

@@ -33,7 +33,7 @@ def loops(**changes):
         (loops(products={"HMMA.16816.F32": 8}), ["no wgmma in loop 2, but mma.sync"]),
         (loops(wait=0), ["async_wait 0 in loop 2"]),
         (loops(wait=None), ["no asynchronous copies in loop 2"]),
-        (loops(wait=None, copied=0), []),
+        (loops(wait=None, copied=8), []),  # indices
         (loops(wait="mbarrier", copied=None), []),
         (dataclasses.replace(loops(wait=0), stages=1), []),
     ],
