@@ -76,9 +76,11 @@ def launches(chip: str, head_dim: int, dtype: str) -> dict[str, Launch]:
 
 
 def compile_job(job: Job) -> Usage:
-    return compile_launch(
-        launches(job.chip, job.head_dim, job.dtype)[job.name], target_of(job.chip)
-    )
+    launch = launches(job.chip, job.head_dim, job.dtype)[job.name]
+    try:
+        return compile_launch(launch, target_of(job.chip))
+    except Exception as error:
+        raise RuntimeError(f"{job} does not compile: {error}") from error
 
 
 def misses_of(job: Job, usage: Usage) -> list[str]:
@@ -217,9 +219,13 @@ def main(args: Args) -> None:
             path.write_text(text)
     if args.json is not None:
         rows = ",\n".join(json.dumps(record(job, usage)) for job, usage in results.items())
-        versions = f'"triton": "{triton.__version__}", "torch": "{torch.__version__}"'
-        with atomic_path(args.json) as path:
-            path.write_text(f'{{{versions}, "kernels": [\n{rows}\n]}}\n')
+        head = {
+            "note": "read from machine code; predicted is a model's number, not a measurement",
+            "triton": triton.__version__,
+            "torch": torch.__version__,
+        }
+        with atomic_path(args.json) as path:  # one kernel a line
+            path.write_text(f'{json.dumps(head)[:-1]}, "kernels": [\n{rows}\n]}}\n')
     failures = sum(bool(misses_of(job, usage)) for job, usage in results.items())
     print(f"{len(jobs)} compiled, {failures} miss a bound", file=sys.stderr)
     if args.check and failures:
