@@ -6,12 +6,13 @@
 The JSON file beside the table holds the same by loop: instructions by class, products, waits, prediction.
 """
 
+import contextlib
 import functools
 import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ class Args:
     check: bool = False
     """Exit with 1 if a bound is missed."""
     processes: int = os.cpu_count() or 1
+    """1: no process but this one."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +210,11 @@ def main(args: Args) -> None:
         for dtype in args.dtypes
         for name in launches(chip, head_dim, dtype)
     ]
-    with ProcessPoolExecutor(args.processes) as pool:
-        usages = tqdm(pool.map(compile_job, jobs), total=len(jobs), desc="compiling")
+    with contextlib.ExitStack() as stack:
+        run: Callable[..., Iterable[Usage]] = map
+        if args.processes > 1:
+            run = stack.enter_context(ProcessPoolExecutor(args.processes)).map
+        usages = tqdm(run(compile_job, jobs), total=len(jobs), desc="compiling")
         results = dict(zip(jobs, usages, strict=True))
     text = "\n".join(markdown(results, args))
     if args.output is None:
