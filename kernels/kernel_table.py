@@ -35,7 +35,7 @@ from dit_accel.kernels.usage import Usage, missed
 
 Name = Literal["80", "89", "90", "100", "120", "gfx942"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# head_dim 72 and 96 have the tiles of 128: the JSON file and the list of missed bounds hold them.
+# Others are compiled and checked, and appear where they miss a bound: 72 and 96 have the tiles of 128.
 SHOWN = (64, 128)
 
 
@@ -136,8 +136,8 @@ measured**: the last column is a model's prediction (`dit_accel/kernels/predicte
 - predicted: share of the matrix units' throughput in percent, by a model of one step. `<=`: an upper bound, because
   latencies of the chip are not known. -: no number, because the kernel has no loop or does not fit.
 
-head_dim 256 runs its linear branch outside the kernels. The table shows head_dim 64 and 128; everything about all
-head_dims, by loop: `{json}`.
+head_dim 256 runs its linear branch outside the kernels. The table shows head_dim 64 and 128; other head_dims appear
+where they miss a bound. Everything by loop: `{json}`.
 """
 BOUNDS = """Bounds: no spills up to head_dim 128 on sm_80, sm_90 and sm_100, at most 128 B elsewhere; shared memory within the
 limit; in main loops the chip's own matrix instruction and, with more than one stage, no `async_wait` 0 and no
@@ -165,7 +165,6 @@ def markdown(results: dict[Job, Usage], args: Args) -> Iterable[str]:
         yield f"- {what}: {where}"
     if misses:
         yield ""
-    shown = [x for x in args.head_dims if x in SHOWN] or args.head_dims
     for chip in args.targets:
         yield f"## {label(chip)}\n"
         yield f"| {' | '.join(COLUMNS)} |"
@@ -173,7 +172,7 @@ def markdown(results: dict[Job, Usage], args: Args) -> Iterable[str]:
         yield from (
             row(job, usage)
             for job, usage in results.items()
-            if job.chip == chip and job.head_dim in shown
+            if job.chip == chip and shown(job, usage, args)
         )
         yield ""
     yield "## Constants of the prediction\n"
@@ -186,6 +185,12 @@ def markdown(results: dict[Job, Usage], args: Args) -> Iterable[str]:
         cells = " | ".join("-" if n is None else f"{n:,}" for n in numbers)
         yield f"| {label(name)} | {cells} | {x.source} |"
     yield ""
+
+
+def shown(job: Job, usage: Usage, args: Args) -> bool:
+    """Whether a kernel has a row of its own."""
+    head_dims = [x for x in args.head_dims if x in SHOWN] or args.head_dims
+    return job.head_dim in head_dims or bool(misses_of(job, usage))
 
 
 def label(chip: str) -> str:
@@ -223,7 +228,11 @@ def main(args: Args) -> None:
         with atomic_path(args.output) as path:
             path.write_text(text)
     if args.json is not None:
-        rows = ",\n".join(json.dumps(record(job, usage)) for job, usage in results.items())
+        rows = ",\n".join(
+            json.dumps(record(job, usage))
+            for job, usage in results.items()
+            if shown(job, usage, args)
+        )
         head = {
             "note": "read from machine code; predicted is a model's number, not a measurement",
             "triton": triton.__version__,
