@@ -163,8 +163,7 @@ def markdown(results: dict[Job, Usage], args: Args) -> Iterable[str]:
     for what, names in misses.items():
         where = "; ".join(f"{name} ({', '.join(at)})" for name, at in names.items())
         yield f"- {what}: {where}"
-    if misses:
-        yield ""
+    yield ""
     for chip in args.targets:
         yield f"## {label(chip)}\n"
         yield f"| {' | '.join(COLUMNS)} |"
