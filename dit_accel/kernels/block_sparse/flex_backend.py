@@ -1,8 +1,8 @@
 """The flex backend: torch's FlexAttention computes the exact branch, forward.
 
 On a GPU it is compiled and returns lse. On a CPU it compiles for outputs alone; where lse (gradients,
-`shared_softmax`, `return_lse`) or fp64 is asked for, the same mask is applied in plain torch, at the cost
-of dense attention. The linear branch is the torch backend's. FlexAttention has no gradient on a CPU, nor
+`shared_softmax`, `return_lse`) is asked for, the same mask is applied in plain torch, at the cost of dense
+attention; so it is for fp64 everywhere. The linear branch is the torch backend's. FlexAttention has no gradient on a CPU, nor
 through the lse of its FLASH kernel, so gradients are those of the device's own backend, from o and lse.
 """
 
@@ -132,7 +132,7 @@ def _attend(
     flash: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`o, lse`; lse is empty where it is neither wanted nor for free."""
-    if not q.is_cuda and (want_lse or q.dtype == torch.float64):
+    if q.dtype == torch.float64 or (want_lse and not q.is_cuda):
         return _in_plain_torch(q, k, v, mask, scale, score_mod)
     arguments: dict[str, Any] = {
         "score_mod": score_mod,
