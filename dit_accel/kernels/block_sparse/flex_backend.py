@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from dit_accel.kernels import flex
+from dit_accel.kernels.block_sparse.mix import Mix
 from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.linear import torch_branch
 from dit_accel.kernels.linear.spec import Linear
@@ -43,8 +44,9 @@ def forward(
     shared_softmax: bool,
     linear: Linear | None,
     want_lse: bool,
+    mix: Mix | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`o, lse, o_l, norm`; lse is empty unless wanted, o_l and norm without a linear branch."""
+    """Return `o, lse, o_l, norm`, empty where `torch_backend.forward` leaves them empty."""
     q, k, v = (x.detach() for x in (q, k, v))  # FlexAttention refuses requires_grad on a CPU
     k, v = (_without_padding(x, plan) for x in (k, v))
     o, lse = _attend(
@@ -53,11 +55,14 @@ def forward(
     )  # fmt: skip
     if shared_softmax:
         o, lse = merge_lse((o, lse), _attend_to_means(q, k, v, plan, scale))
-    o_l, norm = q.new_empty(0), lse.new_empty(0)
-    if linear is not None:
-        o_l, norm = torch_branch.forward(q, k, v, plan, linear)
     # The operator promises contiguous outputs; FlexAttention follows the strides of q.
-    return o.contiguous(), lse.contiguous() if want_lse else lse.new_empty(0), o_l, norm
+    o, lse = o.contiguous(), lse.contiguous() if want_lse else lse.new_empty(0)
+    o_l, norm = q.new_empty(0), lse.new_empty(0)
+    if linear is not None and mix is not None:
+        torch_branch.mix_(o, q, k, v, plan, linear, mix)
+    elif linear is not None:
+        o_l, norm = torch_branch.forward(q, k, v, plan, linear)
+    return o, lse, o_l, norm
 
 
 def backward(grad_o: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
