@@ -106,7 +106,7 @@ class Problem:
             shapes.append(plan.columns.shape[:2])
         if self.shared_softmax and plan.kv_lengths is not None:
             shapes.append(torch.Size((len(plan.kv_lengths), 1)))
-        return torch.broadcast_shapes(*shapes)
+        return shapes[0] if len(set(shapes)) == 1 else torch.broadcast_shapes(*shapes)
 
     # -- pieces of launches ------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class Problem:
             dtype=self.q.dtype,
             block_q=plan.block_q,
             block_k=plan.block_k,
-            heavy=self.mode >= 2 or (kernel == "rows" and self.extra_keys > 0),
+            variant="heavy" if self.mode >= 2 else "extra" if self.extra_keys else "plain",
         )
         constants = {
             **self.dims,
