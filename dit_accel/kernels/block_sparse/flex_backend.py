@@ -88,10 +88,10 @@ def _flash_installed() -> bool:
     # Before 2.13 its lse came in another base (pytorch issue 181645).
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 13):
         return False
-    # find_spec imports the parent, so it is asked for first.
-    if importlib.util.find_spec("flash_attn") is None:
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:  # find_spec imports the parent, which may be absent or broken
         return False
-    return importlib.util.find_spec("flash_attn.cute") is not None
 
 
 def _without_padding(x: Tensor, plan: SparsePlan) -> Tensor:
