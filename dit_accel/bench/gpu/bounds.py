@@ -25,11 +25,17 @@ def _speed(mode: str, function: str, least: float) -> Bound:
 
 
 BOUNDS = (
-    _speed("none", "kernel", 22),
-    *(_speed(mode, "graph", 15) for mode in ("none", "all")),
-    *(_speed(mode, "eager", 12) for mode in ("none", "all")),
-    *(_speed(mode, x, 9) for mode in ("complement", "shared_softmax") for x in ("graph", "eager")),
-    Bound("none, backward: times flash at 5 %", f"backward/{WAN.name}, 5%, none", ("x_flash",), 10),
+    _speed("none", "kernel", 22.0),
+    *(_speed(mode, "graph", 15.0) for mode in ("none", "all")),
+    *(_speed(mode, "eager", 12.0) for mode in ("none", "all")),
+    *(
+        _speed(mode, x, 9.0)
+        for mode in ("complement", "shared_softmax")
+        for x in ("graph", "eager")
+    ),
+    Bound(
+        "none, backward: times flash at 5 %", f"backward/{WAN.name}, 5%, none", ("x_flash",), 10.0
+    ),
     Bound(
         "none, kernel: rate per attended operation over the dense yardstick",
         f"speed/{WAN.name}, 5%, none",

@@ -1,0 +1,115 @@
+"""The launches that the GPU check records, varies and compiles."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from dit_accel.bench.gpu import compiling, steps
+from dit_accel.bench.gpu.cases import MODES, WAN, Layer, inputs
+from dit_accel.bench.gpu.device import DryDevice
+from dit_accel.bench.gpu.recording import Sketch, launches, without_device
+from dit_accel.bench.gpu.sweep import neighbours, outputs, retiled, tile_of
+from dit_accel.kernels.block_sparse import triton_backend
+from dit_accel.kernels.block_sparse.tiles import Target, Tile
+
+HOPPER = Target("cuda", "90")
+
+
+def layer_launches(mode, *, grad=False):
+    device = DryDevice()
+    with without_device(HOPPER) as held:
+        q, k, v = inputs(device, WAN, grad=grad)
+        layer = Layer(device, WAN, mode, 0.05)
+        o = layer(q, k, v)
+        if grad:
+            torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
+    return held
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_launches_its_attention_kernel_last(mode):
+    assert layer_launches(mode)[-1].name == "forward"
+
+
+@pytest.mark.parametrize("kernel", ["forward", "rows", "columns"])
+@pytest.mark.parametrize("tile", [Tile(64, 64, 4, 2), Tile(32, 32, 8, 3), Tile(128, 64, 8, 1)])
+def test_a_retiled_launch_is_what_the_backend_would_launch(kernel, tile):
+    launch = next(x for x in layer_launches("none", grad=True) if x.name == kernel)
+    with mock.patch.object(triton_backend, "tile", return_value=tile):
+        expected = next(x for x in layer_launches("none", grad=True) if x.name == kernel)
+    found = retiled(launch, tile)
+    assert found.grid == expected.grid
+    assert found.sketch().constants == expected.sketch().constants
+    assert found.sketch().options == expected.sketch().options
+    assert tile_of(found) == tile
+
+
+def test_neighbours_fit_the_blocks():
+    found = neighbours(Tile(64, 64, 4, 3), 64, 64)
+    assert found
+    assert all(x.q <= 64 and x.k <= 64 and x.stages >= 1 for x in found)
+    assert Tile(64, 64, 4, 3) not in found
+    assert len(set(found)) == len(found)
+
+
+def test_outputs_are_what_the_kernels_write():
+    held = layer_launches("none", grad=True)
+    by_name = {x.name: x for x in held}
+    assert outputs(by_name["forward"])[0] is by_name["forward"].keywords["O"]
+    assert outputs(by_name["rows"])[0] is by_name["rows"].keywords["GRAD_Q"]
+    assert len(outputs(by_name["columns"])) == 2
+
+
+def test_a_sketch_compiles_and_equal_sketches_compile_once():
+    sketches = [x.sketch() for x in layer_launches("none") + layer_launches("none")]
+    distinct = compiling.unique(sketches)
+    assert len(distinct) < len(sketches)
+    assert compiling.unique(distinct) == distinct
+    compiling.compile_ahead(distinct[-1], HOPPER)
+
+
+def test_lengths_of_another_divisibility_are_another_kernel():
+    sketch = layer_launches("none")[-1].sketch()
+    name = next(n for n, x in sketch.arguments.items() if x == WAN.tokens)
+    keys = {
+        Sketch(**{**sketch._asdict(), "arguments": {**sketch.arguments, name: n}}).key()
+        for n in (1, 16, 32, 33, 35)
+    }
+    assert len(keys) == 3
+
+
+def test_a_limit_takes_every_kernel_once_before_more_of_one():
+    sketches = compiling.unique(
+        x.sketch() for mode in MODES for x in layer_launches(mode, grad=True)
+    )
+    kernels = {x.kernel for x in sketches}
+    assert {x.kernel for x in compiling.spread(sketches, len(kernels))} == kernels
+    assert len(compiling.spread(sketches, 20)) <= 20
+    assert compiling.spread(sketches, None) == sketches
+
+
+def test_what_does_not_compile_is_named():
+    sketch = layer_launches("none")[-1].sketch()
+    broken = sketch._replace(constants={**sketch.constants, "TQ": 24})
+    result = compiling.compile_all([sketch, broken], HOPPER, here=False, workers=1)
+    assert result["compiled"] == 1
+    assert list(result["errors"]) == [compiling.label(broken)]
+
+
+def test_walking_in_other_processes_finds_the_same():
+    ids = [x.id for x in steps.first_measurements() if "5%, none" in x.id][:2]
+    found, errors = steps.walk_all([*ids, "speed/unknown"], HOPPER)
+    assert errors == {"speed/unknown": mock.ANY}
+    expected = [x for name in ids for x in compiling.walk(steps._by_id()[name], HOPPER)]
+    assert {x.key() for x in found} == {x.key() for x in expected}
+
+
+def test_launches_are_recorded_in_order_without_running():
+    with without_device(HOPPER) as outer:
+        device = DryDevice()
+        q, k, v = inputs(device, WAN)
+        with launches() as inner:
+            Layer(device, WAN, "all", 0.05)(q, k, v)
+    assert [x.name for x in inner] == [x.name for x in outer]
+    assert inner[-1].name == "forward"
