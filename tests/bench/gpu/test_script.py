@@ -7,33 +7,32 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "kernels" / "gpu_check.py"
 
-# torch's own requirements count as torch.
-BARE = """
-import sys
-allowed = {"torch", "triton", "jaxtyping", "numpy", "dit_accel", "wadler_lindig", "filelock", "typing_extensions",
-           "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "torchgen", "functorch", "_distutils_hack",
-           "setuptools", "pkg_resources", "__mp_main__", *sys.stdlib_module_names}
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in allowed and not name.startswith("_sysconfigdata"):
-            raise ModuleNotFoundError(f"blocked: {name}", name=name)
-
-sys.meta_path.insert(0, Blocker())
-import runpy
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+# What the script may import, and what these packages cannot do without.
+BARE = ("torch", "triton", "jaxtyping", "numpy")
+REQUIRED = (
+    "functorch",
+    "torchgen",
+    "filelock",
+    "typing_extensions",
+    "sympy",
+    "mpmath",
+    "networkx",
+    "jinja2",
+    "markupsafe",
+)
+REQUIRED += ("fsspec", "wadler_lindig", "numpy.libs")
 
 
-def start(*arguments, bare=False):
-    command = [sys.executable, *(("-c", BARE) if bare else ()), str(SCRIPT), *arguments]
+def start(*arguments, flags=(), **environment):
+    command = [sys.executable, *flags, str(SCRIPT), *arguments]
+    env = {**os.environ, **environment}
     return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ, timeout=600, check=False
+        command, capture_output=True, text=True, env=env, timeout=600, check=False
     )
 
 
@@ -47,15 +46,32 @@ def test_dry_walks_every_step_and_compiles(tmp_path):
     assert "## Bounds" in (tmp_path / "gpu_check.md").read_text()
 
 
-def test_runs_with_torch_triton_jaxtyping_and_numpy_alone():
-    done = start("--dry", "--only", "none", "--dry-limit", "1", "--workers", "1", bare=True)
+def test_runs_with_torch_triton_jaxtyping_and_numpy_alone(tmp_path):
+    installed = Path(torch.__file__).parents[1]
+    for name in (*BARE, *REQUIRED):
+        for found in (
+            *installed.glob(name),
+            *installed.glob(f"{name}.py"),
+            *installed.glob(f"{name}-*.dist-info"),
+        ):
+            (tmp_path / found.name).symlink_to(found)
+    # -S: nothing that is installed but these.
+    bare = {"flags": ("-S",), "PYTHONPATH": str(tmp_path)}
+    check = "import importlib.util as u; print([n for n in ('tyro', 'tqdm', 'pytest', 'diffusers') if u.find_spec(n)])"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    left = subprocess.run(
+        [sys.executable, "-S", "-c", check], capture_output=True, text=True, env=env, check=True
+    )
+    assert left.stdout.strip() == "[]"
+    done = start("--dry", "--only", "none", "--dry-limit", "1", "--workers", "1", **bare)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_step_that_cannot_be_walked_fails_the_dry_run(tmp_path):
+def test_a_step_that_cannot_be_walked_fails_the_dry_run():
     code = (
         "import sys, runpy; import dit_accel.bench.gpu.speed as s; s.longest = lambda *a: 1 / 0;"
-        f"sys.argv = ['x', '--dry', '--only', '5%, none', '--dry-limit', '1']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+        "sys.argv = ['x', '--dry', '--only', '5%, none', '--dry-limit', '1'];"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
@@ -74,7 +90,7 @@ def test_a_step_that_cannot_be_walked_fails_the_dry_run(tmp_path):
         (("--dry", "--workers", "0"), "--workers=0"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, message, tmp_path):
+def test_bad_arguments_are_refused(arguments, message):
     done = start(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
