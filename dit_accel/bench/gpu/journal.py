@@ -1,5 +1,7 @@
 """The JSON file of a run: rewritten after every sub-step, and read to resume."""
 
+import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,7 +92,7 @@ class Journal:
     def end(self, sub_step_id: str, status: str, **entry: Any) -> None:
         """Note how a sub-step ended: "done", "failed", "crashed" or "skipped"."""
         self.data["running"] = None
-        self.data["steps"][sub_step_id] = {"status": status, **entry}
+        self.data["steps"][sub_step_id] = {"status": status, **plain(entry)}
         self.save()
 
     def pause(self) -> None:
@@ -99,14 +101,21 @@ class Journal:
         self.save()
 
 
+def plain(x: Any) -> Any:
+    """Return data as JSON knows it: numbers that are not finite become text."""
+    if isinstance(x, dict):
+        return {str(name): plain(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [plain(value) for value in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
+
+
 def read(path: Path) -> dict[str, Any]:
     """Return the data of a file.
 
     Raises:
         ResumeError: there is no file, or it holds no run.
     """
-    import json
-
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -1,6 +1,8 @@
 """Run sub-steps one after the other within a budget, each guarded."""
 
+import signal
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -93,8 +95,6 @@ def run_all(
 def _end_failed(
     journal: Journal, device: Device, sub_step: SubStep, error: Exception, seconds: float
 ) -> None:
-    import traceback
-
     where = [f"{x.name}:{x.lineno}" for x in traceback.extract_tb(error.__traceback__)][-4:]
     text = first_line(error)
     try:
@@ -115,7 +115,6 @@ def headline(result: Result) -> str:
 @contextmanager
 def stops_on_signal() -> Iterator[None]:
     """Turn SIGTERM and SIGINT into `Stopped` in the block."""
-    import signal
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(f"signal {number}")

@@ -25,6 +25,7 @@ from dit_accel.bench.timing import Functions
 
 # Dense forwards that a turn holds: flash, cuDNN, ours; their warm-up counts too.
 DENSE = 3
+DENSE_NAMES = ("flash", "cudnn", "dense triton")
 
 
 def repeats(shape: Shape) -> int:
@@ -47,25 +48,29 @@ def longest(device: Device, held: list[HeldLaunch]) -> HeldLaunch:
     return held[int(max(times, key=lambda i: times[i]["p50"]))]
 
 
-def ratios(times: Result, *, flops: float, density: float, over: str = "flash") -> Result:
-    """Return how much faster than a dense attention each function is, and its share of the yardstick.
+def ratios(times: Result, *, flops: float, shares: dict[str, float], density: float) -> Result:
+    """Return rates, how much faster than flash each function is, and its share of the yardstick.
 
-    `of_yardstick` is the rate per attended operation over the rate of our dense kernel.
+    Args:
+        times: milliseconds by name.
+        flops: operations of a dense call.
+        shares: share of them that a function does, by name.
+        density: share that the others do.
+
+    Returns:
+        By name: `tflops` per attended operation, `x_flash`, and `of_yardstick`: that rate over the rate of our
+        dense kernel; the latter two if there is something to compare with.
     """
-    rows = {name: x for name, x in times.items() if name != "refused"}
+    rows = {name: x["p50"] for name, x in times.items() if name != "refused"}
     found: Result = {}
-    for name, x in rows.items():
-        row = {"tflops": flops * (1 if name in _DENSE_NAMES else density) / x["p50"] / 1e9}
-        if over in rows:
-            row["x_flash"] = rows[over]["p50"] / x["p50"]
+    for name, ms in rows.items():
+        share = 1.0 if name in DENSE_NAMES else shares.get(name, density)
+        found[name] = {"tflops": flops * share / ms / 1e9}
+        if "flash" in rows:
+            found[name]["x_flash"] = rows["flash"] / ms
         if "dense triton" in rows:
-            work = 1 if name in _DENSE_NAMES else density
-            row["of_yardstick"] = rows["dense triton"]["p50"] * work / x["p50"]
-        found[name] = row
+            found[name]["of_yardstick"] = rows["dense triton"] * share / ms
     return found
-
-
-_DENSE_NAMES = ("flash", "cudnn", "dense triton")
 
 
 def forward(shape: Shape, topk: float, mode: str) -> SubStep:
@@ -94,7 +99,9 @@ def forward(shape: Shape, topk: float, mode: str) -> SubStep:
             result["graph_refused"] = first_line(error)
         times = device.times(functions, repeats(shape), optional=(*DENSE_TORCH, "dense triton"))
         density = layer.density(device, plan)
-        of = ratios(times, flops=shape.flops, density=density)
+        # The kernel leaves text queries to dense attention.
+        image = device.number(plan.density) * shape.tokens / shape.length
+        of = ratios(times, flops=shape.flops, shares={"kernel": image}, density=density)
         shown = {f"x_flash_{n}": of[n].get("x_flash", 0.0) for n in ("kernel", "eager") if n in of}
         if "graph" in of:
             shown["x_flash_graph"] = of["graph"].get("x_flash", 0.0)
@@ -136,7 +143,7 @@ def backward(shape: Shape, topk: float, mode: str) -> SubStep:
         functions |= {"backward": ours, **{f"launch {x.name}": x for x in reversed(held)}}
         times = device.times(functions, repeats(shape), optional=DENSE_TORCH)
         density = layer.density(device, plan)
-        of = ratios(times, flops=2.5 * shape.flops, density=density)
+        of = ratios(times, flops=2.5 * shape.flops, shares={}, density=density)
         launched = sum(x["p50"] for n, x in times.items() if n.startswith("launch "))
         return {
             "x_flash": of["backward"].get("x_flash", 0.0),

@@ -25,6 +25,7 @@ from dit_accel.kernels.block_sparse.tiles import Target
 
 # Share of the time left that a compilation may take before the measurements go on.
 COMPILE_SHARE = 0.3
+MOST_COMPILE_S = 150.0
 COMPILATIONS = ("compile/first", "compile/rest")
 
 
@@ -64,7 +65,7 @@ def sub_steps(left: Callable[[], float]) -> list[SubStep]:
                 return {}
             target = Target.of(torch.device("cuda"))
             sketches, errors = walk_all([x.id for x in sub_steps], target)
-            seconds = max(20.0, COMPILE_SHARE * left())
+            seconds = min(MOST_COMPILE_S, max(20.0, COMPILE_SHARE * left()))
             result = compiling.compile_all(sketches, target, here=True, seconds=seconds)
             return {**result, **({"not_walked": errors} if errors else {})}
 

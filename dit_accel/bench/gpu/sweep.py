@@ -107,7 +107,8 @@ def sweep(shape: Shape, mode: str, kernel: str) -> SubStep:
             times = device.times(functions, 8, optional=DENSE_TORCH)
         tiles = {n: x for n, x in times.items() if n not in (*DENSE_TORCH, "refused")}
         best = min(tiles, key=lambda n: tiles[n]["p50"])
-        of = ratios(times, flops=shape.flops, density=layer.density(device, plan))
+        density = layer.density(device, plan)
+        of = ratios(times, flops=shape.flops, shares={}, density=density)
         gain = times[f"default {label(default)}"]["p50"] / tiles[best]["p50"]
         result: Result = {"best": best, "default": label(default), "gain": gain}
         for name, x in (("wrong", wrong), ("not_launchable", refused)):

@@ -196,3 +196,16 @@ def test_a_signal_reaches_the_process(path):
     status = supervise(lambda restarted: [sys.executable, "-c", code], path, say=print)
     assert status == STOPPED
     assert time.monotonic() - start < 30
+
+
+def test_numbers_that_are_not_finite_are_valid_json(path):
+    odd = SubStep(
+        "step", "odd", lambda device, found: {"x": [float("nan"), -float("inf")], 3: True}
+    )
+    run(path, [odd])
+
+    def refuse(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    data = json.loads(path.read_text(), parse_constant=refuse)
+    assert data["steps"]["step/odd"]["result"] == {"x": ["nan", "-inf"], "3": True}

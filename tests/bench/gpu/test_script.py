@@ -1,39 +1,19 @@
 """`kernels/gpu_check.py` as a process: without a GPU, and on a machine that has almost nothing installed."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).parents[3]
+from ...installed import BARE, ROOT, run_with
+
 SCRIPT = ROOT / "kernels" / "gpu_check.py"
 
-# What the script may import, and what these packages cannot do without.
-BARE = ("torch", "triton", "jaxtyping", "numpy")
-REQUIRED = (
-    "functorch",
-    "torchgen",
-    "filelock",
-    "typing_extensions",
-    "sympy",
-    "mpmath",
-    "networkx",
-    "jinja2",
-    "markupsafe",
-)
-REQUIRED += ("fsspec", "wadler_lindig", "numpy.libs")
 
-
-def start(*arguments, flags=(), **environment):
-    command = [sys.executable, *flags, str(SCRIPT), *arguments]
-    env = {**os.environ, **environment}
-    return subprocess.run(
-        command, capture_output=True, text=True, env=env, timeout=600, check=False
-    )
+def start(*arguments):
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_dry_walks_every_step_and_compiles(tmp_path):
@@ -47,24 +27,32 @@ def test_dry_walks_every_step_and_compiles(tmp_path):
 
 
 def test_runs_with_torch_triton_jaxtyping_and_numpy_alone(tmp_path):
-    installed = Path(torch.__file__).parents[1]
-    for name in (*BARE, *REQUIRED):
-        for found in (
-            *installed.glob(name),
-            *installed.glob(f"{name}.py"),
-            *installed.glob(f"{name}-*.dist-info"),
-        ):
-            (tmp_path / found.name).symlink_to(found)
-    # -S: nothing that is installed but these.
-    bare = {"flags": ("-S",), "PYTHONPATH": str(tmp_path)}
-    check = "import importlib.util as u; print([n for n in ('tyro', 'tqdm', 'pytest', 'diffusers') if u.find_spec(n)])"
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    left = subprocess.run(
-        [sys.executable, "-S", "-c", check], capture_output=True, text=True, env=env, check=True
-    )
-    assert left.stdout.strip() == "[]"
-    done = start("--dry", "--only", "none", "--dry-limit", "1", "--workers", "1", **bare)
+    options = ("--dry", "--only", "none", "--dry-limit", "1", "--workers", "1")
+    done = run_with(BARE, tmp_path / "site", str(SCRIPT), *options)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_bare_machine_lacks_the_rest(tmp_path):
+    code = "import importlib.util as u; print([n for n in ('tyro', 'tqdm', 'pytest', 'diffusers', 'yaml') if u.find_spec(n)])"
+    assert run_with(BARE, tmp_path / "site", "-c", code).stdout.strip() == "[]"
+
+
+def test_tests_of_the_kernels_need_pytest_and_hypothesis_beside(tmp_path):
+    options = [
+        "-o",
+        "addopts=--import-mode=importlib --strict-markers -ra",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = run_with(
+        (*BARE, "pytest", "hypothesis"),
+        tmp_path / "site",
+        *("-m", "pytest", *options, "tests/gpu/test_kernels.py", "tests/gpu/test_cuda.py"),
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "needs a CUDA device" in done.stdout
+    assert " error" not in done.stdout
 
 
 def test_a_step_that_cannot_be_walked_fails_the_dry_run():
