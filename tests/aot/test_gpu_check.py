@@ -4,6 +4,9 @@ from unittest import mock
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from dit_accel.bench.gpu import compiling, steps
 from dit_accel.bench.gpu.cases import MODES, WAN, Layer, inputs
@@ -113,3 +116,37 @@ def test_launches_are_recorded_in_order_without_running():
             Layer(device, WAN, "all", 0.05)(q, k, v)
     assert [x.name for x in inner] == [x.name for x in outer]
     assert inner[-1].name == "forward"
+
+
+class Chip:
+    """What Triton asks of a driver, for a chip that is not here."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def test_compiling_ahead_of_a_call_fills_the_cache_that_the_call_looks_into(monkeypatch):
+    """The sketch has dtypes in place of tensors, and must be specialised as the tensors are."""
+    held = layer_launches("none")[-1]
+    sketch = held.sketch()
+    monkeypatch.setattr(CompiledKernel, "_init_handles", lambda self: None)
+    monkeypatch.setattr(driver, "_active", Chip())
+    held.kernel.device_caches.clear()
+    found = []
+    warmup = held.kernel.warmup
+    with mock.patch.object(held.kernel, "warmup", lambda **x: found.append(warmup(**x))):
+        compiling.compile_here(sketch, HOPPER)
+    held.kernel.device_caches.clear()
+    tensors = {
+        name: torch.empty(64, dtype=x.dtype) if isinstance(x, torch.Tensor) else x
+        for name, x in held.keywords.items()
+    }
+    called = warmup(grid=held.grid, **tensors)
+    held.kernel.device_caches.clear()
+    assert found[0].hash == called.hash
