@@ -22,6 +22,7 @@ MODES: dict[str, dict[str, str]] = {
     "marginal": {"combine": "proj", "linear_scope": "marginal"},
     "alpha": {"combine": "alpha", "linear_scope": "complement"},
 }
+DTYPE = torch.bfloat16
 SKIP = 0.1
 DENSE_TORCH = ("flash", "cudnn")
 
@@ -55,11 +56,10 @@ SD3 = Shape("SD3 1024", 24, 4096, 64, batch=2, text=333)
 
 
 def inputs(device: Device, shape: Shape, *, grad: bool = False) -> list[Tensor]:
-    """Return q, k, v `[B, H, L, D]` in bf16 as transformers hand them over: `[B, L, H, D]` in memory."""
+    """Return q, k, v `[B, H, L, D]` in `DTYPE` as transformers hand them over: `[B, L, H, D]` in memory."""
     size = (shape.batch, shape.length, shape.heads, shape.head_dim)
     tensors = (
-        torch.randn(size, device=device.place, dtype=torch.bfloat16).transpose(1, 2)
-        for _ in range(3)
+        torch.randn(size, device=device.place, dtype=DTYPE).transpose(1, 2) for _ in range(3)
     )
     return [x.requires_grad_(grad) for x in tensors]
 
@@ -69,10 +69,8 @@ def weights(device: Device, mode: str, shape: Shape) -> dict[str, Any]:
     options: dict[str, Any] = dict(MODES[mode])
     if options["combine"] == "proj":
         matrix = torch.randn(shape.head_dim, shape.head_dim, device=device.place)
-        options["proj_weight"] = (matrix / shape.head_dim**0.5).to(torch.bfloat16)
-        options["proj_bias"] = torch.randn(
-            shape.head_dim, device=device.place, dtype=torch.bfloat16
-        )
+        options["proj_weight"] = (matrix / shape.head_dim**0.5).to(DTYPE)
+        options["proj_bias"] = torch.randn(shape.head_dim, device=device.place, dtype=DTYPE)
     elif options["combine"] == "alpha":
         options["alpha"] = torch.full((shape.heads,), 0.5, device=device.place)
     return options

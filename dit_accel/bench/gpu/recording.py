@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
@@ -104,16 +105,19 @@ def launches(*, run: bool = True) -> Iterator[list[HeldLaunch]]:
         run: also launch the kernels.
     """
     held: list[HeldLaunch] = []
-    original = JITFunction.run
+    kind: Any = JITFunction
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        kind = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
+    original = kind.run
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
-        named = dict(zip((p.name for p in kernel.params), arguments, strict=False))
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
         held.append(HeldLaunch(kernel, grid, {**named, **keywords}))
         if run:
             return original(kernel, *arguments, grid=grid, warmup=warmup, **keywords)
         return None
 
-    with mock.patch.object(JITFunction, "run", record):
+    with mock.patch.object(kind, "run", record):
         yield held
 
 

@@ -20,7 +20,8 @@ D64 = Shape("d=64", 24, 17776, 64)
 SMALL = Shape("blocks of 64", 12, 32760, 128, block_q=64)
 # Measured in addition to the neighbours of the default tile.
 EXTRA = (Tile(128, 64, 8, 3), Tile(128, 64, 8, 5), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3))
-TOLERANCE = 1e-2
+# Tiles sum in another order before they round.
+TOLERANCE = 5e-3
 
 
 def tile_of(launch: HeldLaunch) -> Tile:
@@ -90,8 +91,8 @@ def sweep(shape: Shape, mode: str, kernel: str) -> SubStep:
         functions: Functions = {f"default {label(default)}": launch}
         wrong, refused = {}, {}
         for tile in neighbours(default, shape.block_q, shape.block_k):
-            candidate = retiled(launch, tile)
             try:
+                candidate = retiled(launch, tile)
                 distance = differs(device, candidate, kept, out)
             except Exception as error:  # it needs more memory or registers than there are
                 device.wait()
