@@ -86,7 +86,7 @@ kernel-table: install
 # Where Python brings a torch for the GPU that is there, it is used as it is: nothing is installed, no network is
 # needed, and the package runs from this folder. Elsewhere the environment is made.
 GPU_PYTHON = python=$$($(PYTHON) -c "import torch, triton, jaxtyping; assert torch.cuda.is_available()" 2> /dev/null \
-	&& echo $(PYTHON) || { $(MAKE) install > /dev/null && echo $(BIN)/python; }); export PYTHONPATH=.:$$PYTHONPATH
+	&& echo $(PYTHON) || { $(MAKE) install >&2 && echo $(BIN)/python; }); export PYTHONPATH=.:$$PYTHONPATH
 # Tests of a GPU; they run if the modules $(1) are there, on several processes if pytest can.
 GPU_TESTS = if $$python -c "import pytest, hypothesis, $(1)"; then \
 	$$python -c "import xdist" 2> /dev/null && workers="-n $(2)" || workers=; \
@@ -95,21 +95,21 @@ GPU_TESTS = if $$python -c "import pytest, hypothesis, $(1)"; then \
 
 # Both halves run, whatever the first one finds; compiling is most of the tests' time, so eight at once.
 gpu-check:
-	$(GPU_PYTHON); $$python kernels/gpu_check.py --out $(GPU_OUT) --budget $(GPU_BUDGET); checks=$$?; \
+	@$(GPU_PYTHON); $$python kernels/gpu_check.py --out $(GPU_OUT) --budget $(GPU_BUDGET); checks=$$?; \
 	$(call GPU_TESTS,torch,8,tests/gpu/test_kernels.py tests/gpu/test_cuda.py,0); [ $$checks = 0 ] && exit $$tests
 
 gpu-check-ras:
-	$(GPU_PYTHON); $(call GPU_TESTS,diffusers,1,tests/gpu/test_ras.py,1); \
+	@$(GPU_PYTHON); $(call GPU_TESTS,diffusers,1,tests/gpu/test_ras.py,1); \
 	$$python pipelines/bench_ras.py overhead --device cuda --time-limit-s 420 \
 		--output pipelines/results/ras_overhead_gpu.json && exit $$tests
 
 gpu-check-sla:
-	$(GPU_PYTHON); $(call GPU_TESTS,diffusers,4,tests/gpu/test_sla.py,1); \
+	@$(GPU_PYTHON); $(call GPU_TESTS,diffusers,4,tests/gpu/test_sla.py,1); \
 	$$python pipelines/bench_sla.py speed --device cuda --time-limit-s 300 \
 		--output pipelines/results/sla_speed_gpu.json && exit $$tests
 
 gpu-check-eval:
-	$(GPU_PYTHON); $(call GPU_TESTS,diffusers,1,tests/gpu/test_eval.py,1); [ $$tests = 0 ] && \
+	@$(GPU_PYTHON); $(call GPU_TESTS,diffusers,1,tests/gpu/test_eval.py,1); [ $$tests = 0 ] && \
 	$$python -m dit_accel.cli eval run --preset demo --device cuda --overwrite --output-dir $(DEMO_OUT)/eval
 
 clean:

@@ -100,6 +100,13 @@ def test_what_does_not_compile_is_named():
     assert list(result["errors"]) == [compiling.label(broken)]
 
 
+def test_compiling_ends_at_its_limit():
+    sketches = [layer_launches("none")[-1].sketch()]
+    result = compiling.compile_all(sketches, HOPPER, here=False, workers=1, seconds=0.01)
+    assert result["compiled"] == 0
+    assert result["compile_s"] < 30
+
+
 def test_walking_in_other_processes_finds_the_same():
     ids = [x.id for x in steps.first_measurements() if "5%, none" in x.id][:2]
     found, errors = steps.walk_all([*ids, "speed/unknown"], HOPPER)

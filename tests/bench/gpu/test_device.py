@@ -68,3 +68,13 @@ def test_a_dry_device_calls_every_function_once():
     times = DryDevice().times({x: lambda x=x: calls.append(x) for x in "ab"}, 5)
     assert calls == ["a", "b"]
     assert set(times) == {"a", "b"}
+
+
+def test_poisoned_memory_is_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    with Device().poisoned():
+        x = torch.ones(3)
+        for memory in (torch.empty(4), x.new_empty(5), torch.empty_like(x)):
+            assert memory.isnan().all()
+        assert torch.empty(4, dtype=torch.int32).min() == torch.iinfo(torch.int32).max
+    assert torch.are_deterministic_algorithms_enabled() == before
