@@ -12,6 +12,7 @@ parallel), yardstick (dense attentions), checks (every mode against plain formul
 DIR/gpu_check.json is rewritten after every sub-step; DIR/gpu_check.md is its summary. Schema:
 
     format_version   1
+    dry              true: nothing was measured, every number is a placeholder
     device, capability, source, commit, versions, machine, budget_s     what ran where; `source` is a hash of the code
     clocks           [{before: step, clocks.sm: text, ...}]             as the driver reports them
     running          null, or {id, since, limit_s}                      the sub-step that is being measured
@@ -119,6 +120,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         commit = ""
     gpu = not args.dry
     return {
+        "dry": args.dry,
         "device": torch.cuda.get_device_name() if gpu else "none",
         "capability": ".".join(map(str, torch.cuda.get_device_capability())) if gpu else args.arch,
         "source": source_hash(),
