@@ -10,7 +10,10 @@ def markdown(data: dict[str, Any]) -> str:
     """Return the summary of a run."""
     steps = data["steps"]
     results = {name: x["result"] for name, x in steps.items() if x["status"] == "done"}
-    lines = ["# GPU check", "", *_facts(data, results), ""]
+    lines = ["# GPU check", ""]
+    if data.get("dry"):
+        lines += ["**Dry run: nothing was measured, every number is a placeholder.**", ""]
+    lines += [*_facts(data, results), ""]
     lines += ["## Bounds", "", "| bound | least | measured | |", "|---|---|---|---|"]
     for x in verdicts(results):
         value = "" if x["value"] is None else f"{x['value']:.3g}"
@@ -54,6 +57,7 @@ def _checks(results: dict[str, Any]) -> Iterator[str]:
     checks = _of(results, "checks")
     bad = {n: x for n, x in checks.items() if not x["passed"]}
     yield f"## Correctness: {len(checks) - len(bad)} of {len(checks)} problems passed"
+    yield ""
     for name, x in bad.items():
         worst = {n: f"{e:.2g} > {a:.2g}" for n, (e, a) in x.get("errors", {}).items() if not e <= a}
         shown = worst or {n: v for n, v in x.items() if n != "passed"}
@@ -65,7 +69,9 @@ def _trouble(steps: dict[str, Any]) -> Iterator[str]:
         found = {n: x for n, x in steps.items() if x["status"] == status}
         if found:
             yield f"## {status.capitalize()}: {len(found)}"
+            yield ""
             yield from (f"- {n}: {x.get('error') or x.get('reason', '')}" for n, x in found.items())
+            yield ""
 
 
 def _cell(row: dict[str, Any], times: dict[str, Any], name: str) -> str:

@@ -54,7 +54,7 @@ def ratios(times: Result, *, flops: float, shares: dict[str, float], density: fl
     Args:
         times: milliseconds by name.
         flops: operations of a dense call.
-        shares: share of them that a function does, by name.
+        shares: share of them that a function does, by name; 0 for what attends to nothing.
         density: share that the others do.
 
     Returns:
@@ -65,6 +65,8 @@ def ratios(times: Result, *, flops: float, shares: dict[str, float], density: fl
     found: Result = {}
     for name, ms in rows.items():
         share = 1.0 if name in DENSE_NAMES else shares.get(name, density)
+        if not share:
+            continue
         found[name] = {"tflops": flops * share / ms / 1e9}
         if "flash" in rows:
             found[name]["x_flash"] = rows["flash"] / ms
@@ -101,7 +103,8 @@ def forward(shape: Shape, topk: float, mode: str) -> SubStep:
         density = layer.density(device, plan)
         # The kernel leaves text queries to dense attention.
         image = device.number(plan.density) * shape.tokens / shape.length
-        of = ratios(times, flops=shape.flops, shares={"kernel": image}, density=density)
+        shares = {"kernel": image, "router": 0.0, "plan": 0.0}
+        of = ratios(times, flops=shape.flops, shares=shares, density=density)
         shown = {f"x_flash_{n}": of[n].get("x_flash", 0.0) for n in ("kernel", "eager") if n in of}
         if "graph" in of:
             shown["x_flash_graph"] = of["graph"].get("x_flash", 0.0)

@@ -33,14 +33,24 @@ def test_bounds_are_of_sub_steps_that_exist():
 def test_ratios():
     times = {
         name: {"p20": x, "p50": x, "p80": x}
-        for name, x in (("flash", 20.0), ("dense triton", 25.0), ("kernel", 1.0), ("eager", 2.0))
+        for name, x in (
+            ("flash", 20.0),
+            ("dense triton", 25.0),
+            ("kernel", 1.0),
+            ("eager", 2.0),
+            ("plan", 0.1),
+        )
     }
     found = ratios(
-        {**times, "refused": {"cudnn": "no"}}, flops=1e12, shares={"eager": 0.1}, density=0.05
+        {**times, "refused": {"cudnn": "no"}},
+        flops=1e12,
+        shares={"eager": 0.1, "plan": 0.0},
+        density=0.05,
     )
     assert found["kernel"]["x_flash"] == 20
     assert found["kernel"]["of_yardstick"] == pytest.approx(1.25)
     assert found["kernel"]["tflops"] == pytest.approx(50)
+    assert "plan" not in found
     assert found["eager"]["of_yardstick"] == pytest.approx(1.25)
     assert found["flash"]["tflops"] == pytest.approx(50)
     assert found["flash"]["of_yardstick"] == pytest.approx(1.25)

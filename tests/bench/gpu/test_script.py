@@ -23,7 +23,9 @@ def test_dry_walks_every_step_and_compiles(tmp_path):
     listed = start("--list").stdout.splitlines()
     assert [x.partition("  (")[0] for x in listed] == list(data["steps"])
     assert {x["status"] for x in data["steps"].values()} == {"done"}
-    assert "## Bounds" in (tmp_path / "gpu_check.md").read_text()
+    text = (tmp_path / "gpu_check.md").read_text()
+    assert "Dry run: nothing was measured" in text
+    assert "## Bounds" in text
 
 
 def test_runs_with_torch_triton_jaxtyping_and_numpy_alone(tmp_path):
