@@ -5,20 +5,22 @@ import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 import dit_accel.kernels
 from dit_accel.kernels.block_sparse.tiles import Target
 from dit_accel.kernels.launch import Launch
+
+# Where torch keeps the function behind an operator that has one for every device.
+BODY = torch._C.DispatchKey.CompositeExplicitAutograd
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,10 @@ class _RunBodies(TorchDispatchMode):
     """Runs what our operators do on a device, where torch would only work out shapes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        body: Callable = func
-        if func.namespace == "dit_accel":
-            body = OPDEFS[func._schema.name]._init_fn
-            with self:
-                return body(*args, **(kwargs or {}))
-        return body(*args, **(kwargs or {}))
+        if func.namespace != "dit_accel":
+            return func(*args, **(kwargs or {}))
+        with self:  # operators call each other
+            return func._op_dk(BODY, *args, **(kwargs or {}))
 
 
 def _takes_triton(x: Tensor) -> bool:
