@@ -80,7 +80,7 @@ bench-eval: install
 	$(BIN)/python eval/bench_score.py --output eval/results/score_cpu.json
 
 kernel-table: install
-	$(BIN)/python kernels/kernel_table.py --output docs/kernel-table.md
+	$(BIN)/python kernels/kernel_table.py --output docs/kernel-table.md --json kernels/results/kernel_table.json
 	$(BIN)/python kernels/split_head_dim.py --append-to docs/kernel-table.md
 
 # Where Python brings a torch for the GPU that is there, it is used as it is: nothing is installed, no network is
