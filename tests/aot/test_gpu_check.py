@@ -1,5 +1,6 @@
 """The launches that the GPU check records, varies and compiles."""
 
+import os
 import sys
 from unittest import mock
 
@@ -101,7 +102,21 @@ def test_what_does_not_compile_is_named():
     broken = sketch._replace(constants={**sketch.constants, "TQ": 24})
     result = compiling.compile_all([sketch, broken], HOPPER, here=False, workers=1)
     assert result["compiled"] == 1
-    assert list(result["errors"]) == [compiling.label(broken)]
+    assert list(result["not_compiled"]) == [compiling.label(broken)]
+
+
+def end_process(sketch, target):
+    if sketch.constants.get("TQ") == 24:
+        os.abort()
+
+
+def test_a_compiler_that_ends_its_process_costs_one_kernel(monkeypatch):
+    sketch = layer_launches("none")[-1].sketch()
+    broken = sketch._replace(constants={**sketch.constants, "TQ": 24})
+    monkeypatch.setattr(compiling, "compile_ahead", end_process)
+    result = compiling.compile_all([broken, sketch, sketch], HOPPER, here=False, workers=2)
+    assert result["compiled"] == 2
+    assert result["not_compiled"] == {compiling.label(broken): "the compiler ended its process"}
 
 
 def test_compiling_ends_at_its_limit():

@@ -1,11 +1,12 @@
 """Compile launches in worker processes: into Triton's cache on a GPU, ahead of time without one."""
 
+import hashlib
+import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures import TimeoutError as PoolTimeoutError
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -67,9 +68,12 @@ def compile_all(
     *,
     here: bool,
     workers: int | None = None,
-    seconds: float | None = None,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
     """Compile launches in parallel.
+
+    A compiler that ends its process, as Triton's does where it meets a case that it does not expect, costs that
+    launch alone.
 
     Args:
         sketches: what to compile.
@@ -79,50 +83,84 @@ def compile_all(
         seconds: time limit; what is not compiled by then compiles at its first launch.
 
     Returns:
-        The number of kernels, how many are compiled, the seconds, and the errors by kernel.
+        The number of kernels, how many are compiled, the seconds, and under "not_compiled" errors by label.
     """
     start = time.monotonic()
     function = compile_here if here else compile_ahead
-    workers = workers or max(1, min(14, (os.cpu_count() or 2) - 1))
+    count = workers or max(1, min(14, (os.cpu_count() or 2) - 1))
     errors: dict[str, str] = {}
-    done = 0
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    left, done = list(reversed(sketches)), 0
+    busy: dict[Connection, tuple[Worker, Sketch]] = {}
+    idle = [Worker(function, target) for _ in range(min(count, len(sketches)))]
     try:
-        jobs = {pool.submit(function, x, target): x for x in sketches}
-        for job in as_completed(jobs, timeout=seconds):
-            error = job.exception()
-            if error is None:
-                done += 1
-            else:
-                errors[label(jobs[job])] = first_line(error)
-    except PoolTimeoutError:
-        pass
+        while (left or busy) and time.monotonic() - start < seconds:
+            while left and (idle or len(busy) < count):
+                worker = idle.pop() if idle else Worker(function, target)
+                sketch = left.pop()
+                worker.connection.send(sketch)
+                busy[worker.connection] = worker, sketch
+            for connection in wait(list(busy), timeout=min(1.0, seconds)):
+                assert isinstance(connection, Connection)
+                worker, sketch = busy.pop(connection)
+                try:
+                    error = connection.recv()
+                    idle.append(worker)
+                except EOFError:
+                    error = "the compiler ended its process"
+                if error is None:
+                    done += 1
+                else:
+                    errors[label(sketch)] = error
     finally:
-        _end(pool)
+        for worker in (*idle, *(x for x, _ in busy.values())):
+            worker.process.terminate()
     return {
         "kernels": len(sketches),
         "compiled": done,
-        "workers": workers,
+        "workers": count,
         "compile_s": round(time.monotonic() - start, 1),
-        **({"errors": errors} if errors else {}),
+        **({"not_compiled": errors} if errors else {}),
     }
 
 
-def _end(pool: ProcessPoolExecutor) -> None:
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.terminate()
+class Worker:
+    """A process that compiles what it is sent, and answers with None or an error."""
+
+    def __init__(self, function: Callable[[Sketch, Target], None], target: Target) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, function, target), daemon=True)
+        self.process.start()
+        other.close()
+
+
+def _serve(
+    connection: Connection, function: Callable[[Sketch, Target], None], target: Target
+) -> None:
+    # A compiler that fails prints the whole kernel; what matters is in its exception.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    while True:
+        try:
+            sketch = connection.recv()
+        except EOFError:
+            return
+        error = None
+        try:
+            function(sketch, target)
+        except Exception as caught:
+            error = first_line(caught)
+        connection.send(error)
 
 
 def label(sketch: Sketch) -> str:
-    """Return a short name of a launch that tells it from others."""
+    """Return a short name of a launch that tells it from every other one."""
     c = sketch.constants
     shown = ("HEAD_DIM", "LINEAR", "EXTRA_KEYS", "POSITIONAL", "TQ", "TK", "BM", "BN")
     parts = [f"{n}={c[n]}" for n in shown if n in c]
     kinds = {str(x).removeprefix("torch.") for x in sketch.arguments.values() if _is_float(x)}
     parts += [f"{n[4:]}={x}" for n, x in sketch.options.items() if n.startswith("num_")]
-    return f"{sketch.kernel}({', '.join(parts)}; {'/'.join(sorted(kinds))})"
+    digest = hashlib.sha256(repr(sketch.key()).encode()).hexdigest()[:6]
+    return f"{sketch.kernel}({', '.join(parts)}; {'/'.join(sorted(kinds))}) {digest}"
 
 
 def _is_float(x: Any) -> bool:

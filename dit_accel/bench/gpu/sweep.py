@@ -8,6 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from dit_accel.bench.gpu import compiling
 from dit_accel.bench.gpu.cases import DENSE_TORCH, WAN, Layer, Shape, dense_functions, inputs
 from dit_accel.bench.gpu.device import Device, Result
 from dit_accel.bench.gpu.journal import SubStep
@@ -90,9 +91,15 @@ def sweep(shape: Shape, mode: str, kernel: str) -> SubStep:
         kept = [x.detach().clone() for x in out]
         functions: Functions = {f"default {label(default)}": launch}
         wrong, refused = {}, {}
+        # Compiled here, some of these would end this process.
+        uncompiled = {
+            name: error for x in found.values() for name, error in x.get("not_compiled", {}).items()
+        }
         for tile in neighbours(default, shape.block_q, shape.block_k):
             try:
                 candidate = retiled(launch, tile)
+                if (known := uncompiled.get(compiling.label(candidate.sketch()))) is not None:
+                    raise RuntimeError(known)
                 distance = differs(device, candidate, kept, out)
             except Exception as error:  # it needs more memory or registers than there are
                 device.wait()
