@@ -113,5 +113,5 @@ def memories() -> Iterator[SubStep]:
 
 
 def flexes() -> Iterator[SubStep]:
-    for mode in ("none", "complement"):
+    for mode in ("none", "complement", "shared_softmax"):
         yield flex(mode)
