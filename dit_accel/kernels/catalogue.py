@@ -34,6 +34,8 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
         "linear complement": make(linear_scope="complement"),
         "linear by row": make(linear_scope="complement", bounded=False),
         "split rows": make(read=0.5, long_rows=True),
+        # Sizes of blocks are loaded beside their indices, by loops that are pipelined.
+        "ragged": make(ragged=True, linear_scope="complement", bounded=False),
     }
     # Tiles of more than 64 queries, and what runs at inference only.
     wide = {
@@ -86,6 +88,7 @@ def _launches(
     linear_scope: str | None = None,
     combine: str | None = None,
     bounded: bool = True,
+    ragged: bool = False,
     block_q: int = 64,
     read: float = 0.05,
     long_rows: bool = False,
@@ -103,6 +106,8 @@ def _launches(
         causal=causal,
         columns=integers(1, HEADS, 512) if columns else None,
         long_rows=integers(2) if long_rows else None,
+        q_block_sizes=integers(LENGTH // block_q) if ragged else None,
+        k_block_sizes=integers(n) if ragged else None,
         most=int(read * n),
     )
     plan = dataclasses.replace(plan, row_bound=int(read * n) if bounded else None)
