@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 import os
 import pkgutil
 import sys
@@ -48,7 +49,9 @@ class HeldLaunch:
     def sketch(self) -> "Sketch":
         """Return what decides the compiled code, without tensors."""
         arguments, constants, options = {}, {}, {}
-        kinds = {p.name: p.is_constexpr for p in self.kernel.params}
+        # Triton's interpreter has functions without `params`.
+        signature = inspect.signature(self.kernel.fn).parameters
+        kinds = {name: "constexpr" in str(p.annotation) for name, p in signature.items()}
         for name, value in self.keywords.items():
             if name not in kinds:
                 options[name] = value
