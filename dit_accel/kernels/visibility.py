@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.geometry import Rules
 from dit_accel.kernels.plan_data import PlanData
 from dit_accel.kernels.precision import wide
 
 
-def positions(plan: PlanData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def positions(plan: Rules) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each row and key: its position and whether it is a token.
 
     `[Hq|1, Lq]`, `[Lk]`, `[Lq]` and `[B|1, Lk]`, rows in the order of the query blocks.
@@ -22,7 +23,7 @@ def positions(plan: PlanData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q_pos, k_pos, q_ok, k_ok
 
 
-def row_ends(plan: PlanData) -> tuple[Tensor, Tensor]:
+def row_ends(plan: Rules) -> tuple[Tensor, Tensor]:
     """Smallest and largest key position that the rows of each block stand at, two `[Hq|1, T_q]`."""
     if plan.q_order is None:
         first = torch.arange(plan.num_q_blocks, device=plan.device) * plan.block_q
@@ -37,7 +38,7 @@ def row_ends(plan: PlanData) -> tuple[Tensor, Tensor]:
     return blocks[0].amin(-1), blocks[1].amax(-1)
 
 
-def block_visibility(plan: PlanData) -> tuple[Tensor, Tensor]:
+def block_visibility(plan: Rules) -> tuple[Tensor, Tensor]:
     """Whether some, and whether every, pair of a block is visible: two `[B|1, Hq|1, T_q, T_k]`.
 
     A row whose queries run short (the query tail) still counts as full: its missing queries

@@ -1,6 +1,7 @@
 """Block scores from pooled tokens: the router of SLA (arXiv 2509.24006, eq. 2) and one that knows spread, in fp32."""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.lists import reads_freely
+from dit_accel.kernels.operators import operator
 from dit_accel.kernels.precision import no_autocast, wide
 
 
@@ -44,19 +46,35 @@ def pool_moments(
     return torch.ops.dit_accel.pool_moments(x, block, sizes)
 
 
-def _check_blocks(x: Tensor, block: int, sizes: Tensor | None) -> None:
+def _check_blocks(x: Tensor, block: int, sizes: Tensor | None, side: str = "") -> None:
     if block < 1:
-        raise ValueError(f"block={block}: accepted is an int >= 1")
+        name = f"block_{side[0]}" if side else "block"
+        raise ValueError(f"{name}={block}: accepted is an int >= 1")
     if sizes is not None:
         n = -(-x.shape[2] // block)
         # Symbolic sizes compare one by one, not inside tuples.
         if (sizes.shape[0] != 1 and sizes.shape[0] != x.shape[0]) or sizes.shape[1] != n:
             raise ValueError(
-                f"sizes: shape {tuple(sizes.shape)}; accepted is [1, {n}] or [{x.shape[0]}, {n}]"
+                f"{side}sizes: shape {tuple(sizes.shape)}; accepted is [1, {n}] or [{x.shape[0]}, {n}]"
             )
 
 
-@torch.library.custom_op("dit_accel::pool_blocks", mutates_args=())
+def _pooled(
+    x: Tensor,
+    block: int,
+    sizes: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """An empty result of `pool_blocks`."""
+    b, h, length, d = x.shape
+    return x.new_empty(b, h, -(-length // block), d, dtype=dtype or wide(x))
+
+
+def _two_pooled(x: Tensor, block: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return _pooled(x, block), _pooled(x, block)
+
+
+@operator("pool_blocks", _pooled)
 def _pool_blocks(
     x: Tensor,
     block: int,
@@ -65,38 +83,26 @@ def _pool_blocks(
 ) -> Tensor:
     if not runs_here(x):
         return _pool_in_torch(x, block, sizes).to(dtype or wide(x))
-    from dit_accel.kernels.router.pool import pool_launch
-
-    out = _pool_blocks_fake(x, block, sizes, dtype)
-    pool_launch(x, out, None if sizes is None else sizes.contiguous(), block)()
+    out = _pooled(x, block, dtype=dtype)
+    _launch_pool(x, out, block, sizes)
     return out
 
 
-@_pool_blocks.register_fake
-def _pool_blocks_fake(
-    x: Tensor,
-    block: int,
-    sizes: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    b, h, length, d = x.shape
-    return x.new_empty(b, h, -(-length // block), d, dtype=dtype or wide(x))
-
-
-@torch.library.custom_op("dit_accel::pool_moments", mutates_args=())
+@operator("pool_moments", _two_pooled)
 def _pool_moments(x: Tensor, block: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if not runs_here(x):
         return _pool_in_torch(x, block, sizes), _pool_in_torch(x, block, sizes, square=True)
-    from dit_accel.kernels.router.pool import pool_launch
-
-    mean, mean_square = _pool_moments_fake(x, block, sizes)
-    pool_launch(x, mean, None if sizes is None else sizes.contiguous(), block, mean_square)()
+    mean, mean_square = _two_pooled(x, block)
+    _launch_pool(x, mean, block, sizes, mean_square)
     return mean, mean_square
 
 
-@_pool_moments.register_fake
-def _pool_moments_fake(x: Tensor, block: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _pool_blocks_fake(x, block), _pool_blocks_fake(x, block)
+def _launch_pool(
+    x: Tensor, out: Tensor, block: int, sizes: Tensor | None, squares: Tensor | None = None
+) -> None:
+    from dit_accel.kernels.router.pool import pool_launch
+
+    pool_launch(x, out, None if sizes is None else sizes.contiguous(), block, squares)()
 
 
 def _pool_in_torch(x: Tensor, block: int, sizes: Tensor | None, *, square: bool = False) -> Tensor:
@@ -115,7 +121,7 @@ def _pool_in_torch(x: Tensor, block: int, sizes: Tensor | None, *, square: bool 
 
 def _pool_whole_blocks(x: Tensor, block: int, tail_sizes: Tensor | None, square: bool) -> Tensor:
     """All blocks full but the tail, if there is one, of which `tail_sizes` `[B|1, 1]` are valid."""
-    pooled = _pool_blocks_fake(x, block)
+    pooled = _pooled(x, block)
     whole = x.shape[2] // block
     if whole:
         # Summing a view reads x once and copies nothing; only the ragged tail is handled apart.
@@ -185,20 +191,64 @@ def block_scores(
         raise ValueError(
             f"q: {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k"
         )
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    gain = None
+    _check_blocks(q, block_q, q_sizes, "q_")
+    _check_blocks(k, block_k, k_sizes, "k_")
+    return torch.ops.dit_accel.block_scores(
+        q, k, q_sizes, k_sizes, block_q, block_k, float(scale), smooth_k, spread
+    )
+
+
+def _no_scores(q: Tensor, k: Tensor, q_sizes, k_sizes, block_q: int, block_k: int, *_: Any) -> Tensor:
+    """An empty result of `block_scores`."""
+    b, h, length, _ = q.shape
+    return q.new_empty(b, h, -(-length // block_q), -(-k.shape[2] // block_k), dtype=wide(q))
+
+
+@operator("block_scores", _no_scores)
+def _block_scores(
+    q: Tensor,
+    k: Tensor,
+    q_sizes: Tensor | None,
+    k_sizes: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    smooth_k: bool,
+    spread: bool,
+) -> Tensor:
+    squares: tuple[Tensor, Tensor] | None = None
     if spread:
-        pooled_q, square_q = pool_moments(q, block_q, q_sizes)
-        pooled_k, square_k = pool_moments(k, block_k, k_sizes)
-        variance = (square_k - pooled_k.square()).clamp(min=0)
-        gain = _spread_gain(_products(square_q * scale**2, variance), block_k)
+        pooled_q, square_q = _pool_moments(q, block_q, q_sizes)
+        pooled_k, square_k = _pool_moments(k, block_k, k_sizes)
+        squares = square_q, square_k
     else:
-        pooled_q = pool_blocks(q, block_q, q_sizes)
-        pooled_k = pool_blocks(k, block_k, k_sizes)
-    if smooth_k:
-        pooled_k = pooled_k - _mean_of_tokens(pooled_k, k.shape[2], block_k, k_sizes)
-    scores = _products(pooled_q * scale, pooled_k)
-    return scores if gain is None else scores + gain
+        pooled_q, pooled_k = _pool_blocks(q, block_q, q_sizes), _pool_blocks(k, block_k, k_sizes)
+    mean = _mean_of_tokens(pooled_k, k.shape[2], block_k, k_sizes) if smooth_k else None
+    if not runs_here(q):
+        return _scores_in_torch(pooled_q, pooled_k, squares, mean, scale, block_k)
+    from dit_accel.kernels.router.scores_kernel import scores_launch
+
+    out = pooled_q.new_empty(*pooled_q.shape[:3], pooled_k.shape[2])
+    scores_launch(pooled_q, pooled_k, squares, mean, out, scale=scale, block_k=block_k)()
+    return out
+
+
+def _scores_in_torch(
+    q: Tensor,
+    k: Tensor,
+    squares: tuple[Tensor, Tensor] | None,
+    mean: Tensor | None,
+    scale: float,
+    block_k: int,
+) -> Tensor:
+    """Scores of what was pooled; `mean` `[B, Hkv, 1, D]` is subtracted from the keys."""
+    scores = _products(q * scale, k if mean is None else k - mean)
+    if squares is None:
+        return scores
+    variance = (squares[1] - k.square()).clamp(min=0)
+    return scores + _spread_gain(_products(squares[0] * scale**2, variance), block_k)
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
