@@ -98,4 +98,3 @@ class PlanData(Rules):
             partial=transpose_lists(self.kv_num_blocks, self.kv_indices, n_k),
             full=transpose_lists(self.full_kv_num_blocks, self.full_kv_indices, n_k),
         )
-

@@ -200,10 +200,11 @@ def block_scores(
     )
 
 
-def _no_scores(q: Tensor, k: Tensor, q_sizes, k_sizes, block_q: int, block_k: int, *_: Any) -> Tensor:
+def _no_scores(
+    q: Tensor, k: Tensor, q_sizes, k_sizes, block_q: int, block_k: int, *rest: Any
+) -> Tensor:
     """An empty result of `block_scores`."""
-    b, h, length, _ = q.shape
-    return q.new_empty(b, h, -(-length // block_q), -(-k.shape[2] // block_k), dtype=wide(q))
+    return q.new_empty(*q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k), dtype=wide(q))
 
 
 @operator("block_scores", _no_scores)
