@@ -108,8 +108,17 @@ def definition(module, q, k, v, text, where, scale):
     return alpha * o + (1 - alpha) * o_l
 
 
+def with_density(module, *qkv, **options):
+    """The output, and attended pairs over all pairs."""
+    tally = torch.zeros(3, dtype=torch.int64)
+    o = module(*qkv, tally=tally, **options)
+    calls, attended, pairs = tally.tolist()
+    assert calls == 1
+    return o, attended / pairs
+
+
 def check(module, q, k, v, text, where, scale=0.31):
-    o, density = module(q, k, v, text=where, text_tokens=text, scale=scale)
+    o, density = with_density(module, q, k, v, text=where, text_tokens=text, scale=scale)
     expected = definition(module, q, k, v, text, where, scale)
     image = o[:, :, text:] if where == "first" else o[:, :, : o.shape[2] - text]
     torch.testing.assert_close(image, expected, rtol=1e-9, atol=1e-10)
@@ -122,7 +131,7 @@ def check(module, q, k, v, text, where, scale=0.31):
         scale=scale,
     )
     torch.testing.assert_close(o[:, :, words], exact)
-    assert 0 < float(density) <= 1
+    assert 0 < density <= 1
     return o, torch.cat([exact, expected] if where == "first" else [expected, exact], 2)
 
 
@@ -173,9 +182,9 @@ def test_any_settings_and_sizes_follow_the_definition(data):
 def test_reading_everything_is_dense_attention(combine, scope):
     module = SparseLinearAttention(config(topk=1.0, combine=combine, linear_scope=scope), 2, 16)
     q, k, v = (x.float() for x in inputs(53, 87, 11))
-    o, density = module(q, k, v, text="last", text_tokens=11)
+    o, density = with_density(module, q, k, v, text="last", text_tokens=11)
     exact = F.scaled_dot_product_attention(q, k, v)
-    assert float(density) == 1
+    assert density == 1
     if (combine, scope) == ("alpha", "all"):  # which mixes in linear attention over every key
         alpha = module.alpha_logit.sigmoid()[:, None, None]
         image = slice(0, 53)
@@ -195,8 +204,8 @@ def test_totals_that_are_kept_elsewhere_give_the_same(scope, where):
         image = slice(text, None) if where == "first" else slice(0, 87)
         state = LinearState.from_keys(k[:, :, image], v[:, :, image])
         options = {"text": where, "text_tokens": text}
-        fresh, _ = module(q, k, v, **options)
-        kept, _ = module(q, k, v, state=state, **options)
+        fresh = module(q, k, v, **options)
+        kept = module(q, k, v, state=state, **options)
     torch.testing.assert_close(kept, fresh, rtol=1e-9, atol=1e-10)
 
 
@@ -251,13 +260,13 @@ def test_weights_have_stable_names_and_stay_in_fp32(combine, names):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, values[name], rtol=0, atol=0)
     q, k, v = (x.detach().bfloat16() for x in inputs(53, 87, 0))
-    assert module[0](q, k, v)[0].dtype == torch.bfloat16
+    assert module[0](q, k, v).dtype == torch.bfloat16
 
 
 def test_a_projection_starts_as_plain_sparse_attention():
     q, k, v = inputs(53, 87, 0)
-    plain, _ = layer(2, 16, combine="none")(q, k, v)
-    zero, _ = SparseLinearAttention(config(combine="proj"), 2, 16)(q, k, v)
+    plain = layer(2, 16, combine="none")(q, k, v)
+    zero = SparseLinearAttention(config(combine="proj"), 2, 16)(q, k, v)
     torch.testing.assert_close(zero, plain)
 
 
@@ -287,9 +296,9 @@ def test_a_copy_has_its_own_weights():
 def test_rounding_down_reads_as_many_blocks_as_in_training(topk, blocks, read):
     module = layer(1, 16, topk=topk, rounding="floor", combine="none")
     q, k, v = inputs(16, 16 * blocks, 0, heads=(1, 1))
-    _, density = module(q, k, v)
+    _, density = with_density(module, q, k, v)
     assert read == max(1, int(topk * blocks))
-    assert float(density) * blocks == pytest.approx(read, abs=1e-3)
+    assert density * blocks == pytest.approx(read, abs=1e-3)
 
 
 def test_rounding_down_is_exact_for_every_fraction_and_number_of_blocks():

@@ -113,7 +113,10 @@ def test_a_list_that_is_too_narrow_writes_nothing_beside_it():
     scores = random_scores((1, 1, 1, n), "continuous", 1)
     geometry = {"block_q": 16, "block_k": 16, "q_len": 16, "kv_len": 16 * n}
     memory = torch.full((20,), -7, dtype=torch.int32)
-    lists = [Lists(torch.zeros(1, 1, 1, dtype=torch.int32), x.view(1, 1, 1, -1)) for x in (memory[3:4], memory[8:13])]
+    lists = [
+        Lists(torch.zeros(1, 1, 1, dtype=torch.int32), x.view(1, 1, 1, -1))
+        for x in (memory[3:4], memory[8:13])
+    ]
     rules = Geometry.of("cpu", **geometry)
     select_kernel.select_launch(scores, rules, Criteria(best=9), *lists, None)()
     assert (memory[torch.tensor([0, 1, 2, 4, 5, 6, 7, *range(13, 20)])] == -7).all()

@@ -204,7 +204,9 @@ def _no_scores(
     q: Tensor, k: Tensor, q_sizes, k_sizes, block_q: int, block_k: int, *rest: Any
 ) -> Tensor:
     """An empty result of `block_scores`."""
-    return q.new_empty(*q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k), dtype=wide(q))
+    return q.new_empty(
+        *q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k), dtype=wide(q)
+    )
 
 
 @operator("block_scores", _no_scores)

@@ -88,6 +88,6 @@ def scores_launch(
             "most": 2 * math.log(block_k),
         },
         constants={"HEAD_DIM": d, "TQ": TILE, "TK": TILE, "TD": TILE_D},
-        num_warps=4,
+        num_warps=8,
         num_stages=2,
     )

@@ -4,8 +4,6 @@ The best n blocks of a row are found by bisecting the bits of a score, which ord
 torch form in select.py is the definition.
 """
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +14,7 @@ from dit_accel.kernels.lists import Lists
 from dit_accel.kernels.router.select import MASS_BITS, WEIGHT_BITS, Criteria
 
 # A row of more blocks does not fit the registers of one program.
-MOST_BLOCKS = 16384
+MOST_BLOCKS = 8192
 WEIGHT_UNIT = tl.constexpr(1 << WEIGHT_BITS)
 MASS_UNIT = tl.constexpr(1 << MASS_BITS)
 NUMBERS = (
@@ -35,7 +33,7 @@ def _floor_div(x, n):
 def _cut(key, weight, goal):
     """The largest t such that the weights of keys >= t add up to the goal."""
     t = tl.where(tl.sum(tl.where(key >= 0, weight, 0), 0) >= goal, 0, -2147483648)
-    for i in tl.static_range(31):
+    for i in range(31):
         candidate = t | (1 << (30 - i))
         reached = tl.sum(tl.where(key >= candidate, weight, 0), 0) >= goal
         t = tl.where(reached, candidate, t)
