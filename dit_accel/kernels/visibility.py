@@ -100,8 +100,8 @@ def pair_mask(plan: PlanData, blocks: Tensor, *, columns: bool = False) -> Tenso
 
 def density(plan: PlanData) -> Tensor:
     """Attended pairs over the pairs of a dense call, a scalar on the plan's device."""
-    blocks = plan.to_block_mask()
     if plan.positional or plan.columns is not None:
+        blocks = plan.to_block_mask()
         # One query block at a time: a [Lq, Lk] mask would not fit at the lengths this is for.
         attended = torch.stack(
             [
@@ -110,8 +110,7 @@ def density(plan: PlanData) -> Tensor:
             ]
         ).sum(0)
     else:
-        pairs = plan.q_sizes().double()[:, None] * plan.k_sizes().double()[:, None, None, :]
-        attended = (pairs * blocks).sum((-1, -2))
+        attended = (keys_read(plan).double() * plan.q_sizes()).sum(-1)
     if plan.causal:
         q_pos, *_ = positions(plan)
         lengths = plan.k_sizes().sum(-1)[:, None, None]
@@ -121,6 +120,20 @@ def density(plan: PlanData) -> Tensor:
         dense = plan.q_sizes().sum().double() * plan.k_sizes().sum(-1).double()[:, None]
     attended, dense = torch.broadcast_tensors(attended, dense)
     return attended.sum() / dense.sum().clamp(min=1)
+
+
+def keys_read(plan: PlanData) -> Tensor:
+    """Number of keys that the queries of each row read, `[B|1, Hq|1, T_q]`, from the counts alone.
+
+    For plans without positions and columns.
+    """
+    counts, indices = plan.kv_num_blocks, plan.kv_indices
+    listed = torch.arange(indices.shape[-1], device=plan.device) < counts[..., None]
+    sizes = plan.k_sizes()[:, None, None, :]
+    shape = torch.broadcast_shapes(counts.shape, sizes.shape[:3])
+    found = sizes.expand(*shape, -1).gather(-1, indices.long().expand(*shape, -1))
+    partial = torch.where(listed, found, 0).sum(-1)
+    return plan.full_kv_num_blocks * plan.block_k + partial
 
 
 def recall(plan: PlanData, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
