@@ -1,43 +1,55 @@
 """Every launch that differs in code, on tensors without memory: what `make kernel-table` compiles."""
 
+import dataclasses
 import functools
 
 import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse import triton_backend
+from dit_accel.kernels.block_sparse.backward_rows import rows_kernel
 from dit_accel.kernels.block_sparse.forward import forward_kernel
+from dit_accel.kernels.block_sparse.mix import Mix
 from dit_accel.kernels.block_sparse.tiles import Target
 from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.linear.spec import Linear
+from dit_accel.kernels.linear.state_kernel import totals_kernel
 from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.router.pool import pool_launch
 
+BY_ROWS = (forward_kernel, rows_kernel, totals_kernel)
 LENGTH = 16384
 HEADS = 8
 
 
 def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, Launch]:
     """Launches by `kernel/mode`, blocks of 64 if not said otherwise, for one chip, head_dim and dtype."""
+    make = functools.partial(_launches, target, head_dim, dtype)
     modes = {
-        "plain": _launches(target, head_dim, dtype),
-        "causal": _launches(target, head_dim, dtype, causal=True),
-        "columns": _launches(target, head_dim, dtype, causal=True, columns=True),
-        "shared_softmax": _launches(target, head_dim, dtype, shared_softmax=True),
-        "linear all": _launches(target, head_dim, dtype, linear_scope="all"),
-        "linear subtracted": _launches(target, head_dim, dtype, linear_scope="complement"),
-        "linear summed": _launches(target, head_dim, dtype, linear_scope="complement", read=0.6),
-        "split rows": _launches(target, head_dim, dtype, read=0.5, long_rows=True),
+        "plain": make(),
+        "causal": make(causal=True),
+        "columns": make(causal=True, columns=True),
+        "shared_softmax": make(shared_softmax=True),
+        "linear all": make(linear_scope="all"),
+        "linear complement": make(linear_scope="complement"),
+        "linear by row": make(linear_scope="complement", bounded=False),
+        "split rows": make(read=0.5, long_rows=True),
     }
-    # Tiles of more than 64 queries, which only the forward kernel has.
+    # Tiles of more than 64 queries, and what runs at inference only.
     wide = {
-        "plain": _launches(target, head_dim, dtype, block_q=128),
-        "causal": _launches(target, head_dim, dtype, block_q=128, causal=True),
-        "shared_softmax": _launches(target, head_dim, dtype, block_q=128, shared_softmax=True),
-        "linear all": _launches(target, head_dim, dtype, block_q=128, linear_scope="all"),
+        "plain": make(block_q=128),
+        "causal": make(block_q=128, causal=True),
+        "columns": make(block_q=128, causal=True, columns=True),
+        "shared_softmax": make(block_q=128, shared_softmax=True),
+        "linear all": make(block_q=128, linear_scope="all"),
+        "linear complement": make(block_q=128, linear_scope="complement"),
+        "linear by row": make(block_q=128, linear_scope="complement", bounded=False),
+        "proj all": make(block_q=128, linear_scope="all", combine="proj"),
+        "proj complement": make(block_q=128, linear_scope="complement", combine="proj"),
+        "alpha complement": make(block_q=128, linear_scope="complement", combine="alpha"),
     }
     modes |= {
-        f"{mode}, 128 rows": [x for x in launches if x.kernel is forward_kernel]
+        f"{mode}, 128 rows": [x for x in launches if x.kernel in BY_ROWS]
         for mode, launches in wide.items()
     }
     found: dict[str, Launch] = {}
@@ -72,11 +84,13 @@ def _launches(
     columns: bool = False,
     shared_softmax: bool = False,
     linear_scope: str | None = None,
+    combine: str | None = None,
+    bounded: bool = True,
     block_q: int = 64,
     read: float = 0.05,
     long_rows: bool = False,
 ) -> list[Launch]:
-    """What a forward and a backward call would launch, in order."""
+    """Return what a forward and a backward call would launch, in order; with `combine` a call at inference."""
     integers = functools.partial(torch.empty, dtype=torch.int32, device="meta")
     q, k, v = (_meta(head_dim, dtype) for _ in range(3))
     n = LENGTH // 64
@@ -91,6 +105,7 @@ def _launches(
         long_rows=integers(2) if long_rows else None,
         most=int(read * n),
     )
+    plan = dataclasses.replace(plan, row_bound=int(read * n) if bounded else None)
     linear = None if linear_scope is None else Linear("softmax", linear_scope)
     launches: list[Launch] = []
     options = {
@@ -100,6 +115,12 @@ def _launches(
         "target": target,
         "run": launches.append,
     }
+    if combine is not None:
+        numbers = functools.partial(torch.empty, device="meta")
+        alpha = Mix(alpha=numbers(HEADS))
+        mix = alpha if combine == "alpha" else Mix(numbers(head_dim, head_dim), numbers(head_dim))
+        triton_backend.forward(q, k, v, plan, want_lse=False, mix=mix, **options)
+        return launches
     o, lse, o_l, norm = triton_backend.forward(q, k, v, plan, want_lse=True, **options)
     grad_o_l = None if linear is None else o_l
     triton_backend.backward(o, lse, grad_o_l, q, k, v, plan, o, lse, o_l, norm, **options)

@@ -24,6 +24,7 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Products inside run in the dtypes that our own code chose."""
-    if not torch.amp.is_autocast_available(x.device.type):
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    return torch.autocast(kind, enabled=False)

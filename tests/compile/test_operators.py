@@ -12,6 +12,7 @@ from dit_accel.kernels import (
     sparse_linear_attention,
 )
 from dit_accel.kernels.block_sparse import library
+from dit_accel.kernels.block_sparse.mix import Mix
 
 # No size of the first problem equals another by chance: dynamo would take them for one.
 LENGTHS = (400, 130, 191, 200, 257, 300, 333, 410, 500, 512)
@@ -38,7 +39,7 @@ def routed(q, k, **options):
     return SparsePlan.from_scores(scores, q_len=q.shape[2], kv_len=k.shape[2], **BLOCKS, **options)
 
 
-def operator_arguments(plan, q, k, v, *, feature_map, backend="torch"):
+def operator_arguments(plan, q, k, v, *, feature_map, mix=None, backend="torch"):
     return (
         q,
         k,
@@ -46,14 +47,13 @@ def operator_arguments(plan, q, k, v, *, feature_map, backend="torch"):
         *(getattr(plan, name) for name in library.TENSORS),
         None,
         None,
+        *(mix or Mix()),
         *(getattr(plan, name) for name in library.NUMBERS),
-        plan.window,
-        plan.causal,
         0.2,
         False,
         feature_map,
         "complement",
-        True,
+        mix is None,
         backend,
     )
 
@@ -63,6 +63,13 @@ def operator_arguments(plan, q, k, v, *, feature_map, backend="torch"):
 def test_opcheck(feature_map, requires_grad):
     q, k, v = tensors(100, requires_grad=requires_grad)
     arguments = operator_arguments(routed(q, k, topk=0.4), q, k, v, feature_map=feature_map)
+    torch.library.opcheck(torch.ops.dit_accel.sparse_linear.default, arguments)
+
+
+@pytest.mark.parametrize("mix", [Mix(torch.eye(24), torch.ones(24)), Mix(alpha=torch.ones(10))])
+def test_opcheck_of_a_mix_at_inference(mix):
+    q, k, v = tensors(100)
+    arguments = operator_arguments(routed(q, k, topk=0.4), q, k, v, feature_map="elu", mix=mix)
     torch.library.opcheck(torch.ops.dit_accel.sparse_linear.default, arguments)
 
 

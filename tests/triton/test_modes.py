@@ -1,5 +1,6 @@
 """Every mode of the Triton kernels, interpreted on a CPU, against the fp64 definition."""
 
+import dataclasses
 import os
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from dit_accel.kernels import SparsePlan
-from dit_accel.kernels.block_sparse import triton_backend
+from dit_accel.kernels.block_sparse import problem as unpacked
+from dit_accel.kernels.block_sparse import triton_backend, triton_forward
+from dit_accel.kernels.launch import Launch
 
 from ..kernels.attention_cases import (
     FEATURE_MAPS,
@@ -75,25 +78,65 @@ def test_linear_branch(combine, scope, feature_map):
     )
 
 
-@pytest.mark.parametrize(("read", "mode"), [([3, 7], 2), ([0, 1, 3, 5, 6, 7, 11], 3)])
+@pytest.mark.parametrize("most", [None, 3], ids=["unbounded", "bounded"])
 @pytest.mark.parametrize("scope", ["marginal", "complement"])
-def test_rows_that_read_little_subtract_and_others_sum_directly(scope, read, mode, monkeypatch):
+@pytest.mark.parametrize("combine", ["proj", "alpha"])
+def test_rows_that_read_little_subtract_and_others_sum_directly(combine, scope, most, monkeypatch):
     mask, skip = torch.zeros(2, 1, 1, 5, 12, dtype=torch.bool)
-    mask[..., read] = True
+    mask[..., [3, 7]] = True
+    if most is None:  # two of the rows leave out more than half of the blocks
+        mask[:, :, 1, :7] = True
+        mask[:, :, 3] = True
     skip[..., 9] = True
-    case = problem(block_k=8, heads=1, combine="alpha", linear_scope=scope)
+    case = problem(block_k=8, heads=1, combine=combine, linear_scope=scope)
     case.plan = SparsePlan.from_block_mask(
-        mask, block_q=16, block_k=8, q_len=70, kv_len=90, skip=skip
+        mask, block_q=16, block_k=8, q_len=70, kv_len=90, skip=skip, most=most
     )
+    if most is not None:
+        case.plan = dataclasses.replace(case.plan, row_bound=most)
     modes = []
-    constants = triton_backend._Problem.linear_constants
+    constants = unpacked.Problem.linear_constants
     monkeypatch.setattr(
-        triton_backend._Problem,
+        unpacked.Problem,
         "linear_constants",
         lambda self: modes.append(self.mode) or constants(self),
     )
     check(case)
-    assert set(modes) == {mode}
+    assert set(modes) == {3 if most is None else 2}
+
+
+@pytest.mark.parametrize("geometry", ["plain", "kv_lengths", "k_block_sizes", "q_order"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("mix", ["proj", "proj and bias", "alpha", "alpha of blocks"])
+def test_without_gradients_the_kernel_mixes(mix, scope, geometry):
+    g = torch.Generator().manual_seed(5)
+    rules = {
+        "plain": {},
+        "kv_lengths": {"kv_lengths": torch.tensor([33, 0])},
+        "k_block_sizes": {"k_block_sizes": torch.tensor([16, 0, 5, 16, 16, 10])},
+        "q_order": {"q_order": torch.randperm(70, generator=g)[None]},
+    }[geometry]
+    mask = torch.rand(2, 2, 5, 6, generator=g) < 0.4
+    mask[:, :, 2] = True
+    case = problem(batch=2, combine=mix.split()[0], linear_scope=scope)
+    rules["skip"] = torch.rand(2, 2, 5, 6, generator=g) < 0.3
+    case.plan = SparsePlan.from_block_mask(
+        mask, block_q=16, block_k=16, q_len=70, kv_len=90, **rules
+    )
+    if mix == "proj and bias":
+        case.options["proj_bias"] = torch.randn(24, generator=g, dtype=torch.float64)
+    if mix == "alpha of blocks":
+        case.options["alpha"] = torch.rand(1, 2, 5, generator=g, dtype=torch.float64)
+    with torch.no_grad():
+        expected = case.outputs(case.leaves(torch.float64), "reference")[0]
+        for backend in ("triton", "torch"):
+            actual = case.outputs(case.leaves(torch.float32), backend)[0]
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("combine", ["none", "shared_softmax"])
+def test_negative_scale(combine):
+    check(problem(combine=combine, scale=-0.3))
 
 
 @pytest.mark.parametrize("q_len", [1, 2, 3])
@@ -152,7 +195,7 @@ def test_padding_may_hold_nan():
 @pytest.mark.parametrize("which", ["few programs", "named rows"])
 @pytest.mark.parametrize("ordered", [False, True], ids=["in-order", "q_order"])
 def test_long_rows_are_split_and_merged(which, ordered, monkeypatch):
-    monkeypatch.setattr(triton_backend, "SPLIT_TOKENS", 32)
+    monkeypatch.setattr(triton_forward, "SPLIT_TOKENS", 32)
     geometry = {"causal": True, "columns": torch.tensor([[[0, 20, 21, 70]]])}
     if ordered:
         geometry["q_order"] = torch.randperm(70, generator=torch.Generator().manual_seed(2))[None]
@@ -160,7 +203,7 @@ def test_long_rows_are_split_and_merged(which, ordered, monkeypatch):
         geometry["long_rows"] = torch.tensor([4, 2])
     case = problem(density=0.8, geometry=geometry)
     kernels = []
-    run = triton_backend.Launch.__call__
+    run = Launch.__call__
     monkeypatch.setattr(
         triton_backend.forward,
         "__kwdefaults__",

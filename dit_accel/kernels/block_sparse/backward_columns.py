@@ -10,10 +10,15 @@ import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.tile_math import (
+    LENGTHS,
     aligned,
+    block_size,
+    column_keys,
     covered,
-    gathered_keys,
+    last_key,
     load_rows,
+    load_tile,
+    mean_weights,
     query_rows,
     visible,
 )
@@ -51,8 +56,10 @@ def _columns_walk(
 ):  # fmt: skip
     """The query blocks of one transposed list, TQ rows at a time."""
     SUB: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
+    i_next = tl.load(INDEX, mask=count > 0, other=0)
     for t in tl.range(0, count * SUB):
-        i_block = tl.load(INDEX + t // SUB)
+        i_block = i_next
+        i_next = tl.load(INDEX + (t + 1) // SUB, mask=t + 1 < count * SUB, other=0)
         o_in = (t % SUB) * TQ + tl.arange(0, TQ)
         o_row, m_q, _ = query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
         # [TQ, DP], [TQ, DVP]
@@ -71,14 +78,14 @@ def _columns_walk(
     return b_dk, b_dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def columns_kernel(
     Q, K, V, LSE, GRAD_O, DELTA, GRAD_K, GRAD_V,
     FULL_NUM, FULL_INDEX, PART_NUM, PART_INDEX,
-    K_SIZES, Q_SIZES, Q_ORDER, GRAD_CENTROID_K, GRAD_CENTROID_V,
+    K_SIZES, KV_LENGTHS, Q_SIZES, Q_ORDER, GRAD_CENTROID_K, GRAD_CENTROID_V,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
     q_len, k_len, n_k, n_full, n_part,
-    list_b, list_h, size_b, order_h, group, q_offset, window, sink,
+    list_b, list_h, order_h, group, q_offset, window, sink,
     scale, out_scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
@@ -96,7 +103,7 @@ def columns_kernel(
     i_block = tl.program_id(0) // SUB_K
     o_in = (tl.program_id(0) % SUB_K) * TK + tl.arange(0, TK)
     o_key = i_block * BLOCK_K + o_in
-    size = tl.load(K_SIZES + i_b * size_b + i_block)
+    size = block_size(i_block, last_key(KV_LENGTHS, i_b, k_len), K_SIZES, BLOCK_K)
     m_k = o_in < size
     m_row = (o_in < BLOCK_K) & (o_key < k_len)
     o_d, o_v = tl.arange(0, DP), tl.arange(0, DVP)
@@ -150,13 +157,13 @@ def columns_kernel(
     tl.store(p_v, b_dv.to(GRAD_V.dtype.element_ty), mask=m_row[:, None] & m_v[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def gathered_kernel(
     Q, K, V, LSE, GRAD_O, DELTA, GRAD_X_K, GRAD_X_V,
-    K_SIZES, Q_SIZES, Q_ORDER, COVER, COLUMNS, CENTROID_K, CENTROID_V,
+    K_SIZES, KV_LENGTHS, Q_SIZES, Q_ORDER, COVER, COLUMNS, UNREAD, CENTROID_K, CENTROID_V,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
     q_len, k_len, n_q, n_k, n_bytes, n_columns, span,
-    list_b, list_h, size_b, order_h, group, q_offset, window, sink, scale, out_scale,
+    list_b, list_h, order_h, group, q_offset, window, sink, scale, out_scale,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, EXTRA_KEYS: tl.constexpr,
@@ -182,24 +189,29 @@ def gathered_kernel(
     o_d, o_v = tl.arange(0, DP), tl.arange(0, DVP)
     m_d, m_v = o_d < HEAD_DIM, o_v < VALUE_DIM
     i_bh = (i_b * n_h + i_h).to(tl.int64)
-    K_SIZES += i_b * size_b
-    if EXTRA_KEYS == 2:
+    if EXTRA_KEYS == 2:  # block means
         i_c = (i_b * (n_h // group) + i_kh).to(tl.int64) * n_k
-        X_K, X_V = CENTROID_K + i_c * HEAD_DIM, CENTROID_V + i_c * VALUE_DIM
-        x_k, x_v = HEAD_DIM, VALUE_DIM
+        first = (tl.program_id(0) // n_parts) * TK
+        o_n = tl.arange(0, TK)
         n_c = n_k
+        # [TK, DP], [TK, DVP]
+        b_k = load_tile(
+            CENTROID_K + i_c * HEAD_DIM, first, n_k - first, HEAD_DIM, o_n, o_d, m_d, True, MASK_D
+        )
+        b_v = load_tile(
+            CENTROID_V + i_c * VALUE_DIM, first, n_k - first, VALUE_DIM, o_n, o_v, m_v, True, MASK_V
+        )
     else:
-        X_K = K + i_b.to(tl.int64) * k_b + i_kh.to(tl.int64) * k_h
-        X_V = V + i_b.to(tl.int64) * v_b + i_kh.to(tl.int64) * v_h
-        x_k, x_v = k_l, v_l
-        COLUMNS += i_list.to(tl.int64) * n_columns
         n_c = n_columns
-    o_key, o_block, m_c, b_bias = gathered_keys(
-        o_c, n_c, COLUMNS, K_SIZES, k_len, n_k, BLOCK_K, EXTRA_KEYS
-    )
-    # [TK, DP], [TK, DVP]
-    b_k = load_rows(X_K, o_key, m_c, x_k, o_d, m_d, MASK_D)
-    b_v = load_rows(X_V, o_key, m_c, x_v, o_v, m_v, MASK_V)
+        k_end = last_key(KV_LENGTHS, i_b, k_len)
+        o_key, o_block, m_c = column_keys(
+            o_c, n_c, COLUMNS + i_list.to(tl.int64) * n_columns, K_SIZES, k_end, BLOCK_K
+        )
+        # [TK, DP], [TK, DVP]
+        p_k = K + i_b.to(tl.int64) * k_b + i_kh.to(tl.int64) * k_h
+        p_v = V + i_b.to(tl.int64) * v_b + i_kh.to(tl.int64) * v_h
+        b_k = load_rows(p_k, o_key, m_c, k_l, o_d, m_d, MASK_D)
+        b_v = load_rows(p_v, o_key, m_c, v_l, o_v, m_v, MASK_V)
     b_dk = tl.zeros([TK, DP], tl.float32)
     b_dv = tl.zeros([TK, DVP], tl.float32)
     Q += i_b.to(tl.int64) * q_b + i_h.to(tl.int64) * q_h
@@ -211,10 +223,14 @@ def gathered_kernel(
         i_block = t // SUB_Q
         o_in = (t % SUB_Q) * TQ + tl.arange(0, TQ)
         o_row, m_q, _ = query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
-        m_x = m_c & ~covered(COVER, i_list * n_q + i_block, n_bytes, o_block, m_c)
-        m_s = m_x[:, None]
-        if POSITIONAL:
-            m_s = m_s & tl.trans(visible(o_row, o_key, q_offset, window, sink, WINDOW))
+        b_bias, m_s = None, None
+        if EXTRA_KEYS == 2:
+            b_bias = mean_weights(UNREAD, i_list * n_q + i_block, o_c, n_k)
+        else:
+            m_x = m_c & ~covered(COVER, i_list * n_q + i_block, n_bytes, o_block, m_c)
+            m_s = m_x[:, None]
+            if POSITIONAL:
+                m_s = m_s & tl.trans(visible(o_row, o_key, q_offset, window, sink, WINDOW))
         # [TQ, DP], [TQ, DVP]
         b_q = load_rows(Q, o_row, m_q, q_l, o_d, m_d, MASK_D)
         b_do = load_rows(GRAD_O, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V)
@@ -223,7 +239,7 @@ def gathered_kernel(
         b_delta = tl.load(DELTA + o_row, mask=m_q, other=0.0)
         b_dk, b_dv = _columns_step(
             b_k, b_v, b_q, b_do, b_lse, b_delta, b_bias, m_s, b_dk, b_dv, scale,
-            True, EXTRA_KEYS == 2, PRECISION,
+            EXTRA_KEYS == 1, EXTRA_KEYS == 2, PRECISION,
         )  # fmt: skip
     o_out = ((i_part.to(tl.int64) * tl.num_programs(2) + i_b) * n_h + i_h) * n_c + o_c
     m_out = o_c < n_c

@@ -6,19 +6,23 @@ and for the linear branch, with n = 1 / denominator, g = dO_l, t = g . o_l:
 
     da = n (g v^T - t)   dphi(q) = da phi(k)                       (README.md, equations 4 and 5)
 
-where a sum over the linear set is a total minus the listed blocks (LINEAR 2) or runs over the listed
-blocks (LINEAR 3), as in the forward kernel.
+where a sum over the linear set is a total minus the blocks left out (LINEAR 2), or either of both for each
+row by itself (LINEAR 3), as in the forward kernel.
 """
 
 import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.tile_math import (
+    LENGTHS,
     aligned,
+    block_size,
+    column_keys,
     covered,
-    gathered_keys,
+    last_key,
     load_rows,
     load_tile,
+    mean_weights,
     phi,
     phi_backward,
     query_rows,
@@ -48,22 +52,24 @@ def _rows_step(
 def _rows_walk(
     b_q, b_do, b_lse, b_delta, b_g, b_t, b_dq, b_dphi,
     K, V, PHI_K, INDEX, K_SIZES, count,
-    k_l, v_l, o_d, m_d, o_v, m_v, q_pos, q_offset, window, sink, scale,
+    k_l, v_l, o_d, m_d, o_v, m_v, q_pos, k_end, q_offset, window, sink, scale, weight,
     BLOCK_K: tl.constexpr, TK: tl.constexpr, HEAD_DIM: tl.constexpr,
     MASK_D: tl.constexpr, MASK_V: tl.constexpr, MASKED: tl.constexpr, POSITIONAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, SUBTRACT: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     SUB: tl.constexpr = (BLOCK_K + TK - 1) // TK
     o_n = tl.arange(0, TK)
+    i_next = tl.load(INDEX, mask=count > 0, other=0)
     for t in tl.range(0, count * SUB):
-        i_k = tl.load(INDEX + t // SUB)
+        i_k = i_next
+        i_next = tl.load(INDEX + (t + 1) // SUB, mask=t + 1 < count * SUB, other=0)
         o_first = (t % SUB) * TK
         start = i_k * BLOCK_K + o_first
         size = TK
         m_s = None
         if MASKED:
-            size = tl.load(K_SIZES + i_k) - o_first
+            size = block_size(i_k, k_end, K_SIZES, BLOCK_K) - o_first
             m_s = o_n[None, :] < size
             if POSITIONAL:
                 m_s = m_s & visible(q_pos, start + o_n, q_offset, window, sink, WINDOW)
@@ -91,21 +97,20 @@ def _rows_walk(
             # [TK, DP]; keys that are padding have phi = 0
             b_phik = load_tile(PHI_K, start, size, HEAD_DIM, o_n, o_d, m_d, MASKED, MASK_D)
             b_da = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION) - b_t[:, None]
-            if SUBTRACT:
-                b_da = -b_da
+            b_da = b_da * weight
             b_dphi = tl.dot(b_da.to(b_phik.dtype), b_phik, b_dphi, input_precision=PRECISION)
     return b_dq, b_dphi
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def rows_kernel(
     Q, K, V, O, LSE, GRAD_O, GRAD_LSE, GRAD_Q, DELTA,
-    FULL_NUM, FULL_INDEX, PART_NUM, PART_INDEX, EXTRA_NUM, EXTRA_INDEX,
-    K_SIZES, Q_SIZES, Q_ORDER, COVER, COLUMNS, COLUMN_NUM,
-    CENTROID_K, CENTROID_V, PHI_K, STATE, STATE_Z, O_L, GRAD_O_L, NORM, TERM,
+    FULL_NUM, FULL_INDEX, PART_NUM, PART_INDEX, EXTRA_NUM, EXTRA_INDEX, SKIP_NUM,
+    K_SIZES, KV_LENGTHS, Q_SIZES, Q_ORDER, COVER, COLUMNS, COLUMN_NUM,
+    UNREAD, CENTROID_K, CENTROID_V, PHI_K, STATE, STATE_Z, O_L, GRAD_O_L, NORM, TERM,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
     q_len, k_len, n_q, n_k, n_full, n_part, n_extra, n_bytes, n_columns,
-    list_b, list_h, size_b, order_h, group, q_offset, window, sink,
+    list_b, list_h, order_h, group, q_offset, window, sink,
     scale, out_scale, per_key, n_keys,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
@@ -134,7 +139,7 @@ def rows_kernel(
     Q += i_b.to(tl.int64) * q_b + i_h.to(tl.int64) * q_h
     K += i_b.to(tl.int64) * k_b + i_kh.to(tl.int64) * k_h
     V += i_b.to(tl.int64) * v_b + i_kh.to(tl.int64) * v_h
-    K_SIZES += i_b * size_b
+    k_end = last_key(KV_LENGTHS, i_b, k_len)
     FULL_INDEX += i_row.to(tl.int64) * n_full
     PART_INDEX += i_row.to(tl.int64) * n_part
     o_out = i_bh * q_len + o_row
@@ -152,8 +157,10 @@ def rows_kernel(
     b_dphi = b_lse  # without a linear branch: a tensor that the loops pass on untouched
     b_g = None
     b_t = None
+    w_read = -1.0
+    w_extra = -1.0
+    i_state = (i_b * (n_h // group) + i_kh).to(tl.int64)
     if LINEAR:
-        i_state = (i_b * (n_h // group) + i_kh).to(tl.int64)
         b_g = load_rows(
             GRAD_O_L + i_bh * q_len * VALUE_DIM, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V
         )
@@ -162,13 +169,20 @@ def rows_kernel(
         tl.store(TERM + o_out, b_t, mask=m_row)
         b_dphi = tl.zeros([TQ, DP], tl.float32)
         b_norm = tl.load(NORM + o_out, mask=m_q, other=0.0) * per_key
-        if LINEAR <= 2:  # totals first, while registers are free
-            # [DP, DVP], [DP]
-            p_state = STATE + i_state * HEAD_DIM * VALUE_DIM
-            b_h = load_rows(p_state, o_d, m_d, VALUE_DIM, o_v, m_v, MASK_V)
-            b_z = tl.load(STATE_Z + i_state * HEAD_DIM + o_d, mask=m_d, other=0.0)
-            b_dphi = tl.dot(b_g, tl.trans(b_h), input_precision=PRECISION)
-            b_dphi = (b_dphi - b_t[:, None] * b_z[None, :]) * n_keys
+        # Totals first, while registers are free: [DP, DVP], [DP].
+        p_state = STATE + i_state * HEAD_DIM * VALUE_DIM
+        b_h = load_rows(p_state, o_d, m_d, VALUE_DIM, o_v, m_v, MASK_V)
+        b_z = tl.load(STATE_Z + i_state * HEAD_DIM + o_d, mask=m_d, other=0.0)
+        b_dphi = tl.dot(b_g, tl.trans(b_h), input_precision=PRECISION)
+        b_dphi = (b_dphi - b_t[:, None] * b_z[None, :]) * n_keys
+        if LINEAR == 3:
+            left_out = tl.load(FULL_NUM + i_row) + tl.load(PART_NUM + i_row)
+            if SKIP_NUM is not None:
+                left_out += tl.load(SKIP_NUM + i_row)
+            heavy = 2 * left_out >= n_k
+            w_read = tl.where(heavy, 0.0, -1.0)
+            w_extra = tl.where(heavy, 1.0, -1.0)
+            b_dphi = tl.where(heavy, 0.0, b_dphi)
     if LINEAR == 1:
         b_x = b_q.to(tl.float32)
         b_dphi = b_dphi * b_norm[:, None]
@@ -178,50 +192,57 @@ def rows_kernel(
     b_dq, b_dphi = _rows_walk(
         b_q, b_do, b_lse, b_delta, b_g, b_t, b_dq, b_dphi,
         K, V, PHI_K, FULL_INDEX, K_SIZES, tl.load(FULL_NUM + i_row),
-        k_l, v_l, o_d, m_d, o_v, m_v, o_row, q_offset, window, sink, scale,
+        k_l, v_l, o_d, m_d, o_v, m_v, o_row, k_end, q_offset, window, sink, scale, w_read,
         BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, not EVEN_K, False, WINDOW,
-        True, LINEAR == 2, True, PRECISION,
+        True, LINEAR >= 2, PRECISION,
     )  # fmt: skip
     b_dq, b_dphi = _rows_walk(
         b_q, b_do, b_lse, b_delta, b_g, b_t, b_dq, b_dphi,
         K, V, PHI_K, PART_INDEX, K_SIZES, tl.load(PART_NUM + i_row),
-        k_l, v_l, o_d, m_d, o_v, m_v, o_row, q_offset, window, sink, scale,
+        k_l, v_l, o_d, m_d, o_v, m_v, o_row, k_end, q_offset, window, sink, scale, w_read,
         BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, True, POSITIONAL, WINDOW,
-        True, LINEAR == 2, True, PRECISION,
+        True, LINEAR >= 2, PRECISION,
     )  # fmt: skip
     if EXTRA_NUM is not None:
         b_dq, b_dphi = _rows_walk(
             b_q, b_do, b_lse, b_delta, b_g, b_t, b_dq, b_dphi,
             K, V, PHI_K, EXTRA_INDEX + i_row.to(tl.int64) * n_extra, K_SIZES,
             tl.load(EXTRA_NUM + i_row),
-            k_l, v_l, o_d, m_d, o_v, m_v, o_row, q_offset, window, sink, scale,
+            k_l, v_l, o_d, m_d, o_v, m_v, o_row, k_end, q_offset, window, sink, scale, w_extra,
             BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, True, False, WINDOW,
-            False, True, LINEAR == 2, PRECISION,
+            False, True, PRECISION,
         )  # fmt: skip
-    if EXTRA_KEYS:
-        X_K, X_V, x_k, x_v = K, V, k_l, v_l
-        if EXTRA_KEYS == 2:
-            i_c = (i_b * (n_h // group) + i_kh).to(tl.int64) * n_k
-            X_K, X_V = CENTROID_K + i_c * HEAD_DIM, CENTROID_V + i_c * VALUE_DIM
-            x_k, x_v = HEAD_DIM, VALUE_DIM
-            n_c = n_k
-        else:
-            COLUMNS += i_list.to(tl.int64) * n_columns
-            n_c = tl.load(COLUMN_NUM + i_row)
+    if EXTRA_KEYS == 1:  # columns
+        COLUMNS += i_list.to(tl.int64) * n_columns
+        n_c = tl.load(COLUMN_NUM + i_row)
         for c in tl.range(0, n_c, TK):
-            o_key, o_block, m_c, b_bias = gathered_keys(
-                c + tl.arange(0, TK), n_c, COLUMNS, K_SIZES, k_len, n_k, BLOCK_K, EXTRA_KEYS
+            o_key, o_block, m_c = column_keys(
+                c + tl.arange(0, TK), n_c, COLUMNS, K_SIZES, k_end, BLOCK_K
             )
             m_c = m_c & ~covered(COVER, i_row, n_bytes, o_block, m_c)
             m_s = m_c[None, :]
             if POSITIONAL:
                 m_s = m_s & visible(o_row, o_key, q_offset, window, sink, WINDOW)
             # [TK, DP], [TK, DVP]
-            b_k = load_rows(X_K, o_key, m_c, x_k, o_d, m_d, MASK_D)
-            b_v = load_rows(X_V, o_key, m_c, x_v, o_v, m_v, MASK_V)
+            b_k = load_rows(K, o_key, m_c, k_l, o_d, m_d, MASK_D)
+            b_v = load_rows(V, o_key, m_c, v_l, o_v, m_v, MASK_V)
             b_dq = _rows_step(
-                b_q, b_k, b_v, b_do, b_lse, b_delta, b_bias, m_s, b_dq, scale,
-                True, EXTRA_KEYS == 2, PRECISION,
+                b_q, b_k, b_v, b_do, b_lse, b_delta, None, m_s, b_dq, scale,
+                True, False, PRECISION,
+            )  # fmt: skip
+    if EXTRA_KEYS == 2:  # block means
+        CENTROID_K += i_state * n_k * HEAD_DIM
+        CENTROID_V += i_state * n_k * VALUE_DIM
+        o_n = tl.arange(0, TK)
+        for c in tl.range(0, n_k, TK):
+            first = c + n_k * 0  # a tensor for Triton's interpreter too
+            b_bias = mean_weights(UNREAD, i_row, first + o_n, n_k)
+            # [TK, DP], [TK, DVP]
+            b_k = load_tile(CENTROID_K, first, n_k - first, HEAD_DIM, o_n, o_d, m_d, True, MASK_D)
+            b_v = load_tile(CENTROID_V, first, n_k - first, VALUE_DIM, o_n, o_v, m_v, True, MASK_V)
+            b_dq = _rows_step(
+                b_q, b_k, b_v, b_do, b_lse, b_delta, b_bias, None, b_dq, scale,
+                False, True, PRECISION,
             )  # fmt: skip
     b_dq = b_dq * out_scale
     if LINEAR >= 2:

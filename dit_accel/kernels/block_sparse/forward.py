@@ -3,20 +3,33 @@
     o = softmax(scale q k^T) v over the keys read        (README.md, equations 1 and 2)
     o_l = phi(q) H / (phi(q) . Z)                        (equation 3)
 
-One program owns a tile of query rows of one head. LINEAR says where H and Z come from: 1, the totals
-over all keys; 2, the totals minus what this row reads or skips, subtracted in score space over the
-same tiles; 3, a sum over the listed blocks.
+One program owns a tile of query rows of one head. LINEAR says where H and Z come from:
+
+    1   the totals over all keys
+    2   the totals minus the blocks that the row reads or skips, subtracted in score space
+    3   each row by itself: as 2, or, if it reads and skips half of the blocks or more, the sum over the
+        blocks of its linear set. EXTRA lists the skipped blocks of the former, the linear set of the latter.
+
+MIX says what becomes of o_l: 0, it is stored; 1, o += o_l, because the totals are projected already; 2,
+o += o_l W^T; 3, o = alpha o + (1 - alpha) o_l. 1 to 3 store o only, which is all that inference needs.
+
+Loops carry the index of the next block from one step to the next. An index that is loaded in the step
+that uses it leaves the compiler nothing to prefetch.
 """
 
 import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.tile_math import (
+    LENGTHS,
     aligned,
+    block_size,
+    column_keys,
     covered,
-    gathered_keys,
+    last_key,
     load_rows,
     load_tile,
+    mean_weights,
     phi,
     query_rows,
     visible,
@@ -26,20 +39,28 @@ from dit_accel.kernels.block_sparse.tile_math import (
 @triton.jit
 def _softmax_step(
     b_q, b_k, b_v, b_bias, m_s, b_o, b_m, b_l, scale,
-    MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the online softmax; `b_m` is the running maximum, `b_l` the running sum."""
+    """One tile of the online softmax; `b_m` is the running maximum, `b_l` the running sum.
+
+    `scale` is positive, so the maximum is taken before scaling, and scaling is part of the exponent.
+    """
     # [TQ, TK]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-    if BIAS:
-        b_s += b_bias[None, :]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if FLIP:
+        b_s = -b_s
     if MASKED:
         b_s = tl.where(m_s, b_s, float("-inf"))
-    b_top = tl.maximum(b_m, tl.max(b_s, 1))
+    if BIAS:
+        b_s = b_s * scale + b_bias[None, :]
+        b_top = tl.maximum(b_m, tl.max(b_s, 1))
+    else:
+        b_top = tl.maximum(b_m, tl.max(b_s, 1) * scale)
     b_base = b_top
-    if MASKED:
+    if MASKED or BIAS:
         b_base = tl.where(b_top == float("-inf"), 0.0, b_top)  # a row may see nothing so far
-    b_p = tl.exp2(b_s - b_base[:, None])
+    factor = 1.0 if BIAS else scale
+    b_p = tl.exp2(b_s * factor - b_base[:, None])
     b_keep = tl.exp2(b_m - b_base)
     b_l = b_l * b_keep + tl.sum(b_p, 1)
     # [TQ, DVP]
@@ -48,12 +69,10 @@ def _softmax_step(
 
 
 @triton.jit
-def _linear_step(b_phi, b_phik, b_v, b_num, b_den, SUBTRACT: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile of the linear branch, added to its numerator and denominator or taken off."""
+def _linear_step(b_phi, b_phik, b_v, b_num, b_den, weight, PRECISION: tl.constexpr):
+    """Add one tile, times `weight`, to numerator and denominator of the linear branch."""
     # [TQ, TK]
-    b_a = tl.dot(b_phi, tl.trans(b_phik), input_precision=PRECISION)
-    if SUBTRACT:
-        b_a = -b_a
+    b_a = tl.dot(b_phi, tl.trans(b_phik), input_precision=PRECISION) * weight
     b_den += tl.sum(b_a, 1)
     # [TQ, DVP]
     b_num = tl.dot(b_a.to(b_v.dtype), b_v, b_num, input_precision=PRECISION)
@@ -64,23 +83,25 @@ def _linear_step(b_phi, b_phik, b_v, b_num, b_den, SUBTRACT: tl.constexpr, PRECI
 def _walk(
     b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
     K, V, PHI_K, INDEX, K_SIZES, first, last,
-    k_l, v_l, o_d, m_d, o_v, m_v, q_pos, q_offset, window, sink, scale,
+    k_l, v_l, o_d, m_d, o_v, m_v, q_pos, k_end, q_offset, window, sink, scale, weight,
     BLOCK_K: tl.constexpr, TK: tl.constexpr, HEAD_DIM: tl.constexpr,
     MASK_D: tl.constexpr, MASK_V: tl.constexpr, MASKED: tl.constexpr, POSITIONAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, SUBTRACT: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, FLIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The blocks `first`..`last` of one list, TK keys at a time."""
     SUB: tl.constexpr = (BLOCK_K + TK - 1) // TK
     o_n = tl.arange(0, TK)
+    i_next = tl.load(INDEX + first, mask=first < last, other=0)
     for t in tl.range(first * SUB, last * SUB):
-        i_k = tl.load(INDEX + t // SUB)
+        i_k = i_next
+        i_next = tl.load(INDEX + (t + 1) // SUB, mask=t + 1 < last * SUB, other=0)
         o_first = (t % SUB) * TK
         start = i_k * BLOCK_K + o_first
         size = TK
         m_s = None
         if MASKED:
-            size = tl.load(K_SIZES + i_k) - o_first
+            size = block_size(i_k, k_end, K_SIZES, BLOCK_K) - o_first
             m_s = o_n[None, :] < size
             if POSITIONAL:
                 m_s = m_s & visible(q_pos, start + o_n, q_offset, window, sink, WINDOW)
@@ -90,45 +111,54 @@ def _walk(
             # [TK, DP]
             b_k = load_tile(K, start, size, k_l, o_n, o_d, m_d, MASKED, MASK_D)
             b_o, b_m, b_l = _softmax_step(
-                b_q, b_k, b_v, None, m_s, b_o, b_m, b_l, scale, MASKED, False, PRECISION
+                b_q, b_k, b_v, None, m_s, b_o, b_m, b_l, scale, MASKED, False, FLIP, PRECISION
             )
         if LINEAR:
             # [TK, DP]
             b_phik = load_tile(PHI_K, start, size, HEAD_DIM, o_n, o_d, m_d, MASKED, MASK_D)
-            b_num, b_den = _linear_step(b_phi, b_phik, b_v, b_num, b_den, SUBTRACT, PRECISION)
+            b_num, b_den = _linear_step(b_phi, b_phik, b_v, b_num, b_den, weight, PRECISION)
     return b_o, b_m, b_l, b_num, b_den
 
 
 @triton.jit
-def _store_linear(
-    O_L, NORM, b_num, b_den, b_floor, n_keys, m_q, m_row, o_out, o_v, m_v, VALUE_DIM: tl.constexpr
-):
-    """o_l = numerator / denominator, 0 where nothing above `b_floor` is left to divide by."""
+def _linear_output(b_num, b_den, b_floor, m_q):
+    """o_l and 1 / denominator; both 0 where nothing above `b_floor` is left to divide by."""
     m_l = m_q & (b_den > b_floor)
     b_inverse = tl.where(m_l, 1.0 / tl.where(m_l, b_den, 1.0), 0.0)
-    tl.store(NORM + o_out, b_inverse * n_keys, mask=m_row)
-    tl.store(
-        O_L + o_out[:, None] * VALUE_DIM + o_v[None, :],
-        (b_num * b_inverse[:, None]).to(O_L.dtype.element_ty),
-        mask=m_row[:, None] & m_v[None, :],
-    )
+    return b_num * b_inverse[:, None], b_inverse
 
 
 @triton.jit
+def _linear_totals(
+    b_phi, STATE, STATE_Z, i_state, n_keys, o_d, m_d, o_v, m_v,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, MASK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Numerator and denominator of the linear branch over all keys."""
+    # [DP, DVP], [DP]
+    p_state = STATE + i_state * HEAD_DIM * VALUE_DIM
+    b_h = load_rows(p_state, o_d, m_d, VALUE_DIM, o_v, m_v, MASK_V)
+    b_z = tl.load(STATE_Z + i_state * HEAD_DIM + o_d, mask=m_d, other=0.0)
+    b_num = tl.dot(b_phi, b_h, input_precision=PRECISION) * n_keys
+    b_den = tl.sum(b_phi.to(tl.float32) * b_z[None, :], 1) * n_keys
+    return b_num, b_den
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     Q, K, V, O, LSE,
-    FULL_NUM, FULL_INDEX, PART_NUM, PART_INDEX, EXTRA_NUM, EXTRA_INDEX,
-    K_SIZES, Q_SIZES, Q_ORDER, COVER, COLUMNS, COLUMN_NUM,
-    CENTROID_K, CENTROID_V, PHI_K, STATE, STATE_Z, O_L, NORM, LONG_ROWS, IS_LONG,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
+    FULL_NUM, FULL_INDEX, PART_NUM, PART_INDEX, EXTRA_NUM, EXTRA_INDEX, SKIP_NUM,
+    K_SIZES, KV_LENGTHS, Q_SIZES, Q_ORDER, COVER, COLUMNS, COLUMN_NUM,
+    UNREAD, CENTROID_K, CENTROID_V, PHI_K, STATE, STATE_Z, O_L, NORM, LONG_ROWS, IS_LONG,
+    PROJ_W, PROJ_B, ALPHA, FILLED,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, alpha_b, alpha_h, alpha_q,
     q_len, k_len, n_q, n_k, n_full, n_part, n_extra, n_bytes, n_columns,
-    list_b, list_h, size_b, order_h, group, q_offset, window, sink,
+    list_b, list_h, order_h, group, q_offset, window, sink,
     scale, n_keys, long_blocks, n_long,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, EXTRA_KEYS: tl.constexpr,
-    LINEAR: tl.constexpr, FEATURE: tl.constexpr, SPLIT: tl.constexpr, WANT_LSE: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    LINEAR: tl.constexpr, FEATURE: tl.constexpr, MIX: tl.constexpr, SPLIT: tl.constexpr,
+    WANT_LSE: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
     k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
@@ -165,10 +195,10 @@ def forward_kernel(
     o_row, m_q, m_row = query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
     o_d, o_v = tl.arange(0, DP), tl.arange(0, DVP)
     m_d, m_v = o_d < HEAD_DIM, o_v < VALUE_DIM
+    k_end = last_key(KV_LENGTHS, i_b, k_len)
     Q += i_b.to(tl.int64) * q_b + i_h.to(tl.int64) * q_h
     K += i_b.to(tl.int64) * k_b + i_kh.to(tl.int64) * k_h
     V += i_b.to(tl.int64) * v_b + i_kh.to(tl.int64) * v_h
-    K_SIZES += i_b * size_b
     FULL_INDEX += i_row.to(tl.int64) * n_full
     PART_INDEX += i_row.to(tl.int64) * n_part
     # [TQ, DP]
@@ -177,85 +207,130 @@ def forward_kernel(
     b_m = tl.full([TQ], float("-inf"), tl.float32)
     b_l = tl.zeros([TQ], tl.float32)
     i_bh = (i_b * n_h + i_h).to(tl.int64)
+    i_state = (i_b * (n_h // group) + i_kh).to(tl.int64)
     b_phi = None
     b_num, b_den = b_l, b_l  # without a linear branch: tensors that the loops pass on untouched
-    if LINEAR:
-        i_state = (i_b * (n_h // group) + i_kh).to(tl.int64)
+    b_floor = tl.zeros([TQ], tl.float32) + 1e-30
+    w_read = -1.0
+    w_extra = -1.0
+    if LINEAR and not (LINEAR == 1 and MIX):  # totals first, while registers are free
         b_phi = phi(b_q.to(tl.float32), m_d, FEATURE).to(b_q.dtype)
-        b_num = tl.zeros([TQ, DVP], tl.float32)
-        b_den = tl.zeros([TQ], tl.float32)
-        b_floor = tl.zeros([TQ], tl.float32) + 1e-30
-        if LINEAR <= 2:  # totals first, while registers are free
-            # [DP, DVP], [DP]
-            p_state = STATE + i_state * HEAD_DIM * VALUE_DIM
-            b_h = load_rows(p_state, o_d, m_d, VALUE_DIM, o_v, m_v, MASK_V)
-            b_z = tl.load(STATE_Z + i_state * HEAD_DIM + o_d, mask=m_d, other=0.0)
-            b_num = tl.dot(b_phi, b_h, input_precision=PRECISION) * n_keys
-            b_den = tl.sum(b_phi.to(tl.float32) * b_z[None, :], 1) * n_keys
+        b_num, b_den = _linear_totals(
+            b_phi, STATE, STATE_Z, i_state, n_keys, o_d, m_d, o_v, m_v,
+            HEAD_DIM, VALUE_DIM, MASK_V, PRECISION,
+        )  # fmt: skip
         if LINEAR == 1:
+            b_ol, b_inverse = _linear_output(b_num, b_den + 1e-5, b_floor, m_q)
             o_out = i_bh * q_len + o_row
-            b_den += 1e-5
-            _store_linear(
-                O_L, NORM, b_num, b_den, b_floor, n_keys, m_q, m_row, o_out, o_v, m_v, VALUE_DIM
+            tl.store(NORM + o_out, b_inverse * n_keys, mask=m_row)
+            tl.store(
+                O_L + o_out[:, None] * VALUE_DIM + o_v[None, :],
+                b_ol.to(O_L.dtype.element_ty),
+                mask=m_row[:, None] & m_v[None, :],
             )
         else:
             PHI_K += i_state * k_len * HEAD_DIM
+            if LINEAR == 3:
+                left_out = full + part
+                if SKIP_NUM is not None:
+                    left_out += tl.load(SKIP_NUM + i_row)
+                heavy = 2 * left_out >= n_k
+                w_read = tl.where(heavy, 0.0, -1.0)
+                w_extra = tl.where(heavy, 1.0, -1.0)
+                b_num = tl.where(heavy, 0.0, b_num)
+                b_den = tl.where(heavy, 0.0, b_den)
             # What is left below the rounding of the subtraction is nothing.
             b_floor += b_den * 4e-6
 
     b_o, b_m, b_l, b_num, b_den = _walk(
         b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
         K, V, PHI_K, FULL_INDEX, K_SIZES, tl.minimum(first, full), tl.minimum(last, full),
-        k_l, v_l, o_d, m_d, o_v, m_v, o_row, q_offset, window, sink, scale,
+        k_l, v_l, o_d, m_d, o_v, m_v, o_row, k_end, q_offset, window, sink, scale, w_read,
         BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, not EVEN_K, False, WINDOW,
-        True, LINEAR == 2, True, PRECISION,
+        True, LINEAR >= 2, FLIP, PRECISION,
     )  # fmt: skip
     b_o, b_m, b_l, b_num, b_den = _walk(
         b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
         K, V, PHI_K, PART_INDEX, K_SIZES, tl.maximum(first - full, 0), tl.maximum(last - full, 0),
-        k_l, v_l, o_d, m_d, o_v, m_v, o_row, q_offset, window, sink, scale,
+        k_l, v_l, o_d, m_d, o_v, m_v, o_row, k_end, q_offset, window, sink, scale, w_read,
         BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, True, POSITIONAL, WINDOW,
-        True, LINEAR == 2, True, PRECISION,
+        True, LINEAR >= 2, FLIP, PRECISION,
     )  # fmt: skip
-    if EXTRA_NUM is not None:  # skipped blocks (LINEAR 2) or the linear set itself (LINEAR 3)
+    if EXTRA_NUM is not None:
         EXTRA_INDEX += i_row.to(tl.int64) * n_extra
         b_o, b_m, b_l, b_num, b_den = _walk(
             b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
             K, V, PHI_K, EXTRA_INDEX, K_SIZES, 0, tl.load(EXTRA_NUM + i_row),
-            k_l, v_l, o_d, m_d, o_v, m_v, o_row, q_offset, window, sink, scale,
+            k_l, v_l, o_d, m_d, o_v, m_v, o_row, k_end, q_offset, window, sink, scale, w_extra,
             BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, True, False, WINDOW,
-            False, True, LINEAR == 2, PRECISION,
+            False, True, FLIP, PRECISION,
         )  # fmt: skip
-    if EXTRA_KEYS:
-        X_K, X_V, x_k, x_v = K, V, k_l, v_l
-        if EXTRA_KEYS == 2:
-            i_c = (i_b * (n_h // group) + i_kh).to(tl.int64) * n_k
-            X_K, X_V = CENTROID_K + i_c * HEAD_DIM, CENTROID_V + i_c * VALUE_DIM
-            x_k, x_v = HEAD_DIM, VALUE_DIM
-            n_c = n_k
-        else:
-            COLUMNS += i_list.to(tl.int64) * n_columns
-            n_c = tl.load(COLUMN_NUM + i_row)
+    if EXTRA_KEYS == 1:  # columns
+        COLUMNS += i_list.to(tl.int64) * n_columns
+        n_c = tl.load(COLUMN_NUM + i_row)
         if SPLIT == 2:
             n_c = tl.where((i_segment == 0) & (last > 0), n_c, 0)
         for c in tl.range(0, n_c, TK):
-            o_key, o_block, m_c, b_bias = gathered_keys(
-                c + tl.arange(0, TK), n_c, COLUMNS, K_SIZES, k_len, n_k, BLOCK_K, EXTRA_KEYS
+            o_key, o_block, m_c = column_keys(
+                c + tl.arange(0, TK), n_c, COLUMNS, K_SIZES, k_end, BLOCK_K
             )
             m_c = m_c & ~covered(COVER, i_row, n_bytes, o_block, m_c)
             m_s = m_c[None, :]
             if POSITIONAL:
                 m_s = m_s & visible(o_row, o_key, q_offset, window, sink, WINDOW)
             # [TK, DP], [TK, DVP]
-            b_k = load_rows(X_K, o_key, m_c, x_k, o_d, m_d, MASK_D)
-            b_v = load_rows(X_V, o_key, m_c, x_v, o_v, m_v, MASK_V)
+            b_k = load_rows(K, o_key, m_c, k_l, o_d, m_d, MASK_D)
+            b_v = load_rows(V, o_key, m_c, v_l, o_v, m_v, MASK_V)
             b_o, b_m, b_l = _softmax_step(
-                b_q, b_k, b_v, b_bias, m_s, b_o, b_m, b_l, scale, True, EXTRA_KEYS == 2, PRECISION
+                b_q, b_k, b_v, None, m_s, b_o, b_m, b_l, scale, True, False, FLIP, PRECISION
+            )
+    if EXTRA_KEYS == 2:  # block means
+        CENTROID_K += i_state * n_k * HEAD_DIM
+        CENTROID_V += i_state * n_k * VALUE_DIM
+        o_n = tl.arange(0, TK)
+        for c in tl.range(0, n_k, TK):
+            start = c + n_k * 0  # a tensor for Triton's interpreter too
+            b_bias = mean_weights(UNREAD, i_row, start + o_n, n_k)
+            # [TK, DP], [TK, DVP]
+            b_k = load_tile(CENTROID_K, start, n_k - start, HEAD_DIM, o_n, o_d, m_d, True, MASK_D)
+            b_v = load_tile(CENTROID_V, start, n_k - start, VALUE_DIM, o_n, o_v, m_v, True, MASK_V)
+            b_o, b_m, b_l = _softmax_step(
+                b_q, b_k, b_v, b_bias, None, b_o, b_m, b_l, scale, False, True, FLIP, PRECISION
             )
 
     m_out = m_q & (b_l > 0)
     b_l = tl.where(m_out, b_l, 1.0)
     b_o = tl.where(m_out[:, None], b_o / b_l[:, None], 0.0)
+    if LINEAR >= 2:
+        b_ol, b_inverse = _linear_output(b_num, b_den, b_floor, m_q)
+    if MIX == 1 or (MIX == 3 and LINEAR == 1):
+        # Recomputed here: kept through the loops, it would take registers from them.
+        b_phi = phi(load_rows(Q, o_row, m_q, q_l, o_d, m_d, MASK_D).to(tl.float32), m_d, FEATURE)
+        b_num, b_den = _linear_totals(
+            b_phi.to(b_q.dtype), STATE, STATE_Z, i_state, n_keys, o_d, m_d, o_v, m_v,
+            HEAD_DIM, VALUE_DIM, MASK_V, PRECISION,
+        )  # fmt: skip
+        b_ol, b_inverse = _linear_output(b_num, b_den + 1e-5, b_floor, m_q)
+    if MIX == 1:
+        b_o += b_ol
+    elif MIX == 2:
+        p_w = PROJ_W + o_v[:, None] + o_v[None, :] * VALUE_DIM  # transposed
+        b_w = tl.load(p_w, mask=m_v[:, None] & m_v[None, :], other=0.0)
+        b_o = tl.dot(b_ol.to(b_q.dtype), b_w, b_o, input_precision=PRECISION)
+    elif MIX == 3:
+        filled = (k_end + BLOCK_K - 1) // BLOCK_K
+        if FILLED is not None:
+            filled = tl.load(FILLED + i_b)
+        left_out = full + part
+        if LINEAR == 1:
+            left_out = 0
+        elif SKIP_NUM is not None:
+            left_out += tl.load(SKIP_NUM + i_row)
+        alpha = tl.load(ALPHA + i_b * alpha_b + i_h * alpha_h + i_block * alpha_q).to(tl.float32)
+        alpha = tl.where(left_out >= filled, 1.0, alpha)  # nothing to sum
+        b_o = b_ol + alpha * (b_o - b_ol)
+    if PROJ_B is not None:
+        b_o += tl.load(PROJ_B + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
     if SPLIT == 2:  # partial results: [segment, B, H, n_long * BLOCK_Q]
         i_bh = (i_segment.to(tl.int64) * tl.num_programs(2) + i_b) * n_h + i_h
         o_row = i_slot * BLOCK_Q + o_in
@@ -272,13 +347,16 @@ def forward_kernel(
             m_out, (tl.where(m_out, b_m, 0.0) + tl.log2(b_l)) * 0.6931471805599453, float("-inf")
         )
         tl.store(LSE + o_out, b_lse, mask=m_row)
-    if LINEAR >= 2:
-        _store_linear(
-            O_L, NORM, b_num, b_den, b_floor, n_keys, m_q, m_row, o_out, o_v, m_v, VALUE_DIM
+    if LINEAR >= 2 and not MIX:
+        tl.store(NORM + o_out, b_inverse * n_keys, mask=m_row)
+        tl.store(
+            O_L + o_out[:, None] * VALUE_DIM + o_v[None, :],
+            b_ol.to(O_L.dtype.element_ty),
+            mask=m_row[:, None] & m_v[None, :],
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def merge_kernel(
     PART_O, PART_LSE, O, LSE, FULL_NUM, PART_NUM, LONG_ROWS, Q_SIZES, Q_ORDER,
     q_len, n_q, list_b, list_h, order_h, long_blocks, n_long, n_segments,

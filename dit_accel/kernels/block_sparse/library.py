@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.block_sparse.mix import Mix
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.precision import no_autocast, wide
@@ -29,7 +30,9 @@ TENSORS = (
     "q_order",
     "long_rows",
 )
-NUMBERS = ("block_q", "block_k", "q_offset", "sink")
+NUMBERS = ("block_q", "block_k", "q_offset", "sink", "window", "row_bound", "causal")
+# Tensors between plan and numbers: a state and a mix, for inference only.
+OPTIONAL = 2 + len(Mix._fields)
 
 
 def sparse_linear(
@@ -45,8 +48,12 @@ def sparse_linear(
     feature_map: str | None = None,
     linear_scope: str = "complement",
     state: tuple[Tensor, Tensor] | None = None,
+    mix: Mix | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`o`, `lse` (empty unless wanted), `o_l` and its reciprocal denominators (empty without a map)."""
+    """Return `o`, `lse` (empty unless wanted), `o_l` and its reciprocal denominators (empty without a map).
+
+    With `mix`, `o` is the mixed result, and `o_l` and the denominators are empty; inference only.
+    """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     state_kv, state_k = state if state is not None else (None, None)
     return torch.ops.dit_accel.sparse_linear(
@@ -56,9 +63,8 @@ def sparse_linear(
         *(getattr(plan, name) for name in TENSORS),
         state_kv,
         state_k,
+        *(mix or Mix()),
         *(getattr(plan, name) for name in NUMBERS),
-        plan.window,
-        plan.causal,
         scale,
         shared_softmax,
         feature_map,
@@ -72,14 +78,12 @@ def _backend(name: str) -> ModuleType:
     return importlib.import_module(f"dit_accel.kernels.block_sparse.{name}_backend")
 
 
-def _plan(q: Tensor, k: Tensor, tensors: tuple, numbers: tuple, window, causal) -> SparsePlan:
+def _plan(q: Tensor, k: Tensor, tensors: tuple, numbers: tuple) -> SparsePlan:
     return SparsePlan(
         **dict(zip(TENSORS, tensors, strict=True)),
         **dict(zip(NUMBERS, numbers, strict=True)),
         q_len=q.shape[2],
         kv_len=k.shape[2],
-        window=window,
-        causal=causal,
     )
 
 
@@ -102,11 +106,15 @@ def _forward(
     long_rows: Tensor | None,
     state_kv: Tensor | None,
     state_k: Tensor | None,
+    proj_weight: Tensor | None,
+    proj_bias: Tensor | None,
+    alpha: Tensor | None,
     block_q: int,
     block_k: int,
     q_offset: int,
     sink: int,
     window: int | None,
+    row_bound: int | None,
     causal: bool,
     scale: float,
     shared_softmax: bool,
@@ -129,9 +137,11 @@ def _forward(
         q_order,
         long_rows,
     )
-    plan = _plan(q, k, tensors, (block_q, block_k, q_offset, sink), window, causal)
+    numbers = (block_q, block_k, q_offset, sink, window, row_bound, causal)
+    plan = _plan(q, k, tensors, numbers)
     state = None if state_kv is None or state_k is None else (state_kv, state_k)
     linear = None if feature_map is None else Linear(feature_map, linear_scope, state)
+    mix = Mix(proj_weight, proj_bias, alpha)
     with no_autocast(q):
         return _backend(backend).forward(
             q,
@@ -142,20 +152,24 @@ def _forward(
             shared_softmax=shared_softmax,
             linear=linear,
             want_lse=want_lse,
+            mix=None if proj_weight is None and alpha is None else mix,
         )
 
 
 @_forward.register_fake
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, feature_map, _, want_lse, _ = rest
+    first = len(TENSORS) + 2
+    mix = Mix(*rest[first : first + len(Mix._fields)])
+    branch = feature_map is not None and mix.proj_weight is None and mix.alpha is None
     dtype = wide(q)
     shape = (*q.shape[:-1], v.shape[-1])
     nothing = (0,)
     return (
         q.new_empty(shape),
         q.new_empty(q.shape[:-1] if want_lse else nothing, dtype=dtype),
-        q.new_empty(shape if feature_map is not None else nothing),
-        q.new_empty(q.shape[:-1] if feature_map is not None else nothing, dtype=dtype),
+        q.new_empty(shape if branch else nothing),
+        q.new_empty(q.shape[:-1] if branch else nothing, dtype=dtype),
     )
 
 
@@ -188,6 +202,7 @@ def _backward(
     q_offset: int,
     sink: int,
     window: int | None,
+    row_bound: int | None,
     causal: bool,
     scale: float,
     shared_softmax: bool,
@@ -209,7 +224,8 @@ def _backward(
         q_order,
         long_rows,
     )
-    plan = _plan(q, k, tensors, (block_q, block_k, q_offset, sink), window, causal)
+    numbers = (block_q, block_k, q_offset, sink, window, row_bound, causal)
+    plan = _plan(q, k, tensors, numbers)
     linear = None if feature_map is None else Linear(feature_map, linear_scope)
     with no_autocast(q):
         return _backend(backend).backward(
@@ -238,7 +254,8 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    tensors, numbers = inputs[: 3 + len(TENSORS)], inputs[5 + len(TENSORS) :]
+    n = 3 + len(TENSORS)
+    tensors, numbers = inputs[:n], inputs[n + OPTIONAL :]
     ctx.save_for_backward(*output, *tensors)
     *kept, want_lse, backend = numbers
     ctx.numbers = (*kept, backend)
@@ -252,8 +269,8 @@ def _autograd(ctx, grad_o, grad_lse, grad_o_l, grad_norm) -> tuple[Tensor | None
     grads = torch.ops.dit_accel.sparse_linear_backward(
         grad_o, grad_lse, grad_o_l, o, lse, o_l, norm, *tensors, *ctx.numbers
     )
-    # Plan, state and numbers have no gradient.
-    return *grads, *[None] * (len(TENSORS) + 2 + len(ctx.numbers) + 1)
+    # Plan, state, mix and numbers have no gradient.
+    return *grads, *[None] * (len(TENSORS) + OPTIONAL + len(ctx.numbers) + 1)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

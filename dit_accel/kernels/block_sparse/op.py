@@ -12,12 +12,13 @@ from torch.autograd import forward_ad
 from torch.utils._triton import has_triton_package
 
 from dit_accel.kernels.block_sparse.library import sparse_linear
+from dit_accel.kernels.block_sparse.mix import Mix, mixed
 from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.linear.features import FEATURE_MAPS, FeatureMap
 from dit_accel.kernels.linear.state import LinearState
 from dit_accel.kernels.lists import reads_freely
 from dit_accel.kernels.plan import SparsePlan
-from dit_accel.kernels.precision import autocast_inputs, no_autocast
+from dit_accel.kernels.precision import autocast_inputs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
@@ -115,6 +116,9 @@ def sparse_linear_attention(
         raise ValueError("backend='flex': accepted are 'triton' and 'torch' here")
     linear = combine in ("proj", "alpha")
     _check_state(state, q, k, v, feature_map, linear)
+    mix = Mix(proj_weight, proj_bias, alpha) if linear else None
+    weights = [x for x in (proj_weight, proj_bias, alpha) if x is not None]
+    training = _wants_grad(q, k, v, *weights)
     o, _, o_l, _ = sparse_linear(
         q,
         k,
@@ -126,30 +130,12 @@ def sparse_linear_attention(
         feature_map=feature_map if linear else None,
         linear_scope=linear_scope,
         state=None if state is None else (state.kv, state.k),
+        mix=None if training else mix,
         backend=_backend(q, backend),
     )
-    if combine == "proj":
-        assert proj_weight is not None
-        with no_autocast(o):
-            flat = torch.addmm(o.flatten(0, 2), o_l.flatten(0, 2), proj_weight.to(o.dtype).T)
-        o = flat.view_as(o) if proj_bias is None else flat.view_as(o) + proj_bias.to(o.dtype)
-    elif combine == "alpha":
-        assert alpha is not None
-        o = torch.lerp(o_l, o, _alpha_per_query(alpha, plan, linear_scope).to(o.dtype))
-    return o
-
-
-def _alpha_per_query(alpha: Tensor, plan: SparsePlan, linear_scope: LinearScope) -> Tensor:
-    """`[B|1, Hq, Lq, 1]`, 1 where the linear set is empty."""
-    valid = plan.k_sizes()[:, None, None, :] > 0
-    empty = ~(plan.linear_blocks(linear_scope) & valid).any(-1)
-    per_block = alpha[None, :, None] if alpha.ndim == 1 else alpha
-    per_block = torch.where(empty, torch.ones_like(per_block), per_block)  # [B|1, Hq, T_q]
-    row = torch.arange(plan.q_len, device=alpha.device)
-    if plan.q_order is None:
-        return per_block[..., row // plan.block_q, None]
-    block = plan.q_order.argsort(-1) // plan.block_q  # of each query
-    return per_block.gather(-1, block.expand(*per_block.shape[:2], -1))[..., None]
+    if mix is None or not training:
+        return o
+    return mixed(o, o_l, mix, plan, linear_scope)
 
 
 def _flex(

@@ -7,6 +7,12 @@ is the tile. Scores are kept in base 2 (`scale` holds log2 e). Addresses are 64 
 import triton
 import triton.language as tl
 
+# Lengths and counts change from call to call: kernels are not compiled anew for each.
+LENGTHS = (
+    "q_len", "k_len", "n_q", "n_k", "n_full", "n_part", "n_extra", "n_bytes", "n_columns", "n_row",
+    "order_h", "long_blocks", "n_long", "n_segments", "length", "span", "n_parts",
+)  # fmt: skip
+
 
 @triton.jit
 def aligned(stride, ALIGNED: tl.constexpr):
@@ -89,39 +95,46 @@ def load_tile(X, start, size, stride, o_n, o_d, m_d, MASKED: tl.constexpr, MASK_
 
 
 @triton.jit
+def last_key(KV_LENGTHS, i_b, k_len):
+    """Number of keys of sample `i_b`."""
+    if KV_LENGTHS is not None:
+        return tl.minimum(tl.load(KV_LENGTHS + i_b), k_len)
+    return k_len
+
+
+@triton.jit
+def block_size(i_block, k_end, K_SIZES, BLOCK_K: tl.constexpr):
+    """Number of valid keys in one key block, or in each of several."""
+    size = tl.minimum(k_end - i_block * BLOCK_K, BLOCK_K)
+    if K_SIZES is not None:
+        size = tl.minimum(size, tl.load(K_SIZES + i_block))
+    return tl.maximum(size, 0)
+
+
+@triton.jit
+def column_keys(o_c, n_c, COLUMNS, K_SIZES, k_end, BLOCK_K: tl.constexpr):
+    """Keys at places `o_c` of the list of columns: key, key block and validity."""
+    o_key = tl.load(COLUMNS + o_c, mask=o_c < n_c, other=0)
+    m_c = (o_c < n_c) & (o_key < k_end)
+    o_block = tl.where(m_c, o_key // BLOCK_K, 0)
+    m_c = m_c & (o_key % BLOCK_K < block_size(o_block, k_end, K_SIZES, BLOCK_K))
+    return o_key, o_block, m_c
+
+
+@triton.jit
 def covered(COVER, i_row, n_bytes, o_block, m_block):
-    """Whether row `i_row` reads block `o_block` exactly (a bit per block)."""
+    """True where row `i_row` reads block `o_block` exactly (one bit per block)."""
     b_bits = tl.load(COVER + i_row.to(tl.int64) * n_bytes + o_block // 8, mask=m_block, other=0)
     return ((b_bits.to(tl.int32) >> (o_block % 8)) & 1) == 1
 
 
 @triton.jit
-def gathered_keys(
-    o_c,
-    n_c,
-    COLUMNS,
-    K_SIZES,
-    k_len,
-    n_k,
-    BLOCK_K: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    """Extra keys `o_c`: their row in the tensor, block, validity, and log2 of how many they stand for.
+def mean_weights(UNREAD, i_row, o_block, n_k):
+    """log2 of the tokens that the mean of each block stands for in row `i_row`, see `unread_kernel`."""
+    return tl.load(UNREAD + i_row.to(tl.int64) * padded_blocks(n_k) + o_block).to(tl.float32)
 
-    KIND 1: columns, rows of K and V. KIND 2: block means, rows of the centroid tensors.
-    """
-    if KIND == 1:
-        o_key = tl.load(COLUMNS + o_c, mask=o_c < n_c, other=0)
-        o_block = o_key // BLOCK_K
-        m_c = (o_c < n_c) & (o_key < k_len)
-        o_block = tl.where(m_c, o_block, 0)
-        b_size = tl.load(K_SIZES + o_block, mask=m_c, other=0)
-        m_c = m_c & (o_key % BLOCK_K < b_size)
-        b_bias = tl.zeros_like(o_c).to(tl.float32)
-    else:
-        o_key = o_c
-        o_block = o_c
-        b_size = tl.load(K_SIZES + o_block, mask=o_c < n_k, other=0)
-        m_c = b_size > 0
-        b_bias = tl.log2(tl.maximum(b_size, 1).to(tl.float32))
-    return o_key, o_block, m_c, b_bias
+
+@triton.jit
+def padded_blocks(n_k):
+    """Length of a row of weights: whole tiles, so that kernels load them without a mask."""
+    return (n_k + 127) // 128 * 128

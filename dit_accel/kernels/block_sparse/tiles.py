@@ -4,6 +4,7 @@ Every row is compiled ahead of time by `make kernel-table`, which prints registe
 memory (docs/kernel-table.md). What runs fastest on a chip has to be measured there.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ class Target(NamedTuple):
     """"90" for compute capability 9.0 (H100, H200), "gfx942" for HIP (MI300)."""
 
     @classmethod
+    @functools.lru_cache(maxsize=64)
     def of(cls, device: torch.device) -> "Target":
         """By capability, never by name."""
         if device.type != "cuda":
@@ -52,58 +54,74 @@ _FAMILIES = {
     "121": "sm89",
 }
 
-# "short": query blocks of at most 64 rows. "heavy": carries a linear branch, or extra keys, too.
-Variant = Literal["plain", "short", "heavy"]
+# "short": query blocks of at most 64 rows. "heavy": with a linear branch. "extra": with columns or means.
+Variant = Literal["plain", "short", "heavy", "extra"]
 
 # Kernel and variant -> family -> padded head_dim -> Tile.
-# Chosen by what compiles without spills into the shared memory there; nothing was timed on a chip yet.
+# Chosen by what compiles without spills in loops, with loads that overlap, into the shared memory there;
+# nothing was timed on a chip yet.
 _TABLE: dict[tuple[Kernel, Variant], dict[str, dict[int, Tile]]] = {
     ("forward", "plain"): {
         "any": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 2)},
-        "sm90": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
-        "sm100": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+        "sm90": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 3)},
+        "sm100": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 3)},
         "hip": {64: Tile(128, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
     },
     ("forward", "short"): {
         "any": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
-        "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 8, 2)},
-        "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
+        "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 8, 3)},
+        "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 8, 3)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
     },
     ("forward", "heavy"): {
-        "any": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 2)},
+        "any": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 3)},
+        "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(128, 32, 8, 3)},
+        "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(128, 32, 8, 3)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2)},
     },
     ("rows", "plain"): {
-        "any": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)},
-        "sm90": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 4, 2)},
-        "sm100": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 1)},
+        "any": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 1)},
+        "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
+        "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 1)},
+        "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
+    },
+    ("rows", "short"): {
+        "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 4, 2)},
+        "any": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 1)},
+        "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 8, 1)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
     ("rows", "heavy"): {
-        "any": {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
-        "sm90": {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 32, 4, 2)},
+        "any": {64: Tile(64, 32, 8, 3), 128: Tile(64, 32, 8, 3), 256: Tile(64, 32, 8, 1)},
+        "sm90": {64: Tile(64, 32, 4, 3), 128: Tile(64, 32, 8, 3), 256: Tile(64, 32, 4, 2)},
+        "hip": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
+    },
+    ("rows", "extra"): {
+        "any": {64: Tile(64, 32, 8, 3), 128: Tile(64, 32, 8, 3), 256: Tile(64, 32, 8, 1)},
+        "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
         "hip": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
     ("columns", "plain"): {
-        "any": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-        "sm90": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
-        "sm100": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 8, 1)},
+        "any": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 8, 3), 256: Tile(32, 32, 8, 1)},
+        "sm90": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 4, 3), 256: Tile(32, 64, 8, 2)},
+        "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(32, 64, 8, 1)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
     ("linear_columns", "heavy"): {
-        "any": {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2)},
-        "sm90": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 8, 2)},
-        "sm100": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2)},
+        "any": {64: Tile(32, 64, 8, 3), 128: Tile(32, 64, 8, 3)},
+        "sm90": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 8, 3)},
+        "sm100": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 3)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(32, 32, 4, 2)},
     },
     ("state", "plain"): {
-        "any": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2)},
-        "sm100": {64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2)},
+        "any": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 8, 3)},
+        "sm100": {64: Tile(64, 64, 8, 3), 128: Tile(32, 64, 8, 3)},
+        "hip": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2)},
     },
 }
 
 
+@functools.lru_cache(maxsize=1024)
 def tile(
     kernel: Kernel,
     target: Target,
@@ -112,14 +130,16 @@ def tile(
     dtype: torch.dtype,
     block_q: int,
     block_k: int,
-    heavy: bool = False,
+    variant: Variant = "plain",
 ) -> Tile:
-    """The tile of a launch: the table's row, cut to the blocks of the plan."""
+    """Return the tile of a launch: the table's row, cut to the blocks of the plan."""
     if target.backend == "interpreter":  # its time goes by the number of tiles
         return Tile(min(128, pad(block_q)), min(128, pad(block_k)), 1, 1)
-    wanted: list[Variant] = ["heavy", "plain"] if heavy else ["plain", "heavy"]
     single = dtype == torch.float32
-    if block_q <= 64 and not heavy and not single:
+    if variant == "extra" and (kernel, variant) not in _TABLE:
+        variant = "plain"
+    wanted: list[Variant] = [variant, "plain", "heavy"]
+    if block_q <= 64 and variant == "plain" and not single:
         wanted = ["short", *wanted]
     families = next(_TABLE[kernel, x] for x in wanted if (kernel, x) in _TABLE)
     family = "hip" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm100")

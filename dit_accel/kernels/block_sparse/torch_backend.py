@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.chunks import Chunk, Layout, stages, unblocked
+from dit_accel.kernels.block_sparse.mix import Mix, mixed
 from dit_accel.kernels.linear import torch_branch
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.plan import SparsePlan
@@ -46,15 +47,24 @@ def forward(
     shared_softmax: bool,
     linear: Linear | None,
     want_lse: bool,
+    mix: Mix | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`o, lse, o_l, norm`; lse is empty unless wanted, o_l and norm without a linear branch."""
+    """Return `o, lse, o_l, norm`.
+
+    lse is empty unless wanted; o_l and norm are empty without a linear branch. With `mix`, `o` is the mixed
+    result, and o_l and norm are empty too.
+    """
     o, lse = _forward(in_block_order(q, plan), k, v, plan, scale, shared_softmax, want_lse)
     o_l, norm = q.new_empty(0), q.new_empty(0, dtype=lse.dtype)
     if linear is not None:
         o_l, norm = torch_branch.forward(q, k, v, plan, linear)
     if want_lse:
         lse = in_query_order(lse, plan)
-    return in_query_order(o, plan), lse, o_l, norm
+    o = in_query_order(o, plan)
+    if mix is None or linear is None:
+        return o, lse, o_l, norm
+    o = mixed(o, o_l, mix, plan, linear.scope)
+    return o, lse, q.new_empty(0), q.new_empty(0, dtype=lse.dtype)
 
 
 def backward(

@@ -2,15 +2,18 @@
 
     dphi(k) = sum n (g . v - t) phi(q)   dv = sum n phi(q) . phi(k) g        (README.md, equation 5)
 
-over the rows i whose linear set holds the block: the totals over all rows, minus the rows on the block's
-list (LINEAR 2), or the rows on the list (LINEAR 3); LINEAR 1 needs the totals only.
+over the rows i whose linear set holds the block. LINEAR 1: all rows, the totals. LINEAR 2: where HEAVY is 1,
+the sum over the rows on the block's list; elsewhere the totals minus those rows.
 """
 
 import triton
 import triton.language as tl
 
 from dit_accel.kernels.block_sparse.tile_math import (
+    LENGTHS,
     aligned,
+    block_size,
+    last_key,
     load_rows,
     phi,
     phi_backward,
@@ -18,12 +21,12 @@ from dit_accel.kernels.block_sparse.tile_math import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def linear_columns_kernel(
-    K, V, GRAD_K, GRAD_V, ROW_NUM, ROW_INDEX, K_SIZES, Q_SIZES, Q_ORDER,
+    K, V, GRAD_K, GRAD_V, ROW_NUM, ROW_INDEX, HEAVY, K_SIZES, KV_LENGTHS, Q_SIZES, Q_ORDER,
     PHI_Q, STATE, STATE_Z, GRAD_O_L, NORM, TERM,
     k_b, k_h, k_l, v_b, v_h, v_l, q_len, k_len, n_k, n_row,
-    list_b, list_h, size_b, order_h, group, per_key, n_keys,
+    list_b, list_h, order_h, group, per_key, n_keys,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     LINEAR: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
@@ -40,7 +43,7 @@ def linear_columns_kernel(
     i_block = tl.program_id(0) // SUB_K
     o_in = (tl.program_id(0) % SUB_K) * TK + tl.arange(0, TK)
     o_key = i_block * BLOCK_K + o_in
-    m_k = o_in < tl.load(K_SIZES + i_b * size_b + i_block)
+    m_k = o_in < block_size(i_block, last_key(KV_LENGTHS, i_b, k_len), K_SIZES, BLOCK_K)
     m_row = (o_in < BLOCK_K) & (o_key < k_len)
     o_d, o_v = tl.arange(0, DP), tl.arange(0, DVP)
     m_d, m_v = o_d < HEAD_DIM, o_v < VALUE_DIM
@@ -51,40 +54,41 @@ def linear_columns_kernel(
     b_x = load_rows(K, o_key, m_k, k_l, o_d, m_d, MASK_D)
     b_v = load_rows(V, o_key, m_k, v_l, o_v, m_v, MASK_V)
     b_phik = phi(b_x.to(tl.float32), m_d, FEATURE).to(b_v.dtype)
-    b_dphi = tl.zeros([TK, DP], tl.float32)
-    b_dv = tl.zeros([TK, DVP], tl.float32)
-    if LINEAR <= 2:  # totals first, while registers are free
-        # [DP, DVP], [DP]
-        b_h = load_rows(STATE + i_bk * HEAD_DIM * VALUE_DIM, o_d, m_d, VALUE_DIM, o_v, m_v, MASK_V)
-        b_z = tl.load(STATE_Z + i_bk * HEAD_DIM + o_d, mask=m_d, other=0.0)
-        b_dv = tl.dot(b_phik, b_h, input_precision=PRECISION)
-        b_dphi = tl.dot(b_v, tl.trans(b_h), input_precision=PRECISION) - b_z[None, :]
-        b_dphi = b_dphi * n_keys
+    # Totals first, while registers are free: [DP, DVP], [DP].
+    b_h = load_rows(STATE + i_bk * HEAD_DIM * VALUE_DIM, o_d, m_d, VALUE_DIM, o_v, m_v, MASK_V)
+    b_z = tl.load(STATE_Z + i_bk * HEAD_DIM + o_d, mask=m_d, other=0.0)
+    b_dv = tl.dot(b_phik, b_h, input_precision=PRECISION)
+    b_dphi = tl.dot(b_v, tl.trans(b_h), input_precision=PRECISION) - b_z[None, :]
+    b_dphi = b_dphi * n_keys
     if LINEAR >= 2:
-        weight = -per_key if LINEAR == 2 else per_key
+        heavy = tl.load(HEAVY + i_bk * n_k + i_block) != 0
+        sign = tl.where(heavy, 1.0, -1.0)
+        b_dv = tl.where(heavy, 0.0, b_dv)
+        b_dphi = tl.where(heavy, 0.0, b_dphi)
         for g in range(0, group):
             i_h = i_kh * group + g
             i_bh = (i_b * n_kh * group + i_h).to(tl.int64)
             i_row = ((i_b * list_b + i_h * list_h) * n_k + i_block).to(tl.int64)
-            for t in tl.range(0, tl.load(ROW_NUM + i_row) * SUB_Q):
-                i_q = tl.load(ROW_INDEX + i_row * n_row + t // SUB_Q)
+            p_index = ROW_INDEX + i_row * n_row
+            p_phi = PHI_Q + i_bh * q_len * HEAD_DIM
+            p_g = GRAD_O_L + i_bh * q_len * VALUE_DIM
+            count = tl.load(ROW_NUM + i_row)
+            i_next = tl.load(p_index, mask=count > 0, other=0)
+            for t in tl.range(0, count * SUB_Q):
+                i_q = i_next
+                i_next = tl.load(p_index + (t + 1) // SUB_Q, mask=t + 1 < count * SUB_Q, other=0)
                 o_q = (t % SUB_Q) * TQ + tl.arange(0, TQ)
                 o_row, m_q, _ = query_rows(i_q, o_q, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
                 # [TQ, DP], [TQ, DVP]
-                b_phiq = load_rows(
-                    PHI_Q + i_bh * q_len * HEAD_DIM, o_row, m_q, HEAD_DIM, o_d, m_d, MASK_D
-                )
-                b_g = load_rows(
-                    GRAD_O_L + i_bh * q_len * VALUE_DIM, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V
-                )
-                b_n = tl.load(NORM + i_bh * q_len + o_row, mask=m_q, other=0.0)
+                b_phiq = load_rows(p_phi, o_row, m_q, HEAD_DIM, o_d, m_d, MASK_D)
+                b_g = load_rows(p_g, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V)
+                b_n = tl.load(NORM + i_bh * q_len + o_row, mask=m_q, other=0.0) * sign
                 b_t = tl.load(TERM + i_bh * q_len + o_row, mask=m_q, other=0.0)
                 # [TK, TQ]
                 b_a = tl.dot(b_phik, tl.trans(b_phiq), input_precision=PRECISION)
-                b_a = (b_a * (b_n * weight)[None, :]).to(b_g.dtype)
+                b_a = (b_a * (b_n * per_key)[None, :]).to(b_g.dtype)
                 b_dv = tl.dot(b_a, b_g, b_dv, input_precision=PRECISION)
                 b_da = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) - b_t[None, :]
-                b_n = -b_n if LINEAR == 2 else b_n
                 b_da = (b_da * b_n[None, :]).to(b_phiq.dtype)
                 b_dphi = tl.dot(b_da, b_phiq, b_dphi, input_precision=PRECISION)
     b_x = b_x.to(tl.float32)

@@ -3,21 +3,28 @@
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.tile_math import aligned, load_rows, phi
+from dit_accel.kernels.block_sparse.tile_math import (
+    LENGTHS,
+    aligned,
+    block_size,
+    last_key,
+    load_rows,
+    phi,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def state_kernel(
-    X, Y, SIZES, NORM, TERM, PHI, OUT, OUT_Z,
-    x_b, x_h, x_l, y_b, y_h, y_l, length, span, size_b,
+    X, Y, K_SIZES, KV_LENGTHS, NORM, TERM, PHI, OUT, OUT_Z,
+    x_b, x_h, x_l, y_b, y_h, y_l, length, span,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, TV: tl.constexpr,
     BLOCK: tl.constexpr, TL: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Keys (NORM is None): sums of phi(k)^T v and phi(k) over valid keys, which SIZES gives per block.
+    """Keys (NORM is None): sums of phi(k)^T v and phi(k) over valid keys.
 
     Queries: sums of n phi(q)^T g and n t phi(q), with n = NORM (0 for rows that do not count) and
-    t = TERM. A program sums `span` tokens for TV of the value dims; parts `[part, B, H, ...]` are added
-    by the caller in a fixed order. PHI, if given, receives phi(x) `[B, H, L, D]`.
+    t = TERM. A program sums `span` tokens for TV of the value dims; parts `[part, B, H, ...]` are added by
+    `totals_kernel` in a fixed order. PHI, if given, receives phi(x) `[B, H, L, D]`.
     """
     x_b, x_h, x_l = aligned(x_b, ALIGNED), aligned(x_h, ALIGNED), aligned(x_l, ALIGNED)
     y_b, y_h, y_l = aligned(y_b, ALIGNED), aligned(y_h, ALIGNED), aligned(y_l, ALIGNED)
@@ -30,19 +37,24 @@ def state_kernel(
     m_d, m_v = o_d < HEAD_DIM, o_v < VALUE_DIM
     X += i_b.to(tl.int64) * x_b + i_h.to(tl.int64) * x_h
     Y += i_b.to(tl.int64) * y_b + i_h.to(tl.int64) * y_h
+    l_end = last_key(KV_LENGTHS, i_b, length)
     b_h = tl.zeros([DP, TV], tl.float32)
     b_z = tl.zeros([DP], tl.float32)
     for start in tl.range(i_part * span, tl.minimum(i_part * span + span, length), TL):
         o_l = start + tl.arange(0, TL)
         m_l = o_l < length
-        if SIZES is not None:
-            m_l = m_l & (
-                o_l % BLOCK < tl.load(SIZES + i_b * size_b + o_l // BLOCK, mask=m_l, other=0)
-            )
+        if KV_LENGTHS is not None or K_SIZES is not None:
+            o_block = tl.where(m_l, o_l // BLOCK, 0)
+            m_l = m_l & (o_l % BLOCK < block_size(o_block, l_end, K_SIZES, BLOCK))
         # [TL, DP], [TL, TV]
         b_x = load_rows(X, o_l, m_l, x_l, o_d, m_d, MASK_D)
         b_y = load_rows(Y, o_l, m_l, y_l, o_v, m_v, True)
-        b_phi = tl.where(m_l[:, None], phi(b_x.to(tl.float32), m_d, FEATURE), 0.0).to(b_x.dtype)
+        m_x = m_l
+        if NORM is not None:  # rows that do not count may hold NaN
+            b_n = tl.load(NORM + i_bh * length + o_l, mask=m_l, other=0.0)
+            b_t = tl.load(TERM + i_bh * length + o_l, mask=m_l, other=0.0)
+            m_x = m_l & (b_n != 0)
+        b_phi = tl.where(m_x[:, None], phi(b_x.to(tl.float32), m_d, FEATURE), 0.0).to(b_x.dtype)
         if PHI is not None:
             if i_v == 0:
                 tl.store(
@@ -51,8 +63,6 @@ def state_kernel(
                     mask=(o_l < length)[:, None] & m_d[None, :],
                 )
         if NORM is not None:
-            b_n = tl.load(NORM + i_bh * length + o_l, mask=m_l, other=0.0)
-            b_t = tl.load(TERM + i_bh * length + o_l, mask=m_l, other=0.0)
             b_y = (b_y.to(tl.float32) * b_n[:, None]).to(b_x.dtype)
             b_z += tl.sum(b_phi.to(tl.float32) * (b_n * b_t)[:, None], 0)
         else:
@@ -67,3 +77,40 @@ def state_kernel(
     )
     if i_v == 0:
         tl.store(OUT_Z + i_out * HEAD_DIM + o_d, b_z, mask=m_d)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def totals_kernel(
+    PARTS, PARTS_Z, PROJ_W, STATE, STATE_Z, n_parts, group, factor,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    TD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sum parts, and the heads of a group, in a fixed order; times `factor`, and projected if asked.
+
+    PARTS: `[part, B, H, D, Dv]` and PARTS_Z: `[part, B, H, D]` in fp32. STATE: `[B, H / group, D, Dv]`, the sum,
+    or with PROJ_W `[Dv, Dv]` the sum times its transpose. STATE_Z: `[B, H / group, D]` in fp32.
+    """
+    i_d, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_h = tl.num_programs(1)
+    n_b = tl.num_programs(2)
+    o_d, o_v = i_d * TD + tl.arange(0, TD), tl.arange(0, DVP)
+    m_d, m_v = o_d < HEAD_DIM, o_v < VALUE_DIM
+    b_h = tl.zeros([TD, DVP], tl.float32)
+    b_z = tl.zeros([TD], tl.float32)
+    for i in tl.range(0, n_parts * group):
+        i_in = ((i // group * n_b + i_b) * n_h + i_h).to(tl.int64) * group + i % group
+        # [TD, DVP]
+        b_h += load_rows(PARTS + i_in * HEAD_DIM * VALUE_DIM, o_d, m_d, VALUE_DIM, o_v, m_v, True)
+        b_z += tl.load(PARTS_Z + i_in * HEAD_DIM + o_d, mask=m_d, other=0.0)
+    b_h = b_h * factor
+    if PROJ_W is not None:
+        p_w = PROJ_W + o_v[:, None] + o_v[None, :] * VALUE_DIM  # transposed
+        b_w = tl.load(p_w, mask=m_v[:, None] & m_v[None, :], other=0.0).to(tl.float32)
+        b_h = tl.dot(b_h, b_w, input_precision=PRECISION)
+    i_out = (i_b * n_h + i_h).to(tl.int64) * HEAD_DIM
+    tl.store(
+        STATE + (i_out + o_d)[:, None] * VALUE_DIM + o_v[None, :],
+        b_h.to(STATE.dtype.element_ty),
+        mask=m_d[:, None] & m_v[None, :],
+    )
+    tl.store(STATE_Z + i_out + o_d, b_z * factor, mask=m_d)

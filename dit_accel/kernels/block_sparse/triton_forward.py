@@ -1,0 +1,232 @@
+"""Forward pass of the Triton backend: which kernels run, with what, in which order.
+
+Nothing here waits for the device or depends on numbers in tensors, so calls can be captured in a CUDA
+graph. `run` is what happens to each launch: it runs, or it is collected to be compiled elsewhere.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.block_sparse.forward import forward_kernel, merge_kernel
+from dit_accel.kernels.block_sparse.mix import Mix, mixed
+from dit_accel.kernels.block_sparse.problem import Problem, Run
+from dit_accel.kernels.block_sparse.tiles import Target
+from dit_accel.kernels.launch import Launch
+from dit_accel.kernels.linear import torch_branch
+from dit_accel.kernels.linear.spec import Linear
+from dit_accel.kernels.plan import SparsePlan
+
+LOG2E = math.log2(math.e)
+# A row of more keys than this is split over several programs, if there are few programs or the plan
+# names the row.
+SPLIT_TOKENS = 4096
+FEW_PROGRAMS = 128
+
+
+def fuses(q: Tensor, v: Tensor) -> bool:
+    """True if the linear branch runs inside the kernels; beyond head_dim 128 a D x Dv state does not fit."""
+    return max(q.shape[-1], v.shape[-1]) <= 128
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    *,
+    scale: float,
+    shared_softmax: bool,
+    linear: Linear | None,
+    want_lse: bool,
+    mix: Mix | None = None,
+    target: Target | None = None,
+    run: Run = Launch.__call__,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `o, lse, o_l, norm`.
+
+    lse is empty unless wanted; o_l and norm are empty without a linear branch. With `mix`, `o` is the mixed
+    result, and o_l and norm are empty too.
+    """
+    target = target or Target.of(q.device)
+    if linear is not None and not fuses(q, v):
+        exact: dict[str, Any] = {"scale": scale, "shared_softmax": shared_softmax, "linear": None}
+        o, lse, nothing, none = forward(
+            q, k, v, plan, want_lse=want_lse, target=target, run=run, **exact
+        )
+        o_l, norm = torch_branch.forward(q, k, v, plan, linear)
+        if mix is None:
+            return o, lse, o_l, norm
+        return mixed(o, o_l, mix, plan, linear.scope), lse, nothing, none
+    p = Problem(q, k, v, plan, shared_softmax, linear, target, run)
+    branch = linear is not None and mix is None
+    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    rows = q.shape[:3]
+    lse = q.new_empty(rows if want_lse else (0,), dtype=torch.float32)
+    o_l = q.new_empty(o.shape if branch else (0,))
+    norm = q.new_empty(rows if branch else (0,), dtype=torch.float32)
+    mode, mix_arguments = _mix(p, mix)
+    projected = mix.proj_weight if mix is not None and mode == 1 else None
+    constants, options = p.constants("forward")
+    constants |= {
+        **p.linear_constants(),
+        "EXTRA_KEYS": p.extra_keys,
+        "MIX": mode,
+        "SPLIT": 0,
+        "WANT_LSE": want_lse,
+        "FLIP": scale < 0,
+    }
+    arguments: dict[str, Any] = {
+        "Q": q,
+        "K": k,
+        "V": v,
+        "O": o,
+        "LSE": lse,
+        "O_L": o_l,
+        "NORM": norm,
+        **p.row_lists(),
+        **p.extra_key_arguments(),
+        "COLUMN_NUM": p.column_counts(),
+        **p.key_totals(projected),
+        **mix_arguments,
+        **p.strides,
+        **p.rules(),
+        "n_q": plan.num_q_blocks,
+        "scale": abs(scale) * LOG2E,
+        "n_keys": float(plan.kv_len),
+        "LONG_ROWS": None,
+        "IS_LONG": None,
+        "long_blocks": 0,
+        "n_long": 1,
+    }
+    sub = math.ceil(plan.block_q / constants["TQ"])
+    programs = plan.num_q_blocks * sub
+    long_rows = None
+    if linear is None and not shared_softmax:
+        long_rows = _long_rows(plan, programs * p.heads * p.batch)
+    if long_rows is None:
+        grid = (programs, p.heads, p.batch)
+        run(Launch(forward_kernel, grid, arguments, constants, **options))
+    else:
+        _split(p, long_rows, programs, sub, arguments, constants, options)
+    return o, lse, o_l, norm
+
+
+def _mix(p: Problem, mix: Mix | None) -> tuple[int, dict[str, Any]]:
+    """MIX of the forward kernel, and its arguments."""
+    arguments: dict[str, Any] = dict.fromkeys(("PROJ_W", "PROJ_B", "ALPHA", "FILLED"))
+    arguments |= {"alpha_b": 0, "alpha_h": 0, "alpha_q": 0}
+    if mix is None:
+        return 0, arguments
+    if mix.alpha is None:
+        bias = None if mix.proj_bias is None else mix.proj_bias.contiguous()
+        arguments["PROJ_B"] = bias
+        if p.mode == 1:
+            return 1, arguments
+        assert mix.proj_weight is not None
+        weight = mix.proj_weight.to(p.q.dtype).contiguous()  # in fp32 the kernel would spill
+        return 2, arguments | {"PROJ_W": weight}
+    alpha = mix.alpha
+    strides = alpha.stride() if alpha.ndim == 3 else (0, alpha.stride(0), 0)
+    arguments |= {
+        "ALPHA": alpha,
+        "alpha_b": strides[0] if len(alpha) > 1 and alpha.ndim == 3 else 0,
+        "alpha_h": strides[1],
+        "alpha_q": strides[2],
+    }
+    if p.plan.k_block_sizes is not None:  # blocks may be empty before the last key
+        filled = (p.plan.k_sizes() > 0).sum(-1, dtype=torch.int32)
+        arguments["FILLED"] = filled.expand(p.batch).contiguous()
+    return 3, arguments
+
+
+def _long_rows(plan: SparsePlan, programs: int) -> Tensor | None:
+    """Row blocks that are split over several programs; None: no row gains by it."""
+    widest = max(plan.kv_indices.shape[-1], plan.full_kv_indices.shape[-1])
+    if widest * plan.block_k <= SPLIT_TOKENS:
+        return None
+    if plan.long_rows is not None:
+        return plan.long_rows
+    if programs >= FEW_PROGRAMS:
+        return None
+    return torch.arange(plan.num_q_blocks, dtype=torch.int32, device=plan.device)
+
+
+def _split(
+    p: Problem,
+    long_rows: Tensor,
+    programs: int,
+    sub: int,
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    options: dict[str, int],
+) -> None:
+    """Launch short rows, segments of long rows, and the merge of the segments."""
+    plan, q = p.plan, p.q
+    n_long = len(long_rows)
+    blocks = max(1, SPLIT_TOKENS // plan.block_k)
+    segments = math.ceil(plan.num_k_blocks / blocks)
+    part = (segments, p.batch, p.heads, n_long * plan.block_q)
+    is_long = torch.zeros(plan.num_q_blocks, dtype=torch.int32, device=q.device)
+    is_long.scatter_(0, long_rows.long(), 1)
+    arguments |= {
+        "LONG_ROWS": long_rows,
+        "IS_LONG": is_long,
+        "long_blocks": blocks,
+        "n_long": n_long,
+    }
+    part_o = q.new_empty(*part, p.value_dim, dtype=torch.float32)
+    part_lse = q.new_empty(part, dtype=torch.float32)
+    segment_constants = {**constants, "SPLIT": 2, "WANT_LSE": True}
+    heads_and_batch = (p.heads, p.batch)
+    p.run(
+        Launch(
+            forward_kernel,
+            (programs, *heads_and_batch),
+            arguments,
+            {**constants, "SPLIT": 1},
+            **options,
+        )
+    )
+    p.run(
+        Launch(
+            forward_kernel,
+            (segments * n_long * sub, *heads_and_batch),
+            {**arguments, "O": part_o, "LSE": part_lse},
+            segment_constants,
+            **options,
+        )
+    )
+    copied = [
+        "O",
+        "LSE",
+        "FULL_NUM",
+        "PART_NUM",
+        "LONG_ROWS",
+        "Q_SIZES",
+        "Q_ORDER",
+        "q_len",
+        "n_q",
+        "list_b",
+        "list_h",
+        "order_h",
+        "long_blocks",
+        "n_long",
+    ]
+    p.run(
+        Launch(
+            merge_kernel,
+            (n_long * sub, *heads_and_batch),
+            {
+                **{name: arguments[name] for name in copied},
+                "PART_O": part_o,
+                "PART_LSE": part_lse,
+                "n_segments": segments,
+            },
+            {name: constants[name] for name in ("VALUE_DIM", "DVP", "BLOCK_Q", "TQ", "WANT_LSE")},
+            num_warps=8,
+            num_stages=2,
+        )
+    )
