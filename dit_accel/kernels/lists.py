@@ -44,10 +44,8 @@ def lists_of_width(mask: Bool[Tensor, "*b rows n_k"], width: int) -> Lists:
 
 
 def trim(lists: Lists) -> Lists:
-    """The lists as wide as the longest row, where that can be read."""
+    """The lists as wide as the longest row, which is read."""
     counts, indices = lists
-    if not reads_freely(counts):
-        return lists
     width = max(1, int(counts.max())) if counts.numel() else 1
     return lists if width >= indices.shape[-1] else Lists(counts, indices[..., :width].contiguous())
 

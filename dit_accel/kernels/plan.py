@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dit_accel.kernels import visibility
 from dit_accel.kernels.geometry import Geometry, Rules
-from dit_accel.kernels.lists import Lists, block_lists, trim
+from dit_accel.kernels.lists import Lists, block_lists, reads_freely, trim
 from dit_accel.kernels.plan_data import PlanData
 from dit_accel.kernels.router import select_op  # noqa: F401 (registers the operator)
-from dit_accel.kernels.router.select import Criteria
+from dit_accel.kernels.router.select import criteria_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -215,7 +215,7 @@ class SparsePlan(PlanData):
         g, n_k = geometry, geometry.num_k_blocks
         n = _check_blocks("scores", scores, g.block_q, g.block_k, g.q_len, g.kv_len, tail_blocks)
         _check_leading([("scores", *scores.shape[:2]), *g.leading_sizes()])
-        criteria = Criteria.of(
+        criteria = criteria_of(
             n,
             topk=topk,
             top_p=top_p,
@@ -254,10 +254,12 @@ class SparsePlan(PlanData):
             criteria.diagonal,
             full if g.ragged else 1,
             full,
-            torch.sym_max(1, criteria.skip or 0),
+            (criteria.skip or 0) + 1,  # a size of 1 would be a constant of a compiled graph
             dense_queries,
         )
-        partial, kept, skipped = (trim(Lists(*lists[i : i + 2])) for i in (0, 2, 4))
+        partial, kept, skipped = (Lists(*lists[i : i + 2]) for i in (0, 2, 4))
+        if reads_freely(scores):
+            partial, kept, skipped = trim(partial), trim(kept), trim(skipped)
         return cls._with_lists(g, partial, kept, None if criteria.skip is None else skipped, bound)
 
     @classmethod

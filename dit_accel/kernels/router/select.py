@@ -1,7 +1,9 @@
 """Which blocks of a row are kept, and which are skipped, given their scores: the definition, in torch."""
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -57,52 +59,64 @@ class Criteria:
             near = 2 * self.diagonal + 1 + math.ceil(rules.block_q / rules.block_k)
         return torch.sym_min(kept + self.sink_blocks + near, n) + tail_blocks
 
-    @classmethod
-    def of(
-        cls,
-        n: int,
-        *,
-        topk: float | None,
-        top_p: float | None,
-        threshold: float | None,
-        skip: float,
-        limit: float | None,
-        sink_blocks: int = 0,
-        diagonal: int | None = None,
-    ) -> "Criteria":
-        """Check the arguments of `SparsePlan.from_scores`; fractions are of `n` blocks."""
-        chosen = [
-            name
-            for name, x in (("topk", topk), ("top_p", top_p), ("threshold", threshold))
-            if x is not None
-        ]
-        if not chosen or ("threshold" in chosen and len(chosen) > 1):
-            raise ValueError(
-                f"topk, top_p, threshold: got {chosen or 'none'}; accepted are topk, top_p, both, "
-                "or threshold alone"
-            )
-        for name, x in (("topk", topk), ("top_p", top_p), ("limit", limit)):
-            if x is not None and not 0 < x <= 1:
-                raise ValueError(f"{name}={x}: accepted is a fraction in (0, 1]")
-        if not 0 <= skip < 1:
-            raise ValueError(f"skip={skip}: accepted is a fraction in [0, 1)")
-        if limit is not None and chosen == ["topk"]:
-            raise ValueError(f"limit={limit}: accepted with top_p or threshold; topk is a limit")
-        if limit is not None and topk is not None and limit < topk:
-            raise ValueError(f"limit={limit}: accepted is a fraction of at least topk={topk}")
-        for name, number in (("sink_blocks", sink_blocks), ("diagonal", diagonal)):
-            if number is not None and number < 0:
-                raise ValueError(f"{name}={number}: accepted is an int >= 0")
-        return cls(
-            best=1 if topk is None else topk_blocks(topk, n),
-            limit=None if limit is None else topk_blocks(limit, n),
-            top_p=top_p,
-            threshold=threshold,
-            # floor(x) as -ceil(-x): torch.compile knows no floor of a symbolic product.
-            skip=-math.ceil(-skip * n - 1e-9) if skip else None,
-            sink_blocks=sink_blocks,
-            diagonal=diagonal,
+
+def _criteria(
+    n: int,
+    *,
+    topk: float | None,
+    top_p: float | None,
+    threshold: float | None,
+    skip: float,
+    limit: float | None,
+    sink_blocks: int = 0,
+    diagonal: int | None = None,
+) -> Criteria:
+    """Check the arguments of `SparsePlan.from_scores`; fractions are of `n` blocks."""
+    chosen = [
+        name
+        for name, x in (("topk", topk), ("top_p", top_p), ("threshold", threshold))
+        if x is not None
+    ]
+    if not chosen or ("threshold" in chosen and len(chosen) > 1):
+        raise ValueError(
+            f"topk, top_p, threshold: got {chosen or 'none'}; accepted are topk, top_p, both, "
+            "or threshold alone"
         )
+    for name, x in (("topk", topk), ("top_p", top_p), ("limit", limit)):
+        if x is not None and not 0 < x <= 1:
+            raise ValueError(f"{name}={x}: accepted is a fraction in (0, 1]")
+    if not 0 <= skip < 1:
+        raise ValueError(f"skip={skip}: accepted is a fraction in [0, 1)")
+    if limit is not None and chosen == ["topk"]:
+        raise ValueError(f"limit={limit}: accepted with top_p or threshold; topk is a limit")
+    if limit is not None and topk is not None and limit < topk:
+        raise ValueError(f"limit={limit}: accepted is a fraction of at least topk={topk}")
+    for name, number in (("sink_blocks", sink_blocks), ("diagonal", diagonal)):
+        if number is not None and number < 0:
+            raise ValueError(f"{name}={number}: accepted is an int >= 0")
+    return Criteria(
+        best=1 if topk is None else topk_blocks(topk, n),
+        limit=None if limit is None else topk_blocks(limit, n),
+        top_p=top_p,
+        threshold=threshold,
+        # floor(x) as -ceil(-x): torch.compile knows no floor of a symbolic product.
+        skip=-math.ceil(-skip * n - 1e-9) if skip else None,
+        sink_blocks=sink_blocks,
+        diagonal=diagonal,
+    )
+
+
+_kept_criteria = functools.lru_cache(maxsize=256)(_criteria)
+
+
+def criteria_of(n: int, **options: Any) -> Criteria:
+    """Return the criteria, made once for all layers and steps; arguments and errors as of `from_scores`.
+
+    Fractions are of `n` blocks.
+    """
+    if torch.compiler.is_compiling() or not isinstance(n, int):
+        return _criteria(n, **options)
+    return _kept_criteria(n, **options)
 
 
 def topk_blocks(topk: float, n_k: int) -> int:
@@ -141,7 +155,7 @@ def select_blocks(
     Raises:
         ValueError: no criterion, two that exclude each other, or one out of range.
     """
-    criteria = Criteria.of(
+    criteria = criteria_of(
         scores.shape[-1], topk=topk, top_p=top_p, threshold=threshold, skip=skip, limit=limit
     )
     return _select(scores, open_blocks, criteria, forced)
