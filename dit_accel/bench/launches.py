@@ -96,8 +96,6 @@ def _waits(func: Any, name: str, args: tuple, kwargs: dict) -> bool:
         if kwargs.get("device") is not None:
             there.add(torch.device(kwargs["device"]).type)
         return len(there) > 1
-    if name == "lift_fresh":  # torch.tensor copies numbers to the device
-        return tensors[0].device.type != "cpu"
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         masks = (x for x in args[1] if x is not None)
         return any(x.dtype in (torch.bool, torch.uint8) for x in masks)
@@ -146,7 +144,21 @@ def recording() -> Iterator[Started]:
     Operators of the package run as on a GPU, without their kernels.
     """
     started = Started()
-    with as_on_a_gpu(started.launches.append), _Recorder(started), contextlib.suppress(HostSync):
+    make = torch.tensor
+
+    def tensor(data: Any, **options: Any) -> Tensor:
+        if torch.device(options.get("device") or "cpu").type == "cpu":
+            return make(data, **options)
+        started.syncs.append("tensor")  # copies to the device, below the operators
+        raise HostSync("tensor")
+
+    patched = mock.patch.object(torch, "tensor", tensor)
+    with (
+        patched,
+        as_on_a_gpu(started.launches.append),
+        _Recorder(started),
+        contextlib.suppress(HostSync),
+    ):
         yield started
 
 

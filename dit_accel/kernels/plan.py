@@ -210,8 +210,9 @@ class SparsePlan(PlanData):
             )
         elif geometry.device != scores.device:
             raise ValueError(f"geometry: on {geometry.device}, but scores are on {scores.device}")
-        if tail_blocks < 0:
-            raise ValueError(f"tail_blocks={tail_blocks}: accepted is an int >= 0")
+        for name, number in (("tail_blocks", tail_blocks), ("dense_queries", dense_queries)):
+            if number < 0:
+                raise ValueError(f"{name}={number}: accepted is an int >= 0")
         g, n_k = geometry, geometry.num_k_blocks
         n = _check_blocks("scores", scores, g.block_q, g.block_k, g.q_len, g.kv_len, tail_blocks)
         _check_leading([("scores", *scores.shape[:2]), *g.leading_sizes()])

@@ -49,7 +49,7 @@ WAITS = {
     "copy_": (lambda x: torch.zeros(x.shape).copy_(x), "copy_"),
     "mask": (lambda x: x[x > 0], "index"),
     "unique": (lambda x: x.unique(), "_unique2"),
-    "new tensor": (lambda x: torch.tensor([1.0, 2.0], device=x.device), "lift_fresh"),
+    "new tensor": (lambda x: torch.tensor([1.0, 2.0], device=x.device), "tensor"),
 }
 
 
