@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_accel.bench.subjects import random_router
 from dit_accel.config import SLAConfig
 from dit_accel.config.sla import COMBINES, FEATURE_MAPS, LINEAR_SCOPES, ROUTERS
 from dit_accel.kernels import LinearState, block_scores, linear_attention
 from dit_accel.kernels.linear.features import features
 from dit_accel.kernels.router.select import select_blocks, topk_blocks
 from dit_accel.sla import SparseLinearAttention
+from dit_accel.sla.geometry import joint_geometry
 
 MODES = [
     (combine, scope)
@@ -207,6 +209,40 @@ def test_totals_that_are_kept_elsewhere_give_the_same(scope, where):
         fresh = module(q, k, v, **options)
         kept = module(q, k, v, state=state, **options)
     torch.testing.assert_close(kept, fresh, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("where", ["none", "first", "last"])
+@pytest.mark.parametrize("ranked_by", ["ours", "another"])
+def test_a_tally_counts_text_and_image_pairs(where, ranked_by):
+    text = 0 if where == "none" else 11
+    module = layer(4, 16, combine="none")
+    if ranked_by == "another":
+        module.router = random_router(0)
+    plans = []
+    plan_of = module._plan
+    module._plan = lambda *args: plans.append(plan_of(*args)) or plans[-1]
+    q, k, v = inputs(53, 87, text, heads=(4, 2))
+    tally = torch.zeros(3, dtype=torch.int64)
+    for _ in range(2):
+        module(q, k, v, text=where, text_tokens=text, tally=tally)
+    every = 2 * 4 * (53 + text) * (87 + text)  # batch, heads
+    read = sum(int(plan.to_dense_mask().sum()) for plan in plans)
+    read += 2 * 2 * 4 * text * (87 + text)
+    assert tally.tolist() == [2, read, 2 * every]
+
+
+def test_layers_and_steps_share_one_geometry():
+    q, k = torch.zeros(1, 1, 50, 8), torch.zeros(1, 1, 87, 8)
+    blocks = {"block_q": 16, "block_k": 16}
+    shared = joint_geometry(q, 87, 11, **blocks)
+    assert joint_geometry(torch.ones_like(q), 87, 11, **blocks) is shared
+    assert shared.k_block_sizes.tolist() == [16] * 5 + [7, 16]
+    assert joint_geometry(q, 87, 12, **blocks) is not shared
+    assert joint_geometry(q, k.shape[2], 0, **blocks).k_block_sizes is None
+    # A tensor that is not a plain one may be fake, and what is made from it too.
+    assert joint_geometry(torch.nn.Parameter(q), 87, 11, **blocks) is not shared
+    with torch.inference_mode():
+        assert not joint_geometry(q, 89, 11, **blocks).k_block_sizes.is_inference()
 
 
 def test_the_first_call_measures_alpha_as_the_mass_that_is_read():

@@ -82,7 +82,7 @@ def _pool_blocks(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     if not runs_here(x):
-        return _pool_in_torch(x, block, sizes).to(dtype or wide(x))
+        return _pool_in_torch(x, block, sizes)[0].to(dtype or wide(x))
     out = _pooled(x, block, dtype=dtype)
     _launch_pool(x, out, block, sizes)
     return out
@@ -91,7 +91,9 @@ def _pool_blocks(
 @operator("pool_moments", _two_pooled)
 def _pool_moments(x: Tensor, block: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if not runs_here(x):
-        return _pool_in_torch(x, block, sizes), _pool_in_torch(x, block, sizes, square=True)
+        mean, mean_square = _pool_in_torch(x, block, sizes, squares=True)
+        assert mean_square is not None
+        return mean, mean_square
     mean, mean_square = _two_pooled(x, block)
     _launch_pool(x, mean, block, sizes, mean_square)
     return mean, mean_square
@@ -105,53 +107,67 @@ def _launch_pool(
     pool_launch(x, out, None if sizes is None else sizes.contiguous(), block, squares)()
 
 
-def _pool_in_torch(x: Tensor, block: int, sizes: Tensor | None, *, square: bool = False) -> Tensor:
-    """In fp32 or wider, contiguous: `torch.compile` relies on the strides that the fake promises."""
+def _pool_in_torch(
+    x: Tensor, block: int, sizes: Tensor | None, *, squares: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return means, and mean squares if asked for, in fp32 or wider.
+
+    Contiguous: `torch.compile` relies on the strides that the fake promises.
+    """
     whole = x.shape[2] // block
     if sizes is None or (reads_freely(sizes) and bool((sizes[:, :whole] == block).all())):
-        return _pool_whole_blocks(x, block, None if sizes is None else sizes[:, whole:], square)
+        return _pool_whole_blocks(x, block, None if sizes is None else sizes[:, whole:], squares)
     pad, dtype = -x.shape[2] % block, wide(x)
     padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, pad)).unflatten(2, (-1, block))
     padding = torch.arange(block, device=x.device) >= sizes[:, None, :, None]  # [B|1, 1, n, block]
     # What padding holds may be NaN, so it is replaced, not multiplied by zero.
     valid = padded.masked_fill(padding[..., None], 0.0)
-    total = (valid.square() if square else valid).sum(3)
-    return (total / sizes.clamp(min=1).to(dtype)[:, None, :, None]).contiguous()
+    count = sizes.clamp(min=1).to(dtype)[:, None, :, None]
+    mean = (valid.sum(3) / count).contiguous()
+    return mean, (valid.square().sum(3) / count).contiguous() if squares else None
 
 
-def _pool_whole_blocks(x: Tensor, block: int, tail_sizes: Tensor | None, square: bool) -> Tensor:
-    """All blocks full but the tail, if there is one, of which `tail_sizes` `[B|1, 1]` are valid."""
-    pooled = _pooled(x, block)
+def _pool_whole_blocks(
+    x: Tensor, block: int, tail_sizes: Tensor | None, squares: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Pool where all blocks are full but the tail, if any, of which `tail_sizes` `[B|1, 1]` are valid."""
+    mean, square = _pooled(x, block), _pooled(x, block) if squares else None
     whole = x.shape[2] // block
     if whole:
         # Summing a view reads x once and copies nothing; only the ragged tail is handled apart.
         view = x[:, :, : whole * block].unflatten(2, (whole, block))
-        if square:
-            _mean_square(view, pooled[:, :, :whole])
+        if square is None:
+            torch.mean(view, 3, dtype=mean.dtype, out=mean[:, :, :whole])
         else:
-            torch.mean(view, 3, dtype=pooled.dtype, out=pooled[:, :, :whole])
-    if whole == pooled.shape[2]:
-        return pooled
-    tail = x[:, :, whole * block :].to(pooled.dtype)
+            _moments(view, mean[:, :, :whole], square[:, :, :whole])
+    if whole == mean.shape[2]:
+        return mean, square
+    tail = x[:, :, whole * block :].to(mean.dtype)
     if tail_sizes is not None:
         padding = torch.arange(tail.shape[2], device=x.device) >= tail_sizes
         tail = tail.masked_fill(padding[:, None, :, None], 0.0)
-    total = (tail.square() if square else tail).sum(2)
     count = tail.shape[2] if tail_sizes is None else tail_sizes[:, None].clamp(min=1)
-    pooled[:, :, whole] = total / count
-    return pooled
+    mean[:, :, whole] = tail.sum(2) / count
+    if square is not None:
+        square[:, :, whole] = tail.square().sum(2) / count
+    return mean, square
 
 
-def _mean_square(view: Tensor, out: Tensor) -> None:
-    """Mean over the tokens of blocks `[B, H, n, block, D]`, a cacheful at a time: squares of everything at
-    once would be written to memory and read back (7x slower)."""
+def _moments(view: Tensor, mean: Tensor, square: Tensor) -> None:
+    """Write mean and mean square over the tokens of blocks `[B, H, n, block, D]`.
+
+    A cacheful at a time: x is read from memory once, and its squares never reach memory (7x slower).
+    """
     b, h, n, block, d = view.shape
     step = min(n, max(1, 2**19 // (b * h * block * d)))
-    squares = torch.empty(b, h, step, block, d, dtype=out.dtype, device=out.device)
-    for part, mean in zip(view.split(step, 2), out.split(step, 2), strict=True):
-        scratch = squares[:, :, : part.shape[2]]
-        torch.mul(part, part.to(out.dtype), out=scratch)
-        torch.mean(scratch, 3, out=mean)
+    scratch = torch.empty(b, h, step, block, d, dtype=mean.dtype, device=mean.device)
+    for part, mean_part, square_part in zip(
+        view.split(step, 2), mean.split(step, 2), square.split(step, 2), strict=True
+    ):
+        torch.mean(part, 3, dtype=mean.dtype, out=mean_part)
+        squared = scratch[:, :, : part.shape[2]]
+        torch.mul(part, part.to(mean.dtype), out=squared)
+        torch.mean(squared, 3, out=square_part)
 
 
 @torch.no_grad()

@@ -191,8 +191,7 @@ def _select(
 def _ordered(scores: Tensor, open_blocks: Tensor) -> Tensor:
     """int32 that order as fp32 scores do, NaN first; a block that nobody may see comes after all others."""
     bits = (scores + 0.0).view(torch.int32)  # -0 + 0 is 0
-    key = torch.where(bits < 0, bits ^ HIGHEST, bits)
-    key = key.masked_fill(scores.isnan(), HIGHEST)
+    key = (bits ^ ((bits >> 31) & HIGHEST)).masked_fill_(scores.isnan(), HIGHEST)
     return torch.where(open_blocks, key, LOWEST)
 
 
@@ -216,7 +215,7 @@ def _best(key: Tensor, n: int | Tensor, ranked: Tensor | None) -> Tensor:
 
 def _reaching(ranked: Tensor, criteria: Criteria) -> Tensor:
     """Number of best blocks whose softmax weights reach the mass, `[..., 1]`."""
-    bits = torch.where(ranked < 0, ranked ^ HIGHEST, ranked)
+    bits = ranked ^ ((ranked >> 31) & HIGHEST)
     scores = bits.view(torch.float32).masked_fill(ranked == LOWEST, -math.inf)
     top = scores.nan_to_num(-math.inf, math.inf, -math.inf).amax(-1, keepdim=True)
     weights = (scores - top.masked_fill(top == -math.inf, 0.0)).exp()
