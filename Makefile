@@ -78,7 +78,7 @@ bench-eval: install
 	$(BIN)/python eval/bench_score.py --output eval/results/score_cpu.json
 
 kernel-table: install
-	$(BIN)/python kernels/kernel_table.py --output docs/kernel-table.md
+	$(BIN)/python kernels/kernel_table.py --output docs/kernel-table.md --json kernels/results/kernel_table.json
 	$(BIN)/python kernels/split_head_dim.py --append-to docs/kernel-table.md
 
 # Both halves run, whatever the first one finds; compiling is most of the tests' time, so eight at once.

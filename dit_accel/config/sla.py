@@ -32,8 +32,9 @@ class SLAConfig(Config):
     """Of topk * blocks; "floor" (at least one block) for checkpoints that were trained so."""
     skip: float | int = 0.0
     """Fraction of the lowest blocks that nothing reads (k_l in the paper), for linear_scope="marginal"."""
-    block_q: int = 64
-    """Tokens per query block: 16, 32, 64 or 128."""
+    block_q: int | str = "auto"
+    """Tokens per query block: 16, 32, 64 or 128. "auto": 64; on NVIDIA GPUs of compute capability 9.0
+    (H100, H200) 128 beside a `block_k` of 64, because blocks of 64 are bound by the second-level cache there."""
     block_k: int = 64
     """Tokens per key block: 16, 32, 64 or 128."""
     combine: Literal["none", "shared_softmax", "proj", "alpha"] = "shared_softmax"
@@ -75,9 +76,10 @@ class SLAConfig(Config):
         check_choice("rounding", self.rounding, ("ceil", "floor"))
         skip = self.skip
         check("skip", skip, is_number(skip) and 0 <= skip < 1, "a fraction in [0, 1)")
-        for name in ("block_q", "block_k"):
-            block = getattr(self, name)
-            check(name, block, is_int(block) and block in (16, 32, 64, 128), "16, 32, 64, 128")
+        blocks = (16, 32, 64, 128)
+        q, k = self.block_q, self.block_k
+        check("block_k", k, is_int(k) and k in blocks, "16, 32, 64, 128")
+        check("block_q", q, q == "auto" or (is_int(q) and q in blocks), "16, 32, 64, 128, 'auto'")
         check_choice("combine", self.combine, COMBINES)
         check_choice("linear_scope", self.linear_scope, LINEAR_SCOPES)
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
@@ -141,8 +143,8 @@ class SLAConfig(Config):
         check(
             "order",
             tile,
-            tokens == self.block_q == self.block_k,
-            f"a tile shape whose product ({tokens}) is block_q ({self.block_q}) and block_k ({self.block_k})",
+            tokens == self.query_block() == self.block_k,
+            f"a tile shape whose product ({tokens}) is block_q ({self.query_block()}) and block_k ({self.block_k})",
         )
 
     @property
@@ -150,10 +152,28 @@ class SLAConfig(Config):
         """Whether each layer has weights of its own, which `save_sla` writes."""
         return self.combine in ("proj", "alpha")
 
-    def tile_of(self, grid: tuple[int, int, int]) -> tuple[int, int, int] | None:
-        """The tile shape on a grid of tokens (t, h, w); None: raster."""
+    def query_block(self, capability: tuple[int, int] | None = None) -> int:
+        """Return the tokens per query block.
+
+        Args:
+            capability: compute capability of the NVIDIA GPU; None: another device.
+        """
+        if not isinstance(self.block_q, str):
+            return self.block_q
+        # An explicit tile is one block of queries and one of keys.
+        wide = capability == (9, 0) and self.block_k == 64 and isinstance(self.order, str)
+        return 128 if wide else 64
+
+    def tile_of(
+        self, grid: tuple[int, int, int], block: int | None = None
+    ) -> tuple[int, int, int] | None:
+        """Return the tile shape on a grid of tokens (t, h, w); None: raster.
+
+        Args:
+            block: tokens per query block. Default: those of a device without a larger one.
+        """
         if self.order == "auto":
-            return (CLIP_TILES if grid[0] > 1 else IMAGE_TILES)[self.block_q]
+            return (CLIP_TILES if grid[0] > 1 else IMAGE_TILES)[block or self.query_block()]
         return None if self.order == "raster" else self.order  # type: ignore[return-value]
 
     def layer_topk(self, layer: int, num_layers: int) -> float | int | None:

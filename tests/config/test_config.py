@@ -18,7 +18,7 @@ BAD_VALUES = {
     "skip": [-0.1, 1, float("nan"), "0", True, None],
     "linear_scope": ["none", "", None],
     "feature_map": ["hedgehog", "", None],
-    "block_q": [0, 48, 256, "64", 64.0, None],
+    "block_q": [0, 48, 256, "64", 64.0, None, "wide"],
     "block_k": [0, 48, 256, "64", 64.0, None],
     "combine": ["sum", "", None, 1],
     "order": ["hilbert", (4, 4), (4, 4, 4, 1), (4, 4, 4.0), (0, 8, 8), (-4, -4, 4), 64],
@@ -238,3 +238,23 @@ def test_a_layer_that_the_model_does_not_have_is_refused_by_field(values):
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         FULL.topk = 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "capability", "expected"),
+    [
+        ({}, None, 64),
+        ({}, (8, 0), 64),
+        ({}, (9, 0), 128),
+        ({}, (10, 0), 64),
+        ({"block_k": 32}, (9, 0), 64),
+        ({"order": (4, 2, 8)}, (9, 0), 64),
+        ({"order": "raster"}, (9, 0), 128),
+        ({"block_q": 64}, (9, 0), 64),
+        ({"block_q": 32}, None, 32),
+    ],
+)
+def test_query_blocks_follow_the_device_where_they_are_not_given(settings, capability, expected):
+    config = SLAConfig(**settings)
+    assert config.query_block(capability) == expected
+    assert SLAConfig(**config.to_dict()) == config
