@@ -20,7 +20,7 @@ from dit_accel.kernels import (
     linear_attention,
     sparse_linear_attention,
 )
-from dit_accel.sla.geometry import joint_geometry
+from dit_accel.sla.geometry import joint_geometry, query_block
 
 Text = Literal["none", "first", "last"]
 
@@ -161,7 +161,7 @@ class SparseLinearAttention(nn.Module):
     ) -> SparsePlan:
         """The plan of image queries `q` over image keys `k` and the text behind them."""
         config = self.config
-        blocks = {"block_q": config.block_q, "block_k": config.block_k}
+        blocks = {"block_q": query_block(config, q.device), "block_k": config.block_k}
         scores = self.router(q, k, scale=scale, **blocks)
         return SparsePlan.from_scores(
             scores,

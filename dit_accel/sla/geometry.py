@@ -1,11 +1,23 @@
-"""`joint_geometry`: lengths and blocks of image tokens with text behind them, made once for every layer and step."""
+"""Query blocks of a device; `joint_geometry`: lengths and blocks of a call, made once for every layer and step."""
 
 import functools
 
 import torch
 from torch import Tensor
 
+from dit_accel.config import SLAConfig
 from dit_accel.kernels import Geometry
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def query_block(config: SLAConfig, device: torch.device) -> int:
+    """Return the tokens per query block on this device."""
+    nvidia = device.type == "cuda" and not torch.version.hip
+    return config.query_block(_capability(device) if nvidia else None)
 
 
 def joint_geometry(q: Tensor, tokens: int, text: int, *, block_q: int, block_k: int) -> Geometry:

@@ -15,6 +15,7 @@ from dit_accel.runtime.method import Host, Method
 from dit_accel.runtime.run import Run
 from dit_accel.sla.attention import SparseLinearAttention, Text
 from dit_accel.sla.crossover import NEVER, min_sparse_length
+from dit_accel.sla.geometry import query_block
 from dit_accel.sla.order import Reordered, tile_order
 from dit_accel.sla.summary import AttentionSummary, LayerSummary
 
@@ -234,12 +235,12 @@ class SparseAttention(Method):
 
     def order(self, grid: tuple[int, int, int], device: torch.device) -> TokenOrder | None:
         """The order that the tokens of this grid run in; None: raster, as where no layer runs sparse."""
-        tile = self.config.tile_of(grid)
+        tile = self.config.tile_of(grid, query_block(self.config, device))
         return tile_order(grid, tile, device) if tile and self._pays(grid, device) else None
 
     def tile(self, grid: tuple[int, int, int], device: torch.device) -> int | None:
         """Tokens of this grid that are best selected together: query blocks, if any layer runs sparse."""
-        return self.config.block_q if self._pays(grid, device) else None
+        return query_block(self.config, device) if self._pays(grid, device) else None
 
     def _pays(self, grid: tuple[int, int, int], device: torch.device) -> bool:
         tokens = math.prod(grid)

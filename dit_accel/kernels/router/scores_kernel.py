@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dit_accel.kernels.launch import Launch
 
-TILE, TILE_D = 64, 32
+TILE, TILE_D = 64, 16
 COUNTS = ("n_q", "n_k", "group", "scale", "most")
 
 
