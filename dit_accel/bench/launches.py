@@ -81,6 +81,10 @@ class _Recorder(TorchDispatchMode):
             body = BODIES.get(name) or OPDEFS[f"dit_accel::{name}"]._init_fn
             with self:
                 return body(*args, **kwargs)
+        with self:  # such as aten.to, whose schema does not tell whether it copies
+            whole = func.decompose(*args, **kwargs)
+        if whole is not NotImplemented:
+            return whole
         if _waits(func, name, args, kwargs):
             self.started.syncs.append(name)
             raise HostSync(name)

@@ -80,6 +80,11 @@ def test_torch_operators_are_counted_but_no_views_and_allocations():
     assert started.ops == ["add", "add_", "sum", "zeros"]
 
 
+def test_operators_inside_of_the_packages_own_are_counted():
+    call, _ = count(Shape(), "complement", "mean")
+    assert call.ops == ["_to_copy"]  # the projection, in the dtype of q
+
+
 def test_a_call_on_the_gpu_path_computes_nothing_but_has_the_right_shape():
     call, plan = sparse_call(Shape(length=500), "alpha", "spread", "meta")
     with recording():
