@@ -41,6 +41,16 @@ def test_nothing_waits_for_the_device(mode, name):
     assert "forward_kernel" in call.launches
 
 
+def test_rows_that_fit_no_kernel_wait_for_nothing_either(monkeypatch):
+    from dit_accel.kernels.router import select_kernel
+
+    monkeypatch.setattr(select_kernel, "MOST_BLOCKS", 4)
+    call, _ = count(Shape(length=3000), "marginal", "mean")
+    assert call.syncs == []
+    assert "select_kernel" not in call.launches
+    assert "topk" in call.ops
+
+
 WAITS = {
     "item": (lambda x: x.sum().item(), "_local_scalar_dense"),
     "bool": (lambda x: bool((x > 0).any()), "_local_scalar_dense"),

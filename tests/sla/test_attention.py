@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_accel.bench.launches import recording
 from dit_accel.bench.subjects import random_router
 from dit_accel.config import SLAConfig
 from dit_accel.config.sla import COMBINES, FEATURE_MAPS, LINEAR_SCOPES, ROUTERS
@@ -229,6 +230,20 @@ def test_a_tally_counts_text_and_image_pairs(where, ranked_by):
     read = sum(int(plan.to_dense_mask().sum()) for plan in plans)
     read += 2 * 2 * 4 * text * (87 + text)
     assert tally.tolist() == [2, read, 2 * every]
+
+
+@pytest.mark.parametrize("where", ["none", "first", "last"])
+@every_mode
+def test_a_call_on_a_gpu_waits_for_nothing(combine, scope, where):
+    text = 0 if where == "none" else 11
+    module = layer(4, 16, combine=combine, linear_scope=scope).to("meta")
+    q, k, v = (x.detach().half().to("meta") for x in inputs(53, 87, text, heads=(4, 2)))
+    tally = torch.zeros(3, dtype=torch.int64, device="meta")
+    with recording() as started, torch.no_grad():
+        o = module(q, k, v, text=where, text_tokens=text, tally=tally)
+    assert started.syncs == []
+    assert o.shape == q.shape
+    assert started.launches.count("select_kernel") == 1
 
 
 def test_layers_and_steps_share_one_geometry():
