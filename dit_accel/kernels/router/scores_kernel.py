@@ -14,8 +14,8 @@ COUNTS = ("n_q", "n_k", "group", "scale", "most")
 
 @triton.jit(do_not_specialize=COUNTS)
 def scores_kernel(
-    Q, K, Q_SQUARES, K_SQUARES, MEAN, OUT, n_q, n_k, group, scale, most,
-    HEAD_DIM: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, TD: tl.constexpr,
+    Q, K, Q_SQUARES, K_SQUARES, MEAN, OUT, n_q, n_k, d, group, scale, most,
+    TQ: tl.constexpr, TK: tl.constexpr, TD: tl.constexpr,
 ):  # fmt: skip
     """scale q.k, plus the gain of the variance scale^2 sum_d E[q_d^2] (E[k_d^2] - E[k_d]^2) if squares are given."""
     i_tile, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -24,22 +24,22 @@ def scores_kernel(
     o_q = (i_tile // tiles_k) * TQ + tl.arange(0, TQ)
     o_k = (i_tile % tiles_k) * TK + tl.arange(0, TK)
     m_q, m_k = o_q < n_q, o_k < n_k
-    q_row = ((i_b * n_h + i_h).to(tl.int64) * n_q + o_q) * HEAD_DIM
-    k_row = ((i_b * (n_h // group) + i_h // group).to(tl.int64) * n_k + o_k) * HEAD_DIM
+    q_row = ((i_b * n_h + i_h).to(tl.int64) * n_q + o_q) * d
+    k_row = ((i_b * (n_h // group) + i_h // group).to(tl.int64) * n_k + o_k) * d
     b_s = tl.zeros([TQ, TK], tl.float32)
     b_variance = tl.zeros([TQ, TK], tl.float32)
-    for start in range(0, HEAD_DIM, TD):
+    for start in range(0, d, TD):
         o_d = start + tl.arange(0, TD)
         # [TQ, TD], [TK, TD]
         p_q, p_k = q_row[:, None] + o_d[None, :], k_row[:, None] + o_d[None, :]
-        m_qd = m_q[:, None] & (o_d[None, :] < HEAD_DIM)
-        m_kd = m_k[:, None] & (o_d[None, :] < HEAD_DIM)
+        m_qd = m_q[:, None] & (o_d[None, :] < d)
+        m_kd = m_k[:, None] & (o_d[None, :] < d)
         b_q = tl.load(Q + p_q, mask=m_qd, other=0.0) * scale
         b_k = tl.load(K + p_k, mask=m_kd, other=0.0)
         b_v = b_k * b_k
         if MEAN is not None:  # a variance does not change with it
-            p_mean = MEAN + (i_b * (n_h // group) + i_h // group) * HEAD_DIM + o_d
-            b_k -= tl.load(p_mean, mask=o_d < HEAD_DIM, other=0.0)[None, :]
+            p_mean = MEAN + (i_b * (n_h // group) + i_h // group) * d + o_d
+            b_k -= tl.load(p_mean, mask=o_d < d, other=0.0)[None, :]
         # Ranks must not depend on the precision of TF32.
         b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision="ieee")
         if Q_SQUARES is not None:
@@ -83,11 +83,12 @@ def scores_launch(
             "OUT": out,
             "n_q": n_q,
             "n_k": n_k,
+            "d": d,
             "group": heads // k.shape[1],
             "scale": float(scale),
             "most": 2 * math.log(block_k),
         },
-        constants={"HEAD_DIM": d, "TQ": TILE, "TK": TILE, "TD": TILE_D},
+        constants={"TQ": TILE, "TK": TILE, "TD": TILE_D},
         num_warps=8,
         num_stages=2,
     )
