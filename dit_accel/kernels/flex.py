@@ -7,22 +7,48 @@ from torch.nn.attention.flex_attention import BlockMask
 from dit_accel.kernels.lists import Lists, block_lists, block_mask
 from dit_accel.kernels.plan_data import PlanData
 
+_BLOCK = 128
 
-def to_flex(plan: PlanData) -> BlockMask:
-    """See `SparsePlan.to_flex`."""
+
+def check(plan: PlanData) -> None:
+    """Raise ValueError for a plan that a `BlockMask` cannot express; the message names the field."""
     for name in ("columns", "q_order"):
         if getattr(plan, name) is not None:
             raise ValueError(f"{name}: FlexAttention's BlockMask has no such thing")
+    if plan.device.type == "cuda" and (plan.block_q % 16 or plan.block_k % 16):
+        raise ValueError(
+            f"plan: blocks of {plan.block_q} and {plan.block_k} tokens; FlexAttention on a GPU accepts "
+            "multiples of 16"
+        )
+
+
+def to_flex(plan: PlanData) -> BlockMask:
+    """See `SparsePlan.to_flex`."""
+    check(plan)
     partial, full = _block_kinds(plan)
-    n_k = plan.num_k_blocks
-    partial_lists, full_lists = (_whole_width(block_lists(x), n_k) for x in (partial, full))
-    return BlockMask.from_kv_blocks(
-        *partial_lists,
-        *full_lists,
-        BLOCK_SIZE=(plan.block_q, plan.block_k),
-        mask_mod=_mask_mod(plan, partial | full),
-        seq_lengths=(plan.q_len, plan.kv_len),
-    )
+    lengths, size = (plan.q_len, plan.kv_len), (plan.block_q, plan.block_k)
+    return _block_mask(partial, full, lengths, size, _mask_mod(plan, partial | full))
+
+
+def every_block(q_len: int, kv_len: int, device: torch.device, mask_mod) -> BlockMask:
+    """`BlockMask` of a mask function without block structure."""
+    n_q, n_k = (-(-n // _BLOCK) for n in (q_len, kv_len))
+    partial = torch.ones(1, 1, n_q, n_k, dtype=torch.bool, device=device)
+    none = torch.zeros_like(partial)
+    return _block_mask(partial, none, (q_len, kv_len), (_BLOCK, _BLOCK), mask_mod)
+
+
+def row_blocks(plan: PlanData) -> Tensor:
+    """Query block of each row, `[Lq]`, int32; T_q for padding."""
+    return _block_of_token(plan.q_len, plan.block_q, plan.q_sizes())
+
+
+def _block_of_token(length: int, block: int, sizes: Tensor) -> Tensor:
+    """Block of each token, `[..., length]`; one past the last block for padding. `sizes` `[..., n]`."""
+    token = torch.arange(length, device=sizes.device)
+    index = token // block
+    valid = token % block < sizes[..., index]
+    return torch.where(valid, index, sizes.shape[-1]).int()
 
 
 def _block_kinds(plan: PlanData) -> tuple[Tensor, Tensor]:
@@ -39,25 +65,57 @@ def _block_kinds(plan: PlanData) -> tuple[Tensor, Tensor]:
 
 
 def _mask_mod(plan: PlanData, blocks: Tensor):
-    q_sizes, k_sizes = plan.q_sizes(), plan.k_sizes()
-    b_blocks, h_blocks, b_sizes = len(blocks) > 1, blocks.shape[1] > 1, len(k_sizes) > 1
+    """Whether a query sees a key, from tensors alone and complete without the lists.
+
+    Complete, because uncompiled FlexAttention reads no lists, and its FLASH kernel reads none beside a
+    mask function that is always True (pytorch issue 188322). From tensors, because a Python number that
+    changes between calls becomes a symbol, which the FLASH kernel refuses.
+    """
+    rows = row_blocks(plan)
+    keys = _block_of_token(plan.kv_len, plan.block_k, plan.k_sizes())  # [B|1, Lk]
+    # Padding belongs to a further row and a further column, in which nothing is read.
+    blocks = torch.nn.functional.pad(blocks, (0, 1, 0, 1))
+    b_blocks, h_blocks, b_keys = len(blocks) > 1, blocks.shape[1] > 1, len(keys) > 1
+    last = torch.arange(plan.q_len, dtype=torch.int32, device=plan.device) + plan.q_offset
+    causal, window = plan.causal, plan.window is not None
+    first = last if plan.window is None else last - plan.window
+    sink = torch.arange(plan.kv_len, device=plan.device) < plan.sink
 
     def mask_mod(b, h, q, k):
-        i_q, i_k = q // plan.block_q, k // plan.block_k
-        size = k_sizes[b if b_sizes else 0, i_k]
-        seen = (k % plan.block_k < size) & (q % plan.block_q < q_sizes[i_q])
-        # Uncompiled, FlexAttention knows no lists, only this function.
-        seen = seen & blocks[b if b_blocks else 0, h if h_blocks else 0, i_q, i_k]
-        if plan.causal:
-            seen = seen & (k <= q + plan.q_offset)
-        if plan.window is not None:
-            seen = seen & ((k > q + plan.q_offset - plan.window) | (k < plan.sink))
+        i_k = keys[b if b_keys else 0, k]
+        seen = blocks[b if b_blocks else 0, h if h_blocks else 0, rows[q], i_k]
+        if causal:
+            seen = seen & (k <= last[q])
+        if window:
+            seen = seen & ((k > first[q]) | sink[k])
         return seen
 
     return mask_mod
 
 
-def _whole_width(lists: Lists, n_k: int) -> Lists:
-    """BlockMask converts lists to masks by their width, so they have to be T_k wide."""
-    pad = n_k - lists.indices.shape[-1]
+def _block_mask(
+    partial: Tensor, full: Tensor, lengths: tuple[int, int], size: tuple[int, int], mask_mod
+) -> BlockMask:
+    # Not by `from_kv_blocks`: it transposes with vmap, which does not run inside an operator.
+    partial_q, full_q = _lists(partial.mT), _lists(full.mT)
+    partial_kv, full_kv = _lists(partial), _lists(full)
+    return BlockMask(
+        lengths,
+        partial_kv.counts,
+        partial_kv.indices,
+        full_kv.counts,
+        full_kv.indices,
+        partial_q.counts,
+        partial_q.indices,
+        full_q.counts,
+        full_q.indices,
+        BLOCK_SIZE=size,
+        mask_mod=mask_mod,
+    )
+
+
+def _lists(mask: Tensor) -> Lists:
+    """The True entries of each row, as wide as the mask: BlockMask takes the width for T_k."""
+    lists = block_lists(mask)
+    pad = mask.shape[-1] - lists.indices.shape[-1]
     return Lists(lists.counts, torch.nn.functional.pad(lists.indices, (0, pad)))

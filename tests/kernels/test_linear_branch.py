@@ -240,7 +240,6 @@ BAD = {
     "scale of nan": ("scale", {"scale": math.nan}),
     "infinite scale": ("scale", {"scale": math.inf}),
     "unknown backend": ("backend", {"backend": "cuda"}),
-    "flex has no summary": ("backend", {"backend": "flex"}),
     "unknown feature_map": ("feature_map", {"combine": "proj", "proj_weight": EYE, "feature_map": "hedgehog"}),
     "unknown linear_scope": ("linear_scope", {"combine": "proj", "proj_weight": EYE, "linear_scope": "none"}),
     "proj without a weight": ("proj_weight", {"combine": "proj"}),

@@ -26,7 +26,9 @@ def loops(**changes):
     ("usage", "found"),
     [
         (GOOD, []),
-        (of(spills=4), ["spills"]),
+        (of(spills=32), []),
+        (of(spills=36), ["spills"]),
+        (loops(instructions={**LOOP.instructions, "local": 1}), ["spills in loop 2"]),
         (of(shared=228 * 1024, programs=0), ["too much shared memory"]),
         (of(programs=0), ["too many registers for one program on an SM"]),
         (of(loops=()), ["no main loop in the machine code"]),

@@ -32,12 +32,17 @@ def mixed(o: Tensor, o_l: Tensor, mix: Mix, plan: SparsePlan, linear_scope: str)
     return o if mix.proj_bias is None else o + mix.proj_bias.to(o.dtype)
 
 
-def _alpha_per_query(alpha: Tensor, plan: SparsePlan, linear_scope: str) -> Tensor:
-    """`[B|1, Hq, Lq, 1]`, 1 where the linear set is empty."""
+def alpha_per_block(alpha: Tensor, plan: SparsePlan, linear_scope: str) -> Tensor:
+    """`[B|1, Hq, T_q]`, 1 where the linear set is empty."""
     valid = plan.k_sizes()[:, None, None, :] > 0
     empty = ~(plan.linear_blocks(linear_scope) & valid).any(-1)
     per_block = alpha[None, :, None] if alpha.ndim == 1 else alpha
-    per_block = torch.where(empty, torch.ones_like(per_block), per_block)  # [B|1, Hq, T_q]
+    return torch.where(empty, torch.ones_like(per_block), per_block)
+
+
+def _alpha_per_query(alpha: Tensor, plan: SparsePlan, linear_scope: str) -> Tensor:
+    """`[B|1, Hq, Lq, 1]`, 1 where the linear set is empty."""
+    per_block = alpha_per_block(alpha, plan, linear_scope)
     row = torch.arange(plan.q_len, device=alpha.device)
     if plan.q_order is None:
         return per_block[..., row // plan.block_q, None]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._triton import has_triton_package
 
+from dit_accel.kernels import flex
 from dit_accel.kernels.block_sparse.library import sparse_linear
 from dit_accel.kernels.block_sparse.mix import Mix, mixed
 from dit_accel.kernels.launch import runs_here
@@ -50,8 +51,8 @@ def block_sparse_attention(
         scale: of the dot products. Default: `D ** -0.5`.
         return_lse: also return the natural log-sum-exp of each row, `[B, Hq, Lq]`, fp32 (fp64 for
             fp64), differentiable. A query without any key has o = 0 and lse = -inf.
-        backend: "triton" (default on a GPU), "torch" (default elsewhere and for fp64), or "flex":
-            FlexAttention over the same mask, uncompiled unless the caller is, for comparison.
+        backend: "triton" (default on a GPU), "torch" (default elsewhere and for fp64), or "flex": the
+            exact branch by torch's FlexAttention, compiled; plans without `columns` and `q_order`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a plan for other lengths; it names
@@ -61,7 +62,7 @@ def block_sparse_attention(
     q, k, v = _inputs(q, k, v)
     scale = _check(q, k, v, plan, scale)
     if backend == "flex":
-        return _flex(q, k, v, plan, scale, return_lse)
+        flex.check(plan)
     want_lse = return_lse or _wants_grad(q, k, v)
     o, lse, _, _ = sparse_linear(
         q, k, v, plan, scale=scale, want_lse=want_lse, backend=_backend(q, backend)
@@ -91,9 +92,9 @@ def sparse_linear_attention(
     over the linear set (equation 3). Differentiable in every tensor but the plan and `state`.
 
     Args:
-        q, k, v, plan, scale, backend: as in `block_sparse_attention` (no "flex" here). Plans with
-            positions (`causal`, `window`) or `columns` only go with `combine="none"`: a summary of a
-            block has no place in time.
+        q, k, v, plan, scale, backend: as in `block_sparse_attention`. Plans with positions
+            (`causal`, `window`) or `columns` only go with `combine="none"`: a summary of a block has no
+            place in time.
         combine: `"none"`: O_s. `"shared_softmax"` (training-free): each unread block j enters
             the same softmax as `n_j * exp(scale * q . mean(K_j))` with the value `mean(V_j)`.
             `"proj"` (SLA): O_s + Linear(O_l). `"alpha"` (SLA2): alpha O_s + (1 - alpha) O_l.
@@ -113,7 +114,7 @@ def sparse_linear_attention(
     scale = _check(q, k, v, plan, scale)
     _check_combine(q, v, plan, combine, feature_map, linear_scope, proj_weight, proj_bias, alpha)
     if backend == "flex":
-        raise ValueError("backend='flex': accepted are 'triton' and 'torch' here")
+        flex.check(plan)
     linear = combine in ("proj", "alpha")
     _check_state(state, q, k, v, feature_map, linear)
     mix = Mix(proj_weight, proj_bias, alpha) if linear else None
@@ -136,26 +137,6 @@ def sparse_linear_attention(
     if mix is None or not training:
         return o
     return mixed(o, o_l, mix, plan, linear_scope)
-
-
-def _flex(
-    q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float, return_lse: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
-
-    o, aux = flex_attention(
-        q,
-        k,
-        v,
-        block_mask=plan.to_flex(),
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )
-    if not return_lse:
-        return o
-    assert aux.lse is not None
-    return o, aux.lse
 
 
 def _backend(q: Tensor, backend: Backend | None) -> str:

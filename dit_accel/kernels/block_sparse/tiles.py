@@ -82,12 +82,14 @@ _TABLE: dict[tuple[Kernel, Variant], dict[str, dict[int, Tile]]] = {
     ("rows", "plain"): {
         "any": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 1)},
         "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
+        "sm89": {64: Tile(64, 64, 8, 3), 128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 8, 1)},
         "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 1)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
     ("rows", "short"): {
         "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 4, 2)},
         "any": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 1)},
+        "sm89": {64: Tile(64, 64, 8, 3), 128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 8, 1)},
         "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 8, 1)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
@@ -102,13 +104,13 @@ _TABLE: dict[tuple[Kernel, Variant], dict[str, dict[int, Tile]]] = {
         "hip": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
     ("columns", "plain"): {
-        "any": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 8, 3), 256: Tile(32, 32, 8, 1)},
+        "any": {64: Tile(32, 64, 4, 3), 128: Tile(64, 32, 8, 3), 256: Tile(32, 32, 8, 1)},
         "sm90": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 4, 3), 256: Tile(32, 64, 8, 2)},
         "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(32, 64, 8, 1)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
     ("linear_columns", "heavy"): {
-        "any": {64: Tile(32, 64, 8, 3), 128: Tile(32, 64, 8, 3)},
+        "any": {64: Tile(32, 64, 8, 3), 128: Tile(64, 32, 8, 3)},
         "sm90": {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 8, 3)},
         "sm100": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 3)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(32, 32, 4, 2)},
@@ -147,6 +149,11 @@ def tile(
     if single:  # twice the shared memory, and tf32x3 needs registers
         row = Tile(max(16, row.q // 4), max(16, row.k // 4), row.warps, 1)
     return Tile(min(row.q, pad(block_q)), min(row.k, pad(block_k)), row.warps, row.stages)
+
+
+def multiplies_from_memory(target: Target) -> bool:
+    """True if matrix instructions read the second operand from shared memory, not from registers (wgmma, tcgen05)."""
+    return target.backend == "cuda" and _FAMILIES.get(target.arch, "sm100") in ("sm90", "sm100")
 
 
 def pad(n: int) -> int:

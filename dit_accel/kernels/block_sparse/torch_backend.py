@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.chunks import Chunk, Layout, stages, unblocked
-from dit_accel.kernels.block_sparse.mix import Mix, mixed
-from dit_accel.kernels.linear import torch_branch
+from dit_accel.kernels.block_sparse.mix import Mix
+from dit_accel.kernels.linear import torch_branch, torch_gradients
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.precision import wide
@@ -54,17 +54,16 @@ def forward(
     lse is empty unless wanted; o_l and norm are empty without a linear branch. With `mix`, `o` is the mixed
     result, and o_l and norm are empty too.
     """
-    o, lse = _forward(in_block_order(q, plan), k, v, plan, scale, shared_softmax, want_lse)
+    rows = in_block_order(q, plan)
+    o, lse = _forward(rows, k, v, plan, scale, shared_softmax, want_lse)
     o_l, norm = q.new_empty(0), q.new_empty(0, dtype=lse.dtype)
-    if linear is not None:
+    if linear is not None and mix is not None:
+        torch_branch.mix_(o, rows, k, v, plan, linear, mix)
+    elif linear is not None:
         o_l, norm = torch_branch.forward(q, k, v, plan, linear)
     if want_lse:
         lse = in_query_order(lse, plan)
-    o = in_query_order(o, plan)
-    if mix is None or linear is None:
-        return o, lse, o_l, norm
-    o = mixed(o, o_l, mix, plan, linear.scope)
-    return o, lse, q.new_empty(0), q.new_empty(0, dtype=lse.dtype)
+    return in_query_order(o, plan), lse, o_l, norm
 
 
 def backward(
@@ -90,12 +89,10 @@ def backward(
     if grad_lse is not None:
         delta -= in_block_order(grad_lse, plan)
     grads = _backward(rows[0], k, v, rows[1], rows[3], delta, plan, scale, shared_softmax)
-    grads = (in_query_order(grads[0], plan), *grads[1:])
     if linear is not None and grad_o_l is not None:
-        more = torch_branch.backward(grad_o_l, q, k, v, plan, o_l, norm, linear)
-        for x, y in zip(grads, more, strict=True):
-            x += y
-    return grads
+        g, rows_l, norm = (in_block_order(x, plan) for x in (grad_o_l, o_l, norm))
+        torch_gradients.add_gradients_(grads, g, rows[0], k, v, plan, rows_l, norm, linear)
+    return (in_query_order(grads[0], plan), *grads[1:])
 
 
 def _forward(

@@ -12,7 +12,7 @@ from dit_accel.kernels.block_sparse.problem import Problem, Run
 from dit_accel.kernels.block_sparse.tiles import Target
 from dit_accel.kernels.block_sparse.triton_forward import LOG2E, fuses
 from dit_accel.kernels.launch import Launch
-from dit_accel.kernels.linear import torch_branch
+from dit_accel.kernels.linear import torch_gradients
 from dit_accel.kernels.linear.columns_kernel import linear_columns_kernel
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.lists import Lists, block_lists
@@ -46,7 +46,7 @@ def backward(
         grads = backward(grad_o, grad_lse, None, *saved, target=target, run=run, **exact)
         if grad_o_l is None:
             return grads
-        more = torch_branch.backward(grad_o_l, q, k, v, plan, o_l, norm, linear)
+        more = torch_gradients.backward(grad_o_l, q, k, v, plan, o_l, norm, linear)
         return grads[0] + more[0], grads[1] + more[1], grads[2] + more[2]
     p = Problem(q, k, v, plan, shared_softmax, linear, target, run)
     grad_o = grad_o.contiguous()

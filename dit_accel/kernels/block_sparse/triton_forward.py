@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_accel.kernels.block_sparse.forward import forward_kernel, merge_kernel
 from dit_accel.kernels.block_sparse.mix import Mix, mixed
 from dit_accel.kernels.block_sparse.problem import Problem, Run
-from dit_accel.kernels.block_sparse.tiles import Target
+from dit_accel.kernels.block_sparse.tiles import Target, multiplies_from_memory
 from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.linear import torch_branch
 from dit_accel.kernels.linear.spec import Linear
@@ -29,6 +29,18 @@ FEW_PROGRAMS = 128
 def fuses(q: Tensor, v: Tensor) -> bool:
     """True if the linear branch runs inside the kernels; beyond head_dim 128 a D x Dv state does not fit."""
     return max(q.shape[-1], v.shape[-1]) <= 128
+
+
+def _mixes(q: Tensor, v: Tensor, mix: Mix, linear: Linear, target: Target) -> bool:
+    """True if the forward kernel applies `mix`.
+
+    Where matrix instructions take both operands from registers, a projection at the end of the kernel spills
+    in its loops (unless the totals are projected, as for the scope "all").
+    """
+    if not fuses(q, v):
+        return False
+    in_totals = mix.proj_weight is None or linear.scope == "all"
+    return in_totals or multiplies_from_memory(target) or target.backend == "interpreter"
 
 
 def forward(
@@ -51,15 +63,16 @@ def forward(
     result, and o_l and norm are empty too.
     """
     target = target or Target.of(q.device)
-    if linear is not None and not fuses(q, v):
-        exact: dict[str, Any] = {"scale": scale, "shared_softmax": shared_softmax, "linear": None}
-        o, lse, nothing, none = forward(
-            q, k, v, plan, want_lse=want_lse, target=target, run=run, **exact
+    options: dict[str, Any] = {"scale": scale, "want_lse": want_lse, "target": target, "run": run}
+    if mix is not None and linear is not None and not _mixes(q, v, mix, linear, target):
+        o, lse, o_l, _ = forward(
+            q, k, v, plan, shared_softmax=shared_softmax, linear=linear, **options
         )
-        o_l, norm = torch_branch.forward(q, k, v, plan, linear)
-        if mix is None:
-            return o, lse, o_l, norm
-        return mixed(o, o_l, mix, plan, linear.scope), lse, nothing, none
+        o = mixed(o, o_l, mix, plan, linear.scope)
+        return o, lse, q.new_empty(0), q.new_empty(0, dtype=torch.float32)
+    if linear is not None and not fuses(q, v):
+        o, lse, _, _ = forward(q, k, v, plan, shared_softmax=shared_softmax, linear=None, **options)
+        return o, lse, *torch_branch.forward(q, k, v, plan, linear)
     p = Problem(q, k, v, plan, shared_softmax, linear, target, run)
     branch = linear is not None and mix is None
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
@@ -69,7 +82,7 @@ def forward(
     norm = q.new_empty(rows if branch else (0,), dtype=torch.float32)
     mode, mix_arguments = _mix(p, mix)
     projected = mix.proj_weight if mix is not None and mode == 1 else None
-    constants, options = p.constants("forward")
+    constants, launch_options = p.constants("forward")
     constants |= {
         **p.linear_constants(),
         "EXTRA_KEYS": p.extra_keys,
@@ -108,9 +121,9 @@ def forward(
         long_rows = _long_rows(plan, programs * p.heads * p.batch)
     if long_rows is None:
         grid = (programs, p.heads, p.batch)
-        run(Launch(forward_kernel, grid, arguments, constants, **options))
+        run(Launch(forward_kernel, grid, arguments, constants, **launch_options))
     else:
-        _split(p, long_rows, programs, sub, arguments, constants, options)
+        _split(p, long_rows, programs, sub, arguments, constants, launch_options)
     return o, lse, o_l, norm
 
 

@@ -11,10 +11,15 @@ FeatureMap = Literal["softmax", "elu", "relu"]
 FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
 
 
-def features(x: Float[Tensor, "*b d"], feature_map: str) -> Float[Tensor, "*b d"]:
-    """phi(x), never negative: softmax over `d`, elu(x) + 1, or relu(x)."""
+def features(
+    x: Float[Tensor, "*b d"], feature_map: str, *, out: Float[Tensor, "*b d"] | None = None
+) -> Float[Tensor, "*b d"]:
+    """phi(x), never negative: softmax over `d`, elu(x) + 1, or relu(x). Differentiable without `out`."""
     if feature_map == "softmax":
-        return torch.softmax(x, -1)
+        return torch.softmax(x, -1) if out is None else torch.softmax(x, -1, out=out)
+    if out is not None:
+        out.copy_(x)
+        return F.elu_(out).add_(1) if feature_map == "elu" else F.relu_(out)
     return F.elu(x) + 1 if feature_map == "elu" else F.relu(x)
 
 
