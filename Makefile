@@ -1,9 +1,11 @@
-# Every target does its own set-up on a machine that has python3, venv, pip and make.
+# Every target does its own set-up on a machine that has python3, venv, pip and make; those of a GPU need less.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUT ?= demo-out
+GPU_OUT ?= gpu-out
+GPU_BUDGET ?= 480
 
 # Shared machines: waiting threads must sleep, not spin.
 export OMP_WAIT_POLICY := PASSIVE
@@ -81,25 +83,34 @@ kernel-table: install
 	$(BIN)/python kernels/kernel_table.py --output docs/kernel-table.md --json kernels/results/kernel_table.json
 	$(BIN)/python kernels/split_head_dim.py --append-to docs/kernel-table.md
 
-# Both halves run, whatever the first one finds; compiling is most of the tests' time, so eight at once.
-gpu-check: install
-	$(PLAIN) -m gpu -n 8 tests/gpu/test_kernels.py tests/gpu/test_cuda.py; tests=$$?; \
-	$(BIN)/python kernels/bench_attention.py --device cuda --dtype bf16 --repeats 10 \
-		--parts cases crossover --output kernels/results/gpu.json && exit $$tests
+# Where Python brings a torch for the GPU that is there, it is used as it is: nothing is installed, no network is
+# needed, and the package runs from this folder. Elsewhere the environment is made.
+GPU_PYTHON = python=$$($(PYTHON) -c "import torch, triton, jaxtyping; assert torch.cuda.is_available()" 2> /dev/null \
+	&& echo $(PYTHON) || { $(MAKE) install >&2 && echo $(BIN)/python; }); export PYTHONPATH=.:$$PYTHONPATH
+# Tests of a GPU; they run if the modules $(1) are there, on several processes if pytest can.
+GPU_TESTS = if $$python -c "import pytest, hypothesis, $(1)"; then \
+	$$python -c "import xdist" 2> /dev/null && workers="-n $(2)" || workers=; \
+	HF_HUB_OFFLINE=1 $$python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra" $$workers -m gpu $(3); \
+	tests=$$?; else echo "skipped, modules are missing: $(3)"; tests=$(4); fi
 
-gpu-check-ras: install
-	$(PLAIN) -m gpu tests/gpu/test_ras.py; tests=$$?; \
-	$(BIN)/python pipelines/bench_ras.py overhead --device cuda --time-limit-s 420 \
+# Both halves run, whatever the first one finds; compiling is most of the tests' time, so eight at once.
+gpu-check:
+	@$(GPU_PYTHON); $$python kernels/gpu_check.py --out $(GPU_OUT) --budget $(GPU_BUDGET); checks=$$?; \
+	$(call GPU_TESTS,torch,8,tests/gpu/test_kernels.py tests/gpu/test_cuda.py,0); [ $$checks = 0 ] && exit $$tests
+
+gpu-check-ras:
+	@$(GPU_PYTHON); $(call GPU_TESTS,diffusers,1,tests/gpu/test_ras.py,1); \
+	$$python pipelines/bench_ras.py overhead --device cuda --time-limit-s 420 \
 		--output pipelines/results/ras_overhead_gpu.json && exit $$tests
 
-gpu-check-sla: install
-	$(PLAIN) -m gpu -n 4 tests/gpu/test_sla.py; tests=$$?; \
-	$(BIN)/python pipelines/bench_sla.py speed --device cuda --time-limit-s 300 \
+gpu-check-sla:
+	@$(GPU_PYTHON); $(call GPU_TESTS,diffusers,4,tests/gpu/test_sla.py,1); \
+	$$python pipelines/bench_sla.py speed --device cuda --time-limit-s 300 \
 		--output pipelines/results/sla_speed_gpu.json && exit $$tests
 
-gpu-check-eval: install
-	$(PLAIN) -m gpu tests/gpu/test_eval.py && \
-	$(BIN)/dit-accel eval run --preset demo --device cuda --overwrite --output-dir $(DEMO_OUT)/eval
+gpu-check-eval:
+	@$(GPU_PYTHON); $(call GPU_TESTS,diffusers,1,tests/gpu/test_eval.py,1); [ $$tests = 0 ] && \
+	$$python -m dit_accel.cli eval run --preset demo --device cuda --overwrite --output-dir $(DEMO_OUT)/eval
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT)
+	rm -rf $(VENV) $(DEMO_OUT) $(GPU_OUT)

@@ -18,9 +18,9 @@ from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.linear.state_kernel import totals_kernel
 from dit_accel.kernels.lists import Lists
 from dit_accel.kernels.plan import SparsePlan
+from dit_accel.kernels.router.criteria import Criteria
 from dit_accel.kernels.router.pool import pool_launch
 from dit_accel.kernels.router.scores_kernel import scores_launch
-from dit_accel.kernels.router.select import Criteria
 from dit_accel.kernels.router.select_kernel import select_launch
 
 BY_ROWS = (forward_kernel, rows_kernel, totals_kernel)
@@ -40,6 +40,8 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
         "linear complement": make(linear_scope="complement"),
         "linear by row": make(linear_scope="complement", bounded=False),
         "split rows": make(read=0.5, long_rows=True),
+        # Sizes of blocks are loaded beside their indices, by loops that are pipelined.
+        "ragged": make(ragged=True, linear_scope="complement", bounded=False),
     }
     # Tiles of more than 64 queries, and what runs at inference only.
     wide = {
@@ -119,6 +121,7 @@ def _launches(
     linear_scope: str | None = None,
     combine: str | None = None,
     bounded: bool = True,
+    ragged: bool = False,
     block_q: int = 64,
     read: float = 0.05,
     long_rows: bool = False,
@@ -136,6 +139,8 @@ def _launches(
         causal=causal,
         columns=integers(1, HEADS, 512) if columns else None,
         long_rows=integers(2) if long_rows else None,
+        q_block_sizes=integers(LENGTH // block_q) if ragged else None,
+        k_block_sizes=integers(n) if ragged else None,
         most=int(read * n),
     )
     plan = dataclasses.replace(plan, row_bound=int(read * n) if bounded else None)

@@ -15,7 +15,7 @@ from dit_accel.kernels.geometry import Geometry, Rules
 from dit_accel.kernels.lists import Lists, block_lists, reads_freely, trim
 from dit_accel.kernels.plan_data import PlanData
 from dit_accel.kernels.router import select_op  # noqa: F401 (registers the operator)
-from dit_accel.kernels.router.select import criteria_of
+from dit_accel.kernels.router.criteria import criteria_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

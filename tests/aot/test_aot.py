@@ -20,6 +20,9 @@ KERNELS = (
     "gathered/columns",
     "linear_columns/linear complement",
     "state/linear complement",
+    "columns/ragged",
+    "linear_columns/ragged",
+    "forward/ragged",
 )
 SMALL = (
     "merge/split rows",

@@ -15,7 +15,8 @@ from dit_accel.config import SLAConfig
 from dit_accel.config.sla import COMBINES, FEATURE_MAPS, LINEAR_SCOPES, ROUTERS
 from dit_accel.kernels import LinearState, block_scores, linear_attention
 from dit_accel.kernels.linear.features import features
-from dit_accel.kernels.router.select import select_blocks, topk_blocks
+from dit_accel.kernels.router.criteria import topk_blocks
+from dit_accel.kernels.router.select import select_blocks
 from dit_accel.sla import SparseLinearAttention
 from dit_accel.sla.geometry import joint_geometry
 

@@ -11,7 +11,7 @@ from dit_accel.kernels import SparsePlan
 from dit_accel.kernels.geometry import Geometry
 from dit_accel.kernels.lists import Lists
 from dit_accel.kernels.router import select_kernel, select_op
-from dit_accel.kernels.router.select import Criteria
+from dit_accel.kernels.router.criteria import Criteria
 
 from ..kernels.plan_cases import geometries
 

@@ -20,6 +20,8 @@ from dit_accel.kernels.block_sparse.tile_math import (
     load_tile,
     mean_weights,
     query_rows,
+    query_size,
+    sized_rows,
     visible,
 )
 
@@ -57,11 +59,13 @@ def _columns_walk(
     """The query blocks of one transposed list, TQ rows at a time."""
     SUB: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
     i_next = tl.load(INDEX, mask=count > 0, other=0)
+    size_next = query_size(i_next, Q_SIZES, BLOCK_Q)
     for t in tl.range(0, count * SUB):
-        i_block = i_next
+        i_block, size = i_next, size_next
         i_next = tl.load(INDEX + (t + 1) // SUB, mask=t + 1 < count * SUB, other=0)
+        size_next = query_size(i_next, Q_SIZES, BLOCK_Q)
         o_in = (t % SUB) * TQ + tl.arange(0, TQ)
-        o_row, m_q, _ = query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
+        o_row, m_q, _ = sized_rows(i_block, size, o_in, i_h, Q_ORDER, order_h, q_len, BLOCK_Q)
         # [TQ, DP], [TQ, DVP]
         b_q = load_rows(Q, o_row, m_q, q_l, o_d, m_d, MASK_D)
         b_do = load_rows(GRAD_O, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V)

@@ -93,15 +93,18 @@ def _walk(
     SUB: tl.constexpr = (BLOCK_K + TK - 1) // TK
     o_n = tl.arange(0, TK)
     i_next = tl.load(INDEX + first, mask=first < last, other=0)
+    size_next = TK
+    if MASKED:
+        size_next = block_size(i_next, k_end, K_SIZES, BLOCK_K)
     for t in tl.range(first * SUB, last * SUB):
-        i_k = i_next
+        i_k, size = i_next, size_next
         i_next = tl.load(INDEX + (t + 1) // SUB, mask=t + 1 < last * SUB, other=0)
         o_first = (t % SUB) * TK
         start = i_k * BLOCK_K + o_first
-        size = TK
         m_s = None
         if MASKED:
-            size = block_size(i_k, k_end, K_SIZES, BLOCK_K) - o_first
+            size_next = block_size(i_next, k_end, K_SIZES, BLOCK_K)
+            size = size - o_first
             m_s = o_n[None, :] < size
             if POSITIONAL:
                 m_s = m_s & visible(q_pos, start + o_n, q_offset, window, sink, WINDOW)

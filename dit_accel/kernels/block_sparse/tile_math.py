@@ -61,11 +61,25 @@ def query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q: tl
 
     A row beyond a ragged tile's size exists (it gets 0 and -inf) but is no query.
     """
+    size = query_size(i_block, Q_SIZES, BLOCK_Q)
+    return sized_rows(i_block, size, o_in, i_h, Q_ORDER, order_h, q_len, BLOCK_Q)
+
+
+@triton.jit
+def query_size(i_block, Q_SIZES, BLOCK_Q: tl.constexpr):
+    """Number of queries at the start of a query block. Loops over listed blocks carry it like the index."""
+    size = BLOCK_Q
+    if Q_SIZES is not None:
+        size = tl.load(Q_SIZES + i_block)
+    return size
+
+
+@triton.jit
+def sized_rows(i_block, size, o_in, i_h, Q_ORDER, order_h, q_len, BLOCK_Q: tl.constexpr):
+    """`query_rows` of a block whose number of queries is known."""
     o_row = i_block * BLOCK_Q + o_in
     m_row = (o_in < BLOCK_Q) & (o_row < q_len)
-    m_q = m_row
-    if Q_SIZES is not None:
-        m_q = m_row & (o_in < tl.load(Q_SIZES + i_block))
+    m_q = m_row & (o_in < size)
     if Q_ORDER is not None:
         o_row = tl.load(Q_ORDER + i_h * order_h + o_row, mask=m_row, other=0)
     return o_row, m_q, m_row

@@ -74,7 +74,7 @@ _TABLE: dict[tuple[Kernel, Variant], dict[str, dict[int, Tile]]] = {
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
     },
     ("forward", "heavy"): {
-        "any": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 3)},
+        "any": {64: Tile(64, 32, 4, 3), 128: Tile(64, 32, 8, 3)},
         "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(128, 32, 8, 3)},
         "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(128, 32, 8, 3)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2)},
@@ -95,6 +95,7 @@ _TABLE: dict[tuple[Kernel, Variant], dict[str, dict[int, Tile]]] = {
     },
     ("rows", "heavy"): {
         "any": {64: Tile(64, 32, 8, 3), 128: Tile(64, 32, 8, 3), 256: Tile(64, 32, 8, 1)},
+        "sm89": {64: Tile(64, 32, 8, 3), 128: Tile(32, 32, 8, 3), 256: Tile(64, 32, 8, 1)},
         "sm90": {64: Tile(64, 32, 4, 3), 128: Tile(64, 32, 8, 3), 256: Tile(64, 32, 4, 2)},
         "hip": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     },

@@ -17,7 +17,8 @@ from dit_accel.kernels.block_sparse.tile_math import (
     load_rows,
     phi,
     phi_backward,
-    query_rows,
+    query_size,
+    sized_rows,
 )
 
 
@@ -74,11 +75,13 @@ def linear_columns_kernel(
             p_g = GRAD_O_L + i_bh * q_len * VALUE_DIM
             count = tl.load(ROW_NUM + i_row)
             i_next = tl.load(p_index, mask=count > 0, other=0)
+            size_next = query_size(i_next, Q_SIZES, BLOCK_Q)
             for t in tl.range(0, count * SUB_Q):
-                i_q = i_next
+                i_q, size = i_next, size_next
                 i_next = tl.load(p_index + (t + 1) // SUB_Q, mask=t + 1 < count * SUB_Q, other=0)
+                size_next = query_size(i_next, Q_SIZES, BLOCK_Q)
                 o_q = (t % SUB_Q) * TQ + tl.arange(0, TQ)
-                o_row, m_q, _ = query_rows(i_q, o_q, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
+                o_row, m_q, _ = sized_rows(i_q, size, o_q, i_h, Q_ORDER, order_h, q_len, BLOCK_Q)
                 # [TQ, DP], [TQ, DVP]
                 b_phiq = load_rows(p_phi, o_row, m_q, HEAD_DIM, o_d, m_d, MASK_D)
                 b_g = load_rows(p_g, o_row, m_q, VALUE_DIM, o_v, m_v, MASK_V)

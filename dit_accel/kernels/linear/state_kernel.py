@@ -43,17 +43,21 @@ def state_kernel(
     for start in tl.range(i_part * span, tl.minimum(i_part * span + span, length), TL):
         o_l = start + tl.arange(0, TL)
         m_l = o_l < length
-        if KV_LENGTHS is not None or K_SIZES is not None:
-            o_block = tl.where(m_l, o_l // BLOCK, 0)
-            m_l = m_l & (o_l % BLOCK < block_size(o_block, l_end, K_SIZES, BLOCK))
         # [TL, DP], [TL, TV]
         b_x = load_rows(X, o_l, m_l, x_l, o_d, m_d, MASK_D)
         b_y = load_rows(Y, o_l, m_l, y_l, o_v, m_v, True)
+        # What does not count is cleared after loading, because it may hold NaN, and loads whose masks are loaded
+        # too cannot run ahead.
         m_x = m_l
-        if NORM is not None:  # rows that do not count may hold NaN
+        if KV_LENGTHS is not None or K_SIZES is not None:
+            o_block = tl.where(m_l, o_l // BLOCK, 0)
+            m_x = m_l & (o_l % BLOCK < block_size(o_block, l_end, K_SIZES, BLOCK))
+        if NORM is not None:
             b_n = tl.load(NORM + i_bh * length + o_l, mask=m_l, other=0.0)
             b_t = tl.load(TERM + i_bh * length + o_l, mask=m_l, other=0.0)
             m_x = m_l & (b_n != 0)
+        if KV_LENGTHS is not None or K_SIZES is not None or NORM is not None:
+            b_y = tl.where(m_x[:, None], b_y, 0.0)
         b_phi = tl.where(m_x[:, None], phi(b_x.to(tl.float32), m_d, FEATURE), 0.0).to(b_x.dtype)
         if PHI is not None:
             if i_v == 0:

@@ -11,7 +11,8 @@ from torch import Tensor
 from dit_accel.kernels.geometry import Rules
 from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.lists import Lists
-from dit_accel.kernels.router.select import MASS_BITS, WEIGHT_BITS, Criteria
+from dit_accel.kernels.router.criteria import MASS_BITS, Criteria
+from dit_accel.kernels.router.select import WEIGHT_BITS
 
 # A row of more blocks does not fit the registers of one program.
 MOST_BLOCKS = 8192

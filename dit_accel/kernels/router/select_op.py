@@ -10,7 +10,8 @@ from dit_accel.kernels.geometry import Geometry, Rules
 from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.lists import Lists
 from dit_accel.kernels.operators import operator
-from dit_accel.kernels.router.select import Criteria, select_in_torch
+from dit_accel.kernels.router.criteria import Criteria
+from dit_accel.kernels.router.select import select_in_torch
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -1,0 +1,193 @@
+"""The device that is measured, and a stand-in without memory that records what would be launched."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.bench.timing import Functions, peak_gpu_bytes, seconds, summary
+
+Result = dict[str, Any]
+# Time that the host has to get ahead of the device, as bytes to write first; also empties the cache.
+FLUSH_BYTES = 2**29
+
+
+class DeviceLostError(RuntimeError):
+    """The device answers no more: everything after an invalid access fails in this process."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the type and the first line of the text of an error, at most 300 characters."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
+
+
+class Device:
+    """A CUDA device: measures functions that launch work on it."""
+
+    dry = False
+    place = "cuda"
+
+    def __init__(self) -> None:
+        self._flush: Tensor | None = None
+
+    def times(
+        self,
+        functions: Mapping[str, Callable[[], Any]],
+        repeats: int,
+        *,
+        optional: tuple[str, ...] = (),
+    ) -> Result:
+        """Time functions in turns.
+
+        Args:
+            functions: functions without arguments, by name.
+            repeats: number of timed calls of each.
+            optional: names of functions that may fail without failing the caller: other people's kernels,
+                and tiles that do not fit.
+
+        Returns:
+            Milliseconds `{"p20", "p50", "p80"}` by name, and under "refused" the error of each optional
+            function that failed.
+        """
+        refused: dict[str, str] = {}
+        ready: Functions = {}
+        for name, function in functions.items():
+            try:
+                function()
+                self.wait()
+                ready[name] = function
+            except DeviceLostError:
+                raise
+            except Exception as error:
+                if name not in optional:
+                    raise
+                refused[name] = first_line(error)
+        found = self._measure(ready, repeats)
+        return {**found, **({"refused": refused} if refused else {})}
+
+    def _measure(self, functions: Functions, repeats: int) -> Result:
+        if self._flush is None:
+            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.place)
+        measured = seconds(functions, repeats, self.place, prepare=self._flush.zero_)
+        return {
+            name: {p: 1000 * x for p, x in summary(values).items()}
+            for name, values in measured.items()
+        }
+
+    def wait(self) -> None:
+        """Wait for the device.
+
+        Raises:
+            DeviceLostError: it reports an error that stays.
+        """
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            raise DeviceLostError(first_line(error)) from error
+
+    def graph(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Capture a function in a CUDA graph, and return what replays it."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        return graph.replay
+
+    def peak_mib(self, function: Callable[[], Any]) -> float:
+        """Return the memory that a call allocates at most beyond what was allocated before, in MiB."""
+        return peak_gpu_bytes(function) / 2**20
+
+    def host_us(self, function: Callable[[], Any], calls: int = 20) -> dict[str, float]:
+        """Return the host's time for a call in microseconds, without the device's."""
+        function()
+        found = []
+        for _ in range(calls):
+            self.wait()  # a full queue would make the host wait inside the call
+            start = time.perf_counter()
+            function()
+            found.append(1e6 * (time.perf_counter() - start))
+        self.wait()
+        return summary(found)
+
+    def profile(self, function: Callable[[], Any]) -> list[list[Any]]:
+        """Return `[kernel, calls, microseconds]` of every kernel of a call, the longest first."""
+        from torch.profiler import ProfilerActivity, profile
+
+        function()
+        self.wait()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            function()
+            self.wait()
+        rows = sorted(profiler.key_averages(), key=lambda x: -x.device_time_total)
+        return [[x.key[:90], x.count, round(x.device_time_total, 1)] for x in rows[:30]]
+
+    def number(self, value: Callable[[], Any]) -> float:
+        """Return a number that is read from the device."""
+        return float(value())
+
+    def forget(self) -> None:
+        """Free the memory of the last sub-step."""
+        torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def poisoned(self) -> Iterator[None]:
+        """Fill memory with NaN (integers: their largest number) when it is allocated in the block."""
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # True is torch's default, but somebody may have changed it.
+        deterministic: Any = torch.utils.deterministic
+        deterministic.fill_uninitialized_memory = True
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+class DryDevice(Device):
+    """No device: every function runs once on tensors without memory; times and numbers are placeholders."""
+
+    dry = True
+    place = "meta"
+
+    def _measure(self, functions: Functions, repeats: int) -> Result:
+        return {name: dict.fromkeys(("p20", "p50", "p80"), 1.0) for name in functions}
+
+    def wait(self) -> None:
+        pass
+
+    def graph(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        return function
+
+    def peak_mib(self, function: Callable[[], Any]) -> float:
+        function()
+        return 1.0
+
+    def host_us(self, function: Callable[[], Any], calls: int = 20) -> dict[str, float]:
+        function()
+        return dict.fromkeys(("p20", "p50", "p80"), 1.0)
+
+    def profile(self, function: Callable[[], Any]) -> list[list[Any]]:
+        function()
+        return []
+
+    def number(self, value: Callable[[], Any]) -> float:
+        return 1.0
+
+    def forget(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def poisoned(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,129 @@
+"""The JSON file of a run: rewritten after every sub-step, and read to resume."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_accel.bench.gpu.device import Device, Result
+from dit_accel.files import write_json
+
+FORMAT_VERSION = 1
+# Facts that have to be the same when a run is resumed.
+SAME = ("device", "capability", "source")
+
+
+@dataclass(frozen=True)
+class SubStep:
+    """One measurement, and about how long it takes."""
+
+    step: str
+    name: str
+    run: Callable[[Device, dict[str, Result]], Result]
+    """Takes the device and the results of finished sub-steps by id; returns plain data."""
+    seconds: float = 2.0
+    """Time that does not depend on the speed of the device: loading kernels, allocating, planning."""
+    flops: float = 0.0
+    """Floating-point operations of products; the time that they take follows from the measured peak."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.step}/{self.name}"
+
+
+class ResumeError(ValueError):
+    """The run in the file cannot be continued here."""
+
+
+class Journal:
+    """State of a run, in memory and in `path`.
+
+    Args:
+        path: JSON file.
+        facts: what is known of device, source and versions.
+        resume: continue the run that the file holds. Default: start anew.
+
+    Raises:
+        ResumeError: there is no such run, or it ran on another device or other source.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any], *, resume: bool = False) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {"format_version": FORMAT_VERSION, **facts, "running": None}
+        self.data["steps"] = {}
+        if resume:
+            old = read(path)
+            if old.get("format_version") != FORMAT_VERSION:
+                raise ResumeError(
+                    f"--resume: {path} has format_version {old.get('format_version')}; "
+                    f"accepted is {FORMAT_VERSION}"
+                )
+            for name in SAME:
+                if old.get(name) != facts[name]:
+                    raise ResumeError(
+                        f"--resume: {path} is of {name} {old.get(name)!r}, but this is {facts[name]!r}; "
+                        "accepted is the same device and source; leave --resume out to start anew"
+                    )
+            # A sub-step that did not fit into the time gets another chance.
+            self.data["steps"] = {
+                name: entry for name, entry in old["steps"].items() if entry["status"] != "skipped"
+            }
+        self.save()
+
+    def save(self) -> None:
+        write_json(self.path, self.data)
+
+    def results(self) -> dict[str, Result]:
+        """Return the results of the finished sub-steps by id."""
+        return {
+            name: entry["result"]
+            for name, entry in self.data["steps"].items()
+            if entry["status"] == "done"
+        }
+
+    def begin(self, sub_step: SubStep, limit_s: float) -> None:
+        """Note what runs now, so that whoever watches can tell a sub-step that hangs."""
+        self.data["running"] = {"id": sub_step.id, "since": time.time(), "limit_s": limit_s}
+        self.save()
+
+    def end(self, sub_step_id: str, status: str, **entry: Any) -> None:
+        """Note how a sub-step ended: "done", "failed", "crashed" or "skipped"."""
+        self.data["running"] = None
+        self.data["steps"][sub_step_id] = {"status": status, **plain(entry)}
+        self.save()
+
+    def pause(self) -> None:
+        """Forget the sub-step that runs, so that a resumed run begins it again."""
+        self.data["running"] = None
+        self.save()
+
+
+def plain(x: Any) -> Any:
+    """Return data as JSON knows it: numbers that are not finite become text."""
+    if isinstance(x, dict):
+        return {str(name): plain(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [plain(value) for value in x]
+    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the data of a file.
+
+    Raises:
+        ResumeError: there is no file, or it holds no run.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ResumeError(
+            f"--resume: there is no {path}; leave --resume out to start anew"
+        ) from error
+    except ValueError as error:
+        raise ResumeError(f"--resume: {path} is no JSON file ({error})") from error
+    if not isinstance(data, dict) or not isinstance(data.get("steps"), dict):
+        raise ResumeError(f"--resume: {path} holds no run of this script")
+    return data

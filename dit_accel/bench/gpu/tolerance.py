@@ -1,0 +1,48 @@
+"""How far results of kernels may be from the formulas."""
+
+import torch
+from torch import Tensor
+
+HUGE = 1e300  # stands for NaN and infinity, which JSON does not know
+EXACT = 1e-5
+"""Of the largest result of a problem: what fp32 kernels may err."""
+
+
+def errors(
+    ours: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor] | None
+) -> dict[str, list[float]]:
+    """Return `[error, allowed error]` by name.
+
+    Args:
+        ours: results of the kernels.
+        exact: the formula in fp64.
+        plain: the formula in the dtype of the kernels: they may err twice as much, and a rounding floor.
+            Default: they may err `EXACT` of the largest exact result (at least of 1).
+    """
+    finite = {name: x.isfinite() for name, x in exact.items()}
+    largest = max([1.0, *(x[finite[n]].abs().max().item() for n, x in exact.items())])
+    found = {}
+    for name, reference in exact.items():
+        mask, out = finite[name], ours[name].double()
+        if not torch.equal(out.isinf(), reference.isinf()):
+            found[name] = [HUGE, 0.0]
+            continue
+        out, reference = out[mask], reference[mask]
+        error = (out - reference).abs().max().item()
+        # A comparison with NaN is false.
+        error = error if error < HUGE else HUGE
+        found[name] = [
+            error,
+            _allowed(reference, None if plain is None else plain[name][mask], largest),
+        ]
+    return found
+
+
+def _allowed(reference: Tensor, plain: Tensor | None, largest: float) -> float:
+    if plain is None:
+        return EXACT * largest
+    rounded = reference.to(plain.dtype)
+    floor = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().item()
+    # The plain formula overflows where a kernel may well not; then rounding is the measure.
+    error = torch.where(plain.isfinite(), plain, rounded).double() - reference
+    return 2 * error.abs().max().item() + floor
