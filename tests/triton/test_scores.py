@@ -39,7 +39,9 @@ def test_scores_equal_the_formulas(
     given_squares, given_mean = squares if spread else None, mean if smooth else None
     expected = router._scores_in_torch(q, k, given_squares, given_mean, scale, block_k)
     actual = launched(q, k, given_squares, given_mean, scale, block_k)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    # Sums of d products in another order: the error goes by the largest, not by what they cancel to.
+    tolerance = 1e-6 * float((abs(scale) * q.abs().amax() * k.abs().amax() * d).clamp(min=1))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=tolerance)
     assert torch.equal(actual, launched(q, k, given_squares, given_mean, scale, block_k))
 
 
