@@ -57,7 +57,15 @@ def layer_of(row: Row, kind: str, call: tuple[Any, dict], top_p: float | None) -
 
 def density_of(row: Row, kind: str, calls: list, top_p: float | None) -> float:
     layer = layer_of(row, kind, calls[0], top_p)
-    return float(np.mean([float(layer(*qkv, **options)[1]) for qkv, options in calls]))
+    return float(np.mean([with_density(layer, call)[1] for call in calls]))
+
+
+def with_density(layer: Any, call: tuple[Any, dict]) -> tuple[torch.Tensor, float]:
+    """Return the output of a call, and its attended (query, key) pairs over all pairs."""
+    qkv, options = call
+    tally = torch.zeros(3, dtype=torch.int64, device=qkv[0].device)
+    o = layer(*qkv, **{**options, "tally": tally})
+    return o, float(tally[1] / tally[2])
 
 
 def top_p_for(row: Row, kind: str, calls: list) -> float:
@@ -84,11 +92,11 @@ def attention_error(row: Row, kind: str, calls: list, top_p: float | None) -> di
         layer._plan = lambda *args, plan_of=plan_of, plans=plans: (
             plans.append(plan_of(*args)) or plans[-1]
         )
-        o, density = layer(q, k, v, **options)
+        o, density = with_density(layer, call)
         scale = options.get("scale")
         exact = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
         errors.append(float((o - exact).norm() / exact.norm()))
-        densities.append(float(density))
+        densities.append(density)
         if options.get("text", "none") == "none":
             masses.append(float(plans[0].recall(q, k, scale=scale).mean()))
     result = {"error": float(np.mean(errors)), "density": float(np.mean(densities))}

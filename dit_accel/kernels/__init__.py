@@ -5,12 +5,14 @@ transformers.
 """
 
 from dit_accel.kernels.block_sparse import block_sparse_attention, sparse_linear_attention
+from dit_accel.kernels.geometry import Geometry
 from dit_accel.kernels.linear import LinearState, linear_attention
 from dit_accel.kernels.merge import merge_lse
 from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.router import block_scores
 
 __all__ = [
+    "Geometry",
     "LinearState",
     "SparsePlan",
     "block_scores",

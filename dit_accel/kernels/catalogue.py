@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,16 @@ from dit_accel.kernels.block_sparse.backward_rows import rows_kernel
 from dit_accel.kernels.block_sparse.forward import forward_kernel
 from dit_accel.kernels.block_sparse.mix import Mix
 from dit_accel.kernels.block_sparse.tiles import Target
+from dit_accel.kernels.geometry import Geometry
 from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.linear.state_kernel import totals_kernel
+from dit_accel.kernels.lists import Lists
 from dit_accel.kernels.plan import SparsePlan
+from dit_accel.kernels.router.criteria import Criteria
 from dit_accel.kernels.router.pool import pool_launch
+from dit_accel.kernels.router.scores_kernel import scores_launch
+from dit_accel.kernels.router.select_kernel import select_launch
 
 BY_ROWS = (forward_kernel, rows_kernel, totals_kernel)
 LENGTH = 16384
@@ -69,8 +75,35 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
     q = _meta(head_dim, dtype)
     pooled = _meta(head_dim, torch.float32)[:, :, : LENGTH // 64]
     found["pool/router"] = pool_launch(q, pooled, None, 64)
-    found["pool/spread"] = pool_launch(q, pooled, None, 64, torch.empty_like(pooled))
+    found["pool/spread"] = pool_launch(q, pooled, None, 64, pooled)
+    scores = _meta(LENGTH // 64, torch.float32)[:, :, : LENGTH // 64]
+    for name, squares in (("router", None), ("spread", (pooled, pooled))):
+        found[f"scores/{name}"] = scores_launch(
+            pooled, pooled, squares, None, scores, scale=0.1, block_k=64
+        )
+    found["select/topk"] = _select(scores, Criteria(best=13))
+    found["select/top_p"] = _select(scores, Criteria(top_p=0.9, skip=25, diagonal=1), causal=True)
     return found
+
+
+def _select(scores: Tensor, criteria: Criteria, **rules: Any) -> Launch:
+    """Return the launch that writes the lists of a plan, and counts where it can."""
+    integers = functools.partial(torch.empty, dtype=torch.int32, device="meta")
+    geometry = Geometry.of("meta", block_q=64, block_k=64, q_len=LENGTH, kv_len=LENGTH, **rules)
+    partial, full, skipped = (
+        Lists(integers(scores.shape[:3]), integers(*scores.shape[:3], width))
+        for width in (1, 13, 26)
+    )
+    tally = None if rules else torch.empty(3, dtype=torch.int64, device="meta")
+    return select_launch(
+        scores,
+        geometry,
+        criteria,
+        partial,
+        full,
+        None if criteria.skip is None else skipped,
+        tally=tally,
+    )
 
 
 def _meta(width: int, dtype: torch.dtype) -> Tensor:

@@ -29,12 +29,17 @@ class Launch:
 
     def __call__(self) -> None:
         first = next(x for x in self.arguments.values() if isinstance(x, Tensor))
-        with torch.cuda.device_of(
-            first
-        ):  # Triton launches on the current device, not on the tensors'
-            self.kernel[self.grid](
-                **self.arguments,
-                **self.constants,
-                num_warps=self.num_warps,
-                num_stages=self.num_stages,
-            )
+        # Triton launches on the current device, not on the tensors'.
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device_of(first):
+                self._run()
+        else:
+            self._run()
+
+    def _run(self) -> None:
+        self.kernel[self.grid](
+            **self.arguments,
+            **self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )

@@ -26,16 +26,28 @@ def block_lists(mask: Bool[Tensor, "*b rows n_k"], most: int | None = None) -> L
         most: a row holds at most this many. On a CPU the lists are as wide as the longest row;
             elsewhere that number would stall the device, so they are `most` wide (default: all).
     """
-    counts = mask.sum(-1, dtype=torch.int32)
-    n_k = mask.shape[-1]
     if reads_freely(mask):
-        most = int(counts.max()) if counts.numel() else 0
-    width = n_k if most is None else min(max(most, 1), n_k)
+        most = int(mask.sum(-1, dtype=torch.int32).max()) if mask.numel() else 0
+    n_k = mask.shape[-1]
+    return lists_of_width(mask, n_k if most is None else min(max(most, 1), n_k))
+
+
+def lists_of_width(mask: Bool[Tensor, "*b rows n_k"], width: int) -> Lists:
+    """The True entries of each row of `mask`, of which there are at most `width`."""
+    ends = mask.cumsum(-1, dtype=torch.int32)
     # Entries that are not kept all land in one spare place, which is cut off.
-    place = torch.where(mask, mask.cumsum(-1) - 1, width)
-    index = torch.arange(n_k, dtype=torch.int32, device=mask.device).expand_as(place)
-    lists = torch.zeros(*counts.shape, width + 1, dtype=torch.int32, device=mask.device)
-    return Lists(counts, lists.scatter_(-1, place, index)[..., :width].contiguous())
+    place = torch.where(mask, ends - 1, width).long()
+    index = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand_as(place)
+    lists = torch.zeros(*ends.shape[:-1], width + 1, dtype=torch.int32, device=mask.device)
+    lists = lists.scatter_(-1, place, index)[..., :width].contiguous()
+    return Lists(ends[..., -1].contiguous(), lists)
+
+
+def trim(lists: Lists) -> Lists:
+    """The lists as wide as the longest row, which is read."""
+    counts, indices = lists
+    width = max(1, int(counts.max())) if counts.numel() else 1
+    return lists if width >= indices.shape[-1] else Lists(counts, indices[..., :width].contiguous())
 
 
 def block_mask(

@@ -37,7 +37,8 @@ def _innermost(ttgir: str) -> Iterator[list[str]]:
 
 def _flops(line: str) -> int:
     product = _PRODUCT.search(line)
-    if product is None:
+    # Products of fp32 in a blocked layout are plain multiply-adds, not for matrix units.
+    if product is None or "#blocked" in line[product.end() :]:
         return 0
     # ... : <M x K> * <K x N> -> ..., or, in tensor memory: <M x K>, <K x N>, <M x N>.
     shapes = _SHAPE.findall(line[product.end() :])[:2]

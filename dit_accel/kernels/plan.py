@@ -4,16 +4,18 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dit_accel.kernels import visibility
-from dit_accel.kernels.lists import block_lists, reads_freely
+from dit_accel.kernels.geometry import Geometry, Rules
+from dit_accel.kernels.lists import Lists, block_lists, reads_freely, trim
 from dit_accel.kernels.plan_data import PlanData
-from dit_accel.kernels.router.select import select_blocks, topk_blocks
+from dit_accel.kernels.router import select_op  # noqa: F401 (registers the operator)
+from dit_accel.kernels.router.criteria import criteria_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -111,7 +113,7 @@ class SparsePlan(PlanData):
             ValueError: an argument is out of range or shapes do not match; it names the argument.
                 Numbers inside tensors are checked on a CPU only.
         """
-        plan = cls._rules(
+        geometry = Geometry.of(
             mask.device,
             block_q=block_q,
             block_k=block_k,
@@ -138,43 +140,34 @@ class SparsePlan(PlanData):
         sizes = [("mask", *mask.shape[:2])]
         if skip is not None:
             sizes.append(("skip", *skip.shape[:2]))
-        _check_leading([*sizes, *plan.leading_sizes()])
-        some, every = visibility.block_visibility(plan)
+        _check_leading([*sizes, *geometry.leading_sizes()])
+        some, every = visibility.block_visibility(geometry)
         shape = torch.broadcast_shapes(mask.shape, some.shape)
         mask = mask.expand(shape)
         # Where only the tail can be short of keys, one partial block a row is the most there is.
-        ragged = plan.positional or k_block_sizes is not None or kv_lengths is not None
-        partial = block_lists(mask & some & ~every, most if ragged else 1)
+        partial = block_lists(mask & some & ~every, most if geometry.ragged else 1)
         full = block_lists(mask & every, most)
         skipped = None if skip is None else block_lists(skip & ~mask & some)
-        return dataclasses.replace(
-            plan,
-            kv_num_blocks=partial.counts,
-            kv_indices=partial.indices,
-            full_kv_num_blocks=full.counts,
-            full_kv_indices=full.indices,
-            skip_num_blocks=None if skipped is None else skipped.counts,
-            skip_indices=None if skipped is None else skipped.indices,
-        )
+        bound = None if skip is not None or most is None else torch.sym_min(most, mask.shape[-1])
+        return cls._with_lists(geometry, partial, full, skipped, bound)
 
     @classmethod
     def from_scores(
         cls,
         scores: Float[Tensor, "b h n_q n_k"],
         *,
-        block_q: int,
-        block_k: int,
-        q_len: int,
-        kv_len: int,
         topk: float | None = None,
         top_p: float | None = None,
         threshold: float | None = None,
         skip: int | float = 0.0,
+        limit: float | None = None,
         sink_blocks: int = 0,
         tail_blocks: int = 0,
         diagonal: int | None = None,
-        causal: bool = False,
-        **geometry,
+        geometry: Geometry | None = None,
+        tally: Int[Tensor, "3"] | None = None,
+        dense_queries: int = 0,
+        **lengths_and_rules: Any,
     ) -> "SparsePlan":
         """A plan that keeps the best blocks of each row, at least one.
 
@@ -188,164 +181,115 @@ class SparsePlan(PlanData):
             threshold: keeps every block whose score is at least this (alone).
             skip: fraction in [0, 1): the `floor(skip * n)` worst blocks of each row are negligible
                 (the k_l of SLA); for `linear_scope="marginal"`.
+            limit: fraction in (0, 1] of the n blocks: the most that `top_p` or `threshold` keeps in a
+                row, the best ones. It bounds the width of the lists, which are `T_k` wide on a GPU
+                otherwise, and with it the time of a kernel. At least `topk`. Default: none.
             sink_blocks: first blocks that every row reads in addition.
             tail_blocks: last blocks, without scores, that every row reads in addition (text).
             diagonal: every row also reads the blocks at its own positions (plus `q_offset`) and
                 this many on either side. Default: none.
-            block_q, block_k, q_len, kv_len, causal, **geometry: as in `from_block_mask`.
+            geometry: lengths, blocks and rules, checked before and shared by many plans.
+            tally: int64 `[3]` on the device of the scores: number of plans, (query, key) pairs that they
+                attend to, and pairs of dense calls. This plan is added to it, without a launch of its
+                own. Not for `causal` plans or plans with `columns`.
+            dense_queries: queries of the same call outside of the plan that read every key; they count in
+                `tally` only. Default: 0.
+            **lengths_and_rules: in place of `geometry`: `block_q`, `block_k`, `q_len`, `kv_len` and,
+                optionally, the rules of `from_block_mask` (`causal`, `kv_lengths`, ...).
 
         Ties go to the lower index, on every device.
+
+        Raises:
+            ValueError: an argument is out of range or shapes do not match; it names the argument.
         """
-        for name, number in (
-            ("sink_blocks", sink_blocks),
-            ("tail_blocks", tail_blocks),
-            ("diagonal", diagonal),
-        ):
-            if number is not None and number < 0:
-                raise ValueError(f"{name}={number}: accepted is an int >= 0")
-        geometry.update(block_q=block_q, block_k=block_k, q_len=q_len, kv_len=kv_len, causal=causal)
-        rules = cls._rules(scores.device, **geometry)
-        n_k = _check_blocks("scores", scores, block_q, block_k, q_len, kv_len, tail_blocks)
-        forced, extra = None, tail_blocks
-        if sink_blocks or diagonal is not None:
-            block = torch.arange(n_k, device=scores.device)
-            forced, extra = (
-                (block < sink_blocks).expand(1, 1, scores.shape[2], -1),
-                extra + sink_blocks,
+        if geometry is None:
+            geometry = Geometry.of(scores.device, **lengths_and_rules)
+        elif lengths_and_rules:
+            raise ValueError(
+                f"geometry: also got {', '.join(lengths_and_rules)}; accepted is one or the other"
             )
-            if diagonal is not None:
-                first, last = (
-                    x.div(block_k, rounding_mode="floor")[..., None]
-                    for x in visibility.row_ends(rules)
-                )
-                near = (block >= first - diagonal) & (block <= last + diagonal)
-                forced = forced | near[None]
-                extra += 2 * diagonal + 1 + math.ceil(block_q / block_k)
-                extra = n_k + tail_blocks if rules.q_order is not None else extra
-        # A block that nobody may read must not use up a place among the best.
-        open_blocks = visibility.block_visibility(rules)[0][..., :n_k]
-        kept, skipped = select_blocks(
-            scores,
-            open_blocks,
+        elif geometry.device != scores.device:
+            raise ValueError(f"geometry: on {geometry.device}, but scores are on {scores.device}")
+        for name, number in (("tail_blocks", tail_blocks), ("dense_queries", dense_queries)):
+            if number < 0:
+                raise ValueError(f"{name}={number}: accepted is an int >= 0")
+        g, n_k = geometry, geometry.num_k_blocks
+        n = _check_blocks("scores", scores, g.block_q, g.block_k, g.q_len, g.kv_len, tail_blocks)
+        _check_leading([("scores", *scores.shape[:2]), *g.leading_sizes()])
+        criteria = criteria_of(
+            n,
             topk=topk,
             top_p=top_p,
             threshold=threshold,
             skip=skip,
-            forced=forced,
+            limit=limit,
+            sink_blocks=sink_blocks,
+            diagonal=diagonal,
         )
-        if tail_blocks:
-            kept = torch.nn.functional.pad(kept, (0, tail_blocks), value=True)
-            if skipped is not None:
-                skipped = torch.nn.functional.pad(skipped, (0, tail_blocks))
-        most = None
-        if topk is not None and top_p is None:
-            most = topk_blocks(topk, n_k) + extra
-        return cls.from_block_mask(kept, skip=skipped, most=most, **geometry)
+        if tally is not None:
+            _check_tally(tally, g)
+        most = criteria.most(g, n, tail_blocks)
+        bound = None if most is None else most + (criteria.skip or 0)
+        full = n_k if most is None else most
+        lists = torch.ops.dit_accel.select_blocks(
+            scores,
+            g.q_block_sizes,
+            g.k_block_sizes,
+            g.kv_lengths,
+            g.q_order,
+            tally,
+            g.block_q,
+            g.block_k,
+            g.q_len,
+            g.kv_len,
+            g.causal,
+            g.q_offset,
+            g.window,
+            g.sink,
+            criteria.best,
+            criteria.limit,
+            criteria.top_p,
+            criteria.threshold,
+            criteria.skip,
+            criteria.sink_blocks,
+            criteria.diagonal,
+            full if g.ragged else 1,
+            full,
+            (criteria.skip or 0) + 1,  # a size of 1 would be a constant of a compiled graph
+            dense_queries,
+        )
+        partial, kept, skipped = (Lists(*lists[i : i + 2]) for i in (0, 2, 4))
+        if reads_freely(scores):
+            partial, kept, skipped = trim(partial), trim(kept), trim(skipped)
+        return cls._with_lists(g, partial, kept, None if criteria.skip is None else skipped, bound)
 
     @classmethod
-    def _rules(
-        cls,
-        device: torch.device,
-        *,
-        block_q: int,
-        block_k: int,
-        q_len: int,
-        kv_len: int,
-        causal: bool = False,
-        q_offset: int | None = None,
-        window: int | None = None,
-        sink: int = 0,
-        kv_lengths: Tensor | None = None,
-        q_block_sizes: Tensor | None = None,
-        k_block_sizes: Tensor | None = None,
-        columns: Tensor | None = None,
-        q_order: Tensor | None = None,
-        long_rows: Tensor | None = None,
+    def _with_lists(
+        cls, rules: Rules, partial: Lists, full: Lists, skipped: Lists | None, bound: int | None
     ) -> "SparsePlan":
-        """A checked plan that reads nothing yet: who may see what follows from it."""
-        for name, value in (
-            ("block_q", block_q),
-            ("block_k", block_k),
-            ("q_len", q_len),
-            ("kv_len", kv_len),
-        ):
-            if not isinstance(value, int | torch.SymInt) or value < 1:
-                raise ValueError(f"{name}={value!r}: accepted is an int >= 1")
-        if window is not None and (not isinstance(window, int) or window < 1 or not causal):
-            raise ValueError(f"window={window}: accepted is an int >= 1 together with causal=True")
-        if sink < 0 or (sink and window is None):
-            raise ValueError(f"sink={sink}: accepted is an int >= 0, above 0 only with a window")
-        for name, x in (
-            ("kv_lengths", kv_lengths),
-            ("q_block_sizes", q_block_sizes),
-            ("k_block_sizes", k_block_sizes),
-            ("columns", columns),
-            ("q_order", q_order),
-            ("long_rows", long_rows),
-        ):
-            if x is not None and (
-                not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool
-            ):
-                kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"{name}: {kind}; accepted is a tensor of integers")
-        if causal and (q_block_sizes is not None or k_block_sizes is not None):
-            raise ValueError(
-                "causal=True: ragged tiles have no causal order; leave *_block_sizes out"
-            )
-        if q_order is not None and q_block_sizes is not None:
-            raise ValueError("q_order: not together with q_block_sizes; order the tiles instead")
-        n_q, n_k = math.ceil(q_len / block_q), math.ceil(kv_len / block_k)
-
-        def to_int32(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device=device, dtype=torch.int32)
-
-        plan = cls(
-            **dict.fromkeys(
-                ("kv_num_blocks", "full_kv_num_blocks"),
-                torch.zeros(1, 1, n_q, dtype=torch.int32, device=device),
-            ),
-            **dict.fromkeys(
-                ("kv_indices", "full_kv_indices"),
-                torch.zeros(1, 1, n_q, 1, dtype=torch.int32, device=device),
-            ),
-            block_q=block_q,
-            block_k=block_k,
-            q_len=q_len,
-            kv_len=kv_len,
-            q_block_sizes=to_int32(q_block_sizes),
-            k_block_sizes=to_int32(k_block_sizes),
-            kv_lengths=to_int32(kv_lengths),
-            columns=to_int32(columns),
-            q_order=to_int32(q_order),
-            long_rows=to_int32(long_rows),
-            causal=causal,
-            q_offset=q_offset if q_offset is not None else (kv_len - q_len if causal else 0),
-            window=window,
-            sink=sink,
+        return cls(
+            block_q=rules.block_q,
+            block_k=rules.block_k,
+            q_len=rules.q_len,
+            kv_len=rules.kv_len,
+            q_block_sizes=rules.q_block_sizes,
+            k_block_sizes=rules.k_block_sizes,
+            kv_lengths=rules.kv_lengths,
+            columns=rules.columns,
+            q_order=rules.q_order,
+            long_rows=rules.long_rows,
+            causal=rules.causal,
+            q_offset=rules.q_offset,
+            window=rules.window,
+            sink=rules.sink,
+            kv_num_blocks=partial.counts,
+            kv_indices=partial.indices,
+            full_kv_num_blocks=full.counts,
+            full_kv_indices=full.indices,
+            skip_num_blocks=None if skipped is None else skipped.counts,
+            skip_indices=None if skipped is None else skipped.indices,
+            row_bound=bound,
         )
-        for name, sizes, n in (
-            ("q_block_sizes", plan.q_block_sizes, n_q),
-            ("k_block_sizes", plan.k_block_sizes, n_k),
-        ):
-            if sizes is not None and tuple(sizes.shape) != (n,):
-                raise ValueError(
-                    f"{name}: shape {tuple(sizes.shape)}; accepted are {n} sizes, one per block"
-                )
-        if plan.kv_lengths is not None and plan.kv_lengths.ndim != 1:
-            raise ValueError(f"kv_lengths: shape {tuple(plan.kv_lengths.shape)}; accepted is [B]")
-        if plan.columns is not None and plan.columns.ndim != 3:
-            raise ValueError(
-                f"columns: shape {tuple(plan.columns.shape)}; accepted is [B|1, Hq|1, C]"
-            )
-        if plan.q_order is not None and (
-            plan.q_order.ndim != 2 or plan.q_order.shape[1] != plan.q_len
-        ):
-            raise ValueError(
-                f"q_order: shape {tuple(plan.q_order.shape)}; accepted is [Hq|1, {q_len}]"
-            )
-        if reads_freely(plan.kv_indices):
-            plan.check_numbers()
-        return plan
 
     # -- what it means ---------------------------------------------------------------------------
 
@@ -402,6 +346,17 @@ def _check_leading(sizes: Iterable) -> None:
                     f"{size[0]}: {what} {size[axis]}, but {first[0]} has {first[axis]}; "
                     "accepted is 1 or the same number everywhere"
                 )
+
+
+def _check_tally(tally: Tensor, rules: Rules) -> None:
+    if tally.dtype != torch.int64 or tuple(tally.shape) != (3,) or tally.device != rules.device:
+        raise ValueError(
+            f"tally: {tally.dtype} {tuple(tally.shape)} on {tally.device}; accepted is torch.int64 (3,) "
+            f"on {rules.device}"
+        )
+    if rules.positional or rules.columns is not None:
+        kind = "causal" if rules.positional else "with columns"
+        raise ValueError(f"tally: not for a plan {kind}, whose pairs do not follow from its blocks")
 
 
 def _check_blocks(

@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.geometry import Rules
 from dit_accel.kernels.plan_data import PlanData
 from dit_accel.kernels.precision import wide
 
 
-def positions(plan: PlanData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def positions(plan: Rules) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each row and key: its position and whether it is a token.
 
     `[Hq|1, Lq]`, `[Lk]`, `[Lq]` and `[B|1, Lk]`, rows in the order of the query blocks.
@@ -22,7 +23,7 @@ def positions(plan: PlanData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q_pos, k_pos, q_ok, k_ok
 
 
-def row_ends(plan: PlanData) -> tuple[Tensor, Tensor]:
+def row_ends(plan: Rules) -> tuple[Tensor, Tensor]:
     """Smallest and largest key position that the rows of each block stand at, two `[Hq|1, T_q]`."""
     if plan.q_order is None:
         first = torch.arange(plan.num_q_blocks, device=plan.device) * plan.block_q
@@ -37,7 +38,7 @@ def row_ends(plan: PlanData) -> tuple[Tensor, Tensor]:
     return blocks[0].amin(-1), blocks[1].amax(-1)
 
 
-def block_visibility(plan: PlanData) -> tuple[Tensor, Tensor]:
+def block_visibility(plan: Rules) -> tuple[Tensor, Tensor]:
     """Whether some, and whether every, pair of a block is visible: two `[B|1, Hq|1, T_q, T_k]`.
 
     A row whose queries run short (the query tail) still counts as full: its missing queries
@@ -99,8 +100,8 @@ def pair_mask(plan: PlanData, blocks: Tensor, *, columns: bool = False) -> Tenso
 
 def density(plan: PlanData) -> Tensor:
     """Attended pairs over the pairs of a dense call, a scalar on the plan's device."""
-    blocks = plan.to_block_mask()
     if plan.positional or plan.columns is not None:
+        blocks = plan.to_block_mask()
         # One query block at a time: a [Lq, Lk] mask would not fit at the lengths this is for.
         attended = torch.stack(
             [
@@ -109,8 +110,7 @@ def density(plan: PlanData) -> Tensor:
             ]
         ).sum(0)
     else:
-        pairs = plan.q_sizes().double()[:, None] * plan.k_sizes().double()[:, None, None, :]
-        attended = (pairs * blocks).sum((-1, -2))
+        attended = (keys_read(plan).double() * plan.q_sizes()).sum(-1)
     if plan.causal:
         q_pos, *_ = positions(plan)
         lengths = plan.k_sizes().sum(-1)[:, None, None]
@@ -120,6 +120,20 @@ def density(plan: PlanData) -> Tensor:
         dense = plan.q_sizes().sum().double() * plan.k_sizes().sum(-1).double()[:, None]
     attended, dense = torch.broadcast_tensors(attended, dense)
     return attended.sum() / dense.sum().clamp(min=1)
+
+
+def keys_read(plan: PlanData) -> Tensor:
+    """Number of keys that the queries of each row read, `[B|1, Hq|1, T_q]`, from the counts alone.
+
+    For plans without positions and columns.
+    """
+    counts, indices = plan.kv_num_blocks, plan.kv_indices
+    listed = torch.arange(indices.shape[-1], device=plan.device) < counts[..., None]
+    sizes = plan.k_sizes()[:, None, None, :]
+    shape = torch.broadcast_shapes(counts.shape, sizes.shape[:3])
+    found = sizes.expand(*shape, -1).gather(-1, indices.long().expand(*shape, -1))
+    partial = torch.where(listed, found, 0).sum(-1)
+    return plan.full_kv_num_blocks * plan.block_k + partial
 
 
 def recall(plan: PlanData, q: Tensor, k: Tensor, scale: float | None) -> Tensor:

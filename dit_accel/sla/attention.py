@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import align_module_device
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -20,6 +20,7 @@ from dit_accel.kernels import (
     linear_attention,
     sparse_linear_attention,
 )
+from dit_accel.sla.geometry import joint_geometry, query_block
 
 Text = Literal["none", "first", "last"]
 
@@ -104,7 +105,8 @@ class SparseLinearAttention(nn.Module):
         text_tokens: int = 0,
         scale: float | None = None,
         state: LinearState | None = None,
-    ) -> tuple[Float[Tensor, "b h l_q d_v"], Float[Tensor, ""]]:
+        tally: Int[Tensor, "3"] | None = None,
+    ) -> Float[Tensor, "b h l_q d_v"]:
         """Attention over image tokens, or over a joint sequence.
 
         Args:
@@ -114,9 +116,8 @@ class SparseLinearAttention(nn.Module):
             text_tokens: how many there are.
             scale: default `D ** -0.5`.
             state: totals over the image keys that the caller keeps up to date; inference only.
-
-        Returns:
-            The output, and the density of the call: attended (query, key) pairs over all pairs.
+            tally: int64 `[3]` on the device of q: calls, attended (query, key) pairs, and all pairs, text
+                included. This call is added to it. Its density is the second number over the third.
         """
         if text == "none":
             text, text_tokens = "last", 0
@@ -131,7 +132,7 @@ class SparseLinearAttention(nn.Module):
             if gap or text == "first":
                 keys = _image_first(k_image, words_k, gap)
                 values = _image_first(v_image, words_v, gap)
-        plan = self._plan(q_image, k_image, keys.shape[2], gap, scale)
+        plan = self._plan(q_image, k_image, text_tokens, scale, tally)
         mode = self._mode(q_image, keys, plan, scale)
         if text_tokens and mode.get("linear_scope") == "all":
             # Every image key, and the text is no part of it: no kernel has this.
@@ -147,43 +148,31 @@ class SparseLinearAttention(nn.Module):
             o = sparse_linear_attention(
                 q_image, keys, values, plan, scale=scale, state=state, **mode
             )
-        density = plan.density_tensor()
         if not text_tokens:
-            return o, density
+            return o
         # Few queries that read every key: dense attention is the fastest way.
         grouped = q.shape[1] != k.shape[1]
         o_words = scaled_dot_product_attention(words, k, v, scale=scale, enable_gqa=grouped)
         o_words = o_words.to(o.dtype)
-        share = q_image.shape[2] / q.shape[2]
-        joint = [o_words, o] if text == "first" else [o, o_words]
-        return torch.cat(joint, dim=2), density * share + (1 - share)
+        return torch.cat([o_words, o] if text == "first" else [o, o_words], dim=2)
 
-    def _plan(self, q: Tensor, k: Tensor, kv_len: int, gap: int, scale: float | None) -> SparsePlan:
-        """Which blocks of image keys `k` each block of image queries reads.
-
-        Args:
-            q, k: of the image.
-            kv_len: keys in all: those of the image, `gap` of padding, and text.
-        """
-        config, tokens = self.config, k.shape[2]
-        scores = self.router(q, k, block_q=config.block_q, block_k=config.block_k, scale=scale)
-        tail = -(-(kv_len - tokens - gap) // config.block_k)
-        sizes = None
-        if gap:
-            starts = torch.arange(scores.shape[3] + tail, device=q.device) * config.block_k
-            sizes = torch.where(starts < tokens, tokens - starts, config.block_k)
-            sizes = sizes.clamp(max=config.block_k)
+    def _plan(
+        self, q: Tensor, k: Tensor, text_tokens: int, scale: float | None, tally: Tensor | None
+    ) -> SparsePlan:
+        """The plan of image queries `q` over image keys `k` and the text behind them."""
+        config = self.config
+        blocks = {"block_q": query_block(config, q.device), "block_k": config.block_k}
+        scores = self.router(q, k, scale=scale, **blocks)
         return SparsePlan.from_scores(
             scores,
             topk=self._fraction(scores.shape[3]),
             top_p=config.top_p,
             skip=config.skip,
-            tail_blocks=tail,
-            block_q=config.block_q,
-            block_k=config.block_k,
-            q_len=q.shape[2],
-            kv_len=kv_len,
-            k_block_sizes=sizes,
+            tail_blocks=-(-text_tokens // config.block_k),
+            geometry=joint_geometry(q, k.shape[2], text_tokens, **blocks),
+            tally=tally,
+            # Text queries read every key.
+            dense_queries=text_tokens,
         )
 
     def _mode(self, q: Tensor, k: Tensor, plan: SparsePlan, scale: float | None) -> dict[str, Any]:

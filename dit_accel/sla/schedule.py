@@ -15,20 +15,23 @@ from dit_accel.runtime.method import Host, Method
 from dit_accel.runtime.run import Run
 from dit_accel.sla.attention import SparseLinearAttention, Text
 from dit_accel.sla.crossover import NEVER, min_sparse_length
+from dit_accel.sla.geometry import query_block
 from dit_accel.sla.order import Reordered, tile_order
 from dit_accel.sla.summary import AttentionSummary, LayerSummary
 
 LAYER, STEP, MASK, SHORT, CROSSOVER = range(5)
-"""Why a call runs dense; the next place counts the sparse calls."""
-SPARSE = 5
+"""Why a call runs dense."""
 
 
 class LayerCounts:
     """Counts of one attention layer in one run, kept as tensors so that counting needs no device sync."""
 
     def __init__(self, device: torch.device) -> None:
-        self.calls = torch.zeros(SPARSE + 1, dtype=torch.int64, device=device)
-        self.density_sum = torch.zeros((), dtype=torch.float32, device=device)
+        self.dense = torch.zeros(CROSSOVER + 1, dtype=torch.int64, device=device)
+        """Dense calls by reason."""
+        self.tally = torch.zeros(3, dtype=torch.int64, device=device)
+        """Sparse calls, pairs of queries and keys that they attended to, and all pairs. The operator that
+        selects blocks adds to it, so that counting needs no launch."""
 
 
 @dataclass
@@ -65,7 +68,7 @@ class LayerAttention:
 
     def count_into(self, counts: LayerCounts) -> None:
         """Count the next calls there."""
-        self.counts, self.density_sum = counts.calls, counts.density_sum
+        self.counts, self.tally = counts.dense, counts.tally
         self.dense_count = self.counts[STEP if self.scheduled else LAYER]
 
     def __call__(
@@ -89,7 +92,7 @@ class LayerAttention:
         elif tokens < self.shortest:
             self.counts[CROSSOVER].add_(1)
         else:
-            o, density = self.module(
+            return self.module(
                 q,
                 k,
                 v,
@@ -97,10 +100,8 @@ class LayerAttention:
                 text_tokens=k.shape[2] - tokens,
                 scale=scale,
                 state=None if self.store is None else self.store.totals,
+                tally=self.tally,
             )
-            self.counts[SPARSE].add_(1)
-            self.density_sum.add_(density)
-            return o
         return None
 
 
@@ -234,12 +235,12 @@ class SparseAttention(Method):
 
     def order(self, grid: tuple[int, int, int], device: torch.device) -> TokenOrder | None:
         """The order that the tokens of this grid run in; None: raster, as where no layer runs sparse."""
-        tile = self.config.tile_of(grid)
+        tile = self.config.tile_of(grid, query_block(self.config, device))
         return tile_order(grid, tile, device) if tile and self._pays(grid, device) else None
 
     def tile(self, grid: tuple[int, int, int], device: torch.device) -> int | None:
         """Tokens of this grid that are best selected together: query blocks, if any layer runs sparse."""
-        return self.config.block_q if self._pays(grid, device) else None
+        return query_block(self.config, device) if self._pays(grid, device) else None
 
     def _pays(self, grid: tuple[int, int, int], device: torch.device) -> bool:
         tokens = math.prod(grid)
@@ -265,11 +266,12 @@ class SparseAttention(Method):
 
     def idle(self, run: Run) -> str | None:
         state: RunState = run.states[self.name]
-        calls = torch.stack([x.calls for x in state.counts.values()]).sum(0).tolist()
-        if calls[SPARSE]:
+        counts = state.counts.values()
+        if int(torch.stack([x.tally[0] for x in counts]).sum()):
             return None
+        dense = torch.stack([x.dense for x in counts]).sum(0).tolist()
         shortest = min(state.shortest.values())
-        return ", ".join(self._dense_calls(calls, state.tokens, shortest))
+        return ", ".join(self._dense_calls(dense, state.tokens, shortest))
 
     def _dense_calls(self, calls: list[int], tokens: int, shortest: int) -> dict[str, int]:
         named = {
@@ -287,14 +289,15 @@ class SparseAttention(Method):
         if state is None:
             return LayerSummary(name, layer.scheduled, 0, {}, None)
         counts = state.counts[name]
-        calls = counts.calls.tolist()
-        sparse = calls[SPARSE]
+        sparse, attended, pairs = counts.tally.tolist()
         return LayerSummary(
             name=name,
             scheduled=layer.scheduled,
             sparse_calls=sparse,
-            dense_calls=self._dense_calls(calls, state.tokens, state.shortest[name]),
-            density=float(counts.density_sum) / sparse if sparse else None,
+            dense_calls=self._dense_calls(
+                counts.dense.tolist(), state.tokens, state.shortest[name]
+            ),
+            density=attended / pairs if pairs else None,
         )
 
 

@@ -17,7 +17,7 @@ class LayerSummary:
     dense_calls: dict[str, int]
     """Dense calls by reason."""
     density: float | None
-    """Mean over the sparse calls."""
+    """Attended share of the (query, key) pairs of all sparse calls together."""
 
 
 @dataclass(frozen=True)

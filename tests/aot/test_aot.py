@@ -28,6 +28,10 @@ SMALL = (
     "merge/split rows",
     "pool/router",
     "pool/spread",
+    "scores/router",
+    "scores/spread",
+    "select/topk",
+    "select/top_p",
     "totals/linear all",
     "unread/shared_softmax",
 )

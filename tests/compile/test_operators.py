@@ -73,6 +73,25 @@ def test_opcheck_of_a_mix_at_inference(mix):
     torch.library.opcheck(torch.ops.dit_accel.sparse_linear.default, arguments)
 
 
+@pytest.mark.parametrize("spread", [False, True])
+def test_opcheck_of_the_scoring_operator(spread):
+    q, k, _ = tensors(100)
+    arguments = (q, k, None, None, 32, 16, 0.2, True, spread)
+    torch.library.opcheck(torch.ops.dit_accel.block_scores.default, arguments)
+
+
+@pytest.mark.parametrize("skip", [None, 2])
+@pytest.mark.parametrize("counted", [False, True])
+def test_opcheck_of_the_selecting_operator(skip, counted):
+    scores = torch.randn(1, 2, 4, 7, generator=torch.Generator().manual_seed(0))
+    tensors = None, None, torch.tensor([100, 70], dtype=torch.int32), None
+    tally = torch.zeros(3, dtype=torch.int64) if counted else None
+    numbers = 32, 16, 100, 110, False, 0, None, 0, 2, 3, 0.7, None, skip, 1, None, 4, 4, 3, 5
+    torch.library.opcheck(
+        torch.ops.dit_accel.select_blocks.default, (scores, *tensors, tally, *numbers)
+    )
+
+
 def test_opcheck_of_the_pooling_operator():
     x = tensors(100)[0]
     torch.library.opcheck(torch.ops.dit_accel.pool_blocks.default, (x, 32, None))
@@ -147,6 +166,21 @@ def test_planning_with_kv_lengths_compiles_whole():
             compiled(scores, lengths, length), plan_density(scores, lengths, length)
         )
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_tally_is_kept_in_a_compiled_graph():
+    tally, expected = (torch.zeros(3, dtype=torch.int64) for _ in range(2))
+
+    def attend(q, k, v, tally):
+        return block_sparse_attention(q, k, v, routed(q, k, top_p=0.5, limit=0.6, tally=tally))
+
+    compiled = fresh_compiler()(attend)
+    for length in LENGTHS[:4]:
+        q, k, v = tensors(length)
+        torch.testing.assert_close(compiled(q, k, v, tally), attend(q, k, v, expected))
+        assert torch.equal(tally, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert tally[0] == 4
 
 
 class Attention(torch.nn.Module):

@@ -394,6 +394,86 @@ def test_lists_as_wide_as_promised_hold_every_block(
     assert torch.equal(bounded.to_block_mask(), counted.to_block_mask())
 
 
+# -- what is known before the scores are read ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "keeps"),
+    [
+        ({"top_p": 1.0, "limit": 0.5}, 3),
+        ({"top_p": 0.01, "limit": 0.5}, 1),
+        ({"threshold": -9.0, "limit": 0.5}, 3),
+        ({"topk": 0.2, "top_p": 1.0, "limit": 0.5}, 3),
+        ({"topk": 0.4, "top_p": 1.0, "limit": 0.4}, 2),
+        ({"top_p": 1.0, "limit": 1e-9}, 1),
+    ],
+)
+def test_a_limit_keeps_the_best(options, keeps, generator):
+    scores = torch.randn(3, 5, generator=generator)
+    assert kept(plan_of(scores.tolist(), **options)) == [
+        sorted(row[:keeps]) for row in scores.argsort(-1, descending=True).tolist()
+    ]
+
+
+@settings(max_examples=100)
+@given(
+    geometry=geometries(300, blocks=(16, 32)), options=st.sampled_from([
+        {"topk": 0.1}, {"top_p": 0.9, "limit": 0.3}, {"threshold": 0.0, "limit": 0.2},
+        {"topk": 0.1, "top_p": 0.9, "limit": 0.3}, {"topk": 0.9},
+    ]),
+    skip=st.sampled_from([0.0, 0.4]), diagonal=st.sampled_from([None, 1]), seed=seeds,
+)  # fmt: skip
+def test_the_row_bound_holds_and_is_the_same_on_every_device(
+    geometry, options, skip, diagonal, seed
+):
+    options = {**options, **geometry, "skip": skip, "diagonal": diagonal, "sink_blocks": 1}
+    scores = random_scores(geometry, seed)
+    plan = SparsePlan.from_scores(scores, **options)
+    counts = plan.kv_num_blocks + plan.full_kv_num_blocks
+    if plan.skip_num_blocks is not None:
+        counts = counts + plan.skip_num_blocks
+    assert int(counts.max()) <= plan.row_bound <= plan.num_k_blocks * (1 + skip)
+    options = {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    elsewhere = SparsePlan.from_scores(scores.to("meta"), **options)
+    assert elsewhere.row_bound == plan.row_bound
+    assert elsewhere.full_kv_indices.shape[-1] <= plan.row_bound
+
+
+def test_no_row_bound_without_a_limit():
+    scores = torch.zeros(1, 1, 4, 4)
+    for options in ({"top_p": 0.5}, {"threshold": 0.0}, {"topk": 0.1, "top_p": 0.5}):
+        assert SparsePlan.from_scores(scores, **options, **SQUARE).row_bound is None
+    assert SparsePlan.from_block_mask(MASK, **SQUARE).row_bound is None
+    assert SparsePlan.from_block_mask(MASK, **SQUARE, most=4).row_bound == 4
+
+
+def test_scores_of_minus_infinity_are_ranked_before_blocks_that_nobody_sees():
+    scores = [[-torch.inf] * 4] * 4
+    assert kept(plan_of(scores, topk=0.25, causal=True)) == [[0]] * 4
+    order = torch.tensor([[3, 2, 1, 0]])
+    plan = plan_of(scores, topk=0.25, causal=True, window=1, q_order=order)
+    assert kept(plan) == [[3], [2], [1], [0]]
+
+
+@settings(max_examples=60)
+@given(
+    geometry=geometries(200, rules=("all", "kv_lengths", "ragged")), seed=seeds,
+    dense_queries=st.integers(0, 3), options=st.sampled_from([{"topk": 0.3}, {"top_p": 0.6}]),
+)  # fmt: skip
+def test_a_tally_counts_plans_attended_pairs_and_all_pairs(geometry, seed, dense_queries, options):
+    scores = random_scores(geometry, seed).expand(-1, 2, -1, -1)
+    tally = torch.tensor([3, 100, 1000])
+    plan = SparsePlan.from_scores(
+        scores, tally=tally, dense_queries=dense_queries, **options, **geometry
+    )
+    read = plan.to_dense_mask()
+    dense = visible_pairs(geometry).expand_as(read)
+    extra = dense_queries * int(plan.k_sizes().sum()) * 2
+    assert tally.tolist() == [
+        4, 100 + int(read.sum()) + extra, 1000 + int(dense.sum()) + extra
+    ]  # fmt: skip
+
+
 # -- a plan is data --------------------------------------------------------------------------------
 
 
@@ -530,6 +610,17 @@ BAD_SCORES = {
     "negative tail_blocks": ("tail_blocks", {"tail_blocks": -1, "topk": 0.5}),
     "negative diagonal": ("diagonal", {"diagonal": -1, "topk": 0.5}),
     "scores of other lengths": ("scores", {"scores": torch.zeros(1, 1, 3, 4), "topk": 0.5}),
+    "limit of zero": ("limit", {"top_p": 0.5, "limit": 0.0}),
+    "limit above one": ("limit", {"top_p": 0.5, "limit": 1.5}),
+    "limit of topk alone": ("limit", {"topk": 0.5, "limit": 0.7}),
+    "limit below topk": ("limit", {"topk": 0.5, "top_p": 0.5, "limit": 0.3}),
+    "tally of floats": ("tally", {"topk": 0.5, "tally": torch.zeros(3)}),
+    "short tally": ("tally", {"topk": 0.5, "tally": torch.zeros(2, dtype=torch.int64)}),
+    "tally of a causal plan": (
+        "tally",
+        {"topk": 0.5, "tally": torch.zeros(3, dtype=torch.int64), "causal": True},
+    ),
+    "negative dense_queries": ("dense_queries", {"topk": 0.5, "dense_queries": -1}),
     "scores without heads": ("scores", {"scores": torch.zeros(1, 4, 4), "topk": 0.5}),
 }
 

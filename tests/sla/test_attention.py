@@ -9,12 +9,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_accel.bench.launches import recording
+from dit_accel.bench.subjects import random_router
 from dit_accel.config import SLAConfig
 from dit_accel.config.sla import COMBINES, FEATURE_MAPS, LINEAR_SCOPES, ROUTERS
 from dit_accel.kernels import LinearState, block_scores, linear_attention
 from dit_accel.kernels.linear.features import features
-from dit_accel.kernels.router.select import select_blocks, topk_blocks
+from dit_accel.kernels.router.criteria import topk_blocks
+from dit_accel.kernels.router.select import select_blocks
 from dit_accel.sla import SparseLinearAttention
+from dit_accel.sla.geometry import joint_geometry
 
 MODES = [
     (combine, scope)
@@ -108,8 +112,17 @@ def definition(module, q, k, v, text, where, scale):
     return alpha * o + (1 - alpha) * o_l
 
 
+def with_density(module, *qkv, **options):
+    """The output, and attended pairs over all pairs."""
+    tally = torch.zeros(3, dtype=torch.int64)
+    o = module(*qkv, tally=tally, **options)
+    calls, attended, pairs = tally.tolist()
+    assert calls == 1
+    return o, attended / pairs
+
+
 def check(module, q, k, v, text, where, scale=0.31):
-    o, density = module(q, k, v, text=where, text_tokens=text, scale=scale)
+    o, density = with_density(module, q, k, v, text=where, text_tokens=text, scale=scale)
     expected = definition(module, q, k, v, text, where, scale)
     image = o[:, :, text:] if where == "first" else o[:, :, : o.shape[2] - text]
     torch.testing.assert_close(image, expected, rtol=1e-9, atol=1e-10)
@@ -122,7 +135,7 @@ def check(module, q, k, v, text, where, scale=0.31):
         scale=scale,
     )
     torch.testing.assert_close(o[:, :, words], exact)
-    assert 0 < float(density) <= 1
+    assert 0 < density <= 1
     return o, torch.cat([exact, expected] if where == "first" else [expected, exact], 2)
 
 
@@ -173,9 +186,9 @@ def test_any_settings_and_sizes_follow_the_definition(data):
 def test_reading_everything_is_dense_attention(combine, scope):
     module = SparseLinearAttention(config(topk=1.0, combine=combine, linear_scope=scope), 2, 16)
     q, k, v = (x.float() for x in inputs(53, 87, 11))
-    o, density = module(q, k, v, text="last", text_tokens=11)
+    o, density = with_density(module, q, k, v, text="last", text_tokens=11)
     exact = F.scaled_dot_product_attention(q, k, v)
-    assert float(density) == 1
+    assert density == 1
     if (combine, scope) == ("alpha", "all"):  # which mixes in linear attention over every key
         alpha = module.alpha_logit.sigmoid()[:, None, None]
         image = slice(0, 53)
@@ -195,9 +208,57 @@ def test_totals_that_are_kept_elsewhere_give_the_same(scope, where):
         image = slice(text, None) if where == "first" else slice(0, 87)
         state = LinearState.from_keys(k[:, :, image], v[:, :, image])
         options = {"text": where, "text_tokens": text}
-        fresh, _ = module(q, k, v, **options)
-        kept, _ = module(q, k, v, state=state, **options)
+        fresh = module(q, k, v, **options)
+        kept = module(q, k, v, state=state, **options)
     torch.testing.assert_close(kept, fresh, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("where", ["none", "first", "last"])
+@pytest.mark.parametrize("ranked_by", ["ours", "another"])
+def test_a_tally_counts_text_and_image_pairs(where, ranked_by):
+    text = 0 if where == "none" else 11
+    module = layer(4, 16, combine="none")
+    if ranked_by == "another":
+        module.router = random_router(0)
+    plans = []
+    plan_of = module._plan
+    module._plan = lambda *args: plans.append(plan_of(*args)) or plans[-1]
+    q, k, v = inputs(53, 87, text, heads=(4, 2))
+    tally = torch.zeros(3, dtype=torch.int64)
+    for _ in range(2):
+        module(q, k, v, text=where, text_tokens=text, tally=tally)
+    every = 2 * 4 * (53 + text) * (87 + text)  # batch, heads
+    read = sum(int(plan.to_dense_mask().sum()) for plan in plans)
+    read += 2 * 2 * 4 * text * (87 + text)
+    assert tally.tolist() == [2, read, 2 * every]
+
+
+@pytest.mark.parametrize("where", ["none", "first", "last"])
+@every_mode
+def test_a_call_on_a_gpu_waits_for_nothing(combine, scope, where):
+    text = 0 if where == "none" else 11
+    module = layer(4, 16, combine=combine, linear_scope=scope).to("meta")
+    q, k, v = (x.detach().half().to("meta") for x in inputs(53, 87, text, heads=(4, 2)))
+    tally = torch.zeros(3, dtype=torch.int64, device="meta")
+    with recording() as started, torch.no_grad():
+        o = module(q, k, v, text=where, text_tokens=text, tally=tally)
+    assert started.syncs == []
+    assert o.shape == q.shape
+    assert started.launches.count("select_kernel") == 1
+
+
+def test_layers_and_steps_share_one_geometry():
+    q, k = torch.zeros(1, 1, 50, 8), torch.zeros(1, 1, 87, 8)
+    blocks = {"block_q": 16, "block_k": 16}
+    shared = joint_geometry(q, 87, 11, **blocks)
+    assert joint_geometry(torch.ones_like(q), 87, 11, **blocks) is shared
+    assert shared.k_block_sizes.tolist() == [16] * 5 + [7, 16]
+    assert joint_geometry(q, 87, 12, **blocks) is not shared
+    assert joint_geometry(q, k.shape[2], 0, **blocks).k_block_sizes is None
+    # A tensor that is not a plain one may be fake, and what is made from it too.
+    assert joint_geometry(torch.nn.Parameter(q), 87, 11, **blocks) is not shared
+    with torch.inference_mode():
+        assert not joint_geometry(q, 89, 11, **blocks).k_block_sizes.is_inference()
 
 
 def test_the_first_call_measures_alpha_as_the_mass_that_is_read():
@@ -251,13 +312,13 @@ def test_weights_have_stable_names_and_stay_in_fp32(combine, names):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, values[name], rtol=0, atol=0)
     q, k, v = (x.detach().bfloat16() for x in inputs(53, 87, 0))
-    assert module[0](q, k, v)[0].dtype == torch.bfloat16
+    assert module[0](q, k, v).dtype == torch.bfloat16
 
 
 def test_a_projection_starts_as_plain_sparse_attention():
     q, k, v = inputs(53, 87, 0)
-    plain, _ = layer(2, 16, combine="none")(q, k, v)
-    zero, _ = SparseLinearAttention(config(combine="proj"), 2, 16)(q, k, v)
+    plain = layer(2, 16, combine="none")(q, k, v)
+    zero = SparseLinearAttention(config(combine="proj"), 2, 16)(q, k, v)
     torch.testing.assert_close(zero, plain)
 
 
@@ -287,9 +348,9 @@ def test_a_copy_has_its_own_weights():
 def test_rounding_down_reads_as_many_blocks_as_in_training(topk, blocks, read):
     module = layer(1, 16, topk=topk, rounding="floor", combine="none")
     q, k, v = inputs(16, 16 * blocks, 0, heads=(1, 1))
-    _, density = module(q, k, v)
+    _, density = with_density(module, q, k, v)
     assert read == max(1, int(topk * blocks))
-    assert float(density) * blocks == pytest.approx(read, abs=1e-3)
+    assert density * blocks == pytest.approx(read, abs=1e-3)
 
 
 def test_rounding_down_is_exact_for_every_fraction_and_number_of_blocks():

@@ -68,10 +68,10 @@ def test_an_order_of_the_whole_forward_equals_one_around_each_attention(
             first = text_tokens if text == "first" else 0
             every = torch.arange(k.shape[2])
             every[first : first + len(places)] = order.gather + first
-            o, density = forward(
+            o = forward(
                 *(x[:, :, every] for x in (q, k, v)), text=text, text_tokens=text_tokens, **options
             )
-            return o[:, :, every.argsort()], density
+            return o[:, :, every.argsort()]
 
         return reordered
 

@@ -11,6 +11,7 @@ from dit_accel.models import AttentionLayer, Call, Family
 from dit_accel.runtime.method import Host
 from dit_accel.runtime.run import Run
 from dit_accel.sla import SparseAttention, crossover
+from dit_accel.sla import geometry as sla_geometry
 
 CPU = torch.device("cpu")
 GRID = (1, 8, 12)
@@ -176,6 +177,18 @@ def test_tokens_selected_together_are_query_blocks_where_it_pays(measured):
     assert attention.tile((1, 1, 500), CPU) == 32
     dense = sparse_attention(SLAConfig(topk=0.1, dense_layers=2), 2)
     assert dense.tile((1, 1, 500), CPU) is None
+
+
+def test_query_blocks_and_their_order_follow_the_device(measured, monkeypatch):
+    monkeypatch.setattr(crossover, "UNMEASURED", 0)
+    attention, grid = sparse_attention(SLAConfig(topk=0.1), 2), (4, 16, 16)
+    orders = {}
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(sla_geometry, "_capability", lambda device, c=capability: c)
+        orders[capability] = attention.tile(grid, torch.device("cuda"))
+    assert orders == {(8, 0): 64, (9, 0): 128}
+    assert attention.tile(grid, CPU) == 64
+    assert attention.config.tile_of(grid, 64) != attention.config.tile_of(grid, 128)
 
 
 def test_the_shipped_table_is_well_formed():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dit_accel.kernels.router import pool_moments
 from dit_accel.kernels.router.pool import pool_launch
-from dit_accel.kernels.router.scores import pool_moments
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -7,7 +7,7 @@ from torch import Tensor
 from dit_accel.kernels.launch import Launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("length", "size_b"))
 def pool_kernel(
     X, OUT, SQUARES, SIZES, x_b, x_h, x_l, length, size_b,
     HEAD_DIM: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, TL: tl.constexpr,

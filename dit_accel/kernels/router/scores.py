@@ -1,151 +1,16 @@
 """Block scores from pooled tokens: the router of SLA (arXiv 2509.24006, eq. 2) and one that knows spread, in fp32."""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dit_accel.kernels.launch import runs_here
-from dit_accel.kernels.lists import reads_freely
+from dit_accel.kernels.operators import operator
 from dit_accel.kernels.precision import no_autocast, wide
-
-
-def pool_blocks(
-    x: Float[Tensor, "b h l d"],
-    block: int,
-    sizes: Int[Tensor, "b_sizes n"] | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-) -> Float[Tensor, "b h n d"]:
-    """Mean of the valid tokens of each block. Not differentiable.
-
-    Args:
-        x: `[B, H, L, D]`, any strides.
-        block: tokens per block, >= 1.
-        sizes: `[B|1, ceil(L / block)]`, valid tokens at the start of each block. Default: all.
-            An empty block pools to 0; what padding holds is never read.
-        dtype: of the result. Default: fp32 (fp64 for fp64), in which the mean is computed anyway.
-
-    Raises:
-        ValueError: `block` or the shape of `sizes` is wrong.
-    """
-    _check_blocks(x, block, sizes)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return torch.ops.dit_accel.pool_blocks(x, block, sizes, dtype)
-
-
-def pool_moments(
-    x: Float[Tensor, "b h l d"], block: int, sizes: Int[Tensor, "b_sizes n"] | None = None
-) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n d"]]:
-    """Mean, and mean square, of the valid tokens of each block; arguments and errors as of `pool_blocks`."""
-    _check_blocks(x, block, sizes)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return torch.ops.dit_accel.pool_moments(x, block, sizes)
-
-
-def _check_blocks(x: Tensor, block: int, sizes: Tensor | None) -> None:
-    if block < 1:
-        raise ValueError(f"block={block}: accepted is an int >= 1")
-    if sizes is not None:
-        n = -(-x.shape[2] // block)
-        # Symbolic sizes compare one by one, not inside tuples.
-        if (sizes.shape[0] != 1 and sizes.shape[0] != x.shape[0]) or sizes.shape[1] != n:
-            raise ValueError(
-                f"sizes: shape {tuple(sizes.shape)}; accepted is [1, {n}] or [{x.shape[0]}, {n}]"
-            )
-
-
-@torch.library.custom_op("dit_accel::pool_blocks", mutates_args=())
-def _pool_blocks(
-    x: Tensor,
-    block: int,
-    sizes: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    if not runs_here(x):
-        return _pool_in_torch(x, block, sizes).to(dtype or wide(x))
-    from dit_accel.kernels.router.pool import pool_launch
-
-    out = _pool_blocks_fake(x, block, sizes, dtype)
-    pool_launch(x, out, None if sizes is None else sizes.contiguous(), block)()
-    return out
-
-
-@_pool_blocks.register_fake
-def _pool_blocks_fake(
-    x: Tensor,
-    block: int,
-    sizes: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    b, h, length, d = x.shape
-    return x.new_empty(b, h, -(-length // block), d, dtype=dtype or wide(x))
-
-
-@torch.library.custom_op("dit_accel::pool_moments", mutates_args=())
-def _pool_moments(x: Tensor, block: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    if not runs_here(x):
-        return _pool_in_torch(x, block, sizes), _pool_in_torch(x, block, sizes, square=True)
-    from dit_accel.kernels.router.pool import pool_launch
-
-    mean, mean_square = _pool_moments_fake(x, block, sizes)
-    pool_launch(x, mean, None if sizes is None else sizes.contiguous(), block, mean_square)()
-    return mean, mean_square
-
-
-@_pool_moments.register_fake
-def _pool_moments_fake(x: Tensor, block: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _pool_blocks_fake(x, block), _pool_blocks_fake(x, block)
-
-
-def _pool_in_torch(x: Tensor, block: int, sizes: Tensor | None, *, square: bool = False) -> Tensor:
-    """In fp32 or wider, contiguous: `torch.compile` relies on the strides that the fake promises."""
-    whole = x.shape[2] // block
-    if sizes is None or (reads_freely(sizes) and bool((sizes[:, :whole] == block).all())):
-        return _pool_whole_blocks(x, block, None if sizes is None else sizes[:, whole:], square)
-    pad, dtype = -x.shape[2] % block, wide(x)
-    padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, pad)).unflatten(2, (-1, block))
-    padding = torch.arange(block, device=x.device) >= sizes[:, None, :, None]  # [B|1, 1, n, block]
-    # What padding holds may be NaN, so it is replaced, not multiplied by zero.
-    valid = padded.masked_fill(padding[..., None], 0.0)
-    total = (valid.square() if square else valid).sum(3)
-    return (total / sizes.clamp(min=1).to(dtype)[:, None, :, None]).contiguous()
-
-
-def _pool_whole_blocks(x: Tensor, block: int, tail_sizes: Tensor | None, square: bool) -> Tensor:
-    """All blocks full but the tail, if there is one, of which `tail_sizes` `[B|1, 1]` are valid."""
-    pooled = _pool_blocks_fake(x, block)
-    whole = x.shape[2] // block
-    if whole:
-        # Summing a view reads x once and copies nothing; only the ragged tail is handled apart.
-        view = x[:, :, : whole * block].unflatten(2, (whole, block))
-        if square:
-            _mean_square(view, pooled[:, :, :whole])
-        else:
-            torch.mean(view, 3, dtype=pooled.dtype, out=pooled[:, :, :whole])
-    if whole == pooled.shape[2]:
-        return pooled
-    tail = x[:, :, whole * block :].to(pooled.dtype)
-    if tail_sizes is not None:
-        padding = torch.arange(tail.shape[2], device=x.device) >= tail_sizes
-        tail = tail.masked_fill(padding[:, None, :, None], 0.0)
-    total = (tail.square() if square else tail).sum(2)
-    count = tail.shape[2] if tail_sizes is None else tail_sizes[:, None].clamp(min=1)
-    pooled[:, :, whole] = total / count
-    return pooled
-
-
-def _mean_square(view: Tensor, out: Tensor) -> None:
-    """Mean over the tokens of blocks `[B, H, n, block, D]`, a cacheful at a time: squares of everything at
-    once would be written to memory and read back (7x slower)."""
-    b, h, n, block, d = view.shape
-    step = min(n, max(1, 2**19 // (b * h * block * d)))
-    squares = torch.empty(b, h, step, block, d, dtype=out.dtype, device=out.device)
-    for part, mean in zip(view.split(step, 2), out.split(step, 2), strict=True):
-        scratch = squares[:, :, : part.shape[2]]
-        torch.mul(part, part.to(out.dtype), out=scratch)
-        torch.mean(scratch, 3, out=mean)
+from dit_accel.kernels.router import pooling
 
 
 @torch.no_grad()
@@ -185,20 +50,67 @@ def block_scores(
         raise ValueError(
             f"q: {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k"
         )
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    gain = None
+    pooling.check_blocks(q, block_q, q_sizes, "q_")
+    pooling.check_blocks(k, block_k, k_sizes, "k_")
+    return torch.ops.dit_accel.block_scores(
+        q, k, q_sizes, k_sizes, block_q, block_k, float(scale), smooth_k, spread
+    )
+
+
+def _no_scores(
+    q: Tensor, k: Tensor, q_sizes, k_sizes, block_q: int, block_k: int, *rest: Any
+) -> Tensor:
+    """An empty result of `block_scores`."""
+    return q.new_empty(
+        *q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k), dtype=wide(q)
+    )
+
+
+@operator("block_scores", _no_scores)
+def _block_scores(
+    q: Tensor,
+    k: Tensor,
+    q_sizes: Tensor | None,
+    k_sizes: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    smooth_k: bool,
+    spread: bool,
+) -> Tensor:
+    squares: tuple[Tensor, Tensor] | None = None
     if spread:
-        pooled_q, square_q = pool_moments(q, block_q, q_sizes)
-        pooled_k, square_k = pool_moments(k, block_k, k_sizes)
-        variance = (square_k - pooled_k.square()).clamp(min=0)
-        gain = _spread_gain(_products(square_q * scale**2, variance), block_k)
+        pooled_q, square_q = pooling.moments(q, block_q, q_sizes)
+        pooled_k, square_k = pooling.moments(k, block_k, k_sizes)
+        squares = square_q, square_k
     else:
-        pooled_q = pool_blocks(q, block_q, q_sizes)
-        pooled_k = pool_blocks(k, block_k, k_sizes)
-    if smooth_k:
-        pooled_k = pooled_k - _mean_of_tokens(pooled_k, k.shape[2], block_k, k_sizes)
-    scores = _products(pooled_q * scale, pooled_k)
-    return scores if gain is None else scores + gain
+        pooled_q, pooled_k = pooling.means(q, block_q, q_sizes), pooling.means(k, block_k, k_sizes)
+    mean = _mean_of_tokens(pooled_k, k.shape[2], block_k, k_sizes) if smooth_k else None
+    if not runs_here(q):
+        return _scores_in_torch(pooled_q, pooled_k, squares, mean, scale, block_k)
+    from dit_accel.kernels.router.scores_kernel import scores_launch
+
+    out = pooled_q.new_empty(*pooled_q.shape[:3], pooled_k.shape[2])
+    scores_launch(pooled_q, pooled_k, squares, mean, out, scale=scale, block_k=block_k)()
+    return out
+
+
+def _scores_in_torch(
+    q: Tensor,
+    k: Tensor,
+    squares: tuple[Tensor, Tensor] | None,
+    mean: Tensor | None,
+    scale: float,
+    block_k: int,
+) -> Tensor:
+    """Scores of what was pooled; `mean` `[B, Hkv, 1, D]` is subtracted from the keys."""
+    scores = _products(q * scale, k if mean is None else k - mean)
+    if squares is None:
+        return scores
+    variance = (squares[1] - k.square()).clamp(min=0)
+    return scores + _spread_gain(_products(squares[0] * scale**2, variance), block_k)
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:

@@ -1,10 +1,20 @@
-"""Which blocks of a row are kept, and which are skipped, given their scores."""
+"""Which blocks of a row are kept, and which are skipped, given their scores: the definition, in torch."""
 
 import math
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from dit_accel.kernels import visibility
+from dit_accel.kernels.geometry import Rules
+from dit_accel.kernels.lists import Lists, lists_of_width
+from dit_accel.kernels.router.criteria import MASS_BITS, Criteria, criteria_of
+
+# Softmax weights are integers of this many bits after the point: their sums are exact, so that they do not
+# depend on the order in which a kernel adds.
+WEIGHT_BITS = 25
+LOWEST, HIGHEST = -(2**31), 2**31 - 1
 
 
 def select_blocks(
@@ -15,6 +25,7 @@ def select_blocks(
     top_p: float | None = None,
     threshold: float | None = None,
     skip: float = 0.0,
+    limit: float | None = None,
     forced: Bool[Tensor, "... n_q n_k"] | None = None,
 ) -> tuple[Bool[Tensor, "... n_q n_k"], Bool[Tensor, "... n_q n_k"] | None]:
     """The best blocks of each row, at least one; and the worst ones, if any are to be skipped.
@@ -27,6 +38,7 @@ def select_blocks(
             With `topk` too: the union of both.
         threshold: every block whose score is at least this (alone).
         skip: fraction in [0, 1): the `floor(skip * T_k)` worst open blocks, unless they are kept.
+        limit: fraction in (0, 1] that is kept at most by `top_p` or `threshold`: the best ones.
         forced: blocks kept in addition.
 
     Returns:
@@ -35,44 +47,124 @@ def select_blocks(
     Raises:
         ValueError: no criterion, two that exclude each other, or one out of range.
     """
-    chosen = [
-        n for n, x in (("topk", topk), ("top_p", top_p), ("threshold", threshold)) if x is not None
-    ]
-    if not chosen or ("threshold" in chosen and len(chosen) > 1):
-        raise ValueError(
-            f"topk, top_p, threshold: got {chosen or 'none'}; accepted are topk, top_p, both, "
-            "or threshold alone"
-        )
-    for name, x in (("topk", topk), ("top_p", top_p)):
-        if x is not None and not 0 < x <= 1:
-            raise ValueError(f"{name}={x}: accepted is a fraction in (0, 1]")
-    if not 0 <= skip < 1:
-        raise ValueError(f"skip={skip}: accepted is a fraction in [0, 1)")
-    n_k = scores.shape[-1]
-    scores = scores.float().masked_fill(~open_blocks, -math.inf)
-    ranked, order = torch.sort(scores, dim=-1, descending=True, stable=True)
-    keep = torch.zeros_like(ranked, dtype=torch.bool)
-    if topk is not None:
-        keep[..., : topk_blocks(topk, n_k)] = True
-    if top_p is not None:
-        weights = torch.softmax(ranked, dim=-1).nan_to_num(0.0)  # a row without any open block
-        keep |= weights.cumsum(-1) - weights < top_p
-    if threshold is not None:
-        keep |= ranked >= threshold
-    keep[..., 0] = True
-    kept = torch.zeros_like(keep).scatter_(-1, order, keep) & open_blocks
+    criteria = criteria_of(
+        scores.shape[-1], topk=topk, top_p=top_p, threshold=threshold, skip=skip, limit=limit
+    )
+    return _select(scores, open_blocks, criteria, forced)
+
+
+def _select(
+    scores: Tensor, open_blocks: Tensor, criteria: Criteria, forced: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    scores, n_k = scores.float(), scores.shape[-1]
+    key = _ordered(scores, open_blocks)
+    n: int | Tensor = criteria.best
+    ranked = None
+    if criteria.top_p is not None or criteria.skip is not None:
+        ranked = key.sort(-1, descending=True).values
+    if criteria.top_p is not None:
+        assert ranked is not None
+        n = _reaching(ranked, criteria).clamp(min=n)
+    if criteria.threshold is not None:
+        reaches = (scores >= criteria.threshold) & open_blocks
+        n = reaches.sum(-1, keepdim=True, dtype=torch.int32).clamp(min=n)
+    if criteria.limit is not None and isinstance(n, Tensor):
+        n = n.clamp(max=criteria.limit)
+    kept = _best(key, n, ranked) & open_blocks
     if forced is not None:
         kept = kept | (forced & open_blocks)
-    if not skip:
+    if criteria.skip is None:
         return kept, None
-    n_open = open_blocks.sum(-1, keepdim=True)
-    # floor(x) as -ceil(-x): torch.compile knows no floor of a symbolic product.
-    worst = torch.arange(n_k, device=scores.device) >= n_open + math.ceil(-skip * n_k - 1e-9)
-    worst = worst.expand_as(keep).contiguous()
-    return kept, torch.zeros_like(keep).scatter_(-1, order, worst) & open_blocks & ~kept
+    n_open = open_blocks.sum(-1, keepdim=True, dtype=torch.int32)
+    rest = _best(key, (n_open - criteria.skip).clamp(max=n_k), ranked)
+    return kept, open_blocks & ~rest & ~kept
 
 
-def topk_blocks(topk: float, n_k: int) -> int:
-    """Blocks that the fraction `topk` of `n_k` stands for, at least one."""
-    # The epsilon keeps ceil(.07 * 100) at 7: the product is 7.000000000000001 in binary.
-    return max(1, math.ceil(topk * n_k - 1e-9))
+def _ordered(scores: Tensor, open_blocks: Tensor) -> Tensor:
+    """int32 that order as fp32 scores do, NaN first; a block that nobody may see comes after all others."""
+    bits = (scores + 0.0).view(torch.int32)  # -0 + 0 is 0
+    key = (bits ^ ((bits >> 31) & HIGHEST)).masked_fill_(scores.isnan(), HIGHEST)
+    return torch.where(open_blocks, key, LOWEST)
+
+
+def _best(key: Tensor, n: int | Tensor, ranked: Tensor | None) -> Tensor:
+    """The n largest keys of each row, ties to the lower index.
+
+    Args:
+        n: one number, or one for each row, `[..., 1]`.
+        ranked: the keys in descending order, if they are at hand.
+    """
+    if isinstance(n, int | torch.SymInt):
+        last = key.topk(n, -1, sorted=False).values.amin(-1, keepdim=True)
+    else:
+        ranked = key.sort(-1, descending=True).values if ranked is None else ranked
+        last = ranked.gather(-1, (n.expand(*key.shape[:-1], 1) - 1).clamp(min=0).long())
+    above, tie = key > last, key == last
+    room = n - above.sum(-1, keepdim=True, dtype=torch.int32)
+    kept = above | (tie & (tie.cumsum(-1, dtype=torch.int32) <= room))
+    return kept if isinstance(n, int | torch.SymInt) else kept & (n > 0)
+
+
+def _reaching(ranked: Tensor, criteria: Criteria) -> Tensor:
+    """Number of best blocks whose softmax weights reach the mass, `[..., 1]`."""
+    bits = ranked ^ ((ranked >> 31) & HIGHEST)
+    scores = bits.view(torch.float32).masked_fill(ranked == LOWEST, -math.inf)
+    top = scores.nan_to_num(-math.inf, math.inf, -math.inf).amax(-1, keepdim=True)
+    weights = (scores - top.masked_fill(top == -math.inf, 0.0)).exp()
+    weights = weights.masked_fill(scores == top, 1.0).masked_fill(scores.isnan(), 0.0)
+    weights = weights.masked_fill(ranked == LOWEST, 0.0)
+    whole = (weights * 2**WEIGHT_BITS + 0.5).to(torch.int32).to(torch.int64)
+    assert criteria.mass is not None
+    goal = (whole.sum(-1, keepdim=True) * criteria.mass + 2**MASS_BITS - 1) >> MASS_BITS
+    before = whole.cumsum(-1) - whole
+    reached = (before < goal) & (ranked > LOWEST)
+    return reached.sum(-1, keepdim=True, dtype=torch.int32)
+
+
+def select_in_torch(
+    scores: Tensor,
+    rules: Rules,
+    criteria: Criteria,
+    widths: tuple[int, int, int],
+    tally: Tensor | None,
+    dense_queries: int,
+) -> tuple[Lists, Lists, Lists | None]:
+    """Partial, full and skip lists of these widths; adds to `tally`, see `SparsePlan.from_scores`."""
+    n_k, n_scores = rules.num_k_blocks, scores.shape[-1]
+    some, every = visibility.block_visibility(rules)
+    # A block that nobody may read must not use up a place among the best.
+    open_blocks = some[..., :n_scores]
+    kept, skipped = _select(scores, open_blocks, criteria, _forced(rules, criteria, n_scores))
+    if n_scores < n_k:
+        # Tail blocks have no score, and every row reads them.
+        kept = torch.nn.functional.pad(kept, (0, n_k - n_scores), value=True) & some
+    if tally is not None:
+        q_sizes, k_sizes = rules.q_sizes(), rules.k_sizes()[:, None, None, :]
+        keys = torch.where(kept, k_sizes, 0).sum(-1)
+        heads = kept.shape[1]
+        every_key = k_sizes.sum() * (heads * (kept.shape[0] // k_sizes.shape[0]))
+        extra = every_key * dense_queries
+        tally[0] += 1
+        tally[1] += (keys * q_sizes).sum() + extra
+        tally[2] += every_key * q_sizes.sum() + extra
+    w_part, w_full, w_skip = widths
+    return (
+        lists_of_width(kept & ~every, w_part),
+        lists_of_width(kept & every, w_full),
+        None if skipped is None else lists_of_width(skipped, w_skip),
+    )
+
+
+def _forced(rules: Rules, criteria: Criteria, n: int) -> Tensor | None:
+    """Sink and diagonal blocks, `[1, Hq|1, T_q|1, n]`."""
+    if not criteria.sink_blocks and criteria.diagonal is None:
+        return None
+    block = torch.arange(n, device=rules.device)
+    forced = (block < criteria.sink_blocks).expand(1, 1, 1, -1)
+    if criteria.diagonal is None:
+        return forced
+    first, last = (
+        x.div(rules.block_k, rounding_mode="floor")[..., None] for x in visibility.row_ends(rules)
+    )
+    near = (block >= first - criteria.diagonal) & (block <= last + criteria.diagonal)
+    return forced | near[None]

@@ -1,0 +1,118 @@
+"""`Criteria`: how many blocks of a row are kept or skipped, and which are forced."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dit_accel.kernels.geometry import Rules
+
+MASS_BITS = 21
+"""The softmax mass to reach is an integer of this many bits after the point."""
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """How the blocks of a row are chosen. Every criterion keeps the best n, for an n of its own."""
+
+    best: int = 1
+    """Blocks that are kept at least."""
+    limit: int | None = None
+    """Blocks that are kept at most, not counting the forced ones."""
+    top_p: float | None = None
+    threshold: float | None = None
+    skip: int | None = None
+    """Worst blocks that are skipped; None: no skip lists."""
+    sink_blocks: int = 0
+    """First blocks that every row reads in addition."""
+    diagonal: int | None = None
+    """Blocks on either side of a row's own positions that it reads in addition."""
+
+    @property
+    def mass(self) -> int | None:
+        """`top_p` in units of `2**-MASS_BITS`."""
+        return None if self.top_p is None else max(1, round(self.top_p * 2**MASS_BITS))
+
+    def most(self, rules: Rules, n: int, tail_blocks: int) -> int | None:
+        """Blocks that a row reads at most; None: not known without reading the scores.
+
+        Args:
+            n: blocks with a score.
+            tail_blocks: blocks without one.
+        """
+        kept = self.limit
+        if self.top_p is None and self.threshold is None:
+            kept = self.best
+        if kept is None or (self.diagonal is not None and rules.q_order is not None):
+            return None
+        near = 0
+        if self.diagonal is not None:
+            near = 2 * self.diagonal + 1 + math.ceil(rules.block_q / rules.block_k)
+        return torch.sym_min(kept + self.sink_blocks + near, n) + tail_blocks
+
+
+def _criteria(
+    n: int,
+    *,
+    topk: float | None,
+    top_p: float | None,
+    threshold: float | None,
+    skip: float,
+    limit: float | None,
+    sink_blocks: int = 0,
+    diagonal: int | None = None,
+) -> Criteria:
+    """Check the arguments of `SparsePlan.from_scores`; fractions are of `n` blocks."""
+    chosen = [
+        name
+        for name, x in (("topk", topk), ("top_p", top_p), ("threshold", threshold))
+        if x is not None
+    ]
+    if not chosen or ("threshold" in chosen and len(chosen) > 1):
+        raise ValueError(
+            f"topk, top_p, threshold: got {chosen or 'none'}; accepted are topk, top_p, both, "
+            "or threshold alone"
+        )
+    for name, x in (("topk", topk), ("top_p", top_p), ("limit", limit)):
+        if x is not None and not 0 < x <= 1:
+            raise ValueError(f"{name}={x}: accepted is a fraction in (0, 1]")
+    if not 0 <= skip < 1:
+        raise ValueError(f"skip={skip}: accepted is a fraction in [0, 1)")
+    if limit is not None and chosen == ["topk"]:
+        raise ValueError(f"limit={limit}: accepted with top_p or threshold; topk is a limit")
+    if limit is not None and topk is not None and limit < topk:
+        raise ValueError(f"limit={limit}: accepted is a fraction of at least topk={topk}")
+    for name, number in (("sink_blocks", sink_blocks), ("diagonal", diagonal)):
+        if number is not None and number < 0:
+            raise ValueError(f"{name}={number}: accepted is an int >= 0")
+    return Criteria(
+        best=1 if topk is None else topk_blocks(topk, n),
+        limit=None if limit is None else topk_blocks(limit, n),
+        top_p=top_p,
+        threshold=threshold,
+        # floor(x) as -ceil(-x): torch.compile knows no floor of a symbolic product.
+        skip=-math.ceil(-skip * n - 1e-9) if skip else None,
+        sink_blocks=sink_blocks,
+        diagonal=diagonal,
+    )
+
+
+_kept_criteria = functools.lru_cache(maxsize=256)(_criteria)
+
+
+def criteria_of(n: int, **options: Any) -> Criteria:
+    """Return the criteria, made once for all layers and steps; arguments and errors as of `from_scores`.
+
+    Fractions are of `n` blocks.
+    """
+    if torch.compiler.is_compiling() or not isinstance(n, int):
+        return _criteria(n, **options)
+    return _kept_criteria(n, **options)
+
+
+def topk_blocks(topk: float, n_k: int) -> int:
+    """Blocks that the fraction `topk` of `n_k` stands for, at least one."""
+    # The epsilon keeps ceil(.07 * 100) at 7: the product is 7.000000000000001 in binary.
+    return max(1, math.ceil(topk * n_k - 1e-9))
