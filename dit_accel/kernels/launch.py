@@ -28,7 +28,7 @@ class Launch:
     num_stages: int
 
     def __call__(self) -> None:
-        first = next(x for x in self.arguments.values() if isinstance(x, Tensor))
+        first: Any = next(filter(torch.is_tensor, self.arguments.values()))
         # Triton launches on the current device, not on the tensors'.
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
             with torch.cuda.device_of(first):
@@ -37,7 +37,10 @@ class Launch:
             self._run()
 
     def _run(self) -> None:
-        self.kernel[self.grid](
+        # As kernel[grid](...), which would copy the arguments once more.
+        self.kernel.run(
+            grid=self.grid,
+            warmup=False,
             **self.arguments,
             **self.constants,
             num_warps=self.num_warps,

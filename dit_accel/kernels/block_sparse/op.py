@@ -63,9 +63,16 @@ def block_sparse_attention(
     scale = _check(q, k, v, plan, scale)
     if backend == "flex":
         flex.check(plan)
-    want_lse = return_lse or _wants_grad(q, k, v)
+    training = _wants_grad(q, k, v)
     o, lse, _, _ = sparse_linear(
-        q, k, v, plan, scale=scale, want_lse=want_lse, backend=_backend(q, backend)
+        q,
+        k,
+        v,
+        plan,
+        scale=scale,
+        want_lse=return_lse or training,
+        training=training,
+        backend=_backend(q, backend),
     )
     return (o, lse) if return_lse else o
 
@@ -119,14 +126,16 @@ def sparse_linear_attention(
     _check_state(state, q, k, v, feature_map, linear)
     mix = Mix(proj_weight, proj_bias, alpha) if linear else None
     weights = [x for x in (proj_weight, proj_bias, alpha) if x is not None]
-    training = _wants_grad(q, k, v, *weights)
+    through_qkv = _wants_grad(q, k, v)
+    training = through_qkv or _wants_grad(*weights)
     o, _, o_l, _ = sparse_linear(
         q,
         k,
         v,
         plan,
         scale=scale,
-        want_lse=_wants_grad(q, k, v),
+        want_lse=through_qkv,
+        training=through_qkv,
         shared_softmax=combine == "shared_softmax",
         feature_map=feature_map if linear else None,
         linear_scope=linear_scope,
