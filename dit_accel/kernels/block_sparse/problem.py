@@ -24,6 +24,8 @@ STATE_SPAN = 2048
 # One program of the totals kernel sums this many of the D rows of a state.
 TOTALS_ROWS = 16
 
+STRIDES = (("q_b", "q_h", "q_l"), ("k_b", "k_h", "k_l"), ("v_b", "v_h", "v_l"))
+
 Run = Callable[[Launch], Any]
 
 
@@ -57,21 +59,21 @@ class Problem:
         self.mode, self.extra = self._linear_mode()
         self.extra_keys = 2 if self.shared_softmax else int(plan.columns is not None)
         self.lead = self._lead_shape()
-        self.strides = {
-            f"{name}_{axis}": stride
-            for name, x in (("q", self.q), ("k", self.k), ("v", self.v))
-            for axis, stride in zip("bhl", x.stride()[:3], strict=True)
-        }
+        self.strides: dict[str, int] = {}
+        widths = self.head_dim | self.value_dim
+        for names, x in zip(STRIDES, (self.q, self.k, self.v), strict=True):
+            for name, stride in zip(names, x.stride(), strict=False):
+                self.strides[name] = stride
+                widths |= stride
         half = self.q.dtype != torch.float32
         cuda = self.target.backend == "cuda"
-        widths = (*self.strides.values(), self.head_dim, self.value_dim)
         self.precision = ("tf32" if half else "tf32x3") if cuda else "ieee"
         self.dims: dict[str, int | bool | str] = {
             "HEAD_DIM": self.head_dim,
             "VALUE_DIM": self.value_dim,
             "DP": pad(self.head_dim),
             "PRECISION": self.precision,
-            "ALIGNED": all(n % 8 == 0 for n in widths),
+            "ALIGNED": widths % 8 == 0,  # every one of them is a multiple of 8
         }
 
     def _linear_mode(self) -> tuple[int, Lists | None]:
@@ -196,10 +198,15 @@ class Problem:
     def extra_key_arguments(self) -> dict[str, Any]:
         """Columns, or block means with what they stand for in each row."""
         plan = self.plan
-        out: dict[str, Any] = dict.fromkeys(
-            ("COVER", "COLUMNS", "UNREAD", "CENTROID_K", "CENTROID_V")
-        )
-        out |= {"n_bytes": 0, "n_columns": 0}
+        out: dict[str, Any] = {
+            "COVER": None,
+            "COLUMNS": None,
+            "UNREAD": None,
+            "CENTROID_K": None,
+            "CENTROID_V": None,
+            "n_bytes": 0,
+            "n_columns": 0,
+        }
         if self.extra_keys == 1:
             assert plan.columns is not None
             cover = self.led(pack_bits(plan.to_block_mask()))
