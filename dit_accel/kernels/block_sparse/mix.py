@@ -28,8 +28,9 @@ def mixed(o: Tensor, o_l: Tensor, mix: Mix, plan: SparsePlan, linear_scope: str)
     with no_autocast(o):
         weight = mix.proj_weight.to(o.dtype)
         flat = torch.addmm(o.flatten(0, 2), o_l.flatten(0, 2), weight.T)
-    o = flat.view_as(o)
-    return o if mix.proj_bias is None else o + mix.proj_bias.to(o.dtype)
+    if mix.proj_bias is not None:
+        flat.add_(mix.proj_bias)  # converts while it adds
+    return flat.view_as(o)
 
 
 def alpha_per_block(alpha: Tensor, plan: SparsePlan, linear_scope: str) -> Tensor:
