@@ -120,7 +120,7 @@ def checkpoint_of(pipe: Any) -> SLACheckpoint:
         for parameter, x in weights_of(layer.module).items():
             weights[f"{name}.{parameter}"] = x.float()
     base = identity_of(transformer_of(pipe), pipe)
-    return SLACheckpoint(config=sla.config, base=base, weights=weights)
+    return SLACheckpoint(config=sla.config_in_use, base=base, weights=weights)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -184,6 +184,14 @@ class SparseAttention(Method):
     def modules(self) -> Mapping[str, nn.Module]:
         return self.attention if self.config.has_weights else {}
 
+    @property
+    def config_in_use(self) -> SLAConfig:
+        """Settings with the query block of the device that the last call ran on. Before any call: of a CPU."""
+        device = torch.device("cpu")
+        if self._state is not None:
+            device = next(iter(self._state.counts.values())).tally.device
+        return replace(self.config, block_q=query_block(self.config, device))
+
     def set_router(self, router: Callable[..., Tensor]) -> None:
         """Rank key blocks otherwise; it takes the arguments of `block_scores`."""
         for layer in self.layers.values():
@@ -262,7 +270,7 @@ class SparseAttention(Method):
         state = self._state
         layers = [self._layer_summary(name, layer, state) for name, layer in self.layers.items()]
         cross = len(host.family.cross_attention(host.transformer))
-        return AttentionSummary(self.config.to_dict(), layers, cross)
+        return AttentionSummary(self.config_in_use.to_dict(), layers, cross)
 
     def idle(self, run: Run) -> str | None:
         state: RunState = run.states[self.name]

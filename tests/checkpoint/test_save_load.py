@@ -124,6 +124,18 @@ def test_weights_of_any_dtype_are_saved_in_fp32(tmp_path):
     assert equal(weights(plain), before)
 
 
+@pytest.mark.parametrize(("capability", "expected"), [(None, 64), ((9, 0), 128)])
+def test_the_query_block_of_the_device_is_saved_as_a_number(
+    capability, expected, tmp_path, monkeypatch
+):
+    pipe = tuned(block_q="auto", block_k=64)
+    monkeypatch.setattr(
+        "dit_accel.sla.schedule.query_block", lambda config, device: config.query_block(capability)
+    )
+    assert read_checkpoint(save_sla(pipe, tmp_path)).config.block_q == expected
+    assert summary(pipe).sla.config["block_q"] == expected
+
+
 def test_saving_needs_sparse_attention_and_a_folder(tmp_path):
     pipe = make("wan")
     with pytest.raises(ValueError, match="sparse attention is off"):
