@@ -10,10 +10,10 @@ from torch import Tensor
 from dit_accel.kernels.block_sparse import triton_backend
 from dit_accel.kernels.block_sparse.backward_rows import rows_kernel
 from dit_accel.kernels.block_sparse.forward import forward_kernel
-from dit_accel.kernels.block_sparse.mix import Mix
 from dit_accel.kernels.block_sparse.tiles import Target
 from dit_accel.kernels.geometry import Geometry
 from dit_accel.kernels.launch import Launch
+from dit_accel.kernels.linear.mix import Mix
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.linear.state_kernel import totals_kernel
 from dit_accel.kernels.lists import Lists

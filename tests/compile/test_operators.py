@@ -12,7 +12,7 @@ from dit_accel.kernels import (
     sparse_linear_attention,
 )
 from dit_accel.kernels.block_sparse import library
-from dit_accel.kernels.block_sparse.mix import Mix
+from dit_accel.kernels.linear.mix import Mix
 
 # No size of the first problem equals another by chance: dynamo would take them for one.
 LENGTHS = (400, 130, 191, 200, 257, 300, 333, 410, 500, 512)

@@ -9,7 +9,7 @@ so the cost follows the blocks that are kept. The linear branch's share comes fr
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.tile_math import (
+from dit_accel.kernels.tile_math import (
     LENGTHS,
     aligned,
     block_size,

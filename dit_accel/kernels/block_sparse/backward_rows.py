@@ -13,7 +13,7 @@ row by itself (LINEAR 3), as in the forward kernel.
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.tile_math import (
+from dit_accel.kernels.tile_math import (
     LENGTHS,
     aligned,
     block_size,

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from dit_accel.kernels import flex
-from dit_accel.kernels.block_sparse.mix import Mix
 from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.linear import torch_branch
+from dit_accel.kernels.linear.mix import Mix
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.merge import merge_lse
 from dit_accel.kernels.plan import SparsePlan

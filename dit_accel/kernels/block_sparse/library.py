@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.mix import Mix
+from dit_accel.kernels.linear.mix import Mix
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.operators import operator
 from dit_accel.kernels.plan import SparsePlan

@@ -13,9 +13,9 @@ from torch.utils._triton import has_triton_package
 
 from dit_accel.kernels import flex
 from dit_accel.kernels.block_sparse.library import sparse_linear
-from dit_accel.kernels.block_sparse.mix import Mix, mixed
 from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.linear.features import FEATURE_MAPS, FeatureMap
+from dit_accel.kernels.linear.mix import Mix, mixed
 from dit_accel.kernels.linear.state import LinearState
 from dit_accel.kernels.lists import reads_freely
 from dit_accel.kernels.plan import SparsePlan

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.chunks import Chunk, Layout, stages, unblocked
-from dit_accel.kernels.block_sparse.mix import Mix
 from dit_accel.kernels.linear import torch_branch, torch_gradients
+from dit_accel.kernels.linear.mix import Mix
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.precision import wide

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse.forward import forward_kernel, merge_kernel
-from dit_accel.kernels.block_sparse.mix import Mix, mixed
 from dit_accel.kernels.block_sparse.problem import Problem, Run
 from dit_accel.kernels.block_sparse.tiles import Target, multiplies_from_memory
 from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.linear import torch_branch
+from dit_accel.kernels.linear.mix import Mix, mixed
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.plan import SparsePlan
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.tile_math import (
+from dit_accel.kernels.tile_math import (
     LENGTHS,
     block_size,
     last_key,

@@ -9,7 +9,7 @@ the sum over the rows on the block's list; elsewhere the totals minus those rows
 import triton
 import triton.language as tl
 
-from dit_accel.kernels.block_sparse.tile_math import (
+from dit_accel.kernels.tile_math import (
     LENGTHS,
     aligned,
     block_size,

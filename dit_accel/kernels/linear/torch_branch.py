@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.mix import Mix, alpha_per_block
+from dit_accel.kernels.linear.mix import Mix, alpha_per_block
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.linear.token_blocks import Scratch, TokenBlocks
 from dit_accel.kernels.plan import SparsePlan
