@@ -140,7 +140,8 @@ head_dim 256 runs its linear branch outside the kernels. The table shows head_di
 where they miss a bound. Everything by loop: `{json}`.
 """
 BOUNDS = """Bounds: up to head_dim 128 on sm_80, sm_90 and sm_100 no spills in a main loop and at most 32 B outside, which a program
-pays once; at most 128 B elsewhere; shared memory within the limit; in main loops the chip's own matrix instruction and, with more than one stage, no `async_wait` 0 and no
+pays once; at most 128 B elsewhere; shared memory within the limit; in main loops the chip's own matrix instruction (up to
+head_dim 128) and, with more than one stage, no `async_wait` 0 and no
 loads that are not asynchronous. gfx942 is exempt from the last: its loads fill registers. No loop is exempt
 for being rare.
 """
