@@ -324,7 +324,7 @@ class Problem:
         self, parts: tuple[Tensor, Tensor], *, proj_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Parts added up over parts and the query heads of a key head, per key: `[B, Hkv, D, Dv]`, `[B, Hkv, D]`."""
-        kv, z = (x.contiguous() for x in parts)
+        kv, z = (x.float().contiguous() for x in parts)  # a caller's state may be wider
         heads = z.shape[-2]
         state = self.q.new_empty(self.batch, self.kv_heads, self.head_dim, self.value_dim)
         state_z = z.new_empty(self.batch, self.kv_heads, self.head_dim)
