@@ -455,6 +455,11 @@ def test_scores_of_minus_infinity_are_ranked_before_blocks_that_nobody_sees():
     assert kept(plan) == [[3], [2], [1], [0]]
 
 
+def test_scores_of_minus_infinity_add_nothing_to_top_p():
+    scores = [[-torch.inf] * 4, [-torch.inf, -torch.inf, 3.0, -torch.inf]]
+    assert kept(plan_of(scores, top_p=1.0)) == [[0], [2]]
+
+
 @settings(max_examples=60)
 @given(
     geometry=geometries(200, rules=("all", "kv_lengths", "ragged")), seed=seeds,
