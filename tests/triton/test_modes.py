@@ -185,6 +185,18 @@ def test_a_kept_state_may_have_a_dtype_of_its_own(scope, dtype):
     torch.testing.assert_close(actual, expected, rtol=error, atol=error)
 
 
+@pytest.mark.parametrize("density", [0.8, 1.0])
+@pytest.mark.parametrize("scope", ["complement", "marginal"])
+def test_rows_that_read_much_subtract_nothing_from_a_kept_state(scope, density):
+    case = problem(combine="proj", linear_scope=scope, density=density).rounded(torch.float16)
+    q, k, v = (x.half() for x in (case.q, case.k, case.v))
+    options = {**case.options, "proj_weight": case.options["proj_weight"].half()}
+    state = LinearState.from_keys(k, v)
+    actual = sparse_linear_attention(q, k, v, case.plan, **options, state=state, backend="triton")
+    expected = case.results(torch.float64, "reference")["o"]
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_relu_rows_that_are_all_zero_come_out_as_zero():
     case = problem(combine="alpha", feature_map="relu", linear_scope="all")
     case.q[:, :, ::3] = -case.q[:, :, ::3].abs()

@@ -87,8 +87,6 @@ class Problem:
         if self.linear.scope == "all":
             return 1, None
         plan, n_k = self.plan, self.plan.num_k_blocks
-        if self.linear.state is not None:
-            return 2, self.skip  # totals that the caller keeps: there is nothing else to sum
         if plan.row_bound is not None and 2 * plan.row_bound < n_k:
             return 2, self.skip
         summed = plan.linear_blocks(self.linear.scope)
