@@ -149,6 +149,17 @@ def check_writable(directory: str | os.PathLike, argument: str) -> Path:
     return path
 
 
+def check_file(path: str | os.PathLike, argument: str) -> None:
+    """Prove that a file can be written at `path`, and create its folder if needed.
+
+    Raises:
+        ValueError: it cannot; the message names `argument`.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{argument}={str(path)!r}: is a folder; accepted is the name of a file")
+    check_writable(Path(path).parent, argument)
+
+
 def model_source(name: str | os.PathLike) -> str | os.PathLike:
     """Return where to load a model from: the folder of an embedded model for its name, else `name` itself.
 

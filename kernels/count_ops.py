@@ -18,7 +18,7 @@ import tyro
 
 from dit_accel.bench.launches import BOUNDS, HOST_BOUND_US, MODES, ROUTERS, Shape, count, host_time
 from dit_accel.environment import machine, versions
-from dit_accel.files import write_json
+from dit_accel.files import check_file, write_json
 
 
 @dataclass
@@ -65,6 +65,7 @@ def missed(row: dict[str, Any]) -> list[str]:
 
 
 def main(args: Args) -> None:
+    check_file(args.output, "--output")
     rows = [measured(args, mode, router) for mode in MODES for router in ROUTERS]
     print("| mode | router | launches | bound | torch operators | Triton | Python, us |")
     print("|---|---|---|---|---|---|---|")

@@ -100,6 +100,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             option = "--" + name.replace("_", "-")
             parser.error(f"{option}={getattr(args, name)}: accepted is an int >= 1")
+    if args.dry and args.resume:
+        parser.error("--resume: accepted without --dry, which measures nothing")
+    if not any(args.only in x.id for x in sub_steps(lambda: math.inf)):
+        parser.error(f"--only={args.only}: accepted is a part of an id that --list prints")
     return args
 
 

@@ -25,7 +25,7 @@ import triton
 import tyro
 from tqdm import tqdm
 
-from dit_accel.files import atomic_path
+from dit_accel.files import atomic_path, check_file
 from dit_accel.kernels.aot import compile_launch
 from dit_accel.kernels.block_sparse.tiles import Target
 from dit_accel.kernels.catalogue import catalogue
@@ -208,6 +208,9 @@ def record(job: Job, usage: Usage) -> dict[str, Any]:
 
 
 def main(args: Args) -> None:
+    for option, path in (("--output", args.output), ("--json", args.json)):
+        if path is not None:
+            check_file(path, option)  # before minutes of compiling
     jobs = [
         Job(chip, head_dim, dtype, name)
         for chip in args.targets

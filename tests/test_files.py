@@ -13,6 +13,7 @@ from dit_accel.files import (
     atomic_directory,
     atomic_files,
     atomic_path,
+    check_file,
     check_writable,
     model_source,
     naming_failures,
@@ -33,6 +34,17 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
         interrupted_write()
     assert json.loads(target.read_text()) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_files_that_cannot_be_written_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^--output='.*': is a folder"):
+        check_file(tmp_path, "--output")
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(ValueError, match=r"^--output='.*': cannot write there"):
+        check_file(blocker / "sub" / "table.md", "--output")
+    check_file(tmp_path / "new" / "table.md", "--output")
+    assert (tmp_path / "new").is_dir()
 
 
 def test_unwritable_folders_are_named(tmp_path):

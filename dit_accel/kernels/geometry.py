@@ -177,7 +177,9 @@ class Geometry(Rules):
                 raise ValueError(f"{name}={value!r}: accepted is an int >= 1")
         if window is not None and (not isinstance(window, int) or window < 1 or not causal):
             raise ValueError(f"window={window}: accepted is an int >= 1 together with causal=True")
-        if sink < 0 or (sink and window is None):
+        if q_offset is not None and not isinstance(q_offset, int | torch.SymInt):
+            raise ValueError(f"q_offset={q_offset!r}: accepted is an int")
+        if not isinstance(sink, int | torch.SymInt) or sink < 0 or (sink and window is None):
             raise ValueError(f"sink={sink}: accepted is an int >= 0, above 0 only with a window")
         if causal and (q_block_sizes is not None or k_block_sizes is not None):
             raise ValueError(

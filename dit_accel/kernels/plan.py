@@ -211,9 +211,13 @@ class SparsePlan(PlanData):
         elif geometry.device != scores.device:
             raise ValueError(f"geometry: on {geometry.device}, but scores are on {scores.device}")
         for name, number in (("tail_blocks", tail_blocks), ("dense_queries", dense_queries)):
-            if number < 0:
+            if not isinstance(number, int | torch.SymInt) or number < 0:
                 raise ValueError(f"{name}={number}: accepted is an int >= 0")
         g, n_k = geometry, geometry.num_k_blocks
+        if tail_blocks >= n_k:
+            raise ValueError(
+                f"tail_blocks={tail_blocks}: accepted are fewer than the {n_k} key blocks"
+            )
         n = _check_blocks("scores", scores, g.block_q, g.block_k, g.q_len, g.kv_len, tail_blocks)
         _check_leading([("scores", *scores.shape[:2]), *g.leading_sizes()])
         criteria = criteria_of(
@@ -354,6 +358,8 @@ def _check_tally(tally: Tensor, rules: Rules) -> None:
             f"tally: {tally.dtype} {tuple(tally.shape)} on {tally.device}; accepted is torch.int64 (3,) "
             f"on {rules.device}"
         )
+    if not tally.is_contiguous():  # the kernel adds to three numbers in a row
+        raise ValueError(f"tally: stride {tally.stride(0)}; accepted is a contiguous tensor")
     if rules.positional or rules.columns is not None:
         kind = "causal" if rules.positional else "with columns"
         raise ValueError(f"tally: not for a plan {kind}, whose pairs do not follow from its blocks")

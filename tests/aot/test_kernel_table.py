@@ -52,3 +52,8 @@ def test_check_fails_on_a_loop_whose_loads_overlap_with_nothing(run, capsys):
     printed = capsys.readouterr()
     assert "- sm_80, async_wait 0 in loop 1: forward/plain (64)" in printed.out
     assert "1 miss a bound" in printed.err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_compiles(run, tmp_path):
+    with pytest.raises(ValueError, match=r"^--json="):
+        run(3, json=tmp_path)

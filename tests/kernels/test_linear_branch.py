@@ -258,6 +258,14 @@ BAD = {
     "state of other heads": (
         "state", {"combine": "proj", "proj_weight": EYE, "state": LinearState.from_keys(X[:, :2], X[:, :2])}
     ),
+    "state of another device": (
+        "state",
+        {"combine": "proj", "proj_weight": EYE, "state": LinearState(STATE.kv.to("meta"), STATE.k.to("meta"))},
+    ),
+    "state with a gradient": (
+        "state",
+        {"combine": "proj", "proj_weight": EYE, "state": LinearState(STATE.kv.clone().requires_grad_(), STATE.k)},
+    ),
     "state while training": (
         "state", {"combine": "proj", "proj_weight": EYE, "state": STATE, "q": X.clone().requires_grad_()}
     ),

@@ -141,3 +141,16 @@ def test_bad_keys_are_named(unchecked):
         LinearState.from_keys(k.long(), v)
     with pytest.raises(ValueError, match=r"^feature_map='hedgehog'"):
         LinearState.from_keys(k, v, feature_map="hedgehog")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scope", ["complement", "marginal"])
+def test_rows_that_read_everything_have_an_empty_linear_set(scope, dtype):
+    q, k, v = (torch.randn(1, 2, 150, 16, dtype=torch.float64).to(dtype) for _ in range(3))
+    blocks = {"block_q": 16, "block_k": 16, "q_len": 150, "kv_len": 150}
+    plan = SparsePlan.from_block_mask(torch.ones(1, 1, 10, 10, dtype=torch.bool), **blocks)
+    options = {"combine": "proj", "linear_scope": scope, "proj_weight": torch.eye(16, dtype=dtype)}
+    kept = sparse_linear_attention(
+        q, k, v, plan, **options, state=LinearState.from_keys(k, v), backend="torch"
+    )
+    torch.testing.assert_close(kept, sparse_linear_attention(q, k, v, plan, **options))

@@ -455,6 +455,11 @@ def test_scores_of_minus_infinity_are_ranked_before_blocks_that_nobody_sees():
     assert kept(plan) == [[3], [2], [1], [0]]
 
 
+def test_scores_of_minus_infinity_add_nothing_to_top_p():
+    scores = [[-torch.inf] * 4, [-torch.inf, -torch.inf, 3.0, -torch.inf]]
+    assert kept(plan_of(scores, top_p=1.0)) == [[0], [2]]
+
+
 @settings(max_examples=60)
 @given(
     geometry=geometries(200, rules=("all", "kv_lengths", "ragged")), seed=seeds,
@@ -592,6 +597,8 @@ BAD_MASKS = {
         {"mask": MASK.expand(2, 1, 4, 4), "skip": ~MASK.expand(3, 1, 4, 4)},
     ),
     "sink without a window": ("sink", {"sink": 5}),
+    "half a key of the sink": ("sink", {"sink": 1.5, "window": 3, "causal": True}),
+    "q_offset of a half": ("q_offset", {"q_offset": 0.5, "causal": True}),
     "lists of no width": ("most", {"most": 0}),
     "lengths in a column": ("kv_lengths", {"kv_lengths": torch.tensor([[1], [2]])}),
 }
@@ -620,6 +627,15 @@ BAD_SCORES = {
         "tally",
         {"topk": 0.5, "tally": torch.zeros(3, dtype=torch.int64), "causal": True},
     ),
+    "tally with gaps": ("tally", {"topk": 0.5, "tally": torch.zeros(6, dtype=torch.int64)[::2]}),
+    "no block with a score": (
+        "tail_blocks",
+        {"topk": 0.5, "tail_blocks": 4, "scores": torch.zeros(1, 1, 4, 0)},
+    ),
+    "half a sink block": ("sink_blocks", {"sink_blocks": 1.5, "topk": 0.5}),
+    "half a tail block": ("tail_blocks", {"tail_blocks": 0.5, "topk": 0.5}),
+    "half a diagonal": ("diagonal", {"diagonal": 0.5, "topk": 0.5}),
+    "threshold of nan": ("threshold", {"threshold": float("nan")}),
     "negative dense_queries": ("dense_queries", {"topk": 0.5, "dense_queries": -1}),
     "scores without heads": ("scores", {"scores": torch.zeros(1, 4, 4), "topk": 0.5}),
 }

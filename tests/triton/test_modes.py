@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from dit_accel.kernels import SparsePlan
+from dit_accel.kernels import LinearState, SparsePlan, sparse_linear_attention
 from dit_accel.kernels.block_sparse import problem as unpacked
 from dit_accel.kernels.block_sparse import triton_backend, triton_forward
 from dit_accel.kernels.launch import Launch
@@ -169,6 +169,32 @@ def test_head_dims_and_groups_of_the_families(heads, kv_heads, d, combine):
 @pytest.mark.parametrize("density", [0.0, 1.0], ids=["nothing-read", "all-read"])
 def test_empty_and_whole_rows(density, combine):
     check(problem(density=density, combine=combine))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_kept_state_may_have_a_dtype_of_its_own(scope, dtype):
+    case = problem(combine="proj", linear_scope=scope)
+    state = LinearState.from_keys(case.k, case.v)
+    q, k, v, weight = (x.float() for x in (case.q, case.k, case.v, case.options.pop("proj_weight")))
+    options = {**case.options, "proj_weight": weight, "backend": "triton"}
+    kept = LinearState(state.kv.to(dtype), state.k.to(dtype))
+    expected = sparse_linear_attention(q, k, v, case.plan, **options)
+    actual = sparse_linear_attention(q, k, v, case.plan, **options, state=kept)
+    error = 2e-2 if dtype == torch.float16 else 1e-5
+    torch.testing.assert_close(actual, expected, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("density", [0.8, 1.0])
+@pytest.mark.parametrize("scope", ["complement", "marginal"])
+def test_rows_that_read_much_subtract_nothing_from_a_kept_state(scope, density):
+    case = problem(combine="proj", linear_scope=scope, density=density).rounded(torch.float16)
+    q, k, v = (x.half() for x in (case.q, case.k, case.v))
+    options = {**case.options, "proj_weight": case.options["proj_weight"].half()}
+    state = LinearState.from_keys(k, v)
+    actual = sparse_linear_attention(q, k, v, case.plan, **options, state=state, backend="triton")
+    expected = case.results(torch.float64, "reference")["o"]
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_relu_rows_that_are_all_zero_come_out_as_zero():

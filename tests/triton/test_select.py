@@ -91,6 +91,16 @@ def test_lists_equal_the_definition(
         assert torch.equal(*tallies)
 
 
+@pytest.mark.parametrize("filler", [-torch.inf, torch.nan, torch.inf])
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+def test_rows_without_a_finite_score(criterion, filler, monkeypatch):
+    scores = torch.full((1, 1, 3, 6), -torch.inf)
+    scores[0, 0, 1, ::2], scores[0, 0, 2] = filler, filler
+    options = {"block_q": 16, "block_k": 16, "q_len": 40, "kv_len": 90, **CRITERIA[criterion]}
+    expected = SparsePlan.from_scores(scores, skip=0.3, **options)
+    assert on_kernels(monkeypatch, scores, skip=0.3, **options).equals(expected)
+
+
 @pytest.mark.parametrize("n", [600, 2100])
 def test_long_rows(n, monkeypatch):
     scores = random_scores((1, 1, 2, n), "ties", 3)

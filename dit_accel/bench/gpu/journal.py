@@ -124,6 +124,13 @@ def read(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ResumeError(f"--resume: {path} is no JSON file ({error})") from error
-    if not isinstance(data, dict) or not isinstance(data.get("steps"), dict):
+    if not isinstance(data, dict) or not _has_entries(data.get("steps")):
         raise ResumeError(f"--resume: {path} holds no run of this script")
     return data
+
+
+def _has_entries(steps: Any) -> bool:
+    return isinstance(steps, dict) and all(
+        isinstance(x, dict) and "status" in x and ("result" in x or x["status"] != "done")
+        for x in steps.values()
+    )

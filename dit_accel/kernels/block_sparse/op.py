@@ -299,5 +299,8 @@ def _check_state(
             f"state: kv {tuple(state.kv.shape)} and k {tuple(state.k.shape)}; "
             f"accepted are {expected} and {expected[:3]}"
         )
-    if _wants_grad(q, k, v):
+    for x in (state.kv, state.k):
+        if x.device != q.device:
+            raise ValueError(f"state: on {x.device}, but q is on {q.device}")
+    if _wants_grad(q, k, v, state.kv, state.k):
         raise ValueError("state: has no gradient; leave it out while training")

@@ -87,8 +87,6 @@ class Problem:
         if self.linear.scope == "all":
             return 1, None
         plan, n_k = self.plan, self.plan.num_k_blocks
-        if self.linear.state is not None:
-            return 2, self.skip  # totals that the caller keeps: there is nothing else to sum
         if plan.row_bound is not None and 2 * plan.row_bound < n_k:
             return 2, self.skip
         summed = plan.linear_blocks(self.linear.scope)
@@ -324,7 +322,7 @@ class Problem:
         self, parts: tuple[Tensor, Tensor], *, proj_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Parts added up over parts and the query heads of a key head, per key: `[B, Hkv, D, Dv]`, `[B, Hkv, D]`."""
-        kv, z = (x.contiguous() for x in parts)
+        kv, z = (x.float().contiguous() for x in parts)  # a caller's state may be wider
         heads = z.shape[-2]
         state = self.q.new_empty(self.batch, self.kv_heads, self.head_dim, self.value_dim)
         state_z = z.new_empty(self.batch, self.kv_heads, self.head_dim)

@@ -133,7 +133,11 @@ def parts(
                     total = _dot(phi, z)
                     if linear.scope == "all":
                         total += 1e-5
-                    valid = total > 0
+                    floor: Tensor | float = 0.0
+                    if totals is not None and weights is not None:
+                        # What is left below the rounding of the subtraction is nothing.
+                        floor = _dot(phi, totals.z) * (32 * torch.finfo(total.dtype).eps)
+                    valid = total > floor
                     norm = torch.where(valid, 1 / torch.where(valid, total, 1.0), 0.0)
                     padding = rows.padding_of(blocks)
                     if padding is not None:

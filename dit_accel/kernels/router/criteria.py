@@ -85,8 +85,10 @@ def _criteria(
     if limit is not None and topk is not None and limit < topk:
         raise ValueError(f"limit={limit}: accepted is a fraction of at least topk={topk}")
     for name, number in (("sink_blocks", sink_blocks), ("diagonal", diagonal)):
-        if number is not None and number < 0:
+        if number is not None and (not isinstance(number, int | torch.SymInt) or number < 0):
             raise ValueError(f"{name}={number}: accepted is an int >= 0")
+    if threshold is not None and not -math.inf <= threshold <= math.inf:
+        raise ValueError(f"threshold={threshold}: accepted is a number")
     return Criteria(
         best=1 if topk is None else topk_blocks(topk, n),
         limit=None if limit is None else topk_blocks(limit, n),

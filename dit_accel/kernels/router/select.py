@@ -112,7 +112,7 @@ def _reaching(ranked: Tensor, criteria: Criteria) -> Tensor:
     top = scores.nan_to_num(-math.inf, math.inf, -math.inf).amax(-1, keepdim=True)
     weights = (scores - top.masked_fill(top == -math.inf, 0.0)).exp()
     weights = weights.masked_fill(scores == top, 1.0).masked_fill(scores.isnan(), 0.0)
-    weights = weights.masked_fill(ranked == LOWEST, 0.0)
+    weights = weights.masked_fill(scores == -math.inf, 0.0)  # closed blocks too
     whole = (weights * 2**WEIGHT_BITS + 0.5).to(torch.int32).to(torch.int64)
     assert criteria.mass is not None
     goal = (whole.sum(-1, keepdim=True) * criteria.mass + 2**MASS_BITS - 1) >> MASS_BITS

@@ -134,7 +134,17 @@ def test_resume_refuses_another_device_or_source(path, name):
         Journal(path, {**FACTS, name: "other"}, resume=True)
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"steps": {}, "format_version": 0}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "[]",
+        '{"steps": {}, "format_version": 0}',
+        json.dumps({**FACTS, "format_version": 1, "steps": {"step/a": {}}}),
+        json.dumps({**FACTS, "format_version": 1, "steps": {"step/a": {"status": "done"}}}),
+    ],
+)
 def test_resume_refuses_what_is_no_run(path, content):
     if content is not None:
         path.write_text(content)

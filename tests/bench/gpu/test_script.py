@@ -78,6 +78,8 @@ def test_a_step_that_cannot_be_walked_fails_the_dry_run():
         (("--out", "x", "--budget", "inf"), "--budget=inf"),
         (("--dry", "--dry-limit", "0"), "--dry-limit=0"),
         (("--dry", "--workers", "0"), "--workers=0"),
+        (("--dry", "--resume"), "--resume: accepted without --dry"),
+        (("--list", "--only", "nothing"), "--only=nothing"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
