@@ -25,7 +25,7 @@ class PlanData(Rules):
     """Fields of `SparsePlan`."""
 
     kv_num_blocks: Int[Tensor, "b h n_q"]
-    """Partial blocks per row."""
+    """Partial blocks per row. A block without a valid key is on no list."""
     kv_indices: Int[Tensor, "b h n_q n_partial"]
     """Their indices, ascending, in the first `kv_num_blocks` places; the rest is 0."""
     full_kv_num_blocks: Int[Tensor, "b h n_q"]
@@ -69,6 +69,25 @@ class PlanData(Rules):
             check_range(f"{name}_num_blocks", counts, indices.shape[-1])
             check_range(f"{name}_indices", indices, n_k - 1)
         super().check_numbers()
+        if self.k_block_sizes is not None or self.kv_lengths is not None:
+            for name in ("kv", "full_kv", "skip"):
+                if getattr(self, f"{name}_num_blocks") is not None:
+                    self._check_listed(name)
+
+    def _check_listed(self, name: str) -> None:
+        """Refuse listed blocks that are empty, or on the full list not whole."""
+        counts, indices = getattr(self, f"{name}_num_blocks"), getattr(self, f"{name}_indices")
+        sizes = self.k_sizes()
+        batch = max(len(sizes), len(indices))
+        flat = indices.expand(batch, -1, -1, -1).flatten(1).long()
+        found = sizes.expand(batch, -1).gather(1, flat).view(batch, *indices.shape[1:])
+        listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+        least = self.block_k if name == "full_kv" else 1
+        if bool((listed & (found < least)).any()):
+            raise ValueError(
+                f"{name}_indices: names a block with fewer than {least} valid keys (k_block_sizes, kv_lengths); "
+                "accepted are blocks with keys, on the full list whole ones"
+            )
 
     def to_block_mask(self) -> Bool[Tensor, "b h n_q n_k"]:
         """Which blocks are read, `[B|1, Hq|1, T_q, T_k]`."""

@@ -690,3 +690,24 @@ def test_check_numbers_wants_counts_and_indices_that_fit(unchecked):
     bad = dataclasses.replace(plan, kv_indices=plan.kv_indices[:, :1])
     with pytest.raises(ValueError, match=r"^kv_indices: shape \(1, 1, 4, "):
         bad.check_numbers()
+
+
+@pytest.mark.parametrize("rule", ["kv_lengths", "k_block_sizes"])
+@pytest.mark.parametrize("name", ["kv_indices", "full_kv_indices", "skip_indices"])
+def test_lists_that_name_blocks_without_keys_are_refused(name, rule):
+    """Plans from constructors never have them; a rule that is added afterwards may."""
+    mask = torch.ones(1, 1, 2, 4, dtype=torch.bool)
+    skip = None
+    if name == "skip_indices":
+        mask[..., 2:] = False
+        skip = ~mask
+    plan = SparsePlan.from_block_mask(mask, block_q=8, block_k=8, q_len=16, kv_len=30, skip=skip)
+    plan.check_numbers()
+    rules = {"kv_lengths": torch.tensor([24, 17]), "k_block_sizes": torch.tensor([8, 8, 8, 0])}
+    if name == "full_kv_indices":  # a block with keys, but not all of them
+        rules = {"kv_lengths": torch.tensor([30, 20]), "k_block_sizes": torch.tensor([8, 8, 7, 6])}
+    elif name == "skip_indices":
+        rules["k_block_sizes"] = torch.tensor([8, 8, 0, 6])
+    changed = dataclasses.replace(plan, **{rule: rules[rule].int()})
+    with pytest.raises(ValueError, match="_indices"):
+        changed.check_numbers()
