@@ -131,11 +131,15 @@ def inputs(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:
     return [x.requires_grad_(case.backward) for x in tensors]
 
 
-def make_plan(case: Case, q: Tensor, k: Tensor) -> SparsePlan:
+SKIP = 0.1
+"""Blocks that the scope "marginal" leaves out."""
+
+
+def make_plan(case: Case, q: Tensor, k: Tensor, skip: float = 0.0) -> SparsePlan:
     size = {"block_q": case.block_q, "block_k": case.block_k}
     scores = block_scores(q.detach(), k.detach(), **size)
     return SparsePlan.from_scores(
-        scores, topk=case.topk, skip=0.1, q_len=case.length, kv_len=case.length, **size
+        scores, topk=case.topk, skip=skip, q_len=case.length, kv_len=case.length, **size
     )
 
 
@@ -158,7 +162,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def candidates(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Functions, Functions]:
     """Dense attentions, and ours: "mode" all in, "mode, planned", and the parts."""
-    plan, proj = make_plan(case, q, k), weight(case, q)
+    plan, proj = make_plan(case, q, k, SKIP), weight(case, q)
 
     def finish(o: Tensor) -> None:
         if case.backward:
@@ -172,7 +176,8 @@ def candidates(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Functions, 
         return run
 
     def all_in(mode: str) -> Callable[[], None]:
-        return lambda: finish(attend(mode, q, k, v, make_plan(case, q, k), proj))
+        skip = SKIP if mode == "marginal" else 0.0
+        return lambda: finish(attend(mode, q, k, v, make_plan(case, q, k, skip), proj))
 
     def planned(mode: str) -> Callable[[], None]:
         return lambda: finish(attend(mode, q, k, v, plan, proj))
@@ -214,7 +219,7 @@ def runnable(functions: Functions) -> tuple[Functions, dict[str, str]]:
 
 def measure(case: Case, args: Args) -> dict[str, Any]:
     q, k, v = inputs(case, args.device, DTYPES[args.dtype])
-    plan = make_plan(case, q, k)
+    plan = make_plan(case, q, k, SKIP)
     theirs, ours = candidates(case, q, k, v)
     theirs, refused = runnable(theirs)
     found = seconds({**theirs, **ours}, args.repeats, args.device)
