@@ -4,10 +4,10 @@
     python kernels/bench_attention.py --device cuda --dtype bf16 --output kernels/results/gpu.json
     python kernels/bench_attention.py --parts crossover    # rewrites dit_accel/sla/crossover.json
 
-Candidates take turns; the median of the repeats counts. Each mode is timed "all in" (routing, planning,
+Candidates run in turns; the result is the median of the repeats. Each mode is timed "all in" (routing, planning,
 attention, linear branch, projection) and with its plan ready. "% of ideal" is the speed-up times the density:
 100 % means that the time shrank exactly as much as the work. On a CPU it counts one thread's CPU time; the
-crossover is measured as people feel it, on the wall with all of torch's threads.
+crossover uses wall-clock time with all of torch's threads.
 """
 
 import json
@@ -64,12 +64,12 @@ class Args:
     """Command line."""
 
     output: Path | None = None
-    """Where the results JSON goes. Default: print only."""
+    """Path of the results JSON. Default: print only."""
     device: str = "cpu"
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     repeats: int = 5
     parts: tuple[Literal["cases", "crossover"], ...] = ("cases",)
-    """What to measure; the other part of an existing output file is kept. "crossover" also rewrites
+    """Parts to measure; the other part of an existing output file is kept. "crossover" also rewrites
     the table behind crossover="auto"."""
     only: str | None = None
     """Only the cases whose name contains this."""
@@ -206,7 +206,7 @@ def candidates(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Functions, 
 
 
 def runnable(functions: Functions) -> tuple[Functions, dict[str, str]]:
-    """Those that run here, and why the others do not."""
+    """Return the functions that run here, and the reasons why the others do not."""
     good, bad = {}, {}
     for name, function in functions.items():
         try:
@@ -319,9 +319,9 @@ def memory_in_this_process(case: Case, args: Args) -> dict[str, float]:
 
 
 def crossover_rows(args: Args) -> list[dict[str, Any]]:
-    """For each density and block: the first length from which sparse stays 1.25x faster than dense.
+    """Return, for each density and block, the first length from which sparse stays 1.25x faster than dense.
 
-    The margin keeps a noisy measurement from sending people to the slower side.
+    With the margin, noise does not choose the slower attention.
     """
     cpu = args.device == "cpu"
     rows = []
@@ -350,7 +350,7 @@ def crossover_rows(args: Args) -> list[dict[str, Any]]:
 
 
 def crossover_ratio(case: Case, args: Args) -> float:
-    """How much faster sparse attention is, all in, than torch's own choice of a dense one."""
+    """Return the speed of sparse attention, all in, over torch's own choice of dense attention."""
     # As a transformer hands them over: heads interleaved, [B, L, H, D] in memory.
     q, k, v = (
         x.transpose(1, 2).contiguous().transpose(1, 2)

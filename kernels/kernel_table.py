@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for chips that need not be here, and writes what each takes of them.
+"""Compile every Triton kernel for chips that need not be present, and write the resources that each kernel uses.
 
     python kernels/kernel_table.py --output docs/kernel-table.md
     python kernels/kernel_table.py --targets 90 --head-dims 128 --check
@@ -188,7 +188,7 @@ def markdown(results: dict[Job, Usage], args: Args) -> Iterable[str]:
 
 
 def shown(job: Job, usage: Usage, args: Args) -> bool:
-    """Whether a kernel has a row of its own."""
+    """Return whether a kernel has a row of its own."""
     head_dims = [x for x in args.head_dims if x in SHOWN] or args.head_dims
     return job.head_dim in head_dims or bool(misses_of(job, usage))
 

@@ -1,4 +1,4 @@
-"""Everything that a sparse attention call starts on a GPU, counted without one; and the time of the Python around it."""
+"""Count everything that a sparse attention call starts on a GPU, without a GPU, and time the Python around it."""
 
 import contextlib
 import statistics
@@ -48,14 +48,14 @@ class Shape:
 
 @dataclass
 class Started:
-    """What a call starts on a device, in order."""
+    """Operations that a call starts on a device, in order."""
 
     ops: list[str] = field(default_factory=list)
     """Torch operators that run something; no allocations and no views."""
     launches: list[str] = field(default_factory=list)
     """Triton kernels."""
     syncs: list[str] = field(default_factory=list)
-    """What waits for the device or copies between devices, so that no CUDA graph can hold it."""
+    """Operations that wait for the device or copy between devices. A CUDA graph cannot hold them."""
 
     @property
     def total(self) -> int:
@@ -108,7 +108,7 @@ def _waits(func: Any, name: str, args: tuple, kwargs: dict) -> bool:
 
 
 def _is_free(func: Any, name: str) -> bool:
-    """Whether nothing runs: an allocation, or a view of what is there."""
+    """Return whether an operator runs nothing on the device: an allocation, or a view."""
     if "empty" in name or name == "_unsafe_view":
         return True
     aliases = [r.alias_info for r in func._schema.returns]

@@ -26,25 +26,27 @@ class SLAConfig(Config):
     """Read the fewest best blocks whose estimated softmax weights sum to this, in (0, 1]; with `topk`
     the union of both. Only with crossover="never": how much it reads is not known in advance."""
     router: Literal["spread", "mean"] = "spread"
-    """How key blocks are ranked: by their mean key alone ("mean", SLA), or with what the spread of keys inside
-    a block adds to its attention."""
+    """Ranking of key blocks. "mean" (SLA): by the mean key alone. "spread": also by how much the keys of a block
+    differ, which adds to its attention."""
     rounding: Literal["ceil", "floor"] = "ceil"
-    """Of topk * blocks; "floor" (at least one block) for checkpoints that were trained so."""
+    """Rounding of topk * blocks. "floor" (at least one block) is for checkpoints that were trained so."""
     skip: float | int = 0.0
     """Fraction of the lowest blocks that nothing reads (k_l in the paper), for linear_scope="marginal"."""
     block_q: int | str = "auto"
-    """Tokens per query block: 16, 32, 64 or 128. "auto": 64; on NVIDIA GPUs of compute capability 9.0
-    (H100, H200) 128 beside a `block_k` of 64, because blocks of 64 are bound by the second-level cache there."""
+    """Tokens per query block: 16, 32, 64, 128 or "auto". "auto" is 64. On NVIDIA GPUs of compute capability 9.0
+    (H100, H200) it is 128 if `block_k` is 64 and `order` is no tile shape, because the second-level cache limits
+    query blocks of 64 there."""
     block_k: int = 64
     """Tokens per key block: 16, 32, 64 or 128."""
     combine: Literal["none", "shared_softmax", "proj", "alpha"] = "shared_softmax"
-    """What happens to unread blocks: dropped; summarised in the same softmax (training-free); or read by
-    linear attention, whose output is projected and added ("proj", SLA) or mixed in ("alpha", SLA2)."""
+    """Treatment of unread blocks. "none": dropped. "shared_softmax": summarised in the same softmax (training-free).
+    "proj" (SLA): read by linear attention, whose output is projected and added. "alpha" (SLA2): read by linear
+    attention, whose output is mixed in."""
     linear_scope: Literal["marginal", "complement", "all"] = "complement"
-    """What the linear attention of "proj" and "alpha" reads: all blocks that are not read exactly, those
-    without the skipped ones ("marginal"), or every block."""
+    """Blocks that the linear attention of "proj" and "alpha" reads. "complement": all that are not read exactly.
+    "marginal": the complement without the skipped blocks. "all": every block."""
     feature_map: Literal["softmax", "elu", "relu"] = "softmax"
-    """Of the linear attention."""
+    """Feature map of the linear attention."""
     order: str | tuple[int, ...] | list[int] = "auto"
     """Token order: "raster", a tile shape (t, h, w) in latent tokens whose product is the block, or "auto":
     tiles of some frames on clips, square tiles on images."""

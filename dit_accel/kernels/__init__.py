@@ -1,6 +1,6 @@
-"""Tensors in, tensors out: block-sparse and sparse-linear attention, their plan and their router.
+"""Block-sparse and sparse-linear attention on tensors, with their plan and their router.
 
-Everything here knows torch and (loaded at the first call that needs it) triton: never diffusers or
+This package needs torch. It imports triton at the first call that needs it, and never diffusers or
 transformers.
 """
 

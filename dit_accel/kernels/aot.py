@@ -1,4 +1,4 @@
-"""Compiles a launch for a chip that is not here, and reads what it takes of that chip from its machine code."""
+"""Compile a launch for a chip that need not be present, and read its resource usage from the machine code."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Reads assembly: NVIDIA's SASS and amdgcn, as lists of instructions, and finds the loops in it."""
+"""Reader of assembly (NVIDIA's SASS, and amdgcn): lists its instructions and finds its loops."""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ class Instruction(NamedTuple):
     target: int | None = None
     """Address that a branch goes to."""
     ends: bool = False
-    """Whether the instruction after this one never follows it: an unconditional branch, or the end."""
+    """True if the next instruction never follows this one: an unconditional branch, or the end."""
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ def innermost_loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
 
 
 def _reachable(body: list[Instruction]) -> bool:
-    """Whether the last instruction can be reached from the first without leaving `body`."""
+    """Return whether the last instruction can be reached from the first without leaving `body`."""
     index = {x.address: i for i, x in enumerate(body)}
     seen: set[int] = set()
     todo = [0]

@@ -1,6 +1,6 @@
 """Facts of the chips that kernels are compiled for: limits, and throughput per clock and SM.
 
-None stands for a number that no document states and nobody here measured. An SM is a compute unit on AMD
+A field is None where no document states the number and it was not measured. An SM is a compute unit on AMD
 chips, and a warp is a wave.
 """
 

@@ -65,10 +65,10 @@ def _block_kinds(plan: PlanData) -> tuple[Tensor, Tensor]:
 
 
 def _mask_mod(plan: PlanData, blocks: Tensor):
-    """Whether a query sees a key, from tensors alone and complete without the lists.
+    """Return a function that tells whether a query sees a key; it needs tensors only, and no lists.
 
-    Complete, because uncompiled FlexAttention reads no lists, and its FLASH kernel reads none beside a
-    mask function that is always True (pytorch issue 188322). From tensors, because a Python number that
+    It repeats the lists, because uncompiled FlexAttention reads none, and its FLASH kernel reads none beside a
+    mask function that is always True (pytorch issue 188322). It reads tensors, because a Python number that
     changes between calls becomes a symbol, which the FLASH kernel refuses.
     """
     rows = row_blocks(plan)

@@ -33,7 +33,7 @@ class Rules:
     q_order: Int[Tensor, "h_order l_q"] | None = None
     """Row r of the query blocks is query `q_order[r]`, `[Hq|1, Lq]`; None: in order."""
     long_rows: Int[Tensor, " n_long"] | None = None
-    """Query blocks that read very many keys; kernels may split them. A hint: results stay the same."""
+    """Query blocks that read very many keys. Kernels may split them; results stay the same."""
 
     causal: bool = False
     """Query i sees keys up to `i + q_offset`."""
@@ -128,9 +128,9 @@ class Rules:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Geometry(Rules):
-    """Lengths, blocks and visibility rules, checked once by `of` and then used for many plans.
+    """Lengths, blocks and visibility rules that many plans share. Make one with `Geometry.of`, which checks it.
 
-    Plans of all layers and sampling steps with the same lengths share one:
+    Plans of all layers and sampling steps with the same lengths can use the same geometry:
     `SparsePlan.from_scores(scores, geometry=geometry, topk=0.1)`.
     """
 
@@ -160,7 +160,9 @@ class Geometry(Rules):
         q_order: Int[Tensor, "h4 l_q"] | None = None,
         long_rows: Int[Tensor, " n_long"] | None = None,
     ) -> "Geometry":
-        """Check the arguments of `SparsePlan.from_block_mask` that are not masks; tensors go to `device`.
+        """Return a geometry after checking its arguments: those of `SparsePlan.from_block_mask` without the mask.
+
+        Tensors are moved to `device`.
 
         Raises:
             ValueError: an argument is out of range or shapes do not match; it names the argument.

@@ -9,7 +9,7 @@ from torch.utils._triton import has_triton_package
 
 
 def runs_here(x: Tensor) -> bool:
-    """Whether Triton kernels are the default for `x`: on a GPU, not for fp64, if triton is installed."""
+    """Return whether Triton kernels are the default for `x`: on a GPU, not for fp64, if triton is installed."""
     return x.is_cuda and x.dtype != torch.float64 and has_triton_package()
 
 

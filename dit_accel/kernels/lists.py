@@ -1,4 +1,4 @@
-"""Between a mask of blocks and the lists of indices that kernels walk."""
+"""Conversion between masks of blocks and the lists of indices that kernels walk."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class Lists(NamedTuple):
 
 
 def reads_freely(x: Tensor) -> bool:
-    """Whether a number can be read from `x` without stalling a device or breaking a graph."""
+    """Return whether a number can be read from `x` without stalling a device or breaking a graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

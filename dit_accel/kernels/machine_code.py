@@ -65,9 +65,9 @@ class Loop:
     """One main loop, as machine code. Counts are per warp and step."""
 
     instructions: dict[str, int]
-    """By class: matrix, special (exp2 and the like), fp, int, imad, convert, shuffle, shared_load, ..."""
+    """Number of instructions by class: matrix, special (exp2 and similar), fp, int, imad, convert, shuffle, ..."""
     names: dict[str, int]
-    """By mnemonic without modifiers."""
+    """Number of instructions by mnemonic without modifiers."""
     products: dict[str, int]
     """Matrix instructions by mnemonic with modifiers; `shared` follows where wgmma reads A from shared memory."""
     copied: int | None

@@ -1,4 +1,4 @@
-"""`SparsePlan`: which key blocks each query block reads, as plain data."""
+"""`SparsePlan`: the key blocks that each query block reads, as plain data."""
 
 import dataclasses
 import math
@@ -23,19 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SparsePlan(PlanData):
-    """Which key blocks every query block reads exactly; int32 tensors and a few numbers.
+    """Lists of the key blocks that each query block reads exactly: int32 tensors and a few numbers.
 
-    The lists of a row are disjoint. A block on the *full* list needs no element mask: every
-    key in it is visible to every query of the row. A block on the *partial* list does (ragged
-    tail, causal diagonal, window edge, padding). A block on the *skip* list counts as negligible
-    for `linear_scope="marginal"`. Build plans with `from_scores` or `from_block_mask`, which sort
-    the blocks of a row into the lists.
+    A row is one query block of one head. The lists of a row are disjoint:
+
+    - *full*: every key of the block is visible to every query of the row, so no element mask is needed.
+    - *partial*: the block needs an element mask (ragged tail, causal diagonal, window edge, padding).
+    - *skip*: the block counts as negligible for `linear_scope="marginal"`.
+
+    `from_scores` and `from_block_mask` make plans and sort the blocks of a row into the lists.
 
     A leading `B` or `Hq` of 1 means "the same for all".
     """
 
     def to(self, device: torch.device | str) -> "SparsePlan":
-        """The same plan with its tensors on `device`."""
+        """Return the same plan with its tensors on `device`."""
         moved = {
             f.name: getattr(self, f.name).to(device)
             for f in dataclasses.fields(self)
@@ -44,7 +46,7 @@ class SparsePlan(PlanData):
         return dataclasses.replace(self, **moved)
 
     def equals(self, other: "SparsePlan") -> bool:
-        """Whether both plans hold the same numbers."""
+        """Return whether both plans hold the same numbers."""
         for f in dataclasses.fields(self):
             a, b = getattr(self, f.name), getattr(other, f.name)
             if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -169,35 +171,37 @@ class SparsePlan(PlanData):
         dense_queries: int = 0,
         **lengths_and_rules: Any,
     ) -> "SparsePlan":
-        """A plan that keeps the best blocks of each row, at least one.
+        """Return a plan that keeps the best blocks of each row, at least one.
+
+        Pass `topk`, `top_p`, both, or `threshold`. A row is one query block of one head; n is the number
+        of key blocks with a score. Ties go to the lower index, on every device.
 
         Args:
-            scores: `[B|1, Hq|1, T_q, T_k - tail_blocks]`, logits (see `block_scores`); higher is
+            scores: logits `[B|1, Hq|1, T_q, T_k - tail_blocks]`, for example of `block_scores`. Higher is
                 better.
-            topk: fraction in (0, 1]: the `max(1, ceil(topk * n))` best of the n blocks with a score,
-                in each row.
-            top_p: in (0, 1]: the fewest best blocks whose softmax weights sum to at least `top_p`.
-                With `topk` too: the union of both.
-            threshold: keeps every block whose score is at least this (alone).
-            skip: fraction in [0, 1): the `floor(skip * n)` worst blocks of each row are negligible
-                (the k_l of SLA); for `linear_scope="marginal"`.
-            limit: fraction in (0, 1] of the n blocks: the most that `top_p` or `threshold` keeps in a
-                row, the best ones. It bounds the width of the lists, which are `T_k` wide on a GPU
-                otherwise, and with it the time of a kernel. At least `topk`. Default: none.
-            sink_blocks: first blocks that every row reads in addition.
-            tail_blocks: last blocks, without scores, that every row reads in addition (text).
-            diagonal: every row also reads the blocks at its own positions (plus `q_offset`) and
-                this many on either side. Default: none.
-            geometry: lengths, blocks and rules, checked before and shared by many plans.
+            topk: fraction in (0, 1]. Each row keeps its `max(1, ceil(topk * n))` best blocks.
+            top_p: softmax mass in (0, 1]. Each row keeps the fewest best blocks whose softmax weights sum
+                to at least `top_p`. With `topk`, a row keeps the union of both.
+            threshold: score. Each row keeps every block whose score is at least this. Not together with
+                `topk` or `top_p`.
+            skip: fraction in [0, 1). The `floor(skip * n)` worst blocks of each row are negligible (the
+                k_l of SLA). Used by `linear_scope="marginal"`.
+            limit: fraction in (0, 1] of the n blocks, at least `topk`. `top_p` and `threshold` keep at
+                most this share of a row, the best blocks. The lists are then only as wide as the limit,
+                which saves kernel time; without it they are `T_k` wide on a GPU. Not with `topk` alone.
+                Default: no limit.
+            sink_blocks: number of first blocks that every row reads in addition.
+            tail_blocks: number of last blocks, without scores, that every row reads in addition (text).
+            diagonal: number of blocks on either side of a row's own position (plus `q_offset`) that the
+                row reads in addition, with the blocks at that position. Default: none.
+            geometry: lengths, blocks and rules, checked once and shared by many plans.
             tally: int64 `[3]` on the device of the scores: number of plans, (query, key) pairs that they
-                attend to, and pairs of dense calls. This plan is added to it, without a launch of its
-                own. Not for `causal` plans or plans with `columns`.
-            dense_queries: queries of the same call outside of the plan that read every key; they count in
-                `tally` only. Default: 0.
-            **lengths_and_rules: in place of `geometry`: `block_q`, `block_k`, `q_len`, `kv_len` and,
-                optionally, the rules of `from_block_mask` (`causal`, `kv_lengths`, ...).
-
-        Ties go to the lower index, on every device.
+                attend to, and pairs of dense calls. The numbers of this plan are added in place, without
+                a launch of its own. Not for `causal` plans or plans with `columns`.
+            dense_queries: number of queries of the same call that are not in the plan and read every key.
+                They count in `tally` only. Default: 0.
+            **lengths_and_rules: arguments in place of `geometry`: `block_q`, `block_k`, `q_len`, `kv_len`
+                and, optionally, the rules of `from_block_mask` (`causal`, `kv_lengths`, ...).
 
         Raises:
             ValueError: an argument is out of range or shapes do not match; it names the argument.
@@ -298,7 +302,7 @@ class SparsePlan(PlanData):
     # -- what it means ---------------------------------------------------------------------------
 
     def to_dense_mask(self) -> Bool[Tensor, "b h l_q l_k"]:
-        """Which keys each query reads, `[B|1, Hq|1, Lq, Lk]`: the definition the kernels follow."""
+        """Return the mask of the keys that each query reads, `[B|1, Hq|1, Lq, Lk]`; it defines the kernels' result."""
         return visibility.pair_mask(self, self.to_block_mask(), columns=True)
 
     def density(self) -> float:
@@ -368,7 +372,7 @@ def _check_tally(tally: Tensor, rules: Rules) -> None:
 def _check_blocks(
     name: str, x: Tensor, block_q: int, block_k: int, q_len: int, kv_len: int, tail: int = 0
 ) -> int:
-    """How many key blocks `x` `[B|1, Hq|1, T_q, T_k - tail]` has to name."""
+    """Return the number of key blocks that `x` `[B|1, Hq|1, T_q, T_k - tail]` has to name."""
     n_q, n_k = math.ceil(q_len / block_q), math.ceil(kv_len / block_k) - tail
     if x.ndim != 4 or tuple(x.shape[-2:]) != (n_q, n_k):
         raise ValueError(

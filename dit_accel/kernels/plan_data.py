@@ -1,4 +1,4 @@
-"""The lists of a plan and what follows from them alone; `SparsePlan` adds how plans are made and read."""
+"""`PlanData`: the lists of a plan and the properties that they alone determine. `SparsePlan` adds constructors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,14 +90,14 @@ class PlanData(Rules):
             )
 
     def to_block_mask(self) -> Bool[Tensor, "b h n_q n_k"]:
-        """Which blocks are read, `[B|1, Hq|1, T_q, T_k]`."""
+        """Return the mask of blocks that are read, `[B|1, Hq|1, T_q, T_k]`."""
         n_k = self.num_k_blocks
         return block_mask(self.kv_num_blocks, self.kv_indices, n_k) | block_mask(
             self.full_kv_num_blocks, self.full_kv_indices, n_k
         )
 
     def linear_blocks(self, linear_scope: str) -> Bool[Tensor, "b h n_q n_k"]:
-        """Which blocks the linear branch sums over, `[B|1, Hq|1, T_q, T_k]`.
+        """Return the mask of blocks that the linear branch sums over, `[B|1, Hq|1, T_q, T_k]`.
 
         "all": every block; "complement": those not read; "marginal": those neither read nor skipped.
         """

@@ -1,4 +1,4 @@
-"""In which dtype things are computed, and what `torch.autocast` has to say in that: only the inputs'."""
+"""Dtypes of a computation. `torch.autocast` sets the dtype of the inputs only."""
 
 import contextlib
 

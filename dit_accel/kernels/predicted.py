@@ -27,7 +27,7 @@ class Prediction:
     share: float
     """Matrix FLOP of the loop by clocks of a step and the chip's FLOP per clock, in (0, 1]."""
     bound: bool
-    """Whether the share is an upper bound, because latencies of the chip are not known."""
+    """True if the share is an upper bound, because latencies of the chip are not known."""
     limit: str
     """The part that takes the time: "matrix", "special", "fp", "alu", "issue", "l2" or "serial"."""
 

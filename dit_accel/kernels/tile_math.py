@@ -1,6 +1,6 @@
-"""What happens inside one tile: the pieces that the Triton kernels share.
+"""Operations on one tile that the Triton kernels share.
 
-Dialect: `i_` program index, `o_` offsets, `m_` mask, `p_` pointers, `b_` block in registers; TQ x TK
+Names: `i_` program index, `o_` offsets, `m_` mask, `p_` pointers, `b_` block in registers; TQ x TK
 is the tile. Scores are kept in base 2 (`scale` holds log2 e). Addresses are 64 bit.
 """
 

@@ -1,4 +1,4 @@
-"""Which keys each query sees under a plan: by pair, by block, and counted."""
+"""Keys that each query sees under a plan: by pair, by block, and counted."""
 
 import math
 
@@ -11,9 +11,9 @@ from dit_accel.kernels.precision import wide
 
 
 def positions(plan: Rules) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each row and key: its position and whether it is a token.
+    """Return the positions of rows and of keys, and masks of the rows and of the keys that are tokens.
 
-    `[Hq|1, Lq]`, `[Lk]`, `[Lq]` and `[B|1, Lk]`, rows in the order of the query blocks.
+    Shapes: `[Hq|1, Lq]`, `[Lk]`, `[Lq]` and `[B|1, Lk]`, rows in the order of the query blocks.
     """
     row = torch.arange(plan.q_len, device=plan.device)
     k_pos = torch.arange(plan.kv_len, device=plan.device)
@@ -39,11 +39,11 @@ def row_ends(plan: Rules) -> tuple[Tensor, Tensor]:
 
 
 def block_visibility(plan: Rules) -> tuple[Tensor, Tensor]:
-    """Whether some, and whether every, pair of a block is visible: two `[B|1, Hq|1, T_q, T_k]`.
+    """Return whether some, and whether every, pair of a block is visible: two `[B|1, Hq|1, T_q, T_k]`.
 
-    A row whose queries run short (the query tail) still counts as full: its missing queries
-    are never read. Missing keys are. With `q_order` and a window, "some" may be True for a block
-    that turns out empty.
+    A query block with missing queries (the query tail) still counts as full, because missing queries are
+    never read. Missing keys would be read, so a key block with missing keys does not. With `q_order` and a
+    window, "some" may be True for a block without a visible pair.
     """
     q_sizes, k_sizes = plan.q_sizes(), plan.k_sizes()
     some = (q_sizes[:, None] > 0) & (k_sizes[:, None, None, :] > 0)
@@ -60,7 +60,7 @@ def block_visibility(plan: Rules) -> tuple[Tensor, Tensor]:
 
 
 def column_members(plan: PlanData) -> Tensor:
-    """Which keys are columns, `[B|1, Hq|1, Lk]`."""
+    """Return the mask of keys that are columns, `[B|1, Hq|1, Lk]`."""
     assert plan.columns is not None
     member = torch.zeros(
         *plan.columns.shape[:2], plan.kv_len + 1, dtype=torch.bool, device=plan.device
@@ -69,7 +69,7 @@ def column_members(plan: PlanData) -> Tensor:
 
 
 def _rows_seen(plan: PlanData, i: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """For the rows of block i: keys read `[B|1, Hq|1, BQ, Lk]`, and keys that the rules show."""
+    """Return, for the rows of block i, the keys read `[B|1, Hq|1, BQ, Lk]`, and keys that the rules show."""
     q_pos, k_pos, q_ok, k_ok = positions(plan)
     at = slice(i * plan.block_q, (i + 1) * plan.block_q)
     rules = plan.visible(q_pos[:, at, None], k_pos) & q_ok[at, None] & k_ok[:, None, None]

@@ -231,10 +231,12 @@ class SparseLinearAttention(nn.Module):
 
     @torch.no_grad()
     def keep_measured(self) -> None:
-        """To be called when a forward of the whole model is over: offloading has put back what it keeps.
+        """Write the measured `alpha_logit` again, after offloading has restored its copy of the weights.
+
+        Call it after a forward of the whole model.
 
         Raises:
-            RuntimeError: it keeps weights where nothing can be written (on a disk).
+            RuntimeError: offloading keeps the weights where they cannot be written (on a disk).
         """
         if self._measured is None:
             return

@@ -1,4 +1,4 @@
-"""`SparseAttention`: the method; which layers run sparse in which steps, and what they really did."""
+"""`SparseAttention`: the sparse attention method, its schedule of layers and steps, and its counts."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -266,7 +266,7 @@ class SparseAttention(Method):
         return min_sparse_length(device.type, topk=topk, block=config.block_k)
 
     def rows(self, host: Host, run: Run | None) -> AttentionSummary:
-        """What each layer did in the last run. Waits for the device."""
+        """Return the counts of each layer in the last run. Waits for the device."""
         state = self._state
         layers = [self._layer_summary(name, layer, state) for name, layer in self.layers.items()]
         cross = len(host.family.cross_attention(host.transformer))

@@ -1,4 +1,4 @@
-"""The bounds that the kernels are held to, and whether a run met them."""
+"""Bounds that the kernels have to meet, and the verdicts of a run."""
 
 from typing import Any, NamedTuple
 

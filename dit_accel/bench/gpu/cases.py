@@ -1,4 +1,4 @@
-"""The shapes and modes that are measured, and one attention layer of each as a model calls it."""
+"""Shapes and modes that are measured, and one attention layer of each as a model calls it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,15 +77,15 @@ def weights(device: Device, mode: str, shape: Shape) -> dict[str, Any]:
 
 
 class Layer:
-    """One attention layer in one mode: route, plan, attend. As `SparseLinearAttention` does it.
+    """One attention layer in one mode: route, plan and attend, as in `SparseLinearAttention`.
 
     Args:
-        device: where.
-        shape: of the layer. `tokens` has to be a multiple of `block_k` if there is text.
+        device: device of the tensors.
+        shape: sizes of the layer. `tokens` has to be a multiple of `block_k` if there is text.
         mode: a name of `MODES`.
         topk: fraction of key blocks that each query block reads.
-        spread: whether the router looks at second moments, the default of `SLAConfig`.
-        backend: of the attention.
+        spread: the router also uses second moments, the default of `SLAConfig`.
+        backend: backend of the attention.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the device can do at most, and the dense attentions that everything is compared with."""
+"""Peak rates of the device, and the dense attentions that serve as baselines."""
 
 import functools
 from collections.abc import Iterator

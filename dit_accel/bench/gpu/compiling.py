@@ -72,13 +72,12 @@ def compile_all(
 ) -> dict[str, Any]:
     """Compile launches in parallel.
 
-    A compiler that ends its process, as Triton's does where it meets a case that it does not expect, costs that
-    launch alone.
+    Triton's compiler ends its process on some unexpected cases. Then only that launch is lost.
 
     Args:
-        sketches: what to compile.
+        sketches: launches to compile.
         target: kind of chip.
-        here: for the device of this machine. Default: ahead of time.
+        here: compile for the device of this machine. Default: ahead of time.
         workers: number of processes. Default: one less than there are cores, at most 14.
         seconds: time limit; what is not compiled by then compiles at its first launch.
 

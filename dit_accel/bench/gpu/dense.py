@@ -1,4 +1,4 @@
-"""Dense attention in Triton with the loop of our sparse forward: the yardstick per attended operation."""
+"""Dense attention in Triton with the loop of our sparse forward: the baseline per attended operation."""
 
 import math
 from typing import Any, NamedTuple

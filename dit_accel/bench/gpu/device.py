@@ -17,7 +17,7 @@ FLUSH_BYTES = 2**29
 
 
 class DeviceLostError(RuntimeError):
-    """The device answers no more: everything after an invalid access fails in this process."""
+    """The device stopped answering: after an invalid access every call of this process fails."""
 
 
 def first_line(error: BaseException) -> str:

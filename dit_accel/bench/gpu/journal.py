@@ -43,7 +43,7 @@ class Journal:
 
     Args:
         path: JSON file.
-        facts: what is known of device, source and versions.
+        facts: device, source and versions of this run.
         resume: continue the run that the file holds. Default: start anew.
 
     Raises:
@@ -85,7 +85,7 @@ class Journal:
         }
 
     def begin(self, sub_step: SubStep, limit_s: float) -> None:
-        """Note what runs now, so that whoever watches can tell a sub-step that hangs."""
+        """Note the sub-step that runs now, so that the supervisor can tell when it hangs."""
         self.data["running"] = {"id": sub_step.id, "since": time.time(), "limit_s": limit_s}
         self.save()
 

@@ -1,4 +1,4 @@
-"""From which length on sparse attention is faster than dense attention, all-inclusive."""
+"""Crossover: the length from which sparse attention, with routing and planning, is faster than dense attention."""
 
 import functools
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Where the time of a call goes: each launch, each kernel of torch, the host; and the memory."""
+"""Time of each launch, of each kernel of torch and of the host in a call, and its memory."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -38,10 +38,10 @@ def run_all(
     """Run every sub-step that is not finished, in order.
 
     Args:
-        sub_steps: what to run.
-        device: where.
-        journal: keeps what was found.
-        left: seconds that are left of the budget.
+        sub_steps: sub-steps to run.
+        device: device to measure.
+        journal: stores the results.
+        left: function that returns the seconds left of the budget.
         say: prints a line.
 
     Raises:

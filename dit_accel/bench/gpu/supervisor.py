@@ -1,4 +1,4 @@
-"""Run the measuring process, end it when it hangs, and start it again when it breaks."""
+"""Supervise the measuring process: stop it when it hangs, and restart it when it crashes."""
 
 import json
 import signal
@@ -22,8 +22,8 @@ def supervise(
 ) -> int:
     """Run a process until it ends by itself, and return its exit status.
 
-    A process that dies, loses its device or stays in one sub-step for much longer than estimated costs that
-    sub-step alone: it is marked as crashed, and a new process goes on behind it.
+    A process may die, lose its device, or stay in one sub-step for much longer than estimated. Then only that
+    sub-step is marked as crashed, and a new process continues after it.
 
     Args:
         command: the command line, given whether the process goes on after one that broke.

@@ -1,4 +1,4 @@
-"""How far results of kernels may be from the formulas."""
+"""Allowed distance between results of kernels and the formulas."""
 
 import torch
 from torch import Tensor

@@ -2,8 +2,8 @@
 
     dk = scale ds^T q   dv = p^T dO                                (README.md, equation 4)
 
-so the cost follows the blocks that are kept. The linear branch's share comes from a launch of its own
-(linear/columns_kernel.py): both at once need more registers than a thread has.
+The cost follows the number of blocks that are kept. The linear branch has a launch of its own
+(linear/columns_kernel.py), because both in one kernel need more registers than a thread has.
 """
 
 import triton

@@ -6,8 +6,8 @@ and for the linear branch, with n = 1 / denominator, g = dO_l, t = g . o_l:
 
     da = n (g v^T - t)   dphi(q) = da phi(k)                       (README.md, equations 4 and 5)
 
-where a sum over the linear set is a total minus the blocks left out (LINEAR 2), or either of both for each
-row by itself (LINEAR 3), as in the forward kernel.
+A sum over the linear set is the total minus the blocks that the row reads or skips (LINEAR 2). With LINEAR 3
+each row chooses between that and the direct sum, as in the forward kernel.
 """
 
 import triton

@@ -1,9 +1,10 @@
-"""The flex backend: torch's FlexAttention computes the exact branch, forward.
+"""The flex backend: torch's FlexAttention computes the forward pass of the exact branch.
 
-On a GPU it is compiled and returns lse. On a CPU it compiles for outputs alone; where lse (gradients,
-`shared_softmax`, `return_lse`) is asked for, the same mask is applied in plain torch, at the cost of dense
-attention; so it is for fp64 everywhere. The linear branch is the torch backend's. FlexAttention has no gradient on a CPU, nor
-through the lse of its FLASH kernel, so gradients are those of the device's own backend, from o and lse.
+On a GPU FlexAttention is compiled and returns lse. On a CPU it is compiled for outputs alone. Calls on a CPU that
+need lse (gradients, `shared_softmax`, `return_lse`), and fp64 on every device, apply the same mask in plain torch,
+at the cost of dense attention. The torch backend computes the linear branch. FlexAttention has no gradient on a
+CPU, nor through the lse of its FLASH kernel, so the default backend of the device computes gradients from o and
+lse.
 """
 
 import functools
@@ -74,7 +75,7 @@ def backward(grad_o: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor
 
 
 def flash_fits(q: Tensor, v: Tensor, plan: SparsePlan) -> bool:
-    """Whether flash-attn-4 is installed and takes this call: its blocks have to fit the kernel's tiles."""
+    """Return whether flash-attn-4 is installed and takes this call: its blocks have to fit the kernel's tiles."""
     if not q.is_cuda or torch.version.hip or q.dtype not in (torch.float16, torch.bfloat16):
         return False
     tile = FLASH_TILES.get(torch.cuda.get_device_capability(q.device)[0])

@@ -7,14 +7,21 @@ One program owns a tile of query rows of one head. LINEAR says where H and Z com
 
     1   the totals over all keys
     2   the totals minus the blocks that the row reads or skips, subtracted in score space
-    3   each row by itself: as 2, or, if it reads and skips half of the blocks or more, the sum over the
-        blocks of its linear set. EXTRA lists the skipped blocks of the former, the linear set of the latter.
+    3   each row separately: as 2, or, if the row reads and skips half of the blocks or more, the sum over
+        the blocks of its linear set. EXTRA lists the skipped blocks of the first kind of row, and the linear
+        set of the second.
 
-MIX says what becomes of o_l: 0, it is stored; 1, o += o_l, because the totals are projected already; 2,
-o += o_l W^T; 3, o = alpha o + (1 - alpha) o_l. 1 to 3 store o only, which is all that inference needs.
+MIX says how o_l is used:
 
-Loops carry the index of the next block from one step to the next. An index that is loaded in the step
-that uses it leaves the compiler nothing to prefetch.
+    0   stored
+    1   o += o_l, where the totals are projected already
+    2   o += o_l W^T
+    3   o = alpha o + (1 - alpha) o_l
+
+1 to 3 store o only, which is enough for inference.
+
+Loops carry the index of the next block from one step to the next. If a step loaded the index that it uses,
+the compiler could not prefetch the block.
 """
 
 import triton

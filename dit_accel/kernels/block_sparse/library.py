@@ -1,6 +1,6 @@
-"""The operators `dit_accel::sparse_linear`, its backward, and `sparse_linear_inference`, as torch knows them.
+"""The operators `dit_accel::sparse_linear`, its backward, and `sparse_linear_inference`, registered with torch.
 
-An operator takes flat tensors and numbers, so a plan is taken apart here and put together again inside.
+An operator takes tensors and numbers only, so a plan is unpacked before the call and rebuilt inside.
 """
 
 import importlib

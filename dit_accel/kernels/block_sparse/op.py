@@ -42,21 +42,21 @@ def block_sparse_attention(
     Float[Tensor, "b h_q l_q d_v"]
     | tuple[Float[Tensor, "b h_q l_q d_v"], Float[Tensor, "b h_q l_q"]]
 ):
-    """Exact softmax attention over the keys that a plan reads. Differentiable.
+    """Return exact softmax attention over the keys that a plan reads. Differentiable.
 
     Args:
-        q: `[B, Hq, Lq, D]`, fp16, bf16, fp32 or fp64, D up to 256, any strides.
-        k, v: `[B, Hkv, Lk, D]`; `Hq` a multiple of `Hkv`, `Lq != Lk` is fine.
-        plan: for these lengths, see `SparsePlan`.
-        scale: of the dot products. Default: `D ** -0.5`.
+        q: queries `[B, Hq, Lq, D]` in fp16, bf16, fp32 or fp64. D is at most 256; any strides.
+        k, v: keys and values `[B, Hkv, Lk, D]`. `Hq` is a multiple of `Hkv`; `Lq` and `Lk` may differ.
+        plan: key blocks to read, made for these lengths (`SparsePlan`).
+        scale: factor of the dot products. Default: `D ** -0.5`.
         return_lse: also return the natural log-sum-exp of each row, `[B, Hq, Lq]`, fp32 (fp64 for
             fp64), differentiable. A query without any key has o = 0 and lse = -inf.
-        backend: "triton" (default on a GPU), "torch" (default elsewhere and for fp64), or "flex": the
-            exact branch by torch's FlexAttention, compiled; plans without `columns` and `q_order`.
+        backend: "triton" (default on a GPU), "torch" (default elsewhere and for fp64) or "flex", which
+            compiles torch's FlexAttention and takes plans without `columns` and `q_order` only.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a plan for other lengths; it names
-            the argument. Numbers inside the plan are checked on a CPU, and elsewhere with
+        ValueError: shapes, dtypes or devices do not fit, or the plan is for other lengths. The message
+            names the argument. Numbers inside the plan are checked on a CPU, and elsewhere with
             `DIT_ACCEL_DEBUG=1`.
     """
     q, k, v = _inputs(q, k, v)
@@ -93,29 +93,31 @@ def sparse_linear_attention(
     scale: float | None = None,
     backend: Backend | None = None,
 ) -> Float[Tensor, "b h_q l_q d_v"]:
-    """Sparse-linear attention (SLA, arXiv 2509.24006): exact over the plan's blocks, the rest summarised.
+    """Return sparse-linear attention (SLA, arXiv 2509.24006): the plan's blocks exactly, the rest summarised.
 
-    With O_s the attention over the blocks read (README.md, equation 1) and O_l the linear attention
-    over the linear set (equation 3). Differentiable in every tensor but the plan and `state`.
+    O_s is the attention over the blocks read (README.md, equation 1). O_l is the linear attention over the
+    linear set (equation 3). Differentiable in every tensor but the plan and `state`.
 
     Args:
         q, k, v, plan, scale, backend: as in `block_sparse_attention`. Plans with positions
-            (`causal`, `window`) or `columns` only go with `combine="none"`: a summary of a block has no
-            place in time.
-        combine: `"none"`: O_s. `"shared_softmax"` (training-free): each unread block j enters
-            the same softmax as `n_j * exp(scale * q . mean(K_j))` with the value `mean(V_j)`.
-            `"proj"` (SLA): O_s + Linear(O_l). `"alpha"` (SLA2): alpha O_s + (1 - alpha) O_l.
-        feature_map: of the linear branch, on unscaled q and k: `"softmax"` over D, `"elu"` (+ 1), `"relu"`.
-        linear_scope: what O_l sums over: `"complement"`, all that is not read; `"marginal"`, that
-            without the plan's skip lists; `"all"`, every key, with 1e-5 in the denominator
-            (what released TurboDiffusion checkpoints were trained with).
-        proj_weight, proj_bias: of `torch.nn.Linear(Dv, Dv)`, for `"proj"`.
-        alpha: `[Hq]` or per query block `[B|1, Hq, T_q]`, for `"alpha"`. A row whose linear set is
-            empty uses 1.
-        state: totals that the caller keeps up to date (RAS) in place of summing all keys; inference only.
+            (`causal`, `window`) or `columns` need `combine="none"`, because the summary of a block has
+            no single position.
+        combine: how the output is made. `"none"`: O_s. `"shared_softmax"` (training-free): each unread
+            block j enters the same softmax as `n_j * exp(scale * q . mean(K_j))` with the value
+            `mean(V_j)`. `"proj"` (SLA): O_s + Linear(O_l). `"alpha"` (SLA2): alpha O_s + (1 - alpha) O_l.
+        feature_map: feature map of the linear branch, applied to unscaled q and k: `"softmax"` over D,
+            `"elu"` (+ 1) or `"relu"`.
+        linear_scope: keys that O_l sums over. `"complement"`: all keys that are not read. `"marginal"`:
+            the complement without the plan's skip lists. `"all"`: every key, with 1e-5 in the
+            denominator, as in the training of the released TurboDiffusion checkpoints.
+        proj_weight, proj_bias: weight and bias of a `torch.nn.Linear(Dv, Dv)`, for `"proj"`.
+        alpha: share of O_s, `[Hq]` or per query block `[B|1, Hq, T_q]`, for `"alpha"`. A row whose linear
+            set is empty uses 1.
+        state: totals of all keys that the caller keeps up to date, in place of summing the keys.
+            Inference only.
 
     Raises:
-        ValueError: as above, or arguments that do not belong to `combine`.
+        ValueError: as in `block_sparse_attention`, or an argument does not belong to `combine`.
     """
     q, k, v = _inputs(q, k, v)
     scale = _check(q, k, v, plan, scale)
@@ -170,7 +172,7 @@ def _wants_grad(*tensors: Tensor) -> bool:
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """What is checked and attended: autocast's dtype if it is on."""
+    """Return q, k and v in the dtype of autocast, if it is on."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: a {type(x).__name__}; accepted is a torch.Tensor")
@@ -180,7 +182,7 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float | None) -> float:
-    """Raises ValueError, or returns the scale to use."""
+    """Raise ValueError, or return the scale to use."""
     if not isinstance(plan, SparsePlan):
         raise ValueError(f"plan: a {type(plan).__name__}; accepted is a SparsePlan")
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -77,9 +77,9 @@ class Problem:
         }
 
     def _linear_mode(self) -> tuple[int, Lists | None]:
-        """How the linear branch sums (LINEAR of forward.py), and the extra lists that it walks.
+        """Return how the linear branch sums (LINEAR of forward.py), and the extra lists that it walks.
 
-        Subtracting loses the bits that total / rest gains, so a row that leaves out half of the blocks or
+        A subtraction loses log2(total / rest) bits, so a row that reads and skips half of the blocks or
         more sums its linear set directly. The plan's `row_bound` says whether there may be such rows.
         """
         if self.linear is None:
@@ -157,7 +157,7 @@ class Problem:
         }
 
     def rules(self) -> dict[str, Any]:
-        """Every rule on who sees what."""
+        """Return all rules that decide which query sees which key."""
         plan = self.plan
         return {
             **self.key_rules(),

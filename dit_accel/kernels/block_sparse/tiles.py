@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline depth of each kernel, by chip, head_dim, dtype and direction.
 
 Every row is compiled ahead of time by `make kernel-table`, which prints registers, spills and shared
-memory (docs/kernel-table.md). What runs fastest on a chip has to be measured there.
+memory (docs/kernel-table.md). The fastest tile on a chip has to be measured on that chip.
 """
 
 import functools
@@ -22,7 +22,7 @@ class Target(NamedTuple):
     @classmethod
     @functools.lru_cache(maxsize=64)
     def of(cls, device: torch.device) -> "Target":
-        """By capability, never by name."""
+        """Return the target of a device, by its compute capability and not by its name."""
         if device.type != "cuda":
             return cls("interpreter", "")
         if torch.version.hip:
@@ -33,7 +33,7 @@ class Target(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Of one kernel."""
+    """Tile of one kernel."""
 
     q: int
     """Query rows (state kernel: tokens) per tile; at most `block_q`, rounded up to a power of two."""

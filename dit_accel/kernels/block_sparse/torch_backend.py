@@ -1,9 +1,9 @@
-"""The torch backend: gather the chosen key blocks of a few query blocks, two bmm, next.
+"""The torch backend: gathers the key blocks of a few query blocks at a time and multiplies them with two bmm.
 
 Works on any device and covers every plan; memory stays near inputs + outputs because only one
 chunk of gathered keys, values and scores exists at a time. Backward recomputes the weights from
 `lse`, so nothing of size [Lq, Lk] is ever saved. Half types are computed in fp32. The linear branch is
-computed apart, in state space (`linear/torch_branch.py`).
+computed separately, in state space (`linear/torch_branch.py`).
 """
 
 import math

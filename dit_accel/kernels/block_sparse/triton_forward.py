@@ -1,7 +1,7 @@
-"""Forward pass of the Triton backend: which kernels run, with what, in which order.
+"""Forward pass of the Triton backend: the kernels that run, their arguments and their order.
 
 Nothing here waits for the device or depends on numbers in tensors, so calls can be captured in a CUDA
-graph. `run` is what happens to each launch: it runs, or it is collected to be compiled elsewhere.
+graph. The argument `run` is called with each launch: it runs the launch, or collects it to be compiled elsewhere.
 """
 
 import math

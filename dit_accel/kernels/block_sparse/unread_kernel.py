@@ -1,4 +1,4 @@
-"""Weights of block means: which blocks a row leaves to their means, and how many keys these stand for."""
+"""Weights of block means: for each row, the blocks that it does not read, and how many keys their means stand for."""
 
 import triton
 import triton.language as tl

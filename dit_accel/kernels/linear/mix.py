@@ -1,4 +1,4 @@
-"""How the output of the linear branch joins the exact output, in plain torch."""
+"""Combination of the outputs of the linear and the exact branch, in plain torch."""
 
 from typing import NamedTuple
 

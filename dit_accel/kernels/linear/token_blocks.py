@@ -19,13 +19,13 @@ DEVICE_CHUNK_BYTES = 2**26
 
 
 class Scratch:
-    """Memory that every head uses again: touching new pages costs as much as the products."""
+    """Memory that all heads reuse, because touching new pages costs as much as the products."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """Unwritten, of this shape, and of the dtype and device of `like`."""
+        """Return an uninitialised tensor of this shape, in the dtype and on the device of `like`."""
         n = math.prod(shape)
         if name not in self._kept or self._kept[name].numel() < n:
             self._kept[name] = like.new_empty(n)
@@ -34,18 +34,18 @@ class Scratch:
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """How the rows or the keys of a plan lie in blocks."""
+    """Layout of the queries or the keys of a plan in blocks."""
 
     length: int
     block: int
     count: int
     """Number of blocks."""
     dtype: torch.dtype
-    """In which tokens are loaded."""
+    """Dtype of loaded tokens."""
     padding: Tensor | None
     """`[B|1, n, block]`, True where there is no token; None: every block is whole."""
     tail_only: bool
-    """Whether padding is nowhere but in the last block."""
+    """True if only the last block has padding."""
     chunk_bytes: int
     """Size of the features that are computed together."""
 
@@ -142,7 +142,7 @@ class TokenBlocks:
         return x.new_empty(0, dtype=self.dtype)
 
     def _is_view(self, out: Tensor, blocks: slice) -> bool:
-        """Whether the blocks lie in `out` `[L, D]` as they are loaded."""
+        """Return whether the blocks have the same layout in `out` `[L, D]` as when loaded."""
         whole = blocks.stop * self.block <= self.length
         return whole and out.dtype == self.dtype and out.is_contiguous()
 

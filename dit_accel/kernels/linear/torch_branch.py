@@ -1,8 +1,8 @@
-"""The linear branch in plain torch, in state space: which blocks a row sums is a matrix product.
+"""The linear branch in plain torch, in state space: one matrix product sums the blocks of each row.
 
-Per key block H_j = phi(K_j)^T V_j and Z_j = sum phi(K_j); with W the 0/1 matrix of a row's linear set,
-H_i = sum_j W_ij H_j, so nothing is subtracted that would have to cancel. One head at a time, and of it a few
-blocks at a time, so that features are used while they are in the cache.
+Each key block has H_j = phi(K_j)^T V_j and Z_j = sum phi(K_j). W is the 0/1 matrix of the linear sets, and
+H_i = sum_j W_ij H_j. Nothing is subtracted, except from totals that the caller keeps, so no bits cancel. One head,
+and a few of its blocks, are computed at a time, so that features are used while they are in the cache.
 """
 
 from collections.abc import Iterator
@@ -70,7 +70,7 @@ def forward(
 def mix_(
     o: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, linear: Linear, mix: Mix
 ) -> None:
-    """In place: o + o_l W^T + b, or alpha o + (1 - alpha) o_l, without ever holding o_l.
+    """Compute in place o + o_l W^T + b, or alpha o + (1 - alpha) o_l, without ever holding o_l.
 
     `o` and `q` `[B, Hq, Lq, D]` are in the order of the plan's blocks.
     """
@@ -163,7 +163,7 @@ def blocks_to_sum(plan: SparsePlan, linear: Linear) -> Tensor | None:
 
 
 def weights_of(summed: Tensor | None, batch: int, head: int, dtype: torch.dtype) -> Tensor | None:
-    """Those of one head as numbers, `[T_q, T_k]`."""
+    """Return the mask of one head as numbers, `[T_q, T_k]`."""
     if summed is None:
         return None
     summed = summed[batch if len(summed) > 1 else 0]

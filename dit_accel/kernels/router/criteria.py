@@ -1,4 +1,4 @@
-"""`Criteria`: how many blocks of a row are kept or skipped, and which are forced."""
+"""`Criteria`: number of blocks of a row that are kept or skipped, and the blocks that are always kept."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ MASS_BITS = 21
 
 @dataclass(frozen=True)
 class Criteria:
-    """How the blocks of a row are chosen. Every criterion keeps the best n, for an n of its own."""
+    """Rules that choose the blocks of a row. Each criterion keeps the best n blocks and differs only in n."""
 
     best: int = 1
     """Blocks that are kept at least."""

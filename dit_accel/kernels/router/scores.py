@@ -1,4 +1,4 @@
-"""Block scores from pooled tokens: the router of SLA (arXiv 2509.24006, eq. 2) and one that knows spread, in fp32."""
+"""Block scores from pooled tokens in fp32: the router of SLA (arXiv 2509.24006, eq. 2), with or without spread."""
 
 import math
 from typing import Any
@@ -26,22 +26,23 @@ def block_scores(
     q_sizes: Int[Tensor, "b_q n_q"] | None = None,
     k_sizes: Int[Tensor, "b_k n_k"] | None = None,
 ) -> Float[Tensor, "b h_q n_q n_k"]:
-    """Scaled dot products of block means: the logits by which a plan ranks key blocks.
+    """Return scaled dot products of block means: the logits by which a plan ranks key blocks.
 
-    A block whose keys differ holds more attention than its mean tells: exp is convex. With `spread`, each
+    The mean underestimates the attention of a block whose keys differ, because exp is convex. With `spread`, each
     score estimates the mean over queries of `log(mean_j exp(scale * q . k_j))`. With channels taken as
     independent, the logits of a query have variance `s = scale**2 * sum_d q_d**2 var_d(k)`; for normal
-    logits the correction is `s / 2`, until the largest of `n = block_k` draws rules the sum:
-    `sqrt(2 s log n) - log n` from `s = 2 log n` on (Derrida's random-energy model, Phys. Rev. B 24, 2613).
+    logits the correction is `s / 2`. Where the largest of `n = block_k` draws dominates the sum, it is
+    `sqrt(2 s log n) - log n`, from `s = 2 log n` on (Derrida's random-energy model, Phys. Rev. B 24, 2613).
 
     Args:
-        q: `[B, Hq, Lq, D]`. k: `[B, Hkv, Lk, D]`, `Hq` a multiple of `Hkv`.
-        block_q, block_k: tokens per block.
-        scale: default `D ** -0.5`.
-        smooth_k: subtract the mean of all valid keys first. It shifts every row by a constant: no
+        q: queries `[B, Hq, Lq, D]`.
+        k: keys `[B, Hkv, Lk, D]`; `Hq` is a multiple of `Hkv`.
+        block_q, block_k: tokens per query block and per key block.
+        scale: factor of the dot products. Default: `D ** -0.5`.
+        smooth_k: subtract the mean of all valid keys first. This shifts every row by a constant. No
             ranking and no softmax changes, but a `threshold` then counts from the row's mean score.
-        spread: add what the spread of keys inside a block brings.
-        q_sizes, k_sizes: `[B|1, T]` valid tokens per block (ragged tiles, `kv_lengths`).
+        spread: add the correction for keys that differ inside a block.
+        q_sizes, k_sizes: valid tokens per block `[B|1, T]` (ragged tiles, `kv_lengths`). Default: all.
 
     Returns:
         `[B, Hq, T_q, T_k]` in fp32 (fp64 for fp64 inputs). Not differentiable, as in SLA.
@@ -120,7 +121,7 @@ def _products(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _spread_gain(variance: Tensor, n: int) -> Tensor:
-    """What normal logits of this variance add to the logarithm of their mean exponential, for n draws."""
+    """Return what normal logits of this variance add to the logarithm of their mean exponential, for n draws."""
     most = 2 * math.log(n)
     return torch.where(variance <= most, variance / 2, (variance * most).sqrt() - most / 2)
 

@@ -1,4 +1,4 @@
-"""Which blocks of a row are kept, and which are skipped, given their scores: the definition, in torch."""
+"""Selection of the blocks that a row keeps and skips, from their scores: the definition, in torch."""
 
 import math
 

@@ -1,7 +1,7 @@
 """Triton kernel of the selection: one program writes the lists of one row.
 
-The best n blocks of a row are found by bisecting the bits of a score, which order as the scores do: no sort. The
-torch form in select.py is the definition.
+The kernel finds the best n blocks of a row by bisecting the bits of the n-th best score, without a sort. The bits
+order as the scores do. The torch form in select.py is the definition.
 """
 
 import triton

@@ -118,7 +118,7 @@ def _fits(scores: Tensor, rules: Rules) -> bool:
 
 
 def _row_ends(rules: Rules) -> tuple[Tensor, Tensor] | None:
-    """What the kernel cannot derive from numbers."""
+    """Return the row ends that the kernel cannot compute itself; None without `q_order`."""
     if rules.q_order is None:
         return None
     first, last = visibility.row_ends(rules)
