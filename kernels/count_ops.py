@@ -28,7 +28,7 @@ class Args:
     shape: Shape = field(default_factory=Shape)
     output: Path = Path(__file__).parent / "results" / "launches.json"
     host: bool = True
-    """Measure the Python too."""
+    """Also measure the time of the Python code."""
     check: bool = False
     """Exit with 1 if a bound is missed."""
 

@@ -35,7 +35,7 @@ HOST_BOUND_US = 150.0
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of q, k and v, and how they are cut. Default: Wan 2.1 1.3B, a clip of 81 frames at 480 x 832."""
+    """Sizes of q, k and v, and their block sizes. Default: Wan 2.1 1.3B, a clip of 81 frames at 480 x 832."""
 
     batch: int = 1
     heads: int = 12
