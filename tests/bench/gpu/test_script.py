@@ -49,7 +49,14 @@ def test_tests_of_the_kernels_need_pytest_and_hypothesis_beside(tmp_path):
     done = run_with(
         (*BARE, "pytest", "hypothesis"),
         tmp_path / "site",
-        *("-m", "pytest", *options, "tests/gpu/test_kernels.py", "tests/gpu/test_cuda.py"),
+        *(
+            "-m",
+            "pytest",
+            *options,
+            "tests/gpu/test_kernels.py",
+            "tests/gpu/test_plans.py",
+            "tests/gpu/test_cuda.py",
+        ),
         CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode == 0, done.stdout + done.stderr
