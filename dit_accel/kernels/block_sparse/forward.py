@@ -101,7 +101,7 @@ def _walk(
     o_n = tl.arange(0, TK)
     i_next = tl.load(INDEX + first, mask=first < last, other=0)
     size_next = TK
-    if MASKED:
+    if MASKED and K_SIZES is not None:  # a loaded size is carried as the index is
         size_next = block_size(i_next, k_end, K_SIZES, BLOCK_K)
     for t in tl.range(first * SUB, last * SUB):
         i_k, size = i_next, size_next
@@ -110,7 +110,10 @@ def _walk(
         start = i_k * BLOCK_K + o_first
         m_s = None
         if MASKED:
-            size_next = block_size(i_next, k_end, K_SIZES, BLOCK_K)
+            if K_SIZES is not None:
+                size_next = block_size(i_next, k_end, K_SIZES, BLOCK_K)
+            else:
+                size = block_size(i_k, k_end, None, BLOCK_K)
             size = size - o_first
             m_s = o_n[None, :] < size
             if POSITIONAL:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.tiles import Kernel, Target, pad, tile
+from dit_accel.kernels.block_sparse.tiles import Kernel, Target, Variant, pad, tile
 from dit_accel.kernels.block_sparse.unread_kernel import unread_kernel
 from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.linear.spec import Linear
@@ -18,6 +18,8 @@ from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.router import pool_blocks
 from dit_accel.kernels.visibility import row_ends
 
+# Variants of tiles by what is read beside the lists: nothing, columns, block means.
+EXTRA_TILES: tuple[Variant, ...] = ("plain", "extra", "means")
 FEATURES = {"softmax": 0, "elu": 1, "relu": 2}
 # One program of the state kernel sums this many tokens.
 STATE_SPAN = 2048
@@ -120,7 +122,7 @@ class Problem:
             dtype=self.q.dtype,
             block_q=plan.block_q,
             block_k=plan.block_k,
-            variant="heavy" if self.mode >= 2 else "extra" if self.extra_keys else "plain",
+            variant="heavy" if self.mode >= 2 else EXTRA_TILES[self.extra_keys],
         )
         constants = {
             **self.dims,

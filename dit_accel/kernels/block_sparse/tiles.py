@@ -54,8 +54,8 @@ _FAMILIES = {
     "121": "sm89",
 }
 
-# "short": query blocks of at most 64 rows. "heavy": with a linear branch. "extra": with columns or means.
-Variant = Literal["plain", "short", "heavy", "extra"]
+# "short": query blocks of at most 64 rows. "heavy": with a linear branch. "extra": with columns. "means": with block means.
+Variant = Literal["plain", "short", "heavy", "extra", "means"]
 
 # Kernel and variant -> family -> padded head_dim -> Tile.
 # Chosen by what compiles without spills in loops, with loads that overlap, into the shared memory there;
@@ -103,6 +103,11 @@ _TABLE: dict[tuple[Kernel, Variant], dict[str, dict[int, Tile]]] = {
     },
     ("rows", "extra"): {
         "any": {64: Tile(64, 32, 8, 3), 128: Tile(64, 32, 8, 3), 256: Tile(64, 32, 8, 1)},
+        "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 3)},
+        "hip": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
+    },
+    ("rows", "means"): {
+        "any": {64: Tile(64, 32, 8, 3), 128: Tile(64, 32, 8, 3), 256: Tile(64, 32, 8, 1)},
         "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 3)},
         "hip": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
@@ -141,7 +146,7 @@ def tile(
     if target.backend == "interpreter":  # its time goes by the number of tiles
         return Tile(min(128, pad(block_q)), min(128, pad(block_k)), 1, 1)
     single = dtype == torch.float32
-    if variant == "extra" and (kernel, variant) not in _TABLE:
+    if variant in ("extra", "means") and (kernel, variant) not in _TABLE:
         variant = "plain"
     wanted: list[Variant] = [variant, "plain", "heavy"]
     if block_q <= 64 and variant == "plain" and not single:

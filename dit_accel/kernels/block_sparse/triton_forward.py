@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse.forward import forward_kernel, merge_kernel
 from dit_accel.kernels.block_sparse.problem import Problem, Run
-from dit_accel.kernels.block_sparse.tiles import Target, multiplies_from_memory
+from dit_accel.kernels.block_sparse.tiles import Target, multiplies_from_memory, pad
 from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.linear import torch_branch
 from dit_accel.kernels.linear.mix import Mix, mixed
@@ -34,13 +34,15 @@ def fuses(q: Tensor, v: Tensor) -> bool:
 def _mixes(q: Tensor, v: Tensor, mix: Mix, linear: Linear, target: Target) -> bool:
     """True if the forward kernel applies `mix`.
 
-    Where matrix instructions take both operands from registers, a projection at the end of the kernel spills
-    in its loops (unless the totals are projected, as for the scope "all").
+    Where matrix instructions take both operands from registers, or head_dim is padded, a projection at the end of
+    the kernel spills in its loops (unless the totals are projected, as for the scope "all").
     """
     if not fuses(q, v):
         return False
-    in_totals = mix.proj_weight is None or linear.scope == "all"
-    return in_totals or multiplies_from_memory(target) or target.backend == "interpreter"
+    if mix.proj_weight is None or linear.scope == "all" or target.backend == "interpreter":
+        return True
+    whole = pad(q.shape[-1]) == q.shape[-1] and pad(v.shape[-1]) == v.shape[-1]
+    return whole and multiplies_from_memory(target)
 
 
 def forward(
