@@ -1,4 +1,4 @@
-"""What installed packages need, and a machine that has some of them alone."""
+"""Requirements of installed packages, and a machine that has only some of them."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 BARE = ("torch", "triton", "jaxtyping", "numpy")
-"""What a machine with a GPU has in any case."""
+"""Packages that a machine with a GPU has in any case."""
 
 
 def canonical(name):

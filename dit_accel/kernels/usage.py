@@ -40,8 +40,8 @@ class Usage:
 def missed(arch: str, head_dim: int, usage: Usage) -> list[str]:
     """List the bounds that a kernel misses.
 
-    Spills: up to head_dim 128 on sm_80, sm_90 and sm_100 none in a main loop and at most 32 bytes outside
-    (a program pays those once), at most 128 bytes elsewhere. Memory: within the limit. Main loops: the chip's own matrix instruction (up to head_dim 128), no wait for all copies, and no loads that are not
+    Spills: none up to head_dim 128 on sm_80, sm_90 and sm_100, at most 128 bytes elsewhere. Memory: within
+    the limit. Main loops: the chip's own matrix instruction, no wait for all copies, and no loads that are not
     asynchronous. A loop is exempt from the bounds on loads if it has nothing to prefetch: one stage, or no
     loads of tiles from global memory; so is gfx942, whose loads fill registers. A loop is not exempt for being rare:
     loops over partial blocks and extra keys run as often as the plan says.
@@ -54,7 +54,7 @@ def missed(arch: str, head_dim: int, usage: Usage) -> list[str]:
     chip = CHIPS[arch]
     strict = head_dim <= 128 and arch in ("80", "90", "100")
     found = []
-    if usage.spills > (32 if strict else 128):
+    if usage.spills > (0 if strict else 128):
         found.append("spills")
     if usage.shared > chip.shared_kib * 1024:
         found.append("too much shared memory")
@@ -65,7 +65,7 @@ def missed(arch: str, head_dim: int, usage: Usage) -> list[str]:
     for number, loop in enumerate(usage.loops, 1):
         if strict and loop.instructions.get("local"):
             found.append(f"spills in loop {number}")
-        if chip.matrix not in loop.matrix and head_dim <= 128:
+        if chip.matrix not in loop.matrix:
             found.append(f"no {chip.matrix} in loop {number}, but {', '.join(loop.matrix)}")
         if usage.stages == 1 or chip.matrix == "mfma":
             continue

@@ -28,7 +28,7 @@ class Call:
     images: Tensor | None = None
     """Image embeddings that the call is conditioned on, beside the text."""
     mask: Tensor | None = None
-    """Which text tokens count."""
+    """Mask of the text tokens that count."""
     variant: Hashable = None
     """What else tells contexts apart."""
     epoch: Hashable = None

@@ -1,4 +1,4 @@
-"""Each kernel compiles for sm_80 and sm_90 without spills in its loops, which use what the chip has."""
+"""Each kernel compiles for sm_80 and sm_90 without spills, and its loops use what the chip has."""
 
 import functools
 
@@ -45,7 +45,7 @@ def launches(chip: str):
 @pytest.mark.parametrize("name", [*KERNELS, *SMALL])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_kernel_keeps_every_bound(chip, name):
-    """No spills in loops, shared memory within the limit, and main loops whose copies run ahead of their products."""
+    """No spills, shared memory within the limit, and main loops whose copies run ahead of their products."""
     usage = compile_launch(launches(chip)[name], Target("cuda", chip))
     assert missed(chip, 128, usage) == []
     assert bool(usage.loops) == (name in KERNELS)

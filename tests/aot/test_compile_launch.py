@@ -1,4 +1,4 @@
-"""What `compile_launch` reads from a small kernel, compiled for chips that are not here."""
+"""Facts that `compile_launch` reads from a small kernel, compiled for chips that are not here."""
 
 import dataclasses
 

@@ -145,7 +145,7 @@ def test_launches_are_recorded_in_order_without_running():
 
 
 class Chip:
-    """What Triton asks of a driver, for a chip that is not here."""
+    """Stand-in for the driver of a chip that is not here."""
 
     def get_current_device(self):
         return 0

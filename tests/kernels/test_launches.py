@@ -1,4 +1,4 @@
-"""What a sparse call starts on a GPU: how much, and nothing that a CUDA graph cannot hold."""
+"""Launches of a sparse call on a GPU: their number, and that a CUDA graph can hold them."""
 
 import pytest
 import torch

@@ -26,8 +26,7 @@ def loops(**changes):
     ("usage", "found"),
     [
         (GOOD, []),
-        (of(spills=32), []),
-        (of(spills=36), ["spills"]),
+        (of(spills=4), ["spills"]),
         (loops(instructions={**LOOP.instructions, "local": 1}), ["spills in loop 2"]),
         (of(shared=228 * 1024, programs=0), ["too much shared memory"]),
         (of(programs=0), ["too many registers for one program on an SM"]),

@@ -11,7 +11,7 @@ from dit_accel.bench.gpu.journal import SubStep
 from dit_accel.kernels import SparsePlan, block_scores
 
 SCORE_TOLERANCE = 1e-4
-"""Of the largest score: sums of a block in another order."""
+"""Allowed error as a share of the largest score: a block is summed in another order."""
 CLOSE_CALLS = 1e-3
 """Share of blocks that may differ where a sum of weights decides (top_p), whose rounding differs."""
 ROUTERS: dict[str, dict[str, Any]] = {

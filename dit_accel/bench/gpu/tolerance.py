@@ -5,7 +5,7 @@ from torch import Tensor
 
 HUGE = 1e300  # stands for NaN and infinity, which JSON does not know
 EXACT = 1e-5
-"""Of the largest result of a problem: what fp32 kernels may err."""
+"""Allowed error of fp32 kernels as a share of the largest result of a problem."""
 
 
 def errors(
