@@ -13,6 +13,7 @@ from dit_accel.kernels import SparsePlan, block_sparse_attention, sparse_linear_
 from dit_accel.kernels.block_sparse import flex_backend
 from dit_accel.kernels.lists import block_mask
 
+from . import plain_flex
 from .attention_cases import assert_half_close, assert_results_close, problems
 from .plan_cases import masks
 
@@ -29,20 +30,25 @@ def known(draw, longest: int):
 @given(known(200))
 def test_drawn_problems_in_double_precision(problem):
     expected = problem.results(torch.float64, "reference")
-    assert_results_close(problem.results(torch.float64, "flex"), expected, 1e-9)
+    with plain_flex.in_use():
+        results = problem.results(torch.float64, "flex")
+    assert_results_close(results, expected, 1e-9)
 
 
 @settings(max_examples=60)
 @given(known(200))
 def test_drawn_problems_in_single_precision(problem):
     expected = problem.results(torch.float64, "reference")
-    assert_results_close(problem.results(torch.float32, "flex"), expected, 1e-5)
+    with plain_flex.in_use():
+        results = problem.results(torch.float32, "flex")
+    assert_results_close(results, expected, 1e-5)
 
 
 @settings(max_examples=30)
 @given(known(150), st.sampled_from([torch.float16, torch.bfloat16]))
 def test_drawn_problems_in_half_precision(problem, dtype):
-    assert_half_close(problem, dtype, "flex")
+    with plain_flex.in_use():
+        assert_half_close(problem, dtype, "flex")
 
 
 @given(masks(200, batch=2))
@@ -92,12 +98,23 @@ def small_plan(block_q=16, block_k=16, **changes):
 def test_padding_may_hold_nan(combine):
     plan = small_plan(kv_lengths=torch.tensor([90, 33]))
     q, k, v = tensors()
-    clean = sparse_linear_attention(q.requires_grad_(), k, v, plan, combine=combine, backend="flex")
-    k[1, :, 33:], v[1, :, 33:] = math.nan, math.nan
-    o = sparse_linear_attention(q, k, v, plan, combine=combine, backend="flex")
+    options = {"combine": combine, "backend": "flex"}
+    with plain_flex.in_use():
+        clean = sparse_linear_attention(q.requires_grad_(), k, v, plan, **options)
+        k[1, :, 33:], v[1, :, 33:] = math.nan, math.nan
+        o = sparse_linear_attention(q, k, v, plan, **options)
     assert torch.equal(o, clean)
     (grad,) = torch.autograd.grad(o.sum(), q)
     assert grad.isfinite().all()
+
+
+@settings(max_examples=30)
+@given(known(150))
+def test_calls_that_flex_attention_cannot_serve_go_to_the_torch_backend(problem):
+    with mock.patch.object(flex_backend, "_attend", side_effect=AssertionError):
+        for dtype in (torch.float64, torch.float32):  # with gradients, which need lse
+            expected = problem.results(dtype, "torch")
+            assert_results_close(problem.results(dtype, "flex"), expected, 0)
 
 
 @pytest.mark.parametrize("function", [block_sparse_attention, sparse_linear_attention])

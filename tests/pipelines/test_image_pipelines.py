@@ -45,7 +45,9 @@ def load(family, repositories, **kwargs):
 def test_loads_plain_repositories_and_equals_the_parent(family, repositories):
     pipe = load(family, repositories)
     assert isinstance(pipe, getattr(diffusers, CLASSES[family]))
-    assert pipe.summary().config == dit_accel.SLAConfig.load("balanced").to_dict()
+    balanced = dit_accel.SLAConfig.load("balanced").to_dict()
+    assert balanced["block_q"] == "auto"
+    assert pipe.summary().config == balanced | {"block_q": 64}
     plain = run(make(family), family)
     torch.testing.assert_close(run(pipe, family), plain, rtol=0, atol=0)
     assert pipe.summary().sparse_calls == 0  # too short for it to pay

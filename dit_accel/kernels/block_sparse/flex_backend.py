@@ -1,10 +1,8 @@
 """The flex backend: torch's FlexAttention computes the forward pass of the exact branch.
 
-On a GPU FlexAttention is compiled and returns lse. On a CPU it is compiled for outputs alone. Calls on a CPU that
-need lse (gradients, `shared_softmax`, `return_lse`), and fp64 on every device, apply the same mask in plain torch,
-at the cost of dense attention. The torch backend computes the linear branch. FlexAttention has no gradient on a
-CPU, nor through the lse of its FLASH kernel, so the default backend of the device computes gradients from o and
-lse.
+FlexAttention is compiled. On a CPU it returns no lse, and it knows no fp64. The torch backend computes the forward
+pass of calls that need these, and the linear branch. FlexAttention has no gradient on a CPU, nor through the lse of
+its FLASH kernel, so the default backend of the device computes gradients from o and lse.
 """
 
 import functools
@@ -19,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from dit_accel.kernels import flex
+from dit_accel.kernels.block_sparse import torch_backend
 from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.linear import torch_branch
 from dit_accel.kernels.linear.mix import Mix
@@ -30,8 +29,6 @@ from dit_accel.kernels.router import pool_blocks
 
 FLASH_TILES = {9: (128, 128), 10: (256, 128)}
 """Query and key block of flash-attn-4's block-sparse kernels, by major compute capability."""
-
-_ROWS = 128
 
 
 @torch.no_grad()
@@ -48,12 +45,14 @@ def forward(
     mix: Mix | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `o, lse, o_l, norm`, empty where `torch_backend.forward` leaves them empty."""
+    if not serves(q, lse=want_lse or shared_softmax):
+        return torch_backend.forward(
+            q, k, v, plan, scale=scale, shared_softmax=shared_softmax, linear=linear,
+            want_lse=want_lse, mix=mix,
+        )  # fmt: skip
     q, k, v = (x.detach() for x in (q, k, v))  # FlexAttention refuses requires_grad on a CPU
     k, v = (_without_padding(x, plan) for x in (k, v))
-    o, lse = _attend(
-        q, k, v, plan.to_flex(), scale, want_lse=want_lse or shared_softmax,
-        flash=flash_fits(q, v, plan),
-    )  # fmt: skip
+    o, lse = _attend(q, k, v, plan.to_flex(), scale, flash=flash_fits(q, v, plan))
     if shared_softmax:
         o, lse = merge_lse((o, lse), _attend_to_means(q, k, v, plan, scale))
     # The operator promises contiguous outputs; FlexAttention follows the strides of q.
@@ -64,6 +63,11 @@ def forward(
     elif linear is not None:
         o_l, norm = torch_branch.forward(q, k, v, plan, linear)
     return o, lse, o_l, norm
+
+
+def serves(q: Tensor, *, lse: bool) -> bool:
+    """Return whether FlexAttention computes the forward pass of this q, with its lse if `lse`."""
+    return q.dtype != torch.float64 and (q.is_cuda or not lse)
 
 
 def backward(grad_o: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +127,7 @@ def _attend_to_means(
         return score + bias[b if b_bias else 0, j]
 
     mask = flex.every_block(plan.q_len, plan.num_k_blocks, q.device, mask_mod)
-    return _attend(q, means_k, means_v, mask, scale, want_lse=True, score_mod=score_mod)
+    return _attend(q, means_k, means_v, mask, scale, score_mod=score_mod)
 
 
 def _attend(
@@ -133,13 +137,10 @@ def _attend(
     mask: BlockMask,
     scale: float,
     *,
-    want_lse: bool,
     score_mod: Any = None,
     flash: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`o, lse`; lse is empty where it is neither wanted nor for free."""
-    if q.dtype == torch.float64 or (want_lse and not q.is_cuda):
-        return _in_plain_torch(q, k, v, mask, scale, score_mod)
+    """`o, lse`; lse is empty on a CPU."""
     arguments: dict[str, Any] = {
         "score_mod": score_mod,
         "block_mask": mask,
@@ -167,27 +168,6 @@ def triton_options(q: Tensor, v: Tensor, blocks: tuple[int, int]) -> dict[str, i
         if block % 128:  # torch's own tiles divide 128
             options[name] = math.gcd(block, most)
     return options
-
-
-def _in_plain_torch(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, score_mod: Any
-) -> tuple[Tensor, Tensor]:
-    """FlexAttention's formula with its mask and score functions, on all keys and some rows at a time."""
-    dtype = wide(q)
-    group = q.shape[1] // k.shape[1]
-    keys, values = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
-    o, lse = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=dtype)
-    b, h, j = (torch.arange(n, device=q.device) for n in (*q.shape[:2], k.shape[2]))
-    for i in torch.arange(q.shape[2], device=q.device).split(_ROWS):
-        at = b[:, None, None, None], h[:, None, None], i[:, None], j
-        scores = q[:, :, i].to(dtype) @ keys.mT * scale
-        if score_mod is not None:
-            scores = score_mod(scores, *at)
-        scores.masked_fill_(~mask.mask_mod(*at), -math.inf)
-        total = scores.logsumexp(-1)
-        weights = torch.exp(scores - total.masked_fill(total == -math.inf, 0.0)[..., None])
-        o[:, :, i], lse[:, :, i] = (weights @ values).to(o.dtype), total
-    return o, lse
 
 
 @functools.cache
