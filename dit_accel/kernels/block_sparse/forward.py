@@ -148,11 +148,11 @@ def _linear_totals(
 ):  # fmt: skip
     """Numerator and denominator of the linear branch over all keys."""
     # [DP, DVP], [DP]
+    b_z = tl.load(STATE_Z + i_state * HEAD_DIM + o_d, mask=m_d, other=0.0)
+    b_den = tl.sum(b_phi.to(tl.float32) * b_z[None, :], 1) * n_keys
     p_state = STATE + i_state * HEAD_DIM * VALUE_DIM
     b_h = load_rows(p_state, o_d, m_d, VALUE_DIM, o_v, m_v, MASK_V)
-    b_z = tl.load(STATE_Z + i_state * HEAD_DIM + o_d, mask=m_d, other=0.0)
     b_num = tl.dot(b_phi, b_h, input_precision=PRECISION) * n_keys
-    b_den = tl.sum(b_phi.to(tl.float32) * b_z[None, :], 1) * n_keys
     return b_num, b_den
 
 
@@ -234,13 +234,13 @@ def forward_kernel(
         )  # fmt: skip
         if LINEAR == 1:
             b_ol, b_inverse = _linear_output(b_num, b_den + 1e-5, b_floor, m_q)
-            o_out = i_bh * q_len + o_row
-            tl.store(NORM + o_out, b_inverse * n_keys, mask=m_row)
+            p_l = O_L + i_bh * q_len * VALUE_DIM + o_row.to(tl.int64)[:, None] * VALUE_DIM
             tl.store(
-                O_L + o_out[:, None] * VALUE_DIM + o_v[None, :],
+                p_l + o_v[None, :],
                 b_ol.to(O_L.dtype.element_ty),
                 mask=m_row[:, None] & m_v[None, :],
             )
+            tl.store(NORM + i_bh * q_len + o_row, b_inverse * n_keys, mask=m_row)
         else:
             PHI_K += i_state * k_len * HEAD_DIM
             if LINEAR == 3:
@@ -254,6 +254,18 @@ def forward_kernel(
                 b_den = tl.where(heavy, 0.0, b_den)
             # What is left below the rounding of the subtraction is nothing.
             b_floor += b_den * 4e-6
+
+    if MIX == 3:
+        filled = (k_end + BLOCK_K - 1) // BLOCK_K
+        if FILLED is not None:
+            filled = tl.load(FILLED + i_b)
+        left_out = full + part
+        if LINEAR == 1:
+            left_out = 0
+        elif SKIP_NUM is not None:
+            left_out += tl.load(SKIP_NUM + i_row)
+        alpha = tl.load(ALPHA + i_b * alpha_b + i_h * alpha_h + i_block * alpha_q).to(tl.float32)
+        alpha = tl.where(left_out >= filled, 1.0, alpha)  # nothing to sum
 
     b_o, b_m, b_l, b_num, b_den = _walk(
         b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
@@ -311,14 +323,19 @@ def forward_kernel(
                 b_q, b_k, b_v, b_bias, None, b_o, b_m, b_l, scale, False, True, FLIP, PRECISION
             )
 
-    m_out = m_q & (b_l > 0)
+    m_out = b_l > 0
+    if Q_SIZES is not None:
+        m_out = m_out & m_q
     b_l = tl.where(m_out, b_l, 1.0)
     b_o = tl.where(m_out[:, None], b_o / b_l[:, None], 0.0)
     if LINEAR >= 2:
         b_ol, b_inverse = _linear_output(b_num, b_den, b_floor, m_q)
     if MIX == 1 or (MIX == 3 and LINEAR == 1):
-        # Recomputed here: kept through the loops, it would take registers from them.
-        b_phi = phi(load_rows(Q, o_row, m_q, q_l, o_d, m_d, MASK_D).to(tl.float32), m_d, FEATURE)
+        # Computed here, and from other addresses: kept through the loops, both would take registers from them.
+        first_row = i_block * BLOCK_Q
+        Q += first_row.to(tl.int64) * q_l
+        b_q = load_rows(Q, o_row - first_row, m_q, q_l, o_d, m_d, MASK_D)
+        b_phi = phi(b_q.to(tl.float32), m_d, FEATURE)
         b_num, b_den = _linear_totals(
             b_phi.to(b_q.dtype), STATE, STATE_Z, i_state, n_keys, o_d, m_d, o_v, m_v,
             HEAD_DIM, VALUE_DIM, MASK_V, PRECISION,
@@ -331,16 +348,6 @@ def forward_kernel(
         b_w = tl.load(p_w, mask=m_v[:, None] & m_v[None, :], other=0.0)
         b_o = tl.dot(b_ol.to(b_q.dtype), b_w, b_o, input_precision=PRECISION)
     elif MIX == 3:
-        filled = (k_end + BLOCK_K - 1) // BLOCK_K
-        if FILLED is not None:
-            filled = tl.load(FILLED + i_b)
-        left_out = full + part
-        if LINEAR == 1:
-            left_out = 0
-        elif SKIP_NUM is not None:
-            left_out += tl.load(SKIP_NUM + i_row)
-        alpha = tl.load(ALPHA + i_b * alpha_b + i_h * alpha_h + i_block * alpha_q).to(tl.float32)
-        alpha = tl.where(left_out >= filled, 1.0, alpha)  # nothing to sum
         b_o = b_ol + alpha * (b_o - b_ol)
     if PROJ_B is not None:
         b_o += tl.load(PROJ_B + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
@@ -349,9 +356,10 @@ def forward_kernel(
         o_row = i_slot * BLOCK_Q + o_in
         m_row = o_in < BLOCK_Q
         q_len = n_long * BLOCK_Q
+    O += i_bh * q_len * VALUE_DIM  # o_out * VALUE_DIM would take registers from the loops
     o_out = i_bh * q_len + o_row
     tl.store(
-        O + o_out[:, None] * VALUE_DIM + o_v[None, :],
+        O + o_row.to(tl.int64)[:, None] * VALUE_DIM + o_v[None, :],
         b_o.to(O.dtype.element_ty),
         mask=m_row[:, None] & m_v[None, :],
     )

@@ -54,13 +54,14 @@ _FAMILIES = {
     "121": "sm89",
 }
 
-# "short": query blocks of at most 64 rows. "heavy": with a linear branch. "extra": with columns. "means": with block means.
-Variant = Literal["plain", "short", "heavy", "extra", "means"]
+# "heavy": with a linear branch. "extra": with columns. "means": with block means. "short": query blocks of at most
+# 64 rows, which falls to the variant itself where a family has no such row.
+Variant = Literal["plain", "heavy", "extra", "means"]
 
 # Kernel and variant -> family -> padded head_dim -> Tile.
 # Chosen by what compiles without spills in loops, with loads that overlap, into the shared memory there;
 # nothing was timed on a chip yet.
-_TABLE: dict[tuple[Kernel, Variant], dict[str, dict[int, Tile]]] = {
+_TABLE: dict[tuple[Kernel, str], dict[str, dict[int, Tile]]] = {
     ("forward", "plain"): {
         "any": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 3)},
         "sm89": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(32, 32, 4, 3)},
@@ -68,7 +69,7 @@ _TABLE: dict[tuple[Kernel, Variant], dict[str, dict[int, Tile]]] = {
         "sm100": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 3)},
         "hip": {64: Tile(128, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2)},
     },
-    ("forward", "short"): {
+    ("forward", "short plain"): {
         "any": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 3)},
         "sm89": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 3), 256: Tile(32, 32, 4, 3)},
         "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 8, 3)},
@@ -81,6 +82,9 @@ _TABLE: dict[tuple[Kernel, Variant], dict[str, dict[int, Tile]]] = {
         "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(128, 32, 8, 3)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2)},
     },
+    ("forward", "short heavy"): {
+        "sm100": {64: Tile(64, 32, 4, 3), 128: Tile(64, 32, 4, 3)},
+    },
     ("rows", "plain"): {
         "any": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 1)},
         "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 3)},
@@ -88,7 +92,7 @@ _TABLE: dict[tuple[Kernel, Variant], dict[str, dict[int, Tile]]] = {
         "sm100": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 1)},
         "hip": {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
-    ("rows", "short"): {
+    ("rows", "short plain"): {
         "sm90": {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 8, 3)},
         "any": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 1)},
         "sm89": {64: Tile(64, 64, 8, 3), 128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 8, 1)},
@@ -99,6 +103,7 @@ _TABLE: dict[tuple[Kernel, Variant], dict[str, dict[int, Tile]]] = {
         "any": {64: Tile(64, 32, 8, 3), 128: Tile(64, 32, 8, 3), 256: Tile(64, 32, 8, 1)},
         "sm89": {64: Tile(64, 32, 8, 3), 128: Tile(32, 32, 8, 3), 256: Tile(64, 32, 8, 1)},
         "sm90": {64: Tile(64, 32, 4, 3), 128: Tile(64, 32, 8, 3), 256: Tile(64, 32, 8, 3)},
+        "sm100": {64: Tile(64, 32, 8, 3), 128: Tile(64, 32, 4, 3), 256: Tile(64, 32, 8, 1)},
         "hip": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
     },
     ("rows", "extra"): {
@@ -146,14 +151,15 @@ def tile(
     if target.backend == "interpreter":  # its time goes by the number of tiles
         return Tile(min(128, pad(block_q)), min(128, pad(block_k)), 1, 1)
     single = dtype == torch.float32
+    family = "hip" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm100")
     if variant in ("extra", "means") and (kernel, variant) not in _TABLE:
         variant = "plain"
-    wanted: list[Variant] = [variant, "plain", "heavy"]
-    if block_q <= 64 and variant == "plain" and not single:
-        wanted = ["short", *wanted]
-    families = next(_TABLE[kernel, x] for x in wanted if (kernel, x) in _TABLE)
-    family = "hip" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm100")
-    row = families.get(family, families["any"])[max(64, pad(head_dim))]
+    names: list[str] = [variant, "plain", "heavy"]
+    if block_q <= 64 and not single:
+        names = [f"short {variant}", *names]
+    tables = (_TABLE.get((kernel, x), {}) for x in names)
+    rows = next(y for x in tables if (y := x.get(family, x.get("any"))))
+    row = rows[max(64, pad(head_dim))]
     if single:  # twice the shared memory, and tf32x3 needs registers
         row = Tile(max(16, row.q // 4), max(16, row.k // 4), row.warps, 1)
     return Tile(min(row.q, pad(block_q)), min(row.k, pad(block_k)), row.warps, row.stages)
