@@ -49,7 +49,7 @@ import torch
 from dit_accel.bench.gpu import compiling, report
 from dit_accel.bench.gpu.bounds import verdicts
 from dit_accel.bench.gpu.device import Device, DeviceLostError, DryDevice
-from dit_accel.bench.gpu.journal import Journal, ResumeError
+from dit_accel.bench.gpu.journal import Journal, ResumeError, read
 from dit_accel.bench.gpu.recording import without_device
 from dit_accel.bench.gpu.runner import Stopped, run_all, stops_on_signal
 from dit_accel.bench.gpu.steps import COMPILATIONS, sub_steps
@@ -179,6 +179,16 @@ def measure(args: argparse.Namespace) -> int:
 
 def check_dry(args: argparse.Namespace) -> int:
     """Walk every step without a device, then compile what it would launch."""
+    if args.out is not None and (args.out / "gpu_check.json").exists():
+        try:
+            kept = read(args.out / "gpu_check.json").get("dry") is not True
+        except ResumeError:
+            kept = True
+        if kept:
+            say(
+                f"--out={args.out}: its gpu_check.json is no dry run and would be lost; accepted is another folder"
+            )
+            return 2
     target = Target("hip" if args.arch.startswith("gfx") else "cuda", args.arch)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -28,6 +28,16 @@ def test_dry_walks_every_step_and_compiles(tmp_path):
     assert "## Bounds" in text
 
 
+@pytest.mark.parametrize("content", ['{"dry": false, "steps": {}}', "{"], ids=["measured", "broken"])
+def test_a_dry_run_keeps_what_was_measured(content, tmp_path):
+    path = tmp_path / "gpu_check.json"
+    path.write_text(content)
+    done = start("--dry", "--only", "none", "--dry-limit", "1", "--out", str(tmp_path))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "would be lost" in done.stdout
+    assert path.read_text() == content
+
+
 def test_runs_with_torch_triton_jaxtyping_and_numpy_alone(tmp_path):
     options = ("--dry", "--only", "none", "--dry-limit", "1", "--workers", "1")
     done = run_with(BARE, tmp_path / "site", str(SCRIPT), *options)
