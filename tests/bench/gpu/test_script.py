@@ -28,7 +28,9 @@ def test_dry_walks_every_step_and_compiles(tmp_path):
     assert "## Bounds" in text
 
 
-@pytest.mark.parametrize("content", ['{"dry": false, "steps": {}}', "{"], ids=["measured", "broken"])
+@pytest.mark.parametrize(
+    "content", ['{"dry": false, "steps": {}}', "{"], ids=["measured", "broken"]
+)
 def test_a_dry_run_keeps_what_was_measured(content, tmp_path):
     path = tmp_path / "gpu_check.json"
     path.write_text(content)
