@@ -137,7 +137,7 @@ measured**: the last column is a model's prediction (`dit_accel/kernels/predicte
   latencies of the chip are not known. -: no number, because the kernel has no loop or does not fit.
 
 head_dim 256 runs its linear branch outside the kernels. The table shows head_dim 64 and 128; other head_dims appear
-where they miss a bound. Everything by loop: `{json}`.
+where they miss a bound. Compiled for this table: head_dim {head_dims}. Everything by loop: `{json}`.
 """
 BOUNDS = """Bounds: no spills up to head_dim 128 on sm_80, sm_90 and sm_100, at most 128 B elsewhere; shared memory within the
 limit; in main loops the chip's own matrix instruction and, with more than one stage, no `async_wait` 0 and no
@@ -152,7 +152,12 @@ COLUMNS = (
 
 def markdown(results: dict[Job, Usage], args: Args) -> Iterable[str]:
     limits = ", ".join(f"{label(name)} {CHIPS[name].shared_kib}" for name in args.targets)
-    yield HEAD.format(triton=triton.__version__, limits=limits, json=args.json or "--json")
+    yield HEAD.format(
+        triton=triton.__version__,
+        limits=limits,
+        head_dims=", ".join(map(str, args.head_dims)),
+        json=args.json or "--json",
+    )
     misses: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for job, usage in results.items():
         for what in misses_of(job, usage):
