@@ -116,8 +116,9 @@ def nearest_bucket(
 ) -> Bucket | None:
     """Return the bucket that fits a clip best; None: the clip has fewer frames than each of them.
 
-    Of the buckets that the clip has enough frames for: those of the nearest aspect ratio; of these the
-    largest that needs no enlarging, or else the smallest; of these the one with the most frames.
+    Of the buckets that the clip has enough frames for (those of one frame only if there is no other): those of
+    the nearest aspect ratio; of these the largest that needs no enlarging, or else the smallest; of these the
+    one with the most frames.
 
     Args:
         frames, height, width: size of the clip.
@@ -128,6 +129,8 @@ def nearest_bucket(
     long_enough = [x for x in buckets if x.frames <= frames]
     if not long_enough:
         return None
+    # A clip is not made a still because a bucket of stills has its shape.
+    long_enough = [x for x in long_enough if x.frames > 1] or long_enough
     # diffusers compares areas, which serves for buckets of one area: here all have the area 1.
     shapes = [(math.sqrt(x.height / x.width), math.sqrt(x.width / x.height)) for x in long_enough]
     nearest = long_enough[find_nearest_bucket(height, width, shapes)]

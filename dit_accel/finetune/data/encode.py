@@ -1,7 +1,7 @@
 """Encoding of clips and captions by the VAE and text encoders of a model."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from dit_accel.finetune.data.buckets import SizeRules, to_pixels
 from dit_accel.finetune.data.samples import Sample
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What data asks of `dit_accel.finetune.families.Trainable`."""
 

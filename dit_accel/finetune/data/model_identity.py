@@ -32,7 +32,7 @@ def model_identity(pipe: Any, *, transformer: bool = False) -> dict[str, Any]:
     return {
         "model": model,
         "revision": revision,
-        "parts": {k: _part(x) for k, x in parts.items() if isinstance(x, nn.Module)},
+        "parts": {k: _part(k, x) for k, x in parts.items() if isinstance(x, nn.Module)},
     }
 
 
@@ -64,9 +64,7 @@ def model_label(identity: Mapping[str, Any]) -> str:
     return f"{identity.get('model') or 'unnamed model'}{f' at {revision[:12]}' if revision else ''}"
 
 
-def _part(module: nn.Module) -> dict[str, Any]:
-    name = type(module).__name__
-    is_vae = name.startswith("Autoencoder")
+def _part(name: str, module: nn.Module) -> dict[str, Any]:
     weights = [
         (key, x)
         for key, x in sorted(module.named_parameters())
@@ -76,9 +74,9 @@ def _part(module: nn.Module) -> dict[str, Any]:
     bits = min((torch.finfo(x.dtype).bits for _, x in chosen), default=0)
     values = [_value(module, key, i) for i, (key, _) in enumerate(chosen)]
     return {
-        "class": name,
+        "class": type(module).__name__,
         # Latents are normalised with numbers of the configuration.
-        "config": _config_sha256(getattr(module, "config", {})) if is_vae else None,
+        "config": _config_sha256(module.config) if name == "vae" else None,
         "bits": bits,
         "values": values,
     }

@@ -59,7 +59,7 @@ def picture_frames(path: Path, *, fps: float | int | None) -> Iterator[Frame]:
     except ValueError as error:
         raise BrokenFileError(str(error)) from None
     picture.getexif()[_ORIENTATION] = orientation
-    yield np.asarray(ImageOps.exif_transpose(picture))
+    yield np.array(ImageOps.exif_transpose(picture))
 
 
 def _animation(path: Path) -> Iterator[tuple[Timed, Frame]]:

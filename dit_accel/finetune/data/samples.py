@@ -1,7 +1,7 @@
 """`Samples`: what training reads, whatever it comes from; and batches of them."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,8 +12,12 @@ Sample = tuple[Tensor, dict[str, Tensor]]
 """Latents `[C, (F,) H, W]` in fp32, and conditions without batch dimension."""
 
 
+@runtime_checkable
 class Samples(Protocol):
-    """Training samples by index."""
+    """Training samples by index.
+
+    Where there is a method `prefetch(indices)`, `load_batch` calls it first, so that files are read at once.
+    """
 
     buckets: Sequence[str]
     """Bucket of each sample, such as "33x64x64" (frames x height x width in pixels). Samples of one bucket have
@@ -27,10 +31,6 @@ class Samples(Protocol):
             ValueError: it cannot be read; the message names its file.
         """
         ...
-
-    def prefetch(self, indices: Sequence[int]) -> None:
-        """Begin to read samples that `sample` will be asked for soon. Default: do nothing."""
-        return
 
 
 def load_batch(samples: Samples, indices: Sequence[int]) -> Batch:
@@ -48,7 +48,8 @@ def load_batch(samples: Samples, indices: Sequence[int]) -> Batch:
         raise ValueError(
             f"indices={list(indices)}: of the buckets {sorted(names)}; accepted is one bucket"
         )
-    samples.prefetch(indices)
+    if hasattr(samples, "prefetch"):
+        samples.prefetch(indices)
     rows = [samples.sample(i) for i in indices]
     ids = tuple(samples.ids[i] for i in indices)
     latents = _stacked("latents", [x for x, _ in rows], ids)

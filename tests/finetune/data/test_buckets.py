@@ -58,7 +58,7 @@ def test_the_largest_bucket_of_a_file():
 
 
 LANDSCAPE, PORTRAIT, SQUARE = Bucket(33, 480, 832), Bucket(33, 832, 480), Bucket(33, 640, 640)
-LARGE, LONG = Bucket(33, 720, 1280), Bucket(81, 480, 832)
+LARGE, LONG, STILL = Bucket(33, 720, 1280), Bucket(81, 480, 832), Bucket(1, 640, 640)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,8 @@ LARGE, LONG = Bucket(33, 720, 1280), Bucket(81, 480, 832)
         ((90, 832, 480), [LONG, PORTRAIT], PORTRAIT),
         ((80, 832, 480), [LONG, LANDSCAPE], LANDSCAPE),
         ((32, 480, 832), [LANDSCAPE, LONG], None),
+        ((33, 640, 640), [LANDSCAPE, STILL], LANDSCAPE),
+        ((1, 480, 832), [LANDSCAPE, STILL], STILL),
     ],
     ids=str,
 )

@@ -58,7 +58,9 @@ def test_damaged_pictures_are_refused_by_name(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(BrokenFileError, match=r"still.png: not a readable picture \(image file is truncated"):
+    with pytest.raises(
+        BrokenFileError, match=r"still.png: not a readable picture \(image file is truncated"
+    ):
         probe_picture(path, fps=None)
     path.write_text("hello")
     with pytest.raises(BrokenFileError, match=r"still.png: not a readable picture"):
