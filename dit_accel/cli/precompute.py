@@ -101,12 +101,14 @@ class Precompute:
             argument="data_dir",
         )
         check_output(self.output_dir, "output_dir")
+        settings = data_settings(planned, sizes)
+        kept_contents(self.output_dir, settings=settings, overwrite=self.overwrite)
         sources, broken = find_sources(
             items, sizes, workers=self.workers, skip_broken=self.skip_broken, progress=True
         )
         kept_contents(
             self.output_dir,
-            settings=data_settings(planned, sizes),
+            settings=settings,
             sources={x.item.id: source_record(x) for x in sources},
             overwrite=self.overwrite,
         )

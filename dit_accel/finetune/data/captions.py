@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from dit_accel.config.base import is_number, suggest
@@ -36,8 +36,13 @@ class Item:
 
     @property
     def is_picture(self) -> bool:
-        """Whether the suffix is that of a picture; it may be an animated one."""
-        return self.path.suffix.lower() in (*IMAGE_SUFFIXES, ".gif")
+        """Whether Pillow reads the file."""
+        return is_picture(self.path)
+
+
+def is_picture(path: PurePath) -> bool:
+    """Return whether the suffix is that of a picture; it may be an animated one."""
+    return path.suffix.lower() in (*IMAGE_SUFFIXES, ".gif")
 
 
 def read_captions(
@@ -191,6 +196,8 @@ def _item(root: Path, row: dict[str, Any], caption_column: str, video_column: st
         )
     start, end = (_seconds(row, column) for column in RANGE)
     begin = 0.0 if start is None else start
+    if (start is not None or end is not None) and is_picture(file):
+        raise ValueError(f"{' and '.join(RANGE)} of {name!r}: accepted for videos")
     if end is not None and end <= begin:
         raise ValueError(f"end_seconds={end:g}: accepted is more than start_seconds={begin:g}")
     part = "" if start is end is None else f"@{begin:g}-{'' if end is None else f'{end:g}'}"

@@ -64,7 +64,7 @@ def model_label(identity: Mapping[str, Any]) -> str:
     return f"{identity.get('model') or 'unnamed model'}{f' at {revision[:12]}' if revision else ''}"
 
 
-def _part(name: str, module: nn.Module) -> dict[str, Any]:
+def _part(name: str, module: Any) -> dict[str, Any]:
     weights = [
         (key, x)
         for key, x in sorted(module.named_parameters())

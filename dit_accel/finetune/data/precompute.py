@@ -92,9 +92,7 @@ def precompute(
                 for source, clip in batch:
                     if isinstance(clip, BrokenFileError):
                         if not skip_broken:
-                            raise BrokenFileError(
-                                f"{clip}; leave such files out with --skip_broken"
-                            )
+                            raise BrokenFileError(f"{clip}; --skip_broken leaves such files out")
                         left_out[source.item.id] = str(clip)
                     else:
                         clips.append(clip)

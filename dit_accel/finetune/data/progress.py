@@ -26,7 +26,7 @@ def kept_contents(
     folder: Path,
     *,
     settings: Mapping[str, Any],
-    sources: Sources,
+    sources: Sources | None = None,
     model: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     argument: str = "output_dir",
@@ -38,7 +38,7 @@ def kept_contents(
     Args:
         folder: new, empty, or a precomputed folder, finished or not.
         settings: what decides how samples are made.
-        sources: what each sample is made from.
+        sources: what each sample is made from. Default: not compared.
         model: identity of the model. Default: not compared.
         overwrite: return None where the folder holds samples of something else.
         argument: name of the option that gave `folder`, for messages.
@@ -78,7 +78,7 @@ def kept_contents(
 def _differences(
     contents: Contents,
     settings: Mapping[str, Any],
-    sources: Sources,
+    sources: Sources | None,
     model: Mapping[str, Any] | None,
 ) -> list[str]:
     found = []
@@ -86,6 +86,8 @@ def _differences(
         found.append(f"settings: {', '.join(different)}")
     if model is not None and (different := model_differences(contents.model, model)):
         found.append(f"models ({model_label(contents.model)}): {', '.join(different)}")
+    if sources is None:
+        return found
     if gone := [x for x in contents.samples if x not in sources]:
         found.append(f"data: {some(gone)} not among the samples now")
     changed = [

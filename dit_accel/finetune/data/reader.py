@@ -13,23 +13,7 @@ if TYPE_CHECKING:
     import av
     from av.packet import Packet
 
-_FORMATS = (
-    *(
-        "mov",
-        "matroska",
-        "avi",
-        "mpeg",
-        "mpegts",
-        "mpegvideo",
-        "m4v",
-        "asf",
-        "flv",
-        "ogg",
-        "mxf",
-        "nut",
-    ),
-    *("gif", "h264", "hevc", "av1", "obu", "ivf", "yuv4mpegpipe"),
-)
+_FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,asf,flv,ogg,mxf,nut,gif,h264,hevc,av1,obu,ivf,yuv4mpegpipe"
 """Containers that are opened. Playlists are not: they make ffmpeg read other files and the network."""
 _WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v", "mpegvideo", "obu", "yuv4mpegpipe")
 """Containers that store no times; ffmpeg guesses those of AVI, wrongly where frames are reordered."""
@@ -216,7 +200,7 @@ def _stream(path: Path) -> Iterator[Any]:
         # "file:" because ffmpeg takes a name such as "a:b.mp4" for a protocol.
         container = av.open(
             f"file:{path}",
-            options={"format_whitelist": ",".join(_FORMATS)},
+            options={"format_whitelist": _FORMATS},
             metadata_errors="ignore",
         )
     except (av.FFmpegError, OSError) as error:

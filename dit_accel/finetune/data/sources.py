@@ -25,7 +25,7 @@ class SizeChoice:
 
     rules: SizeRules
     buckets: tuple[Bucket, ...] = ()
-    """Buckets to choose from; the nearest one is taken. Empty: see below."""
+    """Buckets to choose from; each file gets the nearest one. Empty: height, width and num_frames decide."""
     height: int | None = None
     """Pixels of every sample. None: those of the file, rounded down to what the model accepts."""
     width: int | None = None
@@ -40,10 +40,9 @@ class SizeChoice:
             return nearest_bucket(frames, height, width, self.buckets)
         if self.num_frames is not None and frames < self.num_frames:
             return None
-        found = self.rules.largest(
+        return self.rules.largest(
             self.num_frames or frames, self.height or height, self.width or width
         )
-        return found
 
     def settings(self) -> dict[str, Any]:
         """Return what decides which pixels a sample has, as plain values."""
@@ -126,13 +125,15 @@ def find_sources(
     """
     from tqdm import tqdm
 
+    # Not shown for a moment's work.
+    bar: dict[str, Any] = {"disable": not progress, "unit": "file", "delay": 1.0, "leave": False}
     sources: list[Source] = []
     broken: dict[str, str] = {}
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(functools.partial(_source_or_error, sizes), items)
         for item, result in zip(
             items,
-            tqdm(found, "checking files", len(items), disable=not progress, unit="file"),
+            tqdm(found, "checking files", len(items), **bar),
             strict=True,
         ):
             if isinstance(result, Source):
@@ -141,8 +142,8 @@ def find_sources(
                 broken[item.id] = str(result)
     if broken and not skip_broken:
         raise ValueError(
-            f"{len(broken)} of {len(items)} files cannot be used: {some(broken.values(), 3)}; repair or remove them, or "
-            "leave them out with --skip_broken"
+            f"{len(broken)} of {len(items)} files cannot be used: {some(broken.values(), 3)}; repair or remove them; "
+            "dit-accel precompute leaves them out with --skip_broken"
         )
     if not sources:
         raise ValueError(f"none of {len(items)} files can be used: {some(broken.values(), 3)}")

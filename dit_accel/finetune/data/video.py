@@ -48,10 +48,14 @@ def probe_video(
     if first is None:
         part = f" from {start:g} s on" if start else ""
         raise BrokenFileError(f"{path}: no frame{part} can be decoded")
-    until = None if most is None or fps is None else (most + 1) / fps
+    length = _length(start, end)
+    # Counting ends at the end of the part, or once there are enough frames.
+    limits = [] if length is None else [length]
+    if most is not None and fps is not None:
+        limits.append((most + 1) / fps)
     with opened(path, start) as reader:
-        times = [(x, None) for x in reader.packet_times(until)]
-    found = resample(times, fps, _length(start, end))
+        times = [(x, None) for x in reader.packet_times(min(limits, default=None))]
+    found = resample(times, fps, length)
     return first.shape[0], first.shape[1], sum(1 for _ in itertools.islice(found, most))
 
 
@@ -77,14 +81,20 @@ def video_frames(
                     )
                 # Some files change their size on the way.
                 size = size or (frame.height, max(1, round(frame.width * reader.pixel_aspect)))
-                shown, picture = frame, _upright(path, frame, _rgb(frame, *size))
+                shown, picture = frame, _upright(path, frame, _rgb(path, frame, *size))
             yield picture
 
 
-def _rgb(frame: "av.VideoFrame", height: int, width: int) -> Frame:
-    # One thread: several files are decoded at once.
-    converted = frame.reformat(width=width, height=height, format="rgb24", threads=1)
-    return converted.to_ndarray()
+def _rgb(path: Path, frame: "av.VideoFrame", height: int, width: int) -> Frame:
+    import av
+
+    try:
+        # One thread: several files are decoded at once.
+        return frame.reformat(width=width, height=height, format="rgb24", threads=1).to_ndarray()
+    except av.FFmpegError as error:
+        raise BrokenFileError(
+            f"{path}: its pixels ({frame.format.name}) cannot be converted to RGB ({error.strerror})"
+        ) from None
 
 
 def _upright(path: Path, frame: "av.VideoFrame", picture: Frame) -> UInt8[np.ndarray, "h2 w2 3"]:

@@ -207,6 +207,11 @@ BAD = {
         r"start_seconds=-1: accepted",
     ),
     "clock": (["a.mp4"], {"m.jsonl": lines({**A, "end_seconds": "00:12"})}, r"end_seconds='00:12'"),
+    "part of a picture": (
+        ["a.png"],
+        {"m.jsonl": lines({"file_name": "a.png", "text": "x", "end_seconds": 1})},
+        r"line 1: start_seconds and end_seconds of 'a.png': accepted for videos",
+    ),
     "backwards": (
         ["a.mp4"],
         {"m.jsonl": lines({**A, "start_seconds": 2, "end_seconds": 1})},
