@@ -57,7 +57,9 @@ class Precompute:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "auto"
-    """Dtype of VAE and text encoders; auto is bf16 on a GPU and fp32 on a CPU."""
+    """Dtype of the text encoders; auto is bf16 on a GPU and fp32 on a CPU."""
+    vae_dtype: Dtype = "fp32"
+    """Dtype of the VAE. Latents are made once, so the default is the most exact one."""
     format: Format = "human"
     """How the result is printed on stdout."""
 
@@ -70,12 +72,15 @@ class Precompute:
         from dit_accel.finetune.data.sources import find_sources, size_choice
         from dit_accel.finetune.families import family_name, trainable_class
         from dit_accel.sampling.devices import pick_device, pick_dtype
-        from dit_accel.sampling.load import load_pipeline
         from dit_accel.sampling.outline import read_outline
         from dit_accel.sampling.settings import Sampling
 
         self._check()
-        pick_dtype(self.dtype, pick_device(self.device))
+        device = pick_device(self.device)
+        dtypes = {
+            "vae": pick_dtype(self.vae_dtype, device),
+            "default": pick_dtype(self.dtype, device),
+        }
         source = model_source(self.model)
         hub: dict[str, Any] = {} if self.revision is None else {"revision": self.revision}
         outline = read_outline(source, **hub)
@@ -113,9 +118,9 @@ class Precompute:
             overwrite=self.overwrite,
         )
         # Encoding needs no transformer, which is most of the memory.
-        pipe = load_pipeline(
-            source, sla=None, device=self.device, dtype=self.dtype, transformer=None, **hub
-        )
+        pipe = outline.pipeline.from_pretrained(
+            source, sla=None, ras=None, dtype=dtypes, transformer=None, **hub
+        ).to(device)
         result = precompute(
             family(pipe, transformer=outline.transformer, max_sequence_length=tokens),
             sources,

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ class PrecomputedSamples(Samples):
         self.contents = contents
         self.ids: Sequence[str] = list(contents.samples)
         self.buckets: Sequence[str] = [x["bucket"] for x in contents.samples.values()]
+        # The next batch may be read while the current one trains.
+        self._lock = threading.Lock()
         self._intact: set[str] = set()
         self._opened: OrderedDict[str, Any] = OrderedDict()
 
@@ -49,7 +52,8 @@ class PrecomputedSamples(Samples):
         """
         id_ = self.ids[index]
         record = self.contents.samples[id_]
-        shard = self._shard(record["shard"])
+        with self._lock:
+            shard = self._shard(record["shard"])
         tensors = {name: shard.get_tensor(key_of(name, id_)) for name in record["shapes"]}
         return tensors.pop("latents"), tensors
 
