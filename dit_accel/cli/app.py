@@ -26,6 +26,7 @@ from dit_accel.cli.convert import Convert
 from dit_accel.cli.env import Env
 from dit_accel.cli.generate import Generate
 from dit_accel.cli.merge import Merge
+from dit_accel.cli.precompute import Precompute
 from dit_accel.cli.printing import print_line
 
 
@@ -62,6 +63,7 @@ Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Eval, subcommand("eval")]
+    | Annotated[Precompute, subcommand("precompute")]
     | Annotated[Merge, subcommand("merge")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Env, subcommand("env")]

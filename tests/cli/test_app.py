@@ -20,6 +20,7 @@ COMMANDS = (
     ["eval", "score"],
     ["eval", "report"],
     ["eval", "run"],
+    ["precompute"],
     ["merge"],
     ["convert"],
     ["env"],
