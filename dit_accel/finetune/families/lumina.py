@@ -47,6 +47,9 @@ class LuminaTrainable(Trainable):
             "encoder_mask": pad(mask, (0, missing)),
         }
 
+    def _normalise(self, latents: Tensor) -> Tensor:
+        return latents * self.pipe.vae.config.scaling_factor  # the pipeline knows no shift
+
     def _velocity(
         self, model: Any, noisy_latents: Tensor, sigmas: Tensor, conditions: Conditions
     ) -> Tensor:

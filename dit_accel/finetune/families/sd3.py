@@ -8,7 +8,7 @@ import torch
 from dit_accel.finetune.families.base import Conditions, Trainable
 
 CLIP_TOKENS = 77
-"""Text tokens of the CLIP encoders, before those of T5."""
+"""Text tokens of the CLIP encoders, before those of T5, where the pipeline does not tell."""
 
 
 class StableDiffusion3Trainable(Trainable):
@@ -37,7 +37,8 @@ class StableDiffusion3Trainable(Trainable):
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
 
     def example_conditions(self, batch_size: int, device: str = "meta") -> Conditions:
-        config, tokens = self.transformer.config, CLIP_TOKENS + self.text_tokens
+        config = self.transformer.config
+        tokens = getattr(self.pipe, "tokenizer_max_length", CLIP_TOKENS) + self.text_tokens
         return {
             "encoder_hidden_states": torch.empty(
                 batch_size, tokens, config.joint_attention_dim, device=device
