@@ -20,7 +20,7 @@ class Activations:
     all: int
     """Without gradient checkpointing."""
     checkpointed: int
-    """With gradient checkpointing: inputs of blocks, and everything of the largest block."""
+    """With gradient checkpointing: inputs of blocks, and everything of the largest call of a block."""
 
 
 class _Attention(torch.autograd.Function):
@@ -62,19 +62,26 @@ class _Shapes(TorchFunctionMode):
 
 
 class _Saved:
-    """Storages that autograd saves, by the block that saves them."""
+    """Storages that autograd saves, by the call of a block that saves them."""
 
     def __init__(self, model: nn.Module) -> None:
         parameters = (*model.parameters(), *model.buffers())
         self._known = {id(x.untyped_storage()): x.untyped_storage() for x in parameters}
-        self.bytes: dict[Any, int] = {}
+        self.outside = 0
+        """Bytes that are saved outside of blocks."""
+        self.calls: list[int] = []
+        """Bytes that each call of a block saves. A family may call its blocks once for each sample."""
         self.inputs = 0
-        """Bytes of the inputs of checkpointed blocks, each storage once."""
-        self._block: Any = None
+        """Bytes of the inputs of blocks, each storage once."""
+        self._inside = False
         self._input_known = dict(self._known)
 
     def pack(self, x: Tensor) -> Tensor:
-        self.bytes[self._block] = self.bytes.get(self._block, 0) + self._new(x, self._known)
+        new = self._new(x, self._known)
+        if self._inside:
+            self.calls[-1] += new
+        else:
+            self.outside += new
         return x
 
     def _new(self, x: Tensor, known: dict[int, Any]) -> int:
@@ -85,13 +92,14 @@ class _Saved:
         return storage.nbytes()
 
     def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._block = block
+        self._inside = True
+        self.calls.append(0)
         for x in (*args, *kwargs.values()):
             if isinstance(x, Tensor):
                 self.inputs += self._new(x, self._input_known)
 
     def leave(self, block: nn.Module, args: tuple, output: Any) -> None:
-        self._block = None
+        self._inside = False
 
 
 def measure_activations(
@@ -119,10 +127,9 @@ def measure_activations(
     with _blocks(model, trainable.checkpointed, saved), hooks, shapes:
         velocity = trainable.velocity(model, noisy, sigmas, conditions)
         (velocity - torch.zeros_like(velocity)).square().mean()
-    outside = saved.bytes.pop(None, 0)
     return Activations(
-        outside + sum(saved.bytes.values()),
-        outside + saved.inputs + max(saved.bytes.values(), default=0),
+        saved.outside + sum(saved.calls),
+        saved.outside + saved.inputs + max(saved.calls, default=0),
     )
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dit_accel.config import SLAConfig
-from dit_accel.config.base import as_lists, suggest
-from dit_accel.finetune.checks import SECRETS, check_fields, parse_buckets
+from dit_accel.config.base import as_lists, is_int, suggest
+from dit_accel.finetune.checks import NUMBERS, SECRETS, check_fields, parse_buckets
 from dit_accel.finetune.contradictions import check_combinations
 
 SLA_DEFAULTS: dict[str, Any] = {"topk": 0.1, "combine": "alpha", "crossover": "never"}
@@ -299,4 +299,11 @@ class FinetuneConfig:
                     f"unknown key {key!r}{suggest(str(key), names)}; accepted are the options of "
                     "`dit-accel finetune`"
                 )
-        return cls(**values)
+        return cls(**{key: _typed(key, x) for key, x in values.items()})
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Return a value of JSON or YAML, which have lists for tuples and 60 for 60.0, in the type of its field."""
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if is_int(value) and name in (*NUMBERS, "fps") else value

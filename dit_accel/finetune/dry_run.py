@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
+from accelerate import init_empty_weights
 
 from dit_accel.finetune.config import FinetuneConfig
 from dit_accel.finetune.families import trainable_class
@@ -178,7 +178,7 @@ def empty_trainable(
     from dit_accel.sampling.devices import DTYPES
 
     cls = outline.transformer_class
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=True):
         model = cls.from_config(cls.load_config(str(source), subfolder="transformer", **hub))
     cast_weights(model, DTYPES[config.weights_dtype])
     # Any class reads the settings of any scheduler.
@@ -207,7 +207,7 @@ def encoder_bytes(source: Any, hub: dict[str, Any], config: FinetuneConfig) -> i
         library, class_name = index.get(name) or (None, None)
         if class_name is None:
             continue
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=True):
             if library == "transformers":
                 cls = getattr(transformers, class_name)
                 settings = cls.config_class.from_pretrained(str(source), subfolder=name, **hub)

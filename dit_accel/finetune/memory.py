@@ -11,6 +11,7 @@ from dit_accel.finetune.config import FinetuneConfig
 from dit_accel.finetune.families.base import Trainable
 from dit_accel.finetune.parameters import Trained
 from dit_accel.finetune.teacher import cast_weights
+from dit_accel.runtime.install import method_of
 from dit_accel.sampling.devices import DTYPES
 
 STATE_BYTES = {"adamw": 8, "prodigy": 16}
@@ -66,6 +67,7 @@ def estimate_memory(
         processes: devices that share the weights with `config.fsdp`.
     """
     model = trainable.transformer
+    sparse = method_of(model, "sla")
     train_values = sum(x.numel() for x in trained.named.values())
     values = sum(x.numel() for x in model.parameters())
     shares = processes if config.fsdp else 1
@@ -78,7 +80,9 @@ def estimate_memory(
         weights += HALF * (_largest_block(trainable) if config.fsdp else values)
     teacher = 0
     if whole and config.loss != "diffusion":
-        teacher = values * (HALF if mixed else 4)
+        own = {id(x) for layer in sparse.layers.values() for x in layer.module.parameters()}
+        copied = sum(x.numel() for x in model.parameters() if id(x) not in own)
+        teacher = copied * (HALF if mixed else 4)
     return MemoryEstimate(
         weights=weights,
         gradients=4 * train_values // shares,

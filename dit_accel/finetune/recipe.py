@@ -27,9 +27,11 @@ TEACHER_OPTIONS = ("num_teacher_samples", "teacher_num_inference_steps", "teache
 
 
 def recipe_folder() -> Path:
-    """Return the folder of the named recipes: finetune/ of a checkout, else among the assets of a wheel."""
-    checkout = Path(__file__).resolve().parents[2] / "finetune"
-    return checkout if any(checkout.glob("*.yaml")) else asset("recipes")
+    """Return the folder of the named recipes: among the assets of a wheel, else finetune/ of a checkout."""
+    try:
+        return asset("recipes")
+    except FileNotFoundError:
+        return Path(__file__).resolve().parents[2] / "finetune"
 
 
 def recipe_names() -> list[str]:

@@ -1,5 +1,7 @@
 """Velocities agree with what each pipeline's own loop does with its scheduler and transformer."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -46,7 +48,7 @@ def test_euler_steps_with_our_velocity_are_those_of_the_pipeline(family, guidanc
     prepared = trainable_of(pipe, max_sequence_length=TEXT_TOKENS)
     sigmas = pipe.scheduler.sigmas
     given, negative = conditions(family, (0, 4)), conditions(family, (NEGATIVE, NEGATIVE))
-    for i, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
+    for i, (before, after) in enumerate(itertools.pairwise(seen)):
         level = sigmas[i].expand(2)
         with torch.no_grad():
             velocity = prepared.velocity(pipe.transformer, before, level, given)
