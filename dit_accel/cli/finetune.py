@@ -59,7 +59,7 @@ class Finetune:
         recipe = read_recipe(self.config)
         before = FinetuneConfig.from_dict(recipe)
         given = changed(vars(before), vars(self.options))
-        if sla := changed(before.sla, vars(self.sla)):
+        if sla := changed(vars(SparseAttentionOptions(**before.sla)), vars(self.sla)):
             given["sla"] = sla
         return FinetuneConfig.from_dict(override(recipe, given))
 

@@ -9,7 +9,7 @@ from dit_accel.config.base import as_lists, is_int, suggest
 from dit_accel.finetune.checks import NUMBERS, SECRETS, check_fields, parse_buckets
 from dit_accel.finetune.contradictions import check_combinations
 
-SLA_DEFAULTS: dict[str, Any] = {"topk": 0.1, "combine": "alpha", "crossover": "never"}
+SLA_DEFAULTS: dict[str, Any] = {"topk": 0.1, "crossover": "never"}
 """Defaults of `sla` that differ from `SLAConfig`, whose own are for models that were not fine-tuned."""
 
 
@@ -36,7 +36,7 @@ class FinetuneConfig:
     output_dir: str = "sla-finetuned"
     """Folder for checkpoints, logs and the result."""
     sla: dict[str, Any] = field(default_factory=dict)
-    """Fields of `SLAConfig`. Defaults as there, except topk=0.1, combine="alpha" and crossover="never"."""
+    """Fields of `SLAConfig`. Defaults as there, except topk=0.1 and crossover="never"."""
     router: Literal["fixed", "learned"] = "fixed"
     """"fixed": key blocks are ranked as `sla.router` says. "learned": each layer trains a scorer."""
 
@@ -73,8 +73,8 @@ class FinetuneConfig:
     """Text tokens; sampling has to use the same number. Default: that of the pipeline."""
 
     # Objective --------------------------------------------------------------------------------------
-    stages: tuple[Literal["regression", "distillation"], ...] = ("regression", "distillation")
-    """"regression": fits the weights of sparse attention layer by layer to the dense attention outputs.
+    stages: tuple[Literal["regression", "distillation"], ...] = ("distillation",)
+    """"regression": fits the weights of sparse attention, where it has some, to the dense attention outputs of each layer.
     "distillation": trains the whole model on `loss`."""
     regression_steps: int = 200
     """Optimiser steps of the regression stage."""
@@ -221,31 +221,33 @@ class FinetuneConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_fields(self)
-        object.__setattr__(self, "sla", self._read_sla().to_dict())
+        object.__setattr__(self, "sla", self._read_sla())
         check_combinations(self)
 
-    def _read_sla(self) -> SLAConfig:
+    def _read_sla(self) -> dict[str, Any]:
+        """Return all fields of sparse attention; without the router, if that is learned."""
         given = {**SLA_DEFAULTS, **self.sla}
-        learned = given.get("router") == "learned"
-        if learned and self.router != "learned":
+        router = given.get("router", "spread")
+        if router == "learned":
             raise ValueError(
-                "sla.router='learned': accepted with router='learned', which decides on the router"
+                "sla.router='learned': accepted is router='learned', which decides on the router"
             )
-        if self.router == "learned":
-            if not learned and "router" in self.sla:
-                raise ValueError(
-                    f"sla.router={given['router']!r}: accepted without router='learned', which replaces it"
-                )
-            given["router"] = "learned"
+        learned = self.router == "learned"
+        if learned and router != "spread":
+            raise ValueError(
+                f"sla.router={router!r}: accepted without router='learned', which replaces it"
+            )
         try:
-            return SLAConfig.from_dict(given)
+            values = SLAConfig.from_dict({**given, "router": "learned" if learned else router})
         except ValueError as error:
             raise ValueError(f"sla.{error}" if "=" in str(error) else f"sla: {error}") from None
+        return {k: x for k, x in values.to_dict().items() if k != "router" or not learned}
 
     @property
     def sla_config(self) -> SLAConfig:
         """Settings of sparse attention."""
-        return SLAConfig.from_dict(self.sla)
+        learned = {"router": "learned"} if self.router == "learned" else {}
+        return SLAConfig.from_dict({**self.sla, **learned})
 
     @property
     def sizes(self) -> list[tuple[int | None, int | None, int | None]]:

@@ -126,8 +126,8 @@ def _run_contradictions(c: Any) -> Iterator[tuple[bool, str]]:
     )
     yield (
         c.fsdp and c.train != "all",
-        f"fsdp=True: train={c.train!r} mixes the dtypes of weights that train and weights that do not, which FSDP2 cannot "
-        "shard; accepted with train='all'",
+        f"fsdp=True: train={c.train!r} freezes the weights of the model, and sharding is for weights that train; accepted "
+        "with train='all'",
     )
     yield (
         c.fsdp and c.use_8bit_adam,

@@ -58,7 +58,7 @@ BAD_VALUES = {
     "max_sequence_length": [*COUNT, 10**6],
     "stages": [
         (),
-        [],
+        (1,),
         "regression",
         ("distillation", "regression"),
         ("a",),
@@ -200,27 +200,36 @@ def test_plain_values_and_back_without_secrets():
 
 def test_fields_of_sparse_attention():
     default = FinetuneConfig().sla_config
-    assert (default.topk, default.combine, default.crossover) == (0.1, "alpha", "never")
+    assert (default.topk, default.combine, default.crossover) == (0.1, "shared_softmax", "never")
     config = FinetuneConfig(sla={"topk": 0.05, "dense_layers": [0, -1]}).sla_config
-    assert (config.topk, config.dense_layers, config.combine) == (0.05, (0, -1), "alpha")
+    assert (config.topk, config.dense_layers, config.combine) == (
+        0.05,
+        (0, -1),
+        "shared_softmax",
+    )
     with pytest.raises(ValueError, match=r"^sla: unknown key 'topkk' \(did you mean 'topk'\?\)"):
         FinetuneConfig(sla={"topkk": 0.1})
     with pytest.raises(ValueError, match=r"^sla.topk=2: accepted: a fraction"):
         FinetuneConfig(sla={"topk": 2})
 
 
-def test_the_router():
-    with pytest.raises(ValueError, match=r"^sla.router='learned': accepted with router='learned'"):
+def test_the_router_is_an_option_of_its_own():
+    with pytest.raises(ValueError, match=r"^sla.router='learned': accepted is router='learned'"):
         FinetuneConfig(sla={"router": "learned"})
     with pytest.raises(ValueError, match=r"^sla.router='mean': accepted without router='learned'"):
         FinetuneConfig(router="learned", sla={"router": "mean"})
+    assert FinetuneConfig(sla={"router": "mean"}).sla_config.router == "mean"
 
 
 @pytest.mark.skipif("learned" not in ROUTERS, reason="SLAConfig has no learned router")
 def test_a_learned_router_is_written_into_sparse_attention():
     config = FinetuneConfig(router="learned", train="sla", sla={"combine": "none"})
     assert config.sla_config.router == "learned"
+    assert config.has_sla_weights
     assert FinetuneConfig.from_dict(config.to_dict()) == config
+    fixed = dataclasses.replace(config, router="fixed", train="all")
+    assert fixed.sla_config.router == "spread"
+    assert dataclasses.replace(fixed, router="learned", train="sla") == config
 
 
 def test_an_unknown_key_is_refused_with_a_suggestion():
@@ -230,18 +239,21 @@ def test_an_unknown_key_is_refused_with_a_suggestion():
         FinetuneConfig.from_dict({"learningrate": 1e-4})
 
 
-PLAIN = {"sla": {"combine": "shared_softmax"}}
-ONE_STAGE = {"stages": ("distillation",)}
+ALPHA = {"sla": {"combine": "alpha"}}
+BOTH = {"stages": ("regression", "distillation")}
 CONTRADICTIONS = [
-    ({"train": "sla", **PLAIN, **ONE_STAGE}, "train='sla': nothing would train"),
-    ({"train": "sla", "sla": {"combine": "none"}, **ONE_STAGE}, "train='sla': nothing would train"),
-    (PLAIN, "stages="),
-    ({"layerwise": True, **ONE_STAGE}, "layerwise=True"),
-    ({"regression_topk": (0.1,), **ONE_STAGE}, "regression_topk=(0.1,)"),
+    ({"train": "sla"}, "train='sla': nothing would train"),
+    ({"train": "sla", "sla": {"combine": "none"}}, "train='sla': nothing would train"),
+    (BOTH, "stages="),
+    ({"layerwise": True}, "layerwise=True"),
+    ({"regression_topk": (0.1,)}, "regression_topk=(0.1,)"),
     ({"train": "lora", "rank": 0}, "rank=0"),
     ({"lora_alpha": 8}, "lora_alpha=8: accepted with train='lora'"),
-    ({"lora_layers": "to_q", "train": "sla"}, "lora_layers='to_q': accepted with train='lora'"),
-    ({"sla_learning_rate": 1e-3, **PLAIN, **ONE_STAGE}, "sla_learning_rate=0.001"),
+    (
+        {"lora_layers": "to_q", "train": "sla", **ALPHA},
+        "lora_layers='to_q': accepted with train='lora'",
+    ),
+    ({"sla_learning_rate": 1e-3}, "sla_learning_rate=0.001"),
     ({"targets": "guided", "guidance_scale": 4, "loss": "diffusion"}, "targets='guided'"),
     ({"targets": "guided", "guidance_scale": 4, "loss": "mix"}, "targets='guided'"),
     ({"targets": "guided"}, "guidance_scale=None: targets='guided' needs one"),
@@ -264,15 +276,15 @@ CONTRADICTIONS = [
     ({"topk_start": 0.1, "anneal_steps": 5}, "topk_start=0.1: accepted is a fraction above"),
     ({"topk_start": 0.5, "anneal_steps": 5000}, "anneal_steps=5000"),
     (
-        {"topk_start": 0.5, "anneal_steps": 5, "stages": ("regression",)},
+        {"topk_start": 0.5, "anneal_steps": 5, "stages": ("regression",), **ALPHA},
         "topk_start=0.5: accepted with the stage distillation",
     ),
-    ({"merge": True, "train": "sla"}, "merge=True: train='sla'"),
+    ({"merge": True, "train": "sla", **ALPHA}, "merge=True: train='sla'"),
     ({"lr_warmup_steps": 5}, "lr_warmup_steps=5: lr_scheduler='constant'"),
     ({"lr_warmup_steps": 5000, "lr_scheduler": "cosine"}, "lr_warmup_steps=5000"),
     ({"use_8bit_adam": True, "optimizer": "prodigy"}, "use_8bit_adam=True"),
     ({"fsdp": True, "train": "lora"}, "fsdp=True: train='lora'"),
-    ({"fsdp": True, "train": "sla"}, "fsdp=True: train='sla'"),
+    ({"fsdp": True, "train": "sla", **ALPHA}, "fsdp=True: train='sla'"),
     ({"fsdp": True, "use_8bit_adam": True}, "fsdp=True, use_8bit_adam=True"),
     ({"fsdp": True, "mixed_precision": "fp16"}, "fsdp=True, mixed_precision='fp16'"),
     ({"validation_steps": 5}, "validation_steps=5: accepted with validation_prompts"),
@@ -295,9 +307,9 @@ def test_contradictions_are_refused(given, begins):
 
 
 def test_what_looks_like_a_contradiction_and_is_none():
-    FinetuneConfig(train="sla")
+    FinetuneConfig(train="sla", **ALPHA)
     FinetuneConfig(targets="guided", guidance_scale=4)
-    FinetuneConfig(stages=("regression",), layerwise=True, regression_topk=(0.1, 0.2))
+    FinetuneConfig(stages=("regression",), layerwise=True, regression_topk=(0.1, 0.2), **ALPHA)
     FinetuneConfig(prompts="demo", validation_prompts="a", fps=24)
     FinetuneConfig(precomputed_dir="x", max_sequence_length=64)
     FinetuneConfig(push_to_hub=True, report_to="wandb")
@@ -315,7 +327,7 @@ def test_what_looks_like_a_contradiction_and_is_none():
     ],
 )
 def test_the_dtype_that_weights_are_loaded_in(train, precision, dtype):
-    assert FinetuneConfig(train=train, mixed_precision=precision).weights_dtype == dtype
+    assert FinetuneConfig(train=train, mixed_precision=precision, **ALPHA).weights_dtype == dtype
 
 
 def test_sizes():

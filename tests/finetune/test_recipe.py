@@ -137,6 +137,8 @@ RECIPE = {
     "diffusion_weight": 0.2,
     "targets": "mixed",
     "caption_dropout": 0.2,
+    "sla": {"combine": "alpha"},
+    "stages": ("regression", "distillation"),
     "layerwise": True,
     "topk_start": 0.5,
     "anneal_steps": 10,
