@@ -59,11 +59,11 @@ class FinetuneConfig:
     video_column: str = "file_name"
     """Column of metadata files that holds the path of the video or image."""
     height: int | None = None
-    """Height in pixels. Default: that of the pipeline."""
+    """Height in pixels, with `width`. Default: that of each file; with `prompts` that of the pipeline."""
     width: int | None = None
-    """Width in pixels. Default: that of the pipeline."""
+    """Width in pixels, with `height`."""
     num_frames: int | None = None
-    """Frames of a clip, 4k+1 for Wan2.1; images have none. Default: that of the pipeline."""
+    """Frames of a clip, 4k+1 for Wan2.1; images have none. Default: as for `height`."""
     fps: float | None = None
     """Frames per second that clips of `instance_data_dir` are resampled to, and of validation clips. Default: all frames
     as they are, and 16."""
@@ -251,7 +251,7 @@ class FinetuneConfig:
 
     @property
     def sizes(self) -> list[tuple[int | None, int | None, int | None]]:
-        """(frames, height, width) of each bucket in pixels; None stands for the pipeline's default."""
+        """(frames, height, width) of each bucket in pixels; None stands for a default."""
         if self.buckets is not None:
             return list(parse_buckets(self.buckets))
         return [(self.num_frames, self.height, self.width)]

@@ -35,6 +35,10 @@ def _data_contradictions(c: Any) -> Iterator[tuple[bool, str]]:
     )
     for name in ("num_teacher_samples", "teacher_num_inference_steps", "teacher_guidance_scale"):
         yield _unused(c, name, "prompts", c.prompts is not None)
+    yield (
+        (c.height is None) != (c.width is None),
+        f"height={c.height!r}, width={c.width!r}: accepted are both or neither",
+    )
     for name in ("height", "width", "num_frames"):
         yield _unused(c, name, "buckets=None, which gives all sizes", c.buckets is None)
     for name in ("height", "width", "num_frames", "buckets"):

@@ -34,7 +34,9 @@ class DryRun:
     """Values of the transformer, sparse attention and adapters included."""
     memory: MemoryEstimate
     sizes: list[Size]
-    """(frames, height, width) of the samples, in pixels."""
+    """(frames, height, width) of the samples, in pixels. The largest decides on the memory."""
+    own_sizes: bool
+    """Whether each file keeps its own size, so that `sizes` is an example."""
     samples: int | None
     """Number of samples; None without data."""
     processes: int
@@ -60,6 +62,7 @@ class DryRun:
             "parameters": self.parameters,
             "memory_bytes": self.memory.to_dict(),
             "sizes": [list(x) for x in self.sizes],
+            "own_sizes": self.own_sizes,
             "samples": self.samples,
             "steps": self.steps,
             "batch": self.batch,
@@ -88,7 +91,8 @@ class DryRun:
         sizes = ", ".join("x".join(map(str, x)) for x in self.sizes)
         yield f"steps: {stages}, of {self.batch} samples each"
         count = "none given" if self.samples is None else f"{self.samples:,} samples"
-        yield f"data: {count}, frames x height x width {sizes}"
+        of = "of each file; the memory is that of" if self.own_sizes else ""
+        yield f"data: {count}, frames x height x width {of} {sizes}".replace("  ", " ")
 
 
 def dry_run(config: FinetuneConfig) -> DryRun:
@@ -130,6 +134,7 @@ def dry_run(config: FinetuneConfig) -> DryRun:
         parameters=sum(x.numel() for x in model.parameters()),
         memory=memory,
         sizes=sizes,
+        own_sizes=config.instance_data_dir is not None and None in config.sizes[0],
         samples=_samples(config) if found is None else found[0],
         processes=processes,
     )

@@ -15,7 +15,7 @@ from dit_accel.runtime.install import method_of
 
 ADAPTER = "default"
 """Name of the adapter that train="lora" adds."""
-DECAYED = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 """Modules whose `weight` decays."""
 
 

@@ -267,7 +267,8 @@ CONTRADICTIONS = [
     ({"prompts": "demo", "precomputed_dir": "b"}, "precomputed_dir='b', prompts='demo'"),
     ({"num_teacher_samples": 3}, "num_teacher_samples=3: accepted with prompts"),
     ({"teacher_guidance_scale": 3.0, "precomputed_dir": "b"}, "teacher_guidance_scale=3.0"),
-    ({"buckets": "33,64,64", "height": 64}, "height=64: accepted with buckets=None"),
+    ({"buckets": "33,64,64", "num_frames": 9}, "num_frames=9: accepted with buckets=None"),
+    ({"height": 64}, "height=64, width=None: accepted are both or neither"),
     ({"precomputed_dir": "b", "buckets": "33,64,64"}, "buckets='33,64,64'"),
     ({"precomputed_dir": "b", "num_frames": 33}, "num_frames=33"),
     ({"prompts": "demo", "fps": 16}, "fps=16: accepted with instance_data_dir"),
@@ -332,7 +333,7 @@ def test_the_dtype_that_weights_are_loaded_in(train, precision, dtype):
 
 def test_sizes():
     assert FinetuneConfig().sizes == [(None, None, None)]
-    assert FinetuneConfig(height=64, num_frames=17).sizes == [(17, 64, None)]
+    assert FinetuneConfig(height=64, width=96).sizes == [(None, 64, 96)]
     assert parse_buckets("33,64,64;1,128,128") == [(33, 64, 64), (1, 128, 128)]
 
 
@@ -376,7 +377,7 @@ def test_a_config_that_fits_its_model_passes(outlines, tmp_path):
         ("tiny-wan", {"prompts": None, "instance_data_dir": "nowhere"}, "instance_data_dir='nowhere': no such"),
         ("tiny-wan", {"prompts": None, "precomputed_dir": "nowhere"}, "precomputed_dir='nowhere': no such"),
         ("tiny-wan", {"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint='nowhere': no such"),
-        ("tiny-wan", {"height": 50}, "height=50: accepted are multiples of 16"),
+        ("tiny-wan", {"height": 50, "width": 64}, "height=50: accepted are multiples of 16"),
         ("tiny-wan", {"num_frames": 10}, "num_frames=10: accepted is 2k+1"),
         ("tiny-wan", {"buckets": "33,64,64;10,64,64"}, "buckets='33,64,64;10,64,64': num_frames=10"),
         ("tiny-sd3", {"num_frames": 9}, "num_frames=9: this model makes images"),

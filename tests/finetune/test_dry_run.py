@@ -24,12 +24,12 @@ def test_encoders_take_what_they_take_when_they_are_loaded(wan):
 def test_sizes_of_the_pipeline_fill_the_gaps(outlines, wan_repository):
     wan = outlines["tiny-wan"]
     assert complete_sizes(FinetuneConfig(), wan) == [(33, 64, 64)]
-    named = FinetuneConfig(pretrained_model_name_or_path="owner/wan", height=320)
-    assert complete_sizes(named, wan) == [(81, 320, 832)]
+    named = FinetuneConfig(pretrained_model_name_or_path="owner/wan", height=320, width=320)
+    assert complete_sizes(named, wan) == [(81, 320, 320)]
     buckets = FinetuneConfig(buckets="33,64,64;17,96,64")
     assert complete_sizes(buckets, wan) == [(33, 64, 64), (17, 96, 64)]
-    tiny = FinetuneConfig(pretrained_model_name_or_path="tiny-sd3", width=96)
-    assert complete_sizes(tiny, outlines["tiny-sd3"]) == [(1, 64, 96)]
+    tiny = FinetuneConfig(pretrained_model_name_or_path="tiny-sd3")
+    assert complete_sizes(tiny, outlines["tiny-sd3"]) == [(1, 64, 64)]
     named = FinetuneConfig(pretrained_model_name_or_path="owner/sd3")
     side = (
         outlines["tiny-sd3"].transformer.config.sample_size * outlines["tiny-sd3"].vae_scale_factor
@@ -84,7 +84,11 @@ def test_samples_of_a_folder(tmp_path):
     config = FinetuneConfig(
         pretrained_model_name_or_path="tiny-sd3", instance_data_dir=str(tmp_path), train="lora"
     )
-    assert dry_run(config).samples == 2
+    found = dry_run(config)
+    assert found.samples == 2
+    assert "2 samples, frames x height x width of each file; the memory is that of 1x64x64" in str(
+        found
+    )
 
 
 def test_samples_and_sizes_of_precomputed_data(tmp_path, monkeypatch):

@@ -163,7 +163,7 @@ RECIPE = {
         ({"targets": "conditional"}, {"caption_dropout"}),
         ({"stages": ("distillation",)}, {"layerwise", "topk_start", "anneal_steps"}),
         ({"lr_scheduler": "constant"}, {"lr_warmup_steps"}),
-        ({"height": 128}, set()),
+        ({"height": 128, "width": 128}, set()),
         ({"seed": 3}, set()),
     ],
     ids=str,
