@@ -24,7 +24,7 @@ class Activations:
 
 
 class _Attention(torch.autograd.Function):
-    """Attention as fused kernels do it: queries, keys, values, output and log-sum-exp are kept, no matrix of weights."""
+    """Attention as fused kernels do it: it keeps queries, keys, values, output and log-sum-exp, no matrix of weights."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

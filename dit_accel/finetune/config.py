@@ -46,8 +46,8 @@ class FinetuneConfig:
     precomputed_dir: str | None = None
     """Folder that `dit-accel precompute` wrote."""
     prompts: str | None = None
-    """Prompts file (.txt, .jsonl, .csv, .tsv) or shipped set (smoke, demo, demo-images): the dense model samples
-    the latents that are trained on."""
+    """Prompts file (.txt, .jsonl, .csv, .tsv) or shipped set (smoke, demo, demo-images): the dense model samples the
+    latents that are trained on."""
     num_teacher_samples: int | None = None
     """Samples made from `prompts`, which are repeated with other seeds if needed. Default: one a prompt."""
     teacher_num_inference_steps: int | None = None

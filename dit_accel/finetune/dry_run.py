@@ -1,4 +1,4 @@
-"""`dry_run`: what a fine-tuning run would do: its options, what trains, memory, steps and samples. No weight is read."""
+"""`dry_run`: options, trained parameters, memory, steps and samples of a fine-tuning run. It reads no weights."""
 
 import inspect
 import os

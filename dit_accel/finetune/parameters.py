@@ -24,8 +24,9 @@ class Trained:
     """Parameters that train."""
 
     groups: list[dict[str, Any]]
-    """Groups for an optimiser, none of them empty: "name", "params", "lr", "weight_decay". The names are "weights" (matrices
-    of the model or of adapters), "biases_norms" (what else of the model trains) and "sla" (sparse attention)."""
+    """Groups for an optimiser, none of them empty: "name", "params", "lr", "weight_decay". The names are "weights"
+    (matrices of the model or of adapters), "biases_norms" (what else of the model trains) and "sla" (sparse
+    attention)."""
     named: dict[str, nn.Parameter]
     """The same parameters by their name in the transformer, in the order of the groups."""
 

@@ -59,7 +59,7 @@ def make_teacher(trainable: Trainable, config: FinetuneConfig) -> Teacher:
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:
-    """Cast the weights of a model in place; only those that `from_pretrained(dtype=...)` casts: some modules and rotary tables stay in fp32."""
+    """Cast weights in place as `from_pretrained(dtype=...)` does: some modules and rotary tables stay in fp32."""
     kept = set(model._keep_in_fp32_modules or ())
     for name, x in model.state_dict(keep_vars=True).items():
         if x.is_floating_point() and kept.isdisjoint(name.split(".")):
@@ -68,7 +68,10 @@ def cast_weights(model: Any, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def dense(transformer: Any) -> Iterator[None]:
-    """Context manager in which a transformer computes what it did before training: sparse attention is paused and adapters are off."""
+    """Context manager in which a transformer with frozen weights computes what it did before training.
+
+    Sparse attention is paused and adapters are off.
+    """
     sla = method_of(transformer, "sla")
     with contextlib.nullcontext() if sla is None else sla.paused(), adapters_off(transformer):
         yield

@@ -8,7 +8,14 @@ from dit_accel.runtime.install import method_of
 
 from .families.cases import conditions, latents
 
-SPARSE = {"topk": 0.25, "block_q": 16, "block_k": 16, "dense_steps": 0, "dense_layers": 0}
+SPARSE = {
+    "topk": 0.25,
+    "combine": "alpha",
+    "block_q": 16,
+    "block_k": 16,
+    "dense_steps": 0,
+    "dense_layers": 0,
+}
 """Sparse attention for the few tokens of random pipelines."""
 
 
