@@ -127,7 +127,7 @@ def test_a_dry_run_as_json(capsys):
     assert memory["gradients"] == 4 * found["groups"][0]["values"]
     assert memory["teacher"] == 0
     assert memory["total"] == sum(x for name, x in memory.items() if name != "total")
-    assert found["steps"] == {"distillation": 120}
+    assert found["steps"] == {"distillation": 240}
 
 
 @pytest.mark.parametrize(
