@@ -1,7 +1,8 @@
 """`SparseAttention`: the sparse attention method, its schedule of layers and steps, and its counts."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from dit_accel.sla.geometry import query_block
 from dit_accel.sla.order import Reordered, tile_order
 from dit_accel.sla.summary import AttentionSummary, LayerSummary
 
-LAYER, STEP, MASK, SHORT, CROSSOVER = range(5)
+LAYER, STEP, MASK, SHORT, CROSSOVER, PAUSED = range(6)
 """Why a call runs dense."""
 
 
@@ -27,7 +28,7 @@ class LayerCounts:
     """Counts of one attention layer in one run, kept as tensors so that counting needs no device sync."""
 
     def __init__(self, device: torch.device) -> None:
-        self.dense = torch.zeros(CROSSOVER + 1, dtype=torch.int64, device=device)
+        self.dense = torch.zeros(PAUSED + 1, dtype=torch.int64, device=device)
         """Dense calls by reason."""
         self.tally = torch.zeros(3, dtype=torch.int64, device=device)
         """Sparse calls, pairs of queries and keys that they attended to, and all pairs. The operator that
@@ -66,10 +67,11 @@ class LayerAttention:
         """Whose `totals` are sums over image keys, kept up to date; None: nobody keeps them."""
         self.count_into(LayerCounts(torch.device("cpu")))
 
-    def count_into(self, counts: LayerCounts) -> None:
+    def count_into(self, counts: LayerCounts, paused: bool = False) -> None:
         """Count the next calls there."""
         self.counts, self.tally = counts.dense, counts.tally
-        self.dense_count = self.counts[STEP if self.scheduled else LAYER]
+        reason = PAUSED if paused else STEP if self.scheduled else LAYER
+        self.dense_count = self.counts[reason]
 
     def __call__(
         self,
@@ -128,7 +130,17 @@ class SparseAttention(Method):
         self._attention: dict[str, nn.Module] = {}
         self.reordered = None if config.order == "raster" else Reordered()
         self._reorders = False
+        self._paused = False
         self._state: RunState | None = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context manager in which every layer runs dense, counted as "paused"."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     @property
     def focus(self) -> Reordered | None:  # type: ignore[override]
@@ -229,9 +241,9 @@ class SparseAttention(Method):
         image = torch.empty(state.tokens, 0, dtype=torch.float32, device=device)
         for name, layer in self.layers.items():
             layer.image = image
-            layer.dense = dense_step or not layer.scheduled
+            layer.dense = self._paused or dense_step or not layer.scheduled
             layer.shortest = state.shortest[name]
-            layer.count_into(state.counts[name])
+            layer.count_into(state.counts[name], self._paused)
         if self._reorders and self.reordered is not None:
             self.reordered.begin_call(call, self.order(call.grid, device))
 
@@ -252,9 +264,13 @@ class SparseAttention(Method):
 
     def _pays(self, grid: tuple[int, int, int], device: torch.device) -> bool:
         tokens = math.prod(grid)
-        return tokens > self.config.block_k and any(
-            layer.scheduled and self._shortest(layer, device) <= tokens
-            for layer in self.layers.values()
+        return (
+            not self._paused
+            and tokens > self.config.block_k
+            and any(
+                layer.scheduled and self._shortest(layer, device) <= tokens
+                for layer in self.layers.values()
+            )
         )
 
     def _shortest(self, layer: LayerAttention, device: torch.device) -> int:
@@ -288,6 +304,7 @@ class SparseAttention(Method):
             MASK: "attention mask",
             SHORT: f"one block: {tokens} tokens, block_k={self.config.block_k}",
             CROSSOVER: f"crossover='auto': {tokens} tokens, sparse {_from(shortest)}",
+            PAUSED: "paused",
         }
         return {text: calls[i] for i, text in named.items() if calls[i]}
 
