@@ -105,10 +105,15 @@ def save_checkpoint(
 
 
 def _begin(staging: Path) -> None:
-    for pattern in (_STAGING, _REMOVED):  # left by killed processes: their space may be needed
-        for left in staging.parent.glob(f"{pattern}*"):
-            shutil.rmtree(left, ignore_errors=True)
+    _tidy(staging.parent)  # its space may be needed
     staging.mkdir()
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what killed processes left."""
+    for pattern in (_STAGING, _REMOVED):
+        for left in folder.glob(f"{pattern}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write_groups(
@@ -168,12 +173,13 @@ def _sha256(path: Path) -> str:
 
 
 def prune(folder: Path, limit: int | None, *, keep: Path) -> None:
-    """Remove the oldest checkpoints beyond `limit`, damaged ones first.
+    """Remove the oldest checkpoints beyond `limit`, damaged ones first, and what killed processes left.
 
     Args:
         limit: checkpoints that stay, >= 1; None: all.
-        keep: the checkpoint that was just written; it always stays.
+        keep: the checkpoint that was just written or read; it always stays.
     """
+    _tidy(folder)
     if limit is None:
         return
     others = [x for _, x in checkpoints(folder) if x != keep]

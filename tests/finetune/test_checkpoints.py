@@ -237,7 +237,7 @@ def test_full_disk_at_every_point_of_a_save_leaves_the_old_one(quick):
         # Removing what nobody needs any more may fail in silence, and after the rename the new one is there.
         assert kind == "returned" or "prune" in outcome
         outcomes.add(outcome if kind == "returned" else "prune")
-        found, skipped = find_latest(folder)
+        found, _ = find_latest(folder)
         assert value_of(found) == found.step
         if outcome == "refused":  # the old one stays, even if the new one is complete
             assert value_of(read_checkpoint(folder / "checkpoint-1")) == 1.0

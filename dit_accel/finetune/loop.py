@@ -1,0 +1,299 @@
+"""`Loop`: the optimiser steps of the distillation stage."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.finetune.checkpoints import checkpoint_path, prune, save_checkpoint
+from dit_accel.finetune.engine import Engine
+from dit_accel.finetune.feed import Feed
+from dit_accel.finetune.guards import NonFiniteGuard, StepFacts, jsonable
+from dit_accel.finetune.log import RunLog
+from dit_accel.finetune.movement import DensityMeter, MovementGuard, UpdateMeter, has_moved
+from dit_accel.finetune.progress import StepMeter
+from dit_accel.finetune.state import TrainingState
+from dit_accel.finetune.stop import Interrupted, StopRequest
+from dit_accel.runtime.summary import summarise
+
+STAGE = "distillation"
+DETAILS_EVERY = 10
+"""Steps between measurements of updates; the first ones are all measured."""
+PROBE_EVERY = 100
+"""Steps between losses of the first batch."""
+LOSS, FINITE, STOP, DUE, TOKENS = range(5)
+"""Places of what processes tell each other in a step."""
+
+
+@dataclass
+class Parts:
+    """What the steps work with. Everything here is made before the first step."""
+
+    config: Any
+    """`FinetuneConfig`."""
+    folder: Path
+    """Output folder of the run."""
+    engine: Engine
+    model: nn.Module
+    """The transformer as the loss calls it."""
+    objective: Any
+    """`Objective`."""
+    feed: Feed
+    state: TrainingState
+    log: RunLog
+    stop: StopRequest
+    meter: StepMeter
+    sla: Any
+    """Installed sparse attention."""
+    topk_at: Callable[[int], float | None]
+    """topk of a step; None: as it is."""
+    saved_config: dict[str, Any]
+    """Settings in checkpoints, as plain values."""
+    steps: int
+    """Steps of the whole stage."""
+    validate: Callable[[int], bool] | None = None
+    """Makes the validation samples after a number of steps, if they are due; returns False if a signal cut it short."""
+
+
+class Loop:
+    """Steps from `start` to `parts.steps`, with checkpoints, validation and guards.
+
+    Args:
+        parts: what the steps work with.
+        start: finished steps.
+    """
+
+    def __init__(self, parts: Parts, start: int = 0) -> None:
+        self.parts, self.start = parts, start
+        config, engine = parts.config, parts.engine
+        self.processes = engine.processes
+        # accelerate's wrapper leaves out steps that overflow in fp16.
+        self.optimizer = engine.accelerator.prepare_optimizer(parts.state.optimizer)
+        self.groups = parts.state.optimizer.param_groups
+        self.parameters = list(parts.state.named.values())
+        self.guard = NonFiniteGuard(
+            parts.folder, config.max_nonfinite, self.processes, parts.state.counters
+        )
+        self.updates = UpdateMeter(self.groups, self.processes)
+        self.density = DensityMeter(parts.sla)
+        scheduled = any(x.scheduled for x in parts.sla.layers.values())
+        self.movement = MovementGuard(scheduled=scheduled)
+        self.saved = start if checkpoint_path(parts.folder, start).is_dir() else None
+        self.saved_at = time.monotonic()
+
+    def run(self) -> None:
+        """Make all steps.
+
+        Raises:
+            Interrupted: a signal came; the checkpoint of the last step is saved.
+            RuntimeError: nothing trains, or a file could not be written.
+        """
+        parts, last = self.parts, self.parts.steps
+        if (
+            self.saved is not None and self.processes.is_main
+        ):  # a killed run may not have come to that
+            prune(
+                parts.folder,
+                parts.config.checkpoints_total_limit,
+                keep=checkpoint_path(parts.folder, self.saved),
+            )
+        self._validate(self.start)
+        if self.start < last:
+            self._first_loss()
+        for step in range(self.start, last):
+            stop, due = self._step(step)
+            done = step + 1
+            if stop or due or done == last or done % parts.config.checkpointing_steps == 0:
+                self.save(done)
+            if stop:
+                self._interrupt(done)
+            self._validate(done)
+
+    def _validate(self, done: int) -> None:
+        if self.parts.validate is None:
+            return
+        finished = self.parts.validate(done)
+        self.density.reset()
+        if not finished:
+            self.save(done)
+            self._interrupt(done)
+
+    def _interrupt(self, done: int) -> NoReturn:
+        path = checkpoint_path(self.parts.folder, done)
+        raise Interrupted(self.parts.stop.name or "a signal to another process", path)
+
+    def save(self, done: int) -> None:
+        """Write the checkpoint of a number of finished steps, unless it was just written."""
+        if self.saved == done:
+            return
+        parts = self.parts
+        parts.log.sync()
+        save_checkpoint(
+            parts.folder,
+            done,
+            parts.state.groups(),
+            {
+                "stage": STAGE,
+                "processes": self.processes.count,
+                "config": parts.saved_config,
+                "numbers": jsonable(parts.state.numbers()),
+            },
+            processes=self.processes,
+            limit=parts.config.checkpoints_total_limit,
+        )
+        self.saved, self.saved_at = done, time.monotonic()
+
+    def _step(self, step: int) -> tuple[bool, bool]:
+        """Make a step; return whether to stop, and whether minutes ask for a checkpoint."""
+        parts, config = self.parts, self.parts.config
+        parts.meter.begin()
+        topk = parts.topk_at(step)
+        if topk is not None:
+            parts.sla.set_topk(topk)
+        facts, scalars = self._backward(step)
+        norm = parts.engine.clip(self.parameters, config.max_grad_norm)
+        told = self._tell(facts)
+        loss = float(told[LOSS]) / self.processes.count
+        values = {"loss": loss, "gradient_norm": norm, **scalars}
+        if topk is not None:
+            values["topk"] = topk
+        values |= self._update(step, loss, norm, bool(told[FINITE] == self.processes.count), facts)
+        calls, density = self.density.read(self.processes)
+        if density is not None:
+            values["density"] = density
+        self.movement.check_density(calls, lambda: _dense_reasons(parts.model))
+        if (step + 1) % PROBE_EVERY == 0 or step + 1 == parts.steps:
+            values |= self._probe(step + 1)
+        values |= parts.meter.end(int(told[TOKENS]))
+        parts.log.write(STAGE, step + 1, values)
+        parts.meter.show(values)
+        return bool(told[STOP]), bool(told[DUE])
+
+    def _backward(self, step: int) -> tuple[StepFacts, dict[str, float]]:
+        """Add up the gradients of a step; return its losses and the means of the named scalars."""
+        parts, count = self.parts, self.parts.config.gradient_accumulation_steps
+        engine, model = parts.engine, parts.model
+        model.train()
+        # Dropout of a model, if any, depends on the step alone, so that a resumed run draws the same.
+        torch.manual_seed((parts.config.seed * 1_000_003 + step) * 4096 + self.processes.rank)
+        facts, sums = StepFacts(), {}
+        for micro in range(count):
+            batch = parts.feed.micro(step, micro)
+            first = parts.feed.first_row(micro)
+            with engine.accumulating(model, last=micro + 1 == count):
+                with engine.accelerator.autocast():
+                    loss, scalars = parts.objective(model, batch, step=step, first=first)
+                engine.accelerator.backward(loss / count)
+            facts.ids += batch.ids
+            facts.losses.append(float(loss.detach()))
+            for name, x in scalars.items():
+                sums[name] = sums.get(name, 0.0) + float(x) / count
+            parts.meter.count(batch)
+        return facts, sums
+
+    def _tell(self, facts: StepFacts) -> Tensor:
+        """Exchange in one message what all processes have to agree on; return the sums."""
+        config, loss = self.parts.config, sum(facts.losses) / len(facts.losses)
+        minutes = config.checkpointing_minutes
+        due = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        own = torch.zeros(5, dtype=torch.float64)
+        own[LOSS], own[FINITE] = loss, math.isfinite(loss)
+        own[STOP], own[DUE] = self.parts.stop.name is not None, due
+        own[TOKENS] = self.parts.meter.tokens
+        return self.processes.sum(own).cpu()
+
+    def _update(
+        self, step: int, loss: float, norm: float, finite: bool, facts: StepFacts
+    ) -> dict[str, Any]:
+        """Change the weights, unless the step is skipped; return values for the log."""
+        parts, values = self.parts, {}
+        if not (finite and math.isfinite(norm)):
+            facts.noise_levels = self._noise_levels(step)
+        rates = {group["name"]: float(group["lr"]) for group in self.groups}
+        scale = parts.engine.loss_scale
+        skipped = self.guard.skips(
+            step,
+            loss=loss,
+            finite=finite,
+            gradient_norm=norm,
+            facts=facts,
+            groups=self.groups,
+            named=parts.state.named,
+            loss_scale=scale,
+        )
+        measured = not skipped and (step - self.start < DETAILS_EVERY or step % DETAILS_EVERY == 0)
+        if measured:
+            self.updates.begin()
+        if not skipped or scale is not None:  # in fp16 the scaler skips, and lowers its scale
+            self.optimizer.step()
+        if not skipped and parts.state.ema is not None:
+            parts.state.ema.step(self.parameters)
+        if measured:
+            updates = self.updates.end()
+            self.movement.check_updates(step, updates, rates)
+            values |= {f"update/{name}": x for name, x in updates.items()}
+        with warnings.catch_warnings():
+            if skipped:  # torch takes a schedule that moves before the first update for a slip
+                warnings.simplefilter("ignore")
+            parts.state.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        values |= {f"learning_rate/{name}": x for name, x in rates.items()}
+        values["learning_rate"] = max(rates.values())
+        if skipped:
+            values["skipped_steps"] = len(parts.state.counters["skipped_steps"])
+        if scale is not None:
+            values |= {"loss_scale": scale, "overflows": parts.state.counters["overflows"]}
+        return values
+
+    def _noise_levels(self, step: int) -> list[float]:
+        """Return the noise levels of this process in a step, by drawing them again."""
+        parts, levels = self.parts, []
+        for micro in range(parts.config.gradient_accumulation_steps):
+            latents = parts.feed.micro(step, micro).latents
+            sigmas = parts.objective.draw(latents, step, parts.feed.first_row(micro))[0]
+            levels += sigmas.tolist()
+        return levels
+
+    def _first_loss(self) -> None:
+        """Note the loss of the first batch before anything has trained."""
+        counters = self.parts.state.counters
+        if "first_loss" not in counters:
+            counters["first_loss"] = self._loss_of_first_batch()
+
+    def _probe(self, done: int) -> dict[str, float]:
+        """Return the loss of the first batch now; warn if it has not moved."""
+        first, now = float(self.parts.state.counters["first_loss"]), self._loss_of_first_batch()
+        if not has_moved(first, now):
+            warnings.warn(
+                f"the loss of the first batch has not moved in {done} steps ({first:.6g}): nothing that it depends on "
+                "trains, or learning_rate is far too low",
+                stacklevel=2,
+            )
+        return {"probe_loss": now}
+
+    @torch.no_grad()
+    def _loss_of_first_batch(self) -> float:
+        """Return the loss of the first micro-batches of step 0, with their noise."""
+        parts = self.parts
+        topk = parts.topk_at(parts.steps)
+        if topk is not None:
+            parts.sla.set_topk(topk)  # annealing must not look like learning
+        parts.model.train()
+        torch.manual_seed(parts.config.seed)
+        first = parts.feed.first_row(0)
+        with parts.engine.accelerator.autocast():
+            loss, _ = parts.objective(parts.model, parts.feed.micro(0, 0), step=0, first=first)
+        self.density.reset()
+        return float(self.processes.sum(loss.detach().double().cpu())) / self.processes.count
+
+
+def _dense_reasons(transformer: nn.Module) -> dict[str, int]:
+    """Return dense calls by reason over all layers."""
+    sla = summarise(transformer).methods.get("sla")
+    return {} if sla is None else sla.dense_calls
