@@ -19,7 +19,15 @@ from dit_accel.finetune.validation import (
 )
 from dit_accel.sampling.pictures import read_image
 
-SPARSE = {"topk": 0.1, "block_q": 32, "block_k": 32, "crossover": "never", "combine": "none", "dense_steps": 0, "dense_layers": 0}
+SPARSE = {
+    "topk": 0.1,
+    "block_q": 32,
+    "block_k": 32,
+    "crossover": "never",
+    "combine": "none",
+    "dense_steps": 0,
+    "dense_layers": 0,
+}
 
 
 @dataclass(frozen=True)
