@@ -237,7 +237,7 @@ def _manifest(path: Path) -> dict[str, Any] | str:
 
 
 def find_latest(
-    folder: Path, note: Callable[[str], None] = lambda _: None
+    folder: Path, note: Callable[[str], object] = lambda _: None
 ) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest valid checkpoint of a run, and why newer ones were skipped.
 

@@ -182,7 +182,8 @@ class Loop:
         model.train()
         # Dropout of a model, if any, depends on the step alone, so that a resumed run draws the same.
         torch.manual_seed((parts.config.seed * 1_000_003 + step) * 4096 + self.processes.rank)
-        facts, sums = StepFacts(), {}
+        facts = StepFacts()
+        sums: dict[str, float] = {}
         for micro in range(count):
             batch = parts.feed.micro(step, micro)
             first = parts.feed.first_row(micro)
@@ -212,7 +213,8 @@ class Loop:
         self, step: int, loss: float, norm: float, finite: bool, facts: StepFacts
     ) -> dict[str, Any]:
         """Change the weights, unless the step is skipped; return values for the log."""
-        parts, values = self.parts, {}
+        parts = self.parts
+        values: dict[str, Any] = {}
         if not (finite and math.isfinite(norm)):
             facts.noise_levels = self._noise_levels(step)
         rates = {group["name"]: float(group["lr"]) for group in self.groups}

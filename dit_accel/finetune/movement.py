@@ -82,9 +82,13 @@ class DensityMeter:
         """Return sparse calls since the last reading, and their density; None without any."""
         new = []
         for name, layer in self.sla.layers.items():
-            tally, before = self._last.get(name, (None, None))
-            # Counts of another run are another tensor, and begin at zero.
-            new.append(layer.tally - before if tally is layer.tally else layer.tally)
+            last = self._last.get(name)
+            if last is None or last[0] is not layer.tally:
+                new.append(
+                    layer.tally
+                )  # counts of another run are another tensor, and begin at zero
+            else:
+                new.append(layer.tally - last[1])
         self.reset()
         total = torch.stack([x.cpu() for x in new]).sum(0).double()
         calls, attended, pairs = processes.sum(total).tolist()

@@ -272,7 +272,10 @@ def _title(sparse: Made) -> str:
 
 
 def _write_made(path: Path, made: Made) -> None:
-    tensors = {"pictures": torch.from_numpy(np.ascontiguousarray(made.pictures)), "latents": made.latents.contiguous()}
+    tensors = {
+        "pictures": torch.from_numpy(np.ascontiguousarray(made.pictures)),
+        "latents": made.latents.contiguous(),
+    }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
 

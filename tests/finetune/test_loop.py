@@ -72,7 +72,8 @@ def test_log_has_every_step_once(uninterrupted):
     for name in ("loss", "gradient_norm", "sigma", "density", "learning_rate", "update/weights"):
         assert all(math.isfinite(x[name]) for x in log)
     assert [x["density"] for x in log] == [0.25] * 8
-    assert log[0]["update/weights"] == 0 and log[1]["update/weights"] > 0  # warm-up begins at 0
+    assert log[0]["update/weights"] == 0
+    assert log[1]["update/weights"] > 0
 
 
 def test_checkpoints_by_steps_and_at_the_end(tmp_path):
@@ -198,7 +199,8 @@ def test_too_many_end_the_run_with_a_dump(tmp_path):
     with pytest.raises(NonFiniteError, match=r"in 3 steps, the last one 4 .*max_nonfinite=2"):
         loop.run()
     dump = json.loads((tmp_path / "nonfinite-4.json").read_text())
-    assert dump["step"] == 4 and dump["loss"] == "nan"
+    assert dump["step"] == 4
+    assert dump["loss"] == "nan"
     assert dump["skipped_steps"] == [1, 3, 4]
     [process] = dump["processes"]
     batch = loop.parts.feed.micro(4, 0)
