@@ -12,6 +12,8 @@ from dit_accel.finetune.log import read_log
 FILE_NAME = "curves.png"
 WINDOW = 50
 """Steps of the moving average that is drawn over a noisy curve."""
+NOISY = ("loss", "gradient_norm")
+"""Values that the average is drawn over."""
 PANELS = (
     ("loss", "loss", True),
     ("probe_loss", "loss of the first batch", True),
@@ -60,11 +62,15 @@ def draw_curves(log: str | os.PathLike, picture: str | os.PathLike) -> Path:
         raise ValueError(f"log={str(log)!r}: holds no values to draw")
     columns = min(2, len(series))
     rows = -(-len(series) // columns)
-    figure = Figure(figsize=(6.4 * columns, 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    # Fixed margins: laying out by the size of the text takes longer than drawing.
+    figure = Figure(figsize=(6.4 * columns, 2.9 * rows))
+    inch = 1 / (2.9 * rows)
+    space = {"hspace": 0.5, "wspace": 0.2, "bottom": 0.5 * inch, "top": 1 - 0.4 * inch}
+    space |= {"left": 0.75 / (6.4 * columns), "right": 1 - 0.2 / (6.4 * columns)}
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=space).flatten()
     panels = [panel for panel in PANELS if panel[0] in series]
     for axis, (name, title, logarithmic) in zip(axes, panels, strict=False):
-        _panel(axis, series[name], title, logarithmic, begins)
+        _panel(axis, series[name], title, begins, logarithmic=logarithmic, noisy=name in NOISY)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     with atomic_path(picture) as temporary:
@@ -98,24 +104,21 @@ def _panel(
     axis: Any,
     series: dict[str, list[tuple[int, float]]],
     title: str,
-    logarithmic: bool,
     begins: dict[str, int],
+    *,
+    logarithmic: bool,
+    noisy: bool,
 ) -> None:
-    """Draw one value; the stages follow each other on the axis."""
+    """Draw one value; the stages follow each other on the axis, each in its own colour."""
+    colours = {stage: f"C{i}" for i, stage in enumerate(begins)}
     for stage, points in series.items():
-        begin = begins[stage]
-        steps = [begin + step for step, _ in points]
+        steps = [begins[stage] + step for step, _ in points]
         values = [value for _, value in points]
-        many = len(values) > WINDOW
-        axis.plot(
-            steps,
-            values,
-            ".-" if len(values) < 30 else "-",
-            alpha=0.35 if many else 1.0,
-            label=stage,
-        )
-        if many:
-            axis.plot(steps, moving_average(values, WINDOW), color=axis.lines[-1].get_color())
+        averaged = noisy and len(values) > WINDOW
+        style: dict[str, Any] = {"color": colours[stage], "marker": "." if len(values) < 30 else ""}
+        axis.plot(steps, values, alpha=0.35 if averaged else 1.0, label=stage, **style)
+        if averaged:
+            axis.plot(steps, moving_average(values, WINDOW), color=colours[stage])
     if logarithmic and all(value > 0 for points in series.values() for _, value in points):
         axis.set_yscale("log")
     axis.set_title(title, fontsize=10)

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import datetime
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,10 @@ class Engine:
         if self.is_sharded:
             shard(transformer, blocks, self.device, self.accelerator.mixed_precision)
             return transformer
-        return self.accelerator.prepare_model(transformer)
+        with warnings.catch_warnings():
+            # Buffers are constants, some of them large. The new name of the option would still send them once.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return self.accelerator.prepare_model(transformer)
 
     def unwrap(self, model: nn.Module) -> None:
         """Take from the transformer what `wrap` put on it, except sharding."""

@@ -158,9 +158,9 @@ class Loop:
             parts.sla.set_topk(topk)
         facts, scalars = self._backward(step)
         norm = parts.engine.clip(self.parameters, config.max_grad_norm)
-        told = self._tell(facts)
+        told, scalars = self._tell(facts, scalars)
         loss = float(told[LOSS]) / self.processes.count
-        values = {"loss": loss, "gradient_norm": norm, **scalars}
+        values = {**scalars, "loss": loss, "gradient_norm": norm}
         if topk is not None:
             values["topk"] = topk
         values |= self._update(step, loss, norm, bool(told[FINITE] == self.processes.count), facts)
@@ -198,8 +198,8 @@ class Loop:
             parts.meter.count(batch)
         return facts, sums
 
-    def _tell(self, facts: StepFacts) -> Tensor:
-        """Exchange in one message what all processes have to agree on; return the sums."""
+    def _tell(self, facts: StepFacts, scalars: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
+        """Exchange in one message what all processes have to agree on; return sums, and means of the scalars."""
         config, loss = self.parts.config, sum(facts.losses) / len(facts.losses)
         minutes = config.checkpointing_minutes
         due = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
@@ -207,7 +207,10 @@ class Loop:
         own[LOSS], own[FINITE] = loss, math.isfinite(loss)
         own[STOP], own[DUE] = self.parts.stop.name is not None, due
         own[TOKENS] = self.parts.meter.tokens
-        return self.processes.sum(own).cpu()
+        named = torch.tensor(list(scalars.values()), dtype=torch.float64)
+        total = self.processes.sum(torch.cat([own, named])).cpu()
+        means = (total[len(own) :] / self.processes.count).tolist()
+        return total[: len(own)], dict(zip(scalars, means, strict=True))
 
     def _update(
         self, step: int, loss: float, norm: float, finite: bool, facts: StepFacts

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class StepMeter:
     def __init__(
         self,
         *,
-        patch_size: int | tuple[int, ...],
+        patch_size: int | Sequence[int],
         device: torch.device,
         counters: dict[str, Any],
         total: int = 0,

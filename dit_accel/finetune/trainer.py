@@ -135,8 +135,20 @@ def _train(
     with helpers.on_device():
         trainable = trainable_of(pipe, max_sequence_length=config.max_sequence_length)
         samples = open_samples(config, trainable, progress=shown)
+        if (tokens := _text_tokens(samples)) is not None:
+            trainable.text_tokens = tokens
         null = trainable.encode_null()
-        validation = ValidationPlan(pipe, config, folder, engine, helpers, log, stop)
+        validation = ValidationPlan(
+            pipe,
+            config,
+            folder,
+            buckets=samples.buckets,
+            text_tokens=trainable.text_tokens,
+            engine=engine,
+            helpers=helpers,
+            log=log,
+            stop=stop,
+        )
     feed = _feed(config, samples, engine)
     stack.callback(feed.close)
 
@@ -212,6 +224,12 @@ def _train(
     if config.topk_start is not None:
         sla.set_topk(config.sla["topk"])
     finish(pipe, config, folder, engine, state)
+
+
+def _text_tokens(samples: Any) -> int | None:
+    """Return the text tokens that stored samples were encoded with; None: they are encoded in this run."""
+    contents = getattr(samples, "contents", None)
+    return None if contents is None else contents.settings["max_sequence_length"]
 
 
 def _feed(config: FinetuneConfig, samples: Any, engine: Engine) -> Feed:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class Validator:
         pipe: the pipeline that trains; dense until `make_references` was called.
         config: settings of the run (`FinetuneConfig`).
         folder: output folder of the run.
+        size: frames, height and width in pixels; images have one frame.
+        text_tokens: of a prompt, as in training.
         processes: the processes of the run, which share the samples.
         together: every process makes every sample, as a sharded transformer needs it.
         stopping: whether a signal asks the run to end; a validation is then cut short.
@@ -86,8 +88,10 @@ class Validator:
         pipe: Any,
         config: Any,
         folder: Path,
-        processes: Processes | None = None,
         *,
+        size: tuple[int, int, int],
+        text_tokens: int,
+        processes: Processes | None = None,
         together: bool = False,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -96,7 +100,7 @@ class Validator:
         self.processes = processes or Processes()
         self.together, self.stopping = together, stopping
         self.fps = config.fps or DEFAULT_FPS
-        self.samples = _samples(pipe, config)
+        self.samples = _samples(pipe, config, size, text_tokens)
         self._references: dict[str, Made] = {}
 
     def _own(self) -> Iterator[Sample]:
@@ -228,8 +232,8 @@ class _Watched:
         return {}
 
 
-def _samples(pipe: Any, config: Any) -> list[Sample]:
-    frames, height, width = config.sizes[0]
+def _samples(pipe: Any, config: Any, size: tuple[int, int, int], text_tokens: int) -> list[Sample]:
+    frames, height, width = size
     guidance = config.validation_guidance_scale
     if guidance is None and config.targets == "guided":
         guidance = 1.0
@@ -239,10 +243,8 @@ def _samples(pipe: Any, config: Any) -> list[Sample]:
         num_frames=frames if media_kind(pipe) == "clips" else None,
         num_inference_steps=config.validation_num_inference_steps,
         guidance_scale=guidance,
+        max_sequence_length=text_tokens,
     )
-    length = getattr(config, "max_sequence_length", None)
-    if length is not None:
-        sampling = replace(sampling, max_sequence_length=length)
     samples = plan_samples(
         validation_prompts(config.validation_prompts),
         with_steps(pipe, sampling),

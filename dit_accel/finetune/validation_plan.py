@@ -1,6 +1,8 @@
 """`ValidationPlan`: when a run validates, with which weights, and where that is logged."""
 
+import collections
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +28,8 @@ class ValidationPlan:
         pipe: the pipeline that trains, without acceleration.
         config: settings of the run (`FinetuneConfig`).
         folder: output folder of the run.
+        buckets: buckets of the training samples; the most frequent one has the size of the validation samples.
+        text_tokens: of a prompt, as in training.
         helpers: text encoders and VAE of the pipeline.
 
     Raises:
@@ -38,6 +42,9 @@ class ValidationPlan:
         pipe: Any,
         config: Any,
         folder: Path,
+        *,
+        buckets: Sequence[str],
+        text_tokens: int,
         engine: Engine,
         helpers: Helpers,
         log: RunLog,
@@ -55,7 +62,9 @@ class ValidationPlan:
             pipe,
             config,
             folder,
-            engine.processes,
+            size=most_frequent_size(buckets),
+            text_tokens=text_tokens,
+            processes=engine.processes,
             together=engine.is_sharded,
             stopping=lambda: stop.name is not None,
         )
@@ -97,3 +106,10 @@ class ValidationPlan:
 
     def _interrupt(self) -> NoReturn:
         raise Interrupted(self.stop.name or "a signal to another process", None)
+
+
+def most_frequent_size(buckets: Sequence[str]) -> tuple[int, int, int]:
+    """Return frames, height and width of the bucket that most samples are in, such as "33x64x64"."""
+    [(bucket, _)] = collections.Counter(buckets).most_common(1)
+    frames, height, width = map(int, bucket.split("x"))
+    return frames, height, width

@@ -42,6 +42,7 @@ def train(folder, config, **more):
     log = read_log(folder / "log.jsonl")
     return {
         "losses": [x["loss"] for x in log],
+        "sigmas": [x["sigma"] for x in log],
         "norms": [x["gradient_norm"] for x in log],
         "updates": [x.get("update/weights") for x in log],
         "densities": [x["density"] for x in log],

@@ -148,7 +148,7 @@ class FakeObjective:
         noisy = torch.lerp(batch.latents, noise, sigmas.view(-1, 1, 1, 1))
         loss = (model(noisy, sigmas) - (noise - batch.latents)).square().mean()
         loss = loss * self.spoil.get(step, 1.0)
-        return loss, {"sigma": sigmas.mean()}
+        return loss, {"loss": loss.detach(), "sigma": sigmas.mean()}
 
 
 def make_loop(config, folder, *, checkpoint=None, spoil=None, stop=None, change=None, **more):

@@ -50,6 +50,7 @@ def found(single, tmp_path_factory):
 def assert_equal(found, single, rel):
     _, values, _, log = single
     assert found["losses"] == pytest.approx([x["loss"] for x in log], rel=rel)
+    assert found["sigmas"] == pytest.approx([x["sigma"] for x in log], rel=rel)
     assert found["norms"] == pytest.approx([x["gradient_norm"] for x in log], rel=rel)
     assert found["updates"] == pytest.approx([x["update/weights"] for x in log], rel=10 * rel)
     assert found["densities"] == [x["density"] for x in log]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from dit_accel.finetune.validation import (
 )
 from dit_accel.sampling.pictures import read_image
 
+SIZE = {"size": (9, 64, 64), "text_tokens": 16}
 SPARSE = {
     "topk": 0.1,
     "block_q": 32,
@@ -36,11 +37,9 @@ class Config:
     num_validation_videos: int = 1
     validation_num_inference_steps: int | None = 2
     validation_guidance_scale: float | None = 2.0
-    max_sequence_length: int | None = 16
     targets: str = "mixed"
     fps: float | None = None
     seed: int = 4
-    sizes: list = field(default_factory=lambda: [(9, 64, 64)])
 
 
 @pytest.fixture
@@ -48,11 +47,11 @@ def pipe(sparse_wan):
     return sparse_wan(sla=None)
 
 
-def validated(pipe, config, folder, name="distillation-000000"):
-    validator = Validator(pipe, config, folder)
+def validated(pipe, config, folder, size=SIZE):
+    validator = Validator(pipe, config, folder, **size)
     validator.make_references()
     dit_accel.enable(pipe, sla=SPARSE)
-    return validator, validator.run(name)
+    return validator, validator.run("distillation-000000")
 
 
 def test_files_and_metrics(pipe, tmp_path):
@@ -77,7 +76,7 @@ def test_files_and_metrics(pipe, tmp_path):
 
 
 def test_everything_read_exactly_is_dense(pipe, tmp_path):
-    validator = Validator(pipe, Config(validation_prompts="a red circle"), tmp_path)
+    validator = Validator(pipe, Config(validation_prompts="a red circle"), tmp_path, **SIZE)
     validator.make_references()
     dit_accel.enable(pipe, sla=SPARSE | {"topk": 1.0})
     means = validator.run("x")
@@ -90,7 +89,7 @@ def test_references_are_kept_over_a_resume(pipe, tmp_path, monkeypatch):
     config = Config(validation_prompts="a red circle")
     _, means = validated(pipe, config, tmp_path)
     dit_accel.disable(pipe)
-    again = Validator(pipe, config, tmp_path)
+    again = Validator(pipe, config, tmp_path, **SIZE)
     monkeypatch.setattr(Validator, "_make", lambda *_: pytest.fail("made again"))
     again.make_references()
     monkeypatch.undo()
@@ -101,7 +100,7 @@ def test_references_are_kept_over_a_resume(pipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change", ["prompt", "seed", "weights", "file"])
 def test_references_of_other_settings_are_made_again(pipe, tmp_path, change):
     config = Config(validation_prompts="a red circle")
-    Validator(pipe, config, tmp_path).make_references()
+    Validator(pipe, config, tmp_path, **SIZE).make_references()
     if change == "prompt":
         config = dataclasses.replace(config, validation_prompts="a blue square")
     elif change == "seed":
@@ -113,7 +112,7 @@ def test_references_of_other_settings_are_made_again(pipe, tmp_path, change):
         path = tmp_path / "validation/dense/00000.safetensors"
         path.write_bytes(path.read_bytes()[:-9])
     made = []
-    validator = Validator(pipe, config, tmp_path)
+    validator = Validator(pipe, config, tmp_path, **SIZE)
     make, validator._make = validator._make, lambda sample: made.append(sample) or make(sample)
     validator.make_references()
     assert len(made) == 1
@@ -121,10 +120,10 @@ def test_references_of_other_settings_are_made_again(pipe, tmp_path, change):
 
 def test_images(sd3, tmp_path):
     config = Config(
-        validation_prompts="a red circle", max_sequence_length=None, sizes=[(None, 64, 64)]
+        validation_prompts="a red circle",
     )
     try:
-        _, means = validated(sd3, config, tmp_path)
+        _, means = validated(sd3, config, tmp_path, {"size": (1, 64, 64), "text_tokens": 32})
     finally:
         dit_accel.disable(sd3)
     assert means["latent_error"] > 0
@@ -133,19 +132,19 @@ def test_images(sd3, tmp_path):
 
 def test_several_samples_a_prompt_have_seeds_of_their_own(pipe, tmp_path):
     config = Config(validation_prompts="a red circle", num_validation_videos=2)
-    validator = Validator(pipe, config, tmp_path)
+    validator = Validator(pipe, config, tmp_path, **SIZE)
     assert [x.seed for x in validator.samples] == [4, 5]
 
 
 def test_guided_targets_are_sampled_without_guidance(pipe, tmp_path):
     config = Config(targets="guided", validation_guidance_scale=None)
-    [sample, _] = Validator(pipe, config, tmp_path).samples
+    [sample, _] = Validator(pipe, config, tmp_path, **SIZE).samples
     assert sample.sampling.guidance_scale == 1
 
 
 def test_signal_cuts_it_short(pipe, tmp_path):
     stopped = []
-    validator = Validator(pipe, Config(), tmp_path, stopping=lambda: bool(stopped))
+    validator = Validator(pipe, Config(), tmp_path, **SIZE, stopping=lambda: bool(stopped))
     validator.make_references()
     run = pipe.transformer.register_forward_hook(lambda *_: stopped.append(1))
     with pytest.raises(CutShort):
@@ -157,7 +156,7 @@ def test_signal_cuts_it_short(pipe, tmp_path):
 
 def test_bad_size_is_refused_before_anything_runs(pipe, tmp_path):
     with pytest.raises(ValueError, match="num_frames=10"):
-        Validator(pipe, Config(sizes=[(10, 64, 64)]), tmp_path)
+        Validator(pipe, Config(), tmp_path, size=(10, 64, 64), text_tokens=16)
 
 
 def test_prompts(tmp_path):
