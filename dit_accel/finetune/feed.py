@@ -1,5 +1,7 @@
 """`Feed`: the micro-batches of each step, as this process sees them."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -78,6 +80,12 @@ class Feed:
     def _indices(self, step: int, micro: int) -> Sequence[int]:
         first = self.first_row(micro)
         return self.order.batch(step)[first : first + self.size]
+
+    @property
+    def samples_sha256(self) -> str:
+        """Hash of names and buckets of the samples, in their order."""
+        names = [list(self.samples.ids), list(self.samples.buckets)]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     def close(self) -> None:
         """End the thread."""

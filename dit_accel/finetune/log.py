@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from dit_accel.files import atomic_path
+from dit_accel.files import atomic_path, naming_failures
 from dit_accel.finetune.guards import jsonable
 
 FILE_NAME = "log.jsonl"
@@ -86,20 +86,28 @@ class RunLog:
             stage: "regression" or "distillation".
             step: finished steps of this stage.
             values: numbers by name; "a/b" groups them. Values that are not finite are kept as their names.
+
+        Raises:
+            RuntimeError: the line could not be written.
         """
         if self._file is not None:
             record = jsonable({"stage": stage, "step": step, **values})
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
+            with naming_failures("the last checkpoint is unharmed"):
+                self._file.write(json.dumps(record, allow_nan=False) + "\n")
+                self._file.flush()
         if self._tracker is not None:
             numbers = {k: x for k, x in values.items() if isinstance(x, int | float)}
             self._tracker({f"{stage}/{key}": x for key, x in numbers.items()}, step=step)
 
     def sync(self) -> None:
-        """Bring the lines to the disk, before a checkpoint counts on them."""
+        """Bring the lines to the disk, before a checkpoint counts on them.
+
+        Raises:
+            RuntimeError: they could not be written.
+        """
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with naming_failures("the last checkpoint is unharmed"):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

@@ -3,23 +3,17 @@
 import math
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from dit_accel.finetune.checkpoints import checkpoint_path, prune, save_checkpoint
-from dit_accel.finetune.engine import Engine
-from dit_accel.finetune.feed import Feed
 from dit_accel.finetune.guards import NonFiniteGuard, StepFacts, jsonable
-from dit_accel.finetune.log import RunLog
-from dit_accel.finetune.movement import DensityMeter, MovementGuard, UpdateMeter, has_moved
-from dit_accel.finetune.progress import StepMeter
-from dit_accel.finetune.state import TrainingState
-from dit_accel.finetune.stop import Interrupted, StopRequest
+from dit_accel.finetune.movement import DensityMeter, MovementGuard, UpdateMeter
+from dit_accel.finetune.parts import Parts
+from dit_accel.finetune.probe import Probe, seed_step
+from dit_accel.finetune.stop import Interrupted
 from dit_accel.runtime.summary import summarise
 
 STAGE = "distillation"
@@ -29,36 +23,6 @@ PROBE_EVERY = 100
 """Steps between losses of the first batch."""
 LOSS, FINITE, STOP, DUE, TOKENS = range(5)
 """Places of what processes tell each other in a step."""
-
-
-@dataclass
-class Parts:
-    """What the steps work with. Everything here is made before the first step."""
-
-    config: Any
-    """`FinetuneConfig`."""
-    folder: Path
-    """Output folder of the run."""
-    engine: Engine
-    model: nn.Module
-    """The transformer as the loss calls it."""
-    objective: Any
-    """`Objective`."""
-    feed: Feed
-    state: TrainingState
-    log: RunLog
-    stop: StopRequest
-    meter: StepMeter
-    sla: Any
-    """Installed sparse attention."""
-    topk_at: Callable[[int], float | None]
-    """topk of a step; None: as it is."""
-    saved_config: dict[str, Any]
-    """Settings in checkpoints, as plain values."""
-    steps: int
-    """Steps of the whole stage."""
-    validate: Callable[[int], bool] | None = None
-    """Makes the validation samples after a number of steps, if they are due; returns False if a signal cut it short."""
 
 
 class Loop:
@@ -84,6 +48,7 @@ class Loop:
         self.density = DensityMeter(parts.sla)
         scheduled = any(x.scheduled for x in parts.sla.layers.values())
         self.movement = MovementGuard(scheduled=scheduled)
+        self.probe = Probe(parts)
         self.saved = start if checkpoint_path(parts.folder, start).is_dir() else None
         self.saved_at = time.monotonic()
 
@@ -105,7 +70,8 @@ class Loop:
             )
         self._validate(self.start)
         if self.start < last:
-            self._first_loss()
+            self.probe.begin()
+            self.density.reset()
         for step in range(self.start, last):
             stop, due = self._step(step)
             done = step + 1
@@ -142,6 +108,7 @@ class Loop:
                 "stage": STAGE,
                 "processes": self.processes.count,
                 "config": parts.saved_config,
+                "samples": parts.samples_sha256,
                 "numbers": jsonable(parts.state.numbers()),
             },
             processes=self.processes,
@@ -163,13 +130,14 @@ class Loop:
         values = {**scalars, "loss": loss, "gradient_norm": norm}
         if topk is not None:
             values["topk"] = topk
-        values |= self._update(step, loss, norm, bool(told[FINITE] == self.processes.count), facts)
         calls, density = self.density.read(self.processes)
         if density is not None:
             values["density"] = density
         self.movement.check_density(calls, lambda: _dense_reasons(parts.model))
+        values |= self._update(step, loss, norm, bool(told[FINITE] == self.processes.count), facts)
         if (step + 1) % PROBE_EVERY == 0 or step + 1 == parts.steps:
-            values |= self._probe(step + 1)
+            values["probe_loss"] = self.probe.measure(step + 1)
+            self.density.reset()
         values |= parts.meter.end(int(told[TOKENS]))
         parts.log.write(STAGE, step + 1, values)
         parts.meter.show(values)
@@ -180,8 +148,7 @@ class Loop:
         parts, count = self.parts, self.parts.config.gradient_accumulation_steps
         engine, model = parts.engine, parts.model
         model.train()
-        # Dropout of a model, if any, depends on the step alone, so that a resumed run draws the same.
-        torch.manual_seed((parts.config.seed * 1_000_003 + step) * 4096 + self.processes.rank)
+        seed_step(parts.config.seed, step, self.processes.rank)
         facts = StepFacts()
         sums: dict[str, float] = {}
         for micro in range(count):
@@ -219,7 +186,7 @@ class Loop:
         parts = self.parts
         values: dict[str, Any] = {}
         if not (finite and math.isfinite(norm)):
-            facts.noise_levels = self._noise_levels(step)
+            facts.noise_levels = noise_levels(parts, step)
         rates = {group["name"]: float(group["lr"]) for group in self.groups}
         scale = parts.engine.loss_scale
         skipped = self.guard.skips(
@@ -235,8 +202,10 @@ class Loop:
         measured = not skipped and (step - self.start < DETAILS_EVERY or step % DETAILS_EVERY == 0)
         if measured:
             self.updates.begin()
-        if not skipped or scale is not None:  # in fp16 the scaler skips, and lowers its scale
-            self.optimizer.step()
+        if not skipped or (scale is not None and not math.isfinite(norm)):
+            self.optimizer.step()  # in fp16 the scaler skips, and lowers its scale
+        elif scale is not None:
+            parts.engine.accelerator.scaler.update()
         if not skipped and parts.state.ema is not None:
             parts.state.ema.step(self.parameters)
         if measured:
@@ -256,46 +225,14 @@ class Loop:
             values |= {"loss_scale": scale, "overflows": parts.state.counters["overflows"]}
         return values
 
-    def _noise_levels(self, step: int) -> list[float]:
-        """Return the noise levels of this process in a step, by drawing them again."""
-        parts, levels = self.parts, []
-        for micro in range(parts.config.gradient_accumulation_steps):
-            latents = parts.feed.micro(step, micro).latents
-            sigmas = parts.objective.draw(latents, step, parts.feed.first_row(micro))[0]
-            levels += sigmas.tolist()
-        return levels
 
-    def _first_loss(self) -> None:
-        """Note the loss of the first batch before anything has trained."""
-        counters = self.parts.state.counters
-        if "first_loss" not in counters:
-            counters["first_loss"] = self._loss_of_first_batch()
-
-    def _probe(self, done: int) -> dict[str, float]:
-        """Return the loss of the first batch now; warn if it has not moved."""
-        first, now = float(self.parts.state.counters["first_loss"]), self._loss_of_first_batch()
-        if not has_moved(first, now):
-            warnings.warn(
-                f"the loss of the first batch has not moved in {done} steps ({first:.6g}): nothing that it depends on "
-                "trains, or learning_rate is far too low",
-                stacklevel=2,
-            )
-        return {"probe_loss": now}
-
-    @torch.no_grad()
-    def _loss_of_first_batch(self) -> float:
-        """Return the loss of the first micro-batches of step 0, with their noise."""
-        parts = self.parts
-        topk = parts.topk_at(parts.steps)
-        if topk is not None:
-            parts.sla.set_topk(topk)  # annealing must not look like learning
-        parts.model.train()
-        torch.manual_seed(parts.config.seed)
-        first = parts.feed.first_row(0)
-        with parts.engine.accelerator.autocast():
-            loss, _ = parts.objective(parts.model, parts.feed.micro(0, 0), step=0, first=first)
-        self.density.reset()
-        return float(self.processes.sum(loss.detach().double().cpu())) / self.processes.count
+def noise_levels(parts: Parts, step: int) -> list[float]:
+    """Return the noise levels of this process in a step, by drawing them again."""
+    levels = []
+    for micro in range(parts.config.gradient_accumulation_steps):
+        latents = parts.feed.micro(step, micro).latents
+        levels += parts.objective.draw(latents, step, parts.feed.first_row(micro))[0].tolist()
+    return levels
 
 
 def _dense_reasons(transformer: nn.Module) -> dict[str, int]:

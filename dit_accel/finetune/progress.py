@@ -41,9 +41,7 @@ class StepMeter:
     ) -> None:
         from tqdm import tqdm
 
-        self.patch = (
-            math.prod(patch_size) if isinstance(patch_size, tuple | list) else patch_size**2
-        )
+        self.patch = patch_size**2 if isinstance(patch_size, int) else math.prod(patch_size)
         self.device, self.counters = device, counters
         counters.setdefault("seconds", 0.0)
         self.tokens = 0

@@ -1,6 +1,7 @@
 """Which checkpoint a run begins from, and whether its settings allow to go on from there."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ FREE = frozenset(
     {
         "cache_dir", "checkpointing_minutes", "checkpointing_steps", "checkpoints_total_limit",
         "context_parallel_degree", "device", "fsdp", "gradient_accumulation_steps", "gradient_checkpointing",
-        "hub_model_id", "hub_token", "logging_dir", "max_nonfinite", "max_train_steps", "merge",
-        "num_validation_videos", "output_dir", "push_to_hub", "report_to", "resume_from_checkpoint", "tracker_name",
+        "hub_model_id", "hub_token", "instance_data_dir", "logging_dir", "max_nonfinite", "max_train_steps", "merge",
+        "num_validation_videos", "output_dir", "precomputed_dir", "prompts", "push_to_hub", "report_to", "resume_from_checkpoint", "tracker_name",
         "train_batch_size", "validation_guidance_scale", "validation_num_inference_steps", "validation_prompts",
         "validation_steps",
     }
@@ -107,6 +108,23 @@ def check_settings(checkpoint: Checkpoint, config: dict[str, Any], processes: in
             f"train_batch_size={config['train_batch_size']}, gradient_accumulation_steps="
             f"{config['gradient_accumulation_steps']}, {processes} processes: {new_batch} samples a step; {where} "
             f"{old_batch} ({checkpoint.state['processes']} processes); accepted are values whose product is {old_batch}"
+        )
+
+
+def check_samples(checkpoint: Checkpoint, samples_sha256: str, names: Sequence[str]) -> None:
+    """Refuse to go on with other samples than those that the run began with, wherever their folder is now.
+
+    Args:
+        samples_sha256: of the samples of this run (`Feed.samples_sha256`).
+        names: names of the options that may name the data, for the message.
+
+    Raises:
+        ValueError: they are other samples, or in another order.
+    """
+    if checkpoint.state["samples"] != samples_sha256:
+        raise ValueError(
+            f"{', '.join(names)}: the samples are other ones than those that {checkpoint.path.name} was trained with; "
+            "accepted are the same, or another output_dir for a new run"
         )
 
 

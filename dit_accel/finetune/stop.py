@@ -21,6 +21,11 @@ class Interrupted(SystemExit):
         self.checkpoint = checkpoint
         """Where the run goes on from; None: from its beginning."""
 
+    def __str__(self) -> str:
+        if self.checkpoint is None:
+            return f"ended by {self.signal_name} before there was anything to save"
+        return f"ended by {self.signal_name}; resume_from_checkpoint='latest' goes on from {self.checkpoint}"
+
 
 class StopRequest:
     """Context manager that notes SIGTERM and SIGINT instead of dying of them.

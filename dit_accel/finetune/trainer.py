@@ -1,6 +1,7 @@
 """`finetune`: a whole fine-tuning run, from the settings to the files of the result."""
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,24 @@ from dit_accel.finetune.feed import Feed
 from dit_accel.finetune.finish import finish
 from dit_accel.finetune.lock import RunLock
 from dit_accel.finetune.log import RunLog
-from dit_accel.finetune.loop import STAGE, Loop, Parts
+from dit_accel.finetune.loop import STAGE, Loop
 from dit_accel.finetune.model import Helpers, load_model
 from dit_accel.finetune.objectives import Objective
 from dit_accel.finetune.parameters import prepare
+from dit_accel.finetune.parts import Parts
 from dit_accel.finetune.progress import StepMeter
 from dit_accel.finetune.result import check_hub
-from dit_accel.finetune.resume import check_settings, choose_checkpoint, global_batch
-from dit_accel.finetune.stop import StopRequest
+from dit_accel.finetune.resume import check_samples, check_settings, choose_checkpoint, global_batch
+from dit_accel.finetune.stop import Interrupted, StopRequest
 from dit_accel.finetune.teacher import make_teacher
-from dit_accel.finetune.validation import validation_prompts
 from dit_accel.finetune.validation_plan import ValidationPlan
+from dit_accel.finetune.validation_samples import validation_prompts
 from dit_accel.runtime.install import method_of
 from dit_accel.sampling.outline import read_outline
 
 SETTINGS = "training_config.json"
+SOURCES = ("instance_data_dir", "precomputed_dir", "prompts")
+"""Options that name training data."""
 
 
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> Path:
@@ -67,7 +71,12 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> Path:
         processes.main_only(lambda: _lock(folder, stack))
         found = processes.main_only(lambda: begin(config, folder, processes.count))
         shown = progress and processes.is_main
-        _train(config, folder, engine, stop, found, shown, stack)
+        try:
+            _train(config, folder, engine, stop, found, shown, stack)
+        except Interrupted as interrupted:
+            if processes.is_main:
+                sys.stderr.write(f"{interrupted}\n")
+            raise
     return folder
 
 
@@ -151,6 +160,8 @@ def _train(
         )
     feed = _feed(config, samples, engine)
     stack.callback(feed.close)
+    if found is not None:
+        check_samples(found, feed.samples_sha256, SOURCES)
 
     trained = prepare(transformer, config)
     sla = method_of(transformer, "sla")
@@ -210,6 +221,7 @@ def _train(
             sla=sla,
             topk_at=lambda step: _topk(config, step),
             saved_config=settings,
+            samples_sha256=feed.samples_sha256,
             steps=steps,
             validate=lambda done: validation.run(STAGE, done, last=done == steps),
         ),

@@ -66,10 +66,16 @@ def main(folder, single):
         found[f"{kind}-from-single"] = train(single / kind, own)
     sharded = find_latest(folder / "fsdp")[0]
     found["shards"] = sorted(sharded.files)
-    found["accumulated"] = train(
-        folder / "accumulated",
-        dataclasses.replace(config, train_batch_size=1, gradient_accumulation_steps=2),
-    )
+    for kind in ("ddp", "fsdp"):
+        found[f"{kind}-accumulated"] = train(
+            folder / f"{kind}-accumulated",
+            dataclasses.replace(
+                config,
+                train_batch_size=1,
+                gradient_accumulation_steps=2,
+                fsdp=kind == "fsdp",
+            ),
+        )
     found["bf16"] = train(
         folder / "bf16", dataclasses.replace(config, fsdp=True, mixed_precision="bf16")
     )

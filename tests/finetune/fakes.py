@@ -10,8 +10,9 @@ from dit_accel.finetune.batch import Batch
 from dit_accel.finetune.engine import Engine
 from dit_accel.finetune.feed import Feed
 from dit_accel.finetune.log import RunLog
-from dit_accel.finetune.loop import Loop, Parts
+from dit_accel.finetune.loop import Loop
 from dit_accel.finetune.optimizers import make_optimizer
+from dit_accel.finetune.parts import Parts
 from dit_accel.finetune.progress import StepMeter
 from dit_accel.finetune.state import TrainingState
 from dit_accel.finetune.stop import StopRequest
@@ -223,6 +224,7 @@ def make_loop(config, folder, *, checkpoint=None, spoil=None, stop=None, change=
         sla=sla,
         topk_at=lambda step: None,
         saved_config=config.to_dict(),
+        samples_sha256=feed.samples_sha256,
         steps=config.max_train_steps,
     )
     for name, value in more.items():

@@ -59,7 +59,7 @@ def assert_equal(found, single, rel):
             assert found["tensors"][name] == pytest.approx(value, rel=10 * rel, abs=10 * rel), name
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "accumulated"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "ddp-accumulated", "fsdp-accumulated"])
 def test_two_processes_equal_one_with_the_same_global_batch(found, single, kind):
     assert_equal(found[0][0][kind], single, rel=1e-5)
 

@@ -341,3 +341,53 @@ def test_no_warning_in_a_plain_run(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(tmp_path)
+
+
+class TestHalf:
+    """fp16 with its gradient scaler, which accelerate has on GPUs only."""
+
+    @pytest.fixture
+    def half_loop(self, tmp_path, monkeypatch):
+        def make(scale, **more):
+            from dit_accel.finetune import engine
+
+            def with_scaler(self, config, folder, init=engine.Engine.__init__):
+                init(self, config, folder)
+                self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+                self.accelerator.native_amp = True
+                self.accelerator.state._mixed_precision = "fp16"
+
+            monkeypatch.setattr(engine.Engine, "__init__", with_scaler)
+            config = dataclasses.replace(CONFIG, lr_warmup_steps=0, max_train_steps=4)
+            return make_loop(config, tmp_path, checkpoint=find_latest(tmp_path)[0], **more)
+
+        return make
+
+    def test_overflows_lower_the_scale_and_are_no_fault(self, half_loop, tmp_path):
+        loop = half_loop(2.0**18)
+        loop.run()
+        counters = loop.parts.state.counters
+        log = read_log(tmp_path / "log.jsonl")
+        assert counters["overflows"] >= 1
+        assert counters["skipped_steps"] == []
+        assert log[0]["loss_scale"] == 2.0**18
+        assert log[-1]["loss_scale"] < 2.0**18
+        assert math.isfinite(log[-1]["gradient_norm"])
+        assert "update/weights" not in log[0]
+
+    def test_faults_are_counted(self, half_loop):
+        loop = half_loop(4.0, spoil={1: math.nan})
+        loop.run()
+        assert loop.parts.state.counters["skipped_steps"] == [1]
+        assert loop.parts.state.counters["overflows"] == 0
+        assert all(x.isfinite().all() for x in loop.parts.state.named.values())
+
+    def test_scale_survives_a_resume(self, half_loop, tmp_path):
+        whole = half_loop(2.0**18)
+        whole.run()
+        expected = values_of(whole.parts.state)
+        shutil.rmtree(tmp_path / "checkpoint-4")
+        resumed = half_loop(1.0)
+        assert resumed.start == 3
+        resumed.run()
+        assert values_of(resumed.parts.state) == expected

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dit_accel.finetune.checkpoints import MANIFEST, read_checkpoint, save_checkpoint
-from dit_accel.finetune.resume import FREE, check_settings, choose_checkpoint
+from dit_accel.finetune.resume import FREE, check_samples, check_settings, choose_checkpoint
 
 from .fakes import FakeConfig
 
@@ -13,7 +13,13 @@ CONFIG = FakeConfig(train_batch_size=4, gradient_accumulation_steps=2).to_dict()
 
 
 def save(folder, step, config=CONFIG, processes=2):
-    state = {"config": config, "processes": processes, "stage": "distillation", "numbers": {}}
+    state = {
+        "config": config,
+        "processes": processes,
+        "stage": "distillation",
+        "numbers": {},
+        "samples": "abc",
+    }
     return save_checkpoint(folder, step, {"weights": {}}, state)
 
 
@@ -124,3 +130,13 @@ def test_more_steps(tmp_path):
     checkpoint = read_checkpoint(save(tmp_path, 4, config=falling))
     with pytest.raises(ValueError, match="which lr_scheduler='cosine' depends on"):
         check_settings(checkpoint, falling | {"max_train_steps": 100}, 2)
+
+
+def test_other_samples_are_refused(tmp_path):
+    checkpoint = read_checkpoint(save(tmp_path, 3))
+    check_samples(checkpoint, "abc", ["precomputed_dir"])
+    with pytest.raises(
+        ValueError,
+        match=r"^precomputed_dir: the samples are other ones than those that checkpoint-3",
+    ):
+        check_samples(checkpoint, "abd", ["precomputed_dir"])

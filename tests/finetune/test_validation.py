@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel.finetune.validation import (
+from dit_accel.finetune.validation import CutShort, Validator
+from dit_accel.finetune.validation_samples import (
     PSNR_OF_EQUAL,
-    CutShort,
     Made,
-    Validator,
     compared,
     validation_prompts,
 )
