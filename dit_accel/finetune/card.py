@@ -55,7 +55,7 @@ def write_card(
             f"# {folder.resolve().name}",
             "",
             f"Sparse-linear attention (SLA) for {base}, fine-tuned with `dit-accel finetune`: {TRAINED[config.train]}, "
-            f"at most {_percent(config.sla['topk'])} of the key blocks read exactly.",
+            f"about {_percent(config.sla['topk'])} of the key blocks read exactly.",
             "",
             "## Use",
             "",
@@ -83,6 +83,7 @@ def _percent(topk: float | None) -> str:
 def _usage(config: Any, pipeline: str, base: str, folder: Path) -> list[str]:
     name = folder.resolve().name
     lines = [f"from dit_accel import {pipeline}", ""]
+    repository = f'pipe = {pipeline}.from_pretrained("{name}/{MERGED}")'
     if config.train == "all":
         kind = {
             "SparseWanPipeline": "WanTransformer3DModel",
@@ -90,7 +91,7 @@ def _usage(config: Any, pipeline: str, base: str, folder: Path) -> list[str]:
             "SparseLuminaPipeline": "LuminaNextDiT2DModel",
             "SparseLumina2Pipeline": "Lumina2Transformer2DModel",
         }[pipeline]
-        lines.insert(1, f"from diffusers import {kind}")
+        lines.insert(0, f"from diffusers import {kind}")
         lines += [
             f'transformer = {kind}.from_pretrained("{name}/{WEIGHTS}")',
             f'pipe = {pipeline}.from_pretrained("{base}", transformer=transformer, sla="{name}")',
@@ -100,11 +101,7 @@ def _usage(config: Any, pipeline: str, base: str, folder: Path) -> list[str]:
     if config.train == "lora":
         lines.append(f'pipe.load_lora_weights("{name}")  # {LORA_FILE}')
     if config.merge:
-        lines += [
-            "",
-            "# or, with everything in one repository:",
-            f'pipe = {pipeline}.from_pretrained("{name}/{MERGED}")',
-        ]
+        lines += ["", "# or, with everything in one repository:", repository]
     return lines
 
 

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import datetime
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.finetune.processes import Processes
-from dit_accel.sampling.devices import device_name
+from dit_accel.finetune.process_group import Processes
+from dit_accel.sampling.devices import pick_device
 
 TIMEOUT = datetime.timedelta(hours=2)
 """Time that processes wait for each other: validation and saving take longer than the default of torch."""
@@ -27,7 +28,7 @@ class Engine:
         folder: output folder, which holds the trackers' folder.
 
     Raises:
-        ValueError: a precision or tracker that this machine does not have.
+        ValueError: a device, precision or tracker that this machine does not have.
     """
 
     def __init__(self, config: Any, folder: Path) -> None:
@@ -39,14 +40,21 @@ class Engine:
             ProjectConfiguration,
         )
 
-        # An earlier run of this process may have had another precision, which accelerate keeps for good.
-        AcceleratorState._reset_state(reset_partial_state=False)
-        GradientState._reset_state()
+        place = pick_device(config.device)
+        if config.mixed_precision == "fp16" and place.type == "cpu":  # accelerate would use fp32
+            raise ValueError(
+                "mixed_precision='fp16': not available on a CPU; accepted are 'no' and 'bf16', or a GPU"
+            )
         ours = not torch.distributed.is_initialized()
+        # An earlier run of this process may have had another precision or device, which accelerate keeps for good.
+        AcceleratorState._reset_state(reset_partial_state=ours)
+        GradientState._reset_state()
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # else each process has a GPU of its own
+            os.environ["ACCELERATE_TORCH_DEVICE"] = str(place)
         report = None if config.report_to == "none" else config.report_to
         logs = folder / config.logging_dir
         self.accelerator = Accelerator(
-            cpu=device_name(config.device).startswith("cpu"),
+            cpu=place.type == "cpu",
             mixed_precision=config.mixed_precision,
             log_with=report,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(logs)),

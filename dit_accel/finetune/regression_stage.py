@@ -1,11 +1,12 @@
 """The first stage as a run sees it: logged, interruptible, equal in all processes."""
 
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from dit_accel.finetune.batch import Batch
 from dit_accel.finetune.log import RunLog
-from dit_accel.finetune.processes import Processes
+from dit_accel.finetune.process_group import Processes
 from dit_accel.finetune.regression import regress
 from dit_accel.finetune.stop import Interrupted, StopRequest
 
@@ -23,23 +24,33 @@ def run_regression(
     processes: Processes,
     progress: bool,
 ) -> None:
-    """Fit the weights of sparse attention layer by layer.
+    """Fit the weights of sparse attention to the dense attention outputs of each layer.
 
-    Every process does all of it on the same batches, and takes the result of the first one. A run that is killed
-    in this stage begins it again: it is short.
+    A run that is killed in this stage begins it again: it is short.
 
     Args:
-        trainable, sla, batches, config: as `regress` takes them.
+        trainable, sla, config: as `regress` takes them.
+        batches: the samples of this process in a step.
 
     Raises:
-        Interrupted: a signal came.
+        Interrupted: a signal came to any process.
     """
 
     def on_step(step: int, values: dict[str, float]) -> None:
         log.write(STAGE, step + 1, values)
-        if stop.name is not None:
-            raise Interrupted(stop.name, None)
+        asked = stop.name is not None
+        if any(processes.gather(asked)):  # all of them leave after the same step
+            raise Interrupted(stop.name or "a signal to another process", None)
 
-    regress(trainable, sla, batches, config, progress=progress, on_step=on_step)
+    found = regress(trainable, sla, batches, config, progress=progress, on_step=on_step)
+    if found.before:
+        log.write(
+            STAGE,
+            config.regression_steps,
+            {
+                "error/before": fmean(found.before.values()),
+                "error/after": fmean(found.after.values()),
+            },
+        )
     own = [x.data for layer in sla.layers.values() for x in layer.module.parameters()]
     processes.copy_from_main(own)

@@ -180,7 +180,7 @@ def _train(
             regression_stage.run_regression(
                 trainable,
                 sla,
-                lambda step: feed.rows(step, 0, config.train_batch_size),
+                lambda step: feed.micro(step, 0),
                 config,
                 log=log,
                 stop=stop,
