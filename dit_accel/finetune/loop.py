@@ -123,6 +123,7 @@ class Loop:
         topk = parts.topk_at(step)
         if topk is not None:
             parts.sla.set_topk(topk)
+        parts.sla.set_learning_step(step)
         facts, scalars = self._backward(step)
         norm = parts.engine.clip(self.parameters, config.max_grad_norm)
         told, scalars = self._tell(facts, scalars)

@@ -107,6 +107,9 @@ class FakeSLA:
     def set_topk(self, value):
         self.topk = value
 
+    def set_learning_step(self, step):
+        self.learning_step = step
+
 
 class FakeSamples:
     def __init__(self, count=12):
