@@ -36,7 +36,7 @@ def check_matplotlib() -> None:
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("training curves need matplotlib: pip install dit-accel[train]")
+        raise ValueError("training curves need matplotlib: pip install matplotlib")
 
 
 def draw_curves(log: str | os.PathLike, picture: str | os.PathLike) -> Path:
