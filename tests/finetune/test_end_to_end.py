@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -163,7 +162,7 @@ def test_run(settings, wan_repository, call, tmp_path, train):
     assert dit_accel.summary(pipe).density == pytest.approx(0.2, abs=0.1)
 
 
-@pytest.mark.parametrize("train", TRAIN)
+@pytest.mark.parametrize("train", ["router", "lora", "all"])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(settings, tmp_path, train):
     whole = run(settings, tmp_path / "whole", **TRAIN[train])
 
@@ -303,8 +302,6 @@ def worker(tmp_path, configs, *, processes=None):
 def test_two_processes(settings, tmp_path):
     one = run(settings, tmp_path / "one", train_batch_size=4, train="all", **REGRESSION)
     common = {"train_batch_size": 2, "train": "all", **REGRESSION}
-    shutil.copytree(one / "checkpoint-2", tmp_path / "resumed/checkpoint-2")
-    shutil.copy(one / "log.jsonl", tmp_path / "resumed/log.jsonl")
     configs = [
         dataclasses.replace(settings, output_dir=str(tmp_path / "ddp"), **common),
         dataclasses.replace(
@@ -316,18 +313,11 @@ def test_two_processes(settings, tmp_path):
             validation_num_inference_steps=1,
             **common,
         ),
-        dataclasses.replace(
-            settings,
-            output_dir=str(tmp_path / "resumed"),
-            fsdp=True,
-            resume_from_checkpoint="latest",
-            **common,
-        ),
     ]
     process = worker(tmp_path, configs, processes=2)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors[-4000:]
-    for kind in ("ddp", "fsdp", "resumed"):
+    for kind in ("ddp", "fsdp"):
         assert losses(tmp_path / kind) == pytest.approx(losses(one), rel=1e-5), kind
         for name, x in result_of(one).items():
             torch.testing.assert_close(result_of(tmp_path / kind)[name], x, rtol=1e-4, atol=2e-5)
