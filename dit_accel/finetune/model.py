@@ -15,8 +15,8 @@ from dit_accel.sampling.load import pipeline_class
 def load_model(config: Any, device: torch.device) -> Any:
     """Load the pipeline without acceleration, its transformer on a device and the rest on the CPU.
 
-    Text encoders and VAE are loaded in the dtype of the computation, the transformer in that of its weights
-    (`config.weights_dtype`).
+    The VAE is loaded in fp32, text encoders in the dtype of the computation, and the transformer in that of its
+    weights (`config.weights_dtype`).
 
     Args:
         config: settings of the run (`FinetuneConfig`).
@@ -29,7 +29,11 @@ def load_model(config: Any, device: torch.device) -> Any:
         source,
         sla=None,
         ras=None,
-        dtype={"transformer": DTYPES[config.weights_dtype], "default": DTYPES[compute]},
+        dtype={
+            "transformer": DTYPES[config.weights_dtype],
+            "vae": torch.float32,
+            "default": DTYPES[compute],
+        },
         **options,
     )
     pipe.set_progress_bar_config(disable=True)

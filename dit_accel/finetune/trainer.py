@@ -141,7 +141,8 @@ def _train(
         stages=(regression_stage.STAGE, STAGE),
     )
     stack.callback(log.close)
-    with helpers.on_device():
+    # Pipelines expect one dtype everywhere; autocast stands in for it where weights are fp32.
+    with helpers.on_device(), engine.accelerator.autocast():
         trainable = trainable_of(pipe, max_sequence_length=config.max_sequence_length)
         samples = open_samples(config, trainable, progress=shown)
         if (tokens := _text_tokens(samples)) is not None:

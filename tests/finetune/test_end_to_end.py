@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 import dit_accel
 from dit_accel import SparseWanPipeline
 from dit_accel.checkpoint.file import read_checkpoint
-from dit_accel.files import asset
 from dit_accel.finetune.checkpoints import checkpoints
 from dit_accel.finetune.log import read_log
+from dit_accel.sampling.load import load_pipeline
 from dit_accel.sampling.pictures import read_image
 
 from .faults import in_child, kill
@@ -234,24 +234,31 @@ def test_tensorboard(settings, tmp_path):
     assert list(folder.glob("logs/dit-accel-finetune/events*"))
 
 
-def test_embedded_model(tmp_path):
+@pytest.mark.parametrize(
+    ("model", "prompts", "precision"),
+    [("tiny-wan", "demo", "no"), ("tiny-sd3", "demo-images", "bf16")],
+)
+def test_embedded_models(tmp_path, model, prompts, precision):
     config = FinetuneConfig(
-        pretrained_model_name_or_path="tiny-wan",
+        pretrained_model_name_or_path=model,
         output_dir=str(tmp_path / "run"),
-        prompts="demo",
+        prompts=prompts,
         num_teacher_samples=2,
         teacher_num_inference_steps=2,
-        sla=SPARSE | {"combine": "alpha"},
-        train="sla",
+        sla=SPARSE | {"block_q": 16, "block_k": 16, "combine": "alpha"},
+        train="all",
         stages=("distillation",),
         max_train_steps=2,
-        learning_rate=1e-3,
+        mixed_precision=precision,
+        validation_prompts="a red circle",
+        validation_num_inference_steps=1,
         report_to="none",
         device="cpu",
     )
     folder = finetune(config, progress=False)
-    pipe = SparseWanPipeline.from_pretrained(asset("tiny-wan"), sla=folder)
+    pipe = load_pipeline(model, sla=str(folder), device="cpu")
     assert dit_accel.summary(pipe).enabled
+    assert len(losses(folder)) == 2
 
 
 # Refusals ---------------------------------------------------------------------------------------------
