@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from dit_accel.finetune.process_group import Processes
@@ -78,6 +80,14 @@ class Engine:
             return None
         self.accelerator.init_trackers(self._tracked)
         return self.accelerator.log
+
+    def log_picture(self, name: str, picture: UInt8[np.ndarray, "h w 3"], step: int) -> None:
+        """Send a picture to the trackers; nothing happens without any."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: picture[None]}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({name: [picture]}, step=step)
 
     def wrap(self, transformer: nn.Module, blocks: Sequence[str]) -> nn.Module:
         """Return the transformer as the loss calls it: sharded, in DDP, or as it is.

@@ -163,6 +163,7 @@ def _train(
     stack.callback(feed.close)
     if found is not None:
         check_samples(found, feed.samples_sha256, SOURCES)
+    log.start_tracker(engine.start_trackers())
 
     trained = prepare(transformer, config)
     sla = method_of(transformer, "sla")
@@ -196,7 +197,6 @@ def _train(
         state.load(found)
         mark_calibrated(sla)
     validation.state = state
-    log.start_tracker(engine.start_trackers())
     steps = config.max_train_steps if STAGE in config.stages else 0
     meter = StepMeter(
         patch_size=transformer.config.patch_size,

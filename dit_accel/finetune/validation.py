@@ -71,6 +71,8 @@ class Validator:
         self.together, self.stopping = together, stopping
         self.fps = config.fps or DEFAULT_FPS
         self.samples = validation_samples(pipe, config, size, text_tokens)
+        self.sheet: np.ndarray | None = None
+        """Frames of the first sample of the last validation, dense above sparse, `[H, W, 3]` in bytes."""
         self._references: dict[str, Made] = {}
 
     def _own(self) -> Iterator[Sample]:
@@ -144,11 +146,12 @@ class Validator:
         rows = {}
         for sample in self._own():
             dense, sparse = self._references[sample.id], self._make(sample)
+            shown = [("dense", dense.pictures), (_title(sparse), sparse.pictures)]
+            if not rows:
+                self.sheet = media.contact_sheet(shown)
             rows[sample.id] = compared(dense, sparse)
             if self._writes:
-                both = media.side_by_side(
-                    [("dense", dense.pictures), (_title(sparse), sparse.pictures)]
-                )
+                both = media.side_by_side(shown)
                 with naming_failures():
                     self._write_pictures(folder / f"{sample.id}-sparse", sparse.pictures)
                     self._write_pictures(folder / f"{sample.id}-side_by_side", both)

@@ -101,6 +101,8 @@ class ValidationPlan:
             if self.state is not None:
                 return False
             self._interrupt()
+        if self.engine.processes.is_main and self.validator.sheet is not None:
+            self.engine.log_picture(f"{stage}/validation", self.validator.sheet, done)
         self.log.write(stage, done, {f"validation/{key}": x for key, x in means.items()})
         return True
 

@@ -230,8 +230,17 @@ def test_bf16(settings, tmp_path):
 
 def test_tensorboard(settings, tmp_path):
     pytest.importorskip("tensorboard")
-    folder = run(settings, tmp_path, train="sla", max_train_steps=2, report_to="tensorboard")
-    assert list(folder.glob("logs/dit-accel-finetune/events*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"validation_prompts": "a red circle", "validation_num_inference_steps": 1}
+    folder = run(
+        settings, tmp_path, train="sla", max_train_steps=2, report_to="tensorboard", **options
+    )
+    events = EventAccumulator(str(folder / "logs/dit-accel-finetune"))
+    events.Reload()
+    found = [x.value for x in events.Scalars("distillation/loss")]
+    assert found == pytest.approx(losses(folder))
+    assert [x.step for x in events.Images("distillation/validation")] == [0, 2]
 
 
 @pytest.mark.parametrize(
