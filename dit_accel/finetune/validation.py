@@ -143,7 +143,7 @@ class Validator:
         """
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        rows = {}
+        rows: dict[str, dict[str, float]] = {}
         for sample in self._own():
             dense, sparse = self._references[sample.id], self._make(sample)
             shown = [("dense", dense.pictures), (_title(sparse), sparse.pictures)]
