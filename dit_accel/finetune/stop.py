@@ -30,8 +30,9 @@ class Interrupted(SystemExit):
 class StopRequest:
     """Context manager that notes SIGTERM and SIGINT instead of dying of them.
 
-    A second SIGINT interrupts at once, as without it. Outside of the main thread, where Python handles
-    no signals, it notes nothing.
+    A second SIGINT interrupts at once, as without it. A signal that the process ignores, as SIGINT in a
+    background job of a shell, stays ignored. Outside of the main thread, where Python handles no signals, it notes
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
+                if signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._note)
         return self
 

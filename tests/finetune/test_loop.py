@@ -1,6 +1,7 @@
 """The steps of training: killed, interrupted, resumed, skipped, and with nothing that trains."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -131,6 +132,7 @@ def test_sigkill_at_any_write_of_a_run(quick, uninterrupted):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda x: x.name)
 def test_signal_saves_and_exits_with_0(tmp_path, uninterrupted, number):
     def interrupted():
+        signal.signal(number, signal.default_int_handler)  # not ignored, as in a background job
         with StopRequest() as stop:
             loop = make_loop(CONFIG, tmp_path, stop=stop)
             objective = loop.parts.objective
@@ -162,13 +164,30 @@ def test_interrupted_names_signal_and_checkpoint(tmp_path):
     )
 
 
-def test_second_sigint_interrupts_at_once():
+@pytest.fixture
+def sigint():
+    """Set the handler of SIGINT, which a test run in the background of a shell ignores, and put it back."""
+    before = signal.getsignal(signal.SIGINT)
+    yield functools.partial(signal.signal, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_second_sigint_interrupts_at_once(sigint):
+    sigint(signal.default_int_handler)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.name == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ignored_signal_stays_ignored(sigint):
+    sigint(signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name is None
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, uninterrupted):
