@@ -97,11 +97,24 @@ def _sparse_attention(
         return SparseAttention(settings)
     if repr(on.config) == repr(settings):  # equality takes one step, 1, for all of them, 1.0
         return on
-    # Other settings for the same kind of weights: what was learned stays.
-    same_kind = settings.has_weights and on.config.combine == settings.combine
-    learned = same_kind and all(x.calibrated for x in on.attention.values())
-    weights = {name: weights_of(x) for name, x in on.attention.items()} if learned else None
-    return SparseAttention(settings, weights)
+    return SparseAttention(settings, _kept_weights(settings, on))
+
+
+def _kept_weights(settings: SLAConfig, on: SparseAttention) -> dict[str, dict[str, Any]] | None:
+    """Return what was learned under other settings and stays: weights of the same combine, and of a learned router."""
+    branch = on.config.combine == settings.combine and settings.has_linear_branch
+    branch = branch and all(x.calibrated for x in on.attention.values())
+    router = on.config.router == settings.router == "learned"
+    if not branch and not router:
+        return None
+    return {
+        layer: {
+            name: x
+            for name, x in weights_of(module).items()
+            if (router if name.startswith("learned_router.") else branch)
+        }
+        for layer, module in on.attention.items()
+    }
 
 
 def load_sla(

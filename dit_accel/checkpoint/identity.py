@@ -24,7 +24,7 @@ def identity_of(transformer: nn.Module, pipe: Any = None) -> BaseModel:
     """
     transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile wraps
     layers = family_of(transformer).self_attention(transformer)
-    model, revision = _origin(transformer, pipe) if pipe is not None else ("", "")
+    model, revision = origin_of(transformer, pipe) if pipe is not None else ("", "")
     return BaseModel(
         transformer_class=next(
             cls.__name__ for cls in type(transformer).__mro__ if cls.__name__ in FAMILIES
@@ -66,7 +66,7 @@ def _readable(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     return align_module_device(module, "cpu") if offloaded else contextlib.nullcontext()
 
 
-def _origin(transformer: Any, pipe: Any) -> tuple[str, str]:
+def origin_of(transformer: Any, pipe: Any) -> tuple[str, str]:
     """Return hub id or folder name, and commit; no paths, which would tell about this machine."""
     names = [str(getattr(x, "config", {}).get("_name_or_path") or "") for x in (transformer, pipe)]
     for name in names:

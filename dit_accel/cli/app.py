@@ -24,8 +24,10 @@ from dit_accel.cli import demo, eval_generate, eval_report, eval_run, eval_score
 from dit_accel.cli.compare import Compare
 from dit_accel.cli.convert import Convert
 from dit_accel.cli.env import Env
+from dit_accel.cli.finetune import Finetune, with_recipe
 from dit_accel.cli.generate import Generate
 from dit_accel.cli.merge import Merge
+from dit_accel.cli.precompute import Precompute
 from dit_accel.cli.printing import print_line
 
 
@@ -58,15 +60,24 @@ class Demo:
         self.command.run()
 
 
-Command = (
-    Annotated[Generate, subcommand("generate")]
-    | Annotated[Compare, subcommand("compare")]
-    | Annotated[Eval, subcommand("eval")]
-    | Annotated[Merge, subcommand("merge")]
-    | Annotated[Convert, subcommand("convert")]
-    | Annotated[Env, subcommand("env")]
-    | Annotated[Demo, subcommand("demo")]
-)
+def _commands(recipe: Finetune | None = None) -> Any:
+    """Return the type of all commands.
+
+    Args:
+        recipe: default options of `dit-accel finetune`. Default: those of the class.
+    """
+    finetune = subcommand("finetune") if recipe is None else subcommand("finetune", default=recipe)
+    return (
+        Annotated[Generate, subcommand("generate")]
+        | Annotated[Compare, subcommand("compare")]
+        | Annotated[Eval, subcommand("eval")]
+        | Annotated[Precompute, subcommand("precompute")]
+        | Annotated[Finetune, finetune]
+        | Annotated[Merge, subcommand("merge")]
+        | Annotated[Convert, subcommand("convert")]
+        | Annotated[Env, subcommand("env")]
+        | Annotated[Demo, subcommand("demo")]
+    )
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -78,8 +89,8 @@ def run(argv: list[str] | None = None) -> None:
         print_line(f"dit-accel {__version__}")
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    command = _parsed(arguments)
     try:
+        command = _parsed(arguments)
         with warnings.catch_warnings():
             warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
             command.run()
@@ -108,12 +119,16 @@ def _parsed(arguments: Sequence[str]) -> Any:
 
     tyro explains a value of the wrong type in a box of many lines. Such a value is reported in one line, as
     other values that are refused; messages about unknown or missing options stay as they are.
+
+    Raises:
+        ValueError: a bad recipe of `dit-accel finetune`, whose options are the defaults of that command.
     """
     shown = io.StringIO()
+    recipe = with_recipe(arguments) if arguments[:1] == ["finetune"] else None
     try:
         with contextlib.redirect_stderr(shown):
             return tyro.cli(
-                Command,  # type: ignore[arg-type]
+                _commands(recipe),
                 prog="dit-accel",
                 description=__doc__,
                 args=arguments,

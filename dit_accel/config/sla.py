@@ -7,7 +7,7 @@ from dit_accel.config.base import Config, check, check_choice, check_fraction, i
 
 COMBINES = ("none", "shared_softmax", "proj", "alpha")
 LINEAR_SCOPES = ("marginal", "complement", "all")
-ROUTERS = ("spread", "mean")
+ROUTERS = ("spread", "mean", "learned")
 FEATURE_MAPS = ("softmax", "elu", "relu")
 CROSSOVERS = ("auto", "never")
 CLIP_TILES = {16: (4, 2, 2), 32: (8, 2, 2), 64: (4, 2, 8), 128: (4, 4, 8)}
@@ -25,9 +25,10 @@ class SLAConfig(Config):
     top_p: float | int | None = None
     """Read the fewest best blocks whose estimated softmax weights sum to this, in (0, 1]; with `topk`
     the union of both. Only with crossover="never": how much it reads is not known in advance."""
-    router: Literal["spread", "mean"] = "spread"
+    router: Literal["spread", "mean", "learned"] = "spread"
     """Ranking of key blocks. "mean" (SLA): by the mean key alone. "spread": also by how much the keys of a block
-    differ, which adds to its attention."""
+    differ, which adds to its attention. "learned" (SLA2): "spread" with weights that training adapts to the model;
+    until then it ranks as "spread" does."""
     rounding: Literal["ceil", "floor"] = "ceil"
     """Rounding of topk * blocks. "floor" (at least one block) is for checkpoints that were trained so."""
     skip: float | int = 0.0
@@ -85,7 +86,7 @@ class SLAConfig(Config):
         check_choice("combine", self.combine, COMBINES)
         check_choice("linear_scope", self.linear_scope, LINEAR_SCOPES)
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
-        if skip and not (self.has_weights and self.linear_scope == "marginal"):
+        if skip and not (self.has_linear_branch and self.linear_scope == "marginal"):
             raise ValueError(
                 f"skip={skip}: accepted with combine='proj' or 'alpha' and linear_scope='marginal', else 0"
             )
@@ -150,9 +151,14 @@ class SLAConfig(Config):
         )
 
     @property
+    def has_linear_branch(self) -> bool:
+        """Whether linear attention reads what is not read exactly."""
+        return self.combine in ("proj", "alpha")
+
+    @property
     def has_weights(self) -> bool:
         """Whether each layer has weights of its own, which `save_sla` writes."""
-        return self.combine in ("proj", "alpha")
+        return self.has_linear_branch or self.router == "learned"
 
     def query_block(self, capability: tuple[int, int] | None = None) -> int:
         """Return the tokens per query block.

@@ -159,6 +159,7 @@ class SparsePlan(PlanData):
         scores: Float[Tensor, "b h n_q n_k"],
         *,
         topk: float | None = None,
+        count: int | None = None,
         top_p: float | None = None,
         threshold: float | None = None,
         skip: int | float = 0.0,
@@ -173,13 +174,14 @@ class SparsePlan(PlanData):
     ) -> "SparsePlan":
         """Return a plan that keeps the best blocks of each row, at least one.
 
-        Pass `topk`, `top_p`, both, or `threshold`. A row is one query block of one head; n is the number
+        Pass `topk` (or `count`), `top_p`, both, or `threshold`. A row is one query block of one head; n is the number
         of key blocks with a score. Ties go to the lower index, on every device.
 
         Args:
             scores: logits `[B|1, Hq|1, T_q, T_k - tail_blocks]`, for example of `block_scores`. Higher is
                 better.
             topk: fraction in (0, 1]. Each row keeps its `max(1, ceil(topk * n))` best blocks.
+            count: number of best blocks that each row keeps, in place of `topk`.
             top_p: softmax mass in (0, 1]. Each row keeps the fewest best blocks whose softmax weights sum
                 to at least `top_p`. With `topk`, a row keeps the union of both.
             threshold: score. Each row keeps every block whose score is at least this. Not together with
@@ -227,6 +229,7 @@ class SparsePlan(PlanData):
         criteria = criteria_of(
             n,
             topk=topk,
+            count=count,
             top_p=top_p,
             threshold=threshold,
             skip=skip,

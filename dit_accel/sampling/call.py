@@ -1,4 +1,4 @@
-"""`run_batch`: one pipeline call for the samples of a batch, with its seconds by phase."""
+"""`run_batch` and `run_latents`: one pipeline call for the samples of a batch, with its seconds by phase."""
 
 import contextlib
 import time
@@ -90,6 +90,28 @@ def run_batch(pipe: Any, samples: Sequence[Sample], **overrides: Any) -> BatchRe
     Raises:
         RuntimeError: the memory does not suffice.
     """
+    result, seconds = _called(pipe, samples, "np", overrides)
+    frames = result.frames if hasattr(result, "frames") else result.images[:, None]
+    return BatchResult(tuple(samples), frames, seconds, control.summary(pipe))
+
+
+def run_latents(pipe: Any, samples: Sequence[Sample]) -> Float[torch.Tensor, "b c *thw"]:
+    """Return the latents of a batch, as the transformer makes them and before the VAE decodes them.
+
+    Args:
+        pipe, samples: as in `run_batch`.
+
+    Raises:
+        RuntimeError: the memory does not suffice.
+    """
+    result, _ = _called(pipe, samples, "latent", {})
+    return result.frames if hasattr(result, "frames") else result.images
+
+
+def _called(
+    pipe: Any, samples: Sequence[Sample], output_type: str, overrides: dict[str, Any]
+) -> tuple[Any, dict[str, float]]:
+    """Return the result of one pipeline call, and its seconds by phase."""
     arguments = samples[0].sampling.overridden(**overrides).call_arguments()
     negative = [x.sampling.negative_prompt for x in samples]
     if negative[0] is not None:
@@ -101,11 +123,12 @@ def run_batch(pipe: Any, samples: Sequence[Sample], **overrides: Any) -> BatchRe
     prompts = [x.record.prompt for x in samples]
     try:
         with phase_timer(pipe) as seconds:
-            result = pipe(prompt=prompts, generator=generators, output_type="np", **arguments)
+            result = pipe(
+                prompt=prompts, generator=generators, output_type=output_type, **arguments
+            )
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
             f"out of memory with {len(samples)} samples in a call ({str(error).splitlines()[0]}); what is "
             "finished stays, run it again with a smaller batch_size or size"
         ) from error
-    frames = result.frames if hasattr(result, "frames") else result.images[:, None]
-    return BatchResult(tuple(samples), frames, seconds, control.summary(pipe))
+    return result, seconds

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -20,9 +20,10 @@ from dit_accel.kernels import (
     linear_attention,
     sparse_linear_attention,
 )
+from dit_accel.kernels.router.criteria import topk_blocks
 from dit_accel.sla.geometry import joint_geometry, query_block
-
-Text = Literal["none", "first", "last"]
+from dit_accel.sla.router import LearnedRouter, taught
+from dit_accel.sla.text import Text, image_first, split_text
 
 
 class Projection(nn.Module):
@@ -60,6 +61,7 @@ class SparseLinearAttention(nn.Module):
         alpha_logit: for `combine="alpha"`, `[heads]`; sigmoid of it is the share of the exact branch. The
             first call measures it as the mean attention mass that the plan reads, unless weights are loaded.
         router: ranks key blocks, with the arguments of `block_scores`.
+        learned_router: for `router="learned"`, the weights of the ranking.
 
     Weights stay in fp32 whatever dtype the model is cast to.
     """
@@ -71,8 +73,10 @@ class SparseLinearAttention(nn.Module):
         self.config = config
         self.topk = config.topk if topk is None else topk
         self.router: Callable[..., Tensor] = functools.partial(
-            block_scores, spread=config.router == "spread"
+            block_scores, spread=config.router != "mean"
         )
+        if config.router == "learned":
+            self.learned_router = LearnedRouter(heads, head_dim)
         self.calibrated = True
         self._measured: Tensor | None = None
         if config.combine == "proj":
@@ -103,6 +107,7 @@ class SparseLinearAttention(nn.Module):
         *,
         text: Text = "none",
         text_tokens: int = 0,
+        topk_blocks: int | None = None,
         scale: float | None = None,
         state: LinearState | None = None,
         tally: Int[Tensor, "3"] | None = None,
@@ -114,6 +119,7 @@ class SparseLinearAttention(nn.Module):
             k, v: `[B, Hkv, Lk, D]`, all tokens; `Hq` a multiple of `Hkv`.
             text: where text tokens stand, in q as in k.
             text_tokens: how many there are.
+            topk_blocks: number of image blocks that each query block reads exactly. Default: from `topk`.
             scale: default `D ** -0.5`.
             state: totals over the image keys that the caller keeps up to date; inference only.
             tally: int64 `[3]` on the device of q: calls, attended (query, key) pairs, and all pairs, text
@@ -122,7 +128,7 @@ class SparseLinearAttention(nn.Module):
         if text == "none":
             text, text_tokens = "last", 0
         (words, q_image), (words_k, k_image), (words_v, v_image) = (
-            _split(x, text, text_tokens) for x in (q, k, v)
+            split_text(x, text, text_tokens) for x in (q, k, v)
         )
         tokens, gap = k_image.shape[2], 0
         keys, values = k, v
@@ -130,9 +136,11 @@ class SparseLinearAttention(nn.Module):
             # [image, padding to whole blocks, text]: every image query reads the blocks of the text.
             gap = -tokens % self.config.block_k
             if gap or text == "first":
-                keys = _image_first(k_image, words_k, gap)
-                values = _image_first(v_image, words_v, gap)
-        plan = self._plan(q_image, k_image, text_tokens, scale, tally)
+                keys = image_first(k_image, words_k, gap)
+                values = image_first(v_image, words_v, gap)
+        projection = self.learned_router() if self.config.router == "learned" else None
+        scores = self._scores(q_image, k_image, projection, scale)
+        plan = self._plan(scores, q_image, tokens, text_tokens, topk_blocks, tally)
         mode = self._mode(q_image, keys, plan, scale)
         if text_tokens and mode.get("linear_scope") == "all":
             # Every image key, and the text is no part of it: no kernel has this.
@@ -148,6 +156,11 @@ class SparseLinearAttention(nn.Module):
             o = sparse_linear_attention(
                 q_image, keys, values, plan, scale=scale, state=state, **mode
             )
+        if projection is not None and projection.requires_grad and torch.is_grad_enabled():
+            o = taught(
+                o, self.learned_router, scores, plan, q_image, k_image, v_image,
+                scale=scale, mode=mode, text=(words_k, words_v),
+            )  # fmt: skip
         if not text_tokens:
             return o
         # Few queries that read every key: dense attention is the fastest way.
@@ -156,20 +169,35 @@ class SparseLinearAttention(nn.Module):
         o_words = o_words.to(o.dtype)
         return torch.cat([o_words, o] if text == "first" else [o, o_words], dim=2)
 
+    def _blocks(self, q: Tensor) -> dict[str, int]:
+        """Tokens per block, as arguments."""
+        return {"block_q": query_block(self.config, q.device), "block_k": self.config.block_k}
+
+    def _scores(
+        self, q: Tensor, k: Tensor, projection: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """Scores of the blocks of image keys `k` for image queries `q`."""
+        learned = {} if projection is None else {"projection": projection.to(q.device)}
+        return self.router(q, k, scale=scale, **self._blocks(q), **learned)
+
     def _plan(
-        self, q: Tensor, k: Tensor, text_tokens: int, scale: float | None, tally: Tensor | None
+        self,
+        scores: Tensor,
+        q: Tensor,
+        tokens: int,
+        text_tokens: int,
+        topk_blocks: int | None,
+        tally: Tensor | None,
     ) -> SparsePlan:
-        """The plan of image queries `q` over image keys `k` and the text behind them."""
+        """The plan of image queries `q` over image keys and the text behind them."""
         config = self.config
-        blocks = {"block_q": query_block(config, q.device), "block_k": config.block_k}
-        scores = self.router(q, k, scale=scale, **blocks)
         return SparsePlan.from_scores(
             scores,
-            topk=self._fraction(scores.shape[3]),
+            count=self.blocks_read(scores.shape[3]) if topk_blocks is None else topk_blocks,
             top_p=config.top_p,
             skip=config.skip,
             tail_blocks=-(-text_tokens // config.block_k),
-            geometry=joint_geometry(q, k.shape[2], text_tokens, **blocks),
+            geometry=joint_geometry(q, tokens, text_tokens, **self._blocks(q)),
             tally=tally,
             # Text queries read every key.
             dense_queries=text_tokens,
@@ -178,7 +206,7 @@ class SparseLinearAttention(nn.Module):
     def _mode(self, q: Tensor, k: Tensor, plan: SparsePlan, scale: float | None) -> dict[str, Any]:
         """Arguments of `sparse_linear_attention`: how the parts are combined, and with which weights."""
         config = self.config
-        if not config.has_weights:
+        if not config.has_linear_branch:
             return {"combine": config.combine}
         mode: dict[str, Any] = {
             "combine": config.combine,
@@ -209,13 +237,15 @@ class SparseLinearAttention(nn.Module):
         weight, bias = (mode[name].to(exact.dtype) for name in ("proj_weight", "proj_bias"))
         return exact + nn.functional.linear(linear, weight, bias)
 
-    def _fraction(self, blocks: int) -> float | None:
-        """`topk`, such that it stands for the right number of blocks."""
-        if self.topk is None or self.config.rounding == "ceil":
-            return self.topk
+    def blocks_read(self, blocks: int) -> int | None:
+        """Return how many of this many key blocks `topk` stands for; None: `top_p` alone decides."""
+        if self.topk is None:
+            return None
+        if self.config.rounding == "ceil":
+            return topk_blocks(self.topk, blocks)
         # No epsilon: checkpoints were trained with int(topk * blocks) in binary floating point, which
-        # is 28 for .29 of 100 blocks. `topk_blocks` turns k / blocks back into exactly k.
-        return max(1, math.floor(self.topk * blocks)) / blocks
+        # is 28 for .29 of 100 blocks.
+        return max(1, math.floor(self.topk * blocks))
 
     @torch.compiler.disable(
         reason="combine='alpha' measures the share of its exact branch in the first sparse call, which "
@@ -253,18 +283,3 @@ class SparseLinearAttention(nn.Module):
             "combine='alpha': what the first sparse call measured cannot be written to offloaded weights; "
             "run the pipeline once before you offload it, or load weights"
         )
-
-
-def _split(x: Tensor, text: Text, tokens: int) -> tuple[Tensor, Tensor]:
-    """(text, image) of a joint sequence, as views."""
-    if text == "first":
-        return x[:, :, :tokens], x[:, :, tokens:]
-    cut = x.shape[2] - tokens
-    return x[:, :, cut:], x[:, :, :cut]
-
-
-def _image_first(image: Tensor, words: Tensor, gap: int) -> Tensor:
-    parts = [image, words]
-    if gap:
-        parts.insert(1, image.new_zeros(*image.shape[:2], gap, image.shape[3]))
-    return torch.cat(parts, dim=2)

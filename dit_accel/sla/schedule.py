@@ -1,37 +1,35 @@
 """`SparseAttention`: the sparse attention method, its schedule of layers and steps, and its counts."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from dit_accel.config import SLAConfig, num_steps_of
+from dit_accel.config.base import check_fraction
 from dit_accel.models import AttentionLayer, Call, TokenOrder
 from dit_accel.runtime.method import Host, Method
 from dit_accel.runtime.run import Run
-from dit_accel.sla.attention import SparseLinearAttention, Text
+from dit_accel.sla.attention import SparseLinearAttention
 from dit_accel.sla.crossover import NEVER, min_sparse_length
 from dit_accel.sla.geometry import query_block
+from dit_accel.sla.layer import (
+    CROSSOVER,
+    LAYER,
+    MASK,
+    PAUSED,
+    SHORT,
+    STEP,
+    LayerAttention,
+    LayerCounts,
+    Observer,
+)
 from dit_accel.sla.order import Reordered, tile_order
 from dit_accel.sla.summary import AttentionSummary, LayerSummary
-
-LAYER, STEP, MASK, SHORT, CROSSOVER = range(5)
-"""Why a call runs dense."""
-
-
-class LayerCounts:
-    """Counts of one attention layer in one run, kept as tensors so that counting needs no device sync."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.dense = torch.zeros(CROSSOVER + 1, dtype=torch.int64, device=device)
-        """Dense calls by reason."""
-        self.tally = torch.zeros(3, dtype=torch.int64, device=device)
-        """Sparse calls, pairs of queries and keys that they attended to, and all pairs. The operator that
-        selects blocks adds to it, so that counting needs no launch."""
 
 
 @dataclass
@@ -41,68 +39,10 @@ class RunState:
     counts: dict[str, LayerCounts]
     shortest: dict[str, int]
     """Keys from which sparse attention pays, by layer."""
+    topk: float | int | None
+    """`topk` that `shortest` is for."""
     tokens: int = 0
     """Image tokens of the last call."""
-
-
-class LayerAttention:
-    """The seam `attend` of one attention processor.
-
-    All that changes between calls is set before the transformer runs, and counts are tensors: a compiled
-    block serves every layer, step and image size.
-    """
-
-    def __init__(self, module: SparseLinearAttention, scheduled: bool) -> None:
-        self.module = module
-        self.scheduled = scheduled
-        """Whether the schedule lets this layer run sparse on some step."""
-        self.dense = True
-        self.image = torch.empty(0, 0, dtype=torch.float32)
-        """`[N, 0]`: image tokens among the keys. A shape, which compiled blocks take as it comes: the numbers
-        that they find in an object are theirs for good."""
-        self.shortest = 0
-        """Keys from which sparse attention pays."""
-        self.store: Any = None
-        """Whose `totals` are sums over image keys, kept up to date; None: nobody keeps them."""
-        self.count_into(LayerCounts(torch.device("cpu")))
-
-    def count_into(self, counts: LayerCounts) -> None:
-        """Count the next calls there."""
-        self.counts, self.tally = counts.dense, counts.tally
-        self.dense_count = self.counts[STEP if self.scheduled else LAYER]
-
-    def __call__(
-        self,
-        q: Float[Tensor, "b h l_q d"],
-        k: Float[Tensor, "b h_kv l_k d"],
-        v: Float[Tensor, "b h_kv l_k d_v"],
-        *,
-        text: Text = "none",
-        masked: bool = False,
-        scale: float | None = None,
-    ) -> Float[Tensor, "b h l_q d_v"] | None:
-        """Sparse attention, or None where this call has to run dense; either way it is counted."""
-        tokens = self.image.shape[0]
-        if self.dense:
-            self.dense_count.add_(1)
-        elif masked:
-            self.counts[MASK].add_(1)
-        elif tokens <= self.module.config.block_k:
-            self.counts[SHORT].add_(1)
-        elif tokens < self.shortest:
-            self.counts[CROSSOVER].add_(1)
-        else:
-            return self.module(
-                q,
-                k,
-                v,
-                text=text,
-                text_tokens=k.shape[2] - tokens,
-                scale=scale,
-                state=None if self.store is None else self.store.totals,
-                tally=self.tally,
-            )
-        return None
 
 
 class SparseAttention(Method):
@@ -113,7 +53,8 @@ class SparseAttention(Method):
 
     Args:
         config: settings.
-        weights: state dicts of the layers' modules, by the name of the layer; None: initial ones.
+        weights: state dicts of the layers' modules, by the name of the layer. Weights that are not in them start at
+            their initial values. Default: all do.
     """
 
     name = "sla"
@@ -129,6 +70,7 @@ class SparseAttention(Method):
         self.reordered = None if config.order == "raster" else Reordered()
         self._reorders = False
         self._state: RunState | None = None
+        self._pauses = 0
 
     @property
     def focus(self) -> Reordered | None:  # type: ignore[override]
@@ -151,7 +93,7 @@ class SparseAttention(Method):
                 topk=self.config.layer_topk(i, count),
             )
             if self.weights:
-                module.load_state_dict(dict(self.weights[name]))
+                _load(module, self.weights[name], name)
             if isinstance(weight := getattr(layer.module.to_q, "weight", None), Tensor):
                 module.to(weight.device if weight.device.type != "meta" else "cpu")
             made[name] = LayerAttention(module, not self.config.is_dense_layer(i, count))
@@ -166,7 +108,7 @@ class SparseAttention(Method):
             processor, ours = layer.module.processor, self.layers[name]
             processor.attend = ours
             ours.store = None
-            if self.config.has_weights and processor.kv_store is not None:
+            if self.config.has_linear_branch and processor.kv_store is not None:
                 processor.kv_store.feature_map = self.config.feature_map
                 ours.store = processor.kv_store
         self.attach_weights()
@@ -197,6 +139,64 @@ class SparseAttention(Method):
         for layer in self.layers.values():
             layer.module.router = router
 
+    def set_topk(self, value: float | int) -> None:
+        """Read another fraction of the key blocks from the next call on, as annealing does.
+
+        Modules stay, and blocks that are compiled already serve every fraction. `config` and the summary have the new
+        value. Layers that `topk_by_layer` names keep theirs.
+
+        Args:
+            value: the new `topk`, in (0, 1].
+
+        Raises:
+            ValueError: another value, or the config has topk=None.
+        """
+        if self.config.topk is None:
+            raise ValueError(
+                f"set_topk({value!r}): the config has topk=None, so that top_p alone decides; accepted with a topk"
+            )
+        check_fraction("topk", value)
+        self.config = replace(self.config, topk=value)
+        count = len(self.layers)
+        for i, layer in enumerate(self.layers.values()):
+            layer.module.topk = self.config.layer_topk(i, count)
+
+    def set_learning_step(self, step: int | None) -> None:
+        """Let a learned router learn from some query blocks in each step, so that it costs little.
+
+        Until this is called, every query block teaches in every call, which costs as much as dense attention. The
+        blocks are a function of the step: a resumed run takes the same ones.
+
+        Args:
+            step: number of the optimiser step, >= 0. None: every query block teaches again.
+        """
+        for layer in self.layers.values():
+            if self.config.router == "learned":
+                layer.module.learned_router.every_row = step is None
+                layer.module.learned_router.step.fill_(step or 0)
+
+    @contextlib.contextmanager
+    def paused(self, observers: Mapping[str, Observer] | None = None) -> Iterator[None]:
+        """Context manager in which every layer runs dense; the summary counts these calls as "paused".
+
+        It nests. Layers leave it as they entered it, so that a checkpointed backward that follows runs as the last
+        call before it did. A compiled block has one graph more for dense calls, as for dense steps.
+
+        Args:
+            observers: by the name of a layer, a function that gets `(q, k, v, text=..., text_tokens=..., scale=...)`
+                of each call that would have run sparse. Default: none.
+        """
+        before = [(layer, layer.call_state()) for layer in self.layers.values()]
+        self._pauses += 1
+        for name, observer in (observers or {}).items():
+            self.layers[name].observer = observer
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            for layer, state in before:
+                vars(layer).update(state)
+
     def attach_weights(self) -> None:
         """Make weights part of the transformer, as the submodule `sla` of each attention layer."""
         if self.config.has_weights:
@@ -218,20 +218,28 @@ class SparseAttention(Method):
         state: RunState | None = run.states[self.name]
         if state is None:
             state = run.states[self.name] = RunState(
-                {name: LayerCounts(device) for name in self.layers},
-                {name: self._shortest(layer, device) for name, layer in self.layers.items()},
+                {name: LayerCounts(device) for name in self.layers}, {}, None
             )
+        if not state.shortest or state.topk != self.config.topk:
+            state.topk = self.config.topk
+            state.shortest = {
+                name: self._shortest(layer, device) for name, layer in self.layers.items()
+            }
         self._state = state
         state.tokens = math.prod(call.grid)
         dense_step = run.num_steps is not None and run.step < num_steps_of(
             self.config.dense_steps, run.num_steps
         )
+        paused = self._pauses > 0
+        keys = -(-state.tokens // self.config.block_k)
         image = torch.empty(state.tokens, 0, dtype=torch.float32, device=device)
         for name, layer in self.layers.items():
             layer.image = image
-            layer.dense = dense_step or not layer.scheduled
+            blocks = layer.module.blocks_read(keys)
+            layer.blocks = None if blocks is None else image.new_empty(blocks + 1, 0)
+            layer.dense = paused or dense_step or not layer.scheduled
             layer.shortest = state.shortest[name]
-            layer.count_into(state.counts[name])
+            layer.count_into(state.counts[name], paused=paused)
         if self._reorders and self.reordered is not None:
             self.reordered.begin_call(call, self.order(call.grid, device))
 
@@ -278,6 +286,8 @@ class SparseAttention(Method):
         if int(torch.stack([x.tally[0] for x in counts]).sum()):
             return None
         dense = torch.stack([x.dense for x in counts]).sum(0).tolist()
+        if not any(dense[:PAUSED]):
+            return None  # dense on request
         shortest = min(state.shortest.values())
         return ", ".join(self._dense_calls(dense, state.tokens, shortest))
 
@@ -288,6 +298,7 @@ class SparseAttention(Method):
             MASK: "attention mask",
             SHORT: f"one block: {tokens} tokens, block_k={self.config.block_k}",
             CROSSOVER: f"crossover='auto': {tokens} tokens, sparse {_from(shortest)}",
+            PAUSED: "paused",
         }
         return {text: calls[i] for i, text in named.items() if calls[i]}
 
@@ -307,6 +318,13 @@ class SparseAttention(Method):
             ),
             density=attended / pairs if pairs else None,
         )
+
+
+def _load(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+    """Load some or all of a layer's weights; the others stay as they are."""
+    unexpected = module.load_state_dict(dict(weights), strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(f"weights: {name} has no {', '.join(unexpected)}")
 
 
 def _from(shortest: int) -> str:

@@ -20,6 +20,8 @@ COMMANDS = (
     ["eval", "score"],
     ["eval", "report"],
     ["eval", "run"],
+    ["precompute"],
+    ["finetune"],
     ["merge"],
     ["convert"],
     ["env"],
@@ -142,6 +144,7 @@ def test_an_unknown_option_is_refused_with_a_suggestion(capsys):
         (["eval", "run"], "--limit"),
         (["eval", "score", "x"], "--workers"),
         (["demo", "train", "--output-dir", "x"], "--vae-steps"),
+        (["finetune"], "--max-train-steps"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_in_one_line(command, option, value, capsys):

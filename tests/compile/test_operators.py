@@ -74,9 +74,11 @@ def test_opcheck_of_a_mix_at_inference(mix):
 
 
 @pytest.mark.parametrize("spread", [False, True])
-def test_opcheck_of_the_scoring_operator(spread):
+@pytest.mark.parametrize("learned", [False, True])
+def test_opcheck_of_the_scoring_operator(spread, learned):
     q, k, _ = tensors(100)
-    arguments = (q, k, None, None, 32, 16, 0.2, True, spread)
+    projection = torch.randn(10, 24, 24) if learned else None
+    arguments = (q, k, None, None, projection, 32, 16, 0.2, True, spread)
     torch.library.opcheck(torch.ops.dit_accel.block_scores.default, arguments)
 
 

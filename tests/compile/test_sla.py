@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_accel
+from dit_accel.runtime.install import method_of
 
 from ..random_pipelines import compile_blocks, make, randomise, relative, run
+from ..runtime.training_worker import bare_wan, batch
 
 # Graphs of the plain pipeline. The blocks of Stable Diffusion 3 are among those of 3.5.
 PLAIN = {"wan": 1, "sd35": 2, "lumina": 1, "lumina2": 2}
@@ -108,6 +111,80 @@ def test_shares_are_measured_before_blocks_are_compiled_whole_or_at_a_graph_brea
     assert counter.frame_count == 1
     broken, _ = fresh(fullgraph=False)
     assert relative(run(broken, "wan", steps=2), expected) < 1e-5
+
+
+def test_another_share_of_the_blocks_needs_no_new_graph():
+    """One graph, and one more at the first change, as for sizes: from then on any number of blocks."""
+    pipe = make("wan")
+    dit_accel.enable(pipe, sla=sla("wan", **ALL_SPARSE, topk=0.9, combine="proj"))
+    randomise(pipe)
+    attention = method_of(pipe, "sla")
+    counter = compile_blocks(pipe, "wan", "eager")
+    graphs = []
+    for topk in (0.9, 0.6, 0.35, 0.2, 1.0, 0.5):
+        attention.set_topk(topk)
+        expected, counts = eagerly(pipe, "wan", steps=1)
+        latents, report = counted(pipe, "wan", steps=1)
+        assert relative(latents, expected) < 1e-5
+        assert report == counts
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 2, 2, 2, 2, 2]
+
+
+def test_pauses_share_the_graph_of_dense_steps():
+    pipe = make("wan")
+    plain = run(pipe, "wan", steps=4)
+    dit_accel.enable(pipe, sla=sla("wan"))
+    counter = compile_blocks(pipe, "wan", "eager")
+    graphs = []
+    for _ in range(2):
+        counted(pipe, "wan", steps=4)
+        graphs.append(counter.frame_count)
+        with method_of(pipe, "sla").paused():
+            assert relative(run(pipe, "wan", steps=4), plain) < 1e-5
+        assert dit_accel.summary(pipe).dense_calls == {"paused": 24}
+        graphs.append(counter.frame_count)
+    assert graphs == [2] * 4
+
+
+@pytest.mark.parametrize("family", ["wan", "sd35"])
+def test_a_learned_router_adds_no_graph(family):
+    pipe = make(family)
+    dit_accel.enable(pipe, sla=sla(family, router="learned", **ALL_SPARSE))
+    randomise(pipe)
+    expected, counts = eagerly(pipe, family, steps=2)
+    counter = compile_blocks(pipe, family, "eager")
+    for _ in range(2):
+        latents, report = counted(pipe, family, steps=2)
+        assert relative(latents, expected) < 1e-5
+        assert report == counts
+    assert counter.frame_count == PLAIN[family]
+
+
+def test_compiled_blocks_train_a_learned_router():
+    """Each step takes other rows and another share of blocks, without a graph of its own."""
+    gradients = {}
+    for compiled in (False, True):
+        transformer = bare_wan()
+        settings = {"topk": 0.5, "block_q": 16, "block_k": 16, "crossover": "never"}
+        settings |= {"combine": "proj", "router": "learned", "dense_layers": 0}
+        dit_accel.enable(transformer, sla=settings)
+        randomise(transformer)
+        attention = method_of(transformer, "sla")
+        if compiled:
+            counter = CompileCounterWithBackend("aot_eager")
+            transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+        found = gradients[compiled] = []
+        for step, topk in enumerate((0.5, 0.3, 0.6)):
+            attention.set_learning_step(step)
+            attention.set_topk(topk)
+            transformer.zero_grad()
+            transformer(**batch("wan"), return_dict=False)[0].square().mean().backward()
+            found.append([x.grad for x in transformer.parameters()])
+    for a, b in zip(gradients[True], gradients[False], strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count <= 3
 
 
 def test_the_real_compiler():

@@ -243,6 +243,29 @@ def test_topk_is_not_rounded_up_for_a_binary_fraction(topk, blocks, expected):
     assert len(kept(plan_of([[0.0] * blocks], topk=topk))[0]) == expected
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_count_is_the_fraction_that_stands_for_it(count, generator):
+    scores = torch.randn(3, 5, generator=generator).tolist()
+    assert kept(plan_of(scores, count=count)) == kept(plan_of(scores, topk=count / 5))
+    both = kept(plan_of(scores, count=count, top_p=0.6))
+    assert both == kept(plan_of(scores, topk=count / 5, top_p=0.6))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": 0}, "count=0: accepted is an int between 1 and the 4 blocks"),
+        ({"count": 5}, "count=5: accepted is an int between 1 and the 4 blocks"),
+        ({"count": 2, "topk": 0.5}, "got \\['topk', 'count'\\]; accepted are topk \\(or count\\)"),
+        ({"count": 2, "limit": 0.5}, "limit=0.5: accepted with top_p or threshold"),
+        ({"count": 3, "top_p": 0.5, "limit": 0.5}, "limit=0.5: .* at least count=3 blocks"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of([[0.0] * 4], **options)
+
+
 def test_ties_go_to_the_lower_index():
     assert kept(plan_of([[1.0, 2, 2, 2, 0]], topk=0.4)) == [[1, 2]]
     assert kept(plan_of([[0.0] * 300], topk=0.1)) == [list(range(30))]

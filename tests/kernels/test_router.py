@@ -233,3 +233,41 @@ def test_a_bad_argument_of_pooling_is_named(case, unchecked):
     name, changes = BAD_POOLS[case]
     with pytest.raises(ValueError, match=rf"^{name}\b"):
         pool_blocks(**{"x": torch.zeros(2, 1, 64, 8), "block": 16, **changes})
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"spread": True, "smooth_k": True}], ids=["mean", "spread"]
+)
+def test_a_projection_multiplies_the_mean_queries(options, generator):
+    q = torch.randn(2, 4, 70, 8, generator=generator, dtype=torch.float64)
+    k = torch.randn(2, 2, 50, 8, generator=generator, dtype=torch.float64)
+    w_q = torch.randn(4, 8, 8, generator=generator, dtype=torch.float64)
+    w_k = torch.randn(2, 8, 8, generator=generator, dtype=torch.float64)
+    blocks = {"block_q": 16, "block_k": 16, "scale": 0.3}
+    # One matrix stands for projections of both sides.
+    both = w_q @ w_k.repeat_interleave(2, 0).mT
+    projected = block_scores(q, k, **blocks, **options, projection=both)
+    means_q, means_k = brute_pool(q, 16) @ w_q, brute_pool(k, 16)
+    if options.get("smooth_k"):
+        means_k = means_k - k.mean(2, keepdim=True)
+    expected = 0.3 * means_q @ (means_k @ w_k).repeat_interleave(2, 1).mT
+    if options.get("spread"):  # which the projection leaves alone
+        plain = block_scores(q, k, **blocks)
+        expected = expected + block_scores(q, k, **blocks, spread=True) - plain
+    torch.testing.assert_close(projected, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_identity_projects_nothing(dtype, generator):
+    q, k = (torch.randn(1, 2, 70, 8, generator=generator).to(dtype) for _ in range(2))
+    options = {"block_q": 16, "block_k": 16, "spread": True}
+    identity = torch.eye(8).repeat(2, 1, 1)
+    expected = block_scores(q, k, **options)
+    found = block_scores(q, k, **options, projection=identity)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_projection_of_other_heads_is_refused(generator, unchecked):
+    q = torch.randn(1, 4, 20, 8, generator=generator)
+    with pytest.raises(ValueError, match=r"projection: shape \(2, 8, 8\); accepted is \[4, 8, 8\]"):
+        block_scores(q, q, block_q=16, block_k=16, projection=torch.zeros(2, 8, 8))

@@ -15,7 +15,6 @@ from dit_accel.config import SLAConfig
 from dit_accel.config.sla import COMBINES, FEATURE_MAPS, LINEAR_SCOPES, ROUTERS
 from dit_accel.kernels import LinearState, block_scores, linear_attention
 from dit_accel.kernels.linear.features import features
-from dit_accel.kernels.router.criteria import topk_blocks
 from dit_accel.kernels.router.select import select_blocks
 from dit_accel.sla import SparseLinearAttention
 from dit_accel.sla.geometry import joint_geometry
@@ -69,8 +68,10 @@ def definition(module, q, k, v, text, where, scale):
     k_all, v_all = (x.repeat_interleave(groups, 1) for x in (k, v))
     ki, vi, kw, vw = k_all[:, :, image], v_all[:, :, image], k_all[:, :, words], v_all[:, :, words]
     qi = q[:, :, image_q]
-    spread = config.router == "spread"
-    scores = block_scores(qi, k[:, :, image], block_q=16, block_k=16, scale=scale, spread=spread)
+    options = {"spread": config.router != "mean"}
+    if config.router == "learned":
+        options["projection"] = module.learned_router.weight
+    scores = block_scores(qi, k[:, :, image], block_q=16, block_k=16, scale=scale, **options)
     blocks = scores.shape[3]
     topk = module.topk
     if topk is not None and config.rounding == "floor":
@@ -358,5 +359,5 @@ def test_rounding_down_is_exact_for_every_fraction_and_number_of_blocks():
     for topk in fractions:
         module = layer(1, 16, topk=topk, rounding="floor", combine="none")
         for blocks in range(1, 301):
-            read = topk_blocks(module._fraction(blocks), blocks)
+            read = module.blocks_read(blocks)
             assert read == max(1, int(topk * blocks)), (topk, blocks)

@@ -2,5 +2,6 @@
 
 from dit_accel.kernels.router.pooling import pool_blocks, pool_moments
 from dit_accel.kernels.router.scores import block_scores
+from dit_accel.kernels.router.soft_topk import soft_topk
 
-__all__ = ["block_scores", "pool_blocks", "pool_moments"]
+__all__ = ["block_scores", "pool_blocks", "pool_moments", "soft_topk"]

@@ -57,6 +57,7 @@ def _criteria(
     n: int,
     *,
     topk: float | None,
+    count: int | None = None,
     top_p: float | None,
     threshold: float | None,
     skip: float,
@@ -67,30 +68,40 @@ def _criteria(
     """Check the arguments of `SparsePlan.from_scores`; fractions are of `n` blocks."""
     chosen = [
         name
-        for name, x in (("topk", topk), ("top_p", top_p), ("threshold", threshold))
+        for name, x in (
+            ("topk", topk),
+            ("count", count),
+            ("top_p", top_p),
+            ("threshold", threshold),
+        )
         if x is not None
     ]
-    if not chosen or ("threshold" in chosen and len(chosen) > 1):
+    alone = "threshold" in chosen or {"topk", "count"} <= {*chosen}
+    if not chosen or (alone and len(chosen) > 1):
         raise ValueError(
-            f"topk, top_p, threshold: got {chosen or 'none'}; accepted are topk, top_p, both, "
+            f"topk, top_p, threshold: got {chosen or 'none'}; accepted are topk (or count), top_p, both, "
             "or threshold alone"
         )
+    if count is not None and not 1 <= count <= n:
+        raise ValueError(f"count={count}: accepted is an int between 1 and the {n} blocks")
     for name, x in (("topk", topk), ("top_p", top_p), ("limit", limit)):
         if x is not None and not 0 < x <= 1:
             raise ValueError(f"{name}={x}: accepted is a fraction in (0, 1]")
     if not 0 <= skip < 1:
         raise ValueError(f"skip={skip}: accepted is a fraction in [0, 1)")
-    if limit is not None and chosen == ["topk"]:
+    if limit is not None and chosen in (["topk"], ["count"]):
         raise ValueError(f"limit={limit}: accepted with top_p or threshold; topk is a limit")
     if limit is not None and topk is not None and limit < topk:
         raise ValueError(f"limit={limit}: accepted is a fraction of at least topk={topk}")
+    if limit is not None and count is not None and topk_blocks(limit, n) < count:
+        raise ValueError(f"limit={limit}: accepted is a fraction of at least count={count} blocks")
     for name, number in (("sink_blocks", sink_blocks), ("diagonal", diagonal)):
         if number is not None and (not isinstance(number, int | torch.SymInt) or number < 0):
             raise ValueError(f"{name}={number}: accepted is an int >= 0")
     if threshold is not None and not -math.inf <= threshold <= math.inf:
         raise ValueError(f"threshold={threshold}: accepted is a number")
     return Criteria(
-        best=1 if topk is None else topk_blocks(topk, n),
+        best=_best(n, topk, count),
         limit=None if limit is None else topk_blocks(limit, n),
         top_p=top_p,
         threshold=threshold,
@@ -99,6 +110,12 @@ def _criteria(
         sink_blocks=sink_blocks,
         diagonal=diagonal,
     )
+
+
+def _best(n: int, topk: float | None, count: int | None) -> int:
+    if count is not None:
+        return count
+    return 1 if topk is None else topk_blocks(topk, n)
 
 
 _kept_criteria = functools.lru_cache(maxsize=256)(_criteria)

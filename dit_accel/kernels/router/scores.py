@@ -23,6 +23,7 @@ def block_scores(
     scale: float | None = None,
     smooth_k: bool = False,
     spread: bool = False,
+    projection: Float[Tensor, "h_q d d"] | None = None,
     q_sizes: Int[Tensor, "b_q n_q"] | None = None,
     k_sizes: Int[Tensor, "b_k n_k"] | None = None,
 ) -> Float[Tensor, "b h_q n_q n_k"]:
@@ -42,6 +43,9 @@ def block_scores(
         smooth_k: subtract the mean of all valid keys first. This shifts every row by a constant. No
             ranking and no softmax changes, but a `threshold` then counts from the row's mean score.
         spread: add the correction for keys that differ inside a block.
+        projection: `[Hq, D, D]`, the learned part of a router: the mean queries are multiplied by it before the
+            product, `scale * (mean(Q) W) . mean(K)`. The correction of `spread` stays as it is. A projection W_q of
+            the queries and one W_k of the keys are `W = W_q W_k^T`. Default: none.
         q_sizes, k_sizes: valid tokens per block `[B|1, T]` (ragged tiles, `kv_lengths`). Default: all.
 
     Returns:
@@ -51,17 +55,23 @@ def block_scores(
         raise ValueError(
             f"q: {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k"
         )
+    if projection is not None and (
+        projection.shape[0] != q.shape[1] or projection.shape[1] != q.shape[3]
+    ):
+        raise ValueError(
+            f"projection: shape {tuple(projection.shape)}; accepted is [{q.shape[1]}, {q.shape[3]}, {q.shape[3]}]"
+        )
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pooling.check_blocks(q, block_q, q_sizes, "q_")
     pooling.check_blocks(k, block_k, k_sizes, "k_")
     return torch.ops.dit_accel.block_scores(
-        q, k, q_sizes, k_sizes, block_q, block_k, float(scale), smooth_k, spread
+        q, k, q_sizes, k_sizes, projection, block_q, block_k, float(scale), smooth_k, spread
     )
 
 
 def _no_scores(
-    q: Tensor, k: Tensor, q_sizes, k_sizes, block_q: int, block_k: int, *rest: Any
+    q: Tensor, k: Tensor, q_sizes, k_sizes, projection, block_q: int, block_k: int, *rest: Any
 ) -> Tensor:
     """An empty result of `block_scores`."""
     return q.new_empty(
@@ -75,6 +85,7 @@ def _block_scores(
     k: Tensor,
     q_sizes: Tensor | None,
     k_sizes: Tensor | None,
+    projection: Tensor | None,
     block_q: int,
     block_k: int,
     scale: float,
@@ -88,6 +99,8 @@ def _block_scores(
         squares = square_q, square_k
     else:
         pooled_q, pooled_k = pooling.means(q, block_q, q_sizes), pooling.means(k, block_k, k_sizes)
+    if projection is not None:
+        pooled_q = project(pooled_q, projection)
     mean = _mean_of_tokens(pooled_k, k.shape[2], block_k, k_sizes) if smooth_k else None
     if not runs_here(q):
         return _scores_in_torch(pooled_q, pooled_k, squares, mean, scale, block_k)
@@ -96,6 +109,14 @@ def _block_scores(
     out = pooled_q.new_empty(*pooled_q.shape[:3], pooled_k.shape[2])
     scores_launch(pooled_q, pooled_k, squares, mean, out, scale=scale, block_k=block_k)()
     return out
+
+
+def project(
+    pooled: Float[Tensor, "b h n d"], projection: Float[Tensor, "h d d"]
+) -> Float[Tensor, "b h n d"]:
+    """Multiply pooled tokens by the matrix of their head, in their dtype. Contiguous, differentiable."""
+    with no_autocast(pooled):
+        return (pooled @ projection.to(pooled)).contiguous()
 
 
 def _scores_in_torch(

@@ -1,0 +1,160 @@
+"""`write_card`: the model card of a result, with its figures."""
+
+from pathlib import Path
+from typing import Any
+
+from dit_accel.checkpoint.file import FILE_NAME
+from dit_accel.finetune.curves import FILE_NAME as CURVES
+from dit_accel.finetune.log import read_log
+from dit_accel.finetune.result import LORA_FILE, MERGED, WEIGHTS
+
+METRICS = {
+    "psnr": ("PSNR, dB", "{:.2f}"),
+    "ssim": ("SSIM", "{:.4f}"),
+    "latent_error": ("relative latent error", "{:.4f}"),
+    "density": ("realised density", "{:.3f}"),
+}
+"""Metrics of a validation: titles and formats."""
+TRAINED = {
+    "all": "all weights of the transformer",
+    "lora": "low-rank adapters and the weights of sparse attention",
+    "sla": "the weights of sparse attention",
+}
+
+
+def write_card(
+    folder: Path, config: Any, *, pipeline: str, base: str, counters: dict[str, Any]
+) -> Path:
+    """Write README.md from the log of the run.
+
+    Args:
+        folder: output folder of the run, with its log and result.
+        config: settings of the run (`FinetuneConfig`).
+        pipeline: public class that loads the result, such as "SparseWanPipeline".
+        base: hub id or name of the base model.
+        counters: of the run.
+
+    Returns:
+        The path of the card.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    data = ModelCardData(
+        base_model=base if "/" in base else None,
+        library_name="diffusers",
+        tags=[
+            "dit-accel",
+            "sparse-attention",
+            "sla",
+            *(["lora"] if config.train == "lora" else []),
+        ],
+    )
+    records = read_log(folder / "log.jsonl")
+    text = "\n".join(
+        [
+            f"# {folder.resolve().name}",
+            "",
+            f"Sparse-linear attention (SLA) for {base}, fine-tuned with `dit-accel finetune`: {TRAINED[config.train]}, "
+            f"about {_percent(config.sla['topk'])} of the key blocks read exactly.",
+            "",
+            "## Use",
+            "",
+            "```python",
+            *_usage(config, pipeline, base, folder),
+            "```",
+            "",
+            *_figures(records),
+            "## Training",
+            "",
+            f"![Training curves]({CURVES})",
+            "",
+            *_training(config, records, counters),
+        ]
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+    card.save(folder / "README.md")
+    return folder / "README.md"
+
+
+def _percent(topk: float | None) -> str:
+    return "some" if topk is None else f"{100 * topk:g} %"
+
+
+def _usage(config: Any, pipeline: str, base: str, folder: Path) -> list[str]:
+    name = folder.resolve().name
+    lines = [f"from dit_accel import {pipeline}", ""]
+    repository = f'pipe = {pipeline}.from_pretrained("{name}/{MERGED}")'
+    if config.train == "all":
+        kind = {
+            "SparseWanPipeline": "WanTransformer3DModel",
+            "SparseStableDiffusion3Pipeline": "SD3Transformer2DModel",
+            "SparseLuminaPipeline": "LuminaNextDiT2DModel",
+            "SparseLumina2Pipeline": "Lumina2Transformer2DModel",
+        }[pipeline]
+        lines.insert(0, f"from diffusers import {kind}")
+        lines += [
+            f'transformer = {kind}.from_pretrained("{name}/{WEIGHTS}")',
+            f'pipe = {pipeline}.from_pretrained("{base}", transformer=transformer, sla="{name}")',
+        ]
+    else:
+        lines.append(f'pipe = {pipeline}.from_pretrained("{base}", sla="{name}")')
+    if config.train == "lora":
+        lines.append(f'pipe.load_lora_weights("{name}")  # {LORA_FILE}')
+    if config.merge:
+        lines += ["", "# or, with everything in one repository:", repository]
+    return lines
+
+
+def _figures(records: list[dict[str, Any]]) -> list[str]:
+    """Return a table of the first and the last validation."""
+    rows = [x for x in records if "validation/psnr" in x]
+    if not rows:
+        return []
+    names = [x for x in METRICS if any(f"validation/{x}" in row for row in rows)]
+    lines = [
+        "## Figures",
+        "",
+        "Samples of the sparse model against those of the dense model before training, from the same seeds:",
+        "",
+        "| | " + " | ".join(METRICS[x][0] for x in names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    shown = [("before training", rows[0])]
+    if rows[-1] is not rows[0]:
+        shown.append((f"after {rows[-1]['step']} steps", rows[-1]))
+    for title, row in shown:
+        values = [row.get(f"validation/{x}") for x in names]
+        cells = [
+            METRICS[x][1].format(value) if isinstance(value, int | float) else "-"
+            for x, value in zip(names, values, strict=True)
+        ]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _training(config: Any, records: list[dict[str, Any]], counters: dict[str, Any]) -> list[str]:
+    steps = [x for x in records if x["stage"] == "distillation" and "loss" in x]
+    batch = config.train_batch_size * config.gradient_accumulation_steps
+    lines = [
+        "| | |",
+        "|---|---|",
+        f"| stages | {', '.join(config.stages)} |",
+        f"| loss | {config.loss}, targets {config.targets} |",
+        f"| steps | {len(steps)} |",
+        f"| samples a step and process | {batch} |",
+        f"| learning rate | {config.learning_rate:g} ({config.lr_scheduler}) |",
+        f"| precision | {config.mixed_precision} |",
+        f"| seed | {config.seed} |",
+        f"| seconds of training | {counters.get('seconds', 0.0):.0f} |",
+    ]
+    if steps:
+        lines.append(f"| loss of the last step | {steps[-1]['loss']} |")
+        if "density" in steps[-1]:
+            lines.append(f"| realised density in training | {steps[-1]['density']:.3f} |")
+    if skipped := counters.get("skipped_steps"):
+        lines.append(f"| skipped steps (not finite) | {len(skipped)} |")
+    return [
+        *lines,
+        "",
+        f"All settings are in `training_config.json`, those of sparse attention in `{FILE_NAME}`.",
+    ]

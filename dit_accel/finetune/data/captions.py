@@ -1,0 +1,217 @@
+"""`read_captions`: the videos and pictures of a folder, with their captions."""
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
+
+from dit_accel.config.base import is_number, suggest
+from dit_accel.finetune.data.tables import TABLE_SUFFIXES, find_table, table_rows
+from dit_accel.sampling.pictures import IMAGE_SUFFIXES
+from dit_accel.sampling.pictures import VIDEO_SUFFIXES as _VIDEO_SUFFIXES
+
+VIDEO_SUFFIXES = (
+    *_VIDEO_SUFFIXES,
+    *(".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp", ".y4m"),
+)
+"""Suffixes of videos that are read; ".gif" and ".webp" may be animated pictures."""
+RANGE = ("start_seconds", "end_seconds")
+"""Columns of a table that choose a part of a video; both may be left out."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One captioned video, part of a video, or picture."""
+
+    id: str
+    """Path below the folder, with slashes; for a part of a video followed by "@start-end"."""
+    path: Path
+    caption: str
+    start: float = 0.0
+    """Seconds into the video at which the part begins."""
+    end: float | None = None
+    """Seconds into the video at which the part ends. None: with the video."""
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether Pillow reads the file."""
+        return is_picture(self.path)
+
+
+def is_picture(path: PurePath) -> bool:
+    """Return whether the suffix is that of a picture; it may be an animated one."""
+    return path.suffix.lower() in (*IMAGE_SUFFIXES, ".gif")
+
+
+def read_captions(
+    folder: str | os.PathLike,
+    *,
+    caption_column: str = "text",
+    video_column: str = "file_name",
+    argument: str = "instance_data_dir",
+) -> list[Item]:
+    """Read a folder of videos and pictures with captions.
+
+    Captions come from one table in the folder: metadata or captions with the suffix .jsonl, .csv or .tsv,
+    else the only file with such a suffix. A row names a file below the folder (symbolic links are
+    followed) and its caption; `start_seconds` and `end_seconds` choose a part of a video. Further columns
+    are ignored. Without a table each file needs a caption in a .txt file of the same name beside it.
+
+    Args:
+        folder: its subfolders count; files and folders whose name begins with a dot do not.
+        caption_column: column of the table that holds captions.
+        video_column: column of the table that holds file names.
+        argument: name of the option that gave `folder`, for messages.
+
+    Returns:
+        The items, in the order of the table, or sorted by name.
+
+    Raises:
+        ValueError: no captioned file, several tables, a missing or empty caption, a file that is missing,
+            outside of the folder, of an unknown kind or there twice.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(
+            f"{argument}={str(folder)!r}: no such folder; accepted is a folder of videos or pictures"
+        )
+    files = _media_files(root)
+    table = find_table(root, argument)
+    if table is None:
+        return _from_text_files(root, files, argument)
+    items = _from_table(root, table, caption_column, video_column)
+    named = {str(x.path.relative_to(root).as_posix()) for x in items}
+    unnamed = [x for x in files if x not in named]
+    if unnamed:
+        raise ValueError(
+            f"{table}: no row for {some(unnamed)}; each video and picture of the folder needs a caption"
+        )
+    return items
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """Return the first names in one line, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _media_files(root: Path) -> list[str]:
+    """Return the videos and pictures below the folder, as relative paths with slashes, sorted."""
+    suffixes = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
+    return sorted(x for x in _files(root) if PurePosixPath(x).suffix.lower() in suffixes)
+
+
+def _files(root: Path) -> Iterator[str]:
+    for place, folders, names in os.walk(root):
+        folders[:] = [x for x in folders if not x.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                yield (Path(place) / name).relative_to(root).as_posix()
+
+
+def _from_text_files(root: Path, files: list[str], argument: str) -> list[Item]:
+    where = f"{argument}={str(root)!r}"
+    if not files:
+        raise ValueError(
+            f"{where}: holds neither a table of captions ({', '.join(TABLE_SUFFIXES)}) nor videos or pictures"
+        )
+    texts: dict[str, list[str]] = {
+        x[: -len(".txt")]: [] for x in _files(root) if x.endswith(".txt")
+    }
+    missing = []
+    for file in files:
+        stem = file[: -len(PurePosixPath(file).suffix)]
+        if stem in texts:
+            texts[stem].append(file)
+        else:
+            missing.append(file)
+    if missing:
+        raise ValueError(
+            f"{where}: no caption for {some(missing)}; accepted are a .txt file of the same name beside each file, "
+            f"or one table such as metadata.jsonl"
+        )
+    alone = [f"{stem}.txt" for stem, found in texts.items() if not found]
+    if alone:
+        raise ValueError(f"{where}: no video or picture for the captions {some(alone)}")
+    for stem, found in texts.items():
+        if len(found) > 1:
+            raise ValueError(
+                f"{where}: {stem}.txt is the caption of {some(found)}; accepted is one"
+            )
+    items = []
+    for file in files:
+        path = root / file
+        text = path.with_suffix(".txt")
+        try:
+            caption = text.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{text}: not a readable text file ({error})") from None
+        if not caption:
+            raise ValueError(f"{text}: empty; accepted is a caption")
+        items.append(Item(file, path, caption))
+    return items
+
+
+def _from_table(root: Path, table: Path, caption_column: str, video_column: str) -> list[Item]:
+    items: list[Item] = []
+    lines: dict[str, int] = {}
+    for line, row in table_rows(table):
+        try:
+            item = _item(root, row, caption_column, video_column)
+            first = lines.setdefault(item.id, line)
+            if first != line:
+                raise ValueError(f"{item.id!r} is in line {first} too; accepted is one row each")
+        except ValueError as error:
+            raise ValueError(f"{table}, line {line}: {error}") from None
+        items.append(item)
+    if not items:
+        raise ValueError(f"{table}: holds no row")
+    missing = [x.id for x in items if not x.path.is_file()]
+    if missing:
+        raise ValueError(f"{table}: no such file in the folder: {some(missing)}")
+    return items
+
+
+def _item(root: Path, row: dict[str, Any], caption_column: str, video_column: str) -> Item:
+    options = {"video_column": video_column, "caption_column": caption_column}
+    for option, column in options.items():
+        if column not in row:
+            raise ValueError(
+                f"no {column!r}{suggest(column, list(row))}, only {', '.join(map(repr, row))}; give --{option}"
+            )
+        if not isinstance(row[column], str) or not row[column].strip():
+            raise ValueError(f"{column}={row[column]!r}: accepted is text that is not empty")
+    name = row[video_column].strip()
+    file = PurePosixPath(name)
+    if file.is_absolute() or ".." in file.parts or "\\" in name or "\0" in name:
+        raise ValueError(
+            f"{video_column}={name!r}: outside of the folder; accepted is a path below it, with slashes"
+        )
+    if file.suffix.lower() not in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
+        raise ValueError(
+            f"{video_column}={name!r}: unknown suffix; accepted are {', '.join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))}"
+        )
+    start, end = (_seconds(row, column) for column in RANGE)
+    begin = 0.0 if start is None else start
+    if (start is not None or end is not None) and is_picture(file):
+        raise ValueError(f"{' and '.join(RANGE)} of {name!r}: accepted for videos")
+    if end is not None and end <= begin:
+        raise ValueError(f"end_seconds={end:g}: accepted is more than start_seconds={begin:g}")
+    part = "" if start is end is None else f"@{begin:g}-{'' if end is None else f'{end:g}'}"
+    return Item(f"{file}{part}", root / file, row[caption_column].strip(), begin, end)
+
+
+def _seconds(row: dict[str, Any], column: str) -> float | None:
+    value = row.get(column)
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value) if isinstance(value, str) or is_number(value) else math.nan
+    except ValueError:
+        number = math.nan
+    if not (0 <= number < math.inf):
+        raise ValueError(f"{column}={value!r}: accepted is a number of seconds >= 0")
+    return number

@@ -1,0 +1,125 @@
+"""`open_samples`: the training data that a `FinetuneConfig` names."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from dit_accel.files import EMBEDDED_MODELS
+from dit_accel.finetune.data.buckets import Bucket, parse_buckets
+from dit_accel.finetune.data.captions import read_captions
+from dit_accel.finetune.data.encode import Encoder, size_rules
+from dit_accel.finetune.data.model_identity import model_identity
+from dit_accel.finetune.data.samples import Samples
+from dit_accel.finetune.data.store import PrecomputedSamples, open_store
+from dit_accel.sampling.settings import Sampling
+
+TEACHER_FOLDER = "teacher-samples"
+"""Folder below the output folder for latents that are sampled from prompts."""
+
+
+def open_samples(config: Any, trainable: Encoder, *, progress: bool = True) -> Samples:
+    """Open the training data of a run. Acceleration must not be enabled on the pipeline yet.
+
+    Everything is checked that can be checked without decoding: captions, sizes, hashes of the model.
+
+    Args:
+        config: `FinetuneConfig`; read are its options of data, `seed`, `train_batch_size` and `output_dir`.
+        trainable: the model.
+        progress: show bars on stderr.
+
+    Returns:
+        Samples of `precomputed_dir`, of the files of `instance_data_dir`, or sampled from `prompts`.
+
+    Raises:
+        ValueError: no source of data or several, or data that cannot be used; the message names the option.
+        RuntimeError: samples of `prompts` could not be made or written.
+    """
+    names = ("instance_data_dir", "precomputed_dir", "prompts")
+    given = [x for x in names if getattr(config, x) is not None]
+    if len(given) != 1:
+        shown = ", ".join(f"{x}={getattr(config, x)!r}" for x in names)
+        raise ValueError(f"{shown}: accepted is one of them")
+    if config.precomputed_dir is not None:
+        return _precomputed(config.precomputed_dir, trainable)
+    if config.instance_data_dir is not None:
+        return _raw(config, trainable, progress)
+    return _from_prompts(config, trainable, progress)
+
+
+def _precomputed(folder: str, trainable: Encoder) -> PrecomputedSamples:
+    store = open_store(folder, model=model_identity(trainable.pipe))
+    rules = size_rules(trainable)
+    found = {(x["bucket"], tuple(x["shapes"]["latents"])) for x in store.contents.samples.values()}
+    for name, shape in sorted(found):
+        bucket = Bucket.parse(name)
+        rules.check(bucket, f"precomputed_dir={str(folder)!r}")
+        accepted = tuple(trainable.latent_shape(bucket.height, bucket.width, bucket.frames))
+        if shape != accepted:
+            raise ValueError(
+                f"precomputed_dir={str(folder)!r}: latents of {bucket} have the shape {list(shape)}, this model takes "
+                f"{list(accepted)}; accepted is a folder that was made with it"
+            )
+    return store
+
+
+def _raw(config: Any, trainable: Encoder, progress: bool) -> Samples:
+    from dit_accel.finetune.data.raw import RawSamples
+    from dit_accel.finetune.data.sources import find_sources, size_choice
+
+    sizes = size_choice(
+        size_rules(trainable),
+        buckets=config.buckets,
+        height=config.height,
+        width=config.width,
+        num_frames=config.num_frames,
+        fps=config.fps,
+    )
+    items = read_captions(
+        config.instance_data_dir,
+        caption_column=config.caption_column,
+        video_column=config.video_column,
+    )
+    sources, _ = find_sources(items, sizes, progress=progress)
+    return RawSamples(sources, trainable, fps=sizes.fps)
+
+
+def _from_prompts(config: Any, trainable: Encoder, progress: bool) -> Samples:
+    from dit_accel.finetune.data.from_prompts import teacher_samples
+    from dit_accel.sampling.prompt_sets import load_prompts
+
+    buckets = () if config.buckets is None else parse_buckets(config.buckets, size_rules(trainable))
+    sampling = Sampling(
+        height=config.height,
+        width=config.width,
+        num_frames=config.num_frames,
+        num_inference_steps=config.teacher_num_inference_steps,
+        guidance_scale=config.teacher_guidance_scale,
+        max_sequence_length=getattr(trainable, "text_tokens", None),
+    )
+    return teacher_samples(
+        trainable,
+        load_prompts(config.prompts),
+        Path(config.output_dir) / TEACHER_FOLDER,
+        sampling=sampling if buckets else _sized(sampling, config, trainable),
+        buckets=buckets,
+        num_samples=config.num_teacher_samples,
+        seed=config.seed,
+        batch_size=config.train_batch_size,
+        progress=progress,
+    )
+
+
+def _sized(sampling: Sampling, config: Any, trainable: Encoder) -> Sampling:
+    """Return the sampling arguments with the default size of the model where none is given."""
+    from dit_accel import demo
+
+    pipe: Any = trainable.pipe
+    clips = trainable.frames_rule[0] > 0
+    names = ("height", "width", *(("num_frames",) if clips else ()))
+    if config.pretrained_model_name_or_path in EMBEDDED_MODELS:
+        own = demo.SAMPLING if clips else demo.IMAGE_SAMPLING
+        return sampling.filled({x: own[x] for x in names})
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    # Pipelines of images compute theirs.
+    side = getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
+    return sampling.filled({x: parameters[x].default or side or None for x in names})

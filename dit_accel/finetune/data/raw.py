@@ -1,0 +1,103 @@
+"""`RawSamples`: files that are decoded and encoded while training runs."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from dit_accel.finetune.data.encode import Encoder, encode_captions, encode_latents
+from dit_accel.finetune.data.samples import Sample, Samples
+from dit_accel.finetune.data.sources import Source, read_clip
+
+CACHE_BYTES = 1 << 30
+"""Memory for encoded samples. A data set that fits is encoded once."""
+K = TypeVar("K")
+
+
+class RawSamples(Samples):
+    """Files of a folder, encoded when they are asked for.
+
+    Each sample is encoded alone, so that it does not depend on the other samples of its batch.
+
+    Args:
+        sources: files and their buckets, from `find_sources`.
+        trainable: the model.
+        fps: frames per second to resample to. None: the frames of each file.
+        workers: files that are decoded at once.
+        cache_bytes: memory for encoded samples.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        trainable: Encoder,
+        *,
+        fps: float | int | None,
+        workers: int = 4,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.buckets: Sequence[str] = [str(x.bucket) for x in sources]
+        self.ids: Sequence[str] = [x.item.id for x in sources]
+        self._sources, self._trainable, self._fps = sources, trainable, fps
+        self._pool = ThreadPoolExecutor(workers, "decode")
+        self._decoding: dict[int, Future[np.ndarray]] = {}
+        self._latents: _Cache[int] = _Cache(cache_bytes // 2)
+        self._conditions: _Cache[str] = _Cache(cache_bytes // 2)
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Begin to decode samples in the background."""
+        for i in indices:
+            if i not in self._latents and i not in self._decoding:
+                self._decoding[i] = self._pool.submit(read_clip, self._sources[i], self._fps)
+
+    def sample(self, index: int) -> Sample:
+        """Return one sample, encoded now or earlier.
+
+        Raises:
+            ValueError: the file cannot be decoded, or its latents are not finite.
+        """
+        source = self._sources[index]
+        latents = self._latents.get(index)
+        if latents is None:
+            self.prefetch([index])
+            (x,) = encode_latents(self._trainable, [self._decoding.pop(index).result()])
+            if not x.isfinite().all():
+                raise ValueError(
+                    f"{source.item.path}: its latents are not finite; does the VAE need another dtype?"
+                )
+            latents = self._latents.put(index, {"latents": x})
+        conditions = self._conditions.get(source.item.caption)
+        if conditions is None:
+            (encoded,) = encode_captions(self._trainable, [source.item.caption])
+            conditions = self._conditions.put(source.item.caption, encoded)
+        return latents["latents"], dict(conditions)
+
+
+class _Cache(Generic[K]):
+    """Tensors that were used last, up to a number of bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+        self._entries: OrderedDict[K, dict[str, Tensor]] = OrderedDict()
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._entries
+
+    def get(self, key: K) -> dict[str, Tensor] | None:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, key: K, value: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._entries[key] = value
+        self._held += _size(value)
+        while self._held > self._most and self._entries:
+            self._held -= _size(self._entries.popitem(last=False)[1])
+        return value
+
+
+def _size(tensors: dict[str, Tensor]) -> int:
+    return sum(x.nbytes for x in tensors.values())

@@ -1,0 +1,97 @@
+"""`dense_pass`: one pass of the dense model on noisy samples, in which a function sees the inputs of each layer."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from dit_accel.finetune import processes
+from dit_accel.finetune.batch import Batch
+from dit_accel.sla import SparseAttention, SparseLinearAttention
+from dit_accel.sla.text import split_text
+
+Visit = Callable[..., None]
+"""`visit(name, module, q, k, v, text=..., text_tokens=..., scale=...)`."""
+
+
+@torch.no_grad()
+def dense_pass(
+    trainable: Any,
+    sla: SparseAttention,
+    batch: Batch,
+    visit: Visit,
+    *,
+    names: Iterable[str],
+    seed: int,
+    step: int,
+) -> None:
+    """Run the model with sparse attention paused, without gradients.
+
+    Args:
+        trainable: `transformer`, `velocity` and `flow_shift` of the family.
+        sla: sparse attention that is on in that transformer.
+        batch: clean latents and their conditions.
+        visit: called with the inputs of each call that would have run sparse.
+        names: layers to visit.
+        seed, step: noise and noise levels are a function of them and of the sample's place in the batch.
+    """
+    transformer = trainable.transformer
+    batch = batch.to(next(transformer.parameters()).device)
+    noisy, sigmas = noisy_samples(batch.latents, seed, step, trainable.flow_shift)
+    observers = {name: partial(visit, name, sla.layers[name].module) for name in names}
+    with sla.paused(observers):
+        trainable.velocity(transformer, noisy, sigmas, batch.conditions)
+
+
+def noisy_samples(
+    latents: Float[Tensor, "b ..."], seed: int, step: int, shift: float
+) -> tuple[Float[Tensor, "b ..."], Float[Tensor, " b"]]:
+    """Return noisy latents and their noise levels: uniform ones, shifted as in sampling.
+
+    Args:
+        latents: clean latents of this process; every process has as many.
+        seed, step: decide the noise, together with the sample's place in the batch of all processes.
+        shift: flow shift.
+    """
+    noise, levels = [], []
+    for row in range(len(latents)):
+        generator = generator_of(seed, step, processes.rank() * len(latents) + row)
+        noise.append(torch.randn(latents.shape[1:], generator=generator, dtype=torch.float32))
+        u = torch.rand((), generator=generator, dtype=torch.float32)
+        levels.append(shift * u / (1 + (shift - 1) * u))
+    sigmas = torch.stack(levels).to(latents.device)
+    weight = sigmas.view(-1, *[1] * (latents.ndim - 1)).to(latents.dtype)
+    return torch.lerp(latents, torch.stack(noise).to(latents), weight), sigmas
+
+
+def generator_of(seed: int, step: int, number: int) -> torch.Generator:
+    """Return a generator for one sample of one step."""
+    return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1_000_003 + number) % 2**63)
+
+
+def squared_error(
+    module: SparseLinearAttention,
+    q: Float[Tensor, "b h l_q d"],
+    k: Float[Tensor, "b h_kv l_k d"],
+    v: Float[Tensor, "b h_kv l_k d_v"],
+    *,
+    text: Any = "none",
+    text_tokens: int = 0,
+    scale: float | None = None,
+) -> Float[Tensor, " b"]:
+    """Return `|sparse - dense|^2 / |dense|^2` of each sample over its image queries; arguments as of the module."""
+
+    def image(x: Tensor) -> Tensor:
+        return x if text == "none" else split_text(x, text, text_tokens)[1]
+
+    sparse = image(module(q, k, v, text=text, text_tokens=text_tokens, scale=scale)).float()
+    with torch.no_grad():
+        grouped = q.shape[1] != k.shape[1]
+        dense = scaled_dot_product_attention(image(q), k, v, scale=scale, enable_gqa=grouped)
+        dense = dense.float()
+        norm = dense.square().sum((1, 2, 3)).clamp(min=torch.finfo(dense.dtype).tiny)
+    return (sparse - dense).square().sum((1, 2, 3)) / norm

@@ -1,0 +1,94 @@
+"""`Feed`: the micro-batches of each step, as this process sees them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from dit_accel.finetune.batch import Batch
+
+
+class Feed:
+    """Micro-batches of the global batch of each step.
+
+    Row r of the global batch goes to micro-batch r // (size * processes), and there to process r // size. What a
+    row is does not depend on the number of processes, so that neither does the gradient of a step.
+
+    Args:
+        samples: a `Samples` of `finetune.data`.
+        order: an `Order` of it, over global batches.
+        load: `load_batch`.
+        size: samples of a micro-batch of one process.
+        accumulation: micro-batches of a step.
+        rank, processes: this process among all.
+        device: where batches go.
+        ahead: load the next micro-batch in a thread while the current one trains. Only for samples that need no
+            network to be loaded.
+    """
+
+    def __init__(
+        self,
+        samples: Any,
+        order: Any,
+        load: Callable[[Any, Sequence[int]], Batch],
+        *,
+        size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        processes: int = 1,
+        device: torch.device | str = "cpu",
+        ahead: bool = False,
+    ) -> None:
+        self.samples, self.order, self.load = samples, order, load
+        self.size, self.accumulation = size, accumulation
+        self.rank, self.processes = rank, processes
+        self.device = torch.device(device)
+        self._pool = ThreadPoolExecutor(1, "dit-accel-feed") if ahead else None
+        self._next: tuple[tuple[int, int], Future[Batch]] | None = None
+
+    def first_row(self, micro: int) -> int:
+        """Return the row of the global batch that a micro-batch of this process begins with."""
+        return (micro * self.processes + self.rank) * self.size
+
+    def rows(self, step: int, first: int, count: int) -> Batch:
+        """Return some rows of the global batch of a step, on the device."""
+        indices = self.order.batch(step)[first : first + count]
+        return self.load(self.samples, indices).to(self.device)
+
+    def whole(self, step: int) -> Batch:
+        """Return the global batch of a step, on the device."""
+        return self.load(self.samples, self.order.batch(step)).to(self.device)
+
+    def micro(self, step: int, micro: int) -> Batch:
+        """Return a micro-batch of this process, on the device."""
+        wanted, found = (step, micro), self._next
+        if self._pool is None:
+            return self.load(self.samples, self._indices(*wanted)).to(self.device)
+        if found is not None and found[0] == wanted:
+            batch = found[1].result()
+        else:
+            batch = self.load(self.samples, self._indices(*wanted))
+        follows = (step, micro + 1) if micro + 1 < self.accumulation else (step + 1, 0)
+        # The order is asked here: it is not made for two threads.
+        indices = self._indices(*follows)
+        self._next = (follows, self._pool.submit(self.load, self.samples, indices))
+        return batch.to(self.device)
+
+    def _indices(self, step: int, micro: int) -> Sequence[int]:
+        first = self.first_row(micro)
+        return self.order.batch(step)[first : first + self.size]
+
+    @property
+    def samples_sha256(self) -> str:
+        """Hash of names and buckets of the samples, in their order."""
+        names = [list(self.samples.ids), list(self.samples.buckets)]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._pool is not None:
+            self._next = None
+            self._pool.shutdown(wait=True, cancel_futures=True)

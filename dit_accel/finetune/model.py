@@ -1,0 +1,75 @@
+"""The pipeline that is fine-tuned, and where its parts are."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.files import model_source
+from dit_accel.sampling.devices import DTYPES
+from dit_accel.sampling.load import pipeline_class
+
+
+def load_model(config: Any, device: torch.device) -> Any:
+    """Load the pipeline without acceleration, its transformer on a device and the rest on the CPU.
+
+    The VAE is loaded in fp32, text encoders in the dtype of the computation, and the transformer in that of its
+    weights (`config.weights_dtype`).
+
+    Args:
+        config: settings of the run (`FinetuneConfig`).
+    """
+    compute = "fp32" if config.mixed_precision == "no" else config.mixed_precision
+    source = model_source(config.pretrained_model_name_or_path)
+    hub = {k: x for k in ("revision", "cache_dir") if (x := getattr(config, k)) is not None}
+    options = hub if config.variant is None else hub | {"variant": config.variant}
+    pipe = pipeline_class(source, **hub).from_pretrained(
+        source,
+        sla=None,
+        ras=None,
+        dtype={
+            "transformer": DTYPES[config.weights_dtype],
+            "vae": torch.float32,
+            "default": DTYPES[compute],
+        },
+        **options,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.to(device)
+    return pipe
+
+
+class Helpers:
+    """Text encoders and VAE of a pipeline, which are on the device only while they are needed.
+
+    Args:
+        pipe: a pipeline; its transformer stays where it is.
+        device: where they work.
+        stay: leave them there, because training samples are encoded in every step.
+    """
+
+    def __init__(self, pipe: Any, device: torch.device, *, stay: bool) -> None:
+        self.parts = [
+            x
+            for name, x in pipe.components.items()
+            if isinstance(x, nn.Module) and name != "transformer"
+        ]
+        self.device, self.stay = device, stay
+        if stay:
+            self._move(device)
+
+    def _move(self, device: torch.device | str) -> None:
+        for part in self.parts:
+            part.to(device)
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Context manager in which the whole pipeline can be called."""
+        self._move(self.device)
+        try:
+            yield
+        finally:
+            if not self.stay:
+                self._move("cpu")

@@ -1,0 +1,234 @@
+"""`regress`: stage (a) of fine-tuning, which fits the weights of sparse attention to dense attention, layer by layer."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dit_accel.finetune import processes
+from dit_accel.finetune.batch import Batch
+from dit_accel.finetune.dense_pass import dense_pass, generator_of, squared_error
+from dit_accel.sla import SparseAttention, SparseLinearAttention
+
+Batches = Callable[[int], Batch]
+OnStep = Callable[[int, dict[str, float]], None]
+
+
+@dataclass
+class Regression:
+    """Outcome of the regression."""
+
+    before: dict[str, float]
+    """Relative error of each layer's attention output before the first step, on samples that are not trained on."""
+    after: dict[str, float]
+    """The same after the last step."""
+    untrained: dict[str, str]
+    """Layers that were not trained, with the reason."""
+    losses: list[float] = field(default_factory=list)
+    """Squared relative error of each step, mean over samples and layers."""
+
+
+def regress(
+    trainable: Any,
+    sla: SparseAttention,
+    batches: Batches,
+    config: Any,
+    *,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+) -> Regression:
+    """Fit the weights of each layer's sparse attention to the dense attention of the frozen model.
+
+    Every step is one dense pass of the model without gradients. As soon as a layer has its queries, keys and values,
+    the squared relative error of its sparse output is differentiated with respect to the weights of that layer's
+    sparse attention (`proj_l`, `alpha_logit`, `learned_router`), and its graph is freed. One step of Adam for all
+    layers follows. Layers get exact dense inputs, so they do not depend on each other, and training one after the
+    other would give the same weights. Nothing but these weights changes.
+
+    With `torch.distributed` each process has its own samples, and gradients are averaged.
+
+    Args:
+        trainable: the family's view of the pipeline: `transformer`, `velocity` and `flow_shift`.
+        sla: sparse attention that is on in that transformer.
+        batches: returns the batch of a step. Batch number `regression_steps`, which is not trained on, measures the
+            errors before and after.
+        config: `regression_steps`; `regression_learning_rate`, which falls linearly to 0; `regression_topk`: values
+            of `topk` of which each step takes one at random (empty: the one in use); `seed`.
+        progress: show a progress bar.
+        on_step: called after each step with its number and scalars for a log.
+
+    Raises:
+        ValueError: settings out of range, or no layer runs sparse on such samples.
+    """
+    topks = _check(config, sla)
+    weights = {
+        name: list(layer.module.parameters())
+        for name, layer in sla.layers.items()
+        if layer.scheduled and any(True for _ in layer.module.parameters())
+    }
+    sla.set_learning_step(None)  # dense attention runs anyway, so every row may teach the router
+    fit = _Fit(trainable, sla, batches, config.seed)
+    before = fit.errors(config.regression_steps)
+    result = Regression(before, dict(before), _untrained(sla, weights, before))
+    if not weights:
+        warnings.warn(
+            f"regression: no layer has weights (combine={sla.config.combine!r}, router={sla.config.router!r}); "
+            "combine='proj' or 'alpha' and router='learned' have some",
+            stacklevel=2,
+        )
+        return result
+    used = sla.config.topk
+    try:
+        result.losses = _train(fit, weights, topks, config, progress, on_step)
+    finally:
+        if used is not None:
+            sla.set_topk(used)
+    result.after = fit.errors(config.regression_steps)
+    return result
+
+
+def _train(
+    fit: "_Fit",
+    weights: Mapping[str, list[nn.Parameter]],
+    topks: Sequence[float],
+    config: Any,
+    progress: bool,
+    on_step: OnStep | None,
+) -> list[float]:
+    parameters = [x for layer in weights.values() for x in layer]
+    _average_shares(fit.sla)
+    optimizer = torch.optim.Adam(parameters, lr=config.regression_learning_rate)
+    falling = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 1 - step / max(1, config.regression_steps)
+    )
+    steps = tqdm(range(config.regression_steps), desc="regression", disable=not progress)
+    losses = []
+    with _training(parameters):
+        for step in steps:
+            if topks:
+                fit.sla.set_topk(_one_of(topks, config.seed, step))
+            loss = fit.gradients(step, weights)
+            optimizer.step()
+            falling.step()
+            losses.append(loss)
+            steps.set_postfix(loss=f"{loss:.4f}")
+            if on_step is not None:
+                scalars = {"loss": loss}
+                if fit.sla.config.topk is not None:
+                    scalars["topk"] = float(fit.sla.config.topk)
+                on_step(step, scalars)
+    return losses
+
+
+class _Fit:
+    """Passes of the dense model that compare each layer's sparse output with its dense one."""
+
+    def __init__(self, trainable: Any, sla: SparseAttention, batches: Batches, seed: int) -> None:
+        self.trainable, self.sla, self.batches, self.seed = trainable, sla, batches, seed
+
+    def errors(self, step: int) -> dict[str, float]:
+        """Return the relative error of each layer that runs sparse, on the batch of this step."""
+        found: dict[str, Tensor] = {}
+
+        def measure(name: str, module: SparseLinearAttention, *qkv: Tensor, **options: Any) -> None:
+            found[name] = squared_error(module, *qkv, **options).sqrt().mean()
+            module.keep_measured()  # else the next call of the model would write it again
+
+        self._pass(step, measure, self.sla.layers)
+        return {name: float(processes.averaged(x)) for name, x in found.items()}
+
+    def gradients(self, step: int, weights: Mapping[str, list[nn.Parameter]]) -> float:
+        """Set the gradients of all weights; return the mean loss."""
+        found: dict[str, Tensor] = {}
+
+        def learn(name: str, module: SparseLinearAttention, *qkv: Tensor, **options: Any) -> None:
+            with torch.enable_grad():
+                loss = squared_error(module, *qkv, **options).mean()
+                grads = torch.autograd.grad(loss, weights[name], allow_unused=True)
+            for x, grad in zip(weights[name], grads, strict=True):
+                x.grad = grad
+            found[name] = loss.detach()
+
+        self._pass(step, learn, weights)
+        for x in (x for layer in weights.values() for x in layer):
+            x.grad = processes.averaged(torch.zeros_like(x) if x.grad is None else x.grad)
+        return float(processes.averaged(torch.stack(list(found.values())).mean()))
+
+    def _pass(self, step: int, visit: Callable[..., None], names: Any) -> None:
+        visited = set()
+
+        def noting(name: str, *rest: Any, **options: Any) -> None:
+            visited.add(name)
+            visit(name, *rest, **options)
+
+        batch, place = self.batches(step), {"seed": self.seed, "step": step}
+        dense_pass(self.trainable, self.sla, batch, noting, names=names, **place)
+        if not visited:
+            raise ValueError(
+                f"regression: no layer runs sparse on samples of shape {tuple(batch.latents.shape[1:])}: too short, "
+                "masked, or in a dense layer (crossover='never' runs short ones sparse)"
+            )
+
+
+def _check(config: Any, sla: SparseAttention) -> list[float]:
+    """Return the values of `topk` to train with; empty: the one in use."""
+    for name in ("regression_steps", "regression_learning_rate"):
+        value = getattr(config, name)
+        if not value >= 0:
+            raise ValueError(f"{name}={value!r}: must be at least 0")
+    topks = list(config.regression_topk or [])
+    if topks and sla.config.topk is None:
+        raise ValueError(
+            f"regression_topk={topks}: accepted with a topk; here top_p alone decides what is read"
+        )
+    if not all(0 < value <= 1 for value in topks):
+        raise ValueError(f"regression_topk={topks}: must be fractions in (0, 1]")
+    return topks
+
+
+def _one_of(values: Sequence[float], seed: int, step: int) -> float:
+    # A number that no sample of the batch has.
+    index = torch.randint(len(values), (), generator=generator_of(seed, step, 1_000_002))
+    return values[int(index)]
+
+
+def _untrained(
+    sla: SparseAttention, weights: Mapping[str, Any], errors: Mapping[str, float]
+) -> dict[str, str]:
+    reasons = {}
+    for name, layer in sla.layers.items():
+        if not layer.scheduled:
+            reasons[name] = "dense layer"
+        elif name not in errors:
+            reasons[name] = "dense on these samples"
+        elif name not in weights:
+            reasons[name] = "no weights: the router is fixed, and nothing is projected or mixed in"
+    return reasons
+
+
+@torch.no_grad()
+def _average_shares(sla: SparseAttention) -> None:
+    """Let all processes start from the same shares of the exact branch, which each has measured on its samples."""
+    if sla.config.combine == "alpha":
+        for module in sla.attention.values():
+            shares = processes.averaged(module.alpha_logit.sigmoid())
+            module.alpha_logit.copy_(shares.logit())
+
+
+@contextmanager
+def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Context manager in which these weights take gradients."""
+    before = [x.requires_grad for x in parameters]
+    for x in parameters:
+        x.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for x, flag in zip(parameters, before, strict=True):
+            x.requires_grad_(flag)
+            x.grad = None

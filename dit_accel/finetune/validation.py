@@ -1,0 +1,189 @@
+"""`Validator`: clips or images of the sparse model beside those of the dense one, from the same seeds."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from dit_accel.files import naming_failures, write_json
+from dit_accel.finetune.guards import jsonable
+from dit_accel.finetune.process_group import Processes
+from dit_accel.finetune.validation_samples import (
+    Made,
+    compared,
+    make_sample,
+    read_made,
+    validation_samples,
+    write_made,
+)
+from dit_accel.sampling import media
+from dit_accel.sampling.acceleration import weights_sha256
+from dit_accel.sampling.plan import Sample
+
+FOLDER, REFERENCE, RECORD = "validation", "dense", "metrics.json"
+DEFAULT_FPS = 16.0
+
+
+class CutShort(Exception):
+    """A signal asked the run to end while samples were made."""
+
+
+class Validator:
+    """Samples the sparse model and compares with the dense one.
+
+    The dense samples are made once, by the model as it was before training, and kept as files, so that a run that
+    goes on compares with the same ones.
+
+    Args:
+        pipe: the pipeline that trains; dense until `make_references` was called.
+        config: settings of the run (`FinetuneConfig`).
+        folder: output folder of the run.
+        size: frames, height and width in pixels; images have one frame.
+        text_tokens: of a prompt, as in training.
+        processes: the processes of the run, which share the samples.
+        together: every process makes every sample, as a sharded transformer needs it.
+        stopping: whether a signal asks the run to end; a validation is then cut short.
+
+    Raises:
+        ValueError: prompts or sizes that cannot be sampled.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        config: Any,
+        folder: Path,
+        *,
+        size: tuple[int, int, int],
+        text_tokens: int,
+        processes: Processes | None = None,
+        together: bool = False,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.pipe, self.config = pipe, config
+        self.folder = folder / FOLDER
+        self.processes = processes or Processes()
+        self.together, self.stopping = together, stopping
+        self.fps = config.fps or DEFAULT_FPS
+        self.samples = validation_samples(pipe, config, size, text_tokens)
+        self.sheet: np.ndarray | None = None
+        """Frames of the first sample of the last validation, dense above sparse, `[H, W, 3]` in bytes."""
+        self._references: dict[str, Made] = {}
+
+    def _own(self) -> Iterator[Sample]:
+        """Yield the samples that this process makes.
+
+        Raises:
+            CutShort: a signal came to any process; in all of them.
+        """
+        share = 1 if self.together else self.processes.count
+        own = self.samples if self.together else self.samples[self.processes.rank :: share]
+        for i in range(-(-len(self.samples) // share)):
+            # All processes ask equally often, also those that have a sample less.
+            if self.processes.sum(torch.tensor(float(self.stopping()))) > 0:
+                raise CutShort
+            if i < len(own):
+                yield own[i]
+
+    @property
+    def _writes(self) -> bool:
+        return not self.together or self.processes.is_main
+
+    def make_references(self) -> None:
+        """Make the dense samples, or read those of an earlier run with the same settings.
+
+        Call it before sparse attention is installed and before any weight changes.
+
+        Raises:
+            RuntimeError: a file could not be written.
+            CutShort: a signal came.
+        """
+        folder = self.folder / REFERENCE
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {"weights": weights_sha256(self.pipe), "config": self._settings()}
+        record = folder / "settings.json"
+        known = _read_json(record) == settings
+        # All processes look before one of them writes.
+        self.processes.barrier()
+        for sample in self._own():
+            path = folder / f"{sample.id}.safetensors"
+            made = read_made(path) if known else None
+            if made is None:
+                made = self._make(sample)
+                if self._writes:
+                    with naming_failures():
+                        self._write_pictures(folder / sample.id, made.pictures)
+                        write_made(path, made)
+            self._references[sample.id] = made
+        self.processes.barrier()
+        if self.processes.is_main:
+            write_json(record, settings)
+
+    def _settings(self) -> list[Any]:
+        return [[x.id, x.record.prompt, x.seed, x.sampling.call_arguments()] for x in self.samples]
+
+    def run(self, name: str) -> dict[str, float]:
+        """Make the sparse samples, write them beside the dense ones, and return the mean metrics.
+
+        Args:
+            name: of the folder of this validation, such as "distillation-000500".
+
+        Returns:
+            `psnr` (dB), `ssim`, `latent_error` (relative) and `density`, as means over all samples. The density is
+            left out if nothing ran sparse.
+
+        Raises:
+            RuntimeError: a file could not be written, or the model returned values that are not finite.
+            CutShort: a signal came.
+        """
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        rows: dict[str, dict[str, float]] = {}
+        for sample in self._own():
+            dense, sparse = self._references[sample.id], self._make(sample)
+            shown = [("dense", dense.pictures), (_title(sparse), sparse.pictures)]
+            if not rows:
+                self.sheet = media.contact_sheet(shown)
+            rows[sample.id] = compared(dense, sparse)
+            if self._writes:
+                both = media.side_by_side(shown)
+                with naming_failures():
+                    self._write_pictures(folder / f"{sample.id}-sparse", sparse.pictures)
+                    self._write_pictures(folder / f"{sample.id}-side_by_side", both)
+        found = self.processes.gather(rows)
+        rows = {key: row for part in found for key, row in part.items()}
+        means = {
+            key: float(np.mean([row[key] for row in rows.values() if key in row]))
+            for key in ("psnr", "ssim", "latent_error", "density")
+            if any(key in row for row in rows.values())
+        }
+        if self.processes.is_main:
+            with naming_failures():
+                record = {"format_version": 1, "mean": means, "samples": rows}
+                write_json(folder / RECORD, jsonable(record))
+        return means
+
+    def _make(self, sample: Sample) -> Made:
+        # Processes that make a sample together have to make the same steps.
+        return make_sample(self.pipe, sample, lambda: not self.together and self.stopping())
+
+    def _write_pictures(self, stem: Path, pictures: UInt8[np.ndarray, "t h w 3"]) -> None:
+        kind = "png" if len(pictures) == 1 else "mp4"
+        media.write_clip(stem, pictures, kind=kind, fps=self.fps)
+
+
+def _title(sparse: Made) -> str:
+    return (
+        "dense (nothing ran sparse)" if sparse.density is None else f"sparse, {sparse.density:.2f}"
+    )
+
+
+def _read_json(path: Path) -> Any:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return None

@@ -1,0 +1,275 @@
+"""`credited`: attention output whose gradient also says which key blocks a query block should read.
+
+README.md has the equations.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dit_accel.kernels.linear.features import features
+from dit_accel.kernels.operators import operator
+from dit_accel.kernels.precision import no_autocast, wide
+from dit_accel.kernels.router.pooling import pool_blocks
+
+# Bytes of one [heads, rows, keys] tensor: a CPU wants it in its cache, elsewhere few launches count.
+CHUNK_BYTES = {"cpu": 2**21}
+DEVICE_CHUNK_BYTES = 2**26
+# Exponents are relative to the largest logit that is read; a block that is so much larger is read by any measure.
+MOST_EXPONENT = 60.0
+
+
+def credited(
+    o: Float[Tensor, "b h_q l_q d_v"],
+    weights: Float[Tensor, "b h_q n t_k"],
+    q: Float[Tensor, "b h_q l_q d"],
+    k: Float[Tensor, "b h_kv l_k d"],
+    v: Float[Tensor, "b h_kv l_k d_v"],
+    *,
+    rows: Int[Tensor, " n"],
+    read: Bool[Tensor, "b h_q n t_k"],
+    block_q: int,
+    block_k: int,
+    scale: float,
+    text: tuple[Tensor, Tensor] | None = None,
+    shared_softmax: bool = False,
+    linear_set: Bool[Tensor, "b h_q n t_k"] | None = None,
+    feature_map: str = "softmax",
+    proj_weight: Float[Tensor, "d_v d_v"] | None = None,
+    alpha: Float[Tensor, " h_q"] | None = None,
+) -> Float[Tensor, "b h_q l_q d_v"]:
+    """Return a copy of `o` that passes its gradient on to `o`, and gives `weights` one too (straight-through).
+
+    The gradient of a weight estimates what the loss gains or loses if the query block reads the key block exactly,
+    all other blocks staying as they are. It costs dense attention of the query blocks `rows`. Nothing but `o` and
+    `weights` gets a gradient here.
+
+    Args:
+        o: output of sparse-linear attention over image tokens.
+        weights: weights of the choice of blocks, of some query blocks; only their gradient matters.
+        q: image queries.
+        k, v: image keys and values, without the text.
+        rows: indices of the query blocks that `weights` is about.
+        read: blocks that these rows read exactly.
+        block_q, block_k: tokens per block.
+        scale: factor of the dot products.
+        text: keys and values `[B, Hkv, L, D]` that every query reads. Default: none.
+        shared_softmax: unread blocks enter the softmax by their means.
+        linear_set: blocks that the linear branch sums over and loses if they are read. Default: there is no linear
+            branch, or it reads every block.
+        feature_map: feature map of the linear branch.
+        proj_weight: weight of `combine="proj"`.
+        alpha: share of the exact branch, of `combine="alpha"`.
+    """
+    words_k, words_v = text or (k[:, :, :0], v[:, :, :0])
+    return torch.ops.dit_accel.credited(
+        o,
+        weights,
+        q,
+        k,
+        v,
+        words_k,
+        words_v,
+        rows,
+        read,
+        linear_set,
+        proj_weight,
+        alpha,
+        block_q,
+        block_k,
+        scale,
+        shared_softmax,
+        feature_map,
+    )
+
+
+@torch.library.custom_op("dit_accel::credited", mutates_args=())
+def _credited(
+    o: Tensor,
+    weights: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words_k: Tensor,
+    words_v: Tensor,
+    rows: Tensor,
+    read: Tensor,
+    linear_set: Tensor | None,
+    proj_weight: Tensor | None,
+    alpha: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    shared_softmax: bool,
+    feature_map: str,
+) -> Tensor:
+    return o.clone(memory_format=torch.contiguous_format)
+
+
+@_credited.register_fake
+def _credited_fake(o: Tensor, *rest: Any) -> Tensor:
+    return o.new_empty(o.shape)
+
+
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    _, _, *tensors = inputs[:12]
+    ctx.save_for_backward(*tensors)
+    ctx.numbers = inputs[12:]
+
+
+def _autograd(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.dit_accel.block_credits(grad, *ctx.saved_tensors, *ctx.numbers)
+    return grad, found, *[None] * 15
+
+
+_credited.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _empty_credits(grad: Tensor, q: Tensor, *rest: Any) -> Tensor:
+    read = rest[5]
+    return q.new_empty(read.shape, dtype=wide(q))
+
+
+@operator("block_credits", _empty_credits)
+def _block_credits(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words_k: Tensor,
+    words_v: Tensor,
+    rows: Tensor,
+    read: Tensor,
+    linear_set: Tensor | None,
+    proj_weight: Tensor | None,
+    alpha: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    shared_softmax: bool,
+    feature_map: str,
+) -> Tensor:
+    """Gradient of each weight, `[B, Hq, n, T_k]`, fp32 (fp64 for fp64)."""
+    dtype = wide(q)
+    group = q.shape[1] // k.shape[1]
+    out = q.new_empty(read.shape, dtype=dtype)
+    with torch.no_grad(), no_autocast(q):
+        q_rows, grad_rows = (_rows_of(x, rows, block_q, dtype) for x in (q, grad))
+        for b, h, heads, some in _chunks(q_rows, k, group):
+            grad_exact = grad_linear = grad_rows[b, heads, some]
+            if alpha is not None:
+                share = alpha.to(dtype)[heads, None, None, None]
+                grad_exact, grad_linear = share * grad_exact, (1 - share) * grad_linear
+            elif proj_weight is not None:
+                grad_linear = grad_linear @ proj_weight.to(dtype)
+            queries, is_read = q_rows[b, heads, some], read[b, heads, some]
+            keys, values, text_k, text_v = (x[b, h].to(dtype) for x in (k, v, words_k, words_v))
+            found = _exact_credits(
+                queries,
+                grad_exact,
+                keys,
+                values,
+                text_k,
+                text_v,
+                is_read,
+                block_k,
+                scale,
+                shared_softmax,
+            )
+            if linear_set is not None:
+                in_set = linear_set[b, heads, some]
+                found += _linear_credits(
+                    queries, grad_linear, keys, values, is_read, in_set, block_k, feature_map
+                )
+            out[b, heads, some] = found
+    return out
+
+
+def _rows_of(x: Tensor, rows: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """Tokens of some query blocks, `[B, H, n, block, D]`; zeros where there is no token."""
+    padded = F.pad(x, (0, 0, 0, -x.shape[2] % block))
+    return padded.unflatten(2, (-1, block)).index_select(2, rows).to(dtype)
+
+
+def _chunks(q_rows: Tensor, k: Tensor, group: int) -> Iterator[tuple[int, int, slice, slice]]:
+    """(batch entry, head of k, heads of q, rows): one head of k and some rows at a time."""
+    batch, heads, n, block, _ = q_rows.shape
+    most = CHUNK_BYTES.get(k.device.type, DEVICE_CHUNK_BYTES)
+    step = max(1, most // (group * block * k.shape[2] * q_rows.itemsize))
+    for b in range(batch):
+        for h in range(heads // group):
+            for start in range(0, n, step):
+                yield b, h, slice(h * group, (h + 1) * group), slice(start, start + step)
+
+
+def _by_block(x: Tensor, block: int, fill: float = 0.0) -> Tensor:
+    """`[..., L]` as `[..., T, block]`."""
+    return F.pad(x, (0, -x.shape[-1] % block), value=fill).unflatten(-1, (-1, block))
+
+
+def _exact_credits(
+    q: Tensor,
+    grad: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    read: Tensor,
+    block: int,
+    scale: float,
+    shared_softmax: bool,
+) -> Tensor:
+    """Change of grad . o by reading each block, summed over the queries of a row, `[h, n, T]`."""
+    logits, text_logits = q @ k.T * scale, q @ text_k.T * scale
+    top = _by_block(logits, block, -math.inf).amax(-1)
+    top = top.masked_fill(~read[:, :, None], -math.inf).amax(-1, keepdim=True)
+    if text_k.shape[0]:
+        top = torch.maximum(top, text_logits.amax(-1, keepdim=True))
+    p = (logits - top).clamp(max=MOST_EXPONENT).exp()
+    mass, value = (_by_block(x, block).sum(-1) for x in (p, p * (grad @ v.T)))
+    text_p = (text_logits - top).exp()
+    total = text_p.sum(-1, keepdim=True)
+    gained = (text_p * (grad @ text_v.T)).sum(-1, keepdim=True)
+    if shared_softmax:
+        mean_k, mean_v = (pool_blocks(x[None, None], block)[0, 0] for x in (k, v))
+        sizes = _by_block(torch.ones_like(k[:, 0]), block).sum(-1)
+        tail = (q @ mean_k.T * scale - top).clamp(max=MOST_EXPONENT).exp() * sizes
+        tail_value = tail * (grad @ mean_v.T)
+        total, gained = (
+            total + tail.sum(-1, keepdim=True),
+            gained + tail_value.sum(-1, keepdim=True),
+        )
+        # What reading a block adds to what its mean gives already.
+        mass, value = mass - tail, value - tail_value
+    is_read = read[:, :, None].to(q.dtype)
+    total = total + (is_read * mass).sum(-1, keepdim=True)
+    now = (gained + (is_read * value).sum(-1, keepdim=True)) / total
+    return ((value - mass * now) / (total + (1 - is_read) * mass)).sum(2)
+
+
+def _linear_credits(
+    q: Tensor,
+    grad: Tensor,
+    k: Tensor,
+    v: Tensor,
+    read: Tensor,
+    linear_set: Tensor,
+    block: int,
+    feature_map: str,
+) -> Tensor:
+    """The same of grad . o_l, whose sums lose a block that is read."""
+    weight = features(q, feature_map) @ features(k, feature_map).T
+    mass, value = (_by_block(x, block).sum(-1) for x in (weight, weight * (grad @ v.T)))
+    in_set = linear_set[:, :, None].to(q.dtype)
+    total = (in_set * mass).sum(-1, keepdim=True)
+    tiny = torch.finfo(q.dtype).tiny
+    now = (in_set * value).sum(-1, keepdim=True) / total.clamp(min=tiny)
+    is_read = read[:, :, None].to(q.dtype)
+    change = (mass * now - value) / (total + is_read * mass).clamp(min=tiny)
+    # A skipped block is in no sum, and where nothing is summed its change would be infinite.
+    return change.masked_fill(~(linear_set | read)[:, :, None], 0.0).sum(2)

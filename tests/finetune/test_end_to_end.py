@@ -1,0 +1,378 @@
+"""Whole runs through the real parts, on a random tiny Wan: from prompts to a result that loads."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dit_accel
+from dit_accel import SparseWanPipeline
+from dit_accel.checkpoint.file import read_checkpoint
+from dit_accel.finetune.checkpoints import checkpoints
+from dit_accel.finetune.log import read_log
+from dit_accel.sampling.load import load_pipeline
+from dit_accel.sampling.pictures import read_image
+
+from .faults import in_child, kill
+
+for needed in ("config", "families", "objectives", "data.open", "regression", "annealing"):
+    pytest.importorskip(f"dit_accel.finetune.{needed}")
+FinetuneConfig = pytest.importorskip("dit_accel.finetune.config").FinetuneConfig
+finetune = pytest.importorskip("dit_accel.finetune.trainer").finetune
+
+ROOT = Path(__file__).parents[2]
+SPARSE = {
+    "combine": "proj",
+    "topk": 0.2,
+    "block_q": 32,
+    "block_k": 32,
+    "crossover": "never",
+    "dense_layers": 1,
+    "dense_steps": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def without_curves(request, monkeypatch):
+    """Drawing takes longer than these runs; one test looks at the curves."""
+    if "curves" not in request.node.name:
+        monkeypatch.setattr("dit_accel.finetune.finish.draw_curves", lambda log, picture: picture)
+
+
+@pytest.fixture(scope="module")
+def settings(wan_repository, tmp_path_factory):
+    """Settings of a short run; the teacher's samples are made once and then precomputed data."""
+    folder = tmp_path_factory.mktemp("data")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a red circle moving right\na blue square moving up\na green circle\n")
+    base = FinetuneConfig(
+        pretrained_model_name_or_path=str(wan_repository),
+        output_dir=str(folder / "first"),
+        prompts=str(prompts),
+        num_teacher_samples=6,
+        teacher_num_inference_steps=2,
+        height=64,
+        width=64,
+        num_frames=9,
+        max_sequence_length=16,
+        sla=SPARSE,
+        stages=("distillation",),
+        max_train_steps=1,
+        report_to="none",
+        device="cpu",
+    )
+    finetune(base, progress=False)
+    return dataclasses.replace(
+        base,
+        prompts=None,
+        num_teacher_samples=None,
+        teacher_num_inference_steps=None,
+        height=None,
+        width=None,
+        num_frames=None,
+        max_sequence_length=None,
+        precomputed_dir=str(folder / "first/teacher-samples"),
+        max_train_steps=4,
+        checkpointing_steps=2,
+        train_batch_size=2,
+        learning_rate=1e-3,
+        use_ema=True,
+        ema_decay=0.5,
+    )
+
+
+def run(settings, folder, **changed):
+    """A run in a folder; the folder."""
+    config = dataclasses.replace(settings, output_dir=str(folder), **changed)
+    return finetune(config, progress=False)
+
+
+def result_of(folder):
+    """All tensors of a result, for a comparison bit for bit."""
+    files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("transformer/*.safetensors")]
+    return {f"{x.name}/{k}": t for x in files for k, t in load_file(x).items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        assert torch.equal(x, b[name]), name
+
+
+def losses(folder):
+    records = read_log(Path(folder) / "log.jsonl")
+    return [x["loss"] for x in records if x["stage"] == "distillation" and "loss" in x]
+
+
+REGRESSION = {"stages": ("regression", "distillation"), "regression_steps": 3}
+TRAIN = {
+    "sla": {"train": "sla", **REGRESSION},
+    "router": {"train": "sla", "router": "learned", **REGRESSION},
+    "lora": {"train": "lora", "rank": 2, "gradient_checkpointing": True},
+    "all": {"train": "all", "loss": "mix"},
+}
+
+
+def test_curves_and_card(settings, tmp_path):
+    folder = run(settings, tmp_path / "run", train="sla", max_train_steps=2)
+    assert read_image(folder / "curves.png").std() > 10
+    assert "![Training curves](curves.png)" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("train", TRAIN)
+def test_run(settings, wan_repository, call, tmp_path, train):
+    folder = run(settings, tmp_path / "run", **TRAIN[train])
+    names = {x.name for x in folder.iterdir()}
+    assert {
+        "README.md",
+        "log.jsonl",
+        "sla.safetensors",
+        "training_config.json",
+    } <= names
+    steps = [step for step, _ in checkpoints(folder)]
+    assert steps == ([0, 2, 4] if "stages" in TRAIN[train] else [2, 4])
+    records = [x for x in read_log(folder / "log.jsonl") if x["stage"] == "distillation"]
+    assert [x["step"] for x in records] == [1, 2, 3, 4]
+    fitted = [x for x in read_log(folder / "log.jsonl") if "error/after" in x]
+    assert len(fitted) == ("stages" in TRAIN[train])
+    assert all(x["error/after"] > 0 and x["error/before"] > 0 for x in fitted)
+    for record in records:
+        assert record["density"] == pytest.approx(1 / 3)  # 2 of 6 blocks
+        assert record["tokens_per_second"] > 0
+        assert all(x > 0 for name, x in record.items() if name.startswith("update/"))
+    more = {}
+    if train == "all":
+        from diffusers import WanTransformer3DModel
+
+        more["transformer"] = WanTransformer3DModel.from_pretrained(folder / "transformer")
+    pipe = SparseWanPipeline.from_pretrained(wan_repository, sla=folder, **more)
+    if train == "lora":
+        pipe.load_lora_weights(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(**call()).frames.isfinite().all()
+    assert dit_accel.summary(pipe).density == pytest.approx(0.2, abs=0.1)
+
+
+@pytest.mark.parametrize("train", ["router", "lora", "all"])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(settings, tmp_path, train):
+    whole = run(settings, tmp_path / "whole", **TRAIN[train])
+
+    def killed():
+        from dit_accel.finetune.loop import Loop
+
+        step = Loop._step
+
+        def until_third(self, index):
+            return kill() if index == 3 else step(self, index)
+
+        Loop._step = until_third
+        run(settings, tmp_path / "killed", **TRAIN[train])
+
+    assert in_child(killed) == ("killed", signal.SIGKILL)
+    assert not (tmp_path / "killed/sla.safetensors").exists()
+    resumed = run(settings, tmp_path / "killed", **TRAIN[train], resume_from_checkpoint="latest")
+    assert_same(result_of(whole), result_of(resumed))
+    assert losses(whole) == losses(resumed)
+
+
+def test_validation(settings, tmp_path):
+    options = {
+        "validation_prompts": "a red circle moving right",
+        "validation_steps": 3,
+        "validation_num_inference_steps": 2,
+        **TRAIN["sla"],
+    }
+    folder = run(settings, tmp_path / "run", **options)
+    found = [x for x in read_log(folder / "log.jsonl") if "validation/psnr" in x]
+    assert [(x["stage"], x["step"]) for x in found] == [
+        ("regression", 0), ("distillation", 0), ("distillation", 3), ("distillation", 4),
+    ]  # fmt: skip
+    assert all(0 < x["validation/latent_error"] < 2 for x in found)
+    assert "| before training |" in (folder / "README.md").read_text()
+    plain = run(settings, tmp_path / "plain", **TRAIN["sla"])
+    assert_same(result_of(folder), result_of(plain))  # looking changes nothing
+
+
+@pytest.mark.parametrize("combine", ["alpha", "shared_softmax"])
+def test_other_combinations(settings, tmp_path, combine):
+    folder = run(
+        settings, tmp_path, sla=SPARSE | {"combine": combine}, train="all", max_train_steps=2
+    )
+    assert len(losses(folder)) == 2
+
+
+def test_annealing(settings, tmp_path):
+    folder = run(settings, tmp_path, train="sla", topk_start=1.0, anneal_steps=3)
+    records = [x for x in read_log(folder / "log.jsonl") if "topk" in x]
+    assert records[0]["density"] == 1.0
+    assert records[-1]["density"] == pytest.approx(1 / 3)
+    stored = read_checkpoint(folder / "sla.safetensors")
+    assert stored.config.topk == 0.2
+
+
+def test_bf16(settings, tmp_path):
+    options = {"train": "lora", "max_train_steps": 2, "loss": "diffusion"}
+    whole = run(settings, tmp_path / "fp32", **options)
+    half = run(settings, tmp_path / "bf16", **options, mixed_precision="bf16")
+    assert losses(half) == pytest.approx(losses(whole), rel=0.02)
+    assert losses(half) != losses(whole)
+    assert all(x.dtype == torch.float32 for x in result_of(half).values())
+
+
+def test_tensorboard(settings, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"validation_prompts": "a red circle", "validation_num_inference_steps": 1}
+    folder = run(
+        settings, tmp_path, train="sla", max_train_steps=2, report_to="tensorboard", **options
+    )
+    events = EventAccumulator(str(folder / "logs/dit-accel-finetune"))
+    events.Reload()
+    found = [x.value for x in events.Scalars("distillation/loss")]
+    assert found == pytest.approx(losses(folder))
+    assert [x.step for x in events.Images("distillation/validation")] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("model", "prompts", "precision"),
+    [("tiny-wan", "demo", "no"), ("tiny-sd3", "demo-images", "bf16")],
+)
+def test_embedded_models(tmp_path, model, prompts, precision):
+    config = FinetuneConfig(
+        pretrained_model_name_or_path=model,
+        output_dir=str(tmp_path / "run"),
+        prompts=prompts,
+        num_teacher_samples=2,
+        teacher_num_inference_steps=2,
+        sla=SPARSE | {"block_q": 16, "block_k": 16, "combine": "alpha"},
+        train="all",
+        stages=("distillation",),
+        max_train_steps=2,
+        mixed_precision=precision,
+        validation_prompts="a red circle",
+        validation_num_inference_steps=1,
+        report_to="none",
+        device="cpu",
+    )
+    folder = finetune(config, progress=False)
+    pipe = load_pipeline(model, sla=str(folder), device="cpu")
+    assert dit_accel.summary(pipe).enabled
+    assert len(losses(folder)) == 2
+
+
+# Refusals ---------------------------------------------------------------------------------------------
+
+
+def test_folder_of_another_run_is_refused(settings, tmp_path):
+    run(settings, tmp_path, train="sla", max_train_steps=2)
+    with pytest.raises(ValueError, match="holds checkpoint-2 of an earlier run"):
+        run(settings, tmp_path, train="sla")
+    with pytest.raises(ValueError, match=r"^learning_rate="):
+        run(settings, tmp_path, train="sla", learning_rate=5e-3, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="samples a step"):
+        run(settings, tmp_path, train="sla", train_batch_size=1, resume_from_checkpoint="latest")
+    other = {"train_batch_size": 1, "gradient_accumulation_steps": 2}
+    run(settings, tmp_path, train="sla", **other, resume_from_checkpoint="latest")
+    assert len(losses(tmp_path)) == 4
+
+
+def test_dense_by_mistake(settings, tmp_path):
+    with pytest.raises(RuntimeError, match=r"no layer ran sparse .*crossover='auto'"):
+        run(settings, tmp_path, train="all", sla=SPARSE | {"crossover": "auto"})
+
+
+# Processes --------------------------------------------------------------------------------------------
+
+WORKER = """
+import json, sys
+from dit_accel.finetune.config import FinetuneConfig
+from dit_accel.finetune.trainer import finetune
+for values in json.loads(sys.argv[1]):
+    finetune(FinetuneConfig.from_dict(values), progress=False)
+"""
+
+
+def worker(tmp_path, configs, *, processes=None):
+    """A process, or several of torchrun, that make runs one after the other."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [
+        *(sys.executable, *(torchrun if processes else ()), str(script)),
+        json.dumps([x.to_dict() for x in configs]),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes(settings, tmp_path):
+    one = run(settings, tmp_path / "one", train_batch_size=4, train="all", **REGRESSION)
+    common = {"train_batch_size": 2, "train": "all", **REGRESSION}
+    configs = [
+        dataclasses.replace(settings, output_dir=str(tmp_path / "ddp"), **common),
+        dataclasses.replace(
+            settings,
+            output_dir=str(tmp_path / "fsdp"),
+            fsdp=True,
+            validation_prompts="a red circle:::a blue square",
+            validation_steps=100,
+            validation_num_inference_steps=1,
+            **common,
+        ),
+    ]
+    process = worker(tmp_path, configs, processes=2)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-4000:]
+    for kind in ("ddp", "fsdp"):
+        assert losses(tmp_path / kind) == pytest.approx(losses(one), rel=1e-5), kind
+        for name, x in result_of(one).items():
+            torch.testing.assert_close(result_of(tmp_path / kind)[name], x, rtol=1e-4, atol=2e-5)
+    found = [x for x in read_log(tmp_path / "fsdp/log.jsonl") if "validation/psnr" in x]
+    assert [x["step"] for x in found] == [0, 0, 4]
+
+
+def test_sigterm_saves_and_exits_with_0_and_nobody_else_may_train_there(settings, tmp_path):
+    folder = tmp_path / "run"
+    endless = dataclasses.replace(
+        settings,
+        output_dir=str(folder),
+        train="sla",
+        max_train_steps=100_000,
+        checkpointing_steps=100_000,
+    )
+    process = worker(tmp_path, [endless])
+    try:
+        deadline = time.monotonic() + 120
+        while not _steps(folder):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        with pytest.raises(
+            ValueError, match=f"another run is training there .process {process.pid} "
+        ):
+            run(endless, folder)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    [(step, _)] = checkpoints(folder)
+    assert step == len(losses(folder))
+    run(endless, folder, max_train_steps=step + 1, resume_from_checkpoint="latest")
+    assert len(losses(folder)) == step + 1
+
+
+def _steps(folder):
+    with contextlib.suppress(OSError, ValueError):
+        return losses(folder)
+    return []
