@@ -15,6 +15,8 @@ from dit_accel.finetune.batch import Batch
 from dit_accel.finetune.dense_pass import dense_pass, generator_of, squared_error
 from dit_accel.sla import SparseAttention, SparseLinearAttention
 
+LOGIT_RATE = 10.0
+"""Factor of the learning rate of `alpha_logit`: logits move by whole units, entries of matrices by hundredths."""
 Batches = Callable[[int], Batch]
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -57,8 +59,9 @@ def regress(
         sla: sparse attention that is on in that transformer.
         batches: returns the batch of a step. Batch number `regression_steps`, which is not trained on, measures the
             errors before and after.
-        config: `regression_steps`; `regression_learning_rate`, which falls linearly to 0; `regression_topk`: values
-            of `topk` of which each step takes one at random (empty: the one in use); `seed`.
+        config: `regression_steps`; `regression_learning_rate`, which falls linearly to 0 (.01 is a good value;
+            `alpha_logit` takes ten times as much); `regression_topk`: values of `topk` of which each step takes one
+            at random (empty: the one in use); `seed`.
         progress: show a progress bar.
         on_step: called after each step with its number and scalars for a log.
 
@@ -102,7 +105,14 @@ def _train(
 ) -> list[float]:
     parameters = [x for layer in weights.values() for x in layer]
     _average_shares(fit.sla)
-    optimizer = torch.optim.Adam(parameters, lr=config.regression_learning_rate)
+    rate = config.regression_learning_rate
+    logits = {id(x.alpha_logit) for x in fit.sla.attention.values() if hasattr(x, "alpha_logit")}
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [x for x in parameters if id(x) not in logits], "lr": rate},
+            {"params": [x for x in parameters if id(x) in logits], "lr": LOGIT_RATE * rate},
+        ]
+    )
     falling = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 1 - step / max(1, config.regression_steps)
     )

@@ -138,7 +138,9 @@ class SparseLinearAttention(nn.Module):
             if gap or text == "first":
                 keys = image_first(k_image, words_k, gap)
                 values = image_first(v_image, words_v, gap)
-        projection = self.learned_router() if self.config.router == "learned" else None
+        projection = None
+        if self.config.router == "learned":
+            projection = self.learned_router().to(q.device)
         scores = self._scores(q_image, k_image, projection, scale)
         plan = self._plan(scores, q_image, tokens, text_tokens, topk_blocks, tally)
         mode = self._mode(q_image, keys, plan, scale)
@@ -158,7 +160,7 @@ class SparseLinearAttention(nn.Module):
             )
         if projection is not None and projection.requires_grad and torch.is_grad_enabled():
             o = taught(
-                o, self.learned_router, scores, plan, q_image, k_image, v_image,
+                o, self.learned_router, projection, scores, plan, q_image, k_image, v_image,
                 scale=scale, mode=mode, text=(words_k, words_v),
             )  # fmt: skip
         if not text_tokens:
@@ -177,7 +179,7 @@ class SparseLinearAttention(nn.Module):
         self, q: Tensor, k: Tensor, projection: Tensor | None, scale: float | None
     ) -> Tensor:
         """Scores of the blocks of image keys `k` for image queries `q`."""
-        learned = {} if projection is None else {"projection": projection.to(q.device)}
+        learned = {} if projection is None else {"projection": projection}
         return self.router(q, k, scale=scale, **self._blocks(q), **learned)
 
     def _plan(

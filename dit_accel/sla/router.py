@@ -59,6 +59,7 @@ class LearnedRouter(nn.Module):
 def taught(
     o: Float[Tensor, "b h_q l_q d_v"],
     router: LearnedRouter,
+    projection: Float[Tensor, "h_q d d"],
     scores: Float[Tensor, "b h_q t_q t_k"],
     plan: SparsePlan,
     q: Float[Tensor, "b h_q l_q d"],
@@ -74,6 +75,7 @@ def taught(
     Args:
         o: output of image queries.
         router: the router that ranked the blocks.
+        projection: its weights, on the device of q.
         scores: scores of the image blocks.
         plan: plan that the scores gave.
         q: image queries.
@@ -87,11 +89,11 @@ def taught(
     blocks = scores.shape[3]
     # About as many pairs as the plan reads, so that learning costs as much as attention.
     share = 1.0 if plan.row_bound is None else plan.row_bound / plan.num_k_blocks
-    rows = router.rows(plan.num_q_blocks, share)
+    rows = router.rows(plan.num_q_blocks, share).to(q.device)
     read = plan.to_block_mask()[:, :, rows, :blocks]
     pooled_q, pooled_k = pool_blocks(q, plan.block_q)[:, :, rows], pool_blocks(k, plan.block_k)
     with no_autocast(q):
-        grouped = project(pooled_q * scale, router()).unflatten(1, (k.shape[1], -1))
+        grouped = project(pooled_q * scale, projection).unflatten(1, (k.shape[1], -1))
         products = (grouped @ pooled_k[:, :, None].mT).flatten(1, 2)
     # The values of the scores that ranked, and the gradient of what the projection adds to them.
     ranked = scores[:, :, rows] + (products - products.detach())

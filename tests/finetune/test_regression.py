@@ -110,6 +110,21 @@ def test_only_the_weights_of_scheduled_layers_change():
     assert torch.equal(transformer.blocks[1].attn1.sla.alpha_logit, trained)
 
 
+def test_shares_of_the_exact_branch_take_larger_steps():
+    """The first step of Adam is as long as the learning rate, whatever the gradient."""
+    trainable, sla = enabled(combine="alpha", router="learned")
+    module = sla.attention["blocks.1.attn1"]
+    settings = Settings(regression_steps=1, regression_learning_rate=0.01)
+    with torch.no_grad():  # measures the shares
+        trainable.velocity(
+            trainable.transformer, batches(0).latents, torch.rand(4), batches(0).conditions
+        )
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    regress(trainable, sla, batches, settings, progress=False)
+    moved = {n: float((x - before[n]).abs().max()) for n, x in module.state_dict().items()}
+    assert moved == pytest.approx({"alpha_logit": 0.1, "learned_router.weight": 0.01}, rel=0.02)
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not():
     found = []
     for seed in (3, 3, 4):

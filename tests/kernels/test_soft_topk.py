@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.kernels.router import soft_topk
 
 
 @st.composite
-def rows(draw, dtype=torch.float64):
-    n = draw(st.integers(1, 40))
+def rows(draw, dtype=torch.float64, most=40):
+    n = draw(st.integers(1, most))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     loud = draw(st.sampled_from([0.01, 1.0, 30.0]))
     scores = loud * torch.randn(2, 3, n, generator=generator, dtype=dtype)
@@ -56,7 +56,8 @@ def test_a_shift_of_all_scores_changes_nothing(generator):
     torch.testing.assert_close(soft_topk(scores + 7, 4, temperature=0.3), expected)
 
 
-@given(inputs=rows(), temperature=st.sampled_from([0.5, 2.0]))
+@settings(max_examples=15)
+@given(inputs=rows(most=10), temperature=st.sampled_from([0.5, 2.0]))
 def test_gradients_are_those_of_the_weights(inputs, temperature):
     scores, count = inputs
     scores = (scores / scores.abs().max().clamp(min=1)).requires_grad_()

@@ -21,6 +21,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "d=72, blocks of 64": {"d": 72, "block_q": 64},
     "fp16": {"dtype": torch.float16, "spread": True},
     "padding": {"k_sizes": True, "spread": True},
+    "learned": {"projection": True, "spread": True},
 }
 SELECTIONS: dict[str, dict[str, Any]] = {
     "topk": {"topk": 0.1},
@@ -46,6 +47,9 @@ def router(device: Device, **options: Any) -> Result:
         starts = torch.arange(-(-1000 // 64), device=device.place) * 64
         lengths = torch.tensor([1000, 333], device=device.place)
         options["k_sizes"] = (lengths[:, None] - starts).clamp(0, 64)
+    if options.get("projection"):
+        near = 0.05 * torch.randn(4, d, d, device=device.place)
+        options["projection"] = torch.eye(d, device=device.place) + near
     with device.poisoned():
         scores = block_scores(q, k, **blocks, **options)
     if device.dry:
