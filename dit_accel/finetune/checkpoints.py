@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_accel.finetune.process_group import Processes
+from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.shards import ShardReader, write_shard
 
 FORMAT_VERSION = 1

@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel.finetune import processes
 from dit_accel.finetune.batch import Batch
 from dit_accel.sla import SparseAttention, SparseLinearAttention
 from dit_accel.sla.text import split_text
@@ -28,6 +27,7 @@ def dense_pass(
     names: Iterable[str],
     seed: int,
     step: int,
+    rank: int = 0,
 ) -> None:
     """Run the model with sparse attention paused, without gradients.
 
@@ -37,29 +37,32 @@ def dense_pass(
         batch: clean latents and their conditions.
         visit: called with the inputs of each call that would have run sparse.
         names: layers to visit.
-        seed, step: noise and noise levels are a function of them and of the sample's place in the batch.
+        seed, step: noise and noise levels are a function of them and of the sample's place in the batch of all
+            processes.
+        rank: number of this process, each of which has as many samples.
     """
     transformer = trainable.transformer
     batch = batch.to(next(transformer.parameters()).device)
-    noisy, sigmas = noisy_samples(batch.latents, seed, step, trainable.flow_shift)
+    noisy, sigmas = noisy_samples(batch.latents, seed, step, trainable.flow_shift, rank)
     observers = {name: partial(visit, name, sla.layers[name].module) for name in names}
     with sla.paused(observers):
         trainable.velocity(transformer, noisy, sigmas, batch.conditions)
 
 
 def noisy_samples(
-    latents: Float[Tensor, "b ..."], seed: int, step: int, shift: float
+    latents: Float[Tensor, "b ..."], seed: int, step: int, shift: float, rank: int = 0
 ) -> tuple[Float[Tensor, "b ..."], Float[Tensor, " b"]]:
     """Return noisy latents and their noise levels: uniform ones, shifted as in sampling.
 
     Args:
-        latents: clean latents of this process; every process has as many.
+        latents: clean latents of this process.
         seed, step: decide the noise, together with the sample's place in the batch of all processes.
         shift: flow shift.
+        rank: number of this process, each of which has as many samples.
     """
     noise, levels = [], []
     for row in range(len(latents)):
-        generator = generator_of(seed, step, processes.rank() * len(latents) + row)
+        generator = generator_of(seed, step, rank * len(latents) + row)
         noise.append(torch.randn(latents.shape[1:], generator=generator, dtype=torch.float32))
         u = torch.rand((), generator=generator, dtype=torch.float32)
         levels.append(shift * u / (1 + (shift - 1) * u))

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from dit_accel.finetune.process_group import Processes
+from dit_accel.finetune.processes import Processes
 from dit_accel.sampling.devices import pick_device
 
 TIMEOUT = datetime.timedelta(hours=2)

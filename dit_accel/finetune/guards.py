@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.files import write_json
-from dit_accel.finetune.process_group import Processes
+from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.shards import local_part
 
 MOST_NAMES = 20

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.finetune.process_group import Processes
+from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.shards import local_part
 
 SAMPLES = 4096

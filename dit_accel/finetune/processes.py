@@ -1,23 +1,94 @@
-"""Means over the processes of `torch.distributed`; without it there is one process."""
+"""`Processes`: the processes of a training run, and the values that they exchange."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def count() -> int:
-    """Return the number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+Answer = TypeVar("Answer")
 
 
-def rank() -> int:
-    """Return the number of this process, from 0."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+class Processes:
+    """Rank, number of processes, and the few collective calls that training needs.
 
+    Without `torch.distributed` there is one process and every call is local.
 
-def averaged(x: Tensor) -> Tensor:
-    """Return the mean over all processes; `x` itself where there is one."""
-    if count() == 1:
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / count()
+    Args:
+        device: device of the tensors that are exchanged.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.count = dist.get_world_size() if together else 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files of the run."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of every process, by rank. Plain Python values only."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        if self.count == 1:
+            return values
+        total = values.detach().clone().to(self.device)
+        dist.all_reduce(total)
+        return total
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over all processes; `values` itself if there is one."""
+        return values if self.count == 1 else self.sum(values) / self.count
+
+    @torch.no_grad()
+    def copy_from_main(self, tensors: list[Tensor]) -> None:
+        """Overwrite tensors with those of the main process."""
+        if self.count > 1:
+            for x in tensors:
+                dist.broadcast(x, src=0)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.count > 1:
+            dist.barrier()
+
+    def together(self, action: Callable[[], Answer]) -> list[Answer]:
+        """Run an action in every process; return the results by rank.
+
+        If it fails in one process it fails in all of them, so that none waits for the others forever.
+
+        Raises:
+            OSError, ValueError, RuntimeError: the error of the first process that failed.
+        """
+        error: Exception | None = None
+        result: Any = None
+        try:
+            result = action()
+        except (OSError, ValueError, RuntimeError) as caught:
+            error = caught
+        found = self.gather((result, None if error is None else (type(error).__name__, str(error))))
+        if error is not None:
+            raise error
+        for rank, (_, failure) in enumerate(found):
+            if failure is not None:
+                kind = {"OSError": OSError, "ValueError": ValueError}.get(failure[0], RuntimeError)
+                raise kind(f"process {rank}: {failure[1]}")
+        return [answer for answer, _ in found]
+
+    def main_only(self, action: Callable[[], Answer]) -> Answer:
+        """Run an action in the main process; return its result in all of them.
+
+        Raises:
+            OSError, ValueError, RuntimeError: it failed, in every process.
+        """
+        return self.together(lambda: action() if self.is_main else None)[0]  # type: ignore[return-value]

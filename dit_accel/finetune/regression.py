@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dit_accel.finetune import processes
 from dit_accel.finetune.batch import Batch
 from dit_accel.finetune.dense_pass import dense_pass, generator_of, squared_error
+from dit_accel.finetune.processes import Processes
 from dit_accel.sla import SparseAttention, SparseLinearAttention
 
 LOGIT_RATE = 10.0
@@ -41,6 +41,7 @@ def regress(
     batches: Batches,
     config: Any,
     *,
+    processes: Processes | None = None,
     progress: bool = True,
     on_step: OnStep | None = None,
 ) -> Regression:
@@ -52,7 +53,7 @@ def regress(
     layers follows. Layers get exact dense inputs, so they do not depend on each other, and training one after the
     other would give the same weights. Nothing but these weights changes.
 
-    With `torch.distributed` each process has its own samples, and gradients are averaged.
+    Each process has samples of its own, and gradients are averaged over the processes.
 
     Args:
         trainable: the family's view of the pipeline: `transformer`, `velocity` and `flow_shift`.
@@ -62,6 +63,7 @@ def regress(
         config: `regression_steps`; `regression_learning_rate`, which falls linearly to 0 (.01 is a good value;
             `alpha_logit` takes ten times as much); `regression_topk`: values of `topk` of which each step takes one
             at random (empty: the one in use); `seed`.
+        processes: the processes of the run. Default: this one alone.
         progress: show a progress bar.
         on_step: called after each step with its number and scalars for a log.
 
@@ -75,7 +77,8 @@ def regress(
         if layer.scheduled and any(True for _ in layer.module.parameters())
     }
     sla.set_learning_step(None)  # dense attention runs anyway, so every row may teach the router
-    fit = _Fit(trainable, sla, batches, config.seed)
+    processes = processes or Processes(next(trainable.transformer.parameters()).device)
+    fit = _Fit(trainable, sla, batches, config.seed, processes)
     before = fit.errors(config.regression_steps)
     result = Regression(before, dict(before), _untrained(sla, weights, before))
     if not weights:
@@ -104,7 +107,7 @@ def _train(
     on_step: OnStep | None,
 ) -> list[float]:
     parameters = [x for layer in weights.values() for x in layer]
-    _average_shares(fit.sla)
+    _average_shares(fit.sla, fit.processes)
     rate = config.regression_learning_rate
     logits = {id(x.alpha_logit) for x in fit.sla.attention.values() if hasattr(x, "alpha_logit")}
     optimizer = torch.optim.Adam(
@@ -138,8 +141,16 @@ def _train(
 class _Fit:
     """Passes of the dense model that compare each layer's sparse output with its dense one."""
 
-    def __init__(self, trainable: Any, sla: SparseAttention, batches: Batches, seed: int) -> None:
+    def __init__(
+        self,
+        trainable: Any,
+        sla: SparseAttention,
+        batches: Batches,
+        seed: int,
+        processes: Processes,
+    ) -> None:
         self.trainable, self.sla, self.batches, self.seed = trainable, sla, batches, seed
+        self.processes = processes
 
     def errors(self, step: int) -> dict[str, float]:
         """Return the relative error of each layer that runs sparse, on the batch of this step."""
@@ -150,7 +161,7 @@ class _Fit:
             module.keep_measured()  # else the next call of the model would write it again
 
         self._pass(step, measure, self.sla.layers)
-        return {name: float(processes.averaged(x)) for name, x in found.items()}
+        return {name: float(self.processes.mean(x)) for name, x in found.items()}
 
     def gradients(self, step: int, weights: Mapping[str, list[nn.Parameter]]) -> float:
         """Set the gradients of all weights; return the mean loss."""
@@ -166,8 +177,8 @@ class _Fit:
 
         self._pass(step, learn, weights)
         for x in (x for layer in weights.values() for x in layer):
-            x.grad = processes.averaged(torch.zeros_like(x) if x.grad is None else x.grad)
-        return float(processes.averaged(torch.stack(list(found.values())).mean()))
+            x.grad = self.processes.mean(torch.zeros_like(x) if x.grad is None else x.grad)
+        return float(self.processes.mean(torch.stack(list(found.values())).mean()))
 
     def _pass(self, step: int, visit: Callable[..., None], names: Any) -> None:
         visited = set()
@@ -176,7 +187,8 @@ class _Fit:
             visited.add(name)
             visit(name, *rest, **options)
 
-        batch, place = self.batches(step), {"seed": self.seed, "step": step}
+        batch = self.batches(step)
+        place = {"seed": self.seed, "step": step, "rank": self.processes.rank}
         dense_pass(self.trainable, self.sla, batch, noting, names=names, **place)
         if not visited:
             raise ValueError(
@@ -222,11 +234,11 @@ def _untrained(
 
 
 @torch.no_grad()
-def _average_shares(sla: SparseAttention) -> None:
+def _average_shares(sla: SparseAttention, processes: Processes) -> None:
     """Let all processes start from the same shares of the exact branch, which each has measured on its samples."""
     if sla.config.combine == "alpha":
         for module in sla.attention.values():
-            shares = processes.averaged(module.alpha_logit.sigmoid())
+            shares = processes.mean(module.alpha_logit.sigmoid())
             module.alpha_logit.copy_(shares.logit())
 
 

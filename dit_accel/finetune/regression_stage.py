@@ -6,7 +6,7 @@ from typing import Any
 
 from dit_accel.finetune.batch import Batch
 from dit_accel.finetune.log import RunLog
-from dit_accel.finetune.process_group import Processes
+from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.regression import regress
 from dit_accel.finetune.stop import Interrupted, StopRequest
 
@@ -42,7 +42,9 @@ def run_regression(
         if any(processes.gather(asked)):  # all of them leave after the same step
             raise Interrupted(stop.name or "a signal to another process", None)
 
-    found = regress(trainable, sla, batches, config, progress=progress, on_step=on_step)
+    found = regress(
+        trainable, sla, batches, config, processes=processes, progress=progress, on_step=on_step
+    )
     if found.before:
         log.write(
             STAGE,

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from dit_accel.files import naming_failures, write_json
 from dit_accel.finetune.guards import jsonable
-from dit_accel.finetune.process_group import Processes
+from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.validation_samples import (
     Made,
     compared,

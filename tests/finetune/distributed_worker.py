@@ -17,7 +17,7 @@ from dit_accel.finetune.checkpoints import (
     save_checkpoint,
 )
 from dit_accel.finetune.log import read_log
-from dit_accel.finetune.process_group import Processes
+from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.shards import is_sharded
 from dit_accel.finetune.stop import Interrupted
 from tests.finetune.fakes import FakeConfig, make_loop

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dit_accel.finetune.engine import Engine
-from dit_accel.finetune.process_group import Processes
+from dit_accel.finetune.processes import Processes
 
 from .fakes import FakeConfig
 

@@ -2,15 +2,15 @@
 
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import dit_accel
-from dit_accel.finetune import processes
 from dit_accel.finetune.batch import Batch
 from dit_accel.finetune.dense_pass import dense_pass, noisy_samples, squared_error
+from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.regression import regress
 from dit_accel.runtime.install import method_of
 
@@ -271,19 +271,27 @@ def test_no_steps_measure_the_errors():
     assert result.before == result.after
 
 
-def test_two_processes_fit_what_one_fits(monkeypatch):
-    """Two threads stand for the processes; each has half of the samples."""
-    local, slots, barrier = threading.local(), [None, None], threading.Barrier(2, timeout=60)
+class ThreadProcesses(Processes):
+    """One of two threads that stand for processes."""
 
-    def averaged(x):
-        slots[local.rank] = x.clone()
-        barrier.wait()
-        mean = (slots[0] + slots[1]) / 2
-        barrier.wait()
-        return mean
+    def __init__(self, rank, slots, barrier):
+        super().__init__()
+        self.rank, self.count, self.slots, self.barrier = rank, 2, slots, barrier
 
-    def half(step):
-        batch, some = batches(step), slice(2 * local.rank, 2 * local.rank + 2)
+    def sum(self, values):
+        self.slots[self.rank] = values.clone()
+        self.barrier.wait()
+        total = self.slots[0] + self.slots[1]
+        self.barrier.wait()
+        return total
+
+
+def test_two_processes_fit_what_one_fits():
+    """Each process has half of the samples."""
+    slots, barrier = [None, None], threading.Barrier(2, timeout=60)
+
+    def half(rank, step):
+        batch, some = batches(step), slice(2 * rank, 2 * rank + 2)
         conditions = {name: x[some] for name, x in batch.conditions.items()}
         return Batch(batch.latents[some], conditions, batch.ids[some])
 
@@ -293,11 +301,14 @@ def test_two_processes_fit_what_one_fits(monkeypatch):
     results = [None, None]
 
     def work(rank):
-        local.rank = rank
-        results[rank] = regress(*models[rank], half, settings, progress=False)
+        results[rank] = regress(
+            *models[rank],
+            partial(half, rank),
+            settings,
+            processes=ThreadProcesses(rank, slots, barrier),
+            progress=False,
+        )
 
-    monkeypatch.setattr(processes, "rank", lambda: local.rank)
-    monkeypatch.setattr(processes, "averaged", averaged)
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
@@ -310,21 +321,3 @@ def test_two_processes_fit_what_one_fits(monkeypatch):
         torch.testing.assert_close(x, second[name], rtol=0, atol=0)
     assert results[0].losses == pytest.approx(alone.losses, rel=1e-4)
     assert results[0].after == pytest.approx(alone.after, rel=1e-3)
-
-
-def test_a_group_of_one_process_exchanges_nothing(tmp_path):
-    x = torch.ones(2)
-    assert (processes.count(), processes.rank(), processes.averaged(x) is x) == (1, 0, True)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        assert (processes.count(), processes.rank(), processes.averaged(x) is x) == (1, 0, True)
-    finally:
-        dist.destroy_process_group()
-
-
-def test_means_are_over_all_processes(monkeypatch):
-    monkeypatch.setattr(processes, "count", lambda: 4)
-    monkeypatch.setattr(dist, "all_reduce", lambda x: x.add_(6))
-    x = torch.tensor([2.0])
-    assert processes.averaged(x).item() == 2
-    assert x.item() == 2  # the tensor itself stays
