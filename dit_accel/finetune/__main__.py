@@ -1,7 +1,8 @@
 """`python -m dit_accel.finetune` is `dit-accel finetune`."""
 
+import runpy
 import sys
 
-from dit_accel.cli import main
-
-main(["finetune", *sys.argv[1:]])
+# By name, because imports run from the command line to this package and never back.
+sys.argv[1:1] = ["finetune"]
+runpy.run_module("dit_accel.cli", run_name="__main__")
