@@ -44,7 +44,6 @@ COUNTS = (
     "train_batch_size",
     "gradient_accumulation_steps",
     "max_train_steps",
-    "context_parallel_degree",
     "checkpointing_steps",
     "checkpoints_total_limit",
     "validation_steps",

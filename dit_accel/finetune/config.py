@@ -175,8 +175,6 @@ class FinetuneConfig:
     """auto, cpu, cuda, cuda:1, ..."""
     fsdp: bool = False
     """Shard weights, gradients and optimiser over all processes (FSDP2)."""
-    context_parallel_degree: int = 1
-    """Processes that share the tokens of one sample."""
 
     # Checkpoints ------------------------------------------------------------------------------------
     checkpointing_steps: int = 500

@@ -15,6 +15,7 @@ from dit_accel.finetune.families import trainable_class
 from dit_accel.finetune.families.base import Trainable
 from dit_accel.finetune.memory import MemoryEstimate, estimate_memory
 from dit_accel.finetune.parameters import Trained, prepare
+from dit_accel.finetune.resume import global_batch
 from dit_accel.finetune.teacher import cast_weights
 from dit_accel.runtime.install import method_of
 
@@ -44,9 +45,7 @@ class DryRun:
     @property
     def batch(self) -> int:
         """Samples of one optimiser step, over all processes."""
-        config = self.config
-        sharing = self.processes // min(config["context_parallel_degree"], self.processes)
-        return sharing * config["train_batch_size"] * config["gradient_accumulation_steps"]
+        return global_batch(self.config, self.processes)
 
     @property
     def steps(self) -> dict[str, int]:

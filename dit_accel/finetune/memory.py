@@ -106,8 +106,7 @@ def _activations(trainable: Trainable, config: FinetuneConfig, size: tuple[int, 
         latents=trainable.latent_shape(height, width, frames),
         batch_size=config.train_batch_size,
     )
-    kept = found.checkpointed if config.gradient_checkpointing else found.all
-    return kept // config.context_parallel_degree
+    return found.checkpointed if config.gradient_checkpointing else found.all
 
 
 def _bytes(model: nn.Module) -> int:

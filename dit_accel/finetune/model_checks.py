@@ -41,7 +41,6 @@ def check_model(config: Any, outline: Any, *, dry_run: bool = False) -> None:
             where = "" if config.buckets is None else f"buckets={config.buckets!r}: "
             raise ValueError(f"{where}{error}") from None
     _check_layers(config, outline, family)
-    _check_heads(config, outline, family)
     if not dry_run:
         _check_processes(config)
 
@@ -93,26 +92,9 @@ def _check_layers(config: Any, outline: Any, family: str) -> None:
         )
 
 
-def _check_heads(config: Any, outline: Any, family: str) -> None:
-    degree = config.context_parallel_degree
-    if degree == 1:
-        return
-    name = f"context_parallel_degree={degree}"
-    if family != "wan":
-        raise ValueError(f"{name}: accepted for Wan2.1 alone; 1 for other models")
-    heads = outline.transformer.config.num_attention_heads
-    if heads % degree:
-        raise ValueError(f"{name}: accepted are divisors of the {heads} attention heads")
-
-
 def _check_processes(config: Any) -> None:
-    degree, processes = config.context_parallel_degree, int(os.environ.get("WORLD_SIZE", "1"))
-    if processes % degree:
+    if config.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise ValueError(
-            f"context_parallel_degree={degree}: accepted are divisors of the number of processes, {processes}"
-        )
-    if config.fsdp and processes == 1:
-        raise ValueError(
-            "fsdp=True: one process has nobody to share weights with; start several with torchrun, as in "
+            "fsdp=True: one process cannot shard weights; start several with torchrun, as in "
             "finetune/run_8gpu.sh"
         )

@@ -11,8 +11,8 @@ LATEST = "latest"
 FREE = frozenset(
     {
         "cache_dir", "checkpointing_minutes", "checkpointing_steps", "checkpoints_total_limit",
-        "context_parallel_degree", "device", "fsdp", "gradient_accumulation_steps", "gradient_checkpointing",
-        "hub_model_id", "hub_token", "instance_data_dir", "logging_dir", "max_nonfinite", "max_train_steps", "merge",
+        "device", "fsdp", "gradient_accumulation_steps", "gradient_checkpointing", "hub_model_id",
+        "hub_token", "instance_data_dir", "logging_dir", "max_nonfinite", "max_train_steps", "merge",
         "num_validation_videos", "output_dir", "precomputed_dir", "prompts", "push_to_hub", "report_to", "resume_from_checkpoint", "tracker_name",
         "train_batch_size", "validation_guidance_scale", "validation_num_inference_steps", "validation_prompts",
         "validation_steps",

@@ -92,11 +92,6 @@ def check_before_loading(config: FinetuneConfig) -> None:
     """
     hub = {} if config.revision is None else {"revision": config.revision}
     config.check_early(read_outline(model_source(config.pretrained_model_name_or_path), **hub))
-    if config.context_parallel_degree > 1:
-        raise ValueError(
-            f"context_parallel_degree={config.context_parallel_degree}: sparse attention reads all tokens of a sample in one "
-            "process; accepted is 1"
-        )
     check_matplotlib()
     if config.validation_prompts is not None:
         validation_prompts(config.validation_prompts)

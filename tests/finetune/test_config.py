@@ -108,7 +108,6 @@ BAD_VALUES = {
     "allow_tf32": FLAG,
     "device": [*TEXT, None],
     "fsdp": FLAG,
-    "context_parallel_degree": [*COUNT, None],
     "checkpointing_steps": [*COUNT, None],
     "checkpointing_minutes": ABOVE_0,
     "checkpoints_total_limit": COUNT,
@@ -384,9 +383,6 @@ def test_a_config_that_fits_its_model_passes(outlines, tmp_path):
         ("tiny-sd3", {"buckets": "9,64,64"}, "buckets='9,64,64': num_frames=9"),
         ("tiny-wan", {"sla": {"dense_layers": 9}}, "sla.dense_layers=9"),
         ("tiny-wan", {"sla": {"topk_by_layer": {7: 0.1}}}, "sla.topk_by_layer=7"),
-        ("tiny-wan", {"context_parallel_degree": 3}, "context_parallel_degree=3: accepted are divisors of the 2"),
-        ("tiny-wan", {"context_parallel_degree": 2}, "context_parallel_degree=2: accepted are divisors of the number"),
-        ("tiny-sd3", {"context_parallel_degree": 2}, "context_parallel_degree=2: accepted for Wan2.1 alone"),
         ("tiny-wan", {"fsdp": True}, "fsdp=True: one process"),
         ("tiny-wan", {"output_dir": __file__}, f"output_dir={__file__!r}: is a file"),
     ],
@@ -403,15 +399,12 @@ def test_what_the_model_or_machine_does_not_accept_is_refused(
 
 
 def test_a_dry_run_needs_neither_data_nor_processes(outlines):
-    FinetuneConfig(fsdp=True, context_parallel_degree=2).check_early(
-        outlines["tiny-wan"], dry_run=True
-    )
+    FinetuneConfig(fsdp=True).check_early(outlines["tiny-wan"], dry_run=True)
 
 
 def test_processes_are_counted(outlines, monkeypatch):
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "4")
-    config = FinetuneConfig(prompts="demo", fsdp=True, context_parallel_degree=2)
-    config.check_early(outlines["tiny-wan"])
+    FinetuneConfig(prompts="demo", fsdp=True).check_early(outlines["tiny-wan"])
 
 
 def test_missing_packages_are_named_with_their_extra(outlines, monkeypatch):

@@ -52,14 +52,13 @@ def test_processes_and_accumulation_make_the_batch(monkeypatch):
         train_batch_size=3,
         gradient_accumulation_steps=2,
         fsdp=True,
-        context_parallel_degree=2,
         stages=("regression", "distillation"),
         regression_steps=7,
         max_train_steps=9,
         sla={"combine": "proj"},
     )
     found = dry_run(config)
-    assert (found.batch, found.processes) == (2 * 3 * 2, 4)
+    assert (found.batch, found.processes) == (4 * 3 * 2, 4)
     assert found.steps == {"regression": 7, "distillation": 9}
     alone = dry_run(FinetuneConfig(train_batch_size=3, sla={"combine": "proj"}))
     assert found.memory.gradients == alone.memory.gradients // 4

@@ -146,7 +146,6 @@ def test_options_that_change_the_memory():
     assert half.gradients == plain.gradients
     assert plain.weights < half.weights < 1.6 * plain.weights
     assert 0.4 < half.activations / plain.activations < 0.9
-    assert estimate("wan", config(context_parallel_degree=2)).activations == plain.activations // 2
     assert estimate("wan", config(), encoders=7).encoders == 7
 
 
