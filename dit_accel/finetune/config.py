@@ -158,7 +158,7 @@ class FinetuneConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: never."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Dtype of the computation. Weights that train are kept in fp32."""
+    """Dtype of the computation. Weights that train are kept in fp32; the VAE encodes in fp32."""
     gradient_checkpointing: bool = False
     """Compute activations a second time in the backward pass instead of keeping them."""
     use_ema: bool = False

@@ -66,7 +66,7 @@ class RawSamples(Samples):
             (x,) = encode_latents(self._trainable, [self._decoding.pop(index).result()])
             if not x.isfinite().all():
                 raise ValueError(
-                    f"{source.item.path}: its latents are not finite; does the VAE need another dtype?"
+                    f"{source.item.path}: its latents are not finite; are the weights of the VAE damaged?"
                 )
             latents = self._latents.put(index, {"latents": x})
         conditions = self._conditions.get(source.item.caption)

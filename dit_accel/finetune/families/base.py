@@ -99,13 +99,15 @@ class Trainable:
             ValueError: the pipeline was loaded without text encoder.
         """
         self._need("text_encoder")
-        return self._encode_prompts(list(prompts))
+        with self._own_dtypes():
+            return self._encode_prompts(list(prompts))
 
     @torch.no_grad()
     def encode_null(self) -> Conditions:
         """Return the conditions that the pipeline guides away from if there is no negative prompt; one row."""
         self._need("text_encoder")
-        return self._encode_null()
+        with self._own_dtypes():
+            return self._encode_null()
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Float[Tensor, "b 3 f h w"]) -> Tensor:
@@ -124,8 +126,16 @@ class Trainable:
                 f"pixels: {pixels.shape[2]} frames; this model makes images, accepted is 1"
             )
         pixels = pixels.to(self.pipe._execution_device, vae.dtype)
-        encoded = vae.encode(pixels if scale else pixels[:, :, 0]).latent_dist.mode()
+        with self._own_dtypes():
+            encoded = vae.encode(pixels if scale else pixels[:, :, 0]).latent_dist.mode()
         return self._normalise(encoded.float())
+
+    def _own_dtypes(self) -> torch.autocast:
+        """Context manager in which text encoders and VAE compute in the dtype of their weights.
+
+        Training may encode inside of autocast, `dit-accel precompute` never does; both have to give the same samples.
+        """
+        return torch.autocast(self.pipe._execution_device.type, enabled=False)
 
     def _need(self, part: str) -> None:
         if getattr(self.pipe, part, None) is None:

@@ -1,5 +1,7 @@
 """The three sources of data with the embedded model: one seed, one loss, whatever they come from."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -64,6 +66,39 @@ def test_raw_and_precomputed_samples_are_the_same(tmp_path, trainable, clips):
     # The model was trained on such clips: it predicts their velocity far better than zero does.
     error = velocity(trainable, b).square().mean()
     assert error < 0.6
+
+
+@pytest.mark.parametrize("place", ["inside of autocast", "outside of autocast"])
+def test_raw_and_precomputed_samples_are_the_same_in_bf16(tmp_path, clips, place):
+    """Text encoders compute in bf16, the VAE in fp32, wherever training asks for a sample."""
+    from dit_accel.cli import main
+    from dit_accel.finetune.engine import Engine
+    from dit_accel.finetune.model import load_model
+
+    folder = tmp_path / "out"
+    size = ["--num-frames", "5", "--height", "32", "--width", "32"]
+    main(["precompute", "--data-dir", str(clips), "--output-dir", str(folder), "--device", "cpu",
+          "--dtype", "bf16", *size])  # fmt: skip
+    options = {"mixed_precision": "bf16", "device": "cpu", "report_to": "none"}
+    sizes = {"num_frames": 5, "height": 32, "width": 32}
+    settings = config(tmp_path, instance_data_dir=str(clips), **sizes, **options)
+    engine = Engine(settings, tmp_path)
+    trainable = families.trainable_of(load_model(settings, engine.device))
+    raw = open_samples(settings, trainable, progress=False)
+    made = open_samples(
+        config(tmp_path, precomputed_dir=str(folder), **options), trainable, progress=False
+    )
+    with contextlib.ExitStack() as stack:
+        if place.startswith("inside"):
+            stack.enter_context(engine.accelerator.autocast())
+        latents, conditions = raw.sample(1)
+        null = trainable.encode_null()
+    expected = made.sample(1)
+    assert torch.equal(latents, expected[0])
+    assert latents.dtype == torch.float32
+    assert all(torch.equal(x, expected[1][name]) for name, x in conditions.items())
+    assert {x.dtype for x in conditions.values()} == {x.dtype for x in null.values()}
+    assert {x.dtype for x in conditions.values()} == {torch.bfloat16}
 
 
 def test_latents_from_prompts_are_as_good(tmp_path, trainable):
