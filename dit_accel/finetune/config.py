@@ -59,18 +59,22 @@ class FinetuneConfig:
     video_column: str = "file_name"
     """Column of metadata files that holds the path of the video or image."""
     height: int | None = None
-    """Height in pixels, with `width`. Default: that of each file; with `prompts` that of the pipeline."""
+    """Height in pixels, with `width`. Default: that of each file, rounded down to what the model accepts; with `prompts`
+    that of the pipeline's call, of the demo for an embedded model. Sizes in a prompts file win."""
     width: int | None = None
     """Width in pixels, with `height`."""
     num_frames: int | None = None
-    """Frames of a clip, 4k+1 for Wan2.1; images have none. Default: as for `height`."""
+    """Frames of a clip: 4k+1 for Wan2.1, 1 for images. Default: as many as each file has and the model accepts; with
+    `prompts` as for `height`."""
     fps: float | None = None
     """Frames per second that clips of `instance_data_dir` are resampled to, and of validation clips. Default: all frames
     as they are, and 16."""
     buckets: str | None = None
-    """Several sizes in one run, "F,H,W;F,H,W": each sample takes the nearest. Instead of height, width, num_frames."""
+    """Several sizes in one run, "F,H,W;F,H,W", instead of height, width, num_frames. Each file takes the nearest one;
+    samples of `prompts` take them in turn."""
     max_sequence_length: int | None = None
-    """Text tokens; sampling has to use the same number. Default: that of the pipeline."""
+    """Text tokens; sampling has to use the same number. Default: that of the pipeline; with `precomputed_dir` that of the
+    data."""
 
     # Objective --------------------------------------------------------------------------------------
     stages: tuple[Literal["regression", "distillation"], ...] = ("distillation",)

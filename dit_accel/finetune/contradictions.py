@@ -40,7 +40,7 @@ def _data_contradictions(c: Any) -> Iterator[tuple[bool, str]]:
         f"height={c.height!r}, width={c.width!r}: accepted are both or neither",
     )
     for name in ("height", "width", "num_frames"):
-        yield _unused(c, name, "buckets=None, which gives all sizes", c.buckets is None)
+        yield _unused(c, name, "buckets=None; buckets give all sizes", c.buckets is None)
     for name in ("height", "width", "num_frames", "buckets"):
         needs = "precomputed_dir=None; precomputed data has its own sizes"
         yield _unused(c, name, needs, c.precomputed_dir is None)

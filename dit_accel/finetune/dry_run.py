@@ -1,6 +1,5 @@
 """`dry_run`: options, trained parameters, memory, steps and samples of a fine-tuning run. It reads no weights."""
 
-import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,17 +153,11 @@ def _rows(trained: Trained) -> list[dict[str, Any]]:
 
 def complete_sizes(config: FinetuneConfig, outline: Any) -> list[Size]:
     """Return the sizes of the samples, with the pipeline's own where the config has none."""
-    from dit_accel import demo
     from dit_accel.files import EMBEDDED_MODELS
+    from dit_accel.finetune.data.open import default_size
 
-    if outline.makes_clips:
-        parameters = inspect.signature(outline.pipeline.__call__).parameters
-        defaults = {name: parameters[name].default for name in ("num_frames", "height", "width")}
-    else:
-        side = outline.transformer.config.sample_size * outline.vae_scale_factor
-        defaults = {"num_frames": 1, "height": side, "width": side}
-    if config.pretrained_model_name_or_path in EMBEDDED_MODELS:
-        defaults |= demo.SAMPLING if outline.makes_clips else demo.IMAGE_SAMPLING
+    embedded = config.pretrained_model_name_or_path in EMBEDDED_MODELS
+    defaults = {"num_frames": 1, **default_size(outline.pipeline, outline, embedded=embedded)}
     names = ("num_frames", "height", "width")
     return [
         tuple(defaults[name] if x is None else x for name, x in zip(names, size, strict=True))  # type: ignore[misc]

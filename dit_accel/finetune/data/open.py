@@ -40,14 +40,20 @@ def open_samples(config: Any, trainable: Encoder, *, progress: bool = True) -> S
         shown = ", ".join(f"{x}={getattr(config, x)!r}" for x in names)
         raise ValueError(f"{shown}: accepted is one of them")
     if config.precomputed_dir is not None:
-        return _precomputed(config.precomputed_dir, trainable)
+        return _precomputed(config.precomputed_dir, trainable, config.max_sequence_length)
     if config.instance_data_dir is not None:
         return _raw(config, trainable, progress)
     return _from_prompts(config, trainable, progress)
 
 
-def _precomputed(folder: str, trainable: Encoder) -> PrecomputedSamples:
+def _precomputed(folder: str, trainable: Encoder, tokens: int | None) -> PrecomputedSamples:
     store = open_store(folder, model=model_identity(trainable.pipe))
+    stored = store.contents.settings["max_sequence_length"]
+    if tokens not in (None, stored):
+        raise ValueError(
+            f"max_sequence_length={tokens}: the samples of precomputed_dir={folder!r} have {stored} text tokens; accepted "
+            "is that number, or none given"
+        )
     rules = size_rules(trainable)
     found = {(x["bucket"], tuple(x["shapes"]["latents"])) for x in store.contents.samples.values()}
     for name, shape in sorted(found):
@@ -88,19 +94,25 @@ def _from_prompts(config: Any, trainable: Encoder, progress: bool) -> Samples:
     from dit_accel.sampling.prompt_sets import load_prompts
 
     buckets = () if config.buckets is None else parse_buckets(config.buckets, size_rules(trainable))
+    clips = trainable.frames_rule[0] > 0
     sampling = Sampling(
         height=config.height,
         width=config.width,
-        num_frames=config.num_frames,
+        num_frames=config.num_frames if clips else None,
         num_inference_steps=config.teacher_num_inference_steps,
         guidance_scale=config.teacher_guidance_scale,
         max_sequence_length=getattr(trainable, "text_tokens", None),
     )
+    if not buckets:
+        embedded = config.pretrained_model_name_or_path in EMBEDDED_MODELS
+        sampling = sampling.filled(
+            default_size(type(trainable.pipe), trainable.pipe, embedded=embedded)
+        )
     return teacher_samples(
         trainable,
         load_prompts(config.prompts),
         Path(config.output_dir) / TEACHER_FOLDER,
-        sampling=sampling if buckets else _sized(sampling, config, trainable),
+        sampling=sampling,
         buckets=buckets,
         num_samples=config.num_teacher_samples,
         seed=config.seed,
@@ -109,17 +121,23 @@ def _from_prompts(config: Any, trainable: Encoder, progress: bool) -> Samples:
     )
 
 
-def _sized(sampling: Sampling, config: Any, trainable: Encoder) -> Sampling:
-    """Return the sampling arguments with the default size of the model where none is given."""
+def default_size(pipeline: type, pipe: Any, *, embedded: bool) -> dict[str, Any]:
+    """Return height, width and, for clips, num_frames of samples for which none are given.
+
+    Args:
+        pipeline: class of the pipeline.
+        pipe: the pipeline or its outline.
+        embedded: whether it is an embedded model; the demo's sizes are returned.
+    """
     from dit_accel import demo
 
-    pipe: Any = trainable.pipe
-    clips = trainable.frames_rule[0] > 0
+    parameters = inspect.signature(pipeline.__call__).parameters
+    clips = "num_frames" in parameters
     names = ("height", "width", *(("num_frames",) if clips else ()))
-    if config.pretrained_model_name_or_path in EMBEDDED_MODELS:
+    if embedded:
         own = demo.SAMPLING if clips else demo.IMAGE_SAMPLING
-        return sampling.filled({x: own[x] for x in names})
-    parameters = inspect.signature(type(pipe).__call__).parameters
+        return {name: own[name] for name in names}
+    if clips:
+        return {name: parameters[name].default for name in names}
     # Pipelines of images compute theirs.
-    side = getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
-    return sampling.filled({x: parameters[x].default or side or None for x in names})
+    return dict.fromkeys(names, pipe.transformer.config.sample_size * pipe.vae_scale_factor)

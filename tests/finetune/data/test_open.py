@@ -31,6 +31,7 @@ DEFAULTS = {
     "num_frames": None,
     "fps": None,
     "buckets": None,
+    "max_sequence_length": None,
     "seed": 0,
     "train_batch_size": 2,
 }
@@ -81,6 +82,8 @@ def test_a_precomputed_folder(tmp_path, model, precomputed):
     samples = opened(tmp_path, model, precomputed_dir=precomputed)
     assert isinstance(samples, Samples)
     assert samples.buckets == ["9x48x64"] * 2
+    with pytest.raises(ValueError, match=r"max_sequence_length=7: .* have None text tokens"):
+        opened(tmp_path, model, precomputed_dir=precomputed, max_sequence_length=7)
     with pytest.raises(ValueError, match="made with another model"):
         opened(tmp_path, FakeModel(seed=4), precomputed_dir=precomputed)
 
@@ -145,3 +148,4 @@ def test_sizes_that_are_not_given_are_those_of_the_model(size_of, wan, sd3):
     side = sd3.default_sample_size * sd3.vae_scale_factor
     assert size_of(images) == (side, side, None)
     assert size_of(images, pretrained_model_name_or_path="tiny-sd3") == (64, 64, None)
+    assert size_of(images, num_frames=1, height=32, width=64) == (32, 64, None)
