@@ -1,4 +1,4 @@
-"""The first stage as a run sees it: logged, interruptible, equal in all processes."""
+"""`run_regression`: the regression as the first stage of a run: logged, ended by signals, equal in all processes."""
 
 from collections.abc import Callable
 from statistics import fmean
@@ -26,7 +26,7 @@ def run_regression(
 ) -> None:
     """Fit the weights of sparse attention to the dense attention outputs of each layer.
 
-    A run that is killed in this stage begins it again: it is short.
+    The stage writes no checkpoints: a run that ends in it begins it again, with the same result.
 
     Args:
         trainable, sla, config: as `regress` takes them.

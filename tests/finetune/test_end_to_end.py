@@ -184,6 +184,36 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(settings, tmp_path,
     assert losses(whole) == losses(resumed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda x: x.name)
+def test_run_that_ends_in_the_regression_begins_it_again_with_the_same_result(
+    settings, tmp_path, number
+):
+    whole = run(settings, tmp_path / "whole", **TRAIN["sla"])
+
+    def ended():
+        from dit_accel.finetune.regression import _Fit
+
+        gradients = _Fit.gradients
+
+        def until_second(self, step, weights):
+            if step == 1:
+                os.kill(os.getpid(), number)
+            return gradients(self, step, weights)
+
+        _Fit.gradients = until_second
+        run(settings, tmp_path / "ended", **TRAIN["sla"])
+
+    killed = number == signal.SIGKILL
+    assert in_child(ended) == (("killed", number) if killed else ("exited", 0))
+    assert checkpoints(tmp_path / "ended") == []
+    resumed = run(settings, tmp_path / "ended", **TRAIN["sla"], resume_from_checkpoint="latest")
+    assert_same(result_of(whole), result_of(resumed))
+    first, second = (read_log(x / "log.jsonl") for x in (whole, resumed))
+    assert [(x["stage"], x["step"], x.get("loss")) for x in first] == [
+        (x["stage"], x["step"], x.get("loss")) for x in second
+    ]
+
+
 def test_validation(settings, tmp_path):
     options = {
         "validation_prompts": "a red circle moving right",
