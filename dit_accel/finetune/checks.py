@@ -53,7 +53,6 @@ COUNTS = (
 """Whole numbers from 1 on."""
 COUNTS_OR_ZERO = ("lr_warmup_steps", "max_nonfinite")
 FLAGS = (
-    "layerwise",
     "use_8bit_adam",
     "gradient_checkpointing",
     "use_ema",

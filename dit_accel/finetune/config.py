@@ -84,8 +84,6 @@ class FinetuneConfig:
     """Optimiser steps of the regression stage."""
     regression_learning_rate: float = 1e-2
     """Learning rate of the regression stage."""
-    layerwise: bool = False
-    """Regression: one layer after the other, which needs the memory of one. Default: all at once."""
     regression_topk: tuple[float, ...] = ()
     """Regression: each step draws its topk from this list. Default: `sla.topk`."""
     loss: Literal["distillation", "diffusion", "mix"] = "distillation"

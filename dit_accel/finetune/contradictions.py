@@ -74,10 +74,6 @@ def _objective_contradictions(c: Any) -> Iterator[tuple[bool, str]]:
         "or 'alpha', or router='learned'",
     )
     yield (
-        c.layerwise and "regression" not in c.stages,
-        "layerwise=True: accepted with the stage regression",
-    )
-    yield (
         bool(c.regression_topk) and "regression" not in c.stages,
         f"regression_topk={c.regression_topk!r}: accepted with the stage regression",
     )

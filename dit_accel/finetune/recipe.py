@@ -18,7 +18,7 @@ REPLACES = {
     "train": ("lora_alpha", "lora_layers"),
     "loss": ("diffusion_weight",),
     "targets": ("guidance_scale", "caption_dropout"),
-    "stages": ("layerwise", "regression_topk", "topk_start", "anneal_steps"),
+    "stages": ("regression_topk", "topk_start", "anneal_steps"),
     "lr_scheduler": ("lr_warmup_steps",),
 }
 """An override of the first option discards what a recipe says about the others, which would contradict it."""

@@ -67,7 +67,6 @@ BAD_VALUES = {
     ],
     "regression_steps": [*COUNT, None],
     "regression_learning_rate": ABOVE_0,
-    "layerwise": FLAG,
     "regression_topk": [(0,), (1.5,), ("a",), 0.5, None, (True,)],
     "loss": CHOICE,
     "diffusion_weight": SHARE,
@@ -244,7 +243,6 @@ CONTRADICTIONS = [
     ({"train": "sla"}, "train='sla': nothing would train"),
     ({"train": "sla", "sla": {"combine": "none"}}, "train='sla': nothing would train"),
     (BOTH, "stages="),
-    ({"layerwise": True}, "layerwise=True"),
     ({"regression_topk": (0.1,)}, "regression_topk=(0.1,)"),
     ({"train": "lora", "rank": 0}, "rank=0"),
     ({"lora_alpha": 8}, "lora_alpha=8: accepted with train='lora'"),
@@ -309,7 +307,7 @@ def test_contradictions_are_refused(given, begins):
 def test_what_looks_like_a_contradiction_and_is_none():
     FinetuneConfig(train="sla", **ALPHA)
     FinetuneConfig(targets="guided", guidance_scale=4)
-    FinetuneConfig(stages=("regression",), layerwise=True, regression_topk=(0.1, 0.2), **ALPHA)
+    FinetuneConfig(stages=("regression",), regression_topk=(0.1, 0.2), **ALPHA)
     FinetuneConfig(prompts="demo", validation_prompts="a", fps=24)
     FinetuneConfig(precomputed_dir="x", max_sequence_length=64)
     FinetuneConfig(push_to_hub=True, report_to="wandb")
