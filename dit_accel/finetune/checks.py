@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dit_accel.config.base import check, check_choice, is_int, is_number
+from dit_accel.finetune.families import FAMILIES
 from dit_accel.sampling.settings import LARGEST, check_count, check_fps, check_seed
 
 SECRETS = ("hub_token",)
 """Fields that are never written to a file."""
 SOURCES = ("instance_data_dir", "precomputed_dir", "prompts")
 """The sources of data, of which a run has one."""
-FAMILIES = ("wan", "sd3", "lumina", "lumina2")
 CHOICES = {
     "router": ("fixed", "learned"),
     "loss": ("distillation", "diffusion", "mix"),
@@ -121,7 +121,8 @@ def check_fields(config: Any) -> None:
             if value is not None or name not in optional:
                 yield name, value
 
-    check("family", config.family, config.family in (None, *FAMILIES), ", ".join(FAMILIES))
+    families = tuple(FAMILIES.values())
+    check("family", config.family, config.family in (None, *families), ", ".join(families))
     for name, value in given(CHOICES):
         check_choice(name, value, CHOICES[name])
     for name, value in given(COUNTS):

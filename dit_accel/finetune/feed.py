@@ -58,10 +58,6 @@ class Feed:
         indices = self.order.batch(step)[first : first + count]
         return self.load(self.samples, indices).to(self.device)
 
-    def whole(self, step: int) -> Batch:
-        """Return the global batch of a step, on the device."""
-        return self.load(self.samples, self.order.batch(step)).to(self.device)
-
     def micro(self, step: int, micro: int) -> Batch:
         """Return a micro-batch of this process, on the device."""
         wanted, found = (step, micro), self._next

@@ -10,6 +10,7 @@ from dit_accel.finetune import regression_stage
 from dit_accel.finetune.annealing import topk_at
 from dit_accel.finetune.assemble import calibrate, mark_calibrated, wrap_student
 from dit_accel.finetune.checkpoints import Checkpoint
+from dit_accel.finetune.checks import SOURCES
 from dit_accel.finetune.config import FinetuneConfig
 from dit_accel.finetune.curves import check_matplotlib
 from dit_accel.finetune.data.open import open_samples
@@ -37,8 +38,6 @@ from dit_accel.runtime.install import method_of
 from dit_accel.sampling.outline import read_outline
 
 SETTINGS = "training_config.json"
-SOURCES = ("instance_data_dir", "precomputed_dir", "prompts")
-"""Options that name training data."""
 
 
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> Path:

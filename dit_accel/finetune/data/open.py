@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.files import EMBEDDED_MODELS
+from dit_accel.finetune.checks import SOURCES
 from dit_accel.finetune.data.buckets import Bucket, parse_buckets
 from dit_accel.finetune.data.captions import read_captions
 from dit_accel.finetune.data.encode import Encoder, size_rules
@@ -34,10 +35,9 @@ def open_samples(config: Any, trainable: Encoder, *, progress: bool = True) -> S
         ValueError: no source of data or several, or data that cannot be used; the message names the option.
         RuntimeError: samples of `prompts` could not be made or written.
     """
-    names = ("instance_data_dir", "precomputed_dir", "prompts")
-    given = [x for x in names if getattr(config, x) is not None]
+    given = [x for x in SOURCES if getattr(config, x) is not None]
     if len(given) != 1:
-        shown = ", ".join(f"{x}={getattr(config, x)!r}" for x in names)
+        shown = ", ".join(f"{x}={getattr(config, x)!r}" for x in SOURCES)
         raise ValueError(f"{shown}: accepted is one of them")
     if config.precomputed_dir is not None:
         return _precomputed(config.precomputed_dir, trainable, config.max_sequence_length)
