@@ -105,6 +105,17 @@ def naming_failures(advice: str = "") -> Iterator[None]:
         raise RuntimeError(f"{where}: could not be written ({_reason(error)}){ending}") from error
 
 
+def sync(path: str | os.PathLike) -> None:
+    """Bring a file to the disk, or the names of the files in a folder, where the system can do that."""
+    if os.name != "posix" and Path(path).is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _raise_renamed(error: OSError, temporary: Path, path: Path) -> NoReturn:
     """Raise the error with the name that a file in the temporary folder was to get."""
     named = Path(error.filename) if isinstance(error.filename, str) else temporary

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.checkpoint.file import FILE_NAME
+from dit_accel.files import atomic_path
 from dit_accel.finetune.curves import FILE_NAME as CURVES
 from dit_accel.finetune.log import read_log
 from dit_accel.finetune.result import LORA_FILE, MERGED, WEIGHTS
@@ -72,7 +73,8 @@ def write_card(
         ]
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
-    card.save(folder / "README.md")
+    with atomic_path(folder / "README.md") as temporary:
+        card.save(temporary)
     return folder / "README.md"
 
 

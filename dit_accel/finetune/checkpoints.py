@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dit_accel.files import sync
 from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.shards import ShardReader, write_shard
 
@@ -136,15 +137,15 @@ def _finish(
     files: dict[str, dict[str, Any]],
 ) -> None:
     files = {**files, STATE: _write_json(staging / STATE, state)}
-    _sync(staging)
+    sync(staging)
     _write_json(
         staging / MANIFEST, {"format_version": FORMAT_VERSION, "step": step, "files": files}
     )
-    _sync(staging)
+    sync(staging)
     if target.exists():  # a damaged one, or the same step of an earlier attempt
         _remove(target)
     os.replace(staging, target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> dict[str, Any]:
@@ -155,16 +156,8 @@ def _write_json(path: Path, data: dict[str, Any]) -> dict[str, Any]:
 
 def _synced(path: Path) -> dict[str, Any]:
     """Bring a file to the disk; return its size and hash."""
-    _sync(path)
+    sync(path)
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from dit_accel.checkpoint.file import FILE_NAME
 from dit_accel.checkpoint.merge import merge
 from dit_accel.checkpoint.save_load import save_sla, weights_left_out
-from dit_accel.files import model_source, naming_failures
+from dit_accel.files import model_source, naming_failures, sync
+from dit_accel.finetune.shards import disk_errors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 WEIGHTS, MERGED = "transformer", "merged"
@@ -41,7 +42,7 @@ def write_result(pipe: Any, config: Any, folder: Path) -> list[str]:
         RuntimeError: a file could not be written. What was written before stays.
         ValueError: the merged weights do not fit the repository.
     """
-    with naming_failures("the checkpoints of the run are unharmed"):
+    with naming_failures("the checkpoints of the run are unharmed"), disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         names = []
         if config.train == "lora":
@@ -63,16 +64,20 @@ def write_result(pipe: Any, config: Any, folder: Path) -> list[str]:
 
 @contextmanager
 def _replacing(folder: Path, name: str) -> Iterator[Path]:
-    """Yield a hidden folder; what it holds under `name` then takes the place of what is there."""
+    """Yield a hidden folder; what it holds under `name` is brought to the disk and replaces what `folder` has there."""
     staging = folder / f".tmp-result-{name}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         yield staging
+        made = staging / name
+        for path in (made, *made.rglob("*")):
+            sync(path)
         target, old = folder / name, staging / "old"
         if target.exists():
             os.replace(target, old)
-        os.replace(staging / name, target)
+        os.replace(made, target)
+        sync(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

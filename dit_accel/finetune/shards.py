@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,18 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], *, rank: int) -> bool
         local[name] = part.cpu().contiguous().clone() if _is_view(part) else part.cpu()
     if not local and rank:
         return False
-    try:
+    with disk_errors(path):
         save_file(local, path, metadata={_PARTS: json.dumps(parts)})
-    except SafetensorError as error:  # its name for every error of the file system
-        raise OSError(errno.EIO, str(error), str(path)) from error
     return True
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Context manager that raises OSError where safetensors cannot write: it has an error class of its own for that."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def _is_view(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_accel.eval.metrics.pairs import psnr, ssim
 from dit_accel.files import atomic_path
+from dit_accel.finetune.shards import disk_errors
 from dit_accel.sampling.batches import quiet
 from dit_accel.sampling.call import media_kind, run_batch
 from dit_accel.sampling.plan import Sample, plan_samples
@@ -141,11 +142,16 @@ def compared(dense: Made, sparse: Made) -> dict[str, float]:
 
 
 def write_made(path: Path, made: Made) -> None:
+    """Write a sample, complete or not at all.
+
+    Raises:
+        OSError: it could not be written.
+    """
     tensors = {
         "pictures": torch.from_numpy(np.ascontiguousarray(made.pictures)),
         "latents": made.latents.contiguous(),
     }
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, disk_errors(temporary):
         save_file(tensors, temporary)
 
 

@@ -4,12 +4,14 @@ import errno
 import fnmatch
 import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 
 import dit_accel
 from dit_accel import SparseWanPipeline
@@ -127,6 +129,41 @@ def test_full_disk_leaves_the_earlier_result(sparse_wan, wan_repository, tmp_pat
     ):
         write_result(pipe, config, tmp_path)
     assert {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()} == before
+
+
+def test_error_of_safetensors_is_one_of_the_disk(sparse_wan, wan_repository, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    pipe = trained(sparse_wan, "all")
+    monkeypatch.setattr(pipe.transformer, "save_pretrained", full)
+    with pytest.raises(RuntimeError, match=r"No space left on device.*checkpoints of the run"):
+        write_result(pipe, settings(wan_repository, "all"), tmp_path)
+
+
+def test_weights_are_on_the_disk_before_they_get_their_name(
+    sparse_wan, wan_repository, tmp_path, monkeypatch
+):
+    synced, missing = [], []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def checked_replace(source, target):
+        source = Path(source)
+        files = [source, *source.rglob("*")] if source.is_dir() else [source]
+        if Path(target).parent == tmp_path:
+            missing.extend(x.name for x in files if x.stat().st_ino not in synced)
+        replace(source, target)
+
+    pipe = trained(sparse_wan, "all")
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", checked_replace)
+    write_result(pipe, settings(wan_repository, "all", merge=True), tmp_path)
+    assert len(list(tmp_path.rglob("*.safetensors"))) > 3
+    assert missing == []
 
 
 def test_weights_are_those_of_the_plain_model(sparse_wan, wan_repository, tmp_path):
@@ -252,6 +289,21 @@ def test_code_of_the_card_runs(sparse_wan, wan_repository, tmp_path, monkeypatch
     names = {}
     exec(code, names)
     assert dit_accel.summary(names["pipe"]).enabled
+
+
+def test_full_disk_leaves_the_earlier_card(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("earlier")
+    RunLog(tmp_path).close()
+
+    def full(self, path):
+        Path(path).write_text("hal")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(ModelCard, "save", full)
+    config = settings("x", "sla")
+    with pytest.raises(OSError, match="No space left"):
+        write_card(tmp_path, config, pipeline="SparseWanPipeline", base="x", counters={})
+    assert (tmp_path / "README.md").read_text() == "earlier"
 
 
 def test_card_without_validation(tmp_path):

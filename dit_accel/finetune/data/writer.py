@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_accel.environment import versions
-from dit_accel.files import atomic_path, naming_failures, write_json
+from dit_accel.files import atomic_path, naming_failures, sync, write_json
 from dit_accel.finetune.data.captions import some
 from dit_accel.finetune.data.manifest import (
     FORMAT_VERSION,
@@ -107,7 +107,7 @@ class StoreWriter:
             self._begin()
             with atomic_path(self._folder / name) as temporary:
                 temporary.write_bytes(data)
-            sync_folder(self._folder)
+            sync(self._folder)
             _append(self._folder / JOURNAL, journal_line(name, shard, samples))
         self._contents.shards[name] = shard
         self._contents.samples.update(samples)
@@ -136,7 +136,7 @@ class StoreWriter:
         manifest = {**old.header, "shards": old.shards, "samples": samples, "broken": broken}
         with naming_failures(_ADVICE):
             write_json(self._folder / MANIFEST, manifest)
-            sync_folder(self._folder)
+            sync(self._folder)
             journal.unlink(missing_ok=True)
 
     def _begin(self) -> None:
@@ -150,7 +150,7 @@ class StoreWriter:
         lines += [journal_line(k, self._contents.shards[k], own) for k, own in by_shard.items()]
         with atomic_path(self._folder / JOURNAL) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
-        sync_folder(self._folder)
+        sync(self._folder)
         self._begun = True
 
 
@@ -206,17 +206,6 @@ def store_writer(
             with contextlib.suppress(RuntimeError):
                 writer.flush()
             raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names of the files in a folder durable, where the system can do that."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _append(path: Path, line: str) -> None:
