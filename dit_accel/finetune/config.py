@@ -244,6 +244,12 @@ class FinetuneConfig:
         return {k: x for k, x in values.to_dict().items() if k != "router" or not learned}
 
     @property
+    def hub(self) -> dict[str, str]:
+        """Arguments of downloads from the hub: `revision` and `cache_dir`, where they are given."""
+        given = {"revision": self.revision, "cache_dir": self.cache_dir}
+        return {name: x for name, x in given.items() if x is not None}
+
+    @property
     def sla_config(self) -> SLAConfig:
         """Settings of sparse attention."""
         learned = {"router": "learned"} if self.router == "learned" else {}

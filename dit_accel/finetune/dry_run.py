@@ -106,12 +106,11 @@ def dry_run(config: FinetuneConfig) -> DryRun:
     from dit_accel.sampling.outline import read_outline
 
     source = model_source(config.pretrained_model_name_or_path)
-    hub = {} if config.revision is None else {"revision": config.revision}
-    outline = read_outline(source, **hub)
+    outline = read_outline(source, **config.hub)
     config.check_early(outline, dry_run=True)
     found = None if config.precomputed_dir is None else _precomputed(config.precomputed_dir)
     sizes = complete_sizes(config, outline) if found is None else found[1]
-    trainable = empty_trainable(config, outline, source, hub)
+    trainable = empty_trainable(config, outline, source)
     model = trainable.transformer
     trained = prepare(model, config)
     for layer in method_of(model, "sla").layers.values():
@@ -123,7 +122,7 @@ def dry_run(config: FinetuneConfig) -> DryRun:
         trained,
         config,
         size=max(sizes, key=lambda x: x[0] * x[1] * x[2]),
-        encoders=encoder_bytes(source, hub, config) if encodes else 0,
+        encoders=encoder_bytes(source, config) if encodes else 0,
         processes=processes,
     )
     return DryRun(
@@ -165,9 +164,7 @@ def complete_sizes(config: FinetuneConfig, outline: Any) -> list[Size]:
     ]
 
 
-def empty_trainable(
-    config: FinetuneConfig, outline: Any, source: Any, hub: dict[str, Any]
-) -> Trainable:
+def empty_trainable(config: FinetuneConfig, outline: Any, source: Any) -> Trainable:
     """Return the model of a repository without weights, on the device "meta"."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.configuration_utils import FrozenDict
@@ -176,11 +173,11 @@ def empty_trainable(
 
     cls = outline.transformer_class
     with init_empty_weights(include_buffers=True):
-        model = cls.from_config(cls.load_config(str(source), subfolder="transformer", **hub))
+        model = cls.from_config(cls.load_config(str(source), subfolder="transformer", **config.hub))
     cast_weights(model, DTYPES[config.weights_dtype])
     # Any class reads the settings of any scheduler.
     scheduler = FlowMatchEulerDiscreteScheduler.load_config(
-        str(source), subfolder="scheduler", **hub
+        str(source), subfolder="scheduler", **config.hub
     )
     pipe = SimpleNamespace(
         transformer=model,
@@ -190,15 +187,15 @@ def empty_trainable(
     return trainable_class(model)(pipe, max_sequence_length=config.max_sequence_length)
 
 
-def encoder_bytes(source: Any, hub: dict[str, Any], config: FinetuneConfig) -> int:
-    """Return the bytes of text encoders and VAE."""
+def encoder_bytes(source: Any, config: FinetuneConfig) -> int:
+    """Return the bytes of text encoders, in the dtype of the computation, and of the VAE, in fp32."""
     import diffusers
     import transformers
 
     from dit_accel.checkpoint.repository import read_index
 
+    hub: Any = config.hub
     index = read_index(source, "pretrained_model_name_or_path", **hub)
-    itemsize = 4 if config.mixed_precision == "no" else 2
     total = 0
     for name in ENCODERS:
         library, class_name = index.get(name) or (None, None)
@@ -212,6 +209,7 @@ def encoder_bytes(source: Any, hub: dict[str, Any], config: FinetuneConfig) -> i
             else:
                 cls = getattr(diffusers, class_name)
                 model = cls.from_config(cls.load_config(str(source), subfolder=name, **hub))
+        itemsize = 4 if name == "vae" or config.mixed_precision == "no" else 2
         total += itemsize * sum(x.numel() for x in model.parameters())
     return total
 

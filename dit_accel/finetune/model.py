@@ -23,9 +23,8 @@ def load_model(config: Any, device: torch.device) -> Any:
     """
     compute = "fp32" if config.mixed_precision == "no" else config.mixed_precision
     source = model_source(config.pretrained_model_name_or_path)
-    hub = {k: x for k in ("revision", "cache_dir") if (x := getattr(config, k)) is not None}
-    options = hub if config.variant is None else hub | {"variant": config.variant}
-    pipe = pipeline_class(source, **hub).from_pretrained(
+    options = config.hub if config.variant is None else config.hub | {"variant": config.variant}
+    pipe = pipeline_class(source, **config.hub).from_pretrained(
         source,
         sla=None,
         ras=None,

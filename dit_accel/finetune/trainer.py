@@ -89,8 +89,8 @@ def check_before_loading(config: FinetuneConfig) -> None:
     Raises:
         ValueError: the first thing that is wrong.
     """
-    hub = {} if config.revision is None else {"revision": config.revision}
-    config.check_early(read_outline(model_source(config.pretrained_model_name_or_path), **hub))
+    source = model_source(config.pretrained_model_name_or_path)
+    config.check_early(read_outline(source, **config.hub))
     check_matplotlib()
     if config.validation_prompts is not None:
         validation_prompts(config.validation_prompts)

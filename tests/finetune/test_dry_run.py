@@ -1,10 +1,13 @@
 """Dry runs: sizes, samples, batch and memory of what would be trained."""
 
 import pytest
+import torch
 
 from dit_accel.files import asset
 from dit_accel.finetune.config import FinetuneConfig
 from dit_accel.finetune.dry_run import complete_sizes, dry_run, encoder_bytes
+from dit_accel.finetune.model import load_model
+from dit_accel.finetune.trainer import check_before_loading
 from dit_accel.sampling.outline import read_outline
 
 
@@ -15,10 +18,39 @@ def outlines():
 
 def test_encoders_take_what_they_take_when_they_are_loaded(wan):
     source = wan.config._name_or_path
-    found = encoder_bytes(source, {}, FinetuneConfig())
-    parts = (wan.text_encoder, wan.vae)
-    assert found == sum(x.numel() * 4 for part in parts for x in part.parameters())
-    assert encoder_bytes(source, {}, FinetuneConfig(mixed_precision="bf16")) == found // 2
+    text, vae = (sum(x.numel() for x in part.parameters()) for part in (wan.text_encoder, wan.vae))
+    assert encoder_bytes(source, FinetuneConfig()) == 4 * text + 4 * vae
+    # Training loads the VAE in fp32 whatever it computes in.
+    half = FinetuneConfig(mixed_precision="bf16", pretrained_model_name_or_path=str(source))
+    assert encoder_bytes(source, half) == 2 * text + 4 * vae
+    loaded = load_model(half, torch.device("cpu"))
+    parts = (loaded.text_encoder, loaded.vae)
+    held = sum(x.numel() * x.element_size() for part in parts for x in part.parameters())
+    assert held == encoder_bytes(source, half)
+
+
+def test_the_hub_is_asked_for_one_revision_in_one_cache(monkeypatch):
+    """Checks, dry runs and loading find the same files."""
+
+    class Asked(Exception):
+        pass
+
+    def asked(model, *_, **hub):
+        raise Asked(model, hub)
+
+    given = {"pretrained_model_name_or_path": "owner/model", "prompts": "demo"}
+    config = FinetuneConfig(**given, revision="v1", cache_dir="here")
+    plain = FinetuneConfig(**given)
+    monkeypatch.setattr("dit_accel.sampling.outline.read_outline", asked)
+    monkeypatch.setattr("dit_accel.finetune.trainer.read_outline", asked)
+    monkeypatch.setattr("dit_accel.finetune.model.pipeline_class", asked)
+    for call in (dry_run, check_before_loading, lambda x: load_model(x, torch.device("cpu"))):
+        with pytest.raises(Asked) as error:
+            call(config)
+        assert error.value.args == ("owner/model", {"revision": "v1", "cache_dir": "here"})
+        with pytest.raises(Asked) as error:
+            call(plain)
+        assert error.value.args == ("owner/model", {})
 
 
 def test_sizes_of_the_pipeline_fill_the_gaps(outlines, wan_repository):
