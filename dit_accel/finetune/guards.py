@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_accel.files import write_json
 from dit_accel.finetune.processes import Processes
-from dit_accel.finetune.shards import local_part
+from dit_accel.finetune.shards import is_sharded, local_part
 
 MOST_NAMES = 20
 """Parameters that a dump names."""
@@ -136,12 +136,11 @@ def group_norm(tensors: Sequence[Tensor | None], processes: Processes) -> float:
     for x in tensors:
         if x is None:
             continue
-        part = local_part(x)[0]
-        square = part.double().square().sum().cpu()
-        if part.shape == x.shape:
-            whole += square
-        else:
+        square = local_part(x)[0].double().square().sum().cpu()
+        if is_sharded(x):
             total += square
+        else:
+            whole += square
     return float((processes.sum(total) + whole).sqrt())
 
 

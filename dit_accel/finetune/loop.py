@@ -60,14 +60,10 @@ class Loop:
             RuntimeError: nothing trains, or a file could not be written.
         """
         parts, last = self.parts, self.parts.steps
-        if (
-            self.saved is not None and self.processes.is_main
-        ):  # a killed run may not have come to that
-            prune(
-                parts.folder,
-                parts.config.checkpoints_total_limit,
-                keep=checkpoint_path(parts.folder, self.saved),
-            )
+        if self.saved is not None:  # a killed run may not have come to that
+            limit = parts.config.checkpoints_total_limit
+            kept = checkpoint_path(parts.folder, self.saved)
+            self.processes.main_only(lambda: prune(parts.folder, limit, keep=kept))
         self._validate(self.start)
         if self.start < last:
             self.probe.begin()

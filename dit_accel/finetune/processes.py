@@ -68,27 +68,31 @@ class Processes:
         If it fails in one process it fails in all of them, so that none waits for the others forever.
 
         Raises:
-            OSError, ValueError, RuntimeError: the error of the first process that failed.
+            Exception: the error of this process.
+            OSError, ValueError, RuntimeError: the error of the first other process that failed. An error of another
+                class becomes a RuntimeError.
         """
         error: Exception | None = None
         result: Any = None
         try:
             result = action()
-        except (OSError, ValueError, RuntimeError) as caught:
+        except Exception as caught:  # whatever it is, the others wait for an answer
             error = caught
         found = self.gather((result, None if error is None else (type(error).__name__, str(error))))
         if error is not None:
             raise error
         for rank, (_, failure) in enumerate(found):
             if failure is not None:
-                kind = {"OSError": OSError, "ValueError": ValueError}.get(failure[0], RuntimeError)
-                raise kind(f"process {rank}: {failure[1]}")
+                name, message = failure
+                kind = {"OSError": OSError, "ValueError": ValueError}.get(name, RuntimeError)
+                named = "" if name == kind.__name__ else f"{name}: "
+                raise kind(f"process {rank}: {named}{message}")
         return [answer for answer, _ in found]
 
     def main_only(self, action: Callable[[], Answer]) -> Answer:
         """Run an action in the main process; return its result in all of them.
 
         Raises:
-            OSError, ValueError, RuntimeError: it failed, in every process.
+            Exception: it failed, in every process; see `together`.
         """
         return self.together(lambda: action() if self.is_main else None)[0]  # type: ignore[return-value]

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,12 @@ class Validator:
         """Frames of the first sample of the last validation, dense above sparse, `[H, W, 3]` in bytes."""
         self._references: dict[str, Made] = {}
 
-    def _own(self) -> Iterator[Sample]:
-        """Yield the samples that this process makes.
+    def _each(self, action: Callable[[Sample], None]) -> None:
+        """Run an action for each sample that this process makes.
 
         Raises:
             CutShort: a signal came to any process; in all of them.
+            OSError, ValueError, RuntimeError: the action failed in any process; in all of them.
         """
         share = 1 if self.together else self.processes.count
         own = self.samples if self.together else self.samples[self.processes.rank :: share]
@@ -87,8 +89,7 @@ class Validator:
             # All processes ask equally often, also those that have a sample less.
             if self.processes.sum(torch.tensor(float(self.stopping()))) > 0:
                 raise CutShort
-            if i < len(own):
-                yield own[i]
+            self.processes.together(partial(_run_all, action, own[i : i + 1]))
 
     @property
     def _writes(self) -> bool:
@@ -110,7 +111,8 @@ class Validator:
         known = _read_json(record) == settings
         # All processes look before one of them writes.
         self.processes.barrier()
-        for sample in self._own():
+
+        def reference(sample: Sample) -> None:
             path = folder / f"{sample.id}.safetensors"
             made = read_made(path) if known else None
             if made is None:
@@ -120,9 +122,10 @@ class Validator:
                         self._write_pictures(folder / sample.id, made.pictures)
                         write_made(path, made)
             self._references[sample.id] = made
-        self.processes.barrier()
-        if self.processes.is_main:
-            write_json(record, settings)
+
+        self._each(reference)
+        with naming_failures():
+            self.processes.main_only(lambda: write_json(record, settings))
 
     def _settings(self) -> list[Any]:
         return [[x.id, x.record.prompt, x.seed, x.sampling.call_arguments()] for x in self.samples]
@@ -144,7 +147,8 @@ class Validator:
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         rows: dict[str, dict[str, float]] = {}
-        for sample in self._own():
+
+        def compare(sample: Sample) -> None:
             dense, sparse = self._references[sample.id], self._make(sample)
             shown = [("dense", dense.pictures), (_title(sparse), sparse.pictures)]
             if not rows:
@@ -155,6 +159,8 @@ class Validator:
                 with naming_failures():
                     self._write_pictures(folder / f"{sample.id}-sparse", sparse.pictures)
                     self._write_pictures(folder / f"{sample.id}-side_by_side", both)
+
+        self._each(compare)
         found = self.processes.gather(rows)
         rows = {key: row for part in found for key, row in part.items()}
         means = {
@@ -162,10 +168,9 @@ class Validator:
             for key in ("psnr", "ssim", "latent_error", "density")
             if any(key in row for row in rows.values())
         }
-        if self.processes.is_main:
-            with naming_failures():
-                record = {"format_version": 1, "mean": means, "samples": rows}
-                write_json(folder / RECORD, jsonable(record))
+        record = jsonable({"format_version": 1, "mean": means, "samples": rows})
+        with naming_failures():
+            self.processes.main_only(lambda: write_json(folder / RECORD, record))
         return means
 
     def _make(self, sample: Sample) -> Made:
@@ -175,6 +180,11 @@ class Validator:
     def _write_pictures(self, stem: Path, pictures: UInt8[np.ndarray, "t h w 3"]) -> None:
         kind = "png" if len(pictures) == 1 else "mp4"
         media.write_clip(stem, pictures, kind=kind, fps=self.fps)
+
+
+def _run_all(action: Callable[[Sample], None], samples: Sequence[Sample]) -> None:
+    for sample in samples:
+        action(sample)
 
 
 def _title(sparse: Made) -> str:

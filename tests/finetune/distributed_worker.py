@@ -16,6 +16,7 @@ from dit_accel.finetune.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
+from dit_accel.finetune.guards import group_norm
 from dit_accel.finetune.log import read_log
 from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.shards import is_sharded
@@ -47,6 +48,7 @@ def train(folder, config, **more):
         "updates": [x.get("update/weights") for x in log],
         "densities": [x["density"] for x in log],
         "tensors": whole(loop.parts.state),
+        "norm": group_norm(list(loop.parts.state.named.values()), Processes()),
         "counters": {k: x for k, x in loop.parts.state.counters.items() if k != "seconds"},
     }
 

@@ -31,6 +31,42 @@ def test_one_process_exchanges_nothing(tmp_path):
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (("OSError", "disk full"), OSError, "process 2: disk full"),
+        (("KeyError", "'psnr'"), RuntimeError, "process 2: KeyError: 'psnr'"),
+    ],
+)
+def test_failure_of_another_process_is_one_here(four, monkeypatch, failure, kind, message):
+    monkeypatch.setattr(
+        four, "gather", lambda own: [("a", None), own, (None, failure), ("d", None)]
+    )
+    with pytest.raises(kind) as error:
+        four.together(lambda: "b")
+    assert str(error.value) == message
+
+
+def test_failure_here_is_told_before_it_is_raised(four, monkeypatch):
+    told = []
+
+    def gather(own):
+        told.append(own)
+        return [("a", None), own, ("c", None), ("d", None)]
+
+    monkeypatch.setattr(four, "gather", gather)
+    for error in (OSError("disk full"), KeyError("psnr"), AttributeError("x")):
+
+        def fails(error=error):
+            raise error
+
+        with pytest.raises(type(error)) as found:
+            four.together(fails)
+        assert found.value is error
+    assert [answer for answer, _ in told] == [None] * 3
+    assert [failure[0] for _, failure in told] == ["OSError", "KeyError", "AttributeError"]
+
+
 def test_sums_and_means_are_over_all_processes(four):
     x = torch.tensor([2.0])
     assert four.sum(x).item() == 8

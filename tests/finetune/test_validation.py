@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dit_accel
+from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.validation import CutShort, Validator
 from dit_accel.finetune.validation_samples import (
     PSNR_OF_EQUAL,
@@ -151,6 +152,41 @@ def test_signal_cuts_it_short(pipe, tmp_path):
     run.remove()
     assert len(stopped) == 2  # the two calls of the first step
     assert not (tmp_path / "validation/x/metrics.json").exists()
+
+
+class OneOfTwo(Processes):
+    """The first of two processes; the other one fails at the collective call of this number."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.count, self.calls, self.at = 2, 0, at
+
+    def sum(self, values):
+        return values
+
+    def barrier(self):
+        pass
+
+    def gather(self, value):
+        if isinstance(value, dict):
+            return [value]
+        self.calls += 1
+        failure = ("OSError", "No space left on device") if self.calls == self.at else None
+        return [value, (None, failure)]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_full_disk_of_another_process_ends_this_one_too(pipe, tmp_path, at):
+    """1: while a sample is written; 2: while the record is written."""
+    validator = Validator(pipe, Config(), tmp_path, **SIZE, processes=OneOfTwo(at))
+    with pytest.raises((OSError, RuntimeError), match="process 1: No space left on device"):
+        validator.make_references()
+    validator.processes.at = 0
+    validator.make_references()
+    dit_accel.enable(pipe, sla=SPARSE)
+    validator.processes.at = validator.processes.calls + at
+    with pytest.raises((OSError, RuntimeError), match="process 1: No space left on device"):
+        validator.run("x")
 
 
 def test_bad_size_is_refused_before_anything_runs(pipe, tmp_path):
