@@ -1,4 +1,5 @@
-"""`StopRequest`: a signal asks the run to save and end; `Interrupted` ends it with exit code 0."""
+"""`StopRequest`: a signal asks the run to save and end; `Interrupted` ends it with exit code 0, `CutShort` the making of
+samples."""
 
 import signal
 import threading
@@ -7,6 +8,10 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class CutShort(Exception):
+    """A signal asked the run to end while samples were made."""
 
 
 class Interrupted(SystemExit):
@@ -23,7 +28,7 @@ class Interrupted(SystemExit):
 
     def __str__(self) -> str:
         if self.checkpoint is None:
-            return f"ended by {self.signal_name} before there was anything to save"
+            return f"ended by {self.signal_name} before the first checkpoint; started again, the run begins anew"
         return f"ended by {self.signal_name}; resume_from_checkpoint='latest' goes on from {self.checkpoint}"
 
 

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dit_accel.files import check_writable, model_source, naming_failures, write_json
 from dit_accel.finetune import regression_stage
 from dit_accel.finetune.annealing import topk_at
@@ -27,10 +29,11 @@ from dit_accel.finetune.model import Helpers, load_model
 from dit_accel.finetune.objectives import Objective
 from dit_accel.finetune.parameters import prepare
 from dit_accel.finetune.parts import Parts
+from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.progress import StepMeter
 from dit_accel.finetune.result import check_hub
 from dit_accel.finetune.resume import check_samples, check_settings, choose_checkpoint, global_batch
-from dit_accel.finetune.stop import Interrupted, StopRequest
+from dit_accel.finetune.stop import CutShort, Interrupted, StopRequest
 from dit_accel.finetune.teacher import make_teacher
 from dit_accel.finetune.validation_plan import ValidationPlan
 from dit_accel.finetune.validation_samples import validation_prompts
@@ -138,7 +141,7 @@ def _train(
     # Pipelines expect one dtype everywhere; autocast stands in for it where weights are fp32.
     with helpers.on_device(), engine.accelerator.autocast():
         trainable = trainable_of(pipe, max_sequence_length=config.max_sequence_length)
-        samples = open_samples(config, trainable, progress=shown)
+        samples = _opened(config, trainable, stop, processes, shown)
         if (tokens := _text_tokens(samples)) is not None:
             trainable.text_tokens = tokens
         null = trainable.encode_null()
@@ -231,6 +234,24 @@ def _train(
     if config.topk_start is not None:
         sla.set_topk(config.sla["topk"])
     finish(pipe, config, folder, engine, state)
+
+
+def _opened(
+    config: FinetuneConfig, trainable: Any, stop: StopRequest, processes: Processes, shown: bool
+) -> Any:
+    """Return the training samples.
+
+    Raises:
+        Interrupted: a signal came to any process while samples were made; in all of them.
+    """
+    samples = None
+    with contextlib.suppress(CutShort):
+        samples = open_samples(
+            config, trainable, progress=shown, stopping=lambda: stop.name is not None
+        )
+    if processes.sum(torch.tensor(float(samples is None))) > 0:
+        raise Interrupted(stop.name or "a signal to another process", None)
+    return samples
 
 
 def _text_tokens(samples: Any) -> int | None:

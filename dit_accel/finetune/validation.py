@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from dit_accel.files import naming_failures, write_json
 from dit_accel.finetune.guards import jsonable
 from dit_accel.finetune.processes import Processes
+from dit_accel.finetune.stop import CutShort
 from dit_accel.finetune.validation_samples import (
     Made,
     compared,
@@ -28,10 +29,6 @@ from dit_accel.sampling.plan import Sample
 
 FOLDER, REFERENCE, RECORD = "validation", "dense", "metrics.json"
 DEFAULT_FPS = 16.0
-
-
-class CutShort(Exception):
-    """A signal asked the run to end while samples were made."""
 
 
 class Validator:

@@ -10,8 +10,8 @@ from dit_accel.finetune.engine import Engine
 from dit_accel.finetune.log import RunLog
 from dit_accel.finetune.model import Helpers
 from dit_accel.finetune.state import TrainingState
-from dit_accel.finetune.stop import Interrupted, StopRequest
-from dit_accel.finetune.validation import CutShort, Validator
+from dit_accel.finetune.stop import CutShort, Interrupted, StopRequest
+from dit_accel.finetune.validation import Validator
 from dit_accel.runtime.install import method_of
 
 DEFAULT_STEPS = 500

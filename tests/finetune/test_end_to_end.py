@@ -214,6 +214,36 @@ def test_run_that_ends_in_the_regression_begins_it_again_with_the_same_result(
     ]
 
 
+def test_signal_while_samples_of_prompts_are_made(settings, tmp_path):
+    options = {
+        "precomputed_dir": None,
+        "prompts": "demo",
+        "num_teacher_samples": 3,
+        "teacher_num_inference_steps": 1,
+        **{"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16},
+        **{"train_batch_size": 1, "max_train_steps": 1, "sla": SPARSE | {"block_q": 16, "block_k": 16}},
+    }  # fmt: skip
+
+    def ended():
+        from dit_accel.finetune.data import from_prompts
+
+        made = from_prompts.run_latents
+
+        def with_signal(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return made(*arguments)
+
+        from_prompts.run_latents = with_signal
+        run(settings, tmp_path, **options)
+
+    assert in_child(ended) == ("exited", 0)
+    [shard] = (tmp_path / "teacher-samples").glob("*.safetensors")
+    before = shard.read_bytes()
+    run(settings, tmp_path, **options)
+    assert shard.read_bytes() == before
+    assert len(losses(tmp_path)) == 1
+
+
 def test_validation(settings, tmp_path):
     options = {
         "validation_prompts": "a red circle moving right",

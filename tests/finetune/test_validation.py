@@ -10,7 +10,8 @@ import torch
 
 import dit_accel
 from dit_accel.finetune.processes import Processes
-from dit_accel.finetune.validation import CutShort, Validator
+from dit_accel.finetune.stop import CutShort
+from dit_accel.finetune.validation import Validator
 from dit_accel.finetune.validation_samples import (
     PSNR_OF_EQUAL,
     Made,

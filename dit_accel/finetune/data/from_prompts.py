@@ -1,7 +1,7 @@
 """`teacher_samples`: training data from prompts alone, sampled by the dense model and kept in a folder."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from dit_accel.finetune.data.encode import Encoder, encode_captions, size_rules
 from dit_accel.finetune.data.model_identity import model_identity
 from dit_accel.finetune.data.store import PrecomputedSamples, open_store
 from dit_accel.finetune.data.writer import store_writer
+from dit_accel.finetune.stop import CutShort
 from dit_accel.runtime.install import installation_of
 from dit_accel.sampling.batches import progress_bar, quiet
 from dit_accel.sampling.call import run_latents
@@ -29,6 +30,7 @@ def teacher_samples(
     seed: int = 0,
     batch_size: int = 1,
     progress: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> PrecomputedSamples:
     """Sample latents that are not in the folder yet, and open the folder.
 
@@ -45,8 +47,10 @@ def teacher_samples(
         seed: sample i has `seed + i`.
         batch_size: samples a pipeline call.
         progress: show a bar on stderr.
+        stopping: asked before each pipeline call; True ends the sampling.
 
     Raises:
+        CutShort: `stopping` returned True. Samples that were made are in the folder.
         ValueError: no size, or one that the model cannot make; an output_dir that holds something else.
         RuntimeError: acceleration is enabled, or a sample could not be made or written.
     """
@@ -77,6 +81,8 @@ def teacher_samples(
             quiet(pipe),
         ):
             for batch in plan_batches(missing, batch_size):
+                if stopping():
+                    raise CutShort
                 latents = run_latents(pipe, batch).float().cpu()
                 conditions = encode_captions(trainable, [x.record.prompt for x in batch])
                 for sample, x, y in zip(batch, latents, conditions, strict=True):

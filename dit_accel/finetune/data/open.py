@@ -1,6 +1,7 @@
 """`open_samples`: the training data that a `FinetuneConfig` names."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ TEACHER_FOLDER = "teacher-samples"
 """Folder below the output folder for latents that are sampled from prompts."""
 
 
-def open_samples(config: Any, trainable: Encoder, *, progress: bool = True) -> Samples:
+def open_samples(
+    config: Any,
+    trainable: Encoder,
+    *,
+    progress: bool = True,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Samples:
     """Open the training data of a run. Acceleration must not be enabled on the pipeline yet.
 
     Everything is checked that can be checked without decoding: captions, sizes, hashes of the model.
@@ -27,6 +34,7 @@ def open_samples(config: Any, trainable: Encoder, *, progress: bool = True) -> S
         config: `FinetuneConfig`; read are its options of data, `seed`, `train_batch_size` and `output_dir`.
         trainable: the model.
         progress: show bars on stderr.
+        stopping: whether a signal asks the run to end, which sampling from `prompts` then does.
 
     Returns:
         Samples of `precomputed_dir`, of the files of `instance_data_dir`, or sampled from `prompts`.
@@ -34,6 +42,7 @@ def open_samples(config: Any, trainable: Encoder, *, progress: bool = True) -> S
     Raises:
         ValueError: no source of data or several, or data that cannot be used; the message names the option.
         RuntimeError: samples of `prompts` could not be made or written.
+        CutShort: `stopping` returned True while samples were made.
     """
     given = [x for x in SOURCES if getattr(config, x) is not None]
     if len(given) != 1:
@@ -43,7 +52,7 @@ def open_samples(config: Any, trainable: Encoder, *, progress: bool = True) -> S
         return _precomputed(config.precomputed_dir, trainable, config.max_sequence_length)
     if config.instance_data_dir is not None:
         return _raw(config, trainable, progress)
-    return _from_prompts(config, trainable, progress)
+    return _from_prompts(config, trainable, progress, stopping)
 
 
 def _precomputed(folder: str, trainable: Encoder, tokens: int | None) -> PrecomputedSamples:
@@ -89,7 +98,9 @@ def _raw(config: Any, trainable: Encoder, progress: bool) -> Samples:
     return RawSamples(sources, trainable, fps=sizes.fps)
 
 
-def _from_prompts(config: Any, trainable: Encoder, progress: bool) -> Samples:
+def _from_prompts(
+    config: Any, trainable: Encoder, progress: bool, stopping: Callable[[], bool]
+) -> Samples:
     from dit_accel.finetune.data.from_prompts import teacher_samples
     from dit_accel.sampling.prompt_sets import load_prompts
 
@@ -118,6 +129,7 @@ def _from_prompts(config: Any, trainable: Encoder, progress: bool) -> Samples:
         seed=config.seed,
         batch_size=config.train_batch_size,
         progress=progress,
+        stopping=stopping,
     )
 
 

@@ -9,6 +9,7 @@ import dit_accel
 from dit_accel.finetune.data.buckets import Bucket
 from dit_accel.finetune.data.from_prompts import teacher_samples
 from dit_accel.finetune.data.samples import load_batch
+from dit_accel.finetune.stop import CutShort
 from dit_accel.sampling.prompts import PromptRecord, number_prompts
 from dit_accel.sampling.settings import Sampling
 
@@ -62,6 +63,22 @@ def calls(wan, monkeypatch):
 
     monkeypatch.setattr(type(wan), "__call__", call)
     return noted
+
+
+def test_a_signal_ends_it_between_two_calls_and_keeps_what_is_made(tmp_path, model, calls):
+    with pytest.raises(CutShort):
+        teacher_samples(
+            model,
+            PROMPTS,
+            tmp_path / "t",
+            sampling=SMALL,
+            num_samples=3,
+            stopping=lambda: len(calls) == 2,
+        )
+    assert len(calls) == 2
+    store = teacher_samples(model, PROMPTS, tmp_path / "t", sampling=SMALL, num_samples=3)
+    assert len(calls) == 3
+    assert store.ids == ["00000/0", "00001/0", "00000/1"]
 
 
 def test_latents_are_those_of_the_pipeline(tmp_path, model, wan):
