@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.finetune.families import family_name
+from dit_accel.sampling.settings import Sampling
 
 OPTIONAL = {
     "train='lora'": ("peft", "pip install dit-accel[train]"),
@@ -40,6 +41,8 @@ def check_model(config: Any, outline: Any, *, dry_run: bool = False) -> None:
         except ValueError as error:
             where = "" if config.buckets is None else f"buckets={config.buckets!r}: "
             raise ValueError(f"{where}{error}") from None
+    if config.max_sequence_length is not None:
+        outline.check(Sampling(max_sequence_length=config.max_sequence_length))
     _check_layers(config, outline, family)
     if not dry_run:
         _check_processes(config)
