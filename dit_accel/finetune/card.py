@@ -56,7 +56,7 @@ def write_card(
             f"# {folder.resolve().name}",
             "",
             f"Sparse-linear attention (SLA) for {base}, fine-tuned with `dit-accel finetune`: {TRAINED[config.train]}, "
-            f"about {_percent(config.sla['topk'])} of the key blocks read exactly.",
+            f"{_share(config.sla['topk'])} read exactly.",
             "",
             "## Use",
             "",
@@ -78,8 +78,9 @@ def write_card(
     return folder / "README.md"
 
 
-def _percent(topk: float | None) -> str:
-    return "some" if topk is None else f"{100 * topk:g} %"
+def _share(topk: float | None) -> str:
+    chosen = "the key blocks that top_p chooses"
+    return chosen if topk is None else f"about {100 * topk:g} % of the key blocks"
 
 
 def _usage(config: Any, pipeline: str, base: str, folder: Path) -> list[str]:

@@ -192,7 +192,7 @@ class FinetuneConfig:
     validation_prompts: str | None = None
     """Prompts that are sampled during training, separated by ":::", or a prompts file. Default: no validation."""
     validation_steps: int | None = None
-    """Steps from one validation to the next; there is one before the first step. Default: 500."""
+    """Steps from one validation to the next, beside one before the first step and one after the last. Default: 500."""
     num_validation_videos: int = 1
     """Samples a prompt."""
     validation_num_inference_steps: int | None = None

@@ -1,4 +1,4 @@
-"""`RunLog`: the log of a run: a JSON line for each step, always on disk, trackers, and a progress bar."""
+"""`RunLog`: the log of a run: a JSON line for each step and validation, and the trackers."""
 
 import json
 import os

@@ -306,15 +306,23 @@ def test_full_disk_leaves_the_earlier_card(tmp_path, monkeypatch):
     assert (tmp_path / "README.md").read_text() == "earlier"
 
 
-def test_card_without_validation(tmp_path):
+@pytest.mark.parametrize(
+    ("topk", "text"),
+    [
+        (0.05, "about 5 % of the key blocks read exactly"),
+        (None, "the key blocks that top_p chooses read exactly"),
+    ],
+)
+def test_card_without_validation(tmp_path, topk, text):
     RunLog(tmp_path).close()
     write_card(
         tmp_path,
-        settings("tiny-wan", "sla"),
+        settings("tiny-wan", "sla", sla={"topk": topk}),
         pipeline="SparseWanPipeline",
         base="tiny-wan",
         counters={},
     )
-    text = (tmp_path / "README.md").read_text()
-    assert "## Figures" not in text
-    assert ModelCard(text).data.base_model is None
+    card = (tmp_path / "README.md").read_text()
+    assert text in card
+    assert "## Figures" not in card
+    assert ModelCard(card).data.base_model is None
