@@ -166,24 +166,33 @@ def _check_lists(config: Any) -> None:
         "a list of fractions in (0, 1]",
     )
     if config.buckets is not None:
-        parse_buckets(config.buckets)
+        bucket_sizes(config.buckets)
 
 
-def parse_buckets(text: Any) -> list[tuple[int, int, int]]:
-    """Return (frames, height, width) of each bucket of "F,H,W;F,H,W".
+def bucket_sizes(text: Any, argument: str = "buckets") -> list[tuple[int, int, int]]:
+    """Return (frames, height, width) of each bucket of "F,H,W;F,H,W"; whether a model makes them is not checked.
 
     Raises:
-        ValueError: text of another form, or a bucket that is given twice.
+        ValueError: text of another form, or a bucket that is given twice; the message names `argument`.
     """
-    accepted = 'sizes in pixels as "F,H,W;F,H,W" (frames, height, width), each once'
+    largest = LARGEST["height"]
+    accepted = (
+        f"frames,height,width in [1, {largest}], separated by ';', such as '33,64,64;17,64,96'"
+    )
+    if not isinstance(text, str):
+        raise ValueError(f"{argument}={text!r}: accepted is text of {accepted}")
     buckets: list[tuple[int, int, int]] = []
-    for part in text.split(";") if isinstance(text, str) else [""]:
+    for part in text.split(";"):
         numbers = [x.strip() for x in part.split(",")]
         ok = len(numbers) == 3 and all(x.isascii() and x.isdecimal() for x in numbers)
-        check("buckets", text, ok, accepted)
-        frames, height, width = map(int, numbers)
-        small = max(frames, height, width) <= LARGEST["height"]
-        check("buckets", text, min(frames, height, width) >= 1 and small, accepted)
-        check("buckets", text, (frames, height, width) not in buckets, accepted)
+        frames, height, width = map(int, numbers) if ok else (0, 0, 0)
+        if not all(1 <= x <= largest for x in (frames, height, width)):
+            raise ValueError(
+                f"{argument}={text!r}: {part.strip()!r} is no bucket; accepted are {accepted}"
+            )
+        if (frames, height, width) in buckets:
+            raise ValueError(
+                f"{argument}={text!r}: {frames}x{height}x{width} comes twice; accepted is once"
+            )
         buckets.append((frames, height, width))
     return buckets

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from dit_accel.config import SLAConfig
 from dit_accel.config.base import as_lists, is_int, suggest
-from dit_accel.finetune.checks import NUMBERS, SECRETS, check_fields, parse_buckets
+from dit_accel.finetune.checks import NUMBERS, SECRETS, bucket_sizes, check_fields
 from dit_accel.finetune.contradictions import check_combinations
 
 SLA_DEFAULTS: dict[str, Any] = {"topk": 0.1, "crossover": "never"}
@@ -259,7 +259,7 @@ class FinetuneConfig:
     def sizes(self) -> list[tuple[int | None, int | None, int | None]]:
         """(frames, height, width) of each bucket in pixels; None stands for a default."""
         if self.buckets is not None:
-            return list(parse_buckets(self.buckets))
+            return list(bucket_sizes(self.buckets))
         return [(self.num_frames, self.height, self.width)]
 
     @property

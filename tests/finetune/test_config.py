@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from dit_accel.config.sla import ROUTERS
-from dit_accel.finetune.checks import parse_buckets
+from dit_accel.finetune.checks import bucket_sizes
 from dit_accel.finetune.config import FinetuneConfig
 from dit_accel.sampling.outline import read_outline
 
@@ -331,7 +331,7 @@ def test_the_dtype_that_weights_are_loaded_in(train, precision, dtype):
 def test_sizes():
     assert FinetuneConfig().sizes == [(None, None, None)]
     assert FinetuneConfig(height=64, width=96).sizes == [(None, 64, 96)]
-    assert parse_buckets("33,64,64;1,128,128") == [(33, 64, 64), (1, 128, 128)]
+    assert bucket_sizes("33,64,64;1,128,128") == [(33, 64, 64), (1, 128, 128)]
 
 
 # With a model ---------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float32, UInt8
 from torch import Tensor
+
+from dit_accel.finetune.checks import bucket_sizes
 
 _NAME = re.compile(r"(\d+)x(\d+)x(\d+)")
 _SAME_SHAPE = 1.05
@@ -89,26 +90,10 @@ def parse_buckets(text: str, rules: SizeRules, argument: str = "buckets") -> tup
     Raises:
         ValueError: another form, a size that the model does not accept, or a bucket that comes twice.
     """
-    from diffusers.training_utils import parse_buckets_string
-
-    buckets = []
-    for part in text.split(";"):
-        frames, _, size = part.partition(",")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # multiples of 8; `rules` knows those of the model
-                ((height, width),) = parse_buckets_string(size)
-            bucket = Bucket(int(frames), height, width)
-        except ValueError:
-            raise ValueError(
-                f"{argument}={text!r}: {part.strip()!r} is no bucket; accepted are frames,height,width separated by ';', "
-                "such as '33,64,64;17,64,96'"
-            ) from None
+    buckets = tuple(Bucket(*size) for size in bucket_sizes(text, argument))
+    for bucket in buckets:
         rules.check(bucket, argument)
-        if bucket in buckets:
-            raise ValueError(f"{argument}={text!r}: {bucket} comes twice; accepted is once")
-        buckets.append(bucket)
-    return tuple(buckets)
+    return buckets
 
 
 def nearest_bucket(
