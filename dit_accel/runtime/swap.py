@@ -145,7 +145,7 @@ def unchangeable(weights: Mapping[str, Tensor], names: Iterable[str]) -> str | N
                 "remove_all_hooks() of the pipeline (enable_model_cpu_offload works)"
             )
         if type(x) not in PLAIN or not x.is_floating_point():
-            return f"transformer.{name}: quantised ({type(x).__name__}, {x.dtype}); accepted are plain weights"
+            return f"transformer.{name}: quantised or sharded ({type(x).__name__}, {x.dtype}); accepted are plain weights"
     return None
 
 

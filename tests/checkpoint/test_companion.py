@@ -401,7 +401,7 @@ def quantise(pipe):
 
 OBSTACLES = {
     "sequential offload": (sequential_offload, r"sequential offloading .*remove_all_hooks"),
-    "quantised": (quantise, r"to_q.weight: quantised \(Quantised"),
+    "quantised": (quantise, r"to_q.weight: quantised or sharded \(Quantised"),
     "fused": (lambda x: x.transformer.fuse_qkv_projections(), r"fused; .*unfuse_qkv_projections"),
     "disk": (lambda x: group_offload(x, path=x.place), r"group offloading to a disk"),
 }
