@@ -73,25 +73,41 @@ def _download(repository: str, **hub: Any) -> Path:
         )
     try:
         path = Path(hf_hub_download(repository, FILE_NAME, **hub))
-        if (name := companion_name(path)) is not None:
-            if commit := snapshot_of(path):
-                hub["revision"] = commit
-            folder = hub.pop("subfolder", None)
-            where = name if folder is None else f"{folder}/{name}"
-            snapshot_download(repository, allow_patterns=[where, f"{where}/*"], **hub)
-        return path
     except (EntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"dir_or_id={repository!r}: neither a file, a folder nor a hub repository with a {FILE_NAME} that "
-            f"could be reached ({reason})"
+            f"could be reached ({_reason(error)})"
         ) from None
+    _download_companion(path, repository, hub)
+    return path
+
+
+def _download_companion(path: Path, repository: str, hub: dict[str, Any]) -> None:
+    """Download the companion of an SLA checkpoint, if it has one, from the commit that the checkpoint is of."""
+    name = companion_name(path)
+    if name is None:
+        return
+    hub = hub.copy()
+    if commit := snapshot_of(path):
+        hub["revision"] = commit
+    if folder := hub.pop("subfolder", None):
+        name = f"{folder}/{name}"
+    try:
+        snapshot_download(repository, allow_patterns=[name, f"{name}/*"], **hub)
+    except (EntryNotFoundError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{repository}: {name}, which belongs to its {FILE_NAME}, could not be downloaded ({_reason(error)})"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def own_file(source: str | os.PathLike, file_name: str, argument: str, **hub: Any) -> Path | None:
     """Return the path of a settings file in a diffusers repository; None: it has none.
 
-    Warns if the hub cannot be asked.
+    From the hub, the companion of an SLA checkpoint comes with it. Warns if the hub cannot be asked.
 
     Args:
         source: folder, or hub id.
@@ -103,7 +119,7 @@ def own_file(source: str | os.PathLike, file_name: str, argument: str, **hub: An
         path = Path(source) / file_name
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(str(source), file_name, **hub))
+        path = Path(hf_hub_download(str(source), file_name, **hub))
     except LocalEntryNotFoundError:
         where = {key: hub[key] for key in ("cache_dir", "revision") if key in hub}
         if try_to_load_from_cache(str(source), file_name, **where) is not _CACHED_NO_EXIST:
@@ -115,6 +131,9 @@ def own_file(source: str | os.PathLike, file_name: str, argument: str, **hub: An
         return None
     except EntryNotFoundError:
         return None
+    if file_name == FILE_NAME:
+        _download_companion(path, str(source), hub)
+    return path
 
 
 def own_checkpoint(source: str | os.PathLike, **hub: Any) -> Path | None:
