@@ -157,8 +157,8 @@ def disable(target: Any) -> None:
         target: as in `enable`.
 
     Raises:
-        RuntimeError: weights that an SLA checkpoint brought cannot be put back, because weights were fused, quantised
-            or offloaded one by one since; the message says what to undo. Acceleration then stays on.
+        RuntimeError: weights that an SLA checkpoint brought cannot be put back, because weights were quantised or
+            offloaded one by one since; the message says what to undo. Acceleration then stays on.
     """
     uninstall(target)
 

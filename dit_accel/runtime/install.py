@@ -3,7 +3,7 @@
 import copy
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -43,10 +43,11 @@ class Installation:
         self._focus_hooks: list[tuple[str, Hook]] = []
         self.layers = self.family.self_attention(transformer)
         self._check(transformer)
+        before = [x for x in self.swaps if x.is_in]
         try:
             self._install(transformer)
         except BaseException:
-            self.remove(transformer)
+            self.remove(transformer, keep=before)
             raise
 
     # Putting on and taking off ----------------------------------------------------------------------
@@ -97,14 +98,18 @@ class Installation:
         ]
         self._focus_hooks = self._hook_focus(transformer)
 
-    def remove(self, transformer: Any) -> None:
+    def remove(self, transformer: Any, *, keep: Collection[WeightSwap] = ()) -> None:
         """Put back what was there; processors that somebody else set stay.
+
+        Args:
+            keep: values for weights that stay in the transformer.
 
         Raises:
             RuntimeError: weights cannot be put back (see `WeightSwap`). Then everything stays on.
         """
         for swap in self.swaps:
-            swap.take_out(transformer)
+            if swap not in keep:
+                swap.take_out(transformer)
         for hook in [*self._hooks, *(x for _, x in self._focus_hooks)]:
             hook.remove()
         for method in self.methods.values():
@@ -303,10 +308,10 @@ def install(
     Raises:
         ValueError: a transformer or processors that are not supported, or methods that do not go together.
     """
-    transformer = transformer_of(target)
+    transformer, methods = transformer_of(target), list(methods)
     clock = Clock() if replaced is None else replaced.clock
     if replaced is not None:
-        replaced.remove(transformer)
+        replaced.remove(transformer, keep=[x.swap for x in methods if x.swap is not None])
         clock.forget()
     try:
         installation = Installation(transformer, methods, clock)

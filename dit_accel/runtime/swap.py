@@ -1,6 +1,8 @@
 """`WeightSwap`: other values for the weights of a transformer, as long as a method is on."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,47 +46,65 @@ class WeightSwap:
         return self._outside if self.is_in else {}
 
     def check(self, transformer: nn.Module) -> None:
-        """Refuse a transformer in a state in which no weight of it can be exchanged; `put_in` refuses it too.
+        """Refuse a transformer into which no values can be put; `put_in` refuses it too, the first time.
 
         Raises:
-            ValueError: fused projections, a fused LoRA, or group offloading to a disk.
+            ValueError: projections are fused, a LoRA is fused, or group offloading holds the weights on a disk.
         """
-        if problem := obstacle(transformer):
+        for name, module in transformer.named_modules():
+            where = f"transformer.{name}" if name else "transformer"
+            if getattr(module, "fused_projections", False):
+                raise ValueError(
+                    f"{where}: projections are fused; accepted are separate ones (unfuse_qkv_projections(), or load the "
+                    f"model again), {INSTEAD}"
+                )
+            if getattr(module, "merged_adapters", None):
+                raise ValueError(
+                    f"{where}: a LoRA is fused into the weights; accepted after unfuse_lora(), {INSTEAD}"
+                )
+        if problem := _obstacle(transformer, {}, ()):
             raise ValueError(f"{problem}, {INSTEAD}")
 
     def put_in(self, transformer: nn.Module) -> None:
-        """Put the values in. If that fails, the transformer is as it was.
+        """Put the values in, if they are not. If that fails, the transformer is as it was.
 
         Raises:
-            ValueError: the values do not fit, or weights cannot be exchanged: quantised ones, fused ones, ones that
-                offloading holds elsewhere.
+            ValueError: the values do not fit; or `check` refuses the transformer, or weights are quantised, sharded or
+                held elsewhere by offloading.
         """
-        self.check(transformer)
+        if self.is_in:
+            return
         weights = dict(plain_weights(transformer))
-        if self._changes is None:
+        if self._changes is None:  # they were in before
             changes = {name: _value(x) for name, x in self._outside.items()}
         else:
+            self.check(transformer)
             changes = dict(self._changes(transformer))
-        if problem := unchangeable(weights, changes):
+        if problem := _obstacle(transformer, weights, changes):
             raise ValueError(f"{problem}, {INSTEAD}")
-        self._exchange(weights, changes)
-        # What the values were made from can go: from here on there are the values.
-        self.is_in, self._changes = True, None
+        with _nothing_fused(transformer):
+            self._exchange(weights, changes)
+            # What the values were made from can go: from here on there are the values.
+            self.is_in, self._changes = True, None
 
     def take_out(self, transformer: nn.Module) -> None:
-        """Put the original values back. If that fails, the transformer is as it was.
+        """Put the original values back, if they are not there. If that fails, the transformer is as it was.
+
+        A LoRA and projections that were fused in the meantime are fused with the original values then.
 
         Raises:
-            RuntimeError: weights were fused, quantised or offloaded in a way in which they cannot be exchanged.
+            RuntimeError: weights were quantised, sharded or offloaded in a way in which they cannot be exchanged.
         """
         if not self.is_in:
             return
         weights = dict(plain_weights(transformer))
-        if problem := obstacle(transformer) or unchangeable(weights, self._outside):
+        if problem := _obstacle(transformer, weights, self._outside):
             raise RuntimeError(f"changed after enable, weights cannot be put back: {problem}")
-        # Backwards, because two names may stand for one tensor.
-        self._exchange(weights, {name: _value(x) for name, x in reversed(self._outside.items())})
-        self.is_in = False
+        with _nothing_fused(transformer):
+            # Backwards, because two names may stand for one tensor.
+            originals = reversed(self._outside.items())
+            self._exchange(weights, {name: _value(x) for name, x in originals})
+            self.is_in = False
 
     def _exchange(self, weights: Mapping[str, Tensor], changes: Mapping[str, Change]) -> None:
         """Change one weight after the other, so that no device has to hold all of them twice."""
@@ -120,21 +140,18 @@ def plain_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Te
             yield from plain_weights(child, f"{prefix}{name}.")
 
 
-def obstacle(transformer: nn.Module) -> str | None:
-    """Return why no weight of a transformer can be exchanged, and what to do first; None if nothing speaks against it."""
+def _obstacle(
+    transformer: nn.Module, weights: Mapping[str, Tensor], names: Iterable[str]
+) -> str | None:
+    """Return why weights cannot be exchanged, and what to do first; None if they can be.
+
+    Args:
+        weights: of the transformer.
+        names: those that are to be exchanged.
+    """
     for name, module in transformer.named_modules():
-        where = f"transformer.{name}" if name else "transformer"
-        if getattr(module, "fused_projections", False):
-            return f"{where}: projections are fused; accepted after unfuse_qkv_projections()"
-        if getattr(module, "merged_adapters", None):
-            return f"{where}: a LoRA is fused into the weights; accepted after unfuse_lora()"
         if _offloads_to_disk(module):
-            return f"{where}: group offloading to a disk holds the weights; accepted without it"
-    return None
-
-
-def unchangeable(weights: Mapping[str, Tensor], names: Iterable[str]) -> str | None:
-    """Return why one of these weights cannot be exchanged, and what to do first; None if all of them can be."""
+            return f"transformer.{name}: group offloading to a disk holds the weights; accepted without it"
     for name in names:
         x = weights.get(name)
         if x is None:
@@ -153,6 +170,25 @@ def _offloads_to_disk(module: nn.Module) -> bool:
     registry = getattr(module, "_diffusers_hook", None)
     hook = None if registry is None else registry.get_hook("group_offloading")
     return getattr(getattr(hook, "config", None), "offload_to_disk_path", None) is not None
+
+
+@contextlib.contextmanager
+def _nothing_fused(transformer: nn.Module) -> Iterator[None]:
+    """Context manager in which no LoRA is fused into the weights; fused projections are made anew at its end."""
+    layers: list[Any] = [x for x in transformer.modules() if getattr(x, "merged_adapters", None)]
+    names = [list(layer.merged_adapters) for layer in layers]
+    for layer in layers:
+        layer.unmerge()
+    try:
+        yield
+    finally:
+        for layer, adapters in zip(layers, names, strict=True):
+            layer.merge(adapter_names=adapters)
+    fused: list[Any] = [x for x in transformer.modules() if getattr(x, "fused_projections", False)]
+    for module in fused:
+        if hasattr(module, "unfuse_projections"):
+            module.unfuse_projections()
+        module.fuse_projections()
 
 
 def _value(x: Tensor) -> Change:

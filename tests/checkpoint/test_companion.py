@@ -309,7 +309,7 @@ def test_a_lora_on_top(wan):
 
 
 @each_kind
-def test_a_fused_lora_has_to_be_unfused_first(wan):
+def test_a_fused_lora_has_to_be_unfused_before(wan):
     pipe = wan.plain()
     pipe.load_lora_weights(style(), adapter_name="style")
     pipe.fuse_lora()
@@ -319,15 +319,25 @@ def test_a_fused_lora_has_to_be_unfused_first(wan):
     assert same(snapshot(pipe.transformer), before)
     pipe.unfuse_lora()
     load_sla(pipe, wan.folder)
+
+
+@each_kind
+def test_a_lora_that_is_fused_afterwards_stays_fused(wan):
+    pipe = wan.plain()
+    load_sla(pipe, wan.folder)
+    pipe.load_lora_weights(style(), adapter_name="style")
+    styled = wan.run(pipe)
     pipe.fuse_lora()
-    on = installation_of(pipe)
-    with pytest.raises(RuntimeError, match=r"changed after enable.*unfuse_lora"):
-        disable(pipe)
-    with pytest.raises(RuntimeError, match=r"changed after enable.*unfuse_lora"):
-        enable(pipe, ras=RAS)
-    assert installation_of(pipe) is on
-    pipe.unfuse_lora()
+    assert relative(wan.run(pipe), styled) < 1e-5
+    enable(pipe, ras=RAS)
+    enable(pipe, ras="none")
+    assert relative(wan.run(pipe), styled) < 1e-5
     disable(pipe)
+    fused = wan.plain()
+    fused.load_lora_weights(style(), adapter_name="style")
+    fused.fuse_lora()
+    assert equal(pipe.transformer.state_dict(), fused.transformer.state_dict())
+    assert torch.equal(wan.run(pipe), wan.run(fused))
 
 
 def model_offload(pipe):
@@ -431,6 +441,11 @@ def test_sequential_offload_afterwards(wan):
     wan.check_sparse(pipe)
     with pytest.raises(RuntimeError, match=r"changed after enable.*remove_all_hooks"):
         disable(pipe)
+    with pytest.raises(RuntimeError, match=r"changed after enable.*remove_all_hooks"):
+        enable(pipe, sla="fast")
+    wan.check_sparse(pipe)
+    enable(pipe, ras=RAS)
+    enable(pipe, ras="none")
     wan.check_sparse(pipe)
     from accelerate.hooks import remove_hook_from_submodules
 
@@ -440,13 +455,17 @@ def test_sequential_offload_afterwards(wan):
     wan.check_dense(pipe)
 
 
-def test_projections_that_are_fused_afterwards(results):
-    result = results("wan", "all")
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_projections_that_are_fused_afterwards_hold_the_base_weights(family, kind, results):
+    result = results(family, kind)
     pipe = result.plain()
     load_sla(pipe, result.folder)
     pipe.transformer.fuse_qkv_projections()
-    with pytest.raises(RuntimeError, match="unfuse_qkv_projections"):
-        disable(pipe)
+    disable(pipe)
+    fused = result.plain()
+    fused.transformer.fuse_qkv_projections()
+    assert equal(pipe.transformer.state_dict(), fused.transformer.state_dict())
+    assert torch.equal(result.run(pipe), result.run(fused))
     pipe.transformer.unfuse_qkv_projections()
     result.check_dense(pipe)
 
@@ -613,10 +632,15 @@ def test_weights_of_another_architecture_are_refused(results, tmp_path):
     write_checkpoint(folder / "sla.safetensors", type(stored)(
         config=stored.config, base=stored.base, weights=stored.weights, companion=companion
     ))  # fmt: skip
-    pipe = result.plain()
-    with pytest.raises(ValueError, match=r"does not fit this transformer: missing: blocks\.0"):
-        load_sla(pipe, folder)
-    result.check_dense(pipe)
+    for on in (False, True):
+        pipe = result.plain()
+        if on:
+            load_sla(pipe, result.folder)
+        with pytest.raises(ValueError, match=r"does not fit this transformer: missing: blocks\.0"):
+            load_sla(pipe, folder)
+        if on:
+            result.check_sparse(pipe)
+        result.check_dense(pipe)
 
 
 def test_weights_in_several_files(results, tmp_path):
