@@ -44,13 +44,15 @@ def enable(
         ras: region-adaptive sampling: an `RASConfig`, a preset ("quality", "balanced", "fast",
             "paper"), a YAML file, or a dict of `RASConfig` fields. "none" switches it off. Default: left as it is.
         sla: sparse attention: an `SLAConfig`, a preset ("quality", "balanced", "fast"),
-            a YAML file, a dict of `SLAConfig` fields, or an SLA checkpoint that `save_sla` wrote (the folder or
-            the file). "none" switches it off. Default: left as it is.
+            a YAML file, a dict of `SLAConfig` fields, or an SLA checkpoint that `save_sla` or fine-tuning wrote (the
+            folder or the file). Weights of the transformer that were trained with it are put in, and `disable` or
+            other settings put the former ones back. "none" switches it off. Default: left as it is.
         **methods: further methods, each an instance of `dit_accel.runtime.method.Method` under its name.
 
     Raises:
         ValueError: a bad argument, a transformer that is not supported, or an SLA checkpoint made for another
             model. What was on before is then still on.
+        RuntimeError: weights that an SLA checkpoint brought cannot be put back, see `disable`.
     """
     if ras is None and sla is None and not methods:
         raise ValueError(
@@ -88,11 +90,15 @@ def _sparse_attention(
 ) -> SparseAttention:
     transformer_of(target)  # refuses what has none before anything is compared
     if isinstance(settings, SLACheckpoint):
+        transformer = transformer_of(target)
+        swap = None if settings.companion is None else settings.companion.swap()
+        if swap is not None:
+            swap.check(transformer)
         try:
-            settings.base.check(identity_of(transformer_of(target)))
+            settings.base.check(identity_of(transformer, original=True))
         except ValueError as error:
             raise ValueError(f"sla: this SLA checkpoint was {error}") from None
-        return SparseAttention(settings.config, settings.layer_weights())
+        return SparseAttention(settings.config, settings.layer_weights(), swap=swap)
     if on is None:
         return SparseAttention(settings)
     if repr(on.config) == repr(settings):  # equality takes one step, 1, for all of them, 1.0
@@ -101,7 +107,12 @@ def _sparse_attention(
 
 
 def _kept_weights(settings: SLAConfig, on: SparseAttention) -> dict[str, dict[str, Any]] | None:
-    """Return what was learned under other settings and stays: weights of the same combine, and of a learned router."""
+    """Return what was learned under other settings and stays: weights of the same combine, and of a learned router.
+
+    None of it stays where it was learned together with weights of the transformer, which leave.
+    """
+    if on.swap is not None:
+        return None
     branch = on.config.combine == settings.combine and settings.has_linear_branch
     branch = branch and all(x.calibrated for x in on.attention.values())
     router = on.config.router == settings.router == "learned"
@@ -120,13 +131,14 @@ def _kept_weights(settings: SLAConfig, on: SparseAttention) -> dict[str, dict[st
 def load_sla(
     target: Any, dir_or_id: str | os.PathLike, *, revision: str | None = None, **hub: Any
 ) -> None:
-    """Switch sparse attention on with the settings and weights that `save_sla` wrote.
+    """Switch sparse attention on with the settings and weights that `save_sla` or fine-tuning wrote.
 
     Sparse attention with other settings is replaced. Region-adaptive sampling stays as it is.
 
     Args:
         target: a pipeline or transformer of the base model that the SLA checkpoint was made for, in any dtype.
-        dir_or_id: a folder that holds `sla.safetensors`, the file, or a hub repository.
+        dir_or_id: a folder that holds `sla.safetensors`, the file, or a hub repository. Fine-tuned weights or
+            adapters of the transformer are beside that file.
         revision: branch, tag or commit of a hub repository. Default: the main branch.
         **hub: further arguments of `huggingface_hub.hf_hub_download` (`token`, `cache_dir`, ...).
 
@@ -143,6 +155,10 @@ def disable(target: Any) -> None:
 
     Args:
         target: as in `enable`.
+
+    Raises:
+        RuntimeError: weights that an SLA checkpoint brought cannot be put back, because weights were quantised or
+            offloaded one by one since; the message says what to undo. Acceleration then stays on.
     """
     uninstall(target)
 

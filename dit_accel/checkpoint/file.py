@@ -1,16 +1,14 @@
 """`sla.safetensors`: the file of an SLA checkpoint, written and read without a model."""
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,12 +18,16 @@ from dit_accel.checkpoint.base_model import (
     BaseModel,
     LayerGeometry,
 )
+from dit_accel.checkpoint.companion import Companion, companion_entry
+from dit_accel.checkpoint.tensors import mismatch, open_safetensors
 from dit_accel.config import OFF, SLAConfig
 from dit_accel.files import atomic_path
 from dit_accel.sla.attention import SparseLinearAttention
 
 FILE_NAME = "sla.safetensors"
-FORMAT, FORMAT_VERSION = "dit_accel.sla", "1"
+FORMAT = "dit_accel.sla"
+FORMAT_VERSION, COMPANION_VERSION = "1", "2"
+"""Versions of a file without and with a companion: what reads version 1 alone must not run the base weights."""
 _HEADER = ("config", "layers", "transformer_class", "base_model", "base_revision", "digest")
 
 
@@ -37,6 +39,8 @@ class SLACheckpoint:
     base: BaseModel
     weights: dict[str, Tensor]
     """fp32 tensors by `<layer>.<parameter>`; empty if `config.combine` has no weights."""
+    companion: Companion | None = None
+    """Values of the transformer that were trained with them. Default: none, they are for the base model as it is."""
 
     def __post_init__(self) -> None:
         self.config.check_layers(len(self.base.layers))
@@ -74,23 +78,6 @@ class SLACheckpoint:
         return layers
 
 
-def mismatch(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> str:
-    """Describe how names and shapes of a state dict differ from the expected ones; empty: they do not."""
-    parts = []
-    for label, names in (
-        ("missing", expected.keys() - found.keys()),
-        ("not expected", found.keys() - expected.keys()),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{label}: {', '.join(sorted(names)[:3])}{more}")
-    for name in sorted(found.keys() & expected.keys()):
-        if found[name] != expected[name]:
-            parts.append(f"{name} has shape {found[name]}; accepted: {expected[name]}")
-            break
-    return "; ".join(parts)
-
-
 def write_checkpoint(path: str | os.PathLike, checkpoint: SLACheckpoint) -> None:
     """Write the file atomically."""
     base = checkpoint.base
@@ -103,6 +90,11 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: SLACheckpoint) -> None
         "base_model": base.model,
         "base_revision": base.revision,
     }
+    if checkpoint.companion is not None:
+        header |= {
+            "format_version": COMPANION_VERSION,
+            "companion": checkpoint.companion.header_entry,
+        }
     tensors = {
         name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, x in {**checkpoint.weights, FINGERPRINT: base.fingerprint}.items()
@@ -113,10 +105,11 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: SLACheckpoint) -> None
 
 
 def read_checkpoint(path: str | os.PathLike) -> SLACheckpoint:
-    """Read the file, and check everything that can be checked without the model.
+    """Read the file, open its companion, and check everything that can be checked without the model.
 
     Raises:
-        ValueError: the file is missing, has another format or version, is damaged, or contradicts itself.
+        ValueError: the file or its companion is missing, has another format or version, is damaged, or contradicts
+            itself.
     """
     with open_safetensors(path) as file:
         header = file.metadata() or {}
@@ -124,12 +117,17 @@ def read_checkpoint(path: str | os.PathLike) -> SLACheckpoint:
             raise ValueError(
                 f"{path}: format={header.get('format')!r}; accepted is an SLA checkpoint ({FORMAT!r})"
             )
-        if header.get("format_version") != FORMAT_VERSION:
+        version = header.get("format_version")
+        if version not in (FORMAT_VERSION, COMPANION_VERSION):
             raise ValueError(
-                f"{path}: format_version={header.get('format_version')!r}; this dit_accel reads {FORMAT_VERSION!r}"
+                f"{path}: format_version={version!r}; this dit_accel reads {FORMAT_VERSION!r} and "
+                f"{COMPANION_VERSION!r}"
             )
-        if missing := [key for key in _HEADER if key not in header]:
+        expected = (*_HEADER, "companion") if version == COMPANION_VERSION else _HEADER
+        if missing := [key for key in expected if key not in header]:
             raise ValueError(f"{path}: no {missing[0]!r} in the header")
+        if version == FORMAT_VERSION and "companion" in header:
+            raise ValueError(f"{path}: companion in a file of format_version={version!r}")
         # Copies: the file may change under a memory map.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     for name, x in tensors.items():
@@ -154,9 +152,23 @@ def read_checkpoint(path: str | os.PathLike) -> SLACheckpoint:
         if not isinstance(values, dict):
             raise ValueError(f"config: {values!r}; accepted: the fields of SLAConfig")
         config = SLAConfig.from_dict(values)
-        return SLACheckpoint(config=config, base=base, weights=tensors)
+        companion = None
+        if version == COMPANION_VERSION:
+            companion = Companion.read(Path(path).parent, header["companion"])
+        return SLACheckpoint(config=config, base=base, weights=tensors, companion=companion)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def companion_name(path: str | os.PathLike) -> str | None:
+    """Return the name of the companion in the header of an SLA checkpoint; None: it has none.
+
+    Raises:
+        ValueError: another file, or an entry that is not valid.
+    """
+    with open_safetensors(path) as file:
+        entry = (file.metadata() or {}).get("companion")
+    return None if entry is None else companion_entry(entry)["name"]
 
 
 def settings_of(sla: Any) -> SLAConfig | SLACheckpoint | None:
@@ -204,33 +216,6 @@ def digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         state.update(json.dumps([name, list(x.shape), str(x.dtype)]).encode())
         state.update(x.numpy().tobytes())
     return state.hexdigest()
-
-
-@contextlib.contextmanager
-def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
-    """Open a file with `safe_open`; a ValueError says what another kind of file is."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; accepted is a safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {_kind(path, error)}; accepted is a safetensors file") from None
-
-
-def _kind(path: str | os.PathLike, error: Exception) -> str:
-    with Path(path).open("rb") as file:
-        head = file.read(64)
-    if head.startswith(b"PK\3\4"):
-        return "a zip archive, as torch.save writes it (a pickle)"
-    # A safetensors file begins with the length of its header, which is seldom 64 KiB and more.
-    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(head[2:3]):
-        return "a pickle"
-    if head.startswith(b"version https://git-lfs"):
-        return "a pointer of git-lfs, not the file (git lfs pull fetches it)"
-    if head.lstrip().startswith(b"<"):
-        return "a web page"
-    return f"truncated, damaged or something else ({error})" if head else "empty"
 
 
 def _layer(entry: Any) -> tuple[str, int, int, int]:

@@ -11,19 +11,26 @@ from torch import Tensor, nn
 
 from dit_accel.checkpoint.base_model import FINGERPRINT_VALUES, BaseModel, LayerGeometry
 from dit_accel.models import FAMILIES, AttentionLayer, family_of
+from dit_accel.runtime.install import original_weights
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)[\\/]snapshots[\\/]([0-9a-f]{40})")
 
 
-def identity_of(transformer: nn.Module, pipe: Any = None) -> BaseModel:
+def identity_of(transformer: nn.Module, pipe: Any = None, *, original: bool = False) -> BaseModel:
     """Return geometry and fingerprint of a transformer, and with `pipe` the name of its model.
+
+    Args:
+        transformer: a transformer, or a wrapper of torch.compile around one.
+        pipe: its pipeline. Default: the model has no name.
+        original: take the fingerprint of the weights that were there before acceleration put others in.
 
     Raises:
         ValueError: the transformer's class is not supported.
     """
     transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile wraps
     layers = family_of(transformer).self_attention(transformer)
+    before = original_weights(transformer) if original else {}
     model, revision = origin_of(transformer, pipe) if pipe is not None else ("", "")
     return BaseModel(
         transformer_class=next(
@@ -33,7 +40,12 @@ def identity_of(transformer: nn.Module, pipe: Any = None) -> BaseModel:
             LayerGeometry(name, layer.module.heads, layer.kv_heads, layer.head_dim)
             for name, layer in layers.items()
         ),
-        fingerprint=torch.stack([_values(layer) for layer in layers.values()]),
+        fingerprint=torch.stack(
+            [
+                _values(layer) if (x := before.get(f"{name}.to_v.weight")) is None else _spaced(x)
+                for name, layer in layers.items()
+            ]
+        ),
         model=model,
         revision=revision,
     )
@@ -55,9 +67,15 @@ def _values(layer: AttentionLayer) -> Tensor:
         )
         if not readable:
             return torch.zeros(FINGERPRINT_VALUES, dtype=torch.float32)
-        weight = weight.detach()[-layer.kv_heads * layer.head_dim :].flatten()
-        places = torch.arange(FINGERPRINT_VALUES, device=weight.device) * weight.numel()
-        return weight[places // FINGERPRINT_VALUES].float().cpu()
+        # Fused projections hold the values last.
+        return _spaced(weight.detach()[-layer.kv_heads * layer.head_dim :])
+
+
+def _spaced(weight: Tensor) -> Tensor:
+    """Return evenly spaced values of a weight."""
+    weight = weight.flatten()
+    places = torch.arange(FINGERPRINT_VALUES, device=weight.device) * weight.numel()
+    return weight[places // FINGERPRINT_VALUES].float().cpu()
 
 
 def _readable(module: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -74,6 +92,12 @@ def origin_of(transformer: Any, pipe: Any) -> tuple[str, str]:
             owner, model, commit = snapshot.groups()
             return f"{owner}/{model}", commit
     return public_name(re.sub(r"[\\/]transformer[\\/]*$", "", names[0]) or names[1]), ""
+
+
+def snapshot_of(path: str | os.PathLike) -> str | None:
+    """Return the commit of a file in the cache of huggingface_hub; None: the path does not tell it."""
+    found = _SNAPSHOT.search(str(path))
+    return None if found is None else found[3]
 
 
 def is_hub_id(name: str) -> bool:

@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dit_accel.checkpoint.companion import digest_of
 from dit_accel.checkpoint.file import (
     FILE_NAME,
     SLACheckpoint,
-    mismatch,
-    open_safetensors,
     read_checkpoint,
 )
 from dit_accel.checkpoint.identity import identity_of, public_name
@@ -24,8 +23,7 @@ from dit_accel.checkpoint.repository import (
     write_repository,
 )
 from dit_accel.checkpoint.state_dict import plain_tensors
-
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+from dit_accel.checkpoint.tensors import mismatch, read_weights
 
 
 def merge(
@@ -60,14 +58,17 @@ def merge(
     name = f"transformer={str(transformer)!r}"
     roots = {key.split(".")[0] for key in tuned.state_dict()}
     weights = plain_tensors(_read(Path(transformer), tuned, name), roots, name)
-    fill(tuned, _without_sla(weights, stored, name), name)
+    plain = _without_sla(weights, stored, name)
+    fill(tuned, plain, name)
     if stored is not None:
         base = identity_of(tuned)
         try:
-            stored.base.check(base)
+            if stored.companion is None or stored.companion.digest != digest_of(plain):
+                stored.base.check(base)
         except ValueError as error:
             raise ValueError(f"sla_checkpoint={str(sla_checkpoint)!r}: {error}") from None
-        stored = replace(stored, base=replace(base, model=public_name(output)))
+        base = replace(base, model=public_name(output))
+        stored = replace(stored, base=base, companion=None)
     write_repository(model, output, tuned, stored)
     return output
 
@@ -79,30 +80,11 @@ def _file(sla_checkpoint: str | os.PathLike) -> Path:
 
 def _read(path: Path, transformer: Any, name: str) -> dict[str, Tensor]:
     """Return the state dict, memory-mapped."""
-    if not path.is_dir():
-        return _tensors([path])
     if (path / "model_index.json").is_file():
         path = path / "transformer"
-    _check_config(path, transformer, name)
-    index = path / f"{_WEIGHTS}.index.json"
-    if not index.is_file():
-        return _tensors([path / _WEIGHTS])
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name}: {index.name} is not readable ({error})") from None
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{name}: {index.name} names {shard!r}; accepted are files beside it")
-    return _tensors([path / shard for shard in sorted(shards)])
-
-
-def _tensors(paths: list[Path]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in paths:
-        with open_safetensors(path) as file:
-            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return tensors
+    if path.is_dir():
+        _check_config(path, transformer, name)
+    return read_weights(path, name)
 
 
 def _check_config(folder: Path, transformer: Any, name: str) -> None:

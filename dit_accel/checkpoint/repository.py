@@ -11,7 +11,8 @@ import diffusers
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from dit_accel.checkpoint.file import FILE_NAME, SLACheckpoint, mismatch, write_checkpoint
+from dit_accel.checkpoint.file import FILE_NAME, SLACheckpoint, write_checkpoint
+from dit_accel.checkpoint.tensors import mismatch
 from dit_accel.files import atomic_directory, check_writable
 from dit_accel.models import FAMILIES
 

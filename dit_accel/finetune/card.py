@@ -7,7 +7,7 @@ from dit_accel.checkpoint.file import FILE_NAME
 from dit_accel.files import atomic_path
 from dit_accel.finetune.curves import FILE_NAME as CURVES
 from dit_accel.finetune.log import read_log
-from dit_accel.finetune.result import LORA_FILE, MERGED, WEIGHTS
+from dit_accel.finetune.result import MERGED
 
 METRICS = {
     "psnr": ("PSNR, dB", "{:.2f}"),
@@ -85,26 +85,14 @@ def _share(topk: float | None) -> str:
 
 def _usage(config: Any, pipeline: str, base: str, folder: Path) -> list[str]:
     name = folder.resolve().name
-    lines = [f"from dit_accel import {pipeline}", ""]
-    repository = f'pipe = {pipeline}.from_pretrained("{name}/{MERGED}")'
-    if config.train == "all":
-        kind = {
-            "SparseWanPipeline": "WanTransformer3DModel",
-            "SparseStableDiffusion3Pipeline": "SD3Transformer2DModel",
-            "SparseLuminaPipeline": "LuminaNextDiT2DModel",
-            "SparseLumina2Pipeline": "Lumina2Transformer2DModel",
-        }[pipeline]
-        lines.insert(0, f"from diffusers import {kind}")
-        lines += [
-            f'transformer = {kind}.from_pretrained("{name}/{WEIGHTS}")',
-            f'pipe = {pipeline}.from_pretrained("{base}", transformer=transformer, sla="{name}")',
-        ]
-    else:
-        lines.append(f'pipe = {pipeline}.from_pretrained("{base}", sla="{name}")')
-    if config.train == "lora":
-        lines.append(f'pipe.load_lora_weights("{name}")  # {LORA_FILE}')
+    lines = [
+        f"from dit_accel import {pipeline}",
+        "",
+        f'pipe = {pipeline}.from_pretrained("{base}", sla="{name}")',
+    ]
     if config.merge:
-        lines += ["", "# or, with everything in one repository:", repository]
+        merged = f'pipe = {pipeline}.from_pretrained("{name}/{MERGED}")'
+        lines += ["", "# or, with everything in one repository:", merged]
     return lines
 
 

@@ -2,19 +2,26 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dit_accel.checkpoint.file import FILE_NAME
+from torch import Tensor
+
+from dit_accel.checkpoint.companion import Companion
+from dit_accel.checkpoint.file import FILE_NAME, write_checkpoint
+from dit_accel.checkpoint.identity import identity_of
 from dit_accel.checkpoint.merge import merge
-from dit_accel.checkpoint.save_load import save_sla, weights_left_out
+from dit_accel.checkpoint.save_load import checkpoint_of, save_sla, weights_left_out
 from dit_accel.files import model_source, naming_failures, sync
 from dit_accel.finetune.shards import disk_errors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 WEIGHTS, MERGED = "transformer", "merged"
+COMPANIONS = {"all": (WEIGHTS,), "lora": (LORA_FILE,)}
+"""Files beside `sla.safetensors`, by what trains."""
 PUBLISHED = (
     FILE_NAME, LORA_FILE, f"{WEIGHTS}/*", f"{MERGED}/**", "README.md", "training_config.json", "log.jsonl", "curves.png",
     "validation/**",
@@ -25,8 +32,9 @@ PUBLISHED = (
 def write_result(pipe: Any, config: Any, folder: Path) -> list[str]:
     """Write what was trained, each file complete or not at all.
 
-    - `sla.safetensors`: settings and weights of sparse attention, for `from_pretrained(..., sla=folder)`.
-    - train="lora": `pytorch_lora_weights.safetensors`, for `load_lora_weights(folder)`.
+    - `sla.safetensors`: settings and weights of sparse attention, for `from_pretrained(..., sla=folder)`. It names
+      what was trained with it, which loads with it, and has the fingerprint of the base model.
+    - train="lora": `pytorch_lora_weights.safetensors`, adapters in the format of diffusers.
     - train="all": `transformer/`, the weights as `save_pretrained` writes them.
     - `merge`: `merged/`, a diffusers repository with the weights or adapters merged in, and the SLA checkpoint.
 
@@ -39,47 +47,80 @@ def write_result(pipe: Any, config: Any, folder: Path) -> list[str]:
         The names that were written.
 
     Raises:
-        RuntimeError: a file could not be written. What was written before stays.
+        RuntimeError: a file could not be written, or the base model not be read. What was written before stays.
         ValueError: the merged weights do not fit the repository.
     """
     with naming_failures("the checkpoints of the run are unharmed"), disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        names = []
-        if config.train == "lora":
-            with _replacing(folder, LORA_FILE) as staging:
-                save_lora(pipe, staging)
-            names.append(LORA_FILE)
+        checkpoint = checkpoint_of(pipe)
         if config.train == "all":
-            with _replacing(folder, WEIGHTS) as staging:
+            fingerprint = base_fingerprint(config, checkpoint.base.transformer_class)
+            checkpoint = replace(checkpoint, base=replace(checkpoint.base, fingerprint=fingerprint))
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [*COMPANIONS.get(config.train, ()), FILE_NAME]
+        with _replacing(folder, names) as staging:
+            if config.train == "lora":
+                save_lora(pipe, staging)
+                companion = Companion.open(staging / LORA_FILE, "lora")
+                checkpoint = replace(checkpoint, companion=companion)
+            if config.train == "all":
                 save_weights(pipe, staging / WEIGHTS)
-            names.append(WEIGHTS)
-        # Last: who finds it finds the weights that it goes with.
-        names.append(save_sla(pipe, folder).name)
+                companion = Companion.open(staging / WEIGHTS, "weights")
+                checkpoint = replace(checkpoint, companion=companion)
+            write_checkpoint(staging / FILE_NAME, checkpoint)
         if config.merge:
-            with _replacing(folder, MERGED) as staging:
+            with _replacing(folder, [MERGED]) as staging:
                 merge_result(pipe, config, staging)
             names.append(MERGED)
     return names
 
 
 @contextmanager
-def _replacing(folder: Path, name: str) -> Iterator[Path]:
-    """Yield a hidden folder; what it holds under `name` is brought to the disk and replaces what `folder` has there."""
-    staging = folder / f".tmp-result-{name}"
+def _replacing(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Yield a hidden folder; what it holds under each name is brought to the disk and then replaces, one by one."""
+    staging = folder / ".tmp-result"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         yield staging
-        made = staging / name
-        for path in (made, *made.rglob("*")):
-            sync(path)
-        target, old = folder / name, staging / "old"
-        if target.exists():
-            os.replace(target, old)
-        os.replace(made, target)
+        for name in names:
+            made = staging / name
+            for path in (made, *made.rglob("*")):
+                sync(path)
+        for name in names:
+            target = folder / name
+            if target.exists():
+                os.replace(target, staging / f"old-{name}")
+            os.replace(staging / name, target)
         sync(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def base_fingerprint(config: Any, transformer_class: str) -> Tensor:
+    """Return the fingerprint of the base model, read from its repository: every weight here may have trained.
+
+    Args:
+        config: settings of the run (`FinetuneConfig`).
+        transformer_class: class of the transformer in diffusers.
+
+    Raises:
+        RuntimeError: the repository cannot be read any more.
+    """
+    import diffusers
+
+    source = str(model_source(config.pretrained_model_name_or_path))
+    hub = {k: x for k in ("revision", "cache_dir", "variant") if (x := getattr(config, k, None))}
+    try:
+        base = getattr(diffusers, transformer_class).from_pretrained(
+            source, subfolder="transformer", **hub
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RuntimeError(
+            f"{source}: the base model cannot be read any more ({reason}), and the result names it; the checkpoints of "
+            "the run are unharmed: resume_from_checkpoint='latest' writes the result once it can be read"
+        ) from None
+    return identity_of(base).fingerprint
 
 
 def save_weights(pipe: Any, folder: Path) -> None:

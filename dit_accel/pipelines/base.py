@@ -10,10 +10,10 @@ from diffusers.loaders.single_file_model import FromOriginalModelMixin
 from diffusers.loaders.single_file_utils import SCHEDULER_LEGACY_KWARGS
 
 from dit_accel import control
-from dit_accel.checkpoint.file import FILE_NAME, SLACheckpoint, read_checkpoint
+from dit_accel.checkpoint.file import FILE_NAME, SLACheckpoint, read_checkpoint, write_checkpoint
 from dit_accel.checkpoint.ras_file import RAS_FILE_NAME, read_ras, write_ras
 from dit_accel.checkpoint.repository import read_index
-from dit_accel.checkpoint.save_load import own_file, save_sla, weights_left_out
+from dit_accel.checkpoint.save_load import checkpoint_of, own_file, weights_left_out
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.files import check_writable, model_source
 from dit_accel.pipelines.accelerate import accelerate
@@ -64,7 +64,8 @@ class SparsePipelineMixin:
         Args:
             pretrained_model_name_or_path: hub id, folder, or an embedded model ("tiny-wan", "tiny-sd3").
             sla: sparse attention: a preset ("quality", "balanced", "fast"), a YAML file, an `SLAConfig`, a dict
-                of its fields, or a folder or file that `save_sla` wrote; None or "none" for dense attention.
+                of its fields, or a folder or file that `save_sla` or fine-tuning wrote; None or "none" for dense
+                attention.
                 Default: the `sla.safetensors` of the repository, and "balanced" without one.
             ras: region-adaptive sampling: a preset ("quality", "balanced", "fast", "paper"), a YAML file, an
                 `RASConfig`, or a dict of its fields; None or "none" for all tokens in each step. Default: the
@@ -173,7 +174,8 @@ class SparsePipelineMixin:
 
         `sla.safetensors` is written if sparse attention is on with other settings than the default, `ras.json` if
         region-adaptive sampling is on. Plain diffusers loads the repository as the plain model; `from_pretrained`
-        of this class loads the settings too.
+        of this class loads the settings too. Weights that an SLA checkpoint brought are saved as those of the
+        transformer.
 
         Raises:
             ValueError: a method is off, and the folder holds its file, which would be loaded with what is saved
@@ -195,7 +197,8 @@ class SparsePipelineMixin:
                 )
         # Before diffusers saves, so that push_to_hub=True uploads these files too.
         if sla is not None and (sla != SLAConfig() or (folder / FILE_NAME).exists()):
-            save_sla(self, folder)
+            checkpoint = checkpoint_of(self)
+            write_checkpoint(check_writable(folder, "save_directory") / FILE_NAME, checkpoint)
         if ras is not None:
             write_ras(check_writable(folder, "save_directory") / RAS_FILE_NAME, ras)
         with weights_left_out(self):

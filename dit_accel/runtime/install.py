@@ -3,11 +3,11 @@
 import copy
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dit_accel.models import FAMILIES, Call, Family, Focus, Hook, by_name, check_pipeline, family_of
 from dit_accel.models.attention import SparseProcessor
@@ -15,6 +15,7 @@ from dit_accel.runtime.caller import is_inside
 from dit_accel.runtime.clock import Clock
 from dit_accel.runtime.method import Host, Method
 from dit_accel.runtime.run import Run
+from dit_accel.runtime.swap import WeightSwap
 from dit_accel.runtime.weights import lora_scale, weights_state
 
 
@@ -42,10 +43,11 @@ class Installation:
         self._focus_hooks: list[tuple[str, Hook]] = []
         self.layers = self.family.self_attention(transformer)
         self._check(transformer)
+        before = [x for x in self.swaps if x.is_in]
         try:
             self._install(transformer)
         except BaseException:
-            self.remove(transformer)
+            self.remove(transformer, keep=before)
             raise
 
     # Putting on and taking off ----------------------------------------------------------------------
@@ -73,6 +75,8 @@ class Installation:
         return modules
 
     def _install(self, transformer: Any) -> None:
+        for swap in self.swaps:
+            swap.put_in(transformer)
         if any(x.uses_attention for x in self.methods.values()):
             for name, module in self._modules(transformer).items():
                 stock = _stock(module.processor)
@@ -86,7 +90,7 @@ class Installation:
         host = self.host(transformer)
         for method in self.methods.values():
             method.attach(host)
-        if self._adds_modules:
+        if self._changes_parameters:
             _reapply_group_offloading(transformer)
         self._hooks = [
             transformer.register_forward_pre_hook(self.before_forward, with_kwargs=True),
@@ -94,13 +98,23 @@ class Installation:
         ]
         self._focus_hooks = self._hook_focus(transformer)
 
-    def remove(self, transformer: Any) -> None:
-        """Put back what was there; processors that somebody else set stay."""
+    def remove(self, transformer: Any, *, keep: Collection[WeightSwap] = ()) -> None:
+        """Put back what was there; processors that somebody else set stay.
+
+        Args:
+            keep: values for weights that stay in the transformer.
+
+        Raises:
+            RuntimeError: weights cannot be put back (see `WeightSwap`). Then everything stays on.
+        """
+        for swap in self.swaps:
+            if swap not in keep:
+                swap.take_out(transformer)
         for hook in [*self._hooks, *(x for _, x in self._focus_hooks)]:
             hook.remove()
         for method in self.methods.values():
             method.detach()
-        if self._adds_modules:
+        if self._changes_parameters:
             _reapply_group_offloading(transformer)
         stock = {id(x): x.release() for x in self._processors.values()}
         for name, module in self._modules(transformer).items():
@@ -115,8 +129,13 @@ class Installation:
             }
 
     @property
-    def _adds_modules(self) -> bool:
-        return any(x.modules for x in self.methods.values())
+    def swaps(self) -> list[WeightSwap]:
+        """Other values for the transformer's weights that methods bring."""
+        return [x.swap for x in self.methods.values() if x.swap is not None]
+
+    @property
+    def _changes_parameters(self) -> bool:
+        return bool(self.swaps) or any(x.modules for x in self.methods.values())
 
     def _hook_focus(self, transformer: nn.Module) -> list[tuple[str, Hook]]:
         """The hooks that gather and complete, by the names of their modules."""
@@ -263,6 +282,13 @@ def installation_of(target: Any) -> Installation | None:
     return None if found is None else found[1]
 
 
+def original_weights(transformer: nn.Module) -> dict[str, Tensor]:
+    """The values that weights had before acceleration changed them, by name; empty if it changed none."""
+    installation = installation_of(transformer)
+    swaps = [] if installation is None else installation.swaps
+    return {name: x for swap in swaps for name, x in swap.originals.items()}
+
+
 def method_of(target: Any, name: str) -> Any:
     """The method of this name that is on; None if it is off. `target` as in `installation_of`."""
     installation = installation_of(target)
@@ -282,10 +308,10 @@ def install(
     Raises:
         ValueError: a transformer or processors that are not supported, or methods that do not go together.
     """
-    transformer = transformer_of(target)
+    transformer, methods = transformer_of(target), list(methods)
     clock = Clock() if replaced is None else replaced.clock
     if replaced is not None:
-        replaced.remove(transformer)
+        replaced.remove(transformer, keep=[x.swap for x in methods if x.swap is not None])
         clock.forget()
     try:
         installation = Installation(transformer, methods, clock)
@@ -379,7 +405,7 @@ def _check_parallelism(transformer: Any, modules: dict[str, Any]) -> None:
 
 
 def _reapply_group_offloading(transformer: nn.Module) -> None:
-    """Parameters came or went, and diffusers' group offloading with streams knows those that it has seen."""
+    """Parameters came, went or changed, and diffusers' group offloading with streams keeps those that it has seen."""
     registries = (getattr(module, "_diffusers_hook", None) for module in transformer.modules())
     hooks = (x.get_hook("group_offloading") for x in registries if x is not None)
     hook = next((x for x in hooks if x is not None), None)

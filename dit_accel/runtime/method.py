@@ -9,6 +9,7 @@ from torch import nn
 
 from dit_accel.models import AttentionLayer, Call, Family, Focus, TokenOrder
 from dit_accel.runtime.run import Run
+from dit_accel.runtime.swap import WeightSwap
 
 
 class Method:
@@ -29,6 +30,8 @@ class Method:
     """Focus of the method, if it selects or orders the tokens of a call."""
     focus_rank = 0
     """Rank of the focus; the highest one of all methods is used."""
+    swap: WeightSwap | None = None
+    """Other values for weights of the transformer, which they have as long as the method is on."""
 
     def check(self, transformer: nn.Module, others: Collection["Method"]) -> None:
         """Refuse what the method cannot work with, at `enable` and at the beginning of each run.

@@ -66,6 +66,8 @@ def acceleration_settings(pipe: Any) -> dict[str, Any]:
                 for name, x in weights_of(module).items()
             }
             settings["sla"]["weights_sha256"] = digest({}, weights)
+        if sla.swap is not None:
+            settings["sla"]["transformer_sha256"] = sla.swap.digest
     if ras is not None:
         settings["ras"] = ras.config.to_dict()
     if (cache := getattr(pipe.transformer, "_cache_config", None)) is not None:

@@ -14,6 +14,7 @@ from dit_accel.config.base import check_fraction
 from dit_accel.models import AttentionLayer, Call, TokenOrder
 from dit_accel.runtime.method import Host, Method
 from dit_accel.runtime.run import Run
+from dit_accel.runtime.swap import WeightSwap
 from dit_accel.sla.attention import SparseLinearAttention
 from dit_accel.sla.crossover import NEVER, min_sparse_length
 from dit_accel.sla.geometry import query_block
@@ -55,15 +56,21 @@ class SparseAttention(Method):
         config: settings.
         weights: state dicts of the layers' modules, by the name of the layer. Weights that are not in them start at
             their initial values. Default: all do.
+        swap: values of the transformer's own weights that were trained with them. Default: none.
     """
 
     name = "sla"
     uses_attention = True
 
     def __init__(
-        self, config: SLAConfig, weights: Mapping[str, Mapping[str, Tensor]] | None = None
+        self,
+        config: SLAConfig,
+        weights: Mapping[str, Mapping[str, Tensor]] | None = None,
+        *,
+        swap: WeightSwap | None = None,
     ) -> None:
         self.config = config
+        self.swap = swap
         self.weights = weights
         self.layers: dict[str, LayerAttention] = {}
         self._attention: dict[str, nn.Module] = {}

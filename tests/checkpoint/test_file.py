@@ -176,7 +176,9 @@ WEIGHT = "blocks.1.attn1.proj_l.weight"
     [
         ({"format": "pt"}, {}, "format='pt'; accepted is an SLA checkpoint"),
         ({"format": None}, {}, "format=None; accepted is an SLA checkpoint"),
-        ({"format_version": "2"}, {}, "format_version='2'; this dit_accel reads '1'"),
+        ({"format_version": "3"}, {}, "format_version='3'; this dit_accel reads '1' and '2'"),
+        ({"format_version": "2"}, {}, "no 'companion' in the header"),
+        ({"companion": "{}"}, {}, "companion in a file of format_version='1'"),
         ({"layers": None}, {}, "no 'layers' in the header"),
         ({"config": "nonsense"}, {}, "Expecting value"),
         ({"config": "[]"}, {}, r"config: \[\]"),

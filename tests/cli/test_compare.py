@@ -4,6 +4,14 @@ import json
 
 import pytest
 
+from dit_accel.eval.metrics.pairs import psnr
+from dit_accel.finetune.result import write_result
+from dit_accel.sampling.call import run_batch
+from dit_accel.sampling.plan import plan_samples
+from dit_accel.sampling.prompts import number_prompts
+from dit_accel.sampling.settings import Sampling
+
+from ..finetune.test_result import settings, trained
 from .command import SMALL, run
 
 
@@ -75,6 +83,32 @@ def test_compare_with_fewer_steps_and_conditions(wan_repository, tmp_path, small
     assert run(*arguments, "--overwrite", "--methods", "fewer_step") == 2
     assert "'fewer_step' is none" in capsys.readouterr().err
     assert {p.name for p in out.iterdir()} == set(result["files"])
+
+
+@pytest.mark.parametrize("kind", ["lora", "all"])
+def test_a_fine_tuned_result_is_compared_with_the_dense_base_model(
+    sparse_wan, wan, wan_repository, tmp_path, kind
+):
+    tuned, folder, out = trained(sparse_wan, kind), tmp_path / "tuned", tmp_path / "out"
+    write_result(tuned, settings(wan_repository, kind), folder)
+    arguments = ["compare", "a red circle", "--model", wan_repository, *SMALL]
+    arguments += ["--height", "64", "--width", "64", "--sla", folder, "--output-dir", out]
+    assert run(*arguments, "--methods", "sla:fast", f"sla:{folder}") == 0
+    result = json.loads((out / "comparison.json").read_text())
+    _, fast, named, sparse = result["rows"]
+    assert [x["name"] for x in result["rows"]] == ["Dense", "SLA fast", "SLA tuned", "SLA"]
+    sampling = Sampling(**result["sampling"])
+    samples = plan_samples(
+        number_prompts(["a red circle"]), sampling, seed=0, count=1, layout="ids"
+    )
+    frames = [run_batch(pipe, samples).frames[0] for pipe in (wan, tuned)]
+    expected = psnr(*frames)
+    assert result["psnr_db"] == pytest.approx(expected, rel=1e-3)
+    assert named["metrics"]["psnr"]["value"] == result["psnr_db"] < 60
+    # Weights go back after each call: this method runs those of the base model, dense at this size.
+    assert fast["metrics"]["psnr"]["value"] is None
+    assert "transformer_sha256" in sparse["settings"]["sla"]
+    assert "transformer_sha256" not in fast["settings"]["sla"]
 
 
 def test_comparison_of_equal_clips_has_no_finite_psnr(wan_repository, tmp_path, capsys):

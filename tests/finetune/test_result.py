@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 
 import dit_accel
 from dit_accel import SparseWanPipeline
+from dit_accel.checkpoint.file import read_checkpoint
+from dit_accel.checkpoint.identity import identity_of
 from dit_accel.finetune.card import write_card
 from dit_accel.finetune.log import RunLog
 from dit_accel.finetune.result import PUBLISHED, check_hub, push_result, write_result
@@ -72,7 +74,7 @@ def same(pipe, other, call):
 
 
 @pytest.mark.parametrize("train", ["sla", "lora", "all"])
-def test_result_loads_again(sparse_wan, wan_repository, call, tmp_path, train):
+def test_result_loads_into_the_base_model(sparse_wan, wan_repository, wan, call, tmp_path, train):
     pipe, config = trained(sparse_wan, train), settings(wan_repository, train)
     names = write_result(pipe, config, tmp_path)
     expected = {
@@ -82,14 +84,35 @@ def test_result_loads_again(sparse_wan, wan_repository, call, tmp_path, train):
     }
     assert names == expected[train]
     assert sorted(x.name for x in tmp_path.iterdir()) == sorted(names)
-    more = {}
-    if train == "all":
-        more["transformer"] = WanTransformer3DModel.from_pretrained(tmp_path / "transformer")
-    loaded = SparseWanPipeline.from_pretrained(wan_repository, sla=tmp_path, **more)
-    assert same(pipe, loaded, call) > 1e-3 or train != "lora"
-    if train == "lora":
-        loaded.load_lora_weights(tmp_path)
-    assert same(pipe, loaded, call) < 1e-6
+    stored = read_checkpoint(tmp_path / "sla.safetensors")
+    assert torch.equal(stored.base.fingerprint, identity_of(wan.transformer).fingerprint)
+    assert (stored.companion is None) == (train == "sla")
+    loaded = SparseWanPipeline.from_pretrained(wan_repository, sla=tmp_path)
+    assert same(pipe, loaded, call) < (1e-6 if train == "lora" else 1e-12)
+    loaded.disable()
+    assert torch.equal(loaded(**call()).frames, wan(**call()).frames)
+
+
+def test_the_fingerprint_of_the_base_outlives_training(sparse_wan, wan_repository, wan, tmp_path):
+    pipe = trained(sparse_wan, "all")
+    with torch.no_grad():
+        for block in pipe.transformer.blocks:
+            torch.nn.init.normal_(block.attn1.to_v.weight)
+    write_result(pipe, settings(wan_repository, "all"), tmp_path)
+    dit_accel.load_sla(pipe := sparse_wan(sla=None), tmp_path)
+    stored = read_checkpoint(tmp_path / "sla.safetensors").base
+    stored.check(identity_of(pipe.transformer, original=True))
+    with pytest.raises(ValueError, match="another base model"):
+        stored.check(identity_of(pipe.transformer))
+
+
+def test_a_base_model_that_is_gone_leaves_the_earlier_result(sparse_wan, wan_repository, tmp_path):
+    pipe = trained(sparse_wan, "all")
+    write_result(pipe, settings(wan_repository, "all"), tmp_path)
+    before = {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()}
+    with pytest.raises(RuntimeError, match=r"gone: the base model cannot be read any more"):
+        write_result(pipe, settings(tmp_path / "gone", "all"), tmp_path)
+    assert {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()} == before
 
 
 @pytest.mark.parametrize("train", ["lora", "all"])
@@ -102,6 +125,7 @@ def test_merged_repository_loads_alone(sparse_wan, wan_repository, call, tmp_pat
     after = loaded(**call()).frames
     assert float((after - before).norm() / before.norm()) < 1e-5
     assert method_of(loaded, "sla").config.topk == 0.2
+    assert read_checkpoint(tmp_path / "merged/sla.safetensors").companion is None
     assert not any(x.name.startswith(".tmp") for x in tmp_path.iterdir())
 
 
@@ -272,8 +296,9 @@ def test_card(tmp_path, train):
     assert "| before training | 20.00 | 0.5000 | 0.4000 | 0.100 |" in card.text
     assert "| after 10 steps | 30.00 | 0.7500 | 0.6000 | 0.150 |" in card.text
     assert "| loss of the last step | 0.125 |" in card.text
-    assert ("load_lora_weights" in card.text) == (train == "lora")
-    assert ("WanTransformer3DModel" in card.text) == (train == "all")
+    use = 'pipe = SparseWanPipeline.from_pretrained("owner/model", sla="my-sla")'
+    assert use in card.text
+    assert ("my-sla/merged" in card.text) == (train == "all")
 
 
 @pytest.mark.parametrize("train", ["sla", "lora", "all"])

@@ -1,11 +1,15 @@
 """Sparse attention in pipelines on a CUDA device: the same as on a CPU, without waiting."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
 import dit_accel
+from dit_accel.checkpoint.companion import Companion
+from dit_accel.checkpoint.file import write_checkpoint
+from dit_accel.checkpoint.save_load import checkpoint_of
 from dit_accel.runtime.install import method_of
 
 from ..random_pipelines import FAMILIES, make, relative, run
@@ -73,3 +77,44 @@ def test_no_wait_is_added_to_the_loop(family, ras):
             torch.cuda.set_sync_debug_mode("default")
         counts.append(sum("synchroniz" in str(x.message) for x in seen))
     assert counts[1] <= counts[0]
+
+
+@pytest.mark.parametrize("offload", [None, "model", "group", "streams"])
+def test_fine_tuned_weights_come_and_go(offload, tmp_path):
+    tuned = make("wan")
+    dit_accel.enable(tuned, sla=SLA)
+    stored = checkpoint_of(tuned)
+    with torch.no_grad():
+        for x in tuned.transformer.parameters():
+            x.mul_(1.1)
+    tuned.transformer.save_pretrained(tmp_path / "transformer")
+    companion = Companion.open(tmp_path / "transformer", "weights")
+    write_checkpoint(tmp_path / "sla.safetensors", replace(stored, companion=companion))
+    expected = run(tuned.to("cuda"), "wan")
+
+    def prepared(pipe):
+        if offload is None:
+            pipe.to("cuda")
+        elif offload == "model":
+            pipe.enable_model_cpu_offload()
+        else:
+            device = torch.device("cuda")
+            pipe.vae.to(device)
+            pipe.transformer.enable_group_offload(
+                onload_device=device, offload_type="leaf_level", use_stream=offload == "streams"
+            )
+        return pipe
+
+    plain = {name: x.clone() for name, x in make("wan").transformer.state_dict().items()}
+    for first in (True, False):
+        pipe = make("wan") if first else prepared(make("wan"))
+        dit_accel.enable(pipe, sla=tmp_path)
+        if first:
+            prepared(pipe)
+        for _ in range(2):
+            torch.testing.assert_close(run(pipe, "wan"), expected, rtol=1e-4, atol=1e-4)
+        dit_accel.disable(pipe)
+        found = pipe.transformer.state_dict()
+        assert all(torch.equal(x.cpu(), plain[name]) for name, x in found.items())
+        dit_accel.enable(pipe, sla=tmp_path)
+        torch.testing.assert_close(run(pipe, "wan"), expected, rtol=1e-4, atol=1e-4)
