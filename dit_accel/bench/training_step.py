@@ -1,8 +1,5 @@
 """Seconds and memory of a training step, dense and sparse (finetune/bench_training.py)."""
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ import torch
 
 from dit_accel import control
 from dit_accel.bench.geometries import wan
-from dit_accel.bench.timing import seconds, summary
+from dit_accel.bench.timing import Functions, Timed, seconds, summary, undisturbed
 from dit_accel.bench.training_kinds import PARTS, Pass, passes, settings, variant
 from dit_accel.bench.training_memory import attention_operators, peak_bytes, saved_bytes
 from dit_accel.environment import machine, versions
@@ -48,7 +45,10 @@ class TrainingStep:
     """"dense" has to be one of them."""
     parts: tuple[str, ...] = PARTS
     repeats: int = 5
-    """Timed steps of each kind, in turns, after one that warms up."""
+    """Timed steps of each kind, in turns, after one that warms up. On a CPU, only steps count during which other
+    processes used at most a tenth of a core."""
+    most_rounds: int = 15
+    """On a CPU: rounds after which steps count that other processes disturbed, if there are too few others."""
     bf16: bool | None = None
     """Compute in bf16 with fp32 weights. Default: on a GPU."""
     gradient_checkpointing: bool | None = None
@@ -130,11 +130,9 @@ class TrainingStep:
             part: name of the part.
             kinds: its forward passes by kind.
         """
-        print(f"{part}: {self.repeats + 1} steps of each of {', '.join(kinds)}", flush=True)
+        print(f"{part}: {', '.join(kinds)}", flush=True)
         steps = {name: x.step() for name, x in kinds.items()}
-        cpu: dict[str, list[float]] = {name: [] for name in kinds}
-        clocked = {name: _clocked(step, cpu[name]) for name, step in steps.items()}
-        wall = seconds(clocked, self.repeats, self.device, wall=True)
+        times = self._times(steps)
         rows = []
         for name, x in kinds.items():
             sparse = None if name == "dense" else control.summary(x.transformer, strict=True)
@@ -142,26 +140,35 @@ class TrainingStep:
                 "part": part,
                 "kind": name,
                 "density": None if sparse is None else sparse.density,
-                "seconds": summary(wall[name]),
-                # The first one warms up.
-                "cpu_seconds": summary(cpu[name][1:]) if self.device == "cpu" else None,
-                "steps_per_second": 1 / statistics.median(wall[name]),
+                **times[name],
+                "steps_per_second": 1 / times[name]["seconds"]["p50"],
                 "saved_bytes": saved_bytes(x, x.tensors()),
                 "peak_bytes": peak_bytes(steps[name], self.device),
             }
             rows.append(row)
         return compared(rows)
 
+    def _times(self, steps: Functions) -> dict[str, Row]:
+        """Seconds of each kind; on a CPU also its CPU time, and cores that other processes used meanwhile."""
+        if self.device != "cpu":
+            wall = seconds(steps, self.repeats, self.device)
+            return {
+                name: {"seconds": summary(x), "cpu_seconds": None, "timed_steps": len(x)}
+                for name, x in wall.items()
+            }
+        found = undisturbed(steps, self.repeats, self.most_rounds)
+        return {name: _cpu_row(x) for name, x in found.items()}
 
-def _clocked(step: Callable[[], None], found: list[float]) -> Callable[[], None]:
-    """Return a step that also notes the CPU time of the process."""
 
-    def run() -> None:
-        start = time.process_time()
-        step()
-        found.append(time.process_time() - start)
-
-    return run
+def _cpu_row(times: list[Timed]) -> Row:
+    others = [x.others for x in times if x.others is not None]
+    return {
+        "seconds": summary([x.wall for x in times]),
+        "cpu_seconds": summary([x.cpu for x in times]),
+        "timed_steps": len(times),
+        "disturbed": not all(x.is_quiet for x in times),
+        "other_cores": sum(others) / len(others) if others else None,
+    }
 
 
 def compared(rows: list[Row]) -> list[Row]:

@@ -20,6 +20,7 @@ TINY = {
     "topk": 0.5,
     "block": 16,
     "repeats": 1,
+    "most_rounds": 2,
 }
 
 
@@ -90,6 +91,7 @@ def test_a_report_has_every_kind_and_part(tmp_path, capsys, changed):
     for row in record["rows"]:
         assert row["density"] == (None if row["kind"] == "dense" else pytest.approx(0.5))
         assert min(row["seconds"]["p50"], row["cpu_seconds"]["p50"], row["saved_bytes"]) > 0
+        assert row["timed_steps"] in (1, 2)
         assert row["steps_per_second"] == pytest.approx(1 / row["seconds"]["p50"])
     printed = capsys.readouterr().out
     for part, kind in expected:
