@@ -18,7 +18,7 @@ from dit_accel.kernels.precision import no_autocast, wide
 from dit_accel.kernels.router.pooling import pool_blocks
 
 # Bytes of one [heads, rows, keys] tensor: a CPU wants it in its cache, elsewhere few launches count.
-CHUNK_BYTES = {"cpu": 2**21}
+CHUNK_BYTES = {"cpu": 2**22}
 DEVICE_CHUNK_BYTES = 2**26
 # Exponents are relative to the largest logit that is read; a block that is so much larger is read by any measure.
 MOST_EXPONENT = 60.0
