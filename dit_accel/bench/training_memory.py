@@ -1,5 +1,6 @@
 """Memory of a training step as torch accounts for it: what autograd keeps, the peak of allocations, and operators."""
 
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,7 +32,7 @@ def saved_bytes(forward: Function, known: Iterable[Tensor] = ()) -> int:
         if storage.data_ptr() not in storages:
             storages[storage.data_ptr()] = storage
             found += storage.nbytes()
-        return x
+        return x.detach()  # an operator that kept its own output with its graph would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         output = forward()
@@ -61,6 +62,8 @@ def peak_bytes(function: Function, device: str) -> int:
     for _, change in sorted(changes, key=lambda x: x[0]):
         held += change
         most = max(most, held)
+    del found, events
+    gc.collect()  # the profiler's records are large, and in a cycle
     return most
 
 

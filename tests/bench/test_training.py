@@ -1,6 +1,7 @@
 """Time and memory of training steps, dense and sparse."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -49,6 +50,18 @@ def test_known_storages_do_not_count_as_saved():
     x, weight = leaf(4), leaf(4)
     assert saved_bytes(lambda: (x * weight).sin(), [x, weight]) == 4 * KIB
     assert saved_bytes(lambda: x[1:] * weight[1:], [weight.detach()]) == 4 * KIB
+
+
+def test_counting_what_is_saved_keeps_nothing():
+    x, outputs = leaf(4), []
+
+    def forward():
+        y = x.exp()
+        outputs.append(weakref.ref(y))
+        return y
+
+    assert saved_bytes(forward) == 4 * KIB
+    assert outputs[0]() is None
 
 
 def test_the_peak_counts_what_is_held_at_once():
