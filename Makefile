@@ -15,8 +15,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Kernels cannot be rewritten with run-time shape checks, nor traced through them.
 PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
 
-.PHONY: install chromium demo test test-long lint bench bench-ras bench-sla bench-eval kernel-table gpu-check gpu-check-ras \
-	gpu-check-sla gpu-check-eval clean
+.PHONY: install chromium demo test test-long lint bench bench-ras bench-sla bench-training bench-eval kernel-table gpu-check \
+	gpu-check-ras gpu-check-sla gpu-check-eval clean
 
 install: $(STAMP)
 
@@ -75,6 +75,9 @@ bench-sla: install
 			--output pipelines/results/sla_$$name.json || exit 1; \
 		$(BIN)/python pipelines/bench_sla.py together --model $$model \
 			--output pipelines/results/sla_ras_$$name.json || exit 1; done
+
+bench-training: install
+	$(BIN)/python finetune/bench_training.py --output finetune/results/training_cpu.json
 
 bench-eval: install
 	$(BIN)/python eval/bench_score.py --output eval/results/score_cpu.json

@@ -24,9 +24,19 @@ class Geometry:
     """Whether both halves of guidance come in one batch; else they are two calls."""
 
 
-def _wan(
+def wan(
     dim: int, layers: int, heads: int, ffn: int, grid: tuple[int, int, int], text: int
 ) -> tuple[Build, Inputs]:
+    """Return what builds a Wan2.1 transformer, and what makes its input.
+
+    Args:
+        dim: width of a token.
+        layers: number of blocks.
+        heads: number of attention heads.
+        ffn: width inside of the feed-forward layers.
+        grid: latent tokens of a clip: frames, rows and columns.
+        text: width of a text token.
+    """
     from diffusers import WanTransformer3DModel
 
     def build() -> Any:
@@ -101,25 +111,21 @@ def _lumina_next() -> tuple[Build, Inputs]:
 def geometries(device: str) -> list[Geometry]:
     """Return the geometries of real models for a GPU, one small geometry for a CPU."""
     if device == "cpu":
-        small = _wan(1024, 6, 8, 4096, (4, 32, 32), 512)
+        small = wan(1024, 6, 8, 4096, (4, 32, 32), 512)
         return [Geometry("wan-dim1024-6layers-4096tokens", *small, guided=False)]
-    wan = _wan(1536, 30, 12, 8960, (21, 30, 52), 4096)
+    video = wan(1536, 30, 12, 8960, (21, 30, 52), 4096)
     return [
         Geometry("sd3-medium-1024", *_sd3_medium(), guided=True),
         Geometry("lumina-next-1024", *_lumina_next(), guided=True),
-        Geometry("wan2.1-1.3b-480p-81", *wan, guided=False),
+        Geometry("wan2.1-1.3b-480p-81", *video, guided=False),
     ]
 
 
 def large_videos() -> list[Geometry]:
     """Return video geometries in which attention takes most of the time."""
     return [
-        Geometry(
-            "wan2.1-1.3b-480p-81", *_wan(1536, 30, 12, 8960, (21, 30, 52), 4096), guided=False
-        ),
-        Geometry(
-            "wan2.1-14b-720p-81", *_wan(5120, 40, 40, 13824, (21, 45, 80), 4096), guided=False
-        ),
+        Geometry("wan2.1-1.3b-480p-81", *wan(1536, 30, 12, 8960, (21, 30, 52), 4096), guided=False),
+        Geometry("wan2.1-14b-720p-81", *wan(5120, 40, 40, 13824, (21, 45, 80), 4096), guided=False),
     ]
 
 

@@ -1,15 +1,34 @@
 """Measure time and memory of functions to compare, on a CPU or a GPU."""
 
 import contextlib
+import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 Functions = dict[str, Callable[[], Any]]
+QUIET = 0.1
+"""CPU cores that other processes may use during a call that counts as undisturbed."""
+
+
+class Timed(NamedTuple):
+    """Time of one call on a CPU, in seconds."""
+
+    wall: float
+    cpu: float
+    """CPU time of this process."""
+    others: float | None
+    """CPU cores that other processes used meanwhile, on average. None: the system does not say."""
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether other processes left the CPU alone; False if unknown."""
+        return self.others is not None and self.others < QUIET
 
 
 def seconds(
@@ -60,6 +79,52 @@ def _once(
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1000
+
+
+def undisturbed(functions: Functions, repeats: int, most: int) -> dict[str, list[Timed]]:
+    """Return times of each function on a CPU, from calls during which other processes used little of it.
+
+    The functions take turns, after one call of each to warm up, until each has `repeats` undisturbed calls. Without
+    so many after `most` rounds, all calls of the function are returned.
+
+    Args:
+        functions: functions without arguments, by name.
+        repeats: undisturbed calls of each function.
+        most: rounds at most.
+    """
+    for function in functions.values():
+        function()
+    found: dict[str, list[Timed]] = {name: [] for name in functions}
+    for done in range(1, most + 1):
+        for name, function in functions.items():
+            found[name].append(_timed(function))
+        quiet = {name: [x for x in times if x.is_quiet] for name, times in found.items()}
+        known = all(x.others is not None for times in found.values() for x in times)
+        if done >= repeats and (not known or min(map(len, quiet.values())) >= repeats):
+            break
+    return {name: x if len(x) >= repeats else found[name] for name, x in quiet.items()}
+
+
+def _timed(function: Callable[[], Any]) -> Timed:
+    wall, cpu, busy = time.perf_counter(), time.process_time(), busy_seconds()
+    function()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    now = busy_seconds()
+    others = None if now is None or busy is None else max(0.0, now - busy - cpu) / wall
+    return Timed(wall, cpu, others)
+
+
+def busy_seconds() -> float | None:
+    """Return the CPU seconds that all processes have used since the start of the machine.
+
+    Time that a hypervisor gives to other machines counts as well. None if the system does not say (no Linux).
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        numbers = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+        user, nice, system, _, _, irq, soft_irq, steal = map(int, numbers[:8])
+        ticks = user + nice + system + irq + soft_irq + steal
+        return ticks / os.sysconf("SC_CLK_TCK")
+    return None
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -225,7 +225,8 @@ def rotate(
     x: Float[Tensor, "b l h d"], cos: Float[Tensor, "b_ l 1 d"], sin: Float[Tensor, "b_ l 1 d"]
 ) -> Float[Tensor, "b l h d"]:
     """Wan's rotary embedding: neighbouring channels form the rotated pairs."""
-    even, odd = x[..., 0::2], x[..., 1::2]
+    # Not strided slices: the backward of each fills a tensor of the size of x with zeros first.
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return (
         torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)

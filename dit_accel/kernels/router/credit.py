@@ -18,7 +18,7 @@ from dit_accel.kernels.precision import no_autocast, wide
 from dit_accel.kernels.router.pooling import pool_blocks
 
 # Bytes of one [heads, rows, keys] tensor: a CPU wants it in its cache, elsewhere few launches count.
-CHUNK_BYTES = {"cpu": 2**21}
+CHUNK_BYTES = {"cpu": 2**22}
 DEVICE_CHUNK_BYTES = 2**26
 # Exponents are relative to the largest logit that is read; a block that is so much larger is read by any measure.
 MOST_EXPONENT = 60.0
@@ -192,7 +192,8 @@ def _block_credits(
 
 def _rows_of(x: Tensor, rows: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     """Tokens of some query blocks, `[B, H, n, block, D]`; zeros where there is no token."""
-    padded = F.pad(x, (0, 0, 0, -x.shape[2] % block))
+    gap = -x.shape[2] % block
+    padded = F.pad(x, (0, 0, 0, gap)) if gap else x  # padding by nothing copies
     return padded.unflatten(2, (-1, block)).index_select(2, rows).to(dtype)
 
 
@@ -209,7 +210,9 @@ def _chunks(q_rows: Tensor, k: Tensor, group: int) -> Iterator[tuple[int, int, s
 
 def _by_block(x: Tensor, block: int, fill: float = 0.0) -> Tensor:
     """`[..., L]` as `[..., T, block]`."""
-    return F.pad(x, (0, -x.shape[-1] % block), value=fill).unflatten(-1, (-1, block))
+    gap = -x.shape[-1] % block
+    padded = F.pad(x, (0, gap), value=fill) if gap else x
+    return padded.unflatten(-1, (-1, block))
 
 
 def _exact_credits(
