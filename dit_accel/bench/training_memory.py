@@ -32,7 +32,8 @@ def saved_bytes(forward: Function, known: Iterable[Tensor] = ()) -> int:
         if storage.data_ptr() not in storages:
             storages[storage.data_ptr()] = storage
             found += storage.nbytes()
-        return x.detach()  # an operator that kept its own output with its graph would never be freed
+        # Detached: an operator that kept its own output with its graph would never be freed.
+        return x.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         output = forward()
