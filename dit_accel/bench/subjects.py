@@ -77,8 +77,8 @@ class Subject:
         rows: range,
         steps: int,
         *,
-        sla: dict | None = None,
-        ras: dict | None = None,
+        sla: Any = None,
+        ras: Any = None,
         prepare: Callable[[Any], None] | None = None,
     ) -> tuple[torch.Tensor, control.Summary | None]:
         """Return the latents of these samples, and the summary of an accelerated run.

@@ -11,9 +11,13 @@ from dit_accel.finetune.config import FinetuneConfig
 SIZES = ("height", "width", "num_frames")
 REPLACES = {
     "instance_data_dir": ("precomputed_dir", "prompts"),
-    "precomputed_dir": ("instance_data_dir", "prompts", *SIZES, "buckets"),
+    "precomputed_dir": (
+        *("instance_data_dir", "prompts", *SIZES, "buckets"),
+        "max_sequence_length",  # the data has its own
+    ),
     "prompts": ("instance_data_dir", "precomputed_dir"),
     "buckets": SIZES,
+    "router": ("sla_learning_rate",),
     **dict.fromkeys(SIZES, ("buckets",)),
     "train": ("lora_alpha", "lora_layers"),
     "loss": ("diffusion_weight",),

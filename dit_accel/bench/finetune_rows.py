@@ -1,0 +1,58 @@
+"""What the benchmark of fine-tuning trains and samples with."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+RECIPE = "tiny-wan-sla"
+TEACHER_SHARE = 0.25
+"""Of a step with a teacher: one forward pass beside the student's forward and backward pass, which is worth two."""
+UNTRAINED: dict[str, Any] = {"router": "fixed"}
+LORA: dict[str, Any] = {"train": "lora", "learning_rate": 2e-3}
+"""Adapters take a larger learning rate than the weights that they stand beside."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to come to a sparse model, at one sparsity."""
+
+    name: str
+    topk: float
+    sla: dict[str, Any] = field(default_factory=dict)
+    """Fields of `SLAConfig` that differ from the recipe."""
+    options: dict[str, Any] | None = None
+    """Options of `dit-accel finetune` that differ from the recipe. None: nothing is trained."""
+
+    @property
+    def key(self) -> str:
+        """Name of the run's folder and of its scores."""
+        return f"{self.name.replace(',', '').replace(' ', '-')}-{self.topk}"
+
+
+def rows_of(topk: float, steps: int, regression_steps: int) -> list[Row]:
+    """Return the rows of one sparsity.
+
+    Args:
+        topk: share of the key blocks that is read.
+        steps: optimiser steps of the distillation. The diffusion loss has no teacher and gets a third more, which
+            cost the same.
+        regression_steps: those of the regression.
+    """
+    more = round(steps / (1 - TEACHER_SHARE))
+    regression: dict[str, Any] = {"stages": ("regression",), "regression_steps": regression_steps}
+    fixed = UNTRAINED | {"max_train_steps": steps}
+    return [
+        Row("top-k, untuned", topk, {"combine": "none"}),
+        Row("shared_softmax, untuned", topk),
+        Row("regression (a)", topk, options=regression),
+        Row("distillation (b)", topk, options=fixed),
+        Row("distillation, LoRA", topk, options=fixed | LORA),
+        learned(topk, steps),
+        Row("diffusion loss", topk, options=fixed | {"loss": "diffusion", "max_train_steps": more}),
+    ]
+
+
+def learned(topk: float, steps: int) -> Row:
+    """Return the row of the recipe itself: distillation with a learned router."""
+    return Row(
+        f"distillation, learned router, {steps} steps", topk, options={"max_train_steps": steps}
+    )

@@ -1,0 +1,19 @@
+"""Quality of the embedded model after each way of fine-tuning, in one run:
+
+    python finetune/bench_finetune.py --output finetune/results/tiny_wan.json
+
+At 90 and 95 % sparsity: plain top-k and shared_softmax without training, the regression alone, distillation of all
+weights, of LoRA, with a learned router, and the diffusion loss at equal cost; then longer runs of the recipe. An hour
+for the table on one core, and half an hour for the longer run. Stopped, it goes on where it was.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import tyro
+
+from dit_accel.bench.finetune_quality import FinetuneQuality
+
+if __name__ == "__main__":
+    tyro.cli(FinetuneQuality, description=__doc__).run()
