@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dit_accel.config.base import read_yaml, suggest
+from dit_accel.config.base import is_int, read_yaml, suggest
 from dit_accel.files import asset
 from dit_accel.finetune.config import FinetuneConfig
 
@@ -28,6 +28,8 @@ REPLACES = {
 """An override of the first option discards what a recipe says about the others, which would contradict it."""
 TEACHER_OPTIONS = ("num_teacher_samples", "teacher_num_inference_steps", "teacher_guidance_scale")
 """Options that need `prompts`."""
+AT_MOST_ALL_STEPS = ("lr_warmup_steps", "anneal_steps")
+"""Options that may not exceed `max_train_steps`."""
 
 
 def recipe_folder() -> Path:
@@ -88,7 +90,7 @@ def override(recipe: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any
     """Return the options of a recipe with others in their place.
 
     An override discards options of the recipe that belong to what it replaces: another source of data, say,
-    discards that of the recipe.
+    discards that of the recipe. Fewer steps than the recipe's warm-up or annealing shorten these.
 
     Args:
         recipe: result of `read_recipe`.
@@ -104,6 +106,10 @@ def override(recipe: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any
         for name in TEACHER_OPTIONS:
             if name not in overrides:
                 merged.pop(name, None)
+    steps = overrides.get("max_train_steps")
+    for name in AT_MOST_ALL_STEPS:
+        if name not in overrides and is_int(steps) and is_int(merged.get(name)):
+            merged[name] = min(merged[name], max(steps, 1))
     merged["sla"] = {**recipe.get("sla", {}), **overrides.get("sla", {})}
     return merged
 

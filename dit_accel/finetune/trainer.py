@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from dit_accel.files import check_writable, model_source, naming_failures, write_json
 from dit_accel.finetune import regression_stage
@@ -77,7 +78,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> Path:
             _train(config, folder, engine, stop, found, shown, stack)
         except Interrupted as interrupted:
             if processes.is_main:
-                sys.stderr.write(f"{interrupted}\n")
+                tqdm.write(str(interrupted), file=sys.stderr)  # not behind the bar of an open line
             raise
     return folder
 

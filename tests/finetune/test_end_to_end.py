@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import dit_accel
 from dit_accel import SparseWanPipeline
 from dit_accel.checkpoint.file import read_checkpoint
 from dit_accel.finetune.checkpoints import checkpoints
 from dit_accel.finetune.log import read_log
+from dit_accel.finetune.stop import Interrupted
 from dit_accel.sampling.load import load_pipeline
 from dit_accel.sampling.pictures import read_image
 
@@ -430,6 +432,22 @@ def test_sigterm_saves_and_exits_with_0_and_nobody_else_may_train_there(settings
     assert step == len(losses(folder))
     run(endless, folder, max_train_steps=step + 1, resume_from_checkpoint="latest")
     assert len(losses(folder)) == step + 1
+
+
+def test_the_message_of_a_signal_does_not_stand_behind_the_bar(
+    settings, tmp_path, monkeypatch, capsys
+):
+    with tqdm(total=2) as bar:
+
+        def train(*_):
+            bar.update()
+            raise Interrupted("SIGTERM", tmp_path / "checkpoint-1")
+
+        monkeypatch.setattr("dit_accel.finetune.trainer._train", train)
+        with pytest.raises(Interrupted):
+            run(settings, tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    assert any(x.strip().startswith("ended by SIGTERM; ") for x in lines), lines
 
 
 def _steps(folder):

@@ -189,6 +189,17 @@ def test_an_override_takes_along_what_belongs_to_it(given, gone):
     assert RECIPE["prompts"] == "demo"  # the recipe itself stays
 
 
+def test_fewer_steps_shorten_warmup_and_annealing_of_the_recipe():
+    merged = override(RECIPE, {"max_train_steps": 2})
+    assert (merged["lr_warmup_steps"], merged["anneal_steps"]) == (2, 2)
+    FinetuneConfig.from_dict(merged)
+    assert override(RECIPE, {"max_train_steps": 100})["anneal_steps"] == 10
+    with pytest.raises(ValueError, match="lr_warmup_steps=5: accepted are at most"):
+        FinetuneConfig.from_dict(override(RECIPE, {"max_train_steps": 2, "lr_warmup_steps": 5}))
+    with pytest.raises(ValueError, match="max_train_steps=0"):
+        FinetuneConfig.from_dict(override(RECIPE, {"max_train_steps": 0}))
+
+
 def test_options_that_are_given_are_never_discarded(unchecked):
     with pytest.raises(ValueError, match="num_teacher_samples=3"):
         FinetuneConfig.from_dict(
