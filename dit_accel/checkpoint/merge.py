@@ -84,7 +84,13 @@ def _read(path: Path, transformer: Any, name: str) -> dict[str, Tensor]:
         path = path / "transformer"
     if path.is_dir():
         _check_config(path, transformer, name)
-    return read_weights(path, name)
+    weights = read_weights(path, name)
+    if any(".lora_A." in key for key in weights):
+        raise ValueError(
+            f"{name}: holds adapters; accepted are whole weights: those of `dit-accel finetune --merge`, or of "
+            "save_pretrained after load_lora_weights, fuse_lora and unload_lora_weights"
+        )
+    return weights
 
 
 def _check_config(folder: Path, transformer: Any, name: str) -> None:

@@ -154,6 +154,10 @@ REFUSED = {
         lambda t, p: changed(t, p / "x", **{"blocks.0.attn1.sla.more": torch.ones(1)}),
         r"the SLA checkpoint differ: not expected: blocks\.0\.attn1\.more",
     ),
+    "adapters": (
+        lambda t, p: changed(t, p / "x", **{"proj_out.lora_A.weight": torch.ones(2, 16)}),
+        "holds adapters; accepted are whole weights",
+    ),
     "config": (_other_config, "its config has eps=0.5; accepted, as in model: 1e-06"),
     "class": (_other_class, "holds a SD3Transformer2DModel; accepted: WanTransformer3DModel"),
     "index": (_index, "names '../plain.safetensors'; accepted are files beside it"),
