@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Kernels cannot be rewritten with run-time shape checks, nor traced through them.
 PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
 
-.PHONY: install chromium demo test test-long lint bench bench-ras bench-sla bench-training bench-eval kernel-table gpu-check \
+.PHONY: install chromium demo test test-long lint bench bench-ras bench-sla bench-training bench-finetune bench-eval kernel-table gpu-check \
 	gpu-check-ras gpu-check-sla gpu-check-eval clean
 
 install: $(STAMP)
@@ -78,6 +78,11 @@ bench-sla: install
 
 bench-training: install
 	$(BIN)/python finetune/bench_training.py --output finetune/results/training_cpu.json
+
+# Whoever runs the two in parallel on two cores has them in an hour.
+bench-finetune: install
+	$(BIN)/python finetune/bench_finetune.py --topk 0.1 --output finetune/results/tiny_wan_90.json
+	$(BIN)/python finetune/bench_finetune.py --topk 0.05 --longer-steps --output finetune/results/tiny_wan_95.json
 
 bench-eval: install
 	$(BIN)/python eval/bench_score.py --output eval/results/score_cpu.json

@@ -16,6 +16,7 @@ METRICS = {
     "density": ("realised density", "{:.3f}"),
 }
 """Metrics of a validation: titles and formats."""
+PRECISIONS = {"no": "fp32"}
 TRAINED = {
     "all": "all weights of the transformer",
     "lora": "low-rank adapters and the weights of sparse attention",
@@ -123,6 +124,10 @@ def _figures(records: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"
+
+
 def _training(config: Any, records: list[dict[str, Any]], counters: dict[str, Any]) -> list[str]:
     steps = [x for x in records if x["stage"] == "distillation" and "loss" in x]
     batch = config.train_batch_size * config.gradient_accumulation_steps
@@ -134,12 +139,12 @@ def _training(config: Any, records: list[dict[str, Any]], counters: dict[str, An
         f"| steps | {len(steps)} |",
         f"| samples a step and process | {batch} |",
         f"| learning rate | {config.learning_rate:g} ({config.lr_scheduler}) |",
-        f"| precision | {config.mixed_precision} |",
+        f"| precision | {PRECISIONS.get(config.mixed_precision, config.mixed_precision)} |",
         f"| seed | {config.seed} |",
         f"| seconds of training | {counters.get('seconds', 0.0):.0f} |",
     ]
     if steps:
-        lines.append(f"| loss of the last step | {steps[-1]['loss']} |")
+        lines.append(f"| loss of the last step | {_number(steps[-1]['loss'])} |")
         if "density" in steps[-1]:
             lines.append(f"| realised density in training | {steps[-1]['density']:.3f} |")
     if skipped := counters.get("skipped_steps"):

@@ -12,11 +12,13 @@ from dit_accel.finetune.log import read_log
 FILE_NAME = "curves.png"
 WINDOW = 50
 """Steps of the moving average that is drawn over a noisy curve."""
-NOISY = ("loss", "gradient_norm")
+NOISY = ("loss", "relative_error", "gradient_norm")
 """Values that the average is drawn over."""
+STYLES = ("-", "--", ":", "-.")
 PANELS = (
     ("loss", "loss", True),
-    ("probe_loss", "loss of the first batch", True),
+    ("relative_error", "squared relative error of the velocity", True),
+    ("probe_loss", "loss of the first batch", False),
     ("gradient_norm", "gradient norm", True),
     ("learning_rate", "learning rate", False),
     ("density", "realised density", False),
@@ -24,7 +26,10 @@ PANELS = (
     ("validation/ssim", "SSIM against dense", False),
     ("validation/latent_error", "latent error against dense", False),
 )
-"""Names of values, titles, and whether the axis is logarithmic. Values that the log lacks have no panel."""
+"""Names of values, titles, and whether the axis is logarithmic. Values that the log lacks have no panel.
+"learning_rate" has a curve for each group of parameters, "learning_rate/..." in the log."""
+Series = dict[tuple[str, str], list[tuple[int, float]]]
+"""(step, value) of a value by stage and group of parameters ("" where there are none)."""
 
 
 def check_matplotlib() -> None:
@@ -56,7 +61,7 @@ def draw_curves(log: str | os.PathLike, picture: str | os.PathLike) -> Path:
     from matplotlib.figure import Figure
 
     records = read_log(Path(log))
-    series = {name: points for name, *_ in PANELS if (points := _points(records, name))}
+    series = {name: points for name, *_ in PANELS if (points := points_of(records, name))}
     begins = _begins(records)
     if not series:
         raise ValueError(f"log={str(log)!r}: holds no values to draw")
@@ -78,13 +83,15 @@ def draw_curves(log: str | os.PathLike, picture: str | os.PathLike) -> Path:
     return Path(picture)
 
 
-def _points(records: Sequence[dict[str, Any]], name: str) -> dict[str, list[tuple[int, float]]]:
-    """Return (step, value) of a value by stage, without values that are not finite."""
-    points: dict[str, list[tuple[int, float]]] = {}
+def points_of(records: Sequence[dict[str, Any]], name: str) -> Series:
+    """Return the points of a value, without those that are not finite."""
+    points: Series = {}
     for x in records:
-        value = x.get(name)
-        if isinstance(value, int | float) and math.isfinite(value):
-            points.setdefault(x["stage"], []).append((x["step"], float(value)))
+        prefix = f"{name}/"
+        groups = {key.removeprefix(prefix): y for key, y in x.items() if key.startswith(prefix)}
+        for group, value in (groups or {"": x.get(name)}).items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                points.setdefault((x["stage"], group), []).append((x["step"], float(value)))
     return points
 
 
@@ -102,21 +109,23 @@ def _begins(records: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 def _panel(
     axis: Any,
-    series: dict[str, list[tuple[int, float]]],
+    series: Series,
     title: str,
     begins: dict[str, int],
     *,
     logarithmic: bool,
     noisy: bool,
 ) -> None:
-    """Draw one value; the stages follow each other on the axis, each in its own colour."""
+    """Draw one value; the stages follow each other on the axis, each in its own colour, groups in their own style."""
     colours = {stage: f"C{i}" for i, stage in enumerate(begins)}
-    for stage, points in series.items():
+    groups = list(dict.fromkeys(group for _, group in series))
+    for (stage, group), points in series.items():
         steps = [begins[stage] + step for step, _ in points]
         values = [value for _, value in points]
         averaged = noisy and len(values) > WINDOW
         style: dict[str, Any] = {"color": colours[stage], "marker": "." if len(values) < 30 else ""}
-        axis.plot(steps, values, alpha=0.35 if averaged else 1.0, label=stage, **style)
+        style["linestyle"] = STYLES[groups.index(group) % len(STYLES)]
+        axis.plot(steps, values, alpha=0.35 if averaged else 1.0, label=group or stage, **style)
         if averaged:
             axis.plot(steps, moving_average(values, WINDOW), color=colours[stage])
     if logarithmic and all(value > 0 for points in series.values() for _, value in points):

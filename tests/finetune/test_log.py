@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dit_accel.finetune.curves import draw_curves, moving_average
+from dit_accel.finetune.curves import draw_curves, moving_average, points_of
 from dit_accel.finetune.log import RunLog, read_log
 from dit_accel.sampling.pictures import read_image
 
@@ -87,6 +87,18 @@ def test_curves(tmp_path):
     assert small.shape[1] == bigger.shape[1]
     assert bigger.shape[0] > small.shape[0]  # a panel more
     assert small.std() > 10
+
+
+def test_each_group_of_parameters_has_its_learning_rate():
+    names = {"learning_rate": 1.0, "learning_rate/weights": 1.0, "learning_rate/sla": 2.0}
+    records = [{"stage": "distillation", "step": step, **names} for step in (1, 2)]
+    assert points_of(records, "learning_rate") == {
+        ("distillation", "weights"): [(1, 1.0), (2, 1.0)],
+        ("distillation", "sla"): [(1, 2.0), (2, 2.0)],
+    }
+    alone = [{"stage": "regression", "step": 1, "learning_rate": 3.0, "loss": float("nan")}]
+    assert points_of(alone, "learning_rate") == {("regression", ""): [(1, 3.0)]}
+    assert points_of(alone, "loss") == {}
 
 
 def test_curves_of_an_empty_log(tmp_path):

@@ -1,12 +1,14 @@
 """The embedded, trained model: what a newcomer's first run relies on."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from dit_accel import SparseWanPipeline
+from dit_accel.checkpoint.file import FILE_NAME, read_checkpoint
 from dit_accel.demo import SAMPLING
 from dit_accel.files import asset
 
@@ -78,3 +80,21 @@ def test_the_judges_report_meets_its_bounds():
     assert seen["motion"]["rate"] >= 0.95
     assert seen["shape"]["rate"] >= 0.92
     assert held_out["all"]["rate"] >= 0.80
+
+
+def test_the_fine_tuned_model_is_nearer_to_dense_at_the_same_sparsity(pipe, frames):
+    def error(sla):
+        pipe.enable(sla=sla)
+        video = frames(num_inference_steps=12)
+        density = pipe.summary(strict=True).density
+        pipe.disable()
+        return float(np.square(video - dense).mean()), density
+
+    folder = asset("tiny-wan-sla")
+    settings = read_checkpoint(folder / FILE_NAME).config
+    dense = frames(num_inference_steps=12)
+    tuned, density = error(folder)
+    untuned, same = error(replace(settings, router="spread"))
+    assert density == same < 0.11
+    assert tuned < untuned / 4
+    np.testing.assert_array_equal(frames(num_inference_steps=12), dense)  # the base model is back
