@@ -1,5 +1,6 @@
 """Quality of the embedded model after each way of fine-tuning (part of bench_finetune.py)."""
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics.figures import DRAWS
 from dit_accel.files import atomic_path, write_json
 from dit_accel.finetune.config import FinetuneConfig
+from dit_accel.finetune.data.manifest import read_manifest
 from dit_accel.finetune.recipe import load_config
 
 FORMAT_VERSION = 1
@@ -44,6 +46,8 @@ class FinetuneQuality:
     counted by itself."""
     recipe: str = RECIPE
     """Name or path of the recipe."""
+    data: Path | None = None
+    """Folder that `dit-accel precompute` wrote. Default: samples of the dense model from the prompts of the recipe."""
     work: Path | None = None
     """Folder of the runs and of scores of single samples, so that a stopped benchmark goes on. Default: beside the
     output."""
@@ -60,9 +64,7 @@ class FinetuneQuality:
             for row in rows_of(topk, self.max_train_steps, self.regression_steps)
         ]
         longer = [learned(self.topk[0], steps) for steps in self.longer_steps]
-        data = _noted(
-            scores, "teacher samples", lambda: teacher_samples(self.recipe, work / "data")
-        )
+        data = self._data(scores, work)
         write_json(known, scores)
         subject = Subject("tiny-wan", FIRST_SEED + self.samples)
         subject.set_solver("unipc")
@@ -78,9 +80,16 @@ class FinetuneQuality:
                 if missing:
                     self._add(subject, batch, missing, scores, work)
                     write_json(known, scores)
-        report = self.report(scores, table, longer)
+        report = self.report(scores, table, longer) | {"training_samples": _count(data)}
         write_json(self.output, report)
         print_table(report)
+
+    def _data(self, scores: dict[str, Any], work: Path) -> str:
+        """Return the folder of the training data."""
+        if self.data is not None:
+            return str(self.data)
+        action = functools.partial(teacher_samples, self.recipe, work / "data")
+        return _noted(scores, "teacher samples", action)
 
     def _add(
         self, subject: Subject, batch: range, rows: list[Row], scores: dict[str, Any], work: Path
@@ -147,7 +156,6 @@ class FinetuneQuality:
             "reference": f"dense attention of the untrained model, UniPC, {self.steps} steps, the same noise",
             "dense_right": mean_interval(column("dense")[:, METRICS.index("right")]),
             "rows": records,
-            "teacher_samples": scores["teacher samples"],
             "minutes": sum(x["seconds"] for x in taken) / 60,
             "cpu_minutes": sum(x["cpu_seconds"] for x in taken) / 60,
             "longer_cpu_minutes": sum(x["cpu_seconds"] for x in extra) / 60,
@@ -200,6 +208,13 @@ def teacher_samples(recipe: str, folder: Path) -> str:
     return str(folder / TEACHER_FOLDER)
 
 
+def _count(data: str) -> int:
+    """Return the number of samples in a folder of latents."""
+    contents = read_manifest(Path(data))
+    assert contents is not None
+    return len(contents.samples)
+
+
 def train(config: FinetuneConfig) -> str:
     """Run `dit-accel finetune`; a run that was stopped goes on. Return the folder of the result."""
     from dit_accel.finetune.trainer import finetune
@@ -237,7 +252,8 @@ def print_table(report: dict[str, Any]) -> None:
         return f"{x['mean']:{digits}} [{low:{digits}}, {high:{digits}}]"
 
     print(
-        f"\n{report['model']}, {report['samples']} samples from seed {report['first_seed']} on, against "
+        f"\n{report['model']}, trained on {report['training_samples']} clips; {report['samples']} samples from seed "
+        f"{report['first_seed']} on, against "
         f"{report['reference']}; judge of dense samples: {interval(report['dense_right'], '.2f')}; "
         f"{report['cpu_minutes']:.0f} CPU minutes, and {report['longer_cpu_minutes']:.0f} for longer runs\n"
     )

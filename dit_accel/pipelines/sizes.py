@@ -36,17 +36,6 @@ class VideoSizes:
             raise ValueError(
                 f"num_frames={num_frames!r}: accepted is {temporal}k+1, such as {max(low, 1)} or {max(low, 1) + temporal}"
             )
-        most = transformer.config.rope_max_seq_len
-        for name, value, pixels in (
-            ("num_frames", num_frames - 1, temporal * patch[0]),
-            ("height", height - 1, spatial * patch[1]),
-            ("width", width - 1, spatial * patch[2]),
-        ):
-            if value // pixels >= most:  # diffusers itself fails on shapes
-                largest = (most - 1) * pixels + 1 if name == "num_frames" else most * pixels
-                raise ValueError(
-                    f"{name}={value + 1}: this model has positions for at most {largest}"
-                )
 
 
 class ImageSizes:

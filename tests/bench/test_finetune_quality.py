@@ -84,6 +84,7 @@ def test_a_run_has_every_figure_of_every_row(small):
         assert 0 < row["density"] < 0.2
         trained = "options" in row
         assert ("gap_closed" in row) == ("error_minus_rival" in row) == trained
+    assert report["training_samples"] == 1
     assert report["cpu_minutes"] > 0
     assert report["longer_cpu_minutes"] > 0
 

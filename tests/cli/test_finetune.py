@@ -99,7 +99,8 @@ def test_a_dry_run_prints_what_would_happen_and_loads_nothing(capsys, tmp_path, 
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", loaded)
     monkeypatch.setattr("diffusers.ModelMixin.from_pretrained", loaded)
     monkeypatch.chdir(tmp_path)
-    assert run("finetune", *TINY, "--dry-run", "--sla.combine", "proj", "--max-train-steps", 9) == 0
+    options = ("--sla.combine", "proj", "--router", "fixed", "--max-train-steps", 9)
+    assert run("finetune", *TINY, "--dry-run", *options) == 0
     text = capsys.readouterr().out
     for expected in (
         "  max_train_steps: 9\n",
@@ -121,10 +122,10 @@ def test_a_dry_run_as_json(capsys):
     )
     found = json.loads(capsys.readouterr().out)
     assert found["config"]["train"] == "lora"
-    assert [x["name"] for x in found["groups"]] == ["weights"]
+    assert [x["name"] for x in found["groups"]] == ["weights", "sla"]
     assert found["groups"][0]["values"] == 5 * 2 * 4 * 2 * 4 * 128
     memory = found["memory_bytes"]
-    assert memory["gradients"] == 4 * found["groups"][0]["values"]
+    assert memory["gradients"] == 4 * sum(x["values"] for x in found["groups"])
     assert memory["teacher"] == 0
     assert memory["total"] == sum(x for name, x in memory.items() if name != "total")
     assert found["steps"] == {"distillation": 240}
@@ -136,7 +137,7 @@ def test_a_dry_run_as_json(capsys):
         (["--config", "tiny-wan-slo"], "config='tiny-wan-slo': no such recipe or file (did you mean 'tiny-wan-sla'?)"),
         (["--learning-rate", "-1"], "learning_rate=-1.0: accepted: a number above 0"),
         (["--sla.topk", "2"], "sla.topk=2: accepted: a fraction in (0, 1]"),
-        (["--train", "sla"], "train='sla': nothing would train"),
+        (["--train", "sla", "--router", "fixed"], "train='sla': nothing would train"),
         (["--config", "sd3-sla", "--dry-run", "--pretrained-model-name-or-path", "tiny-wan"],
          "family='sd3': these settings are for another family than"),
         (["--dry-run", "--pretrained-model-name-or-path", "nowhere"], "model='nowhere': neither a folder nor"),
