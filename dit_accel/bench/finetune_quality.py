@@ -142,11 +142,12 @@ class FinetuneQuality:
                 record["gap_closed"] = closed(gap, values[:, latent])
                 difference = values[:, latent] - column(beside[RIVAL])[:, latent]
                 record["error_minus_rival"] = mean_interval(difference)
-                record["training"] = scores[f"train {row.key}"]
+                taken = scores[f"train {row.key}"]
+                record["training"] = {name: taken[name] for name in ("seconds", "cpu_seconds")}
             records.append(record)
         keys = ("{}", "train {}")
         extra = [scores[key.format(row.key)] for row in longer for key in keys]
-        taken = [x for x in scores.values() if all(x is not y for y in extra)]
+        own = [x for x in scores.values() if all(x is not y for y in extra)]
         return {
             "format_version": FORMAT_VERSION,
             "model": "tiny-wan",
@@ -156,8 +157,8 @@ class FinetuneQuality:
             "reference": f"dense attention of the untrained model, UniPC, {self.steps} steps, the same noise",
             "dense_right": mean_interval(column("dense")[:, METRICS.index("right")]),
             "rows": records,
-            "minutes": sum(x["seconds"] for x in taken) / 60,
-            "cpu_minutes": sum(x["cpu_seconds"] for x in taken) / 60,
+            "minutes": sum(x["seconds"] for x in own) / 60,
+            "cpu_minutes": sum(x["cpu_seconds"] for x in own) / 60,
             "longer_cpu_minutes": sum(x["cpu_seconds"] for x in extra) / 60,
             "versions": versions(),
             "machine": machine(),

@@ -83,6 +83,7 @@ def test_a_run_has_every_figure_of_every_row(small):
         assert all(np.isfinite(row[name]["mean"]) for name in METRICS)
         assert 0 < row["density"] < 0.2
         trained = "options" in row
+        assert not trained or sorted(row["training"]) == ["cpu_seconds", "seconds"]
         assert ("gap_closed" in row) == ("error_minus_rival" in row) == trained
     assert report["training_samples"] == 1
     assert report["cpu_minutes"] > 0
