@@ -41,7 +41,7 @@ class FinetuneQuality:
     """Of the sampler, as the demo samples."""
     max_train_steps: int = 160
     regression_steps: int = 40
-    longer_steps: tuple[int, ...] = (960,)
+    longer_steps: tuple[int, ...] = (640,)
     """Steps of further runs of the recipe at the first `topk`, which show what more training brings. Their time is
     counted by itself."""
     recipe: str = RECIPE
