@@ -24,7 +24,7 @@ from dit_accel.finetune.recipe import load_config
 
 FORMAT_VERSION = 1
 FIRST_SEED = 1000
-"""Of the samples. The recipe was tuned on samples with lower seeds."""
+"""Seed of the first sample. The recipe was tuned on samples with lower seeds."""
 UNTUNED, RIVAL = "top-k, untuned", "shared_softmax, untuned"
 
 
@@ -38,7 +38,7 @@ class FinetuneQuality:
     samples: int = 96
     batch_size: int = 8
     steps: int = 12
-    """Of the sampler, as the demo samples."""
+    """Steps of the sampler, as the demo samples."""
     max_train_steps: int = 160
     regression_steps: int = 40
     longer_steps: tuple[int, ...] = (640,)

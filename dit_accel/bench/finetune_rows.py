@@ -5,7 +5,7 @@ from typing import Any
 
 RECIPE = "tiny-wan-sla"
 TEACHER_SHARE = 0.25
-"""Of a step with a teacher: one forward pass beside the student's forward and backward pass, which is worth two."""
+"""Share of the teacher in a step: one forward pass beside the student's forward and backward pass, which is worth two."""
 UNTRAINED: dict[str, Any] = {"router": "fixed"}
 LORA: dict[str, Any] = {"train": "lora", "learning_rate": 2e-3}
 """Adapters take a larger learning rate than the weights that they stand beside."""

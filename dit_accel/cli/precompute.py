@@ -35,7 +35,7 @@ class Precompute:
     height: int | None = None
     """Pixels of every sample. Default: those of each file, rounded down to what the model accepts."""
     width: int | None = None
-    """As for height; accepted are both or neither."""
+    """Width in pixels, with `height`: accepted are both or neither."""
     num_frames: int | None = None
     """Frames of every sample. Default: as many as each file has and the model accepts."""
     buckets: str | None = None

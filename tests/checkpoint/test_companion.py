@@ -49,7 +49,7 @@ def train(pipe, kind):
 
 
 class Result:
-    """What a fine-tuning run leaves: its folder, the base repository, and what the trained pipeline generates."""
+    """Result of a fine-tuning run: its folder, the base repository, and what the trained pipeline generates."""
 
     def __init__(self, family, kind, place):
         self.family, self.kind = family, kind

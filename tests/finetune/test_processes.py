@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other. Several real ones: test_distributed.py."""
+"""Messages between the processes of a run. Several real ones: test_distributed.py."""
 
 import pytest
 import torch
