@@ -88,9 +88,8 @@ def _further(methods: dict[str, Any]) -> Iterator[tuple[str, Method]]:
 def _sparse_attention(
     target: Any, settings: SLAConfig | SLACheckpoint, on: SparseAttention | None
 ) -> SparseAttention:
-    transformer_of(target)  # refuses what has none before anything is compared
+    transformer = transformer_of(target)  # refuses what has none before anything is compared
     if isinstance(settings, SLACheckpoint):
-        transformer = transformer_of(target)
         swap = None if settings.companion is None else settings.companion.swap()
         if swap is not None:
             swap.check(transformer)

@@ -1,16 +1,19 @@
 """Quality of the embedded model after each way of fine-tuning (part of bench_finetune.py)."""
 
+import contextlib
 import functools
+import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from dit_accel.bench.finetune_rows import RECIPE, UNTRAINED, Row, learned, rows_of
@@ -19,8 +22,12 @@ from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics.figures import DRAWS
 from dit_accel.files import atomic_path, write_json
 from dit_accel.finetune.config import FinetuneConfig
-from dit_accel.finetune.data.manifest import read_manifest
+from dit_accel.finetune.data.manifest import MANIFEST, read_manifest
+from dit_accel.finetune.data.open import TEACHER_FOLDER, open_samples
+from dit_accel.finetune.families import trainable_of
+from dit_accel.finetune.model import load_model
 from dit_accel.finetune.recipe import load_config
+from dit_accel.finetune.trainer import finetune
 
 FORMAT_VERSION = 1
 FIRST_SEED = 1000
@@ -53,9 +60,14 @@ class FinetuneQuality:
     output."""
 
     def run(self) -> None:
-        """Train, sample, and write what remains to be done; print the table."""
+        """Train, sample, and write what remains to be done; print the table.
+
+        Raises:
+            ValueError: the folder of the runs was made with other settings.
+        """
         work = self.work or self.output.with_suffix(".work")
         work.mkdir(parents=True, exist_ok=True)
+        self._check(work)
         known = work / "scores.json"
         scores: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
         table = [
@@ -64,16 +76,17 @@ class FinetuneQuality:
             for row in rows_of(topk, self.max_train_steps, self.regression_steps)
         ]
         longer = [learned(self.topk[0], steps) for steps in self.longer_steps]
-        data = self._data(scores, work)
-        write_json(known, scores)
+        data = self.data or work / "data" / TEACHER_FOLDER
+        if self.data is None:
+            action = functools.partial(teacher_samples, self.recipe, data.parent)
+            _once(scores, "teacher samples", known, action)
         subject = Subject("tiny-wan", FIRST_SEED + self.samples)
         subject.set_solver("unipc")
         for rows in (table, longer):  # first what the table needs
             for row in tqdm(rows, desc="training"):
                 if row.options is not None:
                     config = config_of(row, work / row.key, data, self.recipe)
-                    _noted(scores, f"train {row.key}", lambda: train(config))  # noqa: B023
-                    write_json(known, scores)
+                    _once(scores, f"train {row.key}", known, functools.partial(finetune, config))
             for start in tqdm(range(0, self.samples, self.batch_size), desc="batches"):
                 batch = range(start, min(start + self.batch_size, self.samples))
                 missing = [x for x in rows if str(batch[-1]) not in scores.get(x.key, {})]
@@ -84,12 +97,21 @@ class FinetuneQuality:
         write_json(self.output, report)
         print_table(report)
 
-    def _data(self, scores: dict[str, Any], work: Path) -> str:
-        """Return the folder of the training data."""
+    def _check(self, work: Path) -> None:
+        """Refuse a folder with results of other settings; note those of a new one."""
+        names = ("samples", "batch_size", "steps", "max_train_steps", "regression_steps", "recipe")
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        settings["data"] = None
         if self.data is not None:
-            return str(self.data)
-        action = functools.partial(teacher_samples, self.recipe, work / "data")
-        return _noted(scores, "teacher samples", action)
+            settings["data"] = hashlib.sha256((self.data / MANIFEST).read_bytes()).hexdigest()
+        path = work / "settings.json"
+        if not path.exists():
+            write_json(path, settings)
+        for name, value in json.loads(path.read_text()).items():
+            if settings[name] != value:
+                raise ValueError(
+                    f"{name}={settings[name]!r}: {work} has results with {value!r}; accepted is that, or another work folder"
+                )
 
     def _add(
         self, subject: Subject, batch: range, rows: list[Row], scores: dict[str, Any], work: Path
@@ -98,11 +120,9 @@ class FinetuneQuality:
         seeds = range(FIRST_SEED + batch.start, FIRST_SEED + batch.stop)
 
         def sampled(key: str, sla: Any) -> torch.Tensor:
-            began, spent = time.perf_counter(), time.process_time()
-            latents, report = subject.latents(seeds, self.steps, sla=sla)
             entry = scores.setdefault(key, {})
-            entry["seconds"] = entry.get("seconds", 0.0) + time.perf_counter() - began
-            entry["cpu_seconds"] = entry.get("cpu_seconds", 0.0) + time.process_time() - spent
+            with _timed(entry):
+                latents, report = subject.latents(seeds, self.steps, sla=sla)
             if report is not None:
                 entry["density"] = report.density
             return latents
@@ -138,7 +158,7 @@ class FinetuneQuality:
             beside = {name: Row(name, row.topk).key for name in (UNTUNED, RIVAL)}
             if row.options is not None:
                 gap = column(beside[UNTUNED])[:, latent]
-                record["options"] = {k: x for k, x in row.options.items()}
+                record["options"] = row.options
                 record["gap_closed"] = closed(gap, values[:, latent])
                 difference = values[:, latent] - column(beside[RIVAL])[:, latent]
                 record["error_minus_rival"] = mean_interval(difference)
@@ -165,18 +185,21 @@ class FinetuneQuality:
         }
 
 
-def closed(before: np.ndarray, after: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+def closed(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
     """Return the share of the mean error `before` that is gone `after`, with a 95 % bootstrap interval over samples."""
-    drawn = np.random.default_rng(seed).integers(len(before), size=(DRAWS, len(before)))
-    shares = 1 - after[drawn].mean(1) / before[drawn].mean(1)
-    low, high = np.percentile(shares, (2.5, 97.5))
-    return {
-        "mean": float(1 - after.mean() / before.mean()),
-        "interval_95": [float(low), float(high)],
-    }
+
+    def share(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
+        return 1 - y.mean(axis) / x.mean(axis)
+
+    generator = np.random.default_rng(0)
+    found = bootstrap(
+        (before, after), share, paired=True, n_resamples=DRAWS, method="percentile", rng=generator
+    )
+    low, high = found.confidence_interval
+    return {"mean": float(share(before, after)), "interval_95": [float(low), float(high)]}
 
 
-def config_of(row: Row, folder: Path, data: str | None, recipe: str = RECIPE) -> FinetuneConfig:
+def config_of(row: Row, folder: Path, data: Path | None, recipe: str = RECIPE) -> FinetuneConfig:
     """Return the options of a run.
 
     Args:
@@ -191,38 +214,25 @@ def config_of(row: Row, folder: Path, data: str | None, recipe: str = RECIPE) ->
         "sla": {**row.sla, "topk": row.topk},
     }
     if data is not None:
-        options["precomputed_dir"] = data
+        # A run that was stopped goes on.
+        options |= {"precomputed_dir": str(data), "resume_from_checkpoint": "latest"}
     return load_config(recipe, options)
 
 
-def teacher_samples(recipe: str, folder: Path) -> str:
-    """Sample the training data of the recipe from the dense model; return its folder."""
-    from dit_accel.finetune.data.open import TEACHER_FOLDER, open_samples
-    from dit_accel.finetune.families import trainable_of
-    from dit_accel.finetune.model import load_model
-
+def teacher_samples(recipe: str, folder: Path) -> None:
+    """Sample the training data of the recipe from the dense model, into `TEACHER_FOLDER` below a folder."""
     config = load_config(recipe, {"output_dir": str(folder)})
     trainable = trainable_of(
         load_model(config, torch.device("cpu")), max_sequence_length=config.max_sequence_length
     )
     open_samples(config, trainable)
-    return str(folder / TEACHER_FOLDER)
 
 
-def _count(data: str) -> int:
+def _count(data: Path) -> int:
     """Return the number of samples in a folder of latents."""
-    contents = read_manifest(Path(data))
+    contents = read_manifest(data)
     assert contents is not None
     return len(contents.samples)
-
-
-def train(config: FinetuneConfig) -> str:
-    """Run `dit-accel finetune`; a run that was stopped goes on. Return the folder of the result."""
-    from dit_accel.finetune.trainer import finetune
-
-    if any(Path(config.output_dir).glob("checkpoint-*")):
-        config = replace(config, resume_from_checkpoint="latest")
-    return str(finetune(config))
 
 
 def settings_of(row: Row, work: Path, recipe: str) -> Any:
@@ -232,17 +242,23 @@ def settings_of(row: Row, work: Path, recipe: str) -> Any:
     return config_of(row, work, None, recipe).sla_config
 
 
-def _noted(scores: dict[str, Any], key: str, action: Callable[[], str]) -> str:
-    """Run an action unless it is finished; note what it returned and what it took."""
+@contextlib.contextmanager
+def _timed(entry: dict[str, Any]) -> Iterator[None]:
+    """Add what the block takes to `seconds` and `cpu_seconds` of an entry."""
+    began, spent = time.perf_counter(), time.process_time()
+    yield
+    entry["seconds"] = entry.get("seconds", 0.0) + time.perf_counter() - began
+    entry["cpu_seconds"] = entry.get("cpu_seconds", 0.0) + time.process_time() - spent
+
+
+def _once(scores: dict[str, Any], key: str, known: Path, action: Callable[[], Any]) -> None:
+    """Run an action unless it is finished; note in the file what it took."""
     if key not in scores:
-        began, spent = time.perf_counter(), time.process_time()
-        made = action()
-        scores[key] = {
-            "made": made,
-            "seconds": time.perf_counter() - began,
-            "cpu_seconds": time.process_time() - spent,
-        }
-    return scores[key]["made"]
+        entry: dict[str, Any] = {}
+        with _timed(entry):
+            action()
+        scores[key] = entry
+        write_json(known, scores)
 
 
 def print_table(report: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the benchmark of fine-tuning trains and samples with."""
+"""Rows of the benchmark of fine-tuning: ways to come to a sparse model."""
 
 from dataclasses import dataclass, field
 from typing import Any

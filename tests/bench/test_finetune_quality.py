@@ -1,6 +1,7 @@
 """Benchmark of fine-tuning: its rows, its figures, and a whole run at the smallest size."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,3 +99,9 @@ def test_a_second_run_goes_on_where_the_first_ended(small, capsys):
     assert again["cpu_minutes"] == report["cpu_minutes"]
     printed = capsys.readouterr().out
     assert all(f"| {row['name']} |" in printed for row in report["rows"])
+
+
+def test_results_of_other_settings_are_not_taken_over(small):
+    benchmark, _ = small
+    with pytest.raises(ValueError, match=r"max_train_steps=9: .* has results with 1; accepted is"):
+        replace(benchmark, max_train_steps=9).run()
