@@ -1,6 +1,5 @@
 """Fine-tuned weights and adapters beside an SLA checkpoint: put in with it, taken out with it, or refused."""
 
-import contextlib
 import copy
 import json
 import shutil
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks import group_offloading
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,6 +24,7 @@ from dit_accel.finetune.result import write_result
 from dit_accel.runtime.install import installation_of, method_of, original_weights
 from dit_accel.runtime.swap import WeightSwap
 
+from ..offloading import copying_stream, group_offload
 from ..pipelines.test_wan import same, snapshot
 from ..random_pipelines import make, relative, run
 from .test_save_load import RAS, SLA, absent, equal, tuned, weights
@@ -346,37 +345,20 @@ def model_offload(pipe):
     cpu_offload_with_hook(pipe.transformer, execution_device="cpu")
 
 
-def group_offload(pipe, stream=None, path=None):
-    config = group_offloading.GroupOffloadingConfig(
-        onload_device=torch.device("cpu"),
-        offload_device=torch.device("cpu"),
-        offload_type="leaf_level",
-        non_blocking=stream is not None,
-        record_stream=False,
-        low_cpu_mem_usage=False,
-        num_blocks_per_group=1,
-        stream=stream,
-        offload_to_disk_path=path,
-    )
-    group_offloading._apply_group_offloading(pipe.transformer, config)
+def group_offloaded(pipe):
+    group_offload(pipe.transformer)
 
 
 @pytest.fixture
 def streams(monkeypatch):
-    """Group offloading with streams as on a device: what is onloaded is a copy."""
-    stream = SimpleNamespace(synchronize=lambda: None)
-    backend = SimpleNamespace(
-        stream=lambda _: contextlib.nullcontext(), current_stream=lambda: stream
-    )
-    monkeypatch.setattr(group_offloading, "TorchDeviceBackend", lambda device: backend)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-    return lambda pipe: group_offload(pipe, stream)
+    stream = copying_stream(monkeypatch)
+    return lambda pipe: group_offload(pipe.transformer, stream)
 
 
 @each_kind
 @pytest.mark.parametrize("how", ["model", "group", "streams"])
 def test_offloading_before_and_after(how, wan, streams):
-    offload = {"model": model_offload, "group": group_offload, "streams": streams}[how]
+    offload = {"model": model_offload, "group": group_offloaded, "streams": streams}[how]
     for first in ("enable", "offload"):
         pipe = wan.plain()
         if first == "offload":
@@ -414,7 +396,7 @@ OBSTACLES = {
     "sequential offload": (sequential_offload, r"sequential offloading .*remove_all_hooks"),
     "quantised": (quantise, r"to_q.weight: quantised or sharded \(Quantised"),
     "fused": (lambda x: x.transformer.fuse_qkv_projections(), r"fused; .*unfuse_qkv_projections"),
-    "disk": (lambda x: group_offload(x, path=x.place), r"group offloading to a disk"),
+    "disk": (lambda x: group_offload(x.transformer, path=x.place), r"group offloading to a disk"),
 }
 
 

@@ -1,16 +1,15 @@
 """What pipelines can do beside plain sampling, with sparse attention on: each works, or is refused by name."""
 
-import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.hooks import group_offloading
 from torch.utils._pytree import tree_map_only
 
 import dit_accel
 from dit_accel.runtime.install import method_of
 
+from ..offloading import copying_stream, group_offload
 from ..random_pipelines import FAMILIES, make, randomise, relative, run
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -198,28 +197,8 @@ def test_offloading_before_or_after_enable(family, how, combine, order):
 
 @pytest.fixture
 def offload_with_streams(monkeypatch):
-    """Group offloading as with a device: what is onloaded is a copy, and what was offloaded stays as it was."""
-    stream = SimpleNamespace(synchronize=lambda: None)
-    backend = SimpleNamespace(
-        stream=lambda _: contextlib.nullcontext(), current_stream=lambda: stream
-    )
-    monkeypatch.setattr(group_offloading, "TorchDeviceBackend", lambda device: backend)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-
-    def switch_on(transformer, how):
-        config = group_offloading.GroupOffloadingConfig(
-            onload_device=CPU,
-            offload_device=CPU,
-            offload_type=how,
-            non_blocking=True,
-            record_stream=False,
-            low_cpu_mem_usage=False,
-            num_blocks_per_group=1,
-            stream=stream,
-        )
-        group_offloading._apply_group_offloading(transformer, config)
-
-    return switch_on
+    stream = copying_stream(monkeypatch)
+    return lambda transformer, how: group_offload(transformer, stream, how=how)
 
 
 @pytest.mark.parametrize("how", ["block_level", "leaf_level"])
