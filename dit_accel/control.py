@@ -9,11 +9,13 @@ from dit_accel.checkpoint.file import SLACheckpoint, read_checkpoint, settings_o
 from dit_accel.checkpoint.identity import identity_of, weights_of
 from dit_accel.checkpoint.save_load import find_checkpoint
 from dit_accel.config import OFF, RASConfig, SLAConfig
+from dit_accel.models import check_pipeline
 from dit_accel.ras import RegionAdaptiveSampling
 from dit_accel.runtime.caller import declaring_frame
 from dit_accel.runtime.install import (
     install,
     installation_of,
+    parts_of,
     transformer_of,
     uninstall,
 )
@@ -59,21 +61,28 @@ def enable(
             "ras=None, sla=None: nothing to enable; accepted are a preset name, a config, a YAML file, a dict, or "
             "the folder of an SLA checkpoint"
         )
-    made: dict[str, Any] = dict(_further(methods))
-    if ras is not None:
-        made["ras"] = None if ras == OFF else RegionAdaptiveSampling(RASConfig.load(ras))
+    further = dict(_further(methods))
+    config = None if ras is None else RASConfig.load(ras)
     settings = None if sla is None or sla == OFF else settings_of(sla)
-    before = installation_of(target)
-    on: dict[str, Any] = {} if before is None else dict(before.methods)
-    if sla is not None:
-        made["sla"] = None
-        if settings is not None:
-            made["sla"] = _sparse_attention(target, settings, on.get("sla"))
-    chosen = {name: x for name, x in {**on, **made}.items() if x is not None}
-    if not chosen:
-        uninstall(target)
-        return
-    install(target, chosen.values(), replaced=before)
+    parts = parts_of(target)
+    if len(parts) > 1 and (further or settings is not None or (config and config.has_partial_steps)):
+        check_pipeline(target)
+    for part in parts.values():
+        made: dict[str, Any] = dict(further)
+        if ras is not None:
+            made["ras"] = None if config is None else RegionAdaptiveSampling(config)
+        before = installation_of(part)
+        on: dict[str, Any] = {} if before is None else dict(before.methods)
+        if sla is not None:
+            made["sla"] = None
+            if settings is not None:
+                made["sla"] = _sparse_attention(part, settings, on.get("sla"))
+        chosen = {name: x for name, x in {**on, **made}.items() if x is not None}
+        if chosen:
+            pipe = None if part is target else target
+            install(part, chosen.values(), replaced=before, pipe=pipe)
+        else:
+            uninstall(part)
 
 
 def _further(methods: dict[str, Any]) -> Iterator[tuple[str, Method]]:
@@ -198,7 +207,7 @@ def sampling_loop(
         ...         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
     """
     loop = SamplingLoop(scheduler, timesteps=timesteps, sigmas=sigmas)
-    transformer_of(target)
+    transformer_of(target, any_model=True)
     installation = installation_of(target)
     if installation is None:
         yield loop

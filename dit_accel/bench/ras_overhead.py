@@ -92,9 +92,9 @@ class Overhead:
                     seconds[name] += marks
                     continue
                 steps = done.steps
-                seconds[name] += [marks[s.step] for s in steps if s.mode == "ras"]
+                seconds[name] += [marks[s.step] for s in steps if s.mode == "partial"]
                 dense[name] += [marks[s.step] for s in steps if s.mode == "dense"]
-                shares[name] = next(s.cost for s in steps if s.mode == "ras")
+                shares[name] = next(s.cost for s in steps if s.mode == "partial")
         rows = []
         plain = statistics.median(seconds["plain"])
         for name in list(kinds)[1:]:

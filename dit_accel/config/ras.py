@@ -5,9 +5,24 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
-from dit_accel.config.base import Config, check, check_choice, check_fraction, is_int, is_number
+from dit_accel.config.base import (
+    Config,
+    check,
+    check_choice,
+    check_fraction,
+    is_int,
+    is_number,
+    num_steps_of,
+)
 
-SELECTIONS = ("age", "std", "l2norm", "random")
+SELECTIONS = ("error", "age", "std", "l2norm", "random")
+PREDICTORS = ("auto", "fitted", "linear", "hold")
+BUDGETS = {
+    "quality": ((0, 0.85), (15, 0.75), (31, 0.6)),
+    "balanced": ((0, 0.75), (15, 0.65), (31, 0.45)),
+    "fast": ((0, 0.65), (15, 0.5), (31, 0.35)),
+}
+"""Budgets of the presets: pairs (from so many steps on, share of the dense cost)."""
 LINEAR_KV_FROM = 20
 """Steps from which extrapolated keys and values were measured to pay (kv_predictor="auto")."""
 FEW_UPDATES, RESETS = 10, (0.3, 0.5)
@@ -18,21 +33,32 @@ are many."""
 
 @dataclass(frozen=True, kw_only=True)
 class RASConfig(Config):
-    """Region-adaptive sampling: on most steps the transformer runs on some of the tokens only."""
+    """Region-adaptive sampling: the transformer runs on all tokens in some steps, on some of the tokens or not at
+    all in the others.
 
-    ratio: float | int | tuple | list = 0.5
-    """Active tokens / all image tokens on a RAS step, in (0, 1]; or a list of (start, ratio), where
-    start is the fraction of the steps from which that ratio holds (the first is 0)."""
-    warmup: int | float = 0.15
+    `budget` alone gives dense steps and forecast steps, in which the transformer is not called. `ratio` alone gives
+    dense steps and partial steps, in which it runs on some of the tokens. Both give a mixture of the three. With
+    neither, the budget is that of the preset "balanced".
+    """
+
+    budget: float | int | tuple | list | None = None
+    """Share of the cost of dense sampling that a run may take, in (0, 1]; or a list of (num_steps, share), where a
+    share holds for runs of at least num_steps steps (the first is 0). None: the steps follow from `ratio`."""
+    ratio: float | int | tuple | list | None = None
+    """Active tokens / all image tokens on a partial step, in (0, 1]; or a list of (start, ratio), where
+    start is the fraction of the steps from which that ratio holds (the first is 0). None: no partial steps."""
+    warmup: int | float | Literal["auto"] = "auto"
     """Dense first steps. A float is a fraction of the steps really executed, rounded up, and at least
-    3 steps; an int is a number of steps, at least 1."""
+    3 steps; an int is a number of steps, at least 1. "auto" is 3 with a budget, else 0.15."""
     tail: int | float = 2
     """Dense last steps; a float is a fraction, rounded up."""
     resets: tuple | list | Literal["auto"] = "auto"
-    """Dense steps in between: fractions of the steps (rounded up) or step indices. "auto" is
-    (0.3, 0.5) where steps * ratio is less than 10, else none: extrapolation then does better alone."""
-    selection: Literal["age", "std", "l2norm", "random"] = "age"
-    """Who is active: the tokens longest without an update; those whose latents change with the lowest
+    """Dense steps in between: fractions of the steps (rounded up) or step indices. "auto" is none with a budget;
+    without one it is (0.3, 0.5) where steps * ratio is less than 10, else none: extrapolation then does better
+    alone."""
+    selection: Literal["error", "age", "std", "l2norm", "random"] = "error"
+    """Which tokens are active on a partial step: those whose forecast was most wrong when it was last measured, for
+    the time that has passed since; those longest without an update; those whose latents change with the lowest
     standard deviation or norm over channels (the paper); or a random choice."""
     high_ratio: float | int = 1.0
     """For "std" and "l2norm": share of the inactive tokens taken from the highest scores, the others
@@ -40,9 +66,11 @@ class RASConfig(Config):
     starvation_scale: float | int = 0.1
     """For "std" and "l2norm": a token dropped d times counts as exp(-starvation_scale * d) of its score."""
     max_age: int | Literal["auto"] | None = "auto"
-    """Steps in a row a token may go without an update; "auto" is ceil(1 / ratio) + 1, None no cap."""
-    predictor: Literal["linear", "hold"] = "linear"
-    """Output of inactive tokens: extrapolated linearly in sigma (factor capped at 1), or held."""
+    """Steps in a row a token may go without an update; "auto" is ceil(1 / ratio) + 1 without a budget, None no
+    cap."""
+    predictor: Literal["auto", "fitted", "linear", "hold"] = "auto"
+    """Output of what does not run: extrapolated linearly in sigma (factor capped at 1), the same damped by a number
+    that is fitted while sampling, or held. "auto" is "fitted" with a budget, else "linear"."""
     kv_predictor: Literal["auto", "linear", "hold"] = "auto"
     """Keys and values of inactive tokens, likewise. "linear" takes twice the memory; "auto" is linear
     from 20 steps on where memory allows."""
@@ -55,10 +83,11 @@ class RASConfig(Config):
 
     SECTION: ClassVar[str] = "ras"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "quality": {"ratio": 0.5, "warmup": 0.25},
-        "balanced": {},
-        "fast": {"ratio": 0.25},
+        **{name: {"budget": budget} for name, budget in BUDGETS.items()},
+        # For every transformer, whatever the others become.
+        "forecast": {"budget": BUDGETS["balanced"]},
         "paper": {
+            "ratio": 0.5,
             "selection": "std",
             # The published code: dense steps 0 to 3, 12 and 20 of 28; 0 to 3, 12 and 22 of 30; none at the end.
             "warmup": 4,
@@ -73,12 +102,18 @@ class RASConfig(Config):
     }
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, list | tuple):
-            self._check_ratios()
-        else:
-            check_fraction("ratio", self.ratio)
+        if self.budget is None and self.ratio is None:
+            object.__setattr__(self, "budget", BUDGETS["balanced"])
+        for name in ("budget", "ratio"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                self._check_pairs(name, value)
+            elif value is not None:
+                check_fraction(name, value)
         for name, least in (("warmup", 1), ("tail", 0)):
             steps = getattr(self, name)
+            if name == "warmup" and steps == "auto":
+                continue
             check(
                 name,
                 steps,
@@ -102,7 +137,7 @@ class RASConfig(Config):
         ok = is_number(scale) and 0 <= scale < math.inf
         check("starvation_scale", scale, ok, "a finite number >= 0")
         self._check_max_age()
-        check_choice("predictor", self.predictor, ("linear", "hold"))
+        check_choice("predictor", self.predictor, PREDICTORS)
         check_choice("kv_predictor", self.kv_predictor, ("auto", "linear", "hold"))
         check_choice("region", self.region, ("tile", "token"))
         levels = self.n_levels
@@ -114,25 +149,31 @@ class RASConfig(Config):
         )
         check_choice("kv_cache", self.kv_cache, ("full", "fp8"))
 
-    def _check_ratios(self) -> None:
-        accepted = "a fraction in (0, 1], or [(0, ratio), (start, ratio), ...] with rising starts"
-        pairs = self.ratio
-        good = bool(pairs) and all(  # type: ignore[arg-type]
-            isinstance(x, list | tuple) and len(x) == 2 and all(map(is_number, x)) and 0 <= x[0] < 1
-            for x in pairs  # type: ignore[union-attr]
+    def _check_pairs(self, name: str, pairs: tuple | list) -> None:
+        steps = name == "budget"
+        start = "num_steps" if steps else "start"
+        accepted = (
+            f"a fraction in (0, 1], or [(0, share), ({start}, share), ...] with rising {start}"
         )
-        starts = [x[0] for x in pairs] if good else []  # type: ignore[union-attr]
+
+        def is_start(x: Any) -> bool:
+            return (is_int(x) if steps else is_number(x) and x < 1) and x >= 0
+
+        good = bool(pairs) and all(
+            isinstance(x, list | tuple) and len(x) == 2 and is_start(x[0]) for x in pairs
+        )
+        starts = [x[0] for x in pairs] if good else []
         good = good and starts[0] == 0 and all(a < b for a, b in pairwise(starts))
-        check("ratio", pairs, good, accepted)
-        for _, ratio in pairs:  # type: ignore[union-attr]
-            check_fraction("ratio", ratio)
-        object.__setattr__(self, "ratio", tuple(tuple(x) for x in pairs))  # type: ignore[union-attr]
+        check(name, pairs, good, accepted)
+        for _, share in pairs:
+            check_fraction(name, share)
+        object.__setattr__(self, name, tuple(tuple(x) for x in pairs))
 
     def _check_max_age(self) -> None:
         age = self.max_age
         if age is None or age == "auto":
             return
-        least = math.ceil(1 / self.lowest_ratio - 1e-9) - 1
+        least = 0 if self.lowest_ratio is None else math.ceil(1 / self.lowest_ratio - 1e-9) - 1
         check(
             "max_age",
             age,
@@ -141,17 +182,48 @@ class RASConfig(Config):
         )
 
     @property
-    def lowest_ratio(self) -> float:
-        """The smallest ratio of the run."""
-        if isinstance(self.ratio, int | float):
+    def has_partial_steps(self) -> bool:
+        """Whether some steps may run on some of the tokens: these need a supported model, and keys and values are
+        kept."""
+        return self.ratio is not None
+
+    @property
+    def lowest_ratio(self) -> float | None:
+        """The smallest ratio of the run; None without partial steps."""
+        if self.ratio is None or isinstance(self.ratio, int | float):
             return self.ratio
         return min(ratio for _, ratio in self.ratio)
 
+    def budget_of(self, num_steps: int) -> float | None:
+        """The share of the dense cost that a run of so many steps may take; None without a budget."""
+        if self.budget is None or isinstance(self.budget, int | float):
+            return self.budget
+        return [share for start, share in self.budget if start <= num_steps][-1]
+
+    def warmup_of(self, num_steps: int) -> int:
+        """The dense first steps in a run of so many steps."""
+        warmup = self.warmup
+        if warmup == "auto":
+            warmup = 3 if self.budget is not None else 0.15
+        if isinstance(warmup, float):
+            return max(3, num_steps_of(warmup, num_steps))
+        return warmup
+
     def resets_of(self, num_steps: int) -> tuple:
         """The resets in a run of so many steps, as they are given."""
-        if self.resets == "auto":
-            return RESETS if num_steps * self.lowest_ratio < FEW_UPDATES else ()
-        return tuple(self.resets)
+        if self.resets != "auto":
+            return tuple(self.resets)
+        ratio = self.lowest_ratio
+        if self.budget is not None or ratio is None:
+            return ()
+        return RESETS if num_steps * ratio < FEW_UPDATES else ()
+
+    @property
+    def output_predictor(self) -> str:
+        """`predictor`, with "auto" replaced by what it stands for."""
+        if self.predictor == "auto":
+            return "linear" if self.budget is None else "fitted"
+        return self.predictor
 
     def linear_kv(self, num_steps: int) -> bool:
         """Whether keys and values are extrapolated in a run of so many steps, memory permitting."""
@@ -162,6 +234,8 @@ class RASConfig(Config):
     @property
     def age_limit(self) -> int | None:
         """`max_age` as a number; None without a cap."""
-        if self.max_age == "auto":
-            return math.ceil(1 / self.lowest_ratio - 1e-9) + 1
-        return self.max_age
+        if self.max_age != "auto":
+            return self.max_age
+        if self.budget is not None or self.lowest_ratio is None:
+            return None
+        return math.ceil(1 / self.lowest_ratio - 1e-9) + 1

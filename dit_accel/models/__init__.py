@@ -7,6 +7,7 @@ from torch import nn
 
 from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, by_name
 from dit_accel.models.tokens import TokenOrder, joint_index
+from dit_accel.models.whole import WholeTransformer
 
 FAMILIES = {
     "WanTransformer3DModel": "wan.Wan",
@@ -23,6 +24,7 @@ __all__ = [
     "Focus",
     "Hook",
     "TokenOrder",
+    "WholeTransformer",
     "by_name",
     "check_pipeline",
     "family_of",

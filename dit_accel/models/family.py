@@ -17,8 +17,8 @@ class Call:
 
     hidden_states: Tensor
     """Latents `[R, C, ...]`."""
-    context: Tensor
-    """`encoder_hidden_states`; its identity tells contexts apart."""
+    context: Tensor | None
+    """`encoder_hidden_states`; its identity tells contexts apart. None: the model has no text."""
     channels: int
     """How many of the C are noisy latents; others are conditions."""
     grid: tuple[int, int, int]
@@ -33,6 +33,12 @@ class Call:
     """What else tells contexts apart."""
     epoch: Hashable = None
     """What cached keys were made with: if it changes within a run, they are stale."""
+    form: Hashable = None
+    """What else decides the form of the output, `return_dict`."""
+    flops: Callable[[int], float] | None = None
+    """Matrix products of this call with so many active image tokens; the runtime fills it in."""
+    must_run: bool = False
+    """True if the transformer runs whatever a method answers; the runtime fills it in."""
 
     @property
     def conditions(self) -> tuple[Tensor, ...]:
@@ -48,7 +54,7 @@ class Call:
     @property
     def text_length(self) -> int:
         """Text tokens."""
-        return self.context.shape[1] if self.context.ndim > 2 else 0
+        return 0 if self.context is None or self.context.ndim < 3 else self.context.shape[1]
 
 
 class Focus:

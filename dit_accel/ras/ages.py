@@ -1,7 +1,7 @@
-"""`Selection`: the ages of a run's tiles, and who is active in the step in progress."""
+"""`Selection`: the ages and errors of a run's tiles, and which are active in the step in progress."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dit_accel.config import RASConfig
@@ -25,12 +25,27 @@ class Selection:
         self.step = -1
         self.tiles: Tensor | None = None
         """Active tiles `[S, count]`, ascending; None: all."""
+        # Before anything is measured, all tiles count alike, and so the oldest first.
+        self.errors = torch.ones(shape, dtype=torch.float64, device=device)
+        """Squared error of each tile's forecast when it was last measured, over the square of the noise level
+        difference that it spanned; summed over contexts."""
+        self.updated = torch.zeros(shape, dtype=torch.float64, device=device)
+        """Noise level of each tile's last update."""
+        self._measured = -1
 
-    def begin_step(self, step: int, metric: Float[Tensor, "s m"] | None) -> None:
+    @property
+    def wants_errors(self) -> bool:
+        """True if forecasts have to be measured."""
+        return self.config.selection == "error" and self.schedule.has_partial_steps
+
+    def begin_step(
+        self, step: int, metric: Float[Tensor, "s m"] | None, level: Float[Tensor, ""] | None = None
+    ) -> None:
         """Choose for this step, unless a call of it has come before.
 
         Args:
             metric: the paper's region metric of each tile; None if it is not known yet.
+            level: noise level of the step; "error" needs it.
         """
         if step == self.step:
             return
@@ -39,18 +54,47 @@ class Selection:
         if count is None:
             self.tiles = None
             self.age.zero_()
+            if level is not None:
+                self.updated.copy_(level.expand_as(self.updated))
             return
-        score = self._score(step, metric, count)
+        if count == 0:
+            self.tiles = self.age.new_zeros(len(self.age), 0)
+            self.age += 1
+            return
+        score = self._score(step, metric, count, level)
         limit = self.config.age_limit
         capacity = self.schedule.capacity(step, 0 if limit is None else limit)
         self.tiles = choose(score, self.age, capacity, count, limit)
         self.age += 1
         self.age.scatter_(1, self.tiles, 0)
+        if level is not None:
+            self.updated.scatter_(1, self.tiles, level.double().expand(self.tiles.shape))
         self.dropped += 1
         self.dropped.scatter_add_(1, self.tiles, -torch.ones_like(self.tiles, dtype=torch.float32))
 
-    def _score(self, step: int, metric: Tensor | None, count: int) -> Tensor:
+    def measure(self, errors: Float[Tensor, "r m"], known: Bool[Tensor, "r m"]) -> None:
+        """Take in how wrong the forecasts of a call in this step were.
+
+        Args:
+            errors: see `errors`; of a context, rows being samples or several rows for each of them.
+            known: tiles that this call measured.
+        """
+        samples = len(self.errors)
+        if len(errors) % samples == 0:  # rows of the same samples, one block after the other
+            errors = errors.unflatten(0, (-1, samples)).sum(0)
+            known = known.unflatten(0, (-1, samples)).any(0)
+        else:
+            errors, known = (x.repeat(samples // len(x), 1) for x in (errors, known))
+        before = self.errors if self._measured == self.step else torch.zeros_like(self.errors)
+        self._measured = self.step
+        self.errors = torch.where(known, before + errors, self.errors)
+
+    def _score(
+        self, step: int, metric: Tensor | None, count: int, level: Tensor | None
+    ) -> Tensor:
         config = self.config
+        if config.selection == "error" and level is not None:
+            return self.errors.sqrt() * (self.updated - level).abs()
         if self.draw is not None:
             return self.draw[step].expand_as(self.age)
         if config.selection == "age" or metric is None:

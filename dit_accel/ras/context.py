@@ -1,6 +1,7 @@
 """`ContextState`: what is cached for one context, and when each of its tokens was last updated."""
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,20 @@ from torch import Tensor
 
 from dit_accel.kernels import LinearState
 from dit_accel.ras.history import History
+from dit_accel.ras.outputs import Outputs
 from dit_accel.ras.predictor import extrapolation_factor
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a noise level is from each token's last updates. `n` is 1 where all tokens of a row share them."""
+
+    factor: Float[Tensor, "r n"]
+    """How far each token's line has to be followed."""
+    same: Float[Tensor, "r n"]
+    """1 for tokens whose last update had this very noise level, else 0."""
+    gap: Float[Tensor, "r n"]
+    """Difference of noise levels to the last update."""
 
 
 class ContextState:
@@ -23,7 +37,9 @@ class ContextState:
     def __init__(self, geometry: tuple, epoch: Hashable) -> None:
         self.geometry = geometry
         self.epoch = epoch
-        self.output: History | None = None
+        self.outputs: Outputs | None = None
+        self.returned: Any = None
+        """The last return value of the transformer, without its tensor: a forecast is returned like it."""
         self.kv: dict[str, tuple[History, History]] = {}
         self.totals: dict[str, LinearState] = {}
         self.extras: dict[str, Any] = {}
@@ -35,25 +51,34 @@ class ContextState:
         """Keys and values."""
         return sum(x.nbytes for pair in self.kv.values() for x in pair)
 
+    def distance(self, sigma: Float[Tensor, ""], shape: tuple[int, int]) -> Distance:
+        """Return how far this noise level is from the last updates of tokens of this shape (rows, n)."""
+        if self._last is None or self._previous is None:
+            none = sigma.new_zeros(shape)
+            return Distance(none, none, none)
+        return Distance(
+            extrapolation_factor(sigma, self._last, self._previous),
+            (self._last == sigma).float(),
+            (sigma - self._last).abs(),
+        )
+
     def begin(
-        self, sigma: Float[Tensor, ""], index: Int[Tensor, "r n"] | None, shape: tuple[int, int]
-    ) -> tuple[Float[Tensor, "r t"], Float[Tensor, "r t"]]:
-        """A call at this noise level updates the tokens `index` of `shape` (rows, tokens).
+        self, sigma: Float[Tensor, ""], index: Int[Tensor, "r m"] | None, shape: tuple[int, int]
+    ) -> Distance:
+        """Note that a call at this noise level updates the tokens `index`; None: all.
 
         Returns:
-            How far each token's line has to be followed, and 1 for tokens whose last update had this
-            very noise level, else 0.
+            Its distance to the updates before.
         """
+        distance = self.distance(sigma, shape)
         if self._last is None or self._previous is None:
             self._last = sigma.expand(shape).clone()
             self._previous = self._last.clone()
-            return torch.zeros_like(self._last), torch.zeros_like(self._last)
-        factor = extrapolation_factor(sigma, self._last, self._previous)
-        same = self._last == sigma
-        moved = torch.where(same, self._previous, self._last)
+            return distance
+        moved = torch.where(distance.same.bool(), self._previous, self._last)
         if index is None:
             self._previous, self._last = moved, sigma.expand(shape).clone()
         else:
             self._previous.scatter_(1, index, moved.gather(1, index))
             self._last.scatter_(1, index, sigma.expand(index.shape))
-        return factor, same.float()
+        return distance

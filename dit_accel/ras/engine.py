@@ -1,24 +1,27 @@
-"""`RegionAdaptiveSampling`: decides per call which tokens run, and completes what did not."""
+"""`RegionAdaptiveSampling`: decides per call which tokens run, if any, and completes what did not."""
 
 import math
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dit_accel.config import RASConfig
 from dit_accel.kernels import LinearState
 from dit_accel.models import AttentionLayer, Call, Focus, TokenOrder, joint_index
 from dit_accel.ras.compatibility import step_cache_of
-from dit_accel.ras.context import ContextState
+from dit_accel.ras.context import ContextState, Distance
 from dit_accel.ras.history import History, KVStore
+from dit_accel.ras.outputs import Outputs
 from dit_accel.ras.plan import RunPlan, compute_dtype, for_rows, make_plan
 from dit_accel.ras.records import RunState, StepRecord, summarise
 from dit_accel.ras.selection import tile_tokens
 from dit_accel.ras.summary import RASSummary
 from dit_accel.runtime.method import Host, Method
+from dit_accel.runtime.returned import Form, sample_of
 from dit_accel.runtime.run import Run
 from dit_accel.runtime.summary import total
 
@@ -33,12 +36,14 @@ class RegionAdaptiveSampling(Method, Focus):
     """
 
     name = "ras"
-    uses_attention = True
     keeps_activations = True
+    may_answer = True
     focus_rank = 1
 
     def __init__(self, config: RASConfig) -> None:
         self.config = config
+        # Without partial steps only whole outputs are kept: nothing of the model has to be known.
+        self.uses_attention = self.needs_family = config.has_partial_steps
         self.layers: dict[str, AttentionLayer] = {}
         self.stores: dict[str, KVStore] = {}
         self.others: tuple[Method, ...] = ()
@@ -48,8 +53,8 @@ class RegionAdaptiveSampling(Method, Focus):
         self._finish_call()
 
     @property
-    def focus(self) -> Focus:  # type: ignore[override]
-        return self
+    def focus(self) -> Focus | None:  # type: ignore[override]
+        return self if self.config.has_partial_steps else None
 
     def check(self, transformer: nn.Module, others: Collection[Method]) -> None:
         if cache := step_cache_of(transformer):
@@ -58,15 +63,17 @@ class RegionAdaptiveSampling(Method, Focus):
                 "transformer.disable_cache() or remove its hooks first"
             )
         beside = [x.name for x in others if x.uses_attention]
-        if beside and self.config.kv_cache != "full":
+        if beside and self.uses_attention and self.config.kv_cache != "full":
             raise ValueError(
                 f"kv_cache={self.config.kv_cache!r}: accepted together with {', '.join(beside)} is 'full'"
             )
 
     def attach(self, host: Host) -> None:
+        self.separate_guidance = host.family.separate_guidance
+        if not self.uses_attention:
+            return
         self.layers = host.layers
         self.others = tuple(x for x in host.methods if x is not self)
-        self.separate_guidance = host.family.separate_guidance
         self.stores = {name: KVStore() for name in host.layers}
         for name, layer in host.layers.items():
             layer.module.processor.kv_store = self.stores[name]
@@ -86,7 +93,8 @@ class RegionAdaptiveSampling(Method, Focus):
         self._per_run: dict[str, Any] = {}
         self._places: Tensor | None = None
         self._flat: Tensor | None = None
-        self._factor: Tensor | None = None
+        self._distance: Distance | None = None
+        """None where nothing is kept in this call."""
         self._same: Tensor | None = None
         self._record: StepRecord = None  # type: ignore[assignment]
 
@@ -118,12 +126,15 @@ class RegionAdaptiveSampling(Method, Focus):
     def begin_run(self, run: Run) -> None:
         self.state = run.states[self.name] = RunState()
 
-    def begin_call(self, run: Run, call: Call) -> None:
+    def begin_call(self, run: Run, call: Call) -> Any:
         """Decide what this call runs on.
+
+        Returns:
+            The forecast of a forecast step, in the form of the transformer's last return value; else None.
 
         Raises:
             RuntimeError: gradients are on.
-            ValueError: the scheduler has no noise levels.
+            ValueError: the noise levels of the scheduler are not known.
         """
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -133,9 +144,9 @@ class RegionAdaptiveSampling(Method, Focus):
         self.state = run.states[self.name]
         self.call = call
         if run.in_loop:
-            self._begin_in_loop(run, call)
-        else:
-            self._begin_outside(run, call)
+            return self._begin_in_loop(run, call)
+        self._begin_outside(run, call)
+        return None
 
     def _begin_outside(self, run: Run, call: Call) -> None:
         """All tokens, and nothing is kept: which step this is cannot be known."""
@@ -152,28 +163,42 @@ class RegionAdaptiveSampling(Method, Focus):
             oldest=torch.zeros((), dtype=torch.long, device=device),
         )
 
-    def _begin_in_loop(self, run: Run, call: Call) -> None:
+    def _begin_in_loop(self, run: Run, call: Call) -> Any:
         latents, grid = call.hidden_states, call.grid
         rows, tokens = latents.shape[0], math.prod(grid)
         plan = self.state.plan = self._plan_of(run, call)
         self._order, self._per_run = plan.order, plan.extras
         step = run.step
-        plan.observe(step, call.noisy_latents, self.config.selection)
-        plan.selection.begin_step(step, plan.metric)
+        if plan.schedule.has_partial_steps:
+            plan.observe(step, call.noisy_latents, self.config.selection)
+        level = None if plan.levels is None else plan.levels[step]
+        plan.selection.begin_step(step, plan.metric, level)
 
-        geometry = (rows, grid, latents.dtype, latents.device)
+        geometry = (tuple(latents.shape), grid, latents.dtype, latents.device, call.form)
         state: ContextState | None = run.context.states.get(self.name)
         fresh = state is None or state.geometry != geometry or state.epoch != call.epoch
         if state is None or fresh:
             state = run.context.states[self.name] = ContextState(geometry, call.epoch)
         self.context = state
 
-        tiles = plan.selection.tiles
+        selection, tiles = plan.selection, plan.selection.tiles
+        # The tokens of a row share their noise levels unless some of them run alone.
+        shape = (rows, tokens if plan.schedule.has_partial_steps else 1)
+        if plan.off is None and tiles is not None and tiles.shape[1] == 0 and not fresh:
+            outputs = state.outputs
+            if not call.must_run and outputs is not None and level is not None:
+                self._count(step, None, fresh, tiles, selection.age.amax(), forecast=True)
+                factor = state.distance(level, shape).factor
+                answer = state.returned.fill(outputs.forecast(self._raster(factor)))
+                self._end(run)
+                return answer
         reason = plan.off
         if reason is None and tiles is None:
             reason = "dense step"
         elif reason is None and fresh:
             reason = "first call of a context"
+        elif reason is None and tiles is not None and tiles.shape[1] == 0:
+            reason = "the call could not be left out"
         if reason is None and tiles is not None:
             every = tile_tokens(tokens, plan.schedule.tile, latents.device)
             chosen = every[tiles].flatten(1)
@@ -186,28 +211,81 @@ class RegionAdaptiveSampling(Method, Focus):
         if plan.order is not None:
             raster = plan.order.gather
             self.index = raster.expand(rows, -1) if self._places is None else raster[self._places]
-        selection = plan.selection
         self._count(step, reason, fresh, selection.tiles, selection.age.amax())
-        if plan.off is None and plan.sigmas is not None:
-            self._open(plan.sigmas[step], (rows, tokens), run.repeats)
+        if plan.off is None and level is not None:
+            self._open(level, shape, run.repeats)
+        return None
 
-    def end_call(self, run: Run, call: Call, output: Any) -> None:
-        """Forget what belongs to this call; after the last one, or a failure, give memory back."""
+    def _raster(self, x: Tensor) -> Tensor:
+        """Values of tokens in raster order, from the order in which they run; one for each row stays as it is."""
+        return x if self._order is None or x.shape[1] == 1 else self._order.undo(x)
+
+    def end_call(self, run: Run, call: Call, output: Any) -> Any:
+        """Complete the output and keep it; after the last call, or a failure, give memory back."""
         if output is None:
             run.forget(self.name)
             self.begin_run(run)
-        else:
-            states = [x.states.get(self.name) for x in run.contexts.values()]
-            nbytes = sum(x.nbytes for x in states if x is not None)
-            self.state.kv_bytes = max(self.state.kv_bytes, nbytes)
-            if run.is_last_step:
-                run.context.states.pop(self.name, None)
-                for context in run.contexts.values():
-                    if context.step < run.step - 1:  # guidance was switched off
-                        context.states.pop(self.name, None)
-                if self.plan is not None:
-                    self.plan.latents = None
-                    self.plan.extras.clear()
+            self._finish_call()
+            return None
+        completed = None if self._distance is None else self._keep(output)
+        self._end(run)
+        return completed
+
+    def _keep(self, output: Any) -> Any:
+        """Keep what the transformer returned; on a partial step, return it complete."""
+        assert self._distance is not None
+        assert self.plan is not None
+        sample, state, plan = sample_of(output), self.context, self.plan
+        if sample is None:
+            plan.off = f"the transformer returned {type(output).__name__}, not one tensor"
+            return None
+        if state.outputs is None:
+            grid = self.call.grid if plan.schedule.has_partial_steps else None
+            state.outputs = Outputs(self.config.output_predictor, grid)
+        state.returned = Form(output)
+        distance, active = self._distance, None
+        if self._places is not None:
+            assert self.index is not None
+            active = torch.zeros(distance.factor.shape, dtype=torch.bool, device=sample.device)
+            active.scatter_(1, self.index, True)
+        complete, errors = state.outputs.record(
+            sample,
+            self._raster(distance.factor),
+            None if self._same is None else self._raster(self._same),
+            active,
+            measure=plan.selection.wants_errors,
+        )
+        if errors is not None:
+            self._measure(errors, active)
+        return None if active is None else state.returned.fill(complete)
+
+    def _measure(self, errors: Float[Tensor, "r n"], active: Bool[Tensor, "r n"] | None) -> None:
+        """Tell the selection how wrong the forecasts of this call were."""
+        assert self._distance is not None
+        assert self.plan is not None
+        gap, plan = self._distance.gap, self.plan
+        known = torch.ones_like(errors, dtype=torch.bool) if active is None else active
+        if self._order is not None:
+            errors, known = self._order.apply(errors), self._order.apply(known)
+        known = known & (gap > 0)  # a second call at the same noise level measures nothing
+        rates = torch.where(known, errors.double() / gap.double().square().clamp(min=1e-20), 0)
+        if not self.separate_guidance:
+            rates = _guidance_together(rates, self.call.noisy_latents)
+        members = tile_tokens(rates.shape[1], plan.schedule.tile, rates.device)
+        plan.selection.measure(rates[:, members].mean(-1), known[:, members].any(-1))
+
+    def _end(self, run: Run) -> None:
+        states = [x.states.get(self.name) for x in run.contexts.values()]
+        nbytes = sum(x.nbytes for x in states if x is not None)
+        self.state.kv_bytes = max(self.state.kv_bytes, nbytes)
+        if run.is_last_step:
+            run.context.states.pop(self.name, None)
+            for context in run.contexts.values():
+                if context.step < run.step - 1:  # guidance was switched off
+                    context.states.pop(self.name, None)
+            if self.plan is not None:
+                self.plan.latents = None
+                self.plan.extras.clear()
         self._finish_call()
 
     def weights_changed(self, run: Run) -> None:
@@ -221,7 +299,7 @@ class RegionAdaptiveSampling(Method, Focus):
 
     def idle(self, run: Run) -> str | None:
         records = run.states[self.name].steps.values()
-        if any(x.active < x.tokens for x in records):
+        if any(x.forecasts or x.active < x.tokens for x in records):
             return None
         if any(not x.dense_calls for x in records):
             return "every token is active in every step"  # ratio=1
@@ -251,10 +329,18 @@ class RegionAdaptiveSampling(Method, Focus):
             tile=self._tile_of(call.grid, device),
             order=self._order_of(call.grid, device),
             contexts=2 if guidance and self.separate_guidance else 1,
+            cost=partial(_share, call),
         )
 
     def _count(
-        self, step: int, reason: str | None, fresh: bool, tiles: Tensor | None, oldest: Tensor
+        self,
+        step: int,
+        reason: str | None,
+        fresh: bool,
+        tiles: Tensor | None,
+        oldest: Tensor,
+        *,
+        forecast: bool = False,
     ) -> None:
         tokens = math.prod(self.call.grid)
         record = self.state.steps.get(step)
@@ -270,16 +356,28 @@ class RegionAdaptiveSampling(Method, Focus):
         self._record = record
         record.calls += 1
         record.fresh += fresh
+        record.forecasts += forecast
         if reason is not None:
             record.dense_calls[reason] += 1
         elif self._places is not None:
             record.active = min(record.active, self._places.shape[1])
 
-    def _open(self, sigma: Float[Tensor, ""], shape: tuple[int, int], repeats: bool) -> None:
-        """Point every store at what this context has cached."""
-        self._factor, same = self.context.begin(sigma, self._places, shape)
-        self._same = same if repeats else None
-        self._point_stores("image", shape[1], self._flat, self._factor, self._same)
+    def _open(self, level: Float[Tensor, ""], shape: tuple[int, int], repeats: bool) -> None:
+        """Note what this call updates, and point every store at what this context has cached."""
+        assert self.plan is not None
+        distance = self._distance = self.context.begin(level, self._places, shape)
+        self._same = distance.same if repeats else None
+        if self.plan.schedule.has_partial_steps:
+            self._point_stores("image", shape[1], self._flat, self._damped, self._same)
+
+    @property
+    def _damped(self) -> Float[Tensor, "r n"]:
+        """How far keys and values are extrapolated: as far as the output."""
+        assert self._distance is not None
+        outputs, factor = self.context.outputs, self._distance.factor
+        if self.config.output_predictor != "fitted" or outputs is None:
+            return factor
+        return factor * outputs.damping().to(factor.dtype)[:, None]
 
     def _point_stores(
         self,
@@ -362,27 +460,18 @@ class RegionAdaptiveSampling(Method, Focus):
     # What the hooks of a family call (see `Focus`) --------------------------------------------------
 
     def complete(self, x: Float[Tensor, "r n c"]) -> Float[Tensor, "r l c"]:
-        """Outputs of all tokens from those of the active ones."""
-        order = self._order
-        if self._factor is None:  # off for this run
-            return x if order is None else order.undo(x)
-        if self.context.output is None:
-            self.context.output = History(
-                x.shape[0], x.shape[1], (x.shape[2],), x, linear=self.config.predictor == "linear"
-            )
-        same = None if self._same is None else self._same.flatten()
-        if self._flat is None:
-            self.context.output.replace(x, same)
-            return x if order is None else order.undo(x)
-        full = self.context.output.update(x, self._flat, self._factor.flatten(), same)
-        # Never the buffer itself: solvers may keep it, and the next step writes into the buffer.
-        return full.clone() if order is None else order.undo(full)
+        """Outputs of the active tokens at their places in raster order, 0 elsewhere (`end_call` fills that in)."""
+        if self._places is None:
+            return x if self._order is None else self._order.undo(x)
+        assert self.index is not None
+        full = x.new_zeros(x.shape[0], math.prod(self.call.grid), x.shape[2])
+        return full.scatter_(1, self.index[..., None].expand(-1, -1, x.shape[2]), x)
 
     def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
         """See `Focus.place`."""
         tokens = math.prod(self.call.grid)
-        if self._factor is not None:
-            factor = _placed(self._factor, length, offsets)
+        if self._distance is not None:
+            factor = _placed(self._damped, length, offsets)
             same = None if self._same is None else _placed(self._same, length, offsets)
             flat = None
             if self._places is not None:
@@ -391,6 +480,26 @@ class RegionAdaptiveSampling(Method, Focus):
             self._point_stores(layout, length, flat, factor, same, text)
             self._record.text = length - tokens
         return None if self.index is None else joint_index(self.index, tokens, length, offsets)
+
+
+def _share(call: Call, share: float) -> float:
+    """Cost of a call on this share of its image tokens, over that of a dense one."""
+    tokens = math.prod(call.grid)
+    return share if call.flops is None else call.flops(round(share * tokens)) / call.flops(tokens)
+
+
+def _guidance_together(x: Float[Tensor, "r n"], latents: Float[Tensor, "r ..."]) -> Tensor:
+    """Give both halves of guidance the sum of their values.
+
+    They are one batch of equal latents. Whether they are is compared on the device: nothing waits for it.
+    """
+    rows = len(x)
+    if rows % 2 or len(latents) != rows:
+        return x
+    first, second = latents.chunk(2)
+    equal = (first == second).flatten(1).all(1)[:, None]
+    a, b = x.chunk(2)
+    return torch.cat([torch.where(equal, a + b, a), torch.where(equal, a + b, b)])
 
 
 def _placed(x: Float[Tensor, "r n"], length: int, offsets: list[int]) -> Float[Tensor, "r l"]:

@@ -90,6 +90,9 @@ def plan_cache(
     )
     working = max(x.tokens * x.width for x in layers) * rows * itemsize * WORKING
 
+    if not config.has_partial_steps:
+        return CachePlan(False, 0, working, free)
+
     def plan(linear: bool) -> CachePlan:
         kv = math.ceil(one * rows * contexts * (2 if linear else 1))
         return CachePlan(linear, kv, working, free)

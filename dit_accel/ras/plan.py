@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from dit_accel.models import AttentionLayer, Call, TokenOrder
 from dit_accel.ras import memory
 from dit_accel.ras.ages import Selection
 from dit_accel.ras.compatibility import noise_of
+from dit_accel.ras.levels import noise_levels
 from dit_accel.ras.schedule import Schedule, plan_steps
 from dit_accel.ras.selection import tile_tokens, token_scores
 from dit_accel.runtime.run import Run
@@ -25,7 +27,8 @@ class RunPlan:
 
     schedule: Schedule
     selection: Selection
-    sigmas: Float[Tensor, " steps"] | None
+    levels: Float[Tensor, " steps_and_end"] | None
+    """Noise levels in [0, 1], see `noise_levels`; None: not known."""
     key: tuple
     """Length, grid and device that all of this fits."""
     order: TokenOrder | None = None
@@ -81,6 +84,7 @@ def make_plan(
     tile: int | None,
     order: TokenOrder | None,
     contexts: int,
+    cost: Callable[[float], float],
 ) -> RunPlan:
     """Return the plan of a run, as its first call shows it.
 
@@ -92,40 +96,53 @@ def make_plan(
         tile: tokens that are selected together. None: as `config.region` says.
         order: in which the tokens run. None: raster.
         contexts: calls of a step, each of which has a cache of its own.
+        cost: from the share of tokens that run to the share of a dense call's cost.
 
     Raises:
-        ValueError: the scheduler has no noise levels.
+        ValueError: the noise levels of the scheduler are not known.
     """
     device, rows, tokens = (
         call.hidden_states.device,
         call.hidden_states.shape[0],
         math.prod(call.grid),
     )
-    sigmas = run.sigmas()
-    if sigmas is None and run.scheduler is not None:
+    levels = noise_levels(run)
+    if levels is None and run.scheduler is not None:
         raise ValueError(
-            f"scheduler: {type(run.scheduler).__name__} has no sigmas; accepted with ras are schedulers with "
-            "noise levels, such as FlowMatchEulerDiscreteScheduler"
+            f"scheduler: {type(run.scheduler).__name__} has no noise levels (sigmas or alphas_cumprod), and ras "
+            "extrapolates over them; accepted are schedulers such as FlowMatchEulerDiscreteScheduler"
         )
     assert run.num_steps is not None
-    schedule = plan_steps(config, run.num_steps, tokens, tile)
+    off = None
+    if levels is None:
+        off = "the noise levels of this loop are not known (sigmas)"
+    elif noise := noise_of(run.scheduler):
+        # Each step then begins at latents that no earlier output foretells.
+        off = f"the scheduler adds noise in each step ({noise})"
+    schedule = plan_steps(
+        config,
+        run.num_steps,
+        tokens,
+        tile,
+        levels=[0.0] * (run.num_steps + 1) if levels is None else levels.tolist(),
+        cost=cost,
+    )
     plan = RunPlan(
         schedule,
         Selection(config, schedule, rows, device),
-        None if sigmas is None else sigmas.to(device=device, dtype=torch.float32),
+        None if levels is None else levels.to(device),
         _key(run, call),
         order=order,
+        off=off,
     )
-    if sigmas is None:
-        plan.off = "the noise levels of this loop are not known (sigmas)"
-    elif noise := noise_of(run.scheduler):
-        # Each step then begins at latents that no earlier output foretells.
-        plan.off = f"the scheduler adds noise in each step ({noise})"
-    elif schedule.num_tiles < 2:
-        plan.off = f"{tokens} tokens are not more than a tile of {schedule.tile}"
-    elif all(count is None for count in schedule.tiles):
+    partial = schedule.has_partial_steps
+    if off is not None:
+        return plan
+    if all(count is None for count in schedule.tiles):
         plan.off = "the schedule has dense steps only"
-    else:
+    elif partial and schedule.num_tiles < 2:
+        plan.off = f"{tokens} tokens are not more than a tile of {schedule.tile}"
+    elif partial:
         _choose_memory(plan, config, call, layers, contexts)
     return plan
 

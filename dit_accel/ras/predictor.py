@@ -6,6 +6,10 @@ from torch import Tensor
 
 CAP = 1.0
 """Largest extrapolation factor: beyond one interval a line is worse than a constant."""
+DAMPING = 0.5
+"""Damping of a line before anything was fitted: best on the trained models if there is to be one number."""
+FORGET = 0.5
+"""What the sums of the fit keep from one update to the next."""
 
 
 def extrapolation_factor(

@@ -23,12 +23,14 @@ class StepRecord:
     text: int
     """Those that the layers see."""
     tiles: Tensor | None
-    """Active tiles `[S, count]`; None on a dense step."""
+    """Active tiles `[S, count]`; None on a dense step, none on a forecast step."""
     oldest: Tensor
     """Largest age after the step, in steps."""
     calls: int = 0
     fresh: int = 0
     """Calls that computed what is kept for their context."""
+    forecasts: int = 0
+    """Calls that were left out."""
     dense_calls: Counter[str] = field(default_factory=Counter)
     """Dense calls, by reason."""
 
@@ -48,12 +50,13 @@ def summarise(state: RunState, config: RASConfig, host: Host) -> RASSummary:
     """Return what a run did."""
     steps = []
     for step, record in sorted(state.steps.items()):
-        dense = record.active == record.tokens
+        ran = record.calls - record.forecasts
+        dense = ran > 0 and record.active == record.tokens
         steps.append(
             StepSummary(
                 step=step,
-                mode="dense" if dense else "ras",
-                active=record.active,
+                mode="dense" if dense else "partial" if ran else "forecast",
+                active=record.active if ran else 0,
                 tokens=record.tokens,
                 dense_calls=dict(record.dense_calls),
                 oldest=0 if dense else int(record.oldest),
@@ -76,5 +79,6 @@ def _cost(host: Host, record: StepRecord) -> float:
 
     text = family.text_flops(transformer, record.prompt)
     dense_calls = record.dense_calls.total()
-    run = dense_calls * flops(record.tokens) + (record.calls - dense_calls) * flops(record.active)
+    partial = record.calls - dense_calls - record.forecasts
+    run = dense_calls * flops(record.tokens) + partial * flops(record.active)
     return (run + record.fresh * text) / (record.calls * (flops(record.tokens) + text))

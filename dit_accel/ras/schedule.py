@@ -1,10 +1,12 @@
-"""Which steps are dense, and how many tiles are active on the others."""
+"""`Schedule`: which steps are dense, on which some tiles run, and on which the transformer is not called."""
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dit_accel.config import RASConfig, num_steps_of
+from dit_accel.ras.budget import least_error
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,7 @@ class Schedule:
     """The steps of one run."""
 
     tiles: tuple[int | None, ...]
-    """Active tiles of each step; None is a dense step."""
+    """Active tiles of each step. None is a dense step, 0 a forecast step: the transformer is not called."""
     tile: int
     """Tokens per tile."""
     num_tiles: int
@@ -20,6 +22,11 @@ class Schedule:
     @property
     def num_steps(self) -> int:
         return len(self.tiles)
+
+    @property
+    def has_partial_steps(self) -> bool:
+        """True if a step runs on some of the tokens."""
+        return any(self.tiles)
 
     def capacity(self, step: int, ahead: int) -> list[int | None]:
         """Tiles updated in the next 0, 1, ..., `ahead` steps after `step`, summed up.
@@ -42,17 +49,13 @@ def tile_size(num_tokens: int, region: str) -> int:
     return next((size for size in (64, 32) if num_tokens >= 64 * size), 16)
 
 
-def ratios(config: RASConfig, num_steps: int) -> list[float | None]:
-    """The ratio of each step as configured; None where the step is dense.
+def dense_steps(config: RASConfig, num_steps: int) -> set[int]:
+    """The steps that are dense whatever the budget says: first ones, last ones, and resets.
 
     A reset given as a step past the end is dropped with a warning.
     """
-    if isinstance(config.warmup, float):
-        warmup = max(3, num_steps_of(config.warmup, num_steps))
-    else:
-        warmup = config.warmup
     tail = num_steps_of(config.tail, num_steps)
-    dense = set(range(warmup)) | set(range(num_steps - tail, num_steps))
+    dense = {*range(config.warmup_of(num_steps)), *range(num_steps - tail, num_steps), 0}
     for reset in config.resets_of(num_steps):
         if isinstance(reset, int) and reset >= num_steps:
             warnings.warn(
@@ -60,36 +63,72 @@ def ratios(config: RASConfig, num_steps: int) -> list[float | None]:
                 stacklevel=2,
             )
         dense.add(num_steps_of(reset, num_steps))
+    return {step for step in dense if 0 <= step < num_steps}
+
+
+def ratio_at(config: RASConfig, step: int, num_steps: int) -> float:
+    """The ratio of a partial step, as configured."""
     pieces = [(0.0, config.ratio)] if isinstance(config.ratio, int | float) else config.ratio
-
-    def ratio_at(step: int) -> float:
-        return [ratio for start, ratio in pieces if start * num_steps <= step + 1e-9][-1]  # type: ignore[misc, operator]
-
-    return [None if i in dense else ratio_at(i) for i in range(num_steps)]
+    return [ratio for start, ratio in pieces if start * num_steps <= step + 1e-9][-1]  # type: ignore[misc, operator]
 
 
 def plan_steps(
-    config: RASConfig, num_steps: int, num_tokens: int, tile: int | None = None
+    config: RASConfig,
+    num_steps: int,
+    num_tokens: int,
+    tile: int | None = None,
+    *,
+    levels: Sequence[float] = (),
+    cost: Callable[[float], float] = float,
 ) -> Schedule:
-    """The schedule of a run of `num_steps` model calls over `num_tokens` image tokens.
+    """Return the schedule of a run of `num_steps` model calls over `num_tokens` image tokens.
+
+    Without a budget every step that is not dense is partial. With one, the steps that run are those that leave the
+    least predicted error (`least_error`).
 
     The active tiles are the nearest number to ratio * tiles, but enough for `max_age`; where the
     ratios ask for more than `n_levels` different numbers, they are raised to the nearest kept one.
-    `tile` tokens are selected together; default: as `config.region` says.
+
+    Args:
+        config: settings.
+        num_steps: calls of the transformer in a dense run.
+        num_tokens: image tokens.
+        tile: tokens that are selected together; default: as `config.region` says.
+        levels: noise levels in [0, 1] of the steps and of the end, `num_steps + 1` numbers. Needed with a budget.
+        cost: from the share of tokens to the share of the dense cost.
     """
     tile = tile or tile_size(num_tokens, config.region)
     num_tiles = math.ceil(num_tokens / tile)
     limit = config.age_limit
     least = 1 if limit is None else math.ceil(num_tiles / (limit + 1))
 
-    def active(ratio: float) -> int:
-        return max(least, 1, round(ratio * num_tiles))
+    def active(step: int) -> int:
+        return max(least, 1, round(ratio_at(config, step, num_steps) * num_tiles))
 
-    wanted = [None if ratio is None else active(ratio) for ratio in ratios(config, num_steps)]
-    counts = sorted({n for n in wanted if n is not None})
+    dense = dense_steps(config, num_steps)
+    partial = [] if config.ratio is None else [k for k in range(num_steps) if k not in dense]
+    wanted = {k: active(k) for k in partial}
+    counts = sorted(set(wanted.values()))
     if config.n_levels is not None and len(counts) > config.n_levels:
         # Evenly spread over the sorted counts, the largest always among them.
         last = len(counts) - 1
         kept = {counts[round(last * (i + 1) / config.n_levels)] for i in range(config.n_levels)}
-        wanted = [None if n is None else min(x for x in kept if x >= n) for n in wanted]
-    return Schedule(tiles=tuple(wanted), tile=tile, num_tiles=num_tiles)
+        wanted = {k: min(x for x in kept if x >= n) for k, n in wanted.items()}
+    tiles: list[int | None] = [None if k in dense else wanted.get(k) for k in range(num_steps)]
+    budget = config.budget_of(num_steps)
+    if budget is not None:
+        shares = [
+            None if k in dense or config.ratio is None else wanted[k] / num_tiles
+            for k in range(num_steps)
+        ]
+        found = least_error(
+            levels,
+            budget * num_steps,
+            dense,
+            [None if x is None else (x, cost(x)) for x in shares],
+        )
+        tiles = [
+            None if kind == "dense" else 0 if kind == "forecast" else wanted[k]
+            for k, kind in enumerate(found)
+        ]
+    return Schedule(tiles=tuple(tiles), tile=tile, num_tiles=num_tiles)

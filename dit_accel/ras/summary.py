@@ -1,5 +1,6 @@
 """`RASSummary`: what region-adaptive sampling did in one run."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,11 +13,11 @@ class StepSummary:
 
     step: int
     mode: str
-    """"ras" if a call left tokens out, else "dense"."""
+    """"dense", "partial" if a call left tokens out, or "forecast" if every call was left out."""
     active: int
     """Image tokens that ran."""
     tokens: int
-    """Image tokens in all."""
+    """Image tokens in all. 1 stands for all of them where a run has no partial steps: they are not counted then."""
     dense_calls: dict[str, int]
     """Calls on all tokens, by reason."""
     oldest: int
@@ -38,8 +39,13 @@ class RASSummary:
 
     @property
     def ras_steps(self) -> int:
-        """Steps in which a call left tokens out."""
-        return sum(step.mode == "ras" for step in self.steps)
+        """Steps in which a call left tokens out, or was left out."""
+        return sum(step.mode != "dense" for step in self.steps)
+
+    @property
+    def forecast_steps(self) -> int:
+        """Steps in which the transformer was not called."""
+        return sum(step.mode == "forecast" for step in self.steps)
 
     @property
     def cost(self) -> float:
@@ -55,6 +61,7 @@ class RASSummary:
         """Plain values for JSON."""
         return asdict(self) | {
             "ras_steps": self.ras_steps,
+            "forecast_steps": self.forecast_steps,
             "cost": self.cost,
             "dense_calls": self.dense_calls,
         }
@@ -64,14 +71,17 @@ class RASSummary:
             return "region-adaptive sampling: no run yet"
         rows: list[tuple[str, ...]] = [("step", "mode", "active", "oldest", "cost", "why dense")]
         for x in self.steps:
-            active, cost = f"{x.active} of {x.tokens}", f"{x.cost:.3f}"
+            active = {0: "none", x.tokens: "all"}.get(x.active, f"{x.active} of {x.tokens}")
+            cost = f"{x.cost:.3f}"
             rows.append((str(x.step), x.mode, active, str(x.oldest), cost, reasons(x.dense_calls)))
+        modes = Counter(x.mode for x in self.steps)
         kept = "none"
         if self.kv_bytes:
             kept = f"{self.kv_predictor}, {self.kv_bytes / 2**20:.1f} MiB"
         rows.append(
             (
-                f"{self.ras_steps} of {len(self.steps)} steps region-adaptive, cost of {self.cost:.2f} dense steps, "
+                f"{len(self.steps)} steps: {', '.join(f'{n} {mode}' for mode, n in modes.items())}; cost of "
+                f"{self.cost:.2f} dense steps, "
                 f"cached keys and values: {kept}",
             )
         )

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from dit_accel.runtime.loop import SamplingLoop, same_storage
 
+TRANSFORMERS = ("transformer", "transformer_2")
+"""Attributes of a pipeline that are transformers."""
 MAX_FRAMES = 64
 """Frames to look at: a pipeline's loop is a handful above the call of its transformer."""
 
@@ -85,8 +87,24 @@ def scheduler_of(pipe: Any) -> Any:
 
 
 def holds(pipe: Any, transformer: nn.Module) -> bool:
-    """Return whether the `transformer` of this pipeline is this one, or a wrapper of it."""
-    held = getattr(pipe, "transformer", None)
+    """Return whether this transformer, or a wrapper of it, is one of the pipeline's."""
+    return any(_has(getattr(pipe, name, None), transformer) for name in TRANSFORMERS)
+
+
+def steps_end(pipe: Any, transformer: nn.Module, timesteps: Tensor) -> int:
+    """Return the number of steps after which the pipeline does not call this transformer again.
+
+    A pipeline of two transformers (Wan2.2) calls the first one while `timestep` is at least `boundary_ratio`.
+    """
+    boundary = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    second = getattr(pipe, "transformer_2", None)
+    if boundary is None or second is None or _has(second, transformer):
+        return len(timesteps)
+    level = boundary * pipe.scheduler.config.num_train_timesteps
+    return int((timesteps >= level).sum())
+
+
+def _has(held: Any, transformer: nn.Module) -> bool:
     return isinstance(held, nn.Module) and (
         held is transformer or any(x is transformer for x in held.modules())
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.runtime.caller import calling_driver, holds
+from dit_accel.runtime.caller import calling_driver, holds, steps_end
 from dit_accel.runtime.loop import SamplingLoop, index_in, same_storage
 from dit_accel.runtime.run import Context, Run
 
@@ -138,7 +138,7 @@ class Clock:
         if position is None:
             run, step, new = self._outside_of_loops()
         else:
-            run, step, new = self._in_loop(position)
+            run, step, new = self._in_loop(position, transformer)
         if step != run.step:
             run.calls.clear()
         self.run, run.step = run, step
@@ -187,7 +187,7 @@ class Clock:
             return self.run, self.run.step + 1, False
         return Run(), 0, True
 
-    def _in_loop(self, position: Position) -> tuple[Run, int, bool]:
+    def _in_loop(self, position: Position, transformer: nn.Module) -> tuple[Run, int, bool]:
         index, run = position.index, self._runs.get(id(position.driver))
         same = run is not None and run.timesteps is position.timesteps
         if run is not None and same and index >= run.begin + run.step:
@@ -204,6 +204,8 @@ class Clock:
             begin=index if told is None or told > index else told,
             pipe=position.pipe,
         )
+        if (pipe := run.pipe) is not None:
+            run.end = steps_end(pipe, transformer, position.timesteps)
         run.begin_assumed = position.counted and told is None
         return run, index - run.begin, True
 

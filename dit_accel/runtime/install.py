@@ -1,16 +1,31 @@
 """`Installation`: the methods that accelerate one transformer, its processors and hooks, put on and taken off."""
 
 import copy
+import inspect
+import math
 import threading
 import warnings
 from collections.abc import Collection, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dit_accel.models import FAMILIES, Call, Family, Focus, Hook, by_name, check_pipeline, family_of
+from dit_accel.models import (
+    FAMILIES,
+    Call,
+    Family,
+    Focus,
+    Hook,
+    WholeTransformer,
+    by_name,
+    check_pipeline,
+    family_of,
+)
 from dit_accel.models.attention import SparseProcessor
+from dit_accel.runtime.answers import answered_class, plain_class
 from dit_accel.runtime.caller import is_inside
 from dit_accel.runtime.clock import Clock
 from dit_accel.runtime.method import Host, Method
@@ -29,10 +44,13 @@ class Installation:
     def __init__(self, transformer: Any, methods: Iterable[Method], clock: Clock) -> None:
         self.methods = {x.name: x for x in sorted(methods, key=lambda x: -x.focus_rank)}
         self.clock = clock
-        self.family = family_of(transformer)
+        needs_family = any(x.needs_family for x in self.methods.values())
+        self.family = family_of(transformer) if needs_family else WholeTransformer()
         self.run: Run | None = None
         """The last run that methods were told about."""
         self._call: Call | None = None
+        self._begun = False
+        """True if the call in progress has begun and the transformer has not run yet."""
         self._said: set[str] = set()
         self._guard = threading.Lock()
         self._owner: threading.Thread | None = None
@@ -57,7 +75,7 @@ class Installation:
         return Host(transformer, self.family, self.layers, tuple(self.methods.values()), self.focus)
 
     def _check(self, transformer: Any) -> None:
-        _check_parallelism(transformer, self._modules(transformer))
+        _check_parallelism(transformer)
         if any(x.uses_attention for x in self.methods.values()):
             _check_processors(self.family, self._modules(transformer))
         self._check_methods(transformer)
@@ -97,6 +115,8 @@ class Installation:
             transformer.register_forward_hook(self.after_forward, always_call=True),
         ]
         self._focus_hooks = self._hook_focus(transformer)
+        if any(x.may_answer for x in self.methods.values()):
+            transformer.__class__ = answered_class(type(transformer))
 
     def remove(self, transformer: Any, *, keep: Collection[WeightSwap] = ()) -> None:
         """Put back what was there; processors that somebody else set stay.
@@ -110,6 +130,7 @@ class Installation:
         for swap in self.swaps:
             if swap not in keep:
                 swap.take_out(transformer)
+        transformer.__class__ = plain_class(type(transformer))
         for hook in [*self._hooks, *(x for _, x in self._focus_hooks)]:
             hook.remove()
         for method in self.methods.values():
@@ -159,6 +180,7 @@ class Installation:
             "_owner": None,
             "run": None,
             "_call": None,
+            "_begun": False,
         }
         for name, value in vars(self).items():
             setattr(new, name, own[name] if name in own else copy.deepcopy(value, memo))
@@ -172,13 +194,52 @@ class Installation:
 
     # One call of the transformer --------------------------------------------------------------------
 
+    def answer(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Begin a call. Return what it returns where a method answers it, else None: the transformer has to run."""
+        try:
+            answer = self._begin_call(transformer, args, kwargs)
+        except BaseException:
+            self.after_forward(transformer, args, None)
+            raise
+        if answer is None:
+            return None
+        run = self.run
+        assert run is not None
+        try:
+            if run.is_last_step:
+                self._warn_if_idle(run)
+        finally:
+            self._leave()
+        return answer
+
     @torch.compiler.disable
     def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the transformer."""
+        if not self._begun or self._owner is not threading.current_thread():
+            # Not called through the class that asks for answers.
+            self._begin_call(transformer, args, kwargs, must_run=True)
+        self._begun = False
+        if self.focus is not None:
+            arguments = by_name(transformer, args, kwargs)  # hooks before this one may add some
+            focused = self.family.focus_inputs(self.focus, arguments)
+            if focused is not arguments:
+                return (), focused
+        return None
+
+    def _begin_call(
+        self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any], *, must_run: bool = False
+    ) -> Any:
+        """Tell the clock and the methods about a call; return the answer of a method, if one has any."""
         self._enter(transformer)
         self._follow_modules(transformer)
         arguments = by_name(transformer, args, kwargs)
-        call = self._call = self.family.call(transformer, arguments)
+        call = self.family.call(transformer, arguments)
+        call = self._call = replace(
+            call,
+            flops=partial(self._flops, transformer, math.prod(call.grid), call.text_length),
+            form=arguments.get("return_dict"),
+            must_run=must_run,
+        )
         if self.clock.tick(transformer, call.timestep, call.conditions, call.variant):
             try:
                 self._begin_run(transformer)
@@ -189,12 +250,14 @@ class Installation:
         assert run is not None
         self._notice_weights(transformer, run, arguments)
         for method in self.methods.values():
-            method.begin_call(run, call)
-        if self.focus is not None:
-            focused = self.family.focus_inputs(self.focus, arguments)
-            if focused is not arguments:
-                return (), focused
+            answer = method.begin_call(run, call)
+            if answer is not None:
+                return answer
+        self._begun = True
         return None
+
+    def _flops(self, transformer: Any, tokens: int, text: int, active: int) -> float:
+        return self.family.flops(transformer, active, tokens, text)
 
     @torch.compiler.disable
     def after_forward(self, transformer: nn.Module, args: tuple, output: Any) -> Any:
@@ -204,9 +267,13 @@ class Installation:
         try:
             return self._end_call(output)
         finally:
-            if self.run is not None:
-                self.run.context = None  # type: ignore[assignment]
-            self._call = self._owner = None
+            self._leave()
+
+    def _leave(self) -> None:
+        if self.run is not None:
+            self.run.context = None  # type: ignore[assignment]
+        self._call = self._owner = None
+        self._begun = False
 
     def _end_call(self, output: Any) -> Any:
         for processor in self._processors.values():
@@ -259,7 +326,7 @@ class Installation:
 
     def _check_again(self, transformer: nn.Module) -> None:
         try:
-            _check_parallelism(transformer, self._modules(transformer))
+            _check_parallelism(transformer)
             self._check_methods(transformer)
         except ValueError as error:
             raise RuntimeError(f"changed after enable: {error}") from None
@@ -296,7 +363,11 @@ def method_of(target: Any, name: str) -> Any:
 
 
 def install(
-    target: Any, methods: Iterable[Method], *, replaced: Installation | None = None
+    target: Any,
+    methods: Iterable[Method],
+    *,
+    replaced: Installation | None = None,
+    pipe: Any = None,
 ) -> Installation:
     """Put methods on a transformer.
 
@@ -304,11 +375,13 @@ def install(
         target: a transformer, a wrapper of one (DDP, PEFT, torch.compile), or a pipeline.
         methods: all methods that are to be on.
         replaced: what is on now; it stays on if this fails.
+        pipe: the pipeline that has it, if the target is none.
 
     Raises:
         ValueError: a transformer or processors that are not supported, or methods that do not go together.
     """
-    transformer, methods = transformer_of(target), list(methods)
+    methods = list(methods)
+    transformer = transformer_of(target, any_model=not any(x.needs_family for x in methods))
     clock = Clock() if replaced is None else replaced.clock
     if replaced is not None:
         replaced.remove(transformer, keep=[x.swap for x in methods if x.swap is not None])
@@ -319,26 +392,45 @@ def install(
         if replaced is not None:
             Installation(transformer, replaced.methods.values(), clock)
         raise
-    if target is not transformer and hasattr(target, "scheduler"):
-        clock.follow(target)
+    if pipe is None and target is not transformer and hasattr(target, "scheduler"):
+        pipe = target
+    if pipe is not None:
+        clock.follow(pipe)
     return installation
 
 
 def uninstall(target: Any) -> None:
     """Take all methods off; nothing happens if none is on."""
-    found = find(target)
-    if found is not None:
-        transformer, installation = found
-        installation.remove(transformer)
+    for part in parts_of(target).values():
+        found = find(part)
+        if found is not None:
+            transformer, installation = found
+            installation.remove(transformer)
 
 
-def transformer_of(target: Any) -> Any:
+def parts_of(target: Any) -> dict[str, Any]:
+    """The transformers of a target by name, or the target itself under "transformer" if it has only one."""
+    second = None if isinstance(target, nn.Module) else getattr(target, "transformer_2", None)
+    if second is None:
+        return {"transformer": target}
+    first = getattr(target, "transformer", None)
+    return {
+        name: x for name, x in (("transformer", first), ("transformer_2", second)) if x is not None
+    }
+
+
+def transformer_of(target: Any, *, any_model: bool = False) -> Any:
     """The transformer that a pipeline, a wrapper or a transformer stands for.
+
+    Args:
+        target: as in `installation_of`.
+        any_model: whether a transformer of any model is accepted, with one tensor `hidden_states`.
 
     Raises:
         ValueError: there is none of a supported model, or the pipeline calls it in a way that is not supported.
     """
-    check_pipeline(target)
+    if not any_model:
+        check_pipeline(target)
     module = _module(target)
     if module is None:
         raise ValueError(
@@ -348,6 +440,16 @@ def transformer_of(target: Any) -> Any:
     for inner in module.modules():
         if any(cls.__name__ in FAMILIES for cls in type(inner).__mro__):
             return inner
+    if any_model:
+        from diffusers import ModelMixin
+
+        inner = next((x for x in module.modules() if isinstance(x, ModelMixin)), module)
+        if "hidden_states" not in inspect.signature(type(inner).forward).parameters:
+            raise ValueError(
+                f"target: the forward of {type(inner).__name__} has no argument hidden_states; accepted are "
+                "transformers that take their latents by that name"
+            )
+        return inner
     family_of(module)  # which refuses it, by name
     raise AssertionError("unreachable")
 
@@ -392,11 +494,11 @@ def _check_processors(family: Family, modules: dict[str, Any]) -> None:
             )
 
 
-def _check_parallelism(transformer: Any, modules: dict[str, Any]) -> None:
+def _check_parallelism(transformer: Any) -> None:
     config = getattr(transformer, "_parallel_config", None)
+    processors = (getattr(module, "processor", None) for module in transformer.modules())
     if getattr(config, "context_parallel_config", None) is not None or any(
-        getattr(module.processor, "_parallel_config", None) is not None
-        for module in modules.values()
+        getattr(x, "_parallel_config", None) is not None for x in processors
     ):
         raise ValueError(
             "transformer: context parallelism is on and splits the tokens that acceleration needs; accepted: a "

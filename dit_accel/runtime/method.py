@@ -22,6 +22,10 @@ class Method:
 
     name: str
     """Keyword of `enable`, key of `summary`."""
+    needs_family = True
+    """True if the method needs a supported model; else a call's `hidden_states` and its output are enough."""
+    may_answer = False
+    """True if `begin_call` may answer a call in place of the transformer."""
     uses_attention = False
     """True if the method needs the seams `attend` and `kv_store` of the attention processors."""
     keeps_activations = False
@@ -46,8 +50,13 @@ class Method:
     def begin_run(self, run: Run) -> None:
         """A new run begins, with the call that `begin_call` tells next."""
 
-    def begin_call(self, run: Run, call: Call) -> None:
-        """The transformer is about to run."""
+    def begin_call(self, run: Run, call: Call) -> Any:
+        """The transformer is about to run.
+
+        Returns:
+            What the call returns instead of running the transformer; None: it runs. After an answer, methods with a
+            lower `focus_rank` are not told about the call, and `end_call` does not follow.
+        """
 
     def end_call(self, run: Run, call: Call, output: Any) -> Any:
         """The transformer has run.

@@ -66,6 +66,8 @@ class Run:
     ) -> None:
         self.timesteps = timesteps
         self.begin = begin
+        self.end: int | None = None
+        """Index after the last step that calls this transformer; None: that of the last timestep."""
         self.begin_assumed = False
         """True if `begin` is the first position seen, because the scheduler does not tell it."""
         self.step = -1
@@ -85,7 +87,9 @@ class Run:
     @property
     def num_steps(self) -> int | None:
         """Steps from `begin` to the end; None outside of a sampling loop."""
-        return None if self.timesteps is None else len(self.timesteps) - self.begin
+        if self.timesteps is None:
+            return None
+        return (len(self.timesteps) if self.end is None else self.end) - self.begin
 
     def begin_at(self, index: int) -> None:
         """Correct `begin`, once it is known."""

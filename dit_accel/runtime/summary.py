@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_accel.runtime.install import find
+from dit_accel.runtime.install import find, parts_of
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Summary:
     """Summaries of the methods on a transformer for the last run; prints as tables."""
 
     methods: Mapping[str, Any] = field(default_factory=dict)
-    """The summary of each method that is on, by its name."""
+    """The summary of each method that is on, by its name. Those of a second transformer have its name too."""
 
     @property
     def enabled(self) -> bool:
@@ -30,15 +30,18 @@ class Summary:
 
 
 def summarise(target: Any) -> Summary:
-    """Return the summaries of the methods on a transformer, or on that of a pipeline, for the last run."""
-    found = find(target)
-    if found is None:
-        return Summary()
-    transformer, installation = found
-    host = installation.host(transformer)
-    return Summary(
-        {name: x.rows(host, installation.run) for name, x in installation.methods.items()}
-    )
+    """Return the summaries of the methods on a transformer, or on those of a pipeline, for the last run."""
+    rows = {}
+    for part, module in parts_of(target).items():
+        found = find(module)
+        if found is None:
+            continue
+        transformer, installation = found
+        host = installation.host(transformer)
+        more = "" if part == "transformer" else f" of {part}"
+        for name, method in installation.methods.items():
+            rows[name + more] = method.rows(host, installation.run)
+    return Summary(rows)
 
 
 def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

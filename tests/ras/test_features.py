@@ -283,9 +283,9 @@ def test_ip_adapters_are_refused_by_name():
     stock = block.attn.processor
     block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, timesteps_emb_dim=32))
     with pytest.raises(ValueError, match=r"blocks\.1\.attn: processor SD3IPAdapterJoint"):
-        dit_accel.enable(pipe, ras="balanced")
+        dit_accel.enable(pipe, ras=SPARSE)
     block.attn.set_processor(stock)
-    dit_accel.enable(pipe, ras="balanced")
+    dit_accel.enable(pipe, ras=SPARSE)
     with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-Adapter does not work"):
         run(pipe, "sd3", joint_attention_kwargs={"ip_adapter_image_embeds": torch.zeros(1)})
 
@@ -389,7 +389,7 @@ def test_what_a_prompt_decides_is_computed_once_and_changes_nothing(family):
     """Text keys, refined text and rotary tables: bit-equal to not caching them."""
     pipe = make(family)
     plain = run(pipe, family, (0, 1))
-    dit_accel.enable(pipe, ras={"warmup": 1.0})
+    dit_accel.enable(pipe, ras={"ratio": 0.5, "warmup": 1.0})
     torch.testing.assert_close(run(pipe, family, (0, 1)), plain, rtol=0, atol=0)
     modules = {
         "wan": lambda t: [t.blocks[0].attn2.to_k],
@@ -431,7 +431,7 @@ def test_estimated_memory_is_what_is_taken(family, policy, predictor):
     def look(pipe, step, timestep, kwargs):
         states = [c.states.get("ras") for c in installation_of(pipe).clock.run.contexts.values()]
         taken.append(
-            (sum(s.nbytes for s in states if s), sum(s.output.nbytes for s in states if s))
+            (sum(s.nbytes for s in states if s), sum(s.outputs.nbytes for s in states if s))
         )
         return kwargs
 
@@ -477,7 +477,7 @@ def test_too_little_memory_turns_ras_off_for_that_run_with_a_warning(family, mon
 def test_extrapolated_keys_are_given_up_before_ras_is(monkeypatch):
     pipe = make("wan")
     sizes = {"height": 112, "width": 144, "num_frames": 9}
-    held = dit_accel.estimate_memory(pipe, **sizes, ras={"kv_predictor": "hold"})
+    held = dit_accel.estimate_memory(pipe, **sizes, ras={"ratio": 0.5, "kv_predictor": "hold"})
     dit_accel.enable(pipe, ras={"ratio": 0.5})
     run(pipe, "wan", steps=20)
     assert dit_accel.summary(pipe).ras.kv_predictor == "linear"
@@ -489,8 +489,8 @@ def test_extrapolated_keys_are_given_up_before_ras_is(monkeypatch):
     assert dit_accel.summary(pipe).ras.kv_predictor == "hold"
     assert ras_steps(pipe) > 0
     for ras, kv_predictor, fits in (
-        ("balanced", "hold", True),
-        ({"kv_predictor": "linear"}, "linear", False),
+        ({"ratio": 0.5}, "hold", True),
+        ({"ratio": 0.5, "kv_predictor": "linear"}, "linear", False),
     ):
         estimate = dit_accel.estimate_memory(pipe, **sizes, ras=ras)
         assert (estimate.kv_predictor, estimate.fits) == (kv_predictor, fits)
@@ -505,7 +505,7 @@ def test_the_room_left_for_the_models_own_work_is_enough(family):
             transformer(**inputs)
     rows = len(inputs["hidden_states"])
     plan = memory.plan_cache(
-        RASConfig(), 50, [layer], rows=rows, contexts=1, itemsize=4, free=2**40
+        RASConfig(ratio=0.5), 50, [layer], rows=rows, contexts=1, itemsize=4, free=2**40
     )
     assert 0.3 * plan.working_bytes < live.peak < plan.working_bytes
 
@@ -620,7 +620,7 @@ def test_schedulers_without_noise_levels_are_refused():
     pipe = make("sd3")
     dit_accel.enable(pipe, ras=SPARSE)
     object.__setattr__(pipe, "scheduler", Silent())
-    with pytest.raises(ValueError, match="Silent has no sigmas"), torch.no_grad():
+    with pytest.raises(ValueError, match="Silent has no noise levels"), torch.no_grad():
         pipe.transformer(
             hidden_states=torch.zeros(1, 16, 22, 26),
             timestep=torch.zeros(1),
@@ -716,4 +716,4 @@ def test_a_schedule_of_dense_steps_only_says_so():
     report = dit_accel.summary(pipe)
     assert list(report.ras.dense_calls) == ["the schedule has dense steps only"]
     assert json.dumps(report.to_dict())
-    assert "0 of 3 steps region-adaptive" in str(report)
+    assert "3 steps: 3 dense" in str(report)

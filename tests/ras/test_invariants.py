@@ -79,7 +79,7 @@ def test_equals_the_reference_without_gathering(family, solver, predictor):
 
 
 @every_case
-@pytest.mark.parametrize("selection", ["age", "std", "random"])
+@pytest.mark.parametrize("selection", ["error", "age", "std", "random"])
 def test_a_batch_of_two_equals_two_batches_of_one(family, solver, selection, monkeypatch):
     pipe = make(family, solver)
     plain = run(pipe, family, (0, 1))

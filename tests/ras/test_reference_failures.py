@@ -33,7 +33,7 @@ def never_updated(config, steps=21):
 
 
 def test_01_starvation_prevention_has_the_right_sign():
-    common = {"region": "token", "tail": 0, "resets": (), "warmup": 1, "n_levels": None}
+    common = {"ratio": 0.5, "region": "token", "tail": 0, "resets": (), "warmup": 1, "n_levels": None}
     without = RASConfig(**common, selection="std", max_age=None, starvation_scale=0)
     paper = RASConfig(**common, selection="std", max_age=None)
     assert never_updated(without) > 75
@@ -41,7 +41,7 @@ def test_01_starvation_prevention_has_the_right_sign():
     assert (
         never_updated(RASConfig(**common, selection="std", max_age=None, starvation_scale=1.0)) == 0
     )
-    for selection in ("age", "std", "l2norm", "random"):
+    for selection in ("error", "age", "std", "l2norm", "random"):
         assert never_updated(RASConfig(**common, selection=selection)) == 0
 
 
@@ -95,7 +95,7 @@ def test_04_an_interrupted_run_leaves_no_state():
 )
 def test_05_resets_past_the_end_none_at_all_and_any_ratio(ras):
     pipe = make("sd3")
-    dit_accel.enable(pipe, ras={"warmup": 2, **ras})
+    dit_accel.enable(pipe, ras={"ratio": 0.5, "warmup": 2, **ras})
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert torch.isfinite(run(pipe, "sd3", steps=14)).all()
@@ -216,7 +216,7 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("selection", ["age", "std", "random"])
+@pytest.mark.parametrize("selection", ["error", "age", "std", "random"])
 @pytest.mark.parametrize("family", ["wan", "sd3", "lumina2"])
 def test_12_the_loop_waits_for_no_device(family, selection):
     """Compiled graphs: tests/compile."""

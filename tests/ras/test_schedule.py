@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_accel.config import RASConfig
-from dit_accel.ras.schedule import plan_steps, ratios, tile_size
+from dit_accel.ras.schedule import dense_steps as dense_set
+from dit_accel.ras.schedule import plan_steps, ratio_at, tile_size
 
 
 def dense_steps(config, num_steps):
-    return [i for i, ratio in enumerate(ratios(config, num_steps)) if ratio is None]
+    return sorted(dense_set(config, num_steps))
 
 
 @pytest.mark.parametrize(
@@ -31,19 +32,20 @@ def test_default_dense_steps(num_steps, ratio, expected):
 
 
 def test_integers_are_steps_and_floats_are_fractions():
-    config = RASConfig(warmup=2, tail=3, resets=(5, 0.5))
+    config = RASConfig(ratio=0.5, warmup=2, tail=3, resets=(5, 0.5))
     assert dense_steps(config, 20) == [0, 1, 5, 10, 17, 18, 19]
-    assert dense_steps(RASConfig(warmup=0.2, tail=0.1, resets=()), 30) == [*range(6), 27, 28, 29]
+    assert dense_steps(RASConfig(ratio=0.5, warmup=0.2, tail=0.1, resets=()), 30) == [*range(6), 27, 28, 29]
 
 
 def test_resets_past_the_end_are_dropped_with_a_warning():
     with pytest.warns(UserWarning, match="resets: step 22 is past the end of a run of 20 steps"):
-        assert dense_steps(RASConfig(resets=(12, 22)), 20) == [0, 1, 2, 12, 18, 19]
+        assert dense_steps(RASConfig(ratio=0.5, resets=(12, 22)), 20) == [0, 1, 2, 12, 18, 19]
 
 
 def test_ratios_by_part_of_the_run():
     config = RASConfig(ratio=[(0, 0.75), (0.5, 0.25)], warmup=1, tail=0, resets=())
-    assert ratios(config, 8) == [None, 0.75, 0.75, 0.75, 0.25, 0.25, 0.25, 0.25]
+    assert dense_steps(config, 8) == [0]
+    assert [ratio_at(config, k, 8) for k in range(1, 8)] == [0.75] * 3 + [0.25] * 4
 
 
 def test_at_most_n_levels_counts_and_never_fewer_tokens_than_asked():

@@ -142,7 +142,7 @@ def test_ages_alone_update_everything_in_turn():
 
 
 def test_a_step_is_chosen_once_for_all_its_contexts():
-    config = RASConfig(selection="random", warmup=1)
+    config = RASConfig(ratio=0.5, selection="random", warmup=1)
     selection = Selection(config, plan_steps(config, 9, 640), 1, torch.device("cpu"))
     selection.begin_step(0, None)
     selection.begin_step(1, None)

@@ -87,7 +87,7 @@ def test_schedulers_that_add_none_keep_their_steps(family, name):
     run(pipe, family, steps=6)
     steps = 11 if name == "heun" else 6
     report = dit_accel.summary(pipe).ras
-    assert [x.mode for x in report.steps] == ["dense"] * 2 + ["ras"] * (steps - 3) + ["dense"]
+    assert [x.mode for x in report.steps] == ["dense"] * 2 + ["partial"] * (steps - 3) + ["dense"]
 
 
 @pytest.mark.parametrize(

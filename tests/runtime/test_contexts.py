@@ -203,7 +203,7 @@ def test_embeddings_changed_in_mid_run(family, change):
     same(result, run(pipe, family, **changing(family, anew)))
     report = dit_accel.summary(pipe).ras
     assert report.steps[5].dense_calls.get("first call of a context") == 1
-    assert report.steps[6].mode == "ras"
+    assert report.steps[6].mode == "partial"
 
 
 @pytest.mark.parametrize("what", ["replaced", "in place"])
@@ -262,7 +262,7 @@ def test_batches_and_sizes_that_change_in_mid_run(family, rows):
         found = [torch.equal(a, b) for a, b in zip(loop(size), plain, strict=True)]
         assert found[:2] == [True, True]
         modes = [x.mode for x in dit_accel.summary(pipe).ras.steps]
-        assert modes == ["dense"] * 2 + ["ras"] * 3 + ["dense"] + ["ras"] * 3 + ["dense"]
+        assert modes == ["dense"] * 2 + ["partial"] * 3 + ["dense"] + ["partial"] * 3 + ["dense"]
         dit_accel.disable(pipe)
 
 

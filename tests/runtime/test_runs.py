@@ -30,7 +30,7 @@ def alone(family, solver, steps, **changed):
     dit_accel.enable(pipe, **BOTH)
     latents = run(pipe, family, steps=steps, **changed)
     counts = steps_of(dit_accel.summary(pipe))
-    assert any(mode == "ras" for _, mode, *_ in counts[0]), "this call accelerates nothing"
+    assert any(mode == "partial" for _, mode, *_ in counts[0]), "this call accelerates nothing"
     return latents, counts
 
 
@@ -304,7 +304,7 @@ def test_loops_by_hand(family, solver, start):
     expected, counts = by_hand(family, "scheduler", solver, start)
     length = (19 if solver == "heun" else 10) - start
     modes = [mode for _, mode, *_ in counts[0]]
-    assert modes == ["dense"] * 2 + ["ras"] * (length - 3) + ["dense"]
+    assert modes == ["dense"] * 2 + ["partial"] * (length - 3) + ["dense"]
     for kind in KINDS[1:]:
         latents, found = by_hand(family, kind, solver, start)
         assert found == counts, kind
@@ -431,7 +431,7 @@ def test_a_loop_that_jumps_back_begins_anew(family, told_by):
     equal = [torch.equal(a, b) for a, b in zip(found, plain, strict=True)]
     assert equal == [True] * 2 + [False] * 4 + [True] * 2 + [False] * 4 + [True]
     report = dit_accel.summary(pipe).ras
-    assert [x.mode for x in report.steps] == ["dense"] * 2 + ["ras"] * 4 + ["dense"]
+    assert [x.mode for x in report.steps] == ["dense"] * 2 + ["partial"] * 4 + ["dense"]
 
 
 @pytest.mark.parametrize("told_by", ["view", "step"])

@@ -1,0 +1,49 @@
+"""`WholeTransformer`: any diffusers transformer, for methods that look at its inputs and its output only."""
+
+from typing import Any
+
+from torch import Tensor
+
+from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook
+
+
+class WholeTransformer(Family):
+    """A transformer about which nothing is known but its call: `hidden_states` in, one tensor out."""
+
+    name = "any diffusers transformer"
+    separate_guidance = False
+    stock_processors = ()
+
+    def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
+        return {}
+
+    def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
+        hidden_states, text = (
+            _tensor(arguments, name) for name in ("hidden_states", "encoder_hidden_states")
+        )
+        if hidden_states is None:
+            raise ValueError(
+                f"hidden_states: {type(arguments.get('hidden_states')).__name__} in a call of "
+                f"{type(transformer).__name__}; accepted is a tensor"
+            )
+        skipped = arguments.get("skip_layers")
+        return Call(
+            hidden_states,
+            text,
+            hidden_states.shape[1],
+            (1, 1, 1),
+            arguments.get("timestep"),
+            images=_tensor(arguments, "encoder_hidden_states_image"),
+            variant=None if skipped is None else tuple(skipped),
+        )
+
+    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+        return []
+
+    def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
+        return active / tokens
+
+
+def _tensor(arguments: dict[str, Any], name: str) -> Tensor | None:
+    x = arguments.get(name)
+    return x if isinstance(x, Tensor) else None

@@ -1,0 +1,148 @@
+"""`Outputs`: the last output of one context, and the forecast of the next."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dit_accel.ras.predictor import DAMPING, FORGET
+
+
+class Outputs:
+    """The last complete output of a context, and how each of its tokens changed between its last two updates.
+
+    The forecast is y_a + g f (y_a - y_b): y_a and y_b are the last two outputs of a token, f is the
+    `extrapolation_factor`, and g in [0, 1] damps the line. With "fitted", g is the factor that would have been best in
+    the steps so far, later ones counting more: one number for each row, so that a batch gives what single runs give.
+
+    Args:
+        predictor: "fitted", "linear" (g = 1) or "hold" (g = 0).
+        grid: image tokens (t, h, w), where factors differ between tokens. None: one factor for each row.
+    """
+
+    def __init__(self, predictor: str, grid: tuple[int, int, int] | None = None) -> None:
+        self.predictor = predictor
+        self.grid = grid
+        self.last: Tensor | None = None
+        self.delta: Tensor | None = None
+        self._line: Tensor | None = None
+        """Sum over updates of <f delta, change>, `[R]`."""
+        self._square: Tensor | None = None
+        """Sum of |f delta|^2."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the kept outputs."""
+        return sum(x.nbytes for x in (self.last, self.delta) if x is not None)
+
+    def damping(self) -> Float[Tensor, " r"]:
+        """Return g of each row."""
+        assert self.last is not None
+        rows = self.last.shape[0]
+        if self.predictor != "fitted":
+            return self.last.new_full((rows,), float(self.predictor == "linear"))
+        if self._line is None or self._square is None:
+            return self.last.new_full((rows,), DAMPING)
+        known = self._square > 0
+        best = self._line / torch.where(known, self._square, 1.0)
+        return torch.where(known, best.clamp(0, 1), DAMPING)
+
+    def forecast(self, factor: Float[Tensor, "r n"]) -> Tensor:
+        """Return the output of all tokens, `[R, ...]`, in memory of its own.
+
+        Args:
+            factor: how far each token's line is followed, in raster order; `n` is 1 without a grid.
+        """
+        assert self.last is not None
+        if self.delta is None or self.predictor == "hold":
+            return self.last.clone()
+        g = self.damping()[:, None]
+        return torch.addcmul(
+            self.last, self._spread((factor * g).to(self.last.dtype)), self.delta
+        )
+
+    def record(
+        self,
+        output: Tensor,
+        factor: Float[Tensor, "r n"],
+        same: Float[Tensor, "r n"] | None = None,
+        active: Bool[Tensor, "r n"] | None = None,
+        *,
+        measure: bool = False,
+    ) -> tuple[Tensor, Float[Tensor, "r n"] | None]:
+        """Take in the output of a call.
+
+        Args:
+            output: `[R, ...]`; tokens that did not run may hold anything.
+            factor: as in `forecast`, of this call.
+            same: 1 for tokens whose last update had the same noise level, else 0; None if there can be none. Their
+                change still spans the interval before.
+            active: tokens that ran; None: all.
+            measure: whether to measure the forecast.
+
+        Returns:
+            The complete output; and the squared error of each token's forecast, over the mean square of the row's
+            output. None if it is not measured, or if there was no forecast.
+        """
+        if self.last is None:
+            self.last = output.clone()  # the caller may write into it
+            return output, None
+        ran = None if active is None else self._spread(active)
+        guess = None
+        if measure or ran is not None:
+            guess = self.forecast(factor)
+        complete = output if ran is None or guess is None else torch.where(ran, output, guess)
+        change = complete - self.last
+        if ran is not None:
+            change = torch.where(ran, change, 0)
+        if self.predictor == "fitted" and self.delta is not None:
+            self._fit(self._spread(factor.to(change.dtype)) * self.delta, change, ran)
+        errors = None
+        if measure and guess is not None:
+            size = complete.float().flatten(1).square().mean(1).clamp(min=1e-20)
+            errors = self._per_token((complete - guess).float().square()) / size[:, None]
+        if self.predictor != "hold":
+            self._move(change, same, ran)
+        self.last = complete.clone() if ran is None else torch.where(ran, complete, self.last)
+        return complete, errors
+
+    def _move(self, change: Tensor, same: Tensor | None, ran: Tensor | None) -> None:
+        if self.delta is None:
+            self.delta = change
+            return
+        if same is not None:
+            change = change + self._spread(same.to(change.dtype)) * self.delta
+        self.delta = change if ran is None else torch.where(ran, change, self.delta)
+
+    def _fit(self, line: Tensor, change: Tensor, ran: Tensor | None) -> None:
+        kind = torch.promote_types(line.dtype, torch.float32)
+        line, change = line.to(kind).flatten(1), change.to(kind).flatten(1)
+        if ran is not None:
+            line = line * ran.expand_as(self.last).flatten(1)  # type: ignore[arg-type]
+        new = (line * change).sum(1), (line * line).sum(1)
+        if self._line is None or self._square is None:
+            self._line, self._square = new
+        else:
+            self._line, self._square = FORGET * self._line + new[0], FORGET * self._square + new[1]
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """Return values of tokens `[R, n]` at the places of the output, one channel of it."""
+        assert self.last is not None
+        shape = self.last.shape
+        if self.grid is None:
+            return x.view(len(x), *[1] * (len(shape) - 1))
+        x = x.view(len(x), *self.grid)
+        sizes = shape[2:] if len(shape) == 5 else (1, *shape[2:])
+        for axis, (size, n) in enumerate(zip(sizes, self.grid, strict=True), start=1):
+            x = x.repeat_interleave(size // n, dim=axis)
+        return x.view(len(x), 1, *shape[2:])
+
+    def _per_token(self, x: Tensor) -> Float[Tensor, "r n"]:
+        """Return the sums over the output's places of each token."""
+        if self.grid is None:
+            return x.flatten(1).sum(1, keepdim=True)
+        x = x.sum(1)
+        if x.ndim == 3:
+            x = x[:, None]
+        for axis, n in zip((1, 3, 5), self.grid, strict=True):
+            x = x.unflatten(axis, (n, -1))  # ends as [R, t, pt, h, ph, w, pw]
+        return x.sum((2, 4, 6)).flatten(1)

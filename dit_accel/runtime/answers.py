@@ -1,0 +1,81 @@
+"""`answered_class`: a transformer's class whose calls a method may answer without running the transformer."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+_MARK = "_dit_accel_answered"
+
+
+@lru_cache(maxsize=None)
+def answered_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass that asks the transformer's `Installation` before each call.
+
+    No hook of torch can leave a call out, and `forward` belongs to offloading, which replaces it. The subclass has
+    the name, the module and everything else of `cls`, and no state: `transformer.__class__ = answered_class(cls)` puts it
+    on, `plain_class` tells what to put back. It wraps what offloading, caches and compiling do to `forward`, so that
+    all of it is left out with the call.
+    """
+
+    # Not traced: a compiled transformer is then compiled inside of this call.
+    @torch.compiler.disable(recursive=False)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        installation = _installation_of(self)
+        if installation is not None:
+            answer = installation.answer(self, args, kwargs)
+            if answer is not None:
+                return answer
+        return super(answered, self).__call__(*args, **kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        # Pickle and deepcopy find a class by its name, which is that of the class behind.
+        _, _, *rest = super(answered, self).__reduce_ex__(protocol)
+        return (_blank, (cls,), *rest)
+
+    namespace = {
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        _MARK: cls,
+    }
+    answered = _metaclass(type(cls))(cls.__name__, (cls,), namespace)
+    return answered
+
+
+@lru_cache(maxsize=None)
+def _metaclass(meta: type) -> Any:
+    """Return a metaclass whose classes equal the class behind them.
+
+    `type(transformer) in types` is how `from_pipe` of diffusers finds the components of a pipeline.
+    """
+
+    def __eq__(cls: Any, other: Any) -> bool:
+        return cls is other or getattr(cls, _MARK) is other
+
+    def __hash__(cls: Any) -> int:
+        return hash(getattr(cls, _MARK))
+
+    return type(meta.__name__, (meta,), {"__eq__": __eq__, "__hash__": __hash__})
+
+
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    """Return an instance without attributes, for a copy."""
+    answered = answered_class(cls)
+    return answered.__new__(answered)
+
+
+def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class behind one of `answered_class`; any other class itself."""
+    return vars(cls).get(_MARK, cls)
+
+
+def _installation_of(transformer: nn.Module) -> Any:
+    for hook in transformer._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if hasattr(owner, "answer"):
+            return owner
+    return None
