@@ -65,7 +65,9 @@ def enable(
     config = None if ras is None else RASConfig.load(ras)
     settings = None if sla is None or sla == OFF else settings_of(sla)
     parts = parts_of(target)
-    if len(parts) > 1 and (further or settings is not None or (config and config.has_partial_steps)):
+    if len(parts) > 1 and (
+        further or settings is not None or (config and config.has_partial_steps)
+    ):
         check_pipeline(target)
     for part in parts.values():
         made: dict[str, Any] = dict(further)

@@ -71,6 +71,9 @@ class RASConfig(Config):
     predictor: Literal["auto", "fitted", "linear", "hold"] = "auto"
     """Output of what does not run: extrapolated linearly in sigma (factor capped at 1), the same damped by a number
     that is fitted while sampling, or held. "auto" is "fitted" with a budget, else "linear"."""
+    correction: float | int = 0.5
+    """Share of the error of earlier forecasts that an output makes up for, in [0, 1], once the next outputs tell
+    what they should have been."""
     kv_predictor: Literal["auto", "linear", "hold"] = "auto"
     """Keys and values of inactive tokens, likewise. "linear" takes twice the memory; "auto" is linear
     from 20 steps on where memory allows."""
@@ -95,6 +98,7 @@ class RASConfig(Config):
             "resets": (0.4, 0.71),
             "max_age": None,
             "predictor": "hold",
+            "correction": 0,
             "kv_predictor": "hold",
             "region": "token",
             "n_levels": None,
@@ -138,6 +142,8 @@ class RASConfig(Config):
         check("starvation_scale", scale, ok, "a finite number >= 0")
         self._check_max_age()
         check_choice("predictor", self.predictor, PREDICTORS)
+        ok = is_number(self.correction) and 0 <= self.correction <= 1
+        check("correction", self.correction, ok, "[0, 1]")
         check_choice("kv_predictor", self.kv_predictor, ("auto", "linear", "hold"))
         check_choice("region", self.region, ("tile", "token"))
         levels = self.n_levels

@@ -89,9 +89,7 @@ class Selection:
         self._measured = self.step
         self.errors = torch.where(known, before + errors, self.errors)
 
-    def _score(
-        self, step: int, metric: Tensor | None, count: int, level: Tensor | None
-    ) -> Tensor:
+    def _score(self, step: int, metric: Tensor | None, count: int, level: Tensor | None) -> Tensor:
         config = self.config
         if config.selection == "error" and level is not None:
             return self.errors.sqrt() * (self.updated - level).abs()

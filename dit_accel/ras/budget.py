@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -14,12 +14,11 @@ UNITS = 24
 """Parts of a dense step in which costs of partial steps are counted, rounded up."""
 
 
-def step_weights(levels: Sequence[float]) -> list[float]:
-    """Return how much an error of each step's output counts in the end: |s_(k+1) - s_k| / (1 - s_k).
+def step_intervals(levels: Sequence[float]) -> list[float]:
+    """Return |s_(k+1) - s_k| of each step.
 
-    That is the step in units of the signal that is there. It follows the growth of errors that was measured on a
-    trained model, without a fitted number. Where neighbouring steps have the same noise level, they are calls of one
-    solver step (Heun), and each counts for half of the interval on either side.
+    Where neighbouring steps have the same noise level, they are calls of one solver step (Heun), and each counts for
+    half of the interval on either side.
 
     Args:
         levels: noise levels in [0, 1] of the steps and of the end.
@@ -27,6 +26,16 @@ def step_weights(levels: Sequence[float]) -> list[float]:
     gaps = [abs(b - a) for a, b in zip(levels, levels[1:], strict=False)]
     if 0 in gaps[:-1]:
         gaps = [(a + b) / 2 for a, b in zip([0.0, *gaps[:-1]], gaps, strict=True)]
+    return gaps
+
+
+def step_weights(levels: Sequence[float]) -> list[float]:
+    """Return how much an error of each step's output counts in the end: |s_(k+1) - s_k| / (1 - s_k).
+
+    That is the step in units of the signal that is there. It follows the growth of errors that was measured on a
+    trained model, without a fitted number.
+    """
+    gaps = step_intervals(levels)
     return [gap / max(1 - s, 1e-3) for gap, s in zip(gaps, levels, strict=False)]
 
 
@@ -73,7 +82,7 @@ def least_error(
     size = max(math.floor(budget * units + 1e-6), len(forced) * units)
     longest = max(LONGEST, math.ceil(2 * steps / max(1, size // units)))
 
-    @lru_cache(maxsize=None)
+    @cache
     def between(start: int, end: int) -> list[tuple[int, float, int | None]]:
         """Cost in units, error and partial step of the ways from one dense step to the next."""
         errors = [(weights[k] * (k - start)) ** 2 for k in range(start + 1, end)]

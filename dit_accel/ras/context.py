@@ -1,7 +1,6 @@
 """`ContextState`: what is cached for one context, and when each of its tokens was last updated."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,19 +10,7 @@ from torch import Tensor
 from dit_accel.kernels import LinearState
 from dit_accel.ras.history import History
 from dit_accel.ras.outputs import Outputs
-from dit_accel.ras.predictor import extrapolation_factor
-
-
-@dataclass(frozen=True)
-class Distance:
-    """How far a noise level is from each token's last updates. `n` is 1 where all tokens of a row share them."""
-
-    factor: Float[Tensor, "r n"]
-    """How far each token's line has to be followed."""
-    same: Float[Tensor, "r n"]
-    """1 for tokens whose last update had this very noise level, else 0."""
-    gap: Float[Tensor, "r n"]
-    """Difference of noise levels to the last update."""
+from dit_accel.ras.predictor import Distance, extrapolation_factor
 
 
 class ContextState:

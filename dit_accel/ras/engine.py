@@ -188,8 +188,8 @@ class RegionAdaptiveSampling(Method, Focus):
             outputs = state.outputs
             if not call.must_run and outputs is not None and level is not None:
                 self._count(step, None, fresh, tiles, selection.age.amax(), forecast=True)
-                factor = state.distance(level, shape).factor
-                answer = state.returned.fill(outputs.forecast(self._raster(factor)))
+                at = self._raster(state.distance(level, shape))
+                answer = state.returned.fill(outputs.answer(at, plan.intervals[step]))
                 self._end(run)
                 return answer
         reason = plan.off
@@ -216,9 +216,12 @@ class RegionAdaptiveSampling(Method, Focus):
             self._open(level, shape, run.repeats)
         return None
 
-    def _raster(self, x: Tensor) -> Tensor:
-        """Values of tokens in raster order, from the order in which they run; one for each row stays as it is."""
-        return x if self._order is None or x.shape[1] == 1 else self._order.undo(x)
+    def _raster(self, at: Distance) -> Distance:
+        """Distances of tokens in raster order, from the order in which they run; one for each row stays as it is."""
+        order = self._order
+        if order is None or at.gap.shape[1] == 1:
+            return at
+        return Distance(*(order.undo(x) for x in (at.factor, at.same, at.gap)))
 
     def end_call(self, run: Run, call: Call, output: Any) -> Any:
         """Complete the output and keep it; after the last call, or a failure, give memory back."""
@@ -227,12 +230,12 @@ class RegionAdaptiveSampling(Method, Focus):
             self.begin_run(run)
             self._finish_call()
             return None
-        completed = None if self._distance is None else self._keep(output)
+        completed = None if self._distance is None else self._keep(run, output)
         self._end(run)
         return completed
 
-    def _keep(self, output: Any) -> Any:
-        """Keep what the transformer returned; on a partial step, return it complete."""
+    def _keep(self, run: Run, output: Any) -> Any:
+        """Keep what the transformer returned. Return it completed and corrected, if there is anything to do."""
         assert self._distance is not None
         assert self.plan is not None
         sample, state, plan = sample_of(output), self.context, self.plan
@@ -241,7 +244,9 @@ class RegionAdaptiveSampling(Method, Focus):
             return None
         if state.outputs is None:
             grid = self.call.grid if plan.schedule.has_partial_steps else None
-            state.outputs = Outputs(self.config.output_predictor, grid)
+            state.outputs = Outputs(
+                self.config.output_predictor, grid, correction=self.config.correction
+            )
         state.returned = Form(output)
         distance, active = self._distance, None
         if self._places is not None:
@@ -250,14 +255,15 @@ class RegionAdaptiveSampling(Method, Focus):
             active.scatter_(1, self.index, True)
         complete, errors = state.outputs.record(
             sample,
-            self._raster(distance.factor),
-            None if self._same is None else self._raster(self._same),
+            self._raster(distance),
+            plan.intervals[run.step],
             active,
+            repeats=run.repeats,
             measure=plan.selection.wants_errors,
         )
         if errors is not None:
             self._measure(errors, active)
-        return None if active is None else state.returned.fill(complete)
+        return None if complete is sample else state.returned.fill(complete)
 
     def _measure(self, errors: Float[Tensor, "r n"], active: Bool[Tensor, "r n"] | None) -> None:
         """Tell the selection how wrong the forecasts of this call were."""

@@ -25,7 +25,9 @@ def noise_levels(run: Run) -> Float[Tensor, " steps_and_end"] | None:
     scheduler, sigmas = run.scheduler, run.sigmas()
     signal = getattr(scheduler, "alphas_cumprod", None)
     if sigmas is None and isinstance(signal, Tensor) and run.timesteps is not None:
-        kept = signal.float().cpu()[run.timesteps[run.begin :].long().cpu().clamp(max=len(signal) - 1)]
+        kept = signal.float().cpu()[
+            run.timesteps[run.begin :].long().cpu().clamp(max=len(signal) - 1)
+        ]
         sigmas = ((1 - kept) / kept.clamp(min=1e-12)).sqrt()
     if sigmas is None or len(sigmas) < steps:
         return None

@@ -1,10 +1,23 @@
 """`Outputs`: the last output of one context, and the forecast of the next."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dit_accel.ras.predictor import DAMPING, FORGET
+from dit_accel.ras.predictor import DAMPING, FORGET, LARGEST_CORRECTION, Distance
+
+
+@dataclass(frozen=True)
+class Owed:
+    """Sums over the steps in which a token was forecast, since it last ran; `[R, n]` each."""
+
+    gaps: Tensor
+    """Of interval times difference of noise levels to the last update."""
+    factors: Tensor
+    """Of interval times extrapolation factor."""
+    intervals: Tensor
 
 
 class Outputs:
@@ -14,13 +27,27 @@ class Outputs:
     `extrapolation_factor`, and g in [0, 1] damps the line. With "fitted", g is the factor that would have been best in
     the steps so far, later ones counting more: one number for each row, so that a batch gives what single runs give.
 
+    When a token runs again, the straight line between its last two outputs tells what the forecasts in between should
+    have been. The solver has moved the latents by the sum of interval times error too far. `record` adds this sum,
+    times `correction`, over the interval of its own step to the output that it returns, so that this step makes up
+    for it. What is kept is the output as it came.
+
     Args:
         predictor: "fitted", "linear" (g = 1) or "hold" (g = 0).
+        correction: share of the error of earlier steps that an output makes up for. 1 is exact for Euler's method;
+            solvers with a memory use an output in later steps too.
         grid: image tokens (t, h, w), where factors differ between tokens. None: one factor for each row.
     """
 
-    def __init__(self, predictor: str, grid: tuple[int, int, int] | None = None) -> None:
+    def __init__(
+        self,
+        predictor: str,
+        grid: tuple[int, int, int] | None = None,
+        *,
+        correction: float = 0.0,
+    ) -> None:
         self.predictor = predictor
+        self.correction = correction
         self.grid = grid
         self.last: Tensor | None = None
         self.delta: Tensor | None = None
@@ -28,6 +55,7 @@ class Outputs:
         """Sum over updates of <f delta, change>, `[R]`."""
         self._square: Tensor | None = None
         """Sum of |f delta|^2."""
+        self._owed: Owed | None = None
 
     @property
     def nbytes(self) -> int:
@@ -46,6 +74,16 @@ class Outputs:
         best = self._line / torch.where(known, self._square, 1.0)
         return torch.where(known, best.clamp(0, 1), DAMPING)
 
+    def answer(self, at: Distance, interval: Float[Tensor, ""]) -> Tensor:
+        """Return the forecast of a step in which no token runs.
+
+        Args:
+            at: distance of the step to the updates before, in raster order; `n` is 1 without a grid.
+            interval: difference of noise levels that the solver bridges with this output.
+        """
+        self._owe(at, interval, None)
+        return self.forecast(at.factor)
+
     def forecast(self, factor: Float[Tensor, "r n"]) -> Tensor:
         """Return the output of all tokens, `[R, ...]`, in memory of its own.
 
@@ -56,31 +94,30 @@ class Outputs:
         if self.delta is None or self.predictor == "hold":
             return self.last.clone()
         g = self.damping()[:, None]
-        return torch.addcmul(
-            self.last, self._spread((factor * g).to(self.last.dtype)), self.delta
-        )
+        return torch.addcmul(self.last, self._spread((factor * g).to(self.last.dtype)), self.delta)
 
     def record(
         self,
         output: Tensor,
-        factor: Float[Tensor, "r n"],
-        same: Float[Tensor, "r n"] | None = None,
+        at: Distance,
+        interval: Float[Tensor, ""],
         active: Bool[Tensor, "r n"] | None = None,
         *,
+        repeats: bool = False,
         measure: bool = False,
     ) -> tuple[Tensor, Float[Tensor, "r n"] | None]:
         """Take in the output of a call.
 
         Args:
             output: `[R, ...]`; tokens that did not run may hold anything.
-            factor: as in `forecast`, of this call.
-            same: 1 for tokens whose last update had the same noise level, else 0; None if there can be none. Their
-                change still spans the interval before.
+            at, interval: as in `answer`.
             active: tokens that ran; None: all.
+            repeats: whether tokens may have had their last update at this very noise level. Their change still
+                spans the interval before.
             measure: whether to measure the forecast.
 
         Returns:
-            The complete output; and the squared error of each token's forecast, over the mean square of the row's
+            The complete output, corrected; and the squared error of each token's forecast, over the mean square of the row's
             output. None if it is not measured, or if there was no forecast.
         """
         if self.last is None:
@@ -89,21 +126,66 @@ class Outputs:
         ran = None if active is None else self._spread(active)
         guess = None
         if measure or ran is not None:
-            guess = self.forecast(factor)
+            guess = self.forecast(at.factor)
         complete = output if ran is None or guess is None else torch.where(ran, output, guess)
         change = complete - self.last
         if ran is not None:
             change = torch.where(ran, change, 0)
+        result = self._corrected(complete, change, at, interval, active)
         if self.predictor == "fitted" and self.delta is not None:
-            self._fit(self._spread(factor.to(change.dtype)) * self.delta, change, ran)
+            self._fit(self._spread(at.factor.to(change.dtype)) * self.delta, change, ran)
         errors = None
         if measure and guess is not None:
             size = complete.float().flatten(1).square().mean(1).clamp(min=1e-20)
             errors = self._per_token((complete - guess).float().square()) / size[:, None]
         if self.predictor != "hold":
-            self._move(change, same, ran)
+            self._move(change, at.same if repeats else None, ran)
         self.last = complete.clone() if ran is None else torch.where(ran, complete, self.last)
-        return complete, errors
+        return result, errors
+
+    def _owe(
+        self, at: Distance, interval: Float[Tensor, ""], active: Bool[Tensor, "r n"] | None
+    ) -> None:
+        """Note that the tokens that are not active were forecast."""
+        if not self.correction:
+            return
+        terms = interval * at.gap, interval * at.factor, interval.expand_as(at.gap)
+        if active is not None:
+            terms = tuple(torch.where(active, 0.0, x) for x in terms)  # type: ignore[assignment]
+        before = self._owed
+        if before is not None:
+            kept = (before.gaps, before.factors, before.intervals)
+            if active is not None:
+                kept = tuple(torch.where(active, 0.0, x) for x in kept)  # type: ignore[assignment]
+            terms = tuple(a + b for a, b in zip(kept, terms, strict=True))  # type: ignore[assignment]
+        self._owed = Owed(*terms)
+
+    def _corrected(
+        self,
+        complete: Tensor,
+        change: Tensor,
+        at: Distance,
+        interval: Float[Tensor, ""],
+        active: Bool[Tensor, "r n"] | None,
+    ) -> Tensor:
+        """Return the output with what it has to make up for, and forget that for the tokens that ran."""
+        owed = self._owed
+        if owed is not None:
+            least = owed.intervals / LARGEST_CORRECTION
+            scale = self.correction / torch.maximum(interval, least).clamp(min=1e-6)
+            true = scale * owed.gaps / at.gap.clamp(min=1e-6)
+            made = scale * owed.factors * self.damping().to(scale.dtype)[:, None]
+            extra = self._spread(true.to(change.dtype)) * change
+            if self.delta is not None:
+                extra = extra - self._spread(made.to(change.dtype)) * self.delta
+            if active is not None:
+                extra = torch.where(self._spread(active), extra, 0)
+            complete = complete + extra
+        if active is None:
+            self._owed = None
+        else:
+            self._owe(at, interval, active)
+        return complete
 
     def _move(self, change: Tensor, same: Tensor | None, ran: Tensor | None) -> None:
         if self.delta is None:

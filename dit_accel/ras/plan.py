@@ -14,6 +14,7 @@ from dit_accel.config import RASConfig
 from dit_accel.models import AttentionLayer, Call, TokenOrder
 from dit_accel.ras import memory
 from dit_accel.ras.ages import Selection
+from dit_accel.ras.budget import step_intervals
 from dit_accel.ras.compatibility import noise_of
 from dit_accel.ras.levels import noise_levels
 from dit_accel.ras.schedule import Schedule, plan_steps
@@ -29,6 +30,8 @@ class RunPlan:
     selection: Selection
     levels: Float[Tensor, " steps_and_end"] | None
     """Noise levels in [0, 1], see `noise_levels`; None: not known."""
+    intervals: Float[Tensor, " steps"]
+    """Difference of noise levels that each step bridges, see `step_intervals`."""
     key: tuple
     """Length, grid and device that all of this fits."""
     order: TokenOrder | None = None
@@ -131,6 +134,7 @@ def make_plan(
         schedule,
         Selection(config, schedule, rows, device),
         None if levels is None else levels.to(device),
+        torch.tensor([] if levels is None else step_intervals(levels.tolist()), device=device),
         _key(run, call),
         order=order,
         off=off,

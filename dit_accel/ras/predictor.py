@@ -1,5 +1,7 @@
 """What stands in for the tokens that a step leaves out."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -8,8 +10,22 @@ CAP = 1.0
 """Largest extrapolation factor: beyond one interval a line is worse than a constant."""
 DAMPING = 0.5
 """Damping of a line before anything was fitted: best on the trained models if there is to be one number."""
+LARGEST_CORRECTION = 4.0
+"""A step makes up for at most so many times its own interval."""
 FORGET = 0.5
 """What the sums of the fit keep from one update to the next."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a noise level is from each token's last updates. `n` is 1 where all tokens of a row share them."""
+
+    factor: Float[Tensor, "r n"]
+    """How far each token's line has to be followed."""
+    same: Float[Tensor, "r n"]
+    """1 for tokens whose last update had this very noise level, else 0."""
+    gap: Float[Tensor, "r n"]
+    """Difference of noise levels to the last update."""
 
 
 def extrapolation_factor(

@@ -1,6 +1,6 @@
 """`answered_class`: a transformer's class whose calls a method may answer without running the transformer."""
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 _MARK = "_dit_accel_answered"
 
 
-@lru_cache(maxsize=None)
+@cache
 def answered_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass that asks the transformer's `Installation` before each call.
 
@@ -46,7 +46,7 @@ def answered_class(cls: type[nn.Module]) -> type[nn.Module]:
     return answered
 
 
-@lru_cache(maxsize=None)
+@cache
 def _metaclass(meta: type) -> Any:
     """Return a metaclass whose classes equal the class behind them.
 

@@ -33,7 +33,14 @@ def never_updated(config, steps=21):
 
 
 def test_01_starvation_prevention_has_the_right_sign():
-    common = {"ratio": 0.5, "region": "token", "tail": 0, "resets": (), "warmup": 1, "n_levels": None}
+    common = {
+        "ratio": 0.5,
+        "region": "token",
+        "tail": 0,
+        "resets": (),
+        "warmup": 1,
+        "n_levels": None,
+    }
     without = RASConfig(**common, selection="std", max_age=None, starvation_scale=0)
     paper = RASConfig(**common, selection="std", max_age=None)
     assert never_updated(without) > 75

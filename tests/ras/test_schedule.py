@@ -34,7 +34,12 @@ def test_default_dense_steps(num_steps, ratio, expected):
 def test_integers_are_steps_and_floats_are_fractions():
     config = RASConfig(ratio=0.5, warmup=2, tail=3, resets=(5, 0.5))
     assert dense_steps(config, 20) == [0, 1, 5, 10, 17, 18, 19]
-    assert dense_steps(RASConfig(ratio=0.5, warmup=0.2, tail=0.1, resets=()), 30) == [*range(6), 27, 28, 29]
+    assert dense_steps(RASConfig(ratio=0.5, warmup=0.2, tail=0.1, resets=()), 30) == [
+        *range(6),
+        27,
+        28,
+        29,
+    ]
 
 
 def test_resets_past_the_end_are_dropped_with_a_warning():
