@@ -1,4 +1,4 @@
-"""timings.json: measured calls, kept so that an evaluation that was killed goes on."""
+"""Files in which an evaluation keeps what it has measured, so that a run that was killed goes on."""
 
 import json
 import sys
@@ -9,36 +9,44 @@ from typing import Any
 from dit_accel.files import write_json
 from dit_accel.sampling.manifest import differences
 
-TIMINGS = "timings.json"
 FORMAT_VERSION = 1
 
 
-class TimingLog:
-    """Calls by method, valid for one machine and one choice of settings.
+class Log:
+    """Results by method, valid for one choice of settings; those of other settings are dropped with a note.
 
-    Seconds of another machine, or of methods that did not take turns, cannot be compared; those are
-    measured anew.
+    Args:
+        path: the file.
+        about: everything that the results depend on, for JSON.
+        kind: key of the results in the file.
+        dropped: what the note says of results that are dropped.
     """
 
-    calls: dict[str, list[dict[str, Any]]]
+    results: dict[str, Any]
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
-        """`about`: everything that the seconds depend on, for JSON."""
-        self._path = folder / TIMINGS
+    def __init__(self, path: Path, about: Mapping[str, Any], *, kind: str, dropped: str) -> None:
+        self._path, self._kind = path, kind
         self._about = json.loads(json.dumps({"format_version": FORMAT_VERSION, **about}))
-        self.calls = {}
-        if not self._path.is_file():
+        self.results = {}
+        if not path.is_file():
             return
         try:
-            saved = json.loads(self._path.read_text(encoding="utf-8"))
+            saved = json.loads(path.read_text(encoding="utf-8"))
             different = differences(saved["about"], self._about)
             if not different:
-                self.calls = {name: list(calls) for name, calls in saved["calls"].items()}
+                self.results = dict(saved[kind].items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            different = [f"{TIMINGS} is damaged ({error!r})"]
+            different = [f"{path.name} is damaged ({error!r})"]
         if different:
-            sys.stderr.write(f"note: seconds are measured anew: {'; '.join(different[:3])}\n")
+            sys.stderr.write(f"note: {dropped}: {'; '.join(different[:3])}\n")
 
     def write(self) -> None:
-        """Atomically."""
-        write_json(self._path, {"about": self._about, "calls": self.calls})
+        """Write the file, atomically."""
+        write_json(self._path, {"about": self._about, self._kind: self.results})
+
+
+def timing_log(folder: Path, about: Mapping[str, Any]) -> Log:
+    """Return the log of measured calls. Seconds of another machine, or of methods that did not take turns, cannot be
+    compared."""
+    path = folder / "timings.json"
+    return Log(path, about, kind="calls", dropped="seconds are measured anew")
