@@ -32,7 +32,7 @@ def step_cache(pipe: Any, config: Any) -> Iterator[None]:
     Raises:
         ValueError: a cache is on already, or diffusers has none for this model.
     """
-    transformer = pipe.transformer
+    transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # torch.compile wraps
     if not takes_cache(transformer):
         raise ValueError(
             f"cache: step caches are not available in diffusers for {type(transformer).__name__}"
@@ -40,7 +40,7 @@ def step_cache(pipe: Any, config: Any) -> Iterator[None]:
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError("cache: a step cache is on already; call disable_cache() first")
     if not hasattr(transformer, "enable_cache"):
-        with _lent_methods(pipe, config):
+        with _lent_methods(pipe, transformer, config):
             yield
         return
     transformer.enable_cache(config)
@@ -52,7 +52,7 @@ def step_cache(pipe: Any, config: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lent_methods(pipe: Any, config: Any) -> Iterator[None]:
+def _lent_methods(pipe: Any, transformer: Any, config: Any) -> Iterator[None]:
     """Put a step cache on Stable Diffusion 3, whose pipeline has no cache context either.
 
     Its last block returns no text, where diffusers' hooks compute a residual of it. The text that comes in
@@ -60,7 +60,6 @@ def _lent_methods(pipe: Any, config: Any) -> Iterator[None]:
     """
     from diffusers import CacheMixin
 
-    transformer = pipe.transformer
     last = transformer.transformer_blocks[-1]
     forward, context = last.forward, contextlib.ExitStack()
 
@@ -88,8 +87,8 @@ def _lent_methods(pipe: Any, config: Any) -> Iterator[None]:
         transformer._reset_stateful_cache = functools.partial(
             CacheMixin._reset_stateful_cache, transformer
         )
-        undo.callback(transformer.register_forward_pre_hook(enter).remove)
-        leave = transformer.register_forward_hook(lambda *_: context.close(), always_call=True)
+        undo.callback(pipe.transformer.register_forward_pre_hook(enter).remove)
+        leave = pipe.transformer.register_forward_hook(lambda *_: context.close(), always_call=True)
         undo.callback(leave.remove)
         CacheMixin.enable_cache(transformer, config)
         undo.callback(CacheMixin.disable_cache, transformer)

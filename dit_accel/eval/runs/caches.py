@@ -48,6 +48,7 @@ class StepCache:
         """
         import diffusers
 
+        transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile wraps
         model = type(transformer).__name__
         if not hasattr(diffusers, self.settings):
             return f"not in diffusers {diffusers.__version__}"
@@ -122,8 +123,8 @@ def _timestep(pipe: Any) -> dict[str, Any]:
 
 
 def _sea(pipe: Any, steps: int) -> dict[str, Any]:
-    if type(pipe.transformer).__name__ != SD3:
-        return {}
+    if hasattr(pipe.transformer, "enable_cache"):
+        return {}  # diffusers knows the frames of Wan
 
     def frames(module: Any, args: Any, kwargs: Any) -> list[Any]:
         return list(kwargs["hidden_states"][:, :, None])

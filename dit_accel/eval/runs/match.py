@@ -62,7 +62,7 @@ class Probes:
             self._dense = self._count()
             if not all(self._dense):
                 raise RuntimeError(
-                    "pipe: torch counts no FLOPs of its transformer; is it compiled? Accepted is one that runs eagerly"
+                    "pipe: torch counts no FLOPs of its transformer; accepted is one of torch's operators"
                 )
             # A solver of second order makes more calls than it has steps.
             self._steps = len(self.pipe.scheduler.timesteps)
