@@ -22,7 +22,7 @@ class Run(ModelOptions):
     """
 
     preset: Literal["none", "demo"] = "none"
-    """demo: both embedded models, each in a sub-folder with a page of its own; some minutes on two cores."""
+    """demo: both embedded models, each in a sub-folder with a page of its own; a quarter of an hour on two cores."""
     prompts: str = "smoke"
     """A file (.txt, .jsonl, .csv, .tsv), or a shipped set: smoke, demo, demo-images."""
     limit: int | None = None
@@ -63,6 +63,8 @@ class Run(ModelOptions):
         check_early(self.fail_if)
         check_count("batch_size", self.batch_size)
         check_count("repeats", self.repeats)
+        if self.fine_steps:
+            check_count("fine_steps", self.fine_steps)
         if self.shown < 0:
             raise ValueError(f"shown={self.shown}: accepted is an int >= 0")
         for name in ("inception", "lpips"):

@@ -64,12 +64,13 @@ def choose_settings(
         "samples": [(x.record.prompt, x.seed, x.sampling.call_arguments()) for x in others],
         "target": TARGET if ours is None else lineup.settings[ours.name],
     }
-    path = (folder or Path()) / MATCHES
-    log = Log(path, about, kind="found", dropped="settings of step caches are searched anew")
-    found = log.results if folder is not None else {}
-    missing = [x for x in tuned if x.name not in found]
-    if missing and folder is not None:
+    log = None
+    if folder is not None:
+        dropped = "settings of step caches are searched anew"
+        log = Log(folder / MATCHES, about, kind="found", dropped=dropped)
         folder.mkdir(parents=True, exist_ok=True)
+    found = {} if log is None else log.results
+    missing = [x for x in tuned if x.name not in found]
     with quiet(pipe):
         target = TARGET if ours is None or not missing else _cost_of(ours, probes)
         for method in missing:
@@ -79,7 +80,7 @@ def choose_settings(
             match = match_cost(probes, method.tuned, target, value=method.value)
             record = {k: x for k, x in vars(match).items() if k != "config"}
             found[method.name] = {"target": target, "calls": probes.steps, **record}
-            if folder is not None:
+            if log is not None:
                 log.write()
     chosen = {x.name: _with_setting(x, pipe, found[x.name]) for x in tuned}
     chosen |= {
