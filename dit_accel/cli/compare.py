@@ -19,7 +19,8 @@ class Compare(AccelerationOptions):
     """Measured runs of each kind; the median counts."""
     methods: tuple[str, ...] = ()
     """Further methods to run, as in `eval run`: fewer_steps (dense sampling in the time of the others),
-    first_block_cache, sea_cache, ras, sla, ras_sla, with a setting after a colon."""
+    step caches such as sea_cache, ras, sla, ras_sla, with a setting after a colon. A step cache without a setting gets
+    one with which it costs what ras costs."""
     fail_if: FailIf = ()
     """Exit with 3 if this holds, as in "psnr<25" or "speedup_total<1.5"; may be given several times."""
     overwrite: bool = False

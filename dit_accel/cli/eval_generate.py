@@ -23,7 +23,8 @@ class Generate(AccelerationOptions):
     """Sparse attention: none, auto, quality, balanced, fast, a YAML file, or a folder with
     sla.safetensors."""
     cache: str = "none"
-    """A step cache of diffusers: none, first_block_cache, sea_cache; with a threshold after a colon."""
+    """A step cache of diffusers: none, first_block_cache, sea_cache, taylorseer, pab, faster_cache; with a value of its
+    setting after a colon. Default of the setting: that of diffusers."""
     batch_size: int = 1
     """Samples a pipeline call."""
     samples_per_prompt: int | None = None
@@ -47,10 +48,11 @@ class Generate(AccelerationOptions):
 
         count = self.samples_per_prompt or (VBENCH_SAMPLES if self.layout == "vbench" else 1)
         outline, sampling = self.check(prompts, samples=len(prompts) * count)
-        cache = self._cache(outline)
+        named = self._cache(outline, sampling)
         if self.layout == "vbench" and not outline.makes_clips:
             raise ValueError("layout='vbench': VBench judges clips, and this model makes images")
         pipe = self.load()
+        cache = None if named is None else named[0].config(pipe, outline.steps(sampling), named[1])
         made = generate(
             pipe,
             prompts,
@@ -77,20 +79,21 @@ class Generate(AccelerationOptions):
         else:
             print_line(f"{self.output_dir}: {len(made)} {made.kind}")
 
-    def _cache(self, outline: Any) -> Any:
-        """Return the cache config of diffusers that --cache names; None for none."""
-        from dit_accel.eval.runs.methods import CACHES, read_methods
+    def _cache(self, outline: Any, sampling: Any) -> Any:
+        """Return the step cache that --cache names and the value of its setting; None for none."""
+        from dit_accel.eval.runs.caches import read_cache
 
         if self.cache == "none":
             return None
-        if self.cache.partition(":")[0] not in CACHES:
-            raise ValueError(f"cache={self.cache!r}: accepted are none, {', '.join(CACHES)}")
-        [_, method] = read_methods([self.cache], outline)
-        if method.why is not None:
-            raise ValueError(f"cache={self.cache!r}: {method.why}")
+        cache, value = read_cache(self.cache)
+        why = cache.why_not(outline.transformer, sampling.guidance_scale)
+        if cache.calibrated:
+            why = "it needs a calibration, which `eval run` makes"
+        if why is not None:
+            raise ValueError(f"cache={self.cache!r}: {why}")
         if self.batch_size > 1:
             raise ValueError(
                 f"batch_size={self.batch_size}: a step cache decides for all samples of a call at once, so they "
                 "would depend on each other; accepted with cache is 1"
             )
-        return method.cache
+        return cache, value

@@ -22,14 +22,19 @@ class Run(ModelOptions):
     """
 
     preset: Literal["none", "demo"] = "none"
-    """demo: both embedded models, each in a sub-folder with a page of its own; some minutes on two cores."""
+    """demo: both embedded models, each in a sub-folder with a page of its own; a quarter of an hour on two cores."""
     prompts: str = "smoke"
     """A file (.txt, .jsonl, .csv, .tsv), or a shipped set: smoke, demo, demo-images."""
     limit: int | None = None
     """Only so many prompts."""
     methods: tuple[str, ...] = ()
-    """fewer_steps, first_block_cache, sea_cache, ras, sla, ras_sla; with a setting after a colon:
-    fewer_steps:8, first_block_cache:0.1, ras:fast, sla:my.yaml, ras_sla:fast+quality. Default: all."""
+    """fewer_steps, ras, sla, ras_sla, and step caches: first_block_cache, sea_cache, mag_cache, taylorseer, pab,
+    faster_cache; with a setting after a colon: fewer_steps:8, first_block_cache:0.1, ras:fast, sla:my.yaml,
+    ras_sla:fast+quality. A step cache without a setting gets one with which it costs what ras costs. Default:
+    fewer_steps, first_block_cache, sea_cache, ras, sla, ras_sla."""
+    fine_steps: int | None = None
+    """Steps of a second reference, dense sampling from the same noise. Default: 100 with the preset demo, else no
+    such reference; 0: none."""
     crossover: Literal["auto", "never"] | None = None
     """Overrides that of all sparse attention."""
     batch_size: int = 1
@@ -58,6 +63,8 @@ class Run(ModelOptions):
         check_early(self.fail_if)
         check_count("batch_size", self.batch_size)
         check_count("repeats", self.repeats)
+        if self.fine_steps:
+            check_count("fine_steps", self.fine_steps)
         if self.shown < 0:
             raise ValueError(f"shown={self.shown}: accepted is an int >= 0")
         for name in ("inception", "lpips"):
@@ -67,6 +74,7 @@ class Run(ModelOptions):
         common: dict[str, Any] = {
             "batch_size": self.batch_size,
             "repeats": self.repeats,
+            "fine_steps": self.fine_steps or None,
             "metrics": self.metrics or None,
             "reference": self.reference,
             "networks": self.networks,
@@ -95,6 +103,8 @@ class Run(ModelOptions):
                 "num_inference_steps=1: dense sampling is compared with fewer steps; accepted is an int >= 2"
             )
         self.check()
+        if self.fine_steps is None:
+            del common["fine_steps"]
         from dit_accel.eval.runs.presets import run_demo
 
         found = run_demo(
@@ -110,6 +120,7 @@ class Run(ModelOptions):
         from dit_accel.sampling.prompt_sets import load_prompts
 
         prompts = load_prompts(self.prompts, self.limit)
+        rest = load_prompts(self.prompts)[len(prompts) :]
         own = sla_settings("auto", self.resolve()[0], self.hub)
         outline, sampling = self.check(prompts)
         from dit_accel.eval.runs.methods import DEFAULT
@@ -129,6 +140,7 @@ class Run(ModelOptions):
             crossover=self.crossover,
             revision=self.revision,
             title=self.title,
+            probes=rest,
             **common,
         )
         return {str(self.output_dir): results}
@@ -139,6 +151,7 @@ class Run(ModelOptions):
         """Check methods, metrics and conditions as the evaluation will, before the model is loaded."""
         from dit_accel.eval.metrics.score import open_reference
         from dit_accel.eval.runs.methods import check_fewer, read_methods
+        from dit_accel.eval.runs.run import check_fine
         from dit_accel.eval.runs.scores import choose_metrics
         from dit_accel.eval.view.conditions import check_early
         from dit_accel.sampling.plan import plan_samples
@@ -146,12 +159,18 @@ class Run(ModelOptions):
 
         chosen = read_methods(methods, outline, sla=sla, crossover=self.crossover)
         check_fewer(chosen, outline.steps(sampling))
+        if self.fine_steps:
+            check_fine(self.fine_steps, outline.steps(sampling))
         planned = planned_set(
             outline, plan_samples(prompts, sampling, seed=self.seed, count=1, layout="ids")
         )
         reference = open_reference(self.reference)
         names = choose_metrics(
-            planned, self.metrics or None, networks=self.networks, reference=reference
+            planned,
+            self.metrics or None,
+            networks=self.networks,
+            reference=reference,
+            fine=bool(self.fine_steps),
         )
         rows = [x for x in chosen if x.why is None and x.kind != "fewer_steps"]
         check_early(

@@ -13,6 +13,7 @@ from dit_accel.checkpoint.file import SLACheckpoint, digest
 from dit_accel.checkpoint.identity import identity_of, weights_of
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.runtime.install import installation_of, method_of
+from dit_accel.sampling.step_caches import step_cache
 
 
 @contextlib.contextmanager
@@ -31,26 +32,15 @@ def accelerated(
         ValueError: bad settings, something that is on already, or a cache for a model that diffusers has
             none for.
     """
-    transformer = pipe.transformer
     if (sla is not None or ras is not None) and installation_of(pipe) is not None:
         raise ValueError("sla, ras: acceleration is on already; call pipe.disable() first")
-    if cache is not None and not hasattr(transformer, "enable_cache"):
-        raise ValueError(
-            f"cache: step caches are not available in diffusers for {type(transformer).__name__}"
-        )
-    if cache is not None and transformer.is_cache_enabled:
-        raise ValueError("cache: a step cache is on already; call disable_cache() first")
-    try:
+    with contextlib.ExitStack() as on:
         if sla is not None or ras is not None:
+            on.callback(control.disable, pipe)
             control.enable(pipe, sla=sla, ras=ras)
         if cache is not None:
-            transformer.enable_cache(cache)
+            on.enter_context(step_cache(pipe, cache))
         yield
-    finally:
-        if cache is not None and transformer.is_cache_enabled:
-            transformer.disable_cache()
-        if sla is not None or ras is not None:
-            control.disable(pipe)
 
 
 def acceleration_settings(pipe: Any) -> dict[str, Any]:
@@ -71,11 +61,24 @@ def acceleration_settings(pipe: Any) -> dict[str, Any]:
     if ras is not None:
         settings["ras"] = ras.config.to_dict()
     if (cache := getattr(pipe.transformer, "_cache_config", None)) is not None:
-        values = {x.name: getattr(cache, x.name) for x in dataclasses.fields(cache)}
+        values = {x.name: _plain(getattr(cache, x.name)) for x in dataclasses.fields(cache)}
         settings["cache"] = {"name": type(cache).__name__.removesuffix("Config")} | {
-            k: x for k, x in values.items() if x is None or isinstance(x, bool | int | float | str)
+            k: x for k, x in values.items() if x is not _OPAQUE
         }
     return settings
+
+
+_OPAQUE: Any = object()
+"""Stands for a callback and the like, which JSON cannot hold."""
+
+
+def _plain(value: Any) -> Any:
+    """Return a field of a cache config for JSON."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else _OPAQUE
 
 
 def weights_sha256(pipe: Any) -> str:

@@ -78,6 +78,11 @@ def test_generate_in_two_processes_makes_the_same_set(wan_repository, prompts, t
         (["--cache", "teacache"], "cache='teacache'"),
         (["--cache", "sea_cache:x"], "'sea_cache:x'"),
         (["--cache", "sea_cache", "--batch-size", "2"], "batch_size=2"),
+        (["--cache", "pab"], "cache='pab': diffusers keeps one state for both calls of guidance"),
+        (
+            ["--cache", "mag_cache"],
+            "cache='mag_cache': it needs a calibration, which `eval run` makes",
+        ),
         (["--samples-per-prompt", "0"], "samples_per_prompt=0"),
         (["--layout", "vbench", "--samples-per-prompt", "0"], "samples_per_prompt=0"),
         (["--sla", "fats"], "sla='fats'"),
@@ -104,7 +109,10 @@ def test_a_bad_value_is_refused_before_the_model_is_loaded(
     ("arguments", "named"),
     [
         (["--layout", "vbench"], "layout='vbench'"),
-        (["--cache", "sea_cache"], "cache='sea_cache'"),
+        (
+            ["--cache", "faster_cache", "--guidance-scale", "1"],
+            "cache='faster_cache': needs guidance",
+        ),
         (["--num-frames", "5"], "num_frames=5"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",

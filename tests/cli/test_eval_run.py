@@ -14,7 +14,7 @@ def test_run_makes_sets_table_and_page(wan_repository, prompts, tmp_path, capsys
     out = tmp_path / "out"
     call = ["eval", "run", "--model", wan_repository, "--prompts", prompts, *SMALL]
     call += ["--methods", "fewer_steps:1", "sla", "--crossover", "never", "--repeats", 1]
-    call += ["--output-dir", out]
+    call += ["--output-dir", out, "--fine-steps", 3]
     assert run(*call) == 0
     found = capsys.readouterr()
     assert "SLA balanced" in found.out
@@ -22,6 +22,7 @@ def test_run_makes_sets_table_and_page(wan_repository, prompts, tmp_path, capsys
     assert "generating" in found.err
     results = read_results(out)
     assert [x["name"] for x in results["rows"]] == ["Dense", "Dense, 1 step", "SLA balanced"]
+    assert results["fine"]["num_inference_steps"] == 3
     assert results["rows"][-1]["settings"]["sla"]["crossover"] == "never"
     assert run(*call, "--format", "json", "--fail-if", "Dense, 1 step: psnr<99") == 3
     found = capsys.readouterr()
@@ -40,6 +41,13 @@ def test_run_makes_sets_table_and_page(wan_repository, prompts, tmp_path, capsys
         (["--methods", "sla:fats"], "'fats'"),
         (["--methods", "sla:none"], "'sla:none'"),
         (["--methods", "fewer_steps:2"], "num_inference_steps=2"),
+        (["--methods", "sea_cache:x"], "'sea_cache:x': accepted is a threshold"),
+        (
+            ["--fine-steps", "2"],
+            "fine_steps=2: accepted are more steps than the 2 of dense sampling",
+        ),
+        (["--fine-steps", "-1"], "fine_steps=-1"),
+        (["--fine-steps", "9", "--metrics", "flicker"], "fine_steps: no metric compares with it"),
         (["--metrics", "fid"], "inception"),
         (["--metrics", "pnsr"], "'pnsr'"),
         (["--inception", "none.pth"], "inception='none.pth'"),
@@ -80,6 +88,10 @@ def test_a_bad_value_is_refused_before_the_model_is_loaded(
         (["--limit", "0"], "limit=0"),
         (["--num-inference-steps", "0"], "num_inference_steps=0"),
         (["--num-inference-steps", "1"], "num_inference_steps=1"),
+        (
+            ["--fine-steps", "15"],
+            "fine_steps=15: accepted are more steps than the 20 of dense sampling",
+        ),
         (["--fps", "0"], "fps=0.0"),
         (["--device", "cuda:99"], "device='cuda:99'"),
     ],

@@ -10,7 +10,9 @@ import torch
 from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.checkpoint.identity import identity_of
 from dit_accel.config import SLAConfig
+from dit_accel.eval.runs.caches import CACHES
 from dit_accel.eval.runs.methods import DEFAULT, Method, dense_with, read_methods
+from dit_accel.sampling.step_caches import step_cache
 
 from ..random_pipelines import make
 
@@ -39,17 +41,30 @@ def test_the_usual_methods_of_a_video_model(wan):
         "RAS + SLA balanced",
     ]
     assert methods[-1].folder == "ras-sla-balanced"
-    assert methods[2].cache == diffusers.FirstBlockCacheConfig()
+    assert methods[2].tuned is CACHES["first_block_cache"]
+    assert [x.value for x in methods[2:4]] == [None, None]
     assert methods[-1].sla == SLAConfig.load("balanced")
 
 
-@pytest.mark.parametrize("family", ["sd3", "lumina", "lumina2"])
-def test_image_models_have_no_step_caches_in_diffusers(family):
+@pytest.mark.parametrize("family", ["lumina", "lumina2"])
+def test_lumina_has_no_step_caches_in_diffusers(family):
     pipe = make(family)
-    caches = read_methods(["first_block_cache", "sea_cache"], pipe)[1:]
+    caches = read_methods(list(CACHES), pipe)[1:]
     name = type(pipe.transformer).__name__
-    assert [x.why for x in caches] == [f"not in diffusers for {name}"] * 2
-    assert [x.cache for x in caches] == [None, None]
+    assert [x.why for x in caches] == [f"not in diffusers for {name}"] * len(CACHES)
+    config = diffusers.FirstBlockCacheConfig()
+    with pytest.raises(ValueError, match=f"step caches are not available in diffusers for {name}"):
+        step_cache(pipe, config).__enter__()
+
+
+def test_caches_that_do_not_work_for_a_model_say_why(wan, sd3):
+    whys = {x.name: x.why for x in read_methods(list(CACHES), wan)[1:] if x.why}
+    assert set(whys) == {"PAB", "FasterCache"}
+    assert "one state for both calls of guidance" in whys["PAB"]
+    assert "guidance in one batch" in whys["FasterCache"]
+    assert [x.why for x in read_methods(list(CACHES), sd3)[1:]] == [None] * len(CACHES)
+    guided = CACHES["faster_cache"].why_not(sd3.transformer, 1.0)
+    assert guided == "needs guidance, which guidance_scale=1.0 switches off"
 
 
 def test_a_cache_that_this_diffusers_lacks_is_not_available(wan, monkeypatch):
@@ -76,8 +91,8 @@ def test_settings_after_a_colon(wan, tmp_path):
     names += [f"sla:{path}", "ras_sla:fast+quality", "ras_sla:fast", f"ras_sla:{path}"]
     found = {x.name: x for x in read_methods(names, wan)}
     assert found["Dense, 8 steps"].num_inference_steps == 8
-    assert found["FirstBlockCache 0.2"].cache.threshold == 0.2
-    assert found["SeaCache 0.4"].cache.threshold == 0.4
+    assert found["FirstBlockCache 0.2"].value == 0.2
+    assert found["SeaCache 0.4"].value == 0.4
     assert found["RAS fast"].ras.ratio == 0.25
     assert found["SLA quality"].sla.topk == 0.4
     assert found["SLA mine"].sla.topk == 0.5
@@ -130,8 +145,13 @@ def test_dense_methods_have_the_name_of_their_steps(wan):
         (["ras:papr"], "did you mean 'paper'"),
         (["fewer_steps:0"], "'fewer_steps:0': accepted is a number of steps >= 1"),
         (["fewer_steps:few"], "accepted is a number of steps"),
-        (["sea_cache:x"], "'sea_cache:x': accepted is a threshold"),
-        (["sea_cache:-1"], "threshold"),
+        (["sea_cache:x"], "'sea_cache:x': accepted is a threshold, a number >= 0"),
+        (["sea_cache:-1"], "accepted is a threshold"),
+        (["mag_cache:inf"], "accepted is a threshold"),
+        (
+            ["taylorseer:2.5"],
+            "'taylorseer:2.5': accepted is a disable_cache_before_step, a whole number",
+        ),
         (["sla", "sla"], "'SLA balanced' comes twice"),
         (["fewer_steps:8", dense_with(8)], "'Dense, 8 steps' comes twice"),
     ],

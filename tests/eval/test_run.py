@@ -16,7 +16,8 @@ from dit_accel.eval.metrics.score import score
 from dit_accel.eval.results.store import read_results
 from dit_accel.eval.runs import measured
 from dit_accel.eval.runs import timing as timing_module
-from dit_accel.eval.runs.methods import Method, dense_with, read_methods
+from dit_accel.eval.runs.caches import read_cache
+from dit_accel.eval.runs.methods import Method, dense_with
 from dit_accel.eval.runs.presets import DEMO, run_demo
 from dit_accel.eval.runs.scores import choose_metrics
 from dit_accel.runtime.install import installation_of
@@ -61,7 +62,7 @@ def test_every_method_is_a_row_of_one_table(results, folder):
     assert methods == ["dense", *["fewer_steps"] * fewer, *rest]
     assert all(x["available"] for x in results["rows"])
     assert {x.name for x in folder.iterdir() if x.is_file()} == {
-        "results.json", "timings.json", "table.md", "grid.png", "report.html",
+        "results.json", "timings.json", "matches.json", "table.md", "grid.png", "report.html",
     }  # fmt: skip
     page = (folder / "report.html").read_text()
     assert all(name.replace("+", "&#43;") in page or name in page for name in rows_of(results))
@@ -91,10 +92,9 @@ def test_figures_are_those_of_the_sample_sets(results, folder):
     assert 0 < rows["RAS"]["cost"] < 3
     assert rows["RAS"]["settings"]["ras"]["warmup"] == 1
     assert set(rows["RAS + SLA"]["settings"]) >= {"ras", "sla"}
-    assert rows["FirstBlockCache"]["settings"]["cache"] == {
-        "name": "FirstBlockCache",
-        "threshold": 0.05,
-    }
+    cache = rows["FirstBlockCache"]["settings"]
+    assert cache["cache"] == {"name": "FirstBlockCache", "threshold": cache["matched"]["value"]}
+    assert rows["FirstBlockCache"]["cost"] == pytest.approx(3 * cache["matched"]["cost"])
 
 
 def test_seconds_are_measured_apart_from_the_sets(results, folder):
@@ -189,16 +189,15 @@ def test_what_diffusers_lacks_is_a_row_that_says_so(sd3, tmp_path):
         sd3,
         tmp_path,
         prompts=[PromptRecord("a", "a red circle"), PromptRecord("b", "a blue square")],
-        sampling=Sampling(height=64, width=64, num_inference_steps=2, guidance_scale=2.0),
-        methods=["fewer_steps:1", "first_block_cache", "sea_cache", "sla"],
+        sampling=Sampling(height=64, width=64, num_inference_steps=2, guidance_scale=1.0),
+        methods=["fewer_steps:1", "faster_cache", "sla"],
         repeats=1,
         batch_size=2,
     )
     rows = rows_of(results)
-    for name in ("FirstBlockCache", "SeaCache"):
-        assert not rows[name]["available"]
-        assert rows[name]["why"] == "not in diffusers for SD3Transformer2DModel"
-    assert "not in diffusers for SD3Transformer2DModel" in (tmp_path / "table.md").read_text()
+    assert not rows["FasterCache"]["available"]
+    assert rows["FasterCache"]["why"] == "needs guidance, which guidance_scale=1.0 switches off"
+    assert "needs guidance" in (tmp_path / "table.md").read_text()
     # Prompts of the demo: the judge looks at them, and features are compared with dense ones.
     assert rows["Dense"]["metrics"]["judge"]["n"] == 2
     assert "fd_tiny_to_dense" not in rows["Dense"]["metrics"]
@@ -235,14 +234,15 @@ def test_a_reference_of_real_pictures_is_what_distances_mean(sd3, tmp_path, writ
 
 @pytest.mark.parametrize("name", ["first_block_cache:0.9", "sea_cache:9"])
 def test_a_step_cache_forgets_a_sample_before_the_next(wan, tmp_path, name):
-    [_, method] = read_methods([name], wan)
+    cache, value = read_cache(name)
+    config = cache.config(wan, SAMPLING.num_inference_steps, value)
     prompts = [PromptRecord(x.id, x.prompt, seed=i) for i, x in enumerate(PROMPTS)]
     options = {"model": "x", "sampling": SAMPLING, "progress": False}
     made = {
         where: generate(wan, them, output_dir=tmp_path / where, cache=cache, **options)
         for where, them, cache in (
-            ("both", prompts, method.cache),
-            ("alone", prompts[1:], method.cache),
+            ("both", prompts, config),
+            ("alone", prompts[1:], config),
             ("dense", prompts[1:], None),
         )
     }
@@ -354,9 +354,17 @@ def test_samples_of_other_settings_are_not_mixed(wan, folder, results):
 def test_the_demo_evaluates_the_embedded_models(tmp_path):
     assert set(DEMO) == {"tiny-wan", "tiny-sd3"}
     found = run_demo(
-        tmp_path, models=["tiny-sd3"], limit=2, repeats=1, num_inference_steps=2, progress=False
+        tmp_path,
+        models=["tiny-sd3"],
+        limit=2,
+        repeats=1,
+        num_inference_steps=2,
+        fine_steps=4,
+        progress=False,
     )
     rows = rows_of(found["tiny-sd3"])
+    assert found["tiny-sd3"]["fine"] == {"num_inference_steps": 4, "folder": "dense-4-steps"}
+    assert {"SeaCache", "MagCache", "TaylorSeer", "PAB", "FasterCache"} < set(rows)
     note = rows["SLA, blocks of 16"]["settings"]
     assert note["sla"]["crossover"] == "never"
     assert "below the length" in note["note"]

@@ -18,11 +18,11 @@ from dit_accel.eval.runs.fewer_steps import (
     nearest_steps,
     seconds_of,
 )
+from dit_accel.eval.runs.log import timing_log
 from dit_accel.eval.runs.methods import DENSE, Method, dense_with
 from dit_accel.eval.runs.peak_memory import peak_memory
 from dit_accel.eval.runs.rows import build_row, unavailable_row
 from dit_accel.eval.runs.timing import Stopwatch
-from dit_accel.eval.runs.timing_log import TimingLog
 from dit_accel.runtime.install import installation_of
 from dit_accel.sampling.batches import WARM_UP_STEPS
 from dit_accel.sampling.call import BatchResult, phase_timer
@@ -201,17 +201,17 @@ def test_seconds_between_measurements_lie_on_the_line():
 
 def test_a_log_keeps_calls_of_the_same_settings_only(tmp_path, capsys):
     about = {"machine": {"cores": 2}, "methods": [["Dense", {"a": (1, 2)}]]}
-    log = TimingLog(tmp_path, about)
-    assert log.calls == {}
-    log.calls["Dense"] = [{"seconds": {"total": 1.5}}]
+    log = timing_log(tmp_path, about)
+    assert log.results == {}
+    log.results["Dense"] = [{"seconds": {"total": 1.5}}]
     log.write()
-    assert TimingLog(tmp_path, about).calls == log.calls
+    assert timing_log(tmp_path, about).results == log.results
     assert capsys.readouterr().err == ""
     other = about | {"machine": {"cores": 8}}
-    assert TimingLog(tmp_path, other).calls == {}
+    assert timing_log(tmp_path, other).results == {}
     assert "measured anew: machine.cores was 2 and is 8" in capsys.readouterr().err
     (tmp_path / "timings.json").write_text(json.dumps({"about": 3})[:-2])
-    assert TimingLog(tmp_path, about).calls == {}
+    assert timing_log(tmp_path, about).results == {}
     assert "timings.json is damaged" in capsys.readouterr().err
 
 

@@ -827,12 +827,8 @@ def test_a_check_says_what_a_run_would_and_leaves_no_trace(wan, drawn, tmp_path)
 
 
 def test_what_images_cannot_have(sd3, drawn, tmp_path):
-    from diffusers import FirstBlockCacheConfig
-
     with pytest.raises(ValueError, match="VBench judges clips"):
         make(sd3, tmp_path, layout="vbench")
-    with pytest.raises(ValueError, match="step caches are not available in diffusers for SD3"):
-        make(sd3, tmp_path, cache=FirstBlockCacheConfig())
     assert names(tmp_path) == []
 
 

@@ -40,6 +40,10 @@ def validate(data: Any) -> Results:
         top.mapping(key)
     top.count("prompts", 1)
     top.count("repeats", 1)
+    if data.get("fine") is not None:
+        fine = top.mapping("fine")
+        fine.count("num_inference_steps", 1)
+        fine.path("folder")
     rows, samples = top.sequence("rows"), top.sequence("samples")
     _require(len(rows) > 0, "rows", data["rows"], "at least one row")
     for row in rows:

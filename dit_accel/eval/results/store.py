@@ -26,6 +26,7 @@ def build_results(
     rows: Sequence[Row],
     samples: Sequence[Sample],
     reference: str = "dense",
+    fine: Mapping[str, Any] | None = None,
 ) -> Results:
     """The checked content of results.json; versions and machine are added.
 
@@ -41,6 +42,7 @@ def build_results(
             "sampling": dict(sampling),
             "prompts": prompts,
             "reference": reference,
+            "fine": fine,
             "versions": versions(),
             "machine": machine(),
             "repeats": repeats,

@@ -105,6 +105,8 @@ class Results(TypedDict):
     prompts: int
     reference: str
     """Name of the row that the others are compared with, or its method."""
+    fine: NotRequired[dict[str, Any] | None]
+    """`num_inference_steps` and `folder` of the fine run that metrics ending in "_fine" compare with."""
     versions: dict[str, Any]
     machine: dict[str, Any]
     repeats: int

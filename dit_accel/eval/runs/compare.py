@@ -19,6 +19,7 @@ from dit_accel.eval.results.types import PHASES, Figure, Results, Row
 from dit_accel.eval.runs.lineup import line_up
 from dit_accel.eval.runs.measured import MeasuredCalls
 from dit_accel.eval.runs.methods import DENSE, Crossover, Method
+from dit_accel.eval.runs.rivals import choose_settings
 from dit_accel.files import atomic_files, check_writable, naming_failures, write_json
 from dit_accel.sampling import media
 from dit_accel.sampling.call import BatchResult
@@ -89,6 +90,7 @@ def compare(
     )
     folder = check_writable(output_dir, "output_dir")
     earlier = _earlier(folder, overwrite)
+    lineup = choose_settings(lineup, pipe, samples, count=1)  # as many samples as are compared
     last: dict[str, BatchResult] = {}
     measured = MeasuredCalls(pipe, samples, lineup)
     measured.measure(repeats, on_call=lambda method, call: last.update({method.name: call.made}))

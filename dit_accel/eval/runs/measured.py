@@ -70,6 +70,8 @@ class MeasuredCalls:
         folder: str | None = None,
     ) -> Row:
         """Return the row of a method that ran; arguments as in `rows.build_row`."""
+        if method.cost is not None:
+            cost = method.cost * self.lineup.steps
         return build_row(
             method,
             steps=method.num_inference_steps or self.lineup.steps,

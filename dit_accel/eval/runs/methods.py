@@ -8,16 +8,12 @@ from typing import Any, Literal
 
 from dit_accel.checkpoint.file import SLACheckpoint, settings_of
 from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.eval.runs.caches import CACHES, StepCache, read_cache
 from dit_accel.sampling.acceleration import accelerated, acceleration_settings
 from dit_accel.sampling.names import safe_name
 
 DEFAULT = ("fewer_steps", "first_block_cache", "sea_cache", "ras", "sla", "ras_sla")
 """What is compared with dense sampling unless the caller says otherwise."""
-CACHES = {
-    "first_block_cache": ("FirstBlockCache", "FirstBlockCacheConfig"),
-    "sea_cache": ("SeaCache", "SeaCacheConfig"),
-}
-"""Step caches of diffusers: the name to show, and the class of its settings."""
 Crossover = Literal["auto", "never"]
 
 
@@ -33,6 +29,12 @@ class Method:
     ras: RASConfig | None = None
     cache: Any = None
     """A cache config of diffusers."""
+    tuned: StepCache | None = None
+    """Step cache that `rivals.choose_settings` makes `cache` of, with the setting `value`."""
+    value: float | None = None
+    """None: the value with which the cache costs as much as our row."""
+    cost: float | None = None
+    """Counted FLOPs of the transformer over those of dense sampling, where they were counted."""
     num_inference_steps: int | None = None
     """None: as many as dense sampling; of `fewer_steps`: as many as take the time of another row."""
     why: str | None = None
@@ -71,7 +73,8 @@ def read_methods(
     """Methods from their names; dense sampling comes first, whatever the names.
 
     - `fewer_steps`: dense sampling at the time of each of the others; `fewer_steps:8` with 8 steps.
-    - `first_block_cache`, `sea_cache`: step caches of diffusers; `first_block_cache:0.1` sets the threshold.
+    - `first_block_cache`, `sea_cache`, `mag_cache`, `taylorseer`, `pab`, `faster_cache`: step caches of diffusers at
+      the cost of our row; `first_block_cache:0.1` sets the threshold.
     - `ras`, `sla`: `ras:fast` takes a preset or a YAML file, `sla:` also a folder with sla.safetensors.
     - `ras_sla`: both; `ras_sla:fast+quality` takes one setting each, `ras_sla:fast` one for both.
 
@@ -110,7 +113,7 @@ def read_methods(
         if what == "fewer_steps":
             methods.append(_fewer(setting))
         elif what in CACHES:
-            methods.append(_cached(what, setting, pipe))
+            methods.append(_cached(name, pipe))
         elif what == "ras":
             label, chosen = regions(setting)
             methods.append(Method(name=f"RAS{label}", kind="ras", ras=chosen))
@@ -124,8 +127,8 @@ def read_methods(
             methods.append(Method(name=shown, kind="ras_sla", ras=chosen, sla=attention))
         else:
             raise ValueError(
-                f"methods: {name!r} is none; accepted are dense, {', '.join(DEFAULT)}, with a setting after "
-                "a colon"
+                f"methods: {name!r} is none; accepted are dense, {', '.join(dict.fromkeys([*DEFAULT, *CACHES]))}, "
+                "with a setting after a colon"
             )
     folders = [x.folder for x in methods]
     for i, method in enumerate(methods):
@@ -155,7 +158,10 @@ def check_methods(pipe: Any, methods: Sequence[Method], steps: int) -> dict[str,
     check_fewer(methods, steps)
     out: dict[str, dict[str, Any]] = {}
     for method in methods:
-        with accelerated(pipe, **method.acceleration):
+        tried = method.acceleration
+        if method.tuned is not None:  # whether it can be put on does not depend on the setting
+            tried["cache"] = method.tuned.config(pipe, steps, method.value)
+        with accelerated(pipe, **tried):
             settings = acceleration_settings(pipe)
         out[method.name] = {k: x for k, x in settings.items() if x is not None}
     return out
@@ -179,33 +185,11 @@ def _fewer(setting: str) -> Method:
     return dense_with(int(setting))
 
 
-def _cached(what: str, setting: str, pipe: Any) -> Method:
-    import diffusers
-
-    shown, cls = CACHES[what]
-    values: dict[str, float] = {}
-    if setting:
-        try:
-            values = {"threshold": float(setting)}
-        except ValueError:
-            raise ValueError(
-                f"methods: '{what}:{setting}': accepted is a threshold, a number"
-            ) from None
-    transformer = pipe.transformer
-    channels = [getattr(transformer.config, f"{x}_channels", None) for x in ("in", "out")]
-    name, why, config = f"{shown} {setting}".strip(), None, None
-    if not hasattr(diffusers, cls):
-        why = f"not in diffusers {diffusers.__version__}"
-    elif not hasattr(transformer, "enable_cache"):
-        why = f"not in diffusers for {type(transformer).__name__}"
-    elif what == "sea_cache" and channels[0] != channels[1]:
-        why = "not in diffusers for models that take a picture beside the noise"
-    else:
-        try:
-            config = getattr(diffusers, cls)(**values)
-        except ValueError as error:
-            raise ValueError(f"methods: {what}:{setting}: {error}") from None
-    return Method(name=name, kind="cache", cache=config, why=why)
+def _cached(name: str, pipe: Any) -> Method:
+    cache, value = read_cache(name)
+    shown = f"{cache.shown} {name.partition(':')[2]}".strip()
+    why = cache.why_not(pipe.transformer)
+    return Method(name=shown, kind="cache", tuned=cache, value=value, why=why)
 
 
 def _with_crossover(

@@ -8,8 +8,9 @@ from typing import Any
 
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.eval.results.types import Results
+from dit_accel.eval.runs.caches import CACHES
 from dit_accel.eval.runs.methods import Method
-from dit_accel.eval.runs.run import run_evaluation
+from dit_accel.eval.runs.run import check_fine, run_evaluation
 from dit_accel.files import asset
 from dit_accel.sampling.load import load_pipeline
 from dit_accel.sampling.prompt_sets import load_prompts
@@ -47,7 +48,7 @@ _SPARSE = (
         note=_NOTE,
     ),
 )
-_METHODS = ("first_block_cache:0.1", "sea_cache", *_SPARSE)
+_METHODS: tuple[str | Method, ...] = (*CACHES, *_SPARSE)
 DEMO = {
     "tiny-wan": Preset("demo", 6, (9, 6)),
     "tiny-sd3": Preset("demo-images", 8, (15, 10)),
@@ -62,6 +63,7 @@ def run_demo(
     limit: int | None = None,
     repeats: int = REPEATS,
     num_inference_steps: int | None = None,
+    fine_steps: int | None = 100,
     device: str = "auto",
     **options: Any,
 ) -> dict[str, Results]:
@@ -71,27 +73,32 @@ def run_demo(
         models: of `DEMO`.
         limit: prompts of each; None: as many as take some minutes on two cores.
         num_inference_steps: None: what the models were made for.
+        fine_steps: steps of the fine run, see `run_evaluation`.
         options: further arguments of `run_evaluation`.
     """
     from dit_accel.demo import IMAGE_SAMPLING, SAMPLING
 
+    own = Sampling(num_inference_steps=num_inference_steps)
+    samplings = {x: own.filled(SAMPLING if x == "tiny-wan" else IMAGE_SAMPLING) for x in models}
+    steps = {x: y.num_inference_steps or 0 for x, y in samplings.items()}
+    if fine_steps is not None:
+        check_fine(fine_steps, max(steps.values()))
     results = {}
-    for name in models:
+    for name, sampling in samplings.items():
         preset = DEMO[name]
-        defaults = SAMPLING if name == "tiny-wan" else IMAGE_SAMPLING
-        sampling = Sampling(num_inference_steps=num_inference_steps).filled(defaults)
-        most = sampling.num_inference_steps
-        assert most is not None
-        dense = [f"fewer_steps:{n}" for n in preset.steps if n < most]
-        prompts = load_prompts(preset.prompts, preset.limit if limit is None else limit)
+        dense = [f"fewer_steps:{n}" for n in preset.steps if n < steps[name]]
+        prompts = load_prompts(preset.prompts)
+        compared = load_prompts(preset.prompts, preset.limit if limit is None else limit)
         results[name] = run_evaluation(
             load_pipeline(asset(name), sla=None, device=device),
-            prompts,
+            compared,
             output_dir=Path(output_dir) / name,
             model=name,
             sampling=sampling,
             methods=("fewer_steps", *dense, *_METHODS),
             repeats=repeats,
+            fine_steps=fine_steps,
+            probes=prompts[len(compared) :],
             **options,
         )
     return results

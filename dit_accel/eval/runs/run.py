@@ -15,7 +15,8 @@ from dit_accel.eval.results.store import build_results, write_results
 from dit_accel.eval.results.types import Results
 from dit_accel.eval.runs.lineup import line_up
 from dit_accel.eval.runs.measured import MeasuredCalls
-from dit_accel.eval.runs.methods import DEFAULT, DENSE, Crossover, Method
+from dit_accel.eval.runs.methods import DEFAULT, DENSE, Crossover, Method, dense_with
+from dit_accel.eval.runs.rivals import choose_settings
 from dit_accel.eval.runs.scores import Scorer, choose_metrics
 from dit_accel.eval.runs.stages import Stages
 from dit_accel.eval.view.conditions import check_early
@@ -42,6 +43,8 @@ def run_evaluation(
     seed: int = 0,
     batch_size: int = 1,
     repeats: int = 5,
+    fine_steps: int | None = None,
+    probes: Sequence[PromptRecord] = (),
     metrics: Sequence[str] | None = None,
     reference: SampleSet | Measurement | str | os.PathLike | None = None,
     networks: Networks | None = None,
@@ -54,7 +57,8 @@ def run_evaluation(
 ) -> Results:
     """Sample with every method, measure, and write results.json, table.md, grid.png and report.html.
 
-    First the sample sets are made, each in a sub-folder; then calls of one sample are measured, the
+    First step caches without a setting get one with which they cost what region-adaptive sampling costs.
+    Then the sample sets are made, each in a sub-folder; then calls of one sample are measured, the
     methods taking turns; then dense sampling with the number of steps whose denoising takes the time of
     each accelerated method is sampled too. Started again after a kill, it goes on.
 
@@ -70,6 +74,9 @@ def run_evaluation(
         batch_size: samples a pipeline call when sets are made; step caches take one. Seconds and memory
             are always measured with one.
         repeats: measured calls of each method, one prompt after the other.
+        fine_steps: steps of a second reference, dense sampling from the same noise, with which the paired metrics
+            compare each row too. None: no second reference.
+        probes: prompts with which the cost of step caches is counted; see `rivals.choose_settings`.
         metrics: see `scores.choose_metrics`.
         reference: what FID and its like compare with: a folder of real pictures, or a saved
             measurement of it. None: the dense set, and their names say so.
@@ -103,6 +110,8 @@ def run_evaluation(
     lineup = line_up(
         methods, pipe, steps=sampling.num_inference_steps, sla=sla, ras=ras, crossover=crossover
     )
+    if fine_steps is not None:
+        check_fine(fine_steps, sampling.num_inference_steps)
     runnable = lineup.runnable
     measured = MeasuredCalls(pipe, samples, lineup)
     stages = Stages(
@@ -125,22 +134,34 @@ def run_evaluation(
     against = open_reference(reference)
     networks = networks or Networks()
     names = choose_metrics(
-        planned_set(pipe, samples), metrics, networks=networks, reference=against
+        planned_set(pipe, samples),
+        metrics,
+        networks=networks,
+        reference=against,
+        fine=fine_steps is not None,
     )
     check_early(
         fail_if, metrics=names.figures, rows=[y for x in runnable for y in (x.name, x.kind)]
     )
     networks.loaded(names.needed)
-    for method in (*runnable, *(x for x in lineup.fewer if x.num_inference_steps is not None)):
+    fine = [] if fine_steps is None else [dense_with(fine_steps)]
+    given = [x for x in lineup.fewer if x.num_inference_steps is not None]
+    for method in (*(x for x in runnable if x.tuned is None), *given, *fine):
         stages.check(method)
-    for method in runnable:
+    measured.lineup = lineup = choose_settings(
+        lineup, pipe, samples, prompts=probes, folder=Path(output_dir), progress=progress
+    )
+    for method in lineup.runnable:
+        stages.check(method)
+    for method in (*lineup.runnable, *fine):
         stages.make(method)
+    finest = stages.sets.pop(fine[0].name) if fine else None
     stages.measure(repeats)
     for method in measured.fewer:
         stages.make(method)
     device = str(pipe._execution_device)
     options = {**networks.loaded(names.needed, device), "device": device, "progress": False}
-    scorer = Scorer(names, stages.sets[DENSE.name], against, options)
+    scorer = Scorer(names, stages.sets[DENSE.name], finest, against, options)
     name = public_name(model)
     results = build_results(
         title=title or f"{name}: what acceleration costs",
@@ -152,7 +173,19 @@ def run_evaluation(
         samples=[
             {"id": x.id, "prompt": x.record.prompt, "media": stages.media(x)} for x in samples
         ],
+        fine=None
+        if finest is None
+        else {"num_inference_steps": fine_steps, "folder": finest.path.name},
     )
     write_results(output_dir, results)
     report(output_dir, samples=shown)
     return results
+
+
+def check_fine(fine_steps: int, steps: int) -> None:
+    """Raise ValueError for a fine run without more steps than dense sampling."""
+    check_count("fine_steps", fine_steps)
+    if fine_steps <= steps:
+        raise ValueError(
+            f"fine_steps={fine_steps}: accepted are more steps than the {steps} of dense sampling, or None"
+        )

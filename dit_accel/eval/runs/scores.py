@@ -11,7 +11,7 @@ from dit_accel.eval.metrics.measurement import Measurement
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import measure, score
 from dit_accel.eval.results.types import Figure
-from dit_accel.eval.view.definitions import TO_DENSE
+from dit_accel.eval.view.definitions import FINE, TO_DENSE
 from dit_accel.sampling.sets import SampleSet
 
 Reference = SampleSet | Measurement
@@ -28,6 +28,8 @@ class Metrics:
     """Compare the features of a set with those of the dense set; without the suffix of their keys."""
     to_reference: tuple[str, ...]
     """Compare them with the caller's reference."""
+    fine: bool = False
+    """Whether the paired ones compare with a fine run too."""
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -37,7 +39,8 @@ class Metrics:
     @property
     def figures(self) -> tuple[str, ...]:
         """Names of the figures."""
-        own = [*self.paired, *self.alone, *(f"{x}{TO_DENSE}" for x in self.to_dense)]
+        fine = [f"{x}{FINE}" for x in self.paired] if self.fine else []
+        own = [*self.paired, *fine, *self.alone, *(f"{x}{TO_DENSE}" for x in self.to_dense)]
         judged = [f"judge_{x}" for x in PARTS[1:]] if "judge" in self.alone else []
         return (*own, *self.to_reference, *judged)
 
@@ -48,6 +51,7 @@ def choose_metrics(
     *,
     networks: Networks,
     reference: Reference | None = None,
+    fine: bool = False,
 ) -> Metrics:
     """What to measure of each set, checked before there is one.
 
@@ -86,11 +90,17 @@ def choose_metrics(
             "reference: nothing compares with it; accepted with inception, or with metrics such as "
             f"'fd_{TINY}'"
         )
+    paired = tuple(x for x in plain if x in PAIRED)  # two sets of one plan always make pairs
+    if fine and not paired:
+        raise ValueError(
+            f"fine_steps: no metric compares with it; accepted with {', '.join(PAIRED)}"
+        )
     return Metrics(
-        paired=tuple(x for x in plain if x in PAIRED),  # two sets of one plan always make pairs
+        paired=paired,
         alone=checked([x for x in plain if x in ALONE], None),
         to_dense=checked(to_dense, planned),
         to_reference=to_reference,
+        fine=fine,
     )
 
 
@@ -117,6 +127,8 @@ class Scorer:
 
     metrics: Metrics
     dense: SampleSet
+    fine: SampleSet | None
+    """Dense samples of many more steps."""
     reference: Reference | None
     options: dict[str, Any]
     """For `measure` and `score`."""
@@ -131,6 +143,11 @@ class Scorer:
             found |= score(
                 samples, reference=None if own else self.dense, metrics=plain, **self.options
             )
+        if self.fine is not None:
+            paired = score(
+                samples, reference=self.fine, metrics=self.metrics.paired, **self.options
+            )
+            found |= {f"{name}{FINE}": x for name, x in paired.items()}
         if self.metrics.to_dense and not own:
             names = self.metrics.to_dense
             other = self._features("dense", self.dense, names)

@@ -9,11 +9,11 @@ from typing import Any
 
 from dit_accel.environment import machine, versions
 from dit_accel.eval.results.types import Row
+from dit_accel.eval.runs.log import timing_log
 from dit_accel.eval.runs.measured import MeasuredCalls
 from dit_accel.eval.runs.methods import Method
 from dit_accel.eval.runs.rows import mean_of
 from dit_accel.eval.runs.scores import Scorer
-from dit_accel.eval.runs.timing_log import TimingLog
 from dit_accel.sampling.acceleration import weights_sha256
 from dit_accel.sampling.generate import check_generate, generate
 from dit_accel.sampling.plan import Sample
@@ -68,8 +68,8 @@ class Stages:
 
     def measure(self, repeats: int) -> None:
         """Measure every method; calls of a run that was killed are kept."""
-        log = TimingLog(self.folder, self._about(repeats))
-        self.measured.calls = log.calls
+        log = timing_log(self.folder, self._about(repeats))
+        self.measured.calls = log.results
         self.measured.measure(repeats, on_call=lambda *_: log.write(), progress=self.progress)
 
     def row(self, method: Method, scorer: Scorer) -> Row:

@@ -134,6 +134,8 @@ METRICS: dict[str, Definition] = {
 
 TO_DENSE = "_to_dense"
 """Ends the keys of distances to the dense rows' own samples, not to real pictures."""
+FINE = "_fine"
+"""Ends the keys of paired metrics that compare with a fine run: dense sampling with many more steps."""
 
 SECONDS = Definition(
     "Seconds",
@@ -175,6 +177,15 @@ def definition(metric: str) -> Definition:
             text=f"{about.text} Here the reference images are the samples of the reference row, drawn from the "
             "same prompts and noise: it says how far a set drifts from dense sampling, not how good it is.",
             of_reference=True,
+        )
+    if metric.endswith(FINE):
+        about = definition(metric.removesuffix(FINE))
+        return replace(
+            about,
+            label=f"{about.label} to fine run",
+            text=f"{about.text} Here the reference is dense sampling with many more steps from the same noise, which the "
+            "solver tends to: the dense row has a distance to it too.",
+            of_reference=False,
         )
     family, _, variant = metric.partition("_")
     if family in METRICS:

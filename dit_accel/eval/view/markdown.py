@@ -33,7 +33,8 @@ def markdown(results: Results, title: str | None = None) -> str:
         f"# {escape(title or results['title'])}",
         "",
         f"Model {escape(results['model'])}, {results['prompts']} prompts, "
-        f"measured calls: {results['repeats']}, reference {escape(results['reference'])}. {READING}",
+        f"measured calls: {results['repeats']}, reference {escape(results['reference'])}"
+        f"{_fine(results)}. {READING}",
         "",
         *_table(table),
     ]
@@ -50,6 +51,11 @@ def markdown(results: Results, title: str | None = None) -> str:
                 for x in found
             ]
     return "\n".join(lines) + "\n"
+
+
+def _fine(results: Results) -> str:
+    fine = results.get("fine")
+    return "" if fine is None else f", fine run of {fine['num_inference_steps']} steps"
 
 
 def _difference(found: Comparison) -> str:

@@ -1,0 +1,184 @@
+"""`match_cost`: the setting of a step cache with which it costs as much as another method."""
+
+import ast
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dit_accel.eval.runs.caches import StepCache
+from dit_accel.eval.runs.cost import counted_cost
+from dit_accel.sampling.step_caches import step_cache
+
+SLACK = 0.02
+"""Share of the target by which a cost may exceed it, and within which the search ends."""
+PROBES = 8
+"""Most values that are tried in a stage."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """Setting of a step cache, and its cost."""
+
+    config: Any
+    """A cache config of diffusers."""
+    value: float
+    """Value of the setting."""
+    cost: float
+    """Counted FLOPs of the transformer calls over those of dense sampling, mean over the rows."""
+    stage: int = 0
+    ratios: list[float] | None = None
+    """Result of the calibration, where the cache needs one."""
+    note: str | None = None
+    """Says so where the target is not reached."""
+
+
+@dataclass
+class Probes:
+    """Samples on which costs are counted. They must not be those that are compared afterwards.
+
+    Args:
+        pipe: a loaded pipeline without acceleration.
+        sample: makes the samples of these rows with the pipeline.
+        rows: numbers of the samples. A step cache decides for all samples of a call at once, so each is made alone.
+    """
+
+    pipe: Any
+    sample: Callable[[range], Any]
+    rows: range = range(2)
+    _dense: list[int] = field(default_factory=list)
+    _steps: int = 0
+
+    def cost(self, on: Callable[[], Any] = contextlib.nullcontext) -> float:
+        """Return the cost of sampling inside of the context manager that `on` makes, as a share of dense sampling.
+
+        Raises:
+            RuntimeError: no FLOPs are counted.
+        """
+        if not self._dense:
+            self._dense = self._count()
+            if not all(self._dense):
+                raise RuntimeError(
+                    "pipe: torch counts no FLOPs of its transformer; accepted is one of torch's operators"
+                )
+            # A solver of second order makes more calls than it has steps.
+            self._steps = len(self.pipe.scheduler.timesteps)
+        with _no_warnings(), on():
+            counts = self._count()
+        return float(np.mean([x / y for x, y in zip(counts, self._dense, strict=True)]))
+
+    def _count(self) -> list[int]:
+        return [
+            counted_cost(self.pipe, lambda i=i: self.sample(range(i, i + 1)))  # type: ignore[misc]
+            for i in self.rows
+        ]
+
+    @property
+    def steps(self) -> int:
+        """Number of calls that the solver makes in a run."""
+        if not self._dense:
+            self.cost()
+        return self._steps
+
+    def calibrate(self) -> list[float]:
+        """Return the ratios that MagCache needs: means over rows and over both calls of guidance."""
+        import diffusers
+
+        config = diffusers.MagCacheConfig(calibrate=True, num_inference_steps=self.steps)
+        printed = io.StringIO()  # the only place where diffusers leaves them
+        with step_cache(self.pipe, config), contextlib.redirect_stdout(printed):
+            for i in self.rows:
+                self.sample(range(i, i + 1))
+        lines = [x for x in printed.getvalue().splitlines() if x.startswith("[1")]
+        return np.mean([ast.literal_eval(x) for x in lines], axis=0).round(5).tolist()
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Silence diffusers: it warns of FasterCache each time that it is put on."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def match_cost(
+    probes: Probes,
+    cache: StepCache,
+    target: float,
+    *,
+    slack: float = SLACK,
+    value: float | None = None,
+) -> Match:
+    """Return the setting of a step cache whose cost is nearest to `target` and at most `target * (1 + slack)`.
+
+    Costs are step functions of the setting: a step runs or it does not.
+
+    Args:
+        cache: one of `caches.CACHES`.
+        target: cost as a share of dense sampling.
+        slack: share of the target by which the cost may exceed it.
+        value: keep this value of the setting, and only count its cost.
+
+    Raises:
+        ValueError: a target or slack out of range, or a cache that does not work for the model.
+    """
+    from scipy.optimize import bisect
+
+    if not 0 < target <= 1:
+        raise ValueError(f"target={target}: accepted is a share of dense sampling in (0, 1]")
+    if not 0 <= slack < 1:
+        raise ValueError(f"slack={slack}: accepted is a share in [0, 1)")
+    why = cache.why_not(probes.pipe.transformer)
+    if why is not None:
+        raise ValueError(f"cache: {cache.shown}: {why}")
+    steps, most = probes.steps, target * (1 + slack)
+    ratios = probes.calibrate() if cache.calibrated else None
+    counted: dict[tuple[int, float], float] = {}
+
+    def cost(stage: int, x: float) -> float:
+        key = stage, float(round(x) if cache.whole else x)
+        if key not in counted:
+            config = cache.config(probes.pipe, steps, x, stage=stage, ratios=ratios)
+            counted[key] = probes.cost(lambda: step_cache(probes.pipe, config))
+        return counted[key]
+
+    def found(key: tuple[int, float], note: str | None = None) -> Match:
+        config = cache.config(probes.pipe, steps, key[1], stage=key[0], ratios=ratios)
+        return Match(config, key[1], counted[key], key[0], ratios, note)
+
+    if value is not None:
+        cost(0, value)
+        return found((0, value))
+    dearest, cheapest = cache.span(steps)
+
+    def excess(x: float, stage: int) -> float:
+        """Return 0 where the search may end."""
+        over = 1 - target if x == dearest else cost(stage, x) - target
+        return 0.0 if abs(over) <= slack * target else over
+
+    for stage in range(len(cache.stages)):
+        if cost(stage, cheapest) > most:
+            continue
+        if excess(dearest, stage) == 0:
+            cost(stage, dearest)
+        elif excess(cheapest, stage) < 0:
+            width = abs(cheapest - dearest)
+            tolerance = 0.5 if cache.whole else width / 2**PROBES
+            bisect(
+                excess, dearest, cheapest, args=(stage,), xtol=tolerance, maxiter=PROBES, disp=False
+            )
+        break
+    within = {key: x for key, x in counted.items() if x <= most}
+    if not within:
+        key = min(counted, key=lambda x: counted[x])
+        reached = f"its cheapest setting costs {counted[key]:.3f}"
+        return found(key, f"cannot reach the cost {target:.3f} of dense sampling: {reached}")
+    return found(min(within, key=lambda x: abs(within[x] - target)))
