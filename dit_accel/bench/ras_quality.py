@@ -1,8 +1,9 @@
-"""Paired quality of region-adaptive sampling on trained models (part of bench_ras.py)."""
+"""Paired quality of region-adaptive sampling, fewer steps and step caches at equal cost (part of bench_ras.py)."""
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,130 +14,242 @@ from tqdm import tqdm
 from dit_accel.bench.subjects import METRICS, Subject, mean_interval
 from dit_accel.config import RASConfig
 from dit_accel.environment import machine, versions
+from dit_accel.eval.runs.caches import CACHES
+from dit_accel.eval.runs.cost import counted_cost
+from dit_accel.eval.runs.match import Probes, match_cost
 from dit_accel.files import write_json
+from dit_accel.sampling.step_caches import step_cache
 
-FORMAT_VERSION = 1
-REFERENCE_STEPS = 100
-OURS = ("ours, K/V held", "ours, K/V linear")
-HOLD = {"predictor": "hold", "kv_predictor": "hold"}
-DENSE_STEPS = {"warmup": 0.15, "tail": 1, "resets": (0.43, 0.71)}
-"""Settings of the rows that choose tokens in other ways than ours; the published ones of 28 and 30 steps are those of the
-preset "paper"."""
+FORMAT_VERSION = 2
+FINE_STEPS = 100
+REFERENCES = {
+    "plain": "dense sampling, the same solver and number of steps, the same noise",
+    "fine": f"dense sampling, UniPC, {FINE_STEPS} steps, the same noise",
+}
+RIVALS = ("sea_cache", "first_block_cache", "taylorseer", "mag_cache")
+OURS, FEWER = "forecast", "fewer steps"
+ON_ONE_SCHEDULE = {
+    f"partial, by {kind}": {"ratio": 0.5, "selection": kind} for kind in ("age", "error")
+}
+"""Rows with the same dense steps whose tokens are chosen in two ways."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "forecast, no correction": {"correction": 0},
+    "forecast, undamped": {"predictor": "linear"},
+    "forecast and partial": {"ratio": 0.25},
+}
+"""Changes to the settings of `OURS`."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One way to sample."""
+class Setting:
+    """A solver, a number of steps and a budget."""
 
-    kind: str
     solver: str
     steps: int
-    ratio: float | None = None
-    ras: dict[str, Any] | None = None
+    budget: float
 
     @property
     def key(self) -> str:
-        return f"{self.solver} {self.steps} {self.ratio or ''} {self.kind}"
-
-
-def rows_of(solver: str, steps: int, ratios: tuple[float, ...]) -> list[Row]:
-    """The plain pipeline, and every way to spare with each ratio; the cost of "ours" sets the plain
-    pipeline's steps at equal cost, which is why those rows come last."""
-    rows = [Row("dense", solver, steps)]
-    for ratio in ratios:
-        ways = {
-            # What the paper's choice of tokens is worth: the same dense steps, tiles at random.
-            "random tokens, held": {"selection": "random", **DENSE_STEPS, **HOLD},
-            "paper": RASConfig.PRESETS["paper"] | DENSE_STEPS,
-            OURS[0]: {"kv_predictor": "hold"},
-            OURS[1]: {"kv_predictor": "linear"},
-        }
-        rows += [Row(k, solver, steps, ratio, {**ras, "ratio": ratio}) for k, ras in ways.items()]
-        rows.append(Row("dense, equal cost", solver, steps, ratio))
-    return rows
+        return f"{self.solver} {self.steps} {self.budget:g}"
 
 
 @dataclass
 class Quality:
-    """Paired quality of every way to spare, against dense sampling at equal cost."""
+    """Paired quality at equal cost, against two references."""
 
     output: Path
     model: str = "tiny-wan"
-    """tiny-wan, tiny-sd3, or a folder."""
-    samples: int = 96
-    batch_size: int = 8
-    solvers: tuple[str, ...] = ("unipc", "euler")
-    steps: tuple[int, ...] = (20, 50, 10)
-    ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
+    """tiny-wan, tiny-sd3, tiny-lumina2, or a folder."""
+    first: int = 96
+    """Number of the first sample. No choice was made on samples from 96 on."""
+    samples: int = 32
+    prompts: int = 160
+    """Prompts that are drawn; sample i has prompt i and seed i."""
+    solvers: tuple[str, ...] = ("unipc", "euler", "dpm++")
+    steps: tuple[int, ...] = (12, 20, 28, 50)
+    budgets: tuple[float, ...] = ()
+    """Default: that of the preset "balanced" for each number of steps."""
+    rivals: tuple[str, ...] = RIVALS
+    variants: tuple[str, ...] = ()
+    """Of `VARIANTS`, and "partial" for tokens chosen in two ways on one schedule."""
     work: Path | None = None
-    """Scores of single samples, kept so that a stopped run goes on. Default: beside the output."""
+    """Folder for scores of single samples and for references, so that a stopped run goes on. Default: beside the
+    output."""
+    threads: int = 1
+    _scores: dict[str, Any] = field(default_factory=dict, init=False)
 
     def run(self) -> None:
-        work = self.work or self.output.with_suffix(".work.json")
-        scores: dict[str, Any] = json.loads(work.read_text()) if work.exists() else {}
-        subject = Subject(self.model, self.samples)
-        plan = [row for s in self.solvers for n in self.steps for row in rows_of(s, n, self.ratios)]
-        bar = tqdm(total=len(plan) * self.samples, desc=self.model)
-        for start in range(0, self.samples, self.batch_size):
-            rows = range(start, min(start + self.batch_size, self.samples))
-            todo = [row for row in plan if str(rows[-1]) not in scores.get(row.key, {})]
-            bar.update((len(plan) - len(todo)) * len(rows))
-            if not todo:
+        torch.set_num_threads(self.threads)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._scores_path.exists():
+            self._scores.update(json.loads(self._scores_path.read_text()))
+        subject = Subject(self.model, self.prompts)
+        settings = list(self._settings())
+        bar = tqdm(settings, desc=Path(self.model).name)
+        for setting in bar:
+            bar.set_postfix_str(setting.key)
+            self._measure(subject, setting)
+            write_json(self.output, self._report(subject, settings))
+        print_tables(json.loads(self.output.read_text()))
+
+    @property
+    def _folder(self) -> Path:
+        return self.work or self.output.with_suffix(".work")
+
+    @property
+    def _scores_path(self) -> Path:
+        return self._folder / "scores.json"
+
+    @property
+    def _rows(self) -> range:
+        return range(self.first, self.first + self.samples)
+
+    def _settings(self) -> Iterable[Setting]:
+        preset = RASConfig.load("balanced")
+        for steps in self.steps:
+            for budget in self.budgets or (preset.budget_of(steps),):
+                for solver in self.solvers:
+                    yield Setting(solver, steps, budget)
+
+    def _measure(self, subject: Subject, setting: Setting) -> None:
+        scores = self._scores.setdefault(setting.key, {})
+        missing = [name for name in self._names() if name not in scores]
+        if not missing:
+            return
+        references = {
+            "plain": subject.decoded(self._sample(subject, setting, setting.steps)),
+            "fine": subject.decoded(self._fine(subject)),
+        }
+        for name in missing:
+            found = self._make(subject, setting, name, scores)
+            if found is None:
                 continue
-            subject.set_solver("unipc")
-            reference, _ = subject.latents(rows, REFERENCE_STEPS)
-            for row in todo:
-                self._add(subject, row, rows, reference, scores)
-                write_json(work, scores)
-                bar.update(len(rows))
-        bar.close()
-        write_json(self.output, self.report(subject, plan, scores))
-        print_table(json.loads(self.output.read_text()))
+            latents, cost, more = found
+            record: dict[str, Any] = {"cost": cost, **more}
+            decoded = subject.decoded(latents)
+            for reference, truth in references.items():
+                record[reference] = subject.compare(decoded, truth, self._rows)
+            scores[name] = record
+            write_json(self._scores_path, self._scores)
 
-    def _add(
-        self, subject: Subject, row: Row, rows: range, reference: torch.Tensor, scores: dict
-    ) -> None:
-        subject.set_solver(row.solver)
-        steps = row.steps
-        if row.kind == "dense, equal cost":
-            ours = Row(OURS[0], row.solver, row.steps, row.ratio)
-            steps = math.ceil(scores[ours.key]["cost"])
-        latents, report = subject.latents(rows, steps, ras=row.ras)
-        cost = float(steps) if report is None or report.ras is None else report.ras.cost
-        entry = scores.setdefault(row.key, {})
-        entry["cost"] = cost
-        for i, values in zip(rows, subject.score(latents, reference, rows), strict=True):
-            entry[str(i)] = values
+    def _names(self) -> list[str]:
+        names = ["dense", FEWER, OURS, *self.rivals]
+        for variant in self.variants:
+            names += ON_ONE_SCHEDULE if variant == "partial" else [variant]
+        return names
 
-    def report(self, subject: Subject, plan: list[Row], scores: dict[str, Any]) -> dict[str, Any]:
-        def column(row: Row) -> np.ndarray:
-            return np.array([scores[row.key][str(i)] for i in range(self.samples)])
+    def _make(
+        self, subject: Subject, setting: Setting, name: str, scores: dict[str, Any]
+    ) -> tuple[torch.Tensor, float, dict[str, Any]] | None:
+        """Return latents, their cost in dense steps, and what else to note; None for a cache that does not work."""
+        steps, calls = setting.steps, self._calls(subject, setting)
+        budget = math.floor(setting.budget * calls + 1e-6) / calls
+        if name == "dense":
+            return self._sample(subject, setting, steps), float(calls), {}
+        if name == FEWER:
+            fewer = math.ceil(budget * steps - 1e-6)
+            return self._sample(subject, setting, fewer), budget * calls, {"steps_taken": fewer}
+        if name in CACHES:
+            return self._cached(subject, setting, name, budget)
+        changed = ON_ONE_SCHEDULE.get(name) or {
+            "budget": setting.budget,
+            **({} if name == OURS else VARIANTS[name]),
+        }
+        latents, costs = [], []
+        for rows in _chunks(self._rows, 8):
+            subject.set_solver(setting.solver)
+            made, report = subject.latents(rows, steps, ras=changed)
+            assert report is not None
+            assert report.ras is not None
+            latents.append(made)
+            costs.append(report.ras.cost)
+        return torch.cat(latents), float(np.mean(costs)), {"ras": changed}
 
-        by_key = {row.key: column(row) for row in plan}
+    def _calls(self, subject: Subject, setting: Setting) -> int:
+        subject.set_solver(setting.solver)
+        subject.pipe.scheduler.set_timesteps(setting.steps)
+        return len(subject.pipe.scheduler.timesteps)
+
+    def _cached(
+        self, subject: Subject, setting: Setting, name: str, budget: float
+    ) -> tuple[torch.Tensor, float, dict[str, Any]] | None:
+        cache = CACHES[name]
+        if cache.why_not(subject.pipe.transformer) is not None:
+            return None
+        subject.set_solver(setting.solver)
+
+        def sample(rows: range) -> torch.Tensor:
+            return subject.latents(rows, setting.steps)[0]
+
+        # Costs are counted on other samples than are compared.
+        match = match_cost(Probes(subject.pipe, sample, range(2)), cache, budget)
+        latents: list[torch.Tensor] = []
+        ran, first = 0, range(self.first, self.first + 1)
+        full = counted_cost(subject.pipe, lambda: sample(first))
+        for i in self._rows:
+            with step_cache(subject.pipe, match.config):
+                ran += counted_cost(
+                    subject.pipe,
+                    lambda i=i: latents.append(sample(range(i, i + 1))),  # type: ignore[misc]
+                )
+        share = ran / (full * self.samples)
+        return (
+            torch.cat(latents),
+            share * self._calls(subject, setting),
+            {"value": match.value, "stage": match.stage, "note": match.note},
+        )
+
+    def _sample(self, subject: Subject, setting: Setting, steps: int) -> torch.Tensor:
+        subject.set_solver(setting.solver)
+        return torch.cat([subject.latents(rows, steps)[0] for rows in _chunks(self._rows, 8)])
+
+    def _fine(self, subject: Subject) -> torch.Tensor:
+        from safetensors.torch import load_file, save_file
+
+        path = self._folder / "fine.safetensors"
+        if not path.exists():
+            fine = Setting("unipc", FINE_STEPS, 1.0)
+            latents = self._sample(subject, fine, FINE_STEPS)
+            save_file({"latents": latents.contiguous()}, path)
+        return load_file(path)["latents"]
+
+    def _report(self, subject: Subject, settings: list[Setting]) -> dict[str, Any]:
         rows = []
-        for row in plan:
-            record: dict[str, Any] = {
-                "solver": row.solver,
-                "steps": row.steps,
-                "ratio": row.ratio,
-                "kind": row.kind,
-                "cost": scores[row.key]["cost"],
-                **{name: mean_interval(by_key[row.key][:, i]) for i, name in enumerate(METRICS)},
-            }
-            if row.ratio is not None:
-                for name, kind in (("paper", "paper"), ("equal_cost", "dense, equal cost")):
-                    other = Row(kind, row.solver, row.steps, row.ratio).key
-                    if other != row.key:
-                        gap = by_key[row.key] - by_key[other]
-                        record[f"minus_{name}"] = {
-                            metric: mean_interval(gap[:, i]) for i, metric in enumerate(METRICS)
+        for setting in settings:
+            scores = self._scores.get(setting.key, {})
+            caches = [name for name in self.rivals if name in scores]
+            best = max(caches, key=lambda x: _psnr(scores[x]).mean(), default=None)
+            for name in self._names():
+                if name not in scores:
+                    continue
+                record = scores[name]
+                row: dict[str, Any] = {
+                    "solver": setting.solver,
+                    "steps": setting.steps,
+                    "budget": setting.budget,
+                    "kind": name,
+                    **{k: x for k, x in record.items() if k not in REFERENCES},
+                }
+                for reference in REFERENCES:
+                    values = np.array(record[reference])
+                    row[reference] = {m: mean_interval(values[:, i]) for i, m in enumerate(METRICS)}
+                    if name == OURS:
+                        others = {FEWER: FEWER, "best_cache": best, **dict.fromkeys(scores)}
+                        row[f"{reference}_minus"] = {
+                            other: mean_interval(
+                                _column(record, reference)
+                                - _column(scores[key or other], reference)
+                            )
+                            for other, key in others.items()
+                            if (key or other) in scores and (key or other) not in (OURS, "dense")
                         }
-            rows.append(record)
+                rows.append(row | ({"best_cache": best} if name == OURS else {}))
         return {
             "format_version": FORMAT_VERSION,
             "model": Path(self.model).name,
+            "first": self.first,
             "samples": self.samples,
-            "reference": f"dense, UniPC, {REFERENCE_STEPS} steps, the same noise",
+            "references": REFERENCES,
             "sampling": subject.sampling,
             "rows": rows,
             "versions": versions(),
@@ -144,35 +257,64 @@ class Quality:
         }
 
 
-TABLES = {
-    "psnr_db": ("PSNR, dB", ".1f"),
-    "latent_error": ("relative latent error", ".3f"),
-    "ssim": ("SSIM", ".4f"),
-    "right": ("share that the judge finds right", ".2f"),
-}
-COLUMNS = ("dense, equal cost", "random tokens, held", "paper", *OURS)
+def _chunks(rows: range, size: int) -> list[range]:
+    return [range(a, min(a + size, rows.stop)) for a in range(rows.start, rows.stop, size)]
 
 
-def print_table(report: dict[str, Any]) -> None:
-    """A table of each metric, a row for each solver, number of steps and ratio."""
-    cells = {(x["solver"], x["steps"], x["ratio"], x["kind"]): x for x in report["rows"]}
-    for metric, (title, digits) in TABLES.items():
-        print(
-            f"\n{report['model']}, {report['samples']} samples: {title}, against {report['reference']}"
-        )
-        gaps = (
-            tuple(f"{kind[6:]}, minus equal cost" for kind in OURS) if metric == "psnr_db" else ()
-        )
-        head = ("solver, steps", "ratio", "cost", "dense", *COLUMNS, *gaps)
+def _column(record: dict[str, Any], reference: str) -> np.ndarray:
+    """PSNR of each sample."""
+    return np.array(record[reference])[:, METRICS.index("psnr_db")]
+
+
+def _psnr(record: dict[str, Any]) -> np.ndarray:
+    """PSNR of each sample, mean of both references."""
+    return (_column(record, "plain") + _column(record, "fine")) / 2
+
+
+def print_tables(report: dict[str, Any]) -> None:
+    """A table for each number of steps: every way to sample against both references."""
+    print(
+        f"\n{report['model']}, {report['samples']} samples. Plain: {report['references']['plain']}. "
+        f"Fine: {report['references']['fine']}."
+    )
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        groups.setdefault((row["solver"], row["steps"], row["budget"]), []).append(row)
+    head = (
+        "way to sample",
+        "cost in dense steps",
+        "PSNR to plain, dB",
+        "SSIM",
+        "latent error",
+        "PSNR to fine, dB",
+        "SSIM",
+        "latent error",
+        "judged right",
+        "ours minus this, to plain",
+        "to fine",
+    )
+    for (solver, steps, budget), rows in groups.items():
+        print(f"\n{solver}, {steps} steps, budget {budget:g}\n")
         print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-        for solver, steps, ratio in dict.fromkeys(key[:3] for key in cells if key[2]):
-            of = {kind: cells[solver, steps, ratio, kind] for kind in COLUMNS}
-            values = [cells[solver, steps, None, "dense"], *of.values()]
-            line = [f"{solver} {steps}", f"{ratio}", f"{of[OURS[0]]['cost']:.1f}"]
-            line += [format(x[metric]["mean"], digits) for x in values]
-            line[4] += f" ({of[COLUMNS[0]]['cost']:.0f} steps)"
-            for kind in OURS if gaps else ():
-                gap = of[kind]["minus_equal_cost"][metric]
-                low, high = gap["interval_95"]
-                line.append(f"{gap['mean']:+.2f} [{low:+.2f}, {high:+.2f}]")
-            print(f"| {' | '.join(line)} |")
+        ours = next((x for x in rows if x["kind"] == OURS), None)
+        for row in rows:
+            name = row["kind"]
+            cells = [f"**{name}**" if name == OURS else name, f"{row['cost']:.1f}"]
+            for reference in REFERENCES:
+                own = name == "dense" and reference == "plain"
+                for metric, digits in (
+                    ("psnr_db", ".1f"),
+                    ("ssim", ".4f"),
+                    ("latent_error", ".3f"),
+                ):
+                    cells.append("" if own else format(row[reference][metric]["mean"], digits))
+            cells.append(f"{row['fine']['right']['mean']:.2f}")
+            for reference in REFERENCES:
+                gap = None if ours is None else ours[f"{reference}_minus"].get(name)
+                cells.append("" if gap is None else _signed(gap))
+            print(f"| {' | '.join(cells)} |")
+
+
+def _signed(gap: dict[str, Any]) -> str:
+    low, high = gap["interval_95"]
+    return f"{gap['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"

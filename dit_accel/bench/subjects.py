@@ -60,17 +60,23 @@ class Subject:
         return replace(clips, template=torch.zeros(count, dtype=torch.long))
 
     def set_solver(self, name: str) -> None:
-        """Use this solver with the shift of the shipped scheduler: "euler", anything else is UniPC."""
-        from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+        """Use a solver with the shift of the shipped scheduler: "euler", "heun", "dpm++" or "unipc"."""
+        from diffusers import (
+            DPMSolverMultistepScheduler,
+            FlowMatchEulerDiscreteScheduler,
+            FlowMatchHeunDiscreteScheduler,
+            UniPCMultistepScheduler,
+        )
 
         config = self.shipped.config
         shift = config.get("flow_shift", config.get("shift", 3.0))
-        if name == "euler":
-            self.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-        else:
-            self.pipe.scheduler = UniPCMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-            )
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+        self.pipe.scheduler = {
+            "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=shift),
+            "heun": lambda: FlowMatchHeunDiscreteScheduler(shift=shift),
+            "dpm++": lambda: DPMSolverMultistepScheduler(**flow),
+            "unipc": lambda: UniPCMultistepScheduler(**flow),
+        }[name]()
 
     def latents(
         self,
@@ -127,13 +133,26 @@ class Subject:
         self, latents: torch.Tensor, reference: torch.Tensor, rows: range
     ) -> list[tuple[float, ...]]:
         """Return `METRICS` of each sample against the reference."""
-        video, truth = self.decode(latents), self.decode(reference)
+        return self.compare(self.decoded(latents), self.decoded(reference), rows)
+
+    def decoded(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return latents and their frames, for `compare`."""
+        return latents, torch.cat([self.decode(x) for x in latents.split(8)])
+
+    def compare(
+        self,
+        made: tuple[torch.Tensor, torch.Tensor],
+        reference: tuple[torch.Tensor, torch.Tensor],
+        rows: range,
+    ) -> list[tuple[float, ...]]:
+        """Return `METRICS` of each sample against the reference, both as `decoded` returns them."""
+        (latents, video), (true_latents, truth) = made, reference
         right = score_clips(video, self.asked[rows.start : rows.stop], still=self.still)
         scores: list[tuple[float, ...]] = []
         for i in range(len(latents)):
             error = (video[i] - truth[i]).double().square().mean() / 4
             frames = [((x[i].permute(1, 2, 3, 0) + 1) / 2).numpy() for x in (video, truth)]
-            latent = (latents[i] - reference[i]).norm() / reference[i].norm()
+            latent = (latents[i] - true_latents[i]).norm() / true_latents[i].norm()
             scores.append(
                 (
                     float(-10 * error.clamp(min=1e-12).log10()),

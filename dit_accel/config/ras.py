@@ -19,8 +19,8 @@ SELECTIONS = ("error", "age", "std", "l2norm", "random")
 PREDICTORS = ("auto", "fitted", "linear", "hold")
 BUDGETS = {
     "quality": ((0, 0.85), (15, 0.75), (31, 0.6)),
-    "balanced": ((0, 0.75), (15, 0.65), (31, 0.45)),
-    "fast": ((0, 0.65), (15, 0.5), (31, 0.35)),
+    "balanced": ((0, 0.75), (15, 0.65), (31, 0.4)),
+    "fast": ((0, 0.7), (15, 0.5), (31, 0.3)),
 }
 """Budgets of the presets: pairs (from so many steps on, share of the dense cost)."""
 LINEAR_KV_FROM = 20
@@ -202,9 +202,11 @@ class RASConfig(Config):
 
     def budget_of(self, num_steps: int) -> float | None:
         """The share of the dense cost that a run of so many steps may take; None without a budget."""
-        if self.budget is None or isinstance(self.budget, int | float):
-            return self.budget
-        return [share for start, share in self.budget if start <= num_steps][-1]
+        if self.budget is None:
+            return None
+        if isinstance(self.budget, int | float):
+            return float(self.budget)
+        return float([share for start, share in self.budget if start <= num_steps][-1])
 
     def warmup_of(self, num_steps: int) -> int:
         """The dense first steps in a run of so many steps."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ def step_intervals(levels: Sequence[float]) -> list[float]:
     Args:
         levels: noise levels in [0, 1] of the steps and of the end.
     """
-    gaps = [abs(b - a) for a, b in zip(levels, levels[1:], strict=False)]
+    gaps = [abs(b - a) for a, b in pairwise(levels)]
     if 0 in gaps[:-1]:
         gaps = [(a + b) / 2 for a, b in zip([0.0, *gaps[:-1]], gaps, strict=True)]
     return gaps
@@ -50,7 +51,7 @@ def error_left(share: float) -> float:
 
 def least_error(
     levels: Sequence[float],
-    budget: float,
+    budget: float | int,
     dense: Collection[int],
     partial: Sequence[tuple[float, float] | None],
 ) -> list[Kind]:

@@ -245,7 +245,7 @@ class RegionAdaptiveSampling(Method, Focus):
         if state.outputs is None:
             grid = self.call.grid if plan.schedule.has_partial_steps else None
             state.outputs = Outputs(
-                self.config.output_predictor, grid, correction=self.config.correction
+                self.config.output_predictor, grid, correction=float(self.config.correction)
             )
         state.returned = Form(output)
         distance, active = self._distance, None

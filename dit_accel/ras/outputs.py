@@ -16,7 +16,7 @@ class Owed:
     gaps: Tensor
     """Of interval times difference of noise levels to the last update."""
     factors: Tensor
-    """Of interval times extrapolation factor."""
+    """Of interval times damped extrapolation factor."""
     intervals: Tensor
 
 
@@ -149,7 +149,8 @@ class Outputs:
         """Note that the tokens that are not active were forecast."""
         if not self.correction:
             return
-        terms = interval * at.gap, interval * at.factor, interval.expand_as(at.gap)
+        damped = at.factor * self.damping().to(at.factor.dtype)[:, None]
+        terms = interval * at.gap, interval * damped, interval.expand_as(at.gap)
         if active is not None:
             terms = tuple(torch.where(active, 0.0, x) for x in terms)  # type: ignore[assignment]
         before = self._owed
@@ -174,7 +175,7 @@ class Outputs:
             least = owed.intervals / LARGEST_CORRECTION
             scale = self.correction / torch.maximum(interval, least).clamp(min=1e-6)
             true = scale * owed.gaps / at.gap.clamp(min=1e-6)
-            made = scale * owed.factors * self.damping().to(scale.dtype)[:, None]
+            made = scale * owed.factors
             extra = self._spread(true.to(change.dtype)) * change
             if self.delta is not None:
                 extra = extra - self._spread(made.to(change.dtype)) * self.delta

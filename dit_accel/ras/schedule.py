@@ -69,7 +69,7 @@ def dense_steps(config: RASConfig, num_steps: int) -> set[int]:
 def ratio_at(config: RASConfig, step: int, num_steps: int) -> float:
     """The ratio of a partial step, as configured."""
     pieces = [(0.0, config.ratio)] if isinstance(config.ratio, int | float) else config.ratio
-    return [ratio for start, ratio in pieces if start * num_steps <= step + 1e-9][-1]  # type: ignore[misc, operator]
+    return [ratio for start, ratio in pieces if start * num_steps <= step + 1e-9][-1]  # type: ignore[misc, operator, union-attr]
 
 
 def plan_steps(

@@ -10,7 +10,7 @@ _MARK = "_dit_accel_answered"
 
 
 @cache
-def answered_class(cls: type[nn.Module]) -> type[nn.Module]:
+def answered_class(cls: Any) -> Any:
     """Return a subclass that asks the transformer's `Installation` before each call.
 
     No hook of torch can leave a call out, and `forward` belongs to offloading, which replaces it. The subclass has
@@ -42,12 +42,13 @@ def answered_class(cls: type[nn.Module]) -> type[nn.Module]:
         "__doc__": cls.__doc__,
         _MARK: cls,
     }
-    answered = _metaclass(type(cls))(cls.__name__, (cls,), namespace)
+    meta: Any = type(cls)
+    answered = _metaclass(meta)(cls.__name__, (cls,), namespace)
     return answered
 
 
 @cache
-def _metaclass(meta: type) -> Any:
+def _metaclass(meta: Any) -> Any:
     """Return a metaclass whose classes equal the class behind them.
 
     `type(transformer) in types` is how `from_pipe` of diffusers finds the components of a pipeline.
@@ -62,13 +63,13 @@ def _metaclass(meta: type) -> Any:
     return type(meta.__name__, (meta,), {"__eq__": __eq__, "__hash__": __hash__})
 
 
-def _blank(cls: type[nn.Module]) -> nn.Module:
+def _blank(cls: Any) -> nn.Module:
     """Return an instance without attributes, for a copy."""
     answered = answered_class(cls)
     return answered.__new__(answered)
 
 
-def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+def plain_class(cls: Any) -> Any:
     """Return the class behind one of `answered_class`; any other class itself."""
     return vars(cls).get(_MARK, cls)
 

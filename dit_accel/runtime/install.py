@@ -116,7 +116,8 @@ class Installation:
         ]
         self._focus_hooks = self._hook_focus(transformer)
         if any(x.may_answer for x in self.methods.values()):
-            transformer.__class__ = answered_class(type(transformer))
+            cls: Any = type(transformer)
+            transformer.__class__ = answered_class(cls)
 
     def remove(self, transformer: Any, *, keep: Collection[WeightSwap] = ()) -> None:
         """Put back what was there; processors that somebody else set stay.

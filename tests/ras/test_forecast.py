@@ -12,6 +12,7 @@ import dit_accel
 from dit_accel.runtime.install import installation_of, method_of
 
 from ..random_pipelines import BLOCKS, FAMILIES, SCHEDULERS, make, relative, run, state_of
+from .definition import Definition
 
 CASES = [
     (family, solver)
@@ -28,60 +29,15 @@ def modes(pipe):
     return [x.mode for x in dit_accel.summary(pipe).ras.steps]
 
 
-class Whole:
-    """What forecast steps mean, in plain torch on whole outputs: replaces `transformer.forward`."""
-
-    def __init__(self, pipe, modes):
-        self.pipe, self.modes = pipe, modes
-        self.forward = pipe.transformer.forward
-        self.contexts = {}
-        pipe.transformer.forward = self.call
-
-    def call(self, *args, **kwargs):
-        text = kwargs["encoder_hidden_states"]
-        # The tensor is kept: its id stays its own.
-        state = self.contexts.setdefault(id(text), {"text": text, "step": -1, "seen": []})
-        state["step"] += 1
-        step, seen = state["step"], state["seen"]
-        sigma = float(self.pipe.scheduler.sigmas[step])
-        if self.modes[step] == "forecast":
-            return (self.forecast(state, sigma),)
-        output = self.forward(*args, **kwargs)[0]
-        if len(seen) >= 2:
-            line = self.line(seen, sigma).flatten(1)
-            change = (output.double() - seen[-1][1]).flatten(1)
-            new = (line * change).sum(1), (line * line).sum(1)
-            old = state.get("sums", (0.0, 0.0))
-            state["sums"] = tuple(a / 2 + b for a, b in zip(old, new, strict=True))
-        if seen and seen[-1][0] == sigma:
-            seen.pop()  # a second call at the same noise level takes the place of the first
-        seen.append((sigma, output.double()))
-        return (output,)
-
-    def line(self, seen, sigma):
-        (before, old), (last, new) = seen[-2:]
-        return min(max((sigma - last) / (last - before), 0.0), 1.0) * (new - old)
-
-    def forecast(self, state, sigma):
-        seen, (line, square) = state["seen"], state.get("sums", (None, None))
-        last = seen[-1][1]
-        if len(seen) < 2:
-            return last.float()
-        g = torch.full((len(last),), 0.5, dtype=torch.float64)
-        if square is not None:
-            g = torch.where(square > 0, (line / square).clamp(0, 1), g)
-        return (last + g.view(-1, *[1] * (last.ndim - 1)) * self.line(seen, sigma)).float()
-
-
 @every_case
 def test_equals_the_definition(family, solver):
     pipe = make(family, solver)
     dit_accel.enable(pipe, ras=FORECAST)
     latents = run(pipe, family, prompts=(0, 1))
-    chosen = modes(pipe)
+    chosen, levels = modes(pipe), method_of(pipe, "ras").plan.levels.tolist()
     assert "forecast" in chosen
     dit_accel.disable(pipe)
-    Whole(pipe, chosen)
+    Definition(pipe.transformer, chosen, levels)
     assert relative(run(pipe, family, prompts=(0, 1)), latents) < 2e-5
 
 
@@ -202,7 +158,7 @@ def test_the_class_passes_for_the_one_behind_it(tmp_path):
     assert cls is not SD3Transformer2DModel
     assert cls == SD3Transformer2DModel
     assert cls in (SD3Transformer2DModel,)
-    assert cls != type(pipe.vae)
+    assert (cls == nn.Module) is False
     assert len({cls, SD3Transformer2DModel}) == 1
     assert (cls.__name__, cls.__module__) == (
         SD3Transformer2DModel.__name__,

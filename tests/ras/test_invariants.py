@@ -28,6 +28,9 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 # Few dense steps, so that ten steps show much of it.
 SPARSE = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,), "kv_predictor": "linear"}
+# Dense, partial and forecast steps.
+MIXED = {"budget": 0.6, "ratio": 0.2, "warmup": 2, "tail": 1, "kv_predictor": "linear"}
+every_schedule = pytest.mark.parametrize("ras", [SPARSE, MIXED], ids=["partial", "mixed"])
 
 
 def engine(pipe):
@@ -63,11 +66,14 @@ def pipe_summary(pipe):
 
 
 @every_case
+@every_schedule
 @pytest.mark.parametrize("predictor", ["linear", "hold"])
-def test_equals_the_reference_without_gathering(family, solver, predictor):
+def test_equals_the_reference_without_gathering(family, solver, predictor, ras):
+    if ras is MIXED and predictor == "hold":
+        pytest.skip("both predictors are tried on the other schedule")
     pipe = make(family, solver)
     tokens = 189 if family == "wan" else 143
-    ras = {**SPARSE, "predictor": predictor, "kv_predictor": predictor}
+    ras = {**ras, "predictor": predictor, "kv_predictor": predictor, "correction": 0}
     dit_accel.enable(pipe, ras=ras)
     latents = run(pipe, family, prompts=(0, 1))
     chosen = masks(pipe, tokens)
@@ -108,9 +114,10 @@ def test_a_batch_of_two_equals_two_batches_of_one(family, solver, selection, mon
 
 
 @every_case
-def test_interrupting_and_running_again_equals_a_fresh_run(family, solver):
+@every_schedule
+def test_interrupting_and_running_again_equals_a_fresh_run(family, solver, ras):
     pipe = make(family, solver)
-    dit_accel.enable(pipe, ras=SPARSE)
+    dit_accel.enable(pipe, ras=ras)
     fresh = run(pipe, family)
 
     class Stop(Exception):
@@ -169,10 +176,11 @@ def buffers(pipe):
 
 
 @every_family
+@every_schedule
 @pytest.mark.parametrize("how", ["end", "interrupt", "disable"])
-def test_memory_returns(family, how):
+def test_memory_returns(family, how, ras):
     pipe = make(family)
-    dit_accel.enable(pipe, ras=SPARSE)
+    dit_accel.enable(pipe, ras=ras)
     seen = []
 
     def look(pipe, step, timestep, kwargs):
@@ -215,10 +223,11 @@ def test_two_pipelines_do_not_touch_each_other(family):
 
 
 @every_family
-def test_a_deep_copy_works_and_is_its_own(family):
+@every_schedule
+def test_a_deep_copy_works_and_is_its_own(family, ras):
     pipe = make(family)
     plain = run(pipe, family)
-    dit_accel.enable(pipe, ras=SPARSE)
+    dit_accel.enable(pipe, ras=ras)
     accelerated = run(pipe, family)
     twin = copy.deepcopy(pipe)
     with torch.no_grad():
@@ -273,9 +282,10 @@ def test_every_token_is_filled_on_odd_and_non_square_grids(family, size):
 
 
 @every_family
-def test_changing_the_size_between_calls_works(family):
+@every_schedule
+def test_changing_the_size_between_calls_works(family, ras):
     pipe = make(family)
-    dit_accel.enable(pipe, ras=SPARSE)
+    dit_accel.enable(pipe, ras=ras)
     small = run(pipe, family)
     large = run(pipe, family, height=208, width=240)
     torch.testing.assert_close(run(pipe, family), small, rtol=0, atol=0)

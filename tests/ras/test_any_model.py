@@ -1,0 +1,148 @@
+"""Forecast steps on transformers without a family file."""
+
+import pytest
+import torch
+from torch import nn
+
+import dit_accel
+from dit_accel.runtime.install import installation_of, method_of
+
+from ..random_pipelines import relative, state_of
+from .any_model import KINDS, make, run
+from .definition import Definition
+
+ONE = [x for x in KINDS if x != "wan22"]
+every_model = pytest.mark.parametrize("kind", ONE)
+
+
+@every_model
+def test_forecast_steps_equal_the_definition(kind):
+    pipe, call, block = make(kind)
+    plain = run(pipe, call)
+    before = state_of(pipe.transformer)
+    dit_accel.enable(pipe, ras="forecast")
+    calls = []
+    hook = block(pipe.transformer).register_forward_hook(lambda *_: calls.append(1))
+    latents = run(pipe, call)
+    hook.remove()
+    report = dit_accel.summary(pipe, strict=True).ras
+    modes, levels = [x.mode for x in report.steps], method_of(pipe, "ras").plan.levels.tolist()
+    assert modes.count("dense") == report.cost == 10  # .65 of 16
+    assert len(calls) % 10 == 0
+    dit_accel.disable(pipe)
+    after = state_of(pipe.transformer)
+    assert before.keys() == after.keys()
+    assert all(old.keys() == after[name].keys() for name, old in before.items())
+    torch.testing.assert_close(run(pipe, call), plain, rtol=0, atol=0)
+    Definition(pipe.transformer, modes, levels)
+    assert relative(run(pipe, call), latents) < 2e-5
+    assert 0 < relative(latents, plain) < 0.3
+
+
+@every_model
+def test_the_whole_budget_changes_nothing(kind):
+    pipe, call, _ = make(kind)
+    plain = run(pipe, call)
+    dit_accel.enable(pipe, ras={"budget": 1.0})
+    with pytest.warns(UserWarning, match="dense steps only"):
+        torch.testing.assert_close(run(pipe, call), plain, rtol=0, atol=0)
+
+
+@every_model
+def test_partial_steps_and_sparse_attention_are_refused_by_name(kind):
+    pipe, _, _ = make(kind)
+    for on in ({"ras": {"ratio": 0.5}}, {"sla": "balanced"}):
+        with pytest.raises(ValueError, match=type(pipe.transformer).__name__):
+            dit_accel.enable(pipe, **on)
+    assert installation_of(pipe) is None
+
+
+def test_two_transformers_share_the_steps():
+    """Wan2.2: the first transformer runs while the timestep is above the boundary."""
+    pipe, call, block = make("wan22")
+    plain = run(pipe, call, steps=20)
+    first = int((pipe.scheduler.timesteps >= 800).sum())
+    dit_accel.enable(pipe, ras="forecast")
+    calls = [0, 0]
+
+    def count(i):
+        def hook(*_):
+            calls[i] += 1
+
+        return hook
+
+    for i, transformer in enumerate((pipe.transformer, pipe.transformer_2)):
+        block(transformer).register_forward_hook(count(i))
+    latents = run(pipe, call, steps=20)
+    report = dit_accel.summary(pipe).methods
+    assert list(report) == ["ras", "ras of transformer_2"]
+    high, low = report.values()
+    assert len(high.steps) == first
+    assert len(low.steps) == 20 - first
+    for one, ran in ((high, calls[0]), (low, calls[1])):
+        assert one.forecast_steps > 0
+        assert ran == 2 * (len(one.steps) - one.forecast_steps)  # guidance: two calls
+        assert one.cost == len(one.steps) - one.forecast_steps
+    assert 0 < relative(latents, plain) < 0.3
+    contexts = installation_of(pipe).clock.run.contexts.values()
+    assert not any("ras" in x.states for x in contexts)  # freed at the boundary
+    dit_accel.disable(pipe)
+    assert type(pipe.transformer_2).__call__ is nn.Module.__call__
+    torch.testing.assert_close(run(pipe, call, steps=20), plain, rtol=0, atol=0)
+    for on in ({"ras": {"ratio": 0.5}}, {"sla": "balanced"}):
+        with pytest.raises(ValueError, match="transformer_2"):
+            dit_accel.enable(pipe, **on)
+    assert installation_of(pipe.transformer_2) is None
+
+
+def test_a_transformer_without_hidden_states_is_refused():
+    class Own(nn.Module):
+        def forward(self, x, timestep):
+            return x
+
+    with pytest.raises(ValueError, match="Own has no argument hidden_states"):
+        dit_accel.enable(Own(), ras="forecast")
+
+
+def test_an_own_transformer_in_an_own_loop():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.calls = 0
+
+        def forward(self, hidden_states, timestep):
+            self.calls += 1
+            return self.layer(hidden_states)
+
+    transformer = Own()
+    dit_accel.enable(transformer, ras={"budget": 0.5})
+    sigmas = torch.linspace(1, 0, 21)
+    timesteps = 1000 * sigmas[:-1]
+    latents = torch.randn(2, 6, 4)
+    with torch.no_grad(), dit_accel.sampling_loop(transformer, timesteps=timesteps, sigmas=sigmas):
+        for i, t in enumerate(timesteps):
+            latents = latents + (sigmas[i + 1] - sigmas[i]) * transformer(latents, t)
+    assert transformer.calls == 10
+    assert dit_accel.summary(transformer).ras.forecast_steps == 10
+
+
+def test_more_than_one_tensor_runs_dense_and_says_so():
+    class Two(nn.Module):
+        def forward(self, hidden_states, timestep):
+            return hidden_states, hidden_states.mean()
+
+    transformer = Two()
+    dit_accel.enable(transformer, ras={"budget": 0.5})
+    sigmas = torch.linspace(1, 0, 13)
+    timesteps = sigmas[:-1].clone()
+    latents = torch.randn(1, 4)
+
+    def loop():
+        with dit_accel.sampling_loop(transformer, timesteps=timesteps, sigmas=sigmas):
+            for t in timesteps:
+                transformer(latents, t)
+
+    with pytest.warns(UserWarning, match="not one tensor"), torch.no_grad():
+        loop()
+    assert dit_accel.summary(transformer).ras.cost == 12
