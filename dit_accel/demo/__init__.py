@@ -1,5 +1,5 @@
-"""The demo: procedural clips and stills, a tiny Wan and a tiny Stable Diffusion 3 trained on them, and
-a judge that is not the model."""
+"""The demo: procedural clips and stills, three tiny models trained on them (Wan, Stable Diffusion 3 and
+Lumina-Image 2.0), and a judge that is not the model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .config import IMAGE_SAMPLING as IMAGE_SAMPLING
     from .config import SAMPLING as SAMPLING
     from .config import ImageTrainConfig as ImageTrainConfig
+    from .config import Lumina2TrainConfig as Lumina2TrainConfig
     from .config import TrainConfig as TrainConfig
     from .dataset import ShapesDataset as ShapesDataset
     from .dataset import make_data as make_data
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "IMAGE_SAMPLING": "dit_accel.demo.config",
     "ImageTrainConfig": "dit_accel.demo.config",
+    "Lumina2TrainConfig": "dit_accel.demo.config",
     "SAMPLING": "dit_accel.demo.config",
     "ShapesDataset": "dit_accel.demo.dataset",
     "TrainConfig": "dit_accel.demo.config",
