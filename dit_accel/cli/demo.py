@@ -152,9 +152,7 @@ class Judge:
         given = Sampling(**asdict(sampling)).call_arguments()
         pipe = options.load(settings)
         pipe.set_progress_bar_config(disable=True)
-        defaults = (
-            demo.SAMPLING if outline.makes_clips else demo.IMAGE_SAMPLING | {"num_frames": None}
-        )
+        defaults = {"num_frames": None} | demo.default_sampling(outline)
         report = demo.judge_pipeline(
             pipe,
             num_clips=self.num_clips,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .config import ImageTrainConfig as ImageTrainConfig
     from .config import Lumina2TrainConfig as Lumina2TrainConfig
     from .config import TrainConfig as TrainConfig
+    from .config import default_sampling as default_sampling
     from .dataset import ShapesDataset as ShapesDataset
     from .dataset import make_data as make_data
     from .image.trainer import train_image as train_image
@@ -32,6 +33,7 @@ _HOMES = {
     "ShapesDataset": "dit_accel.demo.dataset",
     "TrainConfig": "dit_accel.demo.config",
     "check_judged": "dit_accel.demo.report",
+    "default_sampling": "dit_accel.demo.config",
     "judge_clips": "dit_accel.demo.judge",
     "judge_pipeline": "dit_accel.demo.report",
     "load_shape_judge": "dit_accel.demo.shape_judge",

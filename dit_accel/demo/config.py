@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 NUM_FRAMES, HEIGHT, WIDTH = 33, 64, 64  # 17 x 8 x 8 = 1,088 latent tokens
-# What the pipeline call of the embedded model should use.
+# Arguments of the pipeline call that suit the embedded models: tiny-wan, and tiny-sd3. See `default_sampling`.
 SAMPLING = {
     "height": HEIGHT,
     "width": WIDTH,
@@ -15,7 +15,6 @@ SAMPLING = {
     "num_inference_steps": 12,
     "guidance_scale": 2.0,
 }
-# The same for the stills of the embedded image model: 16 x 16 = 256 latent tokens.
 IMAGE_SAMPLING = {
     "height": 64,
     "width": 64,
@@ -25,6 +24,19 @@ IMAGE_SAMPLING = {
 }
 VAE_FRAMES, DECODER_FRAMES, STATISTICS_FRAMES = 5, 9, 17
 SHORT_FRAMES = 9  # 5 x 8 x 8 = 320 tokens, for the first DiT stage
+
+
+def default_sampling(pipe: Any) -> dict[str, Any]:
+    """Return the arguments of the pipeline call that suit an embedded model or one like it.
+
+    Args:
+        pipe: pipeline, or its outline (`dit_accel.sampling.outline`). Images have the size that it makes by
+            default.
+    """
+    if hasattr(pipe, "vae_scale_factor_temporal"):
+        return dict(SAMPLING)
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return IMAGE_SAMPLING | {"height": side, "width": side}
 
 
 @dataclass(frozen=True)

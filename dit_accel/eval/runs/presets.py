@@ -12,6 +12,7 @@ from dit_accel.eval.runs.methods import Method
 from dit_accel.eval.runs.run import run_evaluation
 from dit_accel.files import asset
 from dit_accel.sampling.load import load_pipeline
+from dit_accel.sampling.outline import read_outline
 from dit_accel.sampling.prompt_sets import load_prompts
 from dit_accel.sampling.settings import Sampling
 
@@ -73,12 +74,12 @@ def run_demo(
         num_inference_steps: None: what the models were made for.
         options: further arguments of `run_evaluation`.
     """
-    from dit_accel.demo import IMAGE_SAMPLING, SAMPLING
+    from dit_accel.demo import default_sampling
 
     results = {}
     for name in models:
         preset = DEMO[name]
-        defaults = SAMPLING if name == "tiny-wan" else IMAGE_SAMPLING
+        defaults = default_sampling(read_outline(asset(name)))
         sampling = Sampling(num_inference_steps=num_inference_steps).filled(defaults)
         most = sampling.num_inference_steps
         assert most is not None
