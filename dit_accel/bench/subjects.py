@@ -25,7 +25,7 @@ class Subject:
     """A trained model and the prompts that it samples.
 
     Args:
-        model: "tiny-wan", "tiny-sd3", or a folder with a diffusers repository.
+        model: "tiny-wan", "tiny-sd3", "tiny-lumina2", or a folder with a diffusers repository.
         count: number of prompts.
     """
 

@@ -116,7 +116,7 @@ class Judge:
     output: Path
     """The report, a JSON file."""
     model: str = EMBEDDED
-    """tiny-wan, tiny-sd3, or a repository: hub id or folder."""
+    """tiny-wan, tiny-sd3, tiny-lumina2, or a repository: hub id or folder."""
     sla: str = "none"
     """Sparse attention, as in generate."""
     crossover: Literal["auto", "never"] | None = None

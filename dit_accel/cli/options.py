@@ -33,7 +33,7 @@ class ModelOptions:
 
     model: str = EMBEDDED
     """Repository of Wan2.1, Stable Diffusion 3, Lumina-Next or Lumina-Image 2.0: hub id or folder;
-    "tiny-wan" and "tiny-sd3" are the embedded demo models."""
+    "tiny-wan", "tiny-sd3" and "tiny-lumina2" are the embedded demo models."""
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
     seed: int = 0
     """Seed of the first sample, in [0, 2**63); later samples count up from it."""

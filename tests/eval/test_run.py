@@ -19,6 +19,7 @@ from dit_accel.eval.runs import timing as timing_module
 from dit_accel.eval.runs.methods import Method, dense_with, read_methods
 from dit_accel.eval.runs.presets import DEMO, run_demo
 from dit_accel.eval.runs.scores import choose_metrics
+from dit_accel.files import EMBEDDED_MODELS
 from dit_accel.runtime.install import installation_of
 from dit_accel.sampling.generate import generate
 from dit_accel.sampling.prompts import PromptRecord, number_prompts
@@ -351,13 +352,14 @@ def test_samples_of_other_settings_are_not_mixed(wan, folder, results):
     assert (folder / "results.json").read_bytes() == before
 
 
-def test_the_demo_evaluates_the_embedded_models(tmp_path):
-    assert set(DEMO) == {"tiny-wan", "tiny-sd3"}
+@pytest.mark.parametrize("model", ["tiny-sd3", "tiny-lumina2"])
+def test_the_demo_evaluates_the_embedded_models(tmp_path, model):
+    assert set(DEMO) == set(EMBEDDED_MODELS)
     found = run_demo(
-        tmp_path, models=["tiny-sd3"], limit=2, repeats=1, num_inference_steps=2, progress=False
+        tmp_path, models=[model], limit=2, repeats=1, num_inference_steps=2, progress=False
     )
-    rows = rows_of(found["tiny-sd3"])
+    rows = rows_of(found[model])
     note = rows["SLA, blocks of 16"]["settings"]
     assert note["sla"]["crossover"] == "never"
     assert "below the length" in note["note"]
-    assert (tmp_path / "tiny-sd3" / "report.html").stat().st_size > 10_000
+    assert (tmp_path / model / "report.html").stat().st_size > 10_000

@@ -52,6 +52,7 @@ _METHODS = ("first_block_cache:0.1", "sea_cache", *_SPARSE)
 DEMO = {
     "tiny-wan": Preset("demo", 6, (9, 6)),
     "tiny-sd3": Preset("demo-images", 8, (15, 10)),
+    "tiny-lumina2": Preset("demo-images", 8, (15, 10)),
 }
 """By embedded model."""
 
