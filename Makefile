@@ -64,13 +64,13 @@ bench: install
 # Hours on a CPU; stopped, it goes on where it was.
 bench-ras: install
 	$(BIN)/python pipelines/bench_ras.py overhead --output pipelines/results/ras_overhead_cpu.json
-	for model in tiny-wan tiny-sd3; do \
+	for model in tiny-wan tiny-sd3 tiny-lumina2; do \
 		$(BIN)/python pipelines/bench_ras.py quality --model $$model \
 			--output pipelines/results/ras_$$(echo $$model | tr - _).json || exit 1; done
 
 bench-sla: install
 	$(BIN)/python pipelines/bench_sla.py speed --output pipelines/results/sla_speed_cpu.json
-	for model in tiny-wan tiny-sd3; do name=$$(echo $$model | tr - _); \
+	for model in tiny-wan tiny-sd3 tiny-lumina2; do name=$$(echo $$model | tr - _); \
 		$(BIN)/python pipelines/bench_sla.py quality --model $$model \
 			--output pipelines/results/sla_$$name.json || exit 1; \
 		$(BIN)/python pipelines/bench_sla.py together --model $$model \

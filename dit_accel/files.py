@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-EMBEDDED_MODELS = ("tiny-wan", "tiny-sd3")
+EMBEDDED_MODELS = ("tiny-wan", "tiny-sd3", "tiny-lumina2")
 """Names of the trained demo models among the assets."""
 
 
@@ -177,7 +177,7 @@ def model_source(name: str | os.PathLike) -> str | os.PathLike:
     A folder of that name with a model in it, below the current one, is meant before the embedded model.
 
     Args:
-        name: "tiny-wan", "tiny-sd3", or the folder or hub id of a repository.
+        name: "tiny-wan", "tiny-sd3", "tiny-lumina2", or the folder or hub id of a repository.
     """
     if str(name) not in EMBEDDED_MODELS or (Path(name) / "model_index.json").is_file():
         return name

@@ -133,7 +133,7 @@ def test_files_move_together(tmp_path):
 
 def test_embedded_models_have_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("tiny-wan", "tiny-sd3"):
+    for name in EMBEDDED_MODELS:
         assert model_source(name) == asset(name)
         assert (asset(name) / "model_index.json").is_file()
     for other in ("org/tiny-wan", "./tiny-wan", Path("/models/tiny-wan"), "", "tiny"):

@@ -30,7 +30,7 @@ class Quality:
 
     output: Path
     model: str = "tiny-wan"
-    """tiny-wan, tiny-sd3, or a folder."""
+    """tiny-wan, tiny-sd3, tiny-lumina2, or a folder."""
     samples: int = 96
     batch_size: int = 8
     steps: int = 10

@@ -25,23 +25,23 @@ class Subject:
     """A trained model and the prompts that it samples.
 
     Args:
-        model: "tiny-wan", "tiny-sd3", or a folder with a diffusers repository.
+        model: "tiny-wan", "tiny-sd3", "tiny-lumina2", or a folder with a diffusers repository.
         count: number of prompts.
     """
 
     def __init__(self, model: str, count: int) -> None:
         from dit_accel.sampling.load import load_pipeline
 
-        self.still = "sd3" in Path(model).name
         path = Path(model)
         self.pipe = load_pipeline(
             path if path.is_dir() else asset(model), sla=None, device="auto", dtype="fp32"
         )
         self.pipe.set_progress_bar_config(disable=True)
-        sampling = demo.IMAGE_SAMPLING if self.still else demo.SAMPLING
+        self.still = not hasattr(self.pipe, "vae_scale_factor_temporal")
         # The captions have at most 13 tokens; the models were trained with 16 and with their pipeline's
-        # default, and longer text would be most of the cost.
-        self.sampling = {**sampling, "max_sequence_length": 16}
+        # default, and longer text would be most of the cost. A system prompt comes before the caption.
+        text_tokens = 64 if hasattr(self.pipe, "system_prompt") else 16
+        self.sampling = {**demo.default_sampling(self.pipe), "max_sequence_length": text_tokens}
         del self.sampling["num_inference_steps"]
         self.asked = self._asked(path.name, count)
         self.prompts = self.asked.captions(with_motion=not self.still)

@@ -8,12 +8,17 @@ from tyro.conf import OmitArgPrefixes
 
 from dit_accel.cli.options import (
     EMBEDDED,
-    EMBEDDED_IMAGE,
     AccelerationOptions,
     SamplingOptions,
 )
 from dit_accel.cli.printing import print_json, print_line
-from dit_accel.demo.config import ImageTrainConfig, TrainConfig
+from dit_accel.demo.config import (
+    ImageRecipe,
+    ImageTrainConfig,
+    Lumina2TrainConfig,
+    Recipe,
+    TrainConfig,
+)
 from dit_accel.sampling.settings import Sampling
 
 
@@ -28,6 +33,14 @@ class ClipRecipe(TrainConfig):
 @dataclass(frozen=True)
 class StillRecipe(ImageTrainConfig):
     """`ImageTrainConfig` as parsed; it is checked when the command runs."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Lumina2Recipe(Lumina2TrainConfig):
+    """`Lumina2TrainConfig` as parsed; it is checked when the command runs."""
 
     def __post_init__(self) -> None:
         pass
@@ -62,32 +75,36 @@ class Train:
 
     output_dir: Path
     """Folder of the diffusers repository to write; must not exist yet."""
-    model: Literal["tiny-wan", "tiny-sd3"] = "tiny-wan"
-    """tiny-wan makes clips, tiny-sd3 stills."""
+    model: Literal["tiny-wan", "tiny-sd3", "tiny-lumina2"] = "tiny-wan"
+    """tiny-wan makes clips, tiny-sd3 and tiny-lumina2 make stills."""
     work_dir: Path | None = None
     """Checkpoints. Default: the output folder's name with "-work"."""
     recipe: OmitArgPrefixes[ClipRecipe] = field(default_factory=ClipRecipe)
     image: StillRecipe = field(default_factory=StillRecipe)
     """The recipe of tiny-sd3; the options without a prefix are that of tiny-wan."""
+    lumina2: Lumina2Recipe = field(default_factory=Lumina2Recipe)
+    """The recipe of tiny-lumina2."""
     device: str = "auto"
 
     def run(self) -> None:
         from dit_accel import demo
         from dit_accel.sampling.devices import pick_device
 
-        clips, stills = TrainConfig(**asdict(self.recipe)), ImageTrainConfig(**asdict(self.image))
-        still = self.model == EMBEDDED_IMAGE
-        if still and clips != TrainConfig():
-            raise ValueError(
-                f"model={self.model!r}: accepted are recipe options that begin with image"
-            )
-        if not still and stills != ImageTrainConfig():
-            raise ValueError(f"model={self.model!r}: accepted are recipe options without image")
+        # Recipe of each model, and the prefix of its options.
+        recipes: dict[str, tuple[Recipe, str]] = {
+            "tiny-wan": (TrainConfig(**asdict(self.recipe)), "no prefix"),
+            "tiny-sd3": (ImageTrainConfig(**asdict(self.image)), "the prefix image"),
+            "tiny-lumina2": (Lumina2TrainConfig(**asdict(self.lumina2)), "the prefix lumina2"),
+        }
+        config, prefix = recipes.pop(self.model)
+        if any(other != type(other)() for other, _ in recipes.values()):
+            raise ValueError(f"model={self.model!r}: accepted are recipe options with {prefix}")
         pick_device(self.device)
-        if still:
-            record = demo.train_image(self.output_dir, self.work_dir, stills, self.device)
+        if isinstance(config, TrainConfig):
+            record = demo.train(self.output_dir, self.work_dir, config, self.device)
         else:
-            record = demo.train(self.output_dir, self.work_dir, clips, self.device)
+            assert isinstance(config, ImageRecipe)
+            record = demo.train_image(self.output_dir, self.work_dir, config, self.device)
         print_json(record)
 
 
@@ -99,7 +116,7 @@ class Judge:
     output: Path
     """The report, a JSON file."""
     model: str = EMBEDDED
-    """tiny-wan, tiny-sd3, or a repository: hub id or folder."""
+    """tiny-wan, tiny-sd3, tiny-lumina2, or a repository: hub id or folder."""
     sla: str = "none"
     """Sparse attention, as in generate."""
     crossover: Literal["auto", "never"] | None = None
@@ -135,9 +152,7 @@ class Judge:
         given = Sampling(**asdict(sampling)).call_arguments()
         pipe = options.load(settings)
         pipe.set_progress_bar_config(disable=True)
-        defaults = (
-            demo.SAMPLING if outline.makes_clips else demo.IMAGE_SAMPLING | {"num_frames": None}
-        )
+        defaults = {"num_frames": None} | demo.default_sampling(outline)
         report = demo.judge_pipeline(
             pipe,
             num_clips=self.num_clips,

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, UseAppendAction
 
 from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.files import EMBEDDED_MODELS, model_source
 from dit_accel.sampling.settings import Dtype, Sampling, check_fps, check_seed
 
 EMBEDDED = "tiny-wan"
-EMBEDDED_IMAGE = "tiny-sd3"
 FailIf = Annotated[tuple[str, ...], UseAppendAction]
 """`--fail-if`, which may be given several times."""
 Format = Literal["human", "json"]
@@ -33,7 +33,7 @@ class ModelOptions:
 
     model: str = EMBEDDED
     """Repository of Wan2.1, Stable Diffusion 3, Lumina-Next or Lumina-Image 2.0: hub id or folder;
-    "tiny-wan" and "tiny-sd3" are the embedded demo models."""
+    "tiny-wan", "tiny-sd3" and "tiny-lumina2" are the embedded demo models."""
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
     seed: int = 0
     """Seed of the first sample, in [0, 2**63); later samples count up from it."""
@@ -60,13 +60,13 @@ class ModelOptions:
     def resolve(self) -> tuple[str | os.PathLike, Sampling]:
         """Return where the model is, and checked sampling arguments with the defaults of embedded models."""
         sampling = Sampling(**asdict(self.sampling))
-        if self.model not in (EMBEDDED, EMBEDDED_IMAGE):
+        if self.model not in EMBEDDED_MODELS:
             return self.model, sampling
         from dit_accel import demo
-        from dit_accel.files import model_source
+        from dit_accel.sampling.outline import read_outline
 
-        defaults = demo.SAMPLING if self.model == EMBEDDED else demo.IMAGE_SAMPLING
-        return model_source(self.model), sampling.filled(defaults)
+        source = model_source(self.model)
+        return source, sampling.filled(demo.default_sampling(read_outline(source)))
 
     def check(
         self, prompts: Sequence[Any] = (), *, samples: int | None = None

@@ -1,5 +1,5 @@
-"""The demo: procedural clips and stills, a tiny Wan and a tiny Stable Diffusion 3 trained on them, and
-a judge that is not the model."""
+"""The demo: procedural clips and stills, three tiny models trained on them (Wan, Stable Diffusion 3 and
+Lumina-Image 2.0), and a judge that is not the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from .config import IMAGE_SAMPLING as IMAGE_SAMPLING
     from .config import SAMPLING as SAMPLING
     from .config import ImageTrainConfig as ImageTrainConfig
+    from .config import Lumina2TrainConfig as Lumina2TrainConfig
     from .config import TrainConfig as TrainConfig
+    from .config import default_sampling as default_sampling
     from .dataset import ShapesDataset as ShapesDataset
     from .dataset import make_data as make_data
     from .image.trainer import train_image as train_image
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "IMAGE_SAMPLING": "dit_accel.demo.config",
     "ImageTrainConfig": "dit_accel.demo.config",
+    "Lumina2TrainConfig": "dit_accel.demo.config",
     "SAMPLING": "dit_accel.demo.config",
     "ShapesDataset": "dit_accel.demo.dataset",
     "TrainConfig": "dit_accel.demo.config",
     "check_judged": "dit_accel.demo.report",
+    "default_sampling": "dit_accel.demo.config",
     "judge_clips": "dit_accel.demo.judge",
     "judge_pipeline": "dit_accel.demo.report",
     "load_shape_judge": "dit_accel.demo.shape_judge",

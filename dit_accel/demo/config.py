@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 NUM_FRAMES, HEIGHT, WIDTH = 33, 64, 64  # 17 x 8 x 8 = 1,088 latent tokens
-# What the pipeline call of the embedded model should use.
+# Arguments of the pipeline call that suit the embedded models: tiny-wan, and tiny-sd3. See `default_sampling`.
 SAMPLING = {
     "height": HEIGHT,
     "width": WIDTH,
@@ -15,7 +15,6 @@ SAMPLING = {
     "num_inference_steps": 12,
     "guidance_scale": 2.0,
 }
-# The same for the stills of the embedded image model: 16 x 16 = 256 latent tokens.
 IMAGE_SAMPLING = {
     "height": 64,
     "width": 64,
@@ -25,6 +24,19 @@ IMAGE_SAMPLING = {
 }
 VAE_FRAMES, DECODER_FRAMES, STATISTICS_FRAMES = 5, 9, 17
 SHORT_FRAMES = 9  # 5 x 8 x 8 = 320 tokens, for the first DiT stage
+
+
+def default_sampling(pipe: Any) -> dict[str, Any]:
+    """Return the arguments of the pipeline call that suit an embedded model or one like it.
+
+    Args:
+        pipe: pipeline, or its outline (`dit_accel.sampling.outline`). Images have the size that it makes by
+            default.
+    """
+    if hasattr(pipe, "vae_scale_factor_temporal"):
+        return dict(SAMPLING)
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return IMAGE_SAMPLING | {"height": side, "width": side}
 
 
 @dataclass(frozen=True)
@@ -94,8 +106,8 @@ class TrainConfig(Recipe):
 
 
 @dataclass(frozen=True)
-class ImageTrainConfig(Recipe):
-    """How to train the image model. The defaults are what `assets/tiny-sd3` was trained with."""
+class ImageRecipe(Recipe):
+    """Settings that the recipes of the image models share."""
 
     seed: int = 0
     """Decides the data, the initial weights and all noise."""
@@ -103,8 +115,6 @@ class ImageTrainConfig(Recipe):
     vae_batch_size: int = 4
     vae_learning_rate: float = 4e-3
     """Of Muon and AdamW alike."""
-    vae_base_dim: int = 16
-    """Channels of the VAE at full resolution; 16 is .6 M parameters."""
     num_layers: int = 4
     num_heads: int = 4
     """Of 32 channels each."""
@@ -120,7 +130,37 @@ class ImageTrainConfig(Recipe):
     """Flow shift of the noise levels in training, and of the exported scheduler."""
     caption_dropout: float = 0.1
     """Share of empty captions, for classifier-free guidance."""
-    long_text_share: float = 0.15
-    """Share of steps with max_sequence_length 256 (the pipeline's default) rather than 16."""
     save_every: int = 200
     """Steps between checkpoints."""
+
+
+@dataclass(frozen=True)
+class ImageTrainConfig(ImageRecipe):
+    """Recipe of the Stable Diffusion 3 model. The defaults are what `assets/tiny-sd3` was trained with."""
+
+    vae_base_dim: int = 16
+    """Channels of the VAE at full resolution; 16 is .6 M parameters."""
+    long_text_share: float = 0.15
+    """Share of steps with max_sequence_length 256 (the pipeline's default) rather than 16."""
+
+
+@dataclass(frozen=True)
+class Lumina2TrainConfig(ImageRecipe):
+    """Recipe of the Lumina-Image 2.0 model. The defaults are what `assets/tiny-lumina2` was trained with."""
+
+    vae_steps: int = 500
+    """Steps from the VAE of tiny-sd3 with a level at full resolution added to it."""
+    vae_learning_rate: float = 2e-3
+    """Of Muon and AdamW alike."""
+    dit_steps: int = 6000
+    num_kv_heads: int = 2
+    """Heads of keys and values, each shared by `num_heads / num_kv_heads` heads of queries."""
+    num_refiner_layers: int = 1
+    """Layers over the text alone, and as many over the image alone, before the joint ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -54,8 +55,12 @@ _OTHER_WORDS = [
 ]
 
 
-def build_tokenizer() -> Any:
-    """A unigram tokenizer over the captions' words, spelling out any other word."""
+def build_tokenizer(further_words: Iterable[str] = ()) -> Any:
+    """A unigram tokenizer over the captions' words, spelling out any other word.
+
+    Args:
+        further_words: words, in lower case, that get a token of their own too.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -71,6 +76,7 @@ def build_tokenizer() -> Any:
         *motion_words,
         *BACKGROUNDS,
         *_OTHER_WORDS,
+        *further_words,
     ]
     letters = string.ascii_lowercase + string.digits + ",.!?-'"
     # Scores are log-probabilities: a whole word beats its letters, a letter beats the unknown

@@ -26,7 +26,7 @@ class FinetuneConfig:
     """Family that these settings are meant for: "wan", "sd3", "lumina" or "lumina2". A model of another family is
     refused. Default: any."""
     pretrained_model_name_or_path: str = "tiny-wan"
-    """Diffusers repository: hub id, folder, or an embedded model ("tiny-wan", "tiny-sd3")."""
+    """Diffusers repository: hub id, folder, or an embedded model ("tiny-wan", "tiny-sd3", "tiny-lumina2")."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository. Default: the main branch."""
     variant: str | None = None

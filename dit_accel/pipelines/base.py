@@ -62,7 +62,8 @@ class SparsePipelineMixin:
         """Load a diffusers repository and accelerate it.
 
         Args:
-            pretrained_model_name_or_path: hub id, folder, or an embedded model ("tiny-wan", "tiny-sd3").
+            pretrained_model_name_or_path: hub id, folder, or an embedded model ("tiny-wan", "tiny-sd3",
+                "tiny-lumina2").
             sla: sparse attention: a preset ("quality", "balanced", "fast"), a YAML file, an `SLAConfig`, a dict
                 of its fields, or a folder or file that `save_sla` or fine-tuning wrote; None or "none" for dense
                 attention.

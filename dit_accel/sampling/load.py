@@ -52,7 +52,8 @@ def load_pipeline(
     """Load a sparse pipeline and move it to a device.
 
     Args:
-        model: folder or hub id of a diffusers repository, or "tiny-wan" or "tiny-sd3".
+        model: folder or hub id of a diffusers repository, or "tiny-wan", "tiny-sd3" or
+            "tiny-lumina2".
         sla, ras: acceleration to enable, as in `from_pretrained`.
         device, dtype: see `devices.pick_device` and `devices.pick_dtype`.
         cpu_offload: keep on the device only the part that works (`enable_model_cpu_offload`).

@@ -11,7 +11,8 @@ SETS = {
     "demo": "demo.jsonl",
     "demo-images": "demo_images.jsonl",
 }
-"""By name: 16 varied prompts for any model; what tiny-wan and tiny-sd3 were trained on."""
+"""By name: 16 varied prompts for any model; what tiny-wan ("demo") and the embedded image models
+("demo-images") were trained on."""
 
 
 def load_prompts(source: str | os.PathLike, limit: int | None = None) -> list[PromptRecord]:

@@ -6,11 +6,13 @@ import torch
 
 from dit_accel import control
 from dit_accel.bench.subjects import METRICS, Subject, mean_interval, random_router
+from dit_accel.files import EMBEDDED_MODELS
 
 
-@pytest.mark.parametrize("model", ["tiny-wan", "tiny-sd3"])
+@pytest.mark.parametrize("model", EMBEDDED_MODELS)
 def test_a_subject_samples_the_same_latents_again_and_scores_them(model):
     subject = Subject(model, 2)
+    assert subject.still == (model != "tiny-wan")
     subject.set_solver("unipc")
     dense, report = subject.latents(range(1), 3)
     again, _ = subject.latents(range(1), 3)

@@ -118,14 +118,15 @@ def test_generate_with_region_adaptive_sampling_and_its_pictures(wan_repository,
     assert "did you mean 'paper'" in capsys.readouterr().err
 
 
-def test_images_of_the_embedded_model(tmp_path, capsys):
+@pytest.mark.parametrize(("model", "side"), [("tiny-sd3", 64), ("tiny-lumina2", 128)])
+def test_images_of_the_embedded_models(tmp_path, capsys, model, side):
     out = tmp_path / "out"
-    call = ["generate", "a red circle on a teal background", "--model", "tiny-sd3"]
+    call = ["generate", "a red circle on a teal background", "--model", model]
     call += ["--num-inference-steps", "9", "--ras", "balanced", "--output-dir", out]
     assert run(*call, "--save-focus", "--format", "json") == 0
     assert sorted(p.name for p in out.iterdir()) == ["0000-focus.png", "0000.json", "0000.png"]
     record = json.loads((out / "0000.json").read_text())
-    assert record["frames"] == [1, 64, 64, 3]
+    assert record["frames"] == [1, side, side, 3]
     reasons = list(record["acceleration"]["dense_calls"])
     assert any(reason.startswith("crossover='auto': 256 tokens") for reason in reasons)
     compared = tmp_path / "compared"

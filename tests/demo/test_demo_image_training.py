@@ -6,20 +6,24 @@ import torch
 from safetensors.torch import load_file
 
 from dit_accel.cli import main
-from dit_accel.demo import ImageTrainConfig, train_image
+from dit_accel.demo import ImageTrainConfig, Lumina2TrainConfig, train_image
 from dit_accel.demo.image import trainer as trainer_module
 
-TOY = ImageTrainConfig(
-    vae_steps=3,
-    vae_batch_size=1,
-    vae_base_dim=4,
-    num_layers=2,
-    num_heads=1,
-    dit_steps=4,
-    dit_batch_size=1,
-    dit_pool=4,
-    save_every=2,
-)
+SHORT = {
+    "vae_steps": 3,
+    "vae_batch_size": 1,
+    "num_layers": 2,
+    "num_heads": 1,
+    "dit_steps": 4,
+    "dit_batch_size": 1,
+    "dit_pool": 4,
+    "save_every": 2,
+}
+TOYS = {
+    "StableDiffusion3Pipeline": ImageTrainConfig(vae_base_dim=4, **SHORT),
+    "Lumina2Pipeline": Lumina2TrainConfig(num_kv_heads=1, **SHORT),
+}
+SIDES = {"StableDiffusion3Pipeline": 64, "Lumina2Pipeline": 128}
 
 
 class _Stop(Exception):
@@ -34,14 +38,19 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.fixture(scope="module", params=TOYS)
+def kind(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> Path:
+def toy(kind, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
-    train_image(folder / "model", folder / "work", TOY, device="cpu", progress=False)
+    train_image(folder / "model", folder / "work", TOYS[kind], device="cpu", progress=False)
     return folder
 
 
-def test_training_resumes_to_the_same_weights(toy, tmp_path, monkeypatch):
+def test_training_resumes_to_the_same_weights(toy, kind, tmp_path, monkeypatch):
     calls = 0
     original = trainer_module.flow_matching_loss
 
@@ -54,37 +63,37 @@ def test_training_resumes_to_the_same_weights(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer_module, "flow_matching_loss", loss)
     with pytest.raises(_Stop):
-        train_image(tmp_path / "model", tmp_path / "work", TOY, device="cpu", progress=False)
+        train_image(tmp_path / "model", tmp_path / "work", TOYS[kind], device="cpu", progress=False)
     assert not (tmp_path / "model").exists()
     monkeypatch.undo()
-    train_image(tmp_path / "model", tmp_path / "work", TOY, device="cpu", progress=False)
+    train_image(tmp_path / "model", tmp_path / "work", TOYS[kind], device="cpu", progress=False)
     resumed, whole = _weights(tmp_path / "model"), _weights(toy / "model")
     assert resumed.keys() == whole.keys()
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, atol=1e-6, rtol=0, msg=name)
 
 
-def test_the_exported_repository_is_fp16_on_disk_and_runs_with_the_pipelines_defaults(toy):
-    from diffusers import StableDiffusion3Pipeline
+def test_the_exported_repository_is_fp16_on_disk_and_runs_with_the_pipelines_defaults(toy, kind):
+    import diffusers
 
     folder = toy / "model"
     assert {v.dtype for v in _weights(folder).values()} == {torch.float16}
     for path in folder.rglob("*.json"):
         assert "_name_or_path" not in path.read_text(), path.name
         assert str(toy) not in path.read_text(), path.name
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipe = getattr(diffusers, kind).from_pretrained(folder)
     assert {
         part.dtype for part in pipe.components.values() if isinstance(part, torch.nn.Module)
     } == {torch.float32}
     pipe.set_progress_bar_config(disable=True)
     images = pipe("a red circle, photo of a zebra", num_inference_steps=2, output_type="pt").images
-    assert images.shape == (1, 3, 64, 64)
+    assert images.shape == (1, 3, SIDES[kind], SIDES[kind])
     assert torch.as_tensor(images).isfinite().all()
 
 
-def test_the_record_tells_the_recipe_and_the_time_of_each_stage(toy):
+def test_the_record_tells_the_recipe_and_the_time_of_each_stage(toy, kind):
     record = json.loads((toy / "work" / "training.json").read_text())
-    assert record["config"] == TOY.to_dict()
+    assert record["config"] == TOYS[kind].to_dict()
     assert list(record["seconds"]) == ["vae", "dit"]
     assert str(toy) not in json.dumps(record)
 
@@ -125,3 +134,10 @@ def test_bad_command_lines_are_named_before_any_work(toy, tmp_path, capsys, argu
 def test_bad_settings_are_named(name, value):
     with pytest.raises(ValueError, match=name):
         ImageTrainConfig(**{name: value})
+    with pytest.raises(ValueError, match=name):
+        Lumina2TrainConfig(**{name: value})
+
+
+def test_heads_share_keys_and_values_evenly():
+    with pytest.raises(ValueError, match="num_kv_heads=3"):
+        Lumina2TrainConfig(num_kv_heads=3)

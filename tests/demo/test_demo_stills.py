@@ -3,9 +3,14 @@ import torch
 
 from dit_accel.demo.clips import centres
 from dit_accel.demo.config import ImageTrainConfig
-from dit_accel.demo.image.dit import build_transformer
+from dit_accel.demo.image.sd3 import (
+    MAX_TOKENS,
+    STABLE_DIFFUSION_3,
+    StableDiffusion3Captions,
+    build_text_parts,
+    build_transformer,
+)
 from dit_accel.demo.image.stills import draw_stills, render_stills, still_combinations
-from dit_accel.demo.image.text import MAX_TOKENS, StillCaptions, build_text_parts
 from dit_accel.demo.image.trainer import encode_pool
 from dit_accel.demo.image.vae import POSTERIOR_STD, build_vae, normalise
 from dit_accel.demo.report import judge_pipeline, judged_stills, score_clips
@@ -91,7 +96,7 @@ def test_training_sees_what_the_pipeline_passes(pipe, length):
     states, empty, pooled, empty_pooled = pipe.encode_prompt(
         prompts, None, None, negative_prompt="", max_sequence_length=length
     )
-    captions = StillCaptions(pipe, prompts, (length,), CPU)
+    captions = StableDiffusion3Captions(pipe, prompts, CPU, 0.5)
     dropped = torch.tensor([False, True, False])
     found, found_pooled = captions.lookup(captions.rows, dropped, length)
     torch.testing.assert_close(found, torch.stack([states[0], empty[1], states[2]]))
@@ -112,7 +117,7 @@ def test_normalising_changes_the_latents_and_not_the_images():
 
 
 def test_a_still_has_256_latent_tokens(pipe):
-    latents, stills = encode_pool(pipe.vae, 3, 0, CPU, progress=False)
+    latents, stills = encode_pool(pipe.vae, STABLE_DIFFUSION_3.side, 3, 0, CPU, progress=False)
     assert latents.shape == (3, 4, 16, 16)
     assert len(stills) == 3
     assert pipe.transformer.config.sample_size == 16

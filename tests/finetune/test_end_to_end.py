@@ -307,7 +307,11 @@ def test_tensorboard(settings, tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "prompts", "precision"),
-    [("tiny-wan", "demo", "no"), ("tiny-sd3", "demo-images", "bf16")],
+    [
+        ("tiny-wan", "demo", "no"),
+        ("tiny-sd3", "demo-images", "bf16"),
+        ("tiny-lumina2", "demo-images", "no"),
+    ],
 )
 def test_embedded_models(tmp_path, model, prompts, precision):
     config = FinetuneConfig(

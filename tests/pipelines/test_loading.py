@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import dit_accel
 from dit_accel import (
     RASConfig,
+    SparseLumina2Pipeline,
     SparseStableDiffusion3Pipeline,
     SparseWanImageToVideoPipeline,
     SparseWanPipeline,
@@ -166,7 +167,8 @@ def test_repositories_on_the_hub_keep_them_too(given, plain, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("name", "cls", "other"),
     [("tiny-wan", SparseWanPipeline, SparseStableDiffusion3Pipeline),
-     ("tiny-sd3", SparseStableDiffusion3Pipeline, SparseWanPipeline)],
+     ("tiny-sd3", SparseStableDiffusion3Pipeline, SparseWanPipeline),
+     ("tiny-lumina2", SparseLumina2Pipeline, SparseStableDiffusion3Pipeline)],
 )  # fmt: skip
 def test_embedded_models_load_by_name_without_the_hub(name, cls, other, monkeypatch, tmp_path):
     def no_network(*args, **kwargs):

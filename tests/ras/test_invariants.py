@@ -29,7 +29,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 # Few dense steps, so that ten steps show much of it.
 SPARSE = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,), "kv_predictor": "linear"}
 # Dense, partial and forecast steps.
-MIXED = {"budget": 0.6, "ratio": 0.2, "warmup": 2, "tail": 1, "kv_predictor": "linear"}
+MIXED = {"budget": 0.65, "ratio": 0.2, "warmup": 2, "tail": 1, "kv_predictor": "linear"}
 every_schedule = pytest.mark.parametrize("ras", [SPARSE, MIXED], ids=["partial", "mixed"])
 
 

@@ -7,14 +7,14 @@ import shutil
 import diffusers
 import pytest
 
-from dit_accel.files import asset
+from dit_accel.files import EMBEDDED_MODELS, asset
 from dit_accel.sampling.outline import read_outline
 from dit_accel.sampling.settings import Sampling
 
 from .. import random_pipelines, tiny_wan
 
 
-@pytest.fixture(params=["wan", "i2v", "lumina", "lumina2", "sd3", "tiny-wan", "tiny-sd3"])
+@pytest.fixture(params=["wan", "i2v", "lumina", "lumina2", "sd3", *EMBEDDED_MODELS])
 def saved(request, tmp_path):
     """A repository, and the plain pipeline of it."""
     if request.param.startswith("tiny"):
@@ -104,8 +104,18 @@ def test_a_picture_belongs_to_image_to_video_models(tmp_path):
 
 
 def test_text_is_limited_where_diffusers_limits_it():
-    for name, most in (("tiny-sd3", 512), ("tiny-wan", 4096)):
+    for name, most in (("tiny-sd3", 512), ("tiny-lumina2", 512), ("tiny-wan", 4096)):
         outline = read_outline(asset(name))
         outline.check(Sampling(max_sequence_length=most))
     with pytest.raises(ValueError, match="max_sequence_length=513"):
         read_outline(asset("tiny-sd3")).check(Sampling(max_sequence_length=513))
+
+
+def test_lumina_makes_no_size_that_diffusers_refuses():
+    outline = read_outline(asset("tiny-lumina2"))
+    pipe = diffusers.Lumina2Pipeline.from_pretrained(asset("tiny-lumina2"))
+    outline.check_sizes(height=48, width=32)
+    with pytest.raises(ValueError, match=r"height=40: accepted are multiples of 16"):
+        outline.check_sizes(height=40, width=32)
+    with pytest.raises(ValueError, match="divisible by 16"):
+        pipe("a red circle", height=40, width=32, num_inference_steps=1)

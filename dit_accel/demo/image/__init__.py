@@ -1,1 +1,2 @@
-"""Stills: the data set's single frames, and a tiny Stable Diffusion 3 trained on them."""
+"""Stills: single frames of the data set, and two tiny image models trained on them (Stable Diffusion 3 and
+Lumina-Image 2.0)."""

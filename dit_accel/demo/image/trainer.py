@@ -1,4 +1,4 @@
-"""Trains the image model from nothing: VAE, transformer, export."""
+"""Trains an image model from nothing: VAE, transformer, export."""
 
 from __future__ import annotations
 
@@ -16,26 +16,37 @@ from dit_accel.sampling.devices import pick_device
 
 from ..checks import check_empty_dir
 from ..clips import Clips
-from ..config import ImageTrainConfig
+from ..config import ImageRecipe, ImageTrainConfig, Lumina2TrainConfig
 from ..loop import Stage, run_stage, running_average, step_generator
 from ..optimizers import muon_and_adamw, muon_for_all
-from .dit import LONG_TEXT, SHORT_TEXT, build_transformer, flow_matching_loss
+from .dit import flow_matching_loss
+from .lumina2 import LUMINA_IMAGE_2
+from .model import Captions, StillModel
+from .sd3 import STABLE_DIFFUSION_3
 from .stills import ANYWHERE, draw_stills, render_stills
-from .text import StillCaptions, build_text_parts
-from .vae import build_vae, encode, normalise
+from .vae import encode, normalise
+
+_MODELS: dict[type[ImageRecipe], StillModel] = {
+    ImageTrainConfig: STABLE_DIFFUSION_3,
+    Lumina2TrainConfig: LUMINA_IMAGE_2,
+}
 
 _LATENT_NOISE = 0.4  # the most that a training step adds to the latents, in their own units
 
 
 def train_vae(
-    config: ImageTrainConfig, directory: Path, device: torch.device, progress: bool = True
+    still_model: StillModel,
+    config: ImageRecipe,
+    directory: Path,
+    device: torch.device,
+    progress: bool = True,
 ) -> tuple[Any, float]:
     """The VAE stage. Returns the VAE, its latents normalised, and the seconds spent."""
-    vae = build_vae(config.vae_base_dim, config.seed).to(device)
+    vae, side = still_model.build_vae(config).to(device), still_model.side
 
     def loss_of(generator: torch.Generator) -> Tensor:
         images = render_stills(
-            draw_stills(config.vae_batch_size, generator, placement=ANYWHERE)
+            draw_stills(config.vae_batch_size, generator, placement=ANYWHERE), side, side
         ).to(device)
         amount = _LATENT_NOISE * torch.rand(
             len(images), 1, 1, 1, generator=generator, dtype=torch.float32
@@ -67,31 +78,32 @@ def train_vae(
         None,
         progress,
     )
-    normalise(vae, encode_pool(vae, 256, config.seed, device, progress)[0])
+    normalise(vae, encode_pool(vae, side, 256, config.seed, device, progress)[0])
     return vae.eval().requires_grad_(False), seconds
 
 
 @torch.no_grad()
 def encode_pool(
-    vae: Any, count: int, seed: int, device: torch.device, progress: bool = True
+    vae: Any, side: int, count: int, seed: int, device: torch.device, progress: bool = True
 ) -> tuple[Float[Tensor, "n z h w"], Clips]:
-    """Latents of `count` training stills, and the stills. The same for the same arguments."""
+    """Latents of `count` training stills of `side` x `side` pixels, and the stills. The same for the same arguments."""
     from tqdm import trange
 
     stills = draw_stills(count, step_generator(seed, "pool of stills", 0))
     parts = []
     with torch.autocast(device.type, torch.bfloat16):
         for i in trange(0, count, 32, desc="encoding stills", disable=not progress):
-            images = render_stills(stills[i : i + 32]).to(device)
+            images = render_stills(stills[i : i + 32], side, side).to(device)
             parts.append(encode(vae, images).float())
     return torch.cat(parts), stills
 
 
 def train_dit(
+    still_model: StillModel,
     model: Any,
     ema: Any,
     pipeline: Any,
-    config: ImageTrainConfig,
+    config: ImageRecipe,
     directory: Path,
     device: torch.device,
     progress: bool = True,
@@ -102,11 +114,12 @@ def train_dit(
     matrices = [p for p in model.parameters() if p.ndim in (2, 4)]
 
     @cache  # on the first step, so that a finished stage never encodes its pool
-    def pool() -> tuple[Tensor, StillCaptions]:
-        latents, stills = encode_pool(pipeline.vae, config.dit_pool, config.seed, device, progress)
-        return latents, StillCaptions(
-            pipeline, stills.captions(with_motion=False), (SHORT_TEXT, LONG_TEXT), device
+    def pool() -> tuple[Tensor, Captions]:
+        latents, stills = encode_pool(
+            pipeline.vae, still_model.side, config.dit_pool, config.seed, device, progress
         )
+        captions = stills.captions(with_motion=False)
+        return latents, still_model.embed(pipeline, captions, device, config)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         return flow_matching_loss(model, *pool(), config, generator)
@@ -132,12 +145,11 @@ def train_dit(
 def train_image(
     output_dir: str | Path,
     work_dir: str | Path | None = None,
-    config: ImageTrainConfig | None = None,
+    config: ImageRecipe | None = None,
     device: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Trains the image model and writes it as a complete Stable Diffusion 3 diffusers repository
-    (fp16 safetensors).
+    """Train an image model and write it as a complete diffusers repository (fp16 safetensors).
 
     Args:
         output_dir: where the repository goes; must not exist yet. It appears only when it is
@@ -145,7 +157,8 @@ def train_image(
         work_dir: where checkpoints go (default: `<output_dir>-work`). Started again with the same
             `work_dir`, training resumes from the newest checkpoint and ends with the weights of an
             uninterrupted run.
-        config: the recipe; its defaults take about 20 minutes on one CPU core.
+        config: the recipe, whose class decides the model: `ImageTrainConfig` (default) is Stable
+            Diffusion 3, `Lumina2TrainConfig` is Lumina-Image 2.0.
         device: "auto" (the GPU where there is one), "cpu", "cuda", ...
         progress: whether to show a bar for each stage on stderr.
 
@@ -153,27 +166,29 @@ def train_image(
         What is also written to `<work_dir>/training.json`: the recipe, seconds per stage, versions,
         machine.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    import diffusers
 
     from ..export import export_pipeline, training_record
 
     config = config or ImageTrainConfig()
+    still_model = _MODELS[type(config)]
     output = check_empty_dir("output_dir", output_dir)
     work = Path(work_dir) if work_dir is not None else output.with_name(output.name + "-work")
     place = pick_device(device)
     work.mkdir(parents=True, exist_ok=True)
 
     seconds: dict[str, float] = {}
-    vae, seconds["vae"] = train_vae(config, work, place, progress)
-    model = build_transformer(config).to(place)
+    vae, seconds["vae"] = train_vae(still_model, config, work, place, progress)
+    model = still_model.build_transformer(config).to(place)
     ema = copy.deepcopy(model).requires_grad_(False)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
-    parts = {"vae": vae, "transformer": ema, **build_text_parts(config.seed)}
-    pipeline: Any = StableDiffusion3Pipeline(scheduler=scheduler, **parts)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=config.shift)
+    parts = {"vae": vae, "transformer": ema, **still_model.build_text_parts(config.seed)}
+    pipeline_class = getattr(diffusers, still_model.pipeline)
+    pipeline = pipeline_class(scheduler=scheduler, **parts)
     pipeline.to(place)
-    seconds["dit"] = train_dit(model, ema, pipeline, config, work, place, progress)
+    seconds["dit"] = train_dit(still_model, model, ema, pipeline, config, work, place, progress)
 
     record = training_record(config, seconds, place)
-    export_pipeline(output, StableDiffusion3Pipeline, scheduler, parts)
+    export_pipeline(output, pipeline_class, scheduler, parts)
     write_json(work / "training.json", record)
     return record

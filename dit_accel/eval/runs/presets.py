@@ -13,6 +13,7 @@ from dit_accel.eval.runs.methods import Method
 from dit_accel.eval.runs.run import check_fine, run_evaluation
 from dit_accel.files import asset
 from dit_accel.sampling.load import load_pipeline
+from dit_accel.sampling.outline import read_outline
 from dit_accel.sampling.prompt_sets import load_prompts
 from dit_accel.sampling.settings import Sampling
 
@@ -52,6 +53,7 @@ _METHODS: tuple[str | Method, ...] = (*CACHES, *_SPARSE)
 DEMO = {
     "tiny-wan": Preset("demo", 6, (9, 6)),
     "tiny-sd3": Preset("demo-images", 8, (15, 10)),
+    "tiny-lumina2": Preset("demo-images", 8, (15, 10)),
 }
 """By embedded model."""
 
@@ -76,10 +78,10 @@ def run_demo(
         fine_steps: steps of the fine run, see `run_evaluation`.
         options: further arguments of `run_evaluation`.
     """
-    from dit_accel.demo import IMAGE_SAMPLING, SAMPLING
+    from dit_accel.demo import default_sampling
 
     own = Sampling(num_inference_steps=num_inference_steps)
-    samplings = {x: own.filled(SAMPLING if x == "tiny-wan" else IMAGE_SAMPLING) for x in models}
+    samplings = {x: own.filled(default_sampling(read_outline(asset(x)))) for x in models}
     steps = {x: y.num_inference_steps or 0 for x, y in samplings.items()}
     if fine_steps is not None:
         check_fine(fine_steps, max(steps.values()))

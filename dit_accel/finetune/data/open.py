@@ -147,7 +147,7 @@ def default_size(pipeline: type, pipe: Any, *, embedded: bool) -> dict[str, Any]
     clips = "num_frames" in parameters
     names = ("height", "width", *(("num_frames",) if clips else ()))
     if embedded:
-        own = demo.SAMPLING if clips else demo.IMAGE_SAMPLING
+        own = demo.default_sampling(pipe)
         return {name: own[name] for name in names}
     if clips:
         return {name: parameters[name].default for name in names}
