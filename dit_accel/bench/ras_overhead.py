@@ -1,4 +1,4 @@
-"""Seconds of region-adaptive steps on real geometries with random weights (part of bench_ras.py)."""
+"""Seconds of partial and forecast steps on real geometries with random weights (part of bench_ras.py)."""
 
 import statistics
 import time
@@ -14,12 +14,13 @@ from dit_accel.bench.geometries import Geometry, Loop, family_blocks, geometries
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
 class Overhead:
-    """Seconds of a region-adaptive step over those of a dense one, against counted FLOPs."""
+    """Seconds of a partial step over those of a dense one, and of a run with forecast steps over those of a dense run,
+    against counted FLOPs."""
 
     output: Path | None = None
     device: str = "cpu"
@@ -28,6 +29,10 @@ class Overhead:
     """Runs of each kind, alternating."""
     steps: int = 3
     """Region-adaptive steps of a run, after two dense ones; plain runs have as many."""
+    budgets: tuple[float, ...] = (0.75, 0.5)
+    """Of runs with forecast steps."""
+    run_steps: int = 12
+    """Steps of a run with forecast steps."""
     compile: bool = True
     """Also with compiled blocks (on a GPU)."""
     time_limit_s: float | None = None
@@ -45,6 +50,7 @@ class Overhead:
                     left_out.append(f"{geometry.name}{' compiled' * compiled}")
                 else:
                     rows += self.measure(geometry, compiled)
+                    rows += self.measure_runs(geometry, compiled)
         if left_out:
             print(f"not measured within {self.time_limit_s:.0f} s: {', '.join(left_out)}")
         record = {"format_version": FORMAT_VERSION, "rows": rows, "not_measured": left_out}
@@ -53,14 +59,69 @@ class Overhead:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.output, record)
 
-    def measure(self, geometry: Geometry, compiled: bool) -> list[dict[str, Any]]:
+    def _build(self, geometry: Geometry, compiled: bool) -> tuple[Loop, dict[str, Any], str]:
+        """Return a loop, the arguments of its calls, and the dtype by name."""
         device = torch.device(self.device)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         torch.manual_seed(0)
         with device:
             transformer = geometry.build().to(dtype).eval()
+        if compiled:
+            for block in family_blocks(transformer):
+                block.compile()
         loop = Loop(transformer, geometry.guided)
-        inputs = geometry.inputs(device, dtype)
+        return loop, geometry.inputs(device, dtype), str(dtype).removeprefix("torch.")
+
+    def measure_runs(self, geometry: Geometry, compiled: bool) -> list[dict[str, Any]]:
+        """Whole runs with forecast steps, and the dense steps in them."""
+        loop, inputs, dtype = self._build(geometry, compiled)
+        plain: list[list[float]] = []
+        runs: dict[float, list[list[float]]] = {x: [] for x in self.budgets}
+        reports: dict[float, Any] = {}
+        for i in tqdm(range(self.repeats + 1), desc=f"{geometry.name}, forecast"):
+            marks = loop.run(inputs, self.run_steps)
+            if i > 0:  # the first one warms up, and compiles
+                plain.append(marks)
+            for budget, seen in runs.items():
+                control.enable(loop, ras={"budget": budget})
+                marks = loop.run(inputs, self.run_steps)
+                reports[budget] = control.summary(loop, strict=True).ras
+                control.disable(loop)
+                if i > 0:
+                    seen.append(marks)
+        rows = []
+        whole = statistics.median(sum(x) for x in plain)
+        for budget, seen in runs.items():
+            report = reports[budget]
+            steps = [x.step for x in report.steps if x.mode == "dense"][1:]
+            # Step by step against the plain run beside it: the machine is shared.
+            pairs = zip(seen, plain, strict=True)
+            dense = [ours[k] / other[k] for ours, other in pairs for k in steps]
+            seconds = statistics.median(sum(x) for x in seen)
+            row = {
+                "geometry": geometry.name,
+                "compiled": compiled,
+                "dtype": dtype,
+                "ras": f"budget {budget}",
+                "steps": self.run_steps,
+                "plain_run_seconds": whole,
+                "ras_run_seconds": seconds,
+                "dense_step_over_plain": statistics.median(dense),
+                "speedup": whole / seconds,
+                "ideal": self.run_steps / report.cost,
+                "share_of_ideal": whole / seconds * report.cost / self.run_steps,
+            }
+            rows.append(row)
+            print(
+                f"{geometry.name}{' compiled' * compiled}, {row['ras']}: {row['speedup']:.2f}x of {row['ideal']:.2f}x, "
+                f"{100 * row['share_of_ideal']:.0f} % of ideal; a dense step takes "
+                f"{row['dense_step_over_plain']:.3f} of a plain one"
+            )
+        return rows
+
+    def measure(self, geometry: Geometry, compiled: bool) -> list[dict[str, Any]]:
+        """Partial steps of several ratios, and the dense steps before them."""
+        loop, inputs, dtype = self._build(geometry, compiled)
         kinds: dict[str, dict | None] = {"plain": None}
         for predictor in ("hold",) if compiled else ("hold", "linear"):
             kinds |= {
@@ -73,9 +134,6 @@ class Overhead:
                 }
                 for ratio in self.ratios
             }
-        if compiled:
-            for block in family_blocks(transformer):
-                block.compile()
         seconds: dict[str, list[float]] = {name: [] for name in kinds}
         dense: dict[str, list[float]] = {name: [] for name in kinds}
         shares: dict[str, float] = {}
@@ -102,7 +160,7 @@ class Overhead:
             row: dict[str, Any] = {
                 "geometry": geometry.name,
                 "compiled": compiled,
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": dtype,
                 "ras": name,
                 "plain_step_seconds": plain,
                 "dense_step_seconds": statistics.median(dense[name]),

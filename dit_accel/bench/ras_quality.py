@@ -5,10 +5,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import tyro
 from tqdm import tqdm
 
 from dit_accel.bench.subjects import METRICS, Subject, mean_interval
@@ -243,7 +244,13 @@ class Quality:
                             for other, key in others.items()
                             if (key or other) in scores and (key or other) not in (OURS, "dense")
                         }
-                rows.append(row | ({"best_cache": best} if name == OURS else {}))
+                if name == OURS:
+                    row["best_cache"] = best
+                    if best is not None:
+                        row["mean_minus_best_cache"] = mean_interval(
+                            _psnr(record) - _psnr(scores[best])
+                        )
+                rows.append(row)
         return {
             "format_version": FORMAT_VERSION,
             "model": Path(self.model).name,
@@ -271,15 +278,72 @@ def _psnr(record: dict[str, Any]) -> np.ndarray:
     return (_column(record, "plain") + _column(record, "fine")) / 2
 
 
+@dataclass
+class Tables:
+    """Print committed results as Markdown: one table over all of them, or every row of each."""
+
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    full: bool = False
+    """Every way to sample, a table for each solver and number of steps."""
+
+    def run(self) -> None:
+        reports = [json.loads(x.read_text()) for x in self.results]
+        if self.full:
+            for report in reports:
+                print_tables(report)
+        else:
+            print_overview(reports)
+
+
+def print_overview(reports: list[dict[str, Any]]) -> None:
+    """A row for each model, solver and number of steps: ours, fewer steps and the best step cache at equal cost."""
+    head = (
+        "model, solver, steps",
+        "cost",
+        "to plain: fewer steps",
+        "best cache",
+        "ours",
+        "to fine: all steps",
+        "fewer steps",
+        "best cache",
+        "ours",
+        "ours minus fewer steps: to plain",
+        "to fine",
+        "ours minus best cache, mean of both",
+    )
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for report in reports:
+        for (solver, steps, _), rows in _groups(report).items():
+            kinds = {x["kind"]: x for x in rows}
+            if OURS not in kinds:
+                continue
+            ours, best = kinds[OURS], kinds.get(kinds[OURS]["best_cache"] or "")
+            cells = [f"{report['model']}, {solver} {steps}", f"{ours['cost']:.1f}"]
+            for reference in REFERENCES:
+                shown = [kinds[FEWER], best, ours]
+                for x in shown if reference == "plain" else [kinds["dense"], *shown]:
+                    cells.append("" if x is None else f"{x[reference]['psnr_db']['mean']:.1f}")
+            if best is not None:
+                cells[3] += f" ({CACHES[best['kind']].shown})"
+            cells += [_signed(ours[f"{x}_minus"][FEWER]) for x in REFERENCES]
+            mean = ours.get("mean_minus_best_cache")
+            cells.append("" if mean is None else _signed(mean))
+            print(f"| {' | '.join(cells)} |")
+
+
+def _groups(report: dict[str, Any]) -> dict[tuple, list[dict[str, Any]]]:
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        groups.setdefault((row["solver"], row["steps"], row["budget"]), []).append(row)
+    return groups
+
+
 def print_tables(report: dict[str, Any]) -> None:
     """A table for each number of steps: every way to sample against both references."""
     print(
         f"\n{report['model']}, {report['samples']} samples. Plain: {report['references']['plain']}. "
         f"Fine: {report['references']['fine']}."
     )
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in report["rows"]:
-        groups.setdefault((row["solver"], row["steps"], row["budget"]), []).append(row)
     head = (
         "way to sample",
         "cost in dense steps",
@@ -293,7 +357,7 @@ def print_tables(report: dict[str, Any]) -> None:
         "ours minus this, to plain",
         "to fine",
     )
-    for (solver, steps, budget), rows in groups.items():
+    for (solver, steps, budget), rows in _groups(report).items():
         print(f"\n{solver}, {steps} steps, budget {budget:g}\n")
         print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
         ours = next((x for x in rows if x["kind"] == OURS), None)

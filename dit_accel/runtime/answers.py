@@ -19,15 +19,18 @@ def answered_class(cls: Any) -> Any:
     all of it is left out with the call.
     """
 
-    # Not traced: a compiled transformer is then compiled inside of this call.
+    # Not traced: a compiled transformer is then compiled inside of this call. And no super(): torch.compile keeps this
+    # function, also for a transformer that has its former class again.
     @torch.compiler.disable(recursive=False)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        installation = _installation_of(self)
-        if installation is not None:
-            answer = installation.answer(self, args, kwargs)
-            if answer is not None:
-                return answer
-        return super(answered, self).__call__(*args, **kwargs)
+        answer = _answer(self, args, kwargs)
+        return cls.__call__(self, *args, **kwargs) if answer is None else answer
+
+    # A transformer that was compiled before it got this class is called here: torch.compile kept its __call__.
+    @torch.compiler.disable(recursive=False)
+    def _call_impl(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = _answer(self, args, kwargs)
+        return cls._call_impl(self, *args, **kwargs) if answer is None else answer
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # Pickle and deepcopy find a class by its name, which is that of the class behind.
@@ -36,6 +39,7 @@ def answered_class(cls: Any) -> Any:
 
     namespace = {
         "__call__": __call__,
+        "_call_impl": _call_impl,
         "__reduce_ex__": __reduce_ex__,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -74,9 +78,10 @@ def plain_class(cls: Any) -> Any:
     return vars(cls).get(_MARK, cls)
 
 
-def _installation_of(transformer: nn.Module) -> Any:
+@torch.compiler.disable
+def _answer(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     for hook in transformer._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
-        if hasattr(owner, "answer"):
-            return owner
+        if owner is not None and hasattr(owner, "answer"):
+            return owner.answer(transformer, args, kwargs)
     return None

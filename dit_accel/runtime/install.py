@@ -197,6 +197,8 @@ class Installation:
 
     def answer(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Begin a call. Return what it returns where a method answers it, else None: the transformer has to run."""
+        if self._begun and self._owner is threading.current_thread():
+            return None  # asked before, further out
         try:
             answer = self._begin_call(transformer, args, kwargs)
         except BaseException:

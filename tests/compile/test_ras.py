@@ -41,3 +41,39 @@ def test_graphs_are_those_of_the_plain_pipeline_times_the_counts(family, kv):
     accelerated, latents = graphs(family, ras)
     assert accelerated <= plain * len(counts)
     assert relative(latents, eager) < 1e-5
+
+
+FORECAST = {"budget": 0.6, "warmup": 2, "tail": 1}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forecast_steps_need_no_graph(family):
+    pipe = make(family)
+    dit_accel.enable(pipe, ras=FORECAST)
+    eager = run(pipe, family)
+    plain, _ = graphs(family, None)
+    accelerated, latents = graphs(family, FORECAST)
+    assert accelerated == plain
+    assert relative(latents, eager) < 1e-5
+
+
+@pytest.mark.parametrize("first", ["enabled", "compiled"])
+def test_a_compiled_transformer_is_not_called_for_a_forecast(first):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    pipe = make("wan")
+    inner = pipe.transformer
+    dit_accel.enable(pipe, ras=FORECAST)
+    eager = run(pipe, "wan")
+    if first == "compiled":
+        dit_accel.disable(pipe)
+    counter = CompileCounterWithBackend("eager")
+    pipe.transformer = torch.compile(inner, backend=counter)
+    if first == "compiled":
+        dit_accel.enable(pipe, ras=FORECAST)
+    calls = []
+    inner.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    assert relative(run(pipe, "wan"), eager) < 1e-5
+    assert dit_accel.summary(pipe, strict=True).ras.forecast_steps == 4
+    assert counter.frame_count > 0, "the transformer was not compiled"
+    assert len(calls) == 2 * 6
