@@ -42,8 +42,9 @@ def enable(
 
     Args:
         target: a transformer of Wan2.1, Stable Diffusion 3 and 3.5, Lumina-Next or Lumina-Image 2.0, a wrapper
-            of one (DDP, PEFT, torch.compile), or a diffusers pipeline that has one.
-        ras: region-adaptive sampling: an `RASConfig`, a preset ("quality", "balanced", "fast",
+            of one (DDP, PEFT, torch.compile), or a diffusers pipeline that has one. Region-adaptive sampling without
+            a `ratio` takes any transformer whose call has one tensor `hidden_states` and returns one tensor.
+        ras: region-adaptive sampling: an `RASConfig`, a preset ("quality", "balanced", "fast", "forecast", "partial",
             "paper"), a YAML file, or a dict of `RASConfig` fields. "none" switches it off. Default: left as it is.
         sla: sparse attention: an `SLAConfig`, a preset ("quality", "balanced", "fast"),
             a YAML file, a dict of `SLAConfig` fields, or an SLA checkpoint that `save_sla` or fine-tuning wrote (the

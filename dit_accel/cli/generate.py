@@ -22,8 +22,8 @@ class Generate(AccelerationOptions):
     kind: Literal["auto", "mp4", "gif", "png"] = "auto"
     """auto: mp4 for clips, png for images."""
     save_focus: bool = False
-    """Also write where region-adaptive sampling worked: a heat map and the masks of its steps. Nothing
-    is written for a run of dense steps only."""
+    """Also write where the steps on some of the tokens worked: a heat map and their masks. Needs a --ras with a ratio,
+    such as partial. Nothing is written for a run of dense steps only."""
     scheduler: str | None = None
     """Scheduler of diffusers by its class name, such as UniPCMultistepScheduler; default: that of the model."""
     lora: Annotated[tuple[str, ...], UseAppendAction] = ()
@@ -34,9 +34,12 @@ class Generate(AccelerationOptions):
 
     def run(self) -> None:
         prompts = self._prompts()
-        if self.save_focus and self.ras == "none":
-            raise ValueError("save_focus=True: accepted with --ras, which is none")
         sla, ras = self.sla_config(), self.ras_config()
+        if self.save_focus and (ras is None or not ras.has_partial_steps):
+            raise ValueError(
+                f"save_focus=True: --ras {self.ras} has no steps on some of the tokens; accepted with settings that have "
+                "a ratio, such as --ras partial"
+            )
         outline, sampling = self.check(prompts)
         from dit_accel.sampling.extras import check_extras, prepare
         from dit_accel.sampling.numbered import generate_numbered

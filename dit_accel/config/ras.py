@@ -89,6 +89,7 @@ class RASConfig(Config):
         **{name: {"budget": budget} for name, budget in BUDGETS.items()},
         # For every transformer, whatever the others become.
         "forecast": {"budget": BUDGETS["balanced"]},
+        "partial": {"ratio": 0.5},
         "paper": {
             "ratio": 0.5,
             "selection": "std",

@@ -68,8 +68,8 @@ class SparsePipelineMixin:
                 of its fields, or a folder or file that `save_sla` or fine-tuning wrote; None or "none" for dense
                 attention.
                 Default: the `sla.safetensors` of the repository, and "balanced" without one.
-            ras: region-adaptive sampling: a preset ("quality", "balanced", "fast", "paper"), a YAML file, an
-                `RASConfig`, or a dict of its fields; None or "none" for all tokens in each step. Default: the
+            ras: region-adaptive sampling: a preset ("quality", "balanced", "fast", "forecast", "partial", "paper"), a
+                YAML file, an `RASConfig`, or a dict of its fields; None or "none" for dense steps. Default: the
                 `ras.json` of the repository, and off without one.
             **kwargs: everything that the diffusers parent accepts. `dtype` may also be a name: "fp32",
                 "bf16", "fp16", "float32", "bfloat16" or "float16".

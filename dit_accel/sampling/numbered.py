@@ -58,8 +58,12 @@ def generate_numbered(
     """
     if kind not in ("auto", *CLIP_KINDS):
         raise ValueError(f"kind={kind!r}: accepted are auto, {', '.join(CLIP_KINDS)}")
-    if save_focus and method_of(pipe, "ras") is None:
-        raise ValueError("save_focus: region-adaptive sampling is off; accepted with ras=...")
+    ras = method_of(pipe, "ras") if save_focus else None
+    if save_focus and (ras is None or not ras.config.has_partial_steps):
+        on = "off" if ras is None else "on without steps on some of the tokens"
+        raise ValueError(
+            f"save_focus: region-adaptive sampling is {on}; accepted with a ras that has a ratio, such as 'partial'"
+        )
     check_fps(fps)
     samples = plan_samples(prompts, sampling, seed=seed, count=1, layout="ids")
     for sample in samples:

@@ -111,7 +111,7 @@ def test_generate_with_region_adaptive_sampling_and_its_pictures(wan_repository,
     names = ["0000-focus.mp4", "0000-focus.png", "0000.json", "0000.mp4"]
     assert sorted(p.name for p in out.iterdir()) == names
     record = json.loads((out / "0000.json").read_text())["acceleration"]["ras"]
-    assert [step["mode"] for step in record["steps"]] == ["dense", "ras", "ras", "dense"]
+    assert [step["mode"] for step in record["steps"]] == ["dense", "partial", "partial", "dense"]
     assert run(*call, "--save-focus") == 2
     assert "save_focus=True" in capsys.readouterr().err
     assert run(*call, "--ras", "papr") == 2
@@ -122,7 +122,7 @@ def test_generate_with_region_adaptive_sampling_and_its_pictures(wan_repository,
 def test_images_of_the_embedded_models(tmp_path, capsys, model, side):
     out = tmp_path / "out"
     call = ["generate", "a red circle on a teal background", "--model", model]
-    call += ["--num-inference-steps", "9", "--ras", "balanced", "--output-dir", out]
+    call += ["--num-inference-steps", "9", "--ras", "partial", "--output-dir", out]
     assert run(*call, "--save-focus", "--format", "json") == 0
     assert sorted(p.name for p in out.iterdir()) == ["0000-focus.png", "0000.json", "0000.png"]
     record = json.loads((out / "0000.json").read_text())
@@ -130,7 +130,7 @@ def test_images_of_the_embedded_models(tmp_path, capsys, model, side):
     reasons = list(record["acceleration"]["dense_calls"])
     assert any(reason.startswith("crossover='auto': 256 tokens") for reason in reasons)
     compared = tmp_path / "compared"
-    options = ["--num-inference-steps", "9", "--ras", "balanced", "--output-dir", compared]
+    options = ["--num-inference-steps", "9", "--ras", "partial", "--output-dir", compared]
     assert run("compare", *call[1:4], *options) == 0
     names = ["comparison.json", "contact_sheet.png", "dense.png", "side_by_side.png", "sparse.png"]
     assert sorted(p.name for p in compared.iterdir()) == names
@@ -352,6 +352,7 @@ def test_bad_settings_in_a_file_are_refused(refused, tmp_path, text, named):
         (["--sla", "none", "--crossover", "never"], "sla='none'"),
         (["--save-focus"], "save_focus=True"),
         (["--save-focus", "--ras", "none"], "save_focus=True"),
+        (["--save-focus", "--ras", "balanced"], "save_focus=True"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(refused, arguments, named):
