@@ -32,8 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/dit-accel compare "a red circle moving right" --sla balanced --crossover never \
-		--overwrite --output-dir $(DEMO_OUT)
+	$(BIN)/dit-accel compare "a red circle moving right" --sla none --ras balanced \
+		--methods fewer_steps sea_cache --overwrite --output-dir $(DEMO_OUT)
 
 # The report's page is tested in Debian's Chromium. Where it cannot be installed those tests are
 # skipped and say so; with CI set they fail.

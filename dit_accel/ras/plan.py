@@ -134,7 +134,11 @@ def make_plan(
         schedule,
         Selection(config, schedule, rows, device),
         None if levels is None else levels.to(device),
-        torch.tensor([] if levels is None else step_intervals(levels.tolist()), device=device),
+        torch.tensor(
+            [] if levels is None else step_intervals(levels.tolist()),
+            dtype=torch.float32,
+            device=device,
+        ),
         _key(run, call),
         order=order,
         off=off,

@@ -127,7 +127,7 @@ def test_compare_with_region_adaptive_sampling(wan_repository, tmp_path, capsys)
     assert run(*arguments, "--sla", "none", "--ras", "balanced") == 0
     assert "Cost dense steps" in capsys.readouterr().out
     result = json.loads((out / "comparison.json").read_text())
-    assert result["acceleration"]["ras"]["ras_steps"] == 2
+    assert result["acceleration"]["ras"]["forecast_steps"] == 3
     assert result["psnr_db"] is not None
     assert run(*arguments, "--sla", "none", "--overwrite") == 2
 

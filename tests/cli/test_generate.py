@@ -227,7 +227,7 @@ def test_region_adaptive_sampling_follows_the_scheduler_that_is_named(tmp_path, 
     ]
     assert run(*call) == 0
     steps = json.loads((tmp_path / "0000.json").read_text())["acceleration"]["ras"]["steps"]
-    assert "ras" in {x["mode"] for x in steps}
+    assert "forecast" in {x["mode"] for x in steps}
 
 
 def test_blocks_are_compiled_once_the_pipeline_is_ready(wan_repository, tmp_path, monkeypatch):

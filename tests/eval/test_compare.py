@@ -77,7 +77,7 @@ BAD = {
     "height": {"sampling": SAMPLING.overridden(height=33)},
     "methods": {"methods": ["slaa"]},
     "num_inference_steps": {"methods": ["fewer_steps:3"]},
-    "kv_cache": {"ras": RASConfig(kv_cache="fp8")},
+    "kv_cache": {"ras": RASConfig(ratio=0.5, kv_cache="fp8")},
 }
 
 

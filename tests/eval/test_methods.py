@@ -9,7 +9,7 @@ import torch
 
 from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.checkpoint.identity import identity_of
-from dit_accel.config import SLAConfig
+from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.eval.runs.caches import CACHES
 from dit_accel.eval.runs.methods import DEFAULT, Method, dense_with, read_methods
 from dit_accel.sampling.step_caches import step_cache
@@ -93,13 +93,14 @@ def test_settings_after_a_colon(wan, tmp_path):
     assert found["Dense, 8 steps"].num_inference_steps == 8
     assert found["FirstBlockCache 0.2"].value == 0.2
     assert found["SeaCache 0.4"].value == 0.4
-    assert found["RAS fast"].ras.ratio == 0.25
+    fast = RASConfig.load("fast")
+    assert found["RAS fast"].ras == fast
     assert found["SLA quality"].sla.topk == 0.4
     assert found["SLA mine"].sla.topk == 0.5
     both = found["RAS fast + SLA quality"]
-    assert (both.ras.ratio, both.sla.topk) == (0.25, 0.4)
+    assert (both.ras, both.sla.topk) == (fast, 0.4)
     both = found["RAS + SLA fast"]
-    assert (both.ras.ratio, both.sla.topk) == (0.25, 0.15)
+    assert (both.ras, both.sla.topk) == (fast, 0.15)
     both = found["RAS + SLA mine"]
     assert (both.ras.ratio, both.sla.topk) == (0.3, 0.5)
 

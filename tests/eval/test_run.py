@@ -294,7 +294,9 @@ def test_metrics_that_cannot_be_measured_are_refused_early(metrics, message):
         choose_metrics(planned(["a", "b"]), metrics, networks=Networks())
 
 
-EIGHT_BIT = Method(name="x", kind="ras_sla", ras=RASConfig(kv_cache="fp8"), sla=SLAConfig())
+EIGHT_BIT = Method(
+    name="x", kind="ras_sla", ras=RASConfig(ratio=0.5, kv_cache="fp8"), sla=SLAConfig()
+)
 BAD = {
     "repeats": ({"repeats": 0}, "repeats=0"),
     "shown": ({"shown": -1}, "shown=-1"),

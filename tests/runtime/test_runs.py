@@ -426,7 +426,8 @@ def test_a_loop_that_jumps_back_begins_anew(family, told_by):
     found = follow(pipe.transformer, told("euler"), family, indices, told_by)
     for a, b in zip(found, plain, strict=True):
         assert relative(a, b) < 1e-5
-    dit_accel.enable(pipe.transformer, ras=RAS)
+    # Without correction a dense step gives what the plain transformer gives.
+    dit_accel.enable(pipe.transformer, ras={**RAS, "correction": 0})
     found = follow(pipe.transformer, told("euler"), family, indices, told_by)
     equal = [torch.equal(a, b) for a, b in zip(found, plain, strict=True)]
     assert equal == [True] * 2 + [False] * 4 + [True] * 2 + [False] * 4 + [True]

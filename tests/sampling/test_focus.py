@@ -16,7 +16,7 @@ def test_masks_are_those_of_the_steps():
     dit_accel.enable(pipe, ras={"ratio": 0.5, "warmup": 2})
     run(pipe, "wan")
     masks = focus_masks(pipe)
-    steps = [s for s in dit_accel.summary(pipe).ras.steps if s.mode == "ras"]
+    steps = [s for s in dit_accel.summary(pipe).ras.steps if s.mode == "partial"]
     assert list(masks) == [s.step for s in steps]
     for step in steps:
         assert masks[step.step].shape == (3, 7, 9)

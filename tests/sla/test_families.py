@@ -107,7 +107,9 @@ def test_ratio_one_equals_sparse_attention_alone(family, order, combine, scope):
 def test_reading_everything_equals_region_adaptive_sampling_alone(family, order, kv_predictor):
     pipe = make(family)
     dit_accel.enable(
-        pipe, sla=sla(topk=1.0, order=order), ras={**RAS, "kv_predictor": kv_predictor}
+        pipe,
+        sla=sla(topk=1.0, order=order),
+        ras={**RAS, "kv_predictor": kv_predictor, "correction": 0},
     )
     latents = run(pipe, family, prompts=(0, 1))
     session = installation_of(pipe)
@@ -283,9 +285,9 @@ def test_a_deep_copy_is_its_own(family):
 def test_a_cache_of_bytes_is_refused_by_name():
     pipe = make("sd3")
     with pytest.raises(ValueError, match="kv_cache='fp8'"):
-        dit_accel.enable(pipe, sla=sla(), ras={"kv_cache": "fp8"})
+        dit_accel.enable(pipe, sla=sla(), ras={"ratio": 0.5, "kv_cache": "fp8"})
     assert not dit_accel.summary(pipe).enabled
-    dit_accel.enable(pipe, ras={"kv_cache": "fp8"})
+    dit_accel.enable(pipe, ras={"ratio": 0.5, "kv_cache": "fp8"})
     with pytest.raises(ValueError, match="kv_cache='fp8'"):
         dit_accel.enable(pipe, sla=sla())
     assert dit_accel.summary(pipe).ras is not None

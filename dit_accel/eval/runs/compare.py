@@ -202,12 +202,12 @@ def _write(
     fps: float | int,
 ) -> list[str]:
     """Write the pictures of each method, the accelerated one last; return their names."""
-    ras = result["acceleration"]["ras"]
-    kept = "dense (below crossover)" if ras is None else "all keys"
+    ras, parts = result["acceleration"]["ras"], []
     if result["density"] is not None:
-        kept = f"sparse, density {result['density']:.2f}"
+        parts.append(f"sparse, density {result['density']:.2f}")
     if ras is not None:
-        kept += f", {ras['cost']:.1f} of {len(ras['steps'])} steps"
+        parts.append(f"ras, cost of {ras['cost']:.1f} of {len(ras['steps'])} steps")
+    kept = ", ".join(parts) or "dense (below crossover)"
     *others, last = shown
     clips = [*((x.lower(), shown[x]) for x in others), (kept, shown[last])]
     difference = np.abs(clips[0][1].astype(np.int16) - shown[last]).astype(np.uint8)
