@@ -37,8 +37,9 @@ class RASConfig(Config):
     all in the others.
 
     `budget` alone gives dense steps and forecast steps, in which the transformer is not called. `ratio` alone gives
-    dense steps and partial steps, in which it runs on some of the tokens. Both give a mixture of the three. With
-    neither, the budget is that of the preset "balanced".
+    dense steps and partial steps, in which it runs on some of the tokens. Both give a mixture of the three. `control`
+    alone decides in each step whether it is dense or a forecast. With none of them, the budget is that of the preset
+    "balanced".
     """
 
     budget: float | int | tuple | list | None = None
@@ -47,9 +48,12 @@ class RASConfig(Config):
     ratio: float | int | tuple | list | None = None
     """Active tokens / all image tokens on a partial step, in (0, 1]; or a list of (start, ratio), where
     start is the fraction of the steps from which that ratio holds (the first is 0). None: no partial steps."""
+    control: float | int | None = None
+    """Largest predicted error of a forecast step, in place of a budget: the relative error of the output times
+    |s_(k+1) - s_k| / (1 - s_k), s being the noise levels. The cost is then not known before the run."""
     warmup: int | float | Literal["auto"] = "auto"
     """Dense first steps. A float is a fraction of the steps really executed, rounded up, and at least
-    3 steps; an int is a number of steps, at least 1. "auto" is 3 with a budget, else 0.15."""
+    3 steps; an int is a number of steps, at least 1. "auto" is 0.15 where `ratio` is alone, else 3."""
     tail: int | float = 2
     """Dense last steps; a float is a fraction, rounded up."""
     resets: tuple | list | Literal["auto"] = "auto"
@@ -107,7 +111,12 @@ class RASConfig(Config):
     }
 
     def __post_init__(self) -> None:
-        if self.budget is None and self.ratio is None:
+        control = self.control
+        ok = control is None or (is_number(control) and 0 < control < math.inf)
+        check("control", control, ok, "a number > 0")
+        if control is not None and (self.budget is not None or self.ratio is not None):
+            raise ValueError(f"control={control!r}: accepted without budget and ratio")
+        if control is None and self.budget is None and self.ratio is None:
             object.__setattr__(self, "budget", BUDGETS["balanced"])
         for name in ("budget", "ratio"):
             value = getattr(self, name)
@@ -195,6 +204,10 @@ class RASConfig(Config):
         return self.ratio is not None
 
     @property
+    def _ratio_alone(self) -> bool:
+        return self.budget is None and self.control is None
+
+    @property
     def lowest_ratio(self) -> float | None:
         """The smallest ratio of the run; None without partial steps."""
         if self.ratio is None or isinstance(self.ratio, int | float):
@@ -213,7 +226,7 @@ class RASConfig(Config):
         """The dense first steps in a run of so many steps."""
         warmup = self.warmup
         if warmup == "auto":
-            warmup = 3 if self.budget is not None else 0.15
+            warmup = 0.15 if self._ratio_alone else 3
         if isinstance(warmup, float):
             return max(3, num_steps_of(warmup, num_steps))
         return warmup
@@ -223,7 +236,7 @@ class RASConfig(Config):
         if self.resets != "auto":
             return tuple(self.resets)
         ratio = self.lowest_ratio
-        if self.budget is not None or ratio is None:
+        if ratio is None or not self._ratio_alone:
             return ()
         return RESETS if num_steps * ratio < FEW_UPDATES else ()
 
@@ -231,7 +244,7 @@ class RASConfig(Config):
     def output_predictor(self) -> str:
         """`predictor`, with "auto" replaced by what it stands for."""
         if self.predictor == "auto":
-            return "linear" if self.budget is None else "fitted"
+            return "linear" if self._ratio_alone else "fitted"
         return self.predictor
 
     def linear_kv(self, num_steps: int) -> bool:
@@ -245,6 +258,6 @@ class RASConfig(Config):
         """`max_age` as a number; None without a cap."""
         if self.max_age != "auto":
             return self.max_age
-        if self.budget is not None or self.lowest_ratio is None:
+        if self.lowest_ratio is None or not self._ratio_alone:
             return None
         return math.ceil(1 / self.lowest_ratio - 1e-9) + 1

@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dit_accel.kernels import LinearState
@@ -50,9 +50,16 @@ class ContextState:
         )
 
     def begin(
-        self, sigma: Float[Tensor, ""], index: Int[Tensor, "r m"] | None, shape: tuple[int, int]
+        self,
+        sigma: Float[Tensor, ""],
+        index: Int[Tensor, "r m"] | None,
+        shape: tuple[int, int],
+        rows: Bool[Tensor, "r 1"] | None = None,
     ) -> Distance:
         """Note that a call at this noise level updates the tokens `index`; None: all.
+
+        Args:
+            rows: rows that are updated; None: all.
 
         Returns:
             Its distance to the updates before.
@@ -63,7 +70,10 @@ class ContextState:
             self._previous = self._last.clone()
             return distance
         moved = torch.where(distance.same.bool(), self._previous, self._last)
-        if index is None:
+        if rows is not None:
+            self._previous = torch.where(rows, moved, self._previous)
+            self._last = torch.where(rows, sigma, self._last)
+        elif index is None:
             self._previous, self._last = moved, sigma.expand(shape).clone()
         else:
             self._previous.scatter_(1, index, moved.gather(1, index))

@@ -96,6 +96,8 @@ class RegionAdaptiveSampling(Method, Focus):
         self._distance: Distance | None = None
         """None where nothing is kept in this call."""
         self._same: Tensor | None = None
+        self._rows: Tensor | None = None
+        """Rows `[R, 1]` that are updated in this call; None: all."""
         self._record: StepRecord = None  # type: ignore[assignment]
 
     @property
@@ -173,6 +175,9 @@ class RegionAdaptiveSampling(Method, Focus):
             plan.observe(step, call.noisy_latents, self.config.selection)
         level = None if plan.levels is None else plan.levels[step]
         plan.selection.begin_step(step, plan.metric, level)
+        control = plan.control if plan.off is None else None
+        if control is not None and level is not None:
+            control.begin_step(step, level, dense=plan.selection.tiles is None)
 
         geometry = (tuple(latents.shape), grid, latents.dtype, latents.device, call.form)
         state: ContextState | None = run.context.states.get(self.name)
@@ -184,7 +189,8 @@ class RegionAdaptiveSampling(Method, Focus):
         selection, tiles = plan.selection, plan.selection.tiles
         # The tokens of a row share their noise levels unless some of them run alone.
         shape = (rows, tokens if plan.schedule.has_partial_steps else 1)
-        if plan.off is None and tiles is not None and tiles.shape[1] == 0 and not fresh:
+        forecast = plan.off is None and tiles is not None and tiles.shape[1] == 0
+        if forecast and not fresh and (control is None or not control.any):
             outputs = state.outputs
             if not call.must_run and outputs is not None and level is not None:
                 self._count(step, None, fresh, tiles, selection.age.amax(), forecast=True)
@@ -197,7 +203,11 @@ class RegionAdaptiveSampling(Method, Focus):
             reason = "dense step"
         elif reason is None and fresh:
             reason = "first call of a context"
-        elif reason is None and tiles is not None and tiles.shape[1] == 0:
+        elif forecast and control is not None and control.any:
+            reason = "predicted error above the tolerance"
+            assert control.runs is not None
+            self._rows = for_rows(control.runs[:, None], rows)
+        elif forecast:
             reason = "the call could not be left out"
         if reason is None and tiles is not None:
             every = tile_tokens(tokens, plan.schedule.tile, latents.device)
@@ -248,7 +258,7 @@ class RegionAdaptiveSampling(Method, Focus):
                 self.config.output_predictor, grid, correction=float(self.config.correction)
             )
         state.returned = Form(output)
-        distance, active = self._distance, None
+        distance, active = self._distance, self._rows
         if self._places is not None:
             assert self.index is not None
             active = torch.zeros(distance.factor.shape, dtype=torch.bool, device=sample.device)
@@ -259,9 +269,17 @@ class RegionAdaptiveSampling(Method, Focus):
             plan.intervals[run.step],
             active,
             repeats=run.repeats,
-            measure=plan.selection.wants_errors,
+            measure=plan.control is not None or plan.selection.wants_errors,
         )
-        if errors is not None:
+        if errors is not None and plan.control is not None:
+            known = distance.gap[:, 0] > 0
+            known = known if active is None else known & active[:, 0]
+            rates = errors[:, 0].double() / (
+                sample[0].numel() * distance.gap[:, 0].double().square()
+            )
+            rates = torch.where(known, rates, 0)[:, None]
+            plan.control.measure(_guidance_together(rates, self.call.noisy_latents)[:, 0], known)
+        elif errors is not None:
             self._measure(errors, active)
         return None if complete is sample else state.returned.fill(complete)
 
@@ -371,7 +389,7 @@ class RegionAdaptiveSampling(Method, Focus):
     def _open(self, level: Float[Tensor, ""], shape: tuple[int, int], repeats: bool) -> None:
         """Note what this call updates, and point every store at what this context has cached."""
         assert self.plan is not None
-        distance = self._distance = self.context.begin(level, self._places, shape)
+        distance = self._distance = self.context.begin(level, self._places, shape, self._rows)
         self._same = distance.same if repeats else None
         if self.plan.schedule.has_partial_steps:
             self._point_stores("image", shape[1], self._flat, self._damped, self._same)

@@ -199,13 +199,20 @@ class Outputs:
     def _fit(self, line: Tensor, change: Tensor, ran: Tensor | None) -> None:
         kind = torch.promote_types(line.dtype, torch.float32)
         line, change = line.to(kind).flatten(1), change.to(kind).flatten(1)
+        moved = None
         if ran is not None:
             line = line * ran.expand_as(self.last).flatten(1)  # type: ignore[arg-type]
+            moved = ran.flatten(1).any(1)  # a row in which nothing ran keeps its sums
         new = (line * change).sum(1), (line * line).sum(1)
         if self._line is None or self._square is None:
             self._line, self._square = new
-        else:
-            self._line, self._square = FORGET * self._line + new[0], FORGET * self._square + new[1]
+            return
+        old = self._line, self._square
+        line, square = (FORGET * a + b for a, b in zip(old, new, strict=True))
+        if moved is not None:
+            line = torch.where(moved, line, self._line)
+            square = torch.where(moved, square, self._square)
+        self._line, self._square = line, square
 
     def _spread(self, x: Tensor) -> Tensor:
         """Return values of tokens `[R, n]` at the places of the output, one channel of it."""

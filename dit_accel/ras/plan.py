@@ -14,8 +14,9 @@ from dit_accel.config import RASConfig
 from dit_accel.models import AttentionLayer, Call, TokenOrder
 from dit_accel.ras import memory
 from dit_accel.ras.ages import Selection
-from dit_accel.ras.budget import step_intervals
+from dit_accel.ras.budget import step_intervals, step_weights
 from dit_accel.ras.compatibility import noise_of
+from dit_accel.ras.control import ErrorControl
 from dit_accel.ras.levels import noise_levels
 from dit_accel.ras.schedule import Schedule, plan_steps
 from dit_accel.ras.selection import tile_tokens, token_scores
@@ -36,6 +37,8 @@ class RunPlan:
     """Length, grid and device that all of this fits."""
     order: TokenOrder | None = None
     """Order in which the tokens run; None: raster. Tiles are runs of tokens in this order."""
+    control: ErrorControl | None = None
+    """Decides which of the forecast steps of the schedule are dense after all."""
     off: str | None = None
     """Reason why RAS is off for the whole run."""
     linear_kv: bool = False
@@ -143,6 +146,9 @@ def make_plan(
         order=order,
         off=off,
     )
+    if config.control is not None and levels is not None:
+        weights = step_weights(levels.tolist())
+        plan.control = ErrorControl(float(config.control), weights, rows, device)
     partial = schedule.has_partial_steps
     if off is not None:
         return plan

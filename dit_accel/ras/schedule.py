@@ -84,7 +84,7 @@ def plan_steps(
     """Return the schedule of a run of `num_steps` model calls over `num_tokens` image tokens.
 
     Without a budget every step that is not dense is partial. With one, the steps that run are those that leave the
-    least predicted error (`least_error`).
+    least predicted error (`least_error`). With `control`, the others may be forecast steps.
 
     The active tiles are the nearest number to ratio * tiles, but enough for `max_age`; where the
     ratios ask for more than `n_levels` different numbers, they are raised to the nearest kept one.
@@ -116,6 +116,8 @@ def plan_steps(
         wanted = {k: min(x for x in kept if x >= n) for k, n in wanted.items()}
     tiles: list[int | None] = [None if k in dense else wanted.get(k) for k in range(num_steps)]
     budget = config.budget_of(num_steps)
+    if config.control is not None:
+        tiles = [None if k in dense else 0 for k in range(num_steps)]
     if budget is not None:
         shares = [
             None if k in dense or config.ratio is None else wanted[k] / num_tiles

@@ -74,7 +74,7 @@ class Plain:
             terms[1] += float(self.slope(n, s).square().sum())
         if values is not None:
             lines = any(len(x) >= 2 for x in self.seen)
-            if lines:
+            if lines and any(active):
                 kept = (self.line or 0.0, self.square or 0.0)
                 self.line, self.square = (FORGET * a + b for a, b in zip(kept, terms, strict=True))
             for n in range(TOKENS):
