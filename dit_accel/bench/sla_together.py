@@ -28,7 +28,8 @@ class Together:
     steps: int = 20
     topk: float = 0.25
     block: int = 32
-    ratio: float = 0.5
+    ratio: float | None = None
+    """Share of the tokens on partial steps, in place of a budget."""
     work: Path | None = None
     """Scores of single samples, kept so that a stopped run goes on. Default: beside the output."""
 
@@ -39,7 +40,8 @@ class Together:
         subject.set_solver("unipc")
         row = Row(self.topk, "shared_softmax", self.block, ranked_by="spread")
         sla = row.sla("still" if subject.still else "video", None)
-        ras = {"ratio": self.ratio}
+        # Without a ratio: the budget of the preset "balanced".
+        ras: dict[str, Any] = {} if self.ratio is None else {"ratio": self.ratio}
         kinds: dict[str, dict[str, Any]] = {
             "sparse attention": {"sla": sla},
             "region-adaptive": {"ras": ras},

@@ -13,10 +13,12 @@ from dit_accel.config import RASConfig
 from dit_accel.kernels import LinearState
 from dit_accel.models import AttentionLayer, Call, Focus, TokenOrder, joint_index
 from dit_accel.ras.compatibility import step_cache_of
-from dit_accel.ras.context import ContextState, Distance
+from dit_accel.ras.context import ContextState
+from dit_accel.ras.control import ErrorControl
 from dit_accel.ras.history import History, KVStore
 from dit_accel.ras.outputs import Outputs
 from dit_accel.ras.plan import RunPlan, compute_dtype, for_rows, make_plan
+from dit_accel.ras.predictor import Distance
 from dit_accel.ras.records import RunState, StepRecord, summarise
 from dit_accel.ras.selection import tile_tokens
 from dit_accel.ras.summary import RASSummary
@@ -272,13 +274,7 @@ class RegionAdaptiveSampling(Method, Focus):
             measure=plan.control is not None or plan.selection.wants_errors,
         )
         if errors is not None and plan.control is not None:
-            known = distance.gap[:, 0] > 0
-            known = known if active is None else known & active[:, 0]
-            rates = errors[:, 0].double() / (
-                sample[0].numel() * distance.gap[:, 0].double().square()
-            )
-            rates = torch.where(known, rates, 0)[:, None]
-            plan.control.measure(_guidance_together(rates, self.call.noisy_latents)[:, 0], known)
+            self._measure_rows(plan.control, errors[:, 0] / sample[0].numel())
         elif errors is not None:
             self._measure(errors, active)
         return None if complete is sample else state.returned.fill(complete)
@@ -297,6 +293,17 @@ class RegionAdaptiveSampling(Method, Focus):
             rates = _guidance_together(rates, self.call.noisy_latents)
         members = tile_tokens(rates.shape[1], plan.schedule.tile, rates.device)
         plan.selection.measure(rates[:, members].mean(-1), known[:, members].any(-1))
+
+    def _measure_rows(self, control: ErrorControl, errors: Float[Tensor, " r"]) -> None:
+        """Tell the error control how wrong the forecasts of this call were, as squared relative errors."""
+        assert self._distance is not None
+        gap = self._distance.gap[:, 0].double()
+        known = gap > 0
+        if self._rows is not None:
+            known = known & self._rows[:, 0]
+        rates = torch.where(known, errors.double() / gap.square().clamp(min=1e-20), 0)
+        rates = _guidance_together(rates[:, None], self.call.noisy_latents)[:, 0]
+        control.measure(rates, known)
 
     def _end(self, run: Run) -> None:
         states = [x.states.get(self.name) for x in run.contexts.values()]
