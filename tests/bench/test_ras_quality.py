@@ -1,0 +1,59 @@
+"""The benchmark of region-adaptive sampling at equal cost, on a toy scale."""
+
+import json
+
+import pytest
+
+from dit_accel.bench.ras_quality import FEWER, OURS, Quality, Tables
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ras")
+    output = folder / "ras.json"
+    options = {
+        "model": "tiny-sd3",
+        "first": 4,
+        "samples": 2,
+        "prompts": 8,
+        "solvers": ("euler",),
+        "steps": (9,),
+        "rivals": ("sea_cache",),
+        "variants": ("partial",),
+    }
+    Quality(output, **options).run()
+    return output, options
+
+
+def test_every_way_has_its_cost_and_both_references(results):
+    report = json.loads(results[0].read_text())
+    rows = {x["kind"]: x for x in report["rows"]}
+    assert set(rows) == {"dense", FEWER, OURS, "sea_cache", "partial, by age", "partial, by error"}
+    assert rows[OURS]["cost"] == rows[FEWER]["cost"] == rows[FEWER]["steps_taken"] == 6
+    assert rows["sea_cache"]["cost"] <= 6 * 1.1
+    assert rows["dense"]["plain"]["latent_error"]["mean"] == 0
+    for row in rows.values():
+        for reference in ("plain", "fine"):
+            low, high = row[reference]["psnr_db"]["interval_95"]
+            assert low <= row[reference]["psnr_db"]["mean"] <= high
+    ours = rows[OURS]
+    assert ours["best_cache"] == "sea_cache"
+    gap = ours["plain"]["psnr_db"]["mean"] - rows[FEWER]["plain"]["psnr_db"]["mean"]
+    assert ours["plain_minus"][FEWER]["mean"] == pytest.approx(gap)
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(results, monkeypatch):
+    output, options = results
+    before = output.read_text()
+    monkeypatch.setattr(Quality, "_make", lambda *_: pytest.fail("sampled again"))
+    Quality(output, **options).run()
+    assert json.loads(output.read_text())["rows"] == json.loads(before)["rows"]
+
+
+def test_tables_print_what_the_file_holds(results, capsys):
+    Tables((results[0],)).run()
+    out = capsys.readouterr().out
+    assert "tiny-sd3, euler 9" in out
+    assert "(SeaCache)" in out
+    Tables((results[0],), full=True).run()
+    assert "partial, by error" in capsys.readouterr().out
