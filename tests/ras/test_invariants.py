@@ -30,7 +30,11 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 SPARSE = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,), "kv_predictor": "linear"}
 # Dense, partial and forecast steps.
 MIXED = {"budget": 0.65, "ratio": 0.2, "warmup": 2, "tail": 1, "kv_predictor": "linear"}
+FORECAST = {"budget": 0.6, "warmup": 2, "tail": 1}
 every_schedule = pytest.mark.parametrize("ras", [SPARSE, MIXED], ids=["partial", "mixed"])
+forecasts_too = pytest.mark.parametrize(
+    "ras", [SPARSE, MIXED, FORECAST], ids=["partial", "mixed", "forecast"]
+)
 
 
 def engine(pipe):
@@ -114,7 +118,7 @@ def test_a_batch_of_two_equals_two_batches_of_one(family, solver, selection, mon
 
 
 @every_case
-@every_schedule
+@forecasts_too
 def test_interrupting_and_running_again_equals_a_fresh_run(family, solver, ras):
     pipe = make(family, solver)
     dit_accel.enable(pipe, ras=ras)
@@ -223,7 +227,7 @@ def test_two_pipelines_do_not_touch_each_other(family):
 
 
 @every_family
-@every_schedule
+@forecasts_too
 def test_a_deep_copy_works_and_is_its_own(family, ras):
     pipe = make(family)
     plain = run(pipe, family)
@@ -282,7 +286,7 @@ def test_every_token_is_filled_on_odd_and_non_square_grids(family, size):
 
 
 @every_family
-@every_schedule
+@forecasts_too
 def test_changing_the_size_between_calls_works(family, ras):
     pipe = make(family)
     dit_accel.enable(pipe, ras=ras)
