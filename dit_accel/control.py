@@ -70,6 +70,7 @@ def enable(
         further or settings is not None or (config and config.has_partial_steps)
     ):
         check_pipeline(target)
+    done: list[tuple[Any, Any]] = []
     for part in parts.values():
         made: dict[str, Any] = dict(further)
         if ras is not None:
@@ -83,9 +84,17 @@ def enable(
         chosen = {name: x for name, x in {**on, **made}.items() if x is not None}
         if chosen:
             pipe = None if part is target else target
-            install(part, chosen.values(), replaced=before, pipe=pipe)
+            try:
+                install(part, chosen.values(), replaced=before, pipe=pipe)
+            except BaseException:
+                for other, earlier in done:  # the first transformer of two goes back to what it had
+                    uninstall(other)
+                    if earlier is not None:
+                        install(other, earlier.methods.values(), pipe=pipe)
+                raise
         else:
             uninstall(part)
+        done.append((part, before))
 
 
 def _further(methods: dict[str, Any]) -> Iterator[tuple[str, Method]]:

@@ -30,7 +30,7 @@ class Overhead:
     steps: int = 3
     """Region-adaptive steps of a run, after two dense ones; plain runs have as many."""
     budgets: tuple[float, ...] = (0.75, 0.5)
-    """Of runs with forecast steps."""
+    """Budgets of the runs with forecast steps."""
     run_steps: int = 12
     """Steps of a run with forecast steps."""
     compile: bool = True

@@ -122,7 +122,7 @@ class Quality:
             "fine": subject.decoded(self._fine(subject)),
         }
         for name in missing:
-            found = self._make(subject, setting, name, scores)
+            found = self._make(subject, setting, name)
             if found is None:
                 continue
             latents, cost, more = found
@@ -140,7 +140,7 @@ class Quality:
         return names
 
     def _make(
-        self, subject: Subject, setting: Setting, name: str, scores: dict[str, Any]
+        self, subject: Subject, setting: Setting, name: str
     ) -> tuple[torch.Tensor, float, dict[str, Any]] | None:
         """Return latents, their cost in dense steps, and what else to note; None for a cache that does not work."""
         steps, calls = setting.steps, self._calls(subject, setting)

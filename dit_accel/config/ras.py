@@ -61,7 +61,7 @@ class RASConfig(Config):
     without one it is (0.3, 0.5) where steps * ratio is less than 10, else none: extrapolation then does better
     alone."""
     selection: Literal["error", "age", "std", "l2norm", "random"] = "error"
-    """Which tokens are active on a partial step: those whose forecast was most wrong when it was last measured, for
+    """Choice of the active tokens of a partial step: those whose forecast was most wrong when it was last measured, for
     the time that has passed since; those longest without an update; those whose latents change with the lowest
     standard deviation or norm over channels (the paper); or a random choice."""
     high_ratio: float | int = 1.0

@@ -70,7 +70,7 @@ class TrainConfig(Recipe):
     vae_batch_size: int = 4
     """Clips a step, of 5 frames each, and of 9 in the decoder stage: more steps beat larger ones."""
     vae_learning_rate: float = 4e-3
-    """Of Muon and AdamW alike."""
+    """Learning rate of Muon and AdamW alike."""
     vae_base_dim: int = 32
     """Channels of the VAE; 32 is .7 M parameters."""
     decoder_steps: int = 500
@@ -114,7 +114,7 @@ class ImageRecipe(Recipe):
     vae_steps: int = 1200
     vae_batch_size: int = 4
     vae_learning_rate: float = 4e-3
-    """Of Muon and AdamW alike."""
+    """Learning rate of Muon and AdamW alike."""
     num_layers: int = 4
     num_heads: int = 4
     """Of 32 channels each."""
@@ -151,7 +151,7 @@ class Lumina2TrainConfig(ImageRecipe):
     vae_steps: int = 500
     """Steps from the VAE of tiny-sd3 with a level at full resolution added to it."""
     vae_learning_rate: float = 2e-3
-    """Of Muon and AdamW alike."""
+    """Learning rate of Muon and AdamW alike."""
     dit_steps: int = 6000
     num_kv_heads: int = 2
     """Heads of keys and values, each shared by `num_heads / num_kv_heads` heads of queries."""

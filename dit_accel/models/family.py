@@ -34,7 +34,7 @@ class Call:
     epoch: Hashable = None
     """What cached keys were made with: if it changes within a run, they are stale."""
     form: Hashable = None
-    """What else decides the form of the output, `return_dict`."""
+    """Argument `return_dict`, which decides the form of the output."""
     flops: Callable[[int], float] | None = None
     """Matrix products of this call with so many active image tokens; the runtime fills it in."""
     must_run: bool = False

@@ -14,10 +14,11 @@ class Owed:
     """Sums over the steps in which a token was forecast, since it last ran; `[R, n]` each."""
 
     gaps: Tensor
-    """Of interval times difference of noise levels to the last update."""
+    """Sum of interval times difference of noise levels to the last update."""
     factors: Tensor
-    """Of interval times damped extrapolation factor."""
+    """Sum of interval times damped extrapolation factor."""
     intervals: Tensor
+    """Sum of the intervals."""
 
 
 class Outputs:

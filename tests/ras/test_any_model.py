@@ -95,6 +95,20 @@ def test_two_transformers_share_the_steps():
     assert installation_of(pipe.transformer_2) is None
 
 
+@pytest.mark.parametrize("before", [None, 0.5])
+def test_two_transformers_are_enabled_both_or_not_at_all(before):
+    from diffusers import FirstBlockCacheConfig
+
+    pipe, _, _ = make("wan22")
+    if before is not None:
+        dit_accel.enable(pipe, ras={"budget": before})
+    pipe.transformer_2.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="a step cache of diffusers is on"):
+        dit_accel.enable(pipe, ras={"budget": 0.7})
+    on = method_of(pipe.transformer, "ras")
+    assert (None if on is None else on.config.budget) == before
+
+
 def test_a_transformer_without_hidden_states_is_refused():
     class Own(nn.Module):
         def forward(self, x, timestep):

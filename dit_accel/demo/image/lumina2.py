@@ -20,7 +20,7 @@ SYSTEM_PROMPT = (
     "you are an assistant designed to generate superior images with the superior degree of image-text "
     "alignment based on textual prompts or user prompts. <prompt start>"
 )
-"""What the pipeline puts before each prompt, but not before the negative one. Each word gets a token of its own:
+"""Text that the pipeline puts before each prompt, but not before the negative one. Each word gets a token of its own:
 spelled out they would be several times as many tokens as the caption."""
 SHORT_TEXT = 40
 """Padded length of the text in training (max_sequence_length); the longest prompt of the data set has 34

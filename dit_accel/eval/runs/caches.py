@@ -20,7 +20,7 @@ class StepCache:
     settings: str
     """Name of the class of its settings in diffusers."""
     setting: str
-    """What is searched: the field of the config, or the part of it that `fields` sets."""
+    """Setting that is searched: the field of the config, or the part of it that `fields` sets."""
     span: Callable[[int], tuple[float, float]]
     """From the number of steps: the value that leaves nothing out, and the one that costs least."""
     whole: bool = False
