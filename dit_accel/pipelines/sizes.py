@@ -38,11 +38,18 @@ class VideoSizes:
             )
 
 
+def _check_image(
+    pipe: Any, patch: int, height: int | None, width: int | None, num_frames: int | None
+) -> None:
+    for name, value in (("height", height), ("width", width)):
+        if value is not None:
+            _check_multiple(name, value, pipe.vae_scale_factor * patch)
+    if num_frames is not None:
+        raise ValueError(f"num_frames={num_frames!r}: this model makes images; accepted: None")
+
+
 class ImageSizes:
     """Size checks of image pipelines."""
-
-    least_patch = 1
-    """Smallest patch, in latent positions a side, that sizes are checked for."""
 
     def check_sizes(
         self,
@@ -57,18 +64,28 @@ class ImageSizes:
         Raises:
             ValueError: the model cannot make this size.
         """
-        patch = max(self.least_patch, self.transformer.config.patch_size)  # type: ignore[attr-defined]
-        for name, value in (("height", height), ("width", width)):
-            if value is not None:
-                _check_multiple(name, value, self.vae_scale_factor * patch)  # type: ignore[attr-defined]
-        if num_frames is not None:
-            raise ValueError(f"num_frames={num_frames!r}: this model makes images; accepted: None")
+        patch = self.transformer.config.patch_size  # type: ignore[attr-defined]
+        _check_image(self, patch, height, width, num_frames)
 
 
-class LuminaSizes(ImageSizes):
+class LuminaSizes:
     """Size checks of Lumina pipelines, which insist on patches of two latent positions a side or more."""
 
-    least_patch = 2
+    def check_sizes(
+        self,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        **_: Any,
+    ) -> None:
+        """Check a size before the call; None stands for the pipeline's default.
+
+        Raises:
+            ValueError: the model cannot make this size.
+        """
+        patch = max(2, self.transformer.config.patch_size)  # type: ignore[attr-defined]
+        _check_image(self, patch, height, width, num_frames)
 
 
 def checked_call(call: Any) -> Any:
