@@ -38,8 +38,8 @@ class RASConfig(Config):
 
     `budget` alone gives dense steps and forecast steps, in which the transformer is not called. `ratio` alone gives
     dense steps and partial steps, in which it runs on some of the tokens. Both give a mixture of the three. `control`
-    alone decides in each step whether it is dense or a forecast. With none of them, the budget is that of the preset
-    "balanced".
+    decides in each step whether it is dense or a forecast; with `ratio`, also whether that share of the tokens, or half
+    of it, is enough. With none of them, the budget is that of the preset "balanced".
     """
 
     budget: float | int | tuple | list | None = None
@@ -49,8 +49,8 @@ class RASConfig(Config):
     """Active tokens / all image tokens on a partial step, in (0, 1]; or a list of (start, ratio), where
     start is the fraction of the steps from which that ratio holds (the first is 0). None: no partial steps."""
     control: float | int | None = None
-    """Largest predicted error of a forecast step, in place of a budget: the relative error of the output times
-    |s_(k+1) - s_k| / (1 - s_k), s being the noise levels. The cost is then not known before the run."""
+    """Largest predicted error of what does not run in a step, in place of a budget: the relative error of the output
+    times |s_(k+1) - s_k| / (1 - s_k), s being the noise levels. The cost is then not known before the run."""
     warmup: int | float | Literal["auto"] = "auto"
     """Dense first steps. A float is a fraction of the steps really executed, rounded up, and at least
     3 steps; an int is a number of steps, at least 1. "auto" is 0.15 where `ratio` is alone, else 3."""
@@ -114,8 +114,10 @@ class RASConfig(Config):
         control = self.control
         ok = control is None or (is_number(control) and 0 < control < math.inf)
         check("control", control, ok, "a number > 0")
-        if control is not None and (self.budget is not None or self.ratio is not None):
-            raise ValueError(f"control={control!r}: accepted without budget and ratio")
+        if control is not None and self.budget is not None:
+            raise ValueError(f"control={control!r}: accepted without budget")
+        if control is not None and isinstance(self.ratio, list | tuple):
+            raise ValueError(f"ratio={self.ratio!r}: accepted with control is one number")
         if control is None and self.budget is None and self.ratio is None:
             object.__setattr__(self, "budget", BUDGETS["balanced"])
         for name in ("budget", "ratio"):

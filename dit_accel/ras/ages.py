@@ -1,22 +1,32 @@
 """`Selection`: the ages and errors of a run's tiles, and which are active in the step in progress."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dit_accel.config import RASConfig
+from dit_accel.ras.control import fewest_tiles, longest
 from dit_accel.ras.schedule import Schedule
-from dit_accel.ras.selection import band_score, choose
+from dit_accel.ras.selection import band_score, choose, rank_by
 
 
 class Selection:
     """One index set for each row of the run's first call, shared by all contexts of a step."""
 
     def __init__(
-        self, config: RASConfig, schedule: Schedule, rows: int, device: torch.device
+        self,
+        config: RASConfig,
+        schedule: Schedule,
+        rows: int,
+        device: torch.device,
+        weights: Sequence[float] = (),
     ) -> None:
         self.config = config
         self.schedule = schedule
+        self.weights = weights
+        """How much an error of each step counts, see `step_weights`; needed where the schedule has choices."""
         shape = (rows, schedule.num_tiles)
         self.age = torch.zeros(shape, dtype=torch.long, device=device)
         self.dropped = torch.zeros(shape, dtype=torch.float32, device=device)
@@ -25,9 +35,13 @@ class Selection:
         self.step = -1
         self.tiles: Tensor | None = None
         """Active tiles `[S, count]`, ascending; None: all."""
+        self.too_wrong = False
+        """Whether this step runs on all tiles because of measured errors."""
+        self._incomplete = 0
+        """Steps since the last one that ran on all tiles."""
         # Before anything is measured, all tiles count alike, and so the oldest first.
         self.errors = torch.ones(shape, dtype=torch.float64, device=device)
-        """Squared error of each tile's forecast when it was last measured, over the square of the noise level
+        """Squared relative error of each tile's forecast when it was last measured, over the square of the noise level
         difference that it spanned; summed over contexts."""
         self.updated = torch.zeros(shape, dtype=torch.float64, device=device)
         """Noise level of each tile's last update."""
@@ -36,7 +50,9 @@ class Selection:
     @property
     def wants_errors(self) -> bool:
         """True if forecasts have to be measured."""
-        return self.config.selection == "error" and self.schedule.has_partial_steps
+        schedule = self.schedule
+        by_error = self.config.selection == "error" and schedule.has_partial_steps
+        return by_error or bool(schedule.choices)
 
     def begin_step(
         self, step: int, metric: Float[Tensor, "s m"] | None, level: Float[Tensor, ""] | None = None
@@ -51,6 +67,11 @@ class Selection:
             return
         self.step = step
         count = self.schedule.tiles[step]
+        self.too_wrong = False
+        if count is not None and self.schedule.choices and level is not None:
+            count = self._fewest(step, metric, level)
+            self.too_wrong = count is None
+        self._incomplete = 0 if count is None else self._incomplete + 1
         if count is None:
             self.tiles = None
             self.age.zero_()
@@ -88,6 +109,20 @@ class Selection:
         before = self.errors if self._measured == self.step else torch.zeros_like(self.errors)
         self._measured = self.step
         self.errors = torch.where(known, before + errors, self.errors)
+
+    def _fewest(self, step: int, metric: Tensor | None, level: Tensor) -> int | None:
+        """Return how many tiles have to run in this step; None: all."""
+        schedule = self.schedule
+        if self._measured < 0 or self._incomplete >= longest(schedule.num_steps):
+            return None
+        assert self.config.control is not None
+        choices = (0, *schedule.choices)
+        return fewest_tiles(
+            self.errors * (self.updated - level).square() * self.weights[step] ** 2,
+            rank_by(self._score(step, metric, choices[-1], level)),
+            choices,
+            float(self.config.control),
+        )
 
     def _score(self, step: int, metric: Tensor | None, count: int, level: Tensor | None) -> Tensor:
         config = self.config

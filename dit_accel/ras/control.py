@@ -1,17 +1,47 @@
-"""`ErrorControl`: decides step by step, from measured errors, whether the transformer has to run."""
+"""Decides step by step, from measured errors, whether the transformer has to run, and on how many tokens."""
 
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 LONGEST, LONGEST_FROM_31 = 1, 3
-"""Most forecast steps in a row, below 31 steps and from there on."""
+"""Most steps in a row that are not dense, below 31 steps and from there on."""
+
+
+def longest(steps: int) -> int:
+    """Return the most steps in a row of a run that are not dense."""
+    return LONGEST_FROM_31 if steps > 30 else LONGEST
+
+
+def fewest_tiles(
+    errors: Float[Tensor, "s m"],
+    rank: Int[Tensor, "s m"],
+    choices: tuple[int, ...],
+    tolerance: float,
+) -> int | None:
+    """Return the fewest tiles that leave no more than the tolerance in every sample. None: all of them have to run.
+
+    One number is read from the device.
+
+    Args:
+        errors: squared error of each tile if it does not run, over the mean square of all.
+        rank: place of each tile among those that are to run.
+        choices: accepted numbers, rising.
+        tolerance: root of the mean over tiles that do not run, those that run counting as 0.
+    """
+    order = rank.argsort(dim=1)
+    ranked = errors.gather(1, order)
+    left = torch.stack([ranked[:, n:].sum(1) / errors.shape[1] for n in choices])
+    fits = (left.sqrt() <= tolerance).all(1)
+    # The first that fits; one past the end if there is none.
+    first = torch.cat([fits, fits.new_ones(1)]).int().argmax()
+    return (*choices, None)[int(first)]
 
 
 class ErrorControl:
-    """Runs the transformer where the predicted error of a forecast is above a tolerance.
+    """Runs the transformer where the predicted error of a forecast is above a tolerance: on all tokens, or not at all.
 
     The relative error of the last forecast of each sample, over the difference of noise levels that it spanned, is
     measured whenever the transformer runs. The prediction is that rate times the difference now, times the step's
@@ -30,7 +60,7 @@ class ErrorControl:
     ) -> None:
         self.tolerance = tolerance
         self.weights = weights
-        self.longest = LONGEST_FROM_31 if len(weights) > 30 else LONGEST
+        self.longest = longest(len(weights))
         self.rate = torch.full((samples,), math.inf, dtype=torch.float64, device=device)
         """Squared relative error over the square of the noise level difference, summed over contexts."""
         self.updated = torch.zeros(samples, dtype=torch.float64, device=device)

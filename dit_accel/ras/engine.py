@@ -28,6 +28,7 @@ from dit_accel.runtime.run import Run
 from dit_accel.runtime.summary import total
 
 OUTSIDE = "no sampling loop drives this call"
+TOO_WRONG = "predicted error above the tolerance"
 
 
 class RegionAdaptiveSampling(Method, Focus):
@@ -202,11 +203,11 @@ class RegionAdaptiveSampling(Method, Focus):
                 return answer
         reason = plan.off
         if reason is None and tiles is None:
-            reason = "dense step"
+            reason = TOO_WRONG if selection.too_wrong else "dense step"
         elif reason is None and fresh:
             reason = "first call of a context"
         elif forecast and control is not None and control.any:
-            reason = "predicted error above the tolerance"
+            reason = TOO_WRONG
             assert control.runs is not None
             self._rows = for_rows(control.runs[:, None], rows)
         elif forecast:
@@ -273,8 +274,10 @@ class RegionAdaptiveSampling(Method, Focus):
             repeats=run.repeats,
             measure=plan.control is not None or plan.selection.wants_errors,
         )
+        if errors is not None:
+            errors = errors * (errors.shape[1] / sample[0].numel())
         if errors is not None and plan.control is not None:
-            self._measure_rows(plan.control, errors[:, 0] / sample[0].numel())
+            self._measure_rows(plan.control, errors[:, 0])
         elif errors is not None:
             self._measure(errors, active)
         return None if complete is sample else state.returned.fill(complete)

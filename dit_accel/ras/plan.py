@@ -38,7 +38,7 @@ class RunPlan:
     order: TokenOrder | None = None
     """Order in which the tokens run; None: raster. Tiles are runs of tokens in this order."""
     control: ErrorControl | None = None
-    """Decides which of the forecast steps of the schedule are dense after all."""
+    """Decides which of the forecast steps of the schedule are dense after all, if there are no partial steps."""
     off: str | None = None
     """Reason why RAS is off for the whole run."""
     linear_kv: bool = False
@@ -133,9 +133,10 @@ def make_plan(
         levels=[0.0] * (run.num_steps + 1) if levels is None else levels.tolist(),
         cost=cost,
     )
+    weights = [] if levels is None else step_weights(levels.tolist())
     plan = RunPlan(
         schedule,
-        Selection(config, schedule, rows, device),
+        Selection(config, schedule, rows, device, weights),
         None if levels is None else levels.to(device),
         torch.tensor(
             [] if levels is None else step_intervals(levels.tolist()),
@@ -146,8 +147,7 @@ def make_plan(
         order=order,
         off=off,
     )
-    if config.control is not None and levels is not None:
-        weights = step_weights(levels.tolist())
+    if config.control is not None and levels is not None and not schedule.choices:
         plan.control = ErrorControl(float(config.control), weights, rows, device)
     partial = schedule.has_partial_steps
     if off is not None:

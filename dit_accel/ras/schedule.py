@@ -18,6 +18,8 @@ class Schedule:
     tile: int
     """Tokens per tile."""
     num_tiles: int
+    choices: tuple[int, ...] = ()
+    """Numbers of tiles, rising, that a forecast step may run after all, as errors are measured."""
 
     @property
     def num_steps(self) -> int:
@@ -26,7 +28,7 @@ class Schedule:
     @property
     def has_partial_steps(self) -> bool:
         """True if a step runs on some of the tokens."""
-        return any(self.tiles)
+        return any(self.tiles) or bool(self.choices)
 
     def capacity(self, step: int, ahead: int) -> list[int | None]:
         """Tiles updated in the next 0, 1, ..., `ahead` steps after `step`, summed up.
@@ -116,8 +118,11 @@ def plan_steps(
         wanted = {k: min(x for x in kept if x >= n) for k, n in wanted.items()}
     tiles: list[int | None] = [None if k in dense else wanted.get(k) for k in range(num_steps)]
     budget = config.budget_of(num_steps)
+    choices: set[int] = set()
     if config.control is not None:
         tiles = [None if k in dense else 0 for k in range(num_steps)]
+        for count in wanted.values():
+            choices |= {math.ceil(count / 2), count} - {num_tiles}
     if budget is not None:
         shares = [
             None if k in dense or config.ratio is None else wanted[k] / num_tiles
@@ -133,4 +138,4 @@ def plan_steps(
             None if kind == "dense" else 0 if kind == "forecast" else wanted[k]
             for k, kind in enumerate(found)
         ]
-    return Schedule(tiles=tuple(tiles), tile=tile, num_tiles=num_tiles)
+    return Schedule(tuple(tiles), tile, num_tiles, tuple(sorted(choices)))
