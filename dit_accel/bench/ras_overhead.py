@@ -4,7 +4,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -24,6 +24,8 @@ class Overhead:
 
     output: Path | None = None
     device: str = "cpu"
+    parts: tuple[Literal["partial", "forecast"], ...] = ("partial", "forecast")
+    """What is measured: partial steps, whole runs with forecast steps."""
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
     repeats: int = 3
     """Runs of each kind, alternating."""
@@ -49,8 +51,10 @@ class Overhead:
                 if self.time_limit_s is not None and spent > self.time_limit_s:
                     left_out.append(f"{geometry.name}{' compiled' * compiled}")
                 else:
-                    rows += self.measure(geometry, compiled)
-                    rows += self.measure_runs(geometry, compiled)
+                    if "partial" in self.parts:
+                        rows += self.measure(geometry, compiled)
+                    if "forecast" in self.parts:
+                        rows += self.measure_runs(geometry, compiled)
         if left_out:
             print(f"not measured within {self.time_limit_s:.0f} s: {', '.join(left_out)}")
         record = {"format_version": FORMAT_VERSION, "rows": rows, "not_measured": left_out}
