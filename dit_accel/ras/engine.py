@@ -10,17 +10,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dit_accel.config import RASConfig
-from dit_accel.kernels import LinearState
 from dit_accel.models import AttentionLayer, Call, Focus, TokenOrder, joint_index
 from dit_accel.ras.compatibility import step_cache_of
 from dit_accel.ras.context import ContextState
 from dit_accel.ras.control import ErrorControl
-from dit_accel.ras.history import History, KVStore
 from dit_accel.ras.outputs import Outputs
 from dit_accel.ras.plan import RunPlan, compute_dtype, for_rows, make_plan
 from dit_accel.ras.predictor import Distance
 from dit_accel.ras.records import RunState, StepRecord, summarise
 from dit_accel.ras.selection import tile_tokens
+from dit_accel.ras.stores import Stores
 from dit_accel.ras.summary import RASSummary
 from dit_accel.runtime.method import Host, Method
 from dit_accel.runtime.returned import Form, sample_of
@@ -48,7 +47,7 @@ class RegionAdaptiveSampling(Method, Focus):
         # Without partial steps only whole outputs are kept: nothing of the model has to be known.
         self.uses_attention = self.needs_family = config.has_partial_steps
         self.layers: dict[str, AttentionLayer] = {}
-        self.stores: dict[str, KVStore] = {}
+        self.stores = Stores({}, config)
         self.others: tuple[Method, ...] = ()
         """The other methods on the transformer, whose token order and tiles are followed."""
         self.separate_guidance = False
@@ -77,18 +76,15 @@ class RegionAdaptiveSampling(Method, Focus):
             return
         self.layers = host.layers
         self.others = tuple(x for x in host.methods if x is not self)
-        self.stores = {name: KVStore() for name in host.layers}
-        for name, layer in host.layers.items():
-            layer.module.processor.kv_store = self.stores[name]
+        self.stores = Stores(host.layers, self.config)
 
     def detach(self) -> None:
         self._finish_call()
         self.state = RunState()
-        self.layers, self.stores, self.others = {}, {}, ()
+        self.layers, self.stores, self.others = {}, Stores({}, self.config), ()
 
     def _finish_call(self) -> None:
-        for store in self.stores.values():
-            store.close()
+        self.stores.close()
         self.call: Call = None  # type: ignore[assignment]
         self.context: ContextState = None  # type: ignore[assignment]
         self.index: Tensor | None = None
@@ -422,58 +418,20 @@ class RegionAdaptiveSampling(Method, Focus):
         same: Float[Tensor, "r l"] | None,
         text: int | None = 0,
     ) -> None:
-        """Point the stores of this layout at what the context has cached.
-
-        Args:
-            text: tokens before the image in each row; None: not the same in all rows.
-        """
+        """Point the stores of this layout at what the context has cached, see `Stores.point`."""
         assert self.plan is not None
         latents = self.call.hidden_states
-        like = latents.new_empty(0, dtype=compute_dtype(latents))
-        if index is not None:
-            # Compiled blocks then serve every count from the first one on.
-            torch._dynamo.maybe_mark_dynamic(index, 0)
-        for name, layer in self.layers.items():
-            if layer.layout != layout:
-                continue
-            if name not in self.context.kv:
-                k, v = (
-                    History(
-                        latents.shape[0],
-                        length,
-                        (layer.kv_heads, layer.head_dim),
-                        like,
-                        linear=self.plan.linear_kv,
-                        policy=self.config.kv_cache,
-                    )
-                    for _ in range(2)
-                )
-                self.context.kv[name] = (k, v)
-            store = self.stores[name]
-            totals = None
-            if store.feature_map is not None and not self.plan.linear_kv and text is not None:
-                totals = self._totals(name, layer, store.feature_map)
-            store.open(
-                self.context.kv[name],
-                index,
-                factor.flatten(),
-                None if same is None else same.flatten(),
-                totals,
-                text or 0,
-            )
-
-    def _totals(self, name: str, layer: AttentionLayer, feature_map: str) -> LinearState:
-        """Sums over this context's image keys in one layer, zero at first."""
-        if name not in self.context.totals:
-            latents = self.call.hidden_states
-            dtype = torch.promote_types(latents.dtype, torch.float32)
-            shape = (latents.shape[0], layer.kv_heads, layer.head_dim)
-            self.context.totals[name] = LinearState(
-                latents.new_zeros(*shape, layer.head_dim, dtype=dtype),
-                latents.new_zeros(shape, dtype=dtype),
-                feature_map,
-            )
-        return self.context.totals[name]
+        self.stores.point(
+            self.context,
+            latents.new_empty(0, dtype=compute_dtype(latents)),
+            layout,
+            (latents.shape[0], length),
+            index,
+            factor,
+            same,
+            linear=self.plan.linear_kv,
+            text=text,
+        )
 
     def masks(self, sample: int = 0) -> dict[int, Tensor]:
         """Active tokens of one sample, bool `[t, h, w]`, in each step of the last run that left tokens out."""

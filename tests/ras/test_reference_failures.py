@@ -154,7 +154,7 @@ def test_08_sd35_caches_the_keys_of_its_second_attention_too():
     lengths = {}
 
     def look(name):
-        store = method_of(pipe, "ras").stores[name]
+        store = method_of(pipe, "ras").stores.by_layer[name]
         return lambda module, args, out: lengths.setdefault(name, set()).add(
             None if store.index is None else store.index.numel()
         )

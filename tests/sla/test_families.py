@@ -165,7 +165,7 @@ def test_totals_of_many_steps_equal_sums_over_all_keys(family, order, scope, ste
     report = dit_accel.summary(pipe, strict=True)
     assert len(errors) == report.sparse_calls >= steps * len(report.layers)
     assert max(errors) < 1e-5
-    for store in method_of(pipe, "ras").stores.values():
+    for store in method_of(pipe, "ras").stores.by_layer.values():
         store.feature_map = None  # nobody keeps totals now
     assert relative(run(pipe, family, steps=steps), latents) < 1e-4
 

@@ -1,0 +1,111 @@
+"""`Stores`: one store of keys and values for each attention layer, pointed at what a context has cached."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dit_accel.config import RASConfig
+from dit_accel.kernels import LinearState
+from dit_accel.models import AttentionLayer
+from dit_accel.ras.context import ContextState
+from dit_accel.ras.history import History, KVStore
+
+
+class Stores:
+    """Stores of a transformer's self-attention layers, installed in their processors.
+
+    Args:
+        layers: self-attention layers by name.
+        config: settings.
+    """
+
+    def __init__(self, layers: Mapping[str, AttentionLayer], config: RASConfig) -> None:
+        self.layers = layers
+        self.policy = config.kv_cache
+        self.by_layer = {name: KVStore() for name in layers}
+        for name, layer in layers.items():
+            layer.module.processor.kv_store = self.by_layer[name]
+
+    def close(self) -> None:
+        """Forget the call in progress."""
+        for store in self.by_layer.values():
+            store.close()
+
+    def point(
+        self,
+        context: ContextState,
+        like: Tensor,
+        layout: str,
+        shape: tuple[int, int],
+        index: Int[Tensor, " rn"] | None,
+        factor: Float[Tensor, "r l"],
+        same: Float[Tensor, "r l"] | None,
+        *,
+        linear: bool,
+        text: int | None = 0,
+    ) -> None:
+        """Point the stores of the layers with this layout at what a context has cached.
+
+        Args:
+            context: it gets empty caches if it has none.
+            like: an empty tensor of the dtype and device of keys.
+            layout: see `AttentionLayer.layout`.
+            shape: rows and tokens.
+            index: tokens that run, into rows laid end to end; None: all.
+            factor: how far keys and values of the others are extrapolated.
+            same: 1 for tokens whose last update had this very noise level; None: no token.
+            linear: whether keys and values are extrapolated.
+            text: tokens before the image in each row; None: not the same in all rows.
+        """
+        if index is not None:
+            # Compiled blocks then serve every count from the first one on.
+            torch._dynamo.maybe_mark_dynamic(index, 0)
+        for name, layer in self.layers.items():
+            if layer.layout != layout:
+                continue
+            if name not in context.kv:
+                k, v = (
+                    History(
+                        *shape,
+                        (layer.kv_heads, layer.head_dim),
+                        like,
+                        linear=linear,
+                        policy=self.policy,
+                    )
+                    for _ in range(2)
+                )
+                context.kv[name] = (k, v)
+            store = self.by_layer[name]
+            totals = None
+            if store.feature_map is not None and not linear and text is not None:
+                totals = _totals(context, name, layer, shape[0], store.feature_map, like)
+            store.open(
+                context.kv[name],
+                index,
+                factor.flatten(),
+                None if same is None else same.flatten(),
+                totals,
+                text or 0,
+            )
+
+
+def _totals(
+    context: ContextState,
+    name: str,
+    layer: AttentionLayer,
+    rows: int,
+    feature_map: str,
+    like: Tensor,
+) -> LinearState:
+    """Sums over this context's image keys in one layer, zero at first."""
+    if name not in context.totals:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        shape = (rows, layer.kv_heads, layer.head_dim)
+        context.totals[name] = LinearState(
+            like.new_zeros(*shape, layer.head_dim, dtype=dtype),
+            like.new_zeros(shape, dtype=dtype),
+            feature_map,
+        )
+    return context.totals[name]
