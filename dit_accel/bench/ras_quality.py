@@ -23,6 +23,7 @@ from dit_accel.sampling.step_caches import step_cache
 
 FORMAT_VERSION = 2
 FINE_STEPS = 100
+SOLVERS = ("unipc", "euler", "dpm++", "heun")
 REFERENCES = {
     "plain": "dense sampling, the same solver and number of steps, the same noise",
     "fine": f"dense sampling, UniPC, {FINE_STEPS} steps, the same noise",
@@ -36,9 +37,14 @@ ON_ONE_SCHEDULE = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "forecast, no correction": {"correction": 0},
     "forecast, undamped": {"predictor": "linear"},
-    "forecast and partial": {"ratio": 0.25},
+    "forecast and partial": {"ratio": 0.5},
 }
 """Changes to the settings of `OURS`."""
+CONTROLLED: dict[str, dict[str, Any]] = {
+    "error control": {},
+    "error control, tokens": {"ratio": 0.5},
+}
+"""Rows that decide as errors are measured, at the tolerance with which other samples cost the budget."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,11 @@ class Setting:
     def key(self) -> str:
         return f"{self.solver} {self.steps} {self.budget:g}"
 
+    @classmethod
+    def of(cls, key: str) -> "Setting":
+        solver, steps, budget = key.split()
+        return cls(solver, int(steps), float(budget))
+
 
 @dataclass
 class Quality:
@@ -66,13 +77,13 @@ class Quality:
     samples: int = 32
     prompts: int = 160
     """Prompts that are drawn; sample i has prompt i and seed i."""
-    solvers: tuple[str, ...] = ("unipc", "euler", "dpm++")
+    solvers: tuple[str, ...] = SOLVERS[:3]
     steps: tuple[int, ...] = (12, 20, 28, 50)
     budgets: tuple[float, ...] = ()
     """Default: that of the preset "balanced" for each number of steps."""
     rivals: tuple[str, ...] = RIVALS
     variants: tuple[str, ...] = ("partial", "forecast, no correction", "forecast, undamped")
-    """Names in `VARIANTS`, and "partial" for tokens chosen in two ways on one schedule."""
+    """Names in `VARIANTS` and `CONTROLLED`, and "partial" for tokens chosen in two ways on one schedule."""
     work: Path | None = None
     """Folder for scores of single samples and for references, so that a stopped run goes on. Default: beside the
     output."""
@@ -84,14 +95,24 @@ class Quality:
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._scores_path.exists():
             self._scores.update(json.loads(self._scores_path.read_text()))
+            self._check_kept()
         subject = Subject(self.model, self.prompts)
         settings = list(self._settings())
         bar = tqdm(settings, desc=Path(self.model).name)
         for setting in bar:
             bar.set_postfix_str(setting.key)
             self._measure(subject, setting)
-            write_json(self.output, self._report(subject, settings))
+            write_json(self.output, self._report(subject))
         print_tables(json.loads(self.output.read_text()))
+
+    def _check_kept(self) -> None:
+        """Refuse scores of other samples: they would be told as scores of these."""
+        kept = [row for scores in self._scores.values() for row in scores.values()]
+        if any(len(row["plain"]) != self.samples for row in kept):
+            raise ValueError(
+                f"work={self._folder}: holds scores of another number of samples than {self.samples}; accepted is "
+                "an empty folder, or the one of a run that was stopped"
+            )
 
     @property
     def _folder(self) -> Path:
@@ -152,19 +173,41 @@ class Quality:
             return self._sample(subject, setting, fewer), budget * calls, {"steps_taken": fewer}
         if name in CACHES:
             return self._cached(subject, setting, name, budget)
-        changed = ON_ONE_SCHEDULE.get(name) or {
+        if name in CONTROLLED:
+            ras = {**CONTROLLED[name], "control": self._tolerance(subject, setting, name)}
+            # One by one, so that each costs what it takes alone.
+            latents, cost = self._accelerated(subject, setting, ras, self._rows, 1)
+            return latents, cost, {"ras": ras}
+        ras = ON_ONE_SCHEDULE.get(name) or {
             "budget": setting.budget,
             **({} if name == OURS else VARIANTS[name]),
         }
+        latents, cost = self._accelerated(subject, setting, ras, self._rows, 8)
+        return latents, cost, {"ras": ras}
+
+    def _accelerated(
+        self, subject: Subject, setting: Setting, ras: dict[str, Any], rows: range, size: int
+    ) -> tuple[torch.Tensor, float]:
+        """Return latents and their cost in dense steps, a mean over batches of this size."""
         latents, costs = [], []
-        for rows in _chunks(self._rows, 8):
+        for some in _chunks(rows, size):
             subject.set_solver(setting.solver)
-            made, report = subject.latents(rows, steps, ras=changed)
+            made, report = subject.latents(some, setting.steps, ras=ras)
             assert report is not None
             assert report.ras is not None
             latents.append(made)
             costs.append(report.ras.cost)
-        return torch.cat(latents), float(np.mean(costs)), {"ras": changed}
+        return torch.cat(latents), float(np.mean(costs))
+
+    def _tolerance(self, subject: Subject, setting: Setting, name: str) -> float:
+        """Return the least tolerance with which other samples than are compared cost no more than the budget."""
+        low, high = 1e-4, 1.0
+        for _ in range(8):
+            middle = math.sqrt(low * high)
+            ras = {**CONTROLLED[name], "control": middle}
+            cost = self._accelerated(subject, setting, ras, range(4), 1)[1]
+            low, high = (low, middle) if cost <= setting.budget * setting.steps else (middle, high)
+        return float(f"{high:.3g}")
 
     def _calls(self, subject: Subject, setting: Setting) -> int:
         subject.set_solver(setting.solver)
@@ -214,16 +257,15 @@ class Quality:
             save_file({"latents": latents.contiguous()}, path)
         return load_file(path)["latents"]
 
-    def _report(self, subject: Subject, settings: list[Setting]) -> dict[str, Any]:
+    def _report(self, subject: Subject) -> dict[str, Any]:
+        """Every row that was scored, in this run or before it was stopped."""
         rows = []
-        for setting in settings:
-            scores = self._scores.get(setting.key, {})
-            caches = [name for name in self.rivals if name in scores]
+        known = {Setting.of(key): scores for key, scores in self._scores.items()}
+        for setting in sorted(known, key=lambda x: (x.steps, x.budget, SOLVERS.index(x.solver))):
+            scores = known[setting]
+            caches = [name for name in CACHES if name in scores]
             best = max(caches, key=lambda x: _psnr(scores[x]).mean(), default=None)
-            for name in self._names():
-                if name not in scores:
-                    continue
-                record = scores[name]
+            for name, record in sorted(scores.items(), key=lambda x: _place(x[0])):
                 row: dict[str, Any] = {
                     "solver": setting.solver,
                     "steps": setting.steps,
@@ -262,6 +304,12 @@ class Quality:
             "versions": versions(),
             "machine": machine(),
         }
+
+
+def _place(name: str) -> int:
+    """Place of a row in its table."""
+    order = ["dense", FEWER, OURS, *CACHES, *ON_ONE_SCHEDULE, *VARIANTS, *CONTROLLED]
+    return order.index(name)
 
 
 def _chunks(rows: range, size: int) -> list[range]:

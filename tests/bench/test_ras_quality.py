@@ -19,7 +19,7 @@ def results(tmp_path_factory):
         "solvers": ("euler",),
         "steps": (9,),
         "rivals": ("sea_cache",),
-        "variants": ("partial",),
+        "variants": ("partial", "error control, tokens"),
     }
     Quality(output, **options).run()
     return output, options
@@ -28,7 +28,16 @@ def results(tmp_path_factory):
 def test_every_way_has_its_cost_and_both_references(results):
     report = json.loads(results[0].read_text())
     rows = {x["kind"]: x for x in report["rows"]}
-    assert set(rows) == {"dense", FEWER, OURS, "sea_cache", "partial, by age", "partial, by error"}
+    assert list(rows) == [
+        "dense",
+        FEWER,
+        OURS,
+        "sea_cache",
+        "partial, by age",
+        "partial, by error",
+        "error control, tokens",
+    ]
+    assert rows["error control, tokens"]["ras"]["control"] > 0
     assert rows[OURS]["cost"] == rows[FEWER]["cost"] == rows[FEWER]["steps_taken"] == 6
     assert rows["sea_cache"]["cost"] <= 6 * 1.1
     assert rows["dense"]["plain"]["latent_error"]["mean"] == 0
@@ -48,6 +57,12 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(results, monkeypatch):
     monkeypatch.setattr(Quality, "_make", lambda *_: pytest.fail("sampled again"))
     Quality(output, **options).run()
     assert json.loads(output.read_text())["rows"] == json.loads(before)["rows"]
+
+
+def test_scores_of_other_samples_are_refused(results):
+    output, options = results
+    with pytest.raises(ValueError, match="another number of samples than 3"):
+        Quality(output, **{**options, "samples": 3}).run()
 
 
 def test_tables_print_what_the_file_holds(results, capsys):
