@@ -97,7 +97,7 @@ def estimate_memory(
     outputs = (
         latents[0].numel() // transformer.config.in_channels * family.output_channels(transformer)
     )
-    kinds = 1 if config.output_predictor == "hold" else 2
+    kinds = 1 if config.predictor == "hold" else 2
     return MemoryEstimate(
         kv_bytes=plan.kv_bytes,
         output_bytes=batch_size * halves * outputs * itemsize * kinds,

@@ -23,6 +23,9 @@ BUDGETS = {
     "fast": ((0, 0.7), (15, 0.5), (31, 0.3)),
 }
 """Budgets of the presets: pairs (from so many steps on, share of the dense cost)."""
+UNDAMPED_FROM = 31
+"""Steps from which damping the line was measured to cost more than it brings (predictor="auto"): it makes each forecast
+less wrong, but in the same direction, and in many steps that adds up."""
 LINEAR_KV_FROM = 20
 """Steps from which extrapolated keys and values were measured to pay (kv_predictor="auto")."""
 FEW_UPDATES, RESETS = 10, (0.3, 0.5)
@@ -74,7 +77,8 @@ class RASConfig(Config):
     cap."""
     predictor: Literal["auto", "fitted", "linear", "hold"] = "auto"
     """Output of what does not run: extrapolated linearly in sigma (factor capped at 1), the same damped by a number
-    that is fitted while sampling, or held. "auto" is "fitted" with a budget, else "linear"."""
+    that is fitted while sampling, or held. "auto" is "fitted" with a budget in runs of fewer than 31 steps, else
+    "linear"."""
     correction: float | int = 0.5
     """Share of the error of earlier forecasts that an output makes up for, in [0, 1], once the next outputs tell
     what they should have been."""
@@ -242,11 +246,10 @@ class RASConfig(Config):
             return ()
         return RESETS if num_steps * ratio < FEW_UPDATES else ()
 
-    @property
-    def output_predictor(self) -> str:
-        """`predictor`, with "auto" replaced by what it stands for."""
+    def output_predictor(self, num_steps: int) -> str:
+        """`predictor` in a run of so many steps, with "auto" replaced by what it stands for."""
         if self.predictor == "auto":
-            return "linear" if self._ratio_alone else "fitted"
+            return "linear" if self._ratio_alone or num_steps >= UNDAMPED_FROM else "fitted"
         return self.predictor
 
     def linear_kv(self, num_steps: int) -> bool:

@@ -254,7 +254,9 @@ class RegionAdaptiveSampling(Method, Focus):
         if state.outputs is None:
             grid = self.call.grid if plan.schedule.has_partial_steps else None
             state.outputs = Outputs(
-                self.config.output_predictor, grid, correction=float(self.config.correction)
+                self.config.output_predictor(plan.schedule.num_steps),
+                grid,
+                correction=float(self.config.correction),
             )
         state.returned = Form(output)
         distance, active = self._distance, self._rows
@@ -405,7 +407,7 @@ class RegionAdaptiveSampling(Method, Focus):
         """How far keys and values are extrapolated: as far as the output."""
         assert self._distance is not None
         outputs, factor = self.context.outputs, self._distance.factor
-        if self.config.output_predictor != "fitted" or outputs is None:
+        if outputs is None or outputs.predictor != "fitted":
             return factor
         return factor * outputs.damping().to(factor.dtype)[:, None]
 

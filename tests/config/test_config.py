@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from dit_accel.config import SLAConfig
+from dit_accel.config import RASConfig, SLAConfig
 
 # A config comes from people, whose wrong types have to reach our own messages.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -258,3 +258,19 @@ def test_query_blocks_follow_the_device_where_they_are_not_given(settings, capab
     config = SLAConfig(**settings)
     assert config.query_block(capability) == expected
     assert SLAConfig(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "kind"),
+    [
+        ({}, 30, "fitted"),
+        ({}, 31, "linear"),
+        ({"control": 0.1}, 30, "fitted"),
+        ({"ratio": 0.5}, 12, "linear"),
+        ({"ratio": 0.5, "budget": 0.6}, 12, "fitted"),
+        ({"predictor": "fitted"}, 50, "fitted"),
+        ({"predictor": "hold"}, 12, "hold"),
+    ],
+)
+def test_the_line_is_damped_in_short_runs_with_a_budget(settings, steps, kind):
+    assert RASConfig(**settings).output_predictor(steps) == kind
