@@ -333,10 +333,14 @@ class Tables:
     results: Annotated[tuple[Path, ...], tyro.conf.Positional]
     full: bool = False
     """Every way to sample, a table for each solver and number of steps."""
+    short: bool = False
+    """Means only, of both references in one cell."""
 
     def run(self) -> None:
         reports = [json.loads(x.read_text()) for x in self.results]
-        if self.full:
+        if self.short:
+            print_short(reports)
+        elif self.full:
             for report in reports:
                 print_tables(report)
         else:
@@ -377,6 +381,38 @@ def print_overview(reports: list[dict[str, Any]]) -> None:
             mean = ours.get("mean_minus_best_cache")
             cells.append("" if mean is None else _signed(mean))
             print(f"| {' | '.join(cells)} |")
+
+
+def print_short(reports: list[dict[str, Any]]) -> None:
+    """A row for each model, solver and number of steps: PSNR to the plain run / to the fine run."""
+    head = (
+        "model, solver, steps",
+        "cost",
+        "fewer steps",
+        "best step cache of diffusers",
+        "ours",
+    )
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for report in reports:
+        for (solver, steps, _), rows in _groups(report).items():
+            kinds = {x["kind"]: x for x in rows}
+            if OURS not in kinds:
+                continue
+            ours, best = kinds[OURS], kinds.get(kinds[OURS]["best_cache"] or "")
+            cells = [f"{report['model']}, {solver} {steps}", f"{ours['cost']:.1f}"]
+            cells.append(_pair(kinds[FEWER]))
+            cells.append(
+                "none for this model"
+                if best is None
+                else f"{_pair(best)} ({CACHES[best['kind']].shown})"
+            )
+            cells.append(f"**{_pair(ours)}**")
+            print(f"| {' | '.join(cells)} |")
+
+
+def _pair(row: dict[str, Any]) -> str:
+    """PSNR to both references."""
+    return " / ".join(f"{row[x]['psnr_db']['mean']:.1f}" for x in REFERENCES)
 
 
 def _groups(report: dict[str, Any]) -> dict[tuple, list[dict[str, Any]]]:

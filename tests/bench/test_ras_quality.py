@@ -70,5 +70,9 @@ def test_tables_print_what_the_file_holds(results, capsys):
     out = capsys.readouterr().out
     assert "tiny-sd3, euler 9" in out
     assert "(SeaCache)" in out
+    Tables((results[0],), short=True).run()
+    rows = {x["kind"]: x for x in json.loads(results[0].read_text())["rows"]}
+    means = [f"{rows[OURS][x]['psnr_db']['mean']:.1f}" for x in ("plain", "fine")]
+    assert f"**{' / '.join(means)}**" in capsys.readouterr().out
     Tables((results[0],), full=True).run()
     assert "partial, by error" in capsys.readouterr().out
