@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dit_accel.bench.ras_learned import Learned
 from dit_accel.bench.ras_quality import FEWER, OURS, Quality, Tables
 
 
@@ -76,3 +77,18 @@ def test_tables_print_what_the_file_holds(results, capsys):
     assert f"**{' / '.join(means)}**" in capsys.readouterr().out
     Tables((results[0],), full=True).run()
     assert "partial, by error" in capsys.readouterr().out
+
+
+def test_a_learned_schedule_costs_what_the_computed_one_costs(tmp_path, capsys):
+    """Nothing is lost on the samples that it was learned from, and the steps that it names are the ones that run."""
+    output = tmp_path / "learned.json"
+    small = {"model": "tiny-sd3", "steps": 9, "budget": 0.67, "prompts": 8, "solvers": ("euler",)}
+    Learned(output, **small, learn=2, first=0, samples=2, tries=3).run()
+    row = json.loads(output.read_text())["rows"][0]
+    assert len(row["learned_steps"]) == len(row["computed_steps"]) == row["cost"] == 6
+    assert {0, 1, 8} <= set(row["learned_steps"])
+    gains = [row[f"gain_{x}"]["mean"] for x in ("plain", "fine")]
+    assert sum(gains) >= 0
+    if row["learned_steps"] == row["computed_steps"]:
+        assert gains == [0, 0]
+    assert "euler, learned" in capsys.readouterr().out
