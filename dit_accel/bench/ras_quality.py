@@ -335,9 +335,13 @@ class Tables:
     """Every way to sample, a table for each solver and number of steps."""
     short: bool = False
     """Means only, of both references in one cell."""
+    solvers: tuple[str, ...] = SOLVERS
+    """Only rows of these."""
 
     def run(self) -> None:
         reports = [json.loads(x.read_text()) for x in self.results]
+        for report in reports:
+            report["rows"] = [x for x in report["rows"] if x["solver"] in self.solvers]
         if self.short:
             print_short(reports)
         elif self.full:
