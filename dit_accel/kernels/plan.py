@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
+PER_HEAD = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+    "skip_num_blocks",
+    "skip_indices",
+    "columns",
+    "q_order",
+)
+"""Tensors of a plan with a size for heads."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SparsePlan(PlanData):
     """Lists of the key blocks that each query block reads exactly: int32 tensors and a few numbers.
@@ -33,7 +46,8 @@ class SparsePlan(PlanData):
 
     `from_scores` and `from_block_mask` make plans and sort the blocks of a row into the lists.
 
-    A leading `B` or `Hq` of 1 means "the same for all".
+    A leading `B` or `Hq` of 1 means "the same for all". In `block_sparse_attention` a plan may also have one set of lists
+    for each of the `Hkv` heads of keys, which the query heads of its group share.
     """
 
     def to(self, device: torch.device | str) -> "SparsePlan":
@@ -44,6 +58,26 @@ class SparsePlan(PlanData):
             if isinstance(getattr(self, f.name), Tensor)
         }
         return dataclasses.replace(self, **moved)
+
+    def for_heads(self, heads: int) -> "SparsePlan":
+        """Return the same plan with lists for so many heads, each set repeated for the heads of its group."""
+        own = self.heads
+        if own in (1, heads):
+            return self
+        if heads % own:
+            raise ValueError(f"heads={heads}: accepted is a multiple of the plan's {own}")
+
+        def repeated(x: Tensor | None, axis: int) -> Tensor | None:
+            if x is None or x.shape[axis] == 1:
+                return x
+            return x.repeat_interleave(heads // own, axis)
+
+        changes: dict[str, Any] = {
+            f.name: repeated(getattr(self, f.name), 0 if f.name == "q_order" else 1)
+            for f in dataclasses.fields(self)
+            if f.name in PER_HEAD
+        }
+        return dataclasses.replace(self, **changes)
 
     def equals(self, other: "SparsePlan") -> bool:
         """Return whether both plans hold the same numbers."""

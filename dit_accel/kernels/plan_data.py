@@ -43,6 +43,11 @@ class PlanData(Rules):
     def device(self) -> torch.device:
         return self.kv_indices.device
 
+    @property
+    def heads(self) -> int:
+        """Heads that have lists of their own; 1: all share them."""
+        return max(heads for _, _, heads in self.leading_sizes())
+
     def leading_sizes(self) -> Iterator[tuple[str, int, int]]:
         """Name, batch and heads of each tensor that has them."""
         for name in ("kv_num_blocks", "full_kv_num_blocks", "skip_num_blocks"):

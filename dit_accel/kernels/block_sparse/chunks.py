@@ -128,8 +128,8 @@ class Layout:
         pad = plan.num_q_blocks * plan.block_q - plan.q_len
         return torch.nn.functional.pad(plan.q_order.long(), (0, pad))
 
-    def chunks(self, batch: int, heads: slice, group: int) -> Iterator[Chunk]:
-        """The chunks of one stage: query heads `heads` of batch entry `batch`."""
+    def chunks(self, batch: int, heads: slice, group: int, stack: int = 1) -> Iterator[Chunk]:
+        """The chunks of one stage: heads `heads` of batch entry `batch`, each for `stack` query heads."""
         plan = self.plan
         n_heads, n_q, n_k = heads.stop - heads.start, plan.num_q_blocks, plan.num_k_blocks
 
@@ -166,7 +166,7 @@ class Layout:
         start = 0
         while start < len(order):
             n = sorted_counts[start]
-            per_row = plan.block_q * max((n + self.tail_blocks) * plan.block_k, 1)
+            per_row = stack * plan.block_q * max((n + self.tail_blocks) * plan.block_k, 1)
             stop = min(start + max(1, budget // per_row), len(order))
             while kinds[stop - 1] != kinds[start]:
                 stop -= 1

@@ -47,7 +47,9 @@ def block_sparse_attention(
     Args:
         q: queries `[B, Hq, Lq, D]` in fp16, bf16, fp32 or fp64. D is at most 256; any strides.
         k, v: keys and values `[B, Hkv, Lk, D]`. `Hq` is a multiple of `Hkv`; `Lq` and `Lk` may differ.
-        plan: key blocks to read, made for these lengths (`SparsePlan`).
+        plan: key blocks to read, made for these lengths (`SparsePlan`). Its lists may be those of `Hq` heads, of the
+            `Hkv` heads, or of all. Where the query heads of a group share them, the torch backend gathers keys once for
+            the group.
         scale: factor of the dot products. Default: `D ** -0.5`.
         return_lse: also return the natural log-sum-exp of each row, `[B, Hq, Lq]`, fp32 (fp64 for
             fp64), differentiable. A query without any key has o = 0 and lse = -inf.
@@ -60,10 +62,12 @@ def block_sparse_attention(
             `DIT_ACCEL_DEBUG=1`.
     """
     q, k, v = _inputs(q, k, v)
-    scale = _check(q, k, v, plan, scale)
+    scale = _check(q, k, v, plan, scale, shared=True)
+    training = _wants_grad(q, k, v)
+    if training or _backend(q, backend) != "torch":
+        plan = plan.for_heads(q.shape[1])
     if backend == "flex":
         flex.check(plan)
-    training = _wants_grad(q, k, v)
     o, lse, _, _ = sparse_linear(
         q,
         k,
@@ -181,8 +185,20 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return autocast_inputs(q, k, v)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float | None) -> float:
-    """Raise ValueError, or return the scale to use."""
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: SparsePlan,
+    scale: float | None,
+    *,
+    shared: bool = False,
+) -> float:
+    """Raise ValueError, or return the scale to use.
+
+    Args:
+        shared: whether the query heads of a group may share their lists.
+    """
     if not isinstance(plan, SparsePlan):
         raise ValueError(f"plan: a {type(plan).__name__}; accepted is a SparsePlan")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -215,7 +231,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float | Non
         )
     for name, batch, heads in plan.leading_sizes():
         # Symbolic sizes compare one by one; `in` would take equal ones for different.
-        if (batch != 1 and batch != q.shape[0]) or (heads != 1 and heads != q.shape[1]):
+        fits = heads == 1 or heads == q.shape[1] or (shared and heads == k.shape[1])
+        if (batch != 1 and batch != q.shape[0]) or not fits:
             raise ValueError(
                 f"plan: {name} made for batch {batch} and {heads} heads, "
                 f"but q has batch {q.shape[0]} and {q.shape[1]} heads"

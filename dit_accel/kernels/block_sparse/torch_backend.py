@@ -20,15 +20,20 @@ from dit_accel.kernels.precision import wide
 from dit_accel.kernels.row_order import in_block_order, in_query_order
 
 
-def _scores(chunk: Chunk, q: Tensor, scale: float, k: Tensor) -> tuple[Tensor, Tensor]:
+def _scores(
+    chunk: Chunk, q: Tensor, scale: float, k: Tensor, stack: int = 1
+) -> tuple[Tensor, Tensor]:
     """Scores of a chunk and the keys they belong to."""
     keys = _gathered(chunk, k, len(q))
     # With beta=0 the first argument is never read; alpha scales for free.
     scores = torch.baddbmm(q.new_empty(1, 1, 1), q, keys.mT, beta=0, alpha=scale)
+    # Stacked heads have the same mask: rows of one head follow those of the other.
+    by_head = scores if stack == 1 else scores.unflatten(1, (stack, -1))
     if chunk.hidden is not None:
-        scores[..., : chunk.exact].masked_fill_(chunk.hidden, -math.inf)
+        hidden = chunk.hidden if stack == 1 else chunk.hidden[:, None]
+        by_head[..., : chunk.exact].masked_fill_(hidden, -math.inf)
     if chunk.tail_bias is not None:
-        scores[..., chunk.exact :] += chunk.tail_bias
+        by_head[..., chunk.exact :] += chunk.tail_bias if stack == 1 else chunk.tail_bias[:, None]
     return scores, keys
 
 
@@ -109,19 +114,24 @@ def _forward(
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1] if want_lse else (0,), dtype=dtype)
     layout = Layout(plan, shared_softmax, dtype)
+    # Query heads of a group that share their lists are stacked: their keys are gathered once.
+    stack = group if not shared_softmax and plan.heads in (1, k.shape[1]) else 1
     for b, heads, kv_heads in stages(q, k, layout, dtype):
+        listed = heads if stack == 1 else kv_heads
         qb = layout.blocked_q(q[b, heads], dtype)
-        kb = layout.table(k[b, kv_heads], b, heads, dtype)
-        vb = layout.table(v[b, kv_heads], b, heads, dtype)
-        direct = o.dtype == dtype and plan.q_len % plan.block_q == 0
+        if stack > 1:
+            qb = _stacked(qb, stack, plan.num_q_blocks)
+        kb = layout.table(k[b, kv_heads], b, listed, dtype)
+        vb = layout.table(v[b, kv_heads], b, listed, dtype)
+        direct = o.dtype == dtype and plan.q_len % plan.block_q == 0 and stack == 1
         ob = (
             o[b, heads].view(*qb.shape[:2], -1)
             if direct
             else qb.new_empty(*qb.shape[:2], v.shape[-1])
         )
         lb = qb.new_empty(qb.shape[:2]) if want_lse else None
-        for chunk in layout.chunks(b, heads, group):
-            scores, _ = _scores(chunk, qb[chunk.rows], scale, kb)
+        for chunk in layout.chunks(b, listed, group // stack, stack):
+            scores, _ = _scores(chunk, qb[chunk.rows], scale, kb, stack)
             if scores.shape[-1] == 0:  # rows that read nothing
                 ob[chunk.rows] = 0
                 if lb is not None:
@@ -142,11 +152,25 @@ def _forward(
             else:
                 ob[chunk.rows] = torch.bmm(p, values)
         n_heads = heads.stop - heads.start
+        if stack > 1:
+            ob = _unstacked(ob, stack, plan.num_q_blocks)
+            lb = None if lb is None else _unstacked(lb[..., None], stack, plan.num_q_blocks)
         if not direct:
             o[b, heads] = unblocked(ob, n_heads, plan.q_len).to(o.dtype)
         if lb is not None:
             lse[b, heads] = lb.view(n_heads, -1)[:, : plan.q_len]
     return o, lse
+
+
+def _stacked(x: Tensor, heads: int, blocks: int) -> Tensor:
+    """Blocks `[Hkv * heads * T, B, D]` of all query heads as `[Hkv * T, heads * B, D]`."""
+    return x.unflatten(0, (-1, heads, blocks)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def _unstacked(x: Tensor, heads: int, blocks: int) -> Tensor:
+    """The inverse of `_stacked`."""
+    rows = x.unflatten(0, (-1, blocks)).unflatten(2, (heads, -1))
+    return rows.transpose(1, 2).flatten(0, 2)
 
 
 def _backward(
