@@ -69,7 +69,7 @@ FLOORS = (
     {"files", "lazy", "environment"},
     {"config"},
     {"kernels"},
-    {"models"},
+    {"models", "llm"},
     {"runtime"},
     {"ras", "sla"},
     {"checkpoint", "summaries", "memory"},

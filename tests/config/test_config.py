@@ -163,9 +163,12 @@ def test_a_config_survives_dict_json_and_yaml(config, tmp_path):
     [
         (
             "sia:\n  topk: 0.5\n",
-            r"unknown section 'sia' \(did you mean 'sla'\?\); accepted are ras: and sla:",
+            r"unknown section 'sia' \(did you mean 'sla'\?\); accepted are ras:, sla: and prefill:",
         ),
-        ("sla: {topk: 0.5}\ntrain: {}\n", "unknown section 'train'; accepted are ras: and sla:"),
+        (
+            "sla: {topk: 0.5}\ntrain: {}\n",
+            "unknown section 'train'; accepted are ras:, sla: and prefill:",
+        ),
         ("ras: {}\n", "no section sla:"),
         ("sla:\n", "section sla: must hold keys and values"),
         ("sla: [1]\n", "section sla: must hold keys and values"),

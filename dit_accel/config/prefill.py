@@ -1,0 +1,106 @@
+"""`PrefillConfig`: settings of sparse prefill in language models."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from dit_accel.config.base import Config, check, check_choice, is_int
+
+BLOCKS = (16, 32, 64, 128)
+DENSE = "dense"
+"""What stands for a pattern in layers that read every key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillConfig(Config):
+    """Sparse attention while a language model reads its prompt (calls with more than one query)."""
+
+    pattern: str = "hybrid"
+    """Name of a pattern, see `dit_accel.llm.prefill`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the pattern, by name."""
+    block: int = 64
+    """Tokens per block: 16, 32, 64 or 128."""
+    tail: int = 128
+    """Last queries of a call that read every key, at least. They decide what is generated first."""
+    dense_layers: int | tuple[int, ...] | list[int] = 1
+    """Layers that stay dense: the first n, or a list of indices (negative ones from the end). The first layer of the
+    models that were measured reads all over the prompt."""
+    by_layer: dict[Any, Any] = field(default_factory=dict)
+    """Patterns of other layers. A key is an index (negative ones from the end), or a fraction in (0, 1) of the layers from
+    which on it holds; indices win over fractions, and larger fractions over smaller ones. A value is the name of a
+    pattern, "dense", or a mapping with `pattern` and `options`."""
+    crossover: int | Literal["auto"] = "auto"
+    """Calls on fewer keys are dense. "auto": the length from which sparse attention was measured to pay; 0: never
+    dense for that reason."""
+
+    SECTION: ClassVar[str] = "prefill"
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "quality": {"options": {"top_p": 0.95}},
+        "balanced": {},
+        "fast": {"options": {"top_p": 0.8}},
+        # TriangleMix (arXiv 2507.21526): cheap in the deep layers, every key in the others.
+        "triangle_mix": {"pattern": DENSE, "by_layer": {0.67: "triangle"}},
+    }
+
+    def __post_init__(self) -> None:
+        check("pattern", self.pattern, isinstance(self.pattern, str), "the name of a pattern")
+        check("options", self.options, isinstance(self.options, dict), "a mapping")
+        check_choice("block", self.block, BLOCKS)
+        tail = self.tail
+        check("tail", tail, is_int(tail) and tail >= 0, "an int >= 0")
+        layers = self.dense_layers
+        if isinstance(layers, int) and not isinstance(layers, bool):
+            check("dense_layers", layers, layers >= 0, "an int >= 0 or a list of layer indices")
+        else:
+            ok = isinstance(layers, list | tuple) and all(is_int(x) for x in layers)
+            check("dense_layers", layers, ok, "an int >= 0 or a list of layer indices")
+            object.__setattr__(self, "dense_layers", tuple(layers))  # type: ignore[arg-type]
+        check("by_layer", self.by_layer, isinstance(self.by_layer, dict), "a mapping of layers")
+        for key, value in self.by_layer.items():
+            ok = is_int(key) or (isinstance(key, float) and 0 < key < 1)
+            check("by_layer", key, ok, "layer indices, or fractions in (0, 1)")
+            _named(value)
+        length = self.crossover
+        ok = length == "auto" or (is_int(length) and length >= 0)
+        check("crossover", length, ok, "'auto' or an int >= 0 (tokens)")
+
+    def of_layer(self, layer: int, num_layers: int) -> tuple[str, dict[str, Any]] | None:
+        """Return the pattern of a layer and its options; None: the layer stays dense.
+
+        Raises:
+            ValueError: `dense_layers` or `by_layer` names a layer that the model does not have.
+        """
+        chosen: Any = {"pattern": self.pattern, "options": self.options}
+        for start in sorted(x for x in self.by_layer if isinstance(x, float)):
+            if start * num_layers <= layer + 1e-9:
+                chosen = self.by_layer[start]
+        if isinstance(self.dense_layers, int):
+            dense = layer < self.dense_layers
+        else:
+            dense = layer in {_index("dense_layers", x, num_layers) for x in self.dense_layers}
+        if dense:
+            chosen = DENSE
+        for key, value in self.by_layer.items():
+            if isinstance(key, int) and _index("by_layer", key, num_layers) == layer:
+                chosen = value
+        name, options = _named(chosen)
+        return None if name == DENSE else (name, options)
+
+
+def _index(field_name: str, layer: int, num_layers: int) -> int:
+    """The index of a layer that may count from the end."""
+    if not -num_layers <= layer < num_layers:
+        raise ValueError(
+            f"{field_name}: layer {layer}; accepted is -{num_layers} to {num_layers - 1}"
+        )
+    return layer % num_layers
+
+
+def _named(value: Any) -> tuple[str, dict[str, Any]]:
+    """A pattern as `by_layer` has it: its name and its options."""
+    if isinstance(value, str):
+        return value, {}
+    ok = isinstance(value, dict) and isinstance(value.get("pattern"), str)
+    ok = ok and set(value) <= {"pattern", "options"} and isinstance(value.get("options", {}), dict)
+    check("by_layer", value, ok, "the name of a pattern, or a mapping with pattern and options")
+    return value["pattern"], dict(value.get("options", {}))

@@ -1,0 +1,156 @@
+"""The attention function and the mask function that transformers calls, registered as "dit_accel"."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from dit_accel.llm.dense import dense_attention
+
+NAME = "dit_accel"
+"""Name of the attention implementation. One with "flash" in it would be looked for on the hub."""
+POLICY = "_dit_accel"
+"""Attribute of an attention module that holds its model's `Policy`."""
+UNKNOWN = ("position_bias", "s_aux")
+"""Arguments that change the scores in ways that are not known here."""
+
+
+def register() -> None:
+    """Tell transformers about both functions; more than once does no harm.
+
+    Without the mask function the mask would be None, and padding would be read.
+    """
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, padding_mask)
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **more: Any,
+) -> Tensor | None:
+    """Return the real tokens `[B, Lk]` of the keys that exist; None: all of them.
+
+    A mask shorter than the keys says that the rest of the keys do not exist yet (`StaticCache`). Where visible pairs
+    do not follow from that (sliding or chunked layers, packed sequences, pictures that see themselves), transformers
+    makes the mask of pairs `[B, 1, Lq, Lk]`.
+    """
+    if local_size is not None or not allow_is_causal_skip:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,  # type: ignore[arg-type]
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=False,
+            device=device,
+            **more,
+        )
+    valid = int(q_offset) - kv_offset + q_length
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, kv_offset : kv_offset + valid].bool()
+        short = valid - attention_mask.shape[1]
+        if short > 0:
+            attention_mask = nn.functional.pad(attention_mask, (short, 0), value=True)
+    if valid == kv_length:
+        whole = attention_mask is None or bool(attention_mask.all())
+        return None if whole else attention_mask
+    if attention_mask is None:
+        return torch.ones(batch_size, valid, dtype=torch.bool, device=device)
+    return attention_mask
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Attend as the policy of the module says; without one, to every key.
+
+    Args:
+        module: attention layer of a transformers model.
+        query: `[B, Hq, Lq, D]`, the last positions.
+        key, value: `[B, Hkv, Lk, D]`.
+        attention_mask: what `padding_mask` returned, or a mask of pairs as the user gave it.
+        scaling: factor of the dot products. Default: `D ** -0.5`.
+        dropout, softcap: see `dense_attention`.
+        sliding_window: keys that each query sees.
+        is_causal: overrides the module's attribute.
+
+    Returns:
+        `[B, Lq, Hq, D]` and no weights.
+
+    Raises:
+        ValueError: weights are asked for, or an argument is not supported.
+    """
+    if more.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: weights are never made here; accepted is False, or "
+            "disable(model) and attn_implementation='eager'"
+        )
+    for name in UNKNOWN:
+        if more.get(name) is not None:
+            raise ValueError(
+                f"{name}: {type(module).__name__} adds it to its scores; accepted are models without it"
+            )
+    mask = attention_mask
+    if mask is not None and mask.ndim == 2:
+        key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
+    elif mask is not None:
+        key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
+        if mask.dtype != torch.bool:
+            mask = mask >= 0  # additive: 0 where a pair is visible
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is not None and mask.ndim == 4:
+        causal = False  # the mask says it all
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    policy = getattr(module, POLICY, None)
+    if policy is None:
+        pairs = mask if mask is None or mask.ndim == 4 else mask[:, None, None]
+        out = dense_attention(
+            query,
+            key,
+            value,
+            scale=scale,
+            causal=bool(causal),
+            mask=pairs,
+            window=None if mask is not None and mask.ndim == 4 else sliding_window,
+            softcap=softcap,
+            dropout=dropout,
+        )
+    else:
+        out = policy.attend(
+            module.layer_idx,
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            causal=bool(causal),
+            window=sliding_window,
+            softcap=softcap,
+            dropout=dropout,
+        )
+    return out.transpose(1, 2).contiguous(), None

@@ -1,0 +1,143 @@
+"""Retrieval on the hand-written model: prompts whose answers are known, and the share of them that is found."""
+
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from dit_accel.llm.bench.wired import FIRST_VALUE, KEYS, START, VALUES
+
+PAIRS = 100
+"""Assignments in a prompt, those that are asked for among them."""
+EARLY = 2 * PAIRS // 3
+"""Assignments that may be asked for: the first ones, which a window does not reach in long prompts."""
+LEAD = 128
+"""Noise at the beginning: patterns that always read the first keys must not find an answer there."""
+ASKED = 4
+"""Keys that a prompt of `multi_needle` asks for."""
+HOPS = 4
+"""Assignments in a chain of `variable_tracing`."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the tokens that must come after some of its positions."""
+
+    ids: list[int]
+    positions: list[int]
+    answers: list[int]
+    """Next token at each position."""
+
+
+def key_value(length: int, rng: random.Random) -> Question:
+    """Return a prompt of assignments in noise that ends with a key; the answer is its value."""
+    return _asked(length, rng, 1)
+
+
+def multi_needle(length: int, rng: random.Random) -> Question:
+    """Return a prompt that ends with several keys, each followed by noise; all values are asked for."""
+    return _asked(length, rng, ASKED)
+
+
+def middle(length: int, rng: random.Random) -> Question:
+    """Return a prompt that repeats keys at two thirds of its length.
+
+    Rows at the end are dense in most patterns; these are not.
+    """
+    keys = rng.sample(range(KEYS), PAIRS)
+    values = [_value(rng) for _ in keys]
+    first = 2 * length // 3
+    body = _scattered(list(zip(keys, values, strict=True)), first - 1, rng)
+    asked = rng.sample(range(EARLY), ASKED)
+    ids, positions, answers = [START, *body], [], []
+    for i in asked:
+        positions.append(len(ids))
+        answers.append(values[i])
+        ids += [keys[i], _value(rng)]
+    ids += [_value(rng) for _ in range(length - len(ids))]
+    return Question(ids, positions, answers)
+
+
+def variable_tracing(length: int, rng: random.Random) -> Question:
+    """Return a prompt of chains "a = ref b", "b = ref c", "c = value" that ends with a chain from its first name on.
+
+    The answers are the references and the value, so all of them right is what greedy decoding needs.
+    """
+    keys = rng.sample(range(KEYS), PAIRS)
+    pairs = []
+    for start in range(0, PAIRS, HOPS):
+        chain = keys[start : start + HOPS]
+        pairs += [(a, KEYS + b) for a, b in pairwise(chain)]
+        pairs.append((chain[-1], _value(rng)))
+    first = HOPS * rng.randrange(PAIRS // HOPS)
+    walk = [pairs[first][0], *(y for _, y in pairs[first : first + HOPS])]
+    rng.shuffle(pairs)
+    body = _scattered(pairs, length - HOPS - 1, rng)
+    ids = [START, *body, *walk[:-1]]
+    return Question(ids, list(range(len(ids) - HOPS, len(ids))), walk[1:])
+
+
+TASKS = {
+    "key_value": key_value,
+    "multi_needle": multi_needle,
+    "variable_tracing": variable_tracing,
+    "middle": middle,
+}
+MIN_LENGTH = 8 * PAIRS
+"""Tokens of a prompt, at least."""
+
+
+@torch.inference_mode()
+def accuracy(model: Any, task: str, length: int, *, prompts: int = 8, seed: int = 0) -> float:
+    """Return the share of prompts with all answers right, each the most likely next token.
+
+    Args:
+        model: `wired_model()`, enabled or not.
+        task: name in `TASKS`.
+        length: tokens of each prompt.
+        prompts: number of prompts.
+        seed: seed of the prompts.
+
+    Raises:
+        ValueError: an unknown task, or a length that is too small.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task={task!r}: accepted are {', '.join(TASKS)}")
+    if length < MIN_LENGTH:
+        raise ValueError(f"length={length}: accepted is an int >= {MIN_LENGTH}")
+    rng = random.Random(f"{task} {length} {seed}")
+    right = 0
+    for _ in range(prompts):
+        question = TASKS[task](length, rng)
+        logits = model(torch.tensor([question.ids]), use_cache=False).logits[0]
+        found = logits[question.positions].argmax(-1).tolist()
+        right += found == question.answers
+    return right / prompts
+
+
+def _asked(length: int, rng: random.Random, count: int) -> Question:
+    keys = rng.sample(range(KEYS), PAIRS)
+    values = [_value(rng) for _ in keys]
+    body = _scattered(list(zip(keys, values, strict=True)), length - 2 * count, rng)
+    ids, positions, answers = [START, *body], [], []
+    for i in rng.sample(range(EARLY), count):
+        positions.append(len(ids))
+        answers.append(values[i])
+        ids += [keys[i], _value(rng)]
+    return Question(ids[:length], positions, answers)
+
+
+def _scattered(pairs: list[tuple[int, int]], length: int, rng: random.Random) -> list[int]:
+    """Return noise of this length with the pairs in order at random places."""
+    gaps = sorted(rng.randrange(LEAD, length - 2 * len(pairs) + 1) for _ in pairs)
+    ids: list[int] = []
+    for i, (gap, pair) in enumerate(zip(gaps, pairs, strict=True)):
+        ids += [_value(rng) for _ in range(gap + 2 * i - len(ids))]
+        ids += pair
+    return ids + [_value(rng) for _ in range(length - len(ids))]
+
+
+def _value(rng: random.Random) -> int:
+    return FIRST_VALUE + rng.randrange(VALUES)

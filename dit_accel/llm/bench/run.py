@@ -1,0 +1,268 @@
+"""`run_bench`: one row for each pattern, kept in a results file that a later run goes on from."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_accel.config import PrefillConfig
+from dit_accel.config.base import as_lists, check, is_int
+from dit_accel.environment import machine, versions
+from dit_accel.files import write_json
+from dit_accel.llm.bench import retrieval
+from dit_accel.llm.bench.passkey import Passkey, make_passkeys, score_passkeys
+from dit_accel.llm.bench.texts import fingerprint, read_text
+from dit_accel.llm.bench.wired import wired_model
+from dit_accel.llm.control import disable, enable, summary
+from dit_accel.llm.loading import Source
+from dit_accel.llm.quality import Outputs, comparison, outputs
+
+FORMAT_VERSION = 1
+DENSE = "dense"
+"""Name of the row that the others are compared with."""
+MIN_LENGTH = 256
+MAX_RETRIEVAL = 32_768
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """Texts and tasks of the table."""
+
+    length: int = 4096
+    """Tokens of each text, and of each prompt with a passkey."""
+    texts: tuple[str, ...] = ("prose", "code")
+    """prose, code, or paths of text files."""
+    passkeys: int = 8
+    """Prompts with a passkey; 0: none."""
+    retrieval_length: int = 4096
+    """Tokens of each prompt of the hand-written model."""
+    retrieval_prompts: int = 8
+    """Prompts of each task of the hand-written model; 0: none."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check("length", self.length, is_int(self.length) and self.length >= MIN_LENGTH, f"an int >= {MIN_LENGTH}")  # fmt: skip
+        check("texts", self.texts, len(set(self.texts)) == len(self.texts) > 0, "different texts, at least one")  # fmt: skip
+        for name in ("passkeys", "retrieval_prompts"):
+            value = getattr(self, name)
+            check(name, value, is_int(value) and value >= 0, "an int >= 0")
+        low, value = retrieval.MIN_LENGTH, self.retrieval_length
+        ok = is_int(value) and low <= value <= MAX_RETRIEVAL
+        check("retrieval_length", value, ok, f"an int in [{low}, {MAX_RETRIEVAL}]")
+        check("seed", self.seed, is_int(self.seed), "an int")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Texts and prompts of a run, and what identifies its results."""
+
+    settings: BenchSettings
+    ids: dict[str, Any]
+    """Tokens `[1, L]` of each text."""
+    passkeys: list[Passkey]
+    header: dict[str, Any]
+    """Results without rows."""
+
+
+def prepare(source: Source, settings: BenchSettings, *, dtype: str, device: str) -> Bench:
+    """Read texts and make prompts; the model is not loaded.
+
+    Args:
+        source: the model.
+        settings: texts and tasks.
+        dtype, device: those of the model, for the results.
+
+    Raises:
+        ValueError: a text that cannot be read or is too short, or a length that the model does not accept.
+    """
+    source.check_length("length", settings.length)
+    ids, hashes = {}, {}
+    for name in settings.texts:
+        text = read_text(name)[: 40 * settings.length]
+        tokens = source.tokenizer(text, return_tensors="pt").input_ids[:, : settings.length]
+        if tokens.shape[1] < settings.length:
+            raise ValueError(
+                f"length={settings.length}: the text {name!r} has {tokens.shape[1]} tokens; accepted are texts of at "
+                "least length tokens"
+            )
+        ids[name], hashes[name] = tokens.long(), fingerprint(text)
+    passkeys = make_passkeys(source.tokenizer, settings.length, settings.passkeys, settings.seed)
+    header = {
+        "format_version": FORMAT_VERSION,
+        "kind": "llm-bench",
+        "model": source.name,
+        "revision": source.revision,
+        "dtype": dtype,
+        "device": device,
+        "settings": {k: as_lists(x) for k, x in asdict(settings).items()},
+        "texts": hashes,
+        "versions": versions(),
+        "machine": machine(),
+    }
+    return Bench(settings, ids, passkeys, header)
+
+
+def read_rows(path: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a results file that a run may go on from; none if there is no file.
+
+    Args:
+        path: the file.
+        header: what the results of the run will say; all but the machine must be equal.
+
+    Raises:
+        ValueError: the file is no such results file, or was made with other settings or versions.
+    """
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"output={str(path)!r}: cannot be read ({error})") from None
+    if not isinstance(found, dict) or found.get("kind") != header["kind"]:
+        raise ValueError(f"output={str(path)!r}: is no result of llm bench; accepted is a new file")
+    for key, value in _plain(header).items():
+        old = found.get(key)
+        if key == "machine" or old == value:
+            continue
+        if isinstance(value, dict) and isinstance(old, dict):
+            key = next(x for x in [*value, *old] if value.get(x) != old.get(x))
+            old, value = old.get(key), value.get(key)
+        raise ValueError(
+            f"output={str(path)!r}: made with {key}={old!r}, this run has {value!r}; accepted are a new file or "
+            "--overwrite"
+        )
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
+
+
+def run_bench(
+    model: Callable[[], Any],
+    bench: Bench,
+    patterns: Mapping[str, PrefillConfig],
+    *,
+    output: Path | None = None,
+    rows: list[dict[str, Any]] | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Return the results of dense attention, of each pattern, and of rows that exist.
+
+    Patterns are sparse at all lengths here, whatever their `crossover`.
+
+    Args:
+        model: loads the model; called if a row is missing.
+        bench: see `prepare`.
+        patterns: settings by the name of their row.
+        output: JSON file, written after each row. Default: none.
+        rows: rows that exist, see `read_rows`.
+        on_row: called with each row that is new.
+    """
+    kept = {row["name"]: row for row in rows or []}
+    wanted: dict[str, PrefillConfig | None] = {DENSE: None}
+    for name, settings in patterns.items():
+        wanted[name] = PrefillConfig.from_dict({**vars(settings), "crossover": 0})
+    made: dict[str, dict[str, Any]] = {}
+
+    def results() -> dict[str, Any]:
+        """Return what there is: rows in the order of `wanted`, then those of earlier runs."""
+        there = {**kept, **made}
+        names = [*(x for x in wanted if x in there), *(x for x in there if x not in wanted)]
+        return {**bench.header, "rows": [there[x] for x in names]}
+
+    loaded = references = wired = None
+    for name, config in wanted.items():
+        if _same(kept.get(name), config):
+            continue
+        if loaded is None:
+            loaded = disable(model())
+            references = {x: outputs(loaded, ids) for x, ids in bench.ids.items()}
+            wired = wired_model() if bench.settings.retrieval_prompts else None
+        start = time.perf_counter()
+        row: dict[str, Any] = {
+            "name": name,
+            "prefill": None if config is None else config.to_dict(),
+        }
+        try:
+            assert references is not None
+            row.update(_figures(loaded, wired, bench, config, references))
+        except ValueError as error:  # such as a pattern for videos, which has nothing to do here
+            row["error"] = str(error)
+        row["seconds"] = round(time.perf_counter() - start, 2)
+        made[name] = _plain(row)
+        if output is not None:
+            write_json(output, results())
+        if on_row is not None:
+            on_row(row)
+    return results()
+
+
+def _figures(
+    model: Any,
+    wired: Any,
+    bench: Bench,
+    config: PrefillConfig | None,
+    references: Mapping[str, Outputs],
+) -> dict[str, Any]:
+    """Return the figures of one row."""
+    texts: dict[str, Any] = {}
+    densities = []
+    try:
+        for name, ids in bench.ids.items():
+            if config is None:
+                texts[name] = {"perplexity": references[name].perplexity}
+                continue
+            enable(model, prefill=config)
+            found = comparison(references[name], outputs(model, ids), summary(model), ids.shape[1])
+            texts[name] = asdict(found)
+            densities.append(found.density)
+        passkeys = asdict(score_passkeys(model, bench.passkeys)) if bench.passkeys else None
+    finally:
+        disable(model)
+    return {
+        "density": sum(densities) / len(densities) if densities else 1.0,
+        "texts": texts,
+        "passkeys": passkeys,
+        "retrieval": None if wired is None else _retrieval(wired, config, bench.settings),
+    }
+
+
+def _retrieval(
+    wired: Any, config: PrefillConfig | None, settings: BenchSettings
+) -> dict[str, float | None]:
+    """Return the accuracy of each task; None where no call of the hand-written model was sparse."""
+    found: dict[str, float | None] = {}
+    try:
+        for task in retrieval.TASKS:
+            if config is not None:
+                enable(wired, prefill=_for_two_layers(config))
+            share = retrieval.accuracy(
+                wired,
+                task,
+                settings.retrieval_length,
+                prompts=settings.retrieval_prompts,
+                seed=settings.seed,
+            )
+            dense = config is not None and not summary(wired).sparse_calls
+            found[task] = None if dense else share
+    finally:
+        disable(wired)
+    return found
+
+
+def _for_two_layers(config: PrefillConfig) -> PrefillConfig:
+    """Return settings for the hand-written model: no dense layers, and no indices of layers that it does not have."""
+    shares = {k: x for k, x in config.by_layer.items() if isinstance(k, float)}
+    return PrefillConfig.from_dict({**vars(config), "dense_layers": 0, "by_layer": shares})
+
+
+def _same(row: Mapping[str, Any] | None, config: PrefillConfig | None) -> bool:
+    """Return whether a row that exists was made with these settings and has no error."""
+    if row is None or "error" in row:
+        return False
+    return bool(row["prefill"] == (None if config is None else _plain(config.to_dict())))
+
+
+def _plain(data: Any) -> Any:
+    """Return data as JSON gives it back."""
+    return json.loads(json.dumps(data))

@@ -1,0 +1,142 @@
+"""`enable`, `disable` and `summary` of language models."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dit_accel.config import PrefillConfig
+from dit_accel.llm.attention import NAME, POLICY, register
+from dit_accel.llm.policy import LayerCounts, Policy
+
+
+def enable(model: Any, *, prefill: Any = "balanced") -> Any:
+    """Read prompts with sparse attention.
+
+    Settings hang on the model's attention layers: other models of the process, its config and `save_pretrained` stay as
+    they are. Generation (one query at a time) is not changed. A second call replaces the settings.
+
+    Args:
+        model: a causal language model of transformers, or a multimodal one; its text layers are used.
+        prefill: a `PrefillConfig`, a dict of its fields, the name of a preset, or a YAML file.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the settings are not valid, or the model cannot take another attention function.
+    """
+    config = PrefillConfig.load(prefill)
+    if config is None:
+        raise ValueError(
+            "prefill=None: accepted are a preset, a PrefillConfig, a dict or a YAML file"
+        )
+    layers = _layers(model)
+    policy = Policy(config, len(layers))
+    disable(model)
+    register()
+    policy.before = _implementations(model)
+    text = model.config.get_text_config(decoder=True)
+    name = next((k for k in model.config.sub_configs if getattr(model.config, k) is text), None)
+    model.set_attn_implementation(NAME if name is None else {name: NAME})
+    if text._attn_implementation != NAME:
+        raise ValueError(
+            f"model: {type(model).__name__} cannot take another attention function; accepted are models of "
+            "transformers that use its attention interface"
+        )
+    for module in layers:
+        setattr(module, POLICY, policy)
+    return model
+
+
+def disable(model: Any) -> Any:
+    """Undo `enable`. A model that is not enabled stays as it is. Returns the model."""
+    policy = None
+    for module in model.modules():
+        policy = vars(module).pop(POLICY, policy)
+    if policy is not None:
+        for config, name in policy.before:
+            config._attn_implementation_internal = name
+    return model
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """Calls of one attention layer since `enable`."""
+
+    layer: int
+    sparse_calls: int
+    density: float | None
+    """Pairs that sparse calls read, over those of dense ones; a mean. None without sparse calls."""
+    dense_calls: Mapping[str, int]
+    """Dense calls, by reason."""
+
+
+@dataclass(frozen=True)
+class PrefillSummary:
+    """What the attention layers of a model did since `enable`; prints as a table."""
+
+    config: Mapping[str, Any]
+    layers: list[LayerSummary]
+
+    @property
+    def sparse_calls(self) -> int:
+        return sum(x.sparse_calls for x in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"config": dict(self.config), "layers": [vars(x) for x in self.layers]}
+
+    def __str__(self) -> str:
+        lines = ["layer  sparse calls  density  dense calls"]
+        for x in self.layers:
+            why = ", ".join(f"{n} x {reason}" for reason, n in x.dense_calls.items())
+            density = "" if x.density is None else f"{x.density:.3f}"
+            lines.append(f"{x.layer:<7}{x.sparse_calls:<14}{density:<9}{why}".rstrip())
+        return "\n".join(lines)
+
+
+def summary(model: Any) -> PrefillSummary:
+    """Return what the attention layers did since `enable`.
+
+    Raises:
+        ValueError: the model is not enabled.
+    """
+    policies = [x for m in model.modules() if (x := vars(m).get(POLICY)) is not None]
+    if not policies:
+        raise ValueError("model: sparse prefill is off; call dit_accel.llm.enable(model) first")
+    counts: dict[int, LayerCounts] = policies[0].counts
+    return PrefillSummary(
+        policies[0].config.to_dict(),
+        [LayerSummary(i, x.sparse, x.density, dict(x.dense)) for i, x in counts.items()],
+    )
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    """The causal self-attention layers of a model, by their index."""
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ValueError(f"model: {type(model).__name__}; accepted are models of transformers")
+    found: dict[int, nn.Module] = {
+        m.layer_idx: m
+        for m in model.modules()
+        if isinstance(getattr(m, "layer_idx", None), int) and getattr(m, "is_causal", False)
+    }
+    if not found or sorted(found) != list(range(len(found))):
+        raise ValueError(
+            f"model: {type(model).__name__} has attention layers {sorted(found)}; accepted are causal language "
+            "models of transformers with one attention in each layer"
+        )
+    return [found[i] for i in range(len(found))]
+
+
+def _implementations(model: Any) -> list[tuple[Any, Any]]:
+    """The configs of a model and of its parts, with the attention that each has now."""
+
+    def walk(config: Any) -> Iterator[Any]:
+        yield config
+        for name in config.sub_configs:
+            if getattr(config, name) is not None:
+                yield from walk(getattr(config, name))
+
+    return [(x, x._attn_implementation_internal) for x in walk(model.config)]

@@ -1,0 +1,111 @@
+"""`dense_attention`: exact attention of causal language models, with padding, offsets and soft caps."""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+CHUNK_SCORES = 2**24
+"""Scores of a chunk of queries, where they have to be made one by one: 64 MiB in fp32."""
+
+
+def dense_attention(
+    q: Float[Tensor, "b h_q l_q d"],
+    k: Float[Tensor, "b h_kv l_k d"],
+    v: Float[Tensor, "b h_kv l_k d_v"],
+    *,
+    scale: float,
+    causal: bool = True,
+    mask: Bool[Tensor, "b _h _l_q l_k"] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "b h_q l_q d_v"]:
+    """Return softmax attention over all keys that are visible.
+
+    Args:
+        q: queries `[B, Hq, Lq, D]`, the last Lq of the Lk positions.
+        k, v: keys and values `[B, Hkv, Lk, D]`; `Hq` is a multiple of `Hkv`.
+        scale: factor of the dot products.
+        causal: query i sees keys up to `i + Lk - Lq`.
+        mask: pairs that are visible, in addition. A query that sees nothing gets the mean of all values.
+        window: keys that a query sees, counted back from its own position; needs `causal`. Default: all.
+        softcap: c of `c * tanh(score / c)`. Default: none.
+        dropout: probability with which a weight is left out.
+    """
+    q_len, kv_len = q.shape[2], k.shape[2]
+    if window is not None and window >= kv_len:
+        window = None
+    plain = softcap is None and mask is None and window is None
+    if plain and (not causal or q_len in (1, kv_len)):
+        return scaled_dot_product_attention(
+            q, k, v, is_causal=causal and q_len > 1, scale=scale, dropout_p=dropout, enable_gqa=True
+        )
+    heads = q.shape[1] if softcap is not None else 1
+    step = max(1, CHUNK_SCORES // (q.shape[0] * heads * kv_len))
+    out = []
+    for start in range(0, q_len, step):
+        rows = slice(start, min(start + step, q_len))
+        visible = _visible(rows, q_len, kv_len, causal, window, mask, q.device)
+        if softcap is not None:
+            out.append(_capped(q[:, :, rows], k, v, visible, scale, softcap, dropout))
+            continue
+        out.append(
+            scaled_dot_product_attention(
+                q[:, :, rows],
+                k,
+                v,
+                attn_mask=visible,
+                scale=scale,
+                dropout_p=dropout,
+                enable_gqa=True,
+            )
+        )
+    return torch.cat(out, 2)
+
+
+def _visible(
+    rows: slice,
+    q_len: int,
+    kv_len: int,
+    causal: bool,
+    window: int | None,
+    mask: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """Pairs of these queries that are visible; None: all."""
+    visible = None
+    if causal:
+        at = torch.arange(rows.start, rows.stop, device=device) + kv_len - q_len
+        keys = torch.arange(kv_len, device=device)
+        visible = keys <= at[:, None]
+        if window is not None:
+            visible = visible & (keys > at[:, None] - window)
+        visible = visible[None, None]
+    if mask is not None:
+        some = mask if mask.shape[2] == 1 else mask[:, :, rows]
+        visible = some if visible is None else visible & some
+    if visible is None:
+        return None
+    return visible | ~visible.any(-1, keepdim=True)
+
+
+def _capped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout: float,
+) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    scores = q.unflatten(1, (-1, group)) @ k[:, :, None].mT
+    scores = softcap * torch.tanh(scores.float() * (scale / softcap))
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, :, None], -math.inf)
+    weights = torch.softmax(scores, -1).to(v.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout, training=dropout > 0)
+    return (weights @ v[:, :, None]).flatten(1, 2)

@@ -1,0 +1,162 @@
+"""`generate`: a text that continues a prompt, with the time that reading and writing took."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.config import PrefillConfig
+from dit_accel.llm.control import PrefillSummary, disable, enable, summary
+from dit_accel.llm.report import dense_reasons, prompt_density
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text and what it took."""
+
+    text: str
+    """The new text, without the prompt."""
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float
+    """From the call to the first token: the time that reading the prompt takes."""
+    tokens_per_second: float | None
+    """Rate of the tokens after the first one; None if there is only one."""
+    prefill: PrefillSummary | None
+    """What the attention layers did; None for dense prefill."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = {k: x for k, x in vars(self).items() if k != "prefill"}
+        if self.prefill is None:
+            return {**values, "density": 1.0, "dense_reasons": {}, "prefill": None}
+        return {
+            **values,
+            "density": prompt_density(self.prefill),
+            "dense_reasons": dense_reasons(self.prefill),
+            "prefill": self.prefill.to_dict(),
+        }
+
+
+def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
+    """Return the tokens of a prompt, `[1, L]`.
+
+    Args:
+        tokenizer: tokenizer of transformers.
+        prompt: the text.
+        chat: make it a message of the user, in the form that the model was trained for.
+
+    Raises:
+        ValueError: `chat` without a chat template.
+    """
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt").input_ids.long()
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat=True: the tokenizer has no chat template; accepted is chat=False")
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.long()
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Tensor,
+    *,
+    prefill: Any = "balanced",
+    max_new_tokens: int = 128,
+    chat: bool = False,
+) -> Generation:
+    """Generate text greedily, the prompt read with sparse attention.
+
+    The model is dense afterwards.
+
+    Args:
+        model: causal language model of transformers.
+        tokenizer: its tokenizer.
+        prompt: text, or tokens `[1, L]`.
+        prefill: see `enable`; None or "none": dense.
+        max_new_tokens: number of tokens after which it stops, at the latest.
+        chat: see `encode`.
+
+    Raises:
+        ValueError: an argument that is not accepted.
+    """
+    from transformers import GenerationConfig
+
+    check_new_tokens(max_new_tokens)
+    config = PrefillConfig.load(prefill)
+    ids = encode(tokenizer, prompt, chat=chat) if isinstance(prompt, str) else prompt
+    if ids.numel() == 0:
+        raise ValueError(f"prompt={prompt!r}: no tokens; accepted is a text of at least one token")
+    ids = ids.to(model.device)
+    own = model.generation_config
+    # The model's own settings may ask for sampling; a comparison of patterns must not.
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=_pad(own, tokenizer),
+    )
+    clock = _Clock()
+    disable(model)
+    if config is not None:
+        enable(model, prefill=config)
+    try:
+        start = time.perf_counter()
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=greedy,
+            streamer=clock,
+        )
+        found = None if config is None else summary(model)
+    finally:
+        disable(model)
+    new = out[0, ids.shape[1] :]
+    first, last = clock.times[1], clock.times[-1]
+    return Generation(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        prompt_tokens=ids.shape[1],
+        new_tokens=len(new),
+        first_token_seconds=first - start,
+        tokens_per_second=(len(new) - 1) / (last - first) if len(new) > 1 else None,
+        prefill=found,
+    )
+
+
+def check_new_tokens(value: int) -> None:
+    """Check the number of tokens to generate.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"max_new_tokens={value!r}: accepted is an int >= 1")
+
+
+class _Clock:
+    """Streamer that notes the time of each token; the first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _pad(own: Any, tokenizer: Any) -> int | None:
+    """Return a padding token, which transformers asks for even without padding."""
+    ends = own.eos_token_id
+    end = ends[0] if isinstance(ends, list) else ends
+    for token in (own.pad_token_id, tokenizer.pad_token_id, end):
+        if token is not None:
+            return int(token)
+    return None

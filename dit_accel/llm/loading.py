@@ -1,0 +1,174 @@
+"""`Source`: a language model that is checked before its weights are loaded."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_accel.config import PrefillConfig
+from dit_accel.config.base import suggest
+from dit_accel.llm.embedded import NAME, converted, weights_file
+from dit_accel.llm.policy import Policy
+from dit_accel.llm.prefill import pattern_names
+from dit_accel.llm.quiet import quiet
+
+
+@dataclass(frozen=True)
+class Source:
+    """Config and tokenizer of a model whose weights are not loaded yet."""
+
+    name: str
+    """The name, folder or hub id that the user gave."""
+    path: str | os.PathLike
+    """Folder or hub id of the files."""
+    revision: str | None
+    config: Any
+    """Config of transformers."""
+    tokenizer: Any
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.get_text_config(decoder=True).num_hidden_layers)
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions that the model was made for; None: its config does not say."""
+        length = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return length if isinstance(length, int) and length > 0 else None
+
+    def check_length(self, argument: str, tokens: int, new_tokens: int = 0) -> None:
+        """Check that a prompt and what follows it fit into the model's positions.
+
+        Raises:
+            ValueError: they do not, or the prompt is empty; the message names `argument`.
+        """
+        if tokens < 1:
+            raise ValueError(f"{argument}: no tokens; accepted is a text of at least one token")
+        if self.max_length is not None and tokens + new_tokens > self.max_length:
+            more = f" and {new_tokens} new ones" if new_tokens else ""
+            raise ValueError(
+                f"{argument}: {tokens} tokens{more}; {self.name} accepts {self.max_length} in all"
+            )
+
+    def check_prefill(self, prefill: PrefillConfig | None) -> None:
+        """Check that the model has the layers that the settings name.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if prefill is not None:
+            Policy(prefill, self.num_layers)
+
+    def load(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """Return the model, with weights from safetensors files only."""
+        kind = _auto_class(self.config, self.name)
+        with quiet():
+            model = kind.from_pretrained(
+                self.path,
+                revision=self.revision,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        return model.to(device).eval()
+
+
+def read_source(model: str, revision: str | None = None) -> Source:
+    """Read the config and the tokenizer of a model.
+
+    Args:
+        model: "smollm2-135m" (the embedded model), or the folder or hub id of a language model of transformers.
+        revision: branch, tag or commit of a hub repository.
+
+    Raises:
+        ValueError: the model is not there, or is no language model of transformers.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    path: str | os.PathLike = model
+    if model == NAME and not (Path(model) / "config.json").is_file():
+        path = converted()
+    elif Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise ValueError(
+            f"model={model!r}: the folder has no config.json; accepted is a folder that save_pretrained wrote, "
+            f"a hub id, or {NAME}"
+        )
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+            _auto_class(config, model)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, revision=revision, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError) as error:
+        if str(error).startswith("model="):
+            raise
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"model={model!r}: cannot be read ({first}); accepted are {NAME}, a folder that save_pretrained "
+            "wrote, or a hub id"
+        ) from None
+    return Source(model, path, revision, config, tokenizer)
+
+
+def check_model(model: str) -> None:
+    """Check, in no time, that the packages of the embedded model are there.
+
+    Raises:
+        ValueError: the embedded model is asked for and they are not.
+    """
+    if model == NAME and not (Path(model) / "config.json").is_file():
+        weights_file()
+
+
+def prefill_settings(name: Any, crossover: int | None = None) -> PrefillConfig | None:
+    """Return settings by what a user calls them.
+
+    Args:
+        name: what `PrefillConfig.load` accepts, or the name of a pattern, which stands for its default options.
+        crossover: overrides that of the settings.
+
+    Returns:
+        The settings; None for dense attention.
+
+    Raises:
+        ValueError: no such settings, or `crossover` without sparse attention.
+    """
+    if isinstance(name, str) and name in pattern_names() and name not in PrefillConfig.PRESETS:
+        name = {"pattern": name}
+    elif isinstance(name, str) and name not in PrefillConfig.PRESETS and name != "none":
+        known = [*PrefillConfig.PRESETS, *pattern_names(), "none"]
+        if not Path(name).is_file():
+            raise ValueError(
+                f"prefill={name!r}: no such preset, pattern or YAML file{suggest(name, known)}; accepted are "
+                f"{', '.join(known)}, or a YAML file"
+            )
+    config: PrefillConfig | None = PrefillConfig.load(name)
+    if config is None:
+        if crossover is not None:
+            raise ValueError(
+                f"crossover={crossover}: prefill is 'none'; accepted with sparse prefill"
+            )
+        return None
+    if crossover is not None:
+        config = PrefillConfig.from_dict({**vars(config), "crossover": crossover})
+    Policy(config, _ANY_LAYERS)
+    return config
+
+
+_ANY_LAYERS = 1_000
+"""Layers of a model that is not known yet: names and options of patterns are checked, layer indices pass."""
+
+
+def _auto_class(config: Any, name: str) -> Any:
+    """Return the class that loads the language model of a config."""
+    import transformers
+
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) in kind._model_mapping:
+            return kind
+    raise ValueError(
+        f"model={name!r}: a {config.model_type}; accepted are causal language models of transformers"
+    )

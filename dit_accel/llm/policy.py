@@ -1,0 +1,196 @@
+"""`Policy`: what a model's attention layers do, and what they did."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.config import PrefillConfig
+from dit_accel.kernels import block_sparse_attention
+from dit_accel.llm.dense import dense_attention
+from dit_accel.llm.padding import real_spans
+from dit_accel.llm.prefill import Pattern, Prompt, pattern_of
+
+CROSSOVER = {torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}
+"""Keys from which sparse attention was measured to pay on a CPU."""
+CROSSOVER_GPU = 8192
+
+
+@dataclass
+class LayerCounts:
+    """Calls of one layer since `enable`."""
+
+    sparse: int = 0
+    """Calls that read some of the keys."""
+    dense: Counter[str] = field(default_factory=Counter)
+    """Calls that read every key, by reason."""
+    read: float = 0.0
+    """Sum of the densities of the sparse calls."""
+
+    @property
+    def density(self) -> float | None:
+        """Mean density of the sparse calls; None if there were none."""
+        return self.read / self.sparse if self.sparse else None
+
+
+class Policy:
+    """Settings and counts that the attention layers of one model share.
+
+    Args:
+        config: settings.
+        layers: number of attention layers.
+
+    Raises:
+        ValueError: a pattern is not known, or the model has no such layer.
+    """
+
+    def __init__(self, config: PrefillConfig, layers: int) -> None:
+        self.config = config
+        self.patterns: list[Pattern | None] = []
+        """That of each layer; None: the layer stays dense."""
+        for layer in range(layers):
+            chosen = config.of_layer(layer, layers)
+            self.patterns.append(None if chosen is None else pattern_of(*chosen))
+        self.counts = {layer: LayerCounts() for layer in range(layers)}
+        self.before: list[tuple[Any, Any]] = []
+        """Configs of the model and the attention that each had before."""
+        self._spans: tuple[Tensor, Any] | None = None
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *,
+        scale: float,
+        causal: bool,
+        window: int | None,
+        softcap: float | None,
+        dropout: float,
+    ) -> Tensor:
+        """Return the attention output `[B, Hq, Lq, D]` of a call.
+
+        Args:
+            layer: index of the layer.
+            q, k, v: `[B, H, L, D]`, without keys that do not exist yet.
+            mask: real tokens `[B, Lk]`, or visible pairs `[B, 1, Lq, Lk]`; None: all.
+            scale: factor of the dot products.
+            causal: whether the layer is causal.
+            window: keys that each query sees; None: all before it.
+            softcap: see `dense_attention`.
+            dropout: likewise.
+        """
+        counts = self.counts[layer]
+        reason = self._why_dense(layer, q, k, mask, causal, window, softcap, dropout)
+        spans = None
+        if reason is None and mask is not None:
+            spans = self._spans_of(mask)
+            reason = "padding in the middle of a row" if spans is None else None
+        if reason is not None:
+            counts.dense[reason] += 1
+            pairs = mask if mask is None or mask.ndim == 4 else mask[:, None, None]
+            return dense_attention(
+                q,
+                k,
+                v,
+                scale=scale,
+                causal=causal,
+                mask=pairs,
+                window=None if mask is not None and mask.ndim == 4 else window,
+                softcap=softcap,
+                dropout=dropout,
+            )
+        counts.sparse += 1
+        if spans is None:
+            out, density = self._sparse(layer, q, k, v, scale)
+            counts.read += density
+            return out
+        return self._padded(layer, q, k, v, scale, spans)
+
+    def _why_dense(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        window: int | None,
+        softcap: float | None,
+        dropout: float,
+    ) -> str | None:
+        """Return the reason why a call reads every key; None: it does not have to."""
+        if q.shape[2] == 1:
+            return "decode"
+        if mask is not None and mask.ndim == 4:
+            return "a mask of pairs" if window is None else "sliding window"
+        if not causal:
+            return "not causal"
+        if window is not None and window < k.shape[2]:
+            return "sliding window"
+        if softcap is not None:
+            return "soft cap"
+        if dropout:
+            return "dropout"
+        if self.patterns[layer] is None:
+            return "dense layer"
+        if k.shape[2] < self._crossover(q):
+            return "short prompt"
+        return None
+
+    def _crossover(self, q: Tensor) -> int:
+        length = self.config.crossover
+        if length != "auto":
+            return length
+        return CROSSOVER_GPU if q.is_cuda else CROSSOVER.get(q.dtype, 4096)
+
+    def _spans_of(self, mask: Tensor) -> Any:
+        """The spans of a mask; the layers of one forward pass share it, and wait for the device once."""
+        if self._spans is None or self._spans[0] is not mask:
+            self._spans = mask, real_spans(mask)
+        return self._spans[1]
+
+    def _sparse(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> tuple[Tensor, float]:
+        prompt = Prompt(
+            q, k, scale=scale, block=self.config.block, tail=self.config.tail, layer=layer
+        )
+        pattern = self.patterns[layer]
+        assert pattern is not None
+        plan = pattern.plan(prompt)
+        out = block_sparse_attention(q, k, v, plan, scale=scale)
+        assert isinstance(out, Tensor)
+        return out, plan.density()
+
+    def _padded(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        spans: dict[tuple[int, int], list[int]],
+    ) -> Tensor:
+        """Rows of like padding together, without it, so that each gives what it gives alone."""
+        out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        shift = k.shape[2] - q.shape[2]
+        read = 0.0
+        for (start, stop), rows in spans.items():
+            first, last = max(0, start - shift), max(0, stop - shift)
+            if first >= last:
+                continue
+            some, density = self._sparse(
+                layer,
+                q[rows, :, first:last],
+                k[rows, :, start:stop],
+                v[rows, :, start:stop],
+                scale,
+            )
+            out[rows, :, first:last] = some
+            read += density * len(rows)
+        self.counts[layer].read += read / len(q)
+        return out

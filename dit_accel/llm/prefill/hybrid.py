@@ -1,0 +1,92 @@
+"""Hybrid: blocks by mass and single keys beside them, the default pattern."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dit_accel.config.base import check, check_choice, check_fraction, is_int
+from dit_accel.kernels import SparsePlan, block_scores
+from dit_accel.llm.prefill.estimate import column_sums, spread_rows, top_columns
+from dit_accel.llm.prefill.pattern import Pattern, Prompt
+from dit_accel.llm.prefill.xattention import STRIDES, antidiagonal_mass, blocks_of_mass
+
+QUERIES = 64
+"""Queries whose attention ranks the columns."""
+
+
+@dataclass(frozen=True)
+class Hybrid(Pattern):
+    """Each query block reads the fewest key blocks whose estimated attention reaches `top_p`; each head also reads
+    single keys (columns), those that hold most of the attention that its blocks leave out.
+
+    Some heads attend to scattered single keys, which blocks alone cannot hold at a reasonable cost.
+    """
+
+    name: ClassVar[str] = "hybrid"
+    top_p: float | int = 0.9
+    """Estimated softmax mass of the blocks in (0, 1]; 1 reads every key."""
+    columns: int = 128
+    """Single keys of each head, at most."""
+    scores: str = "xattention"
+    """Scores of the blocks: "xattention" (sums of antidiagonals), or "spread" (corrected means, see `block_scores`),
+    which is cheaper to compute and less exact."""
+    stride: int = 8
+    """Stride of the antidiagonals: 8 or 16."""
+    queries: str = "spread"
+    """Queries that rank the columns: "spread" over the prompt, or the "last" ones."""
+    per_group: bool = False
+    """Whether the query heads that share keys share what they read: a little less exact, and faster on a CPU."""
+
+    def __post_init__(self) -> None:
+        check_fraction("top_p", self.top_p)
+        check("columns", self.columns, is_int(self.columns) and self.columns >= 0, "an int >= 0")
+        check_choice("scores", self.scores, ("xattention", "spread"))
+        check_choice("stride", self.stride, STRIDES)
+        check_choice("queries", self.queries, ("spread", "last"))
+        check("per_group", self.per_group, isinstance(self.per_group, bool), "True or False")
+
+    def plan(self, prompt: Prompt) -> SparsePlan:
+        mask = blocks_of_mass(prompt, self.block_logits(prompt), self.top_p)
+        if self.columns == 0:
+            return self.from_blocks(prompt, mask)
+        worth = self.column_worth(prompt, mask | prompt.near())
+        return self.from_blocks(prompt, mask, top_columns(worth, self.columns))
+
+    def block_logits(self, prompt: Prompt) -> Float[Tensor, "b h n_q n_k"]:
+        """Return logarithms of the estimated attention of each block, for each head or each group."""
+        block, scale = prompt.block, prompt.scale
+        if self.scores == "xattention":
+            mass = antidiagonal_mass(
+                prompt.q, prompt.k, block=block, stride=self.stride, scale=scale
+            )
+            return self._joined(prompt, mass).log()
+        logits = block_scores(
+            prompt.q, prompt.k, block_q=block, block_k=block, scale=scale, spread=True
+        )
+        if not self.per_group:
+            return logits
+        hidden = prompt.block_distance() < 0
+        mass = logits.masked_fill(hidden, -float("inf")).softmax(-1)
+        return self._joined(prompt, mass).log()
+
+    def column_worth(
+        self, prompt: Prompt, read: Bool[Tensor, "b h n_q n_k"]
+    ) -> Float[Tensor, "b h l_k"]:
+        """Return the attention to each key that these blocks leave out, for each head or each group."""
+        # The last rows read every key, so that columns are for the others.
+        others = max(0, prompt.q_len - prompt.tail)
+        rows = spread_rows(others, QUERIES)
+        if self.queries == "last":
+            rows = range(max(0, prompt.q_len - QUERIES), prompt.q_len)
+        if self.per_group:
+            read = read.repeat_interleave(prompt.q.shape[1] // prompt.k.shape[1], 1)
+        worth = column_sums(
+            prompt.q, prompt.k, rows, scale=prompt.scale, read=read, block=prompt.block
+        )
+        return self._joined(prompt, worth)
+
+    def _joined(self, prompt: Prompt, x: Tensor) -> Tensor:
+        """The mean over the query heads of each group, if they share what they read."""
+        return x.unflatten(1, (prompt.k.shape[1], -1)).mean(2) if self.per_group else x

