@@ -1,8 +1,8 @@
-"""`dit-accel`: accelerated diffusion transformers on the command line.
+"""`dit-accel`: accelerated diffusion transformers and language models on the command line.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed while running,
 2 bad input (nothing was written) or a --fail-if that cannot be decided, 3 a --fail-if condition
-holds, 130 interrupted. --version prints the version.
+holds or a bound of llm verify is exceeded, 130 interrupted. --version prints the version.
 """
 
 import contextlib
@@ -20,7 +20,17 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
-from dit_accel.cli import demo, eval_generate, eval_report, eval_run, eval_score
+from dit_accel.cli import (
+    demo,
+    eval_generate,
+    eval_report,
+    eval_run,
+    eval_score,
+    llm_bench,
+    llm_demo,
+    llm_generate,
+    llm_verify,
+)
 from dit_accel.cli.compare import Compare
 from dit_accel.cli.convert import Convert
 from dit_accel.cli.env import Env
@@ -60,6 +70,21 @@ class Demo:
         self.command.run()
 
 
+@dataclass(kw_only=True)
+class Llm:
+    """Language models that read prompts with sparse attention."""
+
+    command: (
+        Annotated[llm_generate.Generate, subcommand("generate")]
+        | Annotated[llm_verify.Verify, subcommand("verify")]
+        | Annotated[llm_bench.Bench, subcommand("bench")]
+        | Annotated[llm_demo.Demo, subcommand("demo")]
+    )
+
+    def run(self) -> None:
+        self.command.run()
+
+
 def _commands(recipe: Finetune | None = None) -> Any:
     """Return the type of all commands.
 
@@ -77,6 +102,7 @@ def _commands(recipe: Finetune | None = None) -> Any:
         | Annotated[Convert, subcommand("convert")]
         | Annotated[Env, subcommand("env")]
         | Annotated[Demo, subcommand("demo")]
+        | Annotated[Llm, subcommand("llm")]
     )
 
 

@@ -32,13 +32,14 @@ def print_results(found: dict[str, Any], format_: str) -> None:
         print_line("\n".join(results_lines(results)) + "\n")
 
 
-def fail_on(reasons: list[str]) -> None:
-    """Exit with 3 if a --fail-if condition holds.
+def fail_on(reasons: list[str], label: str = "fail_if") -> None:
+    """Exit with 3 if a --fail-if condition holds, or a bound is exceeded.
 
     Args:
         reasons: one for each condition that holds.
+        label: first word of each line.
     """
     if reasons:
         for reason in reasons:
-            sys.stderr.write(f"fail_if: {reason}\n")
+            sys.stderr.write(f"{label}: {reason}\n")
         raise SystemExit(3)

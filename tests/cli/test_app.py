@@ -29,6 +29,11 @@ COMMANDS = (
     ["demo", "make-data"],
     ["demo", "train"],
     ["demo", "judge"],
+    ["llm"],
+    ["llm", "generate"],
+    ["llm", "verify"],
+    ["llm", "bench"],
+    ["llm", "demo"],
 )
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "numpy", "huggingface_hub")
 

@@ -1,0 +1,92 @@
+"""`dit-accel llm generate`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from dit_accel.cli.llm_options import PrefillOptions
+from dit_accel.cli.printing import print_json, print_line
+
+
+@dataclass(kw_only=True)
+class Generate(PrefillOptions):
+    """Continue a prompt, which is read with sparse attention; prints the text, the time to the first token and tokens
+    per second."""
+
+    prompt: Positional[str | None] = None
+    """The prompt. Leave it out with --prompt-file."""
+    prompt_file: Path | None = None
+    """Text file in UTF-8 that holds the prompt."""
+    max_new_tokens: int = 128
+    """Stop after so many new tokens, at the latest."""
+    chat: bool = False
+    """Send the prompt as a message of the user, in the model's chat template."""
+    output: Path | None = None
+    """Write the new text to this file, and a record beside it: answer.txt and answer.json."""
+
+    def run(self) -> None:
+        from dit_accel.llm.generate import check_new_tokens, encode, generate
+        from dit_accel.llm.record import check_output, write_generation
+        from dit_accel.llm.report import summary_line
+
+        check_new_tokens(self.max_new_tokens)
+        prompt, config = self._prompt(), self.prefill_config()
+        if self.output is not None:
+            check_output(self.output)
+        place = self.place()
+        source = self.source()
+        source.check_prefill(config)
+        ids = encode(source.tokenizer, prompt, chat=self.chat)
+        source.check_length("prompt", ids.shape[1], self.max_new_tokens)
+        done = generate(
+            source.load(**place),
+            source.tokenizer,
+            ids,
+            prefill=config,
+            max_new_tokens=self.max_new_tokens,
+        )
+        settings: dict[str, Any] = {
+            "model": self.model,
+            "revision": self.revision,
+            "device": place["device"].type,
+            "dtype": str(place["dtype"]).removeprefix("torch."),
+            "prompt": prompt,
+            "chat": self.chat,
+            "max_new_tokens": self.max_new_tokens,
+        }
+        if self.output is not None:
+            write_generation(self.output, done, settings)
+        if self.format == "json":
+            print_json({**settings, **done.to_dict()})
+            return
+        print_line(done.text)
+        rate = done.tokens_per_second
+        print_line(
+            f"{done.prompt_tokens} tokens read, first token after {done.first_token_seconds:.2f} s; "
+            f"{done.new_tokens} tokens written{'' if rate is None else f', {rate:.1f} tokens/s'}"
+        )
+        print_line(summary_line(done.prefill))
+
+    def _prompt(self) -> str:
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ValueError(
+                f"prompt={self.prompt!r}, prompt_file={None if self.prompt_file is None else str(self.prompt_file)!r}: "
+                "pass either a prompt or --prompt-file"
+            )
+        if self.prompt_file is None:
+            assert self.prompt is not None
+            text, name = self.prompt, "prompt"
+        else:
+            name = "prompt_file"
+            try:
+                text = self.prompt_file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(
+                    f"prompt_file={str(self.prompt_file)!r}: cannot be read "
+                    f"({getattr(error, 'strerror', None) or error}); accepted is a text file in UTF-8"
+                ) from None
+        if not text.strip():
+            raise ValueError(f"{name}: empty; accepted is a text")
+        return text

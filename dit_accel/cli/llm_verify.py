@@ -1,0 +1,72 @@
+"""`dit-accel llm verify`."""
+
+import math
+from dataclasses import asdict, dataclass
+
+from dit_accel.cli.llm_options import PrefillOptions
+from dit_accel.cli.printing import fail_on, print_json, print_line
+
+
+@dataclass(kw_only=True)
+class Verify(PrefillOptions):
+    """Compare sparse with dense prefill on a text: perplexity, and the distributions of the last 128 positions.
+
+    Exits with 3 if a bound is exceeded, or if no attention call was sparse.
+    """
+
+    text: str = "prose"
+    """prose (documentation of this Python), code (modules of its library), or a text file in UTF-8."""
+    length: int = 4096
+    """Tokens of the text, from its beginning."""
+    max_kl: float = 0.015
+    """Largest mean KL(dense || sparse) of the last 128 positions, in nats."""
+    max_ppl_percent: float = 2.5
+    """Largest increase of the perplexity, in percent."""
+
+    def run(self) -> None:
+        from dit_accel.llm.bench.texts import read_text
+        from dit_accel.llm.quality import compare
+
+        if self.length < 2:
+            raise ValueError(f"length={self.length}: accepted is an int >= 2")
+        for name in ("max_kl", "max_ppl_percent"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value}: accepted is a number >= 0")
+        config = self.prefill_config()
+        if config is None:
+            raise ValueError(
+                "prefill='none': there is nothing to verify; accepted are sparse settings"
+            )
+        text = read_text(self.text)[: 40 * self.length]
+        place = self.place()
+        source = self.source()
+        source.check_prefill(config)
+        ids = source.tokenizer(text, return_tensors="pt").input_ids[:, : self.length].long()
+        if ids.shape[1] < self.length:
+            raise ValueError(
+                f"length={self.length}: the text {self.text!r} has {ids.shape[1]} tokens; accepted is an int in "
+                f"[2, {ids.shape[1]}]"
+            )
+        source.check_length("length", self.length)
+        found = compare(source.load(**place), ids, config)
+        reasons = []
+        if not found.sparse_calls:
+            reasons.append(
+                f"no attention call was sparse with {self.length} tokens; pass more tokens or --crossover 0"
+            )
+        if not found.kl <= self.max_kl:
+            reasons.append(f"kl={found.kl:.4f} is above max_kl={self.max_kl:g}")
+        if not found.perplexity_percent <= self.max_ppl_percent:
+            reasons.append(
+                f"perplexity {found.perplexity_percent:+.2f} % is above max_ppl_percent={self.max_ppl_percent:g}"
+            )
+        if self.format == "json":
+            print_json({"model": self.model, "text": self.text, **asdict(found), "failed": reasons})
+        else:
+            print_line(
+                f"{self.text}, {found.tokens} tokens, density {found.density:.3f}: perplexity "
+                f"{found.perplexity_dense:.3f} -> {found.perplexity:.3f} ({found.perplexity_percent:+.2f} %), "
+                f"KL {found.kl:.4f}, top-1 {found.top1:.3f}"
+            )
+        fail_on(reasons, "verify")
