@@ -14,18 +14,18 @@ from dit_accel.llm.report import dense_reasons, prompt_density
 
 @dataclass(frozen=True)
 class Generation:
-    """A generated text and what it took."""
+    """A generated text, its times and its attention calls."""
 
     text: str
     """The new text, without the prompt."""
     prompt_tokens: int
     new_tokens: int
     first_token_seconds: float
-    """From the call to the first token: the time that reading the prompt takes."""
+    """Seconds from the call to the first token, in which the prompt is read."""
     tokens_per_second: float | None
     """Rate of the tokens after the first one; None if there is only one."""
     prefill: PrefillSummary | None
-    """What the attention layers did; None for dense prefill."""
+    """Calls of the attention layers; None for dense prefill."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

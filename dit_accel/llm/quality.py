@@ -18,7 +18,7 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model predicts on a text."""
+    """Predictions of a model on a text."""
 
     nll: float
     """Mean negative log-likelihood of all tokens but the first."""
@@ -40,8 +40,9 @@ class Comparison:
     sparse_calls: int
     """Attention calls that were sparse; 0: both runs were dense, and nothing was compared."""
     perplexity_dense: float
+    """Perplexity of the dense run."""
     perplexity: float
-    """Of the sparse run, over all positions."""
+    """Perplexity of the sparse run, over all positions."""
     perplexity_percent: float
     """Change of the perplexity, in percent."""
     kl: float
@@ -118,7 +119,7 @@ def comparison(dense: Outputs, sparse: Outputs, found: PrefillSummary, tokens: i
     """Return the figures of two runs.
 
     Args:
-        dense, sparse: what the model predicts.
+        dense, sparse: predictions of the two runs.
         found: summary of the sparse run.
         tokens: length of the text.
     """

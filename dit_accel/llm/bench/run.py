@@ -56,7 +56,7 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Bench:
-    """Texts and prompts of a run, and what identifies its results."""
+    """Texts and prompts of a run, and the header of its results."""
 
     settings: BenchSettings
     ids: dict[str, Any]
