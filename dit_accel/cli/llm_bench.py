@@ -8,6 +8,7 @@ from typing import Any
 from tyro.conf import OmitArgPrefixes
 
 from dit_accel.cli.llm_options import LanguageModelOptions
+from dit_accel.cli.options import check_output
 from dit_accel.cli.printing import print_json, print_line
 
 
@@ -42,10 +43,13 @@ class Bench(LanguageModelOptions):
     """Replace results that were made with other settings."""
 
     def run(self) -> None:
-        from dit_accel.files import check_file
         from dit_accel.llm.bench.run import BenchSettings, prepare, read_rows, run_bench
         from dit_accel.llm.bench.table import table_lines
 
+        if self.output.is_dir():
+            raise ValueError(
+                f"output={str(self.output)!r}: is a folder; accepted is the name of a file"
+            )
         settings = BenchSettings(**asdict(self.tasks))
         rows = self._rows()
         place = self.place()
@@ -59,7 +63,7 @@ class Bench(LanguageModelOptions):
             device=place["device"].type,
         )
         kept = [] if self.overwrite else read_rows(self.output, bench.header)
-        check_file(self.output, "output")
+        check_output(self.output.parent, "output")
         results = run_bench(
             lambda: source.load(**place),
             bench,

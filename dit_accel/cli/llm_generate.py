@@ -7,6 +7,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from dit_accel.cli.llm_options import PrefillOptions
+from dit_accel.cli.options import check_output
 from dit_accel.cli.printing import print_json, print_line
 
 
@@ -28,13 +29,14 @@ class Generate(PrefillOptions):
 
     def run(self) -> None:
         from dit_accel.llm.generate import check_new_tokens, encode, generate
-        from dit_accel.llm.record import check_output, write_generation
+        from dit_accel.llm.record import check_name, write_generation
         from dit_accel.llm.report import summary_line
 
         check_new_tokens(self.max_new_tokens)
         prompt, config = self._prompt(), self.prefill_config()
         if self.output is not None:
-            check_output(self.output)
+            check_name(self.output)
+            check_output(self.output.parent, "output")
         place = self.place()
         source = self.source()
         source.check_prefill(config)

@@ -87,6 +87,7 @@ def test_demo_prints_both_answers(model, capsys, tmp_path):
         (("generate", "a", "--device", "abacus"), "device='abacus'"),
         (("generate", "a", "--output", "a.json"), "output='a.json'"),
         (("generate", "a", "--output", "."), "output='.': is a folder"),
+        (("generate", "a", "--output", "new/a.txt", "--device", "abacus"), "device='abacus'"),
         (("generate", "a" * 510, "--max-new-tokens", "3"), "prompt: 510 tokens and 3 new ones"),
         (("verify", "--prefill", "none"), "nothing to verify"),
         (("verify", "--length", "1"), "length=1"),

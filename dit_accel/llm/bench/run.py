@@ -191,6 +191,7 @@ def run_bench(
         row["seconds"] = round(time.perf_counter() - start, 2)
         made[name] = _plain(row)
         if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
             write_json(output, results())
         if on_row is not None:
             on_row(row)
