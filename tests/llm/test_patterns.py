@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dit_accel.llm.prefill import Prompt, pattern_names, pattern_of
 from dit_accel.llm.prefill import xattention as xattention_module
+from dit_accel.llm.prefill.vertical_slash import slash_blocks
 from dit_accel.llm.prefill.xattention import antidiagonal_mass
 
 from .prompts import always, attention, causal, check_plan, prompts, read_blocks
@@ -176,6 +177,20 @@ def test_vertical_slash_is_its_definition(prompt, data):
         near = prompt.near() & (prompt.block_distance() >= 0)
         rows = prompt.last_rows()[:, None] | near
         assert torch.equal(mask[b, h], read_blocks(prompt, touched | rows) | on_column)
+
+
+@pytest.mark.parametrize("offset", range(17))
+def test_blocks_of_a_band_hold_all_of_its_pairs_and_no_others(offset):
+    q = torch.zeros(1, 1, 70, 4)
+    prompt = Prompt(q, q.new_zeros(1, 1, 70 + offset, 4), scale=1.0, block=16)
+    distance = torch.arange(70)[:, None] + offset - torch.arange(70 + offset)
+    for band in range(prompt.num_k_blocks):
+        bands = torch.arange(prompt.num_k_blocks) == band
+        found = slash_blocks(prompt, bands[None, None])[0, 0]
+        for i in range(prompt.num_q_blocks):
+            for j in range(prompt.num_k_blocks):
+                pairs = distance[16 * i : 16 * i + 16, 16 * j : 16 * j + 16] // 16 == band
+                assert found[i, j] == pairs.any()
 
 
 def test_vertical_slash_finds_planted_keys_and_distances():
