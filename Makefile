@@ -69,6 +69,10 @@ bench-ras: install
 	for model in tiny-wan tiny-sd3 tiny-lumina2; do \
 		$(BIN)/python pipelines/bench_ras.py quality --model $$model \
 			--output pipelines/results/ras_$$(echo $$model | tr - _).json || exit 1; done
+	for x in "12 .85 .7" "20 .75 .5" "28 .75 .5" "50 .6 .3"; do set -- $$x; \
+		$(BIN)/python pipelines/bench_ras.py quality --model tiny-sd3 --solvers unipc --steps $$1 --budgets $$2 $$3 \
+			--rivals --variants --output pipelines/results/ras_presets_tiny_sd3.json || exit 1; done
+	$(BIN)/python pipelines/bench_ras.py learned --output pipelines/results/ras_learned_tiny_sd3.json
 
 bench-sla: install
 	$(BIN)/python pipelines/bench_sla.py speed --output pipelines/results/sla_speed_cpu.json
