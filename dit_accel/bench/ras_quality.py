@@ -82,7 +82,7 @@ class Quality:
     budgets: tuple[float, ...] = ()
     """Default: that of the preset "balanced" for each number of steps."""
     rivals: tuple[str, ...] = RIVALS
-    variants: tuple[str, ...] = ("partial", "forecast, no correction", "forecast, undamped")
+    variants: tuple[str, ...] = ("partial", *VARIANTS, *CONTROLLED)
     """Names in `VARIANTS` and `CONTROLLED`, and "partial" for tokens chosen in two ways on one schedule."""
     work: Path | None = None
     """Folder for scores of single samples and for references, so that a stopped run goes on. Default: beside the
