@@ -1,5 +1,6 @@
 """`PrefillConfig`: settings of sparse prefill in language models."""
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -56,6 +57,9 @@ class PrefillConfig(Config):
             check("dense_layers", layers, ok, "an int >= 0 or a list of layer indices")
             object.__setattr__(self, "dense_layers", tuple(layers))  # type: ignore[arg-type]
         check("by_layer", self.by_layer, isinstance(self.by_layer, dict), "a mapping of layers")
+        # JSON has no numbers as keys.
+        by_layer = {_number(key): value for key, value in self.by_layer.items()}
+        object.__setattr__(self, "by_layer", by_layer)
         for key, value in self.by_layer.items():
             ok = is_int(key) or (isinstance(key, float) and 0 < key < 1)
             check("by_layer", key, ok, "layer indices, or fractions in (0, 1)")
@@ -85,6 +89,16 @@ class PrefillConfig(Config):
                 chosen = value
         name, options = _named(chosen)
         return None if name == DENSE else (name, options)
+
+
+def _number(key: Any) -> Any:
+    """A key as a number, if it is the text of one."""
+    if not isinstance(key, str):
+        return key
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(key)
+    return key
 
 
 def _index(field_name: str, layer: int, num_layers: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.config import PrefillConfig
-from dit_accel.kernels import block_sparse_attention
+from dit_accel.kernels import SparsePlan, block_sparse_attention
 from dit_accel.llm.dense import dense_attention
 from dit_accel.llm.padding import real_spans
 from dit_accel.llm.prefill import Pattern, Prompt, pattern_of
@@ -16,6 +16,8 @@ from dit_accel.llm.prefill import Pattern, Prompt, pattern_of
 CROSSOVER = {torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}
 """Keys from which sparse attention was measured to pay on a CPU."""
 CROSSOVER_GPU = 8192
+KEPT_PLANS = 8
+"""Plans that a layer keeps before it counts them."""
 
 
 @dataclass
@@ -26,13 +28,26 @@ class LayerCounts:
     """Calls that read some of the keys."""
     dense: Counter[str] = field(default_factory=Counter)
     """Calls that read every key, by reason."""
+    plans: list[tuple[SparsePlan, float]] = field(default_factory=list)
+    """Plans of sparse calls that are not counted yet, each with its share of the rows of the call."""
     read: float = 0.0
-    """Sum of the densities of the sparse calls."""
+    """Sum of the densities of the sparse calls that are counted."""
+
+    def note(self, plan: SparsePlan, share: float = 1.0) -> None:
+        """Keep a plan to count it later: counting takes a good part of the time of the attention itself."""
+        self.plans.append((plan, share))
+        if len(self.plans) > KEPT_PLANS:
+            self._count()
 
     @property
     def density(self) -> float | None:
         """Mean density of the sparse calls; None if there were none."""
+        self._count()
         return self.read / self.sparse if self.sparse else None
+
+    def _count(self) -> None:
+        self.read += sum(plan.density() * share for plan, share in self.plans)
+        self.plans.clear()
 
 
 class Policy:
@@ -106,8 +121,8 @@ class Policy:
             )
         counts.sparse += 1
         if spans is None:
-            out, density = self._sparse(layer, q, k, v, scale)
-            counts.read += density
+            out, plan = self._sparse(layer, q, k, v, scale)
+            counts.note(plan)
             return out
         return self._padded(layer, q, k, v, scale, spans)
 
@@ -155,7 +170,7 @@ class Policy:
 
     def _sparse(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[Tensor, SparsePlan]:
         prompt = Prompt(
             q, k, scale=scale, block=self.config.block, tail=self.config.tail, layer=layer
         )
@@ -164,7 +179,7 @@ class Policy:
         plan = pattern.plan(prompt)
         out = block_sparse_attention(q, k, v, plan, scale=scale)
         assert isinstance(out, Tensor)
-        return out, plan.density()
+        return out, plan
 
     def _padded(
         self,
@@ -178,12 +193,11 @@ class Policy:
         """Rows of like padding together, without it, so that each gives what it gives alone."""
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         shift = k.shape[2] - q.shape[2]
-        read = 0.0
         for (start, stop), rows in spans.items():
             first, last = max(0, start - shift), max(0, stop - shift)
             if first >= last:
                 continue
-            some, density = self._sparse(
+            some, plan = self._sparse(
                 layer,
                 q[rows, :, first:last],
                 k[rows, :, start:stop],
@@ -191,6 +205,5 @@ class Policy:
                 scale,
             )
             out[rows, :, first:last] = some
-            read += density * len(rows)
-        self.counts[layer].read += read / len(q)
+            self.counts[layer].note(plan, len(rows) / len(q))
         return out

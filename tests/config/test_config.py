@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.config import PrefillConfig, RASConfig, SLAConfig
 
 # A config comes from people, whose wrong types have to reach our own messages.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -277,3 +277,13 @@ def test_query_blocks_follow_the_device_where_they_are_not_given(settings, capab
 )
 def test_the_line_is_damped_in_short_runs_with_a_budget(settings, steps, kind):
     assert RASConfig(**settings).output_predictor(steps) == kind
+
+
+def test_prefill_settings_survive_json():
+    config = PrefillConfig.load("triangle_mix")
+    config = dataclasses.replace(
+        config, by_layer={**config.by_layer, -1: "dense", 2: {"pattern": "blocks"}}
+    )
+    assert PrefillConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="by_layer='first'"):
+        PrefillConfig(by_layer={"first": "dense"})
