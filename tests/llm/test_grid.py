@@ -97,6 +97,18 @@ def test_grid_reads_its_definition_and_little_else(prompt, stride, rows, data):
 
 
 @pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("window", range(40, 57))
+def test_the_window_is_read_to_its_last_key(window, rows):
+    q, k = torch.zeros(1, 1, 100, 4), torch.zeros(1, 1, 140, 4)
+    prompt = Prompt(q, k, scale=1.0, block=16, tail=0)
+    options = {"stride": 90, "phase": 89, "sink": 0, "window": window, "rows": rows}
+    mask = pattern_of("grid", options).plan(prompt).to_dense_mask()[0, 0]
+    distance = torch.arange(100)[:, None] + 40 - torch.arange(140)
+    assert mask[(distance >= 0) & (distance < window)].all()
+    assert mask.double().mean() < 0.75
+
+
+@pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize(("stride", "phase"), [(257, 3), (36, 20), (129, 128)])
 def test_recall_and_cost_on_a_planted_grid(stride, phase, rows):
     prompt = planted(4096, [(stride, phase)], strength=12, block=16, tail=64)

@@ -71,7 +71,6 @@ FULL = [
     ("grid", {"window": 200}),
     ("grid", {"window": 1, "sink": 200, "stride": 50, "rows": True}),
     ("hybrid", {"top_p": 1.0}),
-    ("hybrid", {"top_p": 0.1, "columns": 10**6, "queries": "spread"}),
     ("hybrid", {"top_p": 1, "scores": "spread", "per_group": True}),
     ("vertical_slash", {"slashes": 1}),
     ("vertical_slash", {"columns": 1.0}),
@@ -123,8 +122,8 @@ def test_recall_grows_with_the_columns_of_hybrid(prompt, per_group):
         now = plan.recall(prompt.q, prompt.k, scale=prompt.scale)
         assert (now >= before - 1e-9).all()
         before = now
-    # Keys that no spread query sees, because they come last, have no worth.
-    assert (before > 0.99).all()
+    # A last block without a spread query may still miss keys: up to 3 of more than 64 queries.
+    assert (before > 0.95).all()
 
 
 @pytest.mark.parametrize(("name", "option", "others"), GROWING)
@@ -374,6 +373,19 @@ def test_flex_prefill_is_its_definition(prompt, gamma, least):
                     if (i + prompt.offset - j) // block in best[1]:
                         chosen[i // block, j // block] = True
         assert torch.equal(mask[b, h], read_blocks(prompt, chosen | prompt.always()))
+
+
+def test_flex_prefill_asks_the_queries_of_the_last_block_only():
+    """Here it holds one query, which attends to block 3; all others attend to block 7."""
+    q, k = torch.zeros(1, 1, 193, 2), torch.zeros(1, 1, 193, 2)
+    q[..., 0], q[:, :, -1] = 9, torch.tensor([0.0, 9.0])
+    k[:, :, 112:128, 0] = 1
+    k[:, :, 48:64, 1] = 1
+    prompt = Prompt(q, k, scale=1.0, block=16, tail=0)
+    options = {"gamma": 0.3, "tau": 0, "min_budget": 0}
+    blocks = pattern_of("flex_prefill", options).plan(prompt).to_block_mask()[0, 0]
+    assert blocks[6:, 3].all()
+    assert not blocks[9:12, 7].any()
 
 
 def test_heads_of_flex_prefill_choose_by_how_well_means_predict():

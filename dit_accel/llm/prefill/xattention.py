@@ -93,7 +93,7 @@ def antidiagonal_mass(
         scores = scores.unflatten(2, (group, -1)).flatten(1, 2).to(wide(q))
         first = torch.arange(start * size, stop * size, device=q.device) * stride
         begins = torch.arange(end * size, device=q.device) * stride
-        hidden = (begins > first[:, None] + offset) | (begins >= k.shape[2])
+        hidden = begins > first[:, None] + offset
         mass = torch.softmax(scores.masked_fill_(hidden, -torch.inf), -1)
         mass = mass.unflatten(-1, (end, size)).sum(-1)
         real = (first < q.shape[2]).to(mass)  # groups without a query count nothing
