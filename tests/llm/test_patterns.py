@@ -504,3 +504,15 @@ def test_shares_decide_how_much_each_pair_reads():
 def test_bad_options_are_refused(name, options, message, unchecked):
     with pytest.raises(ValueError, match=message):
         pattern_of(name, options)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 15, 16, 31])
+def test_triangle_reads_its_window_at_every_offset_of_a_chunk(offset):
+    q, k = torch.randn(1, 2, 64, 8), torch.randn(1, 2, 64 + offset, 8)
+    plan = pattern_of("triangle", {"sink": 0, "window": 48}).plan(
+        Prompt(q, k, scale=1.0, block=16, tail=0)
+    )
+    at = torch.arange(64)[:, None] + offset
+    keys = torch.arange(64 + offset)
+    window = (keys <= at) & (keys > at - 48)
+    assert bool(plan.to_dense_mask()[0, 0][window].all())

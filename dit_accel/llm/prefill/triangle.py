@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from dit_accel.config.base import check, is_int
 from dit_accel.kernels import SparsePlan
 from dit_accel.llm.prefill.pattern import Pattern, Prompt
@@ -22,7 +24,10 @@ class Triangle(Pattern):
         check("window", self.window, is_int(self.window) and self.window >= 1, "an int >= 1")
 
     def plan(self, prompt: Prompt) -> SparsePlan:
-        distance = prompt.block_distance()
-        mask = (distance >= 0) & (distance <= -(-self.window // prompt.block))
+        first = torch.arange(prompt.num_q_blocks, device=prompt.q.device) * prompt.block
+        # A chunk may begin inside of a key block: the window counts from the first query of each query block.
+        begin = (first + prompt.offset - self.window + 1).clamp(min=0) // prompt.block
+        keys = torch.arange(prompt.num_k_blocks, device=prompt.q.device)
+        mask = (prompt.block_distance() >= 0) & (keys >= begin[:, None])
         mask[:, : -(-self.sink // prompt.block)] = True
         return self.from_blocks(prompt, mask[None, None])
