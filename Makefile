@@ -65,7 +65,9 @@ bench: install
 
 # Hours on a CPU; stopped, it goes on where it was.
 bench-ras: install
-	$(BIN)/python pipelines/bench_ras.py overhead --output pipelines/results/ras_overhead_cpu.json
+	$(BIN)/python pipelines/bench_ras.py overhead --parts partial --output pipelines/results/ras_overhead_cpu.json
+	$(BIN)/python pipelines/bench_ras.py overhead --parts forecast --budgets .65 --repeats 1 \
+		--output pipelines/results/ras_forecast_overhead_cpu.json
 	for model in tiny-wan tiny-sd3 tiny-lumina2; do \
 		$(BIN)/python pipelines/bench_ras.py quality --model $$model \
 			--output pipelines/results/ras_$$(echo $$model | tr - _).json || exit 1; done
