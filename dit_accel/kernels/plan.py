@@ -62,7 +62,7 @@ class SparsePlan(PlanData):
     def for_heads(self, heads: int) -> "SparsePlan":
         """Return the same plan with lists for so many heads, each set repeated for the heads of its group."""
         own = self.heads
-        if own in (1, heads):
+        if own == 1 or own == heads:  # one by one: sizes may be symbolic
             return self
         if heads % own:
             raise ValueError(f"heads={heads}: accepted is a multiple of the plan's {own}")
