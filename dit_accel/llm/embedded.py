@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from dit_accel.files import atomic_directory
-from dit_accel.llm.quiet import quiet
+from dit_accel.quiet import quiet
 
 NAME = "smollm2-135m"
 """Name of the embedded model where a model is named by a string."""

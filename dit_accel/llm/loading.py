@@ -12,7 +12,7 @@ from dit_accel.config.base import suggest
 from dit_accel.llm.embedded import NAME, converted, weights_file
 from dit_accel.llm.policy import Policy
 from dit_accel.llm.prefill import pattern_names
-from dit_accel.llm.quiet import quiet
+from dit_accel.quiet import quiet
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_accel.eval.metrics.weights import file_sha256
 from dit_accel.eval.results.types import Extractor
+from dit_accel.quiet import quiet
 
 Frame = UInt8[np.ndarray, "h w 3"]
 
@@ -46,7 +47,7 @@ class ClipScore:
         # transformers 5 moved the Pillow processor; its default needs torchvision and resizes otherwise.
         processor = _either(transformers, "CLIPImageProcessorPil", "CLIPImageProcessor")
         try:
-            with _quiet():
+            with quiet():
                 loaded = transformers.CLIPModel.from_pretrained(
                     source, use_safetensors=True, revision=revision
                 )
@@ -71,7 +72,7 @@ class ClipScore:
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """Which prompts have more tokens than the model reads."""
-        with _quiet():
+        with quiet():
             tokens = self.tokenizer(list(prompts), truncation=False)["input_ids"]
         return [len(x) > self.longest for x in tokens]
 
@@ -126,23 +127,6 @@ def _either(module: Any, *names: str) -> Any:
         with contextlib.suppress(AttributeError, ImportError):
             return getattr(module, name)
     raise ImportError(f"transformers has none of {', '.join(names)}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Without progress bars of loading and the warning about long prompts, which are counted."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _sha256(source: str, revision: str | None) -> str:
