@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dit_accel.config import RASConfig
-from dit_accel.models import AttentionLayer, Call, Focus, TokenOrder, joint_index
+from dit_accel.models import Call, Focus, TokenOrder, joint_index
 from dit_accel.ras.compatibility import step_cache_of
 from dit_accel.ras.context import ContextState
 from dit_accel.ras.control import ErrorControl
@@ -46,7 +46,6 @@ class RegionAdaptiveSampling(Method, Focus):
         self.config = config
         # Without partial steps only whole outputs are kept: nothing of the model has to be known.
         self.uses_attention = self.needs_family = config.has_partial_steps
-        self.layers: dict[str, AttentionLayer] = {}
         self.stores = Stores({}, config)
         self.others: tuple[Method, ...] = ()
         """The other methods on the transformer, whose token order and tiles are followed."""
@@ -74,14 +73,13 @@ class RegionAdaptiveSampling(Method, Focus):
         self.separate_guidance = host.family.separate_guidance
         if not self.uses_attention:
             return
-        self.layers = host.layers
         self.others = tuple(x for x in host.methods if x is not self)
         self.stores = Stores(host.layers, self.config)
 
     def detach(self) -> None:
         self._finish_call()
         self.state = RunState()
-        self.layers, self.stores, self.others = {}, Stores({}, self.config), ()
+        self.stores, self.others = Stores({}, self.config), ()
 
     def _finish_call(self) -> None:
         self.stores.close()
@@ -357,7 +355,7 @@ class RegionAdaptiveSampling(Method, Focus):
             self.config,
             run,
             call,
-            layers=self.layers,
+            layers=self.stores.layers,
             tile=self._tile_of(call.grid, device),
             order=self._order_of(call.grid, device),
             contexts=2 if guidance and self.separate_guidance else 1,

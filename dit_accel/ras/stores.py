@@ -1,7 +1,5 @@
 """`Stores`: one store of keys and values for each attention layer, pointed at what a context has cached."""
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,7 +19,7 @@ class Stores:
         config: settings.
     """
 
-    def __init__(self, layers: Mapping[str, AttentionLayer], config: RASConfig) -> None:
+    def __init__(self, layers: dict[str, AttentionLayer], config: RASConfig) -> None:
         self.layers = layers
         self.policy = config.kv_cache
         self.by_layer = {name: KVStore() for name in layers}
