@@ -106,15 +106,7 @@ class PrefillSpeed:
         draw = torch.rand(1, heads, *visible.shape, generator=generator).to(visible.device)
         rank = draw.masked_fill(~visible, -1.0).argsort(-1, descending=True).argsort(-1)
         mask = (rank < (visible.sum(1) * density).ceil()[:, None]) & visible
-        g = prompt.geometry
-        return SparsePlan.from_block_mask(
-            mask,
-            block_q=g.block_q,
-            block_k=g.block_k,
-            q_len=g.q_len,
-            kv_len=g.kv_len,
-            causal=True,
-        )
+        return SparsePlan.from_block_mask(mask, **prompt.rules)
 
 
 def print_table(record: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ class Overhead:
     output: Path | None = None
     device: str = "cpu"
     parts: tuple[Literal["partial", "forecast"], ...] = ("partial", "forecast")
-    """What is measured: partial steps, whole runs with forecast steps."""
+    """Parts to measure: partial steps, whole runs with forecast steps."""
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
     repeats: int = 3
     """Runs of each kind, alternating."""

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -368,23 +368,18 @@ def print_overview(reports: list[dict[str, Any]]) -> None:
         "ours minus best cache, mean of both",
     )
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for report in reports:
-        for (solver, steps, _), rows in _groups(report).items():
-            kinds = {x["kind"]: x for x in rows}
-            if OURS not in kinds:
-                continue
-            ours, best = kinds[OURS], kinds.get(kinds[OURS]["best_cache"] or "")
-            cells = [f"{report['model']}, {solver} {steps}", f"{ours['cost']:.1f}"]
-            for reference in REFERENCES:
-                shown = [kinds[FEWER], best, ours]
-                for x in shown if reference == "plain" else [kinds["dense"], *shown]:
-                    cells.append("" if x is None else f"{x[reference]['psnr_db']['mean']:.1f}")
-            if best is not None:
-                cells[3] += f" ({CACHES[best['kind']].shown})"
-            cells += [_signed(ours[f"{x}_minus"][FEWER]) for x in REFERENCES]
-            mean = ours.get("mean_minus_best_cache")
-            cells.append("" if mean is None else _signed(mean))
-            print(f"| {' | '.join(cells)} |")
+    for kinds, best, cells in _compared(reports):
+        ours = kinds[OURS]
+        for reference in REFERENCES:
+            shown = [kinds[FEWER], best, ours]
+            for x in shown if reference == "plain" else [kinds["dense"], *shown]:
+                cells.append("" if x is None else f"{x[reference]['psnr_db']['mean']:.1f}")
+        if best is not None:
+            cells[3] += f" ({CACHES[best['kind']].shown})"
+        cells += [_signed(ours[f"{x}_minus"][FEWER]) for x in REFERENCES]
+        mean = ours.get("mean_minus_best_cache")
+        cells.append("" if mean is None else _signed(mean))
+        print(f"| {' | '.join(cells)} |")
 
 
 def print_short(reports: list[dict[str, Any]]) -> None:
@@ -397,21 +392,29 @@ def print_short(reports: list[dict[str, Any]]) -> None:
         "ours",
     )
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for kinds, best, cells in _compared(reports):
+        ours = kinds[OURS]
+        cells.append(_pair(kinds[FEWER]))
+        cells.append(
+            "none for this model"
+            if best is None
+            else f"{_pair(best)} ({CACHES[best['kind']].shown})"
+        )
+        cells.append(f"**{_pair(ours)}**")
+        print(f"| {' | '.join(cells)} |")
+
+
+def _compared(
+    reports: list[dict[str, Any]],
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, list[str]]]:
+    """Yield the rows of each setting by kind, that of the best step cache, and the first two cells."""
     for report in reports:
         for (solver, steps, _), rows in _groups(report).items():
             kinds = {x["kind"]: x for x in rows}
-            if OURS not in kinds:
-                continue
-            ours, best = kinds[OURS], kinds.get(kinds[OURS]["best_cache"] or "")
-            cells = [f"{report['model']}, {solver} {steps}", f"{ours['cost']:.1f}"]
-            cells.append(_pair(kinds[FEWER]))
-            cells.append(
-                "none for this model"
-                if best is None
-                else f"{_pair(best)} ({CACHES[best['kind']].shown})"
-            )
-            cells.append(f"**{_pair(ours)}**")
-            print(f"| {' | '.join(cells)} |")
+            if OURS in kinds:
+                ours = kinds[OURS]
+                cells = [f"{report['model']}, {solver} {steps}", f"{ours['cost']:.1f}"]
+                yield kinds, kinds.get(ours["best_cache"] or ""), cells
 
 
 def _pair(row: dict[str, Any]) -> str:

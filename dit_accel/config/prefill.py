@@ -8,7 +8,7 @@ from dit_accel.config.base import Config, check, check_choice, is_int
 
 BLOCKS = (16, 32, 64, 128)
 DENSE = "dense"
-"""What stands for a pattern in layers that read every key."""
+"""Name that stands for a pattern in layers that read every key."""
 
 
 @dataclass(frozen=True, kw_only=True)

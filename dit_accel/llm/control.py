@@ -75,7 +75,7 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class PrefillSummary:
-    """What the attention layers of a model did since `enable`; prints as a table."""
+    """Calls of all attention layers of a model since `enable`; prints as a table."""
 
     config: Mapping[str, Any]
     layers: list[LayerSummary]

@@ -171,7 +171,7 @@ def test_short_prompts_and_dense_layers_are_dense_and_counted():
 
 
 def test_layers_may_have_patterns_of_their_own():
-    """As TriangleMix: every key in the first layers, a triangle in the last ones."""
+    """TriangleMix does so: every key in the first layers, a triangle in the last ones."""
     model, ids = make("Llama"), prompt()
     triangle = {"pattern": "triangle", "options": {"window": 16}}
     llm.enable(model, prefill={**SMALL, "pattern": "dense", "by_layer": {0.34: triangle}})

@@ -29,18 +29,6 @@ class AShape(Pattern):
         check("window", self.window, is_int(self.window) and self.window >= 1, "an int >= 1")
 
     def plan(self, prompt: Prompt) -> SparsePlan:
-        g = prompt.geometry
-        every = torch.ones(
-            1, 1, g.num_q_blocks, g.num_k_blocks, dtype=torch.bool, device=prompt.q.device
-        )
-        return SparsePlan.from_block_mask(
-            every,
-            block_q=g.block_q,
-            block_k=g.block_k,
-            q_len=g.q_len,
-            kv_len=g.kv_len,
-            causal=True,
-            q_offset=prompt.offset,
-            window=self.window,
-            sink=self.sink,
-        )
+        shape = 1, 1, prompt.num_q_blocks, prompt.num_k_blocks
+        every = torch.ones(shape, dtype=torch.bool, device=prompt.q.device)
+        return SparsePlan.from_block_mask(every, **prompt.rules, window=self.window, sink=self.sink)

@@ -90,25 +90,19 @@ class Grid(Pattern):
     def _with_rows(self, prompt: Prompt, columns: Tensor) -> SparsePlan:
         """A plan in which the queries that read every key come last, in blocks of their own."""
         assert self.stride is not None
-        g = prompt.geometry
         at = torch.arange(prompt.q_len, device=prompt.q.device)
         dense = (at + prompt.offset) % self.stride == self.phase
         dense = dense | (at >= prompt.q_len - prompt.tail)
         order = dense.int().argsort(stable=True)
         others = int((~dense).sum())
         # A block that holds queries of either kind reads every key.
-        start = g.num_q_blocks if others == prompt.q_len else others // prompt.block
+        start = prompt.num_q_blocks if others == prompt.q_len else others // prompt.block
         mask = self.band(prompt, order)
         mask[start:] = True
         return SparsePlan.from_block_mask(
             mask[None, None],
-            block_q=g.block_q,
-            block_k=g.block_k,
-            q_len=g.q_len,
-            kv_len=g.kv_len,
-            causal=True,
-            q_offset=prompt.offset,
+            **prompt.rules,
             columns=columns,
             q_order=order[None],
-            long_rows=torch.arange(start, g.num_q_blocks, device=prompt.q.device),
+            long_rows=torch.arange(start, prompt.num_q_blocks, device=prompt.q.device),
         )

@@ -85,7 +85,7 @@ def _candidates(roots: Tensor, longest: int) -> Tensor:
 
 
 def _held(sums: Tensor, first: int, stride: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """What the keys of each phase hold in excess of average ones, `[B, H, longest]`: roots and weights.
+    """Return the excess that the keys of each phase hold over average ones, `[B, H, longest]`: roots and weights.
 
     Roots are 0 where the weights are too uneven or may be chance. `sums` begins with key `first`; a head has one stride.
     """

@@ -19,7 +19,7 @@ from dit_accel.kernels import Geometry, SparsePlan
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a pattern may know about a call: queries at the last positions, keys from the first one on."""
+    """A call as patterns see it: queries at the last positions, keys from the first one on."""
 
     q: Tensor
     """`[B, Hq, Lq, D]`."""
@@ -56,17 +56,21 @@ class Prompt:
         return -(-self.kv_len // self.block)
 
     @property
+    def rules(self) -> dict[str, Any]:
+        """Lengths and blocks of the plans of this call, as arguments."""
+        return {
+            "block_q": self.block,
+            "block_k": self.block,
+            "q_len": self.q_len,
+            "kv_len": self.kv_len,
+            "causal": True,
+            "q_offset": self.offset,
+        }
+
+    @property
     def geometry(self) -> Geometry:
-        """Lengths and blocks of the plans of this call."""
-        return Geometry.of(
-            self.q.device,
-            block_q=self.block,
-            block_k=self.block,
-            q_len=self.q_len,
-            kv_len=self.kv_len,
-            causal=True,
-            q_offset=self.offset,
-        )
+        """Lengths and blocks of the plans of this call, checked."""
+        return Geometry.of(self.q.device, **self.rules)
 
     def block_distance(self) -> Int[Tensor, "n_q n_k"]:
         """Key blocks between the last query of each query block and a key block; negative: all keys are later."""
@@ -113,15 +117,9 @@ class Pattern(ABC):
         columns: Tensor | None = None,
     ) -> SparsePlan:
         """Return the plan that reads these blocks, those that are always read, and single columns."""
-        g = prompt.geometry
         return SparsePlan.from_block_mask(
             mask | prompt.always(),
-            block_q=g.block_q,
-            block_k=g.block_k,
-            q_len=g.q_len,
-            kv_len=g.kv_len,
-            causal=True,
-            q_offset=prompt.offset,
+            **prompt.rules,
             columns=columns,
             long_rows=prompt.last_rows().nonzero()[:, 0].int() if prompt.tail else None,
         )
