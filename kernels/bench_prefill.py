@@ -1,20 +1,29 @@
-"""Times sparse prefill of one attention layer against dense attention of torch, in one run.
+"""What sparse prefill costs in time, against dense attention of torch in the same run.
 
-    python kernels/bench_prefill.py --output kernels/results/prefill_cpu.json
-    python kernels/bench_prefill.py --geometry "llama-3.1-8b, a quarter of the heads" --lengths 16384 32768 \\
-        --dtypes fp32 --output kernels/results/prefill_llama_cpu.json
+    python kernels/bench_prefill.py layer --output kernels/results/prefill_layer_cpu.json
+    python kernels/bench_prefill.py layer --geometry "llama-3.1-8b, a quarter of the heads" --lengths 16384 32768 \\
+        --dtypes fp32 --output kernels/results/prefill_llama_layer_cpu.json
+    python kernels/bench_prefill.py first-token --output kernels/results/prefill_first_token_cpu.json
 
-Ways take turns; each number is the median of the repeats, in CPU time of one thread. "(0.25)" is the density of the
-plan: pairs that it reads over those of a causal call.
+Layer: one attention layer on random numbers, plans of a given density. First token: a whole model that reads a real
+text, with presets that choose what they read. Ways take turns; each number is the median of the repeats, in CPU time
+of one thread. "(0.25)" is the density: pairs that are read over those of a causal call.
 """
 
 import os
+from typing import Annotated
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import tyro
 
+from dit_accel.bench.first_token import FirstToken
 from dit_accel.bench.prefill_speed import PrefillSpeed
 
+Command = (
+    Annotated[PrefillSpeed, tyro.conf.subcommand("layer")]
+    | Annotated[FirstToken, tyro.conf.subcommand("first-token")]
+)
+
 if __name__ == "__main__":
-    tyro.cli(PrefillSpeed, description=__doc__).run()
+    tyro.cli(Command, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,)).run()
