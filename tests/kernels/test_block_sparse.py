@@ -512,3 +512,21 @@ def test_a_block_mean_cannot_be_causal():
     case = simple_case(causal=True)
     with pytest.raises(ValueError, match=r"^combine='shared_softmax': the plan is causal"):
         run(case, "shared_softmax")
+
+
+def test_chunks_mask_only_what_some_query_must_not_read(monkeypatch):
+    from dit_accel.kernels.block_sparse import chunks
+
+    monkeypatch.setattr(chunks, "CHUNK_SCORES", 2**13)  # a few rows of blocks, as in long prompts
+    mask = torch.rand(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask |= torch.eye(32, dtype=torch.bool)
+    rules = {"block_q": 16, "block_k": 16, "q_len": 512, "kv_len": 512, "causal": True}
+    columns = torch.arange(8).expand(1, 4, 8).int()
+    plan = SparsePlan.from_block_mask(mask, **rules, columns=columns)
+    masked = read = 0
+    for chunk in chunks.Layout(plan, False, torch.float32).chunks(0, slice(0, 4), 2):
+        rows = len(chunk.kv_rows) * 16 // (chunk.exact + chunk.tail_bias.shape[-1])
+        masked += rows * (chunk.exact - chunk.free)
+        read += rows * chunk.exact
+        assert chunk.tail_bias.shape[1] == 1  # all queries of a block see the same columns
+    assert 0 < masked < read / 2

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.lists import block_lists
 from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.router import pool_blocks
+from dit_accel.kernels.visibility import row_ends
 
 # Scores of one chunk and thread: half a MiB in fp32 stays in a core's cache; larger chunks measured slower.
 CHUNK_SCORES = 2**17
@@ -28,10 +28,12 @@ class Chunk:
     """Places in the stage's blocked query tensor."""
     kv_rows: Tensor
     """`[c * n]` places in the stage's table of keys or values; those of the tail come last."""
+    free: int
+    """Keys of blocks that every row of the chunk reads whole; they come first."""
     exact: int
     """Keys of listed blocks; those of the tail follow."""
     hidden: Tensor | None
-    """`[c, 1 or BQ, exact]`, True where a key must not be read; None: nothing is hidden."""
+    """`[c, 1 or BQ, exact - free]`, True where a key must not be read; None: nothing is hidden."""
     tail_bias: Tensor | None
     """`[c, 1 or BQ, n_tail]`: log(block size) of unread block means, 0 of columns, -inf of what is
     read anyway or must not be read."""
@@ -42,13 +44,13 @@ class Layout:
 
     def __init__(self, plan: SparsePlan, shared_softmax: bool, dtype: torch.dtype) -> None:
         self.plan = plan
-        blocks = plan.to_block_mask()
-        self.counts, indices = block_lists(blocks)
-        self.indices = indices.long()
+        self.whole, self.counts, self.indices = _lists(plan)
         self.k_sizes = plan.k_sizes()
         masked = plan.kv_num_blocks > 0
         if plan.q_block_sizes is not None:
-            masked = masked | (plan.q_sizes() < plan.block_q)
+            short = plan.q_sizes() < plan.block_q
+            masked = masked | short
+            self.whole = self.whole.masked_fill(short, 0)  # queries of padding read nothing
         self.masked = masked
         self.q_padded = plan.q_block_sizes is not None
         self.k_padded = plan.kv_lengths is not None or plan.k_block_sizes is not None
@@ -56,14 +58,14 @@ class Layout:
         self.has_tail = shared_softmax or self.columns is not None
         # Every key block holds a key, so a row of block means is never empty without padding.
         self.empty_tail = self.q_padded or self.k_padded or self.columns is not None
-        self.blocks = blocks
+        self.blocks = plan.to_block_mask()
         self.q_pos = self._positions()
         self.unread_bias = None
         self.n_tail = 0 if self.columns is None else self.columns.shape[-1]
         if shared_softmax:
             self.n_tail = plan.num_k_blocks
             bias = self.k_sizes.to(dtype).log()[:, None, None, :]
-            self.unread_bias = bias.masked_fill(blocks, -math.inf)
+            self.unread_bias = bias.masked_fill(self.blocks, -math.inf)
         self.tail_blocks = -(-self.n_tail // plan.block_k)
 
     def blocked_q(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,9 +140,11 @@ class Layout:
             x = x[heads] if x.shape[0] > 1 else x.expand(n_heads, *x.shape[1:])
             return x.reshape(n_heads * n_q, *x.shape[2:])
 
-        counts, indices, masked = map(of_stage, (self.counts, self.indices, self.masked))
+        whole, counts, indices, masked = map(
+            of_stage, (self.whole, self.counts, self.indices, self.masked)
+        )
         k_sizes = self.sizes_of(batch)
-        unread = None if self.unread_bias is None else of_stage(self.unread_bias)
+        biases = None if self.unread_bias is None else of_stage(self.unread_bias)
         q_heads = torch.arange(n_heads, device=counts.device).repeat_interleave(n_q)
         kv_heads = q_heads.div(group, rounding_mode="floor")
         # Rows of like cost share a chunk: unmasked ones first, then by falling block count.
@@ -148,20 +152,22 @@ class Layout:
         order = torch.argsort(key, descending=True, stable=True)
         in_order = bool((order[1:] > order[:-1]).all())
         # Sorted once here, so that a chunk of the common kind costs a few slices.
-        counts, indices, masked = counts[order], indices[order], masked[order]
+        whole, counts, indices, masked = (x[order] for x in (whole, counts, indices, masked))
         kv_heads, q_heads, q_blocks = kv_heads[order], q_heads[order], order % n_q
         kv_rows = indices + kv_heads[:, None] * n_k
-        unread = None if unread is None else unread[order][:, None, :]
+        biases = None if biases is None else biases[order][:, None, :]
         tail_heads = kv_heads
         if self.columns is not None:
             tail_heads = q_heads
-            covered = of_stage(self.blocks)[order]
-            columns = self.columns_of(batch, heads)
+            at, shown = self._columns_shown(batch, heads, q_heads, of_stage(self.blocks)[order])
+            like = self._rows_see_alike(q_blocks, q_heads + heads.start, at, shown)
+            if like is not None:
+                biases = _bias(like)[:, None]
         tail_block = torch.arange(self.tail_blocks, device=order.device)
         tail_rows = n_heads // group * n_k + tail_heads[:, None] * self.tail_blocks + tail_block
         threads = torch.get_num_threads()
         budget = CHUNK_SCORES * threads * (THREADED if threads > 1 else 1)
-        sorted_counts, sorted_masked = counts.tolist(), masked.tolist()
+        sorted_whole, sorted_counts, sorted_masked = (x.tolist() for x in (whole, counts, masked))
         kinds = [(m, count > 0) for m, count in zip(sorted_masked, sorted_counts, strict=True)]
         start = 0
         while start < len(order):
@@ -172,19 +178,19 @@ class Layout:
                 stop -= 1
             rows = slice(start, stop)
             read, hidden, bias = kv_rows[rows, :n], None, None
-            if sorted_masked[start] or sorted_counts[stop - 1] != n:
+            free = min(sorted_whole[start:stop])
+            if free < n:
                 listed = torch.arange(n, device=order.device) < counts[rows, None]
                 # Shorter lists repeat a block of their own: a weight of 0 would not hide a NaN of others.
                 read = torch.where(listed, read, read[:, :1])
                 q_pos = self._q_pos(q_blocks[rows], q_heads[rows], heads)
-                hidden = ~self._visible(q_blocks[rows], q_pos, indices[rows, :n], listed, k_sizes)
-            if self.columns is not None:
+                some = indices[rows, free:n], listed[:, free:]
+                hidden = ~self._visible(q_blocks[rows], q_pos, *some, k_sizes)
+            if self.columns is not None and biases is None:
                 q_pos = self._q_pos(q_blocks[rows], q_heads[rows], heads)
-                at, valid = (x[q_heads[rows]] for x in columns)
-                shown = valid & ~covered[rows].gather(1, at // plan.block_k)
-                bias = self._column_bias(q_blocks[rows], q_pos, at, shown)
-            if unread is not None:
-                bias = unread[rows]
+                bias = self._column_bias(q_blocks[rows], q_pos, at[rows], shown[rows])
+            if biases is not None:
+                bias = biases[rows]
                 if plan.q_block_sizes is not None:
                     bias = bias.masked_fill(~self._q_valid(q_blocks[rows])[..., None], -math.inf)
             if bias is not None:
@@ -194,6 +200,7 @@ class Layout:
             yield Chunk(
                 rows=rows if in_order else order[rows],
                 kv_rows=read.flatten(),
+                free=free * plan.block_k,
                 exact=n * plan.block_k,
                 hidden=hidden,
                 tail_bias=bias,
@@ -212,8 +219,33 @@ class Layout:
             shown = shown & self.plan.visible(q_pos[..., None], at[:, None])
         if self.plan.q_block_sizes is not None:
             shown = shown & self._q_valid(q_block)[..., None]
-        bias = torch.zeros(shown.shape, device=shown.device, dtype=torch.float32)
-        return bias.masked_fill(~shown, -math.inf)
+        return _bias(shown)
+
+    def _columns_shown(
+        self, batch: int, heads: slice, q_heads: Tensor, covered: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Columns of each row of blocks, `[R, C]`, and whether its listed blocks leave them out."""
+        at, valid = (x[q_heads] for x in self.columns_of(batch, heads))
+        return at, valid & ~covered.gather(1, at // self.plan.block_k)
+
+    def _rows_see_alike(
+        self, q_blocks: Tensor, q_heads: Tensor, at: Tensor, shown: Tensor
+    ) -> Tensor | None:
+        """Return which columns all queries of a block read, `[R, C]`; None if it is not the same for all.
+
+        The common case: what lies on the diagonal is listed, so that columns are before the block or after it.
+        """
+        plan = self.plan
+        if plan.q_block_sizes is not None or plan.window is not None:
+            return None
+        if not plan.positional:
+            return shown
+        first, last = (
+            (x[q_heads] if len(x) > 1 else x.expand(len(q_heads), -1)).gather(1, q_blocks[:, None])
+            for x in row_ends(plan)
+        )
+        seen = at <= first
+        return shown & seen if bool((seen | (at > last) | ~shown).all()) else None
 
     def _visible(
         self, q_block: Tensor, q_pos: Tensor, blocks: Tensor, listed: Tensor, k_sizes: Tensor
@@ -286,3 +318,22 @@ def stages(
         for h in range(0, kv_heads, step):
             end = min(h + step, kv_heads)
             yield b, slice(h * group, end * group), slice(h, end)
+
+
+def _lists(plan: SparsePlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Return blocks that rows read whole, blocks that they read, and their indices: whole ones come first."""
+    whole, partial = plan.full_kv_num_blocks, plan.kv_num_blocks
+    counts = whole + partial
+    both = [x.expand(*counts.shape, -1) for x in (plan.full_kv_indices, plan.kv_indices)]
+    place = torch.arange(max(1, int(counts.max())), device=plan.device)
+    after = place - whole[..., None]
+    source = torch.where(after < 0, place, after + both[0].shape[-1])
+    listed = place < counts[..., None]
+    indices = torch.cat(both, -1).long().gather(-1, source.masked_fill(~listed, 0))
+    return whole, counts, indices
+
+
+def _bias(shown: Tensor) -> Tensor:
+    """0 where a key is read and -inf elsewhere, fp32."""
+    bias = torch.zeros(shown.shape, device=shown.device, dtype=torch.float32)
+    return bias.masked_fill(~shown, -math.inf)

@@ -31,7 +31,7 @@ def _scores(
     by_head = scores if stack == 1 else scores.unflatten(1, (stack, -1))
     if chunk.hidden is not None:
         hidden = chunk.hidden if stack == 1 else chunk.hidden[:, None]
-        by_head[..., : chunk.exact].masked_fill_(hidden, -math.inf)
+        by_head[..., chunk.free : chunk.exact].masked_fill_(hidden, -math.inf)
     if chunk.tail_bias is not None:
         by_head[..., chunk.exact :] += chunk.tail_bias if stack == 1 else chunk.tail_bias[:, None]
     return scores, keys
@@ -137,7 +137,9 @@ def _forward(
                 if lb is not None:
                     lb[chunk.rows] = -math.inf
                 continue
-            may_be_empty = chunk.hidden is not None or (layout.has_tail and layout.empty_tail)
+            may_be_empty = chunk.free == 0 and (
+                chunk.hidden is not None or (layout.has_tail and layout.empty_tail)
+            )
             p = torch.softmax(scores, -1)
             if want_lse or may_be_empty:
                 top = scores.amax(-1)
