@@ -40,7 +40,7 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
         "linear all": make(linear_scope="all"),
         "linear complement": make(linear_scope="complement"),
         "linear by row": make(linear_scope="complement", bounded=False),
-        "split rows": make(read=0.5, long_rows=True),
+        "split rows": make(read=0.5, long_rows=True, causal=True),
         # Sizes of blocks are loaded beside their indices, by loops that are pipelined.
         "ragged": make(ragged=True, linear_scope="complement", bounded=False),
     }
@@ -70,9 +70,7 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
             what = (name, tuple(launch.constants.items()), given)
             if what not in seen:
                 seen.add(what)
-                split = launch.constants.get("SPLIT")
-                label = f"{mode} {split}" if split else mode
-                found.setdefault(f"{name}/{label}", launch)
+                found.setdefault(f"{name}/{mode}", launch)
     q = _meta(head_dim, dtype)
     pooled = _meta(head_dim, torch.float32)[:, :, : LENGTH // 64]
     found["pool/router"] = pool_launch(q, pooled, None, 64)
