@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_accel.bench.gpu.device import Device, Result
 from dit_accel.bench.gpu.journal import SubStep
+from dit_accel.bench.timing import Functions
 from dit_accel.kernels import SparsePlan, block_sparse_attention
 from dit_accel.kernels.query_sums import column_sums, last_query_sums, torch_sums
 
@@ -111,7 +112,7 @@ def time_triangle(device: Device, found: dict[str, Result], *, block: int) -> Re
     v = torch.randn_like(k)
     plan = triangle(device, LENGTH, block)
     whole = dataclasses.replace(plan, long_rows=None)
-    functions = {
+    functions: Functions = {
         "split": functools.partial(block_sparse_attention, q, k, v, plan),
         "whole": functools.partial(block_sparse_attention, q, k, v, whole),
         "flash": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),

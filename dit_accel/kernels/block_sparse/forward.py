@@ -92,23 +92,32 @@ def _linear_step(b_phi, b_phik, b_v, b_num, b_den, weight, PRECISION: tl.constex
 @triton.jit
 def _walk(
     b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
-    K, V, PHI_K, INDEX, K_SIZES, first, last,
+    K, V, PHI_K, INDEX, K_SIZES, first, last, is_prefix,
     k_l, v_l, o_d, m_d, o_v, m_v, q_pos, k_end, q_offset, window, sink, scale, weight,
     BLOCK_K: tl.constexpr, TK: tl.constexpr, HEAD_DIM: tl.constexpr,
     MASK_D: tl.constexpr, MASK_V: tl.constexpr, MASKED: tl.constexpr, POSITIONAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, FLIP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PREFIX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The blocks `first`..`last` of one list, TK keys at a time."""
+    """The blocks `first`..`last` of one list, TK keys at a time; with PREFIX, of all blocks where `is_prefix`."""
     SUB: tl.constexpr = (BLOCK_K + TK - 1) // TK
     o_n = tl.arange(0, TK)
-    i_next = tl.load(INDEX + first, mask=first < last, other=0)
+    if PREFIX:
+        i_next = tl.load(INDEX + first, mask=(first < last) & (is_prefix == 0), other=0)
+        i_next += is_prefix * first
+    else:
+        i_next = tl.load(INDEX + first, mask=first < last, other=0)
     size_next = TK
     if MASKED and K_SIZES is not None:  # a loaded size is carried as the index is
         size_next = block_size(i_next, k_end, K_SIZES, BLOCK_K)
     for t in tl.range(first * SUB, last * SUB):
         i_k, size = i_next, size_next
-        i_next = tl.load(INDEX + (t + 1) // SUB, mask=t + 1 < last * SUB, other=0)
+        if PREFIX:
+            m_next = (t + 1 < last * SUB) & (is_prefix == 0)
+            i_next = tl.load(INDEX + (t + 1) // SUB, mask=m_next, other=0)
+            i_next += is_prefix * ((t + 1) // SUB)
+        else:
+            i_next = tl.load(INDEX + (t + 1) // SUB, mask=t + 1 < last * SUB, other=0)
         o_first = (t % SUB) * TK
         start = i_k * BLOCK_K + o_first
         m_s = None
@@ -175,7 +184,7 @@ def forward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     LINEAR: tl.constexpr, FEATURE: tl.constexpr, MIX: tl.constexpr, SPLIT: tl.constexpr,
-    WANT_LSE: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    PREFIX: tl.constexpr, WANT_LSE: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
     k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
@@ -273,25 +282,26 @@ def forward_kernel(
     b_o, b_m, b_l, b_num, b_den = _walk(
         b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
         K, V, PHI_K, FULL_INDEX, K_SIZES, tl.minimum(first, full), tl.minimum(last, full),
+        (full > n_full).to(tl.int32),
         k_l, v_l, o_d, m_d, o_v, m_v, o_row, k_end, q_offset, window, sink, scale, w_read,
         BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, not EVEN_K, False, WINDOW,
-        True, LINEAR >= 2, FLIP, PRECISION,
+        True, LINEAR >= 2, FLIP, PREFIX, PRECISION,
     )  # fmt: skip
     b_o, b_m, b_l, b_num, b_den = _walk(
         b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
-        K, V, PHI_K, PART_INDEX, K_SIZES, tl.maximum(first - full, 0), tl.maximum(last - full, 0),
+        K, V, PHI_K, PART_INDEX, K_SIZES, tl.maximum(first - full, 0), tl.maximum(last - full, 0), 0,
         k_l, v_l, o_d, m_d, o_v, m_v, o_row, k_end, q_offset, window, sink, scale, w_read,
         BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, True, POSITIONAL, WINDOW,
-        True, LINEAR >= 2, FLIP, PRECISION,
+        True, LINEAR >= 2, FLIP, False, PRECISION,
     )  # fmt: skip
     if EXTRA_NUM is not None:
         EXTRA_INDEX += i_row.to(tl.int64) * n_extra
         b_o, b_m, b_l, b_num, b_den = _walk(
             b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
-            K, V, PHI_K, EXTRA_INDEX, K_SIZES, 0, tl.load(EXTRA_NUM + i_row),
+            K, V, PHI_K, EXTRA_INDEX, K_SIZES, 0, tl.load(EXTRA_NUM + i_row), 0,
             k_l, v_l, o_d, m_d, o_v, m_v, o_row, k_end, q_offset, window, sink, scale, w_extra,
             BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, True, False, WINDOW,
-            False, True, FLIP, PRECISION,
+            False, True, FLIP, False, PRECISION,
         )  # fmt: skip
     if EXTRA_KEYS == 1:  # columns
         COLUMNS += i_list.to(tl.int64) * n_columns

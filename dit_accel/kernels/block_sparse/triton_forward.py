@@ -92,6 +92,7 @@ def forward(
         "EXTRA_KEYS": p.extra_keys,
         "MIX": mode,
         "SPLIT": False,
+        "PREFIX": plan.has_prefix_rows,
         "WANT_LSE": want_lse,
         "FLIP": scale < 0,
     }
@@ -169,6 +170,8 @@ def _long_rows(p: Problem, programs: int) -> Tensor | None:
     """
     plan = p.plan
     widest = max(plan.kv_indices.shape[-1], plan.full_kv_indices.shape[-1])
+    if plan.has_prefix_rows:
+        widest = plan.num_k_blocks
     if widest * plan.block_k <= SPLIT_TOKENS:
         return None
     rows = plan.long_rows

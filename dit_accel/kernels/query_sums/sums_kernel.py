@@ -6,6 +6,7 @@ Scores are in base 2: `scale` holds log2 e. A row is one query of one head; its 
 import functools
 import math
 import operator
+from typing import Any
 
 import torch
 import triton
@@ -210,7 +211,7 @@ def sums_launches(
     lse = columns.new_empty(batch, heads, len(rows), SPLITS)
     cuda, half = target.backend == "cuda", q.dtype != torch.float32
     widths = functools.reduce(operator.or_, (d, *q.stride()[:3], *k.stride()[:3]))
-    arguments = {
+    arguments: dict[str, Any] = {
         "Q": q,
         "K": k,
         "LSE": lse,
@@ -235,7 +236,7 @@ def sums_launches(
     }
     tile_k = {"TK": size}
 
-    def launch(kernel: object, tiles: int, more: dict, sizes: dict, stages: int) -> Launch:
+    def launch(kernel: Any, tiles: int, more: dict, sizes: dict, stages: int) -> Launch:
         grid = (tiles * group, kv_heads, batch)
         # The window of diagonals, and the three products of fp32, take many registers.
         warps = 8 if kernel is diagonal_sums_kernel or not half else 4
