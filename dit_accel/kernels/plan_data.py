@@ -85,6 +85,7 @@ class PlanData(Rules):
                     f"{tuple(counts.shape)}; accepted are [B|1, Hq|1, {n_q}, n] and the same without n"
                 )
             if name == "full_kv" and self.long_rows is not None:
+                check_range("long_rows", self.long_rows, n_q - 1)
                 check_range("full_kv_num_blocks", counts, n_k)
                 counts = counts.index_fill(-1, self.long_rows.long(), 0)
             check_range(f"{name}_num_blocks", counts, indices.shape[-1])
