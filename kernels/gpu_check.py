@@ -7,7 +7,7 @@
 
 Steps, each of several sub-steps, in this order: ceilings (clocks, bf16 product, memory bandwidth), compile (in
 parallel), yardstick (dense attentions), checks (every mode against plain formulas), speed, backward, tiles, profile
-(launches, kernels, host), crossover, memory, flex. A sub-step that does not fit into the time left is skipped.
+(launches, kernels, host), crossover, prefill (long prompts), memory, flex. A sub-step that does not fit into the time left is skipped.
 
 DIR/gpu_check.json is rewritten after every sub-step; DIR/gpu_check.md is its summary. Schema:
 

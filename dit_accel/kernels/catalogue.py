@@ -18,6 +18,7 @@ from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.linear.state_kernel import totals_kernel
 from dit_accel.kernels.lists import Lists
 from dit_accel.kernels.plan import SparsePlan
+from dit_accel.kernels.query_sums.sums_kernel import sums_launches
 from dit_accel.kernels.router.criteria import Criteria
 from dit_accel.kernels.router.pool import pool_launch
 from dit_accel.kernels.router.scores_kernel import scores_launch
@@ -39,7 +40,7 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
         "linear all": make(linear_scope="all"),
         "linear complement": make(linear_scope="complement"),
         "linear by row": make(linear_scope="complement", bounded=False),
-        "split rows": make(read=0.5, long_rows=True),
+        "split rows": make(read=0.5, long_rows=True, causal=True),
         # Sizes of blocks are loaded beside their indices, by loops that are pipelined.
         "ragged": make(ragged=True, linear_scope="complement", bounded=False),
     }
@@ -69,9 +70,7 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
             what = (name, tuple(launch.constants.items()), given)
             if what not in seen:
                 seen.add(what)
-                split = launch.constants.get("SPLIT")
-                label = f"{mode} {split}" if split else mode
-                found.setdefault(f"{name}/{label}", launch)
+                found.setdefault(f"{name}/{mode}", launch)
     q = _meta(head_dim, dtype)
     pooled = _meta(head_dim, torch.float32)[:, :, : LENGTH // 64]
     found["pool/router"] = pool_launch(q, pooled, None, 64)
@@ -81,6 +80,14 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
         found[f"scores/{name}"] = scores_launch(
             pooled, pooled, squares, None, scores, scale=0.1, block_k=64
         )
+    columns = pooled.new_empty(1, HEADS, LENGTH)
+    last = range(LENGTH - 64, LENGTH)
+    launches = sums_launches(q, q, last, columns, columns, scale=0.1, target=target)
+    for launch in launches:
+        found[f"{launch.kernel.__name__.removesuffix('_kernel')}/last queries"] = launch
+    read = torch.empty(1, HEADS, *[LENGTH // 64] * 2, dtype=torch.bool, device="meta")
+    launches = sums_launches(q, q, last, columns, None, scale=0.1, read=read, target=target)
+    found["column_sums/unread"] = launches[-1]
     found["select/topk"] = _select(scores, Criteria(best=13))
     found["select/top_p"] = _select(scores, Criteria(top_p=0.9, skip=25, diagonal=1), causal=True)
     return found

@@ -33,7 +33,8 @@ class Rules:
     q_order: Int[Tensor, "h_order l_q"] | None = None
     """Row r of the query blocks is query `q_order[r]`, `[Hq|1, Lq]`; None: in order."""
     long_rows: Int[Tensor, " n_long"] | None = None
-    """Query blocks that read very many keys. Kernels may split them; results stay the same."""
+    """Query blocks that read very many keys. Kernels may split them, and plans may store them without lists; results stay
+    the same."""
 
     causal: bool = False
     """Query i sees keys up to `i + q_offset`."""

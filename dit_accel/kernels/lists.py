@@ -14,6 +14,10 @@ class Lists(NamedTuple):
     indices: Int[Tensor, "*b rows n"]
 
 
+LIST_BYTES = 2**24
+"""A list of more bytes is worth waiting for the device once, to make it narrower (`prefix_lists`)."""
+
+
 def reads_freely(x: Tensor) -> bool:
     """Return whether a number can be read from `x` without stalling a device or breaking a graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -43,6 +47,31 @@ def lists_of_width(mask: Bool[Tensor, "*b rows n_k"], width: int) -> Lists:
     return Lists(ends[..., -1].contiguous(), lists)
 
 
+def prefix_lists(
+    mask: Bool[Tensor, "*b rows n_k"], long_rows: Int[Tensor, " n_long"], most: int | None
+) -> Lists:
+    """As `block_lists`, but no wider than the rows that need a list.
+
+    A long row that holds the first blocks without a gap needs none: its count says everything. Where it is larger than
+    the lists are wide, the row holds blocks 0 to count - 1. So a few rows that read every key do not make the lists of all
+    others as wide as theirs. Reads the width, so on a GPU this waits for the device, and only for large lists.
+    """
+    wait = mask.is_cuda and 4 * mask.numel() > LIST_BYTES and most is None
+    wait = wait and not torch.compiler.is_compiling()
+    wait = wait and not torch.cuda.is_current_stream_capturing()
+    if not len(long_rows) or not mask.numel() or not (reads_freely(mask) or wait):
+        return block_lists(mask, most)
+    counts = mask.sum(-1, dtype=torch.int32)
+    rows = mask.index_select(-2, long_rows)
+    places = torch.arange(1, mask.shape[-1] + 1, dtype=torch.int32, device=mask.device)
+    of_long = counts.index_select(-1, long_rows)
+    gap = (rows * places).amax(-1) > of_long
+    listed = counts.index_copy(-1, long_rows.long(), torch.where(gap, of_long, 0))
+    width = max(1, int(listed.max()))
+    _, indices = lists_of_width(mask & (counts <= width)[..., None], width)
+    return Lists(counts, indices)
+
+
 def trim(lists: Lists) -> Lists:
     """The lists as wide as the longest row, which is read."""
     counts, indices = lists
@@ -51,13 +80,21 @@ def trim(lists: Lists) -> Lists:
 
 
 def block_mask(
-    counts: Int[Tensor, "*b rows"], indices: Int[Tensor, "*b rows most"], n_k: int
+    counts: Int[Tensor, "*b rows"],
+    indices: Int[Tensor, "*b rows most"],
+    n_k: int,
+    *,
+    prefix: bool = False,
 ) -> Bool[Tensor, "*b rows n_k"]:
-    """The mask that `block_lists` came from."""
+    """The mask that `block_lists` came from, or with `prefix` `prefix_lists`."""
     valid = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     spare = torch.where(valid, indices, n_k).long()
     mask = torch.zeros(*counts.shape, n_k + 1, dtype=torch.bool, device=indices.device)
-    return mask.scatter_(-1, spare, True)[..., :n_k]
+    mask = mask.scatter_(-1, spare, True)[..., :n_k]
+    if not prefix:
+        return mask
+    first = torch.arange(n_k, device=indices.device) < counts[..., None]
+    return mask | (first & (counts > indices.shape[-1])[..., None])
 
 
 def pack_bits(mask: Bool[Tensor, "*b n_k"]) -> UInt8[Tensor, "*b n_bytes"]:

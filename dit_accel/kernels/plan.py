@@ -12,7 +12,14 @@ from torch import Tensor
 
 from dit_accel.kernels import visibility
 from dit_accel.kernels.geometry import Geometry, Rules
-from dit_accel.kernels.lists import Lists, block_lists, reads_freely, trim
+from dit_accel.kernels.lists import (
+    Lists,
+    block_lists,
+    lists_of_width,
+    prefix_lists,
+    reads_freely,
+    trim,
+)
 from dit_accel.kernels.plan_data import PlanData
 from dit_accel.kernels.router import select_op  # noqa: F401 (registers the operator)
 from dit_accel.kernels.router.criteria import criteria_of
@@ -78,6 +85,13 @@ class SparsePlan(PlanData):
             if f.name in PER_HEAD
         }
         return dataclasses.replace(self, **changes)
+
+    def listed(self) -> "SparsePlan":
+        """Return the same plan with every block on a list, as backward passes and linear branches read it."""
+        if not self.has_prefix_rows:
+            return self
+        counts, indices = lists_of_width(self._full_blocks(), self.num_k_blocks)
+        return dataclasses.replace(self, full_kv_num_blocks=counts, full_kv_indices=indices)
 
     def equals(self, other: "SparsePlan") -> bool:
         """Return whether both plans hold the same numbers."""
@@ -181,8 +195,14 @@ class SparsePlan(PlanData):
         shape = torch.broadcast_shapes(mask.shape, some.shape)
         mask = mask.expand(shape)
         # Where only the tail can be short of keys, one partial block a row is the most there is.
-        partial = block_lists(mask & some & ~every, most if geometry.ragged else 1)
-        full = block_lists(mask & every, most)
+        few = visibility.most_partial(geometry)
+        partial = block_lists(
+            mask & some & ~every, min((x for x in (most, few) if x), default=None)
+        )
+        if geometry.long_rows is None:
+            full = block_lists(mask & every, most)
+        else:
+            full = prefix_lists(mask & every, geometry.long_rows, most)
         skipped = None if skip is None else block_lists(skip & ~mask & some)
         bound = None if skip is not None or most is None else torch.sym_min(most, mask.shape[-1])
         return cls._with_lists(geometry, partial, full, skipped, bound)
@@ -372,7 +392,7 @@ class SparsePlan(PlanData):
         """
         from dit_accel.kernels import flex
 
-        return flex.to_flex(self)
+        return flex.to_flex(self.listed())
 
 
 torch.export.register_dataclass(SparsePlan)

@@ -9,7 +9,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dit_accel.kernels.geometry import Rules
-from dit_accel.kernels.lists import Lists, block_mask, check_range, transpose_lists
+from dit_accel.kernels.lists import (
+    Lists,
+    block_lists,
+    block_mask,
+    check_range,
+    transpose_lists,
+)
 
 
 class ColumnLists(NamedTuple):
@@ -30,6 +36,8 @@ class PlanData(Rules):
     """Their indices, ascending, in the first `kv_num_blocks` places; the rest is 0."""
     full_kv_num_blocks: Int[Tensor, "b h n_q"]
     full_kv_indices: Int[Tensor, "b h n_q n_full"]
+    """As `kv_indices`. A row of `long_rows` whose count is larger than these lists are wide reads the first blocks, 0 to
+    count - 1, and has no list."""
 
     skip_num_blocks: Int[Tensor, "b h n_q"] | None = None
     """Blocks per row that not even the linear branch reads; None: no such class."""
@@ -55,6 +63,11 @@ class PlanData(Rules):
                 yield name, x.shape[0], x.shape[1]
         yield from super().leading_sizes()
 
+    @property
+    def has_prefix_rows(self) -> bool:
+        """Whether there may be rows whose full blocks are on no list, because they are the first ones."""
+        return self.long_rows is not None and self.full_kv_indices.shape[-1] < self.num_k_blocks
+
     def check_numbers(self) -> None:
         """Raise ValueError, naming the field, if a number in a tensor is out of range.
 
@@ -71,6 +84,10 @@ class PlanData(Rules):
                     f"{name}_indices: shape {tuple(indices.shape)} with counts "
                     f"{tuple(counts.shape)}; accepted are [B|1, Hq|1, {n_q}, n] and the same without n"
                 )
+            if name == "full_kv" and self.long_rows is not None:
+                check_range("long_rows", self.long_rows, n_q - 1)
+                check_range("full_kv_num_blocks", counts, n_k)
+                counts = counts.index_fill(-1, self.long_rows.long(), 0)
             check_range(f"{name}_num_blocks", counts, indices.shape[-1])
             check_range(f"{name}_indices", indices, n_k - 1)
         super().check_numbers()
@@ -97,9 +114,11 @@ class PlanData(Rules):
     def to_block_mask(self) -> Bool[Tensor, "b h n_q n_k"]:
         """Return the mask of blocks that are read, `[B|1, Hq|1, T_q, T_k]`."""
         n_k = self.num_k_blocks
-        return block_mask(self.kv_num_blocks, self.kv_indices, n_k) | block_mask(
-            self.full_kv_num_blocks, self.full_kv_indices, n_k
-        )
+        return block_mask(self.kv_num_blocks, self.kv_indices, n_k) | self._full_blocks()
+
+    def _full_blocks(self) -> Bool[Tensor, "b h n_q n_k"]:
+        counts, indices = self.full_kv_num_blocks, self.full_kv_indices
+        return block_mask(counts, indices, self.num_k_blocks, prefix=self.has_prefix_rows)
 
     def linear_blocks(self, linear_scope: str) -> Bool[Tensor, "b h n_q n_k"]:
         """Return the mask of blocks that the linear branch sums over, `[B|1, Hq|1, T_q, T_k]`.
@@ -120,5 +139,5 @@ class PlanData(Rules):
         n_k = self.num_k_blocks
         return ColumnLists(
             partial=transpose_lists(self.kv_num_blocks, self.kv_indices, n_k),
-            full=transpose_lists(self.full_kv_num_blocks, self.full_kv_indices, n_k),
+            full=block_lists(self._full_blocks().mT),
         )

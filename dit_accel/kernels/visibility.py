@@ -59,6 +59,18 @@ def block_visibility(plan: Rules) -> tuple[Tensor, Tensor]:
     return some, every
 
 
+def most_partial(plan: Rules) -> int | None:
+    """Return a bound of the partial blocks of one row; None: none is known."""
+    if plan.k_block_sizes is not None or (plan.positional and plan.q_order is not None):
+        return None
+    tail = 1 + (
+        plan.kv_lengths is not None
+    )  # the last block of the keys, and that of a sample's keys
+    # The rows of a block reach over so many key blocks, at the diagonal and at the edge of a window.
+    edge = (plan.block_q - 1) // plan.block_k + 2
+    return tail + edge * (plan.causal + (plan.window is not None)) + (plan.sink > 0)
+
+
 def column_members(plan: PlanData) -> Tensor:
     """Return the mask of keys that are columns, `[B|1, Hq|1, Lk]`."""
     assert plan.columns is not None

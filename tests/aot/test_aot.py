@@ -23,6 +23,10 @@ KERNELS = (
     "columns/ragged",
     "linear_columns/ragged",
     "forward/ragged",
+    "row_sums/last queries",
+    "column_sums/last queries",
+    "column_sums/unread",
+    "diagonal_sums/last queries",
 )
 SMALL = (
     "merge/split rows",

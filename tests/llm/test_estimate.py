@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_accel.llm.prefill import estimate
+from dit_accel.kernels.query_sums import torch_sums
 from dit_accel.llm.prefill.estimate import column_sums, last_query_sums, spread_rows, top_columns
 
 from .prompts import attention, prompts, read_blocks
@@ -14,7 +14,7 @@ from .prompts import attention, prompts, read_blocks
 @given(prompt=prompts(90), last=st.integers(1, 70), most=st.sampled_from([1, 500, 2**24]))
 def test_sums_of_the_last_queries(prompt, last, most):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "CHUNK_SCORES", most)
+        patch.setattr(torch_sums, "CHUNK_SCORES", most)
         found = last_query_sums(prompt.q, prompt.k, scale=prompt.scale, last=last)
     weights = attention(prompt)[:, :, -last:]
     columns = weights.mean(2)
@@ -32,21 +32,23 @@ def test_sums_of_the_last_queries(prompt, last, most):
 @given(prompt=prompts(90), data=st.data(), most=st.sampled_from([1, 500, 2**24]))
 def test_column_sums_leave_out_what_is_read(prompt, data, most):
     rows = spread_rows(data.draw(st.integers(1, prompt.q_len)), data.draw(st.integers(1, 9)))
-    heads = data.draw(st.sampled_from([1, prompt.q.shape[1]]))
+    heads = data.draw(st.sampled_from([1, prompt.k.shape[1], prompt.q.shape[1]]))
     read = torch.rand(1, heads, prompt.num_q_blocks, prompt.num_k_blocks) < 0.4
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "CHUNK_SCORES", most)
+        patch.setattr(torch_sums, "CHUNK_SCORES", most)
         found = column_sums(
             prompt.q, prompt.k, rows, scale=prompt.scale, read=read, block=prompt.block
         )
+    if heads > 1:
+        read = read.repeat_interleave(prompt.q.shape[1] // heads, 1)
     unread = attention(prompt) * ~read_blocks(prompt, read)
     torch.testing.assert_close(found, unread[:, :, list(rows)].mean(2))
 
 
 def test_estimates_hold_few_scores_at_a_time(monkeypatch):
-    monkeypatch.setattr(estimate, "CHUNK_SCORES", 1000)
+    monkeypatch.setattr(torch_sums, "CHUNK_SCORES", 1000)
     q, k = torch.randn(2, 4, 64, 8), torch.randn(2, 2, 64, 8)
-    chunks = [weights for _, weights in estimate.attention_of(q, k, range(64), 0.3)]
+    chunks = [weights for _, weights in torch_sums.attention_of(q, k, range(64), 0.3)]
     assert len(chunks) == 64
     assert all(x.numel() <= 1000 for x in chunks)
 

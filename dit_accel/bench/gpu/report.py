@@ -24,6 +24,7 @@ def markdown(data: dict[str, Any]) -> str:
         ("Backward, times flash (and milliseconds)", _times(results, "backward")),
         ("Tiles", _tiles(results)),
         ("Times faster than the best dense attention of torch, by length", _lengths(results)),
+        ("Sparse prefill, milliseconds", _times(results, "prefill")),
         ("Host, microseconds of a call", _host(results)),
         ("Peak memory over flash", _memory(results)),
         ("Backend flex", _times(results, "flex")),

@@ -13,6 +13,7 @@ from dit_accel.bench.gpu import (
     checks,
     compiling,
     lengths,
+    prefill,
     profiles,
     routing,
     speed,
@@ -35,6 +36,7 @@ def first_measurements() -> list[SubStep]:
         *ceilings.yardsticks(),
         *routing.sub_steps(),
         *checks.sub_steps(),
+        *prefill.sub_steps(),
         *speed.forwards(),
         *speed.backwards(),
     ]
@@ -46,6 +48,7 @@ def other_measurements() -> list[SubStep]:
         *sweep.sub_steps(),
         *profiles.profiles(),
         *lengths.sub_steps(),
+        *prefill.timings(),
         *profiles.memories(),
         *speed.more_forwards(),
         *profiles.flexes(),

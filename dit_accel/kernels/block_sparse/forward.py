@@ -20,6 +20,9 @@ MIX says how o_l is used:
 
 1 to 3 store o only, which is enough for inference.
 
+SPLIT: rows with very many blocks are divided into segments. Programs of segments come first, because they take longest, and
+store partial results, which `merge_kernel` puts together.
+
 Loops carry the index of the next block from one step to the next. If a step loaded the index that it uses,
 the compiler could not prefetch the block.
 """
@@ -89,23 +92,32 @@ def _linear_step(b_phi, b_phik, b_v, b_num, b_den, weight, PRECISION: tl.constex
 @triton.jit
 def _walk(
     b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
-    K, V, PHI_K, INDEX, K_SIZES, first, last,
+    K, V, PHI_K, INDEX, K_SIZES, first, last, is_prefix,
     k_l, v_l, o_d, m_d, o_v, m_v, q_pos, k_end, q_offset, window, sink, scale, weight,
     BLOCK_K: tl.constexpr, TK: tl.constexpr, HEAD_DIM: tl.constexpr,
     MASK_D: tl.constexpr, MASK_V: tl.constexpr, MASKED: tl.constexpr, POSITIONAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, FLIP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PREFIX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The blocks `first`..`last` of one list, TK keys at a time."""
+    """The blocks `first`..`last` of one list, TK keys at a time; with PREFIX, of all blocks where `is_prefix`."""
     SUB: tl.constexpr = (BLOCK_K + TK - 1) // TK
     o_n = tl.arange(0, TK)
-    i_next = tl.load(INDEX + first, mask=first < last, other=0)
+    if PREFIX:
+        i_next = tl.load(INDEX + first, mask=(first < last) & (is_prefix == 0), other=0)
+        i_next += is_prefix * first
+    else:
+        i_next = tl.load(INDEX + first, mask=first < last, other=0)
     size_next = TK
     if MASKED and K_SIZES is not None:  # a loaded size is carried as the index is
         size_next = block_size(i_next, k_end, K_SIZES, BLOCK_K)
     for t in tl.range(first * SUB, last * SUB):
         i_k, size = i_next, size_next
-        i_next = tl.load(INDEX + (t + 1) // SUB, mask=t + 1 < last * SUB, other=0)
+        if PREFIX:
+            m_next = (t + 1 < last * SUB) & (is_prefix == 0)
+            i_next = tl.load(INDEX + (t + 1) // SUB, mask=m_next, other=0)
+            i_next += is_prefix * ((t + 1) // SUB)
+        else:
+            i_next = tl.load(INDEX + (t + 1) // SUB, mask=t + 1 < last * SUB, other=0)
         o_first = (t % SUB) * TK
         start = i_k * BLOCK_K + o_first
         m_s = None
@@ -161,17 +173,18 @@ def forward_kernel(
     Q, K, V, O, LSE,
     FULL_NUM, FULL_INDEX, PART_NUM, PART_INDEX, EXTRA_NUM, EXTRA_INDEX, SKIP_NUM,
     K_SIZES, KV_LENGTHS, Q_SIZES, Q_ORDER, COVER, COLUMNS, COLUMN_NUM,
-    UNREAD, CENTROID_K, CENTROID_V, PHI_K, STATE, STATE_Z, O_L, NORM, LONG_ROWS, IS_LONG,
+    UNREAD, CENTROID_K, CENTROID_V, PHI_K, STATE, STATE_Z, O_L, NORM,
+    LONG_ROWS, IS_LONG, PART_O, PART_LSE,
     PROJ_W, PROJ_B, ALPHA, FILLED,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, alpha_b, alpha_h, alpha_q,
     q_len, k_len, n_q, n_k, n_full, n_part, n_extra, n_bytes, n_columns,
     list_b, list_h, order_h, group, q_offset, window, sink,
-    scale, n_keys, long_blocks, n_long,
+    scale, n_keys, long_blocks, n_long, n_segments,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     LINEAR: tl.constexpr, FEATURE: tl.constexpr, MIX: tl.constexpr, SPLIT: tl.constexpr,
-    WANT_LSE: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    PREFIX: tl.constexpr, WANT_LSE: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
     k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
@@ -184,25 +197,24 @@ def forward_kernel(
     i_kh = i_h // group
     n_h = tl.num_programs(1)
     i_sub = tl.program_id(0) % SUB_Q
-    if SPLIT == 2:  # segments of long rows: (row, segment)
-        i_slot = (tl.program_id(0) // SUB_Q) % n_long
-        i_segment = tl.program_id(0) // SUB_Q // n_long
-        i_block = tl.load(LONG_ROWS + i_slot)
-    else:
-        i_block = tl.program_id(0) // SUB_Q
+    i_block = tl.program_id(0) // SUB_Q
+    if SPLIT:
+        is_segment = i_block < n_segments * n_long
+        i_slot = i_block % n_long
+        i_segment = tl.where(is_segment, i_block // n_long, 0)
+        i_long = tl.load(LONG_ROWS + i_slot, mask=is_segment, other=0)
+        i_block = tl.where(is_segment, i_long, i_block - n_segments * n_long)
     i_list = i_b * list_b + i_h * list_h
     i_row = i_list * n_q + i_block
     full = tl.load(FULL_NUM + i_row)
     part = tl.load(PART_NUM + i_row)
-    if SPLIT == 1:
-        if (full + part > long_blocks) & (tl.load(IS_LONG + i_block) != 0):
-            return  # another launch does this row
     first, last = 0, full + part
-    if SPLIT == 2:
-        first = i_segment * long_blocks
-        # A row that is short after all belongs to the other launch; here it comes out empty.
-        last = tl.where(full + part > long_blocks, tl.minimum(first + long_blocks, full + part), 0)
-        first = tl.minimum(first, last)
+    if SPLIT:
+        is_long = (full + part > long_blocks) & (tl.load(IS_LONG + i_block) != 0)
+        if is_long != is_segment:
+            return  # other programs do this row
+        last = tl.where(is_segment, tl.minimum((i_segment + 1) * long_blocks, last), last)
+        first = tl.minimum(i_segment * long_blocks, last)
 
     o_in = i_sub * TQ + tl.arange(0, TQ)
     o_row, m_q, m_row = query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
@@ -270,31 +282,32 @@ def forward_kernel(
     b_o, b_m, b_l, b_num, b_den = _walk(
         b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
         K, V, PHI_K, FULL_INDEX, K_SIZES, tl.minimum(first, full), tl.minimum(last, full),
+        (full > n_full).to(tl.int32),
         k_l, v_l, o_d, m_d, o_v, m_v, o_row, k_end, q_offset, window, sink, scale, w_read,
         BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, not EVEN_K, False, WINDOW,
-        True, LINEAR >= 2, FLIP, PRECISION,
+        True, LINEAR >= 2, FLIP, PREFIX, PRECISION,
     )  # fmt: skip
     b_o, b_m, b_l, b_num, b_den = _walk(
         b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
-        K, V, PHI_K, PART_INDEX, K_SIZES, tl.maximum(first - full, 0), tl.maximum(last - full, 0),
+        K, V, PHI_K, PART_INDEX, K_SIZES, tl.maximum(first - full, 0), tl.maximum(last - full, 0), 0,
         k_l, v_l, o_d, m_d, o_v, m_v, o_row, k_end, q_offset, window, sink, scale, w_read,
         BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, True, POSITIONAL, WINDOW,
-        True, LINEAR >= 2, FLIP, PRECISION,
+        True, LINEAR >= 2, FLIP, False, PRECISION,
     )  # fmt: skip
     if EXTRA_NUM is not None:
         EXTRA_INDEX += i_row.to(tl.int64) * n_extra
         b_o, b_m, b_l, b_num, b_den = _walk(
             b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
-            K, V, PHI_K, EXTRA_INDEX, K_SIZES, 0, tl.load(EXTRA_NUM + i_row),
+            K, V, PHI_K, EXTRA_INDEX, K_SIZES, 0, tl.load(EXTRA_NUM + i_row), 0,
             k_l, v_l, o_d, m_d, o_v, m_v, o_row, k_end, q_offset, window, sink, scale, w_extra,
             BLOCK_K, TK, HEAD_DIM, MASK_D, MASK_V, True, False, WINDOW,
-            False, True, FLIP, PRECISION,
+            False, True, FLIP, False, PRECISION,
         )  # fmt: skip
     if EXTRA_KEYS == 1:  # columns
         COLUMNS += i_list.to(tl.int64) * n_columns
         n_c = tl.load(COLUMN_NUM + i_row)
-        if SPLIT == 2:
-            n_c = tl.where((i_segment == 0) & (last > 0), n_c, 0)
+        if SPLIT:
+            n_c = tl.where(i_segment == 0, n_c, 0)
         for c in tl.range(0, n_c, TK):
             o_key, o_block, m_c = column_keys(
                 c + tl.arange(0, TK), n_c, COLUMNS, K_SIZES, k_end, BLOCK_K
@@ -351,11 +364,22 @@ def forward_kernel(
         b_o = b_ol + alpha * (b_o - b_ol)
     if PROJ_B is not None:
         b_o += tl.load(PROJ_B + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
-    if SPLIT == 2:  # partial results: [segment, B, H, n_long * BLOCK_Q]
-        i_bh = (i_segment.to(tl.int64) * tl.num_programs(2) + i_b) * n_h + i_h
-        o_row = i_slot * BLOCK_Q + o_in
-        m_row = o_in < BLOCK_Q
-        q_len = n_long * BLOCK_Q
+    if WANT_LSE or SPLIT:
+        b_lse = tl.where(
+            m_out, (tl.where(m_out, b_m, 0.0) + tl.log2(b_l)) * 0.6931471805599453, float("-inf")
+        )
+    if SPLIT:
+        if is_segment:  # partial results: [segment, B, H, n_long * BLOCK_Q]
+            i_part = (i_segment.to(tl.int64) * tl.num_programs(2) + i_b) * n_h + i_h
+            o_part = (i_part * n_long + i_slot) * BLOCK_Q + o_in
+            m_part = o_in < BLOCK_Q
+            tl.store(
+                PART_O + o_part[:, None] * VALUE_DIM + o_v[None, :],
+                b_o,
+                mask=m_part[:, None] & m_v[None, :],
+            )
+            tl.store(PART_LSE + o_part, b_lse, mask=m_part)
+            return
     O += i_bh * q_len * VALUE_DIM  # o_out * VALUE_DIM would take registers from the loops
     o_out = i_bh * q_len + o_row
     tl.store(
@@ -364,9 +388,6 @@ def forward_kernel(
         mask=m_row[:, None] & m_v[None, :],
     )
     if WANT_LSE:
-        b_lse = tl.where(
-            m_out, (tl.where(m_out, b_m, 0.0) + tl.log2(b_l)) * 0.6931471805599453, float("-inf")
-        )
         tl.store(LSE + o_out, b_lse, mask=m_row)
     if LINEAR >= 2 and not MIX:
         tl.store(NORM + o_out, b_inverse * n_keys, mask=m_row)

@@ -66,6 +66,8 @@ def block_sparse_attention(
     training = _wants_grad(q, k, v)
     if training or _backend(q, backend) != "torch":
         plan = plan.for_heads(q.shape[1])
+    if training or backend == "flex":
+        plan = plan.listed()
     if backend == "flex":
         flex.check(plan)
     o, lse, _, _ = sparse_linear(
@@ -128,6 +130,7 @@ def sparse_linear_attention(
     _check_combine(q, v, plan, combine, feature_map, linear_scope, proj_weight, proj_bias, alpha)
     if backend == "flex":
         flex.check(plan)
+    plan = plan.listed()
     linear = combine in ("proj", "alpha")
     _check_state(state, q, k, v, feature_map, linear)
     mix = Mix(proj_weight, proj_bias, alpha) if linear else None

@@ -24,6 +24,8 @@ LOG2E = math.log2(math.e)
 # names the row.
 SPLIT_TOKENS = 4096
 FEW_PROGRAMS = 128
+# Partial results of split rows take no more memory than this: longer rows get longer segments.
+PART_BYTES = 2**26
 
 
 def fuses(q: Tensor, v: Tensor) -> bool:
@@ -89,7 +91,8 @@ def forward(
         **p.linear_constants(),
         "EXTRA_KEYS": p.extra_keys,
         "MIX": mode,
-        "SPLIT": 0,
+        "SPLIT": False,
+        "PREFIX": plan.has_prefix_rows,
         "WANT_LSE": want_lse,
         "FLIP": scale < 0,
     }
@@ -113,14 +116,17 @@ def forward(
         "n_keys": float(plan.kv_len),
         "LONG_ROWS": None,
         "IS_LONG": None,
+        "PART_O": None,
+        "PART_LSE": None,
         "long_blocks": 0,
         "n_long": 1,
+        "n_segments": 0,
     }
     sub = math.ceil(plan.block_q / constants["TQ"])
     programs = plan.num_q_blocks * sub
     long_rows = None
     if linear is None and not shared_softmax:
-        long_rows = _long_rows(plan, programs * p.heads * p.batch)
+        long_rows = _long_rows(p, programs)
     if long_rows is None:
         grid = (programs, p.heads, p.batch)
         run(Launch(forward_kernel, grid, arguments, constants, **launch_options))
@@ -157,16 +163,29 @@ def _mix(p: Problem, mix: Mix | None) -> tuple[int, dict[str, Any]]:
     return 3, arguments
 
 
-def _long_rows(plan: SparsePlan, programs: int) -> Tensor | None:
-    """Row blocks that are split over several programs; None: no row gains by it."""
+def _long_rows(p: Problem, programs: int) -> Tensor | None:
+    """Row blocks that are split over several programs; None: no row gains by it.
+
+    programs: of one head, without splitting.
+    """
+    plan = p.plan
     widest = max(plan.kv_indices.shape[-1], plan.full_kv_indices.shape[-1])
+    if plan.has_prefix_rows:
+        widest = plan.num_k_blocks
     if widest * plan.block_k <= SPLIT_TOKENS:
         return None
-    if plan.long_rows is not None:
-        return plan.long_rows
-    if programs >= FEW_PROGRAMS:
-        return None
-    return torch.arange(plan.num_q_blocks, dtype=torch.int32, device=plan.device)
+    rows = plan.long_rows
+    if rows is None:
+        if programs * p.heads * p.batch >= FEW_PROGRAMS:
+            return None
+        rows = torch.arange(plan.num_q_blocks, dtype=torch.int32, device=plan.device)
+    # So many rows fill a device without being split.
+    return rows if len(rows) and _most_segments(p, len(rows)) > 1 else None
+
+
+def _most_segments(p: Problem, n_long: int) -> int:
+    rows = p.batch * p.heads * n_long * p.plan.block_q
+    return PART_BYTES // (4 * rows * p.value_dim)
 
 
 def _split(
@@ -178,10 +197,11 @@ def _split(
     constants: dict[str, Any],
     options: dict[str, int],
 ) -> None:
-    """Launch short rows, segments of long rows, and the merge of the segments."""
+    """Launch short rows with segments of long rows, and the merge of the segments."""
     plan, q = p.plan, p.q
     n_long = len(long_rows)
-    blocks = max(1, SPLIT_TOKENS // plan.block_k)
+    least = math.ceil(plan.num_k_blocks / _most_segments(p, n_long))
+    blocks = max(1, SPLIT_TOKENS // plan.block_k, least)
     segments = math.ceil(plan.num_k_blocks / blocks)
     part = (segments, p.batch, p.heads, n_long * plan.block_q)
     is_long = torch.zeros(plan.num_q_blocks, dtype=torch.int32, device=q.device)
@@ -189,31 +209,15 @@ def _split(
     arguments |= {
         "LONG_ROWS": long_rows,
         "IS_LONG": is_long,
+        "PART_O": q.new_empty(*part, p.value_dim, dtype=torch.float32),
+        "PART_LSE": q.new_empty(part, dtype=torch.float32),
         "long_blocks": blocks,
         "n_long": n_long,
+        "n_segments": segments,
     }
-    part_o = q.new_empty(*part, p.value_dim, dtype=torch.float32)
-    part_lse = q.new_empty(part, dtype=torch.float32)
-    segment_constants = {**constants, "SPLIT": 2, "WANT_LSE": True}
     heads_and_batch = (p.heads, p.batch)
-    p.run(
-        Launch(
-            forward_kernel,
-            (programs, *heads_and_batch),
-            arguments,
-            {**constants, "SPLIT": 1},
-            **options,
-        )
-    )
-    p.run(
-        Launch(
-            forward_kernel,
-            (segments * n_long * sub, *heads_and_batch),
-            {**arguments, "O": part_o, "LSE": part_lse},
-            segment_constants,
-            **options,
-        )
-    )
+    grid = (segments * n_long * sub + programs, *heads_and_batch)
+    p.run(Launch(forward_kernel, grid, arguments, {**constants, "SPLIT": True}, **options))
     copied = [
         "O",
         "LSE",
@@ -229,17 +233,15 @@ def _split(
         "order_h",
         "long_blocks",
         "n_long",
+        "PART_O",
+        "PART_LSE",
+        "n_segments",
     ]
     p.run(
         Launch(
             merge_kernel,
             (n_long * sub, *heads_and_batch),
-            {
-                **{name: arguments[name] for name in copied},
-                "PART_O": part_o,
-                "PART_LSE": part_lse,
-                "n_segments": segments,
-            },
+            {name: arguments[name] for name in copied},
             {name: constants[name] for name in ("VALUE_DIM", "DVP", "BLOCK_Q", "TQ", "WANT_LSE")},
             num_warps=8,
             num_stages=2,

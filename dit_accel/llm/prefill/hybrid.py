@@ -80,8 +80,6 @@ class Hybrid(Pattern):
         rows = spread_rows(others, QUERIES)
         if self.queries == "last":
             rows = range(max(0, prompt.q_len - QUERIES), prompt.q_len)
-        if self.per_group:
-            read = read.repeat_interleave(prompt.q.shape[1] // prompt.k.shape[1], 1)
         worth = column_sums(
             prompt.q, prompt.k, rows, scale=prompt.scale, read=read, block=prompt.block
         )

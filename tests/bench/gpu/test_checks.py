@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from dit_accel.bench.gpu import checks, routing
+from dit_accel.bench.gpu import checks, prefill, routing
 from dit_accel.bench.gpu.device import Device
 from dit_accel.bench.gpu.tolerance import errors
 
@@ -43,8 +43,14 @@ def test_router_and_selection_equal_themselves(sub_step):
     assert sub_step.run(Host(), {})["passed"]
 
 
+def test_query_sums_equal_themselves_in_single_precision():
+    torch.manual_seed(0)
+    result = prefill.check_sums(Host(), *prefill.SUMS["fp32, d=64"])
+    assert result["passed"], result
+
+
 def test_ids_are_unique():
-    names = [x.id for module in (checks, routing) for x in module.sub_steps()]
+    names = [x.id for module in (checks, routing, prefill) for x in module.sub_steps()]
     assert len(set(names)) == len(names)
 
 
