@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from dit_accel.llm.attention import POLICY
 from dit_accel.llm.prefill import Spans
 
 NOTED = "_dit_accel_spans"
@@ -181,16 +182,17 @@ def cut(spans: Spans, start: int, stop: int) -> Spans:
 
 
 @contextmanager
-def given_spans(tracker: SpanTracker | None, rows: Sequence[Spans]) -> Iterator[None]:
-    """Use these spans for the rows of all calls, where they cannot be found; without a tracker do nothing."""
-    if tracker is None:
-        yield
-        return
-    before, tracker.given = tracker.given, rows
+def given_spans(model: nn.Module, rows: Sequence[Spans]) -> Iterator[None]:
+    """Use these spans for the rows of all calls of an enabled model that cannot find its own; others do nothing."""
+    policies = {id(x): x for m in model.modules() if (x := vars(m).get(POLICY)) is not None}
+    trackers = [x.tracker for x in policies.values() if x.tracker is not None]
+    for tracker in trackers:
+        tracker.given = rows
     try:
         yield
     finally:
-        tracker.given = before
+        for tracker in trackers:
+            tracker.given = None
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

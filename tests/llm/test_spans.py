@@ -16,6 +16,8 @@ from dit_accel.llm.prefill.boundary import Boundary
 from dit_accel.llm.prefill.grid import Grid
 from dit_accel.llm.spans import SpanTracker, cut, given_spans, spans_of
 
+from .models import make as language_model
+from .models import prompt
 from .prompts import check_plan, prompts
 from .test_attention import CLOSE, SMALL
 from .vision import IMAGE, PARTS, VIDEO, inputs, make
@@ -276,14 +278,17 @@ def test_without_m_rope_a_run_of_video_tokens_is_one_span(positions):
     assert spans_of(noted.labels) == (((1, 6, "video"),), ((0, 6, "video"),))
 
 
-def test_spans_may_be_given():
-    tracker = SpanTracker(object())
-    assert not tracker.multimodal
-    with given_spans(tracker, [((1, 3, "video"),)]):
-        assert tracker.rows == [((1, 3, "video"),)]
-    assert tracker.rows is None
-    with given_spans(None, []):
-        pass
+def test_spans_may_be_given(seen):
+    model, ids = language_model("Llama"), prompt(1)
+    with given_spans(model, [()]):  # a model that is not enabled
+        model(ids)
+    llm.enable(model, prefill=GRID)
+    frames = tuple((20 + 9 * i, 29 + 9 * i, "video") for i in range(10))
+    with given_spans(model, [frames]):
+        model(ids)
+    model(ids)
+    assert seen == [[frames], None]
+    assert llm.summary(model).layers[0].without_spans == 0
 
 
 # -- in patterns -------------------------------------------------------------------------------------
