@@ -56,6 +56,7 @@ class SpanTracker:
         self._ids: Tensor | None = None
         self._found: Sequence[Spans] | None = None
         self._noted: Noted | None = None
+        self._cache: Any = None
         self._number = next(_numbers)
         self._handles: list[Any] = []
 
@@ -95,7 +96,7 @@ class SpanTracker:
         if self._ids is None:  # the tokens of embeddings are not known
             return
         ids, call = self._ids, _arguments(module, args, kwargs)
-        cache = call.get("past_key_values")
+        self._cache = cache = call.get("past_key_values")
         noted = getattr(cache, NOTED, None)
         if noted is not None and ids.shape[1] == 1:
             self._noted = noted  # decoding: the next prompt takes the tokens in between for text
@@ -106,10 +107,10 @@ class SpanTracker:
             self._found = spans_of(self._noted.labels)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, "past_key_values", self._cache)
         if cache is not None:
             setattr(cache, NOTED, self._noted)
-        self._ids = self._found = self._noted = None
+        self._ids = self._found = self._noted = self._cache = None
 
     def _before(self, ids: Tensor, cache: Any, noted: Noted | None) -> Noted | None:
         """Return the tokens in a cache before a call; None: not known."""
@@ -197,5 +198,7 @@ def given_spans(model: nn.Module, rows: Sequence[Spans]) -> Iterator[None]:
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by name."""
+    if not args:
+        return kwargs
     found = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     return {**found.pop("kwargs", {}), **found}

@@ -169,6 +169,17 @@ def test_embeddings_and_unknown_caches_have_no_spans_and_are_counted(name, prefi
     assert seen[-1] == (expected(name, ROWS[0]),)
 
 
+def test_calls_that_return_tuples_or_take_arguments_by_position_are_followed(seen):
+    model, given = make("Qwen2_5_VL"), inputs("Qwen2_5_VL", ROWS[0])
+    llm.enable(model, prefill=GRID)
+    cache = DynamicCache(config=model.config.get_text_config())
+    ids = given.pop("input_ids")
+    model.model(ids, **given, past_key_values=cache, return_dict=False)
+    model.model(inputs("Qwen2_5_VL", [30])["input_ids"], past_key_values=cache)
+    whole = expected("Qwen2_5_VL", ROWS[0])
+    assert seen == [(whole,), (whole,)]
+
+
 @every_model
 def test_what_a_cache_got_while_the_model_was_dense_is_not_known(name, seen):
     model, given = make(name), inputs(name, ROWS[0])
