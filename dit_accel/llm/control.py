@@ -9,6 +9,7 @@ from torch import nn
 from dit_accel.config import PrefillConfig
 from dit_accel.llm.attention import NAME, POLICY, register
 from dit_accel.llm.policy import LayerCounts, Policy
+from dit_accel.llm.spans import SpanTracker
 
 
 def enable(model: Any, *, prefill: Any = "balanced") -> Any:
@@ -45,6 +46,9 @@ def enable(model: Any, *, prefill: Any = "balanced") -> Any:
             f"model: {type(model).__name__} cannot take another attention function; accepted are models of "
             "transformers that use its attention interface"
         )
+    if any(x is not None and x.reads_spans for x in policy.patterns):
+        policy.tracker = SpanTracker(model.config)
+        policy.tracker.attach(model.base_model)
     for module in layers:
         setattr(module, POLICY, policy)
     return model
@@ -58,6 +62,8 @@ def disable(model: Any) -> Any:
     if policy is not None:
         for config, name in policy.before:
             config._attn_implementation_internal = name
+        if policy.tracker is not None:
+            policy.tracker.detach()
     return model
 
 
@@ -71,6 +77,8 @@ class LayerSummary:
     """Pairs that sparse calls read, over those of dense ones; a mean. None without sparse calls."""
     dense_calls: Mapping[str, int]
     """Dense calls, by reason."""
+    without_spans: int = 0
+    """Sparse calls in which `grid` or `boundary` did not know the images and videos of a multimodal model's prompt."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,8 @@ class PrefillSummary:
         for x in self.layers:
             why = ", ".join(f"{n} x {reason}" for reason, n in x.dense_calls.items())
             density = "" if x.density is None else f"{x.density:.3f}"
+            if x.without_spans:
+                why = f"{why}; {x.without_spans} x spans not known".removeprefix("; ")
             lines.append(f"{x.layer:<7}{x.sparse_calls:<14}{density:<9}{why}".rstrip())
         return "\n".join(lines)
 
@@ -109,7 +119,10 @@ def summary(model: Any) -> PrefillSummary:
     counts: dict[int, LayerCounts] = policies[0].counts
     return PrefillSummary(
         policies[0].config.to_dict(),
-        [LayerSummary(i, x.sparse, x.density, dict(x.dense)) for i, x in counts.items()],
+        [
+            LayerSummary(i, x.sparse, x.density, dict(x.dense), x.without_spans)
+            for i, x in counts.items()
+        ],
     )
 
 

@@ -1,6 +1,7 @@
 """`Policy`: what a model's attention layers do, and what they did."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,8 @@ from dit_accel.config import PrefillConfig
 from dit_accel.kernels import SparsePlan, block_sparse_attention
 from dit_accel.llm.dense import dense_attention
 from dit_accel.llm.padding import real_spans
-from dit_accel.llm.prefill import Pattern, Prompt, pattern_of
+from dit_accel.llm.prefill import Pattern, Prompt, Spans, pattern_of
+from dit_accel.llm.spans import SpanTracker, cut
 
 CROSSOVER = {torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}
 """Keys from which sparse attention was measured to pay on a CPU."""
@@ -28,6 +30,8 @@ class LayerCounts:
     """Calls that read some of the keys."""
     dense: Counter[str] = field(default_factory=Counter)
     """Calls that read every key, by reason."""
+    without_spans: int = 0
+    """Sparse calls of a multimodal model whose pattern reads spans that were not known."""
     plans: list[tuple[SparsePlan, float]] = field(default_factory=list)
     """Plans of sparse calls that are not counted yet, each with its share of the rows of the call."""
     read: float = 0.0
@@ -71,6 +75,8 @@ class Policy:
         self.counts = {layer: LayerCounts() for layer in range(layers)}
         self.before: list[tuple[Any, Any]] = []
         """Configs of the model and the attention that each had before."""
+        self.tracker: SpanTracker | None = None
+        """Finds the spans of images and videos; None if no pattern reads them."""
         self._spans: tuple[Tensor, Any] | None = None
 
     def attend(
@@ -120,11 +126,12 @@ class Policy:
                 dropout=dropout,
             )
         counts.sparse += 1
+        modal = self._modal_spans(layer)
         if spans is None:
-            out, plan = self._sparse(layer, q, k, v, scale)
+            out, plan = self._sparse(layer, q, k, v, scale, modal)
             counts.note(plan)
             return out
-        return self._padded(layer, q, k, v, scale, spans)
+        return self._padded(layer, q, k, v, scale, spans, modal)
 
     def _why_dense(
         self,
@@ -168,11 +175,31 @@ class Policy:
             self._spans = mask, real_spans(mask)
         return self._spans[1]
 
+    def _modal_spans(self, layer: int) -> Sequence[Spans] | None:
+        """The spans of images and videos in a call, if its pattern reads them and they are known."""
+        pattern, tracker = self.patterns[layer], self.tracker
+        if tracker is None or pattern is None or not pattern.reads_spans:
+            return None
+        self.counts[layer].without_spans += tracker.multimodal and tracker.rows is None
+        return tracker.rows
+
     def _sparse(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        modal: Sequence[Spans] | None,
     ) -> tuple[Tensor, SparsePlan]:
         prompt = Prompt(
-            q, k, scale=scale, block=self.config.block, tail=self.config.tail, layer=layer
+            q,
+            k,
+            scale=scale,
+            block=self.config.block,
+            tail=self.config.tail,
+            layer=layer,
+            spans=modal,
         )
         pattern = self.patterns[layer]
         assert pattern is not None
@@ -189,6 +216,7 @@ class Policy:
         v: Tensor,
         scale: float,
         spans: dict[tuple[int, int], list[int]],
+        modal: Sequence[Spans] | None,
     ) -> Tensor:
         """Rows of like padding together, without it, so that each gives what it gives alone."""
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
@@ -203,6 +231,7 @@ class Policy:
                 k[rows, :, start:stop],
                 v[rows, :, start:stop],
                 scale,
+                modal and [cut(modal[row], start, stop) for row in rows],
             )
             out[rows, :, first:last] = some
             self.counts[layer].note(plan, len(rows) / len(q))

@@ -26,7 +26,8 @@ def prompts(draw, longest: int = 200, dtype: torch.dtype = torch.float64) -> Pro
 def row_of(prompt: Prompt, b: int) -> Prompt:
     """Return the prompt of one row of the batch."""
     parts = {"scale": prompt.scale, "block": prompt.block, "tail": prompt.tail}
-    return Prompt(prompt.q[b : b + 1], prompt.k[b : b + 1], **parts)
+    spans = prompt.spans and prompt.spans[b : b + 1]
+    return Prompt(prompt.q[b : b + 1], prompt.k[b : b + 1], spans=spans, **parts)
 
 
 def causal(prompt: Prompt) -> Tensor:

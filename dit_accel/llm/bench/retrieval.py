@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from dit_accel.llm.bench.wired import FIRST_VALUE, KEYS, START, VALUES
+from dit_accel.llm.prefill import Spans
+from dit_accel.llm.spans import given_spans
 
 PAIRS = 100
 """Assignments in a prompt, those that are asked for among them."""
@@ -19,6 +21,8 @@ ASKED = 4
 """Keys that a prompt of `multi_needle` asks for."""
 HOPS = 4
 """Assignments in a chain of `variable_tracing`."""
+FRAME = 49
+"""Tokens of a frame of `video_needle`: no multiple of a block."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Question:
     positions: list[int]
     answers: list[int]
     """Next token at each position."""
+    spans: Spans = ()
+    """Frames of its video."""
 
 
 def key_value(length: int, rng: random.Random) -> Question:
@@ -79,11 +85,32 @@ def variable_tracing(length: int, rng: random.Random) -> Question:
     return Question(ids, list(range(len(ids) - HOPS, len(ids))), walk[1:])
 
 
+def video_needle(length: int, rng: random.Random, depth: float | None = None) -> Question:
+    """Return a video in whose frames one assignment is hidden, and text that ends with its key (as in VisionNIAH).
+
+    Args:
+        length: tokens of the prompt; two thirds of them are the video.
+        rng: source of randomness.
+        depth: place of the frame in the video, from 0 to 1. Default: random.
+    """
+    count = (2 * length // 3 - LEAD) // FRAME
+    ids = [START, *(_value(rng) for _ in range(length - 1))]
+    frame = round((rng.random() if depth is None else depth) * (count - 1))
+    key, value = rng.randrange(KEYS), _value(rng)
+    at = LEAD + frame * FRAME + rng.randrange(FRAME - 1)
+    ids[at : at + 2] = [key, value]
+    ids[-1] = key
+    starts = range(LEAD, LEAD + count * FRAME, FRAME)
+    spans = tuple((start, start + FRAME, "video") for start in starts)
+    return Question(ids, [length - 1], [value], spans)
+
+
 TASKS = {
     "key_value": key_value,
     "multi_needle": multi_needle,
     "variable_tracing": variable_tracing,
     "middle": middle,
+    "video_needle": video_needle,
 }
 MIN_LENGTH = 8 * PAIRS
 """Tokens of a prompt, at least."""
@@ -111,7 +138,8 @@ def accuracy(model: Any, task: str, length: int, *, prompts: int = 8, seed: int 
     right = 0
     for _ in range(prompts):
         question = TASKS[task](length, rng)
-        logits = model(torch.tensor([question.ids]), use_cache=False).logits[0]
+        with given_spans(model, [question.spans]):
+            logits = model(torch.tensor([question.ids]), use_cache=False).logits[0]
         found = logits[question.positions].argmax(-1).tolist()
         right += found == question.answers
     return right / prompts

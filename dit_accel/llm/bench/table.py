@@ -8,6 +8,7 @@ HEADS = {
     "multi_needle": "needles",
     "variable_tracing": "variables",
     "middle": "middle",
+    "video_needle": "video",
 }
 """Headings of the tasks of `retrieval`."""
 

@@ -14,6 +14,8 @@ from dit_accel.llm.prefill.xattention import STRIDES, antidiagonal_mass
 
 TEXT = "text"
 """Modality of tokens outside of the spans."""
+FOUND = ["image", "video"]
+"""Modalities that are found in prompts."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Boundary(Pattern):
 
     name: ClassVar[str] = "boundary"
     spans: tuple[Any, ...] | list[Any] = ()
-    """Token ranges of the prompt and their modalities: (start, stop, name), ascending. Other tokens are "text"."""
+    """Token ranges of the prompt and their modalities: (start, stop, name), ascending. Other tokens are "text". Empty:
+    images and videos are found in the prompts of a multimodal model; there are none if it is not known."""
     share: float | int = 0.9
     """Share in [0, 1] of pairs without one of their own."""
     shares: dict[str, Any] = field(default_factory=dict)
@@ -58,9 +61,14 @@ class Boundary(Pattern):
         check_choice("stride", self.stride, STRIDES)
 
     @property
+    def reads_spans(self) -> bool:
+        return not self.spans
+
+    @property
     def modalities(self) -> list[str]:
         """Names of all modalities."""
-        return list(dict.fromkeys([TEXT, *(name for _, _, name in self.spans)]))
+        names = [name for _, _, name in self.spans] or FOUND
+        return list(dict.fromkeys([TEXT, *names]))
 
     def share_of(self, query: str, key: str) -> float:
         """Return the share that queries of one modality read of the attention to another."""
@@ -75,22 +83,32 @@ class Boundary(Pattern):
         columns = self.members(prompt, 0, prompt.kv_len)
         mask = torch.zeros_like(mass, dtype=torch.bool)
         for n, key in enumerate(self.modalities):
+            held = columns[:, n, None, None]
             shares = mass.new_tensor([self.share_of(query, key) for query in self.modalities])
             # More is never less: a row of several modalities reads what any of them would.
-            most = torch.where(rows, shares[:, None], 0.0).amax(0)
-            mask |= columns[n] & fewest(mass * columns[n], most[:, None])
+            most = torch.where(rows, shares[:, None], 0.0).amax(1)
+            mask |= held & fewest(mass * held, most[:, None, :, None])
         return self.from_blocks(prompt, mask)
 
-    def members(self, prompt: Prompt, first: int, length: int) -> Bool[Tensor, "n_names n_blocks"]:
-        """Return the blocks of so many tokens from position `first` on that hold each modality."""
+    def members(
+        self, prompt: Prompt, first: int, length: int
+    ) -> Bool[Tensor, "b_spans n_names n_blocks"]:
+        """Return the blocks of so many tokens from position `first` on that hold each modality.
+
+        The rows of the batch are one where they have the same spans.
+        """
         names = self.modalities
-        at = torch.arange(length, device=prompt.q.device) + first
-        of = torch.zeros_like(at)
-        for start, stop, name in self.spans:
-            of[max(0, start - first) : max(0, stop - first)] = names.index(name)
-        token = of == torch.arange(len(names), device=of.device)[:, None]
+        rows = [self.spans] if self.spans or not prompt.spans else prompt.spans
+        of = torch.zeros(len(rows), length, dtype=torch.long)
+        for row, spans in zip(of, rows, strict=True):
+            for start, stop, name in spans:
+                row[max(0, start - first) : max(0, stop - first)] = names.index(name)
+        token = (
+            of.to(prompt.q.device)[:, None]
+            == torch.arange(len(names), device=prompt.q.device)[:, None]
+        )
         token = torch.nn.functional.pad(token, (0, -length % prompt.block))
-        return token.unflatten(1, (-1, prompt.block)).any(-1)
+        return token.unflatten(2, (-1, prompt.block)).any(-1)
 
     def _check_name(self, name: Any) -> None:
         known = self.modalities
@@ -104,7 +122,7 @@ def _check_share(name: str, value: Any) -> None:
 
 
 def fewest(
-    mass: Float[Tensor, "b h n_q n_k"], share: Float[Tensor, "n_q 1"]
+    mass: Float[Tensor, "b h n_q n_k"], share: Float[Tensor, "b_share 1 n_q 1"]
 ) -> Bool[Tensor, "b h n_q n_k"]:
     """Return the fewest blocks of each row that hold a share of its mass; a share of 1 keeps all."""
     ordered, order = mass.sort(dim=-1, descending=True, stable=True)

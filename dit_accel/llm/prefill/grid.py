@@ -7,26 +7,32 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dit_accel.config.base import check, is_int, is_number
 from dit_accel.kernels import SparsePlan
+from dit_accel.llm.prefill.estimate import last_query_sums
 from dit_accel.llm.prefill.grid_detection import Grids, detect, grid_columns
+from dit_accel.llm.prefill.grid_frames import frame_columns, frame_starts
 from dit_accel.llm.prefill.pattern import Pattern, Prompt
 
 __all__ = ["Grid", "detect"]
+
+LAST = 64
+"""Last queries whose attention tells the place of the grid in a frame."""
 
 
 @dataclass(frozen=True)
 class Grid(Pattern):
     """Each query reads the first `sink` keys, the last `window`, and every key at `phase` plus a multiple of `stride`.
 
-    The last `tail` queries read every key. With `rows` the queries at the positions of these keys do so too.
+    Where the frames of a prompt's videos are known, the keys of a head lie at one place of every frame. The last `tail` queries read every key. With `rows` the queries at the positions of these keys do so too.
     """
 
     name: ClassVar[str] = "grid"
     stride: int | None = None
-    """Tokens from one key to the next, such as those of a video frame; None: found for each head from the attention of
-    the last queries."""
+    """Tokens from one key to the next, such as those of a video frame; None: the frames of the prompt's videos, or
+    without them found for each head from the attention of the last queries."""
     phase: int = 0
     """Position of the first of these keys; has a meaning with `stride` only."""
     sink: int = 64
@@ -50,6 +56,10 @@ class Grid(Pattern):
         ok = is_number(self.min_gain) and 0 <= self.min_gain <= 1
         check("min_gain", self.min_gain, ok, "a number in [0, 1]")
 
+    @property
+    def reads_spans(self) -> bool:
+        return self.stride is None
+
     def plan(self, prompt: Prompt) -> SparsePlan:
         columns = self.columns(prompt)
         if self.rows:
@@ -63,15 +73,39 @@ class Grid(Pattern):
             one = torch.ones(1, 1, dtype=torch.long, device=prompt.q.device)
             given = Grids(one * self.stride, one * self.phase, one.float())
             return grid_columns(given, prompt.kv_len)
+        rows = [frame_starts(spans) for spans in prompt.spans or ()]
+        if not any(rows):
+            return self._detected(prompt, slice(None))
+        found = [
+            self._of_frames(prompt, b, frames)
+            if frames
+            else self._detected(prompt, slice(b, b + 1))
+            for b, frames in enumerate(rows)
+        ]
+        longest = max(x.shape[-1] for x in found)
+        padded = [pad(x, (0, longest - x.shape[-1]), value=prompt.kv_len) for x in found]
+        return torch.cat(padded)
+
+    def _detected(self, prompt: Prompt, rows: slice) -> Int[Tensor, "b h n"]:
+        """The keys of a grid that is found in some rows."""
         found = detect(
-            prompt.q,
-            prompt.k,
+            prompt.q[rows],
+            prompt.k[rows],
             scale=prompt.scale,
             sink=self.sink,
             window=self.window,
             min_gain=self.min_gain,
         )
         return grid_columns(found, prompt.kv_len)
+
+    def _of_frames(
+        self, prompt: Prompt, row: int, frames: dict[int, list[int]]
+    ) -> Int[Tensor, "1 h n"]:
+        """The keys at one place of every frame of a row's videos."""
+        q, k = prompt.q[row : row + 1], prompt.k[row : row + 1]
+        sums = last_query_sums(q, k, scale=prompt.scale, last=LAST).columns[0]
+        stop = prompt.kv_len - min(LAST, prompt.q_len) - self.window + 1
+        return frame_columns(sums, frames, first=self.sink, stop=stop, min_gain=self.min_gain)[None]
 
     def band(self, prompt: Prompt, order: Int[Tensor, " l_q"]) -> Bool[Tensor, "n_q n_k"]:
         """Return the blocks that hold sink or window of a query, for query blocks in this order.

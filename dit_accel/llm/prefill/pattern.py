@@ -16,6 +16,9 @@ from torch import Tensor
 from dit_accel.config.base import suggest
 from dit_accel.kernels import Geometry, SparsePlan
 
+Spans = tuple[tuple[int, int, str], ...]
+"""Token ranges of images and video frames, ascending: (start, stop, "image" or "video"). Other tokens are text."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -33,6 +36,8 @@ class Prompt:
     """Last queries that read every key, at least."""
     layer: int = 0
     """Index of the layer."""
+    spans: Sequence[Spans] | None = None
+    """Spans of each row, by the positions of the keys; None: not known."""
 
     @property
     def q_len(self) -> int:
@@ -105,6 +110,11 @@ class Pattern(ABC):
     """Chooses the keys that each query of a call reads. Subclasses are frozen dataclasses of their options."""
 
     name: ClassVar[str]
+
+    @property
+    def reads_spans(self) -> bool:
+        """Whether plans depend on the spans of images and videos."""
+        return False
 
     @abstractmethod
     def plan(self, prompt: Prompt) -> SparsePlan:
