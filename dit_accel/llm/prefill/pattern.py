@@ -114,7 +114,7 @@ class Pattern(ABC):
     def plan(self, prompt: Prompt) -> SparsePlan:
         """Return the plan of a call."""
 
-    def check_heads(self, heads: int, kv_heads: int) -> None:
+    def check_heads(self, heads: int, kv_heads: int) -> None:  # noqa: B027 (most fit any model)
         """Check that the pattern fits a model with so many query heads and KV heads.
 
         Raises:

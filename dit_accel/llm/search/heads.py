@@ -77,7 +77,8 @@ def choose_heads(
         ValueError: the cheapest candidates cost more than the budget.
     """
     entries = counts[settings.by]
-    costs, errors = [], []
+    costs: list[list[float]] = []
+    errors: list[list[float]] = []
     for layer in range(num_layers):
         parts = [journal[_key(x, layer)] for x in samples if not x.held_out]
         for kind, into in (("costs", costs), ("errors", errors)):

@@ -54,7 +54,8 @@ class SearchSettings:
         for name, least in (("samples", 1), ("checks", 0)):
             value = getattr(self, name)
             check(name, value, is_int(value) and value >= least, f"an int >= {least}")
-        check("checks", self.checks, self.checks or self.find != "layers", "an int >= 1 for layers")
+        ok = self.checks > 0 or self.find != "layers"
+        check("checks", self.checks, ok, "an int >= 1 for layers")
         check_choice("block", self.block, BLOCKS)
         check("tail", self.tail, is_int(self.tail) and self.tail >= 0, "an int >= 0")
         if not self.candidates:
@@ -83,7 +84,7 @@ def default_candidates(find: str) -> dict[str, Any]:
         f"window_{round(100 * x):02}": {"pattern": "triangle", "options": {"window": x}}
         for x in (1 / 16, 1 / 4)
     }
-    for columns, several in ((1 / 32, (0.4, 0.6, 0.75, 0.85, 0.9, 0.95, 0.98)), (1 / 8, (0.4, 0.75))):  # fmt: skip
+    for columns, several in ((1 / 32, (0.4, 0.6, 0.75, 0.85, 0.9, 0.95)), (1 / 8, (0.4, 0.75))):  # fmt: skip
         for top_p in several:
             name = f"hybrid_{round(100 * top_p):02}" + ("_columns" if columns > 0.1 else "")
             options = {"top_p": top_p, "columns": columns, **shared}
