@@ -29,6 +29,7 @@ from dit_accel.cli import (
     llm_bench,
     llm_demo,
     llm_generate,
+    llm_search,
     llm_verify,
 )
 from dit_accel.cli.compare import Compare
@@ -78,6 +79,7 @@ class Llm:
         Annotated[llm_generate.Generate, subcommand("generate")]
         | Annotated[llm_verify.Verify, subcommand("verify")]
         | Annotated[llm_bench.Bench, subcommand("bench")]
+        | Annotated[llm_search.Search, subcommand("search")]
         | Annotated[llm_demo.Demo, subcommand("demo")]
     )
 

@@ -35,7 +35,7 @@ class Bench(LanguageModelOptions):
     passkeys, and retrieval on a model with hand-written weights. Started again after a kill, it goes on."""
 
     patterns: tuple[str, ...] = ()
-    """Rows beside dense: names of patterns or presets, or YAML files. Default: all patterns with their own options."""
+    """Rows beside dense: names of patterns or presets, YAML files, or JSON files of llm search. Default: all patterns with their own options."""
     tasks: OmitArgPrefixes[Tasks] = field(default_factory=Tasks)
     output: Path = Path("outputs/llm-bench.json")
     """Results file, written after each row."""

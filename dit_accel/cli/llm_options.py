@@ -52,7 +52,7 @@ class PrefillOptions(LanguageModelOptions):
 
     prefill: str = "balanced"
     """Sparse attention while the prompt is read: quality, balanced, fast, triangle_mix, the name of a pattern, a YAML file
-    with the section prefill:, or none for dense."""
+    with the section prefill:, a JSON file of llm search or of MInference, or none for dense."""
     crossover: int | None = None
     """Prompts with fewer tokens are read densely; overrides that of --prefill. 0: never for that reason."""
 

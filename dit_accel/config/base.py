@@ -143,6 +143,16 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_share(value: Any) -> TypeGuard[float]:
+    """Whether a value is a float in (0, 1], as where an int means a number of tokens."""
+    return isinstance(value, float) and 0 < value <= 1
+
+
+def count_of(value: int | float, total: int) -> int:
+    """A number: an int is one, a float a share of `total`, rounded up."""
+    return value if isinstance(value, int) else math.ceil(value * total - 1e-9)
+
+
 def as_lists(value: Any) -> Any:
     return [as_lists(x) for x in value] if isinstance(value, tuple) else value
 

@@ -1,14 +1,17 @@
 """`PrefillConfig`: settings of sparse prefill in language models."""
 
 import contextlib
+import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
 
 from dit_accel.config.base import Config, check, check_choice, is_int
+from dit_accel.config.prefill_file import DENSE, settings_of_file
+
+__all__ = ["BLOCKS", "DENSE", "PrefillConfig"]
 
 BLOCKS = (16, 32, 64, 128)
-DENSE = "dense"
-"""Name that stands for a pattern in layers that read every key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class PrefillConfig(Config):
     crossover: int | Literal["auto"] = "auto"
     """Calls on fewer keys are dense. "auto": the length from which sparse attention was measured to pay; 0: never
     dense for that reason."""
+    num_layers: int | None = None
+    """Layers of the only models that take these settings; None: any number."""
 
     SECTION: ClassVar[str] = "prefill"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -67,13 +72,29 @@ class PrefillConfig(Config):
         length = self.crossover
         ok = length == "auto" or (is_int(length) and length >= 0)
         check("crossover", length, ok, "'auto' or an int >= 0 (tokens)")
+        number = self.num_layers
+        check("num_layers", number, number is None or (is_int(number) and number >= 1), "an int >= 1 or None")  # fmt: skip
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike) -> "PrefillConfig":
+        """From the section `prefill:` of a YAML file, or from a JSON file of `dit-accel llm search` or MInference."""
+        values = settings_of_file(Path(path))
+        if values is None:
+            return cast(PrefillConfig, super().from_yaml(path))
+        return cls(**values)
 
     def of_layer(self, layer: int, num_layers: int) -> tuple[str, dict[str, Any]] | None:
         """Return the pattern of a layer and its options; None: the layer stays dense.
 
         Raises:
-            ValueError: `dense_layers` or `by_layer` names a layer that the model does not have.
+            ValueError: `dense_layers` or `by_layer` names a layer that the model does not have, or the settings are for
+                another number of layers.
         """
+        if self.num_layers not in (None, num_layers):
+            raise ValueError(
+                f"num_layers={self.num_layers}: the settings are for a model with {self.num_layers} layers; this one "
+                f"has {num_layers}"
+            )
         chosen: Any = {"pattern": self.pattern, "options": self.options}
         for start in sorted(x for x in self.by_layer if isinstance(x, float)):
             if start * num_layers <= layer + 1e-9:

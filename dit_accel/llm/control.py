@@ -8,6 +8,7 @@ from torch import nn
 
 from dit_accel.config import PrefillConfig
 from dit_accel.llm.attention import NAME, POLICY, register
+from dit_accel.llm.head_counts import head_counts
 from dit_accel.llm.policy import LayerCounts, Policy
 from dit_accel.llm.spans import SpanTracker
 
@@ -20,7 +21,8 @@ def enable(model: Any, *, prefill: Any = "balanced") -> Any:
 
     Args:
         model: a causal language model of transformers, or a multimodal one; its text layers are used.
-        prefill: a `PrefillConfig`, a dict of its fields, the name of a preset, or a YAML file.
+        prefill: a `PrefillConfig`, a dict of its fields, the name of a preset, a YAML file, or a JSON file of
+            `dit-accel llm search` or of MInference.
 
     Returns:
         The model.
@@ -31,10 +33,26 @@ def enable(model: Any, *, prefill: Any = "balanced") -> Any:
     config = PrefillConfig.load(prefill)
     if config is None:
         raise ValueError(
-            "prefill=None: accepted are a preset, a PrefillConfig, a dict or a YAML file"
+            "prefill=None: accepted are a preset, a PrefillConfig, a dict, a YAML or a JSON file"
         )
-    layers = _layers(model)
-    policy = Policy(config, len(layers))
+    layers = attention_layers(model)
+    return install(model, Policy(config, len(layers), head_counts(model.config)))
+
+
+def install(model: Any, policy: Any) -> Any:
+    """Have the attention layers of a model ask a policy.
+
+    Args:
+        model: see `enable`.
+        policy: a `Policy`, or an object with its `attend` and `before`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model cannot take another attention function.
+    """
+    layers = attention_layers(model)
     disable(model)
     register()
     policy.before = _implementations(model)
@@ -126,8 +144,12 @@ def summary(model: Any) -> PrefillSummary:
     )
 
 
-def _layers(model: Any) -> list[nn.Module]:
-    """The causal self-attention layers of a model, by their index."""
+def attention_layers(model: Any) -> list[nn.Module]:
+    """Return the causal self-attention layers of a model, by their index.
+
+    Raises:
+        ValueError: the model is no such model.
+    """
     if not hasattr(getattr(model, "config", None), "get_text_config"):
         raise ValueError(f"model: {type(model).__name__}; accepted are models of transformers")
     found: dict[int, nn.Module] = {

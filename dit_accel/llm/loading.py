@@ -10,6 +10,7 @@ import torch
 from dit_accel.config import PrefillConfig
 from dit_accel.config.base import suggest
 from dit_accel.llm.embedded import NAME, converted, weights_file
+from dit_accel.llm.head_counts import head_counts
 from dit_accel.llm.policy import Policy
 from dit_accel.llm.prefill import pattern_names
 from dit_accel.quiet import quiet
@@ -53,13 +54,13 @@ class Source:
             )
 
     def check_prefill(self, prefill: PrefillConfig | None) -> None:
-        """Check that the model has the layers that the settings name.
+        """Check that the model has the layers and heads that the settings name.
 
         Raises:
             ValueError: it does not.
         """
         if prefill is not None:
-            Policy(prefill, self.num_layers)
+            Policy(prefill, self.num_layers, head_counts(self.config))
 
     def load(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
         """Return the model, with weights from safetensors files only."""
@@ -142,8 +143,8 @@ def prefill_settings(name: Any, crossover: int | None = None) -> PrefillConfig |
         known = [*PrefillConfig.PRESETS, *pattern_names(), "none"]
         if not Path(name).is_file():
             raise ValueError(
-                f"prefill={name!r}: no such preset, pattern or YAML file{suggest(name, known)}; accepted are "
-                f"{', '.join(known)}, or a YAML file"
+                f"prefill={name!r}: no such preset, pattern or file{suggest(name, known)}; accepted are "
+                f"{', '.join(known)}, a YAML file, or a JSON file of llm search or MInference"
             )
     config: PrefillConfig | None = PrefillConfig.load(name)
     if config is None:
@@ -154,7 +155,7 @@ def prefill_settings(name: Any, crossover: int | None = None) -> PrefillConfig |
         return None
     if crossover is not None:
         config = PrefillConfig.from_dict({**vars(config), "crossover": crossover})
-    Policy(config, _ANY_LAYERS)
+    Policy(config, _ANY_LAYERS if config.num_layers is None else config.num_layers)
     return config
 
 

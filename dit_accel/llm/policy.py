@@ -11,6 +11,7 @@ from torch import Tensor
 from dit_accel.config import PrefillConfig
 from dit_accel.kernels import SparsePlan, block_sparse_attention
 from dit_accel.llm.dense import dense_attention
+from dit_accel.llm.head_counts import HeadCounts
 from dit_accel.llm.padding import real_spans
 from dit_accel.llm.prefill import Pattern, Prompt, Spans, pattern_of
 from dit_accel.llm.spans import SpanTracker, cut
@@ -60,18 +61,22 @@ class Policy:
     Args:
         config: settings.
         layers: number of attention layers.
+        heads: heads of each layer. Default: not known, and not checked.
 
     Raises:
-        ValueError: a pattern is not known, or the model has no such layer.
+        ValueError: a pattern is not known, the model has no such layer, or the settings are for other heads.
     """
 
-    def __init__(self, config: PrefillConfig, layers: int) -> None:
+    def __init__(self, config: PrefillConfig, layers: int, heads: HeadCounts | None = None) -> None:
         self.config = config
         self.patterns: list[Pattern | None] = []
         """That of each layer; None: the layer stays dense."""
         for layer in range(layers):
             chosen = config.of_layer(layer, layers)
-            self.patterns.append(None if chosen is None else pattern_of(*chosen))
+            pattern = None if chosen is None else pattern_of(*chosen)
+            if pattern is not None and heads is not None:
+                pattern.check_heads(*heads)
+            self.patterns.append(pattern)
         self.counts = {layer: LayerCounts() for layer in range(layers)}
         self.before: list[tuple[Any, Any]] = []
         """Configs of the model and the attention that each had before."""

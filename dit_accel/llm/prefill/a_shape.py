@@ -19,6 +19,7 @@ class AShape(Pattern):
     """
 
     name: ClassVar[str] = "a_shape"
+    joins: ClassVar[bool] = False
     sink: int = 64
     """First keys."""
     window: int = 1024

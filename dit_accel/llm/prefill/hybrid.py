@@ -6,7 +6,7 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dit_accel.config.base import check, check_choice, check_fraction, is_int
+from dit_accel.config.base import check, check_choice, check_fraction, count_of, is_int, is_share
 from dit_accel.kernels import SparsePlan, block_scores
 from dit_accel.llm.prefill.estimate import column_sums, spread_rows, top_columns
 from dit_accel.llm.prefill.pattern import Pattern, Prompt
@@ -27,8 +27,8 @@ class Hybrid(Pattern):
     name: ClassVar[str] = "hybrid"
     top_p: float | int = 0.9
     """Estimated softmax mass of the blocks in (0, 1]; 1 reads every key."""
-    columns: int = 128
-    """Single keys of each head, at most."""
+    columns: int | float = 128
+    """Single keys of each head, at most; a float is a share of the keys in (0, 1]."""
     scores: str = "xattention"
     """Scores of the blocks: "xattention" (sums of antidiagonals), or "spread" (corrected means, see `block_scores`),
     which is cheaper to compute and less exact."""
@@ -41,7 +41,8 @@ class Hybrid(Pattern):
 
     def __post_init__(self) -> None:
         check_fraction("top_p", self.top_p)
-        check("columns", self.columns, is_int(self.columns) and self.columns >= 0, "an int >= 0")
+        ok = is_share(self.columns) or (is_int(self.columns) and self.columns >= 0)
+        check("columns", self.columns, ok, "an int >= 0, or a share of the keys in (0, 1]")
         check_choice("scores", self.scores, ("xattention", "spread"))
         check_choice("stride", self.stride, STRIDES)
         check_choice("queries", self.queries, ("spread", "last"))
@@ -52,7 +53,9 @@ class Hybrid(Pattern):
         if self.columns == 0:
             return self.from_blocks(prompt, mask)
         worth = self.column_worth(prompt, mask | prompt.near())
-        return self.from_blocks(prompt, mask, top_columns(worth, self.columns))
+        return self.from_blocks(
+            prompt, mask, top_columns(worth, count_of(self.columns, prompt.kv_len))
+        )
 
     def block_logits(self, prompt: Prompt) -> Float[Tensor, "b h n_q n_k"]:
         """Return logarithms of the estimated attention of each block, for each head or each group."""

@@ -110,6 +110,10 @@ class Pattern(ABC):
     """Chooses the keys that each query of a call reads. Subclasses are frozen dataclasses of their options."""
 
     name: ClassVar[str]
+    alone: ClassVar[bool] = True
+    """Whether its name without options is a setting."""
+    joins: ClassVar[bool] = True
+    """Whether single heads of a layer can have it, beside other patterns: its plans have no rules but those of the call."""
 
     @property
     def reads_spans(self) -> bool:
@@ -119,6 +123,13 @@ class Pattern(ABC):
     @abstractmethod
     def plan(self, prompt: Prompt) -> SparsePlan:
         """Return the plan of a call."""
+
+    def check_heads(self, heads: int, kv_heads: int) -> None:  # noqa: B027 (most fit any model)
+        """Check that the pattern fits a model with so many query heads and KV heads.
+
+        Raises:
+            ValueError: it does not.
+        """
 
     def from_blocks(
         self,
@@ -151,26 +162,35 @@ def _classes() -> dict[str, type[Pattern]]:
 
 
 def pattern_names() -> Sequence[str]:
-    """Return the names of all patterns."""
-    return list(_classes())
+    """Return the names of all patterns that are a setting without options."""
+    return [name for name, kind in _classes().items() if kind.alone]
 
 
-def pattern_of(name: str, options: dict[str, Any] | None = None) -> Pattern:
-    """Return a pattern by its name.
-
-    Args:
-        name: see `pattern_names`.
-        options: fields of the pattern. Default: as they are.
+def kind_of(name: str) -> type[Pattern]:
+    """Return the class of a pattern by its name.
 
     Raises:
-        ValueError: no such pattern or option, or a value that it does not accept.
+        ValueError: no such pattern.
     """
     kinds = _classes()
     if name not in kinds:
         raise ValueError(
             f"pattern={name!r}: no such pattern{suggest(name, list(kinds))}; accepted are {', '.join(kinds)}"
         )
-    kind = kinds[name]
+    return kinds[name]
+
+
+def pattern_of(name: str, options: dict[str, Any] | None = None) -> Pattern:
+    """Return a pattern by its name.
+
+    Args:
+        name: see `pattern_names`; also "by_head".
+        options: fields of the pattern. Default: as they are.
+
+    Raises:
+        ValueError: no such pattern or option, or a value that it does not accept.
+    """
+    kind = kind_of(name)
     fields = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in options or {}:
         if key not in fields:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from dit_accel.config.base import check, is_int
+from dit_accel.config.base import check, count_of, is_int, is_share
 from dit_accel.kernels import SparsePlan
 from dit_accel.llm.prefill.pattern import Pattern, Prompt
 
@@ -17,16 +17,19 @@ class Triangle(Pattern):
 
     name: ClassVar[str] = "triangle"
     sink: int = 64
-    window: int = 512
+    window: int | float = 512
+    """A number of keys; a float is a share of them in (0, 1]."""
 
     def __post_init__(self) -> None:
         check("sink", self.sink, is_int(self.sink) and self.sink >= 0, "an int >= 0")
-        check("window", self.window, is_int(self.window) and self.window >= 1, "an int >= 1")
+        ok = is_share(self.window) or (is_int(self.window) and self.window >= 1)
+        check("window", self.window, ok, "an int >= 1, or a share of the keys in (0, 1]")
 
     def plan(self, prompt: Prompt) -> SparsePlan:
         first = torch.arange(prompt.num_q_blocks, device=prompt.q.device) * prompt.block
         # A chunk may begin inside of a key block: the window counts from the first query of each query block.
-        begin = (first + prompt.offset - self.window + 1).clamp(min=0) // prompt.block
+        window = count_of(self.window, prompt.kv_len)
+        begin = (first + prompt.offset - window + 1).clamp(min=0) // prompt.block
         keys = torch.arange(prompt.num_k_blocks, device=prompt.q.device)
         mask = (prompt.block_distance() >= 0) & (keys >= begin[:, None])
         mask[:, : -(-self.sink // prompt.block)] = True
