@@ -327,10 +327,12 @@ def _lists(plan: SparsePlan) -> tuple[Tensor, Tensor, Tensor]:
     both = [x.expand(*counts.shape, -1) for x in (plan.full_kv_indices, plan.kv_indices)]
     place = torch.arange(max(1, int(counts.max())), device=plan.device)
     after = place - whole[..., None]
-    source = torch.where(after < 0, place, after + both[0].shape[-1])
-    listed = place < counts[..., None]
-    indices = torch.cat(both, -1).long().gather(-1, source.masked_fill(~listed, 0))
-    return whole, counts, indices
+    width = both[0].shape[-1]
+    source = torch.where(after < 0, place, after + width)
+    unlisted = (whole > width)[..., None]  # their whole blocks are the first ones
+    source = source.masked_fill((place >= counts[..., None]) | (unlisted & (after < 0)), 0)
+    indices = torch.cat(both, -1).long().gather(-1, source)
+    return whole, counts, torch.where(unlisted & (after < 0), place, indices)
 
 
 def _bias(shown: Tensor) -> Tensor:
