@@ -90,7 +90,7 @@ class SparsePlan(PlanData):
         """Return the same plan with every block on a list, as backward passes and linear branches read it."""
         if not self.has_prefix_rows:
             return self
-        counts, indices = lists_of_width(self._full_blocks(), self.num_k_blocks)
+        counts, indices = lists_of_width(self.full_blocks(), self.num_k_blocks)
         return dataclasses.replace(self, full_kv_num_blocks=counts, full_kv_indices=indices)
 
     def equals(self, other: "SparsePlan") -> bool:

@@ -114,9 +114,10 @@ class PlanData(Rules):
     def to_block_mask(self) -> Bool[Tensor, "b h n_q n_k"]:
         """Return the mask of blocks that are read, `[B|1, Hq|1, T_q, T_k]`."""
         n_k = self.num_k_blocks
-        return block_mask(self.kv_num_blocks, self.kv_indices, n_k) | self._full_blocks()
+        return block_mask(self.kv_num_blocks, self.kv_indices, n_k) | self.full_blocks()
 
-    def _full_blocks(self) -> Bool[Tensor, "b h n_q n_k"]:
+    def full_blocks(self) -> Bool[Tensor, "b h n_q n_k"]:
+        """Return the mask of blocks that are read whole, `[B|1, Hq|1, T_q, T_k]`."""
         counts, indices = self.full_kv_num_blocks, self.full_kv_indices
         return block_mask(counts, indices, self.num_k_blocks, prefix=self.has_prefix_rows)
 
@@ -139,5 +140,5 @@ class PlanData(Rules):
         n_k = self.num_k_blocks
         return ColumnLists(
             partial=transpose_lists(self.kv_num_blocks, self.kv_indices, n_k),
-            full=block_lists(self._full_blocks().mT),
+            full=block_lists(self.full_blocks().mT),
         )

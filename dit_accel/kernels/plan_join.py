@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dit_accel.kernels.lists import prefix_lists
 from dit_accel.kernels.plan import PER_HEAD, SparsePlan
 
 EQUAL = ("block_q", "block_k", "q_len", "kv_len", "causal", "q_offset", "window", "sink")
@@ -41,6 +42,8 @@ def join_heads(plans: Sequence[SparsePlan], heads: Sequence[Sequence[int]]) -> S
         for name in ABSENT:
             if getattr(plan, name) is not None:
                 raise ValueError(f"plans: {name} is given; accepted are plans without it")
+    # Which rows need no list depends on the width of all lists.
+    plans = [plan.listed() for plan in plans]
     counts = [len(x) for x in heads]
     # Places of the heads 0, 1, ... among the plans laid side by side.
     back = torch.tensor(order, device=first.device).argsort()
@@ -62,7 +65,11 @@ def join_heads(plans: Sequence[SparsePlan], heads: Sequence[Sequence[int]]) -> S
             changes[name] = _joined(parts, counts, 0, back)
         else:  # counts, whose last axis is the same everywhere
             changes[name] = _joined(parts, counts, None, back)
-    return dataclasses.replace(first, **changes, row_bound=None)  # type: ignore[arg-type]
+    joined = dataclasses.replace(first, **changes, row_bound=None)  # type: ignore[arg-type]
+    if joined.long_rows is None:
+        return joined
+    full = prefix_lists(joined.full_blocks(), joined.long_rows, None)
+    return dataclasses.replace(joined, full_kv_num_blocks=full.counts, full_kv_indices=full.indices)
 
 
 def _joined(

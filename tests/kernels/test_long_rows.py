@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dit_accel.kernels import SparsePlan, block_sparse_attention
+from dit_accel.kernels.plan_join import join_heads
 
 from .plan_cases import masks
 
@@ -76,3 +77,15 @@ def test_lists_of_a_long_prompt_are_small():
     rules |= {"block_q": 64, "block_k": 64}
     plan = SparsePlan.from_block_mask(mask, **rules, long_rows=torch.tensor([n - 2, n - 1]))
     assert list_bytes(plan) <= 2**18
+
+
+def test_joined_plans_keep_rows_without_lists():
+    mask = torch.eye(8, dtype=torch.bool)[None, None]
+    rules = {"block_q": 16, "block_k": 16, "q_len": 128, "kv_len": 128, "causal": True}
+    narrow, _ = both((mask, rules), [7])
+    wide = SparsePlan.from_block_mask(torch.ones_like(mask).tril(-1) | mask, **rules)
+    assert narrow.full_kv_indices.shape[-1] < wide.full_kv_indices.shape[-1]
+    joined = join_heads([narrow, wide], [[1], [0]])
+    joined.check_numbers()
+    for head, plan in enumerate((wide, narrow)):
+        assert torch.equal(joined.to_dense_mask()[:, head], plan.to_dense_mask()[:, 0])
