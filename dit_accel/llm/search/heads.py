@@ -1,4 +1,4 @@
-"""`search_heads`: a pattern for each head, or each group of heads, at a total budget."""
+"""`measure_heads` and `choose_heads`: a pattern for each head, or each group of heads, at a total density."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

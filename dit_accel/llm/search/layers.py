@@ -1,4 +1,4 @@
-"""`search_layers`: the layers that tolerate one cheap pattern in all heads, as TriangleMix (arXiv 2507.21526) has it.
+"""`rank_layers` and `choose_layers`: the layers that tolerate one cheap pattern in all heads (TriangleMix, arXiv 2507.21526).
 
 TriangleMix ranks layers by a gradient. Here a layer's sensitivity is the KL divergence of the last positions when this
 layer alone has the pattern, a mean over samples; all chosen layers together are then checked on held-out samples.

@@ -1,4 +1,4 @@
-"""`run_search`: measurements, choice, check and file of a search."""
+"""`Search`: measurements, choice, check and file."""
 
 import json
 from collections import Counter
