@@ -42,11 +42,22 @@ def padding_mask(
 ) -> Tensor | None:
     """Return the real tokens `[B, Lk]` of the keys that exist; None: all of them.
 
-    A mask shorter than the keys says that the rest of the keys do not exist yet (`StaticCache`). Where visible pairs
-    do not follow from that (sliding or chunked layers, packed sequences, pictures that see themselves), transformers
-    makes the mask of pairs `[B, 1, Lq, Lk]`.
+    A mask shorter than the keys says that the rest of the keys do not exist yet (`StaticCache`). Sliding layers get
+    the same, because their attention is told the window. Where visible pairs do not follow from that (chunked layers,
+    packed sequences, pictures that see themselves), transformers makes the mask of pairs `[B, 1, Lq, Lk]`.
     """
-    if local_size is not None or not allow_is_causal_skip:
+    pairs = not allow_is_causal_skip
+    if local_size is not None and not pairs:
+        # One query: the mask is small, and it may be traced by torch.compile.
+        pairs = q_length == 1 or not is_window(
+            mask_function,
+            local_size,
+            batch_size=batch_size,
+            last=int(q_offset) + q_length - 1,
+            keys=range(kv_offset, kv_offset + kv_length),
+            device=device,
+        )
+    if pairs:
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -72,6 +83,34 @@ def padding_mask(
     if attention_mask is None:
         return torch.ones(batch_size, valid, dtype=torch.bool, device=device)
     return attention_mask
+
+
+def is_window(
+    mask_function: Callable[..., Any],
+    window: int,
+    *,
+    batch_size: int,
+    last: int,
+    keys: range,
+    device: torch.device | str = "cpu",
+) -> bool:
+    """Return whether a mask function of transformers shows each query the last `window` keys. Waits for the device.
+
+    transformers does not tell a window from a chunk (Llama 4), whose queries see the keys from the start of the chunk
+    on. The last two queries see the same keys under both only where both are causal.
+
+    Args:
+        mask_function: tells for (row, head, query, key) whether the pair is visible.
+        window: number of keys.
+        batch_size: number of rows.
+        last: position of the last query.
+        keys: positions of the keys.
+    """
+    row = torch.arange(batch_size, device=device)[:, None, None, None]
+    query = torch.arange(max(0, last - 1), last + 1, device=device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=device)
+    found = mask_function(row, torch.zeros_like(row), query, key)
+    return bool((found == ((key <= query) & (key > query - window))).all())
 
 
 def attention(

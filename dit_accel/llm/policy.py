@@ -12,6 +12,7 @@ from dit_accel.kernels import SparsePlan, block_sparse_attention
 from dit_accel.llm.dense import dense_attention
 from dit_accel.llm.padding import real_spans
 from dit_accel.llm.prefill import Pattern, Prompt, pattern_of
+from dit_accel.llm.window import window_attention, window_density
 
 CROSSOVER = {torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}
 """Keys from which sparse attention was measured to pay on a CPU."""
@@ -38,6 +39,10 @@ class LayerCounts:
         self.plans.append((plan, share))
         if len(self.plans) > KEPT_PLANS:
             self._count()
+
+    def note_density(self, density: float, share: float = 1.0) -> None:
+        """Count a call whose density is known."""
+        self.read += density * share
 
     @property
     def density(self) -> float | None:
@@ -121,10 +126,8 @@ class Policy:
             )
         counts.sparse += 1
         if spans is None:
-            out, plan = self._sparse(layer, q, k, v, scale)
-            counts.note(plan)
-            return out
-        return self._padded(layer, q, k, v, scale, spans)
+            return self._sparse(layer, q, k, v, scale, window)
+        return self._padded(layer, q, k, v, scale, window, spans)
 
     def _why_dense(
         self,
@@ -144,13 +147,12 @@ class Policy:
             return "a mask of pairs" if window is None else "sliding window"
         if not causal:
             return "not causal"
-        if window is not None and window < k.shape[2]:
-            return "sliding window"
         if softcap is not None:
             return "soft cap"
         if dropout:
             return "dropout"
-        if self.patterns[layer] is None:
+        # A window is exact, so that layers that are to stay exact have it too.
+        if self.patterns[layer] is None and not _slides(k, window):
             return "dense layer"
         if k.shape[2] < self._crossover(q):
             return "short prompt"
@@ -169,17 +171,29 @@ class Policy:
         return self._spans[1]
 
     def _sparse(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
-    ) -> tuple[Tensor, SparsePlan]:
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        share: float = 1.0,
+    ) -> Tensor:
+        """Run and count a call, or a `share` of its rows, that reads some of the keys."""
+        counts, pattern = self.counts[layer], self.patterns[layer]
+        if pattern is None or _slides(k, window):
+            assert window is not None  # dense layers without a window do not come here
+            counts.note_density(window_density(q.shape[2], k.shape[2], window), share)
+            return window_attention(q, k, v, scale=scale, window=window, block=self.config.block)
         prompt = Prompt(
             q, k, scale=scale, block=self.config.block, tail=self.config.tail, layer=layer
         )
-        pattern = self.patterns[layer]
-        assert pattern is not None
         plan = pattern.plan(prompt)
         out = block_sparse_attention(q, k, v, plan, scale=scale)
         assert isinstance(out, Tensor)
-        return out, plan
+        counts.note(plan, share)
+        return out
 
     def _padded(
         self,
@@ -188,6 +202,7 @@ class Policy:
         k: Tensor,
         v: Tensor,
         scale: float,
+        window: int | None,
         spans: dict[tuple[int, int], list[int]],
     ) -> Tensor:
         """Rows of like padding together, without it, so that each gives what it gives alone."""
@@ -197,13 +212,18 @@ class Policy:
             first, last = max(0, start - shift), max(0, stop - shift)
             if first >= last:
                 continue
-            some, plan = self._sparse(
+            out[rows, :, first:last] = self._sparse(
                 layer,
                 q[rows, :, first:last],
                 k[rows, :, start:stop],
                 v[rows, :, start:stop],
                 scale,
+                window,
+                len(rows) / len(q),
             )
-            out[rows, :, first:last] = some
-            self.counts[layer].note(plan, len(rows) / len(q))
         return out
+
+
+def _slides(k: Tensor, window: int | None) -> bool:
+    """Return whether a window hides some of these keys."""
+    return window is not None and window < k.shape[2]

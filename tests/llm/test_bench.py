@@ -129,7 +129,9 @@ def test_texts_that_cannot_be_read_are_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(small_llama):
-    settings = BenchSettings(length=300, passkeys=1, retrieval_lengths=(1_000,), retrieval_prompts=1)
+    settings = BenchSettings(
+        length=300, passkeys=1, retrieval_lengths=(1_000,), retrieval_prompts=1
+    )
     source = read_source(str(small_llama))
     return source, prepare(source, settings, dtype="float32", device="cpu")
 
