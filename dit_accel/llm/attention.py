@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from dit_accel.llm.dense import dense_attention
+from dit_accel.llm.padding import broadcast_mask, window_of, with_window
 
 NAME = "dit_accel"
 """Name of the attention implementation. One with "flash" in it would be looked for on the hub."""
@@ -40,12 +41,14 @@ def padding_mask(
     device: torch.device | str = "cpu",
     **more: Any,
 ) -> Tensor | None:
-    """Return the real tokens `[B, Lk]` of the keys that exist; None: all of them.
+    """Return the real tokens `[B, Lk]` of the keys that exist; None: all of them, without a window.
 
     A mask shorter than the keys says that the rest of the keys do not exist yet (`StaticCache`). Sliding layers get
-    the same, because their attention is told the window. Where visible pairs do not follow from that (chunked layers,
-    packed sequences, pictures that see themselves), transformers makes the mask of pairs `[B, 1, Lq, Lk]`.
+    `[B, Lk, window]`, see `with_window`. Where visible pairs do not follow from that (chunked layers, packed sequences,
+    pictures that see themselves), transformers makes the mask of pairs `[B, 1, Lq, Lk]`.
     """
+    if attention_mask is not None and attention_mask.ndim == 3:
+        return attention_mask  # made here before: `generate` prepares masks for static caches
     pairs = not allow_is_causal_skip
     if local_size is not None and not pairs:
         # One query: the mask is small, and it may be traced by torch.compile.
@@ -77,12 +80,12 @@ def padding_mask(
         short = valid - attention_mask.shape[1]
         if short > 0:
             attention_mask = nn.functional.pad(attention_mask, (short, 0), value=True)
-    if valid == kv_length:
+    if local_size is None and valid == kv_length:
         whole = attention_mask is None or bool(attention_mask.all())
         return None if whole else attention_mask
     if attention_mask is None:
-        return torch.ones(batch_size, valid, dtype=torch.bool, device=device)
-    return attention_mask
+        attention_mask = torch.ones(batch_size, valid, dtype=torch.bool, device=device)
+    return attention_mask if local_size is None else with_window(attention_mask, local_size)
 
 
 def is_window(
@@ -155,7 +158,8 @@ def attention(
                 f"{name}: {type(module).__name__} adds it to its scores; accepted are models without it"
             )
     mask = attention_mask
-    if mask is not None and mask.ndim == 2:
+    sliding_window = window_of(mask) or sliding_window
+    if mask is not None and mask.ndim < 4:
         key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
     elif mask is not None:
         key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
@@ -167,14 +171,13 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     policy = getattr(module, POLICY, None)
     if policy is None:
-        pairs = mask if mask is None or mask.ndim == 4 else mask[:, None, None]
         out = dense_attention(
             query,
             key,
             value,
             scale=scale,
             causal=bool(causal),
-            mask=pairs,
+            mask=broadcast_mask(mask),
             window=None if mask is not None and mask.ndim == 4 else sliding_window,
             softcap=softcap,
             dropout=dropout,

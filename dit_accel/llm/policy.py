@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_accel.config import PrefillConfig
 from dit_accel.kernels import SparsePlan, block_sparse_attention
 from dit_accel.llm.dense import dense_attention
-from dit_accel.llm.padding import real_spans
+from dit_accel.llm.padding import broadcast_mask, real_spans
 from dit_accel.llm.prefill import Pattern, Prompt, pattern_of
 from dit_accel.llm.window import window_attention, window_density
 
@@ -97,7 +97,7 @@ class Policy:
         Args:
             layer: index of the layer.
             q, k, v: `[B, H, L, D]`, without keys that do not exist yet.
-            mask: real tokens `[B, Lk]`, or visible pairs `[B, 1, Lq, Lk]`; None: all.
+            mask: real tokens `[B, Lk]`, with a window `[B, Lk, window]`, or visible pairs `[B, 1, Lq, Lk]`; None: all.
             scale: factor of the dot products.
             causal: whether the layer is causal.
             window: keys that each query sees; None: all before it.
@@ -110,16 +110,17 @@ class Policy:
         if reason is None and mask is not None:
             spans = self._spans_of(mask)
             reason = "padding in the middle of a row" if spans is None else None
+            if spans is not None and list(spans) == [(0, k.shape[2])]:
+                spans = None  # no padding
         if reason is not None:
             counts.dense[reason] += 1
-            pairs = mask if mask is None or mask.ndim == 4 else mask[:, None, None]
             return dense_attention(
                 q,
                 k,
                 v,
                 scale=scale,
                 causal=causal,
-                mask=pairs,
+                mask=broadcast_mask(mask),
                 window=None if mask is not None and mask.ndim == 4 else window,
                 softcap=softcap,
                 dropout=dropout,

@@ -30,6 +30,17 @@ MODELS = {
         "sliding_window": 40,
         "max_window_layers": 1,
     },
+    # Gives its attention function no window.
+    "Qwen2Moe": {
+        "use_sliding_window": True,
+        "sliding_window": 40,
+        "max_window_layers": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "decoder_sparse_step": 3,
+    },
     "Glm4": SMALL_HEADS,
     "SmolLM3": {},
 }

@@ -141,10 +141,15 @@ def test_masks_of_pairs_are_made_for_chunks_only(kind):
     real = torch.ones(2, 20, dtype=torch.bool)
     real[1, :5] = False
     mask = padding_mask(2, 20, 20, mask_function=functions[kind], attention_mask=real, local_size=8)
-    assert mask.shape == ((2, 20) if kind == "window" else (2, 1, 20, 20))
+    assert mask.shape == ((2, 20, 8) if kind == "window" else (2, 1, 20, 20))
+    if kind == "window":
+        assert mask.untyped_storage().nbytes() == 2 * 20  # a view: it takes no more memory
+        assert padding_mask(2, 20, 20, attention_mask=mask, local_size=8) is mask
 
 
-@pytest.mark.parametrize("name", ["Mistral", "Phi3", "Gemma2", "Gemma3", "Qwen2 with windows"])
+@pytest.mark.parametrize(
+    "name", ["Mistral", "Phi3", "Gemma2", "Gemma3", "Qwen2 with windows", "Qwen2Moe"]
+)
 def test_a_prompt_of_a_sliding_model_makes_no_mask_of_pairs(name, monkeypatch):
     def refuse(**_):
         raise AssertionError("a mask of pairs was made")
