@@ -19,13 +19,14 @@ class Tasks:
     length: int = 4096
     """Tokens of each text, and of each prompt with a passkey."""
     texts: tuple[str, ...] = ("prose", "code")
-    """prose (documentation of this Python), code (modules of its library), or text files in UTF-8."""
+    """prose (documentation of this Python), code (modules of its library), or text files in UTF-8. Without any, and with
+    --passkeys 0, the language model is not loaded and only retrieval is measured."""
     passkeys: int = 8
     """Prompts with a passkey; 0: none."""
-    retrieval_length: int = 4096
-    """Tokens of each prompt of the hand-written retrieval model."""
+    retrieval_lengths: tuple[int, ...] = (4096,)
+    """Tokens of a prompt of the hand-written retrieval model, at most 32768."""
     retrieval_prompts: int = 8
-    """Prompts of each of its tasks; 0: none."""
+    """Prompts of each of its tasks at each length; 0: none."""
     seed: int = 0
 
 

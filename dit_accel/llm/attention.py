@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from dit_accel.llm.dense import dense_attention
+from dit_accel.llm.padding import broadcast_mask, window_of, with_window
 
 NAME = "dit_accel"
 """Name of the attention implementation. One with "flash" in it would be looked for on the hub."""
@@ -40,13 +41,26 @@ def padding_mask(
     device: torch.device | str = "cpu",
     **more: Any,
 ) -> Tensor | None:
-    """Return the real tokens `[B, Lk]` of the keys that exist; None: all of them.
+    """Return the real tokens `[B, Lk]` of the keys that exist; None: all of them, without a window.
 
-    A mask shorter than the keys says that the rest of the keys do not exist yet (`StaticCache`). Where visible pairs
-    do not follow from that (sliding or chunked layers, packed sequences, pictures that see themselves), transformers
-    makes the mask of pairs `[B, 1, Lq, Lk]`.
+    A mask shorter than the keys says that the rest of the keys do not exist yet (`StaticCache`). Sliding layers get
+    `[B, Lk, window]`, see `with_window`. Where visible pairs do not follow from that (chunked layers, packed sequences,
+    pictures that see themselves), transformers makes the mask of pairs `[B, 1, Lq, Lk]`.
     """
-    if local_size is not None or not allow_is_causal_skip:
+    if attention_mask is not None and attention_mask.ndim == 3:
+        return attention_mask  # made here before: `generate` prepares masks for static caches
+    pairs = not allow_is_causal_skip
+    if local_size is not None and not pairs:
+        # One query: the mask is small, and it may be traced by torch.compile.
+        pairs = q_length == 1 or not is_window(
+            mask_function,
+            local_size,
+            batch_size=batch_size,
+            last=int(q_offset) + q_length - 1,
+            keys=range(kv_offset, kv_offset + kv_length),
+            device=device,
+        )
+    if pairs:
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -66,12 +80,40 @@ def padding_mask(
         short = valid - attention_mask.shape[1]
         if short > 0:
             attention_mask = nn.functional.pad(attention_mask, (short, 0), value=True)
-    if valid == kv_length:
+    if local_size is None and valid == kv_length:
         whole = attention_mask is None or bool(attention_mask.all())
         return None if whole else attention_mask
     if attention_mask is None:
-        return torch.ones(batch_size, valid, dtype=torch.bool, device=device)
-    return attention_mask
+        attention_mask = torch.ones(batch_size, valid, dtype=torch.bool, device=device)
+    return attention_mask if local_size is None else with_window(attention_mask, local_size)
+
+
+def is_window(
+    mask_function: Callable[..., Any],
+    window: int,
+    *,
+    batch_size: int,
+    last: int,
+    keys: range,
+    device: torch.device | str = "cpu",
+) -> bool:
+    """Return whether a mask function of transformers shows each query the last `window` keys. Waits for the device.
+
+    transformers does not tell a window from a chunk (Llama 4), whose queries see the keys from the start of the chunk
+    on. The last two queries see the same keys under both only where both are causal.
+
+    Args:
+        mask_function: tells for (row, head, query, key) whether the pair is visible.
+        window: number of keys.
+        batch_size: number of rows.
+        last: position of the last query.
+        keys: positions of the keys.
+    """
+    row = torch.arange(batch_size, device=device)[:, None, None, None]
+    query = torch.arange(max(0, last - 1), last + 1, device=device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=device)
+    found = mask_function(row, torch.zeros_like(row), query, key)
+    return bool((found == ((key <= query) & (key > query - window))).all())
 
 
 def attention(
@@ -116,7 +158,8 @@ def attention(
                 f"{name}: {type(module).__name__} adds it to its scores; accepted are models without it"
             )
     mask = attention_mask
-    if mask is not None and mask.ndim == 2:
+    sliding_window = window_of(mask) or sliding_window
+    if mask is not None and mask.ndim < 4:
         key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
     elif mask is not None:
         key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
@@ -128,14 +171,13 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     policy = getattr(module, POLICY, None)
     if policy is None:
-        pairs = mask if mask is None or mask.ndim == 4 else mask[:, None, None]
         out = dense_attention(
             query,
             key,
             value,
             scale=scale,
             causal=bool(causal),
-            mask=pairs,
+            mask=broadcast_mask(mask),
             window=None if mask is not None and mask.ndim == 4 else sliding_window,
             softcap=softcap,
             dropout=dropout,

@@ -9,6 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 CHUNK_SCORES = 2**24
 """Scores of a chunk of queries, where they have to be made one by one: 64 MiB in fp32."""
+WINDOW_ROWS = 256
+"""Queries of a chunk under a window, at least. A chunk reads its own keys and one window; measured on a CPU."""
 
 
 def dense_attention(
@@ -25,12 +27,14 @@ def dense_attention(
 ) -> Float[Tensor, "b h_q l_q d_v"]:
     """Return softmax attention over all keys that are visible.
 
+    The cost of a window is that of its keys: each chunk of queries leaves out the keys that none of them sees.
+
     Args:
         q: queries `[B, Hq, Lq, D]`, the last Lq of the Lk positions.
         k, v: keys and values `[B, Hkv, Lk, D]`; `Hq` is a multiple of `Hkv`.
         scale: factor of the dot products.
         causal: query i sees keys up to `i + Lk - Lq`.
-        mask: pairs that are visible, in addition. A query that sees nothing gets the mean of all values.
+        mask: pairs that are visible, in addition. A query that sees nothing gets a mean of values.
         window: keys that a query sees, counted back from its own position; needs `causal`. Default: all.
         softcap: c of `c * tanh(score / c)`. Default: none.
         dropout: probability with which a weight is left out.
@@ -45,18 +49,22 @@ def dense_attention(
         )
     heads = q.shape[1] if softcap is not None else 1
     step = max(1, CHUNK_SCORES // (q.shape[0] * heads * kv_len))
+    if window is not None:
+        step = min(step, max(WINDOW_ROWS, window // 8))
     out = []
     for start in range(0, q_len, step):
         rows = slice(start, min(start + step, q_len))
-        visible = _visible(rows, q_len, kv_len, causal, window, mask, q.device)
+        keys = _keys(rows, kv_len - q_len, kv_len, causal, window)
+        visible = _visible(rows, keys, kv_len - q_len, causal, window, mask, q.device)
         if softcap is not None:
-            out.append(_capped(q[:, :, rows], k, v, visible, scale, softcap, dropout))
+            some = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+            out.append(_capped(*some, visible, scale, softcap, dropout))
             continue
         out.append(
             scaled_dot_product_attention(
                 q[:, :, rows],
-                k,
-                v,
+                k[:, :, keys],
+                v[:, :, keys],
                 attn_mask=visible,
                 scale=scale,
                 dropout_p=dropout,
@@ -66,26 +74,35 @@ def dense_attention(
     return torch.cat(out, 2)
 
 
+def _keys(rows: slice, offset: int, kv_len: int, causal: bool, window: int | None) -> slice:
+    """Keys that one of these queries may see."""
+    if not causal:
+        return slice(0, kv_len)
+    first = 0 if window is None else max(0, rows.start + offset - window + 1)
+    return slice(first, rows.stop + offset)
+
+
 def _visible(
     rows: slice,
-    q_len: int,
-    kv_len: int,
+    keys: slice,
+    offset: int,
     causal: bool,
     window: int | None,
     mask: Tensor | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Pairs of these queries that are visible; None: all."""
+    """Pairs of these queries and keys that are visible; None: all."""
     visible = None
     if causal:
-        at = torch.arange(rows.start, rows.stop, device=device) + kv_len - q_len
-        keys = torch.arange(kv_len, device=device)
-        visible = keys <= at[:, None]
+        last = torch.arange(rows.start, rows.stop, device=device)[:, None] + offset
+        at = torch.arange(keys.start, keys.stop, device=device)
+        visible = at <= last
         if window is not None:
-            visible = visible & (keys > at[:, None] - window)
+            visible = visible & (at > last - window)
         visible = visible[None, None]
     if mask is not None:
         some = mask if mask.shape[2] == 1 else mask[:, :, rows]
+        some = some[..., keys]
         visible = some if visible is None else visible & some
     if visible is None:
         return None

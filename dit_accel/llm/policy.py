@@ -12,9 +12,10 @@ from dit_accel.config import PrefillConfig
 from dit_accel.kernels import SparsePlan, block_sparse_attention
 from dit_accel.llm.dense import dense_attention
 from dit_accel.llm.head_counts import HeadCounts
-from dit_accel.llm.padding import real_spans
+from dit_accel.llm.padding import broadcast_mask, real_spans
 from dit_accel.llm.prefill import Pattern, Prompt, Spans, pattern_of
 from dit_accel.llm.spans import SpanTracker, cut
+from dit_accel.llm.window import window_attention, window_density
 
 CROSSOVER = {torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}
 """Keys from which sparse attention was measured to pay on a CPU."""
@@ -43,6 +44,10 @@ class LayerCounts:
         self.plans.append((plan, share))
         if len(self.plans) > KEPT_PLANS:
             self._count()
+
+    def note_density(self, density: float, share: float = 1.0) -> None:
+        """Count a call whose density is known."""
+        self.read += density * share
 
     @property
     def density(self) -> float | None:
@@ -103,7 +108,7 @@ class Policy:
         Args:
             layer: index of the layer.
             q, k, v: `[B, H, L, D]`, without keys that do not exist yet.
-            mask: real tokens `[B, Lk]`, or visible pairs `[B, 1, Lq, Lk]`; None: all.
+            mask: real tokens `[B, Lk]`, with a window `[B, Lk, window]`, or visible pairs `[B, 1, Lq, Lk]`; None: all.
             scale: factor of the dot products.
             causal: whether the layer is causal.
             window: keys that each query sees; None: all before it.
@@ -116,16 +121,17 @@ class Policy:
         if reason is None and mask is not None:
             spans = self._spans_of(mask)
             reason = "padding in the middle of a row" if spans is None else None
+            if spans is not None and list(spans) == [(0, k.shape[2])]:
+                spans = None  # no padding
         if reason is not None:
             counts.dense[reason] += 1
-            pairs = mask if mask is None or mask.ndim == 4 else mask[:, None, None]
             return dense_attention(
                 q,
                 k,
                 v,
                 scale=scale,
                 causal=causal,
-                mask=pairs,
+                mask=broadcast_mask(mask),
                 window=None if mask is not None and mask.ndim == 4 else window,
                 softcap=softcap,
                 dropout=dropout,
@@ -133,10 +139,8 @@ class Policy:
         counts.sparse += 1
         modal = self._modal_spans(layer)
         if spans is None:
-            out, plan = self._sparse(layer, q, k, v, scale, modal)
-            counts.note(plan)
-            return out
-        return self._padded(layer, q, k, v, scale, spans, modal)
+            return self._sparse(layer, q, k, v, scale, window, modal)
+        return self._padded(layer, q, k, v, scale, window, spans, modal)
 
     def _why_dense(
         self,
@@ -156,13 +160,12 @@ class Policy:
             return "a mask of pairs" if window is None else "sliding window"
         if not causal:
             return "not causal"
-        if window is not None and window < k.shape[2]:
-            return "sliding window"
         if softcap is not None:
             return "soft cap"
         if dropout:
             return "dropout"
-        if self.patterns[layer] is None:
+        # A window is exact, so that layers that are to stay exact have it too.
+        if self.patterns[layer] is None and not _slides(k, window):
             return "dense layer"
         if k.shape[2] < self._crossover(q):
             return "short prompt"
@@ -195,8 +198,16 @@ class Policy:
         k: Tensor,
         v: Tensor,
         scale: float,
+        window: int | None,
         modal: Sequence[Spans] | None,
-    ) -> tuple[Tensor, SparsePlan]:
+        share: float = 1.0,
+    ) -> Tensor:
+        """Run and count a call, or a `share` of its rows, that reads some of the keys."""
+        counts, pattern = self.counts[layer], self.patterns[layer]
+        if pattern is None or _slides(k, window):
+            assert window is not None  # dense layers without a window do not come here
+            counts.note_density(window_density(q.shape[2], k.shape[2], window), share)
+            return window_attention(q, k, v, scale=scale, window=window, block=self.config.block)
         prompt = Prompt(
             q,
             k,
@@ -206,12 +217,11 @@ class Policy:
             layer=layer,
             spans=modal,
         )
-        pattern = self.patterns[layer]
-        assert pattern is not None
         plan = pattern.plan(prompt)
         out = block_sparse_attention(q, k, v, plan, scale=scale)
         assert isinstance(out, Tensor)
-        return out, plan
+        counts.note(plan, share)
+        return out
 
     def _padded(
         self,
@@ -220,6 +230,7 @@ class Policy:
         k: Tensor,
         v: Tensor,
         scale: float,
+        window: int | None,
         spans: dict[tuple[int, int], list[int]],
         modal: Sequence[Spans] | None,
     ) -> Tensor:
@@ -230,14 +241,19 @@ class Policy:
             first, last = max(0, start - shift), max(0, stop - shift)
             if first >= last:
                 continue
-            some, plan = self._sparse(
+            out[rows, :, first:last] = self._sparse(
                 layer,
                 q[rows, :, first:last],
                 k[rows, :, start:stop],
                 v[rows, :, start:stop],
                 scale,
+                window,
                 modal and [cut(modal[row], start, stop) for row in rows],
+                len(rows) / len(q),
             )
-            out[rows, :, first:last] = some
-            self.counts[layer].note(plan, len(rows) / len(q))
         return out
+
+
+def _slides(k: Tensor, window: int | None) -> bool:
+    """Return whether a window hides some of these keys."""
+    return window is not None and window < k.shape[2]

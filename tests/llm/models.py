@@ -22,22 +22,39 @@ MODELS = {
     "Qwen2": {},
     "Qwen3": SMALL_HEADS,
     "Mistral": {"sliding_window": 48},
-    "Phi3": {},
+    "Phi3": {"sliding_window": 48},
     "Gemma2": {**SLIDING, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
     "Gemma3": {**SLIDING, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    "Qwen2 with windows": {
+        "use_sliding_window": True,
+        "sliding_window": 40,
+        "max_window_layers": 1,
+    },
+    # Gives its attention function no window.
+    "Qwen2Moe": {
+        "use_sliding_window": True,
+        "sliding_window": 40,
+        "max_window_layers": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "decoder_sparse_step": 3,
+    },
     "Glm4": SMALL_HEADS,
     "SmolLM3": {},
 }
-SPARSE_LAYERS = {"Mistral": 0, "Gemma2": 0, "Gemma3": 2}
+SPARSE_LAYERS = {"Gemma2": 0}
 """Layers that sparse prefill may change, where that is not all of them."""
 
 
 def make(name: str, **changes):
     """Return a model of this family, and have it compute attention exactly."""
-    config_name = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+    family = name.split()[0]
+    config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     config = getattr(transformers, config_name)(**{**BASE, **MODELS[name], **changes})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     # sdpa knows no soft cap.
     model.set_attn_implementation("eager" if name == "Gemma2" else "sdpa")
     return model

@@ -129,7 +129,9 @@ def test_texts_that_cannot_be_read_are_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(small_llama):
-    settings = BenchSettings(length=300, passkeys=1, retrieval_length=1_000, retrieval_prompts=1)
+    settings = BenchSettings(
+        length=300, passkeys=1, retrieval_lengths=(1_000,), retrieval_prompts=1
+    )
     source = read_source(str(small_llama))
     return source, prepare(source, settings, dtype="float32", device="cpu")
 
@@ -182,15 +184,17 @@ def test_a_run_that_was_stopped_goes_on_with_the_missing_rows(prepared, tmp_path
 
     dense, blocks, window = results["rows"]
     assert dense["density"] == 1
-    assert set(dense["retrieval"].values()) == {1.0}
-    assert blocks["retrieval"]["key_value"] == 1
-    assert window["retrieval"]["key_value"] == 0
+    assert set(dense["retrieval"]["1000"].values()) == {1.0}
+    assert blocks["retrieval"]["1000"]["key_value"] == 1
+    assert window["retrieval"]["1000"]["key_value"] == 0
+    assert 0 < window["retrieval"]["1000"]["density"] < 0.5
     assert 0 < window["density"] < 0.9
     assert set(window["texts"]) == set(TEXTS)
     assert results["versions"]["torch"] == torch.__version__
     lines = table_lines(results)
     assert lines[0].split()[0] == "pattern"
-    assert lines[0].endswith("  ".join(HEADS.values()).split()[-1])
+    assert lines[0].endswith("middle 1000  density 1000")
+    assert all(f"{x} 1000" in lines[0] for x in HEADS.values())
     assert [x.split()[0] for x in lines[1:4]] == ["dense", "blocks", "window"]
 
 
@@ -222,7 +226,26 @@ def test_retrieval_is_not_claimed_where_nothing_was_sparse(prepared):
     source, bench = prepared
     deep = PrefillConfig(pattern="dense", by_layer={0.7: "triangle"}, **SMALL)
     results = run_bench(Loads(source), bench, {"deep": deep})
-    assert set(results["rows"][1]["retrieval"].values()) == {None}
+    assert set(results["rows"][1]["retrieval"]["1000"].values()) == {None}
+
+
+def test_retrieval_alone_loads_no_language_model(prepared):
+    source, _ = prepared
+    settings = BenchSettings(
+        texts=(), passkeys=0, retrieval_lengths=(800, 1_000), retrieval_prompts=1
+    )
+    loads = Loads(source)
+    bench = prepare(source, settings, dtype="float32", device="cpu")
+    results = run_bench(loads, bench, {"window": WINDOW})
+    assert loads.count == 0
+    _, window = results["rows"]
+    assert list(window["retrieval"]) == ["800", "1000"]
+    assert [x["key_value"] for x in window["retrieval"].values()] == [0, 0]
+    head, dense, row = (line.split("  ") for line in table_lines(results))
+    assert head[0] == "pattern"
+    assert "keys 800" in " ".join(head)
+    assert dense[0] == "dense"
+    assert row[0] == "window"
 
 
 def test_results_of_other_settings_are_kept_apart(prepared, tmp_path):
@@ -242,11 +265,12 @@ def test_results_of_other_settings_are_kept_apart(prepared, tmp_path):
     "bad",
     [
         {"length": 100},
-        {"texts": ()},
         {"texts": ("code", "code")},
         {"passkeys": -1},
-        {"retrieval_length": 700},
-        {"retrieval_length": 40_000},
+        {"retrieval_lengths": (700,)},
+        {"retrieval_lengths": (1_000, 40_000)},
+        {"retrieval_lengths": (1_000, 1_000)},
+        {"retrieval_lengths": ()},
         {"retrieval_prompts": 1.5},
         {"seed": None},
     ],

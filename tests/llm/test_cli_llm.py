@@ -58,7 +58,7 @@ def test_bench_prints_the_table_and_keeps_its_rows(model, capsys, tmp_path):
     names = [x.split()[0] for x in printed.out.splitlines()]
     assert names == ["pattern", "dense", "triangle", "blocks", "dense"]
     results = json.loads(output.read_text())
-    assert results["format_version"] == 1
+    assert results["format_version"] == 2
     assert results["machine"]["cores"]
 
 

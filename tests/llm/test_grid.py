@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_accel.llm.prefill import Prompt, pattern_of
+from dit_accel.llm.prefill import Prompt, grid_detection, pattern_of
+from dit_accel.llm.prefill.estimate import QuerySums
 from dit_accel.llm.prefill.grid import detect
 
 from .prompts import always, causal, check_plan, last_rows, prompts
@@ -106,6 +107,53 @@ def test_the_window_is_read_to_its_last_key(window, rows):
     distance = torch.arange(100)[:, None] + 40 - torch.arange(140)
     assert mask[(distance >= 0) & (distance < window)].all()
     assert mask.double().mean() < 0.75
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("sink", [0, 1, 15, 16, 17, 32, 33])
+def test_the_sink_is_read_to_its_last_key(sink, rows):
+    q = torch.zeros(1, 1, 112, 4)
+    prompt = Prompt(q, q, scale=1.0, block=16, tail=0)
+    options = {"stride": 110, "phase": 109, "sink": sink, "window": 1, "rows": rows}
+    mask = pattern_of("grid", options).plan(prompt).to_dense_mask()[0, 0]
+    blocks = max(1, -(-sink // 16))
+    assert mask[64:, : 16 * blocks].all()
+    assert not mask[64:80, 16 * blocks : 48].any()
+
+
+def test_blocks_of_dense_rows_begin_after_whole_blocks_of_others():
+    """96 queries, of which 16 are on the grid: the first 80 fill five blocks, none of which is dense."""
+    q = torch.zeros(1, 1, 96, 4)
+    prompt = Prompt(q, q, scale=1.0, block=16, tail=0)
+    options = {"stride": 6, "phase": 5, "sink": 0, "window": 1, "rows": True}
+    mask = pattern_of("grid", options).plan(prompt).to_dense_mask()[0, 0]
+    at, key = torch.arange(96)[:, None], torch.arange(96)
+    far = (at - key > 64) & (key >= 16) & (key % 6 != 5)
+    assert not mask[far & (at % 6 != 5)].any()
+    assert mask[far & (at % 6 == 5)].all()
+
+
+def test_keys_of_the_sink_and_the_window_do_not_count(monkeypatch):
+    """Strong keys just outside of what counts; inside of it they would make the weights uneven."""
+    length, last, sink, window = 587, 64, 65, 100
+    stop = length - last - window + 1
+    stride = stop - sink + 1
+    stride = next(s for s in range(20, 50) if stride % s == 0)
+    columns = torch.full((1, 1, length), 1e-4)
+    columns[..., stop % stride :: stride] = 0.01
+    counted = columns[..., sink:stop].clone()
+    columns[..., sink - 1] = columns[..., stop] = 50.0
+
+    def sums(*_, **__):
+        return QuerySums(columns, columns)
+
+    monkeypatch.setattr(grid_detection, "last_query_sums", sums)
+    q = torch.zeros(1, 1, length, 4)
+    found = detect(q, q, scale=1.0, sink=sink, window=window, last=last)
+    assert (int(found.stride), int(found.phase)) == (stride, stop % stride)
+    on_grid = counted[0, 0] == 0.01
+    excess = counted[0, 0][on_grid].sum() - on_grid.sum() * counted.mean()
+    torch.testing.assert_close(found.gain[0, 0], excess)
 
 
 @pytest.mark.parametrize("rows", [False, True])

@@ -138,6 +138,30 @@ def long_prompt(length: int = 1024) -> Prompt:
     return Prompt(2 * q, k, scale=0.25, block=16, tail=16)
 
 
+@pytest.mark.parametrize("offset", [0, 1, 15, 16, 17, 37])
+@pytest.mark.parametrize("q_len", [1, 16, 40, 48, 50])
+@pytest.mark.parametrize("tail", [0, 1, 2, 16, 18, 100])
+def test_blocks_that_are_always_read_are_these_and_no_others(offset, q_len, tail):
+    q = torch.zeros(1, 1, q_len, 4)
+    prompt = Prompt(q, q.new_zeros(1, 1, q_len + offset, 4), scale=1.0, block=16, tail=tail)
+    visible = prompt.block_distance() >= 0
+    near, last = prompt.near(), prompt.last_rows()
+    for i in range(prompt.num_q_blocks):
+        rows = range(16 * i, min(16 * i + 16, q_len))
+        assert last[i] == any(r >= q_len - tail for r in rows)
+        for j in range(prompt.num_k_blocks):
+            first = 16 * j
+            assert visible[i, j] == (first <= rows[-1] + offset)
+            wanted = any(
+                first <= r + offset and (r + offset) // 16 - j <= 1 for r in rows
+            )  # the key block of a query, or the one before
+            if visible[i, j] and offset % 16 == 0:
+                assert near[i, j] == (wanted or j == 0)
+            elif visible[i, j]:  # up to three blocks
+                assert near[i, j] >= (wanted or j == 0)
+                assert near[i, j] <= (j == 0 or (rows[-1] + offset) // 16 - j <= 2)
+
+
 # -- vertical-slash ----------------------------------------------------------------------------------
 
 
@@ -438,6 +462,14 @@ def test_boundary_is_its_definition(prompt, share, own):
                             kept[b, h, i, j] = True
                             reached += float(row[j])
     assert torch.equal(mask, read_blocks(prompt, kept | prompt.always()))
+
+
+def test_a_share_of_1_reads_blocks_whose_mass_rounds_to_0():
+    q, k = torch.zeros(1, 1, 96, 4), torch.zeros(1, 1, 96, 4)
+    q[..., 0], k[:, :, :16, 0] = 60, 60
+    prompt = Prompt(q, k, scale=1.0, block=16, tail=0)
+    assert pattern_of("boundary", {"share": 1}).plan(prompt).density() == 1
+    assert pattern_of("boundary", {"share": 0.999}).plan(prompt).density() < 1
 
 
 def test_shares_decide_how_much_each_pair_reads():

@@ -12,6 +12,7 @@ from dit_accel.config.base import as_lists, check, is_int
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
 from dit_accel.llm.bench import retrieval
+from dit_accel.llm.bench.lookup import retrieval_row
 from dit_accel.llm.bench.passkey import Passkey, make_passkeys, score_passkeys
 from dit_accel.llm.bench.texts import fingerprint, read_text
 from dit_accel.llm.bench.wired import wired_model
@@ -19,7 +20,7 @@ from dit_accel.llm.control import disable, enable, summary
 from dit_accel.llm.loading import Source
 from dit_accel.llm.quality import Outputs, comparison, outputs
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DENSE = "dense"
 """Name of the row that the others are compared with."""
 MIN_LENGTH = 256
@@ -33,24 +34,25 @@ class BenchSettings:
     length: int = 4096
     """Tokens of each text, and of each prompt with a passkey."""
     texts: tuple[str, ...] = ("prose", "code")
-    """prose, code, or paths of text files."""
+    """prose, code, or paths of text files; none: retrieval only."""
     passkeys: int = 8
     """Prompts with a passkey; 0: none."""
-    retrieval_length: int = 4096
-    """Tokens of each prompt of the hand-written model."""
+    retrieval_lengths: tuple[int, ...] = (4096,)
+    """Tokens of a prompt of the hand-written model; each task is run at each length."""
     retrieval_prompts: int = 8
-    """Prompts of each task of the hand-written model; 0: none."""
+    """Prompts of each task and length; 0: none."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         check("length", self.length, is_int(self.length) and self.length >= MIN_LENGTH, f"an int >= {MIN_LENGTH}")  # fmt: skip
-        check("texts", self.texts, len(set(self.texts)) == len(self.texts) > 0, "different texts, at least one")  # fmt: skip
+        check("texts", self.texts, len(set(self.texts)) == len(self.texts), "different texts")  # fmt: skip
         for name in ("passkeys", "retrieval_prompts"):
             value = getattr(self, name)
             check(name, value, is_int(value) and value >= 0, "an int >= 0")
-        low, value = retrieval.MIN_LENGTH, self.retrieval_length
-        ok = is_int(value) and low <= value <= MAX_RETRIEVAL
-        check("retrieval_length", value, ok, f"an int in [{low}, {MAX_RETRIEVAL}]")
+        low, lengths = retrieval.MIN_LENGTH, self.retrieval_lengths
+        ok = all(is_int(x) and low <= x <= MAX_RETRIEVAL for x in lengths)
+        ok = ok and len(set(lengths)) == len(lengths) > 0
+        check("retrieval_lengths", lengths, ok, f"different ints in [{low}, {MAX_RETRIEVAL}]")
         check("seed", self.seed, is_int(self.seed), "an int")
 
 
@@ -77,7 +79,8 @@ def prepare(source: Source, settings: BenchSettings, *, dtype: str, device: str)
     Raises:
         ValueError: a text that cannot be read or is too short, or a length that the model does not accept.
     """
-    source.check_length("length", settings.length)
+    if settings.texts or settings.passkeys:
+        source.check_length("length", settings.length)
     ids, hashes = {}, {}
     for name in settings.texts:
         text = read_text(name)[: 40 * settings.length]
@@ -151,7 +154,7 @@ def run_bench(
     Patterns are sparse at all lengths here, whatever their `crossover`.
 
     Args:
-        model: loads the model; called if a row is missing.
+        model: loads the model; called if a row is missing and there is a text or a passkey.
         bench: see `prepare`.
         patterns: settings by the name of their row.
         output: JSON file, written after each row. Default: none.
@@ -171,11 +174,12 @@ def run_bench(
         return {**bench.header, "rows": [there[x] for x in names]}
 
     loaded = references = wired = None
+    reads = bool(bench.ids or bench.passkeys)
     for name, config in wanted.items():
         if _same(kept.get(name), config):
             continue
-        if loaded is None:
-            loaded = disable(model())
+        if references is None:
+            loaded = disable(model()) if reads else None
             references = {x: outputs(loaded, ids) for x, ids in bench.ids.items()}
             wired = wired_model() if bench.settings.retrieval_prompts else None
         start = time.perf_counter()
@@ -219,46 +223,24 @@ def _figures(
             densities.append(found.density)
         passkeys = asdict(score_passkeys(model, bench.passkeys)) if bench.passkeys else None
     finally:
-        disable(model)
+        if model is not None:
+            disable(model)
+    settings = bench.settings
+    density = sum(densities) / len(densities) if densities else None
     return {
-        "density": sum(densities) / len(densities) if densities else 1.0,
+        "density": 1.0 if config is None else density,
         "texts": texts,
         "passkeys": passkeys,
-        "retrieval": None if wired is None else _retrieval(wired, config, bench.settings),
+        "retrieval": None
+        if wired is None
+        else retrieval_row(
+            wired,
+            config,
+            settings.retrieval_lengths,
+            prompts=settings.retrieval_prompts,
+            seed=settings.seed,
+        ),
     }
-
-
-def _retrieval(
-    wired: Any, config: PrefillConfig | None, settings: BenchSettings
-) -> dict[str, float | None]:
-    """Return the accuracy of each task; None where no call of the hand-written model was sparse."""
-    found: dict[str, float | None] = {}
-    if config is not None and config.num_layers is not None:
-        return dict.fromkeys(
-            retrieval.TASKS
-        )  # settings for the layers and heads of one other model
-    try:
-        for task in retrieval.TASKS:
-            if config is not None:
-                enable(wired, prefill=_for_two_layers(config))
-            share = retrieval.accuracy(
-                wired,
-                task,
-                settings.retrieval_length,
-                prompts=settings.retrieval_prompts,
-                seed=settings.seed,
-            )
-            dense = config is not None and not summary(wired).sparse_calls
-            found[task] = None if dense else share
-    finally:
-        disable(wired)
-    return found
-
-
-def _for_two_layers(config: PrefillConfig) -> PrefillConfig:
-    """Return settings for the hand-written model: no dense layers, and no indices of layers that it does not have."""
-    shares = {k: x for k, x in config.by_layer.items() if isinstance(k, float)}
-    return PrefillConfig.from_dict({**vars(config), "dense_layers": 0, "by_layer": shares})
 
 
 def _same(row: Mapping[str, Any] | None, config: PrefillConfig | None) -> bool:
