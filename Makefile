@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Kernels cannot be rewritten with run-time shape checks, nor traced through them.
 PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
 
-.PHONY: install chromium demo test test-long lint bench bench-ras bench-sla bench-training bench-finetune bench-eval kernel-table gpu-check \
+.PHONY: install chromium demo test test-long lint bench bench-ras bench-sla bench-prefill bench-training bench-finetune bench-eval kernel-table gpu-check \
 	gpu-check-ras gpu-check-sla gpu-check-eval clean
 
 install: $(STAMP)
@@ -83,6 +83,18 @@ bench-sla: install
 			--output pipelines/results/sla_$$name.json || exit 1; \
 		$(BIN)/python pipelines/bench_sla.py together --model $$model \
 			--output pipelines/results/sla_ras_$$name.json || exit 1; done
+
+# About two hours on a CPU, most of it the quality of eleven patterns at 4,096 tokens and of six at 8,192.
+bench-prefill: install
+	$(BIN)/python kernels/bench_prefill.py layer --output kernels/results/prefill_layer_cpu.json
+	$(BIN)/python kernels/bench_prefill.py layer --geometry "llama-3.1-8b, a quarter of the heads" --lengths 16384 32768 \
+		--dtypes fp32 --repeats 1 --output kernels/results/prefill_llama_layer_cpu.json
+	$(BIN)/python kernels/bench_prefill.py first-token --output kernels/results/prefill_first_token_cpu.json
+	$(BIN)/dit-accel llm bench --length 4096 --retrieval-prompts 0 --patterns quality balanced fast triangle_mix \
+		xattention vertical_slash --output kernels/results/prefill_quality_4k.json
+	$(BIN)/dit-accel llm bench --length 8192 --passkeys 4 --retrieval-prompts 0 --patterns quality balanced fast \
+		--output kernels/results/prefill_quality_8k.json
+	$(BIN)/dit-accel llm bench --texts --passkeys 0 --retrieval-lengths 4096 8192 --output kernels/results/retrieval_8k.json
 
 bench-training: install
 	$(BIN)/python finetune/bench_training.py --output finetune/results/training_cpu.json
