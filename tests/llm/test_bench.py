@@ -193,7 +193,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_missing_rows(prepared, tmp_path
     assert results["versions"]["torch"] == torch.__version__
     lines = table_lines(results)
     assert lines[0].split()[0] == "pattern"
-    assert lines[0].endswith("middle 1000  density 1000")
+    assert lines[0].endswith("video 1000  density 1000")
     assert all(f"{x} 1000" in lines[0] for x in HEADS.values())
     assert [x.split()[0] for x in lines[1:4]] == ["dense", "blocks", "window"]
 
