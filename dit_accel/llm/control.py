@@ -36,7 +36,10 @@ def enable(model: Any, *, prefill: Any = "balanced") -> Any:
             "prefill=None: accepted are a preset, a PrefillConfig, a dict, a YAML or a JSON file"
         )
     layers = attention_layers(model)
-    return install(model, Policy(config, len(layers), head_counts(model.config)))
+    policy = Policy(config, len(layers), head_counts(model.config))
+    if any(x is not None and x.reads_spans for x in policy.patterns):
+        policy.tracker = SpanTracker(model.config)
+    return install(model, policy)
 
 
 def install(model: Any, policy: Any) -> Any:
@@ -44,7 +47,7 @@ def install(model: Any, policy: Any) -> Any:
 
     Args:
         model: see `enable`.
-        policy: a `Policy`, or an object with its `attend` and `before`.
+        policy: a `Policy`, or an object with its `attend`, `before` and `tracker`.
 
     Returns:
         The model.
@@ -64,8 +67,7 @@ def install(model: Any, policy: Any) -> Any:
             f"model: {type(model).__name__} cannot take another attention function; accepted are models of "
             "transformers that use its attention interface"
         )
-    if any(x is not None and x.reads_spans for x in policy.patterns):
-        policy.tracker = SpanTracker(model.config)
+    if policy.tracker is not None:
         policy.tracker.attach(model.base_model)
     for module in layers:
         setattr(module, POLICY, policy)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dit_accel.kernels import block_sparse_attention
 from dit_accel.llm.control import attention_layers, disable, install
 from dit_accel.llm.dense import dense_attention
+from dit_accel.llm.padding import broadcast_mask
 from dit_accel.llm.prefill import Pattern, Prompt
 from dit_accel.llm.search.cost import head_densities
 
@@ -42,6 +43,7 @@ class Meter:
         self.residuals, self.block, self.tail = residuals, block, tail
         self.on_layer = on_layer
         self.before: list[tuple[Any, Any]] = []
+        self.tracker = None
 
     def attend(
         self,
@@ -60,7 +62,14 @@ class Meter:
         """Return dense attention; arguments are those of `Policy.attend`."""
         start = time.perf_counter()
         out = dense_attention(
-            q, k, v, scale=scale, causal=causal, mask=mask, window=window, softcap=softcap
+            q,
+            k,
+            v,
+            scale=scale,
+            causal=causal,
+            mask=broadcast_mask(mask),
+            window=window,
+            softcap=softcap,
         )
         seconds = time.perf_counter() - start
         if layer not in self.wanted:
