@@ -84,15 +84,16 @@ bench-sla: install
 		$(BIN)/python pipelines/bench_sla.py together --model $$model \
 			--output pipelines/results/sla_ras_$$name.json || exit 1; done
 
-# About two hours on a CPU, most of it the quality of eleven patterns at 4,096 tokens and of six at 8,192.
+# About an hour on a CPU.
 bench-prefill: install
 	$(BIN)/python kernels/bench_prefill.py layer --output kernels/results/prefill_layer_cpu.json
 	$(BIN)/python kernels/bench_prefill.py layer --geometry "llama-3.1-8b, a quarter of the heads" --lengths 16384 32768 \
 		--dtypes fp32 --repeats 1 --output kernels/results/prefill_llama_layer_cpu.json
-	$(BIN)/python kernels/bench_prefill.py first-token --output kernels/results/prefill_first_token_cpu.json
-	$(BIN)/dit-accel llm bench --length 4096 --retrieval-prompts 0 --patterns quality balanced fast triangle_mix \
-		xattention vertical_slash --output kernels/results/prefill_quality_4k.json
-	$(BIN)/dit-accel llm bench --length 8192 --passkeys 4 --retrieval-prompts 0 --patterns quality balanced fast \
+	$(BIN)/python kernels/bench_prefill.py first-token --dtypes fp32 --prefill balanced fast --repeats 1 \
+		--output kernels/results/prefill_first_token_cpu.json
+	$(BIN)/dit-accel llm bench --length 4096 --retrieval-prompts 0 --patterns balanced quality fast \
+		vertical_slash xattention --output kernels/results/prefill_quality_4k.json
+	$(BIN)/dit-accel llm bench --length 8192 --passkeys 4 --retrieval-prompts 0 --patterns balanced fast \
 		--output kernels/results/prefill_quality_8k.json
 	$(BIN)/dit-accel llm bench --texts --passkeys 0 --retrieval-lengths 4096 8192 --output kernels/results/retrieval_8k.json
 

@@ -65,11 +65,11 @@ def join_heads(plans: Sequence[SparsePlan], heads: Sequence[Sequence[int]]) -> S
             changes[name] = _joined(parts, counts, 0, back)
         else:  # counts, whose last axis is the same everywhere
             changes[name] = _joined(parts, counts, None, back)
-    joined = dataclasses.replace(first, **changes, row_bound=None)  # type: ignore[arg-type]
-    if joined.long_rows is None:
-        return joined
-    full = prefix_lists(joined.full_blocks(), joined.long_rows, None)
-    return dataclasses.replace(joined, full_kv_num_blocks=full.counts, full_kv_indices=full.indices)
+    plan = dataclasses.replace(first, **changes, row_bound=None)  # type: ignore[arg-type]
+    if plan.long_rows is None:
+        return plan
+    full = prefix_lists(plan.full_blocks(), plan.long_rows, None)
+    return dataclasses.replace(plan, full_kv_num_blocks=full.counts, full_kv_indices=full.indices)
 
 
 def _joined(

@@ -112,7 +112,11 @@ def pair_mask(plan: PlanData, blocks: Tensor, *, columns: bool = False) -> Tenso
 
 def density(plan: PlanData) -> Tensor:
     """Attended pairs over the pairs of a dense call, a scalar on the plan's device."""
-    if plan.positional or plan.columns is not None:
+    sizes = (plan.q_block_sizes, plan.k_block_sizes, plan.kv_lengths)
+    in_order = plan.q_order is None and all(x is None for x in sizes)
+    if plan.window is None and in_order:
+        attended = _pairs_in_order(plan).double()
+    elif plan.positional or plan.columns is not None:
         blocks = plan.to_block_mask()
         # One query block at a time: a [Lq, Lk] mask would not fit at the lengths this is for.
         attended = torch.stack(
@@ -132,6 +136,42 @@ def density(plan: PlanData) -> Tensor:
         dense = plan.q_sizes().sum().double() * plan.k_sizes().sum(-1).double()[:, None]
     attended, dense = torch.broadcast_tensors(attended, dense)
     return attended.sum() / dense.sum().clamp(min=1)
+
+
+def _pairs_in_order(plan: PlanData) -> Tensor:
+    """Number of pairs that are read, `[B|1, Hq|1]`, from lists of blocks and columns alone.
+
+    For plans without a window whose tokens are in order, without padding: their pairs in a block follow from its place.
+    """
+    device, offset = plan.device, plan.q_offset if plan.causal else plan.kv_len
+    first = torch.arange(plan.num_q_blocks, device=device) * plan.block_q
+    queries = (plan.q_len - first).clamp(max=plan.block_q)
+    first = first + offset
+    start = torch.arange(plan.num_k_blocks, device=device) * plan.block_k
+    keys = (plan.kv_len - start).clamp(max=plan.block_k)
+
+    def below(x: Tensor) -> Tensor:
+        """Sum of the keys that the queries up to x places behind the first key see, in one block."""
+        x, most = x.clamp(min=0), torch.minimum(x.clamp(min=0), keys)
+        return most * (most + 1) // 2 + (x - most) * keys
+
+    ahead = first[:, None] - start  # the first query sees so many keys of the block, and one more
+    pairs = below(ahead + queries[:, None]) - below(ahead)
+    blocks = plan.to_block_mask()
+    # One head at a time: numbers of all heads of a long prompt take gigabytes.
+    read = [torch.where(blocks[:, h], pairs, 0).sum((-1, -2)) for h in range(blocks.shape[1])]
+    found = torch.stack(read, 1)
+    if plan.columns is None:
+        return found
+    at = plan.columns.long()
+    inside = at.clamp(max=plan.kv_len - 1)
+    shape = torch.broadcast_shapes(blocks.shape[:2], at.shape[:2])
+    block = (inside // plan.block_k).expand(*shape, -1)[:, :, None]
+    covered = blocks.expand(*shape, -1, -1).gather(-1, block.expand(-1, -1, plan.num_q_blocks, -1))
+    behind = (first + queries)[:, None] - at[:, :, None]
+    seen = torch.minimum(behind.clamp(min=0), queries[:, None])
+    alone = ~covered & (at < plan.kv_len)[:, :, None]
+    return found + torch.where(alone, seen, 0).sum((-1, -2))
 
 
 def keys_read(plan: PlanData) -> Tensor:
