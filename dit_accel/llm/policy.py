@@ -18,7 +18,7 @@ from dit_accel.llm.spans import SpanTracker, cut
 from dit_accel.llm.window import window_attention, window_density
 
 CROSSOVER = {torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}
-"""Keys from which sparse attention was measured to pay on a CPU."""
+"""Keys from which sparse attention pays on a CPU: measured in fp32 (docs/prefill.md), a guess in half types."""
 CROSSOVER_GPU = 8192
 KEPT_PLANS = 8
 """Plans that a layer keeps before it counts them."""
