@@ -1,4 +1,4 @@
-"""What sparse prefill costs in time, against dense attention of torch in the same run.
+"""Times of sparse prefill against dense attention of torch in the same run.
 
     python kernels/bench_prefill.py layer --output kernels/results/prefill_layer_cpu.json
     python kernels/bench_prefill.py layer --geometry "llama-3.1-8b, a quarter of the heads" --lengths 16384 32768 \\

@@ -50,7 +50,7 @@ def lists_of_width(mask: Bool[Tensor, "*b rows n_k"], width: int) -> Lists:
 def prefix_lists(
     mask: Bool[Tensor, "*b rows n_k"], long_rows: Int[Tensor, " n_long"], most: int | None
 ) -> Lists:
-    """As `block_lists`, but no wider than the rows that need a list.
+    """The lists of `block_lists`, no wider than the rows that need a list.
 
     A long row that holds the first blocks without a gap needs none: its count says everything. Where it is larger than
     the lists are wide, the row holds blocks 0 to count - 1. So a few rows that read every key do not make the lists of all

@@ -36,7 +36,7 @@ class PlanData(Rules):
     """Their indices, ascending, in the first `kv_num_blocks` places; the rest is 0."""
     full_kv_num_blocks: Int[Tensor, "b h n_q"]
     full_kv_indices: Int[Tensor, "b h n_q n_full"]
-    """As `kv_indices`. A row of `long_rows` whose count is larger than these lists are wide reads the first blocks, 0 to
+    """Indices like `kv_indices`. A row of `long_rows` whose count is larger than these lists are wide reads the first blocks, 0 to
     count - 1, and has no list."""
 
     skip_num_blocks: Int[Tensor, "b h n_q"] | None = None

@@ -1,4 +1,4 @@
-"""By head: patterns of single heads, or of the groups of heads that share keys, in one plan of the layer."""
+"""`ByHead`: patterns of single heads, or of the groups of heads that share keys, in one plan of the layer."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class ByHead(Pattern):
     choices: dict[str, Any] = field(default_factory=dict)
     """Patterns with options, by names of your own: {"wide": {"pattern": "hybrid", "options": {"top_p": 0.95}}}."""
     by: str = "head"
-    """What an entry of `heads` stands for: a query "head", or a "group" of query heads that share keys."""
+    """Meaning of an entry of `heads`: a query "head", or a "group" of query heads that share keys."""
 
     def __post_init__(self) -> None:
         ok = isinstance(self.heads, list | tuple) and len(self.heads) > 0

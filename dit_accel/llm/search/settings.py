@@ -67,7 +67,7 @@ class SearchSettings:
 
     @property
     def by(self) -> str:
-        """What an entry of the result stands for, as in `ByHead`."""
+        """Meaning of an entry of the result, as in `ByHead`."""
         return "group" if self.find == "groups" else "head"
 
 
