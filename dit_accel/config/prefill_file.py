@@ -16,7 +16,7 @@ BLOCK = 64
 SHARE = 1e-6
 """A share that stands for one key or block at most, so that the numbers of a file alone count."""
 LEGACY_DEFAULT = ("vertical_and_slash", 1000, 6096)
-"""What MInference runs in a head that its file does not name."""
+"""Pattern of MInference in a head that its file does not name."""
 LEGACY_BLOCKS = 100
 """Blocks of each row in MInference's block_sparse, whatever its file says."""
 
