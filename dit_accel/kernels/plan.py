@@ -194,11 +194,10 @@ class SparsePlan(PlanData):
         some, every = visibility.block_visibility(geometry)
         shape = torch.broadcast_shapes(mask.shape, some.shape)
         mask = mask.expand(shape)
-        # Where only the tail can be short of keys, one partial block a row is the most there is.
+        # Few blocks of a row can be partial: those at its edges and the last one.
         few = visibility.most_partial(geometry)
-        partial = block_lists(
-            mask & some & ~every, min((x for x in (most, few) if x), default=None)
-        )
+        few = most if few is None else few if most is None else torch.sym_min(most, few)
+        partial = block_lists(mask & some & ~every, few)
         if geometry.long_rows is None:
             full = block_lists(mask & every, most)
         else:
