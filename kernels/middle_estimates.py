@@ -25,11 +25,11 @@ from torch.nn.functional import pad
 
 from dit_accel import llm
 from dit_accel.kernels import SparsePlan, block_scores
+from dit_accel.kernels.query_sums.torch_sums import attention_of
 from dit_accel.llm.bench.retrieval import Question, middle
 from dit_accel.llm.bench.wired import wired_model
 from dit_accel.llm.policy import Policy
 from dit_accel.llm.prefill import Prompt, pattern_of
-from dit_accel.llm.prefill.estimate import attention_of
 from dit_accel.llm.prefill.xattention import antidiagonal_mass, blocks_of_mass
 
 PATTERNS = ("hybrid", "xattention", "blocks", "flex_prefill", "vertical_slash")

@@ -114,9 +114,11 @@ def density(plan: PlanData) -> Tensor:
     """Attended pairs over the pairs of a dense call, a scalar on the plan's device."""
     sizes = (plan.q_block_sizes, plan.k_block_sizes, plan.kv_lengths)
     in_order = plan.q_order is None and all(x is None for x in sizes)
-    if plan.window is None and in_order:
+    if not plan.positional and plan.columns is None:
+        attended = (keys_read(plan).double() * plan.q_sizes()).sum(-1)
+    elif plan.window is None and in_order:
         attended = _pairs_in_order(plan).double()
-    elif plan.positional or plan.columns is not None:
+    else:
         blocks = plan.to_block_mask()
         # One query block at a time: a [Lq, Lk] mask would not fit at the lengths this is for.
         attended = torch.stack(
@@ -125,8 +127,6 @@ def density(plan: PlanData) -> Tensor:
                 for i in range(plan.num_q_blocks)
             ]
         ).sum(0)
-    else:
-        attended = (keys_read(plan).double() * plan.q_sizes()).sum(-1)
     if plan.causal:
         q_pos, *_ = positions(plan)
         lengths = plan.k_sizes().sum(-1)[:, None, None]
