@@ -275,8 +275,8 @@ def test_another_density_needs_no_measurements(source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": 290}, "measured with length=300, this run has 290"),
-        ({"candidates": {"near": NEAR}}, r"measured with far=\{.*this run has None"),
+        ({"length": 290}, "made with length=300, this run has 290"),
+        ({"candidates": {"near": NEAR}}, r"made with far=\{.*this run has None"),
     ],
 )
 def test_a_journal_of_other_settings_is_refused(source, tmp_path, changes, message):
@@ -405,7 +405,7 @@ def test_the_command_writes_a_setting_that_other_commands_take(small_llama, tmp_
     bounds = ("--max-kl", 100, "--max-ppl-percent", 1000)
     assert run("llm", "verify", *options, "--prefill", output, "--crossover", 0, *bounds) == 0
     assert run("llm", "search", *options, *small, "--output", output) == 2
-    assert "was measured with" in capsys.readouterr().err
+    assert "made with" in capsys.readouterr().err
     bench = ("--passkeys", 0, "--retrieval-prompts", 1, "--output", tmp_path / "bench.json")
     assert run("llm", "bench", *options, *bench, "--patterns", output) == 0
     row = json.loads((tmp_path / "bench.json").read_text())["rows"][1]

@@ -19,6 +19,7 @@ from dit_accel.llm.bench.wired import wired_model
 from dit_accel.llm.control import disable, enable, summary
 from dit_accel.llm.loading import Source
 from dit_accel.llm.quality import Outputs, comparison, outputs
+from dit_accel.llm.resume import read_same
 
 FORMAT_VERSION = 2
 DENSE = "dense"
@@ -119,24 +120,7 @@ def read_rows(path: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"output={str(path)!r}: cannot be read ({error})") from None
-    if not isinstance(found, dict) or found.get("kind") != header["kind"]:
-        raise ValueError(f"output={str(path)!r}: is no result of llm bench; accepted is a new file")
-    for key, value in _plain(header).items():
-        old = found.get(key)
-        if key == "machine" or old == value:
-            continue
-        if isinstance(value, dict) and isinstance(old, dict):
-            key = next(x for x in [*value, *old] if value.get(x) != old.get(x))
-            old, value = old.get(key), value.get(key)
-        raise ValueError(
-            f"output={str(path)!r}: made with {key}={old!r}, this run has {value!r}; accepted are a new file or "
-            "--overwrite"
-        )
-    rows: list[dict[str, Any]] = found["rows"]
+    rows: list[dict[str, Any]] = read_same(path, header, "result of llm bench")["rows"]
     return rows
 
 
