@@ -20,9 +20,10 @@ from dit_accel.files import write_json
 from dit_accel.llm.attention import POLICY
 from dit_accel.llm.bench.texts import read_text
 from dit_accel.llm.control import disable, enable, summary
-from dit_accel.llm.loading import prefill_settings, read_source
+from dit_accel.llm.loading import read_source
 from dit_accel.llm.prefill import Prompt
 from dit_accel.llm.report import prompt_density
+from dit_accel.llm.settings import prefill_settings
 
 DENSE = "dense (sdpa)"
 ALWAYS = "sparse at every length"

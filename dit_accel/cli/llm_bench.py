@@ -79,8 +79,8 @@ class Bench(LanguageModelOptions):
         print_line("\n".join(table_lines(results)))
 
     def _rows(self) -> dict[str, Any]:
-        from dit_accel.llm.loading import prefill_settings
         from dit_accel.llm.prefill import pattern_names
+        from dit_accel.llm.settings import prefill_settings
 
         found: dict[str, Any] = {}
         for name in self.patterns or pattern_names():

@@ -58,6 +58,6 @@ class PrefillOptions(LanguageModelOptions):
 
     def prefill_config(self) -> PrefillConfig | None:
         """Return the settings of sparse prefill; None for dense."""
-        from dit_accel.llm.loading import prefill_settings
+        from dit_accel.llm.settings import prefill_settings
 
         return prefill_settings(self.prefill, self.crossover)

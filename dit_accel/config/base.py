@@ -47,10 +47,10 @@ class Config:
             names = [*cls.PRESETS, OFF]
             raise ValueError(
                 f"{cls.SECTION}={str(source)!r}: no such preset or YAML file{suggest(str(source), names)}; "
-                f"accepted are {', '.join(names)}, a YAML file, an {cls.__name__} or a dict"
+                f"accepted are {', '.join(names)}, a YAML file, a dict or {cls.__name__}(...)"
             )
         raise ValueError(
-            f"{cls.SECTION}={source!r}: accepted are a preset name, a YAML file, an {cls.__name__} or a dict"
+            f"{cls.SECTION}={source!r}: accepted are a preset name, a YAML file, a dict or {cls.__name__}(...)"
         )
 
     @classmethod

@@ -100,6 +100,10 @@ class PrefillConfig(Config):
             if start * num_layers <= layer + 1e-9:
                 chosen = self.by_layer[start]
         if isinstance(self.dense_layers, int):
+            if self.dense_layers > num_layers:
+                raise ValueError(
+                    f"dense_layers={self.dense_layers}: accepted is an int from 0 to {num_layers}, the layers of the model"
+                )
             dense = layer < self.dense_layers
         else:
             dense = layer in {_index("dense_layers", x, num_layers) for x in self.dense_layers}

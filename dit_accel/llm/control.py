@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.config import PrefillConfig
 from dit_accel.llm.attention import NAME, POLICY, register
 from dit_accel.llm.head_counts import head_counts
 from dit_accel.llm.policy import LayerCounts, Policy
+from dit_accel.llm.settings import read_prefill
 from dit_accel.llm.spans import SpanTracker
 
 
@@ -21,8 +21,8 @@ def enable(model: Any, *, prefill: Any = "balanced") -> Any:
 
     Args:
         model: a causal language model of transformers, or a multimodal one; its text layers are used.
-        prefill: a `PrefillConfig`, a dict of its fields, the name of a preset, a YAML file, or a JSON file of
-            `dit-accel llm search` or of MInference.
+        prefill: a `PrefillConfig`, a dict of its fields, the name of a preset or of a pattern, a YAML file, or a JSON
+            file of `dit-accel llm search` or of MInference.
 
     Returns:
         The model.
@@ -30,10 +30,10 @@ def enable(model: Any, *, prefill: Any = "balanced") -> Any:
     Raises:
         ValueError: the settings are not valid, or the model cannot take another attention function.
     """
-    config = PrefillConfig.load(prefill)
+    config = read_prefill(prefill)
     if config is None:
         raise ValueError(
-            "prefill=None: accepted are a preset, a PrefillConfig, a dict, a YAML or a JSON file"
+            f"prefill={prefill!r}: accepted are settings of sparse prefill; disable(model) is dense"
         )
     layers = attention_layers(model)
     policy = Policy(config, len(layers), head_counts(model.config))

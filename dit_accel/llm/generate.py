@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.config import PrefillConfig
 from dit_accel.llm.control import PrefillSummary, disable, enable, summary
 from dit_accel.llm.report import dense_reasons, prompt_density
+from dit_accel.llm.settings import read_prefill
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def generate(
     from transformers import GenerationConfig
 
     check_new_tokens(max_new_tokens)
-    config = PrefillConfig.load(prefill)
+    config = read_prefill(prefill)
     ids = encode(tokenizer, prompt, chat=chat) if isinstance(prompt, str) else prompt
     if ids.numel() == 0:
         raise ValueError(f"prompt={prompt!r}: no tokens; accepted is a text of at least one token")

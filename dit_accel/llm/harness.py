@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 from dit_accel.llm.control import enable, summary
-from dit_accel.llm.loading import prefill_settings
 from dit_accel.llm.report import summary_line
+from dit_accel.llm.settings import prefill_settings
 
 NAME = "dit_accel"
 """Name of the model type in lm_eval."""

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 
 from dit_accel.config import PrefillConfig
-from dit_accel.config.base import suggest
 from dit_accel.llm.embedded import NAME, converted, weights_file
 from dit_accel.llm.head_counts import head_counts
 from dit_accel.llm.policy import Policy
-from dit_accel.llm.prefill import pattern_names
 from dit_accel.quiet import quiet
 
 
@@ -122,45 +120,6 @@ def check_model(model: str) -> None:
     """
     if model == NAME and not (Path(model) / "config.json").is_file():
         weights_file()
-
-
-def prefill_settings(name: Any, crossover: int | None = None) -> PrefillConfig | None:
-    """Return settings by what a user calls them.
-
-    Args:
-        name: what `PrefillConfig.load` accepts, or the name of a pattern, which stands for its default options.
-        crossover: overrides that of the settings.
-
-    Returns:
-        The settings; None for dense attention.
-
-    Raises:
-        ValueError: no such settings, or `crossover` without sparse attention.
-    """
-    if isinstance(name, str) and name in pattern_names() and name not in PrefillConfig.PRESETS:
-        name = {"pattern": name}
-    elif isinstance(name, str) and name not in PrefillConfig.PRESETS and name != "none":
-        known = [*PrefillConfig.PRESETS, *pattern_names(), "none"]
-        if not Path(name).is_file():
-            raise ValueError(
-                f"prefill={name!r}: no such preset, pattern or file{suggest(name, known)}; accepted are "
-                f"{', '.join(known)}, a YAML file, or a JSON file of llm search or MInference"
-            )
-    config: PrefillConfig | None = PrefillConfig.load(name)
-    if config is None:
-        if crossover is not None:
-            raise ValueError(
-                f"crossover={crossover}: prefill is 'none'; accepted with sparse prefill"
-            )
-        return None
-    if crossover is not None:
-        config = PrefillConfig.from_dict({**vars(config), "crossover": crossover})
-    Policy(config, _ANY_LAYERS if config.num_layers is None else config.num_layers)
-    return config
-
-
-_ANY_LAYERS = 1_000
-"""Layers of a model that is not known yet: names and options of patterns are checked, layer indices pass."""
 
 
 def _auto_class(config: Any, name: str) -> Any:

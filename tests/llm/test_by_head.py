@@ -11,6 +11,7 @@ from dit_accel import llm
 from dit_accel.kernels import SparsePlan
 from dit_accel.kernels.plan_join import join_heads
 from dit_accel.llm.prefill import pattern_names, pattern_of
+from dit_accel.llm.settings import prefill_settings
 
 from .models import make, prompt
 from .prompts import causal, check_plan, prompts
@@ -165,3 +166,5 @@ def test_another_number_of_heads_is_refused_before_a_call(options, message):
 
 def test_its_name_alone_is_no_setting():
     assert "by_head" not in pattern_names()
+    with pytest.raises(ValueError, match="heads"):
+        prefill_settings("by_head")

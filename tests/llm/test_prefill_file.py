@@ -7,8 +7,8 @@ import torch
 
 from dit_accel import llm
 from dit_accel.config import PrefillConfig
-from dit_accel.llm.loading import prefill_settings
 from dit_accel.llm.prefill import Prompt, pattern_of
+from dit_accel.llm.settings import prefill_settings
 
 from .models import make, prompt
 

@@ -161,9 +161,9 @@ def _classes() -> dict[str, type[Pattern]]:
     return dict(sorted(found.items()))
 
 
-def pattern_names() -> Sequence[str]:
-    """Return the names of all patterns that are a setting without options."""
-    return [name for name, kind in _classes().items() if kind.alone]
+def pattern_names(*, alone: bool = True) -> Sequence[str]:
+    """Return the names of all patterns; with `alone`, of those that need no options."""
+    return [name for name, kind in _classes().items() if kind.alone or not alone]
 
 
 def kind_of(name: str) -> type[Pattern]:
