@@ -9,6 +9,7 @@ from dit_accel.lazy import lazy_names
 
 if TYPE_CHECKING:
     from dit_accel.checkpoint.save_load import save_sla as save_sla
+    from dit_accel.config import KVConfig as KVConfig
     from dit_accel.config import PrefillConfig as PrefillConfig
     from dit_accel.config import RASConfig as RASConfig
     from dit_accel.config import SLAConfig as SLAConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "KVConfig": "dit_accel.config",
     "PrefillConfig": "dit_accel.config",
     "RASConfig": "dit_accel.config",
     "SLAConfig": "dit_accel.config",

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
 
-SECTIONS = ("ras", "sla", "prefill")
+SECTIONS = ("ras", "sla", "prefill", "kv")
 OFF = "none"
 """What turns a method off where its settings are a string, as on the command line."""
 
@@ -66,14 +66,14 @@ class Config:
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike) -> Any:
-        """From the section of a YAML file (`sla:`, `ras:` or `prefill:`) that has these very field names."""
+        """From the section of a YAML file (such as `sla:`) that has these very field names."""
         data = read_yaml(path)
         if not isinstance(data, dict):
             raise ValueError(f"{path}: accepted is a mapping with the section {cls.SECTION}:")
         for key in data:
             if key not in SECTIONS:
                 raise ValueError(
-                    f"{path}: unknown section {key!r}{suggest(str(key), list(SECTIONS))}; accepted are ras:, sla: and prefill:"
+                    f"{path}: unknown section {key!r}{suggest(str(key), list(SECTIONS))}; accepted are {', '.join(x + ':' for x in SECTIONS)}"
                 )
         if cls.SECTION not in data:
             raise ValueError(f"{path}: no section {cls.SECTION}:")

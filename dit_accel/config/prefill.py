@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from dit_accel.config.base import Config, check, check_choice, is_int
+from dit_accel.config.layers import check_layers, in_layers, layer_index
 from dit_accel.config.prefill_file import DENSE, settings_of_file
 
 __all__ = ["BLOCKS", "DENSE", "PrefillConfig"]
@@ -54,13 +55,7 @@ class PrefillConfig(Config):
         check_choice("block", self.block, BLOCKS)
         tail = self.tail
         check("tail", tail, is_int(tail) and tail >= 0, "an int >= 0")
-        layers = self.dense_layers
-        if isinstance(layers, int) and not isinstance(layers, bool):
-            check("dense_layers", layers, layers >= 0, "an int >= 0 or a list of layer indices")
-        else:
-            ok = isinstance(layers, list | tuple) and all(is_int(x) for x in layers)
-            check("dense_layers", layers, ok, "an int >= 0 or a list of layer indices")
-            object.__setattr__(self, "dense_layers", tuple(layers))  # type: ignore[arg-type]
+        object.__setattr__(self, "dense_layers", check_layers("dense_layers", self.dense_layers))
         check("by_layer", self.by_layer, isinstance(self.by_layer, dict), "a mapping of layers")
         # JSON has no numbers as keys.
         by_layer = {_number(key): value for key, value in self.by_layer.items()}
@@ -99,18 +94,10 @@ class PrefillConfig(Config):
         for start in sorted(x for x in self.by_layer if isinstance(x, float)):
             if start * num_layers <= layer + 1e-9:
                 chosen = self.by_layer[start]
-        if isinstance(self.dense_layers, int):
-            if self.dense_layers > num_layers:
-                raise ValueError(
-                    f"dense_layers={self.dense_layers}: accepted is an int from 0 to {num_layers}, the layers of the model"
-                )
-            dense = layer < self.dense_layers
-        else:
-            dense = layer in {_index("dense_layers", x, num_layers) for x in self.dense_layers}
-        if dense:
+        if in_layers("dense_layers", self.dense_layers, layer, num_layers):
             chosen = DENSE
         for key, value in self.by_layer.items():
-            if isinstance(key, int) and _index("by_layer", key, num_layers) == layer:
+            if isinstance(key, int) and layer_index("by_layer", key, num_layers) == layer:
                 chosen = value
         name, options = _named(chosen)
         return None if name == DENSE else (name, options)
@@ -124,15 +111,6 @@ def _number(key: Any) -> Any:
         with contextlib.suppress(ValueError):
             return kind(key)
     return key
-
-
-def _index(field_name: str, layer: int, num_layers: int) -> int:
-    """The index of a layer that may count from the end."""
-    if not -num_layers <= layer < num_layers:
-        raise ValueError(
-            f"{field_name}: layer {layer}; accepted is -{num_layers} to {num_layers - 1}"
-        )
-    return layer % num_layers
 
 
 def _named(value: Any) -> tuple[str, dict[str, Any]]:

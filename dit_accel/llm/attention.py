@@ -1,7 +1,7 @@
 """The attention function and the mask function that transformers calls, registered as "dit_accel"."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from dit_accel.llm.dense import dense_attention
+from dit_accel.llm.kvcache.layer import TAG, check_cached
 from dit_accel.llm.padding import broadcast_mask, window_of, with_window
 
 NAME = "dit_accel"
@@ -157,42 +158,74 @@ def attention(
             raise ValueError(
                 f"{name}: {type(module).__name__} adds it to its scores; accepted are models without it"
             )
-    mask = attention_mask
-    sliding_window = window_of(mask) or sliding_window
-    if mask is not None and mask.ndim < 4:
-        key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
-    elif mask is not None:
-        key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
-        if mask.dtype != torch.bool:
-            mask = mask >= 0  # additive: 0 where a pair is visible
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if mask is not None and mask.ndim == 4:
-        causal = False  # the mask says it all
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    policy = getattr(module, POLICY, None)
-    if policy is None:
-        out = dense_attention(
-            query,
-            key,
-            value,
-            scale=scale,
-            causal=bool(causal),
-            mask=broadcast_mask(mask),
-            window=None if mask is not None and mask.ndim == 4 else sliding_window,
-            softcap=softcap,
-            dropout=dropout,
-        )
+    rules = _Rules(scale, causal, sliding_window, softcap, dropout)
+    layer = getattr(key, TAG, None)
+    if layer is None:
+        out = _attend(module, query, key, value, attention_mask, rules)
     else:
-        out = policy.attend(
-            module.layer_idx,
+        check_cached(attention_mask, causal=causal, softcap=softcap, dropout=dropout)
+        policy = getattr(module, POLICY, None)
+        if policy is not None and layer.get_seq_length() > query.shape[2]:
+            policy.counts[module.layer_idx].cached += 1
+        out = layer.attend(
             query,
             key,
             value,
-            mask,
+            attention_mask,
             scale=scale,
-            causal=bool(causal),
-            window=sliding_window,
-            softcap=softcap,
-            dropout=dropout,
+            prompt=lambda: _attend(module, query, key, value, attention_mask, rules),
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+class _Rules(NamedTuple):
+    """How the scores of a call are made, and which of them count."""
+
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+    dropout: float
+
+
+def _attend(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rules: _Rules
+) -> Tensor:
+    """Return the attention `[B, Hq, Lq, D]` of queries at the last positions of the keys."""
+    scale, causal, window, softcap, dropout = rules
+    window = window_of(mask) or window
+    if mask is not None and mask.ndim < 4:
+        k, v = k[:, :, : mask.shape[1]], v[:, :, : mask.shape[1]]
+    elif mask is not None:
+        k, v = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]]
+        if mask.dtype != torch.bool:
+            mask = mask >= 0  # additive: 0 where a pair is visible
+        causal = False  # the mask says it all
+    policy = getattr(module, POLICY, None)
+    if policy is None:
+        return dense_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            causal=causal,
+            mask=broadcast_mask(mask),
+            window=None if mask is not None and mask.ndim == 4 else window,
+            softcap=softcap,
+            dropout=dropout,
+        )
+    out: Tensor = policy.attend(
+        module.layer_idx,
+        q,
+        k,
+        v,
+        mask,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        dropout=dropout,
+    )
+    return out

@@ -1,28 +1,35 @@
 """`enable`, `disable` and `summary` of language models."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from dit_accel.config import KVConfig, PrefillConfig
+from dit_accel.config.prefill import DENSE
 from dit_accel.llm.attention import NAME, POLICY, register
 from dit_accel.llm.head_counts import head_counts
+from dit_accel.llm.kvcache.cache import adopt, read_kv, zone_layers
 from dit_accel.llm.policy import LayerCounts, Policy
 from dit_accel.llm.settings import read_prefill
 from dit_accel.llm.spans import SpanTracker
 
+_DEFAULT: Any = object()
 
-def enable(model: Any, *, prefill: Any = "balanced") -> Any:
-    """Read prompts with sparse attention.
+
+def enable(model: Any, *, prefill: Any = _DEFAULT, kv: Any = None) -> Any:
+    """Read prompts with sparse attention, and keep tokens in a smaller or faster cache.
 
     Settings hang on the model's attention layers: other models of the process, its config and `save_pretrained` stay as
-    they are. Generation (one query at a time) is not changed. A second call replaces the settings.
+    they are. Without `kv`, generation (one query at a time) is not changed. A second call replaces the settings.
 
     Args:
         model: a causal language model of transformers, or a multimodal one; its text layers are used.
         prefill: a `PrefillConfig`, a dict of its fields, the name of a preset or of a pattern, a YAML file, or a JSON
-            file of `dit-accel llm search` or of MInference.
+            file of `dit-accel llm search` or of MInference; None: dense. Default: "balanced", with `kv` None.
+        kv: a `KVConfig`, a dict of its fields, the name of a preset, or a YAML file. Empty caches of transformers that the
+            model gets become a `KVCache` of these settings. Default: transformers' own caches.
 
     Returns:
         The model.
@@ -30,13 +37,18 @@ def enable(model: Any, *, prefill: Any = "balanced") -> Any:
     Raises:
         ValueError: the settings are not valid, or the model cannot take another attention function.
     """
+    if prefill is _DEFAULT:
+        prefill = "balanced" if kv is None else None
     config = read_prefill(prefill)
-    if config is None:
+    if config is None and kv is None:
         raise ValueError(
             f"prefill={prefill!r}: accepted are settings of sparse prefill; disable(model) is dense"
         )
     layers = attention_layers(model)
-    policy = Policy(config, len(layers), head_counts(model.config))
+    policy = Policy(config or PrefillConfig(pattern=DENSE), len(layers), head_counts(model.config))
+    if kv is not None:
+        policy.kv = read_kv(kv)
+        zone_layers(model.config, policy.kv)  # errors come before a model is changed
     if any(x is not None and x.reads_spans for x in policy.patterns):
         policy.tracker = SpanTracker(model.config)
     return install(model, policy)
@@ -47,7 +59,7 @@ def install(model: Any, policy: Any) -> Any:
 
     Args:
         model: see `enable`.
-        policy: a `Policy`, or an object with its `attend`, `before` and `tracker`.
+        policy: a `Policy`, or an object with its `attend`, `before`, `tracker`, `kv` and `cache_hook`.
 
     Returns:
         The model.
@@ -69,6 +81,10 @@ def install(model: Any, policy: Any) -> Any:
         )
     if policy.tracker is not None:
         policy.tracker.attach(model.base_model)
+    if policy.kv is not None:
+        policy.cache_hook = model.base_model.register_forward_pre_hook(
+            _adopting(model.config, policy.kv), with_kwargs=True
+        )
     for module in layers:
         setattr(module, POLICY, policy)
     return model
@@ -84,7 +100,24 @@ def disable(model: Any) -> Any:
             config._attn_implementation_internal = name
         if policy.tracker is not None:
             policy.tracker.detach()
+        if policy.cache_hook is not None:
+            policy.cache_hook.remove()
     return model
+
+
+def _adopting(config: Any, kv: KVConfig) -> Callable[..., Any]:
+    """Return a hook that gives a model's calls a `KVCache`."""
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = config.get_text_config(decoder=True).use_cache
+        cache = kwargs.get("past_key_values")
+        if cache is None and not use_cache:
+            return None
+        return args, {**kwargs, "past_key_values": adopt(cache, config, kv)}
+
+    return begin
 
 
 @dataclass(frozen=True)
@@ -97,6 +130,8 @@ class LayerSummary:
     """Pairs that sparse calls read, over those of dense ones; a mean. None without sparse calls."""
     dense_calls: Mapping[str, int]
     """Dense calls, by reason."""
+    cached_calls: int = 0
+    """Calls that read tokens of a `KVCache`."""
     without_spans: int = 0
     """Sparse calls in which `grid` or `boundary` did not know the images and videos of a multimodal model's prompt."""
 
@@ -120,6 +155,8 @@ class PrefillSummary:
         lines = ["layer  sparse calls  density  dense calls"]
         for x in self.layers:
             why = ", ".join(f"{n} x {reason}" for reason, n in x.dense_calls.items())
+            if x.cached_calls:
+                why = f"{why}; {x.cached_calls} x kv cache".removeprefix("; ")
             density = "" if x.density is None else f"{x.density:.3f}"
             if x.without_spans:
                 why = f"{why}; {x.without_spans} x spans not known".removeprefix("; ")
@@ -140,7 +177,7 @@ def summary(model: Any) -> PrefillSummary:
     return PrefillSummary(
         policies[0].config.to_dict(),
         [
-            LayerSummary(i, x.sparse, x.density, dict(x.dense), x.without_spans)
+            LayerSummary(i, x.sparse, x.density, dict(x.dense), x.cached, x.without_spans)
             for i, x in counts.items()
         ],
     )

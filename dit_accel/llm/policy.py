@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.config import PrefillConfig
+from dit_accel.config import KVConfig, PrefillConfig
 from dit_accel.kernels import SparsePlan, block_sparse_attention
 from dit_accel.llm.dense import dense_attention
 from dit_accel.llm.head_counts import HeadCounts
@@ -32,6 +32,8 @@ class LayerCounts:
     """Calls that read some of the keys."""
     dense: Counter[str] = field(default_factory=Counter)
     """Calls that read every key, by reason."""
+    cached: int = 0
+    """Calls that read tokens of a `KVCache`."""
     without_spans: int = 0
     """Sparse calls of a multimodal model whose pattern reads spans that were not known."""
     plans: list[tuple[SparsePlan, float]] = field(default_factory=list)
@@ -87,6 +89,10 @@ class Policy:
         """Configs of the model and the attention that each had before."""
         self.tracker: SpanTracker | None = None
         """Finds the spans of images and videos; None if no pattern reads them."""
+        self.kv: KVConfig | None = None
+        """Settings of caches; None: transformers' own."""
+        self.cache_hook: Any = None
+        """Hook that gives calls such a cache."""
         self._spans: tuple[Tensor, Any] | None = None
 
     def attend(

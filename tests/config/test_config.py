@@ -163,11 +163,11 @@ def test_a_config_survives_dict_json_and_yaml(config, tmp_path):
     [
         (
             "sia:\n  topk: 0.5\n",
-            r"unknown section 'sia' \(did you mean 'sla'\?\); accepted are ras:, sla: and prefill:",
+            r"unknown section 'sia' \(did you mean 'sla'\?\); accepted are ras:, sla:, prefill:, kv:",
         ),
         (
             "sla: {topk: 0.5}\ntrain: {}\n",
-            "unknown section 'train'; accepted are ras:, sla: and prefill:",
+            "unknown section 'train'; accepted are ras:, sla:, prefill:, kv:",
         ),
         ("ras: {}\n", "no section sla:"),
         ("sla:\n", "section sla: must hold keys and values"),

@@ -1,20 +1,16 @@
 """`Pattern`: the contract of a sparse prefill pattern, and how one is found by its name."""
 
-import dataclasses
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dit_accel.config.base import suggest
 from dit_accel.kernels import Geometry, SparsePlan
+from dit_accel.llm.plugins import class_named, classes_in, with_options
 
 Spans = tuple[tuple[int, int, str], ...]
 """Token ranges of images and video frames, ascending: (start, stop, "image" or "video"). Other tokens are text."""
@@ -146,19 +142,8 @@ class Pattern(ABC):
         )
 
 
-@cache
 def _classes() -> dict[str, type[Pattern]]:
-    package = importlib.import_module("dit_accel.llm.prefill")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    found: dict[str, type[Pattern]] = {}
-    waiting = list(Pattern.__subclasses__())
-    while waiting:
-        kind = waiting.pop()
-        waiting += kind.__subclasses__()
-        if kind.__module__.startswith(package.__name__) and "name" in vars(kind):
-            found[kind.name] = kind
-    return dict(sorted(found.items()))
+    return classes_in("dit_accel.llm.prefill", Pattern)  # type: ignore[type-abstract]
 
 
 def pattern_names(*, alone: bool = True) -> Sequence[str]:
@@ -172,12 +157,7 @@ def kind_of(name: str) -> type[Pattern]:
     Raises:
         ValueError: no such pattern.
     """
-    kinds = _classes()
-    if name not in kinds:
-        raise ValueError(
-            f"pattern={name!r}: no such pattern{suggest(name, list(kinds))}; accepted are {', '.join(kinds)}"
-        )
-    return kinds[name]
+    return class_named("pattern", name, _classes())
 
 
 def pattern_of(name: str, options: dict[str, Any] | None = None) -> Pattern:
@@ -190,12 +170,4 @@ def pattern_of(name: str, options: dict[str, Any] | None = None) -> Pattern:
     Raises:
         ValueError: no such pattern or option, or a value that it does not accept.
     """
-    kind = kind_of(name)
-    fields = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for key in options or {}:
-        if key not in fields:
-            known = ", ".join(fields) or "none"
-            raise ValueError(
-                f"options: {key!r} is no option of {name}{suggest(key, fields)}; accepted are {known}"
-            )
-    return kind(**(options or {}))
+    return with_options(kind_of(name), name, options)

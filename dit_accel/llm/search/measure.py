@@ -43,7 +43,7 @@ class Meter:
         self.residuals, self.block, self.tail = residuals, block, tail
         self.on_layer = on_layer
         self.before: list[tuple[Any, Any]] = []
-        self.tracker = None
+        self.tracker = self.kv = self.cache_hook = None
 
     def attend(
         self,

@@ -1,0 +1,54 @@
+"""`KVConfig`: settings of caches of keys and values in language models."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from dit_accel.config.base import Config, check, is_int
+from dit_accel.config.layers import check_layers, in_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVConfig(Config):
+    """How a language model keeps the tokens that it has read, and which of them it reads again."""
+
+    store: str = "dense"
+    """How tokens between the first and the last ones are stored, see `dit_accel.llm.kvcache.stores`."""
+    store_options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the store, by name."""
+    select: str = "all"
+    """Which of them a query reads, see `dit_accel.llm.kvcache.selectors`."""
+    select_options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the selector, by name."""
+    sink: int = 64
+    """First tokens of each row that stay exact. Padding on the left does not count."""
+    recent: int = 128
+    """Last tokens that stay exact, at least."""
+    flush: int = 64
+    """Tokens that are stored at a time while a text is generated."""
+    dense_layers: int | tuple[int, ...] | list[int] = 0
+    """Layers that keep transformers' own cache: the first n, or a list of indices (negative ones from the end)."""
+
+    SECTION: ClassVar[str] = "kv"
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "dense": {},
+        # StreamingLLM (arXiv 2309.17453): what is neither first nor last is dropped.
+        "window": {"select": "none", "recent": 1024},
+    }
+
+    def __post_init__(self) -> None:
+        for name in ("store", "select"):
+            check(name, getattr(self, name), isinstance(getattr(self, name), str), "a name")
+        for name in ("store_options", "select_options"):
+            check(name, getattr(self, name), isinstance(getattr(self, name), dict), "a mapping")
+        for name, least in (("sink", 0), ("recent", 1), ("flush", 1)):
+            value = getattr(self, name)
+            check(name, value, is_int(value) and value >= least, f"an int >= {least} (tokens)")
+        object.__setattr__(self, "dense_layers", check_layers("dense_layers", self.dense_layers))
+
+    def is_dense(self, layer: int, num_layers: int) -> bool:
+        """Return whether a layer keeps transformers' own cache.
+
+        Raises:
+            ValueError: `dense_layers` names a layer that the model does not have.
+        """
+        return in_layers("dense_layers", self.dense_layers, layer, num_layers)

@@ -1,0 +1,28 @@
+"""`Nothing`: the first and the last tokens only (StreamingLLM, arXiv 2309.17453)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from dit_accel.llm.kvcache.part import Part
+from dit_accel.llm.kvcache.partial import Partial
+from dit_accel.llm.kvcache.selector import Selector
+from dit_accel.llm.kvcache.store import Store
+
+
+@dataclass
+class Nothing(Selector):
+    """Tokens between the first and the last ones are dropped. What a later question asks for may be lost."""
+
+    name: ClassVar[str] = "none"
+    forgets: ClassVar[bool] = True
+
+    def append(self, store: Store, part: Part, q: Tensor | None, scale: float) -> None:
+        pass
+
+    def attend(self, store: Store, q: Tensor, scale: float) -> tuple[list[Partial], float]:
+        return [], 0.0
+
+    def crop(self, store: Store, count: int) -> Part | None:
+        return None

@@ -1,0 +1,1 @@
+"""How tokens are stored: one file each; a new file is a new store."""

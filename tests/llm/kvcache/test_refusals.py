@@ -1,0 +1,78 @@
+"""What a cache cannot do is refused by name, and nothing is lost."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from dit_accel import llm
+from dit_accel.config import KVConfig
+from dit_accel.llm.kvcache.cache import KVCache
+
+from ..models import make, prompt
+
+
+@pytest.mark.parametrize(
+    ("kv", "message"),
+    [
+        ("mush", "kv='mush'"),
+        ("none", "kv='none'"),
+        ({"store": "mush"}, "store='mush'"),
+        ({"store_options": {"bits": 3}}, "'bits' is no option of dense"),
+        ({"select": "mush"}, "select='mush'"),
+        ({"recent": 0}, "recent=0"),
+        ({"sink": -1}, "sink=-1"),
+        ({"flush": 0}, "flush=0"),
+        ({"dense_layers": 4}, "dense_layers=4"),
+        ({"dense_layers": 3}, "dense_layers=3"),
+        ({"dense_layers": [7]}, "layer 7"),
+        ({"mush": 1}, "'mush'"),
+    ],
+)
+def test_settings(kv, message):
+    model = make("Llama")
+    with pytest.raises(ValueError, match=message):
+        llm.enable(model, kv=kv)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "Mistral"])
+def test_models(family):
+    with pytest.raises(ValueError, match="kv"):
+        llm.enable(make(family), kv="dense")
+
+
+def test_caches_of_another_kind():
+    model, ids = make("Llama"), prompt()
+    full = DynamicCache(config=model.config)
+    model(ids, past_key_values=full)
+    llm.enable(model, kv="dense")
+    with pytest.raises(ValueError, match="150 tokens"):
+        model(ids[:, :1], past_key_values=full)
+    assert full.get_seq_length() == 150
+    with pytest.raises(ValueError, match="StaticCache"):
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=200))
+    with pytest.raises(ValueError, match="StaticCache"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+    other = KVCache(make("Llama", num_hidden_layers=2))
+    with pytest.raises(ValueError, match="2 layers"):
+        model(ids, past_key_values=other)
+
+
+def test_a_model_that_is_not_enabled_cannot_read_it():
+    model, ids = make("Llama"), prompt()
+    cache = KVCache(model)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="enable"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+def test_masks_of_pairs():
+    model, ids = make("Llama"), prompt()
+    llm.enable(model, kv="dense")
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(ids, attention_mask=torch.ones(2, 1, 150, 150, dtype=torch.bool).tril())
+
+
+def test_settings_come_back_from_plain_values():
+    config = KVConfig(sink=3, dense_layers=[0, -1])
+    assert KVConfig.from_dict(config.to_dict()) == config
