@@ -126,7 +126,9 @@ def print_table(record: dict[str, Any]) -> None:
                 cells.append(shown if x["density"] is None else f"{shown} ({x['density']:.2f})")
             print(f"| {kind} | {' | '.join(cells)} |")
         shares = [
-            x["share_of_ideal"] for x in rows if x["dtype"] == dtype and x["share_of_ideal"] is not None
+            x["share_of_ideal"]
+            for x in rows
+            if x["dtype"] == dtype and x["share_of_ideal"] is not None
         ]
         print(
             f"\nof the speed that the density would give beside every block: {min(shares):.0%} to {max(shares):.0%}"

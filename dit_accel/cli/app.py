@@ -27,6 +27,7 @@ from dit_accel.cli import (
     eval_run,
     eval_score,
     llm_bench,
+    llm_bench_kv,
     llm_demo,
     llm_generate,
     llm_search,
@@ -73,12 +74,13 @@ class Demo:
 
 @dataclass(kw_only=True)
 class Llm:
-    """Language models that read prompts with sparse attention."""
+    """Language models: sparse attention while prompts are read, and caches of keys and values."""
 
     command: (
         Annotated[llm_generate.Generate, subcommand("generate")]
         | Annotated[llm_verify.Verify, subcommand("verify")]
         | Annotated[llm_bench.Bench, subcommand("bench")]
+        | Annotated[llm_bench_kv.BenchKV, subcommand("bench-kv")]
         | Annotated[llm_search.Search, subcommand("search")]
         | Annotated[llm_demo.Demo, subcommand("demo")]
     )

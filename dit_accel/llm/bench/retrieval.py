@@ -53,16 +53,16 @@ def middle(length: int, rng: random.Random) -> Question:
     Rows at the end are dense in most patterns; these are not.
     """
     keys = rng.sample(range(KEYS), PAIRS)
-    values = [_value(rng) for _ in keys]
+    values = [noise(rng) for _ in keys]
     first = 2 * length // 3
-    body = _scattered(list(zip(keys, values, strict=True)), first - 1, rng)
+    body = scattered(list(zip(keys, values, strict=True)), first - 1, rng)
     asked = rng.sample(range(EARLY), ASKED)
     ids, positions, answers = [START, *body], [], []
     for i in asked:
         positions.append(len(ids))
         answers.append(values[i])
-        ids += [keys[i], _value(rng)]
-    ids += [_value(rng) for _ in range(length - len(ids))]
+        ids += [keys[i], noise(rng)]
+    ids += [noise(rng) for _ in range(length - len(ids))]
     return Question(ids, positions, answers)
 
 
@@ -76,11 +76,11 @@ def variable_tracing(length: int, rng: random.Random) -> Question:
     for start in range(0, PAIRS, HOPS):
         chain = keys[start : start + HOPS]
         pairs += [(a, KEYS + b) for a, b in pairwise(chain)]
-        pairs.append((chain[-1], _value(rng)))
+        pairs.append((chain[-1], noise(rng)))
     first = HOPS * rng.randrange(PAIRS // HOPS)
     walk = [pairs[first][0], *(y for _, y in pairs[first : first + HOPS])]
     rng.shuffle(pairs)
-    body = _scattered(pairs, length - HOPS - 1, rng)
+    body = scattered(pairs, length - HOPS - 1, rng)
     ids = [START, *body, *walk[:-1]]
     return Question(ids, list(range(len(ids) - HOPS, len(ids))), walk[1:])
 
@@ -94,9 +94,9 @@ def video_needle(length: int, rng: random.Random, depth: float | None = None) ->
         depth: place of the frame in the video, from 0 to 1. Default: random.
     """
     count = (2 * length // 3 - LEAD) // FRAME
-    ids = [START, *(_value(rng) for _ in range(length - 1))]
+    ids = [START, *(noise(rng) for _ in range(length - 1))]
     frame = round((rng.random() if depth is None else depth) * (count - 1))
-    key, value = rng.randrange(KEYS), _value(rng)
+    key, value = rng.randrange(KEYS), noise(rng)
     at = LEAD + frame * FRAME + rng.randrange(FRAME - 1)
     ids[at : at + 2] = [key, value]
     ids[-1] = key
@@ -147,25 +147,26 @@ def accuracy(model: Any, task: str, length: int, *, prompts: int = 8, seed: int 
 
 def _asked(length: int, rng: random.Random, count: int) -> Question:
     keys = rng.sample(range(KEYS), PAIRS)
-    values = [_value(rng) for _ in keys]
-    body = _scattered(list(zip(keys, values, strict=True)), length - 2 * count, rng)
+    values = [noise(rng) for _ in keys]
+    body = scattered(list(zip(keys, values, strict=True)), length - 2 * count, rng)
     ids, positions, answers = [START, *body], [], []
     for i in rng.sample(range(EARLY), count):
         positions.append(len(ids))
         answers.append(values[i])
-        ids += [keys[i], _value(rng)]
+        ids += [keys[i], noise(rng)]
     return Question(ids[:length], positions, answers)
 
 
-def _scattered(pairs: list[tuple[int, int]], length: int, rng: random.Random) -> list[int]:
+def scattered(pairs: list[tuple[int, int]], length: int, rng: random.Random) -> list[int]:
     """Return noise of this length with the pairs in order at random places."""
     gaps = sorted(rng.randrange(LEAD, length - 2 * len(pairs) + 1) for _ in pairs)
     ids: list[int] = []
     for i, (gap, pair) in enumerate(zip(gaps, pairs, strict=True)):
-        ids += [_value(rng) for _ in range(gap + 2 * i - len(ids))]
+        ids += [noise(rng) for _ in range(gap + 2 * i - len(ids))]
         ids += pair
-    return ids + [_value(rng) for _ in range(length - len(ids))]
+    return ids + [noise(rng) for _ in range(length - len(ids))]
 
 
-def _value(rng: random.Random) -> int:
+def noise(rng: random.Random) -> int:
+    """Return a token that says nothing."""
     return FIRST_VALUE + rng.randrange(VALUES)

@@ -38,20 +38,24 @@ class KVCache(DynamicCache):
 
     def fork(self) -> "KVCache":
         """Return a cache with the same tokens. Both share them until they change; neither sees what the other adds."""
-        found = copy(self)
-        found.layers = [x.fork() if isinstance(x, ZoneLayer) else copy(x) for x in self.layers]
-        return found
+        return copied(self)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers. What forks share counts in each of them."""
-        return sum(_nbytes(x) for x in self.layers)
+        return nbytes_of(self)
 
     @property
     def read_share(self) -> float | None:
         """Share of the tokens that calls read, a mean over the calls and layers that found some; None: no call did."""
-        zones = [x for x in self.layers if isinstance(x, ZoneLayer) and x.calls]
-        return sum(x.read / x.calls for x in zones) / len(zones) if zones else None
+        calls, read = self.reads
+        return read / calls if calls else None
+
+    @property
+    def reads(self) -> tuple[int, float]:
+        """Calls that found tokens, and the shares of the tokens that they read, added up over calls and layers."""
+        zones = [x for x in self.layers if isinstance(x, ZoneLayer)]
+        return sum(x.calls for x in zones), sum(x.read for x in zones)
 
 
 def read_kv(kv: Any) -> KVConfig:
@@ -164,6 +168,19 @@ def adopt(cache: Any, config: Any, kv: KVConfig) -> Any:
     cache.__class__ = KVCache
     cache.layers, cache.layer_class_to_replicate = zone_layers(config, kv), None
     return cache
+
+
+def copied(cache: Any) -> Any:
+    """Return a `KVCache` or a `DynamicCache` with the same tokens; neither sees what the other adds."""
+    found = copy(cache)
+    # Layers of transformers that grow make new tensors, so that a shallow copy is one of its own.
+    found.layers = [x.fork() if isinstance(x, ZoneLayer) else copy(x) for x in cache.layers]
+    return found
+
+
+def nbytes_of(cache: Any) -> int:
+    """Return the bytes of a `KVCache` or a `DynamicCache`."""
+    return sum(_nbytes(x) for x in cache.layers)
 
 
 def _nbytes(layer: Any) -> int:

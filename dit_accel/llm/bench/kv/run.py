@@ -1,0 +1,292 @@
+"""`run_bench`: a row for each setting of a cache, kept in a results file that a later run goes on from."""
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_accel.config import KVConfig
+from dit_accel.config.base import as_lists, check, is_int
+from dit_accel.environment import machine, versions
+from dit_accel.files import write_json
+from dit_accel.llm.bench import retrieval
+from dit_accel.llm.bench.kv import lookups, words
+from dit_accel.llm.bench.kv.conversation import MODES, converse, own_cache
+from dit_accel.llm.bench.kv.session import Session, read_sessions, tokenized
+from dit_accel.llm.bench.kv.text_quality import ReadOn, distance, read_on
+from dit_accel.llm.bench.texts import fingerprint, read_text
+from dit_accel.llm.bench.wired import wired_model
+from dit_accel.llm.control import disable, enable
+from dit_accel.llm.kvcache.cache import KVCache, zone_layers
+from dit_accel.llm.loading import Source
+
+FORMAT_VERSION = 1
+OWN = "transformers"
+"""Name of the row of transformers' own cache, which the others are compared with."""
+MAX_TURNS = len(words.COLOURS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVBenchSettings:
+    """Texts, tasks and modes of the table."""
+
+    length: int = 4096
+    """Tokens of a text; the last quarter is read with the rest in the cache."""
+    texts: tuple[str, ...] = ("prose", "code")
+    """prose, code, or paths of text files; none: no perplexity."""
+    tasks: tuple[str, ...] = ("passkey",)
+    """Tasks in words for the language model; none: only lookups."""
+    sessions: Path | None = None
+    """JSONL file in the form of SCBench, whose sessions are one more task."""
+    lookups: tuple[str, ...] = tuple(lookups.TASKS)
+    """Tasks of the model with hand-written weights; none: only the language model."""
+    lookup_length: int = 6000
+    """Tokens of their contexts."""
+    modes: tuple[str, ...] = MODES
+    count: int = 4
+    """Sessions of each task."""
+    turns: int = 4
+    """Questions of a session."""
+    new_tokens: int = 8
+    """Tokens that are generated for an answer, at least."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 256), ("count", 1), ("new_tokens", 1)):
+            value = getattr(self, name)
+            check(name, value, is_int(value) and value >= least, f"an int >= {least}")
+        turns, long = self.turns, self.lookup_length
+        check(
+            "turns", turns, is_int(turns) and 1 <= turns <= MAX_TURNS, f"an int in [1, {MAX_TURNS}]"
+        )
+        low, high = retrieval.MIN_LENGTH, 32_000
+        check(
+            "lookup_length",
+            long,
+            is_int(long) and low <= long <= high,
+            f"an int in [{low}, {high}]",
+        )
+        for name, known in (("tasks", words.TASKS), ("lookups", lookups.TASKS), ("modes", MODES)):
+            value = getattr(self, name)
+            ok = len(set(value)) == len(value) and set(value) <= set(known)
+            check(name, value, ok, f"different ones of {', '.join(known)}")
+        check("texts", self.texts, len(set(self.texts)) == len(self.texts), "different texts")
+        check("seed", self.seed, is_int(self.seed), "an int")
+
+
+@dataclass(frozen=True)
+class KVBench:
+    """Texts and sessions of a run, and the header of its results."""
+
+    settings: KVBenchSettings
+    ids: dict[str, Any]
+    """Tokens `[1, L]` of each text."""
+    sessions: dict[str, list[Session]]
+    """Sessions in words of each task."""
+    tokenizer: Any
+    header: dict[str, Any]
+
+
+def prepare(source: Source, settings: KVBenchSettings, *, dtype: str, device: str) -> KVBench:
+    """Read texts and make sessions; the model is not loaded.
+
+    Raises:
+        ValueError: a text or a file that cannot be read or is too short, or a length that the model does not accept.
+    """
+    ids, hashes = {}, {}
+    if settings.texts:
+        source.check_length("length", settings.length)
+    for name in settings.texts:
+        text = read_text(name)[: 40 * settings.length]
+        tokens = source.tokenizer(text, return_tensors="pt").input_ids[:, : settings.length]
+        if tokens.shape[1] < settings.length:
+            raise ValueError(
+                f"length={settings.length}: the text {name!r} has {tokens.shape[1]} tokens; accepted are texts of at "
+                "least length tokens"
+            )
+        ids[name], hashes[name] = tokens.long(), fingerprint(text)
+    made: dict[str, list[Session]] = {}
+    for task in settings.tasks:
+        rng = random.Random(f"{task} {settings.length} {settings.seed}")
+        made[task] = [
+            _fitting(task, settings.length, settings.turns, rng, source.tokenizer)
+            for _ in range(settings.count)
+        ]
+    if settings.sessions is not None:
+        given = read_sessions(settings.sessions)
+        made[settings.sessions.stem] = [tokenized(x, source.tokenizer) for x in given]
+    for task, sessions in made.items():
+        for session in sessions:
+            source.check_length(f"sessions of {task}", session.length, settings.new_tokens)
+    plain = {k: as_lists(x) for k, x in asdict(settings).items()}
+    plain["sessions"] = None if settings.sessions is None else settings.sessions.name
+    header = {
+        "format_version": FORMAT_VERSION,
+        "kind": "llm-bench-kv",
+        "model": source.name,
+        "revision": source.revision,
+        "dtype": dtype,
+        "device": device,
+        "settings": plain,
+        "texts": hashes,
+        "versions": versions(),
+        "machine": machine(),
+    }
+    return KVBench(settings, ids, made, source.tokenizer, header)
+
+
+def run_bench(
+    model: Callable[[], Any],
+    bench: KVBench,
+    caches: Mapping[str, KVConfig],
+    *,
+    output: Path | None = None,
+    rows: list[dict[str, Any]] | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Return the results of transformers' own cache, of each setting, and of rows that exist.
+
+    Args:
+        model: loads the model; called if a row is missing and there is a text or a session in words.
+        bench: see `prepare`.
+        caches: settings by the name of their row.
+        output: JSON file, written after each row. Default: none.
+        rows: rows that exist.
+        on_row: called with each row that is new.
+    """
+    kept = {row["name"]: row for row in rows or []}
+    wanted: dict[str, KVConfig | None] = {OWN: None, **caches}
+    made: dict[str, dict[str, Any]] = {}
+
+    def results() -> dict[str, Any]:
+        there = {**kept, **made}
+        names = [*(x for x in wanted if x in there), *(x for x in there if x not in wanted)]
+        return {**bench.header, "rows": [there[x] for x in names]}
+
+    loaded = exact = wired = None
+    for name, config in wanted.items():
+        plain = None if config is None else json.loads(json.dumps(config.to_dict()))
+        if name in kept and "error" not in kept[name] and kept[name]["kv"] == plain:
+            continue
+        if exact is None:
+            loaded = disable(model()) if bench.ids or bench.sessions else None
+            half = 3 * bench.settings.length // 4
+            exact = {
+                x: read_on(loaded, ids, half, own_cache(loaded)) for x, ids in bench.ids.items()
+            }
+            wired = wired_model() if bench.settings.lookups else None
+        start = time.perf_counter()
+        row: dict[str, Any] = {"name": name, "kv": plain}
+        try:
+            row.update(_figures(loaded, wired, bench, config, exact))
+        except ValueError as error:  # such as codes of another model
+            row["error"] = str(error)
+        row["seconds"] = round(time.perf_counter() - start, 2)
+        made[name] = row
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(output, results())
+        if on_row is not None:
+            on_row(row)
+    return results()
+
+
+def _figures(
+    model: Any,
+    wired: Any,
+    bench: KVBench,
+    config: KVConfig | None,
+    exact: Mapping[str, ReadOn],
+) -> dict[str, Any]:
+    """Return the figures of one row."""
+    settings, texts, tasks = bench.settings, {}, {}
+    half = 3 * settings.length // 4
+    if model is not None:
+        with _kept(model, config) as new_cache:
+            for name, ids in bench.ids.items():
+                found = read_on(model, ids, half, new_cache())
+                texts[name] = {
+                    **distance(exact[name], found),
+                    "cache_bytes": found.cache_bytes,
+                    "bytes_share": found.cache_bytes / exact[name].cache_bytes,
+                    "read_share": found.read_share,
+                }
+            for task, sessions in bench.sessions.items():
+                tasks[task] = _task(model, settings, sessions, new_cache, bench.tokenizer.decode)
+    if wired is not None and (config is None or _fits(wired, config)):
+        with _kept(wired, config) as new_cache:
+            for task in settings.lookups:
+                rng = random.Random(f"{task} {settings.lookup_length} {settings.seed}")
+                sessions = [
+                    lookups.TASKS[task](settings.lookup_length, settings.turns, rng)
+                    for _ in range(settings.count)
+                ]
+                tasks[f"lookup {task}"] = _task(wired, settings, sessions, new_cache, None)
+    return {"texts": texts, "tasks": tasks}
+
+
+def _task(
+    model: Any,
+    settings: KVBenchSettings,
+    sessions: list[Session],
+    new_cache: Callable[[], Any],
+    decode: Callable[[list[int]], str] | None,
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """Return the turns of each session by the mode."""
+    return {
+        mode: [
+            [
+                turn.to_dict()
+                for turn in converse(
+                    model,
+                    session,
+                    mode,
+                    new_cache=new_cache,
+                    new_tokens=settings.new_tokens,
+                    decode=decode,
+                )
+            ]
+            for session in sessions
+        ]
+        for mode in settings.modes
+    }
+
+
+class _kept:
+    """A model with a cache of these settings while the block runs; gives what makes such a cache."""
+
+    def __init__(self, model: Any, config: KVConfig | None) -> None:
+        self.model, self.config = model, config
+
+    def __enter__(self) -> Callable[[], Any]:
+        model, config = self.model, self.config
+        if config is None:
+            return lambda: own_cache(model)
+        enable(model, kv=config)
+        return lambda: KVCache(model, config)
+
+    def __exit__(self, *error: object) -> None:
+        disable(self.model)
+
+
+def _fits(wired: Any, config: KVConfig) -> bool:
+    """Return whether the settings are none for the layers and sizes of one other model."""
+    try:
+        zone_layers(wired.config, config)
+    except ValueError:
+        return False
+    return True
+
+
+def _fitting(task: str, length: int, turns: int, rng: random.Random, tokenizer: Any) -> Session:
+    """Return a session whose context has about this many tokens, and with its questions no more."""
+    state, size = rng.getstate(), 4 * length
+    while True:
+        rng.setstate(state)
+        session = tokenized(words.TASKS[task](size, turns, rng), tokenizer)
+        if session.length <= length:
+            return session
+        size = int(size * min(0.95, length / session.length * 0.98))
