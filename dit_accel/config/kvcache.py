@@ -33,6 +33,10 @@ class KVConfig(Config):
         "dense": {},
         # StreamingLLM (arXiv 2309.17453): what is neither first nor last is dropped.
         "window": {"select": "none", "recent": 1024},
+        # KIVI (arXiv 2402.02750), with exact first tokens.
+        "int4": {"store": "int", "store_options": {"bits": 4}},
+        "int3": {"store": "int", "store_options": {"bits": 3}},
+        "int2": {"store": "int", "store_options": {"bits": 2}},
     }
 
     def __post_init__(self) -> None:

@@ -75,10 +75,11 @@ class Part:
         return Part(tensors, self.slots, None if valid is None else valid[index.to(valid.device)])
 
     def take(self, index: Int[Tensor, "b _h n"]) -> "Part":
-        """Return the slots at `index` of each row and head; each slot must be a row of every tensor."""
+        """Return the slots at `index` of each row and head. Rows that several slots share are repeated for each."""
 
         def one(x: Tensor) -> Tensor:
-            at = index.to(x.device).expand(*x.shape[:2], -1)
+            shared = max(1, self.slots // max(1, x.shape[TOKENS]))
+            at = index.to(x.device).expand(*x.shape[:2], -1) // shared
             at = at.reshape(*at.shape, *[1] * (x.ndim - 3)).expand(-1, -1, -1, *x.shape[3:])
             return x.gather(TOKENS, at)
 

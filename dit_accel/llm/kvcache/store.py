@@ -29,8 +29,6 @@ class Store(ABC):
     """
 
     name: ClassVar[str]
-    granule: ClassVar[int] = 1
-    """Tokens come in multiples of this."""
     parts: list[Part] = field(default_factory=list, init=False, repr=False)
 
     @abstractmethod
@@ -40,6 +38,11 @@ class Store(ABC):
     @abstractmethod
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return keys and values `[B, H, n, D]` of encoded tokens."""
+
+    @property
+    def granule(self) -> int:
+        """Tokens come in multiples of this."""
+        return 1
 
     def prepare(self, layer: int, model: "ModelSizes") -> None:  # noqa: B027 (most need nothing)
         """Get ready for a layer of a model.
