@@ -30,6 +30,7 @@ from dit_accel.cli import (
     llm_bench_kv,
     llm_demo,
     llm_generate,
+    llm_learn_mask,
     llm_search,
     llm_verify,
 )
@@ -82,6 +83,7 @@ class Llm:
         | Annotated[llm_bench.Bench, subcommand("bench")]
         | Annotated[llm_bench_kv.BenchKV, subcommand("bench-kv")]
         | Annotated[llm_search.Search, subcommand("search")]
+        | Annotated[llm_learn_mask.LearnMask, subcommand("learn-mask")]
         | Annotated[llm_demo.Demo, subcommand("demo")]
     )
 

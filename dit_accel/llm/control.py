@@ -10,7 +10,7 @@ from dit_accel.config import KVConfig, PrefillConfig
 from dit_accel.config.prefill import DENSE
 from dit_accel.llm.attention import NAME, POLICY, register
 from dit_accel.llm.head_counts import head_counts
-from dit_accel.llm.kvcache.cache import adopt, read_kv, zone_layers
+from dit_accel.llm.kvcache.cache import adopt, check_kv, read_kv
 from dit_accel.llm.policy import LayerCounts, Policy
 from dit_accel.llm.settings import read_prefill
 from dit_accel.llm.spans import SpanTracker
@@ -48,7 +48,7 @@ def enable(model: Any, *, prefill: Any = _DEFAULT, kv: Any = None) -> Any:
     policy = Policy(config or PrefillConfig(pattern=DENSE), len(layers), head_counts(model.config))
     if kv is not None:
         policy.kv = read_kv(kv)
-        zone_layers(model.config, policy.kv)  # errors come before a model is changed
+        check_kv(model, policy.kv, layers)  # errors come before a model is changed
     if any(x is not None and x.reads_spans for x in policy.patterns):
         policy.tracker = SpanTracker(model.config)
     return install(model, policy)

@@ -1,8 +1,10 @@
 """`KVCache`: a cache of transformers whose layers store tokens as `KVConfig` says."""
 
+from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
+from torch import nn
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -12,6 +14,7 @@ from transformers.cache_utils import (
 from dit_accel.config import KVConfig
 from dit_accel.llm.head_counts import head_counts
 from dit_accel.llm.kvcache.layer import ZoneLayer
+from dit_accel.llm.kvcache.model_file import fingerprint_of
 from dit_accel.llm.kvcache.selector import selector_of
 from dit_accel.llm.kvcache.store import ModelSizes, store_of
 
@@ -116,6 +119,21 @@ def zone_layers(config: Any, kv: KVConfig) -> list[Any]:
             "accepted are models with full attention in a layer"
         )
     return layers
+
+
+def check_kv(model: Any, kv: KVConfig, attention: Sequence[nn.Module]) -> None:
+    """Check that settings fit a model and its weights.
+
+    Args:
+        model: the model.
+        kv: settings.
+        attention: its attention layers.
+
+    Raises:
+        ValueError: they do not.
+    """
+    stores = [x.store for x in zone_layers(model.config, kv) if isinstance(x, ZoneLayer)]
+    stores[0].check_weights(fingerprint_of(attention))
 
 
 def model_sizes(config: Any) -> ModelSizes:

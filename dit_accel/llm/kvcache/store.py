@@ -51,6 +51,13 @@ class Store(ABC):
             ValueError: the store is not made for this model.
         """
 
+    def check_weights(self, fingerprint: Tensor) -> None:  # noqa: B027
+        """Check that what was learned for the store is for this model; see `fingerprint_of`.
+
+        Raises:
+            ValueError: it is for another one.
+        """
+
     @property
     def slots(self) -> int:
         """Places for tokens."""
@@ -106,10 +113,10 @@ class Store(ABC):
         """Return the encoded tokens of these slots."""
         first = self.parts[0]
         if len(self.parts) == 1:
-            return first.take(index)
+            return self.take_part(first, index)
         inside = index < first.slots
-        near = first.take(index.clamp(max=first.slots - 1))
-        far = self.parts[1].take((index - first.slots).clamp(min=0))
+        near = self.take_part(first, index.clamp(max=first.slots - 1))
+        far = self.take_part(self.parts[1], (index - first.slots).clamp(min=0))
         valid = None
         if near.valid is not None or far.valid is not None:
             every = torch.ones_like(inside)
@@ -119,12 +126,21 @@ class Store(ABC):
                 every if far.valid is None else far.valid,
             )
 
-        def either(x: Tensor, y: Tensor) -> Tensor:
-            mask = inside.to(x.device).reshape(*inside.shape, *[1] * (x.ndim - 3))
-            return torch.where(mask, x, y)
-
-        tensors = {k: either(x, far.tensors[k]) for k, x in near.tensors.items()}
+        tensors = {}
+        for name, x in near.tensors.items():
+            heads = self.heads_of(name)
+            mask = (inside if heads is None else inside[:, heads]).to(x.device)
+            mask = mask.reshape(*mask.shape, *[1] * (x.ndim - 3))
+            tensors[name] = torch.where(mask, x, far.tensors[name])
         return Part(tensors, index.shape[-1], valid)
+
+    def take_part(self, part: Part, index: Int[Tensor, "b h n"]) -> Part:
+        """Return the encoded tokens of these slots of a part."""
+        return part.take(index)
+
+    def heads_of(self, name: str) -> Int[Tensor, " h"] | None:
+        """Return the heads that a tensor of this name holds; None: all of them."""
+        return None
 
     def crop(self, count: int) -> Part | None:
         """Remove the last tokens, at most all.

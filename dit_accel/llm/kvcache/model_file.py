@@ -1,0 +1,135 @@
+"""`ModelFile`: what was learned from one model for its caches, as a safetensors file that knows the model."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dit_accel.files import atomic_path
+from dit_accel.llm.kvcache.store import ModelSizes
+
+FORMAT_VERSION = 1
+FINGERPRINT = "fingerprint"
+VALUES = 64
+"""Weights of each layer in a fingerprint."""
+LEAST_SIMILARITY = 0.9
+"""Least cosine of two fingerprints of one model. Other dtypes and small changes stay far above it; others are near 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFile:
+    """Tensors for one model."""
+
+    kind: str
+    """Word for what the tensors are."""
+    tensors: Mapping[str, Tensor]
+    sizes: ModelSizes
+    fingerprint: Tensor
+    """See `fingerprint_of`."""
+    model: str = ""
+    """Name of the model."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Plain values."""
+
+    def save(self, path: Path) -> None:
+        """Write the file; what stood there stays if that fails."""
+        header = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "model": self.model,
+            "sizes": asdict(self.sizes),
+            "settings": dict(self.settings),
+        }
+        tensors = {**self.tensors, FINGERPRINT: self.fingerprint}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file(
+                {k: x.contiguous().cpu() for k, x in tensors.items()},
+                temporary,
+                metadata={"dit_accel": json.dumps(header)},
+            )
+
+    def check_weights(self, argument: str, found: Tensor) -> None:
+        """Check that a model has the weights that this was made for; nothing is known of quantised ones.
+
+        Raises:
+            ValueError: it has other weights.
+        """
+        a, b = self.fingerprint.double(), found.double()
+        known = a.any(1) & b.any(1)
+        if known.any():
+            a, b = a[known].flatten(), b[known].flatten()
+            alike = float(a @ b / (a.norm() * b.norm()))
+            if alike < LEAST_SIMILARITY:
+                raise ValueError(
+                    f"{argument}: made for {self.model or 'another model'}, similarity of the weights {alike:.2f}; "
+                    f"accepted from {LEAST_SIMILARITY}"
+                )
+
+
+def read_model_file(path: str | Path, kind: str, sizes: ModelSizes, argument: str) -> ModelFile:
+    """Return what a file holds.
+
+    Args:
+        path: the file.
+        kind: what it must be.
+        sizes: sizes of the model that it is for.
+        argument: name of the setting, for messages.
+
+    Raises:
+        ValueError: no such file, a file of another kind or version, or one for a model of other sizes.
+    """
+    place = f"{argument}={str(path)!r}"
+    try:
+        found = _read(str(path), Path(path).stat().st_mtime_ns, kind)
+    except OSError as error:
+        raise ValueError(f"{place}: cannot be read ({error.strerror})") from None
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place}: is no file with a {kind} ({error})") from None
+    if found.sizes != sizes:
+        raise ValueError(f"{place}: made for a model of {found.sizes}; this one has {sizes}")
+    return found
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, changed: int, kind: str) -> ModelFile:
+    """Read a file once for all layers."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {})["dit_accel"])
+        if header["kind"] != kind:
+            raise ValueError(f"its kind is {header['kind']!r}")
+        if header["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={header['format_version']}; accepted is {FORMAT_VERSION}"
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    fingerprint = tensors.pop(FINGERPRINT)
+    sizes = ModelSizes(**header["sizes"])
+    return ModelFile(kind, tensors, sizes, fingerprint, header["model"], header["settings"])
+
+
+def fingerprint_of(layers: Sequence[nn.Module]) -> Tensor:
+    """Return some weights of each attention layer `[layers, VALUES]`, fp32; zeros where there are none to read.
+
+    Args:
+        layers: attention layers of a model.
+    """
+    rows = []
+    for layer in layers:
+        weight = next(
+            (x for x in layer.parameters() if x.ndim == 2 and x.is_floating_point()), None
+        )
+        row = torch.zeros(VALUES)
+        if weight is not None and not weight.is_meta:
+            some = weight.detach().flatten()
+            some = some[:: max(1, some.numel() // VALUES)][:VALUES].float().cpu()
+            row[: len(some)] = some
+        rows.append(row)
+    return torch.stack(rows)
