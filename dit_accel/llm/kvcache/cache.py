@@ -36,7 +36,8 @@ class KVCache(DynamicCache):
 
     def __init__(self, model: Any, kv: Any = "dense") -> None:
         super().__init__()
-        self.layers = zone_layers(getattr(model, "config", model), read_kv(kv))
+        self.kv = read_kv(kv)
+        self.layers = zone_layers(getattr(model, "config", model), self.kv)
         self.layer_class_to_replicate = None
 
     def fork(self) -> "KVCache":
@@ -184,6 +185,7 @@ def adopt(cache: Any, config: Any, kv: KVConfig) -> Any:
             "or a KVCache"
         )
     cache.__class__ = KVCache
+    vars(cache)["kv"] = kv
     cache.layers, cache.layer_class_to_replicate = zone_layers(config, kv), None
     return cache
 

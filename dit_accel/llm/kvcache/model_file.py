@@ -51,7 +51,7 @@ class ModelFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             save_file(
-                {k: x.contiguous().cpu() for k, x in tensors.items()},
+                {k: _alone(x) for k, x in tensors.items()},
                 temporary,
                 metadata={"dit_accel": json.dumps(header)},
             )
@@ -74,7 +74,9 @@ class ModelFile:
                 )
 
 
-def read_model_file(path: str | Path, kind: str, sizes: ModelSizes, argument: str) -> ModelFile:
+def read_model_file(
+    path: str | Path, kind: str, sizes: ModelSizes, argument: str, *, keep: bool = True
+) -> ModelFile:
     """Return what a file holds.
 
     Args:
@@ -82,13 +84,15 @@ def read_model_file(path: str | Path, kind: str, sizes: ModelSizes, argument: st
         kind: what it must be.
         sizes: sizes of the model that it is for.
         argument: name of the setting, for messages.
+        keep: whether to read it once for all layers of a model.
 
     Raises:
         ValueError: no such file, a file of another kind or version, or one for a model of other sizes.
     """
     place = f"{argument}={str(path)!r}"
     try:
-        found = _read(str(path), Path(path).stat().st_mtime_ns, kind)
+        read = _read if keep else _read.__wrapped__
+        found = read(str(path), Path(path).stat().st_mtime_ns, kind)
     except OSError as error:
         raise ValueError(f"{place}: cannot be read ({error.strerror})") from None
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -133,3 +137,9 @@ def fingerprint_of(layers: Sequence[nn.Module]) -> Tensor:
             row[: len(some)] = some
         rows.append(row)
     return torch.stack(rows)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """Return a tensor on the CPU that shares no memory: safetensors refuses those that do."""
+    x = x.detach().contiguous().cpu()
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x

@@ -24,6 +24,8 @@ class Selector(ABC):
     """
 
     name: ClassVar[str]
+    settled: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are no options and not saved with a cache: `restored` makes them again."""
     forgets: ClassVar[bool] = False
     """Whether tokens are dropped that a later `crop` cannot bring back into the window."""
 
@@ -49,6 +51,9 @@ class Selector(ABC):
     def crop(self, store: Store, count: int) -> Part | None:
         """Remove the last `count` tokens that were taken in; see `Store.crop`."""
         return store.crop(count)
+
+    def restored(self, store: Store) -> None:  # noqa: B027
+        """Make what is not saved again, after a cache was read from a file."""
 
     def rows(self, index: Int[Tensor, " n"]) -> None:  # noqa: B027 (most hold nothing)
         """Keep these rows of the batch, in this order."""

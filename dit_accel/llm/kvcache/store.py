@@ -29,6 +29,8 @@ class Store(ABC):
     """
 
     name: ClassVar[str]
+    settled: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are no options and that `prepare` sets: the same for all tokens."""
     parts: list[Part] = field(default_factory=list, init=False, repr=False)
 
     @abstractmethod

@@ -76,3 +76,20 @@ def test_masks_of_pairs():
 def test_settings_come_back_from_plain_values():
     config = KVConfig(sink=3, dense_layers=[0, -1])
     assert KVConfig.from_dict(config.to_dict()) == config
+
+
+def test_files_of_another_model(tmp_path):
+    model, path = make("Llama"), tmp_path / "cache.safetensors"
+    llm.enable(model, kv="dense")
+    llm.save_cache(model, KVCache(model), path)
+    with pytest.raises(ValueError, match="layers=2"):
+        llm.load_cache(make("Llama", num_hidden_layers=2), path)
+    with pytest.raises(ValueError, match="missing"):
+        llm.load_cache(model, tmp_path / "missing.safetensors")
+    with pytest.raises(ValueError, match="DynamicCache"):
+        llm.save_cache(model, DynamicCache(), path)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.copy_(torch.randn(x.shape))
+    with pytest.raises(ValueError, match="similarity of the weights"):
+        llm.load_cache(model, path)

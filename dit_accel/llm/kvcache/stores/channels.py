@@ -26,6 +26,7 @@ class Channels(Store):
     """
 
     name: ClassVar[str] = "channels"
+    settled: ClassVar[frozenset[str]] = frozenset({"kept", "file"})
     mask: str | None = None
     """Safetensors file of `dit-accel llm learn-mask`."""
     kept: Bool[Tensor, "h d"] | None = field(default=None, init=False, repr=False)

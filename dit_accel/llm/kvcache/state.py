@@ -1,0 +1,51 @@
+"""Layers of a cache as tensors and plain values, for files."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from dit_accel.llm.kvcache.part import Part
+
+LAYER = ("exact", "length", "sinks", "positions", "stored", "calls", "read")
+"""Attributes of a `ZoneLayer` that change."""
+
+
+def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a value as JSON can hold it; its tensors go into `tensors`, by names that begin with `name`.
+
+    Raises:
+        ValueError: a value of another kind.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Part):
+        return {"part": packed([dict(value.tensors), value.slots, value.valid], name, tensors)}
+    if isinstance(value, list | tuple):
+        return [packed(x, f"{name}.{i}", tensors) for i, x in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {"items": {str(k): packed(x, f"{name}.{k}", tensors) for k, x in value.items()}}
+    raise ValueError(f"{name}: a {type(value).__name__} cannot be saved")
+
+
+def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return what `packed` was given."""
+    if isinstance(value, list):
+        return [unpacked(x, tensors) for x in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "part":
+        return Part(*unpacked(inner, tensors))
+    return {k: unpacked(x, tensors) for k, x in inner.items()}
+
+
+def changing(owner: Any) -> list[str]:
+    """Return the names of the fields of a store or selector that tell of its tokens."""
+    return [x.name for x in fields(owner) if not x.init and x.name not in owner.settled]
