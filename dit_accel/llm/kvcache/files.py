@@ -18,12 +18,12 @@ OWN = ("keys", "values", "cumulative_length")
 """Attributes of transformers' layers that change."""
 
 
-def save_cache(model: Any, cache: KVCache, path: str | os.PathLike) -> None:
+def save_cache(model: Any, cache: Any, path: str | os.PathLike) -> None:
     """Write a cache to a safetensors file. What stood there stays if that fails.
 
     Args:
         model: the model whose tokens it holds.
-        cache: the cache.
+        cache: a `KVCache`.
         path: name of the file.
 
     Raises:
