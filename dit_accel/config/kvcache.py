@@ -37,6 +37,10 @@ class KVConfig(Config):
         "int4": {"store": "int", "store_options": {"bits": 4}},
         "int3": {"store": "int", "store_options": {"bits": 3}},
         "int2": {"store": "int", "store_options": {"bits": 2}},
+        # SnapKV (arXiv 2404.14469): the end of the prompt decides which tokens each head keeps.
+        "snapkv": {"select": "snapkv", "select_options": {"budget": 0.1, "window": 64}},
+        # Quest (arXiv 2406.10774): pages of 16 tokens with the largest bounds.
+        "quest": {"select": "quest", "select_options": {"budget": 0.25, "page": 16}},
     }
 
     def __post_init__(self) -> None:

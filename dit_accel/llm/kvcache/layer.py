@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from dit_accel.llm.kvcache.part import Part, joined
 from dit_accel.llm.kvcache.partial import attention_part, grouped, merged
-from dit_accel.llm.kvcache.selector import Selector
+from dit_accel.llm.kvcache.selector import Prompt, Selector
 from dit_accel.llm.kvcache.store import Store
 
 TAG = "_dit_accel_layer"
@@ -185,8 +185,10 @@ class ZoneLayer(CacheLayerMixin):
             return
         end = self.sinks + spare
         self.stored += spare
-        self.selector.append(self.store, exact.cut(self.sinks, end).own(), q, scale)
-        self.exact = joined(exact.cut(0, self.sinks), exact.cut(end)).own()
+        first, part, last = exact.cut(0, self.sinks), exact.cut(self.sinks, end), exact.cut(end)
+        prompt = None if q is None else Prompt(q, first, last)
+        self.selector.append(self.store, part.own(), prompt, scale)
+        self.exact = joined(first, last).own()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens.

@@ -16,6 +16,18 @@ from dit_accel.llm.plugins import class_named, classes_in, with_options
 PACKAGE = "dit_accel.llm.kvcache.selectors"
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Queries of a prompt and those of its tokens that stay exact."""
+
+    q: Float[Tensor, "b h g l_q d"]
+    """Queries of all tokens of the prompt, by the head of keys that they read."""
+    first: Part
+    """Tokens before the stored ones."""
+    last: Part
+    """Tokens after the stored ones."""
+
+
 @dataclass
 class Selector(ABC):
     """Choice of tokens in one layer. The options of a selector are its fields.
@@ -29,15 +41,13 @@ class Selector(ABC):
     forgets: ClassVar[bool] = False
     """Whether tokens are dropped that a later `crop` cannot bring back into the window."""
 
-    def append(
-        self, store: Store, part: Part, q: Float[Tensor, "b h g l_q d"] | None, scale: float
-    ) -> None:
+    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
         """Take tokens in, and hand those that are kept to the store.
 
         Args:
             store: the store.
             part: exact tokens, a multiple of the store's granule.
-            q: queries of the prompt, which the tokens are part of; None: the tokens come later.
+            prompt: the prompt that the tokens are part of; None: the tokens come later.
             scale: factor of the dot products.
         """
         store.append(part)

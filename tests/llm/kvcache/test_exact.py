@@ -18,6 +18,8 @@ EXACT = {
     "dense": {**ZONES},
     "everything stored": {"sink": 0, "recent": 1, "flush": 1},
     "nothing stored": {"recent": 10_000},
+    "snapkv": {**ZONES, "select": "snapkv", "select_options": {"budget": 1.0}},
+    "quest": {**ZONES, "select": "quest", "select_options": {"budget": 1.0}},
 }
 """Settings that change nothing. A store or selector that can read everything exactly adds a line."""
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -1,0 +1,115 @@
+"""`SnapKV`: tokens of the prompt that its last queries attend to (SnapKV, arXiv 2404.14469)."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from dit_accel.llm.kvcache.budget import check_budget, check_count, tokens_of
+from dit_accel.llm.kvcache.part import Part, joined
+from dit_accel.llm.kvcache.partial import Partial
+from dit_accel.llm.kvcache.selector import Prompt, Selector
+from dit_accel.llm.kvcache.store import Store
+
+
+@dataclass
+class SnapKV(Selector):
+    """Drop tokens of the prompt that its last queries hardly attend to.
+
+    Each head of keys keeps tokens of its own. Tokens after the prompt are all kept. A later question may ask for tokens
+    that the end of the prompt did not need; they are lost. In a prompt that is read in chunks, the first chunk counts
+    as the prompt.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    forgets: ClassVar[bool] = True
+    budget: float | int = 0.1
+    """Tokens that each head keeps: a share (float) of the stored tokens, or a number (int)."""
+    window: int = 64
+    """Last queries of the prompt, whose attention decides."""
+    kernel: int = 7
+    """Width of the max pooling over tokens, an odd number: neighbours of an important token are kept with it."""
+    positions: Int[Tensor, "b h kept"] | None = field(default=None, init=False, repr=False)
+    """Place of each kept token among those of the prompt that were handed over."""
+    prompt: int = field(default=0, init=False, repr=False)
+    """Tokens of the prompt that were handed over and not removed."""
+    later: int = field(default=0, init=False, repr=False)
+    """Tokens after the prompt."""
+    kept: float = field(default=0.0, init=False, repr=False)
+    """Tokens of the prompt that are left, a mean over rows and heads."""
+
+    def __post_init__(self) -> None:
+        check_budget("budget", self.budget)
+        check_count("window", self.window)
+        check_count("kernel", self.kernel)
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel={self.kernel}: accepted is an odd int")
+
+    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
+        if prompt is None:
+            store.append(part)
+            self.later += part.slots
+            return
+        count = tokens_of(self.budget, part.slots, store.granule)
+        scores = self._scores(part, prompt, scale)
+        self.positions = scores.topk(count, dim=-1).indices.sort(dim=-1).values
+        self.prompt, self.kept = part.slots, float(count)
+        store.append(part.take(self.positions))
+
+    def _scores(self, part: Part, prompt: Prompt, scale: float) -> Float[Tensor, "b h n"]:
+        """Return the attention that the last queries pay to each token of a part."""
+        whole = joined(joined(prompt.first, part), prompt.last)
+        start, window = prompt.first.slots, min(self.window, prompt.q.shape[3])
+        slots = torch.arange(whole.slots, device=part.k.device)
+        hidden = slots > slots[-window:, None]
+        found = []
+        for head in range(part.k.shape[1]):  # one at a time: scores of all heads would be large
+            q, k = prompt.q[:, head, :, -window:], whole.k[:, None, head]
+            scores = (q @ k.mT).float() * scale  # [B, g, window, n]
+            low = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(hidden, low)
+            if whole.valid is not None:
+                scores = scores.masked_fill(~whole.valid[:, :, None], low)
+            weights = scores.softmax(-1)
+            if whole.valid is not None:
+                weights = weights * whole.valid[:, 0, -window:][:, None, :, None]
+            received = weights.sum(2)[..., start : start + part.slots]
+            pooled = functional.max_pool1d(received, self.kernel, 1, self.kernel // 2)
+            found.append(pooled.sum(1))
+        scores = torch.stack(found, 1)
+        return scores if part.valid is None else scores.masked_fill(~part.valid, -1.0)
+
+    def attend(self, store: Store, q: Tensor, scale: float) -> tuple[list[Partial], float]:
+        if not store.slots:
+            return [], 0.0
+        return [store.attend(q, scale)], (self.kept + self.later) / (self.prompt + self.later)
+
+    def crop(self, store: Store, count: int) -> Part | None:
+        if count <= self.later:
+            rest = store.crop(count)
+            self.later -= count + (0 if rest is None else rest.slots)
+            return rest
+        store.crop(self.later)
+        self.prompt, self.later = self.prompt - (count - self.later), 0
+        if not self.prompt or self.positions is None:
+            store.clear()
+            self.clear()
+            return None
+        gone = self.positions >= self.prompt
+        store.hide(gone)
+        self.kept = float((~gone).sum(-1).double().mean())
+        return None
+
+    def rows(self, index: Int[Tensor, " n"]) -> None:
+        if self.positions is not None:
+            self.positions = self.positions.index_select(0, index.to(self.positions.device))
+
+    def clear(self) -> None:
+        self.positions, self.prompt, self.later, self.kept = None, 0, 0, 0.0
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.positions is None else self.positions.nbytes
