@@ -20,6 +20,9 @@ class Generate(PrefillOptions):
     """The prompt. Leave it out with --prompt-file."""
     prompt_file: Path | None = None
     """Text file in UTF-8 that holds the prompt."""
+    kv: str = "none"
+    """How tokens that were read are kept: the name of a preset (see docs/kvcache.md), a YAML file with the section kv:, or none
+    for transformers' own cache."""
     max_new_tokens: int = 128
     """Stop after so many new tokens, at the latest."""
     chat: bool = False
@@ -28,18 +31,23 @@ class Generate(PrefillOptions):
     """Write the new text to this file, and a record beside it: answer.txt and answer.json."""
 
     def run(self) -> None:
+        from dit_accel.config import KVConfig
         from dit_accel.llm.generate import check_new_tokens, encode, generate
+        from dit_accel.llm.kvcache.cache import zone_layers
         from dit_accel.llm.record import check_name, write_generation
-        from dit_accel.llm.report import summary_line
+        from dit_accel.llm.report import cache_line, summary_line
 
         check_new_tokens(self.max_new_tokens)
         prompt, config = self._prompt(), self.prefill_config()
+        kv = KVConfig.load(self.kv)
         if self.output is not None:
             check_name(self.output)
             check_output(self.output.parent, "output")
         place = self.place()
         source = self.source()
         source.check_prefill(config)
+        if kv is not None:
+            zone_layers(source.config, kv)
         ids = encode(source.tokenizer, prompt, chat=self.chat)
         source.check_length("prompt", ids.shape[1], self.max_new_tokens)
         done = generate(
@@ -47,6 +55,7 @@ class Generate(PrefillOptions):
             source.tokenizer,
             ids,
             prefill=config,
+            kv=kv,
             max_new_tokens=self.max_new_tokens,
         )
         settings: dict[str, Any] = {
@@ -54,6 +63,7 @@ class Generate(PrefillOptions):
             "revision": self.revision,
             "device": place["device"].type,
             "dtype": str(place["dtype"]).removeprefix("torch."),
+            "kv": None if kv is None else kv.to_dict(),
             "prompt": prompt,
             "chat": self.chat,
             "max_new_tokens": self.max_new_tokens,
@@ -70,6 +80,7 @@ class Generate(PrefillOptions):
             f"{done.new_tokens} tokens written{'' if rate is None else f', {rate:.1f} tokens/s'}"
         )
         print_line(summary_line(done.prefill))
+        print_line(cache_line(self.kv, done))
 
     def _prompt(self) -> str:
         if (self.prompt is None) == (self.prompt_file is None):

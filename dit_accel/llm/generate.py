@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.config import KVConfig
 from dit_accel.llm.control import PrefillSummary, disable, enable, summary
+from dit_accel.llm.kvcache.cache import KVCache, nbytes_of
 from dit_accel.llm.report import dense_reasons, prompt_density
 from dit_accel.llm.settings import read_prefill
 
@@ -26,6 +28,10 @@ class Generation:
     """Rate of the tokens after the first one; None if there is only one."""
     prefill: PrefillSummary | None
     """Calls of the attention layers; None for dense prefill."""
+    cache_bytes: int | None = None
+    """Bytes of the cache at the end; None: there was none."""
+    read_share: float | None = None
+    """Share of the tokens in the cache that each call read; None: transformers' own cache, which reads all."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -67,10 +73,11 @@ def generate(
     prompt: str | Tensor,
     *,
     prefill: Any = "balanced",
+    kv: Any = None,
     max_new_tokens: int = 128,
     chat: bool = False,
 ) -> Generation:
-    """Generate text greedily, the prompt read with sparse attention.
+    """Generate text greedily, the prompt read with sparse attention and kept in a cache of one's choice.
 
     The model is dense afterwards.
 
@@ -79,6 +86,7 @@ def generate(
         tokenizer: its tokenizer.
         prompt: text, or tokens `[1, L]`.
         prefill: see `enable`; None or "none": dense.
+        kv: see `enable`; None or "none": transformers' own cache.
         max_new_tokens: number of tokens after which it stops, at the latest.
         chat: see `encode`.
 
@@ -89,6 +97,7 @@ def generate(
 
     check_new_tokens(max_new_tokens)
     config = read_prefill(prefill)
+    kv = KVConfig.load(kv)
     ids = encode(tokenizer, prompt, chat=chat) if isinstance(prompt, str) else prompt
     if ids.numel() == 0:
         raise ValueError(f"prompt={prompt!r}: no tokens; accepted is a text of at least one token")
@@ -104,8 +113,8 @@ def generate(
     )
     clock = _Clock()
     disable(model)
-    if config is not None:
-        enable(model, prefill=config)
+    if config is not None or kv is not None:
+        enable(model, prefill=config, kv=kv)
     try:
         start = time.perf_counter()
         out = model.generate(
@@ -113,11 +122,12 @@ def generate(
             attention_mask=torch.ones_like(ids),
             generation_config=greedy,
             streamer=clock,
+            return_dict_in_generate=True,
         )
         found = None if config is None else summary(model)
     finally:
         disable(model)
-    new = out[0, ids.shape[1] :]
+    new, cache = out.sequences[0, ids.shape[1] :], out.past_key_values
     first, last = clock.times[1], clock.times[-1]
     return Generation(
         text=tokenizer.decode(new, skip_special_tokens=True),
@@ -126,6 +136,8 @@ def generate(
         first_token_seconds=first - start,
         tokens_per_second=(len(new) - 1) / (last - first) if len(new) > 1 else None,
         prefill=found,
+        cache_bytes=None if cache is None else nbytes_of(cache),
+        read_share=cache.read_share if isinstance(cache, KVCache) else None,
     )
 
 

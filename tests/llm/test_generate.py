@@ -5,6 +5,7 @@ import torch
 
 from dit_accel.llm.attention import POLICY
 from dit_accel.llm.generate import encode, generate
+from dit_accel.llm.loading import read_source
 from dit_accel.llm.report import dense_reasons, prompt_density, summary_line
 
 from .models import make
@@ -107,3 +108,24 @@ def test_the_real_model_answers_with_sparse_prefill(smollm2):
     done = generate(model, words, prompt, prefill=settings, max_new_tokens=16, chat=True)
     assert "Paris" in done.text
     assert prompt_density(done.prefill) < 0.8
+
+
+def test_a_cache_of_ones_choice(small_llama):
+    source = read_source(str(small_llama))
+    model = source.load(dtype=torch.float32, device="cpu")
+    text = "a text of some length " * 8
+    own = generate(model, source.tokenizer, text, prefill=None, max_new_tokens=12)
+    assert own.read_share is None
+    same = generate(
+        model, source.tokenizer, text, prefill=None, kv={"sink": 4, "recent": 8}, max_new_tokens=12
+    )
+    assert same.text == own.text
+    assert same.cache_bytes == own.cache_bytes
+    assert same.read_share == 1
+    small = generate(model, source.tokenizer, text, kv="quest", max_new_tokens=12, prefill="none")
+    assert small.to_dict()["read_share"] == 1
+    window = {"select": "none", "sink": 4, "recent": 8}
+    less = generate(model, source.tokenizer, text, prefill=None, kv=window, max_new_tokens=12)
+    assert less.cache_bytes < own.cache_bytes / 2
+    assert less.read_share < 0.5
+    assert model.config._attn_implementation == "sdpa"
