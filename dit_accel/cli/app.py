@@ -27,6 +27,7 @@ from dit_accel.cli import (
     eval_run,
     eval_score,
     llm_bench,
+    llm_calibrate,
     llm_demo,
     llm_generate,
     llm_search,
@@ -80,6 +81,7 @@ class Llm:
         | Annotated[llm_verify.Verify, subcommand("verify")]
         | Annotated[llm_bench.Bench, subcommand("bench")]
         | Annotated[llm_search.Search, subcommand("search")]
+        | Annotated[llm_calibrate.Calibrate, subcommand("calibrate")]
         | Annotated[llm_demo.Demo, subcommand("demo")]
     )
 
