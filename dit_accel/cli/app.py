@@ -28,6 +28,7 @@ from dit_accel.cli import (
     eval_score,
     llm_bench,
     llm_bench_kv,
+    llm_calibrate,
     llm_demo,
     llm_generate,
     llm_learn_mask,
@@ -84,6 +85,7 @@ class Llm:
         | Annotated[llm_bench_kv.BenchKV, subcommand("bench-kv")]
         | Annotated[llm_search.Search, subcommand("search")]
         | Annotated[llm_learn_mask.LearnMask, subcommand("learn-mask")]
+        | Annotated[llm_calibrate.Calibrate, subcommand("calibrate")]
         | Annotated[llm_demo.Demo, subcommand("demo")]
     )
 

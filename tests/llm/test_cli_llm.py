@@ -22,13 +22,14 @@ def test_generate_prints_the_text_and_what_it_took(model, capsys):
         run("llm", "generate", "Once upon a time " * 20, *model, *SPARSE, "--max-new-tokens", 4)
         == 0
     )
-    *_, times, prefill = capsys.readouterr().out.splitlines()
+    *_, times, prefill, cache = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
         r"340 tokens read, first token after \d+\.\d\d s; 4 tokens written, [\d.]+ tokens/s", times
     )
     assert re.fullmatch(
         r"prefill: blocks, density [\d.]+, 2 sparse calls, dense calls: 1 x dense layer", prefill
     )
+    assert re.fullmatch(r"cache: transformers, [\d.]+ MB", cache)
 
 
 def test_generate_writes_the_text_and_a_record(model, capsys, tmp_path):

@@ -1,5 +1,7 @@
 """`KVCache`: a cache of transformers whose layers store tokens as `KVConfig` says."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from copy import copy
 from typing import Any
@@ -149,7 +151,20 @@ def model_sizes(config: Any) -> ModelSizes:
             f"kv: {type(text).__name__} does not tell its heads; accepted are models whose config does"
         )
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // counts.heads
-    return ModelSizes(text.num_hidden_layers, counts.kv_heads, head_dim)
+    return ModelSizes(text.num_hidden_layers, counts.kv_heads, head_dim, config_hash(text))
+
+
+def config_hash(text: Any) -> str:
+    """Return a hash of the fields of a config that finetuning and versions of transformers leave as they are."""
+    rope = getattr(text, "rope_parameters", None)
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    known = [
+        text.model_type,
+        *(getattr(text, x, None) for x in ("vocab_size", "hidden_size", "intermediate_size")),
+        *(getattr(text, x, None) for x in ("num_attention_heads", "rms_norm_eps")),
+        getattr(text, "rope_theta", theta),
+    ]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
 def adopt(cache: Any, config: Any, kv: KVConfig) -> Any:

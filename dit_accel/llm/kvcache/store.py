@@ -210,6 +210,8 @@ class ModelSizes:
     layers: int
     kv_heads: int
     head_dim: int
+    config: str = ""
+    """Hash of what tells the model from others of these sizes; empty: unknown."""
 
 
 def store_names() -> list[str]:

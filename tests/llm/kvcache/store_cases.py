@@ -96,12 +96,11 @@ def check_reading(store, want):
     generator = torch.Generator().manual_seed(1)
     rows, heads, slots, head_dim = want.k.shape
     q = torch.randn(rows, heads, 3, 2, head_dim, generator=generator).to(want.k.dtype)
-    for found, expected in zip(
-        store.attend(q, 0.2),
-        attention_part(q, want.k, want.v, scale=0.2, visible=want.valid),
-        strict=True,
-    ):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found = store.attend(q, 0.2)
+    expected = attention_part(q, want.k, want.v, scale=0.2, visible=want.valid)
+    torch.testing.assert_close(found.lse, expected.lse, rtol=1e-5, atol=1e-5)
+    some = expected.lse > -torch.inf  # outputs of rows without a key are never read
+    torch.testing.assert_close(found.o[some], expected.o[some], rtol=1e-5, atol=1e-5)
     index = torch.randint(slots, (rows, heads, 5), generator=generator)
     some = store.take(index)
     same(Part.of(*store.decode(some.tensors), some.valid), want.take(index))

@@ -1,0 +1,258 @@
+"""`calibrate`: codebooks of product quantisation from texts that a model reads."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from dit_accel.config.base import check, check_choice, is_int
+from dit_accel.environment import versions
+from dit_accel.llm.kvcache.cache import model_sizes
+from dit_accel.llm.kvcache.codebooks import PAIRINGS, SCOPES, Codebooks, Form
+from dit_accel.llm.kvcache.kmeans import kmeans
+from dit_accel.llm.kvcache.store import ModelSizes
+from dit_accel.llm.loading import Source
+from dit_accel.llm.search.samples import make_samples
+from dit_accel.llm.search.settings import SearchSettings
+
+SHAPES = {4: (2, 8), 3: (2, 6), 2: (4, 8)}
+"""Channels of a sub-vector and bits of its code, by bits per value."""
+VECTORS = 64
+"""Vectors of a centroid at most, on average; others are left out at random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """Settings of `dit-accel llm calibrate`."""
+
+    bits: int = 4
+    """Bits of a stored value: 4, 3 or 2."""
+    scope: str = "layer"
+    """See `Form`."""
+    pairing: str = "neighbours"
+    """See `Form`."""
+    centred: bool = False
+    """See `Form`."""
+    texts: tuple[str, ...] = ("prose", "code")
+    """prose, code, or paths of text files."""
+    length: int = 2048
+    """Tokens of a sample. Keys turn with their position, so it should be the length of use."""
+    samples: int = 2
+    """Samples of each text that the codebooks are made from."""
+    checks: int = 1
+    """Further samples of each text, on which errors are measured."""
+    sink: int = 64
+    """First tokens of each sample that are left out, because caches keep them exactly."""
+    rounds: int = 25
+    """Rounds of k-means at most."""
+    seed: int = 0
+    """Seed of k-means."""
+
+    def __post_init__(self) -> None:
+        check_choice("bits", self.bits, tuple(SHAPES))
+        check_choice("scope", self.scope, SCOPES)
+        check_choice("pairing", self.pairing, PAIRINGS)
+        self._texts()
+        check("checks", self.checks, self.checks >= 1, "an int >= 1")
+        check("rounds", self.rounds, is_int(self.rounds) and self.rounds >= 1, "an int >= 1")
+        check("seed", self.seed, is_int(self.seed) and self.seed >= 0, "an int >= 0")
+        ok = is_int(self.sink) and 0 <= self.sink < self.length
+        check("sink", self.sink, ok, f"an int from 0 to {self.length - 1}")
+
+    def form(self, sizes: ModelSizes) -> Form:
+        """Return the form of codebooks for a model.
+
+        Raises:
+            ValueError: its heads cannot be divided in this way.
+        """
+        width, bits = SHAPES[self.bits]
+        if sizes.head_dim % (2 * width):
+            raise ValueError(
+                f"bits={self.bits}: heads of {sizes.head_dim} channels; accepted are multiples of {2 * width}"
+            )
+        form = Form(
+            sub_vectors=sizes.head_dim // width,
+            bits=bits,
+            scope=self.scope,
+            pairing=self.pairing,
+            centred=self.centred,
+        )
+        form.check_head_dim(sizes.head_dim)
+        return form
+
+    def read(self, tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the tokens of samples for the codebooks and for the errors, from the second half of each text.
+
+        Raises:
+            ValueError: a text cannot be read or is too short.
+        """
+        found = make_samples(tokenizer, self._texts())
+        return [x.ids for x in found if not x.held_out], [x.ids for x in found if x.held_out]
+
+    def _texts(self) -> SearchSettings:
+        return SearchSettings(
+            texts=self.texts, length=self.length, samples=self.samples, checks=self.checks
+        )
+
+
+class Calibration:
+    """A calibration that is checked and whose model is not loaded yet.
+
+    Args:
+        source: the model.
+        settings: form and texts.
+
+    Raises:
+        ValueError: a text is too short, or the settings are not for this model.
+    """
+
+    def __init__(self, source: Source, settings: CalibrationSettings) -> None:
+        source.check_length("length", settings.length)
+        self.source, self.settings = source, settings
+        self.sizes = model_sizes(source.config)
+        settings.form(self.sizes)
+        self.samples = settings.read(source.tokenizer)
+
+    def run(self, load: Callable[[], Any], *, show: bool = False) -> Codebooks:
+        """Return codebooks; their notes hold the errors.
+
+        Args:
+            load: loads the model.
+            show: whether a progress bar is shown on stderr.
+        """
+        return calibrate(load(), *self.samples, self.settings, name=self.source.name, show=show)
+
+
+def calibrate(
+    model: Any,
+    samples: list[Int[Tensor, "1 l"]],
+    held_out: list[Int[Tensor, "1 l"]],
+    settings: CalibrationSettings,
+    *,
+    name: str = "",
+    show: bool = False,
+) -> Codebooks:
+    """Return codebooks of the keys and values that a model makes of samples.
+
+    Args:
+        model: causal language model of transformers, without a KV cache of `enable`.
+        samples: tokens of each sample.
+        held_out: further samples, on which errors are measured.
+        settings: form and rounds.
+        name: name of the model, for the file.
+        show: whether a progress bar is shown on stderr.
+
+    Raises:
+        ValueError: the settings are not for this model.
+    """
+    sizes = model_sizes(model.config)
+    form = settings.form(sizes)
+    seen, checked = (captured(model, x, settings.sink) for x in (samples, held_out))
+    layers = tuple(seen)
+    tensors = {}
+    for at, letter in enumerate("kv"):
+        vectors = [seen[i][at] for i in layers]
+        planes = letter == "k" and form.pairing == "planes"
+        if form.centred:
+            means = torch.stack([x.mean(1) for x in vectors])
+            vectors = [x - mean[:, None] for x, mean in zip(vectors, means, strict=True)]
+            tensors[f"{letter}_mean"] = means.cpu()
+        if planes:
+            vectors = [x.unflatten(-1, (2, -1)).mT.flatten(-2) for x in vectors]
+        with tqdm(total=len(vectors), desc={"k": "keys", "v": "values"}[letter], unit="layer", disable=not show) as bar:  # fmt: skip
+            found = []
+            for book, number in _books(vectors, form, settings):
+                found.append(book)
+                bar.update(number)
+        tensors[letter] = torch.stack(found).cpu()
+    books = Codebooks(form=form, sizes=sizes, layers=layers, tensors=tensors, model=name)
+    return Codebooks(
+        form=form,
+        sizes=sizes,
+        layers=layers,
+        tensors=tensors,
+        model=name,
+        notes={
+            "settings": {k: list(x) if isinstance(x, tuple) else x for k, x in asdict(settings).items()},
+            "errors": errors(books, checked),
+            "versions": versions(),
+        },
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def captured(
+    model: Any, samples: list[Int[Tensor, "1 l"]], sink: int
+) -> dict[int, tuple[Float[Tensor, "h n d"], Float[Tensor, "h n d"]]]:
+    """Return fp32 keys (after RoPE) and values of all samples, by layer. Layers with a sliding window have none.
+
+    Args:
+        model: causal language model of transformers.
+        samples: tokens of each sample.
+        sink: first tokens of each sample that are left out.
+
+    Raises:
+        ValueError: the model keeps its keys elsewhere.
+    """
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for ids in samples:
+        cache = DynamicCache(config=model.config)
+        model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if type(cache) is not DynamicCache:
+            raise ValueError(
+                "model: has a KV cache of dit_accel; accepted is one after dit_accel.llm.disable(model)"
+            )
+        for i, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer:
+                assert layer.keys is not None
+                assert layer.values is not None
+                pair = layer.keys[0, :, sink:].float(), layer.values[0, :, sink:].float()
+                found.setdefault(i, []).append(pair)
+    if not found:
+        raise ValueError("model: no layer has full attention; accepted are models with one")
+    return {
+        i: (torch.cat([k for k, _ in x], 1), torch.cat([v for _, v in x], 1))
+        for i, x in found.items()
+    }
+
+
+def errors(
+    books: Codebooks, vectors: dict[int, tuple[Float[Tensor, "h n d"], Float[Tensor, "h n d"]]]
+) -> dict[str, float]:
+    """Return the relative errors of keys and of values: square roots of squared errors over squares, mean over layers."""
+    found: dict[str, list[float]] = {"keys": [], "values": []}
+    for i, pair in vectors.items():
+        for name, x, quantizer in zip(found, pair, books.quantizers(i, pair[0].device), strict=True):  # fmt: skip
+            error = (quantizer.decode(quantizer.encode(x[None]))[0] - x).norm() / x.norm()
+            found[name].append(float(error))
+    return {name: sum(x) / len(x) for name, x in found.items()}
+
+
+def _books(
+    vectors: list[Float[Tensor, "h n d"]], form: Form, settings: CalibrationSettings
+) -> Iterator[tuple[Float[Tensor, "_h m c w"], int]]:
+    """Yield centroids of the model or of each layer, and the number of layers that they are for."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    most = VECTORS * 2**form.bits
+
+    def some(x: Tensor) -> Tensor:
+        if len(x) <= most:
+            return x
+        return x[torch.randperm(len(x), generator=generator)[:most].to(x.device)]
+
+    def one(x: Tensor) -> Tensor:
+        parts = some(x).unflatten(-1, (form.sub_vectors, -1)).movedim(1, 0).contiguous()
+        return kmeans(parts, 2**form.bits, rounds=settings.rounds, seed=settings.seed)
+
+    if form.scope == "model":
+        yield one(torch.cat([x.flatten(0, 1) for x in vectors]))[None], len(vectors)
+        return
+    for x in vectors:
+        heads = x if form.scope == "head" else x.flatten(0, 1)[None]
+        yield torch.stack([one(head) for head in heads]), 1

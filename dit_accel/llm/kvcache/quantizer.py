@@ -1,0 +1,106 @@
+"""`Quantizer`: vectors as codes of their sub-vectors."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from dit_accel.llm.kvcache.packing import pack, unpack
+
+DISTANCES = 2**19
+"""Distances that exist at a time while vectors are encoded: they stay in the cache of a CPU."""
+VIEWS = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""Dtypes by their bytes. A centroid that is one element of such a dtype is gathered at once, four times as fast."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quantizer:
+    """Codebooks of the keys or values of one layer (product quantisation).
+
+    The channels of a vector are put in order and divided into `m` sub-vectors of `w` channels. Each is stored as the
+    number of its nearest centroid.
+    """
+
+    centroids: Float[Tensor, "_h m c w"]
+    """Centroids of each sub-vector, for all heads or for each."""
+    planes: bool = False
+    """Whether the first sub-vector holds channels 0, d / 2, 1, d / 2 + 1, ..., which RoPE rotates in pairs. Else it holds
+    the first channels."""
+    mean: Float[Tensor, "h d"] | None = None
+    """Mean of each head, which is subtracted first."""
+
+    @cached_property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return int(self.centroids.shape[2] - 1).bit_length()
+
+    @cached_property
+    def table(self) -> Float[Tensor, "rows w"]:
+        """Centroids of all heads and sub-vectors, one after another."""
+        return self.centroids.flatten(0, 2).contiguous()
+
+    @cached_property
+    def offsets(self) -> Int[Tensor, "_h 1 m"]:
+        """Rows of the table at which sub-vectors begin."""
+        heads, parts, count = self.centroids.shape[:3]
+        first = count * torch.arange(heads * parts, device=self.centroids.device)
+        return first.view(heads, 1, parts).int()
+
+    def grouped(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+        """Return vectors with their channels in order of the sub-vectors."""
+        return x.unflatten(-1, (2, -1)).mT.flatten(-2) if self.planes else x
+
+    def ungrouped(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+        """Return vectors with their channels in the model's order."""
+        return x.unflatten(-1, (-1, 2)).mT.flatten(-2) if self.planes else x
+
+    def centred(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
+        """Return what is coded, channels in order, in fp32."""
+        x = x.float()
+        return self.grouped(x if self.mean is None else x - self.mean[:, None])
+
+    def encode(self, x: Float[Tensor, "b h n d"]) -> UInt8[Tensor, "b h n bytes"]:
+        """Return the packed codes of vectors."""
+        heads, parts, _, width = self.centroids.shape
+        found = self.centred(x).unflatten(-1, (parts, width))
+        rows = (
+            found.movedim(1, 0) if heads > 1 else found[None]
+        )  # [h, b, n, m, w] or [1, b, h, n, m, w]
+        lead = rows.shape[1:-2]
+        flat = rows.flatten(1, -3).movedim(2, 1).flatten(0, 1)  # [h m, rows, w]
+        codes = nearest(flat, self.centroids.flatten(0, 1))
+        codes = codes.unflatten(0, (heads, parts)).movedim(1, 2).unflatten(1, lead)
+        codes = codes.movedim(0, 1) if heads > 1 else codes[0]
+        return pack(codes.to(torch.uint8), self.bits)
+
+    def numbers(self, codes: UInt8[Tensor, "b h n bytes"]) -> UInt8[Tensor, "b h n m"]:
+        """Return the codes of the sub-vectors."""
+        return unpack(codes, self.bits)
+
+    def rows(self, codes: UInt8[Tensor, "b h n bytes"]) -> Float[Tensor, "b h n d"]:
+        """Return vectors without their mean, channels in order."""
+        index = (self.numbers(codes).int() + self.offsets).flatten()
+        table = self.table
+        kind = VIEWS.get(table.shape[1] * table.element_size())
+        if kind is None:
+            chosen = table.index_select(0, index)
+        else:
+            chosen = table.view(kind).flatten().index_select(0, index).view(table.dtype)
+        return chosen.view(*codes.shape[:3], self.centroids.shape[1] * table.shape[1])
+
+    def decode(self, codes: UInt8[Tensor, "b h n bytes"]) -> Float[Tensor, "b h n d"]:
+        """Return vectors."""
+        found = self.ungrouped(self.rows(codes))
+        return found if self.mean is None else found + self.mean[:, None]
+
+
+def nearest(x: Float[Tensor, "m n w"], centroids: Float[Tensor, "m c w"]) -> Int[Tensor, "m n"]:
+    """Return the number of the nearest centroid of each vector."""
+    bias = centroids.square().sum(-1)[:, None] / -2
+    step = max(1, DISTANCES // (centroids.shape[0] * centroids.shape[1]))
+    if not x.shape[1]:
+        return torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+    # argmin |x - c|^2 = argmax <x, c> - |c|^2 / 2
+    return torch.cat([torch.baddbmm(bias, y, centroids.mT).argmax(-1) for y in x.split(step, 1)], 1)

@@ -1,0 +1,90 @@
+"""`Codes`: tokens as codes of product quantisation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_accel.llm.kvcache.codebooks import read_codebooks
+from dit_accel.llm.kvcache.part import Part
+from dit_accel.llm.kvcache.partial import Partial, attention_part, merged_part
+from dit_accel.llm.kvcache.quantizer import Quantizer
+from dit_accel.llm.kvcache.store import ModelSizes, Store
+
+VALUES = 2**19
+"""Values of decoded keys that exist at a time: they stay in the cache of a CPU."""
+
+
+@dataclass
+class Codes(Store):
+    """Keys and values as the numbers of their nearest centroids, after MILLION (arXiv 2504.03661).
+
+    Attention is computed on the codes: no decoded token is kept. The cache holds keys after RoPE; codebooks of keys before
+    RoPE have half the error, but would have to be rotated for each token that is read.
+    """
+
+    name: ClassVar[str] = "pq"
+    codebooks: str | None = None
+    """File of `dit-accel llm calibrate`."""
+    dtype: torch.dtype = field(default=torch.float32, init=False, repr=False)
+    """Dtype of the tokens that came in, and of decoded ones."""
+    layer: int = field(default=0, init=False, repr=False)
+    """Layer of the model."""
+
+    def __post_init__(self) -> None:
+        if self.codebooks is None:
+            raise ValueError(
+                "codebooks=None: accepted is a safetensors file; dit-accel llm calibrate makes one for a model"
+            )
+        self.books = read_codebooks(self.codebooks)
+
+    def prepare(self, layer: int, model: ModelSizes) -> None:
+        try:
+            self.books.check(model)
+            self.books.check_layer(layer)
+        except ValueError as error:
+            raise ValueError(f"codebooks={self.codebooks!r}: {error}") from None
+        self.layer = layer
+
+    def encode(self, part: Part) -> Mapping[str, Tensor]:
+        self.dtype = part.k.dtype
+        k, v = self._on(part.k.device)
+        return {"k": k.encode(part.k), "v": v.encode(part.v)}
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        k, v = self._on(tensors["k"].device)
+        return k.decode(tensors["k"]).to(self.dtype), v.decode(tensors["v"]).to(self.dtype)
+
+    def attend_part(self, q: Tensor, part: Part, scale: float) -> Partial:
+        """Return attention over the tokens of a part.
+
+        Queries take the order of the codebooks' channels, so that keys need not. Means of keys add the same to all scores
+        of a query, and means of values the same to all outputs.
+        """
+        k, v = self._on(q.device)
+        wide = q.float()
+        rows, found = k.grouped(wide), []
+        step = max(1, VALUES // (q.shape[0] * q.shape[1] * q.shape[-1]))
+        for start in range(0, part.slots, step):
+            some = part.cut(start, min(start + step, part.slots))
+            found.append(
+                attention_part(
+                    rows,
+                    k.rows(some.tensors["k"]),
+                    v.rows(some.tensors["v"]),
+                    scale=scale,
+                    visible=some.valid,
+                )
+            )
+        o, lse = merged_part(found)
+        o = v.ungrouped(o)
+        if k.mean is not None and v.mean is not None:
+            lse = lse + scale * (wide @ k.mean[:, None, :, None])[..., 0]
+            o = o + v.mean[:, None, None]
+        return Partial(o.to(q.dtype), lse)
+
+    def _on(self, device: torch.device) -> tuple[Quantizer, Quantizer]:
+        """Return the codebooks on a device."""
+        return self.books.quantizers(self.layer, device)
