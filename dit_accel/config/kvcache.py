@@ -41,6 +41,12 @@ class KVConfig(Config):
         "snapkv": {"select": "snapkv", "select_options": {"budget": 0.1, "window": 64}},
         # Quest (arXiv 2406.10774): pages of 16 tokens with the largest bounds.
         "quest": {"select": "quest", "select_options": {"budget": 0.25, "page": 16}},
+        # RetroInfer (arXiv 2505.02922): clusters of 16 keys; new tokens are clustered 1,024 at a time.
+        "retroinfer": {
+            "select": "wave",
+            "select_options": {"retrieve": 0.05, "estimate": 0.23},
+            "flush": 1024,
+        },
     }
 
     def __post_init__(self) -> None:

@@ -79,9 +79,12 @@ class Part:
 
         def one(x: Tensor) -> Tensor:
             shared = max(1, self.slots // max(1, x.shape[TOKENS]))
-            at = index.to(x.device).expand(*x.shape[:2], -1) // shared
-            at = at.reshape(*at.shape, *[1] * (x.ndim - 3)).expand(-1, -1, -1, *x.shape[3:])
-            return x.gather(TOKENS, at)
+            rows, heads, length = x.shape[:3]
+            at = index.to(x.device).expand(rows, heads, -1) // shared
+            # Whole rows of a flat tensor: several times as fast as `gather`, which looks up each number.
+            first = torch.arange(rows * heads, device=x.device).view(rows, heads, 1) * length
+            flat = x.flatten(0, 2).index_select(0, (first + at).flatten())
+            return flat.view(rows, heads, -1, *x.shape[3:])
 
         valid = self.valid
         if valid is not None:

@@ -6,10 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from dit_accel.llm.kvcache.clusters import Clusters
 from dit_accel.llm.kvcache.part import Part
 
 LAYER = ("exact", "length", "sinks", "positions", "stored", "calls", "read")
 """Attributes of a `ZoneLayer` that change."""
+KINDS: dict[str, Any] = {"Part": Part, "Clusters": Clusters}
+"""Records that stores and selectors hold."""
 
 
 def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -23,10 +26,12 @@ def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
-    if isinstance(value, Part):
-        return {"part": packed([dict(value.tensors), value.slots, value.valid], name, tensors)}
+    if type(value) in KINDS.values():
+        inner = {x.name: getattr(value, x.name) for x in fields(value)}
+        return {type(value).__name__: packed(inner, name, tensors)}
     if isinstance(value, list | tuple):
-        return [packed(x, f"{name}.{i}", tensors) for i, x in enumerate(value)]
+        inner = [packed(x, f"{name}.{i}", tensors) for i, x in enumerate(value)]
+        return inner if isinstance(value, list) else {"tuple": inner}
     if isinstance(value, Mapping):
         return {"items": {str(k): packed(x, f"{name}.{k}", tensors) for k, x in value.items()}}
     raise ValueError(f"{name}: a {type(value).__name__} cannot be saved")
@@ -41,8 +46,10 @@ def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, inner),) = value.items()
     if kind == "tensor":
         return tensors[inner]
-    if kind == "part":
-        return Part(*unpacked(inner, tensors))
+    if kind == "tuple":
+        return tuple(unpacked(inner, tensors))
+    if kind in KINDS:
+        return KINDS[kind](**unpacked(inner, tensors))
     return {k: unpacked(x, tensors) for k, x in inner.items()}
 
 

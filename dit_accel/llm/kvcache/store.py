@@ -73,7 +73,9 @@ class Store(ABC):
         """Add exact tokens, a multiple of `granule`."""
         if not part.slots:
             return
-        new = Part(self.encode(part), part.slots, part.valid)
+        # Contiguous, so that single tokens can be read without a copy of all.
+        tensors = {name: x.contiguous() for name, x in self.encode(part).items()}
+        new = Part(tensors, part.slots, part.valid)
         if len(self.parts) < 2:
             self.parts = [*self.parts, new]
             return

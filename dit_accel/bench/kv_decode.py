@@ -1,0 +1,166 @@
+"""Times one attention layer that generates a token from a long cache (the script bench_kv.py)."""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+
+from dit_accel.bench.prefill_speed import DTYPES
+from dit_accel.bench.timing import seconds
+from dit_accel.config import KVConfig
+from dit_accel.environment import machine, versions
+from dit_accel.files import write_json
+from dit_accel.llm.kvcache.cache import read_kv
+from dit_accel.llm.kvcache.codebooks import Codebooks, Form, write_codebooks
+from dit_accel.llm.kvcache.layer import ZoneLayer
+from dit_accel.llm.kvcache.selector import selector_of
+from dit_accel.llm.kvcache.store import ModelSizes, store_of
+
+FORMAT_VERSION = 1
+DENSE = "dense (sdpa)"
+CLUSTER = 16
+"""Tokens around one direction, on average. What is near each other is what clusters can find."""
+
+
+@dataclass
+class KVDecode:
+    """Seconds of one attention layer that reads a cache for one new token: dense attention of torch beside caches."""
+
+    output: Path
+    lengths: tuple[int, ...] = (8192, 32768)
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 1
+    """Heads of keys; Llama-3.1-8B has 32 over 8."""
+    head_dim: int = 128
+    dtype: str = "fp32"
+    """fp32 or bf16."""
+    repeats: int = 20
+    threads: int = 1
+    device: str = "cpu"
+
+    def run(self) -> None:
+        torch.set_num_threads(self.threads)
+        rows: list[dict[str, Any]] = []
+        with tempfile.TemporaryDirectory() as folder:
+            settings = self._settings(Path(folder))
+            for length in tqdm(self.lengths, desc="lengths"):
+                rows += self._measure(length, settings)
+        record = {
+            "format_version": FORMAT_VERSION,
+            **{k: x for k, x in vars(self).items() if k != "output"},
+            "rows": rows,
+            "versions": versions(),
+            "machine": machine(),
+        }
+        write_json(self.output, record)
+        print_table(record)
+
+    def _settings(self, folder: Path) -> dict[str, KVConfig]:
+        """Return the caches by name; those of codes have random codebooks, which cost the same."""
+        found = {name: read_kv(name) for name in KVConfig.PRESETS if name != "window"}
+        wave = KVConfig.PRESETS["retroinfer"]
+        two = {**wave, "select_options": {**wave.get("select_options", {}), "retrieve": 0.02}}
+        found["retroinfer, 2 % read"] = read_kv(two)
+        sizes = ModelSizes(1, self.kv_heads, self.head_dim)
+        for bits, width in ((4, 2), (2, 4)):
+            form = Form(sub_vectors=self.head_dim // width, bits=8)
+            books = torch.randn(1, 1, form.sub_vectors, 256, width)
+            path = folder / f"pq{bits}.safetensors"
+            made = Codebooks(form=form, sizes=sizes, layers=(0,), tensors={"k": books, "v": books})
+            write_codebooks(path, made)
+            found[f"pq, {bits} bits"] = read_kv(
+                {"store": "pq", "store_options": {"codebooks": str(path)}}
+            )
+        return found
+
+    @torch.no_grad()
+    def _measure(self, length: int, settings: dict[str, KVConfig]) -> list[dict[str, Any]]:
+        q, k, v = self._tokens(length)
+        new_q, new_k, new_v = (x[:, :, -1:] for x in (q, k, v))
+        scale = self.head_dim**-0.5
+        functions: dict[str, Callable[[], Any]] = {
+            DENSE: lambda: scaled_dot_product_attention(new_q, k, v, enable_gqa=True)
+        }
+        layers: dict[str, ZoneLayer] = {}
+
+        def one(layer: ZoneLayer) -> tuple[Tensor, ZoneLayer]:
+            fork = layer.fork()
+            fork.update(new_k, new_v)
+            return fork.attend(new_q, new_k, new_v, None, scale=scale, prompt=lambda: q), fork
+
+        for name, config in settings.items():
+            layers[name] = layer = self._layer(config)
+            old_q, old_k, old_v = (x[:, :, :-1] for x in (q, k, v))
+            layer.update(old_k, old_v)
+            # The outputs of the prompt are not needed here.
+            layer.attend(old_q, old_k, old_v, None, scale=scale, prompt=lambda: q)
+            functions[name] = lambda layer=layer: one(layer)[0]
+        exact = functions[DENSE]()
+        times = seconds(functions, self.repeats, self.device)
+        dense = statistics.median(times[DENSE])
+        whole = k.nbytes + v.nbytes
+        found = []
+        for name, values in times.items():
+            took = statistics.median(values)
+            row = {"length": length, "kind": name, "seconds": took, "dense_over_this": dense / took}
+            if name in layers:
+                out, fork = one(layers[name])
+                row["bytes_share"] = layers[name].nbytes / whole
+                row["read_share"] = fork.read / fork.calls
+                row["error"] = float((out - exact).norm() / exact.norm())
+            found.append(row)
+        return found
+
+    def _layer(self, config: KVConfig) -> ZoneLayer:
+        store = store_of(config.store, config.store_options)
+        store.prepare(0, ModelSizes(1, self.kv_heads, self.head_dim))
+        selector = selector_of(config.select, config.select_options)
+        return ZoneLayer(
+            store, selector, sink=config.sink, recent=config.recent, flush=config.flush
+        )
+
+    def _tokens(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values whose keys lie around directions, in any order."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, self.kv_heads, length, self.head_dim)
+        centres = torch.randn(length // CLUSTER, self.head_dim, generator=generator)
+        which = torch.randint(len(centres), shape[:3], generator=generator)
+        k = centres[which] + 0.5 * torch.randn(shape, generator=generator)
+        v = torch.randn(shape, generator=generator)
+        q = 2 * centres[torch.randint(len(centres), (1, self.heads, length), generator=generator)]
+        q, k, v = (x.to(self.device, DTYPES[self.dtype]) for x in (q, k, v))
+        return q, k, v
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """A line for each cache: times faster than dense by length, bytes, tokens read and the error of the output."""
+    rows = record["rows"]
+    lengths = sorted({x["length"] for x in rows})
+    last = lengths[-1]
+    print(
+        f"\n{record['heads']} heads over {record['kv_heads']}, head_dim {record['head_dim']}, {record['dtype']}, "
+        f"{record['threads']} thread(s): dense over this\n"
+    )
+    heads = ["", *(str(n) for n in lengths), "bytes", "read", "error"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for kind in dict.fromkeys(x["kind"] for x in rows):
+        found = {x["length"]: x for x in rows if x["kind"] == kind}
+        if kind == DENSE:
+            cells = [f"{1000 * found[n]['seconds']:.2f} ms" for n in lengths] + [
+                "1.000",
+                "1.000",
+                "",
+            ]
+        else:
+            x = found[last]
+            cells = [f"{found[n]['dense_over_this']:.2f}x" for n in lengths]
+            cells += [f"{x['bytes_share']:.3f}", f"{x['read_share']:.3f}", f"{x['error']:.3f}"]
+        print(f"| {kind} | {' | '.join(cells)} |")

@@ -1,0 +1,108 @@
+"""`Clusters`: stored tokens by cluster, with what tells whether a query needs them."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dit_accel.llm.kvcache.spherical import sums
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Clusters of each row and head. Tensors are never changed in place, so that copies may share them."""
+
+    k: Float[Tensor, "b h m d"]
+    """Mean key of each cluster."""
+    v: Float[Tensor, "b h m d_v"]
+    """Mean value."""
+    sizes: Int[Tensor, "b h m"]
+    """Tokens of each cluster."""
+    starts: Int[Tensor, "b h m"]
+    """First entry of each cluster in `order`."""
+    order: Int[Tensor, "b h n"]
+    """Slots of tokens, those of a cluster one after the other."""
+    labels: Int[Tensor, "b h n"]
+    """Cluster of each token, counted from the first one of its run; a number past the last one: none."""
+    runs: tuple[tuple[int, int], ...]
+    """Number of tokens and of clusters up to the end of each group of tokens that were clustered together."""
+
+    @staticmethod
+    def of(
+        k: Tensor, v: Tensor, labels: Int[Tensor, "b h n"], count: int, first: int
+    ) -> "Clusters":
+        """Return the clusters of tokens that were clustered together.
+
+        Args:
+            k, v: exact keys and values.
+            labels: cluster of each token; `count`: none.
+            count: number of clusters.
+            first: slot of the first token.
+        """
+        heads, flat = k.shape[:2], labels.flatten(0, 1).long()
+        sizes = sums(torch.ones_like(flat, dtype=torch.float)[..., None], flat, count)
+        means = [
+            (sums(x.float().flatten(0, 1), flat, count) / sizes.clamp(min=1)).to(x.dtype)
+            for x in (k, v)
+        ]
+        ints = sizes[..., 0].to(torch.int32)
+        starts = (ints.cumsum(1) - ints + first).to(torch.int32)
+        order = (flat.argsort(dim=1, stable=True) + first).to(torch.int32)
+        mean_k, mean_v, ints, starts, order = (
+            x.unflatten(0, heads) for x in (*means, ints, starts, order)
+        )
+        runs = ((first + k.shape[2], count),)
+        return Clusters(mean_k, mean_v, ints, starts, order, labels.to(torch.int32), runs)
+
+    @property
+    def count(self) -> int:
+        """Number of clusters, empty ones among them."""
+        return self.sizes.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(x.nbytes for x in self._tensors())
+
+    def joined(self, other: "Clusters") -> "Clusters":
+        """Return these clusters and those of later tokens."""
+        tensors = (torch.cat(x, 2) for x in zip(self._tensors(), other._tensors(), strict=True))
+        later = tuple((tokens, clusters + self.count) for tokens, clusters in other.runs)
+        return Clusters(*tensors, runs=self.runs + later)
+
+    def rows(self, index: Int[Tensor, " n"]) -> "Clusters":
+        """Return the rows of the batch at `index`, in this order."""
+        tensors = (x.index_select(0, index.to(x.device)) for x in self._tensors())
+        return Clusters(*tensors, runs=self.runs)
+
+    def whole_runs(self, tokens: int) -> "Clusters | None":
+        """Return the runs that lie within the first tokens; None: no run does."""
+        runs = tuple(x for x in self.runs if x[0] <= tokens)
+        if not runs:
+            return None
+        end, count = runs[-1]
+        by_cluster = (x[:, :, :count] for x in (self.k, self.v, self.sizes, self.starts))
+        return Clusters(*by_cluster, self.order[:, :, :end], self.labels[:, :, :end], runs)
+
+    def members(
+        self, clusters: Int[Tensor, "b h l_q r"]
+    ) -> tuple[Int[Tensor, "b h l_q n"], Bool[Tensor, "b h l_q n"], Int[Tensor, "b h l_q"]]:
+        """Return the tokens of clusters of each query position, the entries that are tokens, and their number."""
+        shape = clusters.shape
+        sizes, starts = (
+            x.long().gather(2, clusters.flatten(2)).view(shape) for x in (self.sizes, self.starts)
+        )
+        ends = sizes.cumsum(-1)
+        counts = sizes.sum(-1)
+        most = int(counts.max())
+        at = torch.arange(most, device=clusters.device).expand(*shape[:3], most).contiguous()
+        which = torch.searchsorted(ends, at, right=True).clamp(max=shape[3] - 1)
+        place = (starts - ends + sizes).gather(3, which) + at
+        inside = at < counts[..., None]
+        place = place.masked_fill(~inside, 0).flatten(2)
+        index = self.order.gather(2, place).long().view(*shape[:3], most)
+        return index, inside, counts
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.k, self.v, self.sizes, self.starts, self.order, self.labels

@@ -1,0 +1,130 @@
+"""`Wave`: clusters of similar keys, the best read exactly, others by their means (RetroInfer, arXiv 2505.02922)."""
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dit_accel.llm.kvcache.budget import check_count, check_share
+from dit_accel.llm.kvcache.chosen import attend_chosen
+from dit_accel.llm.kvcache.clusters import Clusters
+from dit_accel.llm.kvcache.part import Part
+from dit_accel.llm.kvcache.partial import SCORES, Partial, from_scores, merged_part
+from dit_accel.llm.kvcache.selector import Prompt, Selector
+from dit_accel.llm.kvcache.spherical import labels_of
+from dit_accel.llm.kvcache.store import Store
+
+
+@dataclass
+class Wave(Selector):
+    """Read the clusters whose mean keys match a query, estimate the next ones, and leave out the rest.
+
+    Tokens that come together are clustered together: the prompt first, then `flush` tokens at a time. A cluster is
+    estimated as if each of its tokens had the mean key and the mean value: its weight is then at most the true one
+    (Jensen's inequality).
+    """
+
+    name: ClassVar[str] = "wave"
+    retrieve: float = 0.05
+    """Share of the clusters whose tokens are read, the best ones."""
+    estimate: float = 0.23
+    """Share of the clusters that are estimated, the next ones."""
+    size: int = 16
+    """Mean number of tokens of a cluster."""
+    segment: int = 8192
+    """Tokens that are clustered at a time."""
+    rounds: int = 10
+    """Rounds of k-means."""
+    clusters: Clusters | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_share("retrieve", self.retrieve)
+        check_share("estimate", self.estimate)
+        if not self.retrieve and not self.estimate:
+            raise ValueError("retrieve=0, estimate=0: accepted is one of them > 0")
+        for name in ("size", "segment", "rounds"):
+            check_count(name, getattr(self, name))
+
+    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
+        first = store.slots
+        store.append(part)
+        labels, count = labels_of(
+            part.k, part.valid, size=self.size, segment=self.segment, rounds=self.rounds
+        )
+        new = Clusters.of(part.k, part.v, labels, count, first)
+        self.clusters = new if self.clusters is None else self.clusters.joined(new)
+
+    def attend(self, store: Store, q: Tensor, scale: float) -> tuple[list[Partial], float]:
+        clusters = self.clusters
+        assert clusters is not None
+        read = self._count(self.retrieve, clusters.count)
+        if self.reads_all(read, clusters.count):
+            return [store.attend(q, scale)], 1.0
+        guess = min(self._count(self.estimate, clusters.count), clusters.count - read)
+        rows, heads, group, _, _ = q.shape
+        most = max(group * clusters.count, 2 * read * self.size)
+        found, counts = [], []
+        for some in q.split(max(1, SCORES // (rows * heads * most)), 3):
+            best, parts = self._zones(some, read, guess, scale)
+            index, inside, count = clusters.members(best)
+            if read:
+                parts.append(attend_chosen(store, some, index, inside, scale))
+            found.append(merged_part(parts))
+            counts.append(count)
+        o, lse = torch.cat([x.o for x in found], 3), torch.cat([x.lse for x in found], 3)
+        return [Partial(o, lse)], float(torch.cat(counts, 2).double().mean()) / store.slots
+
+    @staticmethod
+    def reads_all(count: int, total: int) -> bool:
+        """Return whether a query reads all clusters, which needs no choice."""
+        return count >= total
+
+    @staticmethod
+    def _count(share: float, total: int) -> int:
+        return max(1, round(share * total)) if share else 0
+
+    def _zones(
+        self, q: Float[Tensor, "b h g l_q d"], read: int, guess: int, scale: float
+    ) -> tuple[Int[Tensor, "b h l_q r"], list[Partial]]:
+        """Return the clusters that each query position reads, and the estimated attention over the next ones."""
+        clusters = self.clusters
+        assert clusters is not None
+        empty = (clusters.sizes == 0)[:, :, None]  # [B, H, 1, m]
+        scores = (q.flatten(2, 3) @ clusters.k.mT).unflatten(2, q.shape[2:4]).float() * scale
+        hidden = scores.masked_fill(empty[:, :, None], torch.finfo(scores.dtype).min)
+        weights = hidden.softmax(-1).sum(2).masked_fill(empty, -1.0)
+        order = weights.topk(read + guess, dim=-1).indices
+        estimated = torch.zeros_like(weights, dtype=torch.bool)
+        estimated = estimated.scatter(-1, order[..., read:], True)
+        sizes = clusters.sizes.float().log()[:, :, None, None]  # -inf where a cluster is empty
+        scores = (scores + sizes).masked_fill(~estimated[:, :, None], -math.inf)
+        return order[..., :read], [from_scores(scores, clusters.v)]
+
+    def crop(self, store: Store, count: int) -> Part | None:
+        rest = store.crop(count)
+        clusters, slots = self.clusters, store.slots
+        if clusters is None or clusters.runs[-1][0] == slots:
+            return rest
+        kept = clusters.whole_runs(slots)
+        first, before = (0, 0) if kept is None else kept.runs[-1]
+        if slots > first:  # a run lost its last tokens: new means of those that are left
+            total = next(x[1] for x in clusters.runs if x[0] > slots) - before
+            k, v = store.decode(store.cut(first, slots).tensors)
+            new = Clusters.of(k, v, clusters.labels[:, :, first:slots], total, first)
+            kept = new if kept is None else kept.joined(new)
+        self.clusters = kept
+        return rest
+
+    def rows(self, index: Int[Tensor, " n"]) -> None:
+        if self.clusters is not None:
+            self.clusters = self.clusters.rows(index)
+
+    def clear(self) -> None:
+        self.clusters = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.clusters is None else self.clusters.nbytes
