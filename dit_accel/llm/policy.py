@@ -17,9 +17,10 @@ from dit_accel.llm.prefill import Pattern, Prompt, Spans, pattern_of
 from dit_accel.llm.spans import SpanTracker, cut
 from dit_accel.llm.window import window_attention, window_density
 
-CROSSOVER = {torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}
-"""Keys from which sparse attention pays on a CPU: measured in fp32 (docs/prefill.md), a guess in half types."""
+CROSSOVER = 4096
+"""Keys from which sparse attention pays on a CPU, measured in fp32 and bf16 (docs/prefill.md)."""
 CROSSOVER_GPU = 8192
+"""The same on a GPU: a guess."""
 KEPT_PLANS = 8
 """Plans that a layer keeps before it counts them."""
 
@@ -181,7 +182,7 @@ class Policy:
         length = self.config.crossover
         if length != "auto":
             return length
-        return CROSSOVER_GPU if q.is_cuda else CROSSOVER.get(q.dtype, 4096)
+        return CROSSOVER_GPU if q.is_cuda else CROSSOVER
 
     def _spans_of(self, mask: Tensor) -> Any:
         """The spans of a mask; the layers of one forward pass share it, and wait for the device once."""

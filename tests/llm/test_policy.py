@@ -54,12 +54,10 @@ def test_which_calls_are_sparse(lengths, window, settings, reason):
     assert counts.sparse == (reason is None)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "length"), [(torch.float32, 4096), (torch.bfloat16, 8192), (torch.float16, 8192)]
-)
-def test_the_measured_crossover_depends_on_the_dtype(dtype, length):
-    assert policy(crossover="auto")._crossover(torch.zeros(1, dtype=dtype)) == length
-    assert policy(crossover=7)._crossover(torch.zeros(1, dtype=dtype)) == 7
+def test_the_measured_crossover():
+    q = torch.zeros(1)
+    assert policy(crossover="auto")._crossover(q) == 4096
+    assert policy(crossover=7)._crossover(q) == 7
 
 
 def mask_of(*spans, length=100):
