@@ -17,6 +17,7 @@ from dit_accel.kernels.linear.mix import Mix
 from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.linear.state_kernel import totals_kernel
 from dit_accel.kernels.lists import Lists
+from dit_accel.kernels.lut_attention.kernel import lut_launch
 from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.query_sums.sums_kernel import sums_launches
 from dit_accel.kernels.router.criteria import Criteria
@@ -90,6 +91,13 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
     found["column_sums/unread"] = launches[-1]
     found["select/topk"] = _select(scores, Criteria(best=13))
     found["select/top_p"] = _select(scores, Criteria(top_p=0.9, skip=25, diagonal=1), causal=True)
+    # A GQA group of 4 queries; codes of one byte for two channels.
+    numbers = functools.partial(torch.empty, device="meta")
+    codes = numbers(1, HEADS, LENGTH, head_dim // 2, dtype=torch.uint8)
+    table, books = numbers(1, HEADS, 4, head_dim // 2, 256), numbers(1, head_dim // 2, 256, 2)
+    real = numbers(1, 1, LENGTH, dtype=torch.bool)
+    found["lut/codes"] = lut_launch(table, codes, codes, books)[0]
+    found["lut/padded"] = lut_launch(table, codes, codes, books, real)[0]
     return found
 
 

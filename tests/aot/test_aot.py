@@ -29,6 +29,8 @@ KERNELS = (
     "diagonal_sums/last queries",
 )
 SMALL = (
+    "lut/codes",
+    "lut/padded",
     "merge/split rows",
     "pool/router",
     "pool/spread",

@@ -7,6 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.launch import runs_here
+from dit_accel.kernels.lut_attention import MAX_ROWS, lut_attention
 from dit_accel.llm.kvcache.codebooks import read_codebooks
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import Partial, attention_part, merged_part
@@ -65,21 +67,13 @@ class Codes(Store):
         """
         k, v = self._on(q.device)
         wide = q.float()
-        rows, found = k.grouped(wide), []
-        step = max(1, VALUES // (q.shape[0] * q.shape[1] * q.shape[-1]))
-        for start in range(0, part.slots, step):
-            some = part.cut(start, min(start + step, part.slots))
-            found.append(
-                attention_part(
-                    rows,
-                    k.rows(some.tensors["k"]),
-                    v.rows(some.tensors["v"]),
-                    scale=scale,
-                    visible=some.valid,
-                )
-            )
-        o, lse = merged_part(found)
-        o = v.ungrouped(o)
+        rows = k.grouped(wide)
+        if runs_here(q) and q.shape[2] * q.shape[3] <= MAX_ROWS:
+            found = _looked_up(rows, part, k, v, scale)
+        else:
+            found = _decoded(rows, part, k, v, scale)
+        o = v.ungrouped(found.o)
+        lse = found.lse
         if k.mean is not None and v.mean is not None:
             lse = lse + scale * (wide @ k.mean[:, None, :, None])[..., 0]
             o = o + v.mean[:, None, None]
@@ -88,3 +82,28 @@ class Codes(Store):
     def _on(self, device: torch.device) -> tuple[Quantizer, Quantizer]:
         """Return the codebooks on a device."""
         return self.books.quantizers(self.layer, device)
+
+
+def _looked_up(q: Tensor, part: Part, k: Quantizer, v: Quantizer, scale: float) -> Partial:
+    """Return attention by the kernel that looks up scores, without means, channels in order."""
+    o, lse = lut_attention(
+        q.flatten(2, 3),
+        k.numbers(part.k),
+        v.numbers(part.v),
+        k.centroids,
+        v.centroids,
+        scale=scale,
+        visible=part.valid,
+    )
+    return Partial(o.unflatten(2, q.shape[2:4]), lse.unflatten(2, q.shape[2:4]))
+
+
+def _decoded(q: Tensor, part: Part, k: Quantizer, v: Quantizer, scale: float) -> Partial:
+    """Return the same by decoding some tokens at a time, which is faster on a CPU."""
+    step = max(1, VALUES // (q.shape[0] * q.shape[1] * q.shape[-1]))
+    found = []
+    for start in range(0, part.slots, step):
+        some = part.cut(start, min(start + step, part.slots))
+        keys, values = k.rows(some.k), v.rows(some.v)
+        found.append(attention_part(q, keys, values, scale=scale, visible=some.valid))
+    return merged_part(found)

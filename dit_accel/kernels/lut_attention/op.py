@@ -1,0 +1,82 @@
+"""The public function and its operator: check the arguments, then run the kernel or torch."""
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from dit_accel.kernels.launch import runs_here
+from dit_accel.kernels.lut_attention.reference import look_up_table, lut_reference
+from dit_accel.kernels.merge import merge_lse
+from dit_accel.kernels.operators import operator
+from dit_accel.kernels.precision import wide
+
+MAX_ROWS = 16
+"""Queries of a head of keys at most; more run in torch, where decoding the keys is faster."""
+MAX_HEAD_DIM = 256
+
+
+@torch.no_grad()
+def lut_attention(
+    q: Float[Tensor, "b h r d"],
+    k_codes: UInt8[Tensor, "b h n m"],
+    v_codes: UInt8[Tensor, "b h n m"],
+    k_centroids: Float[Tensor, "_h m c w"],
+    v_centroids: Float[Tensor, "_h m c w"],
+    *,
+    scale: float,
+    visible: Bool[Tensor, "b _h n"] | None = None,
+) -> tuple[Float[Tensor, "b h r d"], Float[Tensor, "b h r"]]:
+    """Return softmax attention over product-quantised keys and values, and its natural log-sum-exp.
+
+    Args:
+        q: queries of each head of keys, `[B, H, R, D]`.
+        k_codes, v_codes: numbers of centroids, `[B, H, N, M]`.
+        k_centroids, v_centroids: centroids of each sub-vector `[1 or H, M, C, D / M]`, for all heads or for each.
+        scale: factor of the dot products.
+        visible: tokens that are read, `[B, 1 or H, N]`. Default: all.
+
+    Returns:
+        `o` in the dtype of `q`, and the log-sum-exp in fp32 (fp64 for fp64); 0 and -inf for queries without a token.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    parts = k_codes.shape[3]
+    for name, x in (("k_centroids", k_centroids), ("v_centroids", v_centroids)):
+        want = (parts, q.shape[3] // parts)
+        if (x.shape[1], x.shape[3]) != want or x.shape[0] not in (1, q.shape[1]):
+            raise ValueError(
+                f"{name}: shape {tuple(x.shape)}; accepted is [1 or {q.shape[1]}, {want[0]}, C, {want[1]}]"
+            )
+    found = torch.ops.dit_accel.lut_attention(
+        q, k_codes, v_codes, k_centroids, v_centroids, float(scale), visible
+    )
+    return found[0], found[1]
+
+
+def _empty(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide(q))
+
+
+@operator("lut_attention", _empty)
+def _lut_attention(
+    q: Tensor,
+    k_codes: Tensor,
+    v_codes: Tensor,
+    k_centroids: Tensor,
+    v_centroids: Tensor,
+    scale: float,
+    visible: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    small = q.shape[2] <= MAX_ROWS and q.shape[3] <= MAX_HEAD_DIM and k_codes.shape[2] > 0
+    if not (small and runs_here(q)):
+        return lut_reference(q, k_codes, v_codes, k_centroids, v_centroids, scale, visible)
+    from dit_accel.kernels.lut_attention.kernel import LOG2_E, lut_launch
+
+    k_codes, v_codes = (x if x.stride(3) == 1 else x.contiguous() for x in (k_codes, v_codes))
+    table = look_up_table(q, k_centroids, scale * LOG2_E).contiguous()
+    launch, out, lse = lut_launch(table, k_codes, v_codes, v_centroids.contiguous(), visible)
+    launch()
+    spans = [(out[:, :, i], lse[:, :, i] / LOG2_E) for i in range(out.shape[2])]
+    o, total = merge_lse(*spans)
+    return o.to(q.dtype), total
