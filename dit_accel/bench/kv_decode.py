@@ -4,6 +4,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class KVDecode:
             layer.update(old_k, old_v)
             # The outputs of the prompt are not needed here.
             layer.attend(old_q, old_k, old_v, None, scale=scale, prompt=lambda: q)
-            functions[name] = lambda layer=layer: one(layer)[0]
+            functions[name] = partial(one, layer)
         exact = functions[DENSE]()
         times = seconds(functions, self.repeats, self.device)
         dense = statistics.median(times[DENSE])

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from dit_accel.llm.kvcache.packing import pack, unpack
 
@@ -89,6 +90,23 @@ class Quantizer:
         else:
             chosen = table.view(kind).flatten().index_select(0, index).view(table.dtype)
         return chosen.view(*codes.shape[:3], self.centroids.shape[1] * table.shape[1])
+
+    def scores(
+        self, q: Float[Tensor, "b h g l_q d"], codes: UInt8[Tensor, "b h n bytes"]
+    ) -> Float[Tensor, "b h g l_q n"]:
+        """Return the dot products of queries, channels in order, with vectors without their mean.
+
+        The product of each sub-vector of a query with each centroid is made once and looked up for each code.
+        """
+        rows, heads, group, length, _ = q.shape
+        shared, parts, count, width = self.centroids.shape
+        split = q.flatten(2, 3).unflatten(-1, (parts, width))
+        books = self.centroids.expand(heads, -1, -1, -1) if shared == 1 else self.centroids
+        products = torch.einsum("bhrmw,hmcw->bhmcr", split, books)
+        first = torch.arange(rows * heads * parts, device=q.device, dtype=torch.int32) * count
+        index = self.numbers(codes).int() + first.view(rows, heads, 1, parts)
+        found = embedding_bag(index.flatten(0, 2), products.flatten(0, 3), mode="sum")
+        return found.view(rows, heads, -1, group, length).movedim(2, -1)
 
     def decode(self, codes: UInt8[Tensor, "b h n bytes"]) -> Float[Tensor, "b h n d"]:
         """Return vectors."""

@@ -30,8 +30,8 @@ def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         inner = {x.name: getattr(value, x.name) for x in fields(value)}
         return {type(value).__name__: packed(inner, name, tensors)}
     if isinstance(value, list | tuple):
-        inner = [packed(x, f"{name}.{i}", tensors) for i, x in enumerate(value)]
-        return inner if isinstance(value, list) else {"tuple": inner}
+        each = [packed(x, f"{name}.{i}", tensors) for i, x in enumerate(value)]
+        return each if isinstance(value, list) else {"tuple": each}
     if isinstance(value, Mapping):
         return {"items": {str(k): packed(x, f"{name}.{k}", tensors) for k, x in value.items()}}
     raise ValueError(f"{name}: a {type(value).__name__} cannot be saved")
