@@ -1,0 +1,129 @@
+"""`ChannelCodes`: codes of product quantisation without the channels of keys that hardly change a score."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_accel.llm.kvcache.codebooks import Codebooks, read_codebooks
+from dit_accel.llm.kvcache.part import Part
+from dit_accel.llm.kvcache.partial import Partial, attention_part, from_scores
+from dit_accel.llm.kvcache.quantizer import Quantizer
+from dit_accel.llm.kvcache.store import ModelSizes
+from dit_accel.llm.kvcache.stores.channels import Channels
+
+FEW = 8
+"""Queries of a head of keys for which looking up their scores is faster on a CPU than decoding keys."""
+
+
+@dataclass
+class ChannelCodes(Channels):
+    """Keys and values as codes (MILLION, arXiv 2504.03661), of keys only those of channels that a mask keeps (LeanK, arXiv
+    2508.02215).
+
+    A sub-vector of a key is stored if the mask keeps one of its channels; it is stored whole then.
+    """
+
+    name: ClassVar[str] = "channels_pq"
+    settled: ClassVar[frozenset[str]] = Channels.settled | {"books", "layer", "dtype"}
+    codebooks: str | None = None
+    """File of `dit-accel llm calibrate`, with codes of 8 bits and not centred."""
+    books: Codebooks | None = field(default=None, init=False, repr=False)
+    layer: int = field(default=0, init=False, repr=False)
+    dtype: torch.dtype = field(default=torch.float32, init=False, repr=False)
+    """Dtype of decoded tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.codebooks is None:
+            raise ValueError(
+                "codebooks=None: the store 'channels_pq' needs the file of a model; dit-accel llm calibrate makes one"
+            )
+        self.books = read_codebooks(self.codebooks)
+        form = self.books.form
+        if form.bits != 8 or form.centred:
+            raise ValueError(
+                f"codebooks={self.codebooks!r}: codes of {form.bits} bits, centred={form.centred}; accepted with a mask "
+                "are codes of 8 bits, not centred"
+            )
+
+    def prepare(self, layer: int, sizes: ModelSizes) -> None:
+        super().prepare(layer, sizes)
+        assert self.books is not None
+        assert self.kept is not None
+        try:
+            self.books.check(sizes)
+            self.books.check_layer(layer)
+        except ValueError as error:
+            raise ValueError(f"codebooks={self.codebooks!r}: {error}") from None
+        self.layer = layer
+        keys = self.books.quantizers(layer, torch.device("cpu"))[0]
+        parts = self.books.form.sub_vectors
+        self.kept = keys.grouped(self.kept.float()).unflatten(-1, (parts, -1)).amax(-1) > 0
+
+    def encode(self, part: Part) -> Mapping[str, Tensor]:
+        self.dtype = part.k.dtype
+        keys, values = self._books(part.k.device)
+        k, v = keys.encode(part.k), values.encode(part.v)
+        found = {"rows": part.k.new_empty(part.k.shape[0], 1, part.slots, 0)}
+        for width, heads, chosen in self.groups(part.k.device):
+            at = chosen[None, :, None].expand(k.shape[0], -1, part.slots, -1)
+            found[f"k{width}"], found[f"v{width}"] = k[:, heads].gather(3, at), v[:, heads]
+        return found
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        assert self.kept is not None
+        rows = tensors["rows"]
+        keys, _ = self._books(rows.device)
+        parts, _, width = keys.centroids.shape[1:]
+        shape = (rows.shape[0], len(self.kept), rows.shape[2])
+        k = keys.centroids.new_zeros(*shape, parts, width)
+        v = keys.centroids.new_zeros(*shape, parts * width)
+        for count, heads, chosen, some, values in self._quantizers(rows.device):
+            made = some.rows(tensors[f"k{count}"]).unflatten(-1, (count, width))
+            at = chosen[None, :, None, :, None].expand(made.shape)
+            k[:, heads] = torch.zeros_like(k[:, heads]).scatter_(3, at, made)
+            v[:, heads] = values.ungrouped(values.rows(tensors[f"v{count}"]))
+        return keys.ungrouped(k.flatten(3)).to(self.dtype), v.to(self.dtype)
+
+    def attend_part(self, q: Tensor, part: Part, scale: float) -> Partial:
+        keys, _ = self._books(q.device)
+        width = keys.centroids.shape[3]
+        o, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
+        rows = keys.grouped(q.float()).unflatten(-1, (-1, width))
+        for count, heads, chosen, some, values in self._quantizers(q.device):
+            valid = part.valid
+            if valid is not None and valid.shape[1] > 1:
+                valid = valid[:, heads]
+            mine = rows[:, heads]
+            at = chosen[None, :, None, None, :, None].expand(*mine.shape[:4], -1, width)
+            mine = mine.gather(4, at).flatten(4)
+            k, v = part.tensors[f"k{count}"], values.rows(part.tensors[f"v{count}"])
+            if q.shape[2] * q.shape[3] <= FEW:
+                scores = some.scores(mine, k) * scale
+                if valid is not None:
+                    scores = scores.masked_fill(~valid[:, :, None, None], -math.inf)
+                found = from_scores(scores, v)
+            else:
+                found = attention_part(mine, some.rows(k), v, scale=scale, visible=valid)
+            o[:, heads], lse[:, heads] = values.ungrouped(found.o).to(o.dtype), found.lse
+        return Partial(o, lse)
+
+    def _books(self, device: torch.device) -> tuple[Quantizer, Quantizer]:
+        assert self.books is not None
+        return self.books.quantizers(self.layer, device)
+
+    def _quantizers(
+        self, device: torch.device
+    ) -> Iterator[tuple[int, Tensor, Tensor, Quantizer, Quantizer]]:
+        """Yield the groups of heads with the codebooks of what they keep."""
+        keys, values = self._books(device)
+        for count, heads, chosen in self.groups(device):
+            per_head = keys.centroids[heads] if len(keys.centroids) > 1 else keys.centroids
+            per_head = per_head.expand(len(heads), -1, -1, -1)
+            at = chosen[:, :, None, None].expand(-1, -1, *per_head.shape[2:])
+            v = values.centroids[heads] if len(values.centroids) > 1 else values.centroids
+            yield count, heads, chosen, Quantizer(per_head.gather(1, at)), Quantizer(v)
