@@ -1,6 +1,6 @@
 """`Codes`: tokens as codes of product quantisation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,9 +14,6 @@ from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import Partial, attention_part, merged_part
 from dit_accel.llm.kvcache.quantizer import Quantizer
 from dit_accel.llm.kvcache.store import ModelSizes, Store
-
-VALUES = 2**19
-"""Values of decoded keys that exist at a time: they stay in the cache of a CPU."""
 
 
 @dataclass
@@ -71,7 +68,7 @@ class Codes(Store):
         if runs_here(q) and q.shape[2] * q.shape[3] <= MAX_ROWS:
             found = _looked_up(rows, part, k, v, scale)
         else:
-            found = _decoded(rows, part, k, v, scale)
+            found = _decoded(rows, self.pieces(q, part), k, v, scale)
         o = v.ungrouped(found.o)
         lse = found.lse
         if k.mean is not None and v.mean is not None:
@@ -98,12 +95,10 @@ def _looked_up(q: Tensor, part: Part, k: Quantizer, v: Quantizer, scale: float) 
     return Partial(o.unflatten(2, q.shape[2:4]), lse.unflatten(2, q.shape[2:4]))
 
 
-def _decoded(q: Tensor, part: Part, k: Quantizer, v: Quantizer, scale: float) -> Partial:
+def _decoded(
+    q: Tensor, pieces: Iterable[Part], k: Quantizer, v: Quantizer, scale: float
+) -> Partial:
     """Return the same by decoding some tokens at a time, which is faster on a CPU."""
-    step = max(1, VALUES // (q.shape[0] * q.shape[1] * q.shape[-1]))
-    found = []
-    for start in range(0, part.slots, step):
-        some = part.cut(start, min(start + step, part.slots))
-        keys, values = k.rows(some.k), v.rows(some.v)
-        found.append(attention_part(q, keys, values, scale=scale, visible=some.valid))
-    return merged_part(found)
+    return merged_part(
+        attention_part(q, k.rows(x.k), v.rows(x.v), scale=scale, visible=x.valid) for x in pieces
+    )
