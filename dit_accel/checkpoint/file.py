@@ -1,9 +1,7 @@
 """`sla.safetensors`: the file of an SLA checkpoint, written and read without a model."""
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from dit_accel.checkpoint.base_model import (
     LayerGeometry,
 )
 from dit_accel.checkpoint.companion import Companion, companion_entry
-from dit_accel.checkpoint.tensors import mismatch, open_safetensors
+from dit_accel.checkpoint.tensors import digest, mismatch, open_safetensors
 from dit_accel.config import OFF, SLAConfig
 from dit_accel.files import atomic_path
 from dit_accel.sla.attention import SparseLinearAttention
@@ -204,18 +202,6 @@ def settings_of(sla: Any) -> SLAConfig | SLACheckpoint | None:
         if path.is_file() and path.suffix not in (".yaml", ".yml"):
             return read_checkpoint(path)
     return SLAConfig.load(sla)
-
-
-def digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of the header (without the digest) and of the tensors' names, shapes, dtypes and bytes."""
-    state = hashlib.sha256()
-    for key in sorted(header.keys() - {"digest"}):
-        state.update(json.dumps([key, header[key]]).encode())
-    for name in sorted(tensors):
-        x = tensors[name]
-        state.update(json.dumps([name, list(x.shape), str(x.dtype)]).encode())
-        state.update(x.numpy().tobytes())
-    return state.hexdigest()
 
 
 def _layer(entry: Any) -> tuple[str, int, int, int]:

@@ -1,6 +1,7 @@
-"""Safetensors files: open one, and read the weights of a model in one file or in a folder with several."""
+"""Safetensors files: open one, hash one, and read the weights of a model in one file or in a folder with several."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -66,6 +67,18 @@ def mismatch(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> str:
             parts.append(f"{name} has shape {found[name]}; accepted: {expected[name]}")
             break
     return "; ".join(parts)
+
+
+def digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of the header (without the digest) and of the tensors' names, shapes, dtypes and bytes."""
+    state = hashlib.sha256()
+    for key in sorted(header.keys() - {"digest"}):
+        state.update(json.dumps([key, header[key]]).encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        state.update(json.dumps([name, list(x.shape), str(x.dtype)]).encode())
+        state.update(x.numpy().tobytes())
+    return state.hexdigest()
 
 
 def _tensors(paths: list[Path]) -> dict[str, Tensor]:

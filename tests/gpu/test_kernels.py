@@ -6,6 +6,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from dit_accel.kernels import LinearState, SparsePlan, block_scores, sparse_linear_attention
 from dit_accel.kernels.block_sparse.reference import sparse_linear_reference
+from dit_accel.kernels.lut_attention import lut_attention
+from dit_accel.kernels.lut_attention.reference import lut_reference
 
 from ..kernels.attention_cases import (
     SCOPES,
@@ -195,6 +197,24 @@ def test_totals_that_the_caller_keeps(scope):
         ).float()
         summed = sparse_linear_attention(q, k, v, plan, **options, linear_scope=scope).float()
     torch.testing.assert_close(kept, summed, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_look_up_attention(padded, dtype):
+    """Llama-3.1-8B at 16K: 8 heads of keys, 4 queries each, 4 bits a value."""
+    g = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(1, 8, 4, 128, generator=g, device="cuda").to(dtype)
+    codes = torch.randint(256, (2, 1, 8, 16384, 64), generator=g, device="cuda").byte()
+    books = torch.randn(2, 1, 64, 256, 2, generator=g, device="cuda")
+    visible = torch.rand(1, 1, 16384, generator=g, device="cuda") < 0.7 if padded else None
+    found = lut_attention(q, *codes, *books, scale=0.09, visible=visible)
+    want = lut_reference(q.double(), *codes, *books, 0.09, visible)
+    close = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found[0].double(), want[0], rtol=close, atol=close)
+    torch.testing.assert_close(found[1].double(), want[1], rtol=1e-5, atol=1e-5)
+    again = lut_attention(q, *codes, *books, scale=0.09, visible=visible)
+    assert all(map(torch.equal, found, again))
 
 
 def test_repeats_are_bit_equal():

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dit_accel.checkpoint.file import digest
-from dit_accel.checkpoint.tensors import mismatch, open_safetensors
+from dit_accel.checkpoint.tensors import digest, mismatch, open_safetensors
 from dit_accel.config.base import check, check_choice, is_int
 from dit_accel.files import atomic_path
 from dit_accel.llm.kvcache.packing import values_per_word

@@ -15,6 +15,9 @@ def values_per_word(bits: int) -> int:
 def pack(x: UInt8[Tensor, "*lead n"], bits: int) -> UInt8[Tensor, "*lead bytes"]:
     """Return integers in `n * bits / 8` bytes.
 
+    Bytes are shared by integers that lie far apart (of 2 in a byte, the first of either half), so that vector
+    instructions put them in and take them out.
+
     Args:
         x: integers below `2**bits`; `n` is a multiple of `values_per_word(bits)`.
         bits: bits of each of them, 1 to 8.
@@ -23,11 +26,11 @@ def pack(x: UInt8[Tensor, "*lead n"], bits: int) -> UInt8[Tensor, "*lead bytes"]
         return x
     count = values_per_word(bits)
     size = count * bits // 8
-    kind = _word(size)
-    at = (bits * torch.arange(count, device=x.device)).to(kind)
-    words = (x.unflatten(-1, (-1, count)).to(kind) << at).sum(-1, dtype=kind)
-    shift = (8 * torch.arange(size, device=x.device)).to(kind)
-    return ((words[..., None] >> shift) & 255).to(torch.uint8).flatten(-2)
+    values = x.unflatten(-1, (count, -1)).to(_word(size)).unbind(-2)
+    words = values[0]
+    for i, value in enumerate(values[1:], 1):
+        words = words | value << bits * i
+    return torch.cat([(words >> 8 * i & 255).to(torch.uint8) for i in range(size)], -1)
 
 
 def unpack(x: UInt8[Tensor, "*lead bytes"], bits: int) -> UInt8[Tensor, "*lead n"]:
@@ -36,18 +39,12 @@ def unpack(x: UInt8[Tensor, "*lead bytes"], bits: int) -> UInt8[Tensor, "*lead n
         return x
     count = values_per_word(bits)
     size = count * bits // 8
-    kind = _word(size)
-    words = x if size == 1 else _words(x.unflatten(-1, (-1, size)).to(kind))
-    shift = (bits * torch.arange(count, device=x.device)).to(kind)
-    return ((words[..., None] >> shift) & (2**bits - 1)).to(torch.uint8).flatten(-2)
-
-
-def _words(x: Tensor) -> Tensor:
-    """Return numbers whose bytes, the lowest first, lie along the last axis."""
-    found = x[..., 0]
-    for i in range(1, x.shape[-1]):
-        found = found | x[..., i] << 8 * i
-    return found
+    planes = x.unflatten(-1, (size, -1)).to(_word(size)).unbind(-2)
+    words = planes[0]
+    for i, plane in enumerate(planes[1:], 1):
+        words = words | plane << 8 * i
+    mask = 2**bits - 1
+    return torch.cat([(words >> bits * i & mask).to(torch.uint8) for i in range(count)], -1)
 
 
 def _word(size: int) -> torch.dtype:

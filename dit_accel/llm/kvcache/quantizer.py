@@ -117,7 +117,7 @@ class Quantizer:
 def nearest(x: Float[Tensor, "m n w"], centroids: Float[Tensor, "m c w"]) -> Int[Tensor, "m n"]:
     """Return the number of the nearest centroid of each vector."""
     bias = centroids.square().sum(-1)[:, None] / -2
-    step = max(1, DISTANCES // (centroids.shape[0] * centroids.shape[1]))
+    step, x = max(1, DISTANCES // (centroids.shape[0] * centroids.shape[1])), x.contiguous()
     if not x.shape[1]:
         return torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
     # argmin |x - c|^2 = argmax <x, c> - |c|^2 / 2

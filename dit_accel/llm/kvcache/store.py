@@ -1,7 +1,7 @@
 """`Store`: how the tokens between the first and the last ones are stored."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -17,8 +17,10 @@ from dit_accel.llm.plugins import class_named, classes_in, with_options
 PACKAGE = "dit_accel.llm.kvcache.stores"
 TAIL = 1024
 """Slots that are added before they are put together with those that were there, at least."""
-CHUNK = 4096
-"""Slots that are decoded at a time."""
+VALUES = 2**24
+"""Decoded values that exist at a time."""
+CPU_VALUES = 2**19
+"""The same on a CPU, where they stay in its cache."""
 
 
 @dataclass
@@ -90,11 +92,18 @@ class Store(ABC):
     def attend_part(self, q: Tensor, part: Part, scale: float) -> Partial:
         """Return attention over the tokens of a part: by default over decoded ones, some at a time."""
         found = []
-        for start in range(0, part.slots, CHUNK):
-            some = part.cut(start, min(start + CHUNK, part.slots))
+        for some in self.pieces(q, part):
             k, v = self.decode(some.tensors)
             found.append(attention_part(q, k, v, scale=scale, visible=some.valid))
         return merged_part(found)
+
+    def pieces(self, q: Float[Tensor, "b h g l_q d"], part: Part) -> Iterator[Part]:
+        """Yield the tokens of a part, as many at a time as should be decoded at a time."""
+        values = CPU_VALUES if q.device.type == "cpu" else VALUES
+        step = values // (q.shape[0] * q.shape[1] * q.shape[4])
+        step = max(1, step // self.granule) * self.granule
+        for start in range(0, part.slots, step):
+            yield part.cut(start, min(start + step, part.slots))
 
     def attend_at(
         self,

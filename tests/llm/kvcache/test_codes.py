@@ -111,7 +111,7 @@ def test_operations_in_any_order(operations, form, padding, file):
 )
 def test_attention_is_that_over_decoded_tokens(form, count, padding, values, file):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_accel.llm.kvcache.stores.codes.VALUES", values)
+        patch.setattr("dit_accel.llm.kvcache.store.CPU_VALUES", values)
         found = store(file(codebooks(**form)))
         found.append(tokens(count, padding=min(padding, count)))
         check_reading(found, decoded(found))

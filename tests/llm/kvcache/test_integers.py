@@ -90,9 +90,12 @@ def test_bytes_of_a_token(bits, expected):
     bits=st.sampled_from([2, 3, 4, 8]),
     group=st.sampled_from([8, 16]),
     padding=st.sampled_from([0, 5, 20]),
+    values=st.sampled_from([500, 2**19]),
 )
-def test_operations_in_any_order(operations, bits, group, padding):
-    check_operations(store_of("int", {"bits": bits, "group": group}), operations, padding)
+def test_operations_in_any_order(operations, bits, group, padding, values):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dit_accel.llm.kvcache.store.CPU_VALUES", values)
+        check_operations(store_of("int", {"bits": bits, "group": group}), operations, padding)
 
 
 @pytest.mark.parametrize("kv", ["int4", "int3", "int2"])

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from dit_accel.llm.kvcache.codebooks import Codebooks, read_codebooks
+from dit_accel.llm.kvcache.coded import coded_attention
 from dit_accel.llm.kvcache.part import Part
-from dit_accel.llm.kvcache.partial import Partial, attention_part, from_scores
+from dit_accel.llm.kvcache.partial import Partial
 from dit_accel.llm.kvcache.quantizer import Quantizer
 from dit_accel.llm.kvcache.store import ModelSizes
 from dit_accel.llm.kvcache.stores.channels import Channels
-
-FEW = 8
-"""Queries of a head of keys for which looking up their scores is faster on a CPU than decoding keys."""
 
 
 @dataclass
@@ -101,14 +99,8 @@ class ChannelCodes(Channels):
             mine = rows[:, heads]
             at = chosen[None, :, None, None, :, None].expand(*mine.shape[:4], -1, width)
             mine = mine.gather(4, at).flatten(4)
-            k, v = part.tensors[f"k{count}"], values.rows(part.tensors[f"v{count}"])
-            if q.shape[2] * q.shape[3] <= FEW:
-                scores = some.scores(mine, k) * scale
-                if valid is not None:
-                    scores = scores.masked_fill(~valid[:, :, None, None], -math.inf)
-                found = from_scores(scores, v)
-            else:
-                found = attention_part(mine, some.rows(k), v, scale=scale, visible=valid)
+            codes = part.tensors[f"k{count}"], part.tensors[f"v{count}"]
+            found = coded_attention(mine, codes, (some, values), scale=scale, visible=valid)
             o[:, heads], lse[:, heads] = values.ungrouped(found.o).to(o.dtype), found.lse
         return Partial(o, lse)
 

@@ -1,6 +1,5 @@
 """`Codes`: tokens as codes of product quantisation."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -11,15 +10,11 @@ from torch import Tensor
 from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.lut_attention import MAX_ROWS, lut_attention
 from dit_accel.llm.kvcache.codebooks import read_codebooks
+from dit_accel.llm.kvcache.coded import coded_attention
 from dit_accel.llm.kvcache.part import Part
-from dit_accel.llm.kvcache.partial import Partial, attention_part, from_scores, merged_part
+from dit_accel.llm.kvcache.partial import Partial, merged_part
 from dit_accel.llm.kvcache.quantizer import Quantizer
 from dit_accel.llm.kvcache.store import ModelSizes, Store
-
-VALUES = 2**19
-"""Values of decoded keys that exist at a time: they stay in the cache of a CPU."""
-FEW = 8
-"""Queries of a head of keys for which looking up their scores is faster on a CPU than decoding keys."""
 
 
 @dataclass
@@ -74,7 +69,10 @@ class Codes(Store):
         if runs_here(q) and q.shape[2] * q.shape[3] <= MAX_ROWS:
             found = _looked_up(rows, part, k, v, scale)
         else:
-            found = _decoded(rows, part, k, v, scale)
+            found = merged_part(
+                coded_attention(rows, (x.k, x.v), (k, v), scale=scale, visible=x.valid)
+                for x in self.pieces(q, part)
+            )
         o = v.ungrouped(found.o)
         lse = found.lse
         if k.mean is not None and v.mean is not None:
@@ -99,21 +97,3 @@ def _looked_up(q: Tensor, part: Part, k: Quantizer, v: Quantizer, scale: float) 
         visible=part.valid,
     )
     return Partial(o.unflatten(2, q.shape[2:4]), lse.unflatten(2, q.shape[2:4]))
-
-
-def _decoded(q: Tensor, part: Part, k: Quantizer, v: Quantizer, scale: float) -> Partial:
-    """Return the same for some tokens at a time: values, and keys of many queries, are decoded, which is faster on a CPU."""
-    step = max(1, VALUES // (q.shape[0] * q.shape[1] * q.shape[-1]))
-    found = []
-    for start in range(0, part.slots, step):
-        some = part.cut(start, min(start + step, part.slots))
-        values = v.rows(some.v)
-        if q.shape[2] * q.shape[3] <= FEW:
-            scores = k.scores(q, some.k) * scale
-            if some.valid is not None:
-                scores = scores.masked_fill(~some.valid[:, :, None, None], -math.inf)
-            found.append(from_scores(scores, values))
-        else:
-            keys = k.rows(some.k)
-            found.append(attention_part(q, keys, values, scale=scale, visible=some.valid))
-    return merged_part(found)

@@ -109,4 +109,4 @@ def _integers(
 
 def _values(x: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what `_integers` stored."""
-    return (x.float() * scale.float() + zero.float()).to(dtype)
+    return x.float().mul_(scale.float()).add_(zero.float()).to(dtype)
