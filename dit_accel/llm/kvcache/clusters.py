@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dit_accel.llm.kvcache.kmeans import sums
+from dit_accel.llm.kvcache.spherical_kmeans import sums
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,15 @@ class Clusters:
         if not runs:
             return None
         end, count = runs[-1]
-        by_cluster = (x[:, :, :count] for x in (self.k, self.v, self.sizes, self.starts))
-        return Clusters(*by_cluster, self.order[:, :, :end], self.labels[:, :, :end], runs)
+        return Clusters(
+            self.k[:, :, :count],
+            self.v[:, :, :count],
+            self.sizes[:, :, :count],
+            self.starts[:, :, :count],
+            self.order[:, :, :end],
+            self.labels[:, :, :end],
+            runs,
+        )
 
     def members(
         self, clusters: Int[Tensor, "b h l_q r"]

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.llm.kvcache.clusters import Clusters
-from dit_accel.llm.kvcache.kmeans import labels_of
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import attention_part, merged
 from dit_accel.llm.kvcache.selector import selector_of
 from dit_accel.llm.kvcache.selectors import clusters as wave
 from dit_accel.llm.kvcache.selectors.clusters import Wave
+from dit_accel.llm.kvcache.spherical_kmeans import labels_of
 from dit_accel.llm.kvcache.store import store_of
 
 from .test_exact import OPERATIONS, ZONES, check_operations

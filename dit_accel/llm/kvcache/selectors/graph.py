@@ -15,8 +15,10 @@ from dit_accel.llm.kvcache.graphs import LEAST, KeyIndex, check_faiss, index_of
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import SCORES, Partial
 from dit_accel.llm.kvcache.selector import Prompt, Selector
-from dit_accel.llm.kvcache.store import CHUNK, Store
+from dit_accel.llm.kvcache.store import Store
 
+CHUNK = 4096
+"""Keys that are compared at a time."""
 INDEXES = ("flat", "graph", "hnsw", "nsg")
 SAMPLES = 4096
 """Queries of the prompt that shape a graph, at most."""
@@ -176,6 +178,7 @@ class Retrieval(Selector):
 
 
 def _keys(store: Store, start: int) -> Iterator[Float[Tensor, "b h n d"]]:
-    """Give the keys from a slot on, some at a time."""
-    for at in range(start, store.slots, CHUNK):
-        yield store.decode(store.cut(at, min(at + CHUNK, store.slots)).tensors)[0]
+    """Yield the keys from a slot on, some at a time."""
+    step = max(1, CHUNK // store.granule) * store.granule
+    for at in range(start, store.slots, step):
+        yield store.decode(store.cut(at, min(at + step, store.slots)).tensors)[0]
