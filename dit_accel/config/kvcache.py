@@ -47,6 +47,8 @@ class KVConfig(Config):
             "select_options": {"retrieve": 0.05, "estimate": 0.23},
             "flush": 1024,
         },
+        # RetrievalAttention (arXiv 2409.10516): the best keys of each query head; graphs need faiss, this does not.
+        "retrieval": {"select": "retrieval", "select_options": {"index": "flat", "topk": 128}},
     }
 
     def __post_init__(self) -> None:

@@ -1,12 +1,13 @@
 """`Clusters`: stored tokens by cluster, with what tells whether a query needs them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dit_accel.llm.kvcache.spherical import sums
+from dit_accel.llm.kvcache.spherical_kmeans import sums
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,19 @@ class Clusters:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(x.nbytes for x in self._tensors())
+        return sum(x.nbytes for x in self._tensors().values())
 
     def joined(self, other: "Clusters") -> "Clusters":
         """Return these clusters and those of later tokens."""
-        tensors = (torch.cat(x, 2) for x in zip(self._tensors(), other._tensors(), strict=True))
+        new = other._tensors()
+        tensors = {name: torch.cat([x, new[name]], 2) for name, x in self._tensors().items()}
         later = tuple((tokens, clusters + self.count) for tokens, clusters in other.runs)
-        return Clusters(*tensors, runs=self.runs + later)
+        return replace(self, **tensors, runs=self.runs + later)
 
     def rows(self, index: Int[Tensor, " n"]) -> "Clusters":
         """Return the rows of the batch at `index`, in this order."""
-        tensors = (x.index_select(0, index.to(x.device)) for x in self._tensors())
-        return Clusters(*tensors, runs=self.runs)
+        tensors = {k: x.index_select(0, index.to(x.device)) for k, x in self._tensors().items()}
+        return replace(self, **tensors)
 
     def whole_runs(self, tokens: int) -> "Clusters | None":
         """Return the runs that lie within the first tokens; None: no run does."""
@@ -82,8 +84,15 @@ class Clusters:
         if not runs:
             return None
         end, count = runs[-1]
-        by_cluster = (x[:, :, :count] for x in (self.k, self.v, self.sizes, self.starts))
-        return Clusters(*by_cluster, self.order[:, :, :end], self.labels[:, :, :end], runs)
+        return Clusters(
+            self.k[:, :, :count],
+            self.v[:, :, :count],
+            self.sizes[:, :, :count],
+            self.starts[:, :, :count],
+            self.order[:, :, :end],
+            self.labels[:, :, :end],
+            runs,
+        )
 
     def members(
         self, clusters: Int[Tensor, "b h l_q r"]
@@ -104,5 +113,5 @@ class Clusters:
         index = self.order.gather(2, place).long().view(*shape[:3], most)
         return index, inside, counts
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.k, self.v, self.sizes, self.starts, self.order, self.labels
+    def _tensors(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}

@@ -120,3 +120,12 @@ def joined_masks(parts: Sequence[Part]) -> Bool[Tensor, "b _h slots"] | None:
         ],
         2,
     )
+
+
+def hidden(parts: Sequence[Part], gone: Bool[Tensor, "b _h slots"]) -> list[Part]:
+    """Return parts of which some slots are empty, and stay where they are."""
+    masks = (~gone).split([x.slots for x in parts], 2)
+    return [
+        replace(x, valid=mask if x.valid is None else x.valid & mask)
+        for x, mask in zip(parts, masks, strict=True)
+    ]

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -186,15 +186,6 @@ class Store(ABC):
             found, first = joined(found, some), last
         assert found is not None
         return found
-
-    def hide(self, gone: Bool[Tensor, "b _h slots"]) -> None:
-        """Empty slots, which stay where they are."""
-        sizes = [x.slots for x in self.parts]
-        masks = (~gone).split(sizes, 2)
-        self.parts = [
-            replace(x, valid=mask if x.valid is None else x.valid & mask)
-            for x, mask in zip(self.parts, masks, strict=True)
-        ]
 
     def rows(self, index: Int[Tensor, " n"]) -> None:
         """Keep these rows of the batch, in this order."""

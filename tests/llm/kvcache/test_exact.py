@@ -21,6 +21,7 @@ EXACT = {
     "snapkv": {**ZONES, "select": "snapkv", "select_options": {"budget": 1.0}},
     "quest": {**ZONES, "select": "quest", "select_options": {"budget": 1.0}},
     "wave": {**ZONES, "select": "wave", "select_options": {"retrieve": 1.0}},
+    "retrieval": {**ZONES, "select": "retrieval", "select_options": {"topk": 1.0}},
 }
 """Settings that change nothing. A store or selector that can read everything exactly adds a line."""
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -13,7 +13,7 @@ from dit_accel.llm.kvcache.partial import attention_part, merged
 from dit_accel.llm.kvcache.selector import selector_of
 from dit_accel.llm.kvcache.selectors import clusters as wave
 from dit_accel.llm.kvcache.selectors.clusters import Wave
-from dit_accel.llm.kvcache.spherical import labels_of
+from dit_accel.llm.kvcache.spherical_kmeans import labels_of
 from dit_accel.llm.kvcache.store import store_of
 
 from .test_exact import OPERATIONS, ZONES, check_operations

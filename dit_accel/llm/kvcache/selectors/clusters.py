@@ -14,7 +14,7 @@ from dit_accel.llm.kvcache.clusters import Clusters
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import SCORES, Partial, from_scores, merged_part
 from dit_accel.llm.kvcache.selector import Prompt, Selector
-from dit_accel.llm.kvcache.spherical import labels_of
+from dit_accel.llm.kvcache.spherical_kmeans import labels_of
 from dit_accel.llm.kvcache.store import Store
 
 

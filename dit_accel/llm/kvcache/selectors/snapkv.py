@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dit_accel.llm.kvcache.budget import check_budget, check_count, tokens_of
-from dit_accel.llm.kvcache.part import Part, joined
+from dit_accel.llm.kvcache.part import Part, hidden, joined
 from dit_accel.llm.kvcache.partial import Partial
 from dit_accel.llm.kvcache.selector import Prompt, Selector
 from dit_accel.llm.kvcache.store import Store
@@ -99,7 +99,7 @@ class SnapKV(Selector):
             self.clear()
             return None
         gone = self.positions >= self.prompt
-        store.hide(gone)
+        store.parts = hidden(store.parts, gone)
         self.kept = float((~gone).sum(-1).double().mean())
         return None
 

@@ -1,0 +1,156 @@
+"""Indexes that find the keys with the largest dot products, one for each row and head."""
+
+import importlib
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dit_accel.llm.kvcache.chosen import GATHERED
+from dit_accel.llm.kvcache.projection import EXPANDED, projected_graph, search_graph
+
+LEAST = 256
+"""Keys that a graph needs; fewer are compared one by one."""
+SEEN = 2**26
+"""Marks of compared keys that exist at a time: 64 MiB."""
+
+
+def check_faiss(index: str) -> None:
+    """Check that faiss can be imported.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        _faiss()
+    except ImportError:
+        raise ValueError(
+            f"index={index!r}: needs the package faiss (pip install faiss-cpu); accepted without it are flat, graph"
+        ) from None
+
+
+class KeyIndex:
+    """Index of keys that compares all of them. An index is never changed, so that copies may share it.
+
+    Args:
+        keys: the keys.
+        slots: slot of each key in the store.
+    """
+
+    def __init__(self, keys: Float[Tensor, "n d"], slots: Int[Tensor, " n"]) -> None:
+        self.keys, self.slots = keys.float(), slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index."""
+        return self.keys.nbytes + self.slots.nbytes
+
+    def search(
+        self, q: Float[Tensor, "l d"], count: int, width: int
+    ) -> tuple[Int[Tensor, "l n"], Float[Tensor, "l n"], float | None]:
+        """Return slots, their dot products (-inf where the index found fewer), and the share of the keys compared.
+
+        Args:
+            q: queries.
+            count: keys to find for each query, at most all.
+            width: candidates of the search.
+        """
+        count = min(count, len(self.keys))
+        found, products, compared = self._find(
+            q.float(), count, min(max(width, count), len(self.keys))
+        )
+        return self.slots[found], products, compared
+
+    def _find(self, q: Tensor, count: int, width: int) -> tuple[Tensor, Tensor, float | None]:
+        products, found = (q @ self.keys.mT).topk(count, 1)
+        return found, products, 1.0
+
+
+class LinkedKeys(KeyIndex):
+    """Graph that links keys which answer the same queries.
+
+    Args:
+        keys, slots: see `KeyIndex`.
+        queries: queries like those that will come.
+        degree: neighbours of each key.
+    """
+
+    def __init__(self, keys: Tensor, slots: Tensor, queries: Tensor, degree: int) -> None:
+        super().__init__(keys, slots)
+        graph, self.entries = projected_graph(queries, self.keys, degree)
+        self.graph = graph.to(torch.int32)
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.graph.nbytes
+
+    def _find(self, q: Tensor, count: int, width: int) -> tuple[Tensor, Tensor, float | None]:
+        n, dim = self.keys.shape
+        step = max(1, min(SEEN // n, GATHERED // (EXPANDED * self.graph.shape[1] * dim)))
+        ids = torch.zeros(len(q), count, dtype=torch.long, device=q.device)
+        scores, compared = torch.full(ids.shape, -torch.inf, device=q.device), 0
+        for start in range(0, len(q), step):
+            at = slice(start, start + step)
+            found, products, times = search_graph(q[at], self.keys, self.graph, self.entries, width)
+            few, compared = min(count, found.shape[1]), compared + times
+            ids[at, :few], scores[at, :few] = found[:, :few], products[:, :few]
+        return ids, scores, compared / (len(q) * n)
+
+
+class FaissKeys(KeyIndex):
+    """Graph of faiss, on the CPU.
+
+    Args:
+        kind: "hnsw", a graph of near keys; "nsg", made of the links of `LinkedKeys`, most of which faiss prunes away.
+        keys, slots, queries, degree: see `LinkedKeys`.
+    """
+
+    def __init__(
+        self, kind: str, keys: Tensor, slots: Tensor, queries: Tensor, degree: int
+    ) -> None:
+        faiss = _faiss()
+        super().__init__(keys, slots)
+        x, metric = self.keys.cpu().numpy(), faiss.METRIC_INNER_PRODUCT
+        self.kind, self.links = kind, 4 * degree * len(keys)
+        self.index: Any
+        if kind == "nsg":
+            self.index = faiss.IndexNSGFlat(keys.shape[1], degree, metric)
+            self.index.build(x, projected_graph(queries, self.keys, degree)[0].cpu().numpy())
+        else:
+            self.index = faiss.IndexHNSWFlat(keys.shape[1], degree // 2, metric)
+            self.index.add(x)
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.links
+
+    def _find(self, q: Tensor, count: int, width: int) -> tuple[Tensor, Tensor, float | None]:
+        faiss = _faiss()
+        if self.kind == "nsg":
+            self.index.nsg.search_L = width
+        else:
+            self.index.hnsw.efSearch = width
+            faiss.cvar.hnsw_stats.reset()
+        products, found = map(torch.from_numpy, self.index.search(q.cpu().numpy(), count))
+        compared = None  # faiss does not count them
+        if self.kind == "hnsw":
+            compared = faiss.cvar.hnsw_stats.ndis / (len(q) * len(self.keys))
+        products = products.masked_fill(found < 0, -torch.inf)
+        return found.clamp(min=0).to(q.device), products.to(q.device), compared
+
+
+def _faiss() -> Any:
+    return importlib.import_module("faiss")
+
+
+def index_of(
+    kind: str, keys: Tensor, slots: Tensor, queries: Tensor | None, degree: int
+) -> KeyIndex:
+    """Return an index of keys: "graph", "hnsw" or "nsg"; see the classes."""
+    if len(keys) < LEAST:
+        return KeyIndex(keys, slots)
+    queries = keys if queries is None else queries
+    if kind == "graph":
+        return LinkedKeys(keys, slots, queries, degree)
+    return FaissKeys(kind, keys, slots, queries, degree)
