@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dit_accel.llm.kvcache.clusters import Clusters
@@ -26,6 +27,8 @@ def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if type(value) in KINDS.values():
         inner = {x.name: getattr(value, x.name) for x in fields(value)}
         return {type(value).__name__: packed(inner, name, tensors)}
@@ -46,6 +49,8 @@ def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, inner),) = value.items()
     if kind == "tensor":
         return tensors[inner]
+    if kind == "dtype":
+        return getattr(torch, inner)
     if kind == "tuple":
         return tuple(unpacked(inner, tensors))
     if kind in KINDS:

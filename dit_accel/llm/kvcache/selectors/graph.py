@@ -34,6 +34,7 @@ class Retrieval(Selector):
     """
 
     name: ClassVar[str] = "retrieval"
+    settled: ClassVar[frozenset[str]] = frozenset({"graphs", "built"})
     index: str = "flat"
     """How keys are found: "flat" compares all of them; "graph" searches a graph, as in the paper.
 
@@ -80,6 +81,10 @@ class Retrieval(Selector):
             self.queries = q[:, :, ::step].contiguous()
         later = store.slots - self.built
         if (prompt is not None and later >= LEAST) or later >= max(self.rebuild, self.built):
+            self._build(store)
+
+    def restored(self, store: Store) -> None:
+        if self.index != "flat" and store.slots >= LEAST:
             self._build(store)
 
     def _build(self, store: Store) -> None:

@@ -26,7 +26,7 @@ class ChannelCodes(Channels):
     """
 
     name: ClassVar[str] = "channels_pq"
-    settled: ClassVar[frozenset[str]] = Channels.settled | {"books", "layer", "dtype"}
+    settled: ClassVar[frozenset[str]] = Channels.settled | {"books", "layer"}
     codebooks: str | None = None
     """File of `dit-accel llm calibrate`, with codes of 8 bits and not centred."""
     books: Codebooks | None = field(default=None, init=False, repr=False)

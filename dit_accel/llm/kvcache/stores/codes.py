@@ -26,6 +26,7 @@ class Codes(Store):
     """
 
     name: ClassVar[str] = "pq"
+    settled: ClassVar[frozenset[str]] = frozenset({"layer"})
     codebooks: str | None = None
     """File of `dit-accel llm calibrate`."""
     dtype: torch.dtype = field(default=torch.float32, init=False, repr=False)

@@ -1,0 +1,158 @@
+"""Each store with each selector, in memory of each kind: what docs/kvcache.md says can be combined."""
+
+import pytest
+import torch
+
+from dit_accel import llm
+from dit_accel.llm.control import attention_layers
+from dit_accel.llm.kvcache.cache import KVCache, model_sizes
+from dit_accel.llm.kvcache.codebooks import write_codebooks
+from dit_accel.llm.kvcache.model_file import ModelFile, fingerprint_of
+from dit_accel.llm.kvcache.selector import selector_names
+from dit_accel.llm.kvcache.store import store_names
+from dit_accel.llm.kvcache.stores.channels import KIND
+
+from ..models import make, prompt
+from .test_channels import mask_of
+from .test_codes import codebooks
+
+ZONES = {"sink": 4, "recent": 8, "flush": 8}
+FULL = {
+    "all": {},
+    "snapkv": {"budget": 1.0},
+    "quest": {"budget": 1.0},
+    "wave": {"retrieve": 1.0},
+    "retrieval": {"topk": 1.0},
+}
+"""Options with which a selector reads every token."""
+SOME = {
+    "none": {},
+    "snapkv": {"budget": 0.3, "window": 8},
+    "quest": {"budget": 0.3, "page": 4},
+    "wave": {"retrieve": 0.2, "estimate": 0.3},
+    "retrieval": {"topk": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make("Llama")
+
+
+@pytest.fixture(scope="module")
+def options(model, tmp_path_factory):
+    """Options of each store."""
+    folder = tmp_path_factory.mktemp("files")
+    sizes, print_ = model_sizes(model.config), fingerprint_of(attention_layers(model))
+    mask, codes = str(folder / "mask.safetensors"), str(folder / "pq.safetensors")
+    ModelFile(KIND, {"mask": mask_of(8, 16)}, sizes, print_).save(folder / "mask.safetensors")
+    write_codebooks(codes, codebooks(sizes))
+    return {
+        "dense": {},
+        "int": {"bits": 4, "group": 8},
+        "pq": {"codebooks": codes},
+        "channels": {"mask": mask},
+        "channels_pq": {"mask": mask, "codebooks": codes},
+    }
+
+
+def outputs(model, kv, length=70):
+    """Return logits of a padded batch that is read in two turns, cropped, and read on in a fork."""
+    ids = prompt(length=length)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    llm.enable(model, kv=kv)
+    cache, found = KVCache(model, kv), []
+
+    def read(cache, start, stop):
+        given = {
+            "attention_mask": mask[:, :stop],
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, start:stop],
+        }
+        with torch.no_grad():
+            logits = model(ids[:, start:stop], past_key_values=cache, **given).logits
+        found.append(torch.where(mask[:, start:stop, None] > 0, logits, 0.0))
+
+    read(cache, 0, 50)
+    for start in (50, 51, 52):
+        read(cache, start, start + 1)
+    read(cache, 53, 62)
+    cache.crop(-20)
+    read(cache.fork(), 42, 50)
+    read(cache, 42, 60)
+    llm.disable(model)
+    return torch.cat(found, 1), cache
+
+
+def test_every_store_and_selector_is_here(options):
+    assert set(options) == set(store_names())
+    assert set(FULL) | set(SOME) == set(selector_names())
+
+
+@pytest.mark.parametrize("select", FULL)
+@pytest.mark.parametrize("store", store_names())
+def test_a_selector_that_reads_everything_changes_nothing(model, options, store, select):
+    common = {**ZONES, "store": store, "store_options": options[store]}
+    want, _ = outputs(model, common)
+    found, cache = outputs(model, {**common, "select": select, "select_options": FULL[select]})
+    torch.testing.assert_close(found, want, rtol=2e-4, atol=2e-4)
+    assert cache.get_seq_length() == 60
+
+
+@pytest.mark.parametrize("select", SOME)
+@pytest.mark.parametrize("store", store_names())
+def test_a_selector_reads_less(model, options, store, select):
+    kv = {**ZONES, "store": store, "store_options": options[store], "select": select}
+    found, cache = outputs(model, {**kv, "select_options": SOME[select]})
+    assert found.isfinite().all()
+    assert cache.read_share < 0.95
+
+
+@pytest.mark.parametrize("select", [*FULL, "none"])
+@pytest.mark.parametrize("store", store_names())
+def test_caches_come_back_from_files(model, options, store, select, tmp_path):
+    kv = {**ZONES, "store": store, "store_options": options[store], "select": select}
+    kv["select_options"] = SOME.get(select, {})
+    _, cache = outputs(model, kv)
+    llm.enable(model, kv=kv)
+    llm.save_cache(model, cache, tmp_path / "cache.safetensors")
+    again = llm.load_cache(model, tmp_path / "cache.safetensors")
+    assert again.nbytes == cache.nbytes
+    ids = prompt(length=5, seed=3)
+    mask = torch.ones(2, 65, dtype=torch.long)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        found, want = (
+            model(ids, past_key_values=x, attention_mask=mask).logits for x in (again, cache)
+        )
+    torch.testing.assert_close(found, want)
+    llm.disable(model)
+
+
+def test_a_graph_is_built_again(model, tmp_path):
+    kv = {**ZONES, "select": "retrieval", "select_options": {"index": "graph", "topk": 16}}
+    llm.enable(model, kv=kv)
+    cache, ids = KVCache(model, kv), prompt(length=400)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        llm.save_cache(model, cache, tmp_path / "cache.safetensors")
+        again = llm.load_cache(model, tmp_path / "cache.safetensors")
+        assert again.layers[0].selector.built == cache.layers[0].selector.built > 0
+        found, want = (model(ids[:, :3], past_key_values=x).logits for x in (again, cache))
+    torch.testing.assert_close(found, want)
+    llm.disable(model)
+
+
+@pytest.mark.parametrize("prefill", ["triangle", "hybrid"])
+def test_sparse_prefill_and_a_cache(model, options, prefill):
+    """The prompt is read with the pattern, what follows from the cache."""
+    ids = prompt(length=120)
+    sparse = {"pattern": prefill, "block": 16, "tail": 16, "crossover": 0, "dense_layers": 0}
+    kv = {**ZONES, "store": "int", "store_options": options["int"]}
+    llm.enable(model, prefill=sparse, kv=kv)
+    found = model.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    seen = llm.summary(model)
+    assert seen.sparse_calls == 3
+    assert [x.cached_calls for x in seen.layers] == [4, 4, 4]
+    assert isinstance(found.past_key_values, KVCache)
+    llm.disable(model)
