@@ -50,16 +50,17 @@ def _mixes(q: Tensor, v: Tensor, mix: Mix, linear: Linear, target: Target) -> bo
 def packed_heads(p: Problem) -> int:
     """Return the number of query heads that one program of the forward kernel computes; 1: they are not packed.
 
-    Query heads are packed where all heads of a key head read by the same lists (a plan with one set of lists for each
-    key head, or with one for all) and as many of them as divide the group fit in one tile. Split rows, columns, block
-    means and every rule are packed too. Not packed: the linear branch, whose sums need the registers.
+    Query heads are packed where the heads of a group have the same lists (the plan has one set of lists for each key
+    head, or one for all) and where a tile has rows for a number of them that divides the group. Columns, block means,
+    split rows and all rules of a plan can be packed. A linear branch is not: its sums leave no registers for it.
     """
     group = p.heads // p.kv_heads
     if group == 1 or p.linear is not None or p.plan.heads not in (1, p.kv_heads):
         return 1
-    divisors = (n for n in range(group, 1, -1) if group % n == 0)
-    block_q = p.plan.block_q
-    return next((n for n in divisors if n * block_q <= p.tile("forward", n).q), 1)
+    for heads in range(group, 1, -1):
+        if group % heads == 0 and heads * p.plan.block_q <= p.tile("forward", heads).q:
+            return heads
+    return 1
 
 
 def forward(
