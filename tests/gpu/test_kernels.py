@@ -210,7 +210,7 @@ def test_totals_that_the_caller_keeps(scope):
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("q_len", [2, 1000])
 def test_query_heads_that_share_their_lists(q_len, d, group):
-    """Several of them are one tile at inference."""
+    """Inference computes several heads in one tile."""
     g = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
         torch.randn(1, n, h, d, generator=g, device="cuda").bfloat16().transpose(1, 2)

@@ -26,8 +26,8 @@ def tensors(plan, heads, kv_heads, d, *, batch=1, d_v=None, seed=0, dtype=torch.
     return [torch.randn(batch, n, h, w, generator=g).to(dtype).transpose(1, 2) for h, n, w in sizes]
 
 
-def attend(q, k, v, plan, *, want_lse=True, **options):
-    """Output, lse and launches of the forward pass."""
+def attend(q, k, v, plan, *, want_lse=True, packed=True, **options):
+    """Output, lse and launches of the forward pass; with `packed=False` one head at a time."""
     launches = []
 
     def run(launch: Launch) -> None:
@@ -35,37 +35,42 @@ def attend(q, k, v, plan, *, want_lse=True, **options):
         launch()
 
     options = {"scale": 0.3, "shared_softmax": False, "linear": None, **options}
-    o, lse, _, _ = triton_forward.forward(
-        q, k, v, plan, want_lse=want_lse, target=INTERPRETER, run=run, **options
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        if not packed:
+            patch.setattr(triton_forward, "packed_heads", lambda p: 1)
+        o, lse, _, _ = triton_forward.forward(
+            q, k, v, plan, want_lse=want_lse, target=INTERPRETER, run=run, **options
+        )
     return o, lse, launches
+
+
+def names(launches: list[Launch]) -> list[str]:
+    return [x.kernel.__name__ for x in launches]
 
 
 def most(group: int, block_q: int) -> int:
     return max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * block_q <= 128))
 
 
-def check(plan, group, kv_heads, d, *, split=False, dtype=torch.float32, **shape):
+def check(plan, group, kv_heads, d, *, dtype=torch.float32, **shape):
     """Compare with the formula over lists for each query head, and look at what was launched."""
     heads = group * kv_heads
     q, k, v = tensors(plan, heads, kv_heads, d, dtype=dtype, **shape)
-    alone = plan.for_heads(heads)
     expected, expected_lse = block_sparse_reference(
-        *(x.double() for x in (q, k, v)), alone.listed(), scale=0.3
+        *(x.double() for x in (q, k, v)), plan.for_heads(heads).listed(), scale=0.3
     )
     o, lse, launches = attend(q, k, v, plan)
     error = 5e-3 if dtype == torch.float16 else 1e-5
     torch.testing.assert_close(o.double(), expected, rtol=error, atol=error)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=error, atol=error)
     assert torch.equal(attend(q, k, v, plan, want_lse=False)[0], o)
-    forward = next(x for x in launches if x.kernel.__name__ == "forward_kernel")
     packed = most(group, plan.block_q)
-    assert forward.constants["HEADS_PACKED"] == packed
-    assert forward.grid[1:] == (heads // packed, len(q))
-    # Not a launch more than without packing.
-    unpacked = attend(q, k, v, alone)[2] if plan.heads > 1 else launches
-    assert len(launches) == len(unpacked)
-    assert ("merge_kernel" in [x.kernel.__name__ for x in launches]) == split
+    assert launches[0].constants["HEADS_PACKED"] == packed
+    assert launches[0].grid[1:] == (heads // packed, len(q))
+    single, _, unpacked = attend(q, k, v, plan, packed=False)
+    torch.testing.assert_close(single, o, rtol=error, atol=error)
+    assert unpacked[0].constants["HEADS_PACKED"] == 1
+    assert names(unpacked) == names(launches)
     return launches
 
 
@@ -100,10 +105,7 @@ def test_drawn_plans_with_split_rows(case, group, seed):
     plan, kv_heads = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_forward, "SPLIT_TOKENS", 32)
-        widest = plan.num_k_blocks
-        if not plan.has_prefix_rows:
-            widest = max(plan.kv_indices.shape[-1], plan.full_kv_indices.shape[-1])
-        check(plan, group, kv_heads, 16, batch=2, seed=seed, split=widest * plan.block_k > 32)
+        check(plan, group, kv_heads, 16, batch=2, seed=seed)
 
 
 RULES = {
@@ -148,7 +150,8 @@ def test_groups_and_head_dims(group, d, block_q):
 
 def test_few_queries_split_over_programs(monkeypatch):
     monkeypatch.setattr(triton_forward, "SPLIT_TOKENS", 64)
-    check(ruled("columns", 2), 8, 2, 64, split=True)
+    launches = check(ruled("columns", 2), 8, 2, 64)
+    assert names(launches) == ["forward_kernel", "merge_kernel"]
 
 
 @pytest.mark.parametrize("lists", [1, 2])
@@ -156,11 +159,26 @@ def test_block_means(lists):
     plan = ruled("all", 100, heads=lists)
     q, k, v = tensors(plan, 8, 2, 64)
     o, lse, launches = attend(q, k, v, plan, shared_softmax=True)
-    expected, expected_lse, unpacked = attend(q, k, v, plan.for_heads(8), shared_softmax=True)
+    expected, expected_lse, unpacked = attend(q, k, v, plan, packed=False, shared_softmax=True)
     torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
     assert launches[-1].constants["HEADS_PACKED"] == 2
-    assert len(launches) == len(unpacked)
+    assert names(launches) == names(unpacked)
+
+
+@pytest.mark.parametrize("rows", [[0, 2], [1]], ids=str)
+@pytest.mark.parametrize("lists", [1, 2])
+def test_split_rows_without_lists(lists, rows, monkeypatch):
+    monkeypatch.setattr(triton_forward, "SPLIT_TOKENS", 32)
+    mask = torch.rand(1, lists, 3, 10, generator=torch.Generator().manual_seed(5)) < 0.3
+    mask[:, :, rows] = True
+    sizes = {"block_q": 64, "block_k": 16, "q_len": 150, "kv_len": 160}
+    plan = SparsePlan.from_block_mask(
+        mask, **sizes, causal=True, long_rows=torch.tensor(rows), most=4
+    )
+    assert plan.has_prefix_rows
+    launches = check(plan, 4, 2, 32)
+    assert names(launches) == ["forward_kernel", "merge_kernel"]
 
 
 @pytest.mark.parametrize("lists", [1, 2])
