@@ -62,6 +62,15 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
         f"{mode}, 128 rows": [x for x in launches if x.kernel in BY_ROWS]
         for mode, launches in wide.items()
     }
+    # Query heads that share keys and lists, where a chip's tile holds two query blocks or more.
+    packed = {
+        "plain": make(group=4),
+        "causal": make(group=4, causal=True),
+        "columns": make(group=4, causal=True, columns=True),
+        "shared_softmax": make(group=4, shared_softmax=True),
+        "split rows": make(group=4, read=0.5, long_rows=True, causal=True),
+    }
+    modes |= {f"{mode}, packed heads": launches for mode, launches in packed.items()}
     found: dict[str, Launch] = {}
     seen = set()
     for mode, launches in modes.items():
@@ -140,19 +149,24 @@ def _launches(
     block_q: int = 64,
     read: float = 0.05,
     long_rows: bool = False,
+    group: int = 1,
 ) -> list[Launch]:
-    """Return what a forward and a backward call would launch, in order; with `combine` a call at inference."""
+    """Return what a forward and a backward call would launch, in order.
+
+    With `combine`, or where query heads share keys and lists (`group` of them), a call at inference.
+    """
     integers = functools.partial(torch.empty, dtype=torch.int32, device="meta")
-    q, k, v = (_meta(head_dim, dtype) for _ in range(3))
+    heads = HEADS // group
+    q, k, v = _meta(head_dim, dtype), *(_meta(head_dim, dtype)[:, :heads] for _ in range(2))
     n = LENGTH // 64
     plan = SparsePlan.from_block_mask(
-        torch.empty(1, HEADS, LENGTH // block_q, n, dtype=torch.bool, device="meta"),
+        torch.empty(1, heads, LENGTH // block_q, n, dtype=torch.bool, device="meta"),
         block_q=block_q,
         block_k=64,
         q_len=LENGTH,
         kv_len=LENGTH,
         causal=causal,
-        columns=integers(1, HEADS, 512) if columns else None,
+        columns=integers(1, heads, 512) if columns else None,
         long_rows=integers(2) if long_rows else None,
         q_block_sizes=integers(LENGTH // block_q) if ragged else None,
         k_block_sizes=integers(n) if ragged else None,
@@ -175,6 +189,8 @@ def _launches(
         triton_backend.forward(q, k, v, plan, want_lse=False, mix=mix, **options)
         return launches
     o, lse, o_l, norm = triton_backend.forward(q, k, v, plan, want_lse=True, **options)
+    if group > 1:
+        return launches
     grad_o_l = None if linear is None else o_l
     triton_backend.backward(o, lse, grad_o_l, q, k, v, plan, o, lse, o_l, norm, **options)
     return launches

@@ -14,6 +14,8 @@ CHIPS = ("80", "90")
 # One mode of each kernel, the one that needs most; the default of Hopper; and what has no main loop.
 KERNELS = (
     "forward/plain, 128 rows",
+    "forward/plain, packed heads",
+    "forward/split rows, packed heads",
     "forward/linear complement",
     "rows/linear complement",
     "columns/causal",

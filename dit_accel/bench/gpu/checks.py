@@ -34,6 +34,8 @@ class Check:
     head_dim: int = 128
     heads: int = 4
     kv_heads: int = 2
+    lists: int | None = None
+    """Heads of the plan. Default: lists for each query head."""
     kv_len: int = 517
     blocks: tuple[int, int] = (128, 64)
     plan: dict[str, Any] = field(default_factory=dict)
@@ -63,6 +65,11 @@ def checks() -> Iterator[Check]:
         for rule in ("kv_lengths", "tiles", "order"):
             yield Check(f"{rule}, {combine}", combine, scope or "complement", rule=rule)
     yield Check("split rows", plan={"topk": 0.6}, rule="long", kv_len=9000)
+    # Several query heads in one tile.
+    shared: dict[str, Any] = {"heads": 8, "lists": 1, "blocks": (64, 64)}
+    yield Check("shared lists", plan=causal, **shared)
+    split = {"topk": 0.6, "causal": True}
+    yield Check("shared lists, split rows", plan=split, rule="long", kv_len=9000, **shared)
     plans = ({"top_p": 0.7}, {"threshold": 0.5}, {"topk": 0.2, "top_p": 0.5})
     for plan in plans:
         label = " and ".join(f"{n} {x}" for n, x in plan.items())
@@ -123,7 +130,7 @@ class Problem:
             geometry = {**geometry, "q_order": torch.arange(Q_LEN - 1, -1, -1, device=place)[None]}
         elif check.rule == "long":
             geometry = {**geometry, "long_rows": self._integers(0, n_q - 1)}
-        scores = torch.randn(BATCH, check.heads, n_q, n_k, device=place)
+        scores = torch.randn(BATCH, check.lists or check.heads, n_q, n_k, device=place)
         return SparsePlan.from_scores(
             scores, block_q=block_q, block_k=block_k, q_len=Q_LEN, kv_len=kv_len, **geometry
         )

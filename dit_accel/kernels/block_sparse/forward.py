@@ -3,7 +3,11 @@
     o = softmax(scale q k^T) v over the keys read        (README.md, equations 1 and 2)
     o_l = phi(q) H / (phi(q) . Z)                        (equation 3)
 
-One program owns a tile of query rows of one head. LINEAR says where H and Z come from:
+One program owns a tile of query rows of one head, or, without a linear branch, one query block of HEADS_PACKED
+query heads that have the same keys and the same lists: it loads each key block once for all of them. Row r of such a
+tile is row r % BLOCK_Q of head r // BLOCK_Q.
+
+LINEAR says where H and Z come from:
 
     1   the totals over all keys
     2   the totals minus the blocks that the row reads or skips, subtracted in score space
@@ -178,13 +182,14 @@ def forward_kernel(
     PROJ_W, PROJ_B, ALPHA, FILLED,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, alpha_b, alpha_h, alpha_q,
     q_len, k_len, n_q, n_k, n_full, n_part, n_extra, n_bytes, n_columns,
-    list_b, list_h, order_h, group, q_offset, window, sink,
+    list_b, list_h, list_group, order_h, group, q_offset, window, sink,
     scale, n_keys, long_blocks, n_long, n_segments,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     LINEAR: tl.constexpr, FEATURE: tl.constexpr, MIX: tl.constexpr, SPLIT: tl.constexpr,
     PREFIX: tl.constexpr, WANT_LSE: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    HEADS_PACKED: tl.constexpr,
 ):  # fmt: skip
     q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
     k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
@@ -193,9 +198,9 @@ def forward_kernel(
     EVEN_K: tl.constexpr = BLOCK_K % TK == 0
     MASK_D: tl.constexpr = HEAD_DIM != DP
     MASK_V: tl.constexpr = VALUE_DIM != DVP
-    i_h, i_b = tl.program_id(1), tl.program_id(2)
-    i_kh = i_h // group
-    n_h = tl.num_programs(1)
+    i_h, i_b = tl.program_id(1) * HEADS_PACKED, tl.program_id(2)  # packed: the first of the heads
+    i_kh, i_lh = i_h // group, i_h // list_group
+    n_h = tl.num_programs(1) * HEADS_PACKED
     i_sub = tl.program_id(0) % SUB_Q
     i_block = tl.program_id(0) // SUB_Q
     if SPLIT:
@@ -204,7 +209,7 @@ def forward_kernel(
         i_segment = tl.where(is_segment, i_block // n_long, 0)
         i_long = tl.load(LONG_ROWS + i_slot, mask=is_segment, other=0)
         i_block = tl.where(is_segment, i_long, i_block - n_segments * n_long)
-    i_list = i_b * list_b + i_h * list_h
+    i_list = i_b * list_b + i_lh * list_h
     i_row = i_list * n_q + i_block
     full = tl.load(FULL_NUM + i_row)
     part = tl.load(PART_NUM + i_row)
@@ -217,11 +222,17 @@ def forward_kernel(
         first = tl.minimum(i_segment * long_blocks, last)
 
     o_in = i_sub * TQ + tl.arange(0, TQ)
-    o_row, m_q, m_row = query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
+    if HEADS_PACKED > 1:
+        # Rows after the last head stay with it, beyond its query block, where no row exists.
+        o_head = tl.minimum(o_in // BLOCK_Q, HEADS_PACKED - 1)
+        o_in -= o_head * BLOCK_Q
+    o_row, m_q, m_row = query_rows(i_block, o_in, i_lh, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
     o_d, o_v = tl.arange(0, DP), tl.arange(0, DVP)
     m_d, m_v = o_d < HEAD_DIM, o_v < VALUE_DIM
     k_end = last_key(KV_LENGTHS, i_b, k_len)
     Q += i_b.to(tl.int64) * q_b + i_h.to(tl.int64) * q_h
+    if HEADS_PACKED > 1:
+        Q += (o_head.to(tl.int64) * q_h)[:, None]
     K += i_b.to(tl.int64) * k_b + i_kh.to(tl.int64) * k_h
     V += i_b.to(tl.int64) * v_b + i_kh.to(tl.int64) * v_h
     FULL_INDEX += i_row.to(tl.int64) * n_full
@@ -373,6 +384,8 @@ def forward_kernel(
             i_part = (i_segment.to(tl.int64) * tl.num_programs(2) + i_b) * n_h + i_h
             o_part = (i_part * n_long + i_slot) * BLOCK_Q + o_in
             m_part = o_in < BLOCK_Q
+            if HEADS_PACKED > 1:
+                o_part += o_head * (n_long * BLOCK_Q)
             tl.store(
                 PART_O + o_part[:, None] * VALUE_DIM + o_v[None, :],
                 b_o,
@@ -380,6 +393,8 @@ def forward_kernel(
             )
             tl.store(PART_LSE + o_part, b_lse, mask=m_part)
             return
+    if HEADS_PACKED > 1:
+        o_row += o_head * q_len
     O += i_bh * q_len * VALUE_DIM  # o_out * VALUE_DIM would take registers from the loops
     o_out = i_bh * q_len + o_row
     tl.store(
@@ -401,7 +416,7 @@ def forward_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def merge_kernel(
     PART_O, PART_LSE, O, LSE, FULL_NUM, PART_NUM, LONG_ROWS, Q_SIZES, Q_ORDER,
-    q_len, n_q, list_b, list_h, order_h, long_blocks, n_long, n_segments,
+    q_len, n_q, list_b, list_h, list_group, order_h, long_blocks, n_long, n_segments,
     VALUE_DIM: tl.constexpr, DVP: tl.constexpr, BLOCK_Q: tl.constexpr, TQ: tl.constexpr,
     WANT_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -409,13 +424,14 @@ def merge_kernel(
     SUB_Q: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
     i_slot = tl.program_id(0) // SUB_Q
     i_h, i_b = tl.program_id(1), tl.program_id(2)
+    i_lh = i_h // list_group
     n_h = tl.num_programs(1)
     i_block = tl.load(LONG_ROWS + i_slot)
-    i_row = (i_b * list_b + i_h * list_h) * n_q + i_block
+    i_row = (i_b * list_b + i_lh * list_h) * n_q + i_block
     if tl.load(FULL_NUM + i_row) + tl.load(PART_NUM + i_row) <= long_blocks:
         return
     o_in = (tl.program_id(0) % SUB_Q) * TQ + tl.arange(0, TQ)
-    o_row, _, m_row = query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
+    o_row, _, m_row = query_rows(i_block, o_in, i_lh, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
     o_v = tl.arange(0, DVP)
     m_v = o_v < VALUE_DIM
     m_in = o_in < BLOCK_Q

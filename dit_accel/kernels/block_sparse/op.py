@@ -49,7 +49,7 @@ def block_sparse_attention(
         k, v: keys and values `[B, Hkv, Lk, D]`. `Hq` is a multiple of `Hkv`; `Lq` and `Lk` may differ.
         plan: key blocks to read, made for these lengths (`SparsePlan`). Its lists may be those of `Hq` heads, of the
             `Hkv` heads, or of all. Where the query heads of a group share them, the torch backend gathers keys once for
-            the group.
+            the group, and the Triton backend loads them once for as many heads as fit in a tile.
         scale: factor of the dot products. Default: `D ** -0.5`.
         return_lse: also return the natural log-sum-exp of each row, `[B, Hq, Lq]`, fp32 (fp64 for
             fp64), differentiable. A query without any key has o = 0 and lse = -inf.
@@ -64,7 +64,7 @@ def block_sparse_attention(
     q, k, v = _inputs(q, k, v)
     scale = _check(q, k, v, plan, scale, shared=True)
     training = _wants_grad(q, k, v)
-    if training or _backend(q, backend) != "torch":
+    if training or backend == "flex":
         plan = plan.for_heads(q.shape[1])
     if training or backend == "flex":
         plan = plan.listed()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.tiles import Kernel, Target, Variant, pad, tile
+from dit_accel.kernels.block_sparse.tiles import Kernel, Target, Tile, Variant, pad, tile
 from dit_accel.kernels.block_sparse.unread_kernel import unread_kernel
 from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.linear.spec import Linear
@@ -112,18 +112,22 @@ class Problem:
 
     # -- pieces of launches ------------------------------------------------------------------------
 
-    def constants(self, kernel: Kernel) -> tuple[dict[str, Any], dict[str, int]]:
-        """Constants that all attention kernels share, and the launch options."""
-        plan = self.plan
-        size = tile(
+    def tile(self, kernel: Kernel, heads: int = 1) -> Tile:
+        """Return the tile of a launch whose programs take the query blocks of so many heads together."""
+        return tile(
             kernel,
             self.target,
             head_dim=max(self.head_dim, self.value_dim),
             dtype=self.q.dtype,
-            block_q=plan.block_q,
-            block_k=plan.block_k,
+            block_q=heads * self.plan.block_q,
+            block_k=self.plan.block_k,
             variant="heavy" if self.mode >= 2 else EXTRA_TILES[self.extra_keys],
         )
+
+    def constants(self, kernel: Kernel, heads: int = 1) -> tuple[dict[str, Any], dict[str, int]]:
+        """Constants that all attention kernels share, and the launch options; `heads` as in `tile`."""
+        plan = self.plan
+        size = self.tile(kernel, heads)
         constants = {
             **self.dims,
             "DVP": pad(self.value_dim),

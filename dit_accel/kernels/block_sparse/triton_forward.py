@@ -47,6 +47,22 @@ def _mixes(q: Tensor, v: Tensor, mix: Mix, linear: Linear, target: Target) -> bo
     return whole and multiplies_from_memory(target)
 
 
+def packed_heads(p: Problem) -> int:
+    """Return the number of query heads that one program of the forward kernel computes; 1: they are not packed.
+
+    Query heads are packed where the heads of a group have the same lists (the plan has one set of lists for each key
+    head, or one for all) and where a tile has rows for a number of them that divides the group. Columns, block means,
+    split rows and all rules of a plan can be packed. A linear branch is not: its sums leave no registers for it.
+    """
+    group = p.heads // p.kv_heads
+    if group == 1 or p.linear is not None or p.plan.heads not in (1, p.kv_heads):
+        return 1
+    for heads in range(group, 1, -1):
+        if group % heads == 0 and heads * p.plan.block_q <= p.tile("forward", heads).q:
+            return heads
+    return 1
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -86,7 +102,8 @@ def forward(
     norm = q.new_empty(rows if branch else (0,), dtype=torch.float32)
     mode, mix_arguments = _mix(p, mix)
     projected = mix.proj_weight if mix is not None and mode == 1 else None
-    constants, launch_options = p.constants("forward")
+    packed = packed_heads(p)
+    constants, launch_options = p.constants("forward", packed)
     constants |= {
         **p.linear_constants(),
         "EXTRA_KEYS": p.extra_keys,
@@ -95,6 +112,7 @@ def forward(
         "PREFIX": plan.has_prefix_rows,
         "WANT_LSE": want_lse,
         "FLIP": scale < 0,
+        "HEADS_PACKED": packed,
     }
     arguments: dict[str, Any] = {
         "Q": q,
@@ -111,6 +129,8 @@ def forward(
         **mix_arguments,
         **p.strides,
         **p.rules(),
+        # Query heads that share a set of lists; where all heads do, list_h is 0.
+        "list_group": p.heads // plan.heads if plan.heads > 1 else 1,
         "n_q": plan.num_q_blocks,
         "scale": abs(scale) * LOG2E,
         "n_keys": float(plan.kv_len),
@@ -123,15 +143,14 @@ def forward(
         "n_segments": 0,
     }
     sub = math.ceil(plan.block_q / constants["TQ"])
-    programs = plan.num_q_blocks * sub
+    grid = (plan.num_q_blocks * sub, p.heads // packed, p.batch)
     long_rows = None
     if linear is None and not shared_softmax:
-        long_rows = _long_rows(p, programs)
+        long_rows = _long_rows(p, math.prod(grid))
     if long_rows is None:
-        grid = (programs, p.heads, p.batch)
         run(Launch(forward_kernel, grid, arguments, constants, **launch_options))
     else:
-        _split(p, long_rows, programs, sub, arguments, constants, launch_options)
+        _split(p, long_rows, grid, sub, arguments, constants, launch_options)
     return o, lse, o_l, norm
 
 
@@ -166,7 +185,7 @@ def _mix(p: Problem, mix: Mix | None) -> tuple[int, dict[str, Any]]:
 def _long_rows(p: Problem, programs: int) -> Tensor | None:
     """Row blocks that are split over several programs; None: no row gains by it.
 
-    programs: of one head, without splitting.
+    programs: number of programs without splitting.
     """
     plan = p.plan
     widest = max(plan.kv_indices.shape[-1], plan.full_kv_indices.shape[-1])
@@ -176,7 +195,7 @@ def _long_rows(p: Problem, programs: int) -> Tensor | None:
         return None
     rows = plan.long_rows
     if rows is None:
-        if programs * p.heads * p.batch >= FEW_PROGRAMS:
+        if programs >= FEW_PROGRAMS:
             return None
         rows = torch.arange(plan.num_q_blocks, dtype=torch.int32, device=plan.device)
     # So many rows fill a device without being split.
@@ -191,13 +210,16 @@ def _most_segments(p: Problem, n_long: int) -> int:
 def _split(
     p: Problem,
     long_rows: Tensor,
-    programs: int,
+    grid: tuple[int, int, int],
     sub: int,
     arguments: dict[str, Any],
     constants: dict[str, Any],
     options: dict[str, int],
 ) -> None:
-    """Launch short rows with segments of long rows, and the merge of the segments."""
+    """Launch short rows with segments of long rows, and the merge of the segments.
+
+    grid: of the launch without splitting. sub: programs of one query block.
+    """
     plan, q = p.plan, p.q
     n_long = len(long_rows)
     least = math.ceil(plan.num_k_blocks / _most_segments(p, n_long))
@@ -215,8 +237,7 @@ def _split(
         "n_long": n_long,
         "n_segments": segments,
     }
-    heads_and_batch = (p.heads, p.batch)
-    grid = (segments * n_long * sub + programs, *heads_and_batch)
+    grid = (segments * n_long * sub + grid[0], *grid[1:])
     p.run(Launch(forward_kernel, grid, arguments, {**constants, "SPLIT": True}, **options))
     copied = [
         "O",
@@ -230,6 +251,7 @@ def _split(
         "n_q",
         "list_b",
         "list_h",
+        "list_group",
         "order_h",
         "long_blocks",
         "n_long",
@@ -237,12 +259,13 @@ def _split(
         "PART_LSE",
         "n_segments",
     ]
+    merged = {name: constants[name] for name in ("VALUE_DIM", "DVP", "BLOCK_Q", "WANT_LSE")}
     p.run(
         Launch(
             merge_kernel,
-            (n_long * sub, *heads_and_batch),
+            (n_long * sub, p.heads, p.batch),  # heads one by one
             {name: arguments[name] for name in copied},
-            {name: constants[name] for name in ("VALUE_DIM", "DVP", "BLOCK_Q", "TQ", "WANT_LSE")},
+            {**merged, "TQ": min(constants["TQ"], pad(plan.block_q))},
             num_warps=8,
             num_stages=2,
         )
