@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Kernels cannot be rewritten with run-time shape checks, nor traced through them.
 PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
 
-.PHONY: install chromium demo test test-long lint bench bench-ras bench-sla bench-prefill bench-training bench-finetune bench-eval kernel-table gpu-check \
+.PHONY: install chromium demo test test-long lint bench bench-ras bench-sla bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
 	gpu-check-ras gpu-check-sla gpu-check-eval clean
 
 install: $(STAMP)
@@ -84,12 +84,23 @@ bench-sla: install
 		$(BIN)/python pipelines/bench_sla.py together --model $$model \
 			--output pipelines/results/sla_ras_$$name.json || exit 1; done
 
+# About an hour on a CPU. The caches of kernels/kv_caches read the files that are made first.
+bench-kv: install
+	$(BIN)/python kernels/bench_kv.py --output kernels/results/kv_decode_cpu.json
+	for keep in 0.75 0.5 0.25; do \
+		$(BIN)/dit-accel llm learn-mask --keep $$keep --steps 0 --output outputs/energy_$$keep.safetensors; done
+	$(BIN)/dit-accel llm learn-mask --keep 0.25 --steps 120 --output outputs/learned_0.25.safetensors
+	for bits in 4 2; do \
+		$(BIN)/dit-accel llm calibrate --bits $$bits --overwrite --output outputs/pq$$bits.safetensors; done
+	$(BIN)/dit-accel llm bench-kv --tasks --count 2 --new-tokens 4 --caches window int4 int3 int2 snapkv quest retroinfer \
+		retrieval kernels/kv_caches/*.yaml --output kernels/results/kv_quality_4k.json
+
 # About an hour on a CPU.
 bench-prefill: install
 	$(BIN)/python kernels/bench_prefill.py layer --output kernels/results/prefill_layer_cpu.json
 	$(BIN)/python kernels/bench_prefill.py layer --geometry "llama-3.1-8b, a quarter of the heads" --lengths 16384 32768 \
 		--dtypes fp32 --repeats 1 --output kernels/results/prefill_llama_layer_cpu.json
-	$(BIN)/python kernels/bench_prefill.py first-token --dtypes fp32 --prefill balanced fast --repeats 1 \
+	$(BIN)/python kernels/bench_prefill.py first-token --prefill balanced fast \
 		--output kernels/results/prefill_first_token_cpu.json
 	$(BIN)/dit-accel llm bench --length 4096 --retrieval-prompts 0 --patterns balanced quality fast \
 		vertical_slash xattention --output kernels/results/prefill_quality_4k.json
