@@ -107,6 +107,8 @@ bench-prefill: install
 	$(BIN)/dit-accel llm bench --length 8192 --passkeys 4 --retrieval-prompts 0 --patterns balanced fast \
 		--output kernels/results/prefill_quality_8k.json
 	$(BIN)/dit-accel llm bench --texts --passkeys 0 --retrieval-lengths 4096 8192 --output kernels/results/retrieval_8k.json
+	$(BIN)/dit-accel llm bench --texts --passkeys 0 --retrieval-lengths 16384 32768 --retrieval-prompts 1 \
+		--patterns hybrid xattention blocks flex_prefill vertical_slash a_shape --output kernels/results/retrieval_32k.json
 
 bench-training: install
 	$(BIN)/python finetune/bench_training.py --output finetune/results/training_cpu.json
