@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_accel.llm.kvcache.part import Part, joined, joined_masks
 from dit_accel.llm.kvcache.partial import Partial, attention_part, by_query, merged_part
+from dit_accel.llm.kvcache.tiers import Tier
 from dit_accel.llm.plugins import class_named, classes_in, with_options
 
 PACKAGE = "dit_accel.llm.kvcache.stores"
@@ -32,6 +33,10 @@ class Store(ABC):
     granule: ClassVar[int] = 1
     """Tokens come in multiples of this."""
     parts: list[Part] = field(default_factory=list, init=False, repr=False)
+    tier: Tier = field(default_factory=Tier, init=False, repr=False)
+    """Memory in which the tokens lie."""
+    device: torch.device | None = field(default=None, init=False, repr=False)
+    """Device of the model, on which tokens are decoded."""
 
     @abstractmethod
     def encode(self, part: Part) -> Mapping[str, Tensor]:
@@ -61,17 +66,21 @@ class Store(ABC):
         """Add exact tokens, a multiple of `granule`."""
         if not part.slots:
             return
-        new = Part(self.encode(part), part.slots, part.valid)
-        if len(self.parts) < 2:
-            self.parts = [*self.parts, new]
+        self.device = part.k.device
+        new = self.tier.place(Part(self.encode(part), part.slots, part.valid))
+        if not self.parts:
+            self.parts = [self.tier.place_base(new)]
             return
-        base, tail = self.parts[0], joined(self.parts[1], new)
-        large = tail.slots > max(TAIL, base.slots // 2)
-        self.parts = [joined(base, tail)] if large else [base, tail]
+        base, *tail = self.parts
+        new = joined(tail[0], new) if tail else new
+        if tail and new.slots > max(TAIL, base.slots // 2):
+            self.parts = [self.tier.place_base(joined(base, new))]
+        else:
+            self.parts = [base, self.tier.place(new)]
 
     def attend(self, q: Float[Tensor, "b h g l_q d"], scale: float) -> Partial:
         """Return attention over all tokens."""
-        return merged_part(self.attend_part(q, x, scale) for x in self.parts)
+        return merged_part(self.attend_part(q, x.to(self.device), scale) for x in self.parts)
 
     def attend_part(self, q: Tensor, part: Part, scale: float) -> Partial:
         """Return attention over the tokens of a part: by default over decoded ones, some at a time."""
@@ -100,7 +109,10 @@ class Store(ABC):
         return by_query(q, k, v, scale=scale, visible=visible)
 
     def take(self, index: Int[Tensor, "b h n"]) -> Part:
-        """Return the encoded tokens of these slots."""
+        """Return the encoded tokens of these slots, on the device of the model."""
+        return self._take(index).to(self.device)
+
+    def _take(self, index: Int[Tensor, "b h n"]) -> Part:
         first = self.parts[0]
         if len(self.parts) == 1:
             return first.take(index)
@@ -144,7 +156,7 @@ class Store(ABC):
         return rest
 
     def cut(self, start: int, stop: int) -> Part:
-        """Return encoded tokens between two multiples of `granule`."""
+        """Return encoded tokens between two multiples of `granule`, on the device of the model."""
         found, first = None, 0
         for part in self.parts:
             last = first + part.slots
@@ -153,11 +165,12 @@ class Store(ABC):
             )
             found, first = joined(found, some), last
         assert found is not None
-        return found
+        return found.to(self.device)
 
     def rows(self, index: Int[Tensor, " n"]) -> None:
         """Keep these rows of the batch, in this order."""
-        self.parts = [x.rows(index) for x in self.parts]
+        places = (self.tier.place_base, self.tier.place)
+        self.parts = [place(x.rows(index)) for place, x in zip(places, self.parts, strict=False)]
 
     def fork(self) -> "Store":
         """Return a store with the same tokens, which both share until they change."""
