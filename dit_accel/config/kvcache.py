@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from dit_accel.config.base import Config, check, is_int
+from dit_accel.config.base import Config, check, check_choice, is_int
 from dit_accel.config.layers import check_layers, in_layers
+
+TIERS = ("device", "cpu", "disk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,10 @@ class KVConfig(Config):
     """Last tokens that stay exact, at least."""
     flush: int = 64
     """Tokens that are stored at a time while a text is generated."""
+    tier: str = "device"
+    """Memory in which stored tokens lie: "device", "cpu", or "disk" (files in `folder`, mapped into memory)."""
+    folder: str | None = None
+    """Folder of the files. Default: the system's folder of temporary files."""
     dense_layers: int | tuple[int, ...] | list[int] = 0
     """Layers that keep transformers' own cache: the first n, or a list of indices (negative ones from the end)."""
 
@@ -56,6 +62,14 @@ class KVConfig(Config):
             check(name, getattr(self, name), isinstance(getattr(self, name), str), "a name")
         for name in ("store_options", "select_options"):
             check(name, getattr(self, name), isinstance(getattr(self, name), dict), "a mapping")
+        check_choice("tier", self.tier, TIERS)
+        folder = self.folder
+        check(
+            "folder",
+            folder,
+            folder is None or (isinstance(folder, str) and self.tier == "disk"),
+            'a path, with tier="disk"',
+        )
         for name, least in (("sink", 0), ("recent", 1), ("flush", 1)):
             value = getattr(self, name)
             check(name, value, is_int(value) and value >= least, f"an int >= {least} (tokens)")

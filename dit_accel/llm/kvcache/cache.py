@@ -19,6 +19,7 @@ from dit_accel.llm.kvcache.layer import ZoneLayer
 from dit_accel.llm.kvcache.model_file import fingerprint_of
 from dit_accel.llm.kvcache.selector import selector_of
 from dit_accel.llm.kvcache.store import ModelSizes, store_of
+from dit_accel.llm.kvcache.tiers import tier_of
 
 
 class KVCache(DynamicCache):
@@ -105,10 +106,12 @@ def zone_layers(config: Any, kv: KVConfig) -> list[Any]:
                 "sliding windows"
             )
     sizes = model_sizes(config)
+    tier = tier_of(kv.tier, kv.folder)
     for i, layer in enumerate(layers):
         if type(layer) is DynamicLayer and not kv.is_dense(i, len(layers)):
             store = store_of(kv.store, kv.store_options)
             store.prepare(i, sizes)
+            store.tier = tier
             layers[i] = ZoneLayer(
                 store,
                 selector_of(kv.select, kv.select_options),

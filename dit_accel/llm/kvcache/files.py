@@ -89,4 +89,5 @@ def _restore(layer: Any, values: dict[str, Any], tensors: dict[str, Tensor]) -> 
             setattr(owner, name, value)
     if layer.exact is not None:
         layer.lazy_initialization(layer.exact.k, layer.exact.v)
+        layer.store.placed(layer.device)
     layer.selector.restored(layer.store)

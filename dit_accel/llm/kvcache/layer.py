@@ -184,10 +184,10 @@ class ZoneLayer(CacheLayerMixin):
         if spare == 0:
             return
         end = self.sinks + spare
-        self.stored += spare
         first, part, last = exact.cut(0, self.sinks), exact.cut(self.sinks, end), exact.cut(end)
         prompt = None if q is None else Prompt(q, first, last)
         self.selector.append(self.store, part.own(), prompt, scale)
+        self.stored += spare
         self.exact = joined(first, last).own()
 
     def crop(self, tokens_to_remove: int) -> None:

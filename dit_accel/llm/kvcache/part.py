@@ -60,6 +60,13 @@ class Part:
         valid = None if self.valid is None else self.valid[:, :, start:stop]
         return Part(tensors, stop - start, valid)
 
+    def to(self, device: torch.device | None) -> "Part":
+        """Return the part on a device; None: as it is."""
+        if device is None:
+            return self
+        tensors = {name: x.to(device, non_blocking=True) for name, x in self.tensors.items()}
+        return replace(self, tensors=tensors)
+
     def own(self) -> "Part":
         """Return the part without memory that it does not show."""
         tensors = {

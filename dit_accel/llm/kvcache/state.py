@@ -60,4 +60,5 @@ def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def changing(owner: Any) -> list[str]:
     """Return the names of the fields of a store or selector that tell of its tokens."""
-    return [x.name for x in fields(owner) if not x.init and x.name not in owner.settled]
+    settled = {x for kind in type(owner).__mro__ for x in vars(kind).get("settled", ())}
+    return [x.name for x in fields(owner) if not x.init and x.name not in settled]

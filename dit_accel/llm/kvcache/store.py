@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_accel.llm.kvcache.part import Part, joined, joined_masks
 from dit_accel.llm.kvcache.partial import Partial, attention_part, by_query, merged_part
+from dit_accel.llm.kvcache.tiers import Tier
 from dit_accel.llm.plugins import class_named, classes_in, with_options
 
 PACKAGE = "dit_accel.llm.kvcache.stores"
@@ -31,9 +32,13 @@ class Store(ABC):
     """
 
     name: ClassVar[str]
-    settled: ClassVar[frozenset[str]] = frozenset()
-    """Fields that are no options and that `prepare` sets: the same for all tokens."""
+    settled: ClassVar[frozenset[str]] = frozenset({"tier", "device"})
+    """Fields that are no options and that do not tell of the tokens."""
     parts: list[Part] = field(default_factory=list, init=False, repr=False)
+    tier: Tier = field(default_factory=Tier, init=False, repr=False)
+    """Memory in which the tokens lie."""
+    device: torch.device | None = field(default=None, init=False, repr=False)
+    """Device of the model, on which tokens are decoded."""
 
     @abstractmethod
     def encode(self, part: Part) -> Mapping[str, Tensor]:
@@ -75,19 +80,33 @@ class Store(ABC):
         """Add exact tokens, a multiple of `granule`."""
         if not part.slots:
             return
+        self.device = part.k.device
         # Contiguous, so that single tokens can be read without a copy of all.
         tensors = {name: x.contiguous() for name, x in self.encode(part).items()}
-        new = Part(tensors, part.slots, part.valid)
-        if len(self.parts) < 2:
-            self.parts = [*self.parts, new]
+        new = self.tier.place(Part(tensors, part.slots, part.valid))
+        if not self.parts:
+            self.parts = [self.tier.place_base(new)]
             return
-        base, tail = self.parts[0], joined(self.parts[1], new)
-        large = tail.slots > max(TAIL, base.slots // 2)
-        self.parts = [joined(base, tail)] if large else [base, tail]
+        base, *tail = self.parts
+        new = joined(tail[0], new) if tail else new
+        if tail and new.slots > max(TAIL, base.slots // 2):
+            self.parts = [self.tier.place_base(joined(base, new))]
+        else:
+            self.parts = [base, self.tier.place(new)]
+
+    def placed(self, device: torch.device) -> None:
+        """Put tokens that were read from a file into their tier.
+
+        Args:
+            device: device of the model.
+        """
+        base, tail = self.parts[:1], self.parts[1:]
+        self.parts = [*map(self.tier.place_base, base), *map(self.tier.place, tail)]
+        self.device = device
 
     def attend(self, q: Float[Tensor, "b h g l_q d"], scale: float) -> Partial:
         """Return attention over all tokens."""
-        return merged_part(self.attend_part(q, x, scale) for x in self.parts)
+        return merged_part(self.attend_part(q, x.to(self.device), scale) for x in self.parts)
 
     def attend_part(self, q: Tensor, part: Part, scale: float) -> Partial:
         """Return attention over the tokens of a part: by default over decoded ones, some at a time."""
@@ -123,7 +142,10 @@ class Store(ABC):
         return by_query(q, k, v, scale=scale, visible=visible)
 
     def take(self, index: Int[Tensor, "b h n"]) -> Part:
-        """Return the encoded tokens of these slots."""
+        """Return the encoded tokens of these slots, on the device of the model."""
+        return self._take(index).to(self.device)
+
+    def _take(self, index: Int[Tensor, "b h n"]) -> Part:
         first = self.parts[0]
         if len(self.parts) == 1:
             return self.take_part(first, index)
@@ -176,7 +198,7 @@ class Store(ABC):
         return rest
 
     def cut(self, start: int, stop: int) -> Part:
-        """Return encoded tokens between two multiples of `granule`."""
+        """Return encoded tokens between two multiples of `granule`, on the device of the model."""
         found, first = None, 0
         for part in self.parts:
             last = first + part.slots
@@ -185,11 +207,12 @@ class Store(ABC):
             )
             found, first = joined(found, some), last
         assert found is not None
-        return found
+        return found.to(self.device)
 
     def rows(self, index: Int[Tensor, " n"]) -> None:
         """Keep these rows of the batch, in this order."""
-        self.parts = [x.rows(index) for x in self.parts]
+        places = (self.tier.place_base, self.tier.place)
+        self.parts = [place(x.rows(index)) for place, x in zip(places, self.parts, strict=False)]
 
     def fork(self) -> "Store":
         """Return a store with the same tokens, which both share until they change."""

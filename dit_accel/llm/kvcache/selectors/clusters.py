@@ -1,6 +1,7 @@
 """`Wave`: clusters of similar keys, the best read exactly, others by their means (RetroInfer, arXiv 2505.02922)."""
 
 import math
+from copy import copy
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -8,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dit_accel.llm.kvcache.blocks import BlockCache
 from dit_accel.llm.kvcache.budget import check_count, check_share
 from dit_accel.llm.kvcache.chosen import attend_chosen
 from dit_accel.llm.kvcache.clusters import Clusters
@@ -28,6 +30,7 @@ class Wave(Selector):
     """
 
     name: ClassVar[str] = "wave"
+    settled: ClassVar[frozenset[str]] = frozenset({"blocks"})
     retrieve: float = 0.05
     """Share of the clusters whose tokens are read, the best ones."""
     estimate: float = 0.23
@@ -38,11 +41,16 @@ class Wave(Selector):
     """Tokens that are clustered at a time."""
     rounds: int = 10
     """Rounds of k-means."""
+    cached: float = 0.0
+    """Share of the clusters that stay on the device after they were read, for stores in slower memory."""
+    blocks: BlockCache = field(default_factory=BlockCache, init=False, repr=False)
+    """Those clusters. Its `hits` and `misses` count what single queries read."""
     clusters: Clusters | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_share("retrieve", self.retrieve)
         check_share("estimate", self.estimate)
+        check_share("cached", self.cached)
         if not self.retrieve and not self.estimate:
             raise ValueError("retrieve=0, estimate=0: accepted is one of them > 0")
         for name in ("size", "segment", "rounds"):
@@ -64,14 +72,19 @@ class Wave(Selector):
         if self.reads_all(read, clusters.count):
             return [store.attend(q, scale)], 1.0
         guess = min(self._count(self.estimate, clusters.count), clusters.count - read)
-        rows, heads, group, _, _ = q.shape
+        rows, heads, group, length, _ = q.shape
         most = max(group * clusters.count, 2 * read * self.size)
         found, counts = [], []
         for some in q.split(max(1, SCORES // (rows * heads * most)), 3):
             best, parts = self._zones(some, read, guess, scale)
-            index, inside, count = clusters.members(best)
-            if read:
-                parts.append(attend_chosen(store, some, index, inside, scale))
+            if read and self.cached and length == 1:
+                most = math.ceil(self.cached * clusters.count) * rows * heads
+                parts.append(self.blocks.attend(store, clusters, best, some, scale, most))
+                count = clusters.sizes.gather(2, best[:, :, 0]).sum(-1, keepdim=True)
+            else:
+                index, inside, count = clusters.members(best)
+                if read:
+                    parts.append(attend_chosen(store, some, index, inside, scale))
             found.append(merged_part(parts))
             counts.append(count)
         o, lse = torch.cat([x.o for x in found], 3), torch.cat([x.lse for x in found], 3)
@@ -116,15 +129,22 @@ class Wave(Selector):
             new = Clusters.of(k, v, clusters.labels[:, :, first:slots], total, first)
             kept = new if kept is None else kept.joined(new)
         self.clusters = kept
+        self.blocks.blocks.clear()
         return rest
+
+    def fork(self) -> "Wave":
+        found = copy(self)
+        found.blocks = self.blocks.fork()
+        return found
 
     def rows(self, index: Int[Tensor, " n"]) -> None:
         if self.clusters is not None:
             self.clusters = self.clusters.rows(index)
+            self.blocks.blocks.clear()
 
     def clear(self) -> None:
-        self.clusters = None
+        self.clusters, self.blocks = None, BlockCache()
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.clusters is None else self.clusters.nbytes
+        return self.blocks.nbytes + (0 if self.clusters is None else self.clusters.nbytes)

@@ -55,9 +55,9 @@ class SnapKV(Selector):
             return
         count = tokens_of(self.budget, part.slots, store.granule)
         scores = self._scores(part, prompt, scale)
-        self.positions = scores.topk(count, dim=-1).indices.sort(dim=-1).values
-        self.prompt, self.kept = part.slots, float(count)
-        store.append(part.take(self.positions))
+        positions = scores.topk(count, dim=-1).indices.sort(dim=-1).values
+        store.append(part.take(positions))
+        self.positions, self.prompt, self.kept = positions, part.slots, float(count)
 
     def _scores(self, part: Part, prompt: Prompt, scale: float) -> Float[Tensor, "b h n"]:
         """Return the attention that the last queries pay to each token of a part."""

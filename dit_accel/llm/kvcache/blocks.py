@@ -1,0 +1,126 @@
+"""`BlockCache`: clusters that were read last, kept on the device (the block cache of RetroInfer, arXiv 2505.02922)."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dit_accel.llm.kvcache.clusters import Clusters
+from dit_accel.llm.kvcache.partial import Partial, by_query
+from dit_accel.llm.kvcache.store import Store
+
+Place = tuple[int, int, int]
+"""Row, head and cluster."""
+Block = dict[str, Tensor]
+"""Encoded tokens `[tokens, ...]` of a cluster."""
+
+
+@dataclass
+class BlockCache:
+    """Encoded tokens of clusters; those that were not read for the longest time go first."""
+
+    blocks: OrderedDict[Place, Block] = field(default_factory=OrderedDict)
+    hits: int = 0
+    """Clusters that were read from here."""
+    misses: int = 0
+    """Clusters that were read from the store."""
+
+    def attend(
+        self,
+        store: Store,
+        clusters: Clusters,
+        best: Int[Tensor, "b h 1 r"],
+        q: Float[Tensor, "b h g 1 d"],
+        scale: float,
+        capacity: int,
+    ) -> Partial:
+        """Return the attention of one query position over chosen clusters.
+
+        Args:
+            store: the stored tokens.
+            clusters: clusters of the tokens.
+            best: clusters that are read.
+            q: queries by the head of keys that they read.
+            scale: factor of the dot products.
+            capacity: clusters that are kept, over all rows and heads.
+        """
+        rows, heads = best.shape[:2]
+        sizes = clusters.sizes.gather(2, best[:, :, 0]).tolist()
+        chosen = best[:, :, 0].tolist()
+        wanted = [
+            [(b, h, c) for c, size in zip(chosen[b][h], sizes[b][h], strict=True) if size]
+            for b in range(rows)
+            for h in range(heads)
+        ]
+        found = self._read(store, clusters, wanted, capacity)
+        counts = torch.tensor(
+            [sum(len(next(iter(found[x].values()))) for x in each) for each in wanted],
+            device=q.device,
+        ).view(rows, heads, 1, 1)
+        most = int(counts.max())
+        slots = torch.arange(most, device=q.device)
+        tensors = {}
+        for name, x in store.cut(0, store.granule).tensors.items():
+            padded = x.new_zeros(len(wanted), most, *x.shape[3:])
+            for i, each in enumerate(wanted):
+                if each:
+                    flat = torch.cat([found[place][name] for place in each])
+                    padded[i, : len(flat)] = flat
+            tensors[name] = padded.unflatten(0, (rows, heads))
+        k, v = store.decode(tensors)
+        return by_query(q, k[:, :, None], v[:, :, None], scale=scale, visible=slots < counts)
+
+    def _read(
+        self, store: Store, clusters: Clusters, wanted: list[list[Place]], capacity: int
+    ) -> dict[Place, Block]:
+        """Return the tokens of clusters, and keep those that were read last."""
+        missing = [[x for x in each if x not in self.blocks] for each in wanted]
+        new = _fetched(store, clusters, missing)
+        found = {}
+        for each in wanted:
+            for place in each:
+                if place in new:
+                    found[place] = new[place]
+                else:
+                    found[place] = self.blocks[place]
+                    self.blocks.move_to_end(place)
+        self.misses += len(new)
+        self.hits += len(found) - len(new)
+        self.blocks.update(new)
+        while len(self.blocks) > capacity:
+            self.blocks.popitem(last=False)
+        return found
+
+    def fork(self) -> "BlockCache":
+        """Return a cache with the same clusters."""
+        return replace(self, blocks=OrderedDict(self.blocks))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens."""
+        return sum(x.nbytes for block in self.blocks.values() for x in block.values())
+
+
+def _fetched(store: Store, clusters: Clusters, missing: list[list[Place]]) -> dict[Place, Block]:
+    """Return clusters from the store, in one read; `missing` are those of each row and head."""
+    if not any(missing):
+        return {}
+    rows, heads = clusters.sizes.shape[:2]
+    order, places, index = clusters.order.flatten(0, 1), [], []
+    for i, each in enumerate(missing):
+        at, slots = 0, []
+        for place in each:
+            start, size = (int(x[place]) for x in (clusters.starts, clusters.sizes))
+            slots.append(order[i, start : start + size])
+            places.append((place, i, at, at + size))
+            at += size
+        index.append(torch.cat(slots) if slots else order[i, :0])
+    padded = torch.nn.utils.rnn.pad_sequence(index, batch_first=True).long()
+    taken = store.take(padded.unflatten(0, (rows, heads))).tensors
+    flat = {name: x.flatten(0, 1) for name, x in taken.items()}
+    return {
+        place: {name: x[i, start:stop].clone() for name, x in flat.items()}
+        for place, i, start, stop in places
+    }
