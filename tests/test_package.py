@@ -66,7 +66,7 @@ def test_every_public_name_resolves_and_unknown_ones_do_not():
 
 
 FLOORS = (
-    {"files", "lazy", "environment", "quiet"},
+    {"files", "tensor_files", "lazy", "environment", "quiet"},
     {"config"},
     {"kernels"},
     {"models", "llm"},

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dit_accel.checkpoint.tensors import mismatch, open_safetensors, read_weights
+from dit_accel.checkpoint.tensors import read_weights
 from dit_accel.runtime.swap import Change, WeightSwap, plain_weights
+from dit_accel.tensor_files import mismatch, open_safetensors
 
 KINDS = ("weights", "lora")
 DIGEST_VALUES = 16

@@ -17,10 +17,10 @@ from dit_accel.checkpoint.base_model import (
     LayerGeometry,
 )
 from dit_accel.checkpoint.companion import Companion, companion_entry
-from dit_accel.checkpoint.tensors import digest, mismatch, open_safetensors
 from dit_accel.config import OFF, SLAConfig
 from dit_accel.files import atomic_path
 from dit_accel.sla.attention import SparseLinearAttention
+from dit_accel.tensor_files import digest, mismatch, open_safetensors
 
 FILE_NAME = "sla.safetensors"
 FORMAT = "dit_accel.sla"

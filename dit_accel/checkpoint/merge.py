@@ -23,7 +23,8 @@ from dit_accel.checkpoint.repository import (
     write_repository,
 )
 from dit_accel.checkpoint.state_dict import plain_tensors
-from dit_accel.checkpoint.tensors import mismatch, read_weights
+from dit_accel.checkpoint.tensors import read_weights
+from dit_accel.tensor_files import mismatch
 
 
 def merge(

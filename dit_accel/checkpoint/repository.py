@@ -12,9 +12,9 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from dit_accel.checkpoint.file import FILE_NAME, SLACheckpoint, write_checkpoint
-from dit_accel.checkpoint.tensors import mismatch
 from dit_accel.files import atomic_directory, check_writable
 from dit_accel.models import FAMILIES
+from dit_accel.tensor_files import mismatch
 
 
 def read_index(

@@ -11,10 +11,10 @@ import torch
 from dit_accel import control
 from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.checkpoint.identity import identity_of, weights_of
-from dit_accel.checkpoint.tensors import digest
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.runtime.install import installation_of, method_of
 from dit_accel.sampling.step_caches import step_cache
+from dit_accel.tensor_files import digest
 
 
 @contextlib.contextmanager

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dit_accel.checkpoint.tensors import digest, mismatch, open_safetensors
 from dit_accel.config.base import check, check_choice, is_int
 from dit_accel.files import atomic_path
 from dit_accel.llm.kvcache.packing import values_per_word
 from dit_accel.llm.kvcache.quantizer import Quantizer
 from dit_accel.llm.kvcache.store import ModelSizes
+from dit_accel.tensor_files import digest, mismatch, open_safetensors
 
 FORMAT = "dit_accel.pq"
 FORMAT_VERSION = "1"
