@@ -18,9 +18,9 @@ class Answers(NamedTuple):
     """Shares of right answers that were read from the cache, and the share of the tokens that the last call read."""
 
     first: float
-    """Of questions that stood at the end of the prompt, asked again."""
+    """Questions that stood at the end of the prompt, asked again."""
     later: float
-    """Of questions that came later."""
+    """Questions that came later."""
     read: float
 
 

@@ -42,7 +42,7 @@ class Wave(Selector):
     rounds: int = 10
     """Rounds of k-means."""
     cached: float = 0.0
-    """Share of the clusters that stay on the device after they were read, for stores in slower memory."""
+    """Share of the clusters that stay on the device after a single query read them, for stores in slower memory."""
     blocks: BlockCache = field(default_factory=BlockCache, init=False, repr=False)
     """Those clusters. Its `hits` and `misses` count what single queries read."""
     clusters: Clusters | None = field(default=None, init=False, repr=False)
