@@ -58,7 +58,8 @@ class BenchKV(LanguageModelOptions):
     conversations, times, bytes and the share of the tokens that is read. Started again after a kill, it goes on."""
 
     caches: tuple[str, ...] = ()
-    """Rows beside transformers' own cache: names of presets, or YAML files with the section kv:. Default: all presets."""
+    """Rows beside transformers' own cache: names of presets, or YAML files with the section kv:. Default: all presets that
+    fit the model."""
     tasks: OmitArgPrefixes[Tasks] = field(default_factory=Tasks)
     output: Path = Path("outputs/llm-bench-kv.json")
     """Results file, written after each row; a picture of the same name (.png) beside it where matplotlib is installed."""
@@ -80,8 +81,15 @@ class BenchKV(LanguageModelOptions):
         rows = self._rows()
         place = self.place()
         source = self.source()
-        for config in rows.values():
-            zone_layers(source.config, config)
+        left: list[str] = []
+        for name, config in list(rows.items()):
+            try:
+                zone_layers(source.config, config)
+            except ValueError as error:
+                if self.caches:
+                    raise
+                left.append(f"{name}: left out ({error})\n")
+                del rows[name]
         bench = prepare(
             source,
             settings,
@@ -92,6 +100,7 @@ class BenchKV(LanguageModelOptions):
         if self.output.exists() and not self.overwrite:
             kept = read_same(self.output, bench.header, "result of llm bench-kv")["rows"]
         check_output(self.output.parent, "output")
+        sys.stderr.writelines(left)
         results = run_bench(
             lambda: source.load(**place),
             bench,

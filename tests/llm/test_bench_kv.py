@@ -157,7 +157,7 @@ def test_the_command(small_llama, tmp_path, capsys):
     assert set(mine["tasks"]) == {"lookup key_value", "lookup variable_tracing"}
     assert "| mine | +0.00 |" in capsys.readouterr().out
     assert output.with_suffix(".png").stat().st_size > 5_000
-    assert run(*common[:-1], output, "--seed", 4) == 2
+    assert run(*common, "--seed", 4) == 2
     assert "seed" in capsys.readouterr().err
     assert json.loads(output.read_text())["rows"] == rows
 

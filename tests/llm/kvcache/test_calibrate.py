@@ -61,7 +61,7 @@ def test_codebooks_beat_random_ones_and_fit_the_model(scope, pairing, centred):
 
 def test_more_bits_have_smaller_errors():
     # With few different tokens, the values of the first layer would be few and exact.
-    model = make("Llama", vocab_size=3000)
+    model = make("Llama", vocab_size=3000, num_hidden_layers=1)
     samples = list(torch.randint(3, 3000, (5, 1, 256), generator=torch.Generator().manual_seed(0)))
     found = [
         calibrate(model, samples[:4], samples[4:], CalibrationSettings(**FAST, bits=bits)).notes

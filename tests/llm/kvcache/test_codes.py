@@ -96,13 +96,13 @@ def test_codes_are_those_of_the_nearest_centroids(form, file):
             torch.testing.assert_close(y[:, head, :, channels], want)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(operations=OPERATIONS, form=st.sampled_from(FORMS), padding=st.sampled_from([0, 1, 2]))
 def test_operations_in_any_order(operations, form, padding, file):
     check_operations(store(file(codebooks(**form))), operations, padding)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     form=st.sampled_from(FORMS),
     count=st.integers(1, 70),

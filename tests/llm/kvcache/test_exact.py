@@ -42,12 +42,18 @@ def step(model, ids, cache, **more):
         return model(ids, past_key_values=cache, **more).logits
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Gemma3", "Glm4", "SmolLM3"])
-def test_generate_gives_the_tokens_of_dense_attention(family, kv):
-    model, ids = make(family), prompt()
-    want = model.generate(ids, max_new_tokens=30, do_sample=False)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *(("Llama", name) for name in EXACT),
+        *((family, "wave") for family in ("Qwen2", "Qwen3", "Gemma3", "Glm4", "SmolLM3")),
+    ],
+)
+def test_generate_gives_the_tokens_of_dense_attention(family, name):
+    model, ids, kv = make(family), prompt(length=80), EXACT[name]
+    want = model.generate(ids, max_new_tokens=16, do_sample=False)
     llm.enable(model, kv=kv)
-    found = model.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
+    found = model.generate(ids, max_new_tokens=16, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(found.sequences, want)
     assert isinstance(found.past_key_values, KVCache)
     assert found.past_key_values.read_share == pytest.approx(1.0)
