@@ -13,9 +13,11 @@ from transformers.cache_utils import DynamicLayer
 
 from dit_accel.config.base import check, check_choice, is_int
 from dit_accel.environment import versions
+from dit_accel.llm.control import attention_layers
 from dit_accel.llm.kvcache.cache import model_sizes
 from dit_accel.llm.kvcache.codebooks import PAIRINGS, SCOPES, Codebooks, Form
 from dit_accel.llm.kvcache.kmeans import kmeans
+from dit_accel.llm.kvcache.model_file import fingerprint_of
 from dit_accel.llm.kvcache.store import ModelSizes
 from dit_accel.llm.loading import Source
 from dit_accel.llm.search.samples import make_samples
@@ -183,6 +185,7 @@ def calibrate(
             "errors": errors(books, checked),
             "versions": versions(),
         },
+        fingerprint=fingerprint_of(attention_layers(model)),
     )  # fmt: skip
 
 

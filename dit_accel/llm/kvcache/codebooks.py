@@ -1,6 +1,5 @@
 """`Codebooks`: the file of `dit-accel llm calibrate`, which the store "pq" reads."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_accel.config.base import check, check_choice, is_int
-from dit_accel.files import atomic_path
+from dit_accel.llm.kvcache.model_file import VALUES, ModelFile, load_model_file
 from dit_accel.llm.kvcache.packing import values_per_word
 from dit_accel.llm.kvcache.quantizer import Quantizer
 from dit_accel.llm.kvcache.store import ModelSizes
-from dit_accel.tensor_files import digest, mismatch, open_safetensors
+from dit_accel.tensor_files import mismatch
 
-FORMAT = "dit_accel.pq"
-FORMAT_VERSION = "1"
+KIND = "set of codebooks"
 SCOPES = ("model", "layer", "head")
 PAIRINGS = ("neighbours", "planes")
 LARGEST = 8192
@@ -85,6 +82,8 @@ class Codebooks:
     """Name of the model."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """How they were made: plain values."""
+    fingerprint: Tensor | None = None
+    """See `fingerprint_of`; None: not known."""
     _made: dict[Any, tuple[Quantizer, Quantizer]] = field(default_factory=dict, init=False)
     _tensors: dict[torch.device, Mapping[str, Tensor]] = field(default_factory=dict, init=False)
 
@@ -168,22 +167,16 @@ class Codebooks:
 
 def write_codebooks(path: str | os.PathLike, books: Codebooks) -> None:
     """Write the file atomically."""
-    header = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "form": json.dumps(asdict(books.form), sort_keys=True),
-        "sizes": json.dumps(asdict(books.sizes), sort_keys=True),
-        "layers": json.dumps(books.layers),
-        "model": books.model,
-        "notes": json.dumps(dict(books.notes), sort_keys=True),
-    }
-    tensors = {
-        name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, x in books.tensors.items()
-    }
-    header["digest"] = digest(header, tensors)
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    _as_file(books).save(Path(path))
+
+
+def check_books(path: str, books: Codebooks, fingerprint: Tensor) -> None:
+    """Check that codebooks are for a model with these weights; see `fingerprint_of`.
+
+    Raises:
+        ValueError: they are for another one.
+    """
+    _as_file(books).check_weights(f"codebooks={path!r}", fingerprint)
 
 
 def read_codebooks(path: str | os.PathLike) -> Codebooks:
@@ -193,43 +186,38 @@ def read_codebooks(path: str | os.PathLike) -> Codebooks:
         ValueError: it is missing, damaged, of another kind or version, or contradicts itself.
     """
     place = Path(path).expanduser()
-    if not place.is_file():
+    state = place.stat() if place.is_file() else None
+    if state is None:
         raise ValueError(
             f"codebooks={str(path)!r}: no such file; accepted is a file of dit-accel llm calibrate"
         )
-    state = place.stat()
-    try:
-        return _read(str(place.resolve()), state.st_mtime_ns, state.st_size)
-    except ValueError as error:
-        raise ValueError(f"codebooks={str(path)!r}: {error}") from None
+    return _read(str(path), state.st_mtime_ns, state.st_size)
 
 
 @lru_cache(maxsize=4)
 def _read(path: str, changed: int, size: int) -> Codebooks:
-    with open_safetensors(path) as file:
-        header = file.metadata() or {}
-        if header.get("format") != FORMAT:
-            raise ValueError(
-                f"format={header.get('format')!r}; accepted is a file of dit-accel llm calibrate ({FORMAT!r})"
-            )
-        version = header.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format_version={version!r}; this dit_accel reads {FORMAT_VERSION!r}")
-        # Copies: the file may change under a memory map.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    for name in ("form", "sizes", "layers", "model", "notes", "digest"):
-        if name not in header:
-            raise ValueError(f"no {name!r} in the header")
-    if digest(header, tensors) != header["digest"]:
-        raise ValueError("damaged or changed after it was written (digest does not match)")
+    found = load_model_file(path, KIND, "codebooks")
     try:
         return Codebooks(
-            form=Form(**json.loads(header["form"])),
-            sizes=ModelSizes(**json.loads(header["sizes"])),
-            layers=tuple(json.loads(header["layers"])),
-            tensors=tensors,
-            model=header["model"],
-            notes=json.loads(header["notes"]),
+            form=Form(**found.settings["form"]),
+            sizes=found.sizes,
+            layers=tuple(found.settings["layers"]),
+            tensors=found.tensors,
+            model=found.model,
+            notes=found.settings["notes"],
+            fingerprint=found.fingerprint,
         )
-    except (TypeError, RecursionError) as error:
-        raise ValueError(f"header: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"codebooks={path!r}: {error}") from None
+
+
+def _as_file(books: Codebooks) -> ModelFile:
+    fingerprint = books.fingerprint
+    if fingerprint is None:
+        fingerprint = torch.zeros(books.sizes.layers, VALUES)
+    settings = {
+        "form": asdict(books.form),
+        "layers": list(books.layers),
+        "notes": dict(books.notes),
+    }
+    return ModelFile(KIND, books.tensors, books.sizes, fingerprint, books.model, settings)

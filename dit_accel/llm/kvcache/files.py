@@ -40,7 +40,7 @@ def save_cache(model: Any, cache: Any, path: str | os.PathLike) -> None:
         fingerprint_of(attention_layers(model)),
         getattr(model.config, "_name_or_path", ""),
         {"kv": cache.kv.to_dict(), "layers": layers},
-    ).save(Path(path))
+    ).save(Path(path), hashed=False)
 
 
 def load_cache(model: Any, path: str | os.PathLike) -> KVCache:

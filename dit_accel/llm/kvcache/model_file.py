@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dit_accel.files import atomic_path
 from dit_accel.llm.kvcache.store import ModelSizes
+from dit_accel.tensor_files import digest, open_safetensors
 
 FORMAT_VERSION = 1
+ENTRY = "dit_accel"
+"""Key of the JSON in the header of a file."""
 FINGERPRINT = "fingerprint"
 VALUES = 64
 """Weights of each layer in a fingerprint."""
@@ -38,23 +40,27 @@ class ModelFile:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Plain values."""
 
-    def save(self, path: Path) -> None:
-        """Write the file; what stood there stays if that fails."""
-        header = {
+    def save(self, path: Path, *, hashed: bool = True) -> None:
+        """Write the file; what stood there stays if that fails.
+
+        Args:
+            path: name of the file.
+            hashed: also write a hash of all it holds, so that damage is found when it is read.
+        """
+        entry = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
             "model": self.model,
             "sizes": asdict(self.sizes),
             "settings": dict(self.settings),
         }
-        tensors = {**self.tensors, FINGERPRINT: self.fingerprint}
+        tensors = {k: _alone(x) for k, x in {**self.tensors, FINGERPRINT: self.fingerprint}.items()}
+        header = {ENTRY: json.dumps(entry)}
+        if hashed:
+            header["digest"] = digest(header, tensors)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            save_file(
-                {k: _alone(x) for k, x in tensors.items()},
-                temporary,
-                metadata={"dit_accel": json.dumps(header)},
-            )
+            save_file(tensors, temporary, metadata=header)
 
     def check_weights(self, argument: str, found: Tensor) -> None:
         """Check that a model has the weights that this was made for; nothing is known of quantised ones.
@@ -63,7 +69,7 @@ class ModelFile:
             ValueError: it has other weights.
         """
         a, b = self.fingerprint.double(), found.double()
-        known = a.any(1) & b.any(1)
+        known = a.any(1) & b.any(1) if a.shape == b.shape else torch.zeros(0, dtype=torch.bool)
         if known.any():
             a, b = a[known].flatten(), b[known].flatten()
             alike = float(a @ b / (a.norm() * b.norm()))
@@ -72,6 +78,28 @@ class ModelFile:
                     f"{argument}: made for {self.model or 'another model'}, similarity of the weights {alike:.2f}; "
                     f"accepted from {LEAST_SIMILARITY}"
                 )
+
+
+def load_model_file(path: str | Path, kind: str, argument: str) -> ModelFile:
+    """Return what a file holds.
+
+    Args:
+        path: the file.
+        kind: what it must be.
+        argument: name of the setting, for messages.
+
+    Raises:
+        ValueError: no such file, or it is damaged, or of another kind or version.
+    """
+    place = Path(path).expanduser()
+    if not place.is_file():
+        raise ValueError(
+            f"{argument}={str(path)!r}: no such file; accepted is a file with a {kind}"
+        )
+    try:
+        return _load(place, kind)
+    except (OSError, KeyError, TypeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{argument}={str(path)!r}: is no file with a {kind} ({error})") from None
 
 
 def read_model_file(
@@ -89,34 +117,44 @@ def read_model_file(
     Raises:
         ValueError: no such file, a file of another kind or version, or one for a model of other sizes.
     """
-    place = f"{argument}={str(path)!r}"
-    try:
-        read = _read if keep else _read.__wrapped__
-        found = read(str(path), Path(path).stat().st_mtime_ns, kind)
-    except OSError as error:
-        raise ValueError(f"{place}: cannot be read ({error.strerror})") from None
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{place}: is no file with a {kind} ({error})") from None
+    place = Path(path).expanduser()
+    if keep and place.is_file():
+        state = place.stat()
+        found = _kept(str(place), state.st_mtime_ns, state.st_size, kind, argument)
+    else:
+        found = load_model_file(path, kind, argument)
     if found.sizes != sizes:
-        raise ValueError(f"{place}: made for a model of {found.sizes}; this one has {sizes}")
+        raise ValueError(
+            f"{argument}={str(path)!r}: made for a model of {found.sizes}; this one has {sizes}"
+        )
     return found
 
 
 @lru_cache(maxsize=8)
-def _read(path: str, changed: int, kind: str) -> ModelFile:
+def _kept(path: str, changed: int, size: int, kind: str, argument: str) -> ModelFile:
     """Read a file once for all layers."""
-    with safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {})["dit_accel"])
-        if header["kind"] != kind:
-            raise ValueError(f"its kind is {header['kind']!r}")
-        if header["format_version"] != FORMAT_VERSION:
+    return load_model_file(path, kind, argument)
+
+
+def _load(path: Path, kind: str) -> ModelFile:
+    with open_safetensors(path) as file:
+        header = file.metadata() or {}
+        if ENTRY not in header:
+            raise ValueError("it was not made here")
+        entry = json.loads(header[ENTRY])
+        if entry["kind"] != kind:
+            raise ValueError(f"its kind is {entry['kind']!r}")
+        if entry["format_version"] != FORMAT_VERSION:
             raise ValueError(
-                f"format_version={header['format_version']}; accepted is {FORMAT_VERSION}"
+                f"format_version={entry['format_version']!r}; this dit_accel reads {FORMAT_VERSION}"
             )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        # Copies: the file may change under a memory map.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    if "digest" in header and digest(header, tensors) != header["digest"]:
+        raise ValueError("damaged or changed after it was written (digest does not match)")
     fingerprint = tensors.pop(FINGERPRINT)
-    sizes = ModelSizes(**header["sizes"])
-    return ModelFile(kind, tensors, sizes, fingerprint, header["model"], header["settings"])
+    sizes = ModelSizes(**entry["sizes"])
+    return ModelFile(kind, tensors, sizes, fingerprint, entry["model"], entry["settings"])
 
 
 def fingerprint_of(layers: Sequence[nn.Module]) -> Tensor:

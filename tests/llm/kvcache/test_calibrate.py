@@ -175,3 +175,17 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
 ):
     (tmp_path / "taken.safetensors").write_text("mine")
     assert message in refused("calibrate", "--model", small_llama, *arguments)
+
+
+def test_codebooks_of_other_weights_are_refused(tmp_path):
+    model, other = make("Llama"), make("Llama")
+    samples = [prompt(rows=1, length=64, seed=i) for i in range(2)]
+    path = tmp_path / "pq.safetensors"
+    write_codebooks(path, calibrate(model, samples[:1], samples[1:], CalibrationSettings(**FAST)))
+    kv = {"store": "pq", "store_options": {"codebooks": str(path)}}
+    llm.enable(model, kv=kv)
+    with torch.no_grad():
+        for x in other.parameters():
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(7)))
+    with pytest.raises(ValueError, match="similarity of the weights"):
+        llm.enable(other, kv=kv)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dit_accel.llm.kvcache.codebooks import Codebooks, read_codebooks
+from dit_accel.llm.kvcache.codebooks import Codebooks, check_books, read_codebooks
 from dit_accel.llm.kvcache.coded import coded_attention
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import Partial
@@ -61,6 +61,12 @@ class ChannelCodes(Channels):
         keys = self.books.quantizers(layer, torch.device("cpu"))[0]
         parts = self.books.form.sub_vectors
         self.kept = keys.grouped(self.kept.float()).unflatten(-1, (parts, -1)).amax(-1) > 0
+
+    def check_weights(self, fingerprint: Tensor) -> None:
+        super().check_weights(fingerprint)
+        assert self.codebooks is not None
+        assert self.books is not None
+        check_books(self.codebooks, self.books, fingerprint)
 
     def encode(self, part: Part) -> Mapping[str, Tensor]:
         self.dtype = part.k.dtype

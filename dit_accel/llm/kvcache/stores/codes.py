@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.lut_attention import MAX_ROWS, lut_attention
-from dit_accel.llm.kvcache.codebooks import read_codebooks
+from dit_accel.llm.kvcache.codebooks import check_books, read_codebooks
 from dit_accel.llm.kvcache.coded import coded_attention
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import Partial, merged_part
@@ -48,6 +48,10 @@ class Codes(Store):
         except ValueError as error:
             raise ValueError(f"codebooks={self.codebooks!r}: {error}") from None
         self.layer = layer
+
+    def check_weights(self, fingerprint: Tensor) -> None:
+        assert self.codebooks is not None
+        check_books(self.codebooks, self.books, fingerprint)
 
     def encode(self, part: Part) -> Mapping[str, Tensor]:
         self.dtype = part.k.dtype
