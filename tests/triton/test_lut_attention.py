@@ -115,7 +115,7 @@ def test_the_cache_of_a_language_model_takes_the_kernel_on_a_gpu(pairing, tmp_pa
     want = store.attend(q, 0.3)
     for module in (op, codes):
         monkeypatch.setattr(module, "runs_here", lambda x: True)
-    monkeypatch.setattr(codes, "_decoded", None)
+    monkeypatch.setattr(codes, "coded_attention", None)
     found = store.attend(q, 0.3)
     close(found.o, want.o)
     close(found.lse, want.lse)

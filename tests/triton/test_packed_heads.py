@@ -137,14 +137,13 @@ def ruled(rule: str, q_len: int, *, heads=2, block_q=64, **options) -> SparsePla
 
 @pytest.mark.parametrize("heads", [1, 2], ids=["one set of lists", "lists of each key head"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("q_len", [1, 3, 64, 100, 130])
+@pytest.mark.parametrize("q_len", [1, 100])
 def test_rules_and_lengths(q_len, rule, heads):
     check(ruled(rule, q_len, heads=heads), 4, 2, 64)
 
 
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("block_q", [16, 24, 64])
+@pytest.mark.parametrize(("d", "block_q"), [(64, 16), (64, 24), (128, 64)])
 def test_groups_and_head_dims(group, d, block_q):
     """Blocks of 24 rows, and groups of 3 and 7, leave rows of a tile unused."""
     check(ruled("causal", block_q + 6, block_q=block_q), group, 2, d)
