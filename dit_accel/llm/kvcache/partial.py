@@ -33,7 +33,7 @@ def attention_part(
     v: Float[Tensor, "b h n d_v"],
     *,
     scale: float,
-    visible: Bool[Tensor, "b _h n"] | None = None,
+    visible: Bool[Tensor, "b _h n"] | Bool[Tensor, "b h l_q n"] | None = None,
     causal: bool = False,
 ) -> Partial:
     """Return softmax attention over these keys.
@@ -42,7 +42,7 @@ def attention_part(
         q: queries of each head of keys.
         k, v: keys and values.
         scale: factor of the dot products.
-        visible: keys that may be read. Default: all.
+        visible: keys that may be read, by all queries or by each position. Default: all.
         causal: the queries are the last positions of the keys, and read none after their own.
     """
     length, keys = q.shape[3], k.shape[2]
@@ -52,7 +52,8 @@ def attention_part(
         rows = q[:, :, :, start : start + step]
         scores = (rows.flatten(2, 3) @ k.mT).unflatten(2, rows.shape[2:4]).float() * scale
         if visible is not None:
-            scores = scores.masked_fill(~visible[:, :, None, None], -math.inf)
+            some = visible[:, :, None] if visible.ndim == 3 else visible[:, :, start : start + step]
+            scores = scores.masked_fill(~some[:, :, None], -math.inf)
         if causal and length > 1:
             last = torch.arange(start, start + rows.shape[3], device=k.device) + keys - length
             after = torch.arange(keys, device=k.device) > last[:, None]

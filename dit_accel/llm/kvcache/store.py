@@ -177,6 +177,10 @@ class Store(ABC):
         """Return the heads that a tensor of this name holds; None: all of them."""
         return None
 
+    def stored_heads(self) -> Bool[Tensor, " h"] | None:
+        """Return the heads that have stored tokens; None: all of them."""
+        return None
+
     def crop(self, count: int) -> Part | None:
         """Remove the last tokens, at most all.
 

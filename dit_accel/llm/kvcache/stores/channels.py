@@ -96,16 +96,19 @@ class Channels(Store):
         return Partial(o, lse)
 
     def take_part(self, part: Part, index: Int[Tensor, "b h n"]) -> Part:
-        assert self.kept is not None
         found = {"rows": part.tensors["rows"].new_empty(*index.shape[::2], 0)[:, None]}
         for width, heads, _ in self.groups(index.device):
             at = index[:, heads, :, None]
             for name in (f"k{width}", f"v{width}"):
                 x = part.tensors[name]
                 found[name] = x.gather(2, at.expand(-1, -1, -1, x.shape[3]))
-        stored = self.kept.any(1).to(index.device)[None, :, None].expand_as(index)
+        stored = self.stored_heads().to(index.device)[None, :, None].expand_as(index)
         valid = Part({}, part.slots, part.valid).take(index).valid
         return Part(found, index.shape[2], stored if valid is None else stored & valid)
+
+    def stored_heads(self) -> Bool[Tensor, " h"]:
+        assert self.kept is not None
+        return self.kept.any(1)
 
     def heads_of(self, name: str) -> Int[Tensor, " h"] | None:
         assert self.kept is not None
