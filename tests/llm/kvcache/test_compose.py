@@ -129,6 +129,17 @@ def test_caches_come_back_from_files(model, options, store, select, tmp_path):
     llm.disable(model)
 
 
+@pytest.mark.parametrize("tier", ["cpu", "disk"])
+@pytest.mark.parametrize("store", store_names())
+def test_tokens_in_slower_memory(model, options, store, tier, tmp_path):
+    kv = {**ZONES, "store": store, "store_options": options[store], "select": "wave"}
+    kv["select_options"] = SOME["wave"]
+    want, _ = outputs(model, kv)
+    folder = {"folder": str(tmp_path)} if tier == "disk" else {}
+    found, _ = outputs(model, {**kv, "tier": tier, **folder})
+    torch.testing.assert_close(found, want)
+
+
 def test_a_graph_is_built_again(model, tmp_path):
     kv = {**ZONES, "select": "retrieval", "select_options": {"index": "graph", "topk": 16}}
     llm.enable(model, kv=kv)
