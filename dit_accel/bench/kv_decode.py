@@ -75,7 +75,9 @@ class KVDecode:
             form = Form(sub_vectors=self.head_dim // width, bits=8)
             books = torch.randn(1, 1, form.sub_vectors, 256, width)
             path = folder / f"pq{bits}.safetensors"
-            made = Codebooks(form=form, sizes=sizes, layers=(0,), tensors={"k": books, "v": books.clone()})
+            made = Codebooks(
+                form=form, sizes=sizes, layers=(0,), tensors={"k": books, "v": books.clone()}
+            )
             write_codebooks(path, made)
             found[f"pq, {bits} bits"] = read_kv(
                 {"store": "pq", "store_options": {"codebooks": str(path)}}
