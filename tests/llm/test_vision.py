@@ -144,3 +144,17 @@ def test_images_of_gemma_3_that_see_themselves_are_dense_and_counted():
     # The first layer has a window, which is exact.
     assert [x.sparse_calls for x in llm.summary(model).layers] == [1, 1, 1]
     assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+@every_model
+@pytest.mark.parametrize("prefill", [None, "grid"])
+def test_a_cache_of_ones_choice(name, prefill):
+    model, given = make(name), inputs(name, *PROMPTS.values())
+    tokens = model.generate(**given, **GREEDY)
+    kv = {"sink": 4, "recent": 8, "flush": 4, "select": "wave", "select_options": {"retrieve": 1.0}}
+    sparse = prefill and {**SMALL, "pattern": prefill, "options": {"window": 4096}}
+    llm.enable(model, prefill=sparse, kv=kv)
+    found = model.generate(**given, **GREEDY, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, tokens)
+    assert isinstance(found.past_key_values, llm.KVCache)
+    assert all(x.cached_calls == 5 for x in llm.summary(model).layers)
