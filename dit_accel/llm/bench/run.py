@@ -1,20 +1,19 @@
 """`run_bench`: one row for each pattern, kept in a results file that a later run goes on from."""
 
-import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dit_accel.config import PrefillConfig
 from dit_accel.config.base import as_lists, check, is_int
 from dit_accel.environment import machine, versions
-from dit_accel.files import write_json
 from dit_accel.llm.bench import retrieval
 from dit_accel.llm.bench.lookup import retrieval_row
 from dit_accel.llm.bench.passkey import Passkey, make_passkeys, score_passkeys
-from dit_accel.llm.bench.texts import fingerprint, read_text
+from dit_accel.llm.bench.rows import run_rows
+from dit_accel.llm.bench.texts import text_ids
 from dit_accel.llm.bench.wired import wired_model
 from dit_accel.llm.control import disable, enable, summary
 from dit_accel.llm.loading import Source
@@ -82,16 +81,7 @@ def prepare(source: Source, settings: BenchSettings, *, dtype: str, device: str)
     """
     if settings.texts or settings.passkeys:
         source.check_length("length", settings.length)
-    ids, hashes = {}, {}
-    for name in settings.texts:
-        text = read_text(name)[: 40 * settings.length]
-        tokens = source.tokenizer(text, return_tensors="pt").input_ids[:, : settings.length]
-        if tokens.shape[1] < settings.length:
-            raise ValueError(
-                f"length={settings.length}: the text {name!r} has {tokens.shape[1]} tokens; accepted are texts of at "
-                "least length tokens"
-            )
-        ids[name], hashes[name] = tokens.long(), fingerprint(text)
+    ids, hashes = text_ids(source.tokenizer, settings.texts, settings.length)
     passkeys = make_passkeys(source.tokenizer, settings.length, settings.passkeys, settings.seed)
     header = {
         "format_version": FORMAT_VERSION,
@@ -145,45 +135,33 @@ def run_bench(
         rows: rows that exist, see `read_rows`.
         on_row: called with each row that is new.
     """
-    kept = {row["name"]: row for row in rows or []}
     wanted: dict[str, PrefillConfig | None] = {DENSE: None}
     for name, settings in patterns.items():
         wanted[name] = PrefillConfig.from_dict({**vars(settings), "crossover": 0})
-    made: dict[str, dict[str, Any]] = {}
-
-    def results() -> dict[str, Any]:
-        """Return what there is: rows in the order of `wanted`, then those of earlier runs."""
-        there = {**kept, **made}
-        names = [*(x for x in wanted if x in there), *(x for x in there if x not in wanted)]
-        return {**bench.header, "rows": [there[x] for x in names]}
-
-    loaded = references = wired = None
     reads = bool(bench.ids or bench.passkeys)
-    for name, config in wanted.items():
-        if _same(kept.get(name), config):
-            continue
-        if references is None:
-            loaded = disable(model()) if reads else None
-            references = {x: outputs(loaded, ids) for x, ids in bench.ids.items()}
-            wired = wired_model() if bench.settings.retrieval_prompts else None
-        start = time.perf_counter()
-        row: dict[str, Any] = {
-            "name": name,
-            "prefill": None if config is None else config.to_dict(),
-        }
-        try:
-            assert references is not None
-            row.update(_figures(loaded, wired, bench, config, references))
-        except ValueError as error:  # such as a pattern for videos, which has nothing to do here
-            row["error"] = str(error)
-        row["seconds"] = round(time.perf_counter() - start, 2)
-        made[name] = _plain(row)
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(output, results())
-        if on_row is not None:
-            on_row(row)
-    return results()
+
+    @cache
+    def prepared() -> tuple[Any, dict[str, Outputs], Any]:
+        """Return the model, what it predicts with dense attention, and the hand-written model."""
+        loaded = disable(model()) if reads else None
+        references = {x: outputs(loaded, ids) for x, ids in bench.ids.items()}
+        return loaded, references, wired_model() if bench.settings.retrieval_prompts else None
+
+    def figures(name: str) -> dict[str, Any]:
+        loaded, references, wired = prepared()
+        return _figures(loaded, wired, bench, wanted[name], references)
+
+    plain = {name: None if x is None else x.to_dict() for name, x in wanted.items()}
+    return run_rows(
+        bench.header,
+        "prefill",
+        plain,
+        figures,
+        prepare=prepared,
+        output=output,
+        rows=rows,
+        on_row=on_row,
+    )
 
 
 def _figures(
@@ -225,15 +203,3 @@ def _figures(
             seed=settings.seed,
         ),
     }
-
-
-def _same(row: Mapping[str, Any] | None, config: PrefillConfig | None) -> bool:
-    """Return whether a row that exists was made with these settings and has no error."""
-    if row is None or "error" in row:
-        return False
-    return bool(row["prefill"] == (None if config is None else _plain(config.to_dict())))
-
-
-def _plain(data: Any) -> Any:
-    """Return data as JSON gives it back."""
-    return json.loads(json.dumps(data))

@@ -2,7 +2,11 @@
 
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 MODULES = ("argparse", "inspect", "typing", "tarfile", "turtle", "dataclasses", "shutil", "zipfile")
 """Modules whose source is the code."""
@@ -72,3 +76,24 @@ def read_text(name: str) -> str:
 def fingerprint(text: str) -> str:
     """Return a short hash: two versions of Python have different texts."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def text_ids(
+    tokenizer: Any, names: Sequence[str], length: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the first tokens `[1, length]` of texts, and their fingerprints, by name.
+
+    Raises:
+        ValueError: a text cannot be read or is too short.
+    """
+    ids, hashes = {}, {}
+    for name in names:
+        text = read_text(name)[: 40 * length]
+        tokens = tokenizer(text, return_tensors="pt").input_ids[:, :length]
+        if tokens.shape[1] < length:
+            raise ValueError(
+                f"length={length}: the text {name!r} has {tokens.shape[1]} tokens; accepted are texts of at least length "
+                "tokens"
+            )
+        ids[name], hashes[name] = tokens.long(), fingerprint(text)
+    return ids, hashes

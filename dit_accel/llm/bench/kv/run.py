@@ -1,23 +1,22 @@
 """`run_bench`: a row for each setting of a cache, kept in a results file that a later run goes on from."""
 
-import json
 import random
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dit_accel.config import KVConfig
 from dit_accel.config.base import as_lists, check, is_int
 from dit_accel.environment import machine, versions
-from dit_accel.files import write_json
 from dit_accel.llm.bench import retrieval
 from dit_accel.llm.bench.kv import lookups, words
 from dit_accel.llm.bench.kv.conversation import MODES, converse, own_cache
 from dit_accel.llm.bench.kv.session import Session, read_sessions, tokenized
 from dit_accel.llm.bench.kv.text_quality import ReadOn, distance, read_on
-from dit_accel.llm.bench.texts import fingerprint, read_text
+from dit_accel.llm.bench.rows import run_rows
+from dit_accel.llm.bench.texts import text_ids
 from dit_accel.llm.bench.wired import wired_model
 from dit_accel.llm.control import disable, enable
 from dit_accel.llm.kvcache.cache import KVCache, zone_layers
@@ -96,18 +95,9 @@ def prepare(source: Source, settings: KVBenchSettings, *, dtype: str, device: st
     Raises:
         ValueError: a text or a file that cannot be read or is too short, or a length that the model does not accept.
     """
-    ids, hashes = {}, {}
     if settings.texts:
         source.check_length("length", settings.length)
-    for name in settings.texts:
-        text = read_text(name)[: 40 * settings.length]
-        tokens = source.tokenizer(text, return_tensors="pt").input_ids[:, : settings.length]
-        if tokens.shape[1] < settings.length:
-            raise ValueError(
-                f"length={settings.length}: the text {name!r} has {tokens.shape[1]} tokens; accepted are texts of at "
-                "least length tokens"
-            )
-        ids[name], hashes[name] = tokens.long(), fingerprint(text)
+    ids, hashes = text_ids(source.tokenizer, settings.texts, settings.length)
     made: dict[str, list[Session]] = {}
     for task in settings.tasks:
         rng = random.Random(f"{task} {settings.length} {settings.seed}")
@@ -157,41 +147,31 @@ def run_bench(
         rows: rows that exist.
         on_row: called with each row that is new.
     """
-    kept = {row["name"]: row for row in rows or []}
     wanted: dict[str, KVConfig | None] = {OWN: None, **caches}
-    made: dict[str, dict[str, Any]] = {}
+    before = 3 * bench.settings.length // 4
 
-    def results() -> dict[str, Any]:
-        there = {**kept, **made}
-        names = [*(x for x in wanted if x in there), *(x for x in there if x not in wanted)]
-        return {**bench.header, "rows": [there[x] for x in names]}
+    @cache
+    def prepared() -> tuple[Any, dict[str, ReadOn], Any]:
+        """Return the model, how it reads on with transformers' own cache, and the hand-written model."""
+        loaded = disable(model()) if bench.ids or bench.sessions else None
+        exact = {x: read_on(loaded, ids, before, own_cache(loaded)) for x, ids in bench.ids.items()}
+        return loaded, exact, wired_model() if bench.settings.lookups else None
 
-    loaded = exact = wired = None
-    for name, config in wanted.items():
-        plain = None if config is None else json.loads(json.dumps(config.to_dict()))
-        if name in kept and "error" not in kept[name] and kept[name]["kv"] == plain:
-            continue
-        if exact is None:
-            loaded = disable(model()) if bench.ids or bench.sessions else None
-            half = 3 * bench.settings.length // 4
-            exact = {
-                x: read_on(loaded, ids, half, own_cache(loaded)) for x, ids in bench.ids.items()
-            }
-            wired = wired_model() if bench.settings.lookups else None
-        start = time.perf_counter()
-        row: dict[str, Any] = {"name": name, "kv": plain}
-        try:
-            row.update(_figures(loaded, wired, bench, config, exact))
-        except ValueError as error:  # such as codes of another model
-            row["error"] = str(error)
-        row["seconds"] = round(time.perf_counter() - start, 2)
-        made[name] = row
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(output, results())
-        if on_row is not None:
-            on_row(row)
-    return results()
+    def figures(name: str) -> dict[str, Any]:
+        loaded, exact, wired = prepared()
+        return _figures(loaded, wired, bench, wanted[name], exact)
+
+    plain = {name: None if x is None else x.to_dict() for name, x in wanted.items()}
+    return run_rows(
+        bench.header,
+        "kv",
+        plain,
+        figures,
+        prepare=prepared,
+        output=output,
+        rows=rows,
+        on_row=on_row,
+    )
 
 
 def _figures(

@@ -1,0 +1,65 @@
+"""`run_rows`: the rows of a table, kept in a results file that a later run goes on from."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_accel.files import write_json
+
+
+def run_rows(
+    header: Mapping[str, Any],
+    key: str,
+    wanted: Mapping[str, Any],
+    figures: Callable[[str], Mapping[str, Any]],
+    *,
+    prepare: Callable[[], Any],
+    output: Path | None = None,
+    rows: Sequence[dict[str, Any]] | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Return the results: the header and the rows, those that are wanted first.
+
+    A row that exists is made again only if its settings are others, or if it has an error.
+
+    Args:
+        header: results without rows.
+        key: name of the settings in a row.
+        wanted: settings of each row by its name, as plain values; None: without.
+        figures: makes the figures of the row of this name. A ValueError becomes the row's error.
+        prepare: called before a row is made; its errors end the run.
+        output: JSON file, written after each row. Default: none.
+        rows: rows that exist.
+        on_row: called with each row that is new.
+    """
+    kept = {row["name"]: row for row in rows or []}
+    made: dict[str, dict[str, Any]] = {}
+
+    def results() -> dict[str, Any]:
+        """Return what there is: rows in the order of `wanted`, then those of earlier runs."""
+        there = {**kept, **made}
+        names = [*(x for x in wanted if x in there), *(x for x in there if x not in wanted)]
+        return {**header, "rows": [there[x] for x in names]}
+
+    for name, given in wanted.items():
+        settings = json.loads(json.dumps(given))
+        old = kept.get(name)
+        if old is not None and "error" not in old and old[key] == settings:
+            continue
+        prepare()
+        start = time.perf_counter()
+        row: dict[str, Any] = {"name": name, key: settings}
+        try:
+            row.update(figures(name))
+        except ValueError as error:  # such as settings that have nothing to do here
+            row["error"] = str(error)
+        row["seconds"] = round(time.perf_counter() - start, 2)
+        made[name] = json.loads(json.dumps(row))
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(output, results())
+        if on_row is not None:
+            on_row(row)
+    return results()
