@@ -27,8 +27,9 @@ EXACT = {
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@pytest.fixture(params=EXACT)
+@pytest.fixture(params=["everything stored", "wave", "retrieval"])
 def kv(request):
+    """Three kinds; the others are in the tests that draw operations, and in test_compose.py."""
     return EXACT[request.param]
 
 
