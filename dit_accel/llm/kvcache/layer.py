@@ -190,15 +190,16 @@ class ZoneLayer(CacheLayerMixin):
         self.stored += spare
         self.exact = joined(first, last).own()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Int[Tensor, ""]) -> None:
         """Remove the last tokens.
 
         Args:
-            tokens_to_remove: their number, as a negative int.
+            tokens_to_remove: their number, as a negative int; transformers 5.17 gives a tensor.
 
         Raises:
             ValueError: the number is positive.
         """
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: accepted is an int <= 0")
         count = min(-tokens_to_remove, self.length)
