@@ -18,7 +18,7 @@ class KVConfig(Config):
     store_options: dict[str, Any] = field(default_factory=dict)
     """Fields of the store, by name."""
     select: str = "all"
-    """Which of them a query reads, see `dit_accel.llm.kvcache.selectors`."""
+    """Choice of those that a query reads, see `dit_accel.llm.kvcache.selectors`."""
     select_options: dict[str, Any] = field(default_factory=dict)
     """Fields of the selector, by name."""
     sink: int = 64

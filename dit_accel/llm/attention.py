@@ -165,9 +165,10 @@ def attention(
     if layer is None:
         out = _attend(module, query, key, value, attention_mask, rules)
     else:
+        layer.pending = False  # an error below must leave the cache as it was
         check_cached(attention_mask, causal=causal, softcap=softcap, dropout=dropout)
         policy = getattr(module, POLICY, None)
-        if policy is not None and layer.get_seq_length() > query.shape[2]:
+        if policy is not None and layer.get_seq_length():
             policy.counts[module.layer_idx].cached += 1
         out = layer.attend(
             query,

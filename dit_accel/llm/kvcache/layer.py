@@ -80,7 +80,8 @@ class ZoneLayer(CacheLayerMixin):
         """Calls that found tokens in the cache."""
         self.read = 0.0
         """Shares of the tokens that these calls read, added up."""
-        self._pending = False
+        self.pending = False
+        """Whether new keys were handed out that no attention function has read yet."""
         self.store.clear()
         self.selector.clear()
         self.is_initialized = False
@@ -93,15 +94,14 @@ class ZoneLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the new keys and values; `attend` takes them in."""
-        if self._pending:
+        if self.pending:
             raise ValueError(
                 "past_key_values: the attention function of the model did not read this cache; accepted is a model "
                 "after dit_accel.llm.enable(model, kv=...)"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.length += key_states.shape[-2]
-        self._pending = True
+        self.pending = True
         key_states = key_states.view_as(
             key_states
         )  # the tag must not stay on the model's own tensor
@@ -126,9 +126,8 @@ class ZoneLayer(CacheLayerMixin):
             scale: factor of the dot products.
             prompt: attention among the tokens of a call that finds the cache empty.
         """
-        self._pending = False
-        past = self.length - k.shape[2]
-        valid = None if mask is None else mask[:, None, past : self.length]
+        past, length = self.length, self.length + k.shape[2]
+        valid = None if mask is None else mask[:, None, past:length]
         new = Part.of(k, v, valid)
         rows = grouped(q, k.shape[1])
         if past == 0:
@@ -153,8 +152,9 @@ class ZoneLayer(CacheLayerMixin):
             if self.stored:
                 stored, share = self.selector.attend(self.store, rows, scale)
                 parts += stored
-            self.read += (share * self.stored + self.length - self.stored) / self.length
+            self.read += (share * self.stored + length - self.stored) / length
             out = merged(parts)
+        self.length = length
         self._move(rows if past == 0 else None, scale)
         return out
 

@@ -1,4 +1,4 @@
-"""What a cache cannot do is refused by name, and nothing is lost."""
+"""Calls and settings that a cache refuses by name, without a loss."""
 
 import pytest
 import torch
@@ -71,6 +71,17 @@ def test_masks_of_pairs():
     llm.enable(model, kv="dense")
     with pytest.raises(ValueError, match="attention_mask"):
         model(ids, attention_mask=torch.ones(2, 1, 150, 150, dtype=torch.bool).tril())
+    cache = KVCache(model)
+    want = model(ids, past_key_values=cache).logits
+    pairs = torch.ones(2, 1, 3, 153, dtype=torch.bool)
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(ids[:, :3], past_key_values=cache, attention_mask=pairs)
+    # The cache is as it was.
+    assert cache.get_seq_length() == 150
+    found = model(torch.cat([ids, ids[:, :3]], 1)).logits
+    torch.testing.assert_close(want, found[:, :150])
+    torch.testing.assert_close(model(ids[:, :3], past_key_values=cache).logits, found[:, 150:])
+    assert cache.get_seq_length() == 153
 
 
 def test_settings_come_back_from_plain_values():

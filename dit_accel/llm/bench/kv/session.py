@@ -12,7 +12,7 @@ class Turn:
 
     question: list[int]
     answer: list[int]
-    """What the model should say; later turns of a conversation read it, whatever the model said."""
+    """Tokens that the model should say; later turns of a conversation read it, whatever the model said."""
     text: str | None = None
     """Text that an answer in words must contain; None: the tokens must be those of `answer`."""
 

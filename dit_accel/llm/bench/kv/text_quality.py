@@ -15,7 +15,7 @@ class ReadOn:
     nll: float
     """Mean negative log-likelihood of its tokens."""
     log_probabilities: Tensor
-    """Of each next token, `[L, vocabulary]`, fp32."""
+    """Log-probabilities of each next token, `[L, vocabulary]`, fp32."""
     cache_bytes: int
     """Bytes of the cache after the first part."""
     read_share: float | None

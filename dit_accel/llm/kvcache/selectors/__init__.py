@@ -1,1 +1,1 @@
-"""Which stored tokens a query reads: one file each; a new file is a new choice."""
+"""Choices of the stored tokens that a query reads: one file each; a new file is a new choice."""
