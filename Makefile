@@ -86,7 +86,8 @@ bench-sla: install
 
 # About an hour on a CPU. The caches of kernels/kv_caches read the files that are made first.
 bench-kv: install
-	$(BIN)/python kernels/bench_kv.py --output kernels/results/kv_decode_cpu.json
+	$(BIN)/python kernels/bench_kv.py decode --output kernels/results/kv_decode_cpu.json
+	$(BIN)/python kernels/bench_kv.py search --output kernels/results/kv_search_cpu.json
 	for keep in 0.75 0.5 0.25; do \
 		$(BIN)/dit-accel llm learn-mask --keep $$keep --steps 0 --output outputs/energy_$$keep.safetensors; done
 	$(BIN)/dit-accel llm learn-mask --keep 0.25 --steps 60 --output outputs/learned_0.25.safetensors

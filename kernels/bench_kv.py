@@ -1,19 +1,29 @@
-"""Times of one attention layer that reads a long cache for a new token, against dense attention of torch in the same run.
+"""Measures caches of keys and values outside of a model.
 
-    python kernels/bench_kv.py --output kernels/results/kv_decode_cpu.json
+    python kernels/bench_kv.py decode --output kernels/results/kv_decode_cpu.json
+    python kernels/bench_kv.py search --output kernels/results/kv_search_cpu.json
 
-Keys are random, 16 around each direction, so that clusters have something to find; queries point in such directions.
-Ways take turns; each number is the median of the repeats, in CPU time of one thread. "bytes" and "read" are shares of a
-dense cache; "error" is that of the output.
+Decode: times of one attention layer that reads a long cache for a new token, against dense attention of torch in the
+same run. Keys are random, 16 around each direction, so that clusters have something to find; queries point in such
+directions. Ways take turns; each number is the median of the repeats, in CPU time of one thread. "bytes" and "read" are
+shares of a dense cache; "error" is that of the output. Search: the share of the keys that an index compares to find most
+of the best ones, for queries that are unlike the keys.
 """
 
 import os
+from typing import Annotated
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import tyro
 
 from dit_accel.bench.kv_decode import KVDecode
+from dit_accel.bench.kv_search import KVSearch
+
+Command = (
+    Annotated[KVDecode, tyro.conf.subcommand("decode")]
+    | Annotated[KVSearch, tyro.conf.subcommand("search")]
+)
 
 if __name__ == "__main__":
-    tyro.cli(KVDecode, description=__doc__).run()
+    tyro.cli(Command, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,)).run()

@@ -1,5 +1,7 @@
 """Graphs that link keys which answer the same queries (RetrievalAttention, arXiv 2409.10516), and the search in them."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -8,6 +10,12 @@ from dit_accel.llm.kvcache.partial import SCORES
 
 ENTRIES = 32
 """Keys that each search starts from."""
+LINKED = 2
+"""Keys that a query links, over the neighbours of a key."""
+LEAF = 512
+"""Keys among which near ones are looked for, at most."""
+TREES = 2
+"""Ways of dividing the keys into leaves."""
 EXPANDED = 4
 """Keys whose neighbours a search compares at a time."""
 
@@ -29,11 +37,9 @@ def projected_graph(
     """
     queries, keys, n = queries.float(), keys.float(), len(keys)
     step = max(1, SCORES // n)
-    best = torch.cat([(x @ keys.mT).topk(degree, -1).indices for x in queries.split(step)])
-    norms = keys.pow(2).sum(1)
-    near = torch.cat(
-        [(2 * x @ keys.mT - norms).topk(degree + 1, -1).indices for x in keys.split(step)]
-    )
+    linked = min(LINKED * degree, n)
+    best = torch.cat([(x @ keys.mT).topk(linked, -1).indices for x in queries.split(step)])
+    near = near_keys(keys, degree + 1)
     shared = _most_shared(best, n, degree - degree // 4)
     every = torch.cat([shared, _both_ways(near[:, 1 : 1 + degree // 8], shared, degree), near], 1)
     own = torch.arange(n, device=keys.device)[:, None]
@@ -42,6 +48,47 @@ def projected_graph(
         taken[:, i] |= (every[:, :i] == every[:, i : i + 1]).any(1)
     graph = every.gather(1, taken.long().argsort(dim=1, stable=True)[:, :degree])
     return graph, best[:, 0].bincount(minlength=n).topk(min(ENTRIES, n)).indices
+
+
+def near_keys(keys: Float[Tensor, "n d"], count: int) -> Int[Tensor, "n r"]:
+    """Return keys near each key, nearest first, itself included.
+
+    Each level of a tree divides the keys in halves along a random direction, so that near keys mostly end in the same
+    leaf. Only the keys of a leaf are compared with each other.
+
+    Args:
+        keys: keys.
+        count: keys to return for each.
+    """
+    n, generator = len(keys), torch.Generator(keys.device).manual_seed(0)
+    levels = max(0, math.ceil(math.log2(n / LEAF)))
+    size = -(-n // 2**levels)
+    found, distances = [], []
+    for _ in range(TREES if levels else 1):
+        ids = torch.arange(size * 2**levels, device=keys.device) % n
+        for level in range(levels):
+            halves = ids.view(2**level, -1)
+            shape = (2**level, keys.shape[1], 1)
+            direction = torch.randn(shape, generator=generator, device=keys.device)
+            along = (keys[halves] @ direction)[..., 0]
+            ids = halves.gather(1, along.argsort(1)).flatten()
+        leaves = ids.view(2**levels, size)
+        near = torch.empty(n, min(count, size), dtype=torch.long, device=keys.device)
+        distance = torch.empty(near.shape, device=keys.device)
+        for own in leaves.split(max(1, SCORES // size**2)):
+            x = keys[own]
+            nearest = torch.cdist(x, x).topk(near.shape[1], largest=False)
+            at = own[:, None].expand(-1, size, -1).gather(2, nearest.indices)
+            near[own.flatten()], distance[own.flatten()] = (
+                at.flatten(0, 1),
+                nearest.values.flatten(0, 1),
+            )
+        found.append(near)
+        distances.append(distance)
+    ids, order = torch.cat(found, 1).sort(1)
+    far = torch.cat(distances, 1).gather(1, order)
+    far[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], torch.inf)
+    return ids.gather(1, far.argsort(1)[:, :count])
 
 
 def _most_shared(best: Int[Tensor, "m k"], n: int, degree: int) -> Int[Tensor, "n r"]:

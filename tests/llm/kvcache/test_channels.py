@@ -83,6 +83,20 @@ def test_bytes_are_those_of_the_channels():
     assert store.nbytes == 2 * 10 * (4 + HEAD_DIM) * 4
 
 
+def llama_mask():
+    """Return the widths of LeanK's mask of Llama-3.1-8B, the 256 heads of all layers in one: 69 % of the channels go."""
+    widths = [0] * 47 + [32] * 120 + [64] * 67 + [96] * 22
+    return (torch.arange(128) < torch.tensor(widths)[:, None])[None]
+
+
+def test_bytes_at_the_geometry_of_llama():
+    mask = llama_mask()
+    assert mask.float().mean() == 0.3125
+    store = store_of(mask[0])
+    store.append(tokens(64, rows=1, heads=256, head_dim=128, dtype=torch.float16))
+    assert 64 * 256 * 128 * 2 * 2 / store.nbytes > 1.7
+
+
 def test_all_channels_change_nothing(tmp_path):
     model, ids = make("Llama"), prompt()
     kv = saved(tmp_path / "all.safetensors", model, mask_of(16, 16))

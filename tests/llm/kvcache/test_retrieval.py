@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_accel.bench.kv_search import found_share, unlike_keys
 from dit_accel.llm.kvcache.graphs import KeyIndex, index_of
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import attention_part
-from dit_accel.llm.kvcache.projection import projected_graph
+from dit_accel.llm.kvcache.projection import near_keys, projected_graph
 from dit_accel.llm.kvcache.selector import selector_of
 from dit_accel.llm.kvcache.selectors import graph as retrieval
 from dit_accel.llm.kvcache.selectors.graph import Retrieval
@@ -63,34 +64,6 @@ def test_flat_finds_the_best_keys(monkeypatch, sizes, topk, chunk):
     assert selector.scanned == 1.0
 
 
-def unlike_keys(n=2048, dim=32, groups=64, new=50):
-    """Return keys, queries of a prompt and new queries.
-
-    A query matches a group of keys by a quarter of the channels. The other channels of a key follow its position, and
-    make up most of the distance between keys.
-    """
-    generator = torch.Generator().manual_seed(0)
-    content = dim // 4
-
-    def noise(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    codes = torch.nn.functional.normalize(noise(groups, content), dim=1)
-    turn = torch.linspace(0, 1, n)[:, None] * torch.arange(1, (dim - content) // 2 + 1) * 2
-    place = torch.cat([turn.cos(), turn.sin()], 1) * 2 + 0.3 * noise(n, dim - content)
-    own = torch.randint(0, groups, (n,), generator=generator)
-    k = torch.cat([codes[own] * 2 + 0.2 * noise(n, content), place], 1)
-    asked = torch.randint(0, groups, (1024 + new,), generator=generator)
-    q = torch.cat(
-        [
-            codes[asked] * 8 + 0.3 * noise(len(asked), content),
-            -1 + 0.1 * noise(len(asked), dim - content),
-        ],
-        1,
-    )
-    return k, q[:1024], q[1024:]
-
-
 def recall(kind, width):
     """Return the share of the 16 best keys that an index finds, and the share of the keys that it compares."""
     k, seen, new = unlike_keys()
@@ -99,7 +72,7 @@ def recall(kind, width):
     found, products, compared = index.search(new, 16, width)
     assert found.shape == (50, 16)
     torch.testing.assert_close(products, (new[:, None] * k[found]).sum(-1))
-    return (found[:, :, None] == best[:, None]).any(1).float().mean().item(), compared
+    return found_share(found, best), compared
 
 
 def test_links_of_the_prompt_find_more_and_compare_less():
@@ -120,6 +93,18 @@ def test_near_keys_lead_astray():
     found, compared = recall("nsg", 32)
     assert found <= 0.7
     assert compared is None
+
+
+def test_near_keys_are_found_in_leaves():
+    """All of them in one leaf, most of them in leaves of two trees."""
+    for n, least in ((500, 1.0), (3000, 0.7)):
+        k = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
+        near = near_keys(k, 9)
+        assert near.shape == (n, 9)
+        assert torch.equal(near[:, 0], torch.arange(n))
+        assert all(len(set(row)) == 9 for row in near.tolist())
+        exact = torch.cdist(k, k).topk(9, largest=False).indices
+        assert found_share(near, exact) >= least
 
 
 def test_neighbours_are_other_keys_each_once_and_all_keys_are_reached():

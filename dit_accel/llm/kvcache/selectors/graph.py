@@ -20,7 +20,7 @@ from dit_accel.llm.kvcache.store import Store
 CHUNK = 4096
 """Keys that are compared at a time."""
 INDEXES = ("flat", "graph", "hnsw", "nsg")
-SAMPLES = 1024
+SAMPLES = 4096
 """Queries of the prompt that shape a graph, at most."""
 
 
