@@ -55,20 +55,21 @@ class BlockCache:
             for h in range(heads)
         ]
         found = self._read(store, clusters, wanted, capacity)
-        counts = torch.tensor(
-            [sum(len(next(iter(found[x].values()))) for x in each) for each in wanted],
-            device=q.device,
-        ).view(rows, heads, 1, 1)
+        counts = clusters.sizes.gather(2, best[:, :, 0]).sum(-1)[..., None, None]
+        if (stored := store.stored_heads()) is not None:
+            counts = counts * stored.to(q.device)[:, None, None]
         most = int(counts.max())
         slots = torch.arange(most, device=q.device)
         tensors = {}
         for name, x in store.cut(0, store.granule).tensors.items():
-            padded = x.new_zeros(len(wanted), most, *x.shape[3:])
-            for i, each in enumerate(wanted):
-                if each:
-                    flat = torch.cat([found[place][name] for place in each])
-                    padded[i, : len(flat)] = flat
-            tensors[name] = padded.unflatten(0, (rows, heads))
+            held = _held(store, name, heads)
+            padded = x.new_zeros(rows, len(held), most, *x.shape[3:])
+            for b in range(rows):
+                for i, h in enumerate(held):
+                    if each := wanted[b * heads + h]:
+                        flat = torch.cat([found[place][name] for place in each])[:most]
+                        padded[b, i, : len(flat)] = flat
+            tensors[name] = padded
         k, v = store.decode(tensors)
         return by_query(q, k[:, :, None], v[:, :, None], scale=scale, visible=slots < counts)
 
@@ -114,13 +115,23 @@ def _fetched(store: Store, clusters: Clusters, missing: list[list[Place]]) -> di
         for place in each:
             start, size = (int(x[place]) for x in (clusters.starts, clusters.sizes))
             slots.append(order[i, start : start + size])
-            places.append((place, i, at, at + size))
+            places.append((place, at, at + size))
             at += size
         index.append(torch.cat(slots) if slots else order[i, :0])
     padded = torch.nn.utils.rnn.pad_sequence(index, batch_first=True).long()
     taken = store.take(padded.unflatten(0, (rows, heads))).tensors
-    flat = {name: x.flatten(0, 1) for name, x in taken.items()}
+    held = {name: _held(store, name, heads) for name in taken}
     return {
-        place: {name: x[i, start:stop].clone() for name, x in flat.items()}
-        for place, i, start, stop in places
+        place: {
+            name: x[place[0], held[name].index(place[1]), start:stop].clone()
+            for name, x in taken.items()
+            if place[1] in held[name]
+        }
+        for place, start, stop in places
     }
+
+
+def _held(store: Store, name: str, heads: int) -> list[int]:
+    """Return the heads that a tensor of a store holds."""
+    found = store.heads_of(name)
+    return list(range(heads)) if found is None else found.tolist()

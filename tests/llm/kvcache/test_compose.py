@@ -45,7 +45,9 @@ def options(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     sizes, print_ = model_sizes(model.config), fingerprint_of(attention_layers(model))
     mask, codes = str(folder / "mask.safetensors"), str(folder / "pq.safetensors")
-    ModelFile(KIND, {"mask": mask_of(8, 16)}, sizes, print_).save(folder / "mask.safetensors")
+    kept = mask_of(8, 16)
+    kept[1] = mask_of(0, 16)[1]  # a head without stored keys
+    ModelFile(KIND, {"mask": kept}, sizes, print_).save(folder / "mask.safetensors")
     write_codebooks(codes, codebooks(sizes))
     return {
         "dense": {},
@@ -138,6 +140,23 @@ def test_tokens_in_slower_memory(model, options, store, tier, tmp_path):
     folder = {"folder": str(tmp_path)} if tier == "disk" else {}
     found, _ = outputs(model, {**kv, "tier": tier, **folder})
     torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("store", store_names())
+def test_clusters_that_stay_on_the_device(model, options, store):
+    kv = {**ZONES, "store": store, "store_options": options[store], "select": "wave"}
+    kinds = [{**kv, "select_options": SOME["wave"] | {"cached": x}} for x in (0.0, 0.5)]
+    ids, rows = prompt(length=70), []
+    for each in kinds:
+        llm.enable(model, kv=each)
+        cache = KVCache(model, each)
+        with torch.no_grad():
+            model(ids[:, :60], past_key_values=cache)
+            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(60, 70)]
+        rows.append(torch.cat(steps, 1))
+        llm.disable(model)
+    torch.testing.assert_close(*rows)
+    assert cache.layers[0].selector.blocks.hits > 0
 
 
 def test_a_graph_is_built_again(model, tmp_path):
