@@ -15,9 +15,10 @@ from dit_accel.config.base import check, check_choice, is_int
 from dit_accel.environment import versions
 from dit_accel.llm.control import attention_layers
 from dit_accel.llm.kvcache.cache import model_sizes
-from dit_accel.llm.kvcache.codebooks import PAIRINGS, SCOPES, Codebooks, Form
+from dit_accel.llm.kvcache.codebooks import PAIRINGS, ROPES, SCOPES, Codebooks, Form
 from dit_accel.llm.kvcache.kmeans import kmeans
 from dit_accel.llm.kvcache.model_file import fingerprint_of
+from dit_accel.llm.kvcache.rotation import Rotation
 from dit_accel.llm.kvcache.store import ModelSizes
 from dit_accel.llm.loading import Source
 from dit_accel.llm.search.samples import make_samples
@@ -41,6 +42,8 @@ class CalibrationSettings:
     """See `Form`."""
     centred: bool = False
     """See `Form`."""
+    rope: str = "after"
+    """See `Form`."""
     texts: tuple[str, ...] = ("prose", "code")
     """prose, code, or paths of text files."""
     length: int = 2048
@@ -60,6 +63,7 @@ class CalibrationSettings:
         check_choice("bits", self.bits, tuple(SHAPES))
         check_choice("scope", self.scope, SCOPES)
         check_choice("pairing", self.pairing, PAIRINGS)
+        check_choice("rope", self.rope, ROPES)
         self._texts()
         check("checks", self.checks, self.checks >= 1, "an int >= 1")
         check("rounds", self.rounds, is_int(self.rounds) and self.rounds >= 1, "an int >= 1")
@@ -84,6 +88,7 @@ class CalibrationSettings:
             scope=self.scope,
             pairing=self.pairing,
             centred=self.centred,
+            rope=self.rope,
         )
         form.check_head_dim(sizes.head_dim)
         return form
@@ -155,9 +160,12 @@ def calibrate(
     """
     sizes = model_sizes(model.config)
     form = settings.form(sizes)
-    seen, checked = (captured(model, x, settings.sink) for x in (samples, held_out))
+    tensors, rotation = {}, None
+    if form.rope == "before":
+        tensors["frequencies"] = frequencies_of(model, sizes.head_dim)
+        rotation = Rotation(tensors["frequencies"].to(model.device))
+    seen, checked = (captured(model, x, settings.sink, rotation) for x in (samples, held_out))
     layers = tuple(seen)
-    tensors = {}
     for at, letter in enumerate("kv"):
         vectors = [seen[i][at] for i in layers]
         planes = letter == "k" and form.pairing == "planes"
@@ -191,14 +199,15 @@ def calibrate(
 
 @torch.no_grad()
 def captured(
-    model: Any, samples: list[Int[Tensor, "1 l"]], sink: int
+    model: Any, samples: list[Int[Tensor, "1 l"]], sink: int, rotation: Rotation | None = None
 ) -> dict[int, tuple[Float[Tensor, "h n d"], Float[Tensor, "h n d"]]]:
-    """Return fp32 keys (after RoPE) and values of all samples, by layer. Layers with a sliding window have none.
+    """Return fp32 keys and values of all samples, by layer. Layers with a sliding window have none.
 
     Args:
         model: causal language model of transformers.
         samples: tokens of each sample.
         sink: first tokens of each sample that are left out.
+        rotation: what is taken off the keys. Default: nothing, they are those after RoPE.
 
     Raises:
         ValueError: the model keeps its keys elsewhere.
@@ -215,7 +224,11 @@ def captured(
             if type(layer) is DynamicLayer:
                 assert layer.keys is not None
                 assert layer.values is not None
-                pair = layer.keys[0, :, sink:].float(), layer.values[0, :, sink:].float()
+                keys = layer.keys.float()
+                if rotation is not None:
+                    at = torch.arange(keys.shape[2], device=keys.device)[None, None]
+                    keys = rotation.unturned(keys, at)
+                pair = keys[0, :, sink:], layer.values[0, :, sink:].float()
                 found.setdefault(i, []).append(pair)
     if not found:
         raise ValueError("model: no layer has full attention; accepted are models with one")
@@ -223,6 +236,36 @@ def captured(
         i: (torch.cat([k for k, _ in x], 1), torch.cat([v for _, v in x], 1))
         for i, x in found.items()
     }
+
+
+def frequencies_of(model: Any, head_dim: int) -> Float[Tensor, " half"]:
+    """Return the frequencies by which a model rotates its keys.
+
+    Args:
+        model: causal language model of transformers.
+        head_dim: channels of a head.
+
+    Raises:
+        ValueError: the model rotates keys in another way than by whole heads, channels i and i + d / 2 together.
+    """
+    found = [x for x in model.modules() if isinstance(getattr(x, "inv_freq", None), Tensor)]
+    try:
+        (rope,) = found
+        positions = torch.arange(64, device=rope.inv_freq.device)[None]
+        with torch.no_grad():
+            cos, sin = rope(torch.zeros(1, device=positions.device), positions)
+        angles = positions[0, :, None] * rope.inv_freq.float()
+        scale = cos[0, 0, 0].float()
+        for x, y in ((cos, angles.cos()), (sin, angles.sin())):
+            torch.testing.assert_close(x[0].float(), torch.cat([y, y], 1) * scale)
+        if cos.shape[-1] != head_dim:
+            raise ValueError
+    except (ValueError, TypeError, AssertionError):
+        raise ValueError(
+            f"rope='before': {type(model).__name__} rotates its keys in another way than whole heads by one set of "
+            "frequencies; accepted for it is rope='after'"
+        ) from None
+    return rope.inv_freq.detach().float().cpu()
 
 
 def errors(

@@ -14,12 +14,14 @@ from dit_accel.config.base import check, check_choice, is_int
 from dit_accel.llm.kvcache.model_file import VALUES, ModelFile, load_model_file
 from dit_accel.llm.kvcache.packing import values_per_word
 from dit_accel.llm.kvcache.quantizer import Quantizer
+from dit_accel.llm.kvcache.rotation import Rotation
 from dit_accel.llm.kvcache.store import ModelSizes
 from dit_accel.tensor_files import mismatch
 
 KIND = "set of codebooks"
 SCOPES = ("model", "layer", "head")
 PAIRINGS = ("neighbours", "planes")
+ROPES = ("after", "before")
 LARGEST = 8192
 """Largest number of layers, heads and channels that a file may claim."""
 
@@ -38,6 +40,9 @@ class Form:
     """Channels of keys that are coded together: neighbours, or planes (i and i + d / 2, which RoPE rotates together)."""
     centred: bool = False
     """Whether the mean of each head is subtracted first."""
+    rope: str = "after"
+    """Keys that are coded: those after RoPE, as in the paper, or those before it, with the pairing "planes". These are
+    the same at every position; the positions are stored too, and keys that are read are rotated."""
 
     def __post_init__(self) -> None:
         ok = is_int(self.sub_vectors) and self.sub_vectors >= 1
@@ -45,6 +50,9 @@ class Form:
         check("bits", self.bits, is_int(self.bits) and 2 <= self.bits <= 8, "an int from 2 to 8")
         check_choice("scope", self.scope, SCOPES)
         check_choice("pairing", self.pairing, PAIRINGS)
+        check_choice("rope", self.rope, ROPES)
+        if self.rope == "before" and self.pairing != "planes":
+            raise ValueError(f"pairing={self.pairing!r}: accepted with rope='before' is planes")
         check("centred", self.centred, isinstance(self.centred, bool), "true or false")
 
     def check_head_dim(self, head_dim: int) -> None:
@@ -77,7 +85,7 @@ class Codebooks:
     """Layers with codebooks."""
     tensors: Mapping[str, Tensor]
     """fp32: `k` and `v` `[1 or layers, 1 or heads, sub-vectors, centroids, width]`; if centred, `k_mean` and `v_mean`
-    `[layers, heads, channels]`."""
+    `[layers, heads, channels]`; for keys before RoPE `frequencies` `[channels / 2]`."""
     model: str = ""
     """Name of the model."""
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +93,7 @@ class Codebooks:
     fingerprint: Tensor | None = None
     """See `fingerprint_of`; None: not known."""
     _made: dict[Any, tuple[Quantizer, Quantizer]] = field(default_factory=dict, init=False)
+    _rotations: dict[torch.device, Rotation] = field(default_factory=dict, init=False)
     _tensors: dict[torch.device, Mapping[str, Tensor]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +121,9 @@ class Codebooks:
         books = (layers, heads, form.sub_vectors, 2**form.bits, width)
         means = (len(self.layers), sizes.kv_heads, sizes.head_dim)
         found: dict[str, tuple[int, ...]] = {"k": books, "v": books}
-        return found | ({"k_mean": means, "v_mean": means} if form.centred else {})
+        if form.centred:
+            found |= {"k_mean": means, "v_mean": means}
+        return found | ({"frequencies": (sizes.head_dim // 2,)} if form.rope == "before" else {})
 
     def check(self, model: ModelSizes) -> None:
         """Check that they were made for a model.
@@ -157,6 +168,14 @@ class Codebooks:
             pair = one("k", self.form.pairing == "planes"), one("v", False)
             self._made[layer, device] = pair
         return self._made[layer, device]
+
+    def rotation(self, device: torch.device) -> Rotation | None:
+        """Return the rotation of keys, one for all layers and caches on a device; None: keys are coded after RoPE."""
+        if self.form.rope == "after":
+            return None
+        if device not in self._rotations:
+            self._rotations[device] = Rotation(self._on(device)["frequencies"])
+        return self._rotations[device]
 
     def _on(self, device: torch.device) -> Mapping[str, Tensor]:
         """Return the tensors on a device."""

@@ -128,7 +128,8 @@ class ZoneLayer(CacheLayerMixin):
         """
         past, length = self.length, self.length + k.shape[2]
         valid = None if mask is None else mask[:, None, past:length]
-        new = Part.of(k, v, valid)
+        positions = self._positions(mask, past, k) if self.store.needs_positions else None
+        new = Part.of(k, v, valid, positions)
         rows = grouped(q, k.shape[1])
         if past == 0:
             out = prompt()
@@ -157,6 +158,16 @@ class ZoneLayer(CacheLayerMixin):
         self.length = length
         self._move(rows if past == 0 else None, scale)
         return out
+
+    @staticmethod
+    def _positions(mask: Tensor | None, past: int, k: Tensor) -> Int[Tensor, "b 1 l_q"]:
+        """Return the positions of new tokens as models count them: padding has none."""
+        rows, length = k.shape[0], past + k.shape[2]
+        if mask is None:
+            found = torch.arange(past, length, device=k.device).expand(rows, -1)
+        else:
+            found = (mask[:, :length].cumsum(1) - 1).clamp(min=0)[:, past:]
+        return found[:, None].to(torch.int32)
 
     def _sinks_first(self, new: Part) -> Part:
         """Return the tokens of a prompt with the first real ones of each row at the front."""

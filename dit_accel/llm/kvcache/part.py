@@ -9,6 +9,8 @@ from torch import Tensor
 
 TOKENS = 2
 """Axis of the tokens."""
+POSITIONS = "positions"
+"""Name of the tensor of positions `[B, 1 or H, rows]`."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,17 @@ class Part:
     """Slots that hold a real token, for all heads or for each; None: all of them."""
 
     @staticmethod
-    def of(k: Tensor, v: Tensor, valid: Bool[Tensor, "b _h slots"] | None = None) -> "Part":
-        """Return exact keys and values `[B, H, L, D]` as a part."""
-        return Part({"k": k, "v": v}, k.shape[TOKENS], valid)
+    def of(
+        k: Tensor,
+        v: Tensor,
+        valid: Bool[Tensor, "b _h slots"] | None = None,
+        positions: Int[Tensor, "b _h slots"] | None = None,
+    ) -> "Part":
+        """Return exact keys and values `[B, H, L, D]` as a part; positions go with them for stores that need them."""
+        tensors = {"k": k, "v": v}
+        if positions is not None:
+            tensors[POSITIONS] = positions
+        return Part(tensors, k.shape[TOKENS], valid)
 
     @property
     def k(self) -> Tensor:
@@ -86,6 +96,8 @@ class Part:
 
         def one(x: Tensor) -> Tensor:
             shared = max(1, self.slots // max(1, x.shape[TOKENS]))
+            if x.shape[1] == 1:
+                x = x.expand(-1, index.shape[1], *x.shape[2:])
             rows, heads, length = x.shape[:3]
             at = index.to(x.device).expand(rows, heads, -1) // shared
             # Whole rows of a flat tensor: several times as fast as `gather`, which looks up each number.
@@ -109,9 +121,16 @@ def joined(first: Part | None, second: Part) -> Part:
     if not second.slots:
         return first
     tensors = {
-        name: torch.cat([x, second.tensors[name]], TOKENS) for name, x in first.tensors.items()
+        name: torch.cat(_same_heads(x, second.tensors[name]), TOKENS)
+        for name, x in first.tensors.items()
     }
     return Part(tensors, first.slots + second.slots, joined_masks([first, second]))
+
+
+def _same_heads(first: Tensor, second: Tensor) -> list[Tensor]:
+    """Return tensors for each head, if one of them is."""
+    heads = max(first.shape[1], second.shape[1])
+    return [x.expand(-1, heads, *x.shape[2:]) for x in (first, second)]
 
 
 def joined_masks(parts: Sequence[Part]) -> Bool[Tensor, "b _h slots"] | None:

@@ -49,6 +49,11 @@ class Store(ABC):
         """Return keys and values `[B, H, n, D]` of encoded tokens."""
 
     @property
+    def needs_positions(self) -> bool:
+        """Whether exact tokens must come with their positions."""
+        return False
+
+    @property
     def granule(self) -> int:
         """Tokens come in multiples of this."""
         return 1

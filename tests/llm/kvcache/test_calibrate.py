@@ -7,10 +7,17 @@ import pytest
 import torch
 
 from dit_accel import llm
-from dit_accel.llm.kvcache.calibrate import CalibrationSettings, calibrate, captured, errors
+from dit_accel.llm.kvcache.calibrate import (
+    CalibrationSettings,
+    calibrate,
+    captured,
+    errors,
+    frequencies_of,
+)
 from dit_accel.llm.kvcache.codebooks import read_codebooks, write_codebooks
 from dit_accel.llm.kvcache.kmeans import kmeans
 from dit_accel.llm.kvcache.quantizer import nearest
+from dit_accel.llm.kvcache.rotation import Rotation
 
 from ...cli.command import run
 from ..models import make, prompt
@@ -46,17 +53,20 @@ def test_kmeans_leaves_no_centroid_without_vectors():
 
 
 @pytest.mark.parametrize("scope", ["model", "layer", "head"])
-@pytest.mark.parametrize(("pairing", "centred"), [("neighbours", False), ("planes", True)])
-def test_codebooks_beat_random_ones_and_fit_the_model(scope, pairing, centred):
+@pytest.mark.parametrize(
+    "form", [{}, {"pairing": "planes", "centred": True}, {"pairing": "planes", "rope": "before"}]
+)
+def test_codebooks_beat_random_ones_and_fit_the_model(scope, form):
     model = make("Llama")
     samples = [prompt(rows=1, length=256, seed=i) for i in range(3)]
-    settings = CalibrationSettings(**FAST, scope=scope, pairing=pairing, centred=centred)
+    settings = CalibrationSettings(**FAST, scope=scope, **form)
     found = calibrate(model, samples[:2], samples[2:], settings, name="tiny")
     assert (found.model, found.layers) == ("tiny", (0, 1, 2))
     assert found.form.scope == scope
     assert 0 < found.notes["errors"]["keys"] < 0.25
     assert 0 < found.notes["errors"]["values"] < 0.25
-    assert found.notes["errors"] == errors(found, captured(model, samples[2:], 4))
+    rotation = found.rotation(torch.device("cpu"))
+    assert found.notes["errors"] == errors(found, captured(model, samples[2:], 4, rotation))
 
 
 def test_more_bits_have_smaller_errors():
@@ -78,6 +88,25 @@ def test_keys_are_those_after_rope_without_the_first():
     k, v = found[1]
     assert torch.equal(k, torch.cat(2 * [cache.layers[1].keys[0, :, 10:]], 1))
     assert torch.equal(v, torch.cat(2 * [cache.layers[1].values[0, :, 10:]], 1))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_keys_before_rope_are_those_of_the_projection(family):
+    model, ids, seen = make(family), prompt(rows=1, length=30), []
+    layer = model.model.layers[1].self_attn
+    last = layer.k_norm if family == "Qwen3" else layer.k_proj
+    handle = last.register_forward_hook(lambda _, __, out: seen.append(out.reshape(30, 2, 16)))
+    rotation = Rotation(frequencies_of(model, 16))
+    found = captured(model, [ids], 10, rotation)
+    handle.remove()
+    torch.testing.assert_close(found[1][0], seen[0][10:].transpose(0, 1))
+
+
+def test_models_that_rotate_otherwise_are_refused():
+    model, ids = make("Gemma3"), prompt(rows=1, length=64)
+    settings = CalibrationSettings(**FAST, pairing="planes", rope="before")
+    with pytest.raises(ValueError, match="rope='before'"):
+        calibrate(model, [ids], [ids], settings)
 
 
 def test_layers_with_windows_have_no_codebooks():
@@ -110,6 +139,7 @@ def test_generate_with_the_file(tmp_path):
         ({"bits": 5}, "bits=5"),
         ({"scope": "mush"}, "scope='mush'"),
         ({"pairing": "mush"}, "pairing='mush'"),
+        ({"rope": "mush"}, "rope='mush'"),
         ({"length": 20}, "length=20"),
         ({"samples": 0}, "samples=0"),
         ({"checks": 0}, "checks=0"),

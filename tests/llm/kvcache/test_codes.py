@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 
 from dit_accel import llm
 from dit_accel.llm.kvcache.cache import KVCache, model_sizes
+from dit_accel.llm.kvcache.calibrate import frequencies_of
 from dit_accel.llm.kvcache.codebooks import Codebooks, Form, read_codebooks, write_codebooks
 from dit_accel.llm.kvcache.part import Part
+from dit_accel.llm.kvcache.rotation import Rotation
 from dit_accel.llm.kvcache.store import ModelSizes, store_of
 
 from ..models import make, prompt
@@ -41,6 +43,8 @@ def codebooks(sizes=SIZES, seed=0, **form):
     if form.centred:
         means = {f"{x}_mean": random(sizes.layers, sizes.kv_heads, sizes.head_dim) for x in "kv"}
         tensors |= means
+    if form.rope == "before":
+        tensors["frequencies"] = 1e4 ** -torch.linspace(0, 1, sizes.head_dim // 2)
     return Codebooks(form=form, sizes=sizes, layers=layers, tensors=tensors, model="a model")
 
 
@@ -73,6 +77,12 @@ FORMS = [
     {"sub_vectors": 16, "bits": 2},
     {"sub_vectors": 2, "bits": 8},
 ]
+UNROTATED = [
+    {"rope": "before", "pairing": "planes"},
+    {"rope": "before", "pairing": "planes", "scope": "head", "centred": True},
+    {"rope": "before", "pairing": "planes", "sub_vectors": 4, "centred": True},
+]
+"""Forms whose keys are coded before RoPE."""
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -97,14 +107,18 @@ def test_codes_are_those_of_the_nearest_centroids(form, file):
 
 
 @settings(max_examples=15, deadline=None)
-@given(operations=OPERATIONS, form=st.sampled_from(FORMS), padding=st.sampled_from([0, 1, 2]))
+@given(
+    operations=OPERATIONS,
+    form=st.sampled_from(FORMS + UNROTATED),
+    padding=st.sampled_from([0, 1, 2]),
+)
 def test_operations_in_any_order(operations, form, padding, file):
     check_operations(store(file(codebooks(**form))), operations, padding)
 
 
 @settings(max_examples=12, deadline=None)
 @given(
-    form=st.sampled_from(FORMS),
+    form=st.sampled_from(FORMS + UNROTATED),
     count=st.integers(1, 70),
     padding=st.integers(0, 70),
     values=st.sampled_from([64, 2**19]),
@@ -149,16 +163,42 @@ def test_bytes_of_a_token(form, expected, file):
     assert found.nbytes == 2 * 2 * 10 * expected
 
 
+def test_positions_take_four_bytes_for_all_heads(file):
+    found = store(file(codebooks(**UNROTATED[0])))
+    found.append(tokens(10))
+    assert found.nbytes == 2 * 10 * (2 * 16 + 4)
+
+
+def test_keys_are_the_same_at_every_position(file):
+    """A key that is rotated to other positions has the same codes."""
+    found, part = store(file(codebooks(**UNROTATED[1]))), tokens(9)
+    rotation = found.books.rotation(torch.device("cpu"))
+    positions = torch.arange(9).expand(2, 1, 9)
+    parts = [
+        Part.of(rotation.turned(part.k, at), part.v, None, at)
+        for at in (positions, 3 * positions + 1000)
+    ]
+    codes = [found.encode(x) for x in parts]
+    assert torch.equal(codes[0]["k"], codes[1]["k"])
+
+
 def exact(model, ids, file, **form):
     """Return a file of codebooks that hold every key and value of some tokens exactly."""
     sizes = model_sizes(model.config)
     cache = model(ids, use_cache=True).past_key_values
     form = Form(**{**PAIRS, "scope": "layer", **form})
     tensors = {}
+    rotation = None
+    if form.rope == "before":
+        tensors["frequencies"] = frequencies_of(model, sizes.head_dim)
+        rotation = Rotation(tensors["frequencies"])
     for name in "kv":
         books = []
         for layer in cache.layers:
-            x = {"k": layer.keys, "v": layer.values}[name].flatten(0, 2)
+            x = {"k": layer.keys, "v": layer.values}[name]
+            if rotation is not None and name == "k":
+                x = rotation.unturned(x, torch.arange(x.shape[2])[None, None])
+            x = x.flatten(0, 2)
             if form.pairing == "planes" and name == "k":
                 x = x.unflatten(-1, (2, -1)).mT.flatten(-2)
             x = x.unflatten(-1, (form.sub_vectors, -1)).movedim(1, 0)
@@ -169,17 +209,19 @@ def exact(model, ids, file, **form):
     return file(books)
 
 
-@pytest.mark.parametrize("pairing", ["neighbours", "planes"])
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"pairing": "planes"}, {"pairing": "planes", "rope": "before"}],
+    ids=["neighbours", "planes", "before RoPE"],
+)
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
-def test_generate_gives_the_tokens_of_dense_attention_where_codebooks_hold_them(
-    family, pairing, file
-):
+def test_generate_gives_the_tokens_of_dense_attention_where_codebooks_hold_them(family, form, file):
     model, ids = make(family), prompt(rows=1, length=100)
     want = model.generate(ids, max_new_tokens=20, do_sample=False)
     kv = {
         **ZONES,
         "store": "pq",
-        "store_options": {"codebooks": exact(model, want, file, pairing=pairing)},
+        "store_options": {"codebooks": exact(model, want, file, **form)},
     }
     llm.enable(model, kv=kv)
     found = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
@@ -187,9 +229,10 @@ def test_generate_gives_the_tokens_of_dense_attention_where_codebooks_hold_them(
     assert found.past_key_values.layers[0].stored == 104
 
 
-def test_beams_turns_and_padding(file):
+@pytest.mark.parametrize("form", [{}, UNROTATED[1]], ids=["after RoPE", "before RoPE"])
+def test_beams_turns_and_padding(form, file):
     model = make("Llama")
-    kv = {**ZONES, "store": "pq", "store_options": {"codebooks": file(codebooks())}}
+    kv = {**ZONES, "store": "pq", "store_options": {"codebooks": file(codebooks(**form))}}
     ids = prompt(length=60)
     mask = torch.ones_like(ids)
     mask[1, :30] = 0
@@ -281,6 +324,8 @@ def test_files_that_are_no_codebooks(tmp_path):
         ({"bits": 1}, "bits=1"),
         ({"scope": "mush"}, "scope='mush'"),
         ({"pairing": "mush"}, "pairing='mush'"),
+        ({"rope": "mush"}, "rope='mush'"),
+        ({"rope": "before"}, "pairing='neighbours'"),
     ],
 )
 def test_forms(form, message):

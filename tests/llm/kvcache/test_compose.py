@@ -25,6 +25,7 @@ FULL = {
     "retrieval": {"topk": 1.0},
 }
 """Options with which a selector reads every token."""
+STORES = ["dense", "int", "pq", "pq, keys before RoPE", "channels", "channels_pq"]
 SOME = {
     "none": {},
     "snapkv": {"budget": 0.3, "window": 8},
@@ -41,7 +42,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def options(model, tmp_path_factory):
-    """Options of each store."""
+    """Settings of each store."""
     folder = tmp_path_factory.mktemp("files")
     sizes, print_ = model_sizes(model.config), fingerprint_of(attention_layers(model))
     mask, codes = str(folder / "mask.safetensors"), str(folder / "pq.safetensors")
@@ -49,13 +50,17 @@ def options(model, tmp_path_factory):
     kept[1] = mask_of(0, 16)[1]  # a head without stored keys
     ModelFile(KIND, {"mask": kept}, sizes, print_).save(folder / "mask.safetensors")
     write_codebooks(codes, codebooks(sizes))
-    return {
+    unrotated = str(folder / "before.safetensors")
+    write_codebooks(unrotated, codebooks(sizes, pairing="planes", rope="before", centred=True))
+    found = {
         "dense": {},
         "int": {"bits": 4, "group": 8},
         "pq": {"codebooks": codes},
+        "pq, keys before RoPE": {"codebooks": unrotated},
         "channels": {"mask": mask},
         "channels_pq": {"mask": mask, "codebooks": codes},
     }
+    return {k: {"store": k.split(",")[0], "store_options": x} for k, x in found.items()}
 
 
 def outputs(model, kv, length=70):
@@ -87,14 +92,15 @@ def outputs(model, kv, length=70):
 
 
 def test_every_store_and_selector_is_here(options):
-    assert set(options) == set(store_names())
+    assert list(options) == STORES
+    assert {x["store"] for x in options.values()} == set(store_names())
     assert set(FULL) | set(SOME) == set(selector_names())
 
 
 @pytest.mark.parametrize("select", FULL)
-@pytest.mark.parametrize("store", store_names())
+@pytest.mark.parametrize("store", STORES)
 def test_a_selector_that_reads_everything_changes_nothing(model, options, store, select):
-    common = {**ZONES, "store": store, "store_options": options[store]}
+    common = {**ZONES, **options[store]}
     want, _ = outputs(model, common)
     found, cache = outputs(model, {**common, "select": select, "select_options": FULL[select]})
     torch.testing.assert_close(found, want, rtol=2e-4, atol=2e-4)
@@ -102,18 +108,18 @@ def test_a_selector_that_reads_everything_changes_nothing(model, options, store,
 
 
 @pytest.mark.parametrize("select", SOME)
-@pytest.mark.parametrize("store", store_names())
+@pytest.mark.parametrize("store", STORES)
 def test_a_selector_reads_less(model, options, store, select):
-    kv = {**ZONES, "store": store, "store_options": options[store], "select": select}
+    kv = {**ZONES, **options[store], "select": select}
     found, cache = outputs(model, {**kv, "select_options": SOME[select]})
     assert found.isfinite().all()
     assert cache.read_share < 0.95
 
 
 @pytest.mark.parametrize("select", [*FULL, "none"])
-@pytest.mark.parametrize("store", store_names())
+@pytest.mark.parametrize("store", STORES)
 def test_caches_come_back_from_files(model, options, store, select, tmp_path):
-    kv = {**ZONES, "store": store, "store_options": options[store], "select": select}
+    kv = {**ZONES, **options[store], "select": select}
     kv["select_options"] = SOME.get(select, {})
     _, cache = outputs(model, kv)
     llm.enable(model, kv=kv)
@@ -132,9 +138,9 @@ def test_caches_come_back_from_files(model, options, store, select, tmp_path):
 
 
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
-@pytest.mark.parametrize("store", store_names())
+@pytest.mark.parametrize("store", STORES)
 def test_tokens_in_slower_memory(model, options, store, tier, tmp_path):
-    kv = {**ZONES, "store": store, "store_options": options[store], "select": "wave"}
+    kv = {**ZONES, **options[store], "select": "wave"}
     kv["select_options"] = SOME["wave"]
     want, _ = outputs(model, kv)
     folder = {"folder": str(tmp_path)} if tier == "disk" else {}
@@ -142,9 +148,9 @@ def test_tokens_in_slower_memory(model, options, store, tier, tmp_path):
     torch.testing.assert_close(found, want)
 
 
-@pytest.mark.parametrize("store", store_names())
+@pytest.mark.parametrize("store", STORES)
 def test_clusters_that_stay_on_the_device(model, options, store):
-    kv = {**ZONES, "store": store, "store_options": options[store], "select": "wave"}
+    kv = {**ZONES, **options[store], "select": "wave"}
     kinds = [{**kv, "select_options": SOME["wave"] | {"cached": x}} for x in (0.0, 0.5)]
     ids, rows = prompt(length=70), []
     for each in kinds:
@@ -178,7 +184,7 @@ def test_sparse_prefill_and_a_cache(model, options, prefill):
     """The prompt is read with the pattern, what follows from the cache."""
     ids = prompt(length=120)
     sparse = {"pattern": prefill, "block": 16, "tail": 16, "crossover": 0, "dense_layers": 0}
-    kv = {**ZONES, "store": "int", "store_options": options["int"]}
+    kv = {**ZONES, **options["int"]}
     llm.enable(model, prefill=sparse, kv=kv)
     found = model.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     seen = llm.summary(model)

@@ -28,7 +28,7 @@ class ChannelCodes(Channels):
     name: ClassVar[str] = "channels_pq"
     settled: ClassVar[frozenset[str]] = Channels.settled | {"books", "layer"}
     codebooks: str | None = None
-    """File of `dit-accel llm calibrate`, with codes of 8 bits and not centred."""
+    """File of `dit-accel llm calibrate`, with codes of 8 bits, not centred, of keys after RoPE."""
     books: Codebooks | None = field(default=None, init=False, repr=False)
     layer: int = field(default=0, init=False, repr=False)
     dtype: torch.dtype = field(default=torch.float32, init=False, repr=False)
@@ -42,10 +42,10 @@ class ChannelCodes(Channels):
             )
         self.books = read_codebooks(self.codebooks)
         form = self.books.form
-        if form.bits != 8 or form.centred:
+        if form.bits != 8 or form.centred or form.rope == "before":
             raise ValueError(
-                f"codebooks={self.codebooks!r}: codes of {form.bits} bits, centred={form.centred}; accepted with a mask "
-                "are codes of 8 bits, not centred"
+                f"codebooks={self.codebooks!r}: codes of {form.bits} bits, centred={form.centred}, rope={form.rope!r}; "
+                "accepted with a mask are codes of 8 bits, not centred, after RoPE"
             )
 
     def prepare(self, layer: int, sizes: ModelSizes) -> None:

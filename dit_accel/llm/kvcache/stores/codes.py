@@ -11,9 +11,10 @@ from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.lut_attention import MAX_ROWS, lut_attention
 from dit_accel.llm.kvcache.codebooks import check_books, read_codebooks
 from dit_accel.llm.kvcache.coded import coded_attention
-from dit_accel.llm.kvcache.part import Part
-from dit_accel.llm.kvcache.partial import Partial, merged_part
+from dit_accel.llm.kvcache.part import POSITIONS, Part
+from dit_accel.llm.kvcache.partial import Partial, attention_part, merged_part
 from dit_accel.llm.kvcache.quantizer import Quantizer
+from dit_accel.llm.kvcache.rotation import Rotation
 from dit_accel.llm.kvcache.store import ModelSizes, Store
 
 
@@ -21,8 +22,8 @@ from dit_accel.llm.kvcache.store import ModelSizes, Store
 class Codes(Store):
     """Keys and values as the numbers of their nearest centroids, after MILLION (arXiv 2504.03661).
 
-    Attention is computed on the codes: no decoded token is kept. The cache holds keys after RoPE; codebooks of keys before
-    RoPE have half the error, but would have to be rotated for each token that is read.
+    Attention is computed on the codes: no decoded token is kept. Codebooks say whether keys are coded after RoPE or before
+    it. Keys before RoPE are rotated when they are read.
     """
 
     name: ClassVar[str] = "pq"
@@ -53,25 +54,42 @@ class Codes(Store):
         assert self.codebooks is not None
         check_books(self.codebooks, self.books, fingerprint)
 
+    @property
+    def needs_positions(self) -> bool:
+        return self.books.form.rope == "before"
+
     def encode(self, part: Part) -> Mapping[str, Tensor]:
         self.dtype = part.k.dtype
         k, v = self._on(part.k.device)
-        return {"k": k.encode(part.k), "v": v.encode(part.v)}
+        rotation = self.books.rotation(part.k.device)
+        if rotation is None:
+            return {"k": k.encode(part.k), "v": v.encode(part.v)}
+        positions = part.tensors[POSITIONS]
+        keys = rotation.unturned(part.k, positions)
+        return {"k": k.encode(keys), "v": v.encode(part.v), POSITIONS: positions}
 
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         k, v = self._on(tensors["k"].device)
-        return k.decode(tensors["k"]).to(self.dtype), v.decode(tensors["v"]).to(self.dtype)
+        keys, rotation = k.decode(tensors["k"]), self.books.rotation(tensors["k"].device)
+        if rotation is not None:
+            keys = rotation.turned(keys, tensors[POSITIONS])
+        return keys.to(self.dtype), v.decode(tensors["v"]).to(self.dtype)
 
     def attend_part(self, q: Tensor, part: Part, scale: float) -> Partial:
         """Return attention over the tokens of a part.
 
-        Queries take the order of the codebooks' channels, so that keys need not. Means of keys add the same to all scores
-        of a query, and means of values the same to all outputs.
+        Queries take the order of the codebooks' channels, so that keys need not. Means of keys after RoPE add the same to
+        all scores of a query, and means of values the same to all outputs.
         """
         k, v = self._on(q.device)
         wide = q.float()
         rows = k.grouped(wide)
-        if runs_here(q) and q.shape[2] * q.shape[3] <= MAX_ROWS:
+        rotation = self.books.rotation(q.device)
+        if rotation is not None:
+            found = merged_part(
+                _turned(rows, x, k, v, rotation, scale) for x in self.pieces(q, part)
+            )
+        elif runs_here(q) and q.shape[2] * q.shape[3] <= MAX_ROWS:
             found = _looked_up(rows, part, k, v, scale)
         else:
             found = merged_part(
@@ -80,14 +98,26 @@ class Codes(Store):
             )
         o = v.ungrouped(found.o)
         lse = found.lse
-        if k.mean is not None and v.mean is not None:
+        if k.mean is not None and rotation is None:
             lse = lse + scale * (wide @ k.mean[:, None, :, None])[..., 0]
+        if v.mean is not None:
             o = o + v.mean[:, None, None]
         return Partial(o.to(q.dtype), lse)
 
     def _on(self, device: torch.device) -> tuple[Quantizer, Quantizer]:
         """Return the codebooks on a device."""
         return self.books.quantizers(self.layer, device)
+
+
+def _turned(
+    q: Tensor, part: Part, k: Quantizer, v: Quantizer, rotation: Rotation, scale: float
+) -> Partial:
+    """Return attention over keys that are decoded and rotated, without means of values, channels in order."""
+    keys = k.rows(part.k)
+    if k.mean is not None:
+        keys = keys + k.grouped(k.mean)[:, None]
+    keys = rotation.turned_pairs(keys, part.tensors[POSITIONS])
+    return attention_part(q, keys, v.rows(part.v), scale=scale, visible=part.valid)
 
 
 def _looked_up(q: Tensor, part: Part, k: Quantizer, v: Quantizer, scale: float) -> Partial:

@@ -1,0 +1,56 @@
+"""`Rotation`: RoPE (arXiv 2104.09864) of keys, put on and taken off."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+LEAST = 4096
+"""Positions of a table at least."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Rotation of keys by their positions: channels i and i + d / 2 turn together."""
+
+    frequencies: Float[Tensor, " half"]
+    """Radians from one position to the next, of each pair of channels."""
+    _table: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    """Factors of the first positions. Computing them for each call would take longer than reading the keys."""
+
+    def turned(
+        self, x: Float[Tensor, "b h n d"], positions: Int[Tensor, "b _h n"]
+    ) -> Float[Tensor, "b h n d"]:
+        """Return keys after RoPE, in fp32."""
+        pairs = torch.complex(*x.float().chunk(2, -1)) * self.factors(positions)
+        return torch.cat([pairs.real, pairs.imag], -1)
+
+    def unturned(
+        self, x: Float[Tensor, "b h n d"], positions: Int[Tensor, "b _h n"]
+    ) -> Float[Tensor, "b h n d"]:
+        """Return keys before RoPE, in fp32."""
+        pairs = torch.complex(*x.float().chunk(2, -1)) * self.factors(positions).conj()
+        return torch.cat([pairs.real, pairs.imag], -1)
+
+    def turned_pairs(
+        self, x: Float[Tensor, "b h n d"], positions: Int[Tensor, "b _h n"]
+    ) -> Float[Tensor, "b h n d"]:
+        """Return keys after RoPE whose channels are in the order 0, d / 2, 1, d / 2 + 1, ..."""
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self.factors(positions)).flatten(-2)
+
+    def factors(self, positions: Int[Tensor, "b _h n"]) -> Complex[Tensor, "b _h n half"]:
+        """Return what pairs of channels, as complex numbers, are multiplied by."""
+        if positions.device.type != "cpu":
+            return self._computed(positions)
+        needed = int(positions.max()) + 1 if positions.numel() else 0
+        if not self._table or len(self._table[0]) < needed:
+            count = max(LEAST, 2 ** (needed - 1).bit_length())
+            self._table[:] = [self._computed(torch.arange(count))]
+        found = self._table[0].index_select(0, positions.flatten())
+        return found.view(*positions.shape, -1)
+
+    def _computed(self, positions: Tensor) -> Tensor:
+        angles = positions[..., None].double() * self.frequencies.double()
+        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
