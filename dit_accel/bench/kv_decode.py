@@ -71,15 +71,20 @@ class KVDecode:
         two = {**wave, "select_options": {**wave.get("select_options", {}), "retrieve": 0.02}}
         found["retroinfer, 2 % read"] = read_kv(two)
         sizes = ModelSizes(1, self.kv_heads, self.head_dim)
-        for bits, width in ((4, 2), (2, 4)):
-            form = Form(sub_vectors=self.head_dim // width, bits=8)
+        for bits, width, rope in (
+            (4, 2, "after"),
+            (2, 4, "after"),
+            (4, 2, "before"),
+            (2, 4, "before"),
+        ):
+            form = Form(sub_vectors=self.head_dim // width, bits=8, pairing="planes", rope=rope)
             books = torch.randn(1, 1, form.sub_vectors, 256, width)
-            path = folder / f"pq{bits}.safetensors"
-            made = Codebooks(
-                form=form, sizes=sizes, layers=(0,), tensors={"k": books, "v": books.clone()}
-            )
-            write_codebooks(path, made)
-            found[f"pq, {bits} bits"] = read_kv(
+            tensors = {"k": books, "v": books.clone()}
+            if rope == "before":
+                tensors["frequencies"] = 1e4 ** -torch.linspace(0, 1, self.head_dim // 2)
+            path = folder / f"pq{bits}{rope}.safetensors"
+            write_codebooks(path, Codebooks(form=form, sizes=sizes, layers=(0,), tensors=tensors))
+            found[f"pq, {bits} bits{', keys before RoPE' if rope == 'before' else ''}"] = read_kv(
                 {"store": "pq", "store_options": {"codebooks": str(path)}}
             )
         return found
@@ -96,15 +101,13 @@ class KVDecode:
 
         def one(layer: ZoneLayer) -> tuple[Tensor, ZoneLayer]:
             fork = layer.fork()
-            fork.update(new_k, new_v)
-            return fork.attend(new_q, new_k, new_v, None, scale=scale, prompt=lambda: q), fork
+            return fork.attend(new_q, new_k, new_v, None, scale=scale, prompt=lambda: new_q), fork
 
+        old_q, old_k, old_v = (x[:, :, :-1] for x in (q, k, v))
         for name, config in settings.items():
             layers[name] = layer = self._layer(config)
-            old_q, old_k, old_v = (x[:, :, :-1] for x in (q, k, v))
-            layer.update(old_k, old_v)
             # The outputs of the prompt are not needed here.
-            layer.attend(old_q, old_k, old_v, None, scale=scale, prompt=lambda: q)
+            layer.attend(old_q, old_k, old_v, None, scale=scale, prompt=lambda: old_q)
             functions[name] = partial(one, layer)
         exact = functions[DENSE]()
         times = seconds(functions, self.repeats, self.device)
