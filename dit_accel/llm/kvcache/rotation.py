@@ -23,22 +23,13 @@ class Rotation:
         self, x: Float[Tensor, "b h n d"], positions: Int[Tensor, "b _h n"]
     ) -> Float[Tensor, "b h n d"]:
         """Return keys after RoPE, in fp32."""
-        pairs = torch.complex(*x.float().chunk(2, -1)) * self.factors(positions)
-        return torch.cat([pairs.real, pairs.imag], -1)
+        return _times(x, self.factors(positions))
 
     def unturned(
         self, x: Float[Tensor, "b h n d"], positions: Int[Tensor, "b _h n"]
     ) -> Float[Tensor, "b h n d"]:
         """Return keys before RoPE, in fp32."""
-        pairs = torch.complex(*x.float().chunk(2, -1)) * self.factors(positions).conj()
-        return torch.cat([pairs.real, pairs.imag], -1)
-
-    def turned_pairs(
-        self, x: Float[Tensor, "b h n d"], positions: Int[Tensor, "b _h n"]
-    ) -> Float[Tensor, "b h n d"]:
-        """Return keys after RoPE whose channels are in the order 0, d / 2, 1, d / 2 + 1, ..."""
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * self.factors(positions)).flatten(-2)
+        return _times(x, self.factors(positions).conj())
 
     def factors(self, positions: Int[Tensor, "b _h n"]) -> Complex[Tensor, "b _h n half"]:
         """Return what pairs of channels, as complex numbers, are multiplied by."""
@@ -54,3 +45,16 @@ class Rotation:
     def _computed(self, positions: Tensor) -> Tensor:
         angles = positions[..., None].double() * self.frequencies.double()
         return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def turned_pairs(
+    x: Float[Tensor, "b h n d"], factors: Complex[Tensor, "b _h n half"]
+) -> Float[Tensor, "b h n d"]:
+    """Return keys after RoPE whose channels are in the order 0, d / 2, 1, d / 2 + 1, ..."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * factors).flatten(-2)
+
+
+def _times(x: Tensor, factors: Tensor) -> Tensor:
+    pairs = torch.complex(*x.float().chunk(2, -1)) * factors
+    return torch.cat([pairs.real, pairs.imag], -1)

@@ -40,24 +40,31 @@ def made(folder, mask, **form):
     return store
 
 
+FORMS = [
+    {},
+    {"centred": True},
+    {"pairing": "planes"},
+    {"pairing": "planes", "rope": "before"},
+    {"pairing": "planes", "rope": "before", "centred": True},
+]
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     operations=OPERATIONS,
     widths=st.tuples(st.sampled_from([2, 8, 16]), st.sampled_from([2, 8, 16])),
     scope=st.sampled_from(["model", "layer", "head"]),
-    pairing=st.sampled_from(["neighbours", "planes"]),
+    form=st.sampled_from(FORMS),
     padding=st.integers(0, 1),
 )
-def test_the_store_is_a_list_of_tokens(folder, operations, widths, scope, pairing, padding):
-    check_operations(
-        made(folder, mask_of(*widths), scope=scope, pairing=pairing), operations, padding
-    )
+def test_the_store_is_a_list_of_tokens(folder, operations, widths, scope, form, padding):
+    check_operations(made(folder, mask_of(*widths), scope=scope, **form), operations, padding)
 
 
-@pytest.mark.parametrize("pairing", ["neighbours", "planes"])
-def test_what_is_kept_has_the_codes_of_all(folder, pairing):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_what_is_kept_has_the_codes_of_all(folder, form):
     mask = mask_of(6, 16)
-    store = made(folder, mask, pairing=pairing)
+    store = made(folder, mask, **form)
     whole = store_of("pq", {"codebooks": store.codebooks})
     whole.prepare(1, SIZES)
     for x in (store, whole):
@@ -65,7 +72,7 @@ def test_what_is_kept_has_the_codes_of_all(folder, pairing):
     found, want = decoded(store), decoded(whole)
     assert torch.equal(found.v, want.v)
     channels = torch.arange(16)
-    parts = channels // 2 if pairing == "neighbours" else channels % 8
+    parts = channels % 8 if "pairing" in form else channels // 2
     kept = torch.stack(
         [mask[1, head][parts == parts[c]].any() for head in range(2) for c in range(16)]
     )
@@ -111,12 +118,9 @@ def test_generate_goes_on(folder):
     assert found.past_key_values.read_share == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(
-    ("form", "message"), [({"bits": 4}, "4 bits"), ({"centred": True}, "centred=True")]
-)
-def test_codes_that_do_not_fit_a_mask(folder, form, message):
-    with pytest.raises(ValueError, match=message):
-        store_of("channels_pq", options(folder, mask_of(8, 8), **form))
+def test_codes_that_do_not_fit_a_mask(folder):
+    with pytest.raises(ValueError, match="4 bits"):
+        store_of("channels_pq", options(folder, mask_of(8, 8), bits=4))
 
 
 def test_both_files_are_needed(folder):

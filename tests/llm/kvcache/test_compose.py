@@ -25,7 +25,15 @@ FULL = {
     "retrieval": {"topk": 1.0},
 }
 """Options with which a selector reads every token."""
-STORES = ["dense", "int", "pq", "pq, keys before RoPE", "channels", "channels_pq"]
+STORES = [
+    "dense",
+    "int",
+    "pq",
+    "pq, keys before RoPE",
+    "channels",
+    "channels_pq",
+    "channels_pq, keys before RoPE",
+]
 SOME = {
     "none": {},
     "snapkv": {"budget": 0.3, "window": 8},
@@ -59,6 +67,7 @@ def options(model, tmp_path_factory):
         "pq, keys before RoPE": {"codebooks": unrotated},
         "channels": {"mask": mask},
         "channels_pq": {"mask": mask, "codebooks": codes},
+        "channels_pq, keys before RoPE": {"mask": mask, "codebooks": unrotated},
     }
     return {k: {"store": k.split(",")[0], "store_options": x} for k, x in found.items()}
 

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
+from jaxtyping import Complex, Int
 from torch import Tensor
 
 from dit_accel.llm.kvcache.codebooks import Codebooks, check_books, read_codebooks
 from dit_accel.llm.kvcache.coded import coded_attention
-from dit_accel.llm.kvcache.part import Part
+from dit_accel.llm.kvcache.part import POSITIONS, Part
 from dit_accel.llm.kvcache.partial import Partial
 from dit_accel.llm.kvcache.quantizer import Quantizer
+from dit_accel.llm.kvcache.rotation import Rotation
 from dit_accel.llm.kvcache.store import ModelSizes
 from dit_accel.llm.kvcache.stores.channels import Channels
 
@@ -28,7 +30,7 @@ class ChannelCodes(Channels):
     name: ClassVar[str] = "channels_pq"
     settled: ClassVar[frozenset[str]] = Channels.settled | {"books", "layer"}
     codebooks: str | None = None
-    """File of `dit-accel llm calibrate`, with codes of 8 bits, not centred, of keys after RoPE."""
+    """File of `dit-accel llm calibrate`, with codes of 8 bits."""
     books: Codebooks | None = field(default=None, init=False, repr=False)
     layer: int = field(default=0, init=False, repr=False)
     dtype: torch.dtype = field(default=torch.float32, init=False, repr=False)
@@ -42,10 +44,9 @@ class ChannelCodes(Channels):
             )
         self.books = read_codebooks(self.codebooks)
         form = self.books.form
-        if form.bits != 8 or form.centred or form.rope == "before":
+        if form.bits != 8:
             raise ValueError(
-                f"codebooks={self.codebooks!r}: codes of {form.bits} bits, centred={form.centred}, rope={form.rope!r}; "
-                "accepted with a mask are codes of 8 bits, not centred, after RoPE"
+                f"codebooks={self.codebooks!r}: codes of {form.bits} bits; accepted with a mask are codes of 8 bits"
             )
 
     def prepare(self, layer: int, sizes: ModelSizes) -> None:
@@ -68,11 +69,21 @@ class ChannelCodes(Channels):
         assert self.books is not None
         check_books(self.codebooks, self.books, fingerprint)
 
+    @property
+    def needs_positions(self) -> bool:
+        assert self.books is not None
+        return self.books.form.rope == "before"
+
     def encode(self, part: Part) -> Mapping[str, Tensor]:
         self.dtype = part.k.dtype
         keys, values = self._books(part.k.device)
-        k, v = keys.encode(part.k), values.encode(part.v)
+        # Keeps the number of rows and the device of a layer whose heads keep nothing.
         found = {"rows": part.k.new_empty(part.k.shape[0], 1, part.slots, 0)}
+        k, rotation = part.k, self._rotation(part.k.device)
+        if rotation is not None:
+            found[POSITIONS] = part.tensors[POSITIONS]
+            k = rotation.unturned(k, found[POSITIONS])
+        k, v = keys.encode(k), values.encode(part.v)
         for width, heads, chosen in self.groups(part.k.device):
             at = chosen[None, :, None].expand(k.shape[0], -1, part.slots, -1)
             found[f"k{width}"], found[f"v{width}"] = k[:, heads].gather(3, at), v[:, heads]
@@ -87,17 +98,21 @@ class ChannelCodes(Channels):
         k = keys.centroids.new_zeros(*shape, parts, width)
         v = keys.centroids.new_zeros(*shape, parts * width)
         for count, heads, chosen, some, values in self._quantizers(rows.device):
-            made = some.rows(tensors[f"k{count}"]).unflatten(-1, (count, width))
+            made = some.decode(tensors[f"k{count}"]).unflatten(-1, (count, width))
             at = chosen[None, :, None, :, None].expand(made.shape)
             k[:, heads] = torch.zeros_like(k[:, heads]).scatter_(3, at, made)
-            v[:, heads] = values.ungrouped(values.rows(tensors[f"v{count}"]))
-        return keys.ungrouped(k.flatten(3)).to(self.dtype), v.to(self.dtype)
+            v[:, heads] = values.decode(tensors[f"v{count}"])
+        k, rotation = keys.ungrouped(k.flatten(3)), self._rotation(rows.device)
+        if rotation is not None:
+            k = rotation.turned(k, tensors[POSITIONS])
+        return k.to(self.dtype), v.to(self.dtype)
 
     def attend_part(self, q: Tensor, part: Part, scale: float) -> Partial:
         keys, _ = self._books(q.device)
-        width = keys.centroids.shape[3]
+        width, rotation = keys.centroids.shape[3], self._rotation(q.device)
         o, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], -math.inf, dtype=torch.float32)
         rows = keys.grouped(q.float()).unflatten(-1, (-1, width))
+        factors = None if rotation is None else rotation.factors(part.tensors[POSITIONS])
         for count, heads, chosen, some, values in self._quantizers(q.device):
             valid = part.valid
             if valid is not None and valid.shape[1] > 1:
@@ -106,22 +121,57 @@ class ChannelCodes(Channels):
             at = chosen[None, :, None, None, :, None].expand(*mine.shape[:4], -1, width)
             mine = mine.gather(4, at).flatten(4)
             codes = part.tensors[f"k{count}"], part.tensors[f"v{count}"]
-            found = coded_attention(mine, codes, (some, values), scale=scale, visible=valid)
-            o[:, heads], lse[:, heads] = values.ungrouped(found.o).to(o.dtype), found.lse
+            turns = None if factors is None else _planes(factors, heads, chosen, width // 2)
+            found = coded_attention(
+                mine, codes, (some, values), scale=scale, visible=valid, factors=turns
+            )
+            o[:, heads], lse[:, heads] = found.o.to(o.dtype), found.lse
         return Partial(o, lse)
+
+    def take_part(self, part: Part, index: Int[Tensor, "b h n"]) -> Part:
+        found = super().take_part(part, index)
+        if not self.needs_positions:
+            return found
+        positions = Part({POSITIONS: part.tensors[POSITIONS]}, part.slots).take(index)
+        return replace(found, tensors={**found.tensors, **positions.tensors})
+
+    def heads_of(self, name: str) -> Int[Tensor, " h"] | None:
+        return None if name == POSITIONS else super().heads_of(name)
 
     def _books(self, device: torch.device) -> tuple[Quantizer, Quantizer]:
         assert self.books is not None
         return self.books.quantizers(self.layer, device)
 
+    def _rotation(self, device: torch.device) -> Rotation | None:
+        assert self.books is not None
+        return self.books.rotation(device)
+
     def _quantizers(
         self, device: torch.device
     ) -> Iterator[tuple[int, Tensor, Tensor, Quantizer, Quantizer]]:
-        """Yield the groups of heads with the codebooks of what they keep."""
+        """Yield the groups of heads with the codebooks of what they keep, channels in order of the sub-vectors."""
         keys, values = self._books(device)
         for count, heads, chosen in self.groups(device):
             per_head = keys.centroids[heads] if len(keys.centroids) > 1 else keys.centroids
             per_head = per_head.expand(len(heads), -1, -1, -1)
             at = chosen[:, :, None, None].expand(-1, -1, *per_head.shape[2:])
+            k_mean = v_mean = None
+            if keys.mean is not None and values.mean is not None:
+                parts = keys.grouped(keys.mean[heads]).unflatten(-1, (-1, per_head.shape[3]))
+                k_mean = parts.gather(1, at[:, :, 0]).flatten(1)
+                v_mean = values.mean[heads]
             v = values.centroids[heads] if len(values.centroids) > 1 else values.centroids
-            yield count, heads, chosen, Quantizer(per_head.gather(1, at)), Quantizer(v)
+            k = Quantizer(per_head.gather(1, at), mean=k_mean)
+            yield count, heads, chosen, k, Quantizer(v, mean=v_mean)
+
+
+def _planes(
+    factors: Complex[Tensor, "b _h n half"],
+    heads: Int[Tensor, " h"],
+    chosen: Int[Tensor, "h parts"],
+    planes: int,
+) -> Complex[Tensor, "b h n kept"]:
+    """Return the factors of the planes of chosen sub-vectors, which have `planes` each."""
+    mine = factors[:, heads] if factors.shape[1] > 1 else factors.expand(-1, len(heads), -1, -1)
+    at = (chosen[..., None] * planes + torch.arange(planes, device=chosen.device)).flatten(1)
+    return mine.gather(3, at[None, :, None].expand(len(mine), -1, mine.shape[2], -1))

@@ -10,11 +10,10 @@ from torch import Tensor
 from dit_accel.kernels.launch import runs_here
 from dit_accel.kernels.lut_attention import MAX_ROWS, lut_attention
 from dit_accel.llm.kvcache.codebooks import check_books, read_codebooks
-from dit_accel.llm.kvcache.coded import coded_attention
+from dit_accel.llm.kvcache.coded import coded_attention, with_means
 from dit_accel.llm.kvcache.part import POSITIONS, Part
-from dit_accel.llm.kvcache.partial import Partial, attention_part, merged_part
+from dit_accel.llm.kvcache.partial import Partial, merged_part
 from dit_accel.llm.kvcache.quantizer import Quantizer
-from dit_accel.llm.kvcache.rotation import Rotation
 from dit_accel.llm.kvcache.store import ModelSizes, Store
 
 
@@ -78,50 +77,34 @@ class Codes(Store):
     def attend_part(self, q: Tensor, part: Part, scale: float) -> Partial:
         """Return attention over the tokens of a part.
 
-        Queries take the order of the codebooks' channels, so that keys need not. Means of keys after RoPE add the same to
-        all scores of a query, and means of values the same to all outputs.
+        Queries take the order of the codebooks' channels, so that keys need not.
         """
         k, v = self._on(q.device)
-        wide = q.float()
-        rows = k.grouped(wide)
         rotation = self.books.rotation(q.device)
-        if rotation is not None:
-            found = merged_part(
-                _turned(rows, x, k, v, rotation, scale) for x in self.pieces(q, part)
-            )
-        elif runs_here(q) and q.shape[2] * q.shape[3] <= MAX_ROWS:
+        rows = k.grouped(q.float())
+        if rotation is None and runs_here(q) and q.shape[2] * q.shape[3] <= MAX_ROWS:
             found = _looked_up(rows, part, k, v, scale)
         else:
             found = merged_part(
-                coded_attention(rows, (x.k, x.v), (k, v), scale=scale, visible=x.valid)
+                coded_attention(
+                    rows,
+                    (x.k, x.v),
+                    (k, v),
+                    scale=scale,
+                    visible=x.valid,
+                    factors=None if rotation is None else rotation.factors(x.tensors[POSITIONS]),
+                )
                 for x in self.pieces(q, part)
             )
-        o = v.ungrouped(found.o)
-        lse = found.lse
-        if k.mean is not None and rotation is None:
-            lse = lse + scale * (wide @ k.mean[:, None, :, None])[..., 0]
-        if v.mean is not None:
-            o = o + v.mean[:, None, None]
-        return Partial(o.to(q.dtype), lse)
+        return Partial(v.ungrouped(found.o).to(q.dtype), found.lse)
 
     def _on(self, device: torch.device) -> tuple[Quantizer, Quantizer]:
         """Return the codebooks on a device."""
         return self.books.quantizers(self.layer, device)
 
 
-def _turned(
-    q: Tensor, part: Part, k: Quantizer, v: Quantizer, rotation: Rotation, scale: float
-) -> Partial:
-    """Return attention over keys that are decoded and rotated, without means of values, channels in order."""
-    keys = k.rows(part.k)
-    if k.mean is not None:
-        keys = keys + k.grouped(k.mean)[:, None]
-    keys = rotation.turned_pairs(keys, part.tensors[POSITIONS])
-    return attention_part(q, keys, v.rows(part.v), scale=scale, visible=part.valid)
-
-
 def _looked_up(q: Tensor, part: Part, k: Quantizer, v: Quantizer, scale: float) -> Partial:
-    """Return attention by the kernel that looks up scores, without means, channels in order."""
+    """Return attention by the kernel that looks up scores, channels in order."""
     o, lse = lut_attention(
         q.flatten(2, 3),
         k.numbers(part.k),
@@ -131,4 +114,5 @@ def _looked_up(q: Tensor, part: Part, k: Quantizer, v: Quantizer, scale: float) 
         scale=scale,
         visible=part.valid,
     )
-    return Partial(o.unflatten(2, q.shape[2:4]), lse.unflatten(2, q.shape[2:4]))
+    found = Partial(o.unflatten(2, q.shape[2:4]), lse.unflatten(2, q.shape[2:4]))
+    return with_means(found, q, k, v, scale)
