@@ -20,24 +20,26 @@ class Calibrate(LanguageModelOptions):
 
     bits: Literal[4, 3, 2] = 4
     """Bits of a stored value."""
-    scope: Literal["model", "layer", "head"] = "layer"
+    rope: Literal["before", "after"] = "before"
+    """Keys that are coded: before RoPE, where they are the same at every position, or after it, as in the paper."""
+    scope: Literal["model", "layer", "head"] = "head"
     """Keys or values that share codebooks: those of the whole model, of a layer, or of a head."""
-    pairing: Literal["neighbours", "planes"] = "neighbours"
+    pairing: Literal["neighbours", "planes"] = "planes"
     """Channels of keys that are coded together: neighbours, or the planes that RoPE rotates."""
-    centred: bool = False
+    centred: bool = True
     """Subtract the mean of each head first."""
     texts: tuple[str, ...] = ("prose", "code")
     """prose (documentation of this Python), code (modules of its library), or text files in UTF-8. Samples come from the
     second half of each, which llm bench does not read."""
     length: int = 2048
-    """Tokens of each sample; best the length of use."""
-    samples: int = 2
+    """Tokens of each sample; with --rope after best the length of use."""
+    samples: int = 4
     """Samples of each text that the codebooks are made from."""
     checks: int = 1
     """Further samples of each text, on which errors are measured."""
     sink: int = 64
     """First tokens of each sample that are left out, because caches keep them exactly."""
-    rounds: int = 25
+    rounds: int = 10
     """Rounds of k-means at most."""
     seed: int = 0
     """Seed of k-means."""
@@ -51,7 +53,7 @@ class Calibrate(LanguageModelOptions):
         from dit_accel.llm.kvcache.codebooks import write_codebooks
 
         names = (
-            "bits", "scope", "pairing", "centred", "texts", "length", "samples", "checks", "sink", "rounds", "seed",
+            "bits", "rope", "scope", "pairing", "centred", "texts", "length", "samples", "checks", "sink", "rounds", "seed",
         )  # fmt: skip
         settings = CalibrationSettings(**{name: getattr(self, name) for name in names})
         self._check_file()

@@ -26,7 +26,7 @@ from dit_accel.llm.search.settings import SearchSettings
 
 SHAPES = {4: (2, 8), 3: (2, 6), 2: (4, 8)}
 """Channels of a sub-vector and bits of its code, by bits per value."""
-VECTORS = 64
+VECTORS = 32
 """Vectors of a centroid at most, on average; others are left out at random."""
 
 
@@ -36,25 +36,25 @@ class CalibrationSettings:
 
     bits: int = 4
     """Bits of a stored value: 4, 3 or 2."""
-    scope: str = "layer"
+    scope: str = "head"
     """See `Form`."""
-    pairing: str = "neighbours"
+    pairing: str = "planes"
     """See `Form`."""
-    centred: bool = False
+    centred: bool = True
     """See `Form`."""
-    rope: str = "after"
+    rope: str = "before"
     """See `Form`."""
     texts: tuple[str, ...] = ("prose", "code")
     """prose, code, or paths of text files."""
     length: int = 2048
-    """Tokens of a sample. Keys turn with their position, so it should be the length of use."""
-    samples: int = 2
+    """Tokens of a sample. Keys after RoPE turn with their position; for them it should be the length of use."""
+    samples: int = 4
     """Samples of each text that the codebooks are made from."""
     checks: int = 1
     """Further samples of each text, on which errors are measured."""
     sink: int = 64
     """First tokens of each sample that are left out, because caches keep them exactly."""
-    rounds: int = 25
+    rounds: int = 10
     """Rounds of k-means at most."""
     seed: int = 0
     """Seed of k-means."""

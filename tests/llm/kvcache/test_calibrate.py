@@ -112,7 +112,7 @@ def test_models_that_rotate_otherwise_are_refused():
 def test_layers_with_windows_have_no_codebooks():
     model = make("Gemma3")
     samples = [prompt(rows=1, length=64, seed=i) for i in range(2)]
-    found = calibrate(model, samples[:1], samples[1:], CalibrationSettings(**FAST))
+    found = calibrate(model, samples[:1], samples[1:], CalibrationSettings(**FAST, rope="after"))
     assert found.layers == (1, 2)
 
 
