@@ -140,7 +140,7 @@ GPU_TESTS = if $$python -c "import pytest, hypothesis, $(1)"; then \
 # Both halves run, whatever the first one finds; compiling is most of the tests' time, so eight at once.
 gpu-check:
 	@$(GPU_PYTHON); $$python kernels/gpu_check.py --out $(GPU_OUT) --budget $(GPU_BUDGET); checks=$$?; \
-	$(call GPU_TESTS,torch,8,tests/gpu/test_kernels.py tests/gpu/test_plans.py tests/gpu/test_cuda.py,0); [ $$checks = 0 ] && exit $$tests
+	$(call GPU_TESTS,torch,8,tests/gpu/test_kernels.py tests/gpu/test_plans.py tests/gpu/test_cuda.py tests/gpu/test_kv.py,0); [ $$checks = 0 ] && exit $$tests
 
 gpu-check-ras:
 	@$(GPU_PYTHON); $(call GPU_TESTS,diffusers,1,tests/gpu/test_ras.py,1); \

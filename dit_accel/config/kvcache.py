@@ -31,6 +31,8 @@ class KVConfig(Config):
     """Memory in which stored tokens lie: "device", "cpu", or "disk" (files in `folder`, mapped into memory)."""
     folder: str | None = None
     """Folder of the files. Default: the system's folder of temporary files."""
+    overlap: bool = False
+    """Whether a GPU stores tokens of a text that is generated beside the next layers, on a second stream."""
     dense_layers: int | tuple[int, ...] | list[int] = 0
     """Layers that keep transformers' own cache: the first n, or a list of indices (negative ones from the end)."""
 
@@ -70,6 +72,7 @@ class KVConfig(Config):
             folder is None or (isinstance(folder, str) and self.tier == "disk"),
             'a path, with tier="disk"',
         )
+        check("overlap", self.overlap, isinstance(self.overlap, bool), "true or false")
         for name, least in (("sink", 0), ("recent", 1), ("flush", 1)):
             value = getattr(self, name)
             check(name, value, is_int(value) and value >= least, f"an int >= {least} (tokens)")

@@ -118,6 +118,7 @@ def zone_layers(config: Any, kv: KVConfig) -> list[Any]:
                 sink=kv.sink,
                 recent=kv.recent,
                 flush=kv.flush,
+                overlap=kv.overlap,
             )
     if not any(isinstance(x, ZoneLayer) for x in layers):
         raise ValueError(

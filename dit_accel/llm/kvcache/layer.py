@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from dit_accel.llm.kvcache.beside import Beside
 from dit_accel.llm.kvcache.part import Part, joined
 from dit_accel.llm.kvcache.partial import attention_part, grouped, merged
 from dit_accel.llm.kvcache.selector import Prompt, Selector
@@ -51,17 +52,26 @@ class ZoneLayer(CacheLayerMixin):
         sink: first tokens of each row that stay exact. Padding on the left does not count.
         recent: last tokens that stay exact, at least.
         flush: tokens that are stored at a time.
+        overlap: whether a GPU stores tokens that come after the prompt beside the next layers.
     """
 
     is_sliding = False
     supports_early_init = False
 
     def __init__(
-        self, store: Store, selector: Selector, *, sink: int, recent: int, flush: int
+        self,
+        store: Store,
+        selector: Selector,
+        *,
+        sink: int,
+        recent: int,
+        flush: int,
+        overlap: bool = False,
     ) -> None:
         super().__init__()
         self.store, self.selector = store, selector
         self.sink, self.recent, self.flush = sink, recent, flush
+        self.beside = Beside(overlap)
         self.is_croppable = not selector.forgets
         self.reset()
 
@@ -126,6 +136,7 @@ class ZoneLayer(CacheLayerMixin):
             scale: factor of the dot products.
             prompt: attention among the tokens of a call that finds the cache empty.
         """
+        self.beside.wait()
         past, length = self.length, self.length + k.shape[2]
         valid = None if mask is None else mask[:, None, past:length]
         positions = self._positions(mask, past, k) if self.store.needs_positions else None
@@ -197,7 +208,12 @@ class ZoneLayer(CacheLayerMixin):
         end = self.sinks + spare
         first, part, last = exact.cut(0, self.sinks), exact.cut(self.sinks, end), exact.cut(end)
         prompt = None if q is None else Prompt(q, first, last)
-        self.selector.append(self.store, part.own(), prompt, scale)
+        part = part.own()
+        if prompt is None:
+            with self.beside.work(part):
+                self.selector.append(self.store, part, None, scale)
+        else:
+            self.selector.append(self.store, part, prompt, scale)
         self.stored += spare
         self.exact = joined(first, last).own()
 
@@ -210,6 +226,7 @@ class ZoneLayer(CacheLayerMixin):
         Raises:
             ValueError: the number is positive.
         """
+        self.beside.wait()
         tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: accepted is an int <= 0")
@@ -246,12 +263,15 @@ class ZoneLayer(CacheLayerMixin):
 
     def fork(self) -> "ZoneLayer":
         """Return a layer with the same tokens, which both share until they change."""
+        self.beside.wait()
         layer = copy(self)
+        layer.beside = Beside(self.beside.on)
         layer.store, layer.selector = self.store.fork(), self.selector.fork()
         return layer
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows of the batch, in this order."""
+        self.beside.wait()
         if self.exact is None:
             return
         self.exact = self.exact.rows(beam_idx)
