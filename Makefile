@@ -92,7 +92,9 @@ bench-kv: install
 		$(BIN)/dit-accel llm learn-mask --keep $$keep --steps 0 --output outputs/energy_$$keep.safetensors; done
 	$(BIN)/dit-accel llm learn-mask --keep 0.25 --steps 60 --output outputs/learned_0.25.safetensors
 	for bits in 4 2; do \
-		$(BIN)/dit-accel llm calibrate --bits $$bits --rounds 8 --overwrite --output outputs/pq$$bits.safetensors; done
+		$(BIN)/dit-accel llm calibrate --bits $$bits --overwrite --output outputs/pq$$bits.safetensors && \
+		$(BIN)/dit-accel llm calibrate --bits $$bits --rope after --scope layer --pairing neighbours --no-centred --overwrite \
+			--output outputs/million$$bits.safetensors || exit 1; done
 	$(BIN)/dit-accel llm bench-kv --tasks --count 2 --new-tokens 4 --caches window int4 int3 int2 snapkv quest retroinfer \
 		retrieval kernels/kv_caches/*.yaml --output kernels/results/kv_quality_4k.json
 
