@@ -36,7 +36,7 @@ class MaskSettings:
     multiple: int | None = None
     """Channels of a head are a multiple of this. Default: an eighth of head_dim."""
     steps: int = 100
-    """Steps of training; 0: a mask from the energies E[q^2] E[k^2] of each channel alone."""
+    """Steps of training; 0: a mask from the energies E[q^2] E[k^2] of each channel alone, as shares of their head."""
     rate: float | int = 0.02
     """Largest learning rate."""
     sink: int = 64
@@ -213,7 +213,11 @@ def _train(
 def _context(
     model: Any, ids: Tensor, follow: int, settings: MaskSettings
 ) -> tuple[Context, Tensor]:
-    """Return a text with its exact hidden states, and the energies E[q^2] E[k^2] of each channel."""
+    """Return a text with its exact hidden states, and the energies E[q^2] E[k^2] of each channel.
+
+    Energies are shares of those of their head: heads whose scores are large do not need more channels. The first and the
+    last keys do not count, because they stay whole.
+    """
     ids = ids.to(model.device)
     cache = DynamicCache(config=model.config)
     model.get_decoder()(ids[:, :-follow], past_key_values=cache)
@@ -225,9 +229,10 @@ def _context(
     finally:
         disable(model)
     layers: list[Any] = list(cache.layers)
-    keys = [x.keys.float().square().mean((0, 2)) for x in layers]
+    stored = slice(settings.sink, -settings.recent)
+    keys = [x.keys[:, :, stored].float().square().mean((0, 2)) for x in layers]
     energy = torch.stack([policy.queries[i] * x for i, x in enumerate(keys)])
-    return Context(cache, rest, states), energy
+    return Context(cache, rest, states), energy / energy.sum(-1, keepdim=True)
 
 
 def _states(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:

@@ -105,6 +105,18 @@ def test_all_channels_change_nothing(tmp_path):
     assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), want)
 
 
+def test_energies_are_shares_of_their_head():
+    """Keys of a head that are five times as large keep the same channels."""
+    model, texts = make("Llama", num_hidden_layers=1), [prompt(rows=1, length=80)]
+    options = MaskSettings(steps=0, sink=4, recent=8)
+    mask, energies = learn_mask(model, texts, options, follow=16)
+    torch.testing.assert_close(energies.sum(-1), torch.ones(1, HEADS))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[:HEAD_DIM] *= 5
+    again, _ = learn_mask(model, texts, options, follow=16)
+    assert torch.equal(again, mask)
+
+
 def test_heads_without_keys_read_the_first_and_last_tokens(tmp_path):
     model, ids = make("Llama"), prompt(length=60)
     nothing = {"select": "none", "sink": 4, "recent": 8, "flush": 4}
