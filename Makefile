@@ -84,7 +84,7 @@ bench-sla: install
 		$(BIN)/python pipelines/bench_sla.py together --model $$model \
 			--output pipelines/results/sla_ras_$$name.json || exit 1; done
 
-# About an hour on a CPU. The caches of kernels/kv_caches read the files that are made first.
+# Two hours on a CPU. The caches of kernels/kv_caches read the files that are made first.
 bench-kv: install
 	$(BIN)/python kernels/bench_kv.py decode --output kernels/results/kv_decode_cpu.json
 	$(BIN)/python kernels/bench_kv.py search --output kernels/results/kv_search_cpu.json
@@ -97,6 +97,9 @@ bench-kv: install
 			--output outputs/million$$bits.safetensors || exit 1; done
 	$(BIN)/dit-accel llm bench-kv --tasks --count 2 --new-tokens 4 --caches window int4 int3 int2 snapkv quest retroinfer \
 		retrieval kernels/kv_caches/*.yaml --output kernels/results/kv_quality_4k.json
+	$(BIN)/dit-accel llm bench-kv --texts --lookups --tasks passkey --modes multi_request --count 4 --caches int4 window \
+		snapkv retroinfer kernels/kv_caches/pq4.yaml kernels/kv_caches/pq2.yaml quest retrieval int2 \
+		--output kernels/results/kv_passkey_4k.json
 
 # About an hour on a CPU.
 bench-prefill: install

@@ -68,7 +68,10 @@ class KVDecode:
         """Return the caches by name; those of codes have random codebooks, which cost the same."""
         found = {name: read_kv(name) for name in KVConfig.PRESETS if name != "window"}
         wave = KVConfig.PRESETS["retroinfer"]
-        two = {**wave, "select_options": {**wave.get("select_options", {}), "retrieve": 0.02}}
+        two = {
+            **wave,
+            "select_options": {**wave.get("select_options", {}), "retrieve": 0.02, "least": 0},
+        }
         found["retroinfer, 2 % read"] = read_kv(two)
         sizes = ModelSizes(1, self.kv_heads, self.head_dim)
         for bits, width, rope in (

@@ -49,10 +49,11 @@ class KVConfig(Config):
         "snapkv": {"select": "snapkv", "select_options": {"budget": 0.1, "window": 64}},
         # Quest (arXiv 2406.10774): pages of 16 tokens with the largest bounds.
         "quest": {"select": "quest", "select_options": {"budget": 0.25, "page": 16}},
-        # RetroInfer (arXiv 2505.02922): clusters of 16 keys; new tokens are clustered 1,024 at a time.
+        # RetroInfer (arXiv 2505.02922): clusters of 16 keys; new tokens are clustered 1,024 at a time. 64 clusters are
+        # about 1,024 tokens: fewer lose numbers that are hidden in a text.
         "retroinfer": {
             "select": "wave",
-            "select_options": {"retrieve": 0.05, "estimate": 0.23},
+            "select_options": {"retrieve": 0.05, "least": 64, "estimate": 0.23},
             "flush": 1024,
         },
         # RetrievalAttention (arXiv 2409.10516): the best keys of each query head; graphs need faiss, this does not.

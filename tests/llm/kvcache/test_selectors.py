@@ -31,9 +31,9 @@ def test_every_selector_is_here():
 def test_presets(preset):
     model = llm.enable(make("Llama"), kv=preset)
     found = model.generate(
-        prompt(length=400), max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+        prompt(length=1400), max_new_tokens=3, do_sample=False, return_dict_in_generate=True
     )
-    assert 0.4 < found.past_key_values.read_share < 1.0
+    assert 0.2 < found.past_key_values.read_share < 1.0
 
 
 def read(kv, dtype):

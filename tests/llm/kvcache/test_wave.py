@@ -77,6 +77,19 @@ def by_definition(selector, part, q, read, guess):
     return out
 
 
+def test_a_number_of_clusters_is_read_at_least():
+    part, q = tokens(320), queries(3)
+    few, store = filled(part, (320,), size=8, retrieve=0.05, least=10)
+    same, other = filled(part, (320,), size=8, retrieve=0.25)
+    found, want = few.attend(store, q, SCALE), same.attend(other, q, SCALE)
+    assert found[1] == want[1]
+    torch.testing.assert_close(merged(found[0]), merged(want[0]))
+    every, store = filled(part, (320,), size=8, retrieve=0.05, least=1000)
+    assert every.attend(store, q, SCALE)[1] == 1.0
+    none, store = filled(part, (320,), size=8, retrieve=0.0, least=10)
+    assert none.attend(store, q, SCALE)[1] == 0.0
+
+
 @pytest.mark.parametrize("sizes", [(80,), (40, 30, 10), (64, *[1] * 16)])
 @pytest.mark.parametrize(("retrieve", "estimate"), [(0.2, 0.3), (0.3, 0.0), (0.0, 0.5), (0.2, 1.0)])
 @pytest.mark.parametrize("scores", [2**24, 400])
@@ -218,6 +231,7 @@ def test_questions_are_answered(length):
     [
         ({"retrieve": -0.1}, "retrieve=-0.1"),
         ({"retrieve": 1.5}, "retrieve=1.5"),
+        ({"least": -1}, "least=-1"),
         ({"estimate": 2.0}, "estimate=2.0"),
         ({"retrieve": 0.0, "estimate": 0.0}, "retrieve=0, estimate=0"),
         ({"size": 0}, "size=0"),

@@ -33,6 +33,8 @@ class Wave(Selector):
     settled: ClassVar[frozenset[str]] = frozenset({"blocks"})
     retrieve: float = 0.05
     """Share of the clusters whose tokens are read, the best ones."""
+    least: int = 0
+    """Clusters that are read at least, if any are: in a short context a small share is too few tokens."""
     estimate: float = 0.23
     """Share of the clusters that are estimated, the next ones."""
     size: int = 16
@@ -53,6 +55,7 @@ class Wave(Selector):
         check_share("cached", self.cached)
         if not self.retrieve and not self.estimate:
             raise ValueError("retrieve=0, estimate=0: accepted is one of them > 0")
+        check_count("least", self.least, 0)
         for name in ("size", "segment", "rounds"):
             check_count(name, getattr(self, name))
 
@@ -69,6 +72,7 @@ class Wave(Selector):
         clusters = self.clusters
         assert clusters is not None
         read = self._count(self.retrieve, clusters.count)
+        read = max(read, min(self.least, clusters.count)) if read else 0
         if self.reads_all(read, clusters.count):
             return [store.attend(q, scale)], 1.0
         guess = min(self._count(self.estimate, clusters.count), clusters.count - read)
