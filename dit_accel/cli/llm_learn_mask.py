@@ -35,6 +35,8 @@ class LearnMask(LanguageModelOptions):
     """Last tokens whose keys stay whole."""
     output: Path = Path("outputs/channel-mask.safetensors")
     """File for store_options: {mask: ...}."""
+    overwrite: bool = False
+    """Replace a result file."""
 
     def run(self) -> None:
         from tqdm import tqdm
@@ -59,6 +61,10 @@ class LearnMask(LanguageModelOptions):
             raise ValueError(
                 f"output={str(self.output)!r}: accepted is a name that ends with .safetensors"
             )
+        if self.output.exists() and not self.overwrite:
+            raise ValueError(
+                f"output={str(self.output)!r}: exists; accepted are a new file or --overwrite"
+            )
         place = self.place()
         source = self.source()
         source.check_length("length", self.length)
@@ -68,7 +74,8 @@ class LearnMask(LanguageModelOptions):
         texts = [x.ids for x in make_samples(source.tokenizer, windows)]
         check_output(self.output.parent, "output")
         model = source.load(**place)
-        bar = tqdm(total=self.steps + max(1, round(self.steps * HARD_STEPS)), desc="steps")
+        total = self.steps + max(1, round(self.steps * HARD_STEPS))
+        bar = tqdm(total=total, desc="steps", disable=not self.steps)
 
         def show(step: int, loss: float) -> None:
             bar.update()

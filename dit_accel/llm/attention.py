@@ -10,10 +10,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from dit_accel.llm.dense import dense_attention
 from dit_accel.llm.kvcache.layer import TAG, check_cached
+from dit_accel.llm.names import NAME
 from dit_accel.llm.padding import broadcast_mask, window_of, with_window
 
-NAME = "dit_accel"
-"""Name of the attention implementation. One with "flash" in it would be looked for on the hub."""
 POLICY = "_dit_accel"
 """Attribute of an attention module that holds its model's `Policy`."""
 UNKNOWN = ("position_bias", "s_aux")

@@ -7,10 +7,12 @@ from typing import Any
 from torch import nn
 
 from dit_accel.config import KVConfig, PrefillConfig
+from dit_accel.config.base import OFF
 from dit_accel.config.prefill import DENSE
-from dit_accel.llm.attention import NAME, POLICY, register
+from dit_accel.llm.attention import POLICY, register
 from dit_accel.llm.head_counts import head_counts
 from dit_accel.llm.kvcache.cache import adopt, check_kv, read_kv
+from dit_accel.llm.names import NAME
 from dit_accel.llm.policy import LayerCounts, Policy
 from dit_accel.llm.settings import read_prefill
 from dit_accel.llm.spans import SpanTracker
@@ -37,6 +39,7 @@ def enable(model: Any, *, prefill: Any = _DEFAULT, kv: Any = None) -> Any:
     Raises:
         ValueError: the settings are not valid, or the model cannot take another attention function.
     """
+    kv = None if kv == OFF else kv
     if prefill is _DEFAULT:
         prefill = "balanced" if kv is None else None
     config = read_prefill(prefill)

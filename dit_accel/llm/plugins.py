@@ -44,13 +44,16 @@ def class_named(role: str, name: str, kinds: dict[str, type[T]]) -> type[T]:
     return kinds[name]
 
 
-def with_options(kind: type[T], name: str, options: dict[str, Any] | None) -> T:
+def with_options(
+    kind: type[T], name: str, options: dict[str, Any] | None, argument: str = "options"
+) -> T:
     """Return an object of a dataclass whose fields are options.
 
     Args:
         kind: the dataclass.
         name: its name, for messages.
         options: values of fields. Default: as they are.
+        argument: name of the setting that holds them, for messages.
 
     Raises:
         ValueError: no such option, or a value that it does not accept.
@@ -60,6 +63,6 @@ def with_options(kind: type[T], name: str, options: dict[str, Any] | None) -> T:
         if key not in fields:
             known = ", ".join(fields) or "none"
             raise ValueError(
-                f"options: {key!r} is no option of {name}{suggest(key, fields)}; accepted are {known}"
+                f"{argument}: {key!r} is no option of {name}{suggest(key, fields)}; accepted are {known}"
             )
     return kind(**(options or {}))

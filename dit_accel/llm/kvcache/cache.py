@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -15,11 +15,12 @@ from transformers.cache_utils import (
 
 from dit_accel.config import KVConfig
 from dit_accel.llm.head_counts import head_counts
-from dit_accel.llm.kvcache.layer import ZoneLayer
+from dit_accel.llm.kvcache.layer import NOT_READ, ZoneLayer
 from dit_accel.llm.kvcache.model_file import fingerprint_of
 from dit_accel.llm.kvcache.selector import selector_of
 from dit_accel.llm.kvcache.store import ModelSizes, store_of
 from dit_accel.llm.kvcache.tiers import tier_of
+from dit_accel.llm.names import NAME
 
 
 class KVCache(DynamicCache):
@@ -40,8 +41,22 @@ class KVCache(DynamicCache):
     def __init__(self, model: Any, kv: Any = "dense") -> None:
         super().__init__()
         self.kv = read_kv(kv)
-        self.layers = zone_layers(getattr(model, "config", model), self.kv)
+        config = getattr(model, "config", model)
+        self.layers = zone_layers(config, self.kv)
+        self.text_config = config.get_text_config(decoder=True)
         self.layer_class_to_replicate = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand the new keys and values of a layer to the attention function of the model.
+
+        Raises:
+            ValueError: the model has another attention function, which would not take them in.
+        """
+        if layer_idx == 0 and self.text_config._attn_implementation != NAME:
+            raise ValueError(NOT_READ)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def fork(self) -> "KVCache":
         """Return a cache with the same tokens. Both share them until they change; neither sees what the other adds."""
@@ -194,9 +209,10 @@ def adopt(cache: Any, config: Any, kv: KVConfig) -> Any:
         return cache
     if cache is None:
         return KVCache(config, kv)
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+    offloaded = "n offloaded" if getattr(cache, "offloading", False) else ""
+    if type(cache) is not DynamicCache or offloaded:
         raise ValueError(
-            f"past_key_values: a {type(cache).__name__}; accepted with kv= are None, an empty DynamicCache and KVCache"
+            f"past_key_values: a{offloaded} {type(cache).__name__}; accepted with kv= are None, an empty DynamicCache and KVCache"
         )
     if cache.get_seq_length():
         raise ValueError(
@@ -204,7 +220,7 @@ def adopt(cache: Any, config: Any, kv: KVConfig) -> Any:
             "or a KVCache"
         )
     cache.__class__ = KVCache
-    vars(cache)["kv"] = kv
+    vars(cache).update(kv=kv, text_config=config.get_text_config(decoder=True))
     cache.layers, cache.layer_class_to_replicate = zone_layers(config, kv), None
     return cache
 

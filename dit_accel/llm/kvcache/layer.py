@@ -17,6 +17,10 @@ from dit_accel.llm.kvcache.store import Store
 
 TAG = "_dit_accel_layer"
 """Attribute of new keys that tells the attention function which layer holds the others."""
+NOT_READ = (
+    "past_key_values: the attention function of the model does not read this cache; accepted is a model after "
+    "dit_accel.llm.enable(model, kv=...)"
+)
 
 
 def check_cached(
@@ -105,10 +109,8 @@ class ZoneLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Return the new keys and values; `attend` takes them in."""
         if self.pending:
-            raise ValueError(
-                "past_key_values: the attention function of the model did not read this cache; accepted is a model "
-                "after dit_accel.llm.enable(model, kv=...)"
-            )
+            self.pending = False  # what was not taken in is forgotten, and nothing else
+            raise ValueError(NOT_READ)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.pending = True
@@ -229,7 +231,9 @@ class ZoneLayer(CacheLayerMixin):
         self.beside.wait()
         tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove={tokens_to_remove}: accepted is an int <= 0")
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove}: accepted is an int <= 0, such as -5 for the last five"
+            )
         count = min(-tokens_to_remove, self.length)
         if count == 0 or self.exact is None:
             return

@@ -124,8 +124,14 @@ def read_model_file(
     else:
         found = load_model_file(path, kind, argument)
     if found.sizes != sizes:
+        for name in ("layers", "kv_heads", "head_dim"):
+            mine, other = getattr(found.sizes, name), getattr(sizes, name)
+            if mine != other:
+                raise ValueError(
+                    f"{argument}={str(path)!r}: made for a model with {name}={mine}; accepted for this model is {other}"
+                )
         raise ValueError(
-            f"{argument}={str(path)!r}: made for a model of {found.sizes}; this one has {sizes}"
+            f"{argument}={str(path)!r}: made for another model of the same sizes; accepted is a file of this one"
         )
     return found
 

@@ -92,4 +92,5 @@ def selector_of(name: str, options: dict[str, Any] | None = None) -> Selector:
     Raises:
         ValueError: no such selector or option, or a value that it does not accept.
     """
-    return with_options(class_named("select", name, classes_in(PACKAGE, Selector)), name, options)
+    kind = class_named("select", name, classes_in(PACKAGE, Selector))
+    return with_options(kind, name, options, "select_options")

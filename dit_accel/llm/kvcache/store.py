@@ -259,4 +259,5 @@ def store_of(name: str, options: dict[str, Any] | None = None) -> Store:
     Raises:
         ValueError: no such store or option, or a value that it does not accept.
     """
-    return with_options(class_named("store", name, classes_in(PACKAGE, Store)), name, options)
+    kind = class_named("store", name, classes_in(PACKAGE, Store))
+    return with_options(kind, name, options, "store_options")

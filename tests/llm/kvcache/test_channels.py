@@ -142,7 +142,7 @@ def test_files_know_their_model(tmp_path):
     with pytest.raises(ValueError, match="similarity of the weights"):
         llm.enable(other, kv=kv)
     llm.enable(make("Llama").bfloat16(), kv=kv)
-    with pytest.raises(ValueError, match="layers=2"):
+    with pytest.raises(ValueError, match="layers=3"):
         llm.enable(make("Llama", num_hidden_layers=2), kv=kv)
     for wrong, message in (
         ({"mask": str(tmp_path / "missing.safetensors")}, "missing.safetensors"),

@@ -15,7 +15,6 @@ from ..models import make, prompt
     ("kv", "message"),
     [
         ("mush", "kv='mush'"),
-        ("none", "kv='none'"),
         ({"store": "mush"}, "store='mush'"),
         ({"store_options": {"bits": 3}}, "'bits' is no option of dense"),
         ({"select": "mush"}, "select='mush'"),
@@ -33,6 +32,33 @@ def test_settings(kv, message):
     with pytest.raises(ValueError, match=message):
         llm.enable(model, kv=kv)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_none_is_no_cache():
+    model = llm.enable(make("Llama"), kv="none")
+    assert type(model(prompt(), use_cache=True).past_key_values) is DynamicCache
+    with pytest.raises(ValueError, match="kv='none'"):
+        KVCache(model, "none")
+
+
+def test_a_model_that_was_not_enabled():
+    """The first call fails, and the cache is as it was."""
+    model, ids = make("Llama"), prompt()
+    kv = {"sink": 4, "recent": 8}
+    want = model(ids).logits[:, 100:]
+    cache = KVCache(model, kv)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"past_key_values: .*enable"):
+            model(ids[:, :100], past_key_values=cache)
+    llm.enable(model, kv=kv)
+    with torch.no_grad():
+        model(ids[:, :100], past_key_values=cache)
+        llm.disable(model)
+        with pytest.raises(ValueError, match=r"past_key_values: .*enable"):
+            model(ids[:, 100:], past_key_values=cache)
+        llm.enable(model, kv=kv)
+        found = model(ids[:, 100:], past_key_values=cache).logits
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Mistral"])
@@ -56,14 +82,6 @@ def test_caches_of_another_kind():
     other = KVCache(make("Llama", num_hidden_layers=2))
     with pytest.raises(ValueError, match="2 layers"):
         model(ids, past_key_values=other)
-
-
-def test_a_model_that_is_not_enabled_cannot_read_it():
-    model, ids = make("Llama"), prompt()
-    cache = KVCache(model)
-    model(ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="enable"):
-        model(ids[:, :1], past_key_values=cache)
 
 
 def test_masks_of_pairs():
@@ -93,7 +111,7 @@ def test_files_of_another_model(tmp_path):
     model, path = make("Llama"), tmp_path / "cache.safetensors"
     llm.enable(model, kv="dense")
     llm.save_cache(model, KVCache(model), path)
-    with pytest.raises(ValueError, match="layers=2"):
+    with pytest.raises(ValueError, match="layers=3"):
         llm.load_cache(make("Llama", num_hidden_layers=2), path)
     with pytest.raises(ValueError, match="missing"):
         llm.load_cache(model, tmp_path / "missing.safetensors")
