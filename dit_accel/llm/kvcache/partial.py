@@ -69,10 +69,14 @@ def from_scores(scores: Float[Tensor, "b h g l_q n"], v: Float[Tensor, "b h n d_
     if not scores.shape[-1]:
         shape = scores.shape[:-1]
         return Partial(v.new_zeros(*shape, v.shape[-1]), scores.new_full(shape, -math.inf))
-    lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).to(v.dtype)
+    # Several times as fast on a CPU as `logsumexp` and the exponentials again.
+    info = torch.finfo(scores.dtype)
+    top = scores.detach().amax(-1, keepdim=True).clamp(min=info.min)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    weights = (weights / total.clamp(min=info.tiny)).to(v.dtype)
     o = (weights.flatten(2, 3) @ v).unflatten(2, scores.shape[2:4])
-    return Partial(o, lse)
+    return Partial(o, (top + total.log())[..., 0])
 
 
 def by_query(
