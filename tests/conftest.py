@@ -11,6 +11,7 @@ os.environ.update(
 )
 
 import functools
+import gc
 import math
 import sys
 
@@ -25,6 +26,12 @@ settings.register_profile(
     "dit_accel", deadline=None, max_examples=60, derandomize="CI" in os.environ
 )
 settings.load_profile("dit_accel")
+
+
+def pytest_collection_finish(session):
+    # Modules stay: garbage collection need not walk through all of them again and again.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
