@@ -4,8 +4,17 @@ import json
 
 import pytest
 
+from dit_accel.bench import ras_learned, ras_quality
 from dit_accel.bench.ras_learned import Learned
 from dit_accel.bench.ras_quality import FEWER, OURS, Quality, Tables
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_fine_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ras_quality, ras_learned):
+            patch.setattr(module, "FINE_STEPS", 16)
+        yield
 
 
 @pytest.fixture(scope="module")
