@@ -23,7 +23,7 @@ from hypothesis import settings
 torch.set_num_threads(1)
 
 settings.register_profile(
-    "dit_accel", deadline=None, max_examples=60, derandomize="CI" in os.environ
+    "dit_accel", deadline=None, max_examples=30, derandomize="CI" in os.environ
 )
 settings.load_profile("dit_accel")
 

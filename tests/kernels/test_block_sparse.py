@@ -120,19 +120,19 @@ def assert_same(actual, expected) -> None:
 # -- forward and backward against the definition ---------------------------------------------------
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(cases(700))
 def test_forward_is_the_reference(case):
     assert_same(run(case, "none"), reference(case, "none"))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(cases(700, rules=UNORDERED))
 def test_forward_with_summaries_is_the_reference(case):
     assert_same(run(case, "shared_softmax"), reference(case, "shared_softmax"))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(cases(250))
 def test_gradients_through_o_and_lse_are_those_of_the_reference(case):
     ours, theirs = case.leaves(), case.leaves()
@@ -140,7 +140,7 @@ def test_gradients_through_o_and_lse_are_those_of_the_reference(case):
     assert_same(grads(run(case, "none", ours), ours), expected)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(cases(250, rules=UNORDERED))
 def test_gradients_with_summaries_are_those_of_the_reference(case):
     ours, theirs = case.leaves(), case.leaves()

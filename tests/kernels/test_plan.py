@@ -59,7 +59,7 @@ def random_scores(geometry: dict, seed: int) -> torch.Tensor:
 # -- what a plan means -----------------------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(masks(200))
 def test_dense_mask_is_blocks_and_columns_under_the_visibility_rules(case):
     mask, geometry = case
@@ -108,7 +108,7 @@ def test_lists_are_disjoint_ascending_and_hold_the_blocks_that_show_a_key(
             assert not any(complete[partial])
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(masks(200))
 def test_density_is_the_share_of_the_pairs_that_a_dense_call_computes(case):
     mask, geometry = case
@@ -396,7 +396,7 @@ def test_every_row_that_sees_a_key_reads_a_block(criterion, geometry, skip, seed
         assert getattr(plan, f"{kind}_indices").shape[-1] == max(int(counts.max()), 1)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     geometry=geometries(300, blocks=(16, 32)), topk=st.sampled_from([0.05, 0.3, 0.8]),
     diagonal=st.sampled_from([None, 0, 2]), sink_blocks=st.integers(0, 2), shuffled=st.booleans(),
@@ -438,7 +438,7 @@ def test_a_limit_keeps_the_best(options, keeps, generator):
     ]
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     geometry=geometries(300, blocks=(16, 32)), options=st.sampled_from([
         {"topk": 0.1}, {"top_p": 0.9, "limit": 0.3}, {"threshold": 0.0, "limit": 0.2},
@@ -483,7 +483,7 @@ def test_scores_of_minus_infinity_add_nothing_to_top_p():
     assert kept(plan_of(scores, top_p=1.0)) == [[0], [2]]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     geometry=geometries(200, rules=("all", "kv_lengths", "ragged")), seed=seeds,
     dense_queries=st.integers(0, 3), options=st.sampled_from([{"topk": 0.3}, {"top_p": 0.6}]),
