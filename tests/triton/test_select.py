@@ -16,7 +16,7 @@ from dit_accel.kernels.router.criteria import Criteria
 from ..kernels.plan_cases import geometries
 
 # `make test-long` draws 2,000 of them.
-CASES = int(os.environ.get("DIT_ACCEL_CASES", "50"))
+CASES = int(os.environ.get("DIT_ACCEL_CASES", "25"))
 CRITERIA = {
     "topk": {"topk": 0.3},
     "one": {"topk": 1e-9},
