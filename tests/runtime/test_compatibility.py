@@ -338,7 +338,7 @@ def test_hooks_that_are_no_step_caches(family, put_on, first):
 # Default dtypes -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.fixture
 def default_dtype(request):
     before = torch.get_default_dtype()
     yield request.param
@@ -356,10 +356,15 @@ SETTINGS = {
 }
 
 
+CASES = [(("wan", "sd3")[i % 2], x) for i, x in enumerate(SETTINGS)]
+CASES += [("wan", "sla, proj"), ("wan", "both, proj"), ("sd3", "ras"), ("lumina2", "both, alpha")]
+
+
 @pytest.mark.parametrize(
-    ("family", "settings"),
-    [(("wan", "sd3")[i % 2], x) for i, x in enumerate(SETTINGS)]
-    + [("wan", "sla, proj"), ("wan", "both, proj"), ("sd3", "ras"), ("lumina2", "both, alpha")],
+    ("family", "settings", "default_dtype"),
+    [(*case, torch.bfloat16) for case in CASES]
+    + [(*case, x) for case in CASES[-4:] for x in (torch.float16, torch.float64)],
+    indirect=["default_dtype"],
 )
 def test_default_dtypes(family, settings, default_dtype):
     """The same latents as with the usual default, where the model's own dtype does not change."""

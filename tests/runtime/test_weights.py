@@ -335,9 +335,15 @@ MOVES = {
 
 
 @pytest.mark.parametrize(
-    ("family", "lora"), [("wan", True), ("wan", False), ("sd3", False), ("lumina2", True)]
+    ("family", "lora", "move"),
+    [
+        *(("wan", True, move) for move in MOVES),
+        *(("sd3", False, move) for move in MOVES),
+        ("wan", False, "sequential"),
+        ("lumina2", True, "model"),
+        ("lumina2", True, "leaf_level"),
+    ],
 )
-@pytest.mark.parametrize("move", MOVES)
 def test_weights_that_only_move_keep_the_steps(family, move, lora):
     pipe = make(family)
     if lora:
