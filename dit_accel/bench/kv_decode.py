@@ -14,10 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from dit_accel.bench.prefill_speed import DTYPES
+from dit_accel.bench.record import write_record
 from dit_accel.bench.timing import seconds
 from dit_accel.config import KVConfig
-from dit_accel.environment import machine, versions
-from dit_accel.files import write_json
 from dit_accel.llm.kvcache.cache import read_kv
 from dit_accel.llm.kvcache.codebooks import Codebooks, Form, write_codebooks
 from dit_accel.llm.kvcache.layer import ZoneLayer
@@ -54,15 +53,7 @@ class KVDecode:
             settings = self._settings(Path(folder))
             for length in tqdm(self.lengths, desc="lengths"):
                 rows += self._measure(length, settings)
-        record = {
-            "format_version": FORMAT_VERSION,
-            **{k: x for k, x in vars(self).items() if k != "output"},
-            "rows": rows,
-            "versions": versions(),
-            "machine": machine(),
-        }
-        write_json(self.output, record)
-        print_table(record)
+        print_table(write_record(self.output, FORMAT_VERSION, self, rows))
 
     def _settings(self, folder: Path) -> dict[str, KVConfig]:
         """Return the caches by name; those of codes have random codebooks, which cost the same."""

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from dit_accel.bench.record import write_record
 from dit_accel.bench.timing import seconds
-from dit_accel.environment import machine, versions
-from dit_accel.files import write_json
 from dit_accel.llm.kvcache.graphs import KeyIndex, index_of
 from dit_accel.llm.kvcache.selectors.graph import SAMPLES
 
@@ -58,15 +57,7 @@ class KVSearch:
                 for kind in kinds:
                     rows += self._measure(kind, k, seen, new, groups)
                     bar.update()
-        record = {
-            "format_version": FORMAT_VERSION,
-            **{k: x for k, x in vars(self).items() if k != "output"},
-            "rows": rows,
-            "versions": versions(),
-            "machine": machine(),
-        }
-        write_json(self.output, record)
-        print_table(record)
+        print_table(write_record(self.output, FORMAT_VERSION, self, rows))
 
     def _measure(
         self, kind: str, k: Tensor, seen: Tensor, new: Tensor, groups: int

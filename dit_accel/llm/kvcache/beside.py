@@ -10,7 +10,7 @@ from dit_accel.llm.kvcache.part import Part
 
 
 class Beside:
-    """What runs beside the model, for one layer of a cache. On a CPU it runs at once.
+    """Work for one layer of a cache that runs beside the model. On a CPU it runs at once.
 
     Args:
         on: whether a second stream is used where there is one.
