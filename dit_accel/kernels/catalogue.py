@@ -107,6 +107,9 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
     real = numbers(1, 1, LENGTH, dtype=torch.bool)
     found["lut/codes"] = lut_launch(table, codes, codes, books)[0]
     found["lut/padded"] = lut_launch(table, codes, codes, books, real)[0]
+    planes, places = numbers(*table.shape, 2), numbers(1, 1, LENGTH, dtype=torch.int32)
+    turns = numbers(head_dim // 2, dtype=torch.int32)
+    found["lut/rotated"] = lut_launch(planes, codes, codes, books, None, places, turns)[0]
     return found
 
 

@@ -33,6 +33,7 @@ KERNELS = (
 SMALL = (
     "lut/codes",
     "lut/padded",
+    "lut/rotated",
     "merge/split rows",
     "pool/router",
     "pool/spread",

@@ -210,19 +210,26 @@ def test_totals_that_the_caller_keeps(scope):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_look_up_attention(padded, dtype):
+@pytest.mark.parametrize("rotated", [False, True], ids=["as they are", "rotated"])
+def test_look_up_attention(rotated, padded, dtype):
     """Llama-3.1-8B at 16K: 8 heads of keys, 4 queries each, 4 bits a value."""
     g = torch.Generator("cuda").manual_seed(0)
     q = torch.randn(1, 8, 4, 128, generator=g, device="cuda").to(dtype)
     codes = torch.randint(256, (2, 1, 8, 16384, 64), generator=g, device="cuda").byte()
     books = torch.randn(2, 1, 64, 256, 2, generator=g, device="cuda")
     visible = torch.rand(1, 1, 16384, generator=g, device="cuda") < 0.7 if padded else None
-    found = lut_attention(q, *codes, *books, scale=0.09, visible=visible)
-    want = lut_reference(q.double(), *codes, *books, 0.09, visible)
-    close = 1e-5 if dtype == torch.float32 else 1e-2
+    rope = {}
+    if rotated:
+        rope["positions"] = torch.arange(16384, dtype=torch.int32, device="cuda").view(1, 1, -1)
+        rope["frequencies"] = 5e5 ** -torch.linspace(0, 1, 64, device="cuda")
+    found = lut_attention(q, *codes, *books, scale=0.09, visible=visible, **rope)
+    want = lut_reference(q.double(), *codes, *books, 0.09, visible, **rope)
+    # Angles of 32 bits are right to 1e-5 here.
+    near = 1e-4 if rotated else 1e-5
+    close = near if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(found[0].double(), want[0], rtol=close, atol=close)
-    torch.testing.assert_close(found[1].double(), want[1], rtol=1e-5, atol=1e-5)
-    again = lut_attention(q, *codes, *books, scale=0.09, visible=visible)
+    torch.testing.assert_close(found[1].double(), want[1], rtol=near, atol=near)
+    again = lut_attention(q, *codes, *books, scale=0.09, visible=visible, **rope)
     assert all(map(torch.equal, found, again))
 
 

@@ -33,17 +33,40 @@ COUNTS = (
     "span",
     "m_b",
     "m_h",
+    "p_b",
+    "p_h",
 )
+HALF_ANGLE = tl.constexpr(math.pi / 2**32)
+"""Half the radians of the smallest part of a turn."""
+
+
+@triton.jit
+def cos_and_sin(parts):
+    """Return cos and sin of parts of a turn of 2**32 parts, int32, from series of half the angle in [-pi / 2, pi / 2].
+
+    The chip's own functions also take angles of any size, for which they need memory of their own.
+    """
+    u = parts.to(tl.float32) * HALF_ANGLE
+    y = u * u
+    s = 1 / 120 + y * (-1 / 5040 + y * (1 / 362880 - y * (1 / 39916800)))
+    s = u * (1 + y * (-1 / 6 + y * s))
+    c = 1 / 24 + y * (-1 / 720 + y * (1 / 40320 + y * (-1 / 3628800 + y * (1 / 479001600))))
+    c = 1 + y * (-1 / 2 + y * c)
+    return c * c - s * s, 2 * s * c
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def lut_kernel(
-    TABLE, CENTROIDS, K, V, MASK, OUT, LSE,
-    k_b, k_h, k_l, v_b, v_h, v_l, heads, books, n_rows, length, span, m_b, m_h,
+    TABLE, CENTROIDS, K, V, MASK, POSITIONS, TURNS, OUT, LSE,
+    k_b, k_h, k_l, v_b, v_h, v_l, heads, books, n_rows, length, span, m_b, m_h, p_b, p_h,
     M: tl.constexpr, C: tl.constexpr, W: tl.constexpr, MP: tl.constexpr, WP: tl.constexpr,
     TN: tl.constexpr,
 ):  # fmt: skip
-    """s = sum_m table[m, k[m]];  out = sum softmax(s) centroids[v];  lse = log2 sum exp2(s), of one row and span."""
+    """s = sum_m table[m, k[m]];  out = sum softmax(s) centroids[v];  lse = log2 sum exp2(s), of one row and span.
+
+    With positions, the table has two scores of each plane p of a centroid, and
+    s = sum_m,p cos(angle) table[m, k[m], p, 0] + sin(angle) table[m, k[m], p, 1].
+    """
     # Rows of a head run side by side and find its codes in the L2 cache.
     i_row, i_split = tl.program_id(0) % n_rows, tl.program_id(0) // n_rows
     n_splits = tl.num_programs(0) // n_rows
@@ -53,7 +76,9 @@ def lut_kernel(
     m_m, m_w = o_m < M, o_w < W
     K += i_b * k_b + i_h * k_h
     V += i_b * v_b + i_h * v_h
-    TABLE += (i_bh.to(tl.int64) * n_rows + i_row) * M * C
+    # Entries of the table for a centroid.
+    E: tl.constexpr = 1 if POSITIONS is None else W
+    TABLE += (i_bh.to(tl.int64) * n_rows + i_row) * M * C * E
     CENTROIDS += (i_h % books) * M * C * W
     b_top = tl.full([1], float("-inf"), tl.float32)
     b_sum = tl.zeros([1], tl.float32)
@@ -70,7 +95,18 @@ def lut_kernel(
         # [TN, MP]
         b_k = tl.load(K + o_row * k_l + o_m[None, :], mask=m_c, other=0).to(tl.int32)
         b_v = tl.load(V + o_row * v_l + o_m[None, :], mask=m_c, other=0).to(tl.int32)
-        b_part = tl.load(TABLE + (o_m[None, :] * C + b_k), mask=m_c, other=0.0)
+        if POSITIONS is None:
+            b_part = tl.load(TABLE + (o_m[None, :] * C + b_k), mask=m_c, other=0.0)
+        else:
+            b_at = tl.load(POSITIONS + i_b * p_b + i_h * p_h + o_t, mask=m_t, other=0)
+            b_part = tl.zeros([TN, MP], tl.float32)
+            for p in tl.static_range(W // 2):
+                # Whole turns fall off the product of 32 bits.
+                b_turn = tl.load(TURNS + o_m * (W // 2) + p, mask=m_m, other=0)
+                b_cos, b_sin = cos_and_sin(b_at[:, None] * b_turn[None, :])
+                o_p = (o_m[None, :] * C + b_k) * W + 2 * p
+                b_part += b_cos * tl.load(TABLE + o_p, mask=m_c, other=0.0)
+                b_part += b_sin * tl.load(TABLE + o_p + 1, mask=m_c, other=0.0)
         # [TN]
         b_s = tl.where(m_t, tl.sum(b_part, 1), float("-inf"))
         b_new = tl.maximum(b_top, tl.max(b_s, 0))
@@ -98,16 +134,21 @@ def lut_launch(
     v_codes: Tensor,
     v_centroids: Tensor,
     visible: Tensor | None = None,
+    positions: Tensor | None = None,
+    turns: Tensor | None = None,
 ) -> tuple[Launch, Tensor, Tensor]:
     """Return the launch, and the tensors that it fills: `o` `[B, H, splits, rows, D]` and log2-sum-exp, both fp32.
 
     Args:
-        table: fp32 scores in base 2 of all centroids `[B, H, rows, M, C]`, contiguous.
+        table: fp32 scores in base 2 of all centroids, contiguous: `[B, H, rows, M, C]`, or `[B, H, rows, M, C, W]` for
+            keys that are rotated.
         k_codes, v_codes: uint8 codes `[B, H, N, M]`, contiguous along M.
         v_centroids: centroids of values `[1 or H, M, C, W]`, contiguous.
         visible: tokens that are read, bool `[B, 1 or H, N]`.
+        positions: positions of keys that are rotated, int32 `[B, 1 or H, N]`.
+        turns: turns of each plane from one position to the next, `[M W / 2]`, as parts of 2**32 in int32.
     """
-    batch, heads, rows, parts, count = table.shape
+    batch, heads, rows, parts, count = table.shape[:5]
     length, width = k_codes.shape[2], v_centroids.shape[3]
     part_width, padded = triton.next_power_of_2(width), triton.next_power_of_2(parts)
     tile = max(1, min(64, TILE // (padded * part_width)))
@@ -123,6 +164,8 @@ def lut_launch(
         "K": k_codes,
         "V": v_codes,
         "MASK": mask,
+        "POSITIONS": None if positions is None else positions.contiguous(),
+        "TURNS": turns,
         "OUT": out,
         "LSE": lse,
         **{f"k_{a}": n for a, n in zip("bhl", k_codes.stride()[:3], strict=True)},
@@ -134,6 +177,8 @@ def lut_launch(
         "span": span,
         "m_b": 0 if mask is None else mask.stride(0),
         "m_h": 0 if mask is None or mask.shape[1] == 1 else mask.stride(1),
+        "p_b": 0 if positions is None else positions.shape[1] * length,
+        "p_h": 0 if positions is None or positions.shape[1] == 1 else length,
     }
     constants: dict[str, int | bool | str] = {
         "M": parts,

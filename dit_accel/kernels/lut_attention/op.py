@@ -1,11 +1,13 @@
 """The public function and its operator: check the arguments, then run the kernel or torch."""
 
+import math
+
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from dit_accel.kernels.launch import runs_here
-from dit_accel.kernels.lut_attention.reference import look_up_table, lut_reference
+from dit_accel.kernels.lut_attention.reference import look_up_table, lut_reference, turning_table
 from dit_accel.kernels.merge import merge_lse
 from dit_accel.kernels.operators import operator
 from dit_accel.kernels.precision import wide
@@ -25,6 +27,8 @@ def lut_attention(
     *,
     scale: float,
     visible: Bool[Tensor, "b _h n"] | None = None,
+    positions: Int[Tensor, "b _hp n"] | None = None,
+    frequencies: Float[Tensor, " half"] | None = None,
 ) -> tuple[Float[Tensor, "b h r d"], Float[Tensor, "b h r"]]:
     """Return softmax attention over product-quantised keys and values, and its natural log-sum-exp.
 
@@ -34,6 +38,9 @@ def lut_attention(
         k_centroids, v_centroids: centroids of each sub-vector `[1 or H, M, C, D / M]`, for all heads or for each.
         scale: factor of the dot products.
         visible: tokens that are read, `[B, 1 or H, N]`. Default: all.
+        positions: positions of keys that are coded before RoPE, `[B, 1 or H, N]`. Channels 2 i and 2 i + 1 of the codes turn
+            together. Default: keys are coded as they are.
+        frequencies: radians from one position to the next of each pair of channels, `[D / 2]`; needed with positions.
 
     Returns:
         `o` in the dtype of `q`, and the log-sum-exp in fp32 (fp64 for fp64); 0 and -inf for queries without a token.
@@ -48,8 +55,19 @@ def lut_attention(
             raise ValueError(
                 f"{name}: shape {tuple(x.shape)}; accepted is [1 or {q.shape[1]}, {want[0]}, C, {want[1]}]"
             )
+    if (positions is None) != (frequencies is None):
+        raise ValueError(
+            "positions, frequencies: only one of them is given; accepted are both or none"
+        )
+    if frequencies is not None and (
+        k_centroids.shape[3] % 2 or len(frequencies) != q.shape[3] // 2
+    ):
+        raise ValueError(
+            f"frequencies: {len(frequencies)} for {q.shape[3]} channels in sub-vectors of {k_centroids.shape[3]}; accepted "
+            f"are {q.shape[3] // 2}, and sub-vectors of an even number of channels"
+        )
     found = torch.ops.dit_accel.lut_attention(
-        q, k_codes, v_codes, k_centroids, v_centroids, float(scale), visible
+        q, k_codes, v_codes, k_centroids, v_centroids, float(scale), visible, positions, frequencies
     )
     return found[0], found[1]
 
@@ -67,16 +85,33 @@ def _lut_attention(
     v_centroids: Tensor,
     scale: float,
     visible: Tensor | None,
+    positions: Tensor | None,
+    frequencies: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     small = q.shape[2] <= MAX_ROWS and q.shape[3] <= MAX_HEAD_DIM and k_codes.shape[2] > 0
     if not (small and runs_here(q)):
-        return lut_reference(q, k_codes, v_codes, k_centroids, v_centroids, scale, visible)
+        return lut_reference(
+            q, k_codes, v_codes, k_centroids, v_centroids, scale, visible, positions, frequencies
+        )
     from dit_accel.kernels.lut_attention.kernel import LOG2_E, lut_launch
 
     k_codes, v_codes = (x if x.stride(3) == 1 else x.contiguous() for x in (k_codes, v_codes))
-    table = look_up_table(q, k_centroids, scale * LOG2_E).contiguous()
-    launch, out, lse = lut_launch(table, k_codes, v_codes, v_centroids.contiguous(), visible)
+    books, rotated = v_centroids.contiguous(), None
+    if positions is None or frequencies is None:
+        table = look_up_table(q, k_centroids, scale * LOG2_E)
+    else:
+        table = turning_table(q, k_centroids, scale * LOG2_E)
+        positions, rotated = positions.to(torch.int32), turns(frequencies)
+    launch, out, lse = lut_launch(
+        table.contiguous(), k_codes, v_codes, books, visible, positions, rotated
+    )
     launch()
     spans = [(out[:, :, i], lse[:, :, i] / LOG2_E) for i in range(out.shape[2])]
     o, total = merge_lse(*spans)
     return o.to(q.dtype), total
+
+
+def turns(frequencies: Float[Tensor, " half"]) -> Int[Tensor, " half"]:
+    """Return radians as parts of a turn of 2**32 parts, in int32: products with positions lose whole turns."""
+    parts = (frequencies.double() / (2 * math.pi) * 2**32).round().long()
+    return ((parts + 2**31) % 2**32 - 2**31).to(torch.int32)

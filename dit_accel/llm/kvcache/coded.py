@@ -5,9 +5,9 @@ import math
 from jaxtyping import Bool, Complex, Float, UInt8
 from torch import Tensor
 
+from dit_accel.kernels.lut_attention import turned_pairs
 from dit_accel.llm.kvcache.partial import Partial, attention_part, from_scores
 from dit_accel.llm.kvcache.quantizer import Quantizer
-from dit_accel.llm.kvcache.rotation import turned_pairs
 
 FEW = 8
 """Queries of a head of keys for which looking up their scores is faster on a CPU than decoding keys."""

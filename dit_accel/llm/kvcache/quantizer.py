@@ -43,6 +43,14 @@ class Quantizer:
         return self.centroids.flatten(0, 2).contiguous()
 
     @cached_property
+    def whole(self) -> Float[Tensor, "_h m c w"]:
+        """Centroids with the means of their head."""
+        if self.mean is None:
+            return self.centroids
+        parts, width = self.centroids.shape[1::2]
+        return self.centroids + self.grouped(self.mean).unflatten(-1, (parts, width))[:, :, None]
+
+    @cached_property
     def offsets(self) -> Int[Tensor, "_h 1 m"]:
         """Rows of the table at which sub-vectors begin."""
         heads, parts, count = self.centroids.shape[:3]

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
+from dit_accel.kernels.lut_attention import factors
+
 LEAST = 4096
 """Positions of a table at least."""
 
@@ -43,16 +45,7 @@ class Rotation:
         return found.view(*positions.shape, -1)
 
     def _computed(self, positions: Tensor) -> Tensor:
-        angles = positions[..., None].double() * self.frequencies.double()
-        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-
-
-def turned_pairs(
-    x: Float[Tensor, "b h n d"], factors: Complex[Tensor, "b _h n half"]
-) -> Float[Tensor, "b h n d"]:
-    """Return keys after RoPE whose channels are in the order 0, d / 2, 1, d / 2 + 1, ..."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * factors).flatten(-2)
+        return factors(positions, self.frequencies).to(torch.complex64)
 
 
 def _times(x: Tensor, factors: Tensor) -> Tensor:

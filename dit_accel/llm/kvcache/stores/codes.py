@@ -14,6 +14,7 @@ from dit_accel.llm.kvcache.coded import coded_attention, with_means
 from dit_accel.llm.kvcache.part import POSITIONS, Part
 from dit_accel.llm.kvcache.partial import Partial, merged_part
 from dit_accel.llm.kvcache.quantizer import Quantizer
+from dit_accel.llm.kvcache.rotation import Rotation
 from dit_accel.llm.kvcache.store import ModelSizes, Store
 
 
@@ -82,8 +83,8 @@ class Codes(Store):
         k, v = self._on(q.device)
         rotation = self.books.rotation(q.device)
         rows = k.grouped(q.float())
-        if rotation is None and runs_here(q) and q.shape[2] * q.shape[3] <= MAX_ROWS:
-            found = _looked_up(rows, part, k, v, scale)
+        if runs_here(q) and q.shape[2] * q.shape[3] <= MAX_ROWS:
+            found = _looked_up(rows, part, k, v, rotation, scale)
         else:
             found = merged_part(
                 coded_attention(
@@ -103,16 +104,20 @@ class Codes(Store):
         return self.books.quantizers(self.layer, device)
 
 
-def _looked_up(q: Tensor, part: Part, k: Quantizer, v: Quantizer, scale: float) -> Partial:
+def _looked_up(
+    q: Tensor, part: Part, k: Quantizer, v: Quantizer, rotation: Rotation | None, scale: float
+) -> Partial:
     """Return attention by the kernel that looks up scores, channels in order."""
     o, lse = lut_attention(
         q.flatten(2, 3),
         k.numbers(part.k),
         v.numbers(part.v),
-        k.centroids,
+        k.centroids if rotation is None else k.whole,
         v.centroids,
         scale=scale,
         visible=part.valid,
+        positions=None if rotation is None else part.tensors[POSITIONS],
+        frequencies=None if rotation is None else rotation.frequencies,
     )
     found = Partial(o.unflatten(2, q.shape[2:4]), lse.unflatten(2, q.shape[2:4]))
-    return with_means(found, q, k, v, scale)
+    return with_means(found, q, k if rotation is None else None, v, scale)
