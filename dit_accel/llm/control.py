@@ -86,7 +86,7 @@ def install(model: Any, policy: Any) -> Any:
         policy.tracker.attach(model.base_model)
     if policy.kv is not None:
         policy.cache_hook = model.base_model.register_forward_pre_hook(
-            _adopting(model.config, policy.kv), with_kwargs=True
+            _adopting(policy.kv), with_kwargs=True
         )
     for module in layers:
         setattr(module, POLICY, policy)
@@ -108,10 +108,11 @@ def disable(model: Any) -> Any:
     return model
 
 
-def _adopting(config: Any, kv: KVConfig) -> Callable[..., Any]:
+def _adopting(kv: KVConfig) -> Callable[..., Any]:
     """Return a hook that gives a model's calls a `KVCache`."""
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        config: Any = module.config  # of this model: a copy of it has the hook too
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = config.get_text_config(decoder=True).use_cache

@@ -20,6 +20,8 @@ class Beside:
         self.on = on
         self.done: torch.cuda.Event | None = None
         """End of the work that runs; None: nothing does."""
+        self.device: torch.device | None = None
+        """Device that it runs on."""
 
     @contextmanager
     def work(self, part: Part) -> Iterator[None]:
@@ -37,14 +39,14 @@ class Beside:
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             yield
-            self.done = side.record_event()
-        for x in part.tensors.values():
+            self.done, self.device = side.record_event(), device
+        for x in (*part.tensors.values(), *([] if part.valid is None else [part.valid])):
             x.record_stream(side)
 
     def wait(self) -> None:
         """Let what the model does next wait for the work."""
         if self.done is not None:
-            torch.cuda.current_stream().wait_event(self.done)
+            torch.cuda.current_stream(self.device).wait_event(self.done)
             self.done = None
 
 

@@ -206,6 +206,7 @@ def adopt(cache: Any, config: Any, kv: KVConfig) -> Any:
             raise ValueError(
                 f"past_key_values: a KVCache of {len(cache.layers)} layers; accepted is one of {layers}, as the model has"
             )
+        cache.text_config = config.get_text_config(decoder=True)
         return cache
     if cache is None:
         return KVCache(config, kv)

@@ -28,6 +28,12 @@ SHAPES = {4: (2, 8), 3: (2, 6), 2: (4, 8)}
 """Channels of a sub-vector and bits of its code, by bits per value."""
 VECTORS = 32
 """Vectors of a centroid at most, on average; others are left out at random."""
+TRIED = 32
+"""Tokens with which a rotation is tried."""
+SHIFT = 37
+"""Positions between two trials of it."""
+ALIKE = 0.1
+"""Largest relative difference of keys before RoPE: much more than that of bf16, much less than that of another rotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +170,7 @@ def calibrate(
     if form.rope == "before":
         tensors["frequencies"] = frequencies_of(model, sizes.head_dim)
         rotation = Rotation(tensors["frequencies"].to(model.device))
+        check_rotation(model, samples[0][:, :TRIED], rotation)
     seen, checked = (captured(model, x, settings.sink, rotation) for x in (samples, held_out))
     layers = tuple(seen)
     for at, letter in enumerate("kv"):
@@ -261,11 +268,35 @@ def frequencies_of(model: Any, head_dim: int) -> Float[Tensor, " half"]:
         if cos.shape[-1] != head_dim:
             raise ValueError
     except (ValueError, TypeError, AssertionError):
-        raise ValueError(
-            f"rope='before': {type(model).__name__} rotates its keys in another way than whole heads by one set of "
-            "frequencies; accepted for it is rope='after'"
-        ) from None
+        raise ValueError(_otherwise(model)) from None
     return rope.inv_freq.detach().float().cpu()
+
+
+@torch.no_grad()
+def check_rotation(model: Any, ids: Int[Tensor, "1 l"], rotation: Rotation) -> None:
+    """Check that keys before RoPE are the same wherever a text stands.
+
+    Raises:
+        ValueError: they are not, because the model pairs channels in another way, or layers are not rotated.
+    """
+    found: list[list[Tensor]] = []
+    positions = torch.arange(ids.shape[1], device=model.device)
+    for first in (0, SHIFT):
+        cache = DynamicCache(config=model.config)
+        at = (positions + first)[None]
+        model(ids.to(model.device), position_ids=at, past_key_values=cache, use_cache=True)
+        keys = [x.keys for x in cache.layers if type(x) is DynamicLayer]
+        found.append([rotation.unturned(k, at[None]) for k in keys if k is not None])
+    for one, other in zip(*found, strict=True):
+        if (one - other).norm() > ALIKE * one.norm():
+            raise ValueError(_otherwise(model))
+
+
+def _otherwise(model: Any) -> str:
+    return (
+        f"rope='before': {type(model).__name__} rotates its keys in another way than channels i and i + d / 2 of whole "
+        "heads in all layers, by one set of frequencies; accepted for it is rope='after'"
+    )
 
 
 def errors(

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from dit_accel.config.base import check, check_fraction, is_int, is_number
 from dit_accel.llm.control import disable, install
@@ -69,8 +70,12 @@ class Context:
 class _Factors:
     """Attention with factors on the channels of stored keys, as a policy of a model (see `install`)."""
 
-    def __init__(self, settings: MaskSettings, alpha: Tensor | None = None) -> None:
+    def __init__(
+        self, settings: MaskSettings, full: Bool[Tensor, " layers"], alpha: Tensor | None = None
+    ) -> None:
         self.settings = settings
+        self.full = full
+        """Layers without a sliding window; only these have factors."""
         self.alpha = alpha
         """Factors `[layers, h, d]`; None: exact attention."""
         self.mask: Tensor | None = None
@@ -90,14 +95,18 @@ class _Factors:
         scores = torch.einsum("bhgld,bhnd->bhgln", rows, k)
         if self.alpha is None:
             self.queries[layer] = rows.float().square().mean((0, 2, 3))
-        else:
+        elif self.full[layer]:
             alpha = self.alpha[layer]
             if self.mask is not None:  # the gradient goes through as if nothing was cut
                 alpha = alpha + (torch.where(self.mask[layer], alpha, 0.0) - alpha).detach()
             stored = (at >= self.settings.sink) & (at <= last - self.settings.recent)
-            cut = torch.einsum("bhgld,bhnd->bhgln", rows * alpha[None, :, None, None], k)
+            factored = (rows * alpha[None, :, None, None]).to(k.dtype)
+            cut = torch.einsum("bhgld,bhnd->bhgln", factored, k)
             scores = torch.where(stored, cut, scores)
-        scores = (scores.float() * rules["scale"]).masked_fill(at > last, -torch.inf)
+        hidden = at > last
+        if rules["window"] is not None:
+            hidden = hidden | (at <= last - rules["window"])
+        scores = (scores.float() * rules["scale"]).masked_fill(hidden, -torch.inf)
         return from_scores(scores, v).o.flatten(1, 2)
 
 
@@ -118,8 +127,11 @@ def learn_mask(
         follow: tokens at the end of each text that read the others through the mask.
         on_step: called with the number of each step and its loss.
 
+    Returns:
+        Layers with a sliding window, which caches leave alone, keep all channels.
+
     Raises:
-        ValueError: a text is too short, or the model cannot take another attention function.
+        ValueError: a text is too short, no layer has full attention, or the model cannot take another attention function.
     """
     least = settings.sink + settings.recent + follow
     for ids in texts:
@@ -128,9 +140,12 @@ def learn_mask(
                 f"texts: {ids.shape[1]} tokens; accepted are more than {least} (sink, recent and {follow} that follow)"
             )
     disable(model)
+    full = torch.tensor([type(x) is DynamicLayer for x in DynamicCache(config=model.config).layers])
+    if not full.any():
+        raise ValueError("model: no layer has full attention; accepted are models with one")
     contexts, energy = [], []
     for ids in texts:
-        context, found = _context(model, ids, follow, settings)
+        context, found = _context(model, ids, follow, settings, full)
         contexts.append(context)
         energy.append(found)
     sizes = model_sizes(model.config)
@@ -143,9 +158,9 @@ def learn_mask(
     )
     seed = torch.stack(energy).mean(0)
     if settings.steps == 0:
-        return hard_mask(seed, settings.keep, multiple), seed
+        return _in_full_layers(seed, full, settings.keep, multiple), seed
     alpha = torch.ones_like(seed).requires_grad_()
-    policy = _Factors(settings, alpha)
+    policy = _Factors(settings, full, alpha)
     frozen = [x for x in model.parameters() if x.requires_grad]
     for x in frozen:
         x.requires_grad_(False)
@@ -153,13 +168,22 @@ def learn_mask(
         install(model, policy)
         hard = max(1, round(settings.steps * HARD_STEPS))
         _train(model, policy, contexts, settings.steps, settings.rate, PENALTY, on_step)
-        policy.mask = hard_mask(alpha.detach(), settings.keep, multiple)
+        policy.mask = _in_full_layers(alpha.detach(), full, settings.keep, multiple)
         _train(model, policy, contexts, hard, settings.rate / 2, 0.0, on_step, settings.steps)
     finally:
         disable(model)
         for x in frozen:
             x.requires_grad_(True)
-    return hard_mask(alpha.detach(), settings.keep, multiple), alpha.detach()
+    return _in_full_layers(alpha.detach(), full, settings.keep, multiple), alpha.detach()
+
+
+def _in_full_layers(
+    alpha: Float[Tensor, "layers h d"], full: Bool[Tensor, " layers"], keep: float, multiple: int
+) -> Bool[Tensor, "layers h d"]:
+    """Return the channels that are kept: all of those of other layers."""
+    mask = torch.ones_like(alpha, dtype=torch.bool)
+    mask[full] = hard_mask(alpha[full], keep, multiple)
+    return mask
 
 
 def hard_mask(
@@ -199,7 +223,10 @@ def _train(
         context = contexts[step % len(contexts)]
         states = _states(model, context.ids, copied(context.cache))
         loss = (states - context.states).float().square().mean()
-        loss = loss / context.states.float().square().mean() + penalty * alpha.abs().mean()
+        loss = (
+            loss / context.states.float().square().mean()
+            + penalty * alpha[policy.full].abs().mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -211,7 +238,7 @@ def _train(
 
 @torch.no_grad()
 def _context(
-    model: Any, ids: Tensor, follow: int, settings: MaskSettings
+    model: Any, ids: Tensor, follow: int, settings: MaskSettings, full: Bool[Tensor, " layers"]
 ) -> tuple[Context, Tensor]:
     """Return a text with its exact hidden states, and the energies E[q^2] E[k^2] of each channel.
 
@@ -221,7 +248,7 @@ def _context(
     ids = ids.to(model.device)
     cache = DynamicCache(config=model.config)
     model.get_decoder()(ids[:, :-follow], past_key_values=cache)
-    policy = _Factors(settings)
+    policy = _Factors(settings, full)
     install(model, policy)
     try:
         rest = ids[:, -follow:]
@@ -230,8 +257,14 @@ def _context(
         disable(model)
     layers: list[Any] = list(cache.layers)
     stored = slice(settings.sink, -settings.recent)
-    keys = [x.keys[:, :, stored].float().square().mean((0, 2)) for x in layers]
-    energy = torch.stack([policy.queries[i] * x for i, x in enumerate(keys)])
+    energy = torch.stack(
+        [
+            policy.queries[i] * x.keys[:, :, stored].float().square().mean((0, 2))
+            if full[i]
+            else torch.ones_like(policy.queries[i])
+            for i, x in enumerate(layers)
+        ]
+    )
     return Context(cache, rest, states), energy / energy.sum(-1, keepdim=True)
 
 

@@ -42,7 +42,7 @@ class Rotation:
             count = max(LEAST, 2 ** (needed - 1).bit_length())
             self._table[:] = [self._computed(torch.arange(count))]
         found = self._table[0].index_select(0, positions.flatten())
-        return found.view(*positions.shape, -1)
+        return found.unflatten(0, positions.shape)
 
     def _computed(self, positions: Tensor) -> Tensor:
         return factors(positions, self.frequencies).to(torch.complex64)

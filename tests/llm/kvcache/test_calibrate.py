@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from dit_accel import llm
 from dit_accel.llm.kvcache.calibrate import (
@@ -20,7 +21,7 @@ from dit_accel.llm.kvcache.quantizer import nearest
 from dit_accel.llm.kvcache.rotation import Rotation
 
 from ...cli.command import run
-from ..models import make, prompt
+from ..models import BASE, make, prompt
 
 FAST = {"rounds": 3, "sink": 4, "length": 256}
 
@@ -102,8 +103,15 @@ def test_keys_before_rope_are_those_of_the_projection(family):
     torch.testing.assert_close(found[1][0], seen[0][10:].transpose(0, 1))
 
 
-def test_models_that_rotate_otherwise_are_refused():
-    model, ids = make("Gemma3"), prompt(rows=1, length=64)
+@pytest.mark.parametrize("family", ["Gemma3", "SmolLM3", "Ernie4_5"])
+def test_models_that_rotate_otherwise_are_refused(family):
+    """Layers with other frequencies, without any, and neighbouring channels that turn together."""
+    if family == "Ernie4_5":
+        torch.manual_seed(0)
+        model = transformers.Ernie4_5ForCausalLM(transformers.Ernie4_5Config(**BASE)).eval()
+    else:
+        model = make(family, **({"num_hidden_layers": 4} if family == "SmolLM3" else {}))
+    ids = prompt(rows=1, length=64)
     settings = CalibrationSettings(**FAST, pairing="planes", rope="before")
     with pytest.raises(ValueError, match="rope='before'"):
         calibrate(model, [ids], [ids], settings)

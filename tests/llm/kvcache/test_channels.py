@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 from dit_accel import llm
 from dit_accel.llm.control import attention_layers
 from dit_accel.llm.kvcache.cache import KVCache, model_sizes
-from dit_accel.llm.kvcache.learn_mask import MaskSettings, hard_mask, learn_mask
+from dit_accel.llm.kvcache.learn_mask import MaskSettings, _context, hard_mask, learn_mask
 from dit_accel.llm.kvcache.model_file import ModelFile, fingerprint_of
 from dit_accel.llm.kvcache.stores.channels import KIND, Channels
 
@@ -103,6 +104,30 @@ def test_all_channels_change_nothing(tmp_path):
     want = model.generate(ids, max_new_tokens=20, do_sample=False)
     llm.enable(model, kv=kv)
     assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), want)
+
+
+def test_layers_with_windows_keep_all_channels():
+    model, texts = make("Gemma3"), [prompt(rows=1, length=120)]
+    windows = [x.is_sliding for x in DynamicCache(config=model.config).layers]
+    assert True in windows
+    assert False in windows
+    for steps in (0, 2):
+        options = MaskSettings(steps=steps, sink=4, recent=8)
+        mask, alpha = learn_mask(model, texts, options, follow=16)
+        assert alpha.isfinite().all()
+        for kept, sliding in zip(mask, windows, strict=True):
+            assert kept.all() == sliding
+    context, _ = _context(model, texts[0], 16, options, ~torch.tensor(windows))
+    want = model.get_decoder()(texts[0]).last_hidden_state[:, -16:]
+    torch.testing.assert_close(context.states, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_of_a_model_in_half_precision():
+    model = make("Llama").bfloat16()
+    mask, _ = learn_mask(
+        model, [prompt(rows=1, length=80)], MaskSettings(steps=2, sink=4, recent=8), follow=16
+    )
+    assert 0 < mask.float().mean() < 1
 
 
 def test_energies_are_shares_of_their_head():

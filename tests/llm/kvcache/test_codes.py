@@ -250,6 +250,20 @@ def test_beams_turns_and_padding(form, file):
     assert cache.get_seq_length() == 40
 
 
+def test_clusters_of_padding_alone(file):
+    """A short prompt behind much padding: the best clusters have no token."""
+    model = make("Llama")
+    kv = {**ZONES, "store": "pq", "store_options": {"codebooks": file(codebooks(**UNROTATED[0]))}}
+    kv |= {"select": "wave", "select_options": {"retrieve": 0.2}}
+    ids = prompt(rows=1, length=64)
+    mask = torch.ones_like(ids)
+    mask[:, :54] = 0
+    llm.enable(model, kv=kv)
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    alone = model.generate(ids[:, 54:], max_new_tokens=5, do_sample=False)
+    assert torch.equal(found[:, 54:], alone)
+
+
 def test_a_file_comes_back(file):
     books = codebooks(scope="head", centred=True)
     path = file(dataclasses.replace(books, notes={"errors": {"keys": 0.1}}))

@@ -1,5 +1,7 @@
 """Calls and settings that a cache refuses by name, without a loss."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -59,6 +61,19 @@ def test_a_model_that_was_not_enabled():
         llm.enable(model, kv=kv)
         found = model(ids[:, 100:], past_key_values=cache).logits
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+def test_copies_and_configs_of_a_model():
+    model, ids = make("Llama"), prompt()
+    config = copy.deepcopy(model.config)
+    llm.enable(model, kv="dense")
+    want = model.generate(ids, max_new_tokens=5, do_sample=False)
+    other = copy.deepcopy(model)
+    llm.disable(model)
+    assert torch.equal(other.generate(ids, max_new_tokens=5, do_sample=False), want)
+    cache = KVCache(config, "dense")
+    found = other.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert torch.equal(found, want)
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Mistral"])
