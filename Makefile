@@ -89,8 +89,8 @@ bench-kv: install
 	$(BIN)/python kernels/bench_kv.py decode --output kernels/results/kv_decode_cpu.json
 	$(BIN)/python kernels/bench_kv.py search --output kernels/results/kv_search_cpu.json
 	for keep in 0.75 0.5 0.25; do \
-		$(BIN)/dit-accel llm learn-mask --keep $$keep --steps 0 --output outputs/energy_$$keep.safetensors; done
-	$(BIN)/dit-accel llm learn-mask --keep 0.25 --steps 60 --output outputs/learned_0.25.safetensors
+		$(BIN)/dit-accel llm learn-mask --keep $$keep --steps 0 --overwrite --output outputs/energy_$$keep.safetensors || exit 1; done
+	$(BIN)/dit-accel llm learn-mask --keep 0.25 --steps 60 --overwrite --output outputs/learned_0.25.safetensors
 	for bits in 4 2; do \
 		$(BIN)/dit-accel llm calibrate --bits $$bits --overwrite --output outputs/pq$$bits.safetensors && \
 		$(BIN)/dit-accel llm calibrate --bits $$bits --rope after --scope layer --pairing neighbours --no-centred --overwrite \
