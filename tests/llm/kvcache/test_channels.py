@@ -300,6 +300,14 @@ def test_the_command(small_llama, tmp_path, capsys):
         == 0
     )
     assert "of the channels kept" in capsys.readouterr().out
+    before = output.read_bytes()
+    again = ("llm", "learn-mask", "--model", small_llama, *small, "--steps", 0, "--output", output)
+    assert run(*again) != 0
+    assert "overwrite" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    assert run(*again, "--overwrite") == 0
+    assert output.read_bytes() != before
+    capsys.readouterr()
     yaml = tmp_path / "mine.yaml"
     yaml.write_text(
         f"kv: {{store: channels, store_options: {{mask: {output}}}, sink: 4, recent: 8}}\n"
