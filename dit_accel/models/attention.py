@@ -1,8 +1,10 @@
 """`SparseProcessor`: what the attention processors of all families share."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -11,11 +13,12 @@ from torch.nn.functional import scaled_dot_product_attention
 class SparseProcessor:
     """An attention processor that stands in for one of diffusers, `stock`.
 
-    It has two seams, None at first; without them it computes what `stock` computes. See `Family.processor`.
+    It has three seams, None at first; without them it computes what `stock` computes. See `Family.processor`.
     """
 
     attend: Any = None
     kv_store: Any = None
+    exchange: Any = None
     text: tuple[Tensor, ...] | None = None
     """Cross-attention only: keys and values of the text, computed before."""
 
@@ -24,8 +27,62 @@ class SparseProcessor:
 
     def release(self) -> Any:
         """Let go of the seams, so that a copy that somebody kept is harmless; returns `stock`."""
-        self.attend = self.kv_store = self.text = None
+        self.attend = self.kv_store = self.exchange = self.text = None
         return self.stock
+
+    def run(
+        self,
+        query: Float[Tensor, "b l h d"],
+        key: Float[Tensor, "b l h_kv d"],
+        value: Float[Tensor, "b l h_kv d"],
+        dense: Callable[..., Tensor],
+        *,
+        text: str = "none",
+        words: int = 0,
+        masked: bool = False,
+        scale: float | None = None,
+        base_length: int | None = None,
+    ) -> Float[Tensor, "b l h d"]:
+        """Self-attention through the seams.
+
+        Args:
+            query, key, value: of the tokens that run in this process, rotated.
+            dense: attention `(q, k, v, scale=...) -> o`, all `[B, L, H, D]`, for calls that `attend` leaves to it. It
+                gets the keys of all tokens.
+            text: where text stands in the sequence: "none", "first" or "last".
+            words: text tokens among these that are no part of the layout that `kv_store` knows.
+            masked: whether keys are hidden in some rows.
+            scale: default `D ** -0.5`.
+            base_length: sequence length of training: the scale grows with the length of the keys over it
+                ("proportional attention" of the Luminas). It needs a `scale`. Default: it does not.
+        """
+        if self.exchange is not None:
+            query, key, value = self.exchange.to_heads(query, key, value, text, words)
+            words = self.exchange.words if words else 0
+        if self.kv_store is not None:
+            key, value = self._stored(key, value, text, words)
+        if base_length is not None:
+            assert scale is not None
+            scale *= math.sqrt(math.log(key.shape[1], base_length))
+        out = None
+        if self.attend is not None:
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            out = self.attend(q, k, v, text=text, masked=masked, scale=scale)
+        if out is None:
+            out = dense(query, key, value, scale=scale)
+        else:
+            out = out.transpose(1, 2).to(query.dtype)
+        return out if self.exchange is None else self.exchange.to_tokens(out, text, words)
+
+    def _stored(self, key: Tensor, value: Tensor, text: str, words: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens; text beside the stored layout stays as it is."""
+        if not words:
+            return self.kv_store(key, value)
+        sizes = [words, key.shape[1] - words]
+        at = 0 if text == "first" else 1
+        (k, v) = (list(x.split(sizes if at == 0 else sizes[::-1], dim=1)) for x in (key, value))
+        k[1 - at], v[1 - at] = self.kv_store(k[1 - at], v[1 - at])
+        return torch.cat(k, dim=1), torch.cat(v, dim=1)
 
 
 def computed_once(attn: Any, compute: Callable[..., Any], text: Tensor) -> Any:
@@ -38,8 +95,8 @@ def grouped_attention(
     query: Float[Tensor, "b l h d"],
     key: Float[Tensor, "b m h_kv d"],
     value: Float[Tensor, "b m h_kv d"],
-    mask: Tensor | None,
-    scale: float | None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "b l h d"]:
     """Dense attention; `mask` `[B, M]` is true (or 1) for keys that count."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))

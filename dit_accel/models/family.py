@@ -76,9 +76,28 @@ class Focus:
         """For what stays the same over the calls of this context."""
         raise NotImplementedError
 
+    @property
+    def passes(self) -> bool:
+        """True if tokens run as they come: all of them, in raster order, in one process."""
+        return self.index is None
+
     def take(self, x: Tensor) -> Tensor:
-        """The tokens that run, `[R, n, ...]`, of `[R or 1, N, ...]` in raster order."""
+        """The tokens that run in this process, `[R, n, ...]`, of `[R or 1, N, ...]` in raster order."""
         return x if self.index is None else take(x, self.index)
+
+    def part(self, x: Tensor, layout: str = "text") -> Tensor:
+        """The share of this process in a sequence `[R, L, ...]` that every process has whole. Context
+        parallelism shares it out; else it is the sequence itself.
+
+        Args:
+            x: the sequence.
+            layout: "text", or a name that the family gives to `place`. Image tokens have `take`.
+        """
+        return x
+
+    def whole(self, x: Tensor, layout: str = "image") -> Tensor:
+        """The shares of all processes, put together: undoes `part`, and for "image" the sharing of `take`."""
+        return x
 
     def complete(self, x: Tensor) -> Tensor:
         """The output of all tokens in raster order, `[R, N, C]`, from that of those that ran,
@@ -124,10 +143,11 @@ class Family:
         return {}
 
     def processor(self, stock: Any) -> Any:
-        """The processor that stands in for `stock` in self-attention. It has two seams, None at first:
-        `attend(q, k, v, text=..., masked=..., scale=...) -> o | None`, `[B, H, L, D]`, may answer instead
-        of dense attention (`text`: where text stands in joint sequences, "none", "first" or "last");
-        `kv_store(k, v) -> (k, v)`, `[B, L, H, D]`, turns fresh keys into those of all tokens.
+        """The processor that stands in for `stock` in self-attention. It has three seams, None at first, which
+        `SparseProcessor.run` serves: `attend(q, k, v, text=..., masked=..., scale=...) -> o | None`,
+        `[B, H, L, D]`, may answer instead of dense attention (`text`: where text stands in joint sequences, "none",
+        "first" or "last"); `kv_store(k, v) -> (k, v)`, `[B, L, H, D]`, turns fresh keys into those of all tokens;
+        `exchange` trades tokens for heads between the processes of context parallelism.
         """
         raise NotImplementedError
 

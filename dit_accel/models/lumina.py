@@ -1,6 +1,5 @@
 """Lumina-Next (`LuminaNextDiT2DModel`): facts, and its attention processors."""
 
-import math
 from typing import Any
 
 from diffusers.models.embeddings import apply_rotary_emb
@@ -110,14 +109,14 @@ class _Processor(SparseProcessor):
 
 
 class LuminaSparseAttnProcessor(_Processor):
-    """Self-attention with the two seams. Heads stay apart: the block gates them."""
+    """Self-attention with the seams. Heads stay apart: the block gates them."""
 
     def __call__(
         self,
         attn: Any,
         hidden_states: Float[Tensor, "b l c"],
         encoder_hidden_states: Tensor,
-        attention_mask: Int[Tensor, "b l"] | Bool[Tensor, "b l"] | None = None,
+        attention_mask: Int[Tensor, "b m"] | Bool[Tensor, "b m"] | None = None,
         query_rotary_emb: Tensor | None = None,
         key_rotary_emb: Tensor | None = None,
         base_sequence_length: int | None = None,
@@ -127,19 +126,15 @@ class LuminaSparseAttnProcessor(_Processor):
         if key_rotary_emb is not None:
             key = apply_rotary_emb(key, key_rotary_emb, use_real=False)  # type: ignore[assignment]
         key = key.to(query.dtype)
-        if self.kv_store is not None:
-            key, value = self.kv_store(key, value)
-        if attention_mask is not None and attention_mask.shape[1] != key.shape[1]:
-            attention_mask = None  # the mask of image tokens, all of them valid
-        scale = attn.scale
-        if base_sequence_length is not None:  # "proportional attention": by the length of the image
-            scale *= math.sqrt(math.log(key.shape[1], base_sequence_length))
-        out = None
-        if self.attend is not None:  # the mask, of image tokens, hides none
-            out = self.attend(*(x.transpose(1, 2) for x in (query, key, value)), scale=scale)
-        if out is None:
-            return grouped_attention(query, key, value, attention_mask, scale)
-        return out.transpose(1, 2).to(query.dtype)
+
+        def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            whole = attention_mask is not None and attention_mask.shape[1] == k.shape[1]
+            return grouped_attention(q, k, v, attention_mask if whole else None, scale)
+
+        # The mask, of image tokens, hides none.
+        return self.run(
+            query, key, value, dense, scale=attn.scale, base_length=base_sequence_length
+        )
 
 
 class LuminaTextAttnProcessor(_Processor):

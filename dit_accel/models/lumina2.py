@@ -1,6 +1,5 @@
 """Lumina-Image 2.0 (`Lumina2Transformer2DModel`): facts, and its attention processor."""
 
-import math
 from typing import Any
 
 import torch
@@ -49,6 +48,8 @@ class Lumina2(Family):
         return [
             before(transformer.rope_embedder, _shrink_tables, focus, transformer.config.patch_size),
             after(transformer.rope_embedder, _gather, focus, transformer.config.patch_size),
+            after([transformer.x_embedder, *transformer.noise_refiner][-1], focus.whole),
+            before(transformer.layers[0], _joint_part, focus),
             after(transformer.norm_out, _complete, focus),
             *(before(layer, _shrink_text, focus) for layer in refiners),
             *(after(layer, _refined_text, focus) for layer in refiners[-1:]),
@@ -99,7 +100,7 @@ def _gather(focus: Focus, patch_size: int, output: tuple[Any, ...]) -> tuple[Any
         focus.take(tokens),
         text_table,
         focus.take(image_table),
-        joint_table,
+        focus.part(joint_table, "joint"),
         text_lengths,
         lengths,
     )
@@ -110,8 +111,13 @@ def _patchify(x: Float[Tensor, "b c h w"], p: int) -> Float[Tensor, "b n d"]:
     return x.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
+def _joint_part(focus: Focus, args: tuple, kwargs: dict) -> Any:
+    return (focus.part(args[0], "joint"), *args[1:]), kwargs
+
+
 def _complete(focus: Focus, output: Float[Tensor, "r l c"]) -> Tensor:
     """Image outputs of all tokens, behind the text of each row."""
+    output = focus.whole(output, "joint")
     _, _, _, starts, full_lengths = focus.per_context["tables"]
     lengths = focus.per_context["lengths"]
     fresh = torch.stack(
@@ -147,7 +153,7 @@ class Lumina2SparseAttnProcessor(SparseProcessor):
         attn: Any,
         hidden_states: Float[Tensor, "b l c"],
         encoder_hidden_states: Tensor,
-        attention_mask: Bool[Tensor, "b l"] | None = None,
+        attention_mask: Bool[Tensor, "b m"] | None = None,
         image_rotary_emb: Tensor | None = None,
         base_sequence_length: int | None = None,
     ) -> Float[Tensor, "b l c"]:
@@ -165,23 +171,27 @@ class Lumina2SparseAttnProcessor(SparseProcessor):
             query = apply_rotary_emb(query, image_rotary_emb, use_real=False)
             key = apply_rotary_emb(key, image_rotary_emb, use_real=False)
         query, key = query.to(dtype), key.to(dtype)
-        if self.kv_store is not None:
-            key, value = self.kv_store(key, value)
-        length = key.shape[1]
-        if attention_mask is not None and attention_mask.shape[1] != length:
-            # Each row ends with its padding, as much in the short sequence as in the full one.
-            valid = length - (~attention_mask).sum(1, keepdim=True)
-            attention_mask = torch.arange(length, device=key.device) < valid
-        scale = attn.scale
-        if base_sequence_length is not None:  # "proportional attention"
-            scale *= math.sqrt(math.log(length, base_sequence_length))
-        out = None
-        if self.attend is not None:
-            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            masked = attention_mask is not None
-            out = self.attend(q, k, v, text="first", masked=masked, scale=scale)
-        if out is None:
-            out = grouped_attention(query, key, value, attention_mask, scale)
-        else:
-            out = out.transpose(1, 2).to(query.dtype)
+
+        def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            return grouped_attention(q, k, v, _full_mask(attention_mask, k.shape[1]), scale)
+
+        out = self.run(
+            query,
+            key,
+            value,
+            dense,
+            text="first",
+            masked=attention_mask is not None,
+            scale=attn.scale,
+            base_length=base_sequence_length,
+        )
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+def _full_mask(mask: Tensor | None, length: int) -> Tensor | None:
+    """The mask of full sequences, from that of the tokens that run."""
+    if mask is None or mask.shape[1] == length:
+        return mask
+    # Each row ends with its padding, as much in the short sequence as in the full one.
+    valid = length - (~mask).sum(1, keepdim=True)
+    return torch.arange(length, device=mask.device) < valid

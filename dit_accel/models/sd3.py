@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel.models.attention import SparseProcessor, projections
+from dit_accel.models.attention import SparseProcessor, grouped_attention, projections
 from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after
 
 
@@ -59,6 +58,7 @@ class StableDiffusion3(Family):
     def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
         return [
             after(transformer.pos_embed, focus.take),
+            after(transformer.context_embedder, focus.part),
             after(transformer.proj_out, focus.complete),
         ]
 
@@ -102,25 +102,21 @@ class SD3SparseAttnProcessor(SparseProcessor):
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        if self.kv_store is not None:
-            key, value = self.kv_store(key, value)
+        words = 0
         if encoder_hidden_states is not None:
+            words = encoder_hidden_states.shape[1]
             text = _text_projections(attn, encoder_hidden_states)
             query, key, value = (
                 torch.cat([x, t], dim=1) for x, t in zip((query, key, value), text, strict=True)
             )
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = None
-        if self.attend is not None:
-            out = self.attend(q, k, v, text="none" if encoder_hidden_states is None else "last")
-        if out is None:
-            out = scaled_dot_product_attention(q, k, v)
-        out = out.transpose(1, 2).flatten(2).to(q.dtype)
+        where = "last" if words else "none"
+        out = self.run(query, key, value, grouped_attention, text=where, words=words)
+        out = out.flatten(2).to(query.dtype)
         image = attn.to_out[1](attn.to_out[0](out[:, :active]))
         if encoder_hidden_states is None:
             return image
-        words = out[:, active:]
-        return image, words if attn.context_pre_only else attn.to_add_out(words)
+        written = out[:, active:]
+        return image, written if attn.context_pre_only else attn.to_add_out(written)
 
 
 def _text_projections(attn: Any, text: Tensor) -> list[Tensor]:

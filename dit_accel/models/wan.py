@@ -1,6 +1,7 @@
 """Wan2.1 (`WanTransformer3DModel`): facts, and its attention processors."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def _rope(focus: Focus, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
 
 def _embedded(focus: Focus, output: Float[Tensor, "r c t h w"]) -> Tensor:
     """Active tokens as a video of n frames of 1 x 1: the model flattens it to a sequence again."""
-    if focus.index is None:
+    if focus.passes:
         return output
     tokens = focus.take(output.flatten(2).transpose(1, 2))
     # Contiguous, so that what the model makes of it has the strides that compiled blocks know.
@@ -163,18 +164,21 @@ class _Processor(SparseProcessor):
         self.stock._attention_backend = self._attention_backend
         return super().release()
 
-    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """diffusers' attention on `[B, L, H, D]`, heads merged."""
-        if self._parallel_config is not None:
-            raise RuntimeError(
-                "context parallelism splits the tokens that acceleration needs: disable() first"
-            )
-        out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self._attention_backend)
-        return out.flatten(2, 3).type_as(q)
+    def dense(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """diffusers' attention on `[B, L, H, D]`."""
+        backend = self._attention_backend
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=backend)
 
 
 class WanSparseAttnProcessor(_Processor):
-    """Self-attention with the two seams; otherwise diffusers' attention runs."""
+    """Self-attention with the seams; otherwise diffusers' attention runs."""
 
     def __call__(
         self,
@@ -189,16 +193,14 @@ class WanSparseAttnProcessor(_Processor):
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         if rotary_emb is not None:
             query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
-        if self.kv_store is not None:
-            key, value = self.kv_store(key, value)
-        out = None
-        if self.attend is not None:
-            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            out = self.attend(q, k, v, masked=attention_mask is not None)
-        if out is None:
-            out = self.dense(query, key, value, attention_mask)
-        else:
-            out = out.transpose(1, 2).flatten(2, 3).type_as(query)
+        out = self.run(
+            query,
+            key,
+            value,
+            partial(self.dense, mask=attention_mask),
+            masked=attention_mask is not None,
+        )
+        out = out.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 
 
@@ -215,9 +217,9 @@ class WanTextAttnProcessor(_Processor):
     ) -> Float[Tensor, "b l c"]:
         text = self.text or _text_key_value(attn, encoder_hidden_states)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        out = self.dense(query, text[0], text[1], attention_mask)
+        out = self.dense(query, text[0], text[1], attention_mask).flatten(2, 3).type_as(query)
         if len(text) == 4:
-            out = out + self.dense(query, text[2], text[3])
+            out = out + self.dense(query, text[2], text[3]).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 
 
