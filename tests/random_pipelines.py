@@ -1,11 +1,32 @@
-"""Tiny pipelines of every family with random weights, called with random embeddings: no text encoder."""
+"""Tiny pipelines of every family with random weights, called with random embeddings: no text encoder.
+
+The families of `MORE` have a file each in `random_families/`, with these functions:
+
+- `make(solver)`: the pipeline, with `liven`ed weights and a scheduler of `scheduler(solver)`;
+- `embeddings(prompts)`: keywords with random embeddings of numbered prompts (negative numbers: negative prompts), without
+  the prefix "negative_";
+- `arguments(prompts, guidance)`: keywords of a call beside them: the default size, guidance, negative embeddings;
+- `GRID`: image tokens (t, h, w) of a call at the default size; `SIZES`: keywords of two other sizes, odd and non-square;
+- `blocks(transformer)`: the blocks that `torch.compile` is used on; `CONTEXTS`: calls of a step with guidance 2.
+"""
+
+import importlib
+import pkgutil
 
 import torch
 
 from dit_accel.runtime.install import method_of
 
+from . import random_families
+
 SCHEDULERS = ("euler", "unipc", "dpm++", "heun")
 FAMILIES = ("wan", "sd3", "sd35", "lumina", "lumina2")
+MORE = tuple(x.name for x in pkgutil.iter_modules(random_families.__path__))
+
+
+def more(family):
+    """The file of a further family."""
+    return importlib.import_module(f"{random_families.__name__}.{family}")
 
 
 def scheduler(name):
@@ -25,7 +46,7 @@ def scheduler(name):
     }[name]()
 
 
-def _liven(transformer):
+def liven(transformer):
     """Random weights where models start with zeros: gates, and outputs that would be constant."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -35,7 +56,7 @@ def _liven(transformer):
     return transformer.eval()
 
 
-def _image_vae(channels):
+def image_vae(channels):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -81,7 +102,7 @@ def sd3(solver="euler", dual=()):
         )
     )
     return StableDiffusion3Pipeline(
-        transformer=_liven(transformer), scheduler=scheduler(solver), vae=_image_vae(16), **parts
+        transformer=liven(transformer), scheduler=scheduler(solver), vae=image_vae(16), **parts
     )
 
 
@@ -102,9 +123,9 @@ def lumina(solver="euler"):
     )
     torch.nn.init.zeros_(transformer.pad_token)
     return LuminaPipeline(
-        transformer=_liven(transformer),
+        transformer=liven(transformer),
         scheduler=scheduler(solver),
-        vae=_image_vae(4),
+        vae=image_vae(4),
         text_encoder=None,
         tokenizer=None,
     )
@@ -129,9 +150,9 @@ def lumina2(solver="euler"):
         cap_feat_dim=24,
     )
     return Lumina2Pipeline(
-        transformer=_liven(transformer),
+        transformer=liven(transformer),
         scheduler=scheduler(solver),
-        vae=_image_vae(4),
+        vae=image_vae(4),
         text_encoder=None,
         tokenizer=None,
     )
@@ -163,7 +184,7 @@ def wan(solver="unipc"):
         latents_std=[1.0] * 4,
     ).eval()
     return WanPipeline(
-        transformer=_liven(transformer),
+        transformer=liven(transformer),
         scheduler=scheduler(solver),
         vae=vae,
         text_encoder=None,
@@ -172,7 +193,10 @@ def wan(solver="unipc"):
 
 
 def make(family, solver="euler"):
-    pipe = sd3(solver, dual=(0, 1)) if family == "sd35" else globals()[family](solver)
+    if family in MORE:
+        pipe = more(family).make(solver)
+    else:
+        pipe = sd3(solver, dual=(0, 1)) if family == "sd35" else globals()[family](solver)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -195,7 +219,8 @@ def compile_blocks(pipe, family, backend="aot_eager", **options):
     if family == "wan":
         pipe.transformer.compile_repeated_blocks(**options)
     else:  # diffusers names no repeated blocks for the others
-        for block in BLOCKS[family](pipe.transformer):
+        blocks = more(family).blocks if family in MORE else BLOCKS[family]
+        for block in blocks(pipe.transformer):
             block.compile(**options)
     return counter
 
@@ -219,24 +244,32 @@ def embeddings(family, prompts):
 def run(pipe, family, prompts=(0,), *, height=None, width=None, steps=10, guidance=2.0, **changed):
     """Latents of a call. Default sizes: 11 x 13 tokens of an image, 3 x 7 x 9 of a video."""
     prompts = list(prompts)
-    call = embeddings(family, prompts)
-    negative = embeddings(family, [-3] * len(prompts))
-    call |= {f"negative_{name}": value for name, value in negative.items()}
+    if family in MORE:
+        own = more(family)
+        call = {**own.embeddings(prompts), **own.arguments(prompts, guidance)}
+        changed = {k: x for k, x in (("height", height), ("width", width)) if x} | changed
+    else:
+        call = embeddings(family, prompts)
+        negative = embeddings(family, [-3] * len(prompts))
+        call |= {f"negative_{name}": value for name, value in negative.items()}
+        call["guidance_scale"] = guidance
     for name, x in call.items():
+        if not isinstance(x, torch.Tensor):
+            continue
         dtype = pipe.transformer.dtype if x.is_floating_point() else x.dtype
         call[name] = x.to(pipe._execution_device, dtype)
     generators = [torch.Generator().manual_seed(i) for i in prompts]
     if family == "wan":
         call |= {"height": height or 112, "width": width or 144, "num_frames": 9}
-    else:
+    elif family not in MORE:
         call |= {"height": height or 176, "width": width or 208}
     out = pipe(
         **call
-        | {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators}
+        | {"num_inference_steps": steps, "generator": generators}
         | {"output_type": "latent"}
         | changed
     )
-    return out.frames if family == "wan" else out.images
+    return out.images if hasattr(out, "images") else out.frames
 
 
 def randomise(pipe):

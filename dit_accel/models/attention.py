@@ -40,6 +40,7 @@ class SparseProcessor:
         text: str = "none",
         words: int = 0,
         masked: bool = False,
+        text_lengths: Tensor | None = None,
         scale: float | None = None,
         base_length: int | None = None,
     ) -> Float[Tensor, "b l h d"]:
@@ -51,7 +52,9 @@ class SparseProcessor:
                 gets the keys of all tokens.
             text: where text stands in the sequence: "none", "first" or "last".
             words: text tokens among these that are no part of the layout that `kv_store` knows.
-            masked: whether keys are hidden in some rows.
+            masked: whether keys are hidden in some rows, otherwise than `text_lengths` says.
+            text_lengths: `[B]`, text tokens of each row that count; those behind them, up to the length of the text,
+                are padding. Default: all do.
             scale: default `D ** -0.5`.
             base_length: sequence length of training: the scale grows with the length of the keys over it
                 ("proportional attention" of the Luminas). It needs a `scale`. Default: it does not.
@@ -67,7 +70,9 @@ class SparseProcessor:
         out = None
         if self.attend is not None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            out = self.attend(q, k, v, text=text, masked=masked, scale=scale)
+            out = self.attend(
+                q, k, v, text=text, text_lengths=text_lengths, masked=masked, scale=scale
+            )
         if out is None:
             out = dense(query, key, value, scale=scale)
         else:

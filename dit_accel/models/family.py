@@ -16,7 +16,7 @@ class Call:
     """One call of a transformer, as far as acceleration needs to know it."""
 
     hidden_states: Tensor
-    """Latents `[R, C, ...]`."""
+    """Latents `[R, C, (t,) h, w]`. A model that is called with tokens gives a view of them as `[R, C, *grid]`."""
     context: Tensor | None
     """`encoder_hidden_states`; its identity tells contexts apart. None: the model has no text."""
     channels: int

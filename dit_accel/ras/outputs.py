@@ -110,7 +110,8 @@ class Outputs:
         """Take in the output of a call.
 
         Args:
-            output: `[R, ...]`; tokens that did not run may hold anything.
+            output: `[R, ...]`, with a grid `[R, C, (t,) h, w]` or tokens `[R, n, C]`; tokens that did not run may
+                hold anything.
             at, interval: as in `answer`.
             active: tokens that ran; None: all.
             repeats: whether tokens may have had their last update at this very noise level. Their change still
@@ -221,6 +222,8 @@ class Outputs:
         shape = self.last.shape
         if self.grid is None:
             return x.view(len(x), *[1] * (len(shape) - 1))
+        if len(shape) == 3:  # tokens as the model computes them, which the pipeline turns into latents
+            return x[:, :, None]
         x = x.view(len(x), *self.grid)
         sizes = shape[2:] if len(shape) == 5 else (1, *shape[2:])
         for axis, (size, n) in enumerate(zip(sizes, self.grid, strict=True), start=1):
@@ -231,6 +234,8 @@ class Outputs:
         """Return the sums over the output's places of each token."""
         if self.grid is None:
             return x.flatten(1).sum(1, keepdim=True)
+        if x.ndim == 3:
+            return x.sum(2)
         x = x.sum(1)
         if x.ndim == 3:
             x = x[:, None]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dit_accel.sla.attention import SparseLinearAttention
@@ -75,9 +75,11 @@ class LayerAttention:
         *,
         text: Text = "none",
         masked: bool = False,
+        text_lengths: Int[Tensor, " b"] | None = None,
         scale: float | None = None,
     ) -> Float[Tensor, "b h l_q d_v"] | None:
         """Sparse attention, or None where this call has to run dense; either way it is counted."""
+        masked = masked or text_lengths is not None
         tokens = self.image.shape[0]
         options: dict[str, Any] = {
             "text": text,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..random_pipelines import _liven as liven
+from ..random_pipelines import liven
 
 KINDS = ("flux", "qwen", "hunyuan", "ltx", "cogvideox", "wan22")
 

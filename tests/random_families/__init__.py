@@ -1,0 +1,1 @@
+"""Tiny pipelines of further families, a file each; see `random_pipelines`."""
