@@ -28,6 +28,7 @@ __all__ = [
     "by_name",
     "check_pipeline",
     "family_of",
+    "is_supported",
     "joint_index",
 ]
 
@@ -47,6 +48,11 @@ def check_pipeline(pipe: Any) -> None:
             "pipe.config.expand_timesteps=True: one timestep for each token (Wan2.2 TI2V) is not supported; accepted: "
             "False"
         )
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Return whether this is a transformer of a family that is known."""
+    return any(cls.__name__ in FAMILIES for cls in type(module).__mro__)
 
 
 def family_of(transformer: nn.Module) -> Family:

@@ -59,6 +59,7 @@ class SparseProcessor:
             base_length: sequence length of training: the scale grows with the length of the keys over it
                 ("proportional attention" of the Luminas). It needs a `scale`. Default: it does not.
         """
+        heads = query.shape[2], key.shape[2]
         if self.exchange is not None:
             query, key, value = self.exchange.to_heads(query, key, value, text, words)
             words = self.exchange.words if words else 0
@@ -77,7 +78,7 @@ class SparseProcessor:
             out = dense(query, key, value, scale=scale)
         else:
             out = out.transpose(1, 2).to(query.dtype)
-        return out if self.exchange is None else self.exchange.to_tokens(out, text, words)
+        return out if self.exchange is None else self.exchange.to_tokens(out, heads, text, words)
 
     def _stored(self, key: Tensor, value: Tensor, text: str, words: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens; text beside the stored layout stays as it is."""

@@ -37,6 +37,9 @@ class Call:
     """Argument `return_dict`, which decides the form of the output."""
     flops: Callable[[int], float] | None = None
     """Matrix products of this call with so many active image tokens; the runtime fills it in."""
+    processes: Any = None
+    """Processes that compute this call together (`runtime.parallel.Group`); None: there are no others. The runtime
+    fills it in."""
     must_run: bool = False
     """True if the transformer runs whatever a method answers; the runtime fills it in."""
 

@@ -123,7 +123,7 @@ def _complete(focus: Focus, output: Float[Tensor, "r l c"]) -> Tensor:
     fresh = torch.stack(
         [output[r, a:b] for r, (a, b) in enumerate(zip(starts, lengths, strict=True))]
     )
-    full = focus.complete(fresh)
+    full = focus.complete(focus.part(fresh, "image"))
     if focus.index is None:
         return output
     lengths[:] = full_lengths

@@ -162,6 +162,7 @@ class _Processor(SparseProcessor):
     def release(self) -> Any:
         # Somebody may have chosen another backend in the meantime, for the processor that was there.
         self.stock._attention_backend = self._attention_backend
+        self.stock._parallel_config = self._parallel_config
         return super().release()
 
     def dense(

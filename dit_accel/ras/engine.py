@@ -431,6 +431,7 @@ class RegionAdaptiveSampling(Method, Focus):
             same,
             linear=self.plan.linear_kv,
             text=text,
+            processes=self.call.processes,
         )
 
     def masks(self, sample: int = 0) -> dict[int, Tensor]:

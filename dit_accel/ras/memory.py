@@ -41,14 +41,16 @@ class CachePlan:
         return self.kv_bytes + self.working_bytes <= self.free_bytes
 
 
-def cached_layers(layers: dict[str, AttentionLayer], tokens: int, text: int) -> list[Layer]:
-    """What these layers keep, with so many image and text tokens."""
+def cached_layers(
+    layers: dict[str, AttentionLayer], tokens: int, text: int, sharing: int = 1
+) -> list[Layer]:
+    """What these layers keep, with so many image and text tokens, and so many processes that share the heads."""
     return [
         Layer(
             tokens=tokens + (0 if x.layout == "image" else text),
-            kv_heads=x.kv_heads,
+            kv_heads=-(-x.kv_heads // sharing),
             head_dim=x.head_dim,
-            width=x.module.heads * x.head_dim,
+            width=-(-x.module.heads * x.head_dim // sharing),
         )
         for x in layers.values()
     ]

@@ -174,14 +174,17 @@ def _choose_memory(
 ) -> None:
     """Decide whether keys and values are extrapolated, and whether they fit at all."""
     device = call.hidden_states.device
+    free, sharing = memory.free_bytes(device), 1
+    if call.processes is not None:  # each keeps its own heads, and all do what the fullest can
+        free, sharing = call.processes.least(free, device), call.processes.size
     cache = memory.plan_cache(
         config,
         plan.schedule.num_steps,
-        memory.cached_layers(layers, math.prod(call.grid), call.text_length),
+        memory.cached_layers(layers, math.prod(call.grid), call.text_length, sharing),
         rows=call.hidden_states.shape[0],
         contexts=contexts,
         itemsize=compute_dtype(call.hidden_states).itemsize,
-        free=memory.free_bytes(device),
+        free=free,
     )
     plan.linear_kv = cache.linear_kv
     if cache.fits:

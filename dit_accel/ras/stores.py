@@ -1,5 +1,7 @@
 """`Stores`: one store of keys and values for each attention layer, pointed at what a context has cached."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,6 +11,11 @@ from dit_accel.kernels import LinearState
 from dit_accel.models import AttentionLayer
 from dit_accel.ras.context import ContextState
 from dit_accel.ras.history import History, KVStore
+
+
+def own_heads(layer: AttentionLayer, processes: Any) -> int:
+    """Return the heads of keys that this process computes."""
+    return layer.kv_heads if processes is None else processes.shares(layer.kv_heads)[processes.rank]
 
 
 class Stores:
@@ -43,6 +50,7 @@ class Stores:
         *,
         linear: bool,
         text: int | None = 0,
+        processes: Any = None,
     ) -> None:
         """Point the stores of the layers with this layout at what a context has cached.
 
@@ -56,6 +64,7 @@ class Stores:
             same: 1 for tokens whose last update had this very noise level; None: no token.
             linear: whether keys and values are extrapolated.
             text: tokens before the image in each row; None: not the same in all rows.
+            processes: see `Call.processes`; each keeps its own heads.
         """
         if index is not None:
             # Compiled blocks then serve every count from the first one on.
@@ -63,11 +72,12 @@ class Stores:
         for name, layer in self.layers.items():
             if layer.layout != layout:
                 continue
+            heads = own_heads(layer, processes)
             if name not in context.kv:
                 k, v = (
                     History(
                         *shape,
-                        (layer.kv_heads, layer.head_dim),
+                        (heads, layer.head_dim),
                         like,
                         linear=linear,
                         policy=self.policy,
@@ -78,7 +88,9 @@ class Stores:
             store = self.by_layer[name]
             totals = None
             if store.feature_map is not None and not linear and text is not None:
-                totals = _totals(context, name, layer, shape[0], store.feature_map, like)
+                totals = _totals(
+                    context, name, (shape[0], heads, layer.head_dim), store.feature_map, like
+                )
             store.open(
                 context.kv[name],
                 index,
@@ -92,17 +104,15 @@ class Stores:
 def _totals(
     context: ContextState,
     name: str,
-    layer: AttentionLayer,
-    rows: int,
+    shape: tuple[int, int, int],
     feature_map: str,
     like: Tensor,
 ) -> LinearState:
     """Sums over this context's image keys in one layer, zero at first."""
     if name not in context.totals:
         dtype = torch.promote_types(like.dtype, torch.float32)
-        shape = (rows, layer.kv_heads, layer.head_dim)
         context.totals[name] = LinearState(
-            like.new_zeros(*shape, layer.head_dim, dtype=dtype),
+            like.new_zeros(*shape, shape[2], dtype=dtype),
             like.new_zeros(shape, dtype=dtype),
             feature_map,
         )

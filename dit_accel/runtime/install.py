@@ -23,12 +23,16 @@ from dit_accel.models import (
     by_name,
     check_pipeline,
     family_of,
+    is_supported,
 )
 from dit_accel.models.attention import SparseProcessor
 from dit_accel.runtime.answers import answered_class, plain_class
 from dit_accel.runtime.caller import is_inside
 from dit_accel.runtime.clock import Clock
 from dit_accel.runtime.method import Host, Method
+from dit_accel.runtime.parallel.agreement import what_is_said
+from dit_accel.runtime.parallel.group import Group
+from dit_accel.runtime.parallel.switch import Parallelism, group_of
 from dit_accel.runtime.run import Run
 from dit_accel.runtime.swap import WeightSwap
 from dit_accel.runtime.weights import lora_scale, weights_state
@@ -56,6 +60,10 @@ class Installation:
         self._owner: threading.Thread | None = None
         self.focus = _focus_of(self.methods.values())
         """Focus that selects and orders the tokens; None: all of them, in raster order."""
+        self._parallel_config: Any = None
+        self._parallel: Parallelism | None = None
+        self._agreed = False
+        """True if the processes of context parallelism have agreed on calls outside of any loop."""
         self._processors: dict[str, Any] = {}
         self._hooks: list[Any] = []
         self._focus_hooks: list[tuple[str, Hook]] = []
@@ -75,10 +83,13 @@ class Installation:
         return Host(transformer, self.family, self.layers, tuple(self.methods.values()), self.focus)
 
     def _check(self, transformer: Any) -> None:
-        _check_parallelism(transformer)
-        if any(x.uses_attention for x in self.methods.values()):
+        if self._uses_attention:
             _check_processors(self.family, self._modules(transformer))
         self._check_methods(transformer)
+
+    @property
+    def _uses_attention(self) -> bool:
+        return any(x.uses_attention for x in self.methods.values())
 
     def _check_methods(self, transformer: Any) -> None:
         for method in self.methods.values():
@@ -95,16 +106,8 @@ class Installation:
     def _install(self, transformer: Any) -> None:
         for swap in self.swaps:
             swap.put_in(transformer)
-        if any(x.uses_attention for x in self.methods.values()):
-            for name, module in self._modules(transformer).items():
-                stock = _stock(module.processor)
-                ours = (
-                    self.family.processor(stock)
-                    if name in self.layers
-                    else self.family.cross_processor(stock)
-                )
-                module.set_processor(ours)
-                self._processors[name] = ours
+        if self._uses_attention:
+            self._put_processors(transformer)
         host = self.host(transformer)
         for method in self.methods.values():
             method.attach(host)
@@ -115,9 +118,56 @@ class Installation:
             transformer.register_forward_hook(self.after_forward, always_call=True),
         ]
         self._focus_hooks = self._hook_focus(transformer)
+        self.follow_parallelism(transformer)
         if any(x.may_answer for x in self.methods.values()):
             cls: Any = type(transformer)
             transformer.__class__ = answered_class(cls)
+
+    def _put_processors(self, transformer: Any) -> None:
+        for name, module in self._modules(transformer).items():
+            stock = _stock(module.processor)
+            ours = (
+                self.family.processor(stock)
+                if name in self.layers
+                else self.family.cross_processor(stock)
+            )
+            module.set_processor(ours)
+            self._processors[name] = ours
+        # diffusers asks for a plan where context parallelism is switched on. The hooks of the family are ours.
+        if getattr(transformer, "_cp_plan", {}) is None:
+            transformer._cp_plan = {}
+
+    def follow_parallelism(self, transformer: Any) -> bool:
+        """Take over what diffusers' context parallelism does, where it was switched on or off. Return whether it was.
+
+        Raises:
+            ValueError: acceleration cannot follow it.
+        """
+        config = getattr(transformer, "_parallel_config", None)
+        if config is self._parallel_config:
+            return False
+        group = None if config is None else group_of(transformer)
+        if group is not None and not self._uses_attention:
+            self._learn_family(transformer)
+        if self._parallel is not None:
+            self._parallel.remove(transformer, self.layers)
+        self._parallel = None
+        if group is not None and self._processors:
+            self._parallel = Parallelism(transformer, group, self.focus, self.layers)
+        self._parallel_config, self._agreed = config, False
+        for _, hook in self._focus_hooks:
+            hook.remove()
+        self._focus_hooks = self._hook_focus(transformer)
+        return True
+
+    def _learn_family(self, transformer: Any) -> None:
+        """Put our processors on a model that we know, though no method needs them: those of diffusers accept fewer sizes,
+        and some do not know context parallelism."""
+        if not self._processors and is_supported(transformer):
+            self.family = family_of(transformer)
+            self.layers = self.family.self_attention(transformer)
+            _check_processors(self.family, self._modules(transformer))
+            self._put_processors(transformer)
 
     def remove(self, transformer: Any, *, keep: Collection[WeightSwap] = ()) -> None:
         """Put back what was there; processors that somebody else set stay.
@@ -138,6 +188,11 @@ class Installation:
             method.detach()
         if self._changes_parameters:
             _reapply_group_offloading(transformer)
+        if self._parallel is not None:
+            self._parallel.remove(transformer, self.layers)
+            self._parallel = self._parallel_config = None
+        if vars(transformer).get("_cp_plan") == {}:
+            del transformer._cp_plan
         stock = {id(x): x.release() for x in self._processors.values()}
         for name, module in self._modules(transformer).items():
             ours = self._processors.get(name)
@@ -161,10 +216,16 @@ class Installation:
 
     def _hook_focus(self, transformer: nn.Module) -> list[tuple[str, Hook]]:
         """The hooks that gather and complete, by the names of their modules."""
-        if self.focus is None:
+        focus = self._seen_focus
+        if focus is None:
             return []
         names = {module: name for name, module in transformer.named_modules()}
-        return [(names[x.module], x) for x in self.family.hooks(transformer, self.focus)]
+        return [(names[x.module], x) for x in self.family.hooks(transformer, focus)]
+
+    @property
+    def _seen_focus(self) -> Focus | None:
+        """Focus that the hooks of the family see."""
+        return self.focus if self._parallel is None else self._parallel.focus
 
     def _follow_modules(self, transformer: nn.Module) -> None:
         """Adapters such as LoRA put modules of their own around those that have our hooks."""
@@ -222,9 +283,10 @@ class Installation:
             # Not called through the class that asks for answers.
             self._begin_call(transformer, args, kwargs, must_run=True)
         self._begun = False
-        if self.focus is not None:
+        focus = self._seen_focus
+        if focus is not None:
             arguments = by_name(transformer, args, kwargs)  # hooks before this one may add some
-            focused = self.family.focus_inputs(self.focus, arguments)
+            focused = self.family.focus_inputs(focus, arguments)
             if focused is not arguments:
                 return (), focused
         return None
@@ -235,29 +297,63 @@ class Installation:
         """Tell the clock and the methods about a call; return the answer of a method, if one has any."""
         self._enter(transformer)
         self._follow_modules(transformer)
+        switched = self._switched(transformer)
         arguments = by_name(transformer, args, kwargs)
         call = self.family.call(transformer, arguments)
+        group = None if self._parallel is None else self._parallel.group
         call = self._call = replace(
             call,
             flops=partial(self._flops, transformer, math.prod(call.grid), call.text_length),
             form=arguments.get("return_dict"),
             must_run=must_run,
+            processes=group,
         )
-        if self.clock.tick(transformer, call.timestep, call.conditions, call.variant):
-            try:
+        error: Exception | None = None
+        try:
+            begins = self.clock.tick(transformer, call.timestep, call.conditions, call.variant)
+            if begins:
                 self._begin_run(transformer)
-            except BaseException:
-                self.clock.forget()  # a run that did not begin: the next call begins one
+            elif switched and self.clock.run is not None and self.clock.run.in_loop:
+                raise RuntimeError(
+                    "transformer: context parallelism was switched in the middle of a run, and what this run has cached "
+                    "is for other tokens and heads; accepted between runs"
+                )
+        except BaseException as failure:
+            self.clock.forget()  # a run that did not begin: the next call begins one
+            if group is None or not isinstance(failure, Exception):
                 raise
+            error = failure
         run = self.run = self.clock.run
+        if group is not None:
+            self._agree(group, run, call, error)
         assert run is not None
         self._notice_weights(transformer, run, arguments)
         for method in self.methods.values():
             answer = method.begin_call(run, call)
             if answer is not None:
                 return answer
+        if self._parallel is not None:
+            self._parallel.focus.begin_call(call)
         self._begun = True
         return None
+
+    def _switched(self, transformer: Any) -> bool:
+        try:
+            return self.follow_parallelism(transformer)
+        except ValueError as error:
+            raise RuntimeError(f"changed after enable: {error}") from None
+
+    def _agree(self, group: Group, run: Run | None, call: Call, error: Exception | None) -> None:
+        """Make sure that all processes are about to make the same call, where it is the first of its kind."""
+        if error is None:
+            assert run is not None
+            if run.context.agreed or (self._agreed and not run.in_loop):
+                return
+        said = {} if error is not None or run is None else what_is_said(run, call, self.methods)
+        group.agree(said, call.hidden_states.device, error)
+        if run is not None:
+            run.context.agreed = True
+            self._agreed = self._agreed or not run.in_loop
 
     def _flops(self, transformer: Any, tokens: int, text: int, active: int) -> float:
         return self.family.flops(transformer, active, tokens, text)
@@ -329,7 +425,6 @@ class Installation:
 
     def _check_again(self, transformer: nn.Module) -> None:
         try:
-            _check_parallelism(transformer)
             self._check_methods(transformer)
         except ValueError as error:
             raise RuntimeError(f"changed after enable: {error}") from None
@@ -441,7 +536,7 @@ def transformer_of(target: Any, *, any_model: bool = False) -> Any:
             f"pipelines of {', '.join(FAMILIES)}"
         )
     for inner in module.modules():
-        if any(cls.__name__ in FAMILIES for cls in type(inner).__mro__):
+        if is_supported(inner):
             return inner
     if any_model:
         from diffusers import ModelMixin
@@ -495,18 +590,6 @@ def _check_processors(family: Family, modules: dict[str, Any]) -> None:
                 f"transformer.{name}: processor {kind}; accepted: {', '.join(family.stock_processors)} "
                 "(restore it before enable)"
             )
-
-
-def _check_parallelism(transformer: Any) -> None:
-    config = getattr(transformer, "_parallel_config", None)
-    processors = (getattr(module, "processor", None) for module in transformer.modules())
-    if getattr(config, "context_parallel_config", None) is not None or any(
-        getattr(x, "_parallel_config", None) is not None for x in processors
-    ):
-        raise ValueError(
-            "transformer: context parallelism is on and splits the tokens that acceleration needs; accepted: a "
-            "single device"
-        )
 
 
 def _reapply_group_offloading(transformer: nn.Module) -> None:

@@ -18,6 +18,8 @@ class Context:
         self._versions = _versions(tensors)
         self.step = -1
         """Step of its last call."""
+        self.agreed = False
+        """True if all processes of context parallelism are known to make the same calls in it."""
         self.states: dict[str, Any] = {}
         """State of each method for this context, by the name of the method."""
 

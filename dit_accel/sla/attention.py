@@ -77,6 +77,8 @@ class SparseLinearAttention(nn.Module):
         )
         if config.router == "learned":
             self.learned_router = LearnedRouter(heads, head_dim)
+        self.processes: Any = None
+        """Processes that share the heads of the current call, see `Call.processes`; None: there are no others."""
         self.calibrated = True
         self._measured: Tensor | None = None
         if config.combine == "proj":
@@ -140,7 +142,7 @@ class SparseLinearAttention(nn.Module):
                 values = image_first(v_image, words_v, gap)
         projection = None
         if self.config.router == "learned":
-            projection = self.learned_router().to(q.device)
+            projection = self._own_heads(self.learned_router().to(q.device))
         scores = self._scores(q_image, k_image, projection, scale)
         plan = self._plan(scores, q_image, tokens, text_tokens, topk_blocks, tally)
         mode = self._mode(q_image, keys, plan, scale)
@@ -217,10 +219,16 @@ class SparseLinearAttention(nn.Module):
         }
         if config.combine == "proj":
             weight, bias = self.proj_l()
+            if self.processes is not None:
+                weight, bias = self.processes.summed(weight), self.processes.summed(bias)
             return mode | {"proj_weight": weight.to(q.device), "proj_bias": bias.to(q.device)}
         if not self.calibrated:
             self._calibrate(q, k, plan, scale)
-        return mode | {"alpha": self.alpha_logit.to(q.device).sigmoid()}
+        return mode | {"alpha": self._own_heads(self.alpha_logit.to(q.device)).sigmoid()}
+
+    def _own_heads(self, weight: Float[Tensor, "h ..."]) -> Float[Tensor, "own ..."]:
+        """Rows of the heads that this process computes."""
+        return weight if self.processes is None else self.processes.own_heads(weight)
 
     def _mix(
         self,
@@ -256,6 +264,8 @@ class SparseLinearAttention(nn.Module):
     @torch.no_grad()
     def _calibrate(self, q: Tensor, k: Tensor, plan: SparsePlan, scale: float | None) -> None:
         mass = plan.recall(q, k, scale=scale).mean(0)
+        if self.processes is not None:
+            mass = self.processes.gather(mass[None], self.alpha_logit.shape[0])[0]
         # Strictly inside (0, 1), where sigmoid has a gradient.
         self._measured = mass.float().clamp(1e-3, 1 - 1e-3).logit()
         self.alpha_logit.copy_(self._measured)

@@ -242,6 +242,7 @@ class SparseAttention(Method):
         image = torch.empty(state.tokens, 0, dtype=torch.float32, device=device)
         for name, layer in self.layers.items():
             layer.image = image
+            layer.module.processes = call.processes
             blocks = layer.module.blocks_read(keys)
             layer.blocks = None if blocks is None else image.new_empty(blocks + 1, 0)
             layer.dense = paused or dense_step or not layer.scheduled

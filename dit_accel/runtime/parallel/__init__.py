@@ -1,0 +1,1 @@
+"""Context parallelism: processes share the tokens of a call, and trade them for heads in each attention."""

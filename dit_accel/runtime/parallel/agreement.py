@@ -1,0 +1,48 @@
+"""`what_is_said`: the words in which a process tells the others which call it is about to make."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.models import Call
+from dit_accel.runtime.method import Method
+from dit_accel.runtime.run import Run
+
+
+def what_is_said(run: Run, call: Call, methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Return what all processes have in common in the first call of a context, by name.
+
+    Tensors are compared by a sum over their bits: what is selected in a step depends on the last one. Reading it waits
+    for the device.
+    """
+    pipe = run.pipe
+    said: dict[str, Any] = {
+        f"settings of {name}": getattr(method, "config", type(method).__name__)
+        for name, method in methods.items()
+    }
+    said |= {
+        "step": run.step,
+        "steps": run.num_steps,
+        "first step": run.begin,
+        "guidance_scale": getattr(pipe, "guidance_scale", None),
+        "latents": _shape(call.hidden_states),
+        "noise in the latents": _bits(call.hidden_states),
+        "timesteps": None if run.timesteps is None else _bits(run.timesteps),
+    }
+    names = ("encoder_hidden_states", "encoder_hidden_states_image", "mask of the text")
+    for name, x in zip(names, (call.context, call.images, call.mask), strict=True):
+        if x is not None:
+            said |= {name: f"{_shape(x)}, {_bits(x)}"}
+    return said
+
+
+def _shape(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
+
+def _bits(x: Tensor) -> int:
+    """A weighted sum over the bytes of a tensor, in which every order of summation gives the same."""
+    words = x.detach().contiguous().view(torch.uint8).flatten().to(torch.int64)
+    return int((words * (torch.arange(len(words), device=x.device) % 65521 + 1)).sum())

@@ -1,0 +1,89 @@
+"""`enable_parallelism`: context parallelism on a transformer, also on CPUs and for models without a plan."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dit_accel.models import family_of, is_supported
+from dit_accel.runtime.install import installation_of, transformer_of
+from dit_accel.runtime.parallel.switch import knows_parallelism
+
+
+def enable_parallelism(target: Any, *, config: Any) -> None:
+    """Share each call of a transformer among processes, as `transformer.enable_parallelism` of diffusers does.
+
+    This also works on CPUs, and for models that have no plan of context parallelism in diffusers. Every process runs the
+    same pipeline call with the same arguments and seeds, and gets the same result.
+
+    Args:
+        target: a pipeline or transformer that `enable` accepts. Where diffusers' attention processors do not know
+            context parallelism, acceleration has to be on first.
+        config: `diffusers.ContextParallelConfig(ulysses_degree=n)`; `ulysses_anything=True` accepts heads that do not
+            divide. Tokens never have to.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised, or parallelism is on already.
+        ValueError: the degree is not the number of processes, the heads cannot be shared, a ring, or acceleration is
+            needed first.
+
+    Example:
+        >>> torch.distributed.init_process_group()  # under torchrun --nproc-per-node 2
+        >>> pipe = SparseWanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").to(rank)
+        >>> dit_accel.enable_parallelism(pipe, config=ContextParallelConfig(ulysses_degree=2))
+    """
+    transformer = transformer_of(target, any_model=True)
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            "torch.distributed is not initialised: start with torchrun --nproc-per-node N and call "
+            "torch.distributed.init_process_group() first"
+        )
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise RuntimeError("transformer: parallelism is on already, and diffusers cannot change it")
+    context = getattr(config, "context_parallel_config", config)
+    degree, ring = getattr(context, "ulysses_degree", None), getattr(context, "ring_degree", None)
+    if degree is None or (ring or 1) > 1:
+        raise ValueError(
+            f"config={config!r}: accepted is diffusers.ContextParallelConfig(ulysses_degree=...), without a ring"
+        )
+    world = dist.get_world_size()
+    if context.mesh is None and degree != world:
+        raise ValueError(
+            f"ulysses_degree={degree}: there are {world} processes; accepted is {world}, or a mesh"
+        )
+    installed = installation_of(transformer)
+    ours = installed is not None and bool(installed.layers)
+    if is_supported(transformer) and not ours:
+        layers = family_of(transformer).self_attention(transformer)
+        if installed is None and not knows_parallelism(layers):
+            raise ValueError(
+                f"target: the attention processors of {type(transformer).__name__} in diffusers do not know context "
+                "parallelism; accepted after dit_accel.enable(...)"
+            )
+    if torch.accelerator.is_available() and "nccl" in dist.get_backend():
+        if transformer._cp_plan is None:
+            transformer._cp_plan = {}
+        transformer.enable_parallelism(config=config)
+    else:
+        _on_cpus(transformer, config, context)
+    if installed is not None:
+        installed.follow_parallelism(transformer)
+
+
+def _on_cpus(transformer: Any, config: Any, context: Any) -> None:
+    """Do what diffusers does, which asks for the number of accelerators and divides by it."""
+    from diffusers import ContextParallelConfig, ParallelConfig
+    from diffusers.hooks.context_parallel import apply_context_parallel
+
+    if isinstance(config, ContextParallelConfig):
+        config = ParallelConfig(context_parallel_config=config)
+    mesh = context.mesh or dist.init_device_mesh(
+        "cpu", context.mesh_shape, mesh_dim_names=context.mesh_dim_names
+    )
+    config.setup(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), mesh=mesh)
+    transformer._parallel_config = config
+    for module in transformer.modules():
+        processor = getattr(module, "processor", None)
+        if hasattr(processor, "_parallel_config"):
+            processor._parallel_config = config
+    apply_context_parallel(transformer, context, transformer._cp_plan or {})

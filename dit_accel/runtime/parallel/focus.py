@@ -1,0 +1,100 @@
+"""`SharedFocus`: the tokens of a call that run in this process."""
+
+from typing import Any
+
+from torch import Tensor
+
+from dit_accel.models import Call, Focus
+from dit_accel.runtime.parallel.exchange import Exchange
+from dit_accel.runtime.parallel.group import Group
+
+
+class AllTokens(Focus):
+    """All tokens in raster order: the focus where no method has one."""
+
+    keeps = False
+
+    def __init__(self) -> None:
+        self.index: Tensor | None = None
+        self._kept: dict[str, Any] = {}
+
+    @property
+    def per_run(self) -> dict[str, Any]:
+        return self._kept
+
+    @property
+    def per_context(self) -> dict[str, Any]:
+        return self._kept
+
+    def complete(self, x: Tensor) -> Tensor:
+        return x
+
+    def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
+        return None
+
+
+class SharedFocus(Focus):
+    """The share of this process in the tokens that another focus selects and orders.
+
+    Args:
+        inner: the focus of a method; None: all tokens run, in raster order.
+        group: the processes that share them.
+        layouts: see `AttentionLayer.layout`.
+    """
+
+    def __init__(self, inner: Focus | None, group: Group, layouts: set[str]) -> None:
+        self.inner = inner or AllTokens()
+        self.group = group
+        self.exchanges = {layout: Exchange(group) for layout in {"image", *layouts}}
+
+    def begin_call(self, call: Call) -> None:
+        """Take note of a call, after its methods have."""
+        if isinstance(self.inner, AllTokens):
+            self.inner.call = call
+            self.inner._kept = {}
+
+    @property
+    def call(self) -> Call:  # type: ignore[override]
+        return self.inner.call
+
+    @property
+    def index(self) -> Tensor | None:  # type: ignore[override]
+        return self.inner.index
+
+    @property
+    def keeps(self) -> bool:  # type: ignore[override]
+        return self.inner.keeps
+
+    @property
+    def passes(self) -> bool:
+        return False
+
+    @property
+    def per_run(self) -> dict[str, Any]:
+        return self.inner.per_run
+
+    @property
+    def per_context(self) -> dict[str, Any]:
+        return self.inner.per_context
+
+    def take(self, x: Tensor) -> Tensor:
+        return self.part(self.inner.take(x), "image")
+
+    def part(self, x: Tensor, layout: str = "text") -> Tensor:
+        length = x.shape[1]
+        if layout == "text":
+            for exchange in self.exchanges.values():
+                if exchange.words != length:
+                    exchange.text = x.new_empty(length, 0)
+        elif self.exchanges[layout].tokens.shape[0] != length:
+            self.exchanges[layout].tokens = x.new_empty(length, 0)
+        return x[:, self.group.own(length)]
+
+    def whole(self, x: Tensor, layout: str = "image") -> Tensor:
+        return self.group.gather(x, self.exchanges[layout].tokens.shape[0])
+
+    def complete(self, x: Tensor) -> Tensor:
+        return self.inner.complete(self.whole(x))
+
+    def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
+        return self.inner.place(layout, length, offsets)

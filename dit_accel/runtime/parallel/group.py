@@ -1,0 +1,187 @@
+"""`Group`: the processes that share the calls of a transformer, and what they send each other."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+NOTE_BYTES = 4096
+"""Room for what a process says in `Group.agree`."""
+
+
+def share(total: int, rank: int, size: int) -> int:
+    """Return how many of `total` things this rank gets: the first ranks get one more where it does not divide."""
+    return (total + size - 1 - rank) // size
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that compute each call of a transformer together (DeepSpeed Ulysses, arXiv 2309.14509).
+
+    Every process has the inputs and gets the output whole. In between each works on a share of the tokens, and in
+    attention on all tokens of a share of the heads. A loss that every process computes from the whole output gives
+    weights the gradient of the process's own tokens; the sum over the group is that of a single process.
+    """
+
+    process_group: Any
+    rank: int
+    size: int
+    uneven: bool = False
+    """True if heads may be shared unevenly (`ulysses_anything` of diffusers); tokens always may."""
+
+    def __deepcopy__(self, memo: dict) -> "Group":
+        return self  # a copy of a transformer is on the same processes
+
+    def shares(self, total: int) -> list[int]:
+        """Return the share of each rank."""
+        return [share(total, rank, self.size) for rank in range(self.size)]
+
+    def own(self, total: int) -> slice:
+        """Return the place of this process's share among `total` things."""
+        start = sum(share(total, rank, self.size) for rank in range(self.rank))
+        return slice(start, start + share(total, self.rank, self.size))
+
+    def check_heads(self, name: str, heads: int) -> None:
+        """Refuse heads that cannot be shared.
+
+        Args:
+            name: of the layer.
+            heads: of its keys.
+
+        Raises:
+            ValueError: they do not divide, or there are fewer of them than processes.
+        """
+        if heads % self.size and not (self.uneven and heads > self.size):
+            more = "" if self.uneven else f"; with ulysses_anything=True: up to {heads}"
+            divisors = [n for n in range(2, heads + 1) if heads % n == 0]
+            accepted = f"divisors of that: {', '.join(map(str, divisors)) or 'none'}"
+            raise ValueError(
+                f"ulysses_degree={self.size}: {name} has {heads} heads of keys; accepted are {accepted}{more}"
+            )
+
+    # What processes send each other ---------------------------------------------------------------
+
+    def exchange(self, x: Shaped[Tensor, " n"], sent: list[int], received: list[int]) -> Tensor:
+        """Send a piece of `x` to each rank, and return the pieces that come, laid end to end. Differentiable."""
+        call = (
+            funcol.all_to_all_single_autograd
+            if x.requires_grad and torch.is_grad_enabled()
+            else funcol.all_to_all_single
+        )
+        return _waited(call(x, received, sent, self.process_group))
+
+    def gather(
+        self, x: Shaped[Tensor, "r n ..."], total: int, dim: int = 1
+    ) -> Shaped[Tensor, "r m ..."]:
+        """Put the shares of all ranks together along a dimension of `total` places. Every rank has the same loss: the
+        gradient of a share is that of its places."""
+        result: Tensor = _Gather.apply(x, total, dim, self)
+        return result
+
+    def summed(self, weight: Tensor) -> Tensor:
+        """Return a weight that every rank has whole and uses for its share; its gradient is summed over the group."""
+        result: Tensor = weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            result = _SumGradient.apply(weight, self)
+        return result
+
+    def own_heads(self, weight: Float[Tensor, "h ..."]) -> Float[Tensor, "own ..."]:
+        """Return the rows of this process's heads; the gradient of all heads is summed over the group."""
+        return self.summed(weight)[self.own(weight.shape[0])]
+
+    def least(self, value: int, device: torch.device) -> int:
+        """Return the smallest value that any rank has."""
+        known = torch.tensor(value, device=self.device_of(device))
+        dist.all_reduce(known, dist.ReduceOp.MIN, group=self.process_group)
+        return int(known)
+
+    def agree(self, said: dict[str, Any], device: torch.device, error: Exception | None) -> None:
+        """Compare what each process is about to do. All fail if they differ, or if one of them failed.
+
+        Args:
+            said: what this process is about to do, in words and numbers by name.
+            device: of the calls.
+            error: what went wrong in this process. It is raised again.
+
+        Raises:
+            RuntimeError: a name has different values, or another process failed.
+        """
+        if error is not None:
+            said = {"error": f"{type(error).__name__}: {error}"}
+        text = json.dumps({k: str(x) for k, x in said.items()}).encode()
+        if len(text) > NOTE_BYTES:
+            text = json.dumps({"error": "what this process says is too long"}).encode()
+        note = torch.frombuffer(bytearray(text.ljust(NOTE_BYTES)), dtype=torch.uint8)
+        note = note.to(self.device_of(device))
+        notes = note.new_empty(self.size * NOTE_BYTES)
+        dist.all_gather_into_tensor(notes, note, group=self.process_group)
+        all_said = [json.loads(bytes(x)) for x in notes.view(self.size, -1).tolist()]
+        if error is not None:
+            raise error
+        for rank, other in enumerate(all_said):
+            if "error" in other:
+                raise RuntimeError(
+                    f"process {rank} of context parallelism failed, so that all stop: {other['error']}"
+                )
+        names = dict.fromkeys(name for x in all_said for name in x)
+        differing = [name for name in names if len({x.get(name) for x in all_said}) > 1]
+        if differing:
+            shown = "; ".join(
+                f"{name}: "
+                + ", ".join(f"{x.get(name)} (process {i})" for i, x in enumerate(all_said))
+                for name in differing
+            )
+            raise RuntimeError(
+                f"the processes of context parallelism are about to compute different things: {shown}. All need the "
+                "same settings, prompts, sizes, seeds and weights"
+            )
+
+    def device_of(self, device: torch.device) -> torch.device:
+        """Return the device of small messages."""
+        return torch.device("cpu") if "gloo" in str(self.backend) else device
+
+    @property
+    def backend(self) -> str:
+        """Name of the process group's backend, such as "gloo" or "nccl"."""
+        return dist.get_backend(self.process_group)
+
+
+def _waited(x: Tensor) -> Tensor:
+    return x.wait() if isinstance(x, funcol.AsyncCollectiveTensor) else x
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: int, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.own, ctx.shape = dim, group.own(total), x.shape
+        shares = group.shares(total)
+        most = shares[0]
+        x = x.movedim(dim, 0)
+        if x.shape[0] < most:  # all processes send as many places as the first
+            x = torch.cat([x, x.new_zeros(most - x.shape[0], *x.shape[1:])])
+        every = _waited(funcol.all_gather_tensor(x.contiguous(), 0, group.process_group))
+        if total != most * group.size:
+            pieces = every.unflatten(0, (group.size, most))
+            every = torch.cat([piece[:n] for piece, n in zip(pieces, shares, strict=True)])
+        return every.movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.narrow(ctx.dim, ctx.own.start, ctx.own.stop - ctx.own.start), None, None, None
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        total = funcol.all_reduce(grad.contiguous(), "sum", ctx.group.process_group)
+        return _waited(total), None

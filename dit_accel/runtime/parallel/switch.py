@@ -1,0 +1,113 @@
+"""`Parallelism`: context parallelism of diffusers on an accelerated transformer, taken over and given back."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dit_accel.models import AttentionLayer, Focus
+from dit_accel.runtime.parallel.focus import SharedFocus
+from dit_accel.runtime.parallel.group import Group
+
+
+def group_of(transformer: Any) -> Group | None:
+    """Return the processes that diffusers' `enable_parallelism` put a transformer on; None: there is no parallelism.
+
+    Raises:
+        ValueError: the transformer is parallel in a way that acceleration cannot follow.
+    """
+    config = getattr(transformer, "_parallel_config", None)
+    if getattr(config, "tensor_parallel_config", None) is not None:
+        raise ValueError(
+            "transformer: tensor parallelism is on, which acceleration does not follow; accepted is "
+            "ContextParallelConfig(ulysses_degree=...)"
+        )
+    context = getattr(config, "context_parallel_config", None)
+    if context is None:
+        return None
+    if (context.ring_degree or 1) > 1:
+        raise ValueError(
+            f"ring_degree={context.ring_degree}: in ring attention no process sees all keys of a head, and block scores, "
+            "the linear branch and cached keys need them; accepted is ContextParallelConfig(ulysses_degree=...)"
+        )
+    mesh = context._ulysses_mesh
+    return Group(
+        mesh.get_group(), mesh.get_local_rank(), mesh.size(), bool(context.ulysses_anything)
+    )
+
+
+@dataclass
+class _Removed:
+    """A hook of diffusers that splits or gathers tokens."""
+
+    module: str
+    """Name of its module; a reference would keep the model alive."""
+    name: str
+    hook: Any
+
+
+class Parallelism:
+    """Shares the tokens of an accelerated transformer, in place of the hooks of diffusers.
+
+    diffusers splits the sequence once, for all of a model. Acceleration selects and orders tokens first, and puts the
+    output together before it is completed, so its own hooks share the tokens. What diffusers had installed is put back
+    by `remove`.
+
+    Args:
+        transformer: on which diffusers' context parallelism is on.
+        group: its processes.
+        focus: that selects and orders the tokens; None: none does.
+        layers: self-attention layers by name.
+
+    Raises:
+        ValueError: the heads cannot be shared.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        group: Group,
+        focus: Focus | None,
+        layers: dict[str, AttentionLayer],
+    ) -> None:
+        for name, layer in layers.items():
+            group.check_heads(name, layer.kv_heads)
+        self.group = group
+        self.focus = SharedFocus(focus, group, {x.layout for x in layers.values()})
+        self._removed: list[_Removed] = []
+        for at, module in transformer.named_modules():
+            registry: Any = getattr(module, "_diffusers_hook", None)
+            for name, hook in list(getattr(registry, "hooks", {}).items()):
+                if name.startswith(("cp_input---", "cp_output---")):
+                    registry.remove_hook(name, recurse=False)
+                    self._removed.append(_Removed(at, name, hook))
+        for layer in layers.values():
+            layer.module.processor.exchange = self.focus.exchanges[layer.layout]
+
+    def remove(self, transformer: Any, layers: dict[str, AttentionLayer]) -> None:
+        """Give diffusers its hooks back.
+
+        The processors of some models do not know context parallelism and would see only the tokens of their process.
+        Parallelism then ends with acceleration, and every process computes all of a call.
+        """
+        if transformer._parallel_config is None:  # somebody ended it
+            return
+        if not knows_parallelism(layers):
+            transformer._parallel_config = None
+            warnings.warn(
+                f"context parallelism of {type(transformer).__name__} ended with acceleration: its attention processors "
+                "in diffusers do not know it, so that every process computes whole calls now",
+                stacklevel=2,
+            )
+            return
+        for x in self._removed:
+            registry = transformer.get_submodule(x.module)._diffusers_hook
+            registry.register_hook(x.hook, x.name)
+        self._removed = []
+
+
+def knows_parallelism(layers: dict[str, AttentionLayer]) -> bool:
+    """Return whether the attention processors of diffusers exchange heads themselves."""
+    stock = (getattr(x.module.processor, "stock", x.module.processor) for x in layers.values())
+    return all(hasattr(x, "_parallel_config") for x in stock)
