@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dit_accel.pipelines.wan_i2v import (
         SparseWanImageToVideoPipeline as SparseWanImageToVideoPipeline,
     )
+    from dit_accel.runtime.parallel.enable import enable_parallelism as enable_parallelism
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ _HOMES = {
     "SparseWanPipeline": "dit_accel.pipelines.wan",
     "disable": "dit_accel.control",
     "enable": "dit_accel.control",
+    "enable_parallelism": "dit_accel.runtime.parallel.enable",
     "estimate_memory": "dit_accel.memory",
     "load_sla": "dit_accel.control",
     "sampling_loop": "dit_accel.control",

@@ -106,7 +106,7 @@ def sd3(solver="euler", dual=()):
     )
 
 
-def lumina(solver="euler"):
+def lumina(solver="euler", heads=2, kv_heads=1):
     from diffusers import LuminaNextDiT2DModel, LuminaPipeline
 
     torch.manual_seed(0)
@@ -116,8 +116,8 @@ def lumina(solver="euler"):
         in_channels=4,
         hidden_size=32,
         num_layers=3,
-        num_attention_heads=2,
-        num_kv_heads=1,
+        num_attention_heads=heads,
+        num_kv_heads=kv_heads,
         multiple_of=16,
         cross_attention_dim=24,
     )
@@ -158,13 +158,13 @@ def lumina2(solver="euler"):
     )
 
 
-def wan(solver="unipc"):
+def wan(solver="unipc", heads=2):
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=12,
         in_channels=4,
         out_channels=4,

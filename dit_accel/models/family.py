@@ -98,13 +98,24 @@ class Focus:
         """
         return x
 
-    def whole(self, x: Tensor, layout: str = "image") -> Tensor:
-        """The shares of all processes, put together: undoes `part`, and for "image" the sharing of `take`."""
+    def whole(self, x: Tensor, layout: str = "image", *, ends: bool = False) -> Tensor:
+        """The shares of all processes, put together: undoes `part`, and for "image" the sharing of `take`.
+
+        Args:
+            x: the share of this process.
+            layout: as in `part`, or "image".
+            ends: whether all processes do the same with the result up to the loss. Else each uses it for its share,
+                and its gradient is the sum of theirs.
+        """
         return x
 
     def complete(self, x: Tensor) -> Tensor:
-        """The output of all tokens in raster order, `[R, N, C]`, from that of those that ran,
+        """The output of all tokens in raster order, `[R, N, C]`, from that of those that ran in this process,
         `[R, n, C]`."""
+        return self.fill(self.whole(x, ends=True))
+
+    def fill(self, x: Tensor) -> Tensor:
+        """The output of all tokens in raster order, `[R, N, C]`, from that of those that ran in all processes."""
         raise NotImplementedError
 
     def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:

@@ -117,13 +117,13 @@ def _joint_part(focus: Focus, args: tuple, kwargs: dict) -> Any:
 
 def _complete(focus: Focus, output: Float[Tensor, "r l c"]) -> Tensor:
     """Image outputs of all tokens, behind the text of each row."""
-    output = focus.whole(output, "joint")
+    output = focus.whole(output, "joint", ends=True)
     _, _, _, starts, full_lengths = focus.per_context["tables"]
     lengths = focus.per_context["lengths"]
     fresh = torch.stack(
         [output[r, a:b] for r, (a, b) in enumerate(zip(starts, lengths, strict=True))]
     )
-    full = focus.complete(focus.part(fresh, "image"))
+    full = focus.fill(fresh)
     if focus.index is None:
         return output
     lengths[:] = full_lengths

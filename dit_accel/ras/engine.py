@@ -452,7 +452,7 @@ class RegionAdaptiveSampling(Method, Focus):
 
     # What the hooks of a family call (see `Focus`) --------------------------------------------------
 
-    def complete(self, x: Float[Tensor, "r n c"]) -> Float[Tensor, "r l c"]:
+    def fill(self, x: Float[Tensor, "r n c"]) -> Float[Tensor, "r l c"]:
         """Outputs of the active tokens at their places in raster order, 0 elsewhere (`end_call` fills that in)."""
         if self._places is None:
             return x if self._order is None else self._order.undo(x)

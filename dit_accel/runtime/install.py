@@ -62,6 +62,8 @@ class Installation:
         """Focus that selects and orders the tokens; None: all of them, in raster order."""
         self._parallel_config: Any = None
         self._parallel: Parallelism | None = None
+        self._switched = False
+        """True if parallelism was switched since the last run began."""
         self._agreed = False
         """True if the processes of context parallelism have agreed on calls outside of any loop."""
         self._processors: dict[str, Any] = {}
@@ -108,6 +110,9 @@ class Installation:
             swap.put_in(transformer)
         if self._uses_attention:
             self._put_processors(transformer)
+        # diffusers asks for a plan where context parallelism is switched on; ours are the hooks of the family.
+        if is_supported(transformer) and transformer._cp_plan is None:
+            transformer._cp_plan = {}
         host = self.host(transformer)
         for method in self.methods.values():
             method.attach(host)
@@ -133,19 +138,16 @@ class Installation:
             )
             module.set_processor(ours)
             self._processors[name] = ours
-        # diffusers asks for a plan where context parallelism is switched on. The hooks of the family are ours.
-        if getattr(transformer, "_cp_plan", {}) is None:
-            transformer._cp_plan = {}
 
-    def follow_parallelism(self, transformer: Any) -> bool:
-        """Take over what diffusers' context parallelism does, where it was switched on or off. Return whether it was.
+    def follow_parallelism(self, transformer: Any) -> None:
+        """Take over what diffusers' context parallelism does, where it was switched on or off.
 
         Raises:
             ValueError: acceleration cannot follow it.
         """
         config = getattr(transformer, "_parallel_config", None)
         if config is self._parallel_config:
-            return False
+            return
         group = None if config is None else group_of(transformer)
         if group is not None and not self._uses_attention:
             self._learn_family(transformer)
@@ -154,11 +156,10 @@ class Installation:
         self._parallel = None
         if group is not None and self._processors:
             self._parallel = Parallelism(transformer, group, self.focus, self.layers)
-        self._parallel_config, self._agreed = config, False
+        self._parallel_config, self._agreed, self._switched = config, False, True
         for _, hook in self._focus_hooks:
             hook.remove()
         self._focus_hooks = self._hook_focus(transformer)
-        return True
 
     def _learn_family(self, transformer: Any) -> None:
         """Put our processors on a model that we know, though no method needs them: those of diffusers accept fewer sizes,
@@ -297,7 +298,10 @@ class Installation:
         """Tell the clock and the methods about a call; return the answer of a method, if one has any."""
         self._enter(transformer)
         self._follow_modules(transformer)
-        switched = self._switched(transformer)
+        try:
+            self.follow_parallelism(transformer)
+        except ValueError as error:
+            raise RuntimeError(f"changed after enable: {error}") from None
         arguments = by_name(transformer, args, kwargs)
         call = self.family.call(transformer, arguments)
         group = None if self._parallel is None else self._parallel.group
@@ -313,7 +317,7 @@ class Installation:
             begins = self.clock.tick(transformer, call.timestep, call.conditions, call.variant)
             if begins:
                 self._begin_run(transformer)
-            elif switched and self.clock.run is not None and self.clock.run.in_loop:
+            elif self._switched and self.clock.run is not None and self.clock.run.in_loop:
                 raise RuntimeError(
                     "transformer: context parallelism was switched in the middle of a run, and what this run has cached "
                     "is for other tokens and heads; accepted between runs"
@@ -323,7 +327,8 @@ class Installation:
             if group is None or not isinstance(failure, Exception):
                 raise
             error = failure
-        run = self.run = self.clock.run
+        run, self._switched = self.clock.run, False
+        self.run = run
         if group is not None:
             self._agree(group, run, call, error)
         assert run is not None
@@ -336,12 +341,6 @@ class Installation:
             self._parallel.focus.begin_call(call)
         self._begun = True
         return None
-
-    def _switched(self, transformer: Any) -> bool:
-        try:
-            return self.follow_parallelism(transformer)
-        except ValueError as error:
-            raise RuntimeError(f"changed after enable: {error}") from None
 
     def _agree(self, group: Group, run: Run | None, call: Call, error: Exception | None) -> None:
         """Make sure that all processes are about to make the same call, where it is the first of its kind."""

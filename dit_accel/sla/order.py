@@ -66,7 +66,7 @@ class Reordered(Focus):
         # What is the same for all rows stays one row.
         return x if self.order is None else self.order.apply(x)
 
-    def complete(self, x: Tensor) -> Tensor:
+    def fill(self, x: Tensor) -> Tensor:
         return x if self.order is None else self.order.undo(x)
 
     def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:

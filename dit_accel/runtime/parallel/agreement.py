@@ -18,23 +18,26 @@ def what_is_said(run: Run, call: Call, methods: Mapping[str, Method]) -> dict[st
     for the device.
     """
     pipe = run.pipe
-    said: dict[str, Any] = {
-        f"settings of {name}": getattr(method, "config", type(method).__name__)
-        for name, method in methods.items()
-    }
+    said: dict[str, Any] = {"methods": ", ".join(methods)}
+    for name, method in methods.items():
+        config = getattr(method, "config", None)
+        if config is not None:
+            said |= {f"{name}.{field}": x for field, x in config.to_dict().items()}
     said |= {
         "step": run.step,
         "steps": run.num_steps,
         "first step": run.begin,
         "guidance_scale": getattr(pipe, "guidance_scale", None),
         "latents": _shape(call.hidden_states),
-        "noise in the latents": _bits(call.hidden_states),
-        "timesteps": None if run.timesteps is None else _bits(run.timesteps),
+        "sum over the bits of the latents": _bits(call.hidden_states),
+        "sum over the bits of the timesteps": None
+        if run.timesteps is None
+        else _bits(run.timesteps),
     }
     names = ("encoder_hidden_states", "encoder_hidden_states_image", "mask of the text")
     for name, x in zip(names, (call.context, call.images, call.mask), strict=True):
         if x is not None:
-            said |= {name: f"{_shape(x)}, {_bits(x)}"}
+            said |= {name: f"{_shape(x)}, sum over the bits {_bits(x)}"}
     return said
 
 

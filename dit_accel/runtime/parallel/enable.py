@@ -44,7 +44,8 @@ def enable_parallelism(target: Any, *, config: Any) -> None:
     degree, ring = getattr(context, "ulysses_degree", None), getattr(context, "ring_degree", None)
     if degree is None or (ring or 1) > 1:
         raise ValueError(
-            f"config={config!r}: accepted is diffusers.ContextParallelConfig(ulysses_degree=...), without a ring"
+            f"config: {type(context).__name__} with ulysses_degree={degree} and ring_degree={ring}; accepted is "
+            "diffusers.ContextParallelConfig(ulysses_degree=...), without a ring"
         )
     world = dist.get_world_size()
     if context.mesh is None and degree != world:

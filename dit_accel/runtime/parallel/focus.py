@@ -26,7 +26,7 @@ class AllTokens(Focus):
     def per_context(self) -> dict[str, Any]:
         return self._kept
 
-    def complete(self, x: Tensor) -> Tensor:
+    def fill(self, x: Tensor) -> Tensor:
         return x
 
     def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
@@ -90,11 +90,11 @@ class SharedFocus(Focus):
             self.exchanges[layout].tokens = x.new_empty(length, 0)
         return x[:, self.group.own(length)]
 
-    def whole(self, x: Tensor, layout: str = "image") -> Tensor:
-        return self.group.gather(x, self.exchanges[layout].tokens.shape[0])
+    def whole(self, x: Tensor, layout: str = "image", *, ends: bool = False) -> Tensor:
+        return self.group.gather(x, self.exchanges[layout].tokens.shape[0], ends=ends)
 
-    def complete(self, x: Tensor) -> Tensor:
-        return self.inner.complete(self.whole(x))
+    def fill(self, x: Tensor) -> Tensor:
+        return self.inner.fill(x)
 
     def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
         return self.inner.place(layout, length, offsets)

@@ -76,11 +76,17 @@ class Group:
         return _waited(call(x, received, sent, self.process_group))
 
     def gather(
-        self, x: Shaped[Tensor, "r n ..."], total: int, dim: int = 1
+        self, x: Shaped[Tensor, "r n ..."], total: int, *, ends: bool = True
     ) -> Shaped[Tensor, "r m ..."]:
-        """Put the shares of all ranks together along a dimension of `total` places. Every rank has the same loss: the
-        gradient of a share is that of its places."""
-        result: Tensor = _Gather.apply(x, total, dim, self)
+        """Put the shares of all ranks together along the second dimension.
+
+        Args:
+            x: the share of this process.
+            total: places in all shares.
+            ends: whether every rank does the same with the result, up to the loss: the gradient of a share is then that
+                of its places. Else it is their sum over the ranks.
+        """
+        result: Tensor = _Gather.apply(x, total, ends, self)
         return result
 
     def summed(self, weight: Tensor) -> Tensor:
@@ -138,7 +144,7 @@ class Group:
             )
             raise RuntimeError(
                 f"the processes of context parallelism are about to compute different things: {shown}. All need the "
-                "same settings, prompts, sizes, seeds and weights"
+                "same settings, prompts, sizes and seeds"
             )
 
     def device_of(self, device: torch.device) -> torch.device:
@@ -157,22 +163,25 @@ def _waited(x: Tensor) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, total: int, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.own, ctx.shape = dim, group.own(total), x.shape
+    def forward(ctx: Any, x: Tensor, total: int, ends: bool, group: Group) -> Tensor:
+        ctx.own, ctx.ends, ctx.group = group.own(total), ends, group
         shares = group.shares(total)
         most = shares[0]
-        x = x.movedim(dim, 0)
+        x = x.movedim(1, 0)
         if x.shape[0] < most:  # all processes send as many places as the first
             x = torch.cat([x, x.new_zeros(most - x.shape[0], *x.shape[1:])])
         every = _waited(funcol.all_gather_tensor(x.contiguous(), 0, group.process_group))
         if total != most * group.size:
             pieces = every.unflatten(0, (group.size, most))
             every = torch.cat([piece[:n] for piece, n in zip(pieces, shares, strict=True)])
-        return every.movedim(0, dim)
+        return every.movedim(0, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.narrow(ctx.dim, ctx.own.start, ctx.own.stop - ctx.own.start), None, None, None
+        if not ctx.ends:
+            group = ctx.group.process_group
+            grad = _waited(funcol.all_reduce(grad.contiguous(), "sum", group))
+        return grad[:, ctx.own], None, None, None
 
 
 class _SumGradient(torch.autograd.Function):

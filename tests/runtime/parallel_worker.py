@@ -1,0 +1,323 @@
+"""Scenarios of context parallelism in two processes, run by torchrun; what they find goes to a JSON file a rank."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+
+import dit_accel
+from dit_accel.bench.collectives import Collectives
+from dit_accel.runtime.install import installation_of, method_of
+from tests.random_pipelines import (
+    FAMILIES,
+    MORE,
+    lumina,
+    make,
+    randomise,
+    relative,
+    run,
+    state_of,
+    wan,
+)
+
+SLA = {"topk": 0.3, "block_q": 16, "block_k": 16, "order": (2, 2, 4), "crossover": "never"}
+SLA |= {"dense_steps": 0, "dense_layers": 0}
+RAS = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,), "kv_predictor": "linear"}
+FORECAST = {"budget": 0.6, "warmup": 2, "tail": 1}
+METHODS = {
+    "sla": {"sla": SLA},
+    "ras": {"ras": RAS},
+    "both": {"sla": {**SLA, "combine": "proj", "linear_scope": "all"}, "ras": RAS},
+    "alpha": {"sla": {**SLA, "combine": "alpha", "order": "raster"}},
+    "learned": {"sla": {**SLA, "router": "learned"}},
+    "top_p": {"sla": {**SLA, "topk": None, "top_p": 0.5}},
+    "mixed": {"ras": {"budget": 0.65, "ratio": 0.2, "warmup": 2, "tail": 1}},
+    "forecast": {"ras": FORECAST},
+    "control": {"ras": {"control": 1.0, "warmup": 2, "tail": 1}},
+}
+DEGREE = 2
+
+
+def build(family):
+    """A pipeline whose heads two processes can share."""
+    if family != "lumina":
+        return make(family)
+    pipe = lumina(heads=4, kv_heads=2)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def accelerated(family, methods):
+    pipe = build(family)
+    dit_accel.enable(pipe, **METHODS[methods])
+    if methods in ("both", "learned"):
+        randomise(pipe)
+    return pipe
+
+
+def parallel(pipe, **options):
+    config = ContextParallelConfig(ulysses_degree=DEGREE, **options)
+    dit_accel.enable_parallelism(pipe, config=config)
+    return pipe
+
+
+def equal_to_one_process():
+    found = {}
+    for family in (*FAMILIES, *MORE):
+        every = METHODS if family in ("wan", "sd3") else ("both", "forecast")
+        for methods in every:
+            expected = run(accelerated(family, methods), family, (0, 1), steps=8)
+            pipe = parallel(accelerated(family, methods))
+            with Collectives(DEGREE) as seen:
+                latents = run(pipe, family, (0, 1), steps=8)
+            report = dit_accel.summary(pipe, strict=True)
+            found[f"{family}/{methods}"] = {
+                "error": relative(latents, expected),
+                "exchanges": sum(n for name, n in seen.calls.items() if "all_to_all" in name),
+                "sum": float(latents.double().sum()),
+                "cost": None if report.ras is None else report.ras.cost,
+            }
+    return found
+
+
+def training_step():
+    """Gradients of the weights of sparse attention, and of the model's own, against those of one process."""
+    found = {}
+    for family in ("wan", "sd3", "lumina2"):
+        for methods in ("both", "alpha", "learned"):
+            gradients = []
+            for processes in (1, DEGREE):
+                pipe = build(family)
+                dit_accel.enable(pipe, sla=METHODS[methods]["sla"])
+                randomise(pipe)
+                arguments = arguments_of_a_call(pipe, family)
+                if processes > 1:
+                    parallel(pipe)
+                output = pipe.transformer(**arguments)[0]
+                (
+                    output * torch.linspace(-1, 1, output[0].numel()).view(output[0].shape)
+                ).sum().backward()
+                gradients.append(
+                    {
+                        k: x.grad
+                        for k, x in pipe.transformer.named_parameters()
+                        if x.grad is not None
+                    }
+                )
+            one, shared = gradients
+            assert one.keys() == shared.keys()
+            ours = {k for k in one if ".sla." in k}
+            assert ours
+            for k in [x for x in shared if x not in ours]:
+                dist.all_reduce(shared[k])
+            scale = max(float(x.norm()) for x in one.values())
+            found[f"{family}/{methods}"] = {
+                "ours": max(relative(shared[k], one[k]) for k in ours),
+                "model": max(float((shared[k] - one[k]).norm()) for k in one) / scale,
+            }
+    return found
+
+
+def arguments_of_a_call(pipe, family):
+    kept = {}
+
+    def keep(module, args, kwargs):
+        kept.update({k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in kwargs.items()})
+        kept.update(zip(("hidden_states", "timestep"), args, strict=False))
+
+    handle = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    run(pipe, family, steps=1)
+    handle.remove()
+    return kept
+
+
+def uneven_heads():
+    expected = []
+    latents = []
+    for target, options in ((expected, None), (latents, {"ulysses_anything": True})):
+        pipe = wan(heads=3)
+        pipe.set_progress_bar_config(disable=True)
+        dit_accel.enable(pipe, **METHODS["both"])
+        randomise(pipe)
+        if options:
+            parallel(pipe, **options)
+        target.append(run(pipe, "wan", (0, 1), steps=8))
+    return relative(latents[0], expected[0])
+
+
+def before_and_after():
+    """diffusers' own `enable_parallelism`, before and after `enable`, and `disable`."""
+    found = {}
+    size = {"height": 128, "width": 128}  # tokens that diffusers, too, can share
+    plain = run(make("wan"), "wan", steps=6, **size)
+    pipe = make("wan")
+    dit_accel.enable(pipe, ras=RAS, sla=SLA)
+    expected = run(pipe, "wan", steps=6, **size)
+    for order in ("before", "after", "between runs"):
+        pipe = make("wan")
+        if order != "before":
+            dit_accel.enable(pipe, ras=RAS, sla=SLA)
+        if order == "between runs":
+            run(pipe, "wan", steps=6, **size)
+        pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        if order == "before":
+            before = state_of(pipe.transformer)
+            dit_accel.enable(pipe, ras=RAS, sla=SLA)
+        errors = [relative(run(pipe, "wan", steps=6, **size), expected) for _ in range(2)]
+        dit_accel.disable(pipe)
+        errors.append(relative(run(pipe, "wan", steps=6, **size), plain))
+        found[order] = max(errors)
+        if order == "before":
+            after = state_of(pipe.transformer)
+            found["same attributes"] = {k: set(x) for k, x in before.items()} == {
+                k: set(x) for k, x in after.items()
+            }
+    pipe = make("sd3")
+    plain = run(pipe, "sd3", steps=6)
+    dit_accel.enable(pipe, ras=FORECAST)
+    pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    run(pipe, "sd3", steps=6)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        dit_accel.disable(pipe)
+    found["sd3 afterwards"] = relative(run(pipe, "sd3", steps=6), plain)
+    found["sd3 warning"] = [str(x.message) for x in said]
+    return found
+
+
+def message_of(work):
+    try:
+        work()
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def refusals():
+    rank = dist.get_rank()
+    found = {"plain sd3": message_of(lambda: parallel(make("sd3")))}
+
+    def heads():
+        dit_accel.enable(pipe := make("lumina"), sla=SLA)
+        parallel(pipe)
+
+    def ring():
+        dit_accel.enable(pipe := make("wan"), sla=SLA)
+        dit_accel.enable_parallelism(pipe, config=ContextParallelConfig(ring_degree=2))
+
+    def ring_through_diffusers():
+        pipe = make("wan")
+        pipe.transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=2))
+        dit_accel.enable(pipe, sla=SLA)
+
+    def degree():
+        dit_accel.enable(pipe := make("wan"), sla=SLA)
+        dit_accel.enable_parallelism(pipe, config=ContextParallelConfig(ulysses_degree=4))
+
+    def twice():
+        parallel(parallel(accelerated("wan", "sla")))
+
+    def in_mid_run():
+        pipe = accelerated("wan", "both")
+
+        def switch(pipe, step, timestep, kwargs):
+            if step == 2:
+                parallel(pipe)
+            return kwargs
+
+        try:
+            run(pipe, "wan", callback_on_step_end=switch)
+        finally:
+            found["a run after that"] = float(run(pipe, "wan", steps=4).double().sum())
+
+    def settings():
+        pipe = build("wan")
+        dit_accel.enable(pipe, sla={**SLA, "topk": 0.3 + 0.1 * rank})
+        run(parallel(pipe), "wan", steps=4)
+
+    def prompts():
+        run(parallel(accelerated("wan", "both")), "wan", (rank,), steps=4)
+
+    def steps():
+        run(parallel(accelerated("wan", "ras")), "wan", steps=6 + rank)
+
+    def sizes():
+        run(parallel(accelerated("sd3", "both")), "sd3", height=176 + 16 * rank)
+
+    def a_failure():
+        pipe = parallel(accelerated("sd3", "sla"))
+        if rank == 1:  # somebody set a processor in one process
+            attn = pipe.transformer.transformer_blocks[0].attn
+            attn.set_processor(attn.processor.stock)
+        run(pipe, "sd3", steps=4)
+
+    for case in (
+        *(heads, ring, ring_through_diffusers, degree, twice),
+        *(in_mid_run, settings, prompts, steps, sizes, a_failure),
+    ):
+        found[case.__name__] = message_of(case)
+    return found
+
+
+def compiled():
+    """Blocks compiled whole, with and without tokens that divide, equal plain ones."""
+    pipe = accelerated("wan", "both")
+    expected = run(pipe, "wan", steps=8)
+    pipe = parallel(accelerated("wan", "both"))
+    pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    return relative(run(pipe, "wan", steps=8), expected)
+
+
+class Counting:
+    """Collectives of every call of a transformer."""
+
+    def __init__(self):
+        self.steps = []
+
+    def before(self, module, args):
+        self.mode = Collectives(DEGREE)
+        self.mode.__enter__()
+
+    def after(self, module, args, output):
+        self.mode.__exit__(None, None, None)
+        self.steps.append((dict(self.mode.calls), dict(self.mode.nbytes)))
+
+
+def traffic():
+    """Collectives and bytes of each step, by family: dense and accelerated."""
+    found = {}
+    for family, methods in (("wan", "sla"), ("wan", "ras"), ("sd3", "sla")):
+        pipe = accelerated(family, methods)
+        parallel(pipe)
+        counting = Counting()
+        pipe.transformer.register_forward_pre_hook(counting.before)
+        pipe.transformer.register_forward_hook(counting.after)
+        run(pipe, family, steps=8, guidance=1.0)
+        found[f"{family}/{methods}"] = {
+            "steps": counting.steps,
+            "active": [x.active for x in dit_accel.summary(pipe).ras.steps]
+            if methods == "ras"
+            else None,
+            "layers": len(installation_of(pipe).layers),
+            "own": method_of(pipe, methods) is not None,
+        }
+    return found
+
+
+def main(folder, names):
+    torch.set_num_threads(1)
+    # diffusers asks for the number of accelerators and divides by it; a CPU has none.
+    torch.accelerator.device_count = lambda: 1
+    dist.init_process_group("gloo")
+    warnings.simplefilter("ignore")
+    found = {name: globals()[name]() for name in names}
+    Path(folder, f"found-{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,112 @@
+"""Context parallelism in two processes (torchrun, gloo, CPU) against one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCENARIOS = (
+    *("equal_to_one_process", "training_step", "uneven_heads"),
+    *("before_and_after", "refusals", "traffic"),
+)
+
+
+def run_worker(folder, *scenarios, timeout=240):
+    """What each process found; a process that hangs fails the test."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *(str(Path(__file__).with_name("parallel_worker.py")), str(folder), *scenarios),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run_worker(tmp_path_factory.mktemp("parallel"), *SCENARIOS)
+
+
+def test_two_processes_equal_one(found):
+    first, second = (x["equal_to_one_process"] for x in found)
+    assert first == second, "both processes get the same latents, to the last bit"
+    assert {name.split("/")[0] for name in first} >= {"wan", "sd3", "sd35", "lumina", "lumina2"}
+    for name, case in first.items():
+        assert case["error"] < 1e-5, name
+        assert case["exchanges"] > 0, name
+
+
+def test_gradients_of_two_processes_add_up_to_those_of_one(found):
+    for case in found:
+        for name, errors in case["training_step"].items():
+            assert errors["ours"] < 1e-5, name
+            assert errors["model"] < 1e-5, name
+
+
+def test_heads_that_do_not_divide_are_shared_where_that_is_asked_for(found):
+    assert all(x["uneven_heads"] < 1e-5 for x in found)
+
+
+def test_diffusers_can_switch_it_on_before_and_after_enable(found):
+    for case in found:
+        case = case["before_and_after"]
+        assert all(case[order] < 1e-5 for order in ("before", "after", "between runs"))
+        assert case["same attributes"]
+
+
+def test_it_ends_with_acceleration_where_diffusers_does_not_know_it(found):
+    for case in found:
+        case = case["before_and_after"]
+        assert case["sd3 afterwards"] == 0
+        assert "ended with acceleration" in case["sd3 warning"][0]
+
+
+@pytest.mark.parametrize(
+    ("case", "messages"),
+    [
+        ("plain sd3", ["SD3Transformer2DModel", "dit_accel.enable"]),
+        ("heads", ["ulysses_degree=2", "1 heads of keys"]),
+        ("ring", ["ring_degree=2", "ulysses_degree="]),
+        ("ring_through_diffusers", ["ring_degree=2", "no process sees all keys"]),
+        ("degree", ["ulysses_degree=4", "accepted is 2"]),
+        ("twice", ["parallelism is on already"]),
+        ("in_mid_run", ["switched in the middle of a run", "accepted between runs"]),
+        ("settings", ["sla.topk: 0.3 (process 0), 0.4 (process 1)"]),
+        ("prompts", ["encoder_hidden_states", "latents"]),
+        ("steps", ["steps: 6 (process 0), 7 (process 1)"]),
+        ("sizes", ["[2, 16, 22, 26] (process 0), float32 [2, 16, 24, 26] (process 1)"]),
+        ("a_failure", ["transformer_blocks.0.attn was changed after enable"]),
+    ],
+)
+def test_every_process_stops_with_one_clear_error(found, case, messages):
+    for rank, x in enumerate(found):
+        said = x["refusals"][case]
+        assert all(message in said for message in messages), (rank, said)
+        assert len(said) < 600
+
+
+def test_a_run_after_a_refused_one_works(found):
+    assert len({x["refusals"]["a run after that"] for x in found}) == 1
+
+
+def test_bytes_and_collectives(found):
+    for case in found:
+        for name, x in case["traffic"].items():
+            # One exchange before attention and one behind it, where diffusers has four; and the output.
+            for calls, _ in x["steps"]:
+                assert calls["all_to_all_single"] == 2 * x["layers"], name
+                assert sum(calls.values()) == 2 * x["layers"] + 1, name
+        ras = case["traffic"]["wan/ras"]
+        dense = ras["steps"][0][1]["all_to_all_single"] / ras["active"][0]
+        for (_, nbytes), active in zip(ras["steps"], ras["active"], strict=True):
+            assert nbytes["all_to_all_single"] / active == pytest.approx(dense, rel=0.02)
+        # q, k, v and o: tokens x width / processes, of which this process keeps its own.
+        width = 2 * 12 * 4  # heads x head_dim x bytes
+        formula = 4 * ras["active"][0] * width / 2 / 2
+        sent = ras["steps"][0][1]["all_to_all_single"] / ras["layers"]
+        assert sent == pytest.approx(formula, rel=0.02)
