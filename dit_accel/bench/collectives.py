@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
 KINDS = ("all_", "allgather", "allreduce", "alltoall", "broadcast", "reduce")
 """How the names of the operators begin."""
 

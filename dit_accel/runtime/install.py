@@ -32,7 +32,7 @@ from dit_accel.runtime.clock import Clock
 from dit_accel.runtime.method import Host, Method
 from dit_accel.runtime.parallel.agreement import what_is_said
 from dit_accel.runtime.parallel.group import Group
-from dit_accel.runtime.parallel.switch import Parallelism, group_of
+from dit_accel.runtime.parallel.switch import Parallelism, group_of, parallel_config_of
 from dit_accel.runtime.run import Run
 from dit_accel.runtime.swap import WeightSwap
 from dit_accel.runtime.weights import lora_scale, weights_state
@@ -145,10 +145,10 @@ class Installation:
         Raises:
             ValueError: acceleration cannot follow it.
         """
-        config = getattr(transformer, "_parallel_config", None)
+        config = parallel_config_of(transformer, self.layers)
         if config is self._parallel_config:
             return
-        group = None if config is None else group_of(transformer)
+        group = None if config is None else group_of(config)
         if group is not None and not self._uses_attention:
             self._learn_family(transformer)
         if self._parallel is not None:
@@ -300,8 +300,8 @@ class Installation:
         self._follow_modules(transformer)
         try:
             self.follow_parallelism(transformer)
-        except ValueError as error:
-            raise RuntimeError(f"changed after enable: {error}") from None
+        except ValueError as refusal:
+            raise RuntimeError(f"changed after enable: {refusal}") from None
         arguments = by_name(transformer, args, kwargs)
         call = self.family.call(transformer, arguments)
         group = None if self._parallel is None else self._parallel.group

@@ -39,7 +39,7 @@ def test_the_seam_gets_rotated_heads_in_b_h_l_d(attention, inputs):
     hidden_states, rotary = inputs
     stock = attention(hidden_states, rotary_emb=rotary)
 
-    def attend(q, k, v, *, masked):
+    def attend(q, k, v, *, text, text_lengths, masked, scale):
         assert not masked
         assert q.shape == k.shape == v.shape == (2, 2, 24, 16)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -48,11 +48,3 @@ def test_the_seam_gets_rotated_heads_in_b_h_l_d(attention, inputs):
     processor.attend = attend
     attention.set_processor(processor)
     torch.testing.assert_close(attention(hidden_states, rotary_emb=rotary), stock)
-
-
-def test_context_parallelism_is_refused(attention, inputs):
-    processor = wan.WanSparseAttnProcessor(attention.processor)
-    processor._parallel_config = object()
-    attention.set_processor(processor)
-    with pytest.raises(RuntimeError, match="context parallelism"):
-        attention(inputs[0], rotary_emb=inputs[1])

@@ -259,10 +259,3 @@ def test_14_keys_rotated_with_another_table_are_not_used():
     steps = dit_accel.summary(pipe, strict=True).ras.steps
     stale = [s.step for s in steps if "first call of a context" in s.dense_calls]
     assert len(stale) == 1
-
-
-def test_15_context_parallelism_is_refused_by_name():
-    pipe = make("wan")
-    pipe.transformer.blocks[0].attn1.processor._parallel_config = object()
-    with pytest.raises(ValueError, match="context parallelism"):
-        dit_accel.enable(pipe, ras="balanced")

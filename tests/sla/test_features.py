@@ -475,23 +475,17 @@ def test_ip_adapters_are_refused_by_name():
         run(pipe, "sd3", joint_attention_kwargs=image)
 
 
-@pytest.mark.parametrize("where", ["processors", "transformer"])
 @both_families
-def test_context_parallelism_is_refused_before_and_after_enable(family, where):
+def test_tensor_parallelism_is_refused_before_and_after_enable(family):
     def switch_on(pipe):
-        config = SimpleNamespace(context_parallel_config=object())
-        if where == "transformer":
-            pipe.transformer._parallel_config = config
-        else:
-            for processor in pipe.transformer.attn_processors.values():
-                processor._parallel_config = config
+        pipe.transformer._parallel_config = SimpleNamespace(tensor_parallel_config=object())
 
     pipe = make(family)
     switch_on(pipe)
-    with pytest.raises(ValueError, match="context parallelism"):
+    with pytest.raises(ValueError, match="tensor parallelism"):
         enable(pipe)
     pipe = make(family)
     enable(pipe)
     switch_on(pipe)
-    with pytest.raises(RuntimeError, match="context parallelism"):
+    with pytest.raises(RuntimeError, match="tensor parallelism"):
         run(pipe, family)

@@ -32,7 +32,7 @@ def enable_parallelism(target: Any, *, config: Any) -> None:
         >>> pipe = SparseWanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").to(rank)
         >>> dit_accel.enable_parallelism(pipe, config=ContextParallelConfig(ulysses_degree=2))
     """
-    transformer = transformer_of(target, any_model=True)
+    transformer: Any = transformer_of(target, any_model=True)
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
             "torch.distributed is not initialised: start with torchrun --nproc-per-node N and call "
@@ -84,7 +84,7 @@ def _on_cpus(transformer: Any, config: Any, context: Any) -> None:
     config.setup(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), mesh=mesh)
     transformer._parallel_config = config
     for module in transformer.modules():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_parallel_config"):
             processor._parallel_config = config
     apply_context_parallel(transformer, context, transformer._cp_plan or {})

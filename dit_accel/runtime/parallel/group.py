@@ -124,9 +124,9 @@ class Group:
             text = json.dumps({"error": "what this process says is too long"}).encode()
         note = torch.frombuffer(bytearray(text.ljust(NOTE_BYTES)), dtype=torch.uint8)
         note = note.to(self.device_of(device))
-        notes = note.new_empty(self.size * NOTE_BYTES)
-        dist.all_gather_into_tensor(notes, note, group=self.process_group)
-        all_said = [json.loads(bytes(x)) for x in notes.view(self.size, -1).tolist()]
+        notes = [torch.empty_like(note) for _ in range(self.size)]
+        dist.all_gather(notes, note, group=self.process_group)
+        all_said = [json.loads(bytes(x.tolist())) for x in notes]
         if error is not None:
             raise error
         for rank, other in enumerate(all_said):
@@ -161,6 +161,10 @@ def _waited(x: Tensor) -> Tensor:
     return x.wait() if isinstance(x, funcol.AsyncCollectiveTensor) else x
 
 
+# torch 2.13 has another name for it, and warns about this one.
+_all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, total: int, ends: bool, group: Group) -> Tensor:
@@ -170,7 +174,7 @@ class _Gather(torch.autograd.Function):
         x = x.movedim(1, 0)
         if x.shape[0] < most:  # all processes send as many places as the first
             x = torch.cat([x, x.new_zeros(most - x.shape[0], *x.shape[1:])])
-        every = _waited(funcol.all_gather_tensor(x.contiguous(), 0, group.process_group))
+        every = _waited(_all_gather(x.contiguous(), 0, group.process_group))
         if total != most * group.size:
             pieces = every.unflatten(0, (group.size, most))
             every = torch.cat([piece[:n] for piece, n in zip(pieces, shares, strict=True)])

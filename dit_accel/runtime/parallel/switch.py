@@ -11,13 +11,19 @@ from dit_accel.runtime.parallel.focus import SharedFocus
 from dit_accel.runtime.parallel.group import Group
 
 
-def group_of(transformer: Any) -> Group | None:
-    """Return the processes that diffusers' `enable_parallelism` put a transformer on; None: there is no parallelism.
+def parallel_config_of(transformer: Any, layers: dict[str, AttentionLayer]) -> Any:
+    """Return the `ParallelConfig` of diffusers on a transformer, or on its attention processors; None: there is none."""
+    owners = (transformer, *(x.module.processor for x in layers.values()))
+    found = (getattr(x, "_parallel_config", None) for x in owners)
+    return next((x for x in found if x is not None), None)
+
+
+def group_of(config: Any) -> Group | None:
+    """Return the processes that a `ParallelConfig` of diffusers puts a transformer on; None: there are no others.
 
     Raises:
         ValueError: the transformer is parallel in a way that acceleration cannot follow.
     """
-    config = getattr(transformer, "_parallel_config", None)
     if getattr(config, "tensor_parallel_config", None) is not None:
         raise ValueError(
             "transformer: tensor parallelism is on, which acceleration does not follow; accepted is "
@@ -91,7 +97,7 @@ class Parallelism:
         The processors of some models do not know context parallelism and would see only the tokens of their process.
         Parallelism then ends with acceleration, and every process computes all of a call.
         """
-        if transformer._parallel_config is None:  # somebody ended it
+        if parallel_config_of(transformer, layers) is None:  # somebody ended it
             return
         if not knows_parallelism(layers):
             transformer._parallel_config = None
