@@ -78,7 +78,9 @@ def measured(args: Args, name: str, methods: dict[str, Any]) -> dict[str, Any]:
     return {
         "method": name,
         "active_tokens": active,
-        "all_to_all_per_layer": [x["calls"].get("all_to_all_single", 0) / args.layers for x in steps],
+        "all_to_all_per_layer": [
+            x["calls"].get("all_to_all_single", 0) / args.layers for x in steps
+        ],
         "collectives": [sum(x["calls"].values()) for x in steps],
         "bytes_per_layer": exchanged,
         "formula_bytes_per_layer": formula,
@@ -102,7 +104,9 @@ def main(args: Args) -> None:
                 round(a / b, 4) if b else a
                 for a, b in zip(row["bytes_per_layer"], row["formula_bytes_per_layer"], strict=True)
             ]
-            print(f"  bytes over the formula 4 x tokens x width / processes x others' share: {shares}")
+            print(
+                f"  bytes over the formula 4 x tokens x width / processes x others' share: {shares}"
+            )
     if args.output is not None and dist.get_rank() == 0:
         write_record(args.output, 1, args, rows)
     dist.destroy_process_group()

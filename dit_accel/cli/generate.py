@@ -32,6 +32,10 @@ class Generate(AccelerationOptions):
     compile: bool = False
     """Compile the repeated blocks of the transformer (torch.compile; Wan2.1)."""
 
+    parallel: str = "none"
+    """Processes that make each sample together: ulysses:2 under torchrun --nproc-per-node 2 -m dit_accel.cli generate;
+    ulysses_anything:2 for heads that 2 does not divide. The first process writes."""
+
     def run(self) -> None:
         prompts = self._prompts()
         sla, ras = self.sla_config(), self.ras_config()
@@ -40,26 +44,37 @@ class Generate(AccelerationOptions):
                 f"save_focus=True: --ras {self.ras} has no steps on some of the tokens; accepted with settings that have "
                 "a ratio, such as --ras partial"
             )
+        from dit_accel.sampling.parallel import processes, read_parallel
+
+        parallel = read_parallel(self.parallel)
         outline, sampling = self.check(prompts)
+        if parallel is not None:
+            parallel.check(outline)
         from dit_accel.sampling.extras import check_extras, prepare
         from dit_accel.sampling.numbered import generate_numbered
 
         extras = check_extras(
             outline, scheduler=self.scheduler, loras=self.lora, compile=self.compile
         )
-        pipe = self.load(sla, ras)
-        records = generate_numbered(
-            pipe,
-            prompts,
-            output_dir=self.output_dir,
-            model=self.model,
-            sampling=sampling,
-            seed=self.seed,
-            kind=self.kind,
-            fps=self.fps,
-            save_focus=self.save_focus,
-            extras=prepare(pipe, extras),
-        )
+        with processes(parallel, self.device):
+            pipe = self.load(sla, ras)
+            if parallel is not None:
+                parallel.enable(pipe)
+            records = generate_numbered(
+                pipe,
+                prompts,
+                output_dir=self.output_dir,
+                model=self.model,
+                sampling=sampling,
+                seed=self.seed,
+                kind=self.kind,
+                fps=self.fps,
+                save_focus=self.save_focus,
+                extras=prepare(pipe, extras) | ({} if parallel is None else parallel.record),
+                writes=parallel is None or parallel.writes,
+            )
+        if parallel is not None and not parallel.writes:
+            return
         if self.format == "json":
             print_json(records)
             return

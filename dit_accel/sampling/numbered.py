@@ -10,7 +10,7 @@ from dit_accel.files import check_writable, naming_failures, write_json
 from dit_accel.runtime.install import method_of
 from dit_accel.sampling import media
 from dit_accel.sampling.batches import run_batches
-from dit_accel.sampling.call import BatchResult
+from dit_accel.sampling.call import BatchResult, run_latents
 from dit_accel.sampling.claims import claimed_stem
 from dit_accel.sampling.focus import focus_masks, write_focus
 from dit_accel.sampling.plan import plan_samples
@@ -33,6 +33,7 @@ def generate_numbered(
     fps: float | int = 16.0,
     save_focus: bool = False,
     extras: dict[str, Any] | None = None,
+    writes: bool = True,
 ) -> list[dict[str, Any]]:
     """Generate one clip or image per prompt; each gets a numbered file and a sidecar JSON.
 
@@ -48,6 +49,7 @@ def generate_numbered(
         fps: frame rate of the written clips.
         save_focus: also write where region-adaptive sampling worked, see `write_focus`.
         extras: what else was put on the pipeline, for the sidecars (see `extras.prepare`).
+        writes: whether this process writes; else another one does, which makes each sample together with it.
 
     Returns:
         The sidecar records, with `files` and `sidecar` as paths.
@@ -68,6 +70,10 @@ def generate_numbered(
     samples = plan_samples(prompts, sampling, seed=seed, count=1, layout="ids")
     for sample in samples:
         pipe.check_sizes(**sample.sampling.call_arguments())
+    if not writes:
+        for sample in samples:
+            run_latents(pipe, [sample])
+        return []
     folder = check_writable(output_dir, "output_dir")
     records = []
     for made in run_batches(pipe, [[x] for x in samples]):

@@ -1,0 +1,53 @@
+"""`dit-accel generate --parallel`: two processes make one sample."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .command import SMALL, run
+
+
+def test_two_processes_make_the_sample_of_one(wan_repository, small_blocks, tmp_path):
+    call = ["generate", "a red circle", "--model", wan_repository, *SMALL, "--kind", "png"]
+    call += ["--sla", small_blocks, "--output-dir"]
+    assert run(*call, tmp_path / "one") == 0
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *("-m", "dit_accel.cli", *map(str, call), str(tmp_path / "two"), "--parallel", "ulysses:2"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = sorted(x.name for x in (tmp_path / "one").iterdir())
+    assert names == sorted(x.name for x in (tmp_path / "two").iterdir())
+    for name in names:
+        if name.endswith(".png"):
+            a, b = (np.asarray(Image.open(tmp_path / x / name)).astype(int) for x in ("one", "two"))
+            assert abs(a - b).max() <= 1
+    record = json.loads((tmp_path / "two" / "0000.json").read_text())
+    assert record["parallel"] == {"ulysses": 2}
+    assert done.stdout.count("a red circle") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("ulysses:2", "there is 1 process; accepted is torchrun --nproc-per-node 2"),
+        ("ulysses:1", "with N of 2 or more"),
+        ("ring:2", "no process sees all keys of a head"),
+        ("tensor:2", "accepted are none, ulysses:N"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(refused, wan_repository, value, message):
+    assert message in refused("generate", "a", "--model", wan_repository, "--parallel", value)
+
+
+def test_heads_that_cannot_be_shared_are_refused(refused, wan_repository, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    line = refused("generate", "a", "--model", wan_repository, "--parallel", "ulysses:5")
+    assert "ulysses_degree=5: blocks.0.attn1 has 2 heads" in line
