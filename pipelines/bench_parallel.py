@@ -7,6 +7,7 @@ region-adaptive sampling, on a Wan2.1-1.3B with few layers and random weights. B
 not depend on the machine; no time is measured.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ class Args:
 
     output: Path | None = None
     """Results file."""
+    table: Path | None = None
+    """Results file to print as the table of docs/parallel.md; nothing is measured."""
     layers: int = 2
     """Layers of the model; the numbers of a layer do not depend on it."""
     frames: int = 2
@@ -90,7 +93,34 @@ def measured(args: Args, name: str, methods: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of docs/parallel.md."""
+    lines = [
+        "| | tokens that run | all-to-all a layer | collectives a call | MB sent a layer | formula |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for at in (0, 1, 3):  # the first step, a dense one, one in the middle
+            if at and all(row[k][at] == row[k][0] for k in row if k != "method"):
+                continue
+            cells = [
+                row["method"] + (", first call" if at == 0 else f", step {at}"),
+                str(row["active_tokens"][at]),
+                f"{row['all_to_all_per_layer'][at]:.0f}",
+                str(row["collectives"][at]),
+                *(
+                    f"{row[k][at] / 1e6:.2f}"
+                    for k in ("bytes_per_layer", "formula_bytes_per_layer")
+                ),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(args: Args) -> None:
+    if args.table is not None:
+        print(table(json.loads(args.table.read_text())["rows"]))
+        return
     dist.init_process_group("gloo")
     rows = []
     for name, methods in METHODS.items():

@@ -1,12 +1,14 @@
 """`enable_parallelism`: context parallelism on a transformer, also on CPUs and for models without a plan."""
 
+import copy
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dit_accel.models import family_of, is_supported
-from dit_accel.runtime.install import installation_of, transformer_of
+from dit_accel.runtime.install import installation_of, parts_of, transformer_of
+from dit_accel.runtime.parallel.group import Group
 from dit_accel.runtime.parallel.switch import knows_parallelism
 
 
@@ -32,14 +34,11 @@ def enable_parallelism(target: Any, *, config: Any) -> None:
         >>> pipe = SparseWanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").to(rank)
         >>> dit_accel.enable_parallelism(pipe, config=ContextParallelConfig(ulysses_degree=2))
     """
-    transformer: Any = transformer_of(target, any_model=True)
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
             "torch.distributed is not initialised: start with torchrun --nproc-per-node N and call "
             "torch.distributed.init_process_group() first"
         )
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise RuntimeError("transformer: parallelism is on already, and diffusers cannot change it")
     context = getattr(config, "context_parallel_config", config)
     degree, ring = getattr(context, "ulysses_degree", None), getattr(context, "ring_degree", None)
     if degree is None or (ring or 1) > 1:
@@ -52,32 +51,46 @@ def enable_parallelism(target: Any, *, config: Any) -> None:
         raise ValueError(
             f"ulysses_degree={degree}: there are {world} processes; accepted is {world}, or a mesh"
         )
-    installed = installation_of(transformer)
-    ours = installed is not None and bool(installed.layers)
-    if is_supported(transformer) and not ours:
-        layers = family_of(transformer).self_attention(transformer)
-        if installed is None and not knows_parallelism(layers):
-            raise ValueError(
-                f"target: the attention processors of {type(transformer).__name__} in diffusers do not know context "
-                "parallelism; accepted after dit_accel.enable(...)"
-            )
-    if torch.accelerator.is_available() and "nccl" in dist.get_backend():
-        if transformer._cp_plan is None:
-            transformer._cp_plan = {}
-        transformer.enable_parallelism(config=config)
-    else:
-        _on_cpus(transformer, config, context)
-    if installed is not None:
-        installed.follow_parallelism(transformer)
+    transformers: list[Any] = [
+        transformer_of(part, any_model=True) for part in parts_of(target).values()
+    ]
+    for transformer in transformers:
+        _check(transformer, degree, bool(context.ulysses_anything))
+    for transformer in transformers:
+        own = copy.copy(context)  # diffusers writes what it sets up into it
+        if torch.accelerator.is_available() and "nccl" in dist.get_backend():
+            if transformer._cp_plan is None:
+                transformer._cp_plan = {}
+            transformer.enable_parallelism(config=own)
+        else:
+            _on_cpus(transformer, own)
+        installed = installation_of(transformer)
+        if installed is not None:
+            installed.follow_parallelism(transformer)
 
 
-def _on_cpus(transformer: Any, config: Any, context: Any) -> None:
+def _check(transformer: Any, degree: int, anything: bool) -> None:
+    """Refuse a transformer before anything is changed."""
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise RuntimeError("transformer: parallelism is on already, and diffusers cannot change it")
+    if not is_supported(transformer):
+        return
+    layers = family_of(transformer).self_attention(transformer)
+    if installation_of(transformer) is None and not knows_parallelism(layers):
+        raise ValueError(
+            f"target: the attention processors of {type(transformer).__name__} in diffusers do not know context "
+            "parallelism; accepted after dit_accel.enable(...)"
+        )
+    for name, layer in layers.items():
+        Group(None, 0, degree, anything).check_heads(name, layer.kv_heads)
+
+
+def _on_cpus(transformer: Any, context: Any) -> None:
     """Do what diffusers does, which asks for the number of accelerators and divides by it."""
-    from diffusers import ContextParallelConfig, ParallelConfig
+    from diffusers import ParallelConfig
     from diffusers.hooks.context_parallel import apply_context_parallel
 
-    if isinstance(config, ContextParallelConfig):
-        config = ParallelConfig(context_parallel_config=config)
+    config: Any = ParallelConfig(context_parallel_config=context)
     mesh = context.mesh or dist.init_device_mesh(
         "cpu", context.mesh_shape, mesh_dim_names=context.mesh_dim_names
     )
