@@ -5,16 +5,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel.finetune.batch import Batch
 from dit_accel.sla import SparseAttention, SparseLinearAttention
-from dit_accel.sla.text import split_text
+from dit_accel.sla.text import split_text, valid_keys
 
 Visit = Callable[..., None]
-"""`visit(name, module, q, k, v, text=..., text_tokens=..., scale=...)`."""
+"""`visit(name, module, q, k, v, text=..., text_tokens=..., text_lengths=..., scale=...)`."""
 
 
 @torch.no_grad()
@@ -84,6 +84,7 @@ def squared_error(
     *,
     text: Any = "none",
     text_tokens: int = 0,
+    text_lengths: Int[Tensor, " b"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, " b"]:
     """Return `|sparse - dense|^2 / |dense|^2` of each sample over its image queries; arguments as of the module."""
@@ -91,10 +92,15 @@ def squared_error(
     def image(x: Tensor) -> Tensor:
         return x if text == "none" else split_text(x, text, text_tokens)[1]
 
-    sparse = image(module(q, k, v, text=text, text_tokens=text_tokens, scale=scale)).float()
+    options = {"text": text, "text_tokens": text_tokens, "text_lengths": text_lengths}
+    sparse = image(module(q, k, v, scale=scale, **options)).float()
     with torch.no_grad():
-        grouped = q.shape[1] != k.shape[1]
-        dense = scaled_dot_product_attention(image(q), k, v, scale=scale, enable_gqa=grouped)
+        grouped, mask = q.shape[1] != k.shape[1], None
+        if text_lengths is not None:
+            mask = valid_keys(k.shape[2], text, text_tokens, text_lengths)[:, None, None]
+        dense = scaled_dot_product_attention(
+            image(q), k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
+        )
         dense = dense.float()
         norm = dense.square().sum((1, 2, 3)).clamp(min=torch.finfo(dense.dtype).tiny)
     return (sparse - dense).square().sum((1, 2, 3)) / norm

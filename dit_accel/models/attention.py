@@ -41,6 +41,7 @@ class SparseProcessor:
         words: int = 0,
         masked: bool = False,
         text_lengths: Tensor | None = None,
+        padding: Tensor | None = None,
         scale: float | None = None,
         base_length: int | None = None,
     ) -> Float[Tensor, "b l h d"]:
@@ -52,9 +53,11 @@ class SparseProcessor:
                 gets the keys of all tokens.
             text: where text stands in the sequence: "none", "first" or "last".
             words: text tokens among these that are no part of the layout that `kv_store` knows.
-            masked: whether keys are hidden in some rows, otherwise than `text_lengths` says.
+            masked: whether keys are hidden in some rows, otherwise than `text_lengths` or `padding` says.
             text_lengths: `[B]`, text tokens of each row that count; those behind them, up to the length of the text,
                 are padding. Default: all do.
+            padding: `[B]`, tokens at the end of each row that do not count, where rows are [text, image, padding].
+                Default: none.
             scale: default `D ** -0.5`.
             base_length: sequence length of training: the scale grows with the length of the keys over it
                 ("proportional attention" of the Luminas). It needs a `scale`. Default: it does not.
@@ -72,7 +75,14 @@ class SparseProcessor:
         if self.attend is not None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             out = self.attend(
-                q, k, v, text=text, text_lengths=text_lengths, masked=masked, scale=scale
+                q,
+                k,
+                v,
+                text=text,
+                text_lengths=text_lengths,
+                padding=padding,
+                masked=masked,
+                scale=scale,
             )
         if out is None:
             out = dense(query, key, value, scale=scale)

@@ -158,9 +158,8 @@ class Family:
 
     def processor(self, stock: Any) -> Any:
         """The processor that stands in for `stock` in self-attention. It has three seams, None at first, which
-        `SparseProcessor.run` serves: `attend(q, k, v, text=..., masked=..., scale=...) -> o | None`,
-        `[B, H, L, D]`, may answer instead of dense attention (`text`: where text stands in joint sequences, "none",
-        "first" or "last"); `kv_store(k, v) -> (k, v)`, `[B, L, H, D]`, turns fresh keys into those of all tokens;
+        `SparseProcessor.run` serves: `attend(q, k, v, text=..., ...) -> o | None`, `[B, H, L, D]`, may answer instead
+        of dense attention (arguments are those of `run`); `kv_store(k, v) -> (k, v)`, `[B, L, H, D]`, turns fresh keys into those of all tokens;
         `exchange` trades tokens for heads between the processes of context parallelism.
         """
         raise NotImplementedError

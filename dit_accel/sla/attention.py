@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel.config import SLAConfig
 from dit_accel.kernels import (
+    Geometry,
     LinearState,
     SparsePlan,
     block_scores,
@@ -23,7 +24,7 @@ from dit_accel.kernels import (
 from dit_accel.kernels.router.criteria import topk_blocks
 from dit_accel.sla.geometry import joint_geometry, query_block
 from dit_accel.sla.router import LearnedRouter, taught
-from dit_accel.sla.text import Text, image_first, split_text
+from dit_accel.sla.text import Text, image_first, split_text, valid_keys
 
 
 class Projection(nn.Module):
@@ -109,6 +110,7 @@ class SparseLinearAttention(nn.Module):
         *,
         text: Text = "none",
         text_tokens: int = 0,
+        text_lengths: Int[Tensor, " b"] | None = None,
         topk_blocks: int | None = None,
         scale: float | None = None,
         state: LinearState | None = None,
@@ -120,15 +122,20 @@ class SparseLinearAttention(nn.Module):
             q: `[B, Hq, Lq, D]`, some or all image tokens, and all text tokens.
             k, v: `[B, Hkv, Lk, D]`, all tokens; `Hq` a multiple of `Hkv`.
             text: where text tokens stand, in q as in k.
-            text_tokens: how many there are.
+            text_tokens: number of text tokens.
+            text_lengths: `[B]`, number of text tokens of each row that count. The others, at the end of the text, are
+                padding: no query reads them, and their outputs mean nothing. Default: all count.
             topk_blocks: number of image blocks that each query block reads exactly. Default: from `topk`.
             scale: default `D ** -0.5`.
             state: totals over the image keys that the caller keeps up to date; inference only.
             tally: int64 `[3]` on the device of q: calls, attended (query, key) pairs, and all pairs, text
-                included. This call is added to it. Its density is the second number over the third.
+                included, padding keys left out. This call is added to it. Its density is the second number over the
+                third.
         """
         if text == "none":
             text, text_tokens = "last", 0
+        if not text_tokens:
+            text_lengths = None
         (words, q_image), (words_k, k_image), (words_v, v_image) = (
             split_text(x, text, text_tokens) for x in (q, k, v)
         )
@@ -144,7 +151,10 @@ class SparseLinearAttention(nn.Module):
         if self.config.router == "learned":
             projection = self._own_heads(self.learned_router().to(q.device))
         scores = self._scores(q_image, k_image, projection, scale)
-        plan = self._plan(scores, q_image, tokens, text_tokens, topk_blocks, tally)
+        geometry = joint_geometry(
+            q_image, tokens, text_tokens, text_lengths=text_lengths, **self._blocks(q_image)
+        )
+        plan = self._plan(scores, geometry, text_tokens, topk_blocks, tally)
         mode = self._mode(q_image, keys, plan, scale)
         if text_tokens and mode.get("linear_scope") == "all":
             # Every image key, and the text is no part of it: no kernel has this.
@@ -155,7 +165,9 @@ class SparseLinearAttention(nn.Module):
         else:
             if state is not None and text_tokens:
                 # Totals lose what is read, the text too: it has to be in them first.
-                added = LinearState.from_keys(words_k, words_v, feature_map=state.feature_map)
+                added = LinearState.from_keys(
+                    words_k, words_v, feature_map=state.feature_map, kv_lengths=text_lengths
+                )
                 state = LinearState(state.kv + added.kv, state.k + added.k, state.feature_map)
             o = sparse_linear_attention(
                 q_image, keys, values, plan, scale=scale, state=state, **mode
@@ -163,13 +175,17 @@ class SparseLinearAttention(nn.Module):
         if projection is not None and projection.requires_grad and torch.is_grad_enabled():
             o = taught(
                 o, self.learned_router, projection, scores, plan, q_image, k_image, v_image,
-                scale=scale, mode=mode, text=(words_k, words_v),
+                scale=scale, mode=mode, text=(words_k, words_v), text_lengths=text_lengths,
             )  # fmt: skip
         if not text_tokens:
             return o
         # Few queries that read every key: dense attention is the fastest way.
-        grouped = q.shape[1] != k.shape[1]
-        o_words = scaled_dot_product_attention(words, k, v, scale=scale, enable_gqa=grouped)
+        grouped, mask = q.shape[1] != k.shape[1], None
+        if text_lengths is not None:
+            mask = valid_keys(k.shape[2], text, text_tokens, text_lengths)[:, None, None]
+        o_words = scaled_dot_product_attention(
+            words, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
+        )
         o_words = o_words.to(o.dtype)
         return torch.cat([o_words, o] if text == "first" else [o, o_words], dim=2)
 
@@ -187,13 +203,12 @@ class SparseLinearAttention(nn.Module):
     def _plan(
         self,
         scores: Tensor,
-        q: Tensor,
-        tokens: int,
+        geometry: Geometry,
         text_tokens: int,
         topk_blocks: int | None,
         tally: Tensor | None,
     ) -> SparsePlan:
-        """The plan of image queries `q` over image keys and the text behind them."""
+        """The plan of image queries over image keys and the text behind them."""
         config = self.config
         return SparsePlan.from_scores(
             scores,
@@ -201,7 +216,7 @@ class SparseLinearAttention(nn.Module):
             top_p=config.top_p,
             skip=config.skip,
             tail_blocks=-(-text_tokens // config.block_k),
-            geometry=joint_geometry(q, tokens, text_tokens, **self._blocks(q)),
+            geometry=geometry,
             tally=tally,
             # Text queries read every key.
             dense_queries=text_tokens,

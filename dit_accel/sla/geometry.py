@@ -1,6 +1,7 @@
 """Query blocks of a device; `joint_geometry`: lengths and blocks of a call, made once for every layer and step."""
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,15 @@ def query_block(config: SLAConfig, device: torch.device) -> int:
     return config.query_block(_capability(device) if nvidia else None)
 
 
-def joint_geometry(q: Tensor, tokens: int, text: int, *, block_q: int, block_k: int) -> Geometry:
+def joint_geometry(
+    q: Tensor,
+    tokens: int,
+    text: int,
+    *,
+    block_q: int,
+    block_k: int,
+    text_lengths: Tensor | None = None,
+) -> Geometry:
     """Return the geometry of the keys `[image, padding to whole blocks, text]`.
 
     Args:
@@ -28,7 +37,17 @@ def joint_geometry(q: Tensor, tokens: int, text: int, *, block_q: int, block_k: 
         tokens: image keys.
         text: text keys; 0: there is no padding.
         block_q, block_k: tokens per block.
+        text_lengths: `[B]`, text keys of each row that count. Default: all do.
     """
+    geometry = _without_padding(q, tokens, text, block_q, block_k)
+    if text_lengths is None:
+        return geometry
+    # The text stands last, so that its padding is the end of the row.
+    lengths = text_lengths + (geometry.kv_len - text)
+    return replace(geometry, kv_lengths=lengths.to(torch.int32))
+
+
+def _without_padding(q: Tensor, tokens: int, text: int, block_q: int, block_k: int) -> Geometry:
     numbers = q.shape[2], tokens, text, block_q, block_k, q.device
     # Numbers kept in objects become constants of a compiled graph; a tensor made while a CUDA graph is
     # captured holds nothing outside of it, and a fake one never does.

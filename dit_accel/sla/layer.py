@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dit_accel.sla.attention import SparseLinearAttention
-from dit_accel.sla.text import Text
+from dit_accel.sla.text import Text, padding_to_end, padding_to_text
 
 LAYER, STEP, MASK, SHORT, CROSSOVER, PAUSED = range(6)
 """Why a call runs dense."""
@@ -76,33 +76,48 @@ class LayerAttention:
         text: Text = "none",
         masked: bool = False,
         text_lengths: Int[Tensor, " b"] | None = None,
+        padding: Int[Tensor, " b"] | None = None,
         scale: float | None = None,
     ) -> Float[Tensor, "b h l_q d_v"] | None:
-        """Sparse attention, or None where this call has to run dense; either way it is counted."""
-        masked = masked or text_lengths is not None
-        tokens = self.image.shape[0]
+        """Return the output of sparse attention, or None where this call has to run dense; count it either way.
+
+        Arguments are those of `SparseProcessor.run`.
+        """
+        reason = self._reason(masked)
+        if self.dense:
+            self.dense_count.add_(1)
+        elif reason:
+            self.counts[reason].add_(1)
+        if reason or (self.dense and (self.observer is None or not self.scheduled)):
+            return None
+        text_tokens = k.shape[2] - self.image.shape[0]
+        if padding is not None:
+            # Images begin at different places of their rows: for the kernels they all come first.
+            text, text_lengths = "last", text_tokens - padding
+            q, k, v = (padding_to_text(x, text_tokens, text_lengths) for x in (q, k, v))
         options: dict[str, Any] = {
             "text": text,
-            "text_tokens": k.shape[2] - tokens,
+            "text_tokens": text_tokens,
+            "text_lengths": text_lengths,
             "scale": scale,
         }
         if self.dense:
-            self.dense_count.add_(1)
-            if self.observer is not None and self.scheduled and not self._reason(masked):
-                self.observer(q, k, v, **options)
-        elif reason := self._reason(masked):
-            self.counts[reason].add_(1)
-        else:
-            return self.module(
-                q,
-                k,
-                v,
-                **options,
-                topk_blocks=None if self.blocks is None else self.blocks.shape[0] - 1,
-                state=None if self.store is None else self.store.totals,
-                tally=self.tally,
-            )
-        return None
+            assert self.observer is not None
+            self.observer(q, k, v, **options)
+            return None
+        o = self.module(
+            q,
+            k,
+            v,
+            **options,
+            topk_blocks=None if self.blocks is None else self.blocks.shape[0] - 1,
+            state=None if self.store is None else self.store.totals,
+            tally=self.tally,
+        )
+        if padding is None:
+            return o
+        assert text_lengths is not None
+        return padding_to_end(o, text_tokens, text_lengths)
 
     def _reason(self, masked: bool) -> int:
         """Return why a call of a scheduled layer runs dense; 0: it does not."""

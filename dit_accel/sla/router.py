@@ -69,6 +69,7 @@ def taught(
     scale: float | None,
     mode: dict[str, Any],
     text: tuple[Tensor, Tensor] | None = None,
+    text_lengths: Int[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b h_q l_q d_v"]:
     """Return `o` such that its gradient reaches the router too, through a straight-through soft top-k.
 
@@ -83,6 +84,7 @@ def taught(
         scale: factor of the dot products. Default: `D ** -0.5`.
         mode: arguments of `sparse_linear_attention` that combine the branches.
         text: keys and values of the text. Default: none.
+        text_lengths: number of these of each row that count. Default: all do.
     """
     q, k, v = q.detach(), k.detach(), v.detach()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -116,6 +118,7 @@ def taught(
         block_k=plan.block_k,
         scale=scale,
         text=text,
+        text_lengths=text_lengths,
         shared_softmax=combine == "shared_softmax",
         linear_set=linear_set,
         feature_map=mode.get("feature_map", "softmax"),

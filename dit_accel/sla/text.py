@@ -1,10 +1,12 @@
-"""Text tokens of joint sequences: where they stand, and how they are put behind the image."""
+"""Text tokens of joint sequences: their place, their padding, and how they are put behind the image."""
 
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from dit_accel.models.tokens import take
 
 Text = Literal["none", "first", "last"]
 
@@ -27,3 +29,52 @@ def image_first(
     if gap:
         parts.insert(1, image.new_zeros(*image.shape[:2], gap, image.shape[3]))
     return torch.cat(parts, dim=2)
+
+
+def valid_keys(
+    length: int, text: Text, tokens: int, text_lengths: Int[Tensor, " b"]
+) -> Bool[Tensor, "b l"]:
+    """Return which keys of a joint sequence count: all but the padding at the end of the text.
+
+    Args:
+        length: number of keys, image and text.
+        text: place of the text, "first" or "last".
+        tokens: number of text tokens, with padding.
+        text_lengths: number of text tokens of each row without padding.
+    """
+    place = torch.arange(length, device=text_lengths.device)
+    if text == "first":
+        return (place < text_lengths[:, None]) | (place >= tokens)
+    return place < length - tokens + text_lengths[:, None]
+
+
+def padding_to_text(
+    x: Float[Tensor, "b h l d"], tokens: int, text_lengths: Int[Tensor, " b"]
+) -> Float[Tensor, "b h l d"]:
+    """Return [image, text, padding] of rows [text, image, padding], whose images begin at different places.
+
+    Args:
+        x: the rows.
+        tokens: number of text tokens, with padding.
+        text_lengths: number of text tokens of each row without padding.
+    """
+    image, place = x.shape[2] - tokens, torch.arange(x.shape[2], device=x.device)
+    lengths = text_lengths[:, None]
+    # Padding stands at the same places in both.
+    words = torch.where(place < image + lengths, place - image, place)
+    return _taken(x, torch.where(place < image, place + lengths, words))
+
+
+def padding_to_end(
+    x: Float[Tensor, "b h l d"], tokens: int, text_lengths: Int[Tensor, " b"]
+) -> Float[Tensor, "b h l d"]:
+    """Undo `padding_to_text`."""
+    image, place = x.shape[2] - tokens, torch.arange(x.shape[2], device=x.device)
+    lengths = text_lengths[:, None]
+    rest = torch.where(place < image + lengths, place - lengths, place)
+    return _taken(x, torch.where(place < lengths, place + image, rest))
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens `index` `[B, L]` of `[B, H, L, D]`, which are one block of memory for each token."""
+    return take(x.transpose(1, 2), index).transpose(1, 2)

@@ -24,7 +24,9 @@ MODES = {
 class Case:
     """Inputs, what is read, and the formulas with a weight for each block, all in fp64."""
 
-    def __init__(self, mode, *, q_len=21, k_len=27, text=5, block=8, heads=(4, 2), seed=0):
+    def __init__(
+        self, mode, *, q_len=21, k_len=27, text=5, block=8, heads=(4, 2), seed=0, lengths=None
+    ):
         g = torch.Generator().manual_seed(seed)
 
         def draw(*shape):
@@ -34,6 +36,7 @@ class Case:
         self.q, self.grad = draw(2, heads[0], q_len, 6), draw(2, heads[0], q_len, 5)
         self.k, self.v = draw(2, heads[1], k_len, 6), draw(2, heads[1], k_len, 5)
         self.text = draw(2, heads[1], text, 6), draw(2, heads[1], text, 5)
+        self.lengths = None if lengths is None else torch.tensor(lengths)
         self.n_q, self.n_k = -(-q_len // block), -(-k_len // block)
         scores = torch.rand(2, heads[0], self.n_q, self.n_k, generator=g)
         self.read = scores >= scores.amax(-1, keepdim=True).clamp(max=0.6)
@@ -52,6 +55,8 @@ class Case:
         )
         p = (SCALE * self.q @ k.mT).exp() * self.tokens(weights)
         words = (SCALE * self.q @ words_k.mT).exp()
+        if self.lengths is not None:
+            words = words * (torch.arange(words_k.shape[2]) < self.lengths[:, None, None, None])
         total, sums = p.sum(-1) + words.sum(-1), p @ v + words @ words_v
         if self.mode == "shared_softmax":
             of_key = torch.arange(k.shape[2]) // self.block
@@ -86,6 +91,7 @@ class Case:
             "block_k": self.block,
             "scale": SCALE,
             "text": self.text,
+            "text_lengths": self.lengths,
             "shared_softmax": self.mode == "shared_softmax",
             **linear,
         }
@@ -164,9 +170,11 @@ def test_the_weighted_formulas_are_those_of_attention(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("text", [0, 5], ids=["image", "joint"])
-def test_credits_are_the_change_by_reading_one_block_more(mode, text):
-    case = Case(mode, text=text)
+@pytest.mark.parametrize(
+    ("text", "lengths"), [(0, None), (5, None), (5, [2, 0])], ids=["image", "joint", "padded"]
+)
+def test_credits_are_the_change_by_reading_one_block_more(mode, text, lengths):
+    case = Case(mode, text=text, lengths=lengths)
     torch.testing.assert_close(case.credits(), expected_credits(case))
 
 
@@ -210,7 +218,7 @@ def test_a_block_far_above_all_that_is_read_has_a_finite_credit():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_operators_keep_their_promises(mode):
-    case = Case(mode)
+    case = Case(mode, lengths=[2, 5])
     options = case.options()
     args = (
         torch.zeros_like(case.grad).requires_grad_(),
@@ -219,6 +227,7 @@ def test_the_operators_keep_their_promises(mode):
         case.k,
         case.v,
         *case.text,
+        case.lengths,
         torch.arange(3),
         case.read,
         options.get("linear_set"),

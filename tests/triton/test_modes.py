@@ -78,6 +78,21 @@ def test_linear_branch(combine, scope, feature_map):
     )
 
 
+@pytest.mark.parametrize(
+    ("combine", "scope"),
+    [("none", "complement"), ("shared_softmax", "complement"), *(("proj", x) for x in SCOPES)],
+)
+def test_texts_of_different_lengths_behind_an_image(combine, scope):
+    """Keys [image, padding to whole blocks, text, padding], as joint attention lays them out."""
+    geometry = {
+        "k_block_sizes": torch.tensor([16, 16, 6, 16, 16, 10]),
+        "kv_lengths": torch.tensor([90, 48, 71]),
+        "skip": torch.rand(1, 2, 5, 6, generator=torch.Generator().manual_seed(3)) < 0.3,
+    }
+    options = {} if combine in ("none", "shared_softmax") else {"linear_scope": scope}
+    check(problem(batch=3, geometry=geometry, combine=combine, **options))
+
+
 @pytest.mark.parametrize("most", [None, 3], ids=["unbounded", "bounded"])
 @pytest.mark.parametrize("scope", ["marginal", "complement"])
 @pytest.mark.parametrize("combine", ["proj", "alpha"])

@@ -30,8 +30,8 @@ class Lumina2Trainable(Trainable):
     def _velocity(
         self, model: Any, noisy_latents: Tensor, sigmas: Tensor, conditions: Conditions
     ) -> Tensor:
-        # Row by row: texts of different lengths in one call need a mask, with which attention runs dense. It is
-        # the same number of calls in every process, which sharded weights rely on.
+        # Row by row: texts of different lengths in one call need a mask, with which dense attention (the teacher's)
+        # has no flash kernel. It is the same number of calls in every process, which sharded weights rely on.
         rows = [
             model(
                 hidden_states=noisy_latents[i : i + 1],

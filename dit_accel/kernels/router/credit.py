@@ -37,6 +37,7 @@ def credited(
     block_k: int,
     scale: float,
     text: tuple[Tensor, Tensor] | None = None,
+    text_lengths: Int[Tensor, " b"] | None = None,
     shared_softmax: bool = False,
     linear_set: Bool[Tensor, "b h_q n t_k"] | None = None,
     feature_map: str = "softmax",
@@ -59,6 +60,7 @@ def credited(
         block_q, block_k: tokens per block.
         scale: factor of the dot products.
         text: keys and values `[B, Hkv, L, D]` that every query reads. Default: none.
+        text_lengths: `[B]`, queries of a row read so many of them. Default: all.
         shared_softmax: unread blocks enter the softmax by their means.
         linear_set: blocks that the linear branch sums over and loses if they are read. Default: there is no linear
             branch, or it reads every block.
@@ -75,6 +77,7 @@ def credited(
         v,
         words_k,
         words_v,
+        text_lengths,
         rows,
         read,
         linear_set,
@@ -97,6 +100,7 @@ def _credited(
     v: Tensor,
     words_k: Tensor,
     words_v: Tensor,
+    text_lengths: Tensor | None,
     rows: Tensor,
     read: Tensor,
     linear_set: Tensor | None,
@@ -117,21 +121,21 @@ def _credited_fake(o: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-    _, _, *tensors = inputs[:12]
+    _, _, *tensors = inputs[:13]
     ctx.save_for_backward(*tensors)
-    ctx.numbers = inputs[12:]
+    ctx.numbers = inputs[13:]
 
 
 def _autograd(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     found = torch.ops.dit_accel.block_credits(grad, *ctx.saved_tensors, *ctx.numbers)
-    return grad, found, *[None] * 15
+    return grad, found, *[None] * 16
 
 
 _credited.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _empty_credits(grad: Tensor, q: Tensor, *rest: Any) -> Tensor:
-    read = rest[5]
+    read = rest[6]
     return q.new_empty(read.shape, dtype=wide(q))
 
 
@@ -143,6 +147,7 @@ def _block_credits(
     v: Tensor,
     words_k: Tensor,
     words_v: Tensor,
+    text_lengths: Tensor | None,
     rows: Tensor,
     read: Tensor,
     linear_set: Tensor | None,
@@ -169,6 +174,9 @@ def _block_credits(
                 grad_linear = grad_linear @ proj_weight.to(dtype)
             queries, is_read = q_rows[b, heads, some], read[b, heads, some]
             keys, values, text_k, text_v = (x[b, h].to(dtype) for x in (k, v, words_k, words_v))
+            hidden = None
+            if text_lengths is not None:
+                hidden = torch.arange(len(text_k), device=q.device) >= text_lengths[b]
             found = _exact_credits(
                 queries,
                 grad_exact,
@@ -176,6 +184,7 @@ def _block_credits(
                 values,
                 text_k,
                 text_v,
+                hidden,
                 is_read,
                 block_k,
                 scale,
@@ -222,13 +231,19 @@ def _exact_credits(
     v: Tensor,
     text_k: Tensor,
     text_v: Tensor,
+    hidden: Tensor | None,
     read: Tensor,
     block: int,
     scale: float,
     shared_softmax: bool,
 ) -> Tensor:
-    """Change of grad . o by reading each block, summed over the queries of a row, `[h, n, T]`."""
+    """Change of grad . o by reading each block, summed over the queries of a row, `[h, n, T]`.
+
+    `hidden`: text tokens that nobody reads; None: none.
+    """
     logits, text_logits = q @ k.T * scale, q @ text_k.T * scale
+    if hidden is not None:
+        text_logits = text_logits.masked_fill(hidden, -math.inf)
     top = _by_block(logits, block, -math.inf).amax(-1)
     top = top.masked_fill(~read[:, :, None], -math.inf).amax(-1, keepdim=True)
     if text_k.shape[0]:
