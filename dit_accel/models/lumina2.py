@@ -175,13 +175,14 @@ class Lumina2SparseAttnProcessor(SparseProcessor):
         def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             return grouped_attention(q, k, v, _full_mask(attention_mask, k.shape[1]), scale)
 
+        padding = None if attention_mask is None else (~attention_mask).sum(1)
         out = self.run(
             query,
             key,
             value,
             dense,
             text="first",
-            masked=attention_mask is not None,
+            padding=padding,
             scale=attn.scale,
             base_length=base_sequence_length,
         )

@@ -84,6 +84,24 @@ def test_region_adaptive_sampling_doubles_them_however_many_counts_it_has(family
     assert 0 < graphs[0] == graphs[1] <= 4 * PLAIN[family]
 
 
+def test_texts_of_different_lengths_compile():
+    """Calls with a mask (the prompts) and without one (the negative prompts) have graphs of their own, and lengths
+    become dynamic when they change."""
+    pipe = make("lumina2")
+    dit_accel.enable(pipe, sla=sla("lumina2", order=TILE, **ALL_SPARSE), ras=RAS)
+    counter = compile_blocks(pipe, "lumina2", "eager")
+    graphs = []
+    for prompts in ((0, 1), (2, 0), (0, 1), (3, 2)):
+        latents, report = counted(pipe, "lumina2", prompts=prompts, steps=8)
+        graphs.append(counter.frame_count)
+        if len(graphs) > 2:
+            expected, counts = eagerly(pipe, "lumina2", prompts=prompts, steps=8)
+            assert relative(latents, expected) < 1e-5
+            assert report == counts
+    assert graphs[1:] == graphs[1:2] * 3
+    assert graphs[1] <= 4 * 3
+
+
 def test_a_third_size_needs_no_new_graph():
     pipe = make("wan")
     dit_accel.enable(pipe, sla=sla("wan", **ALL_SPARSE))

@@ -10,7 +10,7 @@ from dit_accel.kernels import LinearState
 from dit_accel.runtime.install import installation_of, method_of
 from dit_accel.sla import tile_order
 
-from ..random_pipelines import FAMILIES, make, randomise, relative, run, state_of
+from ..random_pipelines import FAMILIES, embeddings, make, randomise, relative, run, state_of
 from ..ras.reference import Reference
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -138,7 +138,6 @@ def test_reading_everything_equals_region_adaptive_sampling_alone(family, order,
                 masks[step] = torch.cat([masks[step], mask.view(1, tokens)])
     dit_accel.disable(pipe)
     Reference(pipe, masks, linear=True, linear_kv=kv_predictor == "linear")
-    # Lumina2's prompts have different lengths: there, attention is dense and the order still counts.
     assert relative(run(pipe, family, prompts=(0, 1)), latents) < 2e-5
 
 
@@ -205,26 +204,61 @@ def test_active_tokens_are_whole_query_blocks_of_the_order(family, order):
 
 @every_family
 def test_both_methods_in_a_batch_equal_single_runs(family):
-    prompts = (0, 0) if family == "lumina2" else (0, 1)  # one text length
     pipe = make(family)
     dit_accel.enable(pipe, sla=sla(order=TILE), ras=RAS)
-    both = run(pipe, family, prompts)
+    both = run(pipe, family, (0, 1))
     assert dit_accel.summary(pipe, strict=True).density is not None
-    for i, prompt in enumerate(prompts):
-        assert relative(run(pipe, family, (prompt,))[0], both[i]) < 1e-5
+    for i in (0, 1):
+        assert relative(run(pipe, family, (i,))[0], both[i]) < 1e-5
 
 
-@every_order
-def test_texts_of_different_lengths_run_dense_and_are_counted(order):
+@pytest.mark.parametrize(
+    ("order", "combine", "scope", "ras"),
+    [
+        ("raster", "shared_softmax", "complement", None),
+        (TILE, "alpha", "marginal", None),
+        ("raster", "proj", "all", {**RAS, "kv_predictor": "hold"}),
+        (TILE, "shared_softmax", "complement", {**RAS, "kv_predictor": "linear"}),
+    ],
+    ids=["raster", "tiles", "ras-raster", "ras-tiles"],
+)
+def test_texts_of_different_lengths_in_a_batch_equal_single_runs(order, combine, scope, ras):
+    """Lumina-Image 2.0's images then begin at different places of their rows."""
+    prompts = (4, 0)
     pipe = make("lumina2")
-    plain = run(pipe, "lumina2", (0, 1))
-    dit_accel.enable(pipe, sla=sla(order=order))
-    latents = run(pipe, "lumina2", (0, 1))
-    reasons = {x.name: x.dense_calls for x in dit_accel.summary(pipe).layers}
-    assert reasons["layers.0.attn"] == {
-        "attention mask": 10
-    }  # the negative prompt's have one length
-    assert relative(latents, plain) < 0.5
+    dit_accel.enable(pipe, sla=sla(order=order, combine=combine, linear_scope=scope), ras=ras)
+    randomise(pipe)
+    together = run(pipe, "lumina2", prompts, steps=8)
+    report = dit_accel.summary(pipe, strict=True)
+    assert not report.dense_calls
+    assert report.density < 0.6
+    for i, prompt in enumerate(prompts):
+        assert relative(run(pipe, "lumina2", (prompt,), steps=8)[0], together[i]) < 2e-5
+
+
+def test_texts_of_different_lengths_train_as_single_ones():
+    pipe = make("lumina2")
+    dit_accel.enable(pipe, sla=sla(combine="proj", order=TILE))
+    randomise(pipe)
+    text = embeddings("lumina2", (4, 0))
+    arguments = {
+        "hidden_states": torch.randn(2, 4, 22, 26, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.full((2,), 0.3),
+        "encoder_hidden_states": text["prompt_embeds"],
+        "encoder_attention_mask": text["prompt_attention_mask"],
+    }
+    parameters = [x for m in sparse(pipe).attention.values() for x in m.parameters()]
+    parameters += [x.to_q.weight for x in sparse(pipe)._attention.values()]
+
+    def gradients(*rows):
+        found = []
+        for row in rows:
+            out = pipe.transformer(**{name: x[row] for name, x in arguments.items()})[0]
+            found.append(torch.autograd.grad(out.square().sum(), parameters))
+        return [sum(x) for x in zip(*found, strict=True)]
+
+    for a, b in zip(gradients(slice(0, 2)), gradients([0], [1]), strict=True):
+        assert relative(a, b) < 1e-5
 
 
 @every_family
