@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from dit_accel.control import sampling_loop as sampling_loop
     from dit_accel.control import summary as summary
     from dit_accel.memory import estimate_memory as estimate_memory
+    from dit_accel.pipelines.hunyuan_video import (
+        SparseHunyuanVideoPipeline as SparseHunyuanVideoPipeline,
+    )
     from dit_accel.pipelines.lumina import SparseLuminaPipeline as SparseLuminaPipeline
     from dit_accel.pipelines.lumina2 import SparseLumina2Pipeline as SparseLumina2Pipeline
     from dit_accel.pipelines.sd3 import (
@@ -37,6 +40,7 @@ _HOMES = {
     "PrefillConfig": "dit_accel.config",
     "RASConfig": "dit_accel.config",
     "SLAConfig": "dit_accel.config",
+    "SparseHunyuanVideoPipeline": "dit_accel.pipelines.hunyuan_video",
     "SparseLumina2Pipeline": "dit_accel.pipelines.lumina2",
     "SparseLuminaPipeline": "dit_accel.pipelines.lumina",
     "SparseStableDiffusion3Pipeline": "dit_accel.pipelines.sd3",

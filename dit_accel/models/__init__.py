@@ -14,6 +14,7 @@ FAMILIES = {
     "SD3Transformer2DModel": "sd3.StableDiffusion3",
     "LuminaNextDiT2DModel": "lumina.LuminaNext",
     "Lumina2Transformer2DModel": "lumina2.Lumina2",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video.HunyuanVideo",
 }
 
 __all__ = [

@@ -13,6 +13,14 @@ def _check_multiple(name: str, value: Any, step: int) -> None:
         )
 
 
+def _check_frames(num_frames: Any, temporal: int) -> None:
+    if not isinstance(num_frames, int) or num_frames < 1 or (num_frames - 1) % temporal:
+        low = (num_frames - 1) // temporal * temporal + 1 if isinstance(num_frames, int) else 1
+        raise ValueError(
+            f"num_frames={num_frames!r}: accepted is {temporal}k+1, such as {max(low, 1)} or {max(low, 1) + temporal}"
+        )
+
+
 class VideoSizes:
     """Size checks of Wan pipelines, which round in diffusers."""
 
@@ -28,14 +36,27 @@ class VideoSizes:
         transformer = self.transformer or self.transformer_2  # type: ignore[attr-defined]
         patch = transformer.config.patch_size
         spatial = self.vae_scale_factor_spatial  # type: ignore[attr-defined]
-        temporal = self.vae_scale_factor_temporal  # type: ignore[attr-defined]
         for name, value, p in (("height", height, patch[1]), ("width", width, patch[2])):
             _check_multiple(name, value, max(16, spatial * p))  # diffusers itself insists on 16
-        if not isinstance(num_frames, int) or num_frames < 1 or (num_frames - 1) % temporal:
-            low = (num_frames - 1) // temporal * temporal + 1 if isinstance(num_frames, int) else 1
-            raise ValueError(
-                f"num_frames={num_frames!r}: accepted is {temporal}k+1, such as {max(low, 1)} or {max(low, 1) + temporal}"
-            )
+        _check_frames(num_frames, self.vae_scale_factor_temporal)  # type: ignore[attr-defined]
+
+
+class HunyuanVideoSizes:
+    """Size checks of HunyuanVideo pipelines, which round in diffusers."""
+
+    def check_sizes(
+        self, *, height: int = 720, width: int = 1280, num_frames: int = 129, **_: Any
+    ) -> None:
+        """Check a size before the call; defaults as in `__call__`.
+
+        Raises:
+            ValueError: the model cannot make this size.
+        """
+        patch = self.transformer.config.patch_size  # type: ignore[attr-defined]
+        spatial = self.vae_scale_factor_spatial  # type: ignore[attr-defined]
+        for name, value in (("height", height), ("width", width)):
+            _check_multiple(name, value, max(16, spatial * patch))  # diffusers itself insists on 16
+        _check_frames(num_frames, self.vae_scale_factor_temporal)  # type: ignore[attr-defined]
 
 
 def _check_image(

@@ -18,6 +18,7 @@ PIPELINES = {
     "LuminaText2ImgPipeline": "lumina.SparseLuminaPipeline",
     "Lumina2Pipeline": "lumina2.SparseLumina2Pipeline",
     "Lumina2Text2ImgPipeline": "lumina2.SparseLumina2Pipeline",
+    "HunyuanVideoPipeline": "hunyuan_video.SparseHunyuanVideoPipeline",
 }
 """Sparse pipelines by the class name in model_index.json."""
 

@@ -124,4 +124,9 @@ def _scale_factors(pipeline: Any, vae: Any) -> dict[str, int]:
             "vae_scale_factor_temporal": vae.scale_factor_temporal,
             "vae_scale_factor_spatial": vae.scale_factor_spatial,
         }
+    if hasattr(vae, "temporal_compression_ratio"):
+        return {
+            "vae_scale_factor_temporal": vae.temporal_compression_ratio,
+            "vae_scale_factor_spatial": vae.spatial_compression_ratio,
+        }
     return {"vae_scale_factor": 2 ** (len(vae.block_out_channels) - 1)}

@@ -1,0 +1,32 @@
+"""Both methods in video models whose repeated blocks diffusers compiles: the same result, and no graph for each run."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import dit_accel
+
+from ..random_pipelines import make, relative, run
+
+SLA = {"topk": 0.3, "block_q": 16, "block_k": 16, "order": (2, 2, 4), "crossover": "never"}
+SLA |= {"dense_steps": 2, "dense_layers": 0}
+RAS = {"ratio": [(0, 0.7), (0.5, 0.3)], "warmup": 2, "tail": 1, "resets": (6,)}
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video"])
+def test_compiled_repeated_blocks(family):
+    pipe = make(family)
+    counter = CompileCounterWithBackend("eager")
+    pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+    run(pipe, family, steps=1)
+    plain, counter.frame_count = counter.frame_count, 0
+    dit_accel.enable(pipe, sla=SLA, ras=RAS)
+    with torch.compiler.set_stance("force_eager"):
+        expected = run(pipe, family)
+    graphs = []
+    for _ in range(2):
+        assert relative(run(pipe, family), expected) < 1e-5
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1] <= 4 * plain
+    report = dit_accel.summary(pipe, strict=True)
+    assert len({x.active for x in report.ras.steps}) == 3
