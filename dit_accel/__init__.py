@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dit_accel.pipelines.hunyuan_video import (
         SparseHunyuanVideoPipeline as SparseHunyuanVideoPipeline,
     )
+    from dit_accel.pipelines.ltx import SparseLTXPipeline as SparseLTXPipeline
     from dit_accel.pipelines.lumina import SparseLuminaPipeline as SparseLuminaPipeline
     from dit_accel.pipelines.lumina2 import SparseLumina2Pipeline as SparseLumina2Pipeline
     from dit_accel.pipelines.sd3 import (
@@ -41,6 +42,7 @@ _HOMES = {
     "RASConfig": "dit_accel.config",
     "SLAConfig": "dit_accel.config",
     "SparseHunyuanVideoPipeline": "dit_accel.pipelines.hunyuan_video",
+    "SparseLTXPipeline": "dit_accel.pipelines.ltx",
     "SparseLumina2Pipeline": "dit_accel.pipelines.lumina2",
     "SparseLuminaPipeline": "dit_accel.pipelines.lumina",
     "SparseStableDiffusion3Pipeline": "dit_accel.pipelines.sd3",

@@ -15,6 +15,7 @@ FAMILIES = {
     "LuminaNextDiT2DModel": "lumina.LuminaNext",
     "Lumina2Transformer2DModel": "lumina2.Lumina2",
     "HunyuanVideoTransformer3DModel": "hunyuan_video.HunyuanVideo",
+    "LTXVideoTransformer3DModel": "ltx.LTXVideo",
 }
 
 __all__ = [

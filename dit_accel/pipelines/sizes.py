@@ -41,6 +41,24 @@ class VideoSizes:
         _check_frames(num_frames, self.vae_scale_factor_temporal)  # type: ignore[attr-defined]
 
 
+class LTXSizes:
+    """Size checks of LTX-Video pipelines, which round frames in diffusers."""
+
+    def check_sizes(
+        self, *, height: int = 512, width: int = 704, num_frames: int = 161, **_: Any
+    ) -> None:
+        """Check a size before the call; defaults as in `__call__`.
+
+        Raises:
+            ValueError: the model cannot make this size.
+        """
+        spatial = self.vae_spatial_compression_ratio  # type: ignore[attr-defined]
+        for name, value in (("height", height), ("width", width)):
+            _check_multiple(name, value, max(32, spatial))  # diffusers itself insists on 32
+        temporal = self.vae_temporal_compression_ratio  # type: ignore[attr-defined]
+        _check_frames(num_frames, temporal)
+
+
 class HunyuanVideoSizes:
     """Size checks of HunyuanVideo pipelines, which round in diffusers."""
 

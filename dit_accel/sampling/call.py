@@ -14,7 +14,7 @@ from dit_accel import control
 from dit_accel.sampling import media
 from dit_accel.sampling.picture import read_picture
 from dit_accel.sampling.plan import Sample
-from dit_accel.sampling.settings import Kind
+from dit_accel.sampling.settings import FRAMES, Kind
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class BatchResult:
 
 def media_kind(pipe: Any) -> Kind:
     """Return whether the pipeline makes images or clips."""
-    return "clips" if hasattr(pipe, "vae_scale_factor_temporal") else "images"
+    return "clips" if any(hasattr(pipe, name) for name in FRAMES) else "images"
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ NEEDED = {
     "LuminaPipeline": {"sigmas"},
     "Lumina2Pipeline": {"sigmas", "mu"},
     "HunyuanVideoPipeline": {"sigmas"},
+    "LTXPipeline": {"sigmas", "mu"},
 }
 """Arguments that a pipeline of diffusers passes to `set_timesteps`, by its class name."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -19,6 +19,7 @@ PIPELINES = {
     "Lumina2Pipeline": "lumina2.SparseLumina2Pipeline",
     "Lumina2Text2ImgPipeline": "lumina2.SparseLumina2Pipeline",
     "HunyuanVideoPipeline": "hunyuan_video.SparseHunyuanVideoPipeline",
+    "LTXPipeline": "ltx.SparseLTXPipeline",
 }
 """Sparse pipelines by the class name in model_index.json."""
 

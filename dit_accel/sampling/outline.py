@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dit_accel.sampling.load import pipeline_class
-from dit_accel.sampling.settings import Sampling
+from dit_accel.sampling.settings import FRAMES, Sampling
 
 MAX_TEXT_TOKENS = {"StableDiffusion3Pipeline": 512, "Lumina2Pipeline": 512}
 """Most text tokens that the diffusers pipeline accepts, by its class name."""
@@ -38,7 +38,7 @@ class Outline:
     @property
     def makes_clips(self) -> bool:
         """Whether the pipeline makes clips rather than images."""
-        return "vae_scale_factor_temporal" in self.facts
+        return any(name in self.facts for name in FRAMES)
 
     @property
     def takes_image(self) -> bool:
@@ -123,6 +123,14 @@ def _scale_factors(pipeline: Any, vae: Any) -> dict[str, int]:
         return {
             "vae_scale_factor_temporal": vae.scale_factor_temporal,
             "vae_scale_factor_spatial": vae.scale_factor_spatial,
+        }
+    if hasattr(vae, "spatio_temporal_scaling"):  # LTX-Video
+        scale = 2 ** sum(vae.spatio_temporal_scaling)
+        return {
+            "vae_temporal_compression_ratio": vae.temporal_compression_ratio
+            or vae.patch_size_t * scale,
+            "vae_spatial_compression_ratio": vae.spatial_compression_ratio
+            or vae.patch_size * scale,
         }
     if hasattr(vae, "temporal_compression_ratio"):
         return {

@@ -8,6 +8,8 @@ from typing import Any, Literal
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Kind = Literal["images", "clips"]
 """What a pipeline makes."""
+FRAMES = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+"""Names that pipelines of clips have for the frames of a latent frame."""
 SEEDS = 2**63
 """Seeds are in [0, SEEDS): what `torch.Generator.manual_seed` takes without a sign."""
 FPS = (0.01, 1000.0)

@@ -13,7 +13,7 @@ SLA |= {"dense_steps": 2, "dense_layers": 0}
 RAS = {"ratio": [(0, 0.7), (0.5, 0.3)], "warmup": 2, "tail": 1, "resets": (6,)}
 
 
-@pytest.mark.parametrize("family", ["hunyuan_video"])
+@pytest.mark.parametrize("family", ["hunyuan_video", "ltx"])
 def test_compiled_repeated_blocks(family):
     pipe = make(family)
     counter = CompileCounterWithBackend("eager")
