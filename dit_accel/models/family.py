@@ -147,6 +147,9 @@ class Family:
     separate_guidance: bool
     """Whether the halves of classifier-free guidance are two calls; else they are one batch, with the
     same latents in both."""
+    exchanging_cross_attention = False
+    """Whether diffusers' processor for cross-attention exchanges heads in context parallelism. Then ours stands in for it
+    always: every process has all of the text."""
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
         """Self-attention layers by name, in the order they run."""

@@ -29,6 +29,7 @@ class LTXVideo(Family):
 
     name = "LTX-Video"
     separate_guidance = False
+    exchanging_cross_attention = True
     stock_processors = ("LTXVideoAttnProcessor",)
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:

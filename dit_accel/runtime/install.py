@@ -99,9 +99,10 @@ class Installation:
             method.check(transformer, others)
 
     def _modules(self, transformer: Any) -> dict[str, Any]:
-        """Attention modules by name: self-attention, and cross-attention where its text is computed once."""
+        """Attention modules by name: self-attention, and cross-attention where its processor is ours."""
         modules = {name: x.module for name, x in self.layers.items()}
-        if self.focus is not None and self.focus.keeps:
+        keeps = self.focus is not None and self.focus.keeps
+        if keeps or self.family.exchanging_cross_attention:
             modules |= self.family.cross_attention(transformer)
         return modules
 
