@@ -120,3 +120,17 @@ def projections(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tenso
     if getattr(attn, "fused_projections", False):
         return attn.to_qkv(hidden_states).chunk(3, dim=-1)
     return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+
+def text_projections(attn: Any, text: Tensor) -> list[Tensor]:
+    """Query, key and value `[B, L, H, D]` of the text in joint attention, fused or not, normalised."""
+    if getattr(attn, "fused_projections", False):
+        projected = attn.to_added_qkv(text).chunk(3, dim=-1)
+    else:
+        projected = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
+    if attn.norm_added_q is not None:
+        query = attn.norm_added_q(query)
+    if attn.norm_added_k is not None:
+        key = attn.norm_added_k(key)
+    return [query, key, value]

@@ -6,7 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_accel.models.attention import SparseProcessor, grouped_attention, projections
+from dit_accel.models.attention import (
+    SparseProcessor,
+    grouped_attention,
+    projections,
+    text_projections,
+)
 from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after
 
 
@@ -105,7 +110,7 @@ class SD3SparseAttnProcessor(SparseProcessor):
         words = 0
         if encoder_hidden_states is not None:
             words = encoder_hidden_states.shape[1]
-            text = _text_projections(attn, encoder_hidden_states)
+            text = text_projections(attn, encoder_hidden_states)
             query, key, value = (
                 torch.cat([x, t], dim=1) for x, t in zip((query, key, value), text, strict=True)
             )
@@ -117,16 +122,3 @@ class SD3SparseAttnProcessor(SparseProcessor):
             return image
         written = out[:, active:]
         return image, written if attn.context_pre_only else attn.to_add_out(written)
-
-
-def _text_projections(attn: Any, text: Tensor) -> list[Tensor]:
-    if getattr(attn, "fused_projections", False):
-        projected = attn.to_added_qkv(text).chunk(3, dim=-1)
-    else:
-        projected = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
-    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
-    if attn.norm_added_q is not None:
-        query = attn.norm_added_q(query)
-    if attn.norm_added_k is not None:
-        key = attn.norm_added_k(key)
-    return [query, key, value]

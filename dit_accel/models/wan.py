@@ -5,12 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_accel.models.attention import SparseProcessor, computed_once, projections
+from dit_accel.models.attention import computed_once, projections
+from dit_accel.models.dispatch import DispatchProcessor
 from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
+from dit_accel.models.rotary import rotate
 
 
 class Wan(Family):
@@ -150,35 +151,7 @@ def _text_key_value(attn: Any, context: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_k(k), v, *image))
 
 
-class _Processor(SparseProcessor):
-    """What diffusers expects of a processor beside the call."""
-
-    def __init__(self, stock: Any) -> None:
-        super().__init__(stock)
-        # diffusers' set_attention_backend and enable_parallelism look for these two.
-        self._attention_backend = stock._attention_backend
-        self._parallel_config = stock._parallel_config
-
-    def release(self) -> Any:
-        # Somebody may have chosen another backend in the meantime, for the processor that was there.
-        self.stock._attention_backend = self._attention_backend
-        self.stock._parallel_config = self._parallel_config
-        return super().release()
-
-    def dense(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        """diffusers' attention on `[B, L, H, D]`."""
-        backend = self._attention_backend
-        return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=backend)
-
-
-class WanSparseAttnProcessor(_Processor):
+class WanSparseAttnProcessor(DispatchProcessor):
     """Self-attention with the seams; otherwise diffusers' attention runs."""
 
     def __call__(
@@ -205,7 +178,7 @@ class WanSparseAttnProcessor(_Processor):
         return attn.to_out[1](attn.to_out[0](out))
 
 
-class WanTextAttnProcessor(_Processor):
+class WanTextAttnProcessor(DispatchProcessor):
     """Cross-attention to text (and image) whose keys and values were computed once."""
 
     def __call__(
@@ -222,15 +195,3 @@ class WanTextAttnProcessor(_Processor):
         if len(text) == 4:
             out = out + self.dense(query, text[2], text[3]).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
-
-
-def rotate(
-    x: Float[Tensor, "b l h d"], cos: Float[Tensor, "b_ l 1 d"], sin: Float[Tensor, "b_ l 1 d"]
-) -> Float[Tensor, "b l h d"]:
-    """Wan's rotary embedding: neighbouring channels form the rotated pairs."""
-    # Not strided slices: the backward of each fills a tensor of the size of x with zeros first.
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return (
-        torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
-    )

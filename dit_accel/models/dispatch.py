@@ -1,0 +1,36 @@
+"""`DispatchProcessor`: processors of models whose attention diffusers dispatches to a chosen backend."""
+
+from typing import Any
+
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from dit_accel.models.attention import SparseProcessor
+
+
+class DispatchProcessor(SparseProcessor):
+    """What diffusers expects of a processor beside the call."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__(stock)
+        # diffusers' set_attention_backend and enable_parallelism look for these two.
+        self._attention_backend = stock._attention_backend
+        self._parallel_config = stock._parallel_config
+
+    def release(self) -> Any:
+        # Somebody may have chosen another backend in the meantime, for the processor that was there.
+        self.stock._attention_backend = self._attention_backend
+        self.stock._parallel_config = self._parallel_config
+        return super().release()
+
+    def dense(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """diffusers' attention on `[B, L, H, D]`."""
+        backend = self._attention_backend
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=backend)
