@@ -14,6 +14,8 @@ FAMILIES = {
     "SD3Transformer2DModel": "sd3.StableDiffusion3",
     "LuminaNextDiT2DModel": "lumina.LuminaNext",
     "Lumina2Transformer2DModel": "lumina2.Lumina2",
+    "FluxTransformer2DModel": "flux.Flux",
+    "QwenImageTransformer2DModel": "qwenimage.QwenImage",
 }
 
 __all__ = [

@@ -1,10 +1,15 @@
 """Tokens by their places: some of them, in some order, alone or behind text."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,15 @@ def joint_index(
             for row, start in zip(index, offsets, strict=True)
         ]
     )
+
+
+_READ = WeakTensorKeyDictionary()
+
+
+def read_once(x: Tensor, read: Callable[[Tensor], T]) -> T:
+    """Return `read(x)`, which waits for the device of `x`: once for each tensor, and again after it was written to."""
+    version = None if x.is_inference() else x._version
+    known = _READ.setdefault(x, {})
+    if read not in known or known[read][0] != version:
+        known[read] = version, read(x)
+    return known[read][1]

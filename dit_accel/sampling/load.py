@@ -18,6 +18,8 @@ PIPELINES = {
     "LuminaText2ImgPipeline": "lumina.SparseLuminaPipeline",
     "Lumina2Pipeline": "lumina2.SparseLumina2Pipeline",
     "Lumina2Text2ImgPipeline": "lumina2.SparseLumina2Pipeline",
+    "FluxPipeline": "flux.SparseFluxPipeline",
+    "QwenImagePipeline": "qwenimage.SparseQwenImagePipeline",
 }
 """Sparse pipelines by the class name in model_index.json."""
 

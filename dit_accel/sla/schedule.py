@@ -74,13 +74,13 @@ class SparseAttention(Method):
         self.weights = weights
         self.layers: dict[str, LayerAttention] = {}
         self._attention: dict[str, nn.Module] = {}
-        self.reordered = None if config.order == "raster" else Reordered()
+        self.reordered = Reordered()
         self._reorders = False
         self._state: RunState | None = None
         self._pauses = 0
 
     @property
-    def focus(self) -> Reordered | None:  # type: ignore[override]
+    def focus(self) -> Reordered:  # type: ignore[override]
         return self.reordered
 
     def make_layers(self, layers: Mapping[str, AttentionLayer]) -> None:
@@ -110,7 +110,7 @@ class SparseAttention(Method):
     def attach(self, host: Host) -> None:
         if not self.layers:  # attached for the second time, it keeps what it has learned
             self.make_layers(host.layers)
-        self._reorders = self.reordered is not None and host.focus is self.reordered
+        self._reorders = host.focus is self.reordered
         for name, layer in host.layers.items():
             processor, ours = layer.module.processor, self.layers[name]
             processor.attend = ours
@@ -248,12 +248,11 @@ class SparseAttention(Method):
             layer.dense = paused or dense_step or not layer.scheduled
             layer.shortest = state.shortest[name]
             layer.count_into(state.counts[name], paused=paused)
-        if self._reorders and self.reordered is not None:
+        if self._reorders:
             self.reordered.begin_call(call, self.order(call.grid, device))
 
     def end_call(self, run: Run, call: Call, output: Any) -> None:
-        if self.reordered is not None:
-            self.reordered.end_call()
+        self.reordered.end_call()
         for layer in self.layers.values():
             layer.module.keep_measured()
 
