@@ -40,8 +40,9 @@ class QwenImage(PackedTransformer):
     def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
         grid = _image_grid(arguments["img_shapes"], transformer.config.use_layer3d_rope)
         mask = arguments.get("encoder_hidden_states_mask")
+        padded = mask is not None and read_once(mask, _is_padded)
         call = self.packed_call(transformer, arguments, grid, mask)
-        if call.references and mask is not None and read_once(mask, _is_padded):
+        if call.references and padded:
             raise ValueError(
                 f"encoder_hidden_states_mask: hides text, and there are {call.references} tokens of reference images; "
                 "acceleration accepts prompts of one length (run them one by one)"
@@ -50,15 +51,18 @@ class QwenImage(PackedTransformer):
 
     def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
         arguments = super().focus_inputs(focus, arguments)
-        mask = arguments.get("encoder_hidden_states_mask")
-        if mask is None or read_once(mask, _is_padded):
+        if arguments.get("encoder_hidden_states_mask") is None:
             return arguments
+        # The model checks its length against the text of one process; `_tables` gives it to the processors.
         return {**arguments, "encoder_hidden_states_mask": None}
 
     def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
         blocks = transformer.transformer_blocks
         hooks = self.packed_hooks(transformer, focus, transformer.img_in, transformer.txt_in)
-        hooks.append(after(transformer.pos_embed, _tables, focus, [x.attn for x in blocks]))
+        hooks += [
+            before(transformer.pos_embed, _whole_text, focus),
+            after(transformer.pos_embed, _tables, focus, [x.attn for x in blocks]),
+        ]
         if transformer.config.zero_cond_t:
             hooks += [before(block, _modulate_references, block.attn) for block in blocks]
         return hooks
@@ -101,10 +105,19 @@ def _is_padded(mask: Tensor) -> bool:
     return not every
 
 
+def _whole_text(focus: Focus, args: tuple, kwargs: dict) -> Any:
+    """The table of all text, where the model has seen that of one process."""
+    return args, {**kwargs, "max_txt_seq_len": focus.call.text_length - focus.call.references}
+
+
 def _tables(focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """The rotary tables `[R or 1, L, D / 2]` of the image and text tokens that run."""
     image, text = (x[None] for x in output)
     set_words(focus, layers, text)
+    mask = focus.call.mask
+    shown = mask.bool() if mask is not None and read_once(mask, _is_padded) else None
+    for layer in layers:
+        layer.processor.mask = shown
     return image_part(focus, image), text_part(focus, text)
 
 
@@ -122,6 +135,13 @@ def _modulate_references(attn: Any, args: tuple, kwargs: dict) -> Any:
 
 class QwenImageSparseAttnProcessor(PackedProcessor):
     """Attention over [text, image]; see `Family.processor`."""
+
+    mask: Tensor | None = None
+    """`[B, T]`, true for text tokens that count; None: all do, or the mask is an argument."""
+
+    def release(self) -> Any:
+        self.mask = None
+        return super().release()
 
     def __call__(
         self,
@@ -141,7 +161,7 @@ class QwenImageSparseAttnProcessor(PackedProcessor):
                 stream[:2] = [rotate_pairs(x, cos, sin) for x in stream[:2]]
         query, key, value = (torch.cat([t, x], dim=1) for x, t in zip(image, text, strict=True))
 
-        mask = encoder_hidden_states_mask
+        mask = encoder_hidden_states_mask if self.mask is None else self.mask
 
         def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
             return self.dense(q, k, v, _joint_mask(mask, k.shape[1]), scale)

@@ -13,7 +13,12 @@ from typing import Any
 from dit_accel.sampling.outline import Outline
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-NEEDED = {"LuminaPipeline": {"sigmas"}, "Lumina2Pipeline": {"sigmas", "mu"}}
+NEEDED = {
+    "LuminaPipeline": {"sigmas"},
+    "Lumina2Pipeline": {"sigmas", "mu"},
+    "FluxPipeline": {"mu"},
+    "QwenImagePipeline": {"sigmas", "mu"},
+}
 """Arguments that a pipeline of diffusers passes to `set_timesteps`, by its class name."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -14,7 +14,9 @@ from dit_accel.sampling.settings import Sampling
 from .. import random_pipelines, tiny_wan
 
 
-@pytest.fixture(params=["wan", "i2v", "lumina", "lumina2", "sd3", *EMBEDDED_MODELS])
+@pytest.fixture(
+    params=["wan", "i2v", "lumina", "lumina2", "sd3", "flux", "qwenimage", *EMBEDDED_MODELS]
+)
 def saved(request, tmp_path):
     """A repository, and the plain pipeline of it."""
     if request.param.startswith("tiny"):
