@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from dit_accel.control import sampling_loop as sampling_loop
     from dit_accel.control import summary as summary
     from dit_accel.memory import estimate_memory as estimate_memory
+    from dit_accel.pipelines.flux import SparseFluxPipeline as SparseFluxPipeline
     from dit_accel.pipelines.hunyuan_video import (
         SparseHunyuanVideoPipeline as SparseHunyuanVideoPipeline,
     )
     from dit_accel.pipelines.ltx import SparseLTXPipeline as SparseLTXPipeline
     from dit_accel.pipelines.lumina import SparseLuminaPipeline as SparseLuminaPipeline
     from dit_accel.pipelines.lumina2 import SparseLumina2Pipeline as SparseLumina2Pipeline
+    from dit_accel.pipelines.qwenimage import SparseQwenImagePipeline as SparseQwenImagePipeline
     from dit_accel.pipelines.sd3 import (
         SparseStableDiffusion3Pipeline as SparseStableDiffusion3Pipeline,
     )
@@ -43,8 +45,10 @@ _HOMES = {
     "SLAConfig": "dit_accel.config",
     "SparseHunyuanVideoPipeline": "dit_accel.pipelines.hunyuan_video",
     "SparseLTXPipeline": "dit_accel.pipelines.ltx",
+    "SparseFluxPipeline": "dit_accel.pipelines.flux",
     "SparseLumina2Pipeline": "dit_accel.pipelines.lumina2",
     "SparseLuminaPipeline": "dit_accel.pipelines.lumina",
+    "SparseQwenImagePipeline": "dit_accel.pipelines.qwenimage",
     "SparseStableDiffusion3Pipeline": "dit_accel.pipelines.sd3",
     "SparseWanImageToVideoPipeline": "dit_accel.pipelines.wan_i2v",
     "SparseWanPipeline": "dit_accel.pipelines.wan",

@@ -16,6 +16,8 @@ FAMILIES = {
     "Lumina2Transformer2DModel": "lumina2.Lumina2",
     "HunyuanVideoTransformer3DModel": "hunyuan_video.HunyuanVideo",
     "LTXVideoTransformer3DModel": "ltx.LTXVideo",
+    "FluxTransformer2DModel": "flux.Flux",
+    "QwenImageTransformer2DModel": "qwenimage.QwenImage",
 }
 
 __all__ = [

@@ -29,6 +29,8 @@ class Call:
     """Image embeddings that the call is conditioned on, beside the text."""
     mask: Tensor | None = None
     """Mask of the text tokens that count."""
+    references: int = 0
+    """Tokens of reference images. They run in every call, as those of the text do."""
     variant: Hashable = None
     """What else tells contexts apart."""
     epoch: Hashable = None
@@ -56,8 +58,9 @@ class Call:
 
     @property
     def text_length(self) -> int:
-        """Text tokens."""
-        return 0 if self.context is None or self.context.ndim < 3 else self.context.shape[1]
+        """Tokens beside those of the image, which run in every call: of the text, and of references."""
+        text = 0 if self.context is None or self.context.ndim < 3 else self.context.shape[1]
+        return text + self.references
 
 
 class Focus:

@@ -112,7 +112,7 @@ class SparsePipelineMixin:
             **kwargs: everything that the diffusers parent accepts; `dtype` as in `from_pretrained`.
 
         Raises:
-            NotImplementedError: the diffusers parent has no `from_single_file` (only Stable Diffusion 3 has).
+            NotImplementedError: the diffusers parent has no `from_single_file` (Stable Diffusion 3 and FLUX.1 have).
             ValueError: a bad or unknown argument, before any weight is read; or the transformer cannot be
                 accelerated.
         """

@@ -127,6 +127,10 @@ class LuminaSizes:
         _check_image(self, patch, height, width, num_frames)
 
 
+class PackedSizes(LuminaSizes):
+    """Size checks of FLUX.1 and Qwen-Image pipelines, which pack 2 x 2 latent positions into a token."""
+
+
 def checked_call(call: Any) -> Any:
     """Return the parent's `__call__`, with the same signature, that checks sizes first."""
     signature = inspect.signature(call)

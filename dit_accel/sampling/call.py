@@ -1,6 +1,7 @@
 """`run_batch` and `run_latents`: one pipeline call for the samples of a batch, with its seconds by phase."""
 
 import contextlib
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,8 @@ def _called(
     negative = [x.sampling.negative_prompt for x in samples]
     if negative[0] is not None:
         arguments["negative_prompt"] = negative
+    if "guidance_scale" in arguments and _has_true_guidance(pipe):
+        arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
     if "image" in arguments:
         arguments["image"] = read_picture(arguments["image"])
     # Generators live on the CPU: the same noise on every device.
@@ -132,3 +135,10 @@ def _called(
             "finished stays, run it again with a smaller batch_size or size"
         ) from error
     return result, seconds
+
+
+def _has_true_guidance(pipe: Any) -> bool:
+    """Return whether the scale of classifier-free guidance has a name of its own, as in Qwen-Image. `guidance_scale` is
+    then for models that guidance was distilled into, which get it as an input."""
+    distilled = getattr(pipe.transformer.config, "guidance_embeds", False)
+    return not distilled and "true_cfg_scale" in inspect.signature(type(pipe).__call__).parameters

@@ -18,6 +18,8 @@ NEEDED = {
     "Lumina2Pipeline": {"sigmas", "mu"},
     "HunyuanVideoPipeline": {"sigmas"},
     "LTXPipeline": {"sigmas", "mu"},
+    "FluxPipeline": {"mu"},
+    "QwenImagePipeline": {"sigmas", "mu"},
 }
 """Arguments that a pipeline of diffusers passes to `set_timesteps`, by its class name."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

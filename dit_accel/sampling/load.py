@@ -20,6 +20,8 @@ PIPELINES = {
     "Lumina2Text2ImgPipeline": "lumina2.SparseLumina2Pipeline",
     "HunyuanVideoPipeline": "hunyuan_video.SparseHunyuanVideoPipeline",
     "LTXPipeline": "ltx.SparseLTXPipeline",
+    "FluxPipeline": "flux.SparseFluxPipeline",
+    "QwenImagePipeline": "qwenimage.SparseQwenImagePipeline",
 }
 """Sparse pipelines by the class name in model_index.json."""
 

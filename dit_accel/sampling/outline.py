@@ -9,7 +9,12 @@ from typing import Any
 from dit_accel.sampling.load import pipeline_class
 from dit_accel.sampling.settings import FRAMES, Sampling
 
-MAX_TEXT_TOKENS = {"StableDiffusion3Pipeline": 512, "Lumina2Pipeline": 512}
+MAX_TEXT_TOKENS = {
+    "StableDiffusion3Pipeline": 512,
+    "Lumina2Pipeline": 512,
+    "FluxPipeline": 512,
+    "QwenImagePipeline": 1024,
+}
 """Most text tokens that the diffusers pipeline accepts, by its class name."""
 
 
@@ -137,4 +142,6 @@ def _scale_factors(pipeline: Any, vae: Any) -> dict[str, int]:
             "vae_scale_factor_temporal": vae.temporal_compression_ratio,
             "vae_scale_factor_spatial": vae.spatial_compression_ratio,
         }
+    if hasattr(vae, "temperal_downsample"):
+        return {"vae_scale_factor": 2 ** len(vae.temperal_downsample)}
     return {"vae_scale_factor": 2 ** (len(vae.block_out_channels) - 1)}

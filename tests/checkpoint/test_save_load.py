@@ -56,7 +56,7 @@ def equal(a, b):
 
 def absent(family):
     """Arguments of from_pretrained: components that the tiny pipelines do without."""
-    count = 3 if family.startswith("sd3") else 1
+    count = 3 if family.startswith("sd3") else 2 if family == "flux" else 1
     names = [f"{name}{'' if i == 1 else f'_{i}'}" for i in range(1, count + 1)
              for name in ("text_encoder", "tokenizer")]  # fmt: skip
     return dict.fromkeys(names)

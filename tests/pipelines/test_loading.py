@@ -21,7 +21,7 @@ from dit_accel import (
 from dit_accel.checkpoint.ras_file import read_ras
 
 from ..checkpoint.test_save_load import absent
-from ..random_pipelines import embeddings, make, run
+from ..random_pipelines import embeddings, make, relative, run
 from ..tiny_wan import random_wan
 
 CLASSES = {
@@ -29,6 +29,8 @@ CLASSES = {
     "sd3": SparseStableDiffusion3Pipeline,
     "lumina": dit_accel.SparseLuminaPipeline,
     "lumina2": dit_accel.SparseLumina2Pipeline,
+    "flux": dit_accel.SparseFluxPipeline,
+    "qwenimage": dit_accel.SparseQwenImagePipeline,
 }
 each_family = pytest.mark.parametrize("family", CLASSES)
 SLA = {"topk": 0.4, "block_q": 16, "block_k": 16, "crossover": "never"}
@@ -77,7 +79,8 @@ def test_settings_come_back_and_give_the_same_output(family, sla, plain, tmp_pat
     vanilla = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved", **absent(family))
     assert type(vanilla) is getattr(diffusers, CLASSES[family]._parent)
     vanilla.set_progress_bar_config(disable=True)
-    assert torch.equal(run(vanilla, family, steps=2), run(make(family), family, steps=2))
+    # Weights from files lie at other addresses, and products then round otherwise.
+    assert relative(run(vanilla, family, steps=2), run(make(family), family, steps=2)) < 1e-6
 
 
 def test_explicit_settings_win_over_those_of_the_repository(plain, tmp_path):
@@ -233,7 +236,7 @@ def test_components_that_are_accelerated_already_stay_so_unless_settings_are_giv
     assert (topk_of(shared), ras_of(shared)) == (0.15, RASConfig.load("fast"))
 
 
-@pytest.mark.parametrize("family", ["wan", "lumina", "lumina2"])
+@pytest.mark.parametrize("family", ["wan", "lumina", "lumina2", "qwenimage"])
 def test_parents_without_single_files_say_so(family):
     with pytest.raises(NotImplementedError, match=CLASSES[family]._parent):
         CLASSES[family].from_single_file("model.safetensors", sla="fast")
@@ -290,6 +293,12 @@ AUTO = [
     ("sd3", "Inpainting", "StableDiffusion3InpaintPipeline"),
     ("lumina", "Text2Image", "LuminaPipeline"),
     ("lumina2", "Text2Image", "Lumina2Pipeline"),
+    ("flux", "Text2Image", "FluxPipeline"),
+    ("flux", "Image2Image", "FluxImg2ImgPipeline"),
+    ("flux", "Inpainting", "FluxInpaintPipeline"),
+    ("qwenimage", "Text2Image", "QwenImagePipeline"),
+    ("qwenimage", "Image2Image", "QwenImageImg2ImgPipeline"),
+    ("qwenimage", "Inpainting", "QwenImageInpaintPipeline"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Tiny pipelines of models without a family file, with random weights and embeddings."""
+"""Tiny pipelines of models that forecast steps run on without a family file, with random weights and embeddings."""
 
 import torch
 

@@ -13,7 +13,7 @@ from .definition import Definition
 
 ONE = [x for x in KINDS if x != "wan22"]
 every_model = pytest.mark.parametrize("kind", ONE)
-KNOWN = ("hunyuan", "ltx")
+KNOWN = ("flux", "qwen", "hunyuan", "ltx")
 """Those that have a family file."""
 
 

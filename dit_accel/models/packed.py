@@ -1,0 +1,154 @@
+"""Models of packed latents (FLUX.1, Qwen-Image): joint attention over [text, references, image]."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.models.dispatch import DispatchProcessor
+from dit_accel.models.family import Call, Family, Focus, Hook, after
+
+
+class PackedTransformer(Family):
+    """A family whose pipelines pack 2 x 2 latent positions into a token; the guidance halves are separate calls.
+
+    References are the tokens of images that a picture is made from (FLUX.1 Kontext, Qwen-Image-Edit). They run in every
+    call, as the text does. Pipelines put them behind the image and drop their output, so the output of an accelerated
+    transformer is the image alone.
+    """
+
+    separate_guidance = True
+
+    def packed_call(
+        self,
+        transformer: Any,
+        arguments: dict[str, Any],
+        grid: tuple[int, int, int],
+        mask: Tensor | None = None,
+    ) -> Call:
+        """Return the call on `hidden_states` of an image with these tokens, and references behind it.
+
+        Raises:
+            ValueError: references together with residuals of a ControlNet.
+        """
+        hidden_states = arguments["hidden_states"]
+        tokens = math.prod(grid)
+        references = hidden_states.shape[1] - tokens
+        for name in self.residuals:
+            if references and arguments.get(name) is not None:
+                raise ValueError(
+                    f"{name}: given with {references} tokens of reference images; acceleration accepts one of the two"
+                )
+        image = hidden_states[:, :tokens].transpose(1, 2)
+        return Call(
+            image.unflatten(2, grid),
+            arguments["encoder_hidden_states"],
+            self.output_channels(transformer),
+            grid,
+            arguments.get("timestep"),
+            mask=mask,
+            references=references,
+        )
+
+    residuals: tuple[str, ...]
+    """Arguments of the transformer with the residuals of a ControlNet: one tensor of image tokens for each block."""
+
+    def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
+        t, h, w = hidden_states.shape[2:]
+        return t, h, w
+
+    def latent_shape(self, pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, ...]:
+        scale = 2 * pipe.vae_scale_factor
+        return 1, pipe.transformer.config.in_channels, 1, height // scale, width // scale
+
+    def output_channels(self, transformer: Any) -> int:
+        return transformer.config.patch_size**2 * transformer.out_channels
+
+    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
+        given = {name: x for name in self.residuals if (x := arguments.get(name)) is not None}
+        if not given:
+            return arguments
+        return {
+            **arguments,
+            **{name: [focus.take(x) for x in residuals] for name, residuals in given.items()},
+        }
+
+    def packed_hooks(
+        self, transformer: Any, focus: Focus, image: nn.Module, text: nn.Module
+    ) -> list[Hook]:
+        """Return the hooks on the layers that embed image and text, and on the last layer."""
+        return [
+            after(image, image_part, focus),
+            after(text, text_part, focus),
+            after(transformer.proj_out, _complete, focus),
+        ]
+
+    def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
+        config, dim = transformer.config, transformer.inner_dim
+        double = len(transformer.transformer_blocks)
+        single = len(getattr(transformer, "single_transformer_blocks", ()))
+        # Projections of attention, and a feed-forward layer of four times the width.
+        row = 12 * dim * dim + 2 * (tokens + text) * dim
+        modulation = (12 * double + 3 * single + 2) * dim * dim
+        ends = tokens * config.in_channels + text * config.joint_attention_dim
+        ends += active * self.output_channels(transformer)
+        return 2.0 * ((double + single) * (active + text) * row + modulation + dim * ends)
+
+
+def own_words(focus: Focus) -> tuple[slice, slice]:
+    """Return the places of the text tokens, and those of the references, that run in this process.
+
+    Processes share [text, references] as one sequence.
+    """
+    text = focus.call.text_length - focus.call.references
+    places = focus.part(torch.arange(focus.call.text_length, device="cpu")[None])[0]
+    start, stop = int(places[0]), int(places[-1]) + 1
+    return slice(min(start, text), min(stop, text)), slice(
+        max(start - text, 0), max(stop - text, 0)
+    )
+
+
+def text_part(focus: Focus, x: Tensor) -> Tensor:
+    """Return the text tokens that run in this process, of all `[R or 1, T, ...]`."""
+    return x[:, own_words(focus)[0]]
+
+
+def image_part(focus: Focus, x: Tensor) -> Tensor:
+    """Return the tokens [references, image] that run in this process, of [image, references] `[R or 1, L, ...]`."""
+    tokens = math.prod(focus.call.grid)
+    image = focus.take(x[:, :tokens])
+    if not focus.call.references:
+        return image
+    references = x[:, tokens:][:, own_words(focus)[1]]
+    return torch.cat([references.expand(len(image), *references.shape[1:]), image], dim=1)
+
+
+def set_words(focus: Focus, layers: list[Any], like: Tensor) -> None:
+    """Tell the processors of these layers how many of their tokens stand before the image."""
+    text, references = (x.stop - x.start for x in own_words(focus))
+    focus.per_context["references"] = references
+    words = like.new_empty(text + references, 0)
+    for layer in layers:
+        layer.processor.words = words
+
+
+def _complete(focus: Focus, output: Tensor) -> Tensor:
+    return focus.complete(output[:, focus.per_context["references"] :])
+
+
+class PackedProcessor(DispatchProcessor):
+    """A processor of joint attention over [text, references, image]; only the image passes the seam `kv_store`."""
+
+    words: Tensor | None = None
+    """`[W, 0]`: tokens before the image. A shape, because torch.compile specialises on Python ints. None: not known, and
+    the seams do not need it."""
+
+    def release(self) -> Any:
+        self.words = None
+        return super().release()
+
+    @property
+    def num_words(self) -> int:
+        """Tokens before the image; 0 where nobody needs them."""
+        return 0 if self.words is None else self.words.shape[0]

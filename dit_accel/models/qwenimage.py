@@ -1,0 +1,189 @@
+"""Qwen-Image (`QwenImageTransformer2DModel`): facts, and the joint attention processor."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dit_accel.models.attention import projections, text_projections
+from dit_accel.models.family import AttentionLayer, Call, Focus, Hook, after, before
+from dit_accel.models.packed import (
+    PackedProcessor,
+    PackedTransformer,
+    image_part,
+    set_words,
+    text_part,
+)
+from dit_accel.models.rotary import rotate_pairs
+from dit_accel.models.tokens import read_once
+
+
+class QwenImage(PackedTransformer):
+    """Two streams, and text that is padded at its end; also Qwen-Image-Edit and Qwen-Image-Layered."""
+
+    name = "Qwen-Image"
+    stock_processors = ("QwenDoubleStreamAttnProcessor2_0",)
+    residuals = ("controlnet_block_samples",)
+
+    def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
+        return {
+            f"transformer_blocks.{i}.attn": AttentionLayer(
+                block.attn, block.attn.heads, block.attention_head_dim
+            )
+            for i, block in enumerate(transformer.transformer_blocks)
+        }
+
+    def processor(self, stock: Any) -> Any:
+        return QwenImageSparseAttnProcessor(stock)
+
+    def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
+        grid = _image_grid(arguments["img_shapes"], transformer.config.use_layer3d_rope)
+        mask = arguments.get("encoder_hidden_states_mask")
+        padded = mask is not None and read_once(mask, _is_padded)
+        call = self.packed_call(transformer, arguments, grid, mask)
+        if call.references and padded:
+            raise ValueError(
+                f"encoder_hidden_states_mask: hides text, and there are {call.references} tokens of reference images; "
+                "acceleration accepts prompts of one length (run them one by one)"
+            )
+        return call
+
+    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
+        arguments = super().focus_inputs(focus, arguments)
+        if arguments.get("encoder_hidden_states_mask") is None:
+            return arguments
+        # The model checks its length against the text of one process; `_tables` gives it to the processors.
+        return {**arguments, "encoder_hidden_states_mask": None}
+
+    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+        blocks = transformer.transformer_blocks
+        hooks = self.packed_hooks(transformer, focus, transformer.img_in, transformer.txt_in)
+        hooks += [
+            before(transformer.pos_embed, _whole_text, focus),
+            after(transformer.pos_embed, _tables, focus, [x.attn for x in blocks]),
+        ]
+        if transformer.config.zero_cond_t:
+            hooks += [before(block, _modulate_references, block.attn) for block in blocks]
+        return hooks
+
+
+def _image_grid(img_shapes: list[Any], layered: bool) -> tuple[int, int, int]:
+    """Return the image tokens (t, h, w), from the shapes of each row: those of the image, then those of references.
+
+    Args:
+        img_shapes: argument of the transformer.
+        layered: whether the image has a shape for each layer, and the last shape is the only reference.
+
+    Raises:
+        ValueError: layers of several sizes.
+    """
+    first = img_shapes[0]
+    shapes = [tuple(x) for x in (first if isinstance(first, list) else [first])]
+    if not layered:
+        return shapes[0]
+    layers = shapes[:-1]
+    if len(set(layers)) != 1:
+        raise ValueError(f"img_shapes={shapes}: accepted are layers of one size, and a reference")
+    t, h, w = layers[0]
+    return t * len(layers), h, w
+
+
+def _is_padded(mask: Tensor) -> bool:
+    """Return whether the mask hides text tokens.
+
+    Raises:
+        ValueError: it hides tokens before some that count.
+    """
+    mask = mask.bool()
+    every, at_end = torch.stack([mask.all(), (mask[:, 1:] <= mask[:, :-1]).all()]).tolist()
+    if not at_end:
+        raise ValueError(
+            "encoder_hidden_states_mask: hides text tokens before some that count; acceleration accepts padding at "
+            "the end"
+        )
+    return not every
+
+
+def _whole_text(focus: Focus, args: tuple, kwargs: dict) -> Any:
+    """The table of all text, where the model has seen that of one process."""
+    return args, {**kwargs, "max_txt_seq_len": focus.call.text_length - focus.call.references}
+
+
+def _tables(focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The rotary tables `[R or 1, L, D / 2]` of the image and text tokens that run."""
+    image, text = (x[None] for x in output)
+    set_words(focus, layers, text)
+    mask = focus.call.mask
+    shown = mask.bool() if mask is not None and read_once(mask, _is_padded) else None
+    for layer in layers:
+        layer.processor.mask = shown
+    return image_part(focus, image), text_part(focus, text)
+
+
+def _modulate_references(attn: Any, args: tuple, kwargs: dict) -> Any:
+    """References are modulated as clean images: 1 for each of them, 0 for each token of the image."""
+    arguments = {"hidden_states": args[:1], "encoder_hidden_states": args[1:2]}
+    image, text = (kwargs[name] if name in kwargs else x[0] for name, x in arguments.items())
+    references = attn.processor.num_words - text.shape[1]
+    places = torch.arange(image.shape[1], device=image.device)
+    index = (places < references).int()[None]
+    if "modulate_index" in kwargs:
+        return args, {**kwargs, "modulate_index": index}
+    return (*args[:-1], index), kwargs
+
+
+class QwenImageSparseAttnProcessor(PackedProcessor):
+    """Attention over [text, image]; see `Family.processor`."""
+
+    mask: Tensor | None = None
+    """`[B, T]`, true for text tokens that count; None: all do, or the mask is an argument."""
+
+    def release(self) -> Any:
+        self.mask = None
+        return super().release()
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Float[Tensor, "b l c"],
+        encoder_hidden_states: Float[Tensor, "b t c"],
+        encoder_hidden_states_mask: Bool[Tensor, "b m"] | None = None,
+        attention_mask: None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b t c"]]:
+        image = [x.unflatten(2, (attn.heads, -1)) for x in projections(attn, hidden_states)]
+        image[0], image[1] = attn.norm_q(image[0]), attn.norm_k(image[1])
+        text = text_projections(attn, encoder_hidden_states)
+        if image_rotary_emb is not None:
+            for stream, table in zip((image, text), image_rotary_emb, strict=True):
+                cos, sin = table.real.unsqueeze(-2), table.imag.unsqueeze(-2)
+                stream[:2] = [rotate_pairs(x, cos, sin) for x in stream[:2]]
+        query, key, value = (torch.cat([t, x], dim=1) for x, t in zip(image, text, strict=True))
+
+        mask = encoder_hidden_states_mask if self.mask is None else self.mask
+
+        def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+            return self.dense(q, k, v, _joint_mask(mask, k.shape[1]), scale)
+
+        out = self.run(
+            query,
+            key,
+            value,
+            dense,
+            text="first",
+            words=self.num_words,
+            text_lengths=None if mask is None else mask.sum(1),
+        )
+        out = out.flatten(2).to(query.dtype)
+        length = encoder_hidden_states.shape[1]
+        written = attn.to_out[1](attn.to_out[0](out[:, length:]))
+        return written, attn.to_add_out(out[:, :length])
+
+
+def _joint_mask(mask: Tensor | None, length: int) -> Tensor | None:
+    """The mask of all keys `[B, 1, 1, L]`, from that of the text in front of the image."""
+    if mask is None:
+        return None
+    image = mask.new_ones(mask.shape[0], length - mask.shape[1])
+    return torch.cat([mask, image], dim=1)[:, None, None]

@@ -1,0 +1,58 @@
+"""Qwen-Image."""
+
+import torch
+
+from ..random_pipelines import liven, scheduler
+
+GRID = (1, 11, 13)
+SIZES = ({"height": 144, "width": 240}, {"height": 208, "width": 176})
+CONTEXTS = 2
+
+
+def make(solver="euler", cls=None, **changed):
+    """The pipeline, or another one of these components."""
+    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 4, 8),
+        **changed,
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    return (cls or QwenImagePipeline)(
+        transformer=liven(transformer),
+        scheduler=scheduler(solver),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
+def embeddings(prompts):
+    rows = [torch.randn(12, 24, generator=torch.Generator().manual_seed(100 + i)) for i in prompts]
+    mask = torch.ones(len(prompts), 12, dtype=torch.long)
+    return {"prompt_embeds": torch.stack(rows), "prompt_embeds_mask": mask}
+
+
+def arguments(prompts, guidance):
+    negative = {f"negative_{k}": x for k, x in embeddings([-3] * len(prompts)).items()}
+    return {**negative, "height": 176, "width": 208, "true_cfg_scale": guidance}
+
+
+def blocks(transformer):
+    return transformer.transformer_blocks
