@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dit_accel.pipelines.wan_i2v import (
         SparseWanImageToVideoPipeline as SparseWanImageToVideoPipeline,
     )
+    from dit_accel.pipelines.wan_vace import SparseWanVACEPipeline as SparseWanVACEPipeline
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _HOMES = {
     "SparseStableDiffusion3Pipeline": "dit_accel.pipelines.sd3",
     "SparseWanImageToVideoPipeline": "dit_accel.pipelines.wan_i2v",
     "SparseWanPipeline": "dit_accel.pipelines.wan",
+    "SparseWanVACEPipeline": "dit_accel.pipelines.wan_vace",
     "disable": "dit_accel.control",
     "enable": "dit_accel.control",
     "estimate_memory": "dit_accel.memory",
