@@ -379,7 +379,9 @@ def test_sla_checkpoints_of_both(tmp_path, pipe):
         dit_accel.load_sla(other, tmp_path / "both" / "transformer")
     # A file of an earlier save would be loaded with a later one.
     dit_accel.enable(other, sla={"transformer_2": "none"})
-    with pytest.raises(ValueError, match="holds transformer_2/sla.safetensors, which would be loa"):
+    with pytest.raises(
+        ValueError, match=r"holds transformer_2/sla.safetensors, which would be loa"
+    ):
         dit_accel.save_sla(other, tmp_path / "both")
     shutil.rmtree(tmp_path / "both" / "transformer_2")
     dit_accel.save_sla(other, tmp_path / "both")
