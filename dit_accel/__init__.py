@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dit_accel.pipelines.wan_i2v import (
         SparseWanImageToVideoPipeline as SparseWanImageToVideoPipeline,
     )
+    from dit_accel.pipelines.wan_vace import SparseWanVACEPipeline as SparseWanVACEPipeline
     from dit_accel.runtime.parallel.enable import enable_parallelism as enable_parallelism
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ _HOMES = {
     "SparseStableDiffusion3Pipeline": "dit_accel.pipelines.sd3",
     "SparseWanImageToVideoPipeline": "dit_accel.pipelines.wan_i2v",
     "SparseWanPipeline": "dit_accel.pipelines.wan",
+    "SparseWanVACEPipeline": "dit_accel.pipelines.wan_vace",
     "disable": "dit_accel.control",
     "enable": "dit_accel.control",
     "enable_parallelism": "dit_accel.runtime.parallel.enable",

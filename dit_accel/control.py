@@ -5,25 +5,24 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from dit_accel.checkpoint.file import SLACheckpoint, read_checkpoint, settings_of
+from dit_accel.checkpoint.file import SLACheckpoint, settings_of
 from dit_accel.checkpoint.identity import identity_of, weights_of
-from dit_accel.checkpoint.save_load import find_checkpoint
+from dit_accel.checkpoint.save_load import find_settings
 from dit_accel.config import OFF, RASConfig, SLAConfig
-from dit_accel.models import check_pipeline
 from dit_accel.ras import RegionAdaptiveSampling
 from dit_accel.runtime.caller import declaring_frame
+from dit_accel.runtime.components import is_by_component, parts_of, split
 from dit_accel.runtime.install import (
     install,
     installation_of,
-    parts_of,
+    installations_of,
     transformer_of,
     uninstall,
 )
 from dit_accel.runtime.loop import SamplingLoop
 from dit_accel.runtime.method import Method
-from dit_accel.runtime.summary import summarise
 from dit_accel.sla import SparseAttention
-from dit_accel.summaries import Summary
+from dit_accel.summaries import Summary, summary_of
 
 
 def enable(
@@ -41,9 +40,10 @@ def enable(
     runs dense.
 
     Args:
-        target: a transformer of Wan2.1, Stable Diffusion 3 and 3.5, Lumina-Next or Lumina-Image 2.0, a wrapper
+        target: a transformer of Wan2.1 and 2.2, Stable Diffusion 3 and 3.5, Lumina-Next or Lumina-Image 2.0, a wrapper
             of one (DDP, PEFT, torch.compile), or a diffusers pipeline that has one. Region-adaptive sampling without
-            a `ratio` takes any transformer whose call has one tensor `hidden_states` and returns one tensor.
+            a `ratio` takes any transformer whose call has one tensor `hidden_states` and returns one tensor. Both
+            transformers of a Wan2.2 pipeline are accelerated; each counts the steps that it runs.
         ras: region-adaptive sampling: an `RASConfig`, a preset ("quality", "balanced", "fast", "forecast", "partial",
             "paper"), a YAML file, or a dict of `RASConfig` fields. "none" switches it off. Default: left as it is.
         sla: sparse attention: an `SLAConfig`, a preset ("quality", "balanced", "fast"),
@@ -52,58 +52,96 @@ def enable(
             other settings put the former ones back. "none" switches it off. Default: left as it is.
         **methods: further methods, each an instance of `dit_accel.runtime.method.Method` under its name.
 
+    Each argument may be a dict by transformer, `sla={"transformer": "balanced", "transformer_2": "fast"}`; a transformer
+    that it does not name is left as it is.
+
     Raises:
         ValueError: a bad argument, a transformer that is not supported, or an SLA checkpoint made for another
             model. What was on before is then still on.
         RuntimeError: weights that an SLA checkpoint brought cannot be put back, see `disable`.
     """
-    if ras is None and sla is None and not methods:
+    parts = parts_of(target)
+    wanted: dict[str, dict[str, Any]] = {name: {} for name in parts}
+    for argument, value in {"ras": ras, "sla": _settings("sla", sla), **methods}.items():
+        for name, x in split(argument, value, parts).items():
+            if x is not None:
+                wanted[name][argument] = _settings(argument, x)
+    if not any(wanted.values()):
         raise ValueError(
             "ras=None, sla=None: nothing to enable; accepted are a preset name, a config, a YAML file, a dict, or "
             "the folder of an SLA checkpoint"
         )
-    further = dict(_further(methods))
-    config = None if ras is None else RASConfig.load(ras)
-    settings = None if sla is None or sla == OFF else settings_of(sla)
-    parts = parts_of(target)
-    if len(parts) > 1 and (
-        further or settings is not None or (config and config.has_partial_steps)
-    ):
-        check_pipeline(target)
+    _check_shared(wanted)
     done: list[tuple[Any, Any]] = []
-    for part in parts.values():
-        made: dict[str, Any] = dict(further)
-        if ras is not None:
-            made["ras"] = None if config is None else RegionAdaptiveSampling(config)
-        before = installation_of(part)
-        on: dict[str, Any] = {} if before is None else dict(before.methods)
-        if sla is not None:
-            made["sla"] = None
-            if settings is not None:
-                made["sla"] = _sparse_attention(part, settings, on.get("sla"))
-        chosen = {name: x for name, x in {**on, **made}.items() if x is not None}
-        if chosen:
-            pipe = None if part is target else target
-            try:
-                install(part, chosen.values(), replaced=before, pipe=pipe)
-            except BaseException:
-                for other, earlier in done:  # the first transformer of two goes back to what it had
-                    uninstall(other)
-                    if earlier is not None:
-                        install(other, earlier.methods.values(), pipe=pipe)
-                raise
-        else:
+    try:
+        for name, part in parts.items():
+            if wanted[name]:
+                before = installation_of(part)
+                _change(part, wanted[name], before, None if part is target else target)
+                done.append((part, before))
+    except BaseException:
+        for part, before in done:  # the first transformer of two goes back to what it had
             uninstall(part)
-        done.append((part, before))
+            if before is not None:
+                install(part, before.methods.values(), pipe=target)
+        raise
 
 
-def _further(methods: dict[str, Any]) -> Iterator[tuple[str, Method]]:
-    for name, method in methods.items():
-        if not isinstance(method, Method) or method.name != name:
-            raise ValueError(
-                f"{name}={method!r}: accepted are ras, sla, and methods (instances of Method) under their name"
-            )
-        yield name, method
+def _settings(argument: str, value: Any) -> Any:
+    """Return the settings in an argument: a config, a checkpoint, a method, "none" for off, or a dict of them by transformer."""
+    if value is None or value == OFF or is_by_component(value):
+        return value
+    if argument == "ras":
+        return RASConfig.load(value)
+    if argument == "sla":
+        return settings_of(value)
+    if not isinstance(value, Method) or value.name != argument:
+        raise ValueError(
+            f"{argument}={value!r}: accepted are ras, sla, and methods (instances of Method) under their name"
+        )
+    return value
+
+
+def _check_shared(wanted: dict[str, dict[str, Any]]) -> None:
+    """Refuse what belongs to one transformer and was given for two."""
+    given = [x for one in wanted.values() for x in one.items()]
+    for i, (argument, value) in enumerate(given):
+        if any(value is other for _, other in given[:i]):
+            if isinstance(value, SLACheckpoint):
+                raise ValueError(
+                    "sla: one SLA checkpoint for a pipeline with two transformers; accepted is a dict by transformer, or a "
+                    f"folder with sub-folders {' and '.join(wanted)}"
+                )
+            if isinstance(value, Method):
+                raise ValueError(
+                    f"{argument}={value!r}: one method for a pipeline with two transformers; accepted is a dict by transformer"
+                )
+
+
+def _change(part: Any, wanted: dict[str, Any], before: Any, pipe: Any) -> None:
+    """Put methods on a transformer, and take those off that are to be off.
+
+    Args:
+        part: a transformer, or the target of `enable` that has only one.
+        wanted: methods, their settings, or "none", by name.
+        before: acceleration that is on now.
+        pipe: the pipeline, if `part` is one of its two transformers.
+    """
+    on: dict[str, Any] = {} if before is None else dict(before.methods)
+    chosen = {name: x for name, x in on.items() if name not in wanted}
+    for name, x in wanted.items():
+        if x == OFF:
+            continue
+        if name == "ras":
+            chosen[name] = RegionAdaptiveSampling(x)
+        elif name == "sla":
+            chosen[name] = _sparse_attention(part, x, on.get(name))
+        else:
+            chosen[name] = x
+    if chosen:
+        install(part, chosen.values(), replaced=before, pipe=pipe)
+    else:
+        uninstall(part)
 
 
 def _sparse_attention(
@@ -158,7 +196,8 @@ def load_sla(
     Args:
         target: a pipeline or transformer of the base model that the SLA checkpoint was made for, in any dtype.
         dir_or_id: a folder that holds `sla.safetensors`, the file, or a hub repository. Fine-tuned weights or
-            adapters of the transformer are beside that file.
+            adapters of the transformer are beside that file. For a pipeline with two transformers: a folder or hub
+            repository with the sub-folders `transformer` and `transformer_2`, or one of them.
         revision: branch, tag or commit of a hub repository. Default: the main branch.
         **hub: further arguments of `huggingface_hub.hf_hub_download` (`token`, `cache_dir`, ...).
 
@@ -166,8 +205,7 @@ def load_sla(
         ValueError: the file cannot be found or read, or was made for another model. The transformer is
             then unchanged.
     """
-    path = find_checkpoint(dir_or_id, revision=revision, **hub)
-    enable(target, sla=read_checkpoint(path))
+    enable(target, sla=find_settings(target, dir_or_id, revision=revision, **hub))
 
 
 def disable(target: Any) -> None:
@@ -220,13 +258,15 @@ def sampling_loop(
     """
     loop = SamplingLoop(scheduler, timesteps=timesteps, sigmas=sigmas)
     transformer_of(target, any_model=True)
-    installation = installation_of(target)
-    if installation is None:
+    installations = installations_of(target)
+    if not installations:
         yield loop
         return
     loop.frame = declaring_frame()
     try:
-        with installation.clock.declare(loop):
+        with contextlib.ExitStack() as declared:
+            for installation in installations.values():
+                declared.enter_context(installation.clock.declare(loop))
             yield loop
     finally:
         loop.frame = None  # it holds the loop
@@ -240,7 +280,7 @@ def summary(target: Any, *, strict: bool = False) -> Summary:
         strict: raise RuntimeError if any method that is on accelerated nothing: a layer that the schedule lets
             run sparse never did, or no step ran on some of the tokens only.
     """
-    result = Summary(summarise(target).methods)
+    result = summary_of(target)
     if not strict:
         return result
     if not result.enabled:
@@ -252,7 +292,11 @@ def summary(target: Any, *, strict: bool = False) -> Summary:
             "switches it off): "
             + "; ".join(f"{x.name} ({', '.join(x.dense_calls) or 'not called'})" for x in never)
         )
-    if result.ras is not None and not result.ras.ras_steps:
-        why = ", ".join(result.ras.dense_calls) or "not called"
-        raise RuntimeError(f"ras: region-adaptive sampling never left a token out ({why})")
+    for name, part in (result.parts or {"": result}).items():
+        if part.ras is not None and not part.ras.ras_steps:
+            why = ", ".join(part.ras.dense_calls) or "not called"
+            where = f" in {name}" if name else ""
+            raise RuntimeError(
+                f"ras: region-adaptive sampling never left a token out{where} ({why})"
+            )
     return result

@@ -1,8 +1,9 @@
 """`estimate_memory`: what region-adaptive sampling will keep in a run, in bytes."""
 
+import copy
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from dit_accel.config import RASConfig
 from dit_accel.models import family_of
 from dit_accel.ras import memory
+from dit_accel.runtime.caller import steps_of
+from dit_accel.runtime.components import parts_of, split
 from dit_accel.runtime.install import transformer_of
 
 
@@ -54,7 +57,8 @@ def estimate_memory(
         pipe: a supported pipeline; it need not be enabled.
         height, width, num_frames: as in its call.
         ras: as in `enable`.
-        num_inference_steps: decides on kv_predictor="auto".
+        num_inference_steps: decides on kv_predictor="auto". Of two transformers, each keeps what its own steps need, and
+            the larger estimate counts.
         batch_size: prompts times images per prompt.
         guidance: whether classifier-free guidance is on (two contexts).
         max_sequence_length: text tokens; they are cached in Lumina-Image 2.0 only.
@@ -62,9 +66,6 @@ def estimate_memory(
     Raises:
         ValueError: a size, a count or a config that is not accepted.
     """
-    config = RASConfig.load(ras)
-    transformer = transformer_of(pipe)
-    family = family_of(transformer)
     sizes = {
         "height": height,
         "width": width,
@@ -76,12 +77,57 @@ def estimate_memory(
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: accepted is an int >= 1")
-    latents = torch.empty(
-        family.latent_shape(pipe, height, width, num_frames), device="meta", dtype=transformer.dtype
-    )
+    parts = parts_of(pipe)
+    estimates = []
+    for name, x in split("ras", ras, parts).items():
+        if (config := RASConfig.load(x)) is None:
+            continue
+        transformer = transformer_of(parts[name])
+        steps = _steps(pipe, transformer, num_inference_steps)
+        estimates.append(
+            _estimate(
+                pipe,
+                transformer,
+                config,
+                steps,
+                (height, width, num_frames),
+                batch_size,
+                guidance,
+                max_sequence_length,
+            )
+        )
+    if not estimates:
+        raise ValueError(f"ras={ras!r}: off; accepted are settings of region-adaptive sampling")
+    # Of two transformers, the first one gives its memory back before the second one runs.
+    most = max(estimates, key=lambda x: x.total_bytes)
+    return replace(most, fits=all(x.fits for x in estimates))
+
+
+def _steps(pipe: Any, transformer: Any, num_inference_steps: int) -> int:
+    """Return how many steps of a run call this transformer."""
+    if len(parts_of(pipe)) == 1:
+        return num_inference_steps
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    begin, end = steps_of(pipe, transformer, scheduler.timesteps)
+    return end - begin
+
+
+def _estimate(
+    pipe: Any,
+    transformer: Any,
+    config: RASConfig,
+    num_inference_steps: int,
+    size: tuple[int, int, int],
+    batch_size: int,
+    guidance: bool,
+    max_sequence_length: int,
+) -> MemoryEstimate:
+    family = family_of(transformer)
+    latents = torch.empty(family.latent_shape(pipe, *size), device="meta", dtype=transformer.dtype)
     tokens = math.prod(family.token_grid(transformer, latents))
     if tokens < 1:
-        raise ValueError(f"height={height}, width={width}: less than one token of this model")
+        raise ValueError(f"height={size[0]}, width={size[1]}: less than one token of this model")
     itemsize = transformer.dtype.itemsize
     halves = 2 if guidance else 1
     contexts = halves if family.separate_guidance else 1

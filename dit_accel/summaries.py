@@ -1,5 +1,6 @@
 """`Summary`: what `dit_accel.summary` returns."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from dit_accel.ras.summary import RASSummary
@@ -11,8 +12,11 @@ class Summary(summary.Summary):
     """What acceleration did in the last run; prints as tables.
 
     Attributes:
-        methods: the summary of each method that is on, by its name.
+        methods: the summary of each method that is on, by its name; of two transformers, that of both together.
+        parts: the summary of each transformer of a pipeline with two, by its name; else empty.
     """
+
+    parts: Mapping[str, "Summary"]
 
     @property
     def sla(self) -> AttentionSummary | None:
@@ -66,4 +70,24 @@ class Summary(summary.Summary):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the fields of sparse attention, and one entry for each further method."""
         further = {name: x.to_dict() for name, x in self.methods.items() if name != "sla"}
-        return {"enabled": self.enabled, **self._attention.to_dict(), "ras": None, **further}
+        values = {"enabled": self.enabled, **self._attention.to_dict(), "ras": None, **further}
+        if self.parts:
+            values["transformers"] = {name: x.to_dict() for name, x in self.parts.items()}
+        return values
+
+
+def summary_of(target: Any) -> Summary:
+    """Return the summary of the last run; `target` as in `dit_accel.enable`."""
+    parts = summary.summarise(target)
+    names = dict.fromkeys(name for part in parts.values() for name in part.methods)
+    if len(parts) == 1 or not names:
+        return Summary(next(iter(parts.values())).methods)
+    methods: dict[str, Any] = {}
+    for name in names:
+        rows = {key: part.methods[name] for key, part in parts.items() if name in part.methods}
+        join = getattr(next(iter(rows.values())), "joined", None)
+        if join is None:
+            methods |= {f"{name} of {key}": row for key, row in rows.items()}
+        else:
+            methods[name] = join(parts)
+    return Summary(methods, {name: Summary(part.methods) for name, part in parts.items()})

@@ -25,11 +25,8 @@ from dit_accel.environment import machine, versions
 from dit_accel.files import atomic_path, write_json
 
 FOLDERS = ("wan", "stable_diffusion_3", "lumina", "lumina2")
-# Refused by name, see ALLOWED: once is enough.
-LARGE_LEFT_OUT = ("wan/test_wan_22.py", "wan/test_wan_22_image_to_video.py")
 LEFT_OUT = {
     "wan/test_wan_animate.py": "WanAnimateTransformer3DModel is not supported",
-    "wan/test_wan_vace.py": "WanVACETransformer3DModel is not supported",
 }
 # Imported by modules of which the tests here use only helpers.
 STAND_INS = {
@@ -40,13 +37,6 @@ STAND_INS = {
 
 ALLOWED = (
     Allowed("test_fused_qkv", "after enable", "enable|sparse", "fusing after enable is refused"),
-    Allowed("test_wan_22", r"transformer_2|Wan2\.2", "", "Wan2.2 is refused by name"),
-    Allowed(
-        "test_wan_22.*incorrect_variants",
-        "AssertionError",
-        "classes",
-        "Wan2.2 is refused before its files are read",
-    ),
     Allowed(
         "lumina2.*batch_single_identical",
         "",
@@ -164,8 +154,7 @@ def run_variant(folder: Path, variant: str, expression: str) -> Path:
         "no:cacheprovider",
     ]
     command += ["-q", "--no-header", "--tb=short", "--rootdir", str(folder), "-k", expression]
-    left_out = [*LEFT_OUT, *(LARGE_LEFT_OUT if VARIANTS[variant].large else ())]
-    command += [f"--ignore=tests/pipelines/{name}" for name in left_out]
+    command += [f"--ignore=tests/pipelines/{name}" for name in LEFT_OUT]
     command += [f"tests/pipelines/{name}" for name in FOLDERS]
     print(f"{variant}: {VARIANTS[variant].text}", file=sys.stderr, flush=True)
     done = subprocess.run(command, cwd=folder, env=environment, stdout=sys.stderr, check=False)

@@ -74,6 +74,7 @@ LARGE = {
 OURS = {
     "WanPipeline": "SparseWanPipeline",
     "WanImageToVideoPipeline": "SparseWanImageToVideoPipeline",
+    "WanVACEPipeline": "SparseWanVACEPipeline",
     "StableDiffusion3Pipeline": "SparseStableDiffusion3Pipeline",
     "LuminaPipeline": "SparseLuminaPipeline",
     "Lumina2Pipeline": "SparseLumina2Pipeline",
@@ -94,7 +95,8 @@ def _accelerate(cls: type, settings: dict) -> None:
         init(self, *args, **kwargs)
         # Our classes enable what they load; a test of text encoders alone has no transformer; pipelines
         # may share a transformer.
-        wanted = not _loading and getattr(self, "transformer", None) is not None
+        held = [getattr(self, x, None) for x in ("transformer", "transformer_2")]
+        wanted = not _loading and any(x is not None for x in held)
         if wanted and not dit_accel.summary(self).enabled:
             dit_accel.enable(self, **settings)
             _counts["pipelines"] += 1

@@ -7,7 +7,8 @@ The families of `MORE` have a file each in `random_families/`, with these functi
   the prefix "negative_";
 - `arguments(prompts, guidance)`: keywords of a call beside them: the default size, guidance, negative embeddings;
 - `GRID`: image tokens (t, h, w) of a call at the default size; `SIZES`: keywords of two other sizes, odd and non-square;
-- `blocks(transformer)`: the blocks that `torch.compile` is used on; `CONTEXTS`: calls of a step with guidance 2.
+- `blocks(transformer)`: the blocks that `torch.compile` is used on; `CONTEXTS`: calls of a step with guidance 2;
+- where there are two transformers, `RUNS = 2`: every run has twice as many steps.
 """
 
 import importlib
@@ -15,6 +16,7 @@ import pkgutil
 
 import torch
 
+from dit_accel.runtime.components import transformers_of
 from dit_accel.runtime.install import method_of
 
 from . import random_families
@@ -220,8 +222,9 @@ def compile_blocks(pipe, family, backend="aot_eager", **options):
         pipe.transformer.compile_repeated_blocks(**options)
     else:  # diffusers names no repeated blocks for the others
         blocks = more(family).blocks if family in MORE else BLOCKS[family]
-        for block in blocks(pipe.transformer):
-            block.compile(**options)
+        for transformer in transformers_of(pipe):
+            for block in blocks(transformer):
+                block.compile(**options)
     return counter
 
 
@@ -247,6 +250,7 @@ def run(pipe, family, prompts=(0,), *, height=None, width=None, steps=10, guidan
     if family in MORE:
         own = more(family)
         call = {**own.embeddings(prompts), **own.arguments(prompts, guidance)}
+        steps *= getattr(own, "RUNS", 1)
         changed = {k: x for k, x in (("height", height), ("width", width)) if x} | changed
     else:
         call = embeddings(family, prompts)
@@ -256,7 +260,7 @@ def run(pipe, family, prompts=(0,), *, height=None, width=None, steps=10, guidan
     for name, x in call.items():
         if not isinstance(x, torch.Tensor):
             continue
-        dtype = pipe.transformer.dtype if x.is_floating_point() else x.dtype
+        dtype = transformers_of(pipe)[0].dtype if x.is_floating_point() else x.dtype
         call[name] = x.to(pipe._execution_device, dtype)
     generators = [torch.Generator().manual_seed(i) for i in prompts]
     if family == "wan":
@@ -276,11 +280,12 @@ def randomise(pipe):
     """Weights of sparse attention as if they were trained."""
 
     generator = torch.Generator().manual_seed(8)
-    for module in method_of(pipe, "sla").attention.values():
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.normal_(std=0.2, generator=generator)
-        module.calibrated = True
+    for transformer in transformers_of(pipe):
+        for module in method_of(transformer, "sla").attention.values():
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.normal_(std=0.2, generator=generator)
+            module.calibrated = True
 
 
 def state_of(module):

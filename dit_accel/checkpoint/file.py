@@ -19,6 +19,7 @@ from dit_accel.checkpoint.base_model import (
 from dit_accel.checkpoint.companion import Companion, companion_entry
 from dit_accel.config import OFF, SLAConfig
 from dit_accel.files import atomic_path
+from dit_accel.runtime.components import TRANSFORMERS
 from dit_accel.sla.attention import SparseLinearAttention
 from dit_accel.tensor_files import digest, mismatch, open_safetensors
 
@@ -169,15 +170,22 @@ def companion_name(path: str | os.PathLike) -> str | None:
     return None if entry is None else companion_entry(entry)["name"]
 
 
-def settings_of(sla: Any) -> SLAConfig | SLACheckpoint | None:
-    """Read what `sla=` of the public functions accepts.
+def component_files(folder: str | os.PathLike, file_name: str = FILE_NAME) -> dict[str, Path]:
+    """Return the files of this name in the sub-folders `transformer` and `transformer_2`, by the sub-folder."""
+    paths = {name: Path(folder) / name / file_name for name in TRANSFORMERS}
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def settings_of(sla: Any) -> Any:
+    """Read what `sla=` of the public functions accepts for one transformer.
 
     Args:
         sla: an `SLACheckpoint`, a folder or file with one, or what `SLAConfig.load` reads: an `SLAConfig`, a
-            preset, a YAML file or a dict. None and "none" mean off.
+            preset, a YAML file or a dict. None and "none" mean off. Or a folder with an SLA checkpoint for each of
+            two transformers, in the sub-folders `transformer` and `transformer_2`.
 
     Returns:
-        The settings; None: off.
+        An `SLAConfig` or `SLACheckpoint`; a dict of checkpoints by transformer for a folder with two; None: off.
 
     Raises:
         ValueError: none of these, or a file that cannot be read.
@@ -189,8 +197,10 @@ def settings_of(sla: Any) -> SLAConfig | SLACheckpoint | None:
     if isinstance(sla, str | os.PathLike) and sla not in SLAConfig.PRESETS:
         path = Path(sla)
         if path.is_dir():
-            path = path / FILE_NAME
+            folder, path = path, path / FILE_NAME
             if not path.exists():
+                if found := component_files(folder):
+                    return {name: read_checkpoint(x) for name, x in found.items()}
                 raise ValueError(
                     f"sla={str(sla)!r}: a folder without {FILE_NAME}; accepted is a folder that holds one"
                 )

@@ -91,7 +91,7 @@ def origin_of(transformer: Any, pipe: Any) -> tuple[str, str]:
         if snapshot := _SNAPSHOT.search(name):
             owner, model, commit = snapshot.groups()
             return f"{owner}/{model}", commit
-    return public_name(re.sub(r"[\\/]transformer[\\/]*$", "", names[0]) or names[1]), ""
+    return public_name(re.sub(r"[\\/]transformer(_2)?[\\/]*$", "", names[0]) or names[1]), ""
 
 
 def snapshot_of(path: str | os.PathLike) -> str | None:

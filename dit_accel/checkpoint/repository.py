@@ -14,6 +14,7 @@ from torch import Tensor
 from dit_accel.checkpoint.file import FILE_NAME, SLACheckpoint, write_checkpoint
 from dit_accel.files import atomic_directory, check_writable
 from dit_accel.models import FAMILIES
+from dit_accel.runtime.components import TRANSFORMERS
 from dit_accel.tensor_files import mismatch
 
 
@@ -52,6 +53,17 @@ def read_index(
             f"{name}: model_index.json holds no mapping; accepted is that of diffusers"
         )
     return index
+
+
+def transformers_in(index: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the names of the transformers that a pipeline of this repository has.
+
+    Args:
+        index: content of `model_index.json`.
+        given: components that take the place of those of the repository, by name; None for one that is left out.
+    """
+    held = {name: (index.get(name) or [None])[0] for name in TRANSFORMERS} | dict(given or {})
+    return [name for name in TRANSFORMERS if held[name] is not None]
 
 
 def check_output(output_dir: str | os.PathLike) -> Path:

@@ -86,7 +86,7 @@ class Generate(AccelerationOptions):
         if self.cache == "none":
             return None
         cache, value = read_cache(self.cache)
-        why = cache.why_not(outline.transformer, sampling.guidance_scale)
+        why = cache.why_not_on(outline, sampling.guidance_scale)
         if cache.calibrated:
             why = "it needs a calibration, which `eval run` makes"
         if why is not None:

@@ -161,26 +161,32 @@ def sla_settings(
     if sla == "none" and overrides:
         raise ValueError("sla='none': dense; accepted without topk and crossover")
     settings = _own_settings(model, hub) if sla == "auto" else settings_of(sla)
+    if settings is None or not overrides:
+        return settings
     if isinstance(settings, SLAConfig):
         return replace(settings, **overrides)
     if topk is not None:
         raise ValueError(
             f"topk={topk}: part of what the SLA checkpoint was trained for; accepted with a preset or a YAML file"
         )
-    if settings is None or not overrides:
-        return settings
-    return replace(settings, config=replace(settings.config, **overrides))
+
+    def overridden(x: Any) -> Any:
+        return x and replace(x, config=replace(x.config, **overrides))
+
+    if isinstance(settings, dict):  # by transformer
+        return {name: overridden(x) for name, x in settings.items()}
+    return overridden(settings)
 
 
 def _own_settings(model: str | os.PathLike, hub: dict[str, Any]) -> Any:
-    """Return the SLA checkpoint of the repository, or the preset "balanced" where there is none."""
-    from dit_accel.checkpoint.file import read_checkpoint
-    from dit_accel.checkpoint.repository import read_index
-    from dit_accel.checkpoint.save_load import own_checkpoint
+    """Return the SLA checkpoint of the repository (of two transformers a dict), or the preset "balanced" where there is none."""
+    from dit_accel.checkpoint.file import FILE_NAME, read_checkpoint
+    from dit_accel.checkpoint.repository import read_index, transformers_in
+    from dit_accel.checkpoint.save_load import own_settings
 
-    read_index(model, "model", **hub)  # for its message about a model that cannot be read
-    path = own_checkpoint(model, **hub)
-    return SLAConfig.load("balanced") if path is None else read_checkpoint(path)
+    names = transformers_in(read_index(model, "model", **hub))
+    found = own_settings(model, FILE_NAME, "sla", names, read_checkpoint, **hub)
+    return SLAConfig.load("balanced") if found is None else found
 
 
 def check_output(folder: Path, argument: str) -> None:

@@ -14,7 +14,7 @@ from dit_accel.finetune.movement import DensityMeter, MovementGuard, UpdateMeter
 from dit_accel.finetune.parts import Parts
 from dit_accel.finetune.probe import Probe, seed_step
 from dit_accel.finetune.stop import Interrupted
-from dit_accel.runtime.summary import summarise
+from dit_accel.summaries import summary_of
 
 STAGE = "distillation"
 DETAILS_EVERY = 10
@@ -234,5 +234,4 @@ def noise_levels(parts: Parts, step: int) -> list[float]:
 
 def _dense_reasons(transformer: nn.Module) -> dict[str, int]:
     """Return dense calls by reason over all layers."""
-    sla = summarise(transformer).methods.get("sla")
-    return {} if sla is None else sla.dense_calls
+    return summary_of(transformer).dense_calls

@@ -1,7 +1,6 @@
 """One file per model family: its facts and its attention processors."""
 
 import importlib
-from typing import Any
 
 from torch import nn
 
@@ -11,6 +10,7 @@ from dit_accel.models.whole import WholeTransformer
 
 FAMILIES = {
     "WanTransformer3DModel": "wan.Wan",
+    "WanVACETransformer3DModel": "wan_vace.WanVACE",
     "SD3Transformer2DModel": "sd3.StableDiffusion3",
     "LuminaNextDiT2DModel": "lumina.LuminaNext",
     "Lumina2Transformer2DModel": "lumina2.Lumina2",
@@ -30,33 +30,15 @@ __all__ = [
     "TokenOrder",
     "WholeTransformer",
     "by_name",
-    "check_pipeline",
     "family_of",
     "is_supported",
     "joint_index",
 ]
 
 
-def check_pipeline(pipe: Any) -> None:
-    """Refuse pipelines whose way of calling a transformer no family knows.
-
-    Raises:
-        ValueError: two transformers, or one timestep for each token (both Wan2.2).
-    """
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise ValueError(
-            "pipe.transformer_2: two-transformer pipelines (Wan2.2) are not supported; accepted: None"
-        )
-    if getattr(getattr(pipe, "config", None), "expand_timesteps", False):
-        raise ValueError(
-            "pipe.config.expand_timesteps=True: one timestep for each token (Wan2.2 TI2V) is not supported; accepted: "
-            "False"
-        )
-
-
-def is_supported(module: nn.Module) -> bool:
-    """Return whether this is a transformer of a family that is known."""
-    return any(cls.__name__ in FAMILIES for cls in type(module).__mro__)
+def is_supported(transformer: nn.Module) -> bool:
+    """Return whether there is a family for the class of this transformer."""
+    return any(cls.__name__ in FAMILIES for cls in type(transformer).__mro__)
 
 
 def family_of(transformer: nn.Module) -> Family:

@@ -27,6 +27,10 @@ class Call:
     """The transformer's argument of that name."""
     images: Tensor | None = None
     """Image embeddings that the call is conditioned on, beside the text."""
+    image_tokens: int = 0
+    """Tokens of `images` that the layers read with those of the text."""
+    token_flops: float = 0.0
+    """Matrix products of each active image token beside those that `Family.flops` counts."""
     mask: Tensor | None = None
     """Mask of the text tokens that count."""
     references: int = 0
@@ -58,9 +62,10 @@ class Call:
 
     @property
     def text_length(self) -> int:
-        """Tokens beside those of the image, which run in every call: of the text, and of references."""
+        """Tokens beside those of the image, which run in every call: of the text, of references, and of images that the
+        layers read with the text."""
         text = 0 if self.context is None or self.context.ndim < 3 else self.context.shape[1]
-        return text + self.references
+        return text + self.references + self.image_tokens
 
 
 class Focus:

@@ -1,4 +1,4 @@
-"""Wan2.1 (`WanTransformer3DModel`): facts, and its attention processors."""
+"""Wan2.1 and Wan2.2 (`WanTransformer3DModel`): facts, and their attention processors."""
 
 import math
 from functools import partial
@@ -13,24 +13,31 @@ from dit_accel.models.dispatch import DispatchProcessor
 from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
 from dit_accel.models.rotary import rotate
 
+TEXT_TOKENS = 512
+"""Text tokens of models that read image tokens too; diffusers hard-codes it."""
+
 
 class Wan(Family):
     """Text- and image-to-video; the guidance halves are separate calls."""
 
-    name = "Wan2.1"
+    name = "Wan"
     separate_guidance = True
     stock_processors = ("WanAttnProcessor",)
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
         return {
-            f"blocks.{i}.attn1": AttentionLayer(
+            f"{name}.attn1": AttentionLayer(
                 block.attn1, block.attn1.heads, block.attn1.inner_dim // block.attn1.heads
             )
-            for i, block in enumerate(transformer.blocks)
+            for name, block in self.blocks(transformer).items()
         }
 
     def cross_attention(self, transformer: Any) -> dict[str, Any]:
-        return {f"blocks.{i}.attn2": block.attn2 for i, block in enumerate(transformer.blocks)}
+        return {f"{name}.attn2": block.attn2 for name, block in self.blocks(transformer).items()}
+
+    def blocks(self, transformer: Any) -> dict[str, Any]:
+        """The blocks of the transformer by name, in the order they run."""
+        return {f"blocks.{i}": block for i, block in enumerate(transformer.blocks)}
 
     def processor(self, stock: Any) -> Any:
         return WanSparseAttnProcessor(stock)
@@ -39,20 +46,30 @@ class Wan(Family):
         return WanTextAttnProcessor(stock)
 
     def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
-        timestep = arguments["timestep"]
-        if timestep.ndim > 1:
+        hidden_states, timestep = arguments["hidden_states"], arguments["timestep"]
+        images = arguments.get("encoder_hidden_states_image")
+        grid = self.token_grid(transformer, hidden_states)
+        if timestep.ndim > 1 and timestep.shape[1:] != (math.prod(grid),):
             raise ValueError(
-                f"timestep: shape {tuple(timestep.shape)}, one for each token (Wan2.2 TI2V); accepted is one for each sample"
+                f"timestep: shape {tuple(timestep.shape)} for {math.prod(grid)} tokens; accepted is one for each sample, or "
+                "one for each token (Wan2.2 TI2V)"
             )
-        hidden_states = arguments["hidden_states"]
         return Call(
             hidden_states,
             arguments["encoder_hidden_states"],
             transformer.config.out_channels,
-            self.token_grid(transformer, hidden_states),
+            grid,
             timestep,
-            images=arguments.get("encoder_hidden_states_image"),
+            images=images,
+            # First and last frame of a sample may come as two rows.
+            image_tokens=0 if images is None else images[..., 0].numel() // len(hidden_states),
+            token_flops=self._modulation(transformer) if timestep.ndim > 1 else 0.0,
         )
+
+    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
+        if arguments["timestep"].ndim == 1 or focus.passes:
+            return arguments
+        return {**arguments, "timestep": focus.take(arguments["timestep"])}
 
     def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
         t, h, w = (
@@ -64,7 +81,8 @@ class Wan(Family):
     def latent_shape(self, pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         frames = (num_frames - 1) // pipe.vae_scale_factor_temporal + 1
         scale = pipe.vae_scale_factor_spatial
-        return 1, pipe.transformer.config.in_channels, frames, height // scale, width // scale
+        transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+        return 1, transformer.config.in_channels, frames, height // scale, width // scale
 
     def output_channels(self, transformer: Any) -> int:
         return transformer.config.out_channels
@@ -77,25 +95,36 @@ class Wan(Family):
             after(transformer.proj_out, focus.complete),
         ]
         if focus.keeps:
-            modules = [block.attn2 for block in transformer.blocks]
+            modules = list(self.cross_attention(transformer).values())
             hooks.append(after(transformer.condition_embedder, _text_keys, focus, modules))
         return hooks
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
-        config = transformer.config
-        dim = config.num_attention_heads * config.attention_head_dim
-        linear = (
-            6 * dim * dim + 2 * dim * config.ffn_dim
-        )  # self-attention, query and out of cross-, ffn
+        config, dim = transformer.config, dim_of(transformer)
+        # Self-attention, query and out of cross-attention, ffn.
+        linear = 6 * dim * dim + 2 * dim * config.ffn_dim
         attention = 2 * (tokens + text) * dim
         patch = math.prod(config.patch_size)
         ends = dim * patch * (tokens * config.in_channels + active * config.out_channels)
-        return 2.0 * (config.num_layers * active * (linear + attention) + ends)
+        images = max(0, text - TEXT_TOKENS) if config.image_dim is not None else 0
+        ends += (text - images) * dim * (config.text_dim + dim)
+        ends += images * (config.image_dim or 0) * ((config.image_dim or 0) + dim)
+        blocks = len(self.blocks(transformer))
+        return 2.0 * (blocks * active * (linear + attention) + ends)
 
     def text_flops(self, transformer: Any, text: int) -> float:
-        config = transformer.config
-        dim = config.num_attention_heads * config.attention_head_dim
-        return 2.0 * config.num_layers * 2 * text * dim * dim
+        return 2.0 * len(self.blocks(transformer)) * 2 * text * dim_of(transformer) ** 2
+
+    def _modulation(self, transformer: Any) -> float:
+        """Matrix products of one timestep: its embedding, and the modulation of all blocks."""
+        dim = dim_of(transformer)
+        return 2.0 * dim * (transformer.config.freq_dim + 7 * dim)
+
+
+def dim_of(transformer: Any) -> int:
+    """Channels of its tokens."""
+    config = transformer.config
+    return config.num_attention_heads * config.attention_head_dim
 
 
 def _shrink_rope(focus: Focus, patch_size: tuple[int, int, int], args: tuple, kwargs: dict) -> Any:
@@ -115,7 +144,12 @@ def _embedded(focus: Focus, output: Float[Tensor, "r c t h w"]) -> Tensor:
     """Active tokens as a video of n frames of 1 x 1: the model flattens it to a sequence again."""
     if focus.passes:
         return output
-    tokens = focus.take(output.flatten(2).transpose(1, 2))
+    return gathered(focus, output.flatten(2))
+
+
+def gathered(focus: Focus, tokens: Float[Tensor, "r c n"]) -> Float[Tensor, "r c m 1 1"]:
+    """Active tokens as a video of frames of 1 x 1."""
+    tokens = focus.take(tokens.transpose(1, 2))
     # Contiguous, so that what the model makes of it has the strides that compiled blocks know.
     return tokens.transpose(1, 2).contiguous()[..., None, None]
 
@@ -137,7 +171,7 @@ def _text_key_value(attn: Any, context: Tensor) -> tuple[Tensor, ...]:
     text = context
     image: tuple[Tensor, ...] = ()
     if attn.add_k_proj is not None:
-        length = context.shape[1] - 512  # diffusers hard-codes the length of the text
+        length = context.shape[1] - TEXT_TOKENS
         clip, text = context[:, :length], context[:, length:]
         if attn.fused_projections:
             k, v = attn.to_added_kv(clip).chunk(2, dim=-1)

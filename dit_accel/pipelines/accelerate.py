@@ -7,7 +7,8 @@ from typing import Any
 from dit_accel import control
 from dit_accel.config import OFF
 from dit_accel.pipelines.arguments import Settings, read_settings
-from dit_accel.runtime.install import installation_of
+from dit_accel.runtime.components import is_by_component, parts_of, split
+from dit_accel.runtime.install import installations_of
 
 
 def accelerate(pipe: Any, settings: Settings, defaults: Settings | None = None) -> Any:
@@ -21,12 +22,18 @@ def accelerate(pipe: Any, settings: Settings, defaults: Settings | None = None) 
     Raises:
         ValueError: the transformer cannot be accelerated in this way. It is then unchanged.
     """
-    on = installation_of(pipe) is not None
-    wanted = settings if on else {**(defaults or {}), **settings}
-    given: dict[str, Any] = {name: x for name, x in wanted.items() if x is not None}
-    if on:
-        given |= {name: OFF for name, x in wanted.items() if x is None}
-    if given:
+    parts, on = parts_of(pipe), bool(installations_of(pipe))
+    wanted: dict[str, dict[str, Any]] = {}
+    for name, x in ({} if on else defaults or {}).items():
+        known = {k: v for k, v in x.items() if k in parts} if is_by_component(x) else x
+        wanted[name] = split(name, known, parts)
+    for name, x in settings.items():
+        wanted[name] = wanted.get(name, {}) | split(name, x, parts)
+    given = {
+        name: {part: OFF if x is None else x for part, x in of.items() if on or x is not None}
+        for name, of in wanted.items()
+    }
+    if given := {name: of for name, of in given.items() if of}:
         control.enable(pipe, **given)
     return pipe
 

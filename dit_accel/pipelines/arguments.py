@@ -9,6 +9,7 @@ import torch
 from dit_accel.checkpoint.file import SLACheckpoint, settings_of
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.config.base import suggest
+from dit_accel.runtime.components import TRANSFORMERS, is_by_component, split
 
 DTYPES = {
     "fp32": torch.float32,
@@ -20,8 +21,10 @@ DTYPES = {
 }
 DEFAULT: Any = object()
 """Default of `sla` and `ras` where None means off."""
-Settings = dict[str, SLAConfig | SLACheckpoint | RASConfig | None]
-"""By method: its settings, or None to switch it off. Methods that are not named stay as they are."""
+OneSetting = SLAConfig | SLACheckpoint | RASConfig | None
+Settings = dict[str, OneSetting | dict[str, OneSetting]]
+"""By method: its settings, a dict of them by transformer, or None to switch it off. Methods and transformers that are
+not named stay as they are."""
 
 
 def read_settings(sla: Any, ras: Any) -> Settings:
@@ -31,10 +34,13 @@ def read_settings(sla: Any, ras: Any) -> Settings:
         ValueError: `settings_of` or `RASConfig.load` does not accept them.
     """
     settings: Settings = {}
-    if sla is not DEFAULT:
-        settings["sla"] = settings_of(sla)
-    if ras is not DEFAULT:
-        settings["ras"] = RASConfig.load(ras)
+    for method, given, read in (("sla", sla, settings_of), ("ras", ras, RASConfig.load)):
+        if given is DEFAULT:
+            continue
+        chosen: Any = given if is_by_component(given) else read(given)
+        if is_by_component(chosen):
+            chosen = {name: read(x) for name, x in split(method, chosen, TRANSFORMERS).items()}
+        settings[method] = chosen
     return settings
 
 

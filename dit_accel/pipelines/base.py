@@ -12,8 +12,13 @@ from diffusers.loaders.single_file_utils import SCHEDULER_LEGACY_KWARGS
 from dit_accel import control
 from dit_accel.checkpoint.file import FILE_NAME, SLACheckpoint, read_checkpoint, write_checkpoint
 from dit_accel.checkpoint.ras_file import RAS_FILE_NAME, read_ras, write_ras
-from dit_accel.checkpoint.repository import read_index
-from dit_accel.checkpoint.save_load import checkpoint_of, own_file, weights_left_out
+from dit_accel.checkpoint.repository import read_index, transformers_in
+from dit_accel.checkpoint.save_load import (
+    checkpoint_of,
+    own_settings,
+    part_folders,
+    weights_left_out,
+)
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.files import check_writable, model_source
 from dit_accel.pipelines.accelerate import accelerate
@@ -24,6 +29,7 @@ from dit_accel.pipelines.arguments import (
     read_settings,
     with_dtypes,
 )
+from dit_accel.runtime.components import TRANSFORMERS, parts_of, split
 from dit_accel.runtime.install import method_of
 
 SLAInput = SLAConfig | SLACheckpoint | dict | str | os.PathLike | None
@@ -66,11 +72,11 @@ class SparsePipelineMixin:
                 "tiny-lumina2").
             sla: sparse attention: a preset ("quality", "balanced", "fast"), a YAML file, an `SLAConfig`, a dict
                 of its fields, or a folder or file that `save_sla` or fine-tuning wrote; None or "none" for dense
-                attention.
+                attention. Or a dict of these by transformer, `{"transformer": "balanced", "transformer_2": None}`.
                 Default: the `sla.safetensors` of the repository, and "balanced" without one.
             ras: region-adaptive sampling: a preset ("quality", "balanced", "fast", "forecast", "partial", "paper"), a
-                YAML file, an `RASConfig`, or a dict of its fields; None or "none" for dense steps. Default: the
-                `ras.json` of the repository, and off without one.
+                YAML file, an `RASConfig`, or a dict of its fields; None or "none" for dense steps; or a dict by
+                transformer. Default: the `ras.json` of the repository, and off without one.
             **kwargs: everything that the diffusers parent accepts. `dtype` may also be a name: "fp32",
                 "bf16", "fp16", "float32", "bfloat16" or "float16".
 
@@ -84,13 +90,20 @@ class SparsePipelineMixin:
         kwargs = with_dtypes(kwargs)
         source = model_source(pretrained_model_name_or_path)
         hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
-        cls._check_repository(source, kwargs, hub)
+        index = cls._read_index(source, hub)
+        given = {k: kwargs[k] for k in TRANSFORMERS if k in kwargs}
+        for method, chosen in settings.items():
+            split(method, chosen, transformers_in(index, given))
         hub.pop("proxies", None)  # diffusers takes them, huggingface_hub does not
-        own = BALANCED.copy()
-        if "sla" not in settings and (path := own_file(source, FILE_NAME, "sla", **hub)):
-            own["sla"] = read_checkpoint(path)
-        if "ras" not in settings and (path := own_file(source, RAS_FILE_NAME, "ras", **hub)):
-            own["ras"] = read_ras(path)
+        own, names = BALANCED.copy(), transformers_in(index)
+        for method, file_name, read in (
+            ("sla", FILE_NAME, read_checkpoint),
+            ("ras", RAS_FILE_NAME, read_ras),
+        ):
+            chosen = split(method, settings[method], TRANSFORMERS) if method in settings else {}
+            if not chosen.keys() >= set(names):
+                found = own_settings(source, file_name, method, names, read, **hub)
+                own |= {} if found is None else {method: found}
         pipe = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
         return accelerate(pipe, settings, own)
 
@@ -147,61 +160,59 @@ class SparsePipelineMixin:
             ValueError: a bad argument, or the transformer cannot be accelerated.
         """
         settings = read_settings(sla, ras)
-        if getattr(pipeline, "transformer_2", None) is not None:
-            raise ValueError("pipeline.transformer_2: Wan2.2 is not supported; accepted: None")
         pipe = super().from_pipe(pipeline, **with_dtypes(kwargs))  # type: ignore[misc]
         return accelerate(pipe, settings, BALANCED)
 
     @classmethod
-    def _check_repository(
-        cls, source: str | os.PathLike, kwargs: dict[str, Any], hub: dict[str, Any]
-    ) -> None:
-        name = f"pretrained_model_name_or_path={str(source)!r}"
+    def _read_index(cls, source: str | os.PathLike, hub: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of model_index.json; refuse another class of pipeline."""
         index = read_index(source, **hub)
         found = index.get("_class_name")
         if found not in (cls._parent, *cls._aliases):
             raise ValueError(
-                f"{name}: holds a {found}; {cls.__qualname__} accepts a {cls._parent} repository"
+                f"pretrained_model_name_or_path={str(source)!r}: holds a {found}; {cls.__qualname__} accepts a "
+                f"{cls._parent} repository"
             )
-        second = index.get("transformer_2")
-        if second is not None and second[0] is not None and "transformer_2" not in kwargs:
-            raise ValueError(
-                f"{name}: has a transformer_2 (Wan2.2), which is not supported; "
-                "accepted are one-transformer repositories (Wan2.1)"
-            )
+        return index
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, with the settings of the methods that are on.
 
         `sla.safetensors` is written if sparse attention is on with other settings than the default, `ras.json` if
         region-adaptive sampling is on. Plain diffusers loads the repository as the plain model; `from_pretrained`
-        of this class loads the settings too. Weights that an SLA checkpoint brought are saved as those of the
-        transformer.
+        of this class loads the settings too. Of two transformers, each has its files in its sub-folder. Weights that an
+        SLA checkpoint brought are saved as those of the transformer.
 
         Raises:
             ValueError: a method is off, and the folder holds its file, which would be loaded with what is saved
                 now; or sparse attention cannot be saved yet (see `save_sla`). Nothing is written.
         """
-        folder = Path(save_directory)
-        sla, ras = (
-            None if (method := method_of(self, name)) is None else method.config
+        folder, parts = Path(save_directory), parts_of(self)
+        places = part_folders(self, folder)
+        on: dict[str, dict[str, Any]] = {
+            name: {part: m.config for part, x in parts.items() if (m := method_of(x, name))}
             for name in ("sla", "ras")
-        )
-        for file_name, method, config in (
-            (FILE_NAME, "sparse attention", sla),
-            (RAS_FILE_NAME, "region-adaptive sampling", ras),
+        }
+        for name, file_name, method in (
+            ("sla", FILE_NAME, "sparse attention"),
+            ("ras", RAS_FILE_NAME, "region-adaptive sampling"),
         ):
-            if config is None and (folder / file_name).exists():
-                raise ValueError(
-                    f"save_directory={str(save_directory)!r}: holds {file_name}, and {method} is off; accepted is a "
-                    "folder without one"
-                )
+            for part, place in places.items():
+                if part not in on[name] and (place / file_name).exists():
+                    raise ValueError(
+                        f"save_directory={str(save_directory)!r}: holds {(place / file_name).relative_to(folder)}, and "
+                        f"{method} is off; accepted is a folder without one"
+                    )
         # Before diffusers saves, so that push_to_hub=True uploads these files too.
-        if sla is not None and (sla != SLAConfig() or (folder / FILE_NAME).exists()):
-            checkpoint = checkpoint_of(self)
-            write_checkpoint(check_writable(folder, "save_directory") / FILE_NAME, checkpoint)
-        if ras is not None:
-            write_ras(check_writable(folder, "save_directory") / RAS_FILE_NAME, ras)
+        sla, ras = on.values()
+        default = len(sla) == len(parts) and all(x == SLAConfig() for x in sla.values())
+        if sla and not (default and not any((x / FILE_NAME).exists() for x in places.values())):
+            checkpoints = {part: checkpoint_of(parts[part], self) for part in sla}
+            for part, checkpoint in checkpoints.items():
+                path = check_writable(places[part], "save_directory") / FILE_NAME
+                write_checkpoint(path, checkpoint)
+        for part, config in ras.items():
+            write_ras(check_writable(places[part], "save_directory") / RAS_FILE_NAME, config)
         with weights_left_out(self):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 

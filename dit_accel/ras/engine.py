@@ -325,7 +325,7 @@ class RegionAdaptiveSampling(Method, Focus):
             state.plan.extras.clear()
 
     def rows(self, host: Host, run: Run | None) -> RASSummary:
-        return summarise(self.state, self.config, host)
+        return summarise(RunState() if run is None else self.state, self.config, host)
 
     def idle(self, run: Run) -> str | None:
         records = run.states[self.name].steps.values()
@@ -380,6 +380,7 @@ class RegionAdaptiveSampling(Method, Focus):
                 tokens=tokens,
                 prompt=self.call.text_length,
                 text=self.call.text_length,
+                token_flops=self.call.token_flops,
                 tiles=tiles,
                 oldest=oldest,
             )

@@ -22,6 +22,8 @@ class StepRecord:
     """Text tokens of a call, with padding."""
     text: int
     """Those that the layers see."""
+    token_flops: float
+    """`Call.token_flops` of its calls."""
     tiles: Tensor | None
     """Active tiles `[S, count]`; None on a dense step, none on a forecast step."""
     oldest: Tensor
@@ -75,7 +77,8 @@ def _cost(host: Host, record: StepRecord) -> float:
     family, transformer = host.family, host.transformer
 
     def flops(active: int) -> float:
-        return family.flops(transformer, active, record.tokens, record.text)
+        flops = family.flops(transformer, active, record.tokens, record.text)
+        return flops + active * record.token_flops
 
     text = family.text_flops(transformer, record.prompt)
     dense_calls = record.dense_calls.total()

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dit_accel.runtime.components import TRANSFORMERS
 from dit_accel.runtime.loop import SamplingLoop, same_storage
 
-TRANSFORMERS = ("transformer", "transformer_2")
-"""Attributes of a pipeline that are transformers."""
 MAX_FRAMES = 64
 """Frames to look at: a pipeline's loop is a handful above the call of its transformer."""
 
@@ -91,17 +90,19 @@ def holds(pipe: Any, transformer: nn.Module) -> bool:
     return any(_has(getattr(pipe, name, None), transformer) for name in TRANSFORMERS)
 
 
-def steps_end(pipe: Any, transformer: nn.Module, timesteps: Tensor) -> int:
-    """Return the number of steps after which the pipeline does not call this transformer again.
+def steps_of(pipe: Any, transformer: nn.Module, timesteps: Tensor) -> tuple[int, int]:
+    """Return the first step in which a pipeline calls this transformer, and the step after the last one.
 
-    A pipeline of two transformers (Wan2.2) calls the first one while `timestep` is at least `boundary_ratio`.
+    A pipeline of two transformers (Wan2.2) calls the first one while `timestep` is at least `boundary_ratio`, and
+    then the second one.
     """
     boundary = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
-    second = getattr(pipe, "transformer_2", None)
-    if boundary is None or second is None or _has(second, transformer):
-        return len(timesteps)
+    second = getattr(pipe, TRANSFORMERS[1], None)
+    if boundary is None or second is None:
+        return 0, len(timesteps)
     level = boundary * pipe.scheduler.config.num_train_timesteps
-    return int((timesteps >= level).sum())
+    change = int((timesteps >= level).sum())
+    return (change, len(timesteps)) if _has(second, transformer) else (0, change)
 
 
 def _has(held: Any, transformer: nn.Module) -> bool:

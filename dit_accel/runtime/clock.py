@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.runtime.caller import calling_driver, holds, steps_end
+from dit_accel.runtime.caller import calling_driver, holds, steps_of
 from dit_accel.runtime.loop import SamplingLoop, index_in, same_storage
 from dit_accel.runtime.run import Context, Run
 
@@ -177,6 +177,13 @@ class Clock:
             found.pipe = _weak(pipe)
         return found
 
+    def _caller(self, position: Position, transformer: nn.Module) -> weakref.ref | None:
+        """The pipeline that calls this transformer in a loop over its own scheduler; None: there is none."""
+        if isinstance(position.driver, SamplingLoop):
+            return None
+        pipe = calling_driver(transformer, None, (), pipelines=True)
+        return _weak(pipe) if getattr(pipe, "scheduler", None) is position.driver else None
+
     def _loop_of_this_thread(self) -> SamplingLoop | None:
         """The last loop of this thread that was declared by a function that has returned since."""
         mine = [x for x in self.loops if x.thread is threading.current_thread()]
@@ -197,15 +204,18 @@ class Clock:
         _close(self._runs, id(position.driver))
         scheduler = position.scheduler
         told = getattr(scheduler, "begin_index", None)
+        begin = index if told is None or told > index else told
         run = self._runs[id(position.driver)] = Run(
             position.timesteps,
             scheduler=scheduler,
             sigmas=getattr(position.driver, "sigmas", None) if scheduler is None else None,
-            begin=index if told is None or told > index else told,
-            pipe=position.pipe,
+            begin=begin,
+            pipe=position.pipe or self._caller(position, transformer),
         )
         if (pipe := run.pipe) is not None:
-            run.end = steps_end(pipe, transformer, position.timesteps)
+            first, end = steps_of(pipe, transformer, position.timesteps)
+            if first <= index < end:  # else the pipeline has another rule
+                run.begin, run.end = max(begin, first), end
         run.begin_assumed = position.counted and told is None
         return run, index - run.begin, True
 

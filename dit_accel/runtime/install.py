@@ -21,7 +21,6 @@ from dit_accel.models import (
     Hook,
     WholeTransformer,
     by_name,
-    check_pipeline,
     family_of,
     is_supported,
 )
@@ -29,6 +28,7 @@ from dit_accel.models.attention import SparseProcessor
 from dit_accel.runtime.answers import answered_class, plain_class
 from dit_accel.runtime.caller import is_inside
 from dit_accel.runtime.clock import Clock
+from dit_accel.runtime.components import parts_of, transformers_of
 from dit_accel.runtime.method import Host, Method
 from dit_accel.runtime.parallel.agreement import what_is_said
 from dit_accel.runtime.parallel.group import Group
@@ -308,7 +308,9 @@ class Installation:
         group = None if self._parallel is None else self._parallel.group
         call = self._call = replace(
             call,
-            flops=partial(self._flops, transformer, math.prod(call.grid), call.text_length),
+            flops=partial(
+                self._flops, transformer, math.prod(call.grid), call.text_length, call.token_flops
+            ),
             form=arguments.get("return_dict"),
             must_run=must_run,
             processes=group,
@@ -355,8 +357,10 @@ class Installation:
             run.context.agreed = True
             self._agreed = self._agreed or not run.in_loop
 
-    def _flops(self, transformer: Any, tokens: int, text: int, active: int) -> float:
-        return self.family.flops(transformer, active, tokens, text)
+    def _flops(
+        self, transformer: Any, tokens: int, text: int, token_flops: float, active: int
+    ) -> float:
+        return self.family.flops(transformer, active, tokens, text) + active * token_flops
 
     @torch.compiler.disable
     def after_forward(self, transformer: nn.Module, args: tuple, output: Any) -> Any:
@@ -442,9 +446,15 @@ class Installation:
 
 
 def installation_of(target: Any) -> Installation | None:
-    """The acceleration on a transformer, on a wrapper of it, or on the transformer of a pipeline."""
+    """The acceleration on a transformer, on a wrapper of it, or on the (first) transformer of a pipeline."""
     found = find(target)
     return None if found is None else found[1]
+
+
+def installations_of(target: Any) -> dict[str, Installation]:
+    """The acceleration on each transformer of a target, by the names of `parts_of`; empty if it is off."""
+    found = {name: installation_of(part) for name, part in parts_of(target).items()}
+    return {name: x for name, x in found.items() if x is not None}
 
 
 def original_weights(transformer: nn.Module) -> dict[str, Tensor]:
@@ -506,29 +516,16 @@ def uninstall(target: Any) -> None:
             installation.remove(transformer)
 
 
-def parts_of(target: Any) -> dict[str, Any]:
-    """The transformers of a target by name, or the target itself under "transformer" if it has only one."""
-    second = None if isinstance(target, nn.Module) else getattr(target, "transformer_2", None)
-    if second is None:
-        return {"transformer": target}
-    first = getattr(target, "transformer", None)
-    return {
-        name: x for name, x in (("transformer", first), ("transformer_2", second)) if x is not None
-    }
-
-
 def transformer_of(target: Any, *, any_model: bool = False) -> Any:
-    """The transformer that a pipeline, a wrapper or a transformer stands for.
+    """The transformer that a pipeline, a wrapper or a transformer stands for; of two the first one.
 
     Args:
         target: as in `installation_of`.
         any_model: whether a transformer of any model is accepted, with one tensor `hidden_states`.
 
     Raises:
-        ValueError: there is none of a supported model, or the pipeline calls it in a way that is not supported.
+        ValueError: there is none of a supported model.
     """
-    if not any_model:
-        check_pipeline(target)
     module = _module(target)
     if module is None:
         raise ValueError(
@@ -553,8 +550,9 @@ def transformer_of(target: Any, *, any_model: bool = False) -> Any:
 
 
 def _module(target: Any) -> nn.Module | None:
-    module = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
-    return module if isinstance(module, nn.Module) else None
+    if isinstance(target, nn.Module):
+        return target
+    return next((x for x in transformers_of(target) if isinstance(x, nn.Module)), None)
 
 
 def find(target: Any) -> tuple[Any, Installation] | None:

@@ -4,7 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_accel.runtime.install import find, parts_of
+from torch import Tensor
+
+from dit_accel.models import family_of, is_supported
+from dit_accel.runtime.caller import scheduler_of
+from dit_accel.runtime.components import TRANSFORMERS, parts_of
+from dit_accel.runtime.install import installations_of, transformer_of
+from dit_accel.runtime.run import Run
 
 
 @dataclass(frozen=True)
@@ -12,7 +18,9 @@ class Summary:
     """Summaries of the methods on a transformer for the last run; prints as tables."""
 
     methods: Mapping[str, Any] = field(default_factory=dict)
-    """The summary of each method that is on, by its name. Those of a second transformer have its name too."""
+    """The summary of each method that is on, by its name; of two transformers, that of both together."""
+    parts: Mapping[str, "Summary"] = field(default_factory=dict)
+    """The summary of each transformer of a pipeline with two, by its name; else empty."""
 
     @property
     def enabled(self) -> bool:
@@ -21,27 +29,78 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {name: x.to_dict() for name, x in self.methods.items()}
+        values = {name: x.to_dict() for name, x in self.methods.items()}
+        if self.parts:
+            values["transformers"] = {name: x.to_dict() for name, x in self.parts.items()}
+        return values
 
     def __str__(self) -> str:
         if not self.enabled:
             return "acceleration is off"
-        return "\n\n".join(str(x) for x in self.methods.values())
+        tables = [str(x) for x in self.methods.values()]
+        if self.parts:
+            tables = [f"{name}\n\n{part}" for name, part in self.parts.items()]
+            totals = (x.totals for x in self.methods.values() if hasattr(x, "totals"))
+            tables += [f"both transformers: {x}" for x in totals if x]
+        return "\n\n".join(tables)
 
 
-def summarise(target: Any) -> Summary:
-    """Return the summaries of the methods on a transformer, or on those of a pipeline, for the last run."""
-    rows = {}
-    for part, module in parts_of(target).items():
-        found = find(module)
-        if found is None:
-            continue
-        transformer, installation = found
-        host = installation.host(transformer)
-        more = "" if part == "transformer" else f" of {part}"
-        for name, method in installation.methods.items():
-            rows[name + more] = method.rows(host, installation.run)
-    return Summary(rows)
+@dataclass(frozen=True)
+class PartSummary:
+    """What the methods on one transformer did in the last run, and how many steps that were."""
+
+    methods: Mapping[str, Any]
+    """The summary of each method that is on, by its name."""
+    steps: int
+    """Steps of the run in which this transformer is called."""
+    layers: tuple[str, ...]
+    """Names of its self-attention layers, if they are known."""
+
+
+def summarise(target: Any) -> dict[str, PartSummary]:
+    """Return what the methods did in the last run, for each transformer of a target by the names of `parts_of`."""
+    parts, on = parts_of(target), installations_of(target)
+    runs = {name: x.run for name, x in on.items()}
+    timesteps = getattr(scheduler_of(target), "timesteps", None)
+    if timesteps is not None and any(_is_over(x, timesteps) for x in runs.values()):
+        # A transformer that the last run did not call still has the run before.
+        runs = {name: x if _is_over(x, timesteps) else None for name, x in runs.items()}
+    found = {}
+    for name, part in parts.items():
+        methods: dict[str, Any] = {}
+        layers: tuple[str, ...] = ()
+        if name in on:
+            host = on[name].host(transformer_of(part, any_model=True))
+            methods = {x.name: x.rows(host, runs[name]) for x in on[name].methods.values()}
+            layers = tuple(host.layers)
+        elif on and is_supported(transformer := transformer_of(part, any_model=True)):
+            layers = tuple(family_of(transformer).self_attention(transformer))
+        found[name] = PartSummary(methods, _steps_of(name, runs), layers)
+    return found
+
+
+def _is_over(run: Run | None, timesteps: Tensor) -> bool:
+    return run is not None and run.timesteps is timesteps
+
+
+def _steps_of(name: str, runs: Mapping[str, Run | None]) -> int:
+    """Return the steps in which a transformer was called, as its run or that of the pipeline's other one tells."""
+    if name in runs:
+        run = runs[name]
+        return 0 if run is None else run.step + 1
+    other = next(iter(runs.values()), None)
+    if other is None or other.end is None or other.timesteps is None:
+        return 0
+    if name == TRANSFORMERS[0]:
+        return other.begin
+    return len(other.timesteps) - other.end if other.is_last_step else 0
+
+
+def joined_config(configs: Mapping[str, dict], names: Iterable[str]) -> dict[str, Any]:
+    """Return the settings of two transformers: one dict if they are equal, else a dict by transformer (None: off)."""
+    chosen = {name: configs.get(name) for name in names}
+    first = next(iter(configs.values()))
+    return first if all(x == first for x in chosen.values()) else chosen
 
 
 def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -12,7 +12,8 @@ from dit_accel import control
 from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.checkpoint.identity import identity_of, weights_of
 from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.runtime.install import installation_of, method_of
+from dit_accel.runtime.components import parts_of, transformers_of
+from dit_accel.runtime.install import installations_of, method_of
 from dit_accel.sampling.step_caches import step_cache
 from dit_accel.tensor_files import digest
 
@@ -33,7 +34,7 @@ def accelerated(
         ValueError: bad settings, something that is on already, or a cache for a model that diffusers has
             none for.
     """
-    if (sla is not None or ras is not None) and installation_of(pipe) is not None:
+    if (sla is not None or ras is not None) and installations_of(pipe):
         raise ValueError("sla, ras: acceleration is on already; call pipe.disable() first")
     with contextlib.ExitStack() as on:
         if sla is not None or ras is not None:
@@ -45,9 +46,24 @@ def accelerated(
 
 
 def acceleration_settings(pipe: Any) -> dict[str, Any]:
-    """Return the settings of what is on: `sla`, `ras` and `cache`, each None or plain values for JSON."""
+    """Return the settings of what is on: `sla`, `ras` and `cache`, each None or plain values for JSON.
+
+    Two transformers with different settings have them as a dict by transformer.
+    """
+    each = {name: _settings(getattr(pipe, name, x)) for name, x in parts_of(pipe).items()}
+    if len(each) == 1:
+        return next(iter(each.values()))
+    settings = {}
+    for method in ("sla", "ras", "cache"):
+        found = {name: x[method] for name, x in each.items()}
+        first, *others = found.values()
+        settings[method] = first if all(x == first for x in others) else found
+    return settings
+
+
+def _settings(transformer: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"sla": None, "ras": None, "cache": None}
-    sla, ras = (method_of(pipe, name) for name in ("sla", "ras"))
+    sla, ras = (method_of(transformer, name) for name in ("sla", "ras"))
     if sla is not None:
         settings["sla"] = sla.config.to_dict()
         if sla.config.has_weights:
@@ -61,7 +77,7 @@ def acceleration_settings(pipe: Any) -> dict[str, Any]:
             settings["sla"]["transformer_sha256"] = sla.swap.digest
     if ras is not None:
         settings["ras"] = ras.config.to_dict()
-    if (cache := getattr(pipe.transformer, "_cache_config", None)) is not None:
+    if (cache := getattr(transformer, "_cache_config", None)) is not None:
         values = {x.name: _plain(getattr(cache, x.name)) for x in dataclasses.fields(cache)}
         settings["cache"] = {"name": type(cache).__name__.removesuffix("Config")} | {
             k: x for k, x in values.items() if x is not _OPAQUE
@@ -83,6 +99,6 @@ def _plain(value: Any) -> Any:
 
 
 def weights_sha256(pipe: Any) -> str:
-    """Return the hash of the transformer's fingerprint: some weights of each layer, whatever their dtype."""
-    fingerprint = identity_of(pipe.transformer).fingerprint
+    """Return the hash of the transformers' fingerprint: some weights of each layer, whatever their dtype."""
+    fingerprint = torch.cat([identity_of(x).fingerprint for x in transformers_of(pipe)])
     return hashlib.sha256(fingerprint.to(torch.float32).numpy().tobytes()).hexdigest()

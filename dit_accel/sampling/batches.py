@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dit_accel.runtime.install import installation_of
+from dit_accel.runtime.install import installations_of
 from dit_accel.sampling.call import BatchResult, run_batch
 from dit_accel.sampling.plan import Sample
 
@@ -31,7 +31,7 @@ def run_batches(
 def run_warm_up(pipe: Any, batch: Sequence[Sample]) -> None:
     """Make a call that does not count: compiling a kernel, say, happens in the first call only."""
     # With acceleration a late step may be the first of its kind, so the call has all its steps.
-    plain = installation_of(pipe) is None
+    plain = not installations_of(pipe)
     run_batch(pipe, batch, **({"num_inference_steps": WARM_UP_STEPS} if plain else {}))
 
 

@@ -12,10 +12,14 @@ import torch
 from jaxtyping import Float, UInt8
 
 from dit_accel import control
+from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling import media
 from dit_accel.sampling.picture import read_picture
 from dit_accel.sampling.plan import Sample
 from dit_accel.sampling.settings import FRAMES, Kind
+
+ONE_PROMPT = ("WanVACEPipeline",)
+"""Pipelines of diffusers that take one prompt in a call, as a string."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,18 @@ def phase_timer(pipe: Any) -> Iterator[dict[str, float]]:
     def note(*_: Any) -> None:
         marks.append(now())
 
-    before = pipe.transformer.register_forward_pre_hook(note)
-    after = pipe.transformer.register_forward_hook(note)
+    hooks = [
+        hook
+        for x in transformers_of(pipe)
+        for hook in (x.register_forward_pre_hook(note), x.register_forward_hook(note))
+    ]
     seconds: dict[str, float] = {}
     start = now()
     try:
         yield seconds
     finally:
-        before.remove()
-        after.remove()
+        for hook in hooks:
+            hook.remove()
     end = now()
     if marks:
         seconds.update(text=marks[0] - start, denoise=marks[-1] - marks[0], decode=end - marks[-1])
@@ -123,7 +130,11 @@ def _called(
         arguments["image"] = read_picture(arguments["image"])
     # Generators live on the CPU: the same noise on every device.
     generators = [torch.Generator("cpu").manual_seed(x.seed) for x in samples]
-    prompts = [x.record.prompt for x in samples]
+    prompts: Any = [x.record.prompt for x in samples]
+    if type(pipe).__name__ in ONE_PROMPT:
+        [prompts] = prompts
+        if negative[0] is not None:
+            [arguments["negative_prompt"]] = negative
     try:
         with phase_timer(pipe) as seconds:
             result = pipe(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.outline import Outline
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -67,7 +68,7 @@ def check_extras(
     if compile and not outline.transformer_class._repeated_blocks:
         raise ValueError(
             f"compile=True: diffusers names no repeated blocks of {outline.transformer_class.__name__}; accepted "
-            "with Wan2.1"
+            "with Wan"
         )
     chosen = None if scheduler is None else scheduler_class(scheduler, outline)
     return Extras(
@@ -94,7 +95,8 @@ def prepare(pipe: Any, extras: Extras) -> dict[str, Any]:
         pipe.set_adapters(names, [x.scale for x in extras.loras])
         done["lora"] = [{"source": x.source, "scale": x.scale} for x in extras.loras]
     if extras.compile:
-        pipe.transformer.compile_repeated_blocks()
+        for transformer in transformers_of(pipe):
+            transformer.compile_repeated_blocks()
         done["compile"] = True
     return done
 
@@ -151,6 +153,11 @@ def _checked_lora(text: str, outline: Outline) -> Lora:
     if not math.isfinite(scale):
         raise ValueError(f"{where}: the scale after the colon must be a finite number")
     cls = outline.pipeline
+    if len(outline.transformers) > 1:
+        raise ValueError(
+            f"{where}: the model has two transformers (Wan2.2), and LoRA weights belong to one of them; accepted is "
+            "pipe.load_lora_weights(..., load_into_transformer_2=True or False) in Python"
+        )
     if not hasattr(cls, "lora_state_dict"):
         raise ValueError(f"{where}: diffusers loads no LoRA into a {cls._parent}")
     if importlib.util.find_spec("peft") is None:

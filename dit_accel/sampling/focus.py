@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from dit_accel.runtime.components import transformers_of
 from dit_accel.runtime.install import method_of
+from dit_accel.runtime.summary import summarise
 from dit_accel.sampling import media
 
 COLUMNS = 4
@@ -22,10 +24,17 @@ def focus_masks(pipe: Any, sample: int = 0) -> dict[int, Bool[np.ndarray, "t h w
     Raises:
         ValueError: region-adaptive sampling is off.
     """
-    ras = method_of(pipe, "ras")
-    if ras is None:
+    parts = summarise(pipe)
+    if not any("ras" in x.methods for x in parts.values()):
         raise ValueError("save_focus: region-adaptive sampling is off; accepted with ras=...")
-    return {step: mask.numpy() for step, mask in ras.masks(sample).items()}
+    masks: dict[int, np.ndarray] = {}
+    begin = 0
+    for part, transformer in zip(parts.values(), transformers_of(pipe), strict=True):
+        if part.steps and "ras" in part.methods:
+            found = method_of(transformer, "ras").masks(sample)
+            masks |= {begin + step: mask.numpy() for step, mask in found.items()}
+        begin += part.steps
+    return masks
 
 
 def heat(values: Float[np.ndarray, "t h w"]) -> UInt8[np.ndarray, "t h w 3"]:

@@ -13,6 +13,7 @@ from dit_accel.sampling.settings import Dtype
 PIPELINES = {
     "WanPipeline": "wan.SparseWanPipeline",
     "WanImageToVideoPipeline": "wan_i2v.SparseWanImageToVideoPipeline",
+    "WanVACEPipeline": "wan_vace.SparseWanVACEPipeline",
     "StableDiffusion3Pipeline": "sd3.SparseStableDiffusion3Pipeline",
     "LuminaPipeline": "lumina.SparseLuminaPipeline",
     "LuminaText2ImgPipeline": "lumina.SparseLuminaPipeline",

@@ -7,6 +7,7 @@ from typing import Any
 
 from dit_accel.environment import machine, versions
 from dit_accel.files import check_writable, naming_failures, write_json
+from dit_accel.runtime.components import transformers_of
 from dit_accel.runtime.install import method_of
 from dit_accel.sampling import media
 from dit_accel.sampling.batches import run_batches
@@ -60,9 +61,10 @@ def generate_numbered(
     """
     if kind not in ("auto", *CLIP_KINDS):
         raise ValueError(f"kind={kind!r}: accepted are auto, {', '.join(CLIP_KINDS)}")
-    ras = method_of(pipe, "ras") if save_focus else None
-    if save_focus and (ras is None or not ras.config.has_partial_steps):
-        on = "off" if ras is None else "on without steps on some of the tokens"
+    found = [method_of(x, "ras") for x in transformers_of(pipe)]
+    on_some = [x for x in found if x is not None]
+    if save_focus and not any(x.config.has_partial_steps for x in on_some):
+        on = "on without steps on some of the tokens" if on_some else "off"
         raise ValueError(
             f"save_focus: region-adaptive sampling is {on}; accepted with a ras that has a ratio, such as 'partial'"
         )
@@ -95,8 +97,8 @@ def _record(pipe: Any, made: BatchResult, about: dict[str, Any]) -> dict[str, An
         **about["extras"],
         "frames": list(frames.shape),
         "fps": about["fps"],
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "device": str(pipe.transformer.device),
+        "dtype": str(transformers_of(pipe)[0].dtype).removeprefix("torch."),
+        "device": str(transformers_of(pipe)[0].device),
         "seconds": made.seconds,
         "acceleration": made.summary.to_dict(),
         "versions": versions(),

@@ -33,12 +33,21 @@ class Outline:
     transformer_class: Any
     facts: dict[str, int]
     """Scale factors of the VAE, under their names as attributes of the pipeline."""
+    transformers: tuple[str, ...] = ("transformer",)
+    """Names of the transformers that the pipeline has."""
+    expand_timesteps: bool = False
+    """Whether the transformer gets one timestep for each token (Wan2.2 TI2V)."""
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self.__dict__["facts"][name]
         except KeyError:
             raise AttributeError(name) from None
+
+    @property
+    def transformer_2(self) -> Any:
+        """The second transformer, which has the configuration of the first one; None: there is none."""
+        return self.transformer if len(self.transformers) > 1 else None
 
     @property
     def makes_clips(self) -> bool:
@@ -91,12 +100,15 @@ def read_outline(model: str | os.PathLike, **hub: Any) -> Outline:
     """
     import diffusers
 
-    from dit_accel.checkpoint.repository import read_index
+    from dit_accel.checkpoint.repository import read_index, transformers_in
 
     pipeline = pipeline_class(model, **hub)
     index = read_index(model, "model", **hub)
+    held = transformers_in(index)
     parts = {}
-    for name in ("transformer", "vae"):
+    for part in ("transformer", "vae"):
+        # A pipeline may have its second transformer alone.
+        name = held[0] if part == "transformer" and held else part
         cls = getattr(diffusers, (index.get(name) or [None, ""])[1] or "", None)
         if cls is None:
             raise ValueError(
@@ -112,12 +124,19 @@ def read_outline(model: str | os.PathLike, **hub: Any) -> Outline:
             ) from None
         parameters = inspect.signature(cls.__init__).parameters.values()
         defaults = {x.name: x.default for x in parameters if x.default is not x.empty}
-        parts[name] = cls, SimpleNamespace(**(defaults | config))
+        parts[part] = cls, SimpleNamespace(**(defaults | config))
     (cls, config), (_, vae) = parts["transformer"], parts["vae"]
     methods = {"enable_cache": cls.enable_cache} if hasattr(cls, "enable_cache") else {}
     # Messages name the type of a transformer.
     transformer = type(cls.__name__, (), {"config": config, **methods})()
-    return Outline(pipeline, transformer, cls, _scale_factors(pipeline, vae))
+    return Outline(
+        pipeline,
+        transformer,
+        cls,
+        _scale_factors(pipeline, vae),
+        tuple(held),
+        bool(index.get("expand_timesteps")),
+    )
 
 
 def _scale_factors(pipeline: Any, vae: Any) -> dict[str, int]:

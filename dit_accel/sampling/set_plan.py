@@ -11,8 +11,9 @@ from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.checkpoint.identity import public_name
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.files import check_writable
+from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.acceleration import accelerated, acceleration_settings, weights_sha256
-from dit_accel.sampling.call import media_kind
+from dit_accel.sampling.call import ONE_PROMPT, media_kind
 from dit_accel.sampling.journal import Found, Shards, known_samples
 from dit_accel.sampling.plan import VBENCH_SAMPLES, Layout, Sample, plan_batches, plan_samples
 from dit_accel.sampling.prompts import PromptRecord, prompts_sha256
@@ -92,6 +93,10 @@ def planned(
             f"batch_size={batch_size}: a step cache decides for all samples of a call at once, so they would "
             "depend on each other; accepted with cache is 1"
         )
+    if batch_size > 1 and type(pipe).__name__ in ONE_PROMPT:
+        raise ValueError(
+            f"batch_size={batch_size}: a {type(pipe).__name__} of diffusers takes one prompt in a call; accepted is 1"
+        )
     count = samples_per_prompt or (VBENCH_SAMPLES if layout == "vbench" else 1)
     sampling = with_steps(pipe, sampling)
     samples = plan_samples(prompts, sampling, seed=seed, count=count, layout=layout)
@@ -106,7 +111,7 @@ def planned(
             "model": public_name(model),
             "revision": revision,
             "weights": weights_sha256(pipe),
-            "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+            "dtype": str(transformers_of(pipe)[0].dtype).removeprefix("torch."),
             "sampling": sampling.call_arguments(),
             "seed": seed,
             "acceleration": acceleration_settings(pipe),

@@ -7,9 +7,16 @@ from typing import Any
 
 import torch
 
+from dit_accel.runtime.components import transformers_of
+
 LENT = ("SD3Transformer2DModel",)
 """Transformers without `enable_cache` whose blocks diffusers' hooks know. They get the methods of `CacheMixin` while
 a cache is on."""
+
+
+TWO_TRANSFORMERS = (
+    "not for two transformers (Wan2.2): diffusers' caches count the steps of one transformer"
+)
 
 
 def takes_cache(transformer: Any) -> bool:
@@ -32,7 +39,10 @@ def step_cache(pipe: Any, config: Any) -> Iterator[None]:
     Raises:
         ValueError: a cache is on already, or diffusers has none for this model.
     """
-    transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # torch.compile wraps
+    held, *others = transformers_of(pipe)
+    if others:
+        raise ValueError(f"cache: {TWO_TRANSFORMERS}")
+    transformer = getattr(held, "_orig_mod", held)  # torch.compile wraps
     if not takes_cache(transformer):
         raise ValueError(
             f"cache: step caches are not available in diffusers for {type(transformer).__name__}"

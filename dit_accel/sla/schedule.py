@@ -282,10 +282,12 @@ class SparseAttention(Method):
 
     def rows(self, host: Host, run: Run | None) -> AttentionSummary:
         """Return the counts of each layer in the last run. Waits for the device."""
-        state = self._state
+        state = None if run is None else self._state
         layers = [self._layer_summary(name, layer, state) for name, layer in self.layers.items()]
         cross = len(host.family.cross_attention(host.transformer))
-        return AttentionSummary(self.config_in_use.to_dict(), layers, cross)
+        # Each cross-attention module runs once in every call of the transformer.
+        calls = cross * max((x.calls for x in layers), default=0)
+        return AttentionSummary(self.config_in_use.to_dict(), layers, cross, calls)
 
     def idle(self, run: Run) -> str | None:
         state: RunState = run.states[self.name]

@@ -1,9 +1,10 @@
 """`AttentionSummary`: what sparse attention did in one run."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dit_accel.runtime.summary import reasons, table, total
+from dit_accel.runtime.summary import PartSummary, joined_config, reasons, table, total
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class LayerSummary:
     density: float | None
     """Attended share of the (query, key) pairs of all sparse calls together."""
 
+    @property
+    def calls(self) -> int:
+        """Calls, sparse and dense."""
+        return self.sparse_calls + sum(self.dense_calls.values())
+
 
 @dataclass(frozen=True)
 class AttentionSummary:
@@ -29,11 +35,29 @@ class AttentionSummary:
     cross_attention_layers: int = 0
     """Attention modules from image to text, apart from those in `layers`; always dense."""
 
-    @property
-    def cross_attention_dense_calls(self) -> int:
-        """Each cross-attention module runs once in every call of the transformer."""
-        calls = (x.sparse_calls + sum(x.dense_calls.values()) for x in self.layers)
-        return self.cross_attention_layers * max(calls, default=0)
+    cross_attention_dense_calls: int = 0
+    """Calls of these modules."""
+
+    @classmethod
+    def joined(cls, parts: Mapping[str, PartSummary]) -> "AttentionSummary":
+        """Return the summary of two transformers together; the calls of one without sparse attention count as dense."""
+        on = {name: x.methods["sla"] for name, x in parts.items() if "sla" in x.methods}
+        steps = sum(parts[name].steps for name in on)
+        calls = sum(max((x.calls for x in one.layers), default=0) for one in on.values())
+        layers: list[LayerSummary] = []
+        for name, part in parts.items():
+            if name in on:
+                layers += [replace(x, name=f"{name}.{x.name}") for x in on[name].layers]
+                continue
+            count = round(part.steps * calls / steps) if steps else 0
+            off = {"off": count} if count else {}
+            layers += [LayerSummary(f"{name}.{x}", False, 0, off, None) for x in part.layers]
+        return cls(
+            joined_config({name: one.config for name, one in on.items()}, parts),
+            layers,
+            sum(x.cross_attention_layers for x in on.values()),
+            sum(x.cross_attention_dense_calls for x in on.values()),
+        )
 
     @property
     def sparse_calls(self) -> int:
@@ -60,6 +84,13 @@ class AttentionSummary:
         calls = self.sparse_calls + dense
         return ((self.density or 0.0) * self.sparse_calls + dense) / calls if calls else None
 
+    @property
+    def totals(self) -> str:
+        """Density of all layers, as one line; empty before a run."""
+        if self.density is not None:
+            return f"density {self.density:.3f} in sparse calls, {self.overall_density:.3f} over all self-attention"
+        return "no self-attention call ran sparse" if sum(self.dense_calls.values()) else ""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
@@ -78,14 +109,8 @@ class AttentionSummary:
             density = "-" if x.density is None else f"{x.density:.3f}"
             dense = str(sum(x.dense_calls.values()))
             rows.append((x.name, str(x.sparse_calls), dense, density, reasons(x.dense_calls)))
-        if self.density is not None:
-            rows.append(
-                (
-                    f"density {self.density:.3f} in sparse calls, {self.overall_density:.3f} over all self-attention",
-                )
-            )
-        elif sum(self.dense_calls.values()):
-            rows.append(("no self-attention call ran sparse",))
+        if self.totals:
+            rows.append((self.totals,))
         if self.cross_attention_layers:
             rows.append(("cross-attention reads all of its keys",))
         return table(rows)

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_accel
 from dit_accel.ras.selection import tile_tokens
+from dit_accel.runtime.components import transformers_of
 from dit_accel.runtime.install import method_of
 
 from ..random_pipelines import MORE, make, more, randomise, relative, run, state_of
@@ -27,12 +28,16 @@ def sla(**changed):
 @every_family
 def test_ratio_one_equals_plain(family):
     pipe = make(family)
-    plain = run(pipe, family, steps=5)
+    plain = run(pipe, family, steps=8)
     dit_accel.enable(pipe, ras={"ratio": 1.0, "warmup": 1, "tail": 1, "resets": []})
-    assert relative(run(pipe, family, steps=5), plain) < 1e-6
-    steps = dit_accel.summary(pipe).ras.steps
-    assert [not x.dense_calls for x in steps] == [False, True, True, True, False]
-    assert steps[0].tokens == math.prod(more(family).GRID)
+    assert relative(run(pipe, family, steps=8), plain) < 1e-6
+    report = dit_accel.summary(pipe)
+    runs = [x.ras.steps for x in report.parts.values()] or [report.ras.steps]
+    assert sum(map(len, runs)) == len(report.ras.steps) == 8 * len(runs)
+    for steps in runs:
+        partial = [not x.dense_calls for x in steps]
+        assert partial == [False, *[True] * (len(steps) - 2), False]
+        assert all(x.tokens == math.prod(more(family).GRID) for x in steps)
 
 
 @every_family
@@ -81,17 +86,21 @@ def test_partial_steps_equal_whole_calls_with_the_tokens_left_out_held(family):
     returns what a whole call returns at the chosen places."""
     pipe = make(family)
     dit_accel.enable(pipe, ras={**RAS, "predictor": "hold", "correction": 0})
-    seen = []
+    outputs = {x: [] for x in transformers_of(pipe)}
 
     def keep(module, args, kwargs, output):
-        seen.append(output[0].clone())
+        outputs[module].append(output[0].clone())
 
-    handle = pipe.transformer.register_forward_hook(keep, with_kwargs=True)
+    for transformer in outputs:
+        transformer.register_forward_hook(keep, with_kwargs=True)
     run(pipe, family, steps=6, guidance=1.0)
-    handle.remove()
-    ras = method_of(pipe, "ras")
     tokens = math.prod(more(family).GRID)
-    assert len(seen) == 6
+    assert sum(map(len, outputs.values())) == 6 * len(outputs)
+    for transformer, seen in outputs.items():
+        _check_partial_steps(method_of(transformer, "ras"), seen, family, tokens)
+
+
+def _check_partial_steps(ras, seen, family, tokens):
     partial = 0
     for step, record in ras.steps.items():
         if record.tiles is None or step == 0 or record.dense_calls:
@@ -156,22 +165,23 @@ def test_interrupting_and_running_again_equals_a_fresh_run(family):
 def test_disable_restores_every_module(family):
     pipe = make(family)
     plain = run(pipe, family, steps=3)
-    before = state_of(pipe.transformer)
+    befores = [state_of(x) for x in transformers_of(pipe)]
     dit_accel.enable(pipe, ras=RAS, sla=sla())
     run(pipe, family, steps=6)
     dit_accel.disable(pipe)
-    after = state_of(pipe.transformer)
-    assert before.keys() == after.keys()
-    for name, old in before.items():
-        assert old.keys() == after[name].keys()
-        assert all(old[k] is after[name][k] or old[k] == after[name][k] for k in old)
+    for before, transformer in zip(befores, transformers_of(pipe), strict=True):
+        after = state_of(transformer)
+        assert before.keys() == after.keys()
+        for name, old in before.items():
+            assert old.keys() == after[name].keys()
+            assert all(old[k] is after[name][k] or old[k] == after[name][k] for k in old)
     torch.testing.assert_close(run(pipe, family, steps=3), plain, rtol=0, atol=0)
 
 
 @every_family
 def test_counted_cost_is_what_torch_counts(family):
     pipe = make(family)
-    counter = PerCall(pipe.transformer)
+    counter = PerCall(*transformers_of(pipe))
     with sdpa_kernel(SDPBackend.MATH):  # counted as two products
         run(pipe, family, steps=6)
         plain = counter.counts[-1]

@@ -329,12 +329,15 @@ def test_bad_repositories_are_refused_before_loading(tmp_path, monkeypatch):
     ):
         load(other)
     two = write_index(
-        tmp_path / "wan22",
+        tmp_path / "wan21",
         _class_name="WanPipeline",
-        transformer_2=["diffusers", "WanTransformer3DModel"],
+        transformer=["diffusers", "WanTransformer3DModel"],
+        transformer_2=[None, None],
     )
-    with pytest.raises(ValueError, match="transformer_2"):
-        load(two)
+    with pytest.raises(
+        ValueError, match=r"sla: settings for 'transformer_2'.*accepted are transformer$"
+    ):
+        load(two, sla={"transformer_2": "balanced"})
     with pytest.raises(ValueError, match=r"no model_index\.json"):
         load(tmp_path)
     with pytest.raises(ValueError, match="neither a folder nor a repository"):
@@ -354,11 +357,10 @@ def test_enable_refuses_what_it_cannot_accelerate(sparse_wan):
         enable(SimpleNamespace(transformer=torch.nn.Linear(2, 2)), sla="balanced")
     with pytest.raises(ValueError, match="nothing to enable"):
         enable(sparse_wan(sla=None))
-    with pytest.raises(ValueError, match="transformer_2"):
-        enable(
-            SimpleNamespace(transformer=torch.nn.Linear(2, 2), transformer_2=object()),
-            sla=SLAConfig(),
-        )
+    with pytest.raises(
+        ValueError, match="settings for 'transformer_2', which the pipeline does not"
+    ):
+        enable(sparse_wan(sla=None), sla={"transformer_2": SLAConfig()})
 
 
 def test_image_to_video_matches_its_parent_and_runs_sparse(tmp_path, call):

@@ -76,25 +76,25 @@ def test_two_transformers_share_the_steps():
     for i, transformer in enumerate((pipe.transformer, pipe.transformer_2)):
         block(transformer).register_forward_hook(count(i))
     latents = run(pipe, call, steps=20)
-    report = dit_accel.summary(pipe).methods
-    assert list(report) == ["ras", "ras of transformer_2"]
-    high, low = report.values()
+    report = dit_accel.summary(pipe)
+    assert list(report.parts) == ["transformer", "transformer_2"]
+    high, low = (x.ras for x in report.parts.values())
+    assert [x.step for x in report.ras.steps] == list(range(20))
+    assert report.ras.cost == high.cost + low.cost
     assert len(high.steps) == first
     assert len(low.steps) == 20 - first
     for one, ran in ((high, calls[0]), (low, calls[1])):
         assert one.forecast_steps > 0
         assert ran == 2 * (len(one.steps) - one.forecast_steps)  # guidance: two calls
         assert one.cost == len(one.steps) - one.forecast_steps
+        assert [x.step for x in one.steps] == list(range(len(one.steps)))
+        assert [x.mode for x in one.steps[:3]] == ["dense"] * 3
     assert 0 < relative(latents, plain) < 0.3
     contexts = installation_of(pipe).clock.run.contexts.values()
     assert not any("ras" in x.states for x in contexts)  # freed at the boundary
     dit_accel.disable(pipe)
     assert type(pipe.transformer_2).__call__ is nn.Module.__call__
     torch.testing.assert_close(run(pipe, call, steps=20), plain, rtol=0, atol=0)
-    for on in ({"ras": {"ratio": 0.5}}, {"sla": "balanced"}):
-        with pytest.raises(ValueError, match="transformer_2"):
-            dit_accel.enable(pipe, **on)
-    assert installation_of(pipe.transformer_2) is None
 
 
 @pytest.mark.parametrize("before", [None, 0.5])

@@ -14,10 +14,11 @@ from ..random_pipelines import FAMILIES, make, run
 class PerCall:
     """FLOPs of every transformer call."""
 
-    def __init__(self, transformer):
+    def __init__(self, *transformers):
         self.counts = []
-        transformer.register_forward_pre_hook(self.before, prepend=True)
-        transformer.register_forward_hook(self.after)
+        for transformer in transformers:
+            transformer.register_forward_pre_hook(self.before, prepend=True)
+            transformer.register_forward_hook(self.after)
 
     def before(self, module, args):
         self.mode = FlopCounterMode(display=False)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_accel.sampling.step_caches import scheduler_step, takes_cache
+from dit_accel.runtime.components import transformers_of
+from dit_accel.sampling.step_caches import TWO_TRANSFORMERS, scheduler_step, takes_cache
 
 WAN, SD3 = "WanTransformer3DModel", "SD3Transformer2DModel"
 _TWO_CALLS = "diffusers keeps one state for both calls of guidance, which this model makes one after the other"
@@ -62,6 +63,11 @@ class StepCache:
         if self.guided and guidance_scale is not None and guidance_scale <= 1:
             return f"needs guidance, which guidance_scale={guidance_scale} switches off"
         return None
+
+    def why_not_on(self, pipe: Any, guidance_scale: float | None = None) -> str | None:
+        """Return why this cache cannot run on a pipeline, or on its outline; None if it can."""
+        held = transformers_of(pipe)
+        return TWO_TRANSFORMERS if len(held) > 1 else self.why_not(held[0], guidance_scale)
 
     def config(
         self,

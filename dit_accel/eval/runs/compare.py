@@ -21,6 +21,7 @@ from dit_accel.eval.runs.measured import MeasuredCalls
 from dit_accel.eval.runs.methods import DENSE, Crossover, Method
 from dit_accel.eval.runs.rivals import choose_settings
 from dit_accel.files import atomic_files, check_writable, naming_failures, write_json
+from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling import media
 from dit_accel.sampling.call import BatchResult
 from dit_accel.sampling.plan import plan_samples
@@ -104,8 +105,8 @@ def compare(
         "sampling": sampling.call_arguments(),
         "frames": list(calls[sparse.name].frames[0].shape),
         "repeats": repeats,
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "device": str(pipe.transformer.device),
+        "dtype": str(transformers_of(pipe)[0].dtype).removeprefix("torch."),
+        "device": str(transformers_of(pipe)[0].device),
         "versions": versions(),
         "machine": machine(),
     }

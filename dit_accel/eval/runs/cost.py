@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from dit_accel.runtime.components import transformers_of
+
 _UNLISTED = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_fused_attention_overrideable",
@@ -20,7 +22,7 @@ def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 
 
 def counted_cost(pipe: Any, call: Callable[[], Any]) -> int:
-    """Return the FLOPs of matrix products, convolutions and attention in the transformer while `call` runs.
+    """Return the FLOPs of matrix products, convolutions and attention in the transformers while `call` runs.
 
     Operators that torch does not know, such as our own, count nothing. A compiled transformer runs eagerly meanwhile.
 
@@ -42,10 +44,10 @@ def counted_cost(pipe: Any, call: Callable[[], Any]) -> int:
         total += 0 if counter is None else counter.get_total_flops()
 
     with ExitStack() as hooks:
-        transformer = pipe.transformer
-        hooks.callback(transformer.register_forward_pre_hook(begin, prepend=True).remove)
-        # A failed call too must leave torch's dispatch as it was.
-        hooks.callback(transformer.register_forward_hook(end, always_call=True).remove)
+        for transformer in transformers_of(pipe):
+            hooks.callback(transformer.register_forward_pre_hook(begin, prepend=True).remove)
+            # A failed call too must leave torch's dispatch as it was.
+            hooks.callback(transformer.register_forward_hook(end, always_call=True).remove)
         with torch.compiler.set_stance("force_eager"):
             call()
     return total

@@ -136,7 +136,7 @@ def match_cost(
         raise ValueError(f"target={target}: accepted is a share of dense sampling in (0, 1]")
     if not 0 <= slack < 1:
         raise ValueError(f"slack={slack}: accepted is a share in [0, 1)")
-    why = cache.why_not(probes.pipe.transformer)
+    why = cache.why_not_on(probes.pipe)
     if why is not None:
         raise ValueError(f"cache: {cache.shown}: {why}")
     steps, most = probes.steps, target * (1 + slack)

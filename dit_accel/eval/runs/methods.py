@@ -188,13 +188,13 @@ def _fewer(setting: str) -> Method:
 def _cached(name: str, pipe: Any) -> Method:
     cache, value = read_cache(name)
     shown = f"{cache.shown} {name.partition(':')[2]}".strip()
-    why = cache.why_not(pipe.transformer)
+    why = cache.why_not_on(pipe)
     return Method(name=shown, kind="cache", tuned=cache, value=value, why=why)
 
 
-def _with_crossover(
-    settings: SLAConfig | SLACheckpoint, crossover: Crossover
-) -> SLAConfig | SLACheckpoint:
+def _with_crossover(settings: Any, crossover: Crossover) -> Any:
+    if isinstance(settings, dict):  # by transformer
+        return {name: _with_crossover(x, crossover) for name, x in settings.items()}
     if isinstance(settings, SLACheckpoint):
         return replace(settings, config=replace(settings.config, crossover=crossover))
     return replace(settings, crossover=crossover)

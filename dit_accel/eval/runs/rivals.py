@@ -11,6 +11,7 @@ from dit_accel.eval.runs.lineup import Lineup
 from dit_accel.eval.runs.log import Log
 from dit_accel.eval.runs.match import Probes, match_cost
 from dit_accel.eval.runs.methods import Method
+from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.acceleration import accelerated, acceleration_settings, weights_sha256
 from dit_accel.sampling.batches import quiet
 from dit_accel.sampling.call import run_latents
@@ -50,7 +51,7 @@ def choose_settings(
     if not any(x.tuned for x in lineup.runnable):
         return lineup
     scale = samples[0].sampling.guidance_scale
-    whys = {x.name: x.tuned.why_not(pipe.transformer, scale) for x in lineup.runnable if x.tuned}
+    whys = {x.name: x.tuned.why_not_on(pipe, scale) for x in lineup.runnable if x.tuned}
     tuned = [x for x in lineup.runnable if x.tuned and whys[x.name] is None]
     ours = next((x for x in lineup.runnable if x.kind == "ras"), None)
     others = probe_samples(samples, prompts, count)
@@ -59,7 +60,7 @@ def choose_settings(
     )
     about = {
         "weights": weights_sha256(pipe),
-        "dtype": str(pipe.transformer.dtype),
+        "dtype": str(transformers_of(pipe)[0].dtype),
         "versions": versions(),
         "samples": [(x.record.prompt, x.seed, x.sampling.call_arguments()) for x in others],
         "target": TARGET if ours is None else lineup.settings[ours.name],

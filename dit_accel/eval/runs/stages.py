@@ -14,6 +14,7 @@ from dit_accel.eval.runs.measured import MeasuredCalls
 from dit_accel.eval.runs.methods import Method
 from dit_accel.eval.runs.rows import mean_of
 from dit_accel.eval.runs.scores import Scorer
+from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.acceleration import weights_sha256
 from dit_accel.sampling.generate import check_generate, generate
 from dit_accel.sampling.plan import Sample
@@ -97,7 +98,7 @@ class Stages:
     def _about(self, repeats: int) -> dict[str, Any]:
         """Return everything that the seconds depend on."""
         samples = [(x.record.prompt, x.seed, x.sampling.call_arguments()) for x in self.samples]
-        transformer, lineup = self.pipe.transformer, self.measured.lineup
+        transformer, lineup = transformers_of(self.pipe)[0], self.measured.lineup
         return {
             "weights": weights_sha256(self.pipe),
             "dtype": str(transformer.dtype),

@@ -11,7 +11,7 @@ from dit_accel.finetune.data.model_identity import model_identity
 from dit_accel.finetune.data.store import PrecomputedSamples, open_store
 from dit_accel.finetune.data.writer import store_writer
 from dit_accel.finetune.stop import CutShort
-from dit_accel.runtime.install import installation_of
+from dit_accel.runtime.install import installations_of
 from dit_accel.sampling.batches import progress_bar, quiet
 from dit_accel.sampling.call import run_latents
 from dit_accel.sampling.plan import Sample, plan_batches
@@ -55,7 +55,7 @@ def teacher_samples(
         RuntimeError: acceleration is enabled, or a sample could not be made or written.
     """
     pipe = trainable.pipe
-    if installation_of(pipe) is not None:
+    if installations_of(pipe):
         raise RuntimeError(
             "the teacher samples dense, but acceleration is enabled on the pipeline; call dit_accel.disable first"
         )

@@ -37,6 +37,15 @@ def family_name(outline: Any, model: str) -> str:
         raise ValueError(
             f"{model}: holds a {parent}, which cannot be fine-tuned; accepted are {', '.join(FAMILIES)}"
         )
+    if outline.transformer_2 is not None:
+        raise ValueError(
+            f"{model}: has two transformers (Wan2.2), and cannot be fine-tuned; accepted are models with one"
+        )
+    if outline.expand_timesteps:
+        raise ValueError(
+            f"{model}: has one timestep for each token (Wan2.2 TI2V), and cannot be fine-tuned; accepted are models with "
+            "one for each sample"
+        )
     return FAMILIES[parent]
 
 
@@ -67,7 +76,13 @@ def trainable_of(pipe: Any, *, max_sequence_length: int | None = None) -> "Train
     Raises:
         ValueError: a pipeline that cannot be fine-tuned.
     """
-    from dit_accel.models import check_pipeline
-
-    check_pipeline(pipe)
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(
+            "pipe.transformer_2: a pipeline with two transformers (Wan2.2) cannot be fine-tuned; accepted: None"
+        )
+    if getattr(getattr(pipe, "config", None), "expand_timesteps", False):
+        raise ValueError(
+            "pipe.config.expand_timesteps=True: a model with one timestep for each token (Wan2.2 TI2V) cannot be "
+            "fine-tuned; accepted: False"
+        )
     return trainable_class(pipe.transformer)(pipe, max_sequence_length=max_sequence_length)

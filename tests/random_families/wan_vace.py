@@ -1,0 +1,54 @@
+"""Wan2.1 VACE: a control stream beside the video."""
+
+import torch
+
+from ..random_pipelines import liven, scheduler, wan
+from .wan22 import CONTEXTS, GRID, SIZES, arguments, embeddings
+
+__all__ = ["CONTEXTS", "GRID", "SIZES", "arguments", "embeddings"]
+
+
+def make(solver):
+    from diffusers import WanVACEPipeline, WanVACETransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = WanVACETransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=3,
+        rope_max_seq_len=32,
+        vace_layers=[0, 2],
+        vace_in_channels=2 * 4 + 64,
+    )
+    pipe = WanVACEPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=wan().vae,
+        transformer=liven(transformer),
+        scheduler=scheduler(solver),
+    )
+    # diffusers takes one generator and one video in a call; here each sample has a generator, and a control that differs
+    # from token to token.
+    latents, masks = pipe.prepare_video_latents, pipe.prepare_masks
+
+    def video_latents(video, mask, reference_images, generator, device):
+        one = latents(video[:1], mask[:1], reference_images[:1], None, device)
+        return one.expand(len(video), -1, -1, -1, -1)
+
+    def random_masks(mask, reference_images, generator):
+        shape = masks(mask[:1], reference_images[:1]).shape
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+        return values.expand(len(mask), -1, -1, -1, -1)
+
+    pipe.prepare_video_latents, pipe.prepare_masks = video_latents, random_masks
+    return pipe
+
+
+def blocks(transformer):
+    return [*transformer.vace_blocks, *transformer.blocks]
