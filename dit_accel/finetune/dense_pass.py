@@ -14,7 +14,7 @@ from dit_accel.sla import SparseAttention, SparseLinearAttention
 from dit_accel.sla.text import split_text, valid_keys
 
 Visit = Callable[..., None]
-"""`visit(name, module, q, k, v, text=..., text_tokens=..., text_lengths=..., scale=...)`."""
+"""`visit(name, module, q, k, v, text=..., text_tokens=..., scale=...)`, and `text_lengths` where texts are padded."""
 
 
 @torch.no_grad()

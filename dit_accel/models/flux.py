@@ -15,7 +15,7 @@ from dit_accel.models.packed import (
     set_words,
     text_part,
 )
-from dit_accel.models.rotary import rotate
+from dit_accel.models.rotary import for_heads, rotate
 from dit_accel.models.tokens import read_once
 
 REFUSED = {
@@ -113,7 +113,7 @@ class FluxSparseAttnProcessor(PackedProcessor):
                 torch.cat([t, x], dim=1) for x, t in zip((query, key, value), text, strict=True)
             )
         if image_rotary_emb is not None:
-            cos, sin = (x.unsqueeze(-2) for x in image_rotary_emb)
+            cos, sin = (for_heads(x) for x in image_rotary_emb)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         out = self.run(query, key, value, self.dense, text="first", words=self.num_words)
         out = out.flatten(2).to(query.dtype)

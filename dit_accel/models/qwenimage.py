@@ -15,7 +15,7 @@ from dit_accel.models.packed import (
     set_words,
     text_part,
 )
-from dit_accel.models.rotary import rotate_pairs
+from dit_accel.models.rotary import for_heads, rotate_pairs
 from dit_accel.models.tokens import read_once
 
 
@@ -152,15 +152,16 @@ class QwenImageSparseAttnProcessor(PackedProcessor):
         attention_mask: None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b t c"]]:
-        image = [x.unflatten(2, (attn.heads, -1)) for x in projections(attn, hidden_states)]
-        image[0], image[1] = attn.norm_q(image[0]), attn.norm_k(image[1])
+        query, key, value = (
+            x.unflatten(2, (attn.heads, -1)) for x in projections(attn, hidden_states)
+        )
+        image = attn.norm_q(query), attn.norm_k(key), value
         text = text_projections(attn, encoder_hidden_states)
         if image_rotary_emb is not None:
-            for stream, table in zip((image, text), image_rotary_emb, strict=True):
-                cos, sin = table.real.unsqueeze(-2), table.imag.unsqueeze(-2)
-                stream[:2] = [rotate_pairs(x, cos, sin) for x in stream[:2]]
+            image, text = (
+                _rotated(x, table) for x, table in zip((image, text), image_rotary_emb, strict=True)
+            )
         query, key, value = (torch.cat([t, x], dim=1) for x, t in zip(image, text, strict=True))
-
         mask = encoder_hidden_states_mask if self.mask is None else self.mask
 
         def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -179,6 +180,14 @@ class QwenImageSparseAttnProcessor(PackedProcessor):
         length = encoder_hidden_states.shape[1]
         written = attn.to_out[1](attn.to_out[0](out[:, length:]))
         return written, attn.to_add_out(out[:, :length])
+
+
+def _rotated(stream: tuple[Tensor, Tensor, Tensor], table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query and key rotated by a table of complex numbers."""
+    query, key, value = stream
+    table = for_heads(table)
+    cos, sin = table.real, table.imag
+    return rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin), value
 
 
 def _joint_mask(mask: Tensor | None, length: int) -> Tensor | None:

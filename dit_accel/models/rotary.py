@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 def rotate(
-    x: Float[Tensor, "b l h d"], cos: Float[Tensor, "*b_ l 1 d"], sin: Float[Tensor, "*b_ l 1 d"]
+    x: Float[Tensor, "b l h d"], cos: Float[Tensor, "b_ l 1 d"], sin: Float[Tensor, "b_ l 1 d"]
 ) -> Float[Tensor, "b l h d"]:
     """Rotate pairs of neighbouring channels; the tables have the angle of each pair twice."""
     return rotate_pairs(x, cos[..., 0::2], sin[..., 1::2])
 
 
 def rotate_pairs(
-    x: Float[Tensor, "b l h d"], cos: Float[Tensor, "*b_ l 1 n"], sin: Float[Tensor, "*b_ l 1 n"]
+    x: Float[Tensor, "b l h d"], cos: Float[Tensor, "b_ l 1 n"], sin: Float[Tensor, "b_ l 1 n"]
 ) -> Float[Tensor, "b l h d"]:
     """Rotate pairs of neighbouring channels; the tables have the angle of each pair once."""
     # Not strided slices: the backward of each fills a tensor of the size of x with zeros first.
@@ -21,3 +21,8 @@ def rotate_pairs(
     return (
         torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
     )
+
+
+def for_heads(table: Tensor) -> Tensor:
+    """Return a table `[L, D]` of all rows, or `[B, L, D]`, as `[1 or B, L, 1, D]`."""
+    return (table if table.ndim == 3 else table[None])[:, :, None]

@@ -95,12 +95,9 @@ class LayerAttention:
             # Images begin at different places of their rows: for the kernels they all come first.
             text, text_lengths = "last", text_tokens - padding
             q, k, v = (padding_to_text(x, text_tokens, text_lengths) for x in (q, k, v))
-        options: dict[str, Any] = {
-            "text": text,
-            "text_tokens": text_tokens,
-            "text_lengths": text_lengths,
-            "scale": scale,
-        }
+        options: dict[str, Any] = {"text": text, "text_tokens": text_tokens, "scale": scale}
+        if text_lengths is not None:
+            options["text_lengths"] = text_lengths
         if self.dense:
             assert self.observer is not None
             self.observer(q, k, v, **options)

@@ -190,8 +190,8 @@ class SparseAttention(Method):
         call before it did. A compiled block has one graph more for dense calls, as for dense steps.
 
         Args:
-            observers: by the name of a layer, a function that gets `(q, k, v, text=..., text_tokens=...,
-                text_lengths=..., scale=...)` of each call that would have run sparse. Default: none.
+            observers: by the name of a layer, a function that gets `(q, k, v, text=..., text_tokens=..., scale=...)`
+                of each call that would have run sparse, and `text_lengths` where texts are padded. Default: none.
         """
         before = [(layer, layer.call_state()) for layer in self.layers.values()]
         self._pauses += 1

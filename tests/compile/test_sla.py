@@ -11,7 +11,7 @@ from ..random_pipelines import compile_blocks, make, randomise, relative, run
 from ..runtime.training_worker import bare_wan, batch
 
 # Graphs of the plain pipeline. The blocks of Stable Diffusion 3 are among those of 3.5.
-PLAIN = {"wan": 1, "sd35": 2, "lumina": 1, "lumina2": 2}
+PLAIN = {"wan": 1, "sd35": 2, "lumina": 1, "lumina2": 2, "flux": 3}
 RAS = {"ratio": [(0, 0.7), (0.5, 0.3)], "warmup": 2, "tail": 1, "resets": (6,)}
 TILE = (1, 4, 4)
 ALL_SPARSE = {"dense_steps": 0, "dense_layers": 0}
@@ -64,6 +64,7 @@ def test_two_graphs_for_each_of_the_plain_pipeline_serve_both_orders(family):
         ("sd35", ALL_SPARSE),
         ("lumina", {"combine": "proj", **ALL_SPARSE}),
         ("lumina2", {"order": TILE, **ALL_SPARSE}),
+        ("flux", {"order": TILE, **ALL_SPARSE}),
     ],
     ids=list(PLAIN),
 )

@@ -39,8 +39,9 @@ def test_the_seam_gets_rotated_heads_in_b_h_l_d(attention, inputs):
     hidden_states, rotary = inputs
     stock = attention(hidden_states, rotary_emb=rotary)
 
-    def attend(q, k, v, *, text, text_lengths, masked, scale):
+    def attend(q, k, v, *, text, text_lengths, padding, masked, scale):
         assert not masked
+        assert text_lengths is padding is None
         assert q.shape == k.shape == v.shape == (2, 2, 24, 16)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 

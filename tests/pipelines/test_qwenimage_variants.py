@@ -56,6 +56,28 @@ def test_reference_images_run_in_every_call(name, zero_cond_t, monkeypatch):
     assert dit_accel.summary(pipe, strict=True).overall_density == 1
 
 
+def test_checkpointed_blocks_have_the_same_gradients():
+    """They run again after the call, when nobody knows its tokens any more."""
+    transformer = make(zero_cond_t=True).transformer
+    dit_accel.enable(transformer, sla={**SLA, "topk": 0.5, "combine": "proj"})
+    call = {
+        "hidden_states": torch.randn(1, 48 + 24, 16),
+        "encoder_hidden_states": embeddings([0])["prompt_embeds"],
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [[(1, 6, 8), (1, 4, 6)]],
+        "return_dict": False,
+    }
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            transformer.enable_gradient_checkpointing()
+        transformer.zero_grad()
+        transformer(**call)[0].square().mean().backward()
+        gradients.append(transformer.transformer_blocks[0].img_mod[1].weight.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 @torch.no_grad()
 def test_images_of_layers_are_a_grid_with_a_layer_axis():
     """Qwen-Image-Layered: each layer has a shape, and one reference follows."""

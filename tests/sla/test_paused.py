@@ -98,7 +98,7 @@ def test_observers_see_what_would_have_run_sparse(qkv):
     assert len(seen) == 1
     inputs, options = seen[0]
     assert all(a is b for a, b in zip(inputs, qkv, strict=True))
-    assert options == {"text": "last", "text_tokens": 0, "text_lengths": None, "scale": 0.5}
+    assert options == {"text": "last", "text_tokens": 0, "scale": 0.5}
     begin(attention, 0)
     call(attention, 1, qkv)
     assert len(seen) == 1

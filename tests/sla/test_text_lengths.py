@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel.bench.launches import recording
+from dit_accel.finetune.dense_pass import squared_error
 from dit_accel.kernels import LinearState
 from dit_accel.sla import SparseLinearAttention
 from dit_accel.sla.layer import LayerAttention, LayerCounts
@@ -202,3 +203,32 @@ def test_a_layer_of_rows_with_padding_at_their_ends():
         torch.testing.assert_close(o[row, :, : n + ACTIVE], expected[0])
     assert attention.tally[0] == 1 + len(LENGTHS)
     assert not attention.counts.any()
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_errors_against_dense_attention_leave_padding_out(where):
+    """The regression of fine-tuning compares image outputs of both."""
+    module = layer(4, 16)
+    image, words = inputs()
+    error = squared_error(
+        module, *batch(image, words, where), text=where, text_tokens=TEXT, text_lengths=LENGTHS
+    )
+    for row, n in enumerate(LENGTHS.tolist()):
+        qkv = alone(image, words, where, row)
+        expected = squared_error(module, *qkv, text=where, text_tokens=n)
+        torch.testing.assert_close(error[row : row + 1], expected)
+
+
+def test_observers_of_a_paused_layer_see_the_lengths():
+    attention = LayerAttention(layer(4, 16), scheduled=True)
+    attention.image = torch.empty(TOKENS, 0, dtype=torch.float32)
+    seen = []
+    attention.observer = lambda *qkv, **options: seen.append((qkv, options))
+    image, words = inputs()
+    rows = [packed(x, w) for x, w in zip(image, words, strict=True)]
+    assert attention(*rows, text="first", padding=TEXT - LENGTHS) is None
+    [(qkv, options)] = seen
+    assert torch.equal(options.pop("text_lengths"), LENGTHS)
+    assert options == {"text": "last", "text_tokens": TEXT, "scale": None}
+    for x, i, w in zip(qkv, image, words, strict=True):
+        assert torch.equal(x, torch.cat([i, w], 2))
