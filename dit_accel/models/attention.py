@@ -132,7 +132,7 @@ def projections(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tenso
     return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
 
 
-def text_projections(attn: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def text_projections(attn: Any, text: Tensor) -> list[Tensor]:
     """Query, key and value `[B, L, H, D]` of the text in joint attention, fused or not, normalised."""
     if getattr(attn, "fused_projections", False):
         projected = attn.to_added_qkv(text).chunk(3, dim=-1)
@@ -143,4 +143,4 @@ def text_projections(attn: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query = attn.norm_added_q(query)
     if attn.norm_added_k is not None:
         key = attn.norm_added_k(key)
-    return query, key, value
+    return [query, key, value]

@@ -155,7 +155,7 @@ class QwenImageSparseAttnProcessor(PackedProcessor):
         query, key, value = (
             x.unflatten(2, (attn.heads, -1)) for x in projections(attn, hidden_states)
         )
-        image = attn.norm_q(query), attn.norm_k(key), value
+        image = [attn.norm_q(query), attn.norm_k(key), value]
         text = text_projections(attn, encoder_hidden_states)
         if image_rotary_emb is not None:
             image, text = (
@@ -182,12 +182,12 @@ class QwenImageSparseAttnProcessor(PackedProcessor):
         return written, attn.to_add_out(out[:, :length])
 
 
-def _rotated(stream: tuple[Tensor, Tensor, Tensor], table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query and key rotated by a table of complex numbers."""
+def _rotated(stream: list[Tensor], table: Tensor) -> list[Tensor]:
+    """Return query, key and value; the first two rotated by a table of complex numbers."""
     query, key, value = stream
     table = for_heads(table)
     cos, sin = table.real, table.imag
-    return rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin), value
+    return [rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin), value]
 
 
 def _joint_mask(mask: Tensor | None, length: int) -> Tensor | None:
