@@ -22,8 +22,8 @@ from dit_accel.tensor_files import digest
 def accelerated(
     pipe: Any,
     *,
-    sla: SLAConfig | SLACheckpoint | str | None = None,
-    ras: RASConfig | str | None = None,
+    sla: SLAConfig | SLACheckpoint | dict | str | None = None,
+    ras: RASConfig | dict | str | None = None,
     cache: Any = None,
 ) -> Iterator[None]:
     """Enable sparse attention, region-adaptive sampling or a step cache of diffusers; disable it at the end.

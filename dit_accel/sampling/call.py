@@ -19,7 +19,7 @@ from dit_accel.sampling.plan import Sample
 from dit_accel.sampling.settings import FRAMES, Kind
 
 ONE_PROMPT = ("WanVACEPipeline",)
-"""Pipelines of diffusers that take one prompt in a call, as a string."""
+"""Pipelines of diffusers that take one prompt in a call, as a string, with one generator."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ def _called(
     if "image" in arguments:
         arguments["image"] = read_picture(arguments["image"])
     # Generators live on the CPU: the same noise on every device.
-    generators = [torch.Generator("cpu").manual_seed(x.seed) for x in samples]
+    generators: Any = [torch.Generator("cpu").manual_seed(x.seed) for x in samples]
     prompts: Any = [x.record.prompt for x in samples]
     if type(pipe).__name__ in ONE_PROMPT:
-        [prompts] = prompts
+        [prompts], [generators] = prompts, generators
         if negative[0] is not None:
             [arguments["negative_prompt"]] = negative
     try:

@@ -47,8 +47,8 @@ def pipeline_class(model: str | os.PathLike, **hub: Any) -> Any:
 def load_pipeline(
     model: str | os.PathLike,
     *,
-    sla: SLAConfig | SLACheckpoint | str | None = "balanced",
-    ras: RASConfig | str | None = None,
+    sla: SLAConfig | SLACheckpoint | dict | str | None = "balanced",
+    ras: RASConfig | dict | str | None = None,
     device: str = "auto",
     dtype: Dtype = "auto",
     cpu_offload: bool = False,

@@ -39,7 +39,7 @@ def compare(
     pipe: Any,
     prompt: str,
     *,
-    sla: SLAConfig | SLACheckpoint | None = None,
+    sla: SLAConfig | SLACheckpoint | dict | None = None,
     ras: RASConfig | None = None,
     methods: Sequence[str | Method] = (),
     crossover: Crossover | None = None,

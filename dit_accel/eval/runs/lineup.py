@@ -38,7 +38,7 @@ def line_up(
     pipe: Any,
     *,
     steps: int,
-    sla: SLAConfig | SLACheckpoint | str = "balanced",
+    sla: SLAConfig | SLACheckpoint | dict | str = "balanced",
     ras: RASConfig | str = "balanced",
     crossover: Crossover | None = None,
 ) -> Lineup:

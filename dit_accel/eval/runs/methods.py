@@ -25,7 +25,7 @@ class Method:
     """Of the row."""
     kind: str
     """One of `results.types.METHODS`."""
-    sla: SLAConfig | SLACheckpoint | None = None
+    sla: SLAConfig | SLACheckpoint | dict | None = None
     ras: RASConfig | None = None
     cache: Any = None
     """A cache config of diffusers."""
@@ -66,7 +66,7 @@ def read_methods(
     names: Sequence[str | Method],
     pipe: Any,
     *,
-    sla: SLAConfig | SLACheckpoint | str = "balanced",
+    sla: SLAConfig | SLACheckpoint | dict | str = "balanced",
     ras: RASConfig | str = "balanced",
     crossover: Crossover | None = None,
 ) -> list[Method]:
@@ -87,7 +87,7 @@ def read_methods(
         ValueError: an unknown name or setting, or two methods of one name.
     """
 
-    def sparse(setting: str) -> tuple[str, SLAConfig | SLACheckpoint]:
+    def sparse(setting: str) -> tuple[str, SLAConfig | SLACheckpoint | dict]:
         chosen = settings_of(setting or sla)
         if chosen is None:
             raise ValueError("methods: 'sla:none' is dense sampling; accepted is dense")

@@ -36,7 +36,7 @@ def run_evaluation(
     model: str | os.PathLike,
     sampling: Sampling,
     methods: Sequence[str | Method] = DEFAULT,
-    sla: SLAConfig | SLACheckpoint | str = "balanced",
+    sla: SLAConfig | SLACheckpoint | dict | str = "balanced",
     ras: RASConfig | str = "balanced",
     crossover: Crossover | None = None,
     revision: str | None = None,
