@@ -20,7 +20,7 @@ class Generate(AccelerationOptions):
     limit: int | None = None
     """Only so many prompts."""
     sla: str = "none"
-    """Sparse attention: none, auto, quality, balanced, fast, a YAML file, or a folder with
+    """Sparse attention: none, auto, quality, balanced, fast, few-step, a YAML file, or a folder with
     sla.safetensors."""
     cache: str = "none"
     """A step cache of diffusers: none, first_block_cache, sea_cache, taylorseer, pab, faster_cache; with a value of its

@@ -126,10 +126,10 @@ class AccelerationOptions(ModelOptions):
     """The same, and what accelerates it."""
 
     sla: str = "auto"
-    """Sparse attention: quality, balanced, fast, a YAML file, a folder with sla.safetensors, or none;
+    """Sparse attention: quality, balanced, fast, few-step, a YAML file, a folder with sla.safetensors, or none;
     auto is the model's own sla.safetensors, and balanced without one."""
     ras: str = "none"
-    """Region-adaptive sampling: quality, balanced, fast, forecast, partial, paper, a YAML file, or none."""
+    """Region-adaptive sampling: quality, balanced, fast, forecast, partial, few-step, paper, a YAML file, or none."""
     topk: float | None = None
     """Overrides the share of key blocks that is read exactly, in (0, 1]; not with sla.safetensors."""
     crossover: Literal["auto", "never"] | None = None

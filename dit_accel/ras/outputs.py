@@ -222,7 +222,9 @@ class Outputs:
         shape = self.last.shape
         if self.grid is None:
             return x.view(len(x), *[1] * (len(shape) - 1))
-        if len(shape) == 3:  # tokens as the model computes them, which the pipeline turns into latents
+        if (
+            len(shape) == 3
+        ):  # tokens as the model computes them, which the pipeline turns into latents
             return x[:, :, None]
         x = x.view(len(x), *self.grid)
         sizes = shape[2:] if len(shape) == 5 else (1, *shape[2:])
