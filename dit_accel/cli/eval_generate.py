@@ -81,7 +81,7 @@ class Generate(AccelerationOptions):
             from dit_accel.sampling.ray_engine import generate_on_ray
 
             made = generate_on_ray(
-                lambda device: replace(self, device=device).load(),
+                lambda device: replace(self, device=device).load_compiled(),
                 prompts,
                 samples=len(prompts) * count,
                 device=self.device,
@@ -93,7 +93,7 @@ class Generate(AccelerationOptions):
         else:
             from dit_accel.sampling.generate import generate
 
-            pipe = self.load()
+            pipe = self.load_compiled()
             cache = None if make_cache is None else make_cache(pipe)
             made = generate(pipe, prompts, cache=cache, warm_up=True, **options)
         if self.format == "json":

@@ -3,8 +3,6 @@
 import importlib
 from typing import Any
 
-from torch import nn
-
 from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, by_name
 from dit_accel.models.tokens import TokenOrder, joint_index
 from dit_accel.models.whole import WholeTransformer
@@ -49,7 +47,7 @@ def check_pipeline(pipe: Any) -> None:
         )
 
 
-def family_of(transformer: nn.Module) -> Family:
+def family_of(transformer: Any) -> Family:
     """What is known about this transformer.
 
     Raises:

@@ -13,6 +13,7 @@ from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.checkpoint.identity import identity_of, weights_of
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.runtime.install import installation_of, method_of
+from dit_accel.sampling.quantize import quantized_as
 from dit_accel.sampling.step_caches import step_cache
 from dit_accel.tensor_files import digest
 
@@ -45,7 +46,8 @@ def accelerated(
 
 
 def acceleration_settings(pipe: Any) -> dict[str, Any]:
-    """Return the settings of what is on: `sla`, `ras` and `cache`, each None or plain values for JSON."""
+    """Return the settings of what is on: `sla`, `ras` and `cache`, each None or plain values for JSON. A quantised
+    transformer also has "quantize"."""
     settings: dict[str, Any] = {"sla": None, "ras": None, "cache": None}
     sla, ras = (method_of(pipe, name) for name in ("sla", "ras"))
     if sla is not None:
@@ -66,6 +68,8 @@ def acceleration_settings(pipe: Any) -> dict[str, Any]:
         settings["cache"] = {"name": type(cache).__name__.removesuffix("Config")} | {
             k: x for k, x in values.items() if x is not _OPAQUE
         }
+    if (quantized := quantized_as(pipe.transformer)) is not None:
+        settings["quantize"] = quantized
     return settings
 
 
