@@ -45,8 +45,8 @@ def enable(
             a `ratio` takes any transformer whose call has one tensor `hidden_states` and returns one tensor. Both
             transformers of a Wan2.2 pipeline are accelerated; each counts the steps that it runs.
         ras: region-adaptive sampling: an `RASConfig`, a preset ("quality", "balanced", "fast", "forecast", "partial",
-            "paper"), a YAML file, or a dict of `RASConfig` fields. "none" switches it off. Default: left as it is.
-        sla: sparse attention: an `SLAConfig`, a preset ("quality", "balanced", "fast"),
+            "few-step", "paper"), a YAML file, or a dict of `RASConfig` fields. "none" switches it off. Default: left as it is.
+        sla: sparse attention: an `SLAConfig`, a preset ("quality", "balanced", "fast", "few-step"),
             a YAML file, a dict of `SLAConfig` fields, or an SLA checkpoint that `save_sla` or fine-tuning wrote (the
             folder or the file). Weights of the transformer that were trained with it are put in, and `disable` or
             other settings put the former ones back. "none" switches it off. Default: left as it is.

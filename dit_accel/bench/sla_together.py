@@ -1,6 +1,7 @@
 """Quality of sparse attention, region-adaptive sampling, and both at once (part of bench_sla.py)."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from dit_accel.bench.sla_rows import Row
 from dit_accel.bench.subjects import METRICS, Subject, mean_interval
+from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
 
@@ -30,6 +32,9 @@ class Together:
     block: int = 32
     ratio: float | None = None
     """Share of the tokens on partial steps, in place of a budget."""
+    few_step: bool = False
+    """Presets "few-step" in place of "balanced", and beside them what "balanced" makes of so few steps and fewer dense
+    steps at the cost of region-adaptive sampling."""
     work: Path | None = None
     """Scores of single samples, kept so that a stopped run goes on. Default: beside the output."""
 
@@ -42,7 +47,13 @@ class Together:
         sla = row.sla("still" if subject.still else "video", None)
         # Without a ratio: the budget of the preset "balanced".
         ras: dict[str, Any] = {} if self.ratio is None else {"ratio": self.ratio}
-        kinds: dict[str, dict[str, Any]] = {
+        kinds: dict[str, dict[str, Any]] = {}
+        if self.few_step:
+            ras |= RASConfig.PRESETS["few-step"]
+            kinds["fewer dense steps"] = {"steps": math.floor(ras["budget"] * self.steps)}
+            kinds["sparse attention, balanced"] = {"sla": sla}
+            sla = sla | SLAConfig.PRESETS["few-step"]
+        kinds |= {
             "sparse attention": {"sla": sla},
             "region-adaptive": {"ras": ras},
             "both": {"sla": sla, "ras": ras},
@@ -54,9 +65,11 @@ class Together:
             dense, _ = subject.latents(rows, self.steps)
             self._note(scores, "dense", rows, subject.score(dense, dense, rows))
             for kind, acceleration in kinds.items():
-                latents, report = subject.latents(rows, self.steps, **acceleration)
-                assert report is not None
+                latents, report = subject.latents(rows, **{"steps": self.steps} | acceleration)
                 self._note(scores, kind, rows, subject.score(latents, dense, rows))
+                if report is None:
+                    scores[kind]["cost"] = acceleration["steps"]
+                    continue
                 scores[kind]["density"] = report.overall_density
                 scores[kind]["cost"] = None if report.ras is None else report.ras.cost
             write_json(work, scores)

@@ -49,7 +49,7 @@ class Compare(AccelerationOptions):
             raise ValueError(
                 f"output_dir={str(self.output_dir)!r}: already holds {RECORD}; choose another or pass --overwrite"
             )
-        pipe = self.load()
+        pipe = self.load_compiled()
         result = compare(
             pipe,
             self.prompt,

@@ -1,6 +1,6 @@
 """`dit-accel eval generate`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dit_accel.cli.options import AccelerationOptions
@@ -10,7 +10,7 @@ from dit_accel.cli.printing import print_json, print_line
 @dataclass(kw_only=True)
 class Generate(AccelerationOptions):
     """Prompts to a sample set; started again after a kill, it goes on. Under torchrun each process makes its
-    share: torchrun --nproc-per-node 2 -m dit_accel.cli eval generate ...
+    share: torchrun --nproc-per-node 2 -m dit_accel.cli eval generate ... With --engine ray the workers of Ray do.
 
     Exit codes: 0 done, 1 failed while running (what is finished stays), 2 bad input, 130 interrupted.
     """
@@ -20,7 +20,7 @@ class Generate(AccelerationOptions):
     limit: int | None = None
     """Only so many prompts."""
     sla: str = "none"
-    """Sparse attention: none, auto, quality, balanced, fast, a YAML file, or a folder with
+    """Sparse attention: none, auto, quality, balanced, fast, few-step, a YAML file, or a folder with
     sla.safetensors."""
     cache: str = "none"
     """A step cache of diffusers: none, first_block_cache, sea_cache, taylorseer, pab, faster_cache; with a value of its
@@ -33,6 +33,13 @@ class Generate(AccelerationOptions):
     """vbench also puts the clips where VBench looks for them."""
     overwrite: bool = False
     """Replace samples that were made with other settings."""
+    engine: Literal["local", "ray"] = "local"
+    """ray: the samples are made by workers of Ray Data (pip install 'dit-accel[ray]'), on this machine or on a cluster."""
+    workers: int | None = None
+    """Workers of Ray, each with a GPU or a CPU. Default: the GPUs that Ray has, or 1 without GPUs."""
+    ray_address: str | None = None
+    """Address of a Ray cluster, such as auto on one of its nodes. The nodes need this package, the model, and the same
+    folder at --output-dir. Default: RAY_ADDRESS, else this machine alone."""
 
     def run(self) -> None:
         from dit_accel.sampling.prompt_sets import load_prompts
@@ -42,8 +49,8 @@ class Generate(AccelerationOptions):
         check_count("batch_size", self.batch_size)
         if self.samples_per_prompt is not None:
             check_count("samples_per_prompt", self.samples_per_prompt)
+        self._check_engine()
         sla, ras = self.sla_config(), self.ras_config()
-        from dit_accel.sampling.generate import generate
         from dit_accel.sampling.plan import VBENCH_SAMPLES
 
         count = self.samples_per_prompt or (VBENCH_SAMPLES if self.layout == "vbench" else 1)
@@ -51,26 +58,44 @@ class Generate(AccelerationOptions):
         named = self._cache(outline, sampling)
         if self.layout == "vbench" and not outline.makes_clips:
             raise ValueError("layout='vbench': VBench judges clips, and this model makes images")
-        pipe = self.load()
-        cache = None if named is None else named[0].config(pipe, outline.steps(sampling), named[1])
-        made = generate(
-            pipe,
-            prompts,
-            output_dir=self.output_dir,
-            model=self.model,
-            sampling=sampling,
-            revision=self.revision,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            samples_per_prompt=self.samples_per_prompt,
-            fps=self.fps,
-            layout=self.layout,
-            sla=sla,
-            ras=ras,
-            cache=cache,
-            overwrite=self.overwrite,
-            warm_up=True,
-        )
+        options: dict[str, Any] = {
+            "output_dir": self.output_dir,
+            "model": self.model,
+            "sampling": sampling,
+            "revision": self.revision,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "samples_per_prompt": self.samples_per_prompt,
+            "fps": self.fps,
+            "layout": self.layout,
+            "sla": sla,
+            "ras": ras,
+            "overwrite": self.overwrite,
+        }
+        steps = outline.steps(sampling)
+
+        make_cache = None if named is None else lambda pipe: named[0].config(pipe, steps, named[1])
+
+        made: Any
+        if self.engine == "ray":
+            from dit_accel.sampling.ray_engine import generate_on_ray
+
+            made = generate_on_ray(
+                lambda device: replace(self, device=device).load_compiled(),
+                prompts,
+                samples=len(prompts) * count,
+                device=self.device,
+                workers=self.workers,
+                address=self.ray_address,
+                make_cache=make_cache,
+                **options,
+            )
+        else:
+            from dit_accel.sampling.generate import generate
+
+            pipe = self.load_compiled()
+            cache = None if make_cache is None else make_cache(pipe)
+            made = generate(pipe, prompts, cache=cache, warm_up=True, **options)
         if self.format == "json":
             done = {} if made is None else {"kind": made.kind, "samples": len(made)}
             print_json({"output_dir": str(self.output_dir), "complete": made is not None, **done})
@@ -78,6 +103,17 @@ class Generate(AccelerationOptions):
             print_line(f"{self.output_dir}: this process has finished; others have not")
         else:
             print_line(f"{self.output_dir}: {len(made)} {made.kind}")
+
+    def _check_engine(self) -> None:
+        """Refuse what the engine does not accept."""
+        if self.engine == "ray":
+            from dit_accel.sampling.ray_engine import check_ray
+
+            check_ray(self.device, self.workers, self.ray_address)
+            return
+        for name in ("workers", "ray_address"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}={value!r}: accepted with engine='ray'")
 
     def _cache(self, outline: Any, sampling: Any) -> Any:
         """Return the step cache that --cache names and the value of its setting; None for none."""

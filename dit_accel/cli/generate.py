@@ -29,8 +29,6 @@ class Generate(AccelerationOptions):
     lora: Annotated[tuple[str, ...], UseAppendAction] = ()
     """LoRA weights: a .safetensors file, a folder with one, or a hub id, with an optional scale as in
     style.safetensors:0.8; may be given several times."""
-    compile: bool = False
-    """Compile the repeated blocks of the transformer (torch.compile; Wan2.1)."""
 
     parallel: str = "none"
     """Processes that make each sample together: ulysses:2 under torchrun --nproc-per-node 2 -m dit_accel.cli generate;
@@ -54,7 +52,11 @@ class Generate(AccelerationOptions):
         from dit_accel.sampling.numbered import generate_numbered
 
         extras = check_extras(
-            outline, scheduler=self.scheduler, loras=self.lora, compile=self.compile
+            outline,
+            scheduler=self.scheduler,
+            loras=self.lora,
+            compile=self.compile,
+            device=self.device,
         )
         with processes(parallel, self.device):
             pipe = self.load(sla, ras)

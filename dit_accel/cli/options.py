@@ -118,7 +118,12 @@ class ModelOptions:
             dtype=self.dtype,
             cpu_offload=self.cpu_offload,
             **self.hub,
+            **self.loading(),
         )
+
+    def loading(self) -> dict[str, Any]:
+        """Return further arguments of `from_pretrained`."""
+        return {}
 
 
 @dataclass(kw_only=True)
@@ -126,14 +131,48 @@ class AccelerationOptions(ModelOptions):
     """The same, and what accelerates it."""
 
     sla: str = "auto"
-    """Sparse attention: quality, balanced, fast, a YAML file, a folder with sla.safetensors, or none;
+    """Sparse attention: quality, balanced, fast, few-step, a YAML file, a folder with sla.safetensors, or none;
     auto is the model's own sla.safetensors, and balanced without one."""
     ras: str = "none"
-    """Region-adaptive sampling: quality, balanced, fast, forecast, partial, paper, a YAML file, or none."""
+    """Region-adaptive sampling: quality, balanced, fast, forecast, partial, few-step, paper, a YAML file, or none."""
     topk: float | None = None
     """Overrides the share of key blocks that is read exactly, in (0, 1]; not with sla.safetensors."""
     crossover: Literal["auto", "never"] | None = None
     """Overrides crossover: auto = dense where sparse was measured to lose, never = always sparse."""
+    compile: bool = False
+    """Compile the repeated blocks of the transformer (torch.compile). The first call of each shape then takes longer."""
+    quantize: str = "none"
+    """Quantise the transformer's weights while they are loaded: torchao:int8, torchao:int8_dynamic (inputs of layers too)
+    or torchao:float8 (pip install 'dit-accel[quant]')."""
+
+    def check(
+        self, prompts: Sequence[Any] = (), *, samples: int | None = None
+    ) -> tuple[Any, Sampling]:
+        """See `ModelOptions.check`."""
+        from dit_accel.sampling.quantize import check_quantize
+
+        check_quantize(self.quantize)
+        outline, sampling = super().check(prompts, samples=samples)
+        if self.compile:
+            from dit_accel.sampling.extras import check_compile
+
+            check_compile(outline, self.device)
+        return outline, sampling
+
+    def loading(self) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` for quantised weights."""
+        from dit_accel.sampling.quantize import loading_arguments
+
+        return loading_arguments(self.quantize)
+
+    def load_compiled(self) -> Any:
+        """Load the pipeline, dense, and compile it if that is wanted; `check` comes first."""
+        from dit_accel.sampling.extras import compile_blocks
+
+        pipe = self.load()
+        if self.compile:
+            compile_blocks(pipe)
+        return pipe
 
     def sla_config(self) -> Any:
         """Return the settings or checkpoint of sparse attention, overrides applied; None for dense."""

@@ -98,6 +98,8 @@ class RASConfig(Config):
         # For every transformer, whatever the others become.
         "forecast": {"budget": BUDGETS["balanced"]},
         "partial": {"ratio": 0.5},
+        # Models of 4 to 8 steps: forecasts extrapolate from two outputs, and nothing corrects the last step.
+        "few-step": {"budget": 0.85, "warmup": 2, "tail": 1},
         "paper": {
             "ratio": 0.5,
             "selection": "std",
@@ -245,6 +247,23 @@ class RASConfig(Config):
         if ratio is None or not self._ratio_alone:
             return ()
         return RESETS if num_steps * ratio < FEW_UPDATES else ()
+
+    def why_dense(self, num_steps: int) -> str:
+        """Why each of so many steps is dense, with a remedy, for a message."""
+        tail, budget = num_steps_of(self.tail, num_steps), self.budget_of(num_steps)
+        text = f"{num_steps} steps, warmup {self.warmup_of(num_steps)}, tail {tail}"
+        if resets := self.resets_of(num_steps):
+            text += f", resets {list(resets)}"
+        if budget is not None:
+            text += f", budget {budget:g}"
+        few = RASConfig(**self.PRESETS["few-step"])
+        left = num_steps - max(
+            math.floor(few.budget_of(num_steps) * num_steps + 1e-6),  # type: ignore[operator]
+            few.warmup_of(num_steps) + num_steps_of(few.tail, num_steps),
+        )
+        if left <= 0:
+            return f"{text}; nothing can be left out of so few steps"
+        return f"{text}; ras='few-step' leaves out {left}"
 
     def output_predictor(self, num_steps: int) -> str:
         """`predictor` in a run of so many steps, with "auto" replaced by what it stands for."""

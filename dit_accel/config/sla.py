@@ -65,6 +65,8 @@ class SLAConfig(Config):
         "quality": {"topk": 0.4, "dense_steps": 0.2, "dense_layers": 2},
         "balanced": {},
         "fast": {"topk": 0.15, "dense_steps": 0.05},
+        # Models of 4 to 8 steps, of which one dense step would be an eighth to a quarter.
+        "few-step": {"dense_steps": 0},
     }
 
     def __post_init__(self) -> None:

@@ -1,8 +1,7 @@
 """One file per model family: its facts and its attention processors."""
 
 import importlib
-
-from torch import nn
+from typing import Any
 
 from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, by_name
 from dit_accel.models.tokens import TokenOrder, joint_index
@@ -36,12 +35,12 @@ __all__ = [
 ]
 
 
-def is_supported(transformer: nn.Module) -> bool:
+def is_supported(transformer: Any) -> bool:
     """Return whether there is a family for the class of this transformer."""
     return any(cls.__name__ in FAMILIES for cls in type(transformer).__mro__)
 
 
-def family_of(transformer: nn.Module) -> Family:
+def family_of(transformer: Any) -> Family:
     """What is known about this transformer.
 
     Raises:

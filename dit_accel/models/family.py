@@ -158,6 +158,17 @@ class Family:
     exchanging_cross_attention = False
     """Whether diffusers' processor for cross-attention exchanges heads in context parallelism. Then ours stands in for it
     always: every process has all of the text."""
+    repeated_blocks: tuple[str, ...] = ()
+    """Class names of the repeated blocks, where diffusers names none (`_repeated_blocks` of the transformer)."""
+
+    def blocks_of(self, transformer_class: Any) -> tuple[str, ...]:
+        """Class names of the blocks that `torch.compile` compiles one by one."""
+        return self.repeated_blocks or tuple(getattr(transformer_class, "_repeated_blocks", ()))
+
+    def blocks(self, transformer: Any) -> list[nn.Module]:
+        """The repeated blocks, in the order of the modules."""
+        names = self.blocks_of(type(transformer))
+        return [x for x in transformer.modules() if type(x).__name__ in names]
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
         """Self-attention layers by name, in the order they run."""

@@ -15,6 +15,7 @@ class LuminaNext(Family):
 
     name = "Lumina-Next"
     separate_guidance = False
+    repeated_blocks = ("LuminaNextDiTBlock",)
     stock_processors = ("LuminaAttnProcessor2_0",)
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:

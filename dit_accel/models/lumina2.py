@@ -17,6 +17,7 @@ class Lumina2(Family):
 
     name = "Lumina-Image 2.0"
     separate_guidance = True
+    repeated_blocks = ("Lumina2TransformerBlock",)
     stock_processors = ("Lumina2AttnProcessor2_0",)
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:

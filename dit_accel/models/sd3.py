@@ -20,6 +20,7 @@ class StableDiffusion3(Family):
 
     name = "Stable Diffusion 3"
     separate_guidance = False
+    repeated_blocks = ("JointTransformerBlock",)
     stock_processors = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0")
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:

@@ -29,13 +29,15 @@ class Wan(Family):
             f"{name}.attn1": AttentionLayer(
                 block.attn1, block.attn1.heads, block.attn1.inner_dim // block.attn1.heads
             )
-            for name, block in self.blocks(transformer).items()
+            for name, block in self.named_blocks(transformer).items()
         }
 
     def cross_attention(self, transformer: Any) -> dict[str, Any]:
-        return {f"{name}.attn2": block.attn2 for name, block in self.blocks(transformer).items()}
+        return {
+            f"{name}.attn2": block.attn2 for name, block in self.named_blocks(transformer).items()
+        }
 
-    def blocks(self, transformer: Any) -> dict[str, Any]:
+    def named_blocks(self, transformer: Any) -> dict[str, Any]:
         """The blocks of the transformer by name, in the order they run."""
         return {f"blocks.{i}": block for i, block in enumerate(transformer.blocks)}
 
@@ -109,11 +111,11 @@ class Wan(Family):
         images = max(0, text - TEXT_TOKENS) if config.image_dim is not None else 0
         ends += (text - images) * dim * (config.text_dim + dim)
         ends += images * (config.image_dim or 0) * ((config.image_dim or 0) + dim)
-        blocks = len(self.blocks(transformer))
+        blocks = len(self.named_blocks(transformer))
         return 2.0 * (blocks * active * (linear + attention) + ends)
 
     def text_flops(self, transformer: Any, text: int) -> float:
-        return 2.0 * len(self.blocks(transformer)) * 2 * text * dim_of(transformer) ** 2
+        return 2.0 * len(self.named_blocks(transformer)) * 2 * text * dim_of(transformer) ** 2
 
     def _modulation(self, transformer: Any) -> float:
         """Matrix products of one timestep: its embedding, and the modulation of all blocks."""

@@ -19,9 +19,9 @@ class WanVACE(Wan):
 
     name = "Wan VACE"
 
-    def blocks(self, transformer: Any) -> dict[str, Any]:
+    def named_blocks(self, transformer: Any) -> dict[str, Any]:
         control = {f"vace_blocks.{i}": block for i, block in enumerate(transformer.vace_blocks)}
-        return control | super().blocks(transformer)
+        return control | super().named_blocks(transformer)
 
     def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
         embedded = after(transformer.vace_patch_embedding, _embedded, focus)

@@ -70,11 +70,11 @@ class SparsePipelineMixin:
         Args:
             pretrained_model_name_or_path: hub id, folder, or an embedded model ("tiny-wan", "tiny-sd3",
                 "tiny-lumina2").
-            sla: sparse attention: a preset ("quality", "balanced", "fast"), a YAML file, an `SLAConfig`, a dict
+            sla: sparse attention: a preset ("quality", "balanced", "fast", "few-step"), a YAML file, an `SLAConfig`, a dict
                 of its fields, or a folder or file that `save_sla` or fine-tuning wrote; None or "none" for dense
                 attention. Or a dict of these by transformer, `{"transformer": "balanced", "transformer_2": None}`.
                 Default: the `sla.safetensors` of the repository, and "balanced" without one.
-            ras: region-adaptive sampling: a preset ("quality", "balanced", "fast", "forecast", "partial", "paper"), a
+            ras: region-adaptive sampling: a preset ("quality", "balanced", "fast", "forecast", "partial", "few-step", "paper"), a
                 YAML file, an `RASConfig`, or a dict of its fields; None or "none" for dense steps; or a dict by
                 transformer. Default: the `ras.json` of the repository, and off without one.
             **kwargs: everything that the diffusers parent accepts. `dtype` may also be a name: "fp32",

@@ -15,7 +15,7 @@ from dit_accel.ras.compatibility import step_cache_of
 from dit_accel.ras.context import ContextState
 from dit_accel.ras.control import ErrorControl
 from dit_accel.ras.outputs import Outputs
-from dit_accel.ras.plan import RunPlan, compute_dtype, for_rows, make_plan
+from dit_accel.ras.plan import DENSE_ONLY, RunPlan, compute_dtype, for_rows, make_plan
 from dit_accel.ras.predictor import Distance
 from dit_accel.ras.records import RunState, StepRecord, summarise
 from dit_accel.ras.selection import tile_tokens
@@ -326,6 +326,12 @@ class RegionAdaptiveSampling(Method, Focus):
 
     def rows(self, host: Host, run: Run | None) -> RASSummary:
         return summarise(RunState() if run is None else self.state, self.config, host)
+
+    def unscheduled(self, run: Run) -> tuple[str, str] | None:
+        plan = self.plan
+        if plan is None or plan.off != DENSE_ONLY:
+            return None
+        return DENSE_ONLY, self.config.why_dense(plan.schedule.num_steps)
 
     def idle(self, run: Run) -> str | None:
         records = run.states[self.name].steps.values()

@@ -22,6 +22,9 @@ from dit_accel.ras.schedule import Schedule, plan_steps
 from dit_accel.ras.selection import tile_tokens, token_scores
 from dit_accel.runtime.run import Run
 
+DENSE_ONLY = "the schedule has dense steps only"
+"""`RunPlan.off` where no step is left to forecast, or to run on some of the tokens."""
+
 
 @dataclass
 class RunPlan:
@@ -153,7 +156,7 @@ def make_plan(
     if off is not None:
         return plan
     if all(count is None for count in schedule.tiles):
-        plan.off = "the schedule has dense steps only"
+        plan.off = DENSE_ONLY
     elif partial and schedule.num_tiles < 2:
         plan.off = f"{tokens} tokens are not more than a tile of {schedule.tile}"
     elif partial:

@@ -342,6 +342,7 @@ class Installation:
                 return answer
         if self._parallel is not None:
             self._parallel.focus.begin_call(call)
+        self._warn_if_unscheduled(run)
         self._begun = True
         return None
 
@@ -433,16 +434,38 @@ class Installation:
         except ValueError as error:
             raise RuntimeError(f"changed after enable: {error}") from None
 
+    def _warn_if_unscheduled(self, run: Run) -> None:
+        """Warn once for each reason, at the first call of a run, where the schedule alone decides."""
+        if run.unscheduled is not None:
+            return
+        found = {x.name: why for x in self.methods.values() if (why := x.unscheduled(run))}
+        run.unscheduled = set(found)
+        if self._is_new(f"{name}: {reason}" for name, (reason, _) in found.items()):
+            text = "; ".join(f"{name}: {x} ({numbers})" for name, (x, numbers) in found.items())
+            warnings.warn(
+                f"dit_accel: the schedule of this run leaves nothing to do for {text}", stacklevel=2
+            )
+
     def _warn_if_idle(self, run: Run) -> None:
         """Warn once for each reason, at the first call of a run's last step."""
         if run.idle_checked:
             return
         run.idle_checked = True
-        why = [f"{x.name}: {reason}" for x in self.methods.values() if (reason := x.idle(run))]
-        text = "; ".join(why)
-        if len(why) == len(self.methods) and text not in self._said:
-            self._said.add(text)
-            warnings.warn(f"dit_accel accelerated nothing in this run ({text})", stacklevel=2)
+        why = {x.name: reason for x in self.methods.values() if (reason := x.idle(run))}
+        said = run.unscheduled or set()
+        new = [f"{name}: {reason}" for name, reason in why.items() if name not in said]
+        if len(why) == len(self.methods) and self._is_new(new):
+            warnings.warn(
+                f"dit_accel accelerated nothing in this run ({'; '.join(new)})", stacklevel=2
+            )
+
+    def _is_new(self, reasons: Iterable[str]) -> bool:
+        """Return whether there are reasons, and these together were not said before."""
+        text = "; ".join(reasons)
+        if not text or text in self._said:
+            return False
+        self._said.add(text)
+        return True
 
 
 def installation_of(target: Any) -> Installation | None:

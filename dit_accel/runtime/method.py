@@ -77,6 +77,10 @@ class Method:
     def rows(self, host: "Host", run: Run | None) -> Any:
         """Return the summary of a run: an object that prints as a table and has `to_dict`."""
 
+    def unscheduled(self, run: Run) -> tuple[str, str] | None:
+        """Return why the schedule of a run leaves the method nothing to do, without counts, and then with what numbers
+        and with what remedy; None if it leaves something. Asked in the first call of a run, after `begin_call`."""
+
     def idle(self, run: Run) -> str | None:
         """Return why the method accelerated nothing in this run, without counts; None if it accelerated something."""
 

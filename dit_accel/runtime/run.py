@@ -80,6 +80,8 @@ class Run:
         self.states: dict[str, Any] = {}
         self.weights: Hashable = None
         """The transformer's weights at the last call, see `weights_state`; None before the first."""
+        self.unscheduled: set[str] | None = None
+        """Methods that the schedule leaves nothing to do, by name; None before the first call."""
         self.idle_checked = False
         """True once the run was checked for having accelerated anything."""
         self._scheduler = _reference(scheduler)

@@ -14,6 +14,7 @@ from dit_accel.checkpoint.identity import identity_of, weights_of
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.runtime.components import parts_of, transformers_of
 from dit_accel.runtime.install import installations_of, method_of
+from dit_accel.sampling.quantize import quantized_as
 from dit_accel.sampling.step_caches import step_cache
 from dit_accel.tensor_files import digest
 
@@ -46,7 +47,8 @@ def accelerated(
 
 
 def acceleration_settings(pipe: Any) -> dict[str, Any]:
-    """Return the settings of what is on: `sla`, `ras` and `cache`, each None or plain values for JSON.
+    """Return the settings of what is on: `sla`, `ras` and `cache`, each None or plain values for JSON. A
+    quantised transformer also has "quantize".
 
     Two transformers with different settings have them as a dict by transformer.
     """
@@ -54,8 +56,8 @@ def acceleration_settings(pipe: Any) -> dict[str, Any]:
     if len(each) == 1:
         return next(iter(each.values()))
     settings = {}
-    for method in ("sla", "ras", "cache"):
-        found = {name: x[method] for name, x in each.items()}
+    for method in dict.fromkeys(key for x in each.values() for key in x):
+        found = {name: x.get(method) for name, x in each.items()}
         first, *others = found.values()
         settings[method] = first if all(x == first for x in others) else found
     return settings
@@ -82,6 +84,8 @@ def _settings(transformer: Any) -> dict[str, Any]:
         settings["cache"] = {"name": type(cache).__name__.removesuffix("Config")} | {
             k: x for k, x in values.items() if x is not _OPAQUE
         }
+    if (quantized := quantized_as(transformer)) is not None:
+        settings["quantize"] = quantized
     return settings
 
 

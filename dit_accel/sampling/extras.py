@@ -4,14 +4,20 @@ import difflib
 import importlib.util
 import inspect
 import math
+import os
 import re
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_accel.models import family_of
 from dit_accel.runtime.components import transformers_of
+from dit_accel.sampling.devices import pick_device
 from dit_accel.sampling.outline import Outline
+from dit_accel.sampling.quantize import quantized_as
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 NEEDED = {
@@ -51,6 +57,7 @@ def check_extras(
     scheduler: str | None = None,
     loras: Sequence[str] = (),
     compile: bool = False,  # noqa: A002  # the name of the option
+    device: str = "auto",
 ) -> Extras:
     """Check additions before a model is loaded.
 
@@ -59,17 +66,15 @@ def check_extras(
         scheduler: class name of a scheduler of diffusers that supports flow matching.
         loras: safetensors files, folders with one, or hub ids, each with an optional `:scale`.
         compile: whether `torch.compile` compiles the repeated blocks of the transformer.
+        device: device of the run, see `devices.pick_device`.
 
     Raises:
         ValueError: an unknown scheduler, LoRA weights that cannot be read or are for another model, or a
-            transformer whose blocks diffusers cannot compile.
+            transformer whose blocks are not known, or no C++ compiler for it.
         ImportError: LoRA without PEFT.
     """
-    if compile and not outline.transformer_class._repeated_blocks:
-        raise ValueError(
-            f"compile=True: diffusers names no repeated blocks of {outline.transformer_class.__name__}; accepted "
-            "with Wan"
-        )
+    if compile:
+        check_compile(outline, device)
     chosen = None if scheduler is None else scheduler_class(scheduler, outline)
     return Extras(
         scheduler=chosen,
@@ -95,10 +100,30 @@ def prepare(pipe: Any, extras: Extras) -> dict[str, Any]:
         pipe.set_adapters(names, [x.scale for x in extras.loras])
         done["lora"] = [{"source": x.source, "scale": x.scale} for x in extras.loras]
     if extras.compile:
-        for transformer in transformers_of(pipe):
-            transformer.compile_repeated_blocks()
+        compile_blocks(pipe)
         done["compile"] = True
+    if (quantized := quantized_as(transformers_of(pipe)[0])) is not None:
+        done["quantize"] = quantized
     return done
+
+
+def check_compile(outline: Outline, device: str = "auto") -> None:
+    """Raise ValueError unless the blocks of the transformer are known and, on a CPU, a C++ compiler is there."""
+    cls = outline.transformer_class
+    if not family_of(outline.transformer).blocks_of(cls):
+        raise ValueError(f"compile=True: the repeated blocks of {cls.__name__} are not known")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if pick_device(device).type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"compile=True: torch.compile needs a C++ compiler on a CPU, and {compiler} is not there; install it or set CXX"
+        )
+
+
+def compile_blocks(pipe: Any) -> None:
+    """Compile the repeated blocks of each transformer, one by one, with `torch.compile`."""
+    for transformer in transformers_of(pipe):
+        for block in family_of(transformer).blocks(transformer):
+            block.compile()
 
 
 def scheduler_class(name: str, outline: Outline) -> Any:

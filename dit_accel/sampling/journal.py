@@ -181,6 +181,17 @@ def merge(folder: Path, settings: Mapping[str, Any], shards: Shards) -> bool:
     return True
 
 
+def finished(folder: Path, like: Mapping[str, Any]) -> int:
+    """Return how many samples the journals list whose first line has these values."""
+    names: set[str] = set()
+    for path in folder.glob(JOURNAL.format("*")):
+        with contextlib.suppress(OSError, ValueError):  # merged, or begun, this very moment
+            progress = _read(path)
+            if not differences(_settings(progress, like), like):
+                names |= progress.samples.keys()
+    return len(names)
+
+
 def _progress_files(folder: Path) -> list[Path]:
     journals = sorted(folder.glob(JOURNAL.format("*")))
     manifest = folder / MANIFEST  # after the journals: where one has gone, it stands

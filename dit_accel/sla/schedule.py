@@ -289,6 +289,13 @@ class SparseAttention(Method):
         calls = cross * max((x.calls for x in layers), default=0)
         return AttentionSummary(self.config_in_use.to_dict(), layers, cross, calls)
 
+    def unscheduled(self, run: Run) -> tuple[str, str] | None:
+        steps = run.num_steps
+        if steps is None or self._pauses or num_steps_of(self.config.dense_steps, steps) < steps:
+            return None
+        numbers = f"{steps} steps, dense_steps={self.config.dense_steps}"
+        return "every step is a dense step", f"{numbers}; sla='few-step' has no dense steps"
+
     def idle(self, run: Run) -> str | None:
         state: RunState = run.states[self.name]
         counts = state.counts.values()

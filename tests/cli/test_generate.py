@@ -241,6 +241,19 @@ def test_blocks_are_compiled_once_the_pipeline_is_ready(wan_repository, tmp_path
     assert json.loads((tmp_path / "0000.json").read_text())["compile"] is True
 
 
+@pytest.mark.parametrize(
+    "command", [["compare", "x", "--ras", "forecast"], ["eval", "generate", "--limit", "1"]]
+)
+def test_other_commands_compile_too(wan_repository, tmp_path, monkeypatch, command):
+    import torch
+
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
+    call = [*command, "--model", wan_repository, *SMALL, "--output-dir", tmp_path, "--compile"]
+    assert run(*call) == 0
+    assert len(compiled) == 3
+
+
 BAD = [
     ("--height", "60", "height=60"),
     ("--height", "0", "height=0"),
@@ -364,7 +377,6 @@ def test_options_that_exclude_each_other_are_refused(refused, arguments, named):
     [
         (["--num-frames", "5"], "num_frames=5"),
         (["--max-sequence-length", "513"], "max_sequence_length=513"),
-        (["--compile"], "compile=True"),
         (["--image", "picture.png"], "image='picture.png'"),
         (["--height", "35"], "height=35"),
     ],

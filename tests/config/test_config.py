@@ -118,7 +118,7 @@ def test_the_ends_of_each_range_are_accepted(values):
 
 def test_presets_range_from_quality_to_fast():
     quality, balanced, fast = map(SLAConfig.load, ("quality", "balanced", "fast"))
-    assert list(SLAConfig.PRESETS) == ["quality", "balanced", "fast"]
+    assert list(SLAConfig.PRESETS) == ["quality", "balanced", "fast", "few-step"]
     assert balanced == SLAConfig()
     assert quality.topk > balanced.topk > fast.topk
     assert quality.dense_steps > balanced.dense_steps > fast.dense_steps

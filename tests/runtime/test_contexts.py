@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dit_accel
+from dit_accel.config import SLAConfig
 from dit_accel.runtime.install import installation_of
 
 from ..random_pipelines import BLOCKS, FAMILIES, embeddings, make, relative, run, scheduler
@@ -476,13 +477,57 @@ def test_an_idle_run_warns_once_for_each_reason(family, on, reason):
 @every_family
 def test_a_run_in_which_one_method_worked_says_nothing(family):
     pipe = make(family)
-    for on in (
-        {"ras": RAS, "sla": {**SLA, "dense_steps": 0.99}},
-        {"ras": {**RAS, "warmup": 0.99}, "sla": SLA},
-        BOTH,
+    dit_accel.enable(pipe, **BOTH)
+    assert not warned(pipe, family, steps=6)
+
+
+@every_family
+def test_a_schedule_that_leaves_a_method_nothing_is_said_before_the_first_step(family):
+    pipe = make(family)
+    for on, text in (
+        (
+            {"ras": RAS, "sla": {**SLA, "dense_steps": 0.99}},
+            "sla: every step is a dense step (6 steps, dense_steps=0.99; sla='few-step' has no dense steps)",
+        ),
+        (
+            {"ras": "quality", "sla": {**SLA, "dense_steps": 0}},
+            "ras: the schedule has dense steps only (5 steps, warmup 3, tail 2, budget 0.85; ras='few-step' leaves out 1)",
+        ),
+        (
+            {"ras": "few-step"},
+            "ras: the schedule has dense steps only (3 steps, warmup 2, tail 1, budget 0.85; nothing can be left out of "
+            "so few steps)",
+        ),
     ):
+        dit_accel.enable(pipe, sla="none", ras="none") if "sla" not in on else None
         dit_accel.enable(pipe, **on)
-        assert not warned(pipe, family, steps=6)
+        ends = []
+
+        def callback(pipe, step, timestep, kwargs, ends=ends):
+            ends.append(step)
+            return kwargs
+
+        steps = int(text.split("(")[1].split(" ")[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning) as said:
+                run(pipe, family, steps=steps, callback_on_step_end=callback)
+        assert str(said.value).endswith(f"nothing to do for {text}")
+        assert not ends
+        assert not warned(pipe, family, steps=steps)
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6, 7, 8])
+def test_the_presets_for_few_steps_have_something_to_do(steps):
+    pipe = make("sd3")
+    dit_accel.enable(pipe, ras="few-step", sla={**SLA, **SLAConfig.PRESETS["few-step"]})
+    assert not warned(pipe, "sd3", steps=steps)
+    report = dit_accel.summary(pipe, strict=True)
+    left_out = [x.mode == "forecast" for x in report.ras.steps]
+    assert sum(left_out) == (1 if steps < 7 else 2)
+    assert not left_out[0]
+    assert not left_out[-1]
+    assert "dense step" not in report.dense_calls
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1.0), (1.0, 1)])

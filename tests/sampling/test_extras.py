@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from dit_accel import SparseWanPipeline
 from dit_accel.files import asset
+from dit_accel.models import Family, family_of
 from dit_accel.sampling.extras import check_extras, prepare, scheduler_class
 from dit_accel.sampling.load import load_pipeline
 from dit_accel.sampling.outline import read_outline
@@ -197,13 +198,11 @@ def test_files_that_hold_no_lora_of_the_transformer_are_refused(outline, tmp_pat
         check_extras(outline, loras=[str(path)])
 
 
-def test_families_without_lora_or_repeated_blocks_are_refused(tmp_path, lora):
+def test_families_without_lora_are_refused(tmp_path, lora):
     random_pipelines.make("lumina").save_pretrained(tmp_path / "lumina")
     outline = read_outline(tmp_path / "lumina")
     with pytest.raises(ValueError, match=r"lora=.*LuminaPipeline"):
         check_extras(outline, loras=[str(lora())])
-    with pytest.raises(ValueError, match=r"compile=True.*LuminaNextDiT2DModel"):
-        check_extras(outline, compile=True)
 
 
 def test_the_repeated_blocks_are_compiled(wan_repository, outline, monkeypatch):
@@ -212,3 +211,25 @@ def test_the_repeated_blocks_are_compiled(wan_repository, outline, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
     assert prepare(pipe, check_extras(outline, compile=True)) == {"compile": True}
     assert compiled == list(pipe.transformer.blocks)
+
+
+@pytest.mark.parametrize("name", [*random_pipelines.FAMILIES, *random_pipelines.MORE])
+def test_every_family_has_repeated_blocks(name):
+    transformer = random_pipelines.make(name).transformer
+    more = name in random_pipelines.MORE
+    expected = (random_pipelines.more(name).blocks if more else random_pipelines.BLOCKS[name])(
+        transformer
+    )
+    assert {id(x) for x in expected} <= {id(x) for x in family_of(transformer).blocks(transformer)}
+
+
+def test_blocks_that_are_not_known_are_refused(outline, monkeypatch):
+    monkeypatch.setattr(Family, "blocks_of", lambda *_: ())
+    with pytest.raises(ValueError, match=r"compile=True: the repeated blocks of WanTransformer3DM"):
+        check_extras(outline, compile=True)
+
+
+def test_compiling_on_a_cpu_needs_a_compiler(outline, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"compile=True: .* no-such-compiler is not there"):
+        check_extras(outline, compile=True, device="cpu")

@@ -1,0 +1,440 @@
+"""`generate_on_ray`: a sample set made by workers of Ray Data, on one machine or on a cluster.
+
+A shard of the samples is a row of a Ray dataset. Each worker is an actor that loads the pipeline once and calls
+`generate` for one shard after the other, into a folder that all workers share. Where a worker dies, Ray starts another
+one, which goes on from the journal of the shard. Ray is imported in this file only.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, no_type_check
+
+from dit_accel.environment import versions
+from dit_accel.files import check_writable
+from dit_accel.sampling.batches import progress_bar
+from dit_accel.sampling.generate import generate
+from dit_accel.sampling.journal import finished
+from dit_accel.sampling.manifest import MANIFEST
+from dit_accel.sampling.prompts import PromptRecord, prompts_sha256
+from dit_accel.sampling.sets import SampleSet
+from dit_accel.sampling.settings import check_count
+
+SHARDS_PER_WORKER = 4
+"""More shards than workers: quick workers make more of them."""
+RESTARTS = 4
+"""How often Ray starts each worker again, on average, before the run fails. Ray itself would never stop."""
+CONNECT_S = 10.0
+"""Seconds to wait for the head of a cluster."""
+POLL_S = 1.0
+"""Seconds between two looks at the journals, for the progress bar."""
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no reports over the network
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its new default, which it would warn about
+}
+"""Settings of Ray where it is started here, unless the environment has others."""
+NOTE = "note: "
+"""Beginning of the lines on stderr that are about the samples."""
+SAME = ("dit-accel", "torch", "diffusers", "transformers")
+"""Packages that must have one version on all nodes, because samples depend on them."""
+
+
+def check_ray(device: str = "auto", workers: int | None = None, address: str | None = None) -> None:
+    """Check what can be checked before Ray starts.
+
+    Args:
+        device, workers, address: as in `generate_on_ray`.
+
+    Raises:
+        ValueError: a bad value, or this is a process of torchrun.
+        ImportError: Ray is not installed.
+    """
+    if workers is not None:
+        check_count("workers", workers)
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"device={device!r}: Ray gives each worker a GPU of its own; accepted with engine='ray' are auto, cpu, cuda"
+        )
+    if address is not None:
+        _split_address(address, "ray_address")
+    if "WORLD_SIZE" in os.environ or "RANK" in os.environ:
+        raise ValueError(
+            "engine='ray': this is a process of torchrun, which shares the samples out itself; accepted under "
+            "torchrun is engine='local'"
+        )
+    try:
+        import pyarrow  # noqa: F401  # a part of ray[data]
+        import ray  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"engine='ray': needs Ray, which cannot be imported ({error}); pip install 'dit-accel[ray]'"
+        ) from None
+
+
+def generate_on_ray(
+    load: Callable[[str], Any],
+    prompts: Sequence[PromptRecord],
+    *,
+    output_dir: str | os.PathLike,
+    samples: int,
+    device: str = "auto",
+    workers: int | None = None,
+    address: str | None = None,
+    make_cache: Callable[[Any], Any] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> SampleSet:
+    """Generate a sample set on the workers of Ray Data; started again after a kill, it goes on.
+
+    Files and pixels are those of `generate` in one process. A worker that dies is started again and keeps the samples
+    that it has finished. Ray is started on this machine unless it runs already or `address` names a cluster, whose nodes
+    need this package, the model, and the same folder at `output_dir`.
+
+    Args:
+        load: loads the pipeline on a device in a worker. It is pickled.
+        prompts: as in `generate`.
+        output_dir: as in `generate`; a folder that all nodes share.
+        samples: number of samples of the set.
+        device: "auto", "cpu" or "cuda". "auto" is a GPU for each worker where Ray has GPUs, else the CPU.
+        workers: number of workers, each with a GPU or a CPU. Default: the GPUs that Ray has, or 1 without GPUs.
+        address: of a Ray cluster. Default: RAY_ADDRESS of the environment, else this machine alone.
+        make_cache: makes the cache config of diffusers from a loaded pipeline; None for no cache. It is pickled.
+        progress: show a bar on stderr.
+        options: further arguments of `generate`, but for those that shard.
+
+    Raises:
+        ValueError: bad input, or nodes that cannot make samples.
+        ImportError: Ray is not installed.
+        RuntimeError: a worker failed or died too often. What is finished stays; run it again to go on.
+    """
+    check_ray(device, workers, address)
+    import ray
+
+    folder = Path(output_dir).absolute()
+    with _shared_folder(folder) as token, _running_ray(ray, address):
+        gpu, count = _resources(ray, device, workers)
+        shards = min(samples, SHARDS_PER_WORKER * count)
+        job = Job(
+            load,
+            "cuda" if gpu else "cpu",
+            make_cache,
+            list(prompts),
+            options | {"output_dir": folder, "world_size": shards},
+            os.getcwd(),
+        )
+        data = ray.data.from_items(
+            [{"rank": rank} for rank in range(shards)], override_num_blocks=shards
+        ).map_batches(
+            _actor(ray.cloudpickle.dumps(job), installed(), token, count, RESTARTS * count),
+            batch_size=1,
+            num_cpus=1,
+            num_gpus=int(gpu),
+            compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
+        )
+        data.context.enable_progress_bars = False
+        data.context.print_on_execution_start = False
+        like = {"world_size": shards, "prompts_sha256": prompts_sha256(prompts)}
+        bar = progress_bar(total=samples, desc="generating", disable=not progress)
+        with bar, _followed(folder, like, bar):
+            _consume(ray, data)
+            bar.update(bar.total - bar.n)
+        if not (folder / MANIFEST).is_file():
+            raise RuntimeError(
+                f"output_dir={str(output_dir)!r}: no {MANIFEST} after all workers have finished; run it again to go on"
+            )
+        return SampleSet.open(output_dir)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work of all workers, as it is pickled."""
+
+    load: Callable[[str], Any]
+    """Loads the pipeline on a device."""
+    device: str
+    make_cache: Callable[[Any], Any] | None
+    prompts: list[PromptRecord]
+    options: dict[str, Any]
+    """Arguments of `generate`."""
+    cwd: str
+    """Current folder of the program, for relative paths."""
+
+
+class Worker:
+    """A worker: one pipeline, and the shards that it is given.
+
+    Args:
+        job: a pickled `Job`.
+        expected: versions of packages.
+        token: file in the shared folder, which gets a byte for each worker that starts.
+        workers: number of workers.
+        restarts: number of further starts that are accepted.
+
+    Raises:
+        ValueError: this node cannot make the samples of the run.
+        RuntimeError: too many workers have died.
+    """
+
+    def __init__(
+        self, job: bytes, expected: dict[str, str], token: Path, workers: int, restarts: int
+    ) -> None:
+        import ray
+
+        if not token.exists():
+            raise ValueError(
+                f"output_dir={str(token.parent)!r}: is not the folder of the machine that the run was started on; "
+                "accepted is a folder that all nodes share"
+            )
+        with token.open("ab") as starts:
+            starts.write(b".")
+        if (deaths := token.stat().st_size - workers) > restarts:
+            raise RuntimeError(
+                f"workers died {deaths} times in this run; what is finished stays, run it again to go on"
+            )
+        found = installed()
+        for name, version in expected.items():
+            if found.get(name) != version:
+                raise ValueError(
+                    f"{name} {found.get(name)} is installed and the run was started with {version}; accepted is one "
+                    "version on all nodes"
+                )
+        self.job: Job = ray.cloudpickle.loads(job)
+        if os.path.isdir(self.job.cwd):
+            os.chdir(self.job.cwd)
+        self.pipe = self.job.load(self.job.device)
+        self.cache = None if self.job.make_cache is None else self.job.make_cache(self.pipe)
+        self.calls = 0
+
+    def __call__(self, rank: int) -> list[str]:
+        """Make a shard; return warnings and notes."""
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            contextlib.redirect_stderr(io.StringIO()) as printed,
+        ):
+            generate(
+                self.pipe,
+                self.job.prompts,
+                rank=rank,
+                cache=self.cache,
+                warm_up=self.calls == 0,
+                progress=False,
+                **self.job.options,
+            )
+        self.calls += 1
+        lines = printed.getvalue().splitlines()
+        return [
+            *(" ".join(str(x.message).split()) for x in caught if "dit_accel" in x.filename),
+            *(x for x in lines if x.startswith(NOTE)),
+        ]
+
+
+def installed() -> dict[str, str]:
+    """Return the versions that all nodes must have, without the build for a device ("+cu128")."""
+    return {k: x.split("+")[0] for k, x in versions().items() if k in SAME}
+
+
+def _actor(*arguments: Any) -> Any:
+    """Return the class of the actors, which keep a `Worker` made with these arguments.
+
+    It is pickled by value, because it is local, and imports this package inside of its functions: where a node lacks
+    something, its error is data that the run ends with, and not a failure of Ray.
+    """
+
+    @no_type_check  # for jaxtyping too, whose checks cannot be pickled
+    class GenerateSamples:
+        def __init__(self):
+            self.failure = None
+            try:
+                from dit_accel.sampling.ray_engine import Worker
+
+                self.worker = Worker(*arguments)
+            except Exception as error:
+                self.failure = self.described(error)
+
+        def __call__(self, rows):
+            notes = []
+            if self.failure is None:
+                try:
+                    notes = self.worker(int(rows["rank"][0]))
+                except Exception as error:
+                    self.failure = self.described(error)
+            kind, text = self.failure or ("", "")
+            return {"kind": [kind], "error": [text], "notes": ["\n".join(notes)]}
+
+        @staticmethod
+        def described(error):
+            """Return the kind of an error, and its text with the node where it happened."""
+            import platform
+
+            text = " ".join(str(error).split())
+            if not text or not isinstance(error, ValueError | RuntimeError | ImportError | OSError):
+                text = f"{type(error).__name__}: {text}"
+            kind = "input" if isinstance(error, ValueError | ImportError) else "run"
+            return kind, f"node {platform.node()}: {text}"
+
+    return GenerateSamples
+
+
+def _consume(ray: Any, data: Any) -> None:
+    """Wait for all shards; raise the first error of a worker, and repeat each of their notes once."""
+    advice = "what is finished stays; run it again to go on"
+    said = set()
+    rows = iter(data.iter_rows())
+    try:
+        for row in rows:
+            if row["kind"] == "input":
+                raise ValueError(row["error"])
+            if row["kind"]:
+                raise RuntimeError(row["error"])
+            for note in row["notes"].splitlines():
+                if note in said:
+                    continue
+                said.add(note)
+                if note.startswith(NOTE):
+                    sys.stderr.write(f"{note}\n")
+                else:
+                    warnings.warn(note, stacklevel=3)
+    except ray.exceptions.RayError as error:
+        reason = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
+        raise RuntimeError(f"engine='ray': {reason.strip()}; {advice}") from error
+    finally:
+        del rows  # Ray Data ends its workers with it, which a traceback would keep
+
+
+@contextlib.contextmanager
+def _running_ray(ray: Any, address: str | None) -> Iterator[None]:
+    """Start Ray or connect to a cluster, unless the program has done so, and end that at the end."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if ray.is_initialized():
+        import ray.data
+
+        _quiet()
+        yield
+        return
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray.data
+
+    _quiet()
+    name = "ray_address" if address else "RAY_ADDRESS"
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    host = _split_address(address, name)
+    own = {"include_dashboard": False, "object_store_memory": 100 * 2**20}  # samples go to files
+    try:
+        if host is not None:  # Ray itself would try for minutes
+            socket.create_connection(host, timeout=CONNECT_S).close()
+        with _native_errors_dropped():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **(own if address == "local" else {}),
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
+        raise ValueError(
+            f"{name}={address!r}: no connection ({reason}); accepted are auto on a node of a Ray cluster, or host:port of "
+            "its head"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _split_address(address: str, name: str) -> tuple[str, int] | None:
+    """Return host and port of a cluster's address; None for "auto" and "local"."""
+    if address in ("auto", "local"):
+        return None
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or int(port) > 65_535:
+        raise ValueError(
+            f"{name}={address!r}: accepted are auto on a node of a Ray cluster, host:port of its head, or local"
+        )
+    return host.strip("[]"), int(port)
+
+
+@contextlib.contextmanager
+def _native_errors_dropped() -> Iterator[None]:
+    """Drop what native code writes to stderr, where Ray notes its log level. Exceptions of Python are not affected."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _quiet() -> None:
+    """Keep Ray Data's notes about its execution off the terminal; its own log file has them."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _resources(ray: Any, device: str, workers: int | None) -> tuple[bool, int]:
+    """Return whether workers run on GPUs, and how many workers there are."""
+    found = ray.cluster_resources()
+    gpus, cpus = int(found.get("GPU", 0)), int(found.get("CPU", 0))
+    if device == "cuda" and not gpus:
+        raise ValueError("device='cuda': Ray has no GPU; accepted are auto, cpu")
+    gpu = device != "cpu" and gpus > 0
+    most, what = (gpus, "GPUs") if gpu else (cpus, "CPUs")
+    count = workers or (gpus if gpu else 1)
+    if count > most:
+        raise ValueError(
+            f"workers={count}: Ray has {most} {what}, and each worker takes one; accepted are at most {most}"
+        )
+    return gpu, count
+
+
+@contextlib.contextmanager
+def _shared_folder(folder: Path) -> Iterator[Path]:
+    """Make the folder, and yield a file in it by which workers know that it is theirs too.
+
+    The file goes at the end, and so does a folder that was not there before and that nothing was written to.
+    """
+    new = [x for x in (folder, *folder.parents) if not x.exists()]
+    try:
+        token = check_writable(folder, "output_dir") / f".tmp-ray-{secrets.token_hex(8)}"
+        try:
+            token.touch()
+            yield token
+        finally:
+            token.unlink(missing_ok=True)
+    finally:
+        for place in new:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+@contextlib.contextmanager
+def _followed(folder: Path, like: dict[str, Any], bar: Any) -> Iterator[None]:
+    """Move the bar as samples are finished, which the journals tell."""
+    done = threading.Event()
+
+    def update() -> None:
+        bar.update(max(0, min(bar.total, finished(folder, like)) - bar.n))
+
+    def follow() -> None:
+        while not done.wait(POLL_S):
+            update()
+
+    thread = threading.Thread(target=follow, name="ray progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        update()

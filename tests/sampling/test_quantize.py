@@ -1,0 +1,153 @@
+"""Quantised transformers: near the plain one, with sparse attention, with region-adaptive sampling and with both."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dit_accel
+from dit_accel.files import asset
+from dit_accel.sampling.load import load_pipeline
+from dit_accel.sampling.quantize import QUANTIZED, loading_arguments, quantized_as
+
+from ..cli.command import run
+
+SLA = {"topk": 0.3, "block_q": 16, "block_k": 16, "crossover": "never"}
+METHODS = {
+    "dense": {},
+    "sla": {"sla": SLA},
+    "ras partial": {"ras": {"ratio": 0.5, "warmup": 2, "tail": 1, "resets": ()}},
+    "ras forecast": {"ras": {"budget": 0.7, "warmup": 2, "tail": 1}},
+}
+
+
+def sample(pipe, steps=6):
+    pipe.set_progress_bar_config(disable=True)
+    clip = hasattr(pipe, "vae_scale_factor_temporal")
+    made = pipe(
+        prompt="a red circle moving right", height=64, width=64, num_inference_steps=steps,
+        guidance_scale=2.0, output_type="np", generator=torch.Generator().manual_seed(0),
+        **({"num_frames": 9} if clip else {}),
+    )  # fmt: skip
+    return made.frames if clip else made.images
+
+
+def psnr(a, b):
+    return -10 * np.log10(np.square(a - b).mean())
+
+
+@pytest.fixture(scope="module", params=["tiny-sd3", "tiny-wan"])
+def pipes(request):
+    """The plain pipeline, and how to load it quantised."""
+    model = request.param
+    return load_pipeline(model, sla=None), lambda name: load_pipeline(
+        model, sla=None, **loading_arguments(name)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("torchao:int8", 40), ("torchao:int8_dynamic", 35), ("torchao:float8", 30)]
+)
+def test_pictures_of_a_quantised_transformer_are_near_the_plain_ones(pipes, name, least):
+    plain, load = pipes
+    pipe = load(name)
+    assert quantized_as(pipe.transformer) == name
+    assert quantized_as(plain.transformer) is None
+    kinds = {type(x.data).__name__ for x in pipe.transformer.parameters()}
+    assert len(kinds) == 2  # quantised ones, and plain ones of norms and biases
+    for label, on in METHODS.items():
+        pictures = []
+        for each in (plain, pipe):
+            if on:
+                dit_accel.enable(each, **on)
+            pictures.append(sample(each))
+            if on:
+                dit_accel.summary(each, strict=True)
+            dit_accel.disable(each)
+        assert psnr(*pictures) > least, label
+        assert not np.array_equal(*pictures), label
+
+
+def test_both_methods_at_once(pipes):
+    plain, load = pipes
+    pipe = load("torchao:int8")
+    on = {**METHODS["sla"], **METHODS["ras partial"]}
+    pictures = []
+    for each in (plain, pipe):
+        dit_accel.enable(each, **on)
+        pictures.append(sample(each))
+        dit_accel.disable(each)
+    assert psnr(*pictures) > 40
+
+
+def test_every_name_is_a_config_of_torchao():
+    module = importlib.import_module("torchao.quantization")
+    assert all(hasattr(module, x) for x in QUANTIZED.values())
+
+
+def test_fine_tuned_weights_are_refused():
+    pipe = load_pipeline("tiny-wan", sla=None, **loading_arguments("torchao:int8"))
+    with pytest.raises(ValueError, match="quantised"):
+        dit_accel.load_sla(pipe, asset("tiny-wan-sla"))
+
+
+def test_lora_goes_with_quantised_weights(tmp_path):
+    pipe = load_pipeline("tiny-wan", sla=None, **loading_arguments("torchao:int8"))
+    dit_accel.enable(pipe, **METHODS["sla"])
+    before = sample(pipe, 2)
+    width = pipe.transformer.blocks[0].attn1.to_q.in_features
+    where = "transformer.blocks.1.attn1.to_v.lora"
+    torch.manual_seed(0)
+    weights = {
+        f"{where}_A.weight": torch.randn(2, width),
+        f"{where}_B.weight": torch.randn(width, 2),
+    }
+    save_file(weights, tmp_path / "style.safetensors")
+    pipe.load_lora_weights(tmp_path / "style.safetensors", adapter_name="style")
+    assert np.abs(sample(pipe, 2) - before).max() > 1e-3
+    pipe.disable_lora()
+    np.testing.assert_array_equal(sample(pipe, 2), before)
+
+
+def small(out, *more):
+    return [
+        "--model", "tiny-sd3", "--height", 64, "--width", 64, "--num-inference-steps", 3,
+        "--output-dir", out, *more,
+    ]  # fmt: skip
+
+
+def test_the_commands_quantise_and_note_it(tmp_path, capsys):
+    more = ["--quantize", "torchao:int8", "--format", "json"]
+    assert run("generate", "a red circle", *small(tmp_path / "one", *more)) == 0
+    [record] = json.loads(capsys.readouterr().out)
+    assert record["quantize"] == "torchao:int8"
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    prompts = ["--prompts", tmp_path / "p.txt"]
+    assert run("eval", "generate", *prompts, *small(tmp_path / "set", *more)) == 0
+    capsys.readouterr()
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert manifest["acceleration"]["quantize"] == "torchao:int8"
+    assert run("eval", "generate", *prompts, *small(tmp_path / "set")) == 2
+    assert 'acceleration.quantize was "torchao:int8" and is null' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["compare", "x"], ["eval", "generate"]])
+def test_other_names_are_refused_before_loading(command, tmp_path, capsys, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", loaded)
+    for name in ("torchao:int4", "int8", "bitsandbytes:nf4", ""):
+        assert run(*command, *small(tmp_path / "out", "--quantize", name)) == 2
+        error = capsys.readouterr().err
+        assert f"error: quantize={name!r}: accepted are none, torchao:int8, " in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_torchao_the_extra_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run("generate", "x", *small(tmp_path, "--quantize", "torchao:int8")) == 1
+    assert "pip install 'dit-accel[quant]'" in capsys.readouterr().err
