@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Kernels cannot be rewritten with run-time shape checks, nor traced through them.
 PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
 
-.PHONY: install chromium demo test test-long lint bench bench-ras bench-sla bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
+.PHONY: install combinations chromium demo test test-long lint bench bench-ras bench-sla bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
 	gpu-check-ras gpu-check-sla gpu-check-eval clean
 
 install: $(STAMP)
@@ -131,6 +131,9 @@ bench-eval: install
 kernel-table: install
 	$(BIN)/python kernels/kernel_table.py --output docs/kernel-table.md --json kernels/results/kernel_table.json
 	$(BIN)/python kernels/split_head_dim.py --append-to docs/kernel-table.md
+
+combinations: install
+	$(BIN)/python pipelines/combinations.py --output docs/combinations.md
 
 # Where Python brings a torch for the GPU that is there, it is used as it is: nothing is installed, no network is
 # needed, and the package runs from this folder. Elsewhere the environment is made.

@@ -41,6 +41,7 @@ def generate(folder, model, *more):
     ],
     ids=["tiny-wan", "tiny-sd3, quantised"],
 )
+@pytest.mark.combines("sla", "compile")
 def test_compiled_blocks_make_the_same_pictures(tmp_path, model):
     ras = ["--ras", tmp_path / "settings.yaml"] if "tiny-wan" in model else []
     _, plain = generate(tmp_path, model, *ras)

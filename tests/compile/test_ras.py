@@ -35,6 +35,7 @@ CASES = [(family, "linear") for family in FAMILIES] + [("wan", "hold"), ("wan", 
 
 
 @pytest.mark.parametrize(("family", "kv"), CASES, ids="-".join)
+@pytest.mark.combines("ras partial", "compile")
 def test_graphs_are_those_of_the_plain_pipeline_times_the_counts(family, kv):
     ras = {"ratio": [(0, 0.7), (0.5, 0.3)], "warmup": 2, "tail": 1, "resets": (6,)}
     ras |= {"kv_cache": "fp8"} if kv == "fp8" else {"kv_predictor": kv}
@@ -54,6 +55,7 @@ FORECAST = {"budget": 0.6, "warmup": 2, "tail": 1}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.combines("ras forecast", "compile")
 def test_forecast_steps_need_no_graph(family):
     pipe = make(family)
     dit_accel.enable(pipe, ras=FORECAST)

@@ -37,6 +37,7 @@ def eagerly(pipe, family, **call):
 
 
 @pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.combines("sla", "compile")
 def test_two_graphs_for_each_of_the_plain_pipeline_serve_both_orders(family):
     pipe = make(family)
     counter = compile_blocks(pipe, family, "eager")
@@ -68,6 +69,7 @@ def test_two_graphs_for_each_of_the_plain_pipeline_serve_both_orders(family):
     ],
     ids=list(PLAIN),
 )
+@pytest.mark.combines("sla and ras", "compile")
 def test_region_adaptive_sampling_doubles_them_however_many_counts_it_has(family, changed):
     pipe = make(family)
     dit_accel.enable(pipe, sla=sla(family, **changed), ras={**RAS, "kv_predictor": "hold"})
@@ -206,6 +208,7 @@ def test_compiled_blocks_train_a_learned_router():
     assert counter.frame_count <= 3
 
 
+@pytest.mark.combines("sla", "compile")
 def test_the_real_compiler():
     pipe = make("wan")
     dit_accel.enable(pipe, sla=sla("wan", **ALL_SPARSE, order=TILE))

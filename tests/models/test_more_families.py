@@ -26,6 +26,7 @@ def sla(**changed):
 
 
 @every_family
+@pytest.mark.combines("ras partial")
 def test_ratio_one_equals_plain(family):
     pipe = make(family)
     plain = run(pipe, family, steps=8)
@@ -42,6 +43,7 @@ def test_ratio_one_equals_plain(family):
 
 @every_family
 @pytest.mark.parametrize("combine", ["none", "shared_softmax", "proj"])
+@pytest.mark.combines("sla")
 def test_reading_everything_equals_plain(family, combine):
     pipe = make(family)
     plain = run(pipe, family, (0, 1), steps=2)
@@ -54,6 +56,7 @@ def test_reading_everything_equals_plain(family, combine):
 
 @every_family
 @pytest.mark.parametrize("methods", ["ras", "sla", "both"])
+@pytest.mark.combines("sla", "ras partial", "sla and ras", "batch > 1")
 def test_a_batch_of_two_equals_two_batches_of_one(family, methods):
     pipe = make(family)
     plain = run(pipe, family, (0, 1), steps=6)
@@ -67,6 +70,7 @@ def test_a_batch_of_two_equals_two_batches_of_one(family, methods):
 
 
 @every_family
+@pytest.mark.combines("sla and ras")
 def test_together_with_every_token_equals_sparse_attention_alone(family):
     pipe = make(family)
     settings = sla(combine="proj", linear_scope="all")
@@ -81,6 +85,7 @@ def test_together_with_every_token_equals_sparse_attention_alone(family):
 
 
 @every_family
+@pytest.mark.combines("ras partial")
 def test_partial_steps_equal_whole_calls_with_the_tokens_left_out_held(family):
     """The seams gather, cache and complete right: with attention that reads fresh keys of all tokens, a partial step
     returns what a whole call returns at the chosen places."""
@@ -199,6 +204,7 @@ def test_counted_cost_is_what_torch_counts(family):
 
 
 @every_family
+@pytest.mark.combines("ras forecast")
 def test_forecast_steps(family):
     pipe = make(family)
     plain = run(pipe, family, steps=8)

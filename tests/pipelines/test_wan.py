@@ -96,6 +96,7 @@ def test_a_tile_order_with_topk_one_equals_dense(sparse_wan, call):
     np.testing.assert_allclose(sparse, pipe(**call()).frames, atol=1e-5)
 
 
+@pytest.mark.combines("sla", "batch > 1")
 def test_batches_give_what_single_prompts_give(sparse_wan, call):
     pipe = sparse_wan(sla={})
     prompts = ["a red circle moving right", "a blue square moving up"]
@@ -132,6 +133,7 @@ def test_callbacks_see_each_step_and_may_interrupt(sparse_wan, call):
     assert pipe.summary().layers[0].sparse_calls == 8
 
 
+@pytest.mark.combines("sla", "fused QKV")
 def test_fused_projections_before_enable(sparse_wan, call):
     pipe = sparse_wan(sla=None)
     plain = pipe(**call()).frames
@@ -141,6 +143,7 @@ def test_fused_projections_before_enable(sparse_wan, call):
     assert pipe.summary(strict=True).sparse_calls > 0
 
 
+@pytest.mark.combines("sla", "LoRA")
 def test_lora_loaded_and_fused(sparse_wan, call, tmp_path):
     from peft import LoraConfig
 
@@ -158,6 +161,7 @@ def test_lora_loaded_and_fused(sparse_wan, call, tmp_path):
 
 
 @pytest.mark.parametrize("enable_first", [True, False], ids=["enable-offload", "offload-enable"])
+@pytest.mark.combines("sla", "model offload")
 def test_offload_hooks_in_either_order(sparse_wan, call, enable_first):
     from accelerate import cpu_offload_with_hook
     from accelerate.hooks import remove_hook_from_module

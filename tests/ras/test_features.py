@@ -195,6 +195,7 @@ def test_gradients_are_refused():
 
 @pytest.mark.parametrize("ratio", [1.0, 0.3])
 @pytest.mark.parametrize("kind", ["img2img", "inpaint"])
+@pytest.mark.combines("ras partial", "image to image")
 def test_img2img_and_inpainting_plan_the_steps_they_really_run(kind, ratio):
     from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline
 
@@ -238,6 +239,7 @@ def test_img2img_and_inpainting_plan_the_steps_they_really_run(kind, ratio):
     assert relative(result, plain) < 0.2
 
 
+@pytest.mark.combines("ras partial", "image to image")
 def test_video_to_video_finds_its_begin_without_being_told():
     """WanVideoToVideoPipeline cuts the timesteps and does not set begin_index."""
     pipe = make("wan", "unipc")
@@ -253,6 +255,7 @@ def test_video_to_video_finds_its_begin_without_being_told():
     assert [x.step for x in report.steps if x.dense_calls] == [0, 1, 11]
 
 
+@pytest.mark.combines("ras partial", "ControlNet")
 def test_controlnet_residuals_are_reduced_to_the_active_tokens():
     pipe = make("sd3")
     transformer = pipe.transformer
@@ -275,6 +278,7 @@ def test_controlnet_residuals_are_reduced_to_the_active_tokens():
     assert relative(run(pipe, "sd3"), result) > 1e-3
 
 
+@pytest.mark.refuses("ras partial", "IP-Adapter", because="its processors are unknown")
 def test_ip_adapters_are_refused_by_name():
     from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 
@@ -303,6 +307,7 @@ def test_processors_changed_after_enable_are_noticed(family):
 
 @pytest.mark.parametrize("fused_first", [True, False])
 @pytest.mark.parametrize("family", ["wan", "sd3"])
+@pytest.mark.combines("ras partial", "fused QKV")
 def test_fused_projections(family, fused_first):
     pipe = make(family)
     plain = run(pipe, family)
@@ -319,6 +324,7 @@ def test_fused_projections(family, fused_first):
 
 
 @pytest.mark.parametrize("family", ["wan", "sd3", "lumina2"])
+@pytest.mark.combines("ras partial", "LoRA")
 def test_lora_works(family):
     from peft import LoraConfig
 
@@ -367,6 +373,7 @@ def test_autocast_decides_the_dtype_of_cached_keys():
 # Caches beside us ----------------------------------------------------------------------------------
 
 
+@pytest.mark.refuses("ras forecast", "step caches", because="both decide what a step computes")
 def test_step_caches_are_refused_in_both_directions():
     from diffusers import FirstBlockCacheConfig
 

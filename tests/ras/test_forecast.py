@@ -29,6 +29,7 @@ def modes(pipe):
 
 
 @every_case
+@pytest.mark.combines("ras forecast")
 def test_equals_the_definition(family, solver):
     pipe = make(family, solver)
     dit_accel.enable(pipe, ras=FORECAST)
@@ -61,6 +62,7 @@ def test_the_transformer_is_not_called(family, solver):
 
 
 @every_family
+@pytest.mark.combines("ras forecast", "batch > 1")
 def test_a_batch_of_two_equals_two_batches_of_one(family):
     pipe = make(family)
     plain = run(pipe, family, (0, 1))
@@ -134,6 +136,7 @@ def test_the_class_passes_for_the_one_behind_it(tmp_path):
 
 @every_family
 @pytest.mark.parametrize("enable_first", [True, False], ids=["enable-offload", "offload-enable"])
+@pytest.mark.combines("ras forecast", "model offload")
 def test_offloading_moves_nothing_for_a_forecast(family, enable_first):
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
@@ -161,6 +164,7 @@ def test_offloading_moves_nothing_for_a_forecast(family, enable_first):
 
 
 @pytest.mark.parametrize("family", ["wan", "sd3", "lumina2"])
+@pytest.mark.combines("ras forecast", "image to image")
 def test_image_to_image_plans_the_steps_that_really_run(family):
     """A run that begins late, in a loop written by hand."""
     pipe = make(family)
@@ -294,6 +298,7 @@ def test_a_call_past_the_class_runs():
 
 
 @every_family
+@pytest.mark.combines("sla and ras")
 def test_sparse_attention_and_forecast_steps_together(family):
     pipe = make(family)
     sla = {"topk": 1.0, "block_q": 16, "block_k": 16, "crossover": "never", "dense_steps": 0}

@@ -60,6 +60,7 @@ def masks(pipe, tokens):
 
 
 @every_case
+@pytest.mark.combines("ras partial")
 def test_ratio_one_equals_plain(family, solver):
     pipe = make(family, solver)
     plain = run(pipe, family)
@@ -76,6 +77,7 @@ def pipe_summary(pipe):
 @every_case
 @every_schedule
 @pytest.mark.parametrize("predictor", ["linear", "hold"])
+@pytest.mark.combines("ras partial")
 def test_equals_the_reference_without_gathering(family, solver, predictor, ras):
     if ras is MIXED and predictor == "hold":
         pytest.skip("both predictors are tried on the other schedule")
@@ -100,6 +102,7 @@ def test_equals_the_reference_without_gathering(family, solver, predictor, ras):
         *((*pair, x) for pair in (("wan", "unipc"), ("sd3", "euler")) for x in ("age", "random")),
     ],
 )
+@pytest.mark.combines("ras partial", "batch > 1")
 def test_a_batch_of_two_equals_two_batches_of_one(family, solver, selection, monkeypatch):
     pipe = make(family, solver)
     plain = run(pipe, family, (0, 1))
@@ -262,6 +265,7 @@ def test_a_deep_copy_works_and_is_its_own(family, ras):
     ("family", "enable_first"),
     [*((x, False) for x in FAMILIES), ("wan", True), ("lumina2", True)],
 )
+@pytest.mark.combines("ras partial", "model offload")
 def test_offload_before_and_after_enable(family, enable_first):
     from accelerate import cpu_offload_with_hook
     from accelerate.hooks import remove_hook_from_module

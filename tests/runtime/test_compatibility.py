@@ -242,6 +242,9 @@ def has_cache_hooks(transformer):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", ["wan", "sd3"])
+@pytest.mark.refuses(
+    "ras partial", "sla and ras", "step caches", because="both decide what a step computes"
+)
 def test_step_caches_put_on_by_function(family, name):
     pipe = make(family)
     apply, config = caches(pipe)[name]
@@ -316,6 +319,7 @@ def own_hook(pipe):
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("put_on", [layer_skip, layerwise_casting, group_offloading, own_hook])
 @pytest.mark.parametrize("family", ["wan", "sd3"])
+@pytest.mark.combines("ras partial", "group offload", "layerwise casting")
 def test_hooks_that_are_no_step_caches(family, put_on, first):
     def made(ratio):
         pipe = make(family)

@@ -518,6 +518,7 @@ def test_a_schedule_that_leaves_a_method_nothing_is_said_before_the_first_step(f
 
 
 @pytest.mark.parametrize("steps", [4, 5, 6, 7, 8])
+@pytest.mark.combines("few-step")
 def test_the_presets_for_few_steps_have_something_to_do(steps):
     pipe = make("sd3")
     dit_accel.enable(pipe, ras="few-step", sla={**SLA, **SLAConfig.PRESETS["few-step"]})

@@ -179,6 +179,7 @@ def test_a_preview_inside_of_a_callback(family):
     assert steps_of(dit_accel.summary(pipe)) == counts
 
 
+@pytest.mark.combines("sla and ras", "image to image")
 def test_image_to_image_beside_text_to_image():
     from diffusers import StableDiffusion3Img2ImgPipeline
 

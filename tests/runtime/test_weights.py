@@ -344,6 +344,7 @@ MOVES = {
         ("lumina2", True, "leaf_level"),
     ],
 )
+@pytest.mark.combines("sla and ras", "LoRA", "model offload", "group offload", "layerwise casting")
 def test_weights_that_only_move_keep_the_steps(family, move, lora):
     pipe = make(family)
     if lora:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import dit_accel
+from dit_accel.config import SLAConfig
 from dit_accel.files import asset
 from dit_accel.sampling.load import load_pipeline
 from dit_accel.sampling.quantize import QUANTIZED, loading_arguments, quantized_as
@@ -51,6 +52,7 @@ def pipes(request):
 @pytest.mark.parametrize(
     ("name", "least"), [("torchao:int8", 40), ("torchao:int8_dynamic", 35), ("torchao:float8", 30)]
 )
+@pytest.mark.combines("sla", "ras partial", "ras forecast", "torchao:int8")
 def test_pictures_of_a_quantised_transformer_are_near_the_plain_ones(pipes, name, least):
     plain, load = pipes
     pipe = load(name)
@@ -71,6 +73,7 @@ def test_pictures_of_a_quantised_transformer_are_near_the_plain_ones(pipes, name
         assert not np.array_equal(*pictures), label
 
 
+@pytest.mark.combines("sla and ras", "torchao:int8")
 def test_both_methods_at_once(pipes):
     plain, load = pipes
     pipe = load("torchao:int8")
@@ -79,6 +82,20 @@ def test_both_methods_at_once(pipes):
     for each in (plain, pipe):
         dit_accel.enable(each, **on)
         pictures.append(sample(each))
+        dit_accel.disable(each)
+    assert psnr(*pictures) > 40
+
+
+@pytest.mark.combines("few-step", "torchao:int8")
+def test_few_steps(pipes):
+    plain, load = pipes
+    pipe = load("torchao:int8")
+    on = {"sla": {**SLA, **SLAConfig.PRESETS["few-step"]}, "ras": "few-step"}
+    pictures = []
+    for each in (plain, pipe):
+        dit_accel.enable(each, **on)
+        pictures.append(sample(each, 4))
+        assert dit_accel.summary(each, strict=True).ras.forecast_steps == 1
         dit_accel.disable(each)
     assert psnr(*pictures) > 40
 
@@ -94,6 +111,7 @@ def test_fine_tuned_weights_are_refused():
         dit_accel.load_sla(pipe, asset("tiny-wan-sla"))
 
 
+@pytest.mark.combines("sla", "torchao:int8", "LoRA")
 def test_lora_goes_with_quantised_weights(tmp_path):
     pipe = load_pipeline("tiny-wan", sla=None, **loading_arguments("torchao:int8"))
     dit_accel.enable(pipe, **METHODS["sla"])

@@ -38,6 +38,7 @@ def sparse(pipe):
         *((family, "raster", "proj", "marginal") for family in FAMILIES),
     ],
 )
+@pytest.mark.combines("sla")
 def test_reading_everything_equals_plain(family, order, combine, scope):
     pipe = make(family)
     plain = run(pipe, family, steps=2)
@@ -117,6 +118,7 @@ def test_ratio_one_equals_sparse_attention_alone(family, order, combine, scope):
 @pytest.mark.parametrize(
     ("order", "kv_predictor"), [(TILE, "linear"), ("raster", "hold")], ids=["tiles", "raster"]
 )
+@pytest.mark.combines("sla and ras")
 def test_reading_everything_equals_region_adaptive_sampling_alone(family, order, kv_predictor):
     pipe = make(family)
     dit_accel.enable(
@@ -203,6 +205,7 @@ def test_active_tokens_are_whole_query_blocks_of_the_order(family, order):
 
 
 @every_family
+@pytest.mark.combines("sla and ras", "batch > 1")
 def test_both_methods_in_a_batch_equal_single_runs(family):
     pipe = make(family)
     dit_accel.enable(pipe, sla=sla(order=TILE), ras=RAS)

@@ -79,6 +79,7 @@ def add_lora(pipe, targets):
     ],
     ids=["wan", "sd3", "lumina2", "wan-ends"],
 )
+@pytest.mark.combines("sla", "LoRA")
 def test_lora_loaded_and_fused_before_or_after_enable(family, combine, targets):
     everything = sla(topk=1.0, combine=combine)  # with weights of zero, as plain
     pipe = make(family)
@@ -101,6 +102,7 @@ def test_lora_loaded_and_fused_before_or_after_enable(family, combine, targets):
 
 
 @both_families
+@pytest.mark.combines("sla and ras", "LoRA")
 def test_region_adaptive_sampling_follows_lora_too(family):
     latents = []
     for enable_first in (True, False):
@@ -117,6 +119,7 @@ def test_region_adaptive_sampling_follows_lora_too(family):
 
 
 @pytest.mark.parametrize("family", ["wan", "sd3", "sd35"])
+@pytest.mark.combines("sla", "fused QKV")
 def test_fused_projections(family):
     pipe = make(family)
     plain = run(pipe, family, steps=2)
@@ -135,6 +138,7 @@ def test_fused_projections(family):
 
 
 @both_families
+@pytest.mark.combines("sla", "layerwise casting")
 def test_storage_in_8_bits_leaves_the_weights_of_sparse_attention_alone(family):
     latents = []
     for enable_first in (True, False):
@@ -175,6 +179,7 @@ def offload(pipe, how):
     ],
     ids=lambda x: x if isinstance(x, str) else "tiles",
 )
+@pytest.mark.combines("sla", "model offload", "group offload")
 def test_offloading_before_or_after_enable(family, how, combine, order):
     pipe = make(family)
     plain = run(pipe, family, steps=1)
@@ -203,6 +208,7 @@ def offload_with_streams(monkeypatch):
 
 @pytest.mark.parametrize("how", ["block_level", "leaf_level"])
 @pytest.mark.parametrize("combine", ["proj", "alpha"])
+@pytest.mark.combines("sla", "group offload")
 def test_group_offloading_with_streams_before_and_after_enable(offload_with_streams, how, combine):
     pipe = make("wan")
     plain = run(pipe, "wan", steps=2)
@@ -280,6 +286,7 @@ def cache_config(name, pipe):
 
 
 @pytest.mark.parametrize("name", ["first-block", "pyramid", "faster", "magnitude", "taylor", "sea"])
+@pytest.mark.combines("sla", "step caches")
 def test_step_caches_are_as_beside_the_plain_pipeline(name):
     pipe = make("wan")
     pipe.transformer.enable_cache(cache_config(name, pipe))
@@ -371,6 +378,7 @@ def test_gradients_after_inference_mode(family):
 
 @pytest.mark.parametrize("named", [True, False], ids=["by-name", "by-position"])
 @every_order
+@pytest.mark.combines("sla", "ControlNet")
 def test_controlnet_residuals_follow_the_order_of_tokens(order, named):
     names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
     residuals = [
@@ -409,6 +417,7 @@ def test_skipped_layers_are_not_counted():
 
 
 @every_order
+@pytest.mark.combines("sla", "image to image")
 def test_img2img_counts_dense_steps_from_where_it_begins(order):
     from diffusers import StableDiffusion3Img2ImgPipeline
 
@@ -459,6 +468,7 @@ def test_a_second_method_keeps_the_weights_of_the_first(family):
     assert relative(run(pipe, family, steps=4), expected) < 2e-6
 
 
+@pytest.mark.refuses("sla", "IP-Adapter", because="its processors are unknown")
 def test_ip_adapters_are_refused_by_name():
     from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 
