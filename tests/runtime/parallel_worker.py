@@ -1,5 +1,6 @@
 """Scenarios of context parallelism in two processes, run by torchrun; what they find goes to a JSON file a rank."""
 
+import copy
 import json
 import sys
 import warnings
@@ -15,7 +16,9 @@ from dit_accel.runtime.install import installation_of, method_of
 from tests.random_pipelines import (
     FAMILIES,
     MORE,
+    liven,
     lumina,
+    lumina2,
     make,
     randomise,
     relative,
@@ -135,18 +138,39 @@ def arguments_of_a_call(pipe, family):
     return kept
 
 
-def uneven_heads():
-    expected = []
-    latents = []
-    for target, options in ((expected, None), (latents, {"ulysses_anything": True})):
+def three_heads_of_keys(family):
+    """A pipeline whose heads two processes share unevenly; those of Lumina 2 are grouped in twos."""
+    if family == "wan":
         pipe = wan(heads=3)
-        pipe.set_progress_bar_config(disable=True)
-        dit_accel.enable(pipe, **METHODS["both"])
-        randomise(pipe)
-        if options:
-            parallel(pipe, **options)
-        target.append(run(pipe, "wan", (0, 1), steps=8))
-    return relative(latents[0], expected[0])
+    else:
+        pipe = lumina2()
+        heads = {"num_attention_heads": 6, "num_kv_heads": 3, "hidden_size": 72}
+        config = {**pipe.transformer.config, **heads}
+        pipe.transformer = liven(type(pipe.transformer).from_config(config))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def uneven_heads():
+    found = {}
+    for family, methods in (
+        ("wan", "both"),
+        ("lumina2", "both"),
+        ("lumina2", "alpha"),
+        ("lumina2", "learned"),
+    ):
+        plain = three_heads_of_keys(family)
+        latents = []
+        for processes in (1, DEGREE):
+            pipe = copy.deepcopy(plain)
+            dit_accel.enable(pipe, **METHODS[methods])
+            if methods != "alpha":  # which measures its weights in the first call
+                randomise(pipe)
+            if processes > 1:
+                parallel(pipe, ulysses_anything=True)
+            latents.append(run(pipe, family, steps=6))
+        found[f"{family}/{methods}"] = relative(latents[1], latents[0])
+    return found
 
 
 def before_and_after():
