@@ -16,6 +16,7 @@ from dit_accel.runtime.install import installation_of, method_of
 from tests.random_pipelines import (
     FAMILIES,
     MORE,
+    embeddings,
     liven,
     lumina,
     lumina2,
@@ -171,6 +172,19 @@ def uneven_heads():
             latents.append(run(pipe, family, steps=6))
         found[f"{family}/{methods}"] = relative(latents[1], latents[0])
     return found
+
+
+def short_text():
+    """One text token, which the second process has none of."""
+    one = {
+        f"{sign}prompt_embeds": embeddings("sd3", [prompt])["prompt_embeds"][:, :1]
+        for sign, prompt in (("", 0), ("negative_", -3))
+    }
+    expected, latents = (
+        run(pipe, "sd3", steps=6, **one)
+        for pipe in (accelerated("sd3", "both"), parallel(accelerated("sd3", "both")))
+    )
+    return relative(latents, expected)
 
 
 def before_and_after():

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCENARIOS = (
     *("equal_to_one_process", "training_step", "uneven_heads"),
+    *("short_text"),
     *("before_and_after", "refusals", "traffic"),
 )
 
@@ -51,6 +52,10 @@ def test_gradients_of_two_processes_add_up_to_those_of_one(found):
 def test_heads_that_do_not_divide_are_shared_where_that_is_asked_for(found):
     for case in found:
         assert all(error < 1e-5 for error in case["uneven_heads"].values()), case["uneven_heads"]
+
+
+def test_a_process_may_have_no_text(found):
+    assert all(x["short_text"] < 1e-5 for x in found)
 
 
 def test_diffusers_can_switch_it_on_before_and_after_enable(found):
