@@ -187,6 +187,37 @@ def short_text():
     return relative(latents, expected)
 
 
+def adapters():
+    """LoRA on a module where diffusers gathers tokens, loaded before and after."""
+    from peft import LoraConfig
+
+    targets = ["to_q", "proj_out"]
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    found = {}
+    size = {"height": 128, "width": 128, "steps": 4}
+    for when in ("before", "after", "gone"):
+        latents = []
+        for processes in (1, DEGREE):
+            pipe = build("wan")
+            if when != "after":
+                torch.manual_seed(5)
+                pipe.transformer.add_adapter(config)
+            dit_accel.enable(pipe, **METHODS["ras"])
+            if processes > 1:
+                parallel(pipe)
+            if when == "after":
+                torch.manual_seed(5)
+                pipe.transformer.add_adapter(config)
+            latents.append(run(pipe, "wan", **size))
+            if when == "gone":
+                pipe.transformer.unload_lora()
+            dit_accel.disable(pipe)
+            latents.append(run(pipe, "wan", **size))
+        accelerated, plain, *shared = latents
+        found[when] = max(relative(shared[0], accelerated), relative(shared[1], plain))
+    return found
+
+
 def before_and_after():
     """diffusers' own `enable_parallelism`, before and after `enable`, and `disable`."""
     found = {}

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCENARIOS = (
     *("equal_to_one_process", "training_step", "uneven_heads"),
-    *("short_text"),
+    *("short_text", "adapters"),
     *("before_and_after", "refusals", "traffic"),
 )
 
@@ -56,6 +56,11 @@ def test_heads_that_do_not_divide_are_shared_where_that_is_asked_for(found):
 
 def test_a_process_may_have_no_text(found):
     assert all(x["short_text"] < 1e-5 for x in found)
+
+
+def test_adapters_come_and_go(found):
+    for case in found:
+        assert all(error < 1e-5 for error in case["adapters"].values()), case["adapters"]
 
 
 def test_diffusers_can_switch_it_on_before_and_after_enable(found):
