@@ -187,6 +187,30 @@ def short_text():
     return relative(latents, expected)
 
 
+def other_settings():
+    """Methods that are put on, or refused, while the processes share the work."""
+    found = {}
+    for family in ("wan", "sd3"):
+        pipe = build(family)
+        dit_accel.enable(pipe, sla=SLA, ras=RAS)
+        expected = run(pipe, family, steps=6)
+        pipe = build(family)
+        dit_accel.enable(pipe, ras=RAS)
+        parallel(pipe)
+        dit_accel.enable(pipe, sla=SLA)
+        refused = message_of(
+            lambda pipe=pipe: dit_accel.enable(pipe, ras={**RAS, "kv_cache": "fp8"})
+        )
+        with Collectives(DEGREE) as seen:
+            latents = run(pipe, family, steps=6)
+        found[family] = {
+            "refused": refused,
+            "error": relative(latents, expected),
+            "exchanges": seen.calls["all_to_all_single"],
+        }
+    return found
+
+
 def adapters():
     """LoRA on a module where diffusers gathers tokens, loaded before and after."""
     from peft import LoraConfig

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCENARIOS = (
     *("equal_to_one_process", "training_step", "uneven_heads"),
-    *("short_text", "adapters"),
+    *("short_text", "other_settings", "adapters"),
     *("before_and_after", "refusals", "traffic"),
 )
 
@@ -56,6 +56,14 @@ def test_heads_that_do_not_divide_are_shared_where_that_is_asked_for(found):
 
 def test_a_process_may_have_no_text(found):
     assert all(x["short_text"] < 1e-5 for x in found)
+
+
+def test_it_stays_on_when_methods_change(found):
+    for case in found:
+        for family, x in case["other_settings"].items():
+            assert "kv_cache='fp8'" in x["refused"]
+            assert x["error"] < 1e-5, family
+            assert x["exchanges"] > 0, family
 
 
 def test_adapters_come_and_go(found):

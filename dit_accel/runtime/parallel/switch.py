@@ -94,15 +94,23 @@ class Parallelism:
         for layer in layers.values():
             layer.module.processor.exchange = self.focus.exchanges[layer.layout]
 
-    def remove(self, transformer: Any, layers: dict[str, AttentionLayer]) -> None:
+    def remove(
+        self, transformer: Any, layers: dict[str, AttentionLayer], *, ends: bool = True
+    ) -> None:
         """Give diffusers its hooks back.
 
         The processors of some models do not know context parallelism and would see only the tokens of their process.
         Parallelism then ends with acceleration, and every process computes all of a call.
+
+        Args:
+            transformer, layers: as before.
+            ends: whether acceleration ends. Else other methods take over at once.
         """
         if parallel_config_of(transformer, layers) is None:  # somebody ended it
             return
         if not knows_parallelism(layers):
+            if not ends:
+                return
             vars(transformer).pop("_parallel_config", None)  # that of the class is None
             warnings.warn(
                 f"context parallelism of {type(transformer).__name__} ended with acceleration: its attention processors "
