@@ -306,8 +306,14 @@ class Installation:
         except ValueError as refusal:
             raise RuntimeError(f"changed after enable: {refusal}") from None
         arguments = by_name(transformer, args, kwargs)
-        call = self.family.call(transformer, arguments)
         group = None if self._parallel is None else self._parallel.group
+        try:
+            call = self.family.call(transformer, arguments)
+        except Exception as refusal:
+            if group is not None:  # others may be about to compare their first call with this one
+                devices = (x.device for x in arguments.values() if isinstance(x, Tensor))
+                group.agree({}, next(devices, torch.device("cpu")), refusal)
+            raise
         call = self._call = replace(
             call,
             flops=partial(self._flops, transformer, math.prod(call.grid), call.text_length),

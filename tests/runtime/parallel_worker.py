@@ -348,9 +348,32 @@ def refusals():
             attn.set_processor(attn.processor.stock)
         run(pipe, "sd3", steps=4)
 
+    def mesh():
+        across = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("ring", "ulysses"))
+        dit_accel.enable(pipe := make("wan"), sla=SLA)
+        config = ContextParallelConfig(ulysses_degree=2, mesh=across)
+        dit_accel.enable_parallelism(pipe, config=config)
+
+    def a_call(**changed):
+        """A call outside of any loop."""
+        arguments = arguments_of_a_call(make("sd3"), "sd3")
+        with torch.no_grad():
+            parallel(accelerated("sd3", "sla")).transformer(**arguments | changed)
+
+    def a_refused_call():
+        refused = {"ip_adapter_image_embeds": torch.zeros(1)} if rank else {}
+        a_call(joint_attention_kwargs=refused)
+
+    def timesteps():
+        a_call(timestep=torch.full((2,), 500.0 + rank))
+
+    def few_tokens():
+        run(parallel(accelerated("sd3", "sla")), "sd3", height=16, width=16)
+
     for case in (
-        *(heads, ring, ring_through_diffusers, degree, twice),
+        *(heads, ring, ring_through_diffusers, degree, mesh, twice),
         *(in_mid_run, settings, prompts, steps, sizes, a_failure),
+        *(a_refused_call, timesteps, few_tokens),
     ):
         found[case.__name__] = message_of(case)
     return found

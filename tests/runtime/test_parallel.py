@@ -99,6 +99,10 @@ def test_it_ends_with_acceleration_where_diffusers_does_not_know_it(found):
         ("prompts", ["encoder_hidden_states", "latents"]),
         ("steps", ["steps: 6 (process 0), 7 (process 1)"]),
         ("sizes", ["[2, 16, 22, 26] (process 0), float32 [2, 16, 24, 26] (process 1)"]),
+        ("mesh", ["ulysses_degree=2", "{'ring': 2, 'ulysses': 1}"]),
+        ("a_refused_call", ["ip_adapter_image_embeds: IP-Adapter"]),
+        ("timesteps", ["timestep: [500.0, 500.0] (process 0), [501.0, 501.0] (process 1)"]),
+        ("few_tokens", ["1 image tokens run in this call, in 2 processes"]),
         ("a_failure", ["transformer_blocks.0.attn was changed after enable"]),
     ],
 )

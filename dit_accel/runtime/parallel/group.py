@@ -130,7 +130,7 @@ class Group:
             RuntimeError: a name has different values, or another process failed.
         """
         if error is not None:
-            said = {"error": f"{type(error).__name__}: {error}"}
+            said = {"error": f"{type(error).__name__}: {error}"[: NOTE_BYTES // 8]}
         text = json.dumps({k: str(x) for k, x in said.items()}).encode()
         if len(text) > NOTE_BYTES:
             text = json.dumps({"error": "what this process says is too long"}).encode()
