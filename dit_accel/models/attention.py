@@ -64,8 +64,8 @@ class SparseProcessor:
         """
         heads = query.shape[2], key.shape[2]
         if self.exchange is not None:
-            query, key, value = self.exchange.to_heads(query, key, value, text, words)
-            words = self.exchange.words if words else 0
+            query, key, value = self.exchange.to_heads(query, key, value, text)
+            words = self.exchange.beside(text)
         if self.kv_store is not None:
             key, value = self._stored(key, value, text, words)
         if base_length is not None:
@@ -88,7 +88,7 @@ class SparseProcessor:
             out = dense(query, key, value, scale=scale)
         else:
             out = out.transpose(1, 2).to(query.dtype)
-        return out if self.exchange is None else self.exchange.to_tokens(out, heads, text, words)
+        return out if self.exchange is None else self.exchange.to_tokens(out, heads, text)
 
     def _stored(self, key: Tensor, value: Tensor, text: str, words: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens; text beside the stored layout stays as it is."""

@@ -108,14 +108,13 @@ class SD3SparseAttnProcessor(SparseProcessor):
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        words = 0
+        words, where = 0, "none"
         if encoder_hidden_states is not None:
-            words = encoder_hidden_states.shape[1]
+            words, where = encoder_hidden_states.shape[1], "last"
             text = text_projections(attn, encoder_hidden_states)
             query, key, value = (
                 torch.cat([x, t], dim=1) for x, t in zip((query, key, value), text, strict=True)
             )
-        where = "last" if words else "none"
         out = self.run(query, key, value, grouped_attention, text=where, words=words)
         out = out.flatten(2).to(query.dtype)
         image = attn.to_out[1](attn.to_out[0](out[:, :active]))

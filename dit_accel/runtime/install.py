@@ -75,7 +75,7 @@ class Installation:
         try:
             self._install(transformer)
         except BaseException:
-            self.remove(transformer, keep=before)
+            self.remove(transformer, keep=before, ends=False)
             raise
 
     # Putting on and taking off ----------------------------------------------------------------------
@@ -171,11 +171,14 @@ class Installation:
             _check_processors(self.family, self._modules(transformer))
             self._put_processors(transformer)
 
-    def remove(self, transformer: Any, *, keep: Collection[WeightSwap] = ()) -> None:
+    def remove(
+        self, transformer: Any, *, keep: Collection[WeightSwap] = (), ends: bool = True
+    ) -> None:
         """Put back what was there; processors that somebody else set stay.
 
         Args:
             keep: values for weights that stay in the transformer.
+            ends: whether acceleration ends. Else other methods take over at once.
 
         Raises:
             RuntimeError: weights cannot be put back (see `WeightSwap`). Then everything stays on.
@@ -191,7 +194,7 @@ class Installation:
         if self._changes_parameters:
             _reapply_group_offloading(transformer)
         if self._parallel is not None:
-            self._parallel.remove(transformer, self.layers)
+            self._parallel.remove(transformer, self.layers, ends=ends)
             self._parallel = self._parallel_config = None
         if vars(transformer).get("_cp_plan") == {}:
             del transformer._cp_plan
@@ -304,8 +307,14 @@ class Installation:
         except ValueError as refusal:
             raise RuntimeError(f"changed after enable: {refusal}") from None
         arguments = by_name(transformer, args, kwargs)
-        call = self.family.call(transformer, arguments)
         group = None if self._parallel is None else self._parallel.group
+        try:
+            call = self.family.call(transformer, arguments)
+        except Exception as refusal:
+            if group is not None:  # others may be about to compare their first call with this one
+                devices = (x.device for x in arguments.values() if isinstance(x, Tensor))
+                group.agree({}, next(devices, torch.device("cpu")), refusal)
+            raise
         call = self._call = replace(
             call,
             flops=partial(
@@ -515,7 +524,8 @@ def install(
     transformer = transformer_of(target, any_model=not any(x.needs_family for x in methods))
     clock = Clock() if replaced is None else replaced.clock
     if replaced is not None:
-        replaced.remove(transformer, keep=[x.swap for x in methods if x.swap is not None])
+        kept = [x.swap for x in methods if x.swap is not None]
+        replaced.remove(transformer, keep=kept, ends=False)
         clock.forget()
     try:
         installation = Installation(transformer, methods, clock)

@@ -149,7 +149,7 @@ class SparseLinearAttention(nn.Module):
                 values = image_first(v_image, words_v, gap)
         projection = None
         if self.config.router == "learned":
-            projection = self._own_heads(self.learned_router().to(q.device))
+            projection = self._own_heads(self.learned_router().to(q.device), q, k)
         scores = self._scores(q_image, k_image, projection, scale)
         geometry = joint_geometry(
             q_image, tokens, text_tokens, text_lengths=text_lengths, **self._blocks(q_image)
@@ -239,11 +239,15 @@ class SparseLinearAttention(nn.Module):
             return mode | {"proj_weight": weight.to(q.device), "proj_bias": bias.to(q.device)}
         if not self.calibrated:
             self._calibrate(q, k, plan, scale)
-        return mode | {"alpha": self._own_heads(self.alpha_logit.to(q.device)).sigmoid()}
+        return mode | {"alpha": self._own_heads(self.alpha_logit.to(q.device), q, k).sigmoid()}
 
-    def _own_heads(self, weight: Float[Tensor, "h ..."]) -> Float[Tensor, "own ..."]:
-        """Rows of the heads that this process computes."""
-        return weight if self.processes is None else self.processes.own_heads(weight)
+    def _own_heads(
+        self, weight: Float[Tensor, "h ..."], q: Tensor, k: Tensor
+    ) -> Float[Tensor, "own ..."]:
+        """Rows of the heads that this process computes, those of `q`."""
+        if self.processes is None:
+            return weight
+        return self.processes.own_heads(weight, q.shape[1] // k.shape[1])
 
     def _mix(
         self,
@@ -280,7 +284,8 @@ class SparseLinearAttention(nn.Module):
     def _calibrate(self, q: Tensor, k: Tensor, plan: SparsePlan, scale: float | None) -> None:
         mass = plan.recall(q, k, scale=scale).mean(0)
         if self.processes is not None:
-            mass = self.processes.gather(mass[None], self.alpha_logit.shape[0])[0]
+            grouped = q.shape[1] // k.shape[1]
+            mass = self.processes.all_heads(mass, self.alpha_logit.shape[0], grouped)
         # Strictly inside (0, 1), where sigmoid has a gradient.
         self._measured = mass.float().clamp(1e-3, 1 - 1e-3).logit()
         self.alpha_logit.copy_(self._measured)

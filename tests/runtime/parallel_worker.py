@@ -1,5 +1,6 @@
 """Scenarios of context parallelism in two processes, run by torchrun; what they find goes to a JSON file a rank."""
 
+import copy
 import json
 import sys
 import warnings
@@ -15,7 +16,10 @@ from dit_accel.runtime.install import installation_of, method_of
 from tests.random_pipelines import (
     FAMILIES,
     MORE,
+    embeddings,
+    liven,
     lumina,
+    lumina2,
     make,
     randomise,
     relative,
@@ -135,18 +139,107 @@ def arguments_of_a_call(pipe, family):
     return kept
 
 
-def uneven_heads():
-    expected = []
-    latents = []
-    for target, options in ((expected, None), (latents, {"ulysses_anything": True})):
+def three_heads_of_keys(family):
+    """A pipeline whose heads two processes share unevenly; those of Lumina 2 are grouped in twos."""
+    if family == "wan":
         pipe = wan(heads=3)
-        pipe.set_progress_bar_config(disable=True)
-        dit_accel.enable(pipe, **METHODS["both"])
-        randomise(pipe)
-        if options:
-            parallel(pipe, **options)
-        target.append(run(pipe, "wan", (0, 1), steps=8))
-    return relative(latents[0], expected[0])
+    else:
+        pipe = lumina2()
+        heads = {"num_attention_heads": 6, "num_kv_heads": 3, "hidden_size": 72}
+        config = {**pipe.transformer.config, **heads}
+        pipe.transformer = liven(type(pipe.transformer).from_config(config))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def uneven_heads():
+    found = {}
+    for family, methods in (
+        ("wan", "both"),
+        ("lumina2", "both"),
+        ("lumina2", "alpha"),
+        ("lumina2", "learned"),
+    ):
+        plain = three_heads_of_keys(family)
+        latents = []
+        for processes in (1, DEGREE):
+            pipe = copy.deepcopy(plain)
+            dit_accel.enable(pipe, **METHODS[methods])
+            if methods != "alpha":  # which measures its weights in the first call
+                randomise(pipe)
+            if processes > 1:
+                parallel(pipe, ulysses_anything=True)
+            latents.append(run(pipe, family, steps=6))
+        found[f"{family}/{methods}"] = relative(latents[1], latents[0])
+    return found
+
+
+def short_text():
+    """One text token, which the second process has none of."""
+    one = {
+        f"{sign}prompt_embeds": embeddings("sd3", [prompt])["prompt_embeds"][:, :1]
+        for sign, prompt in (("", 0), ("negative_", -3))
+    }
+    expected, latents = (
+        run(pipe, "sd3", steps=6, **one)
+        for pipe in (accelerated("sd3", "both"), parallel(accelerated("sd3", "both")))
+    )
+    return relative(latents, expected)
+
+
+def other_settings():
+    """Methods that are put on, or refused, while the processes share the work."""
+    found = {}
+    for family in ("wan", "sd3"):
+        pipe = build(family)
+        dit_accel.enable(pipe, sla=SLA, ras=RAS)
+        expected = run(pipe, family, steps=6)
+        pipe = build(family)
+        dit_accel.enable(pipe, ras=RAS)
+        parallel(pipe)
+        dit_accel.enable(pipe, sla=SLA)
+        refused = message_of(
+            lambda pipe=pipe: dit_accel.enable(pipe, ras={**RAS, "kv_cache": "fp8"})
+        )
+        with Collectives(DEGREE) as seen:
+            latents = run(pipe, family, steps=6)
+        found[family] = {
+            "refused": refused,
+            "error": relative(latents, expected),
+            "exchanges": seen.calls["all_to_all_single"],
+        }
+    return found
+
+
+def adapters():
+    """LoRA on a module where diffusers gathers tokens, loaded before and after."""
+    from peft import LoraConfig
+
+    targets = ["to_q", "proj_out"]
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    found = {}
+    size = {"height": 128, "width": 128, "steps": 4}
+    for when in ("before", "after", "gone"):
+        latents = []
+        for processes in (1, DEGREE):
+            pipe = build("wan")
+            if when != "after":
+                torch.manual_seed(5)
+                pipe.transformer.add_adapter(config)
+            dit_accel.enable(pipe, **METHODS["ras"])
+            if processes > 1:
+                parallel(pipe)
+            if when == "after":
+                torch.manual_seed(5)
+                pipe.transformer.add_adapter(config)
+            latents.append(run(pipe, "wan", **size))
+            if when == "gone":
+                pipe.transformer.unload_lora()
+            dit_accel.disable(pipe)
+            latents.append(run(pipe, "wan", **size))
+        accelerated, plain, *shared = latents
+        found[when] = max(relative(shared[0], accelerated), relative(shared[1], plain))
+    return found
 
 
 def before_and_after():
@@ -255,9 +348,32 @@ def refusals():
             attn.set_processor(attn.processor.stock)
         run(pipe, "sd3", steps=4)
 
+    def mesh():
+        across = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("ring", "ulysses"))
+        dit_accel.enable(pipe := make("wan"), sla=SLA)
+        config = ContextParallelConfig(ulysses_degree=2, mesh=across)
+        dit_accel.enable_parallelism(pipe, config=config)
+
+    def a_call(**changed):
+        """A call outside of any loop."""
+        arguments = arguments_of_a_call(make("sd3"), "sd3")
+        with torch.no_grad():
+            parallel(accelerated("sd3", "sla")).transformer(**arguments | changed)
+
+    def a_refused_call():
+        refused = {"ip_adapter_image_embeds": torch.zeros(1)} if rank else {}
+        a_call(joint_attention_kwargs=refused)
+
+    def timesteps():
+        a_call(timestep=torch.full((2,), 500.0 + rank))
+
+    def few_tokens():
+        run(parallel(accelerated("sd3", "sla")), "sd3", height=16, width=16)
+
     for case in (
-        *(heads, ring, ring_through_diffusers, degree, twice),
+        *(heads, ring, ring_through_diffusers, degree, mesh, twice),
         *(in_mid_run, settings, prompts, steps, sizes, a_failure),
+        *(a_refused_call, timesteps, few_tokens),
     ):
         found[case.__name__] = message_of(case)
     return found

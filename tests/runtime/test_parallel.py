@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCENARIOS = (
     *("equal_to_one_process", "training_step", "uneven_heads"),
+    *("short_text", "other_settings", "adapters"),
     *("before_and_after", "refusals", "traffic"),
 )
 
@@ -49,7 +50,25 @@ def test_gradients_of_two_processes_add_up_to_those_of_one(found):
 
 
 def test_heads_that_do_not_divide_are_shared_where_that_is_asked_for(found):
-    assert all(x["uneven_heads"] < 1e-5 for x in found)
+    for case in found:
+        assert all(error < 1e-5 for error in case["uneven_heads"].values()), case["uneven_heads"]
+
+
+def test_a_process_may_have_no_text(found):
+    assert all(x["short_text"] < 1e-5 for x in found)
+
+
+def test_it_stays_on_when_methods_change(found):
+    for case in found:
+        for family, x in case["other_settings"].items():
+            assert "kv_cache='fp8'" in x["refused"]
+            assert x["error"] < 1e-5, family
+            assert x["exchanges"] > 0, family
+
+
+def test_adapters_come_and_go(found):
+    for case in found:
+        assert all(error < 1e-5 for error in case["adapters"].values()), case["adapters"]
 
 
 def test_diffusers_can_switch_it_on_before_and_after_enable(found):
@@ -80,6 +99,10 @@ def test_it_ends_with_acceleration_where_diffusers_does_not_know_it(found):
         ("prompts", ["encoder_hidden_states", "latents"]),
         ("steps", ["steps: 6 (process 0), 7 (process 1)"]),
         ("sizes", ["[2, 16, 22, 26] (process 0), float32 [2, 16, 24, 26] (process 1)"]),
+        ("mesh", ["ulysses_degree=2", "{'ring': 2, 'ulysses': 1}"]),
+        ("a_refused_call", ["ip_adapter_image_embeds: IP-Adapter"]),
+        ("timesteps", ["timestep: [500.0, 500.0] (process 0), [501.0, 501.0] (process 1)"]),
+        ("few_tokens", ["1 image tokens run in this call, in 2 processes"]),
         ("a_failure", ["transformer_blocks.0.attn was changed after enable"]),
     ],
 )

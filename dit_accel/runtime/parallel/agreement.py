@@ -33,6 +33,10 @@ def what_is_said(run: Run, call: Call, methods: Mapping[str, Method]) -> dict[st
         "sum over the bits of the timesteps": None
         if run.timesteps is None
         else _bits(run.timesteps),
+        "timestep": call.timestep.flatten().tolist()
+        if isinstance(call.timestep, Tensor)
+        else call.timestep,
+        "gradients": "on" if torch.is_grad_enabled() else "off",
     }
     names = ("encoder_hidden_states", "encoder_hidden_states_image", "mask of the text")
     for name, x in zip(names, (call.context, call.images, call.mask), strict=True):

@@ -52,6 +52,13 @@ def enable_parallelism(target: Any, *, config: Any) -> None:
         raise ValueError(
             f"ulysses_degree={degree}: there are {world} processes; accepted is {world}, or a mesh"
         )
+    if context.mesh is not None:
+        sizes = dict(zip(context.mesh.mesh_dim_names or (), context.mesh.shape, strict=False))
+        if sizes.get("ulysses") != degree or sizes.get("ring") != 1:
+            raise ValueError(
+                f"ulysses_degree={degree}: the mesh has the dimensions {sizes}; accepted is a mesh with a dimension "
+                f"'ulysses' of {degree} and a dimension 'ring' of 1"
+            )
     transformers: list[Any] = [
         transformer_of(part, any_model=True) for part in parts_of(target).values()
     ]

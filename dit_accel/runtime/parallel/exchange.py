@@ -28,20 +28,26 @@ class Exchange:
         """Text tokens in all processes."""
         return self.text.shape[0]
 
+    def beside(self, text: str) -> int:
+        """Return the text tokens of all processes in a sequence; this one may have none of them.
+
+        Args:
+            text: where they stand, as in `SparseProcessor.run`.
+        """
+        return 0 if text == "none" else self.words
+
     def to_heads(
         self,
         query: Float[Tensor, "b l h d"],
         key: Float[Tensor, "b l h_kv d"],
         value: Float[Tensor, "b l h_kv d"],
         text: str,
-        words: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Trade a share of the tokens with all heads for all tokens with a share of the heads, at once for the three.
 
         Args:
             query, key, value: of this process's tokens.
             text: where text stands, as in `SparseProcessor.run`; in the result too.
-            words: text tokens among them.
         """
         group = self.group
         q_shares, kv_shares = self._heads(query.shape[2], key.shape[2])
@@ -58,14 +64,14 @@ class Exchange:
             )
             sent = torch.cat([torch.cat(piece, dim=2).flatten() for piece in pieces])
         own = widths[group.rank]
-        segments = self._segments(text, words)
+        segments = self._segments(text)
         lengths = [sum(n) for n in zip(*segments, strict=True)]
         received = group.exchange(
             sent.flatten(),
             [local * rows * n * dim for n in widths],
             [n * rows * own * dim for n in lengths],
         ).view(-1, rows, own, dim)
-        if words:
+        if len(segments) > 1:
             ranks = [
                 part.split(sizes)
                 for part, sizes in zip(
@@ -84,7 +90,6 @@ class Exchange:
         out: Float[Tensor, "b m own d"],
         heads: tuple[int, int],
         text: str,
-        words: int,
     ) -> Float[Tensor, "b l h d"]:
         """Undo `to_heads` for the output of attention.
 
@@ -92,14 +97,13 @@ class Exchange:
             out: of all tokens that run, with this process's heads.
             heads: all heads of queries and of keys.
             text: as in `to_heads`.
-            words: text tokens among all of them.
         """
         group = self.group
         shares, _ = self._heads(*heads)
         x = out.transpose(0, 1)  # [m, b, h, d]
         _, rows, own, dim = x.shape
-        segments = self._segments(text, words)
-        if words:
+        segments = self._segments(text)
+        if len(segments) > 1:
             parts = [
                 part.split(sizes)
                 for part, sizes in zip(x.split([sum(n) for n in segments]), segments, strict=True)
@@ -126,12 +130,13 @@ class Exchange:
         kv = self.group.shares(kv_heads)
         return [n * (heads // kv_heads) for n in kv], kv
 
-    def _segments(self, text: str, words: int) -> list[list[int]]:
+    def _segments(self, text: str) -> list[list[int]]:
         """Shares of each rank in the parts of the sequence, in the order in which they stand."""
         tokens = self.group.shares(self.tokens.shape[0])
+        words = self.beside(text)
         if not words:
             return [tokens]
-        written = self.group.shares(self.words)
+        written = self.group.shares(words)
         return [written, tokens] if text == "first" else [tokens, written]
 
 

@@ -78,7 +78,13 @@ class SharedFocus(Focus):
         return self.inner.per_context
 
     def take(self, x: Tensor) -> Tensor:
-        return self.part(self.inner.take(x), "image")
+        tokens = self.inner.take(x)
+        if tokens.shape[1] < self.group.size:  # not every module accepts no tokens at all
+            raise ValueError(
+                f"{tokens.shape[1]} image tokens run in this call, in {self.group.size} processes; accepted is one or "
+                "more for each process"
+            )
+        return self.part(tokens, "image")
 
     def part(self, x: Tensor, layout: str = "text") -> Tensor:
         length = x.shape[1]

@@ -96,9 +96,21 @@ class Group:
             result = _SumGradient.apply(weight, self)
         return result
 
-    def own_heads(self, weight: Float[Tensor, "h ..."]) -> Float[Tensor, "own ..."]:
-        """Return the rows of this process's heads; the gradient of all heads is summed over the group."""
-        return self.summed(weight)[self.own(weight.shape[0])]
+    def own_heads(self, weight: Float[Tensor, "h ..."], grouped: int) -> Float[Tensor, "own ..."]:
+        """Return the rows of this process's heads; the gradient of all heads is summed over the group.
+
+        Args:
+            weight: a row for each head of the queries.
+            grouped: how many of them share a head of the keys, and therefore stay together.
+        """
+        groups = self.summed(weight).unflatten(0, (-1, grouped))
+        return groups[self.own(len(groups))].flatten(0, 1)
+
+    def all_heads(
+        self, rows: Float[Tensor, " own"], total: int, grouped: int
+    ) -> Float[Tensor, " h"]:
+        """Undo `own_heads` for one number a head, `total` of them in all processes."""
+        return self.gather(rows.view(1, -1, grouped), total // grouped).flatten()
 
     def least(self, value: int, device: torch.device) -> int:
         """Return the smallest value that any rank has."""
@@ -118,7 +130,7 @@ class Group:
             RuntimeError: a name has different values, or another process failed.
         """
         if error is not None:
-            said = {"error": f"{type(error).__name__}: {error}"}
+            said = {"error": f"{type(error).__name__}: {error}"[: NOTE_BYTES // 8]}
         text = json.dumps({k: str(x) for k, x in said.items()}).encode()
         if len(text) > NOTE_BYTES:
             text = json.dumps({"error": "what this process says is too long"}).encode()

@@ -10,6 +10,9 @@ from dit_accel.models import AttentionLayer, Focus
 from dit_accel.runtime.parallel.focus import SharedFocus
 from dit_accel.runtime.parallel.group import Group
 
+ADAPTED = ".base_layer"
+"""What PEFT adds to the name of a module that it wraps."""
+
 
 def parallel_config_of(transformer: Any, layers: dict[str, AttentionLayer]) -> Any:
     """Return the `ParallelConfig` of diffusers on a transformer, or on its attention processors; None: there is none."""
@@ -48,7 +51,7 @@ class _Removed:
     """A hook of diffusers that splits or gathers tokens."""
 
     module: str
-    """Name of its module; a reference would keep the model alive."""
+    """Name of its module, adapters left out; a reference would keep the model alive."""
     name: str
     hook: Any
 
@@ -87,29 +90,40 @@ class Parallelism:
             for name, hook in list(getattr(registry, "hooks", {}).items()):
                 if name.startswith(("cp_input---", "cp_output---")):
                     registry.remove_hook(name, recurse=False)
-                    self._removed.append(_Removed(at, name, hook))
+                    self._removed.append(_Removed(at.removesuffix(ADAPTED), name, hook))
         for layer in layers.values():
             layer.module.processor.exchange = self.focus.exchanges[layer.layout]
 
-    def remove(self, transformer: Any, layers: dict[str, AttentionLayer]) -> None:
+    def remove(
+        self, transformer: Any, layers: dict[str, AttentionLayer], *, ends: bool = True
+    ) -> None:
         """Give diffusers its hooks back.
 
         The processors of some models do not know context parallelism and would see only the tokens of their process.
         Parallelism then ends with acceleration, and every process computes all of a call.
+
+        Args:
+            transformer, layers: as before.
+            ends: whether acceleration ends. Else other methods take over at once.
         """
         if parallel_config_of(transformer, layers) is None:  # somebody ended it
             return
         if not knows_parallelism(layers):
-            transformer._parallel_config = None
+            if not ends:
+                return
+            vars(transformer).pop("_parallel_config", None)  # that of the class is None
             warnings.warn(
                 f"context parallelism of {type(transformer).__name__} ended with acceleration: its attention processors "
                 "in diffusers do not know it, so that every process computes whole calls now",
                 stacklevel=2,
             )
             return
+        from diffusers.hooks import HookRegistry
+
         for x in self._removed:
-            registry = transformer.get_submodule(x.module)._diffusers_hook
-            registry.register_hook(x.hook, x.name)
+            # An adapter such as LoRA may have come, or gone, in the meantime: its output has to be gathered too.
+            module = transformer.get_submodule(x.module)
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(x.hook, x.name)
         self._removed = []
 
 
