@@ -33,6 +33,7 @@ def found(tmp_path_factory):
     return run_worker(tmp_path_factory.mktemp("parallel"), *SCENARIOS)
 
 
+@pytest.mark.combines("sla", "ras partial", "ras forecast", "sla and ras", "context parallelism")
 def test_two_processes_equal_one(found):
     first, second = (x["equal_to_one_process"] for x in found)
     assert first == second, "both processes get the same latents, to the last bit"
