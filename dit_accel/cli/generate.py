@@ -30,7 +30,7 @@ class Generate(AccelerationOptions):
     """LoRA weights: a .safetensors file, a folder with one, or a hub id, with an optional scale as in
     style.safetensors:0.8; may be given several times."""
     compile: bool = False
-    """Compile the repeated blocks of the transformer (torch.compile; Wan2.1)."""
+    """Compile the repeated blocks of the transformer (torch.compile; Wan)."""
 
     def run(self) -> None:
         prompts = self._prompts()
