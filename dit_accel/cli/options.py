@@ -32,7 +32,7 @@ class ModelOptions:
     """The model, how it is sampled, and where results go."""
 
     model: str = EMBEDDED
-    """Repository of Wan2.1, Stable Diffusion 3, Lumina-Next or Lumina-Image 2.0: hub id or folder;
+    """Repository of Wan2.1 or 2.2, Stable Diffusion 3, Lumina-Next or Lumina-Image 2.0: hub id or folder;
     "tiny-wan", "tiny-sd3" and "tiny-lumina2" are the embedded demo models."""
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Wan2.1 text-to-video, accelerated."""
+"""Wan2.1 and Wan2.2 text-to-video, accelerated."""
 
 from diffusers import WanPipeline
 
@@ -9,7 +9,7 @@ from dit_accel.pipelines.sizes import VideoSizes, checked_call
 
 class SparseWanPipeline(SparsePipelineMixin, VideoSizes, WanPipeline):
     """`diffusers.WanPipeline` with sparse self-attention and region-adaptive sampling; every argument of
-    the parent works.
+    the parent works. Wan2.2 14B has two transformers; settings may be a dict by their names.
 
     Example:
         >>> pipe = SparseWanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", sla="balanced")

@@ -1,4 +1,4 @@
-"""Wan2.1 image-to-video, accelerated; a file of its own, because importing it needs an image processor."""
+"""Wan2.1 and Wan2.2 image-to-video, accelerated; a file of its own, because importing it needs an image processor."""
 
 from diffusers import WanImageToVideoPipeline
 

@@ -325,7 +325,8 @@ class RegionAdaptiveSampling(Method, Focus):
             state.plan.extras.clear()
 
     def rows(self, host: Host, run: Run | None) -> RASSummary:
-        return summarise(RunState() if run is None else self.state, self.config, host)
+        known = run is None or run.states.get(self.name) is self.state
+        return summarise(self.state if known else RunState(), self.config, host)
 
     def unscheduled(self, run: Run) -> tuple[str, str] | None:
         plan = self.plan

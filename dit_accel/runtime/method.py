@@ -75,7 +75,14 @@ class Method:
         """Undo `attach`."""
 
     def rows(self, host: "Host", run: Run | None) -> Any:
-        """Return the summary of a run: an object that prints as a table and has `to_dict`."""
+        """Return the summary of a run: an object that prints as a table and has `to_dict`.
+
+        Args:
+            run: the last run, or one that the method was not told about. None: the last one that it knows.
+
+        For a pipeline with two transformers, a class method `joined(parts)` of that object may return the summary of both
+        from `{name: PartSummary}`.
+        """
 
     def unscheduled(self, run: Run) -> tuple[str, str] | None:
         """Return why the schedule of a run leaves the method nothing to do, without counts, and then with what numbers

@@ -64,7 +64,7 @@ def summarise(target: Any) -> dict[str, PartSummary]:
     timesteps = getattr(scheduler_of(target), "timesteps", None)
     if timesteps is not None and any(_is_over(x, timesteps) for x in runs.values()):
         # A transformer that the last run did not call still has the run before.
-        runs = {name: x if _is_over(x, timesteps) else None for name, x in runs.items()}
+        runs = {name: x if _is_over(x, timesteps) else Run() for name, x in runs.items()}
     found = {}
     for name, part in parts.items():
         methods: dict[str, Any] = {}

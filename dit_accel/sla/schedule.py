@@ -282,7 +282,8 @@ class SparseAttention(Method):
 
     def rows(self, host: Host, run: Run | None) -> AttentionSummary:
         """Return the counts of each layer in the last run. Waits for the device."""
-        state = None if run is None else self._state
+        known = run is None or run.states.get(self.name) is self._state
+        state = self._state if known else None
         layers = [self._layer_summary(name, layer, state) for name, layer in self.layers.items()]
         cross = len(host.family.cross_attention(host.transformer))
         # Each cross-attention module runs once in every call of the transformer.

@@ -147,7 +147,7 @@ def stairs(monkeypatch):
     )
 
     def made(of):
-        pipe = types.SimpleNamespace(transformer=None)
+        pipe = types.SimpleNamespace(transformer=object())
         probes = Probes(pipe, lambda rows: None, _dense=[1], _steps=20)
         probes.asked = []
 

@@ -388,3 +388,52 @@ def test_sla_checkpoints_of_both(tmp_path, pipe):
     third = make("wan22")
     dit_accel.load_sla(third, tmp_path / "both")
     assert list(installations_of(third)) == ["transformer"]
+
+
+def test_sla_checkpoints_of_both_on_the_hub(tmp_path, pipe, monkeypatch):
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    dit_accel.enable(pipe, sla={"transformer_2": {**SLA, "topk": 0.6}})
+    dit_accel.save_sla(pipe, tmp_path / "hub" / "tuned")
+
+    def download(repo_id, filename, subfolder=None, **arguments):
+        path = tmp_path / "hub" / (subfolder or "") / filename
+        if repo_id != "org/wan22":
+            raise LocalEntryNotFoundError("no connection")
+        if not path.exists():
+            raise EntryNotFoundError("404")
+        return str(path)
+
+    monkeypatch.setattr("dit_accel.checkpoint.save_load.hf_hub_download", download)
+    other = make("wan22")
+    dit_accel.load_sla(other, "org/wan22", subfolder="tuned")
+    assert list(installations_of(other)) == ["transformer_2"]
+    assert method_of(other.transformer_2, "sla").config.topk == 0.6
+    with pytest.raises(
+        ValueError, match=r"no sla\.safetensors in a sub-folder; accepted for a pip"
+    ):
+        dit_accel.load_sla(other, "org/wan22")
+    with pytest.raises(ValueError, match=r"could be reached \(no connection\)"):
+        dit_accel.load_sla(other, "org/offline")
+
+
+def test_settings_in_a_repository_on_the_hub(tmp_path, pipe, monkeypatch):
+    from dit_accel.checkpoint.file import FILE_NAME, read_checkpoint
+    from dit_accel.checkpoint.save_load import own_settings
+
+    dit_accel.enable(pipe, sla={"transformer": {"topk": 0.4}})
+    dit_accel.save_sla(pipe, tmp_path)
+
+    def download(repo_id, filename, **arguments):
+        from huggingface_hub.errors import EntryNotFoundError
+
+        if not (tmp_path / filename).exists():
+            raise EntryNotFoundError("404")
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("dit_accel.checkpoint.save_load.hf_hub_download", download)
+    names = ["transformer", "transformer_2"]
+    found = own_settings("org/wan22", FILE_NAME, "sla", names, read_checkpoint)
+    assert found["transformer"].config.topk == 0.4
+    assert found["transformer_2"] is None
+    assert own_settings("org/wan22", "ras.json", "ras", names, read_checkpoint) is None
