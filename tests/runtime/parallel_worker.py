@@ -16,6 +16,7 @@ from dit_accel.runtime.install import installation_of, method_of
 from tests.random_pipelines import (
     FAMILIES,
     MORE,
+    compile_blocks,
     embeddings,
     liven,
     lumina,
@@ -381,11 +382,14 @@ def refusals():
 
 def compiled():
     """Blocks compiled whole, with and without tokens that divide, equal plain ones."""
-    pipe = accelerated("wan", "both")
-    expected = run(pipe, "wan", steps=8)
-    pipe = parallel(accelerated("wan", "both"))
-    pipe.transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
-    return relative(run(pipe, "wan", steps=8), expected)
+    found = {}
+    for family in ("wan", "sd3"):
+        expected = run(accelerated(family, "both"), family, steps=8)
+        pipe = parallel(accelerated(family, "both"))
+        graphs = compile_blocks(pipe, family)
+        error = relative(run(pipe, family, steps=8), expected)
+        found[family] = {"error": error, "graphs": graphs.frame_count}
+    return found
 
 
 class Counting:

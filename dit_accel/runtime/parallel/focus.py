@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dit_accel.models import Call, Focus
@@ -94,7 +95,8 @@ class SharedFocus(Focus):
                     exchange.text = x.new_empty(length, 0)
         elif self.exchanges[layout].tokens.shape[0] != length:
             self.exchanges[layout].tokens = x.new_empty(length, 0)
-        return x[:, self.group.own(length)]
+        # A copy: compiled blocks know the strides of what blocks return, and a view would keep the whole alive.
+        return x[:, self.group.own(length)].clone(memory_format=torch.contiguous_format)
 
     def whole(self, x: Tensor, layout: str = "image", *, ends: bool = False) -> Tensor:
         return self.group.gather(x, self.exchanges[layout].tokens.shape[0], ends=ends)
