@@ -24,7 +24,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed")
 PROMPTS = number_prompts(f"a {x} circle" for x in ("red", "blue", "green", "white", "cyan", "pink"))
 IMAGE = Sampling(height=64, width=64, num_inference_steps=3, guidance_scale=2.0)
 OPTIONS = {"model": "tiny-sd3", "sampling": IMAGE}
-LIMIT_S = 180
+LIMIT_S = 300
 """Seconds after which a call counts as hanging."""
 
 
