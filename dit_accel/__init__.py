@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dit_accel.control import sampling_loop as sampling_loop
     from dit_accel.control import summary as summary
     from dit_accel.memory import estimate_memory as estimate_memory
+    from dit_accel.pipelines.cogvideox import SparseCogVideoXPipeline as SparseCogVideoXPipeline
     from dit_accel.pipelines.flux import SparseFluxPipeline as SparseFluxPipeline
     from dit_accel.pipelines.hunyuan_video import (
         SparseHunyuanVideoPipeline as SparseHunyuanVideoPipeline,
@@ -44,6 +45,7 @@ _HOMES = {
     "PrefillConfig": "dit_accel.config",
     "RASConfig": "dit_accel.config",
     "SLAConfig": "dit_accel.config",
+    "SparseCogVideoXPipeline": "dit_accel.pipelines.cogvideox",
     "SparseHunyuanVideoPipeline": "dit_accel.pipelines.hunyuan_video",
     "SparseLTXPipeline": "dit_accel.pipelines.ltx",
     "SparseFluxPipeline": "dit_accel.pipelines.flux",

@@ -8,6 +8,7 @@ The families of `MORE` have a file each in `random_families/`, with these functi
 - `arguments(prompts, guidance)`: keywords of a call beside them: the default size, guidance, negative embeddings;
 - `GRID`: image tokens (t, h, w) of a call at the default size; `SIZES`: keywords of two other sizes, odd and non-square;
 - `blocks(transformer)`: the blocks that `torch.compile` is used on; `CONTEXTS`: calls of a step with guidance 2;
+- where outputs have frames before channels, `CHANNEL_AXIS = 2`;
 - where there are two transformers, `RUNS = 2`: every run has twice as many steps.
 """
 

@@ -15,6 +15,7 @@ FAMILIES = {
     "Lumina2Transformer2DModel": "lumina2.Lumina2",
     "HunyuanVideoTransformer3DModel": "hunyuan_video.HunyuanVideo",
     "LTXVideoTransformer3DModel": "ltx.LTXVideo",
+    "CogVideoXTransformer3DModel": "cogvideox.CogVideoX",
     "FluxTransformer2DModel": "flux.Flux",
     "QwenImageTransformer2DModel": "qwenimage.QwenImage",
 }

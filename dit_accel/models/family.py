@@ -16,7 +16,8 @@ class Call:
     """One call of a transformer, as far as acceleration needs to know it."""
 
     hidden_states: Tensor
-    """Latents `[R, C, (t,) h, w]`. A model that is called with tokens gives a view of them as `[R, C, *grid]`."""
+    """Latents `[R, C, (t,) h, w]`. A model that is called with tokens gives a view of them as `[R, C, *grid]`; one that is
+    called with frames before channels gives a transposed view (see `Family.channel_axis`)."""
     context: Tensor | None
     """`encoder_hidden_states`; its identity tells contexts apart. None: the model has no text."""
     channels: int
@@ -158,6 +159,8 @@ class Family:
     exchanging_cross_attention = False
     """Whether diffusers' processor for cross-attention exchanges heads in context parallelism. Then ours stands in for it
     always: every process has all of the text."""
+    channel_axis = 1
+    """Axis of the channels in the transformer's output. 2: frames come first, `[R, t, C, h, w]`."""
     repeated_blocks: tuple[str, ...] = ()
     """Class names of the repeated blocks, where diffusers names none (`_repeated_blocks` of the transformer)."""
 
@@ -204,7 +207,7 @@ class Family:
         return 1, hidden_states.shape[2] // p, hidden_states.shape[3] // p
 
     def latent_shape(self, pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, ...]:
-        """What the transformer gets for one sample of this size, in pixels."""
+        """Return the shape of `Call.hidden_states` for one sample of this size, in pixels."""
         scale = pipe.vae_scale_factor
         return 1, pipe.transformer.config.in_channels, height // scale, width // scale
 

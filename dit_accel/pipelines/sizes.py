@@ -77,6 +77,37 @@ class HunyuanVideoSizes:
         _check_frames(num_frames, self.vae_scale_factor_temporal)  # type: ignore[attr-defined]
 
 
+class CogVideoXSizes:
+    """Size checks of CogVideoX pipelines, which round in diffusers."""
+
+    def check_sizes(
+        self,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        **_: Any,
+    ) -> None:
+        """Check a size before the call; None stands for the pipeline's default.
+
+        Raises:
+            ValueError: the model cannot make this size.
+        """
+        step = self.vae_scale_factor_spatial * self.transformer.config.patch_size  # type: ignore[attr-defined]
+        for name, value in (("height", height), ("width", width)):
+            if value is not None:
+                _check_multiple(name, value, step)
+        # The VAE decodes pairs of latent frames, and a first one alone where their number is odd.
+        pair = 2 * self.vae_scale_factor_temporal  # type: ignore[attr-defined]
+        whole = isinstance(num_frames, int) and num_frames >= 1
+        if num_frames is None or (whole and num_frames % pair in (0, 1)):
+            return
+        low = num_frames // pair * pair if whole else 0
+        raise ValueError(
+            f"num_frames={num_frames!r}: accepted are {pair}k and {pair}k+1, such as {max(low + 1, 1)} or {low + pair}"
+        )
+
+
 def _check_image(
     pipe: Any, patch: int, height: int | None, width: int | None, num_frames: int | None
 ) -> None:

@@ -50,6 +50,7 @@ class RegionAdaptiveSampling(Method, Focus):
         self.others: tuple[Method, ...] = ()
         """The other methods on the transformer, whose token order and tiles are followed."""
         self.separate_guidance = False
+        self.channel_axis = 1
         self.state = RunState()
         self._finish_call()
 
@@ -71,6 +72,7 @@ class RegionAdaptiveSampling(Method, Focus):
 
     def attach(self, host: Host) -> None:
         self.separate_guidance = host.family.separate_guidance
+        self.channel_axis = host.family.channel_axis
         if not self.uses_attention:
             return
         self.others = tuple(x for x in host.methods if x is not self)
@@ -255,6 +257,7 @@ class RegionAdaptiveSampling(Method, Focus):
                 self.config.output_predictor(plan.schedule.num_steps),
                 grid,
                 correction=float(self.config.correction),
+                channel_axis=self.channel_axis,
             )
         state.returned = Form(output)
         distance, active = self._distance, self._rows

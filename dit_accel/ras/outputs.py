@@ -38,6 +38,7 @@ class Outputs:
         correction: share of the error of earlier steps that an output makes up for. 1 is exact for Euler's method;
             solvers with a memory use an output in later steps too.
         grid: image tokens (t, h, w), where factors differ between tokens. None: one factor for each row.
+        channel_axis: axis of the channels in outputs with a grid, see `Family.channel_axis`.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Outputs:
         grid: tuple[int, int, int] | None = None,
         *,
         correction: float = 0.0,
+        channel_axis: int = 1,
     ) -> None:
         self.predictor = predictor
         self.correction = correction
         self.grid = grid
+        self.channel_axis = channel_axis
         self.last: Tensor | None = None
         self.delta: Tensor | None = None
         self._line: Tensor | None = None
@@ -110,8 +113,8 @@ class Outputs:
         """Take in the output of a call.
 
         Args:
-            output: `[R, ...]`, with a grid `[R, C, (t,) h, w]` or tokens `[R, n, C]`; tokens that did not run may
-                hold anything.
+            output: `[R, ...]`, with a grid `[R, C, (t,) h, w]`, `[R, t, C, h, w]` or tokens `[R, n, C]`; tokens that
+                did not run may hold anything.
             at, interval: as in `answer`.
             active: tokens that ran; None: all.
             repeats: whether tokens may have had their last update at this very noise level. Their change still
@@ -227,10 +230,11 @@ class Outputs:
         ):  # tokens as the model computes them, which the pipeline turns into latents
             return x[:, :, None]
         x = x.view(len(x), *self.grid)
-        sizes = shape[2:] if len(shape) == 5 else (1, *shape[2:])
-        for axis, (size, n) in enumerate(zip(sizes, self.grid, strict=True), start=1):
+        sizes = [n for axis, n in enumerate(shape) if axis not in (0, self.channel_axis)]
+        cells = sizes if len(sizes) == 3 else (1, *sizes)
+        for axis, (size, n) in enumerate(zip(cells, self.grid, strict=True), start=1):
             x = x.repeat_interleave(size // n, dim=axis)
-        return x.view(len(x), 1, *shape[2:])
+        return x.view(len(x), *sizes).unsqueeze(self.channel_axis)
 
     def _per_token(self, x: Tensor) -> Float[Tensor, "r n"]:
         """Return the sums over the output's places of each token."""
@@ -238,7 +242,7 @@ class Outputs:
             return x.flatten(1).sum(1, keepdim=True)
         if x.ndim == 3:
             return x.sum(2)
-        x = x.sum(1)
+        x = x.sum(self.channel_axis)
         if x.ndim == 3:
             x = x[:, None]
         for axis, n in zip((1, 3, 5), self.grid, strict=True):

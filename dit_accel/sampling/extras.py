@@ -29,6 +29,8 @@ NEEDED = {
     "QwenImagePipeline": {"sigmas", "mu"},
 }
 """Arguments that a pipeline of diffusers passes to `set_timesteps`, by its class name."""
+PREDICTS_V = ("CogVideoXPipeline",)
+"""Pipelines of diffusers, by class name, whose models predict v: no scheduler of flow matching drives them."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -130,11 +132,17 @@ def scheduler_class(name: str, outline: Outline) -> Any:
     """Return the scheduler class of diffusers with this name.
 
     Raises:
-        ValueError: there is none, it has no flow matching (which all supported models need), or the pipeline
-            passes arguments that it does not take.
+        ValueError: there is none, it has no flow matching, the model does not predict flow (CogVideoX), or the
+            pipeline passes arguments that the scheduler does not take.
     """
     import diffusers
 
+    parent = outline.pipeline._parent
+    if parent in PREDICTS_V:
+        raise ValueError(
+            f"scheduler={name!r}: the model of a {parent} predicts v and has no flow matching; accepted is None, for the "
+            "scheduler of the repository"
+        )
     names = [x for x in dir(diffusers) if x.endswith("Scheduler")]
     accepted = [x for x in names if _is_flow(getattr(diffusers, x))]
     if name not in accepted:
@@ -144,9 +152,9 @@ def scheduler_class(name: str, outline: Outline) -> Any:
         raise ValueError(f"scheduler={name!r}: {why}{hint}; accepted are {', '.join(accepted)}")
     cls = getattr(diffusers, name)
     taken = inspect.signature(cls.set_timesteps).parameters
-    if missing := NEEDED.get(outline.pipeline._parent, set()) - set(taken):
+    if missing := NEEDED.get(parent, set()) - set(taken):
         raise ValueError(
-            f"scheduler={name!r}: takes no {', '.join(sorted(missing))}, which a {outline.pipeline._parent} passes; "
+            f"scheduler={name!r}: takes no {', '.join(sorted(missing))}, which a {parent} passes; "
             "accepted is FlowMatchEulerDiscreteScheduler"
         )
     return cls

@@ -21,6 +21,7 @@ PIPELINES = {
     "Lumina2Text2ImgPipeline": "lumina2.SparseLumina2Pipeline",
     "HunyuanVideoPipeline": "hunyuan_video.SparseHunyuanVideoPipeline",
     "LTXPipeline": "ltx.SparseLTXPipeline",
+    "CogVideoXPipeline": "cogvideox.SparseCogVideoXPipeline",
     "FluxPipeline": "flux.SparseFluxPipeline",
     "QwenImagePipeline": "qwenimage.SparseQwenImagePipeline",
 }

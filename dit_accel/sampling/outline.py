@@ -156,11 +156,13 @@ def _scale_factors(pipeline: Any, vae: Any) -> dict[str, int]:
             "vae_spatial_compression_ratio": vae.spatial_compression_ratio
             or vae.patch_size * scale,
         }
+    if hasattr(vae, "temperal_downsample"):
+        return {"vae_scale_factor": 2 ** len(vae.temperal_downsample)}
+    scale = 2 ** (len(vae.block_out_channels) - 1)
     if hasattr(vae, "temporal_compression_ratio"):
         return {
             "vae_scale_factor_temporal": vae.temporal_compression_ratio,
-            "vae_scale_factor_spatial": vae.spatial_compression_ratio,
+            # CogVideoX has no number for it.
+            "vae_scale_factor_spatial": getattr(vae, "spatial_compression_ratio", scale),
         }
-    if hasattr(vae, "temperal_downsample"):
-        return {"vae_scale_factor": 2 ** len(vae.temperal_downsample)}
-    return {"vae_scale_factor": 2 ** (len(vae.block_out_channels) - 1)}
+    return {"vae_scale_factor": scale}

@@ -1,10 +1,11 @@
-"""Both methods in video models whose repeated blocks diffusers compiles: the same result, and no graph for each run."""
+"""Both methods in video models whose repeated blocks are compiled: the same result, and no graph for each run."""
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_accel
+from dit_accel.models import family_of
 
 from ..random_pipelines import make, relative, run
 
@@ -13,11 +14,12 @@ SLA |= {"dense_steps": 2, "dense_layers": 0}
 RAS = {"ratio": [(0, 0.7), (0.5, 0.3)], "warmup": 2, "tail": 1, "resets": (6,)}
 
 
-@pytest.mark.parametrize("family", ["hunyuan_video", "ltx"])
+@pytest.mark.parametrize("family", ["hunyuan_video", "ltx", "cogvideox"])
 def test_compiled_repeated_blocks(family):
     pipe = make(family)
     counter = CompileCounterWithBackend("eager")
-    pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+    for block in family_of(pipe.transformer).blocks(pipe.transformer):
+        block.compile(backend=counter, fullgraph=True)
     run(pipe, family, steps=1)
     plain, counter.frame_count = counter.frame_count, 0
     dit_accel.enable(pipe, sla=SLA, ras=RAS)

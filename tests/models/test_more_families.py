@@ -114,20 +114,20 @@ def _check_partial_steps(ras, seen, family, tokens):
         members = tile_tokens(tokens, ras.plan.schedule.tile, torch.device("cpu"))
         active = torch.zeros(tokens, dtype=torch.bool)
         active[members[record.tiles[0]].flatten()] = True
-        same = _by_token(seen[step], more(family).GRID) == _by_token(
-            seen[step - 1], more(family).GRID
-        )
+        now, before = (_by_token(x, family) for x in (seen[step], seen[step - 1]))
+        same = now == before
         moved = ~same.flatten(1).all(1)
         assert moved[active].all()
         assert not moved[~active].any()
     assert partial >= 2
 
 
-def _by_token(x, grid):
-    """`[N, cell]` of an output `[1, N, C]` or `[1, C, (t,) h, w]`."""
-    x = x[0]
+def _by_token(x, family):
+    """`[N, cell]` of an output `[1, N, C]`, `[1, C, (t,) h, w]` or `[1, t, C, h, w]`."""
+    grid, x = more(family).GRID, x[0]
     if x.ndim == 2:
         return x
+    x = x.movedim(getattr(more(family), "CHANNEL_AXIS", 1) - 1, 0)
     if x.ndim == 3:
         x = x[:, None]
     for axis, n in zip((1, 3, 5), grid, strict=True):

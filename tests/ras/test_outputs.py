@@ -15,7 +15,7 @@ TOKENS = 4
 def tokens(x):
     """`[R, C, T, H, W]` as `[R, N, values of a token]`."""
     (t, h, w), (pt, ph, pw) = GRID, PATCH
-    x = x.view(len(x), CHANNELS, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    x = x.reshape(len(x), CHANNELS, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
     return x.reshape(len(x), TOKENS, -1)
 
 
@@ -88,13 +88,14 @@ class Plain:
     seed=st.integers(0, 2**31),
     predictor=st.sampled_from(["fitted", "linear", "hold"]),
     correction=st.sampled_from([0.0, 0.5, 1.0]),
+    channel_axis=st.sampled_from([1, 2]),
     kinds=st.lists(st.sampled_from(["dense", "partial", "forecast"]), min_size=3, max_size=8),
 )
-def test_equals_what_single_tokens_remember(seed, predictor, correction, kinds):
+def test_equals_what_single_tokens_remember(seed, predictor, correction, channel_axis, kinds):
     generator = torch.Generator().manual_seed(seed)
     rows = 2
     shape = (rows, CHANNELS, *(g * p for g, p in zip(GRID, PATCH, strict=True)))
-    outputs = Outputs(predictor, GRID, correction=correction)
+    outputs = Outputs(predictor, GRID, correction=correction, channel_axis=channel_axis)
     plain = [Plain(predictor, correction) for _ in range(rows)]
     kinds = ["dense", *kinds]
     levels = torch.rand(len(kinds) + 1, generator=generator, dtype=torch.float64)
@@ -108,7 +109,7 @@ def test_equals_what_single_tokens_remember(seed, predictor, correction, kinds):
         factor = torch.where(gap == 0, 0.0, (s - last) / torch.where(gap == 0, 1.0, gap))
         at = Distance(factor.clamp(0, 1), torch.zeros_like(last), (s - last).abs())
         if kind == "forecast":
-            got, errors = outputs.answer(at, interval), None
+            got, errors = outputs.answer(at, interval).movedim(channel_axis, 1), None
             expected = [x.step(float(s), float(interval), None, None) for x in plain]
         else:
             new = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -116,8 +117,13 @@ def test_equals_what_single_tokens_remember(seed, predictor, correction, kinds):
             if kind == "partial":
                 active = torch.rand(rows, TOKENS, generator=generator) < 0.5
             got, errors = outputs.record(
-                new, at, interval, None if kind == "dense" else active, measure=True
+                new.movedim(1, channel_axis),
+                at,
+                interval,
+                None if kind == "dense" else active,
+                measure=True,
             )
+            got = got.movedim(channel_axis, 1)
             expected = [
                 x.step(float(s), float(interval), tokens(new)[r], active[r].tolist())
                 for r, x in enumerate(plain)

@@ -126,6 +126,12 @@ def test_other_schedulers_are_refused_with_those_that_are_accepted(outline, name
         scheduler_class(name, outline)
 
 
+def test_a_model_that_predicts_v_keeps_its_scheduler(tmp_path):
+    random_pipelines.make("cogvideox").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a CogVideoXPipeline predicts v.*accepted is None"):
+        scheduler_class("UniPCMultistepScheduler", read_outline(tmp_path))
+
+
 def test_a_misspelt_scheduler_gets_a_suggestion(outline):
     with pytest.raises(ValueError, match=r"did you mean 'UniPCMultistepScheduler'"):
         scheduler_class("UniPcMultiStepScheduler", outline)

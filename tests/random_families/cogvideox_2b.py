@@ -1,0 +1,10 @@
+"""CogVideoX with positional embeddings added to text and video, as its 2B model has them."""
+
+from . import cogvideox
+from .cogvideox import CHANNEL_AXIS, CONTEXTS, GRID, SIZES, arguments, blocks, embeddings
+
+__all__ = ["CHANNEL_AXIS", "CONTEXTS", "GRID", "SIZES", "arguments", "blocks", "embeddings", "make"]
+
+
+def make(solver="euler"):
+    return cogvideox.make(solver, use_rotary_positional_embeddings=False)
