@@ -68,9 +68,8 @@ class CogVideoX(Family):
         if focus.passes:
             return arguments
         # The transformer splits text from video by the length of this argument.
-        changed: dict[str, Any] = {
-            "encoder_hidden_states": focus.part(arguments["encoder_hidden_states"])
-        }
+        text = focus.part(arguments["encoder_hidden_states"])
+        changed: dict[str, Any] = {"encoder_hidden_states": text}
         if (tables := arguments.get("image_rotary_emb")) is not None:
             changed["image_rotary_emb"] = tuple(focus.take(x[None]) for x in tables)
         return {**arguments, **changed}

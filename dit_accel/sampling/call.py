@@ -151,5 +151,6 @@ def _called(
 def _has_true_guidance(pipe: Any) -> bool:
     """Return whether the scale of classifier-free guidance has a name of its own, as in Qwen-Image. `guidance_scale` is
     then for models that guidance was distilled into, which get it as an input."""
-    distilled = getattr(pipe.transformer.config, "guidance_embeds", False)
+    config = getattr(pipe.transformer, "config", None)
+    distilled = getattr(config, "guidance_embeds", False)
     return not distilled and "true_cfg_scale" in inspect.signature(type(pipe).__call__).parameters

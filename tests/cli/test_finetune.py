@@ -186,12 +186,13 @@ def test_the_module_is_the_command(arguments):
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
 
+    def said(text):
+        # torchao, which diffusers imports where it is there, notes what it cannot load, with the time.
+        return [x for x in text.splitlines() if "torchao" not in x and "_pytree.py" not in x]
+
     done, command = call("dit_accel.finetune"), call("dit_accel.cli", "finetune")
-    assert (done.returncode, done.stdout, done.stderr) == (
-        command.returncode,
-        command.stdout,
-        command.stderr,
-    )
+    assert (done.returncode, done.stdout) == (command.returncode, command.stdout)
+    assert said(done.stderr) == said(command.stderr)
     assert done.returncode == (0 if "--dry-run" in arguments else 2), done.stderr
     assert done.stdout if "--dry-run" in arguments else done.stderr
 

@@ -350,6 +350,8 @@ def outline_of(parent, transformer_class, **config):
         pipeline=SimpleNamespace(_parent=parent),
         transformer=SimpleNamespace(config=SimpleNamespace(**config)),
         transformer_class=transformer_class,
+        transformer_2=None,
+        expand_timesteps=False,
         check_sizes=lambda **_: None,
     )
 
