@@ -40,6 +40,22 @@ def _gemma():
     return tokenizer
 
 
+def _qwen():
+    from transformers import Qwen2Tokenizer
+
+    letters = [*_byte_alphabet(), "<|endoftext|>"]
+    return Qwen2Tokenizer({x: i for i, x in enumerate(letters)}, [])
+
+
+def _llama():
+    from transformers import LlamaTokenizer
+
+    # The first ids as the tests' text encoders have them.
+    words = ["<s>", "<pad>", "</s>", "<unk>", "▁", *(f"<0x{i:02X}>" for i in range(256))]
+    words += string.ascii_letters
+    return LlamaTokenizer({x: i for i, x in enumerate(words)}, [], pad_token="<pad>")
+
+
 def _t5_config():
     from transformers import T5Config
 
@@ -61,10 +77,13 @@ def _gemma_config():
     return GemmaConfig()
 
 
+# Repository, or repository:subfolder.
 REPOSITORIES = {
     "hf-internal-testing/tiny-random-t5": (_t5, _t5_config),
     "hf-internal-testing/tiny-random-clip": (_clip,),
     "hf-internal-testing/dummy-gemma": (_gemma, _gemma_config),
+    "hf-internal-testing/tiny-random-Qwen2VLForConditionalGeneration": (_qwen,),
+    "finetrainers/dummy-hunyaunvideo:tokenizer": (_llama,),
 }
 
 
@@ -72,12 +91,13 @@ def fill_hub_cache() -> None:
     """Write the repositories in the layout of huggingface_hub's cache; offline, loaders look nowhere else."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    for name, makers in REPOSITORIES.items():
+    for place, makers in REPOSITORIES.items():
+        name, _, subfolder = place.partition(":")
         root = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
         revision = "0" * 40
         if root.exists():
             continue
         for maker in makers:
-            maker().save_pretrained(root / "snapshots" / revision)
+            maker().save_pretrained(root / "snapshots" / revision / subfolder)
         (root / "refs").mkdir()
         (root / "refs" / "main").write_text(revision)

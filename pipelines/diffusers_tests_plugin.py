@@ -64,12 +64,19 @@ VARIANTS = {
         settings=_SPARSE,
     ),
 }
-# The inputs of the tests have 3 or 4 tokens (Stable Diffusion 3: 1,024) and 2 steps: nothing to accelerate.
+# The inputs of the tests have 2 steps and mostly 3 to 16 tokens: nothing to accelerate. Sizes of a folder, and what
+# one of its files needs beside them.
 LARGE = {
     "wan": {"height": 64, "width": 64, "num_inference_steps": 4},
     "stable_diffusion_3": {"num_inference_steps": 4},
     "lumina": {"height": 128, "width": 128, "num_inference_steps": 4},
     "lumina2": {"height": 128, "width": 128, "num_inference_steps": 4},
+    "flux": {"height": 32, "width": 32, "num_inference_steps": 4},
+    "flux.test_pipeline_flux_kontext": {"max_area": 32 * 32},
+    "flux.test_pipeline_flux_kontext_inpaint": {"max_area": 32 * 32},
+    "qwenimage": {"height": 96, "width": 96, "num_inference_steps": 4},
+    "hunyuan_video": {"height": 64, "width": 64, "num_inference_steps": 4},
+    "ltx": {"num_inference_steps": 4},  # 192 tokens
 }
 OURS = {
     "WanPipeline": "SparseWanPipeline",
@@ -78,6 +85,10 @@ OURS = {
     "StableDiffusion3Pipeline": "SparseStableDiffusion3Pipeline",
     "LuminaPipeline": "SparseLuminaPipeline",
     "Lumina2Pipeline": "SparseLumina2Pipeline",
+    "FluxPipeline": "SparseFluxPipeline",
+    "QwenImagePipeline": "SparseQwenImagePipeline",
+    "HunyuanVideoPipeline": "SparseHunyuanVideoPipeline",
+    "LTXPipeline": "SparseLTXPipeline",
 }
 
 _counts = {"pipelines": 0, "sparse_calls": 0, "ras_steps": 0}
@@ -169,7 +180,8 @@ def _install(items: list, variant: Variant) -> None:
 def _enlarge(items: list) -> None:
     """Give every call of the tests the sizes of LARGE."""
     for test_class in {item.cls for item in items if hasattr(item.cls, "get_dummy_inputs")}:
-        larger = LARGE[test_class.__module__.split(".")[2]]
+        folder, file = test_class.__module__.split(".")[2:4]
+        larger = {**LARGE[folder], **LARGE.get(f"{folder}.{file}", {})}
         inputs = test_class.get_dummy_inputs
 
         def enlarged(self, *args, _inputs=inputs, _larger=larger, **kwargs):
