@@ -34,7 +34,9 @@ FOLDERS = (
     "hunyuan_video",
     "ltx",
 )
-_MEGAPIXEL = "the VAE reads a megapixel of the picture in every call: minutes for each test on a CPU"
+_MEGAPIXEL = (
+    "the VAE reads a megapixel of the picture in every call: minutes for each test on a CPU"
+)
 LEFT_OUT = {
     "wan/test_wan_animate.py": "WanAnimateTransformer3DModel is not supported",
     "flux/test_pipeline_flux_redux.py": "a pipeline without transformer",
