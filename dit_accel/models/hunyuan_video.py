@@ -111,6 +111,13 @@ def _rope(focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]) -> tup
     """Rotary tables `[R or 1, n, D]` of the tokens that run; the processors get the lengths of the texts."""
     mask = focus.call.mask
     assert mask is not None
+    processes = focus.call.processes
+    if processes is not None and mask.shape[1] < processes.size:
+        # Blocks of one stream cut the text from the end of the sequence, which they cannot where there is none.
+        raise ValueError(
+            f"encoder_hidden_states: {mask.shape[1]} text tokens, and {processes.size} processes; accepted is one or more "
+            "for each process"
+        )
     lengths = mask.sum(1, dtype=torch.int32)  # the model takes no more of the mask than this
     counts = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
     for layer in layers:

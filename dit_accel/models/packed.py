@@ -102,8 +102,8 @@ def own_words(focus: Focus) -> tuple[slice, slice]:
     Processes share [text, references] as one sequence.
     """
     text = focus.call.text_length - focus.call.references
-    places = focus.part(torch.arange(focus.call.text_length, device="cpu")[None])[0]
-    start, stop = int(places[0]), int(places[-1]) + 1
+    places = focus.part(torch.arange(focus.call.text_length, device="cpu")[None])[0].tolist()
+    start, stop = (places[0], places[-1] + 1) if places else (0, 0)  # few words, many processes
     return slice(min(start, text), min(stop, text)), slice(
         max(start - text, 0), max(stop - text, 0)
     )

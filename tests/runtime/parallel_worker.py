@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from tests.random_pipelines import (
     lumina,
     lumina2,
     make,
+    more,
     randomise,
     relative,
     run,
@@ -177,15 +179,24 @@ def uneven_heads():
 
 def short_text():
     """One text token, which the second process has none of."""
-    one = {
-        f"{sign}prompt_embeds": embeddings("sd3", [prompt])["prompt_embeds"][:, :1]
-        for sign, prompt in (("", 0), ("negative_", -3))
-    }
-    expected, latents = (
-        run(pipe, "sd3", steps=6, **one)
-        for pipe in (accelerated("sd3", "both"), parallel(accelerated("sd3", "both")))
-    )
-    return relative(latents, expected)
+    errors = []
+    for family in ("sd3", "flux", "qwenimage", "cogvideox"):
+        texts = more(family).embeddings if family in MORE else partial(embeddings, family)
+        one = {
+            f"{sign}{name}": x[:, :1]
+            for sign, prompt in (("", 0), ("negative_", -3))
+            for name, x in texts([prompt]).items()
+            if name in ("prompt_embeds", "prompt_embeds_mask", "prompt_attention_mask")
+        }
+        expected, latents = (
+            run(pipe, family, steps=6, **one)
+            for pipe in (accelerated(family, "both"), parallel(accelerated(family, "both")))
+        )
+        errors.append(relative(latents, expected))
+    pipe = parallel(accelerated("hunyuan_video", "sla"))
+    texts = more("hunyuan_video").embeddings([0])
+    one = {name: x[:, :1] for name, x in texts.items() if "pooled" not in name}
+    return max(errors), message_of(lambda: run(pipe, "hunyuan_video", steps=2, **one))
 
 
 def other_settings():
