@@ -40,8 +40,9 @@ def enable(
     runs dense.
 
     Args:
-        target: a transformer of Wan2.1 and 2.2, Stable Diffusion 3 and 3.5, Lumina-Next or Lumina-Image 2.0, a wrapper
-            of one (DDP, PEFT, torch.compile), or a diffusers pipeline that has one. Region-adaptive sampling without
+        target: a transformer of Wan2.1, Wan2.2 or VACE, FLUX.1, Qwen-Image, HunyuanVideo, LTX-Video, CogVideoX, Stable
+            Diffusion 3 and 3.5, Lumina-Next or Lumina-Image 2.0, a wrapper of one (DDP, PEFT, torch.compile), or a
+            diffusers pipeline that has one. Region-adaptive sampling without
             a `ratio` takes any transformer whose call has one tensor `hidden_states` and returns one tensor. Both
             transformers of a Wan2.2 pipeline are accelerated; each counts the steps that it runs.
         ras: region-adaptive sampling: an `RASConfig`, a preset ("quality", "balanced", "fast", "forecast", "partial",

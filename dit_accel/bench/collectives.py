@@ -1,4 +1,4 @@
-"""`Collectives`: what processes send each other in a block of code, counted from the operators that torch dispatches."""
+"""`Collectives`: counts of the collectives in a block of code, from the operators that torch dispatches."""
 
 from collections import Counter
 from typing import Any
@@ -7,14 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 KINDS = ("all_", "allgather", "allreduce", "alltoall", "broadcast", "reduce")
-"""How the names of the operators begin."""
+"""Prefixes of the names of the operators."""
 
 
 class Collectives(TorchDispatchMode):
     """Context manager that counts collectives and the bytes that leave this process.
 
     Args:
-        size: processes of the group.
+        size: number of processes in the group.
 
     Attributes:
         calls: number of collectives by the name of the operator.

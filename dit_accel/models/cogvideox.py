@@ -96,7 +96,7 @@ class CogVideoX(Family):
 
 
 def _whole_text(focus: Focus, args: tuple, kwargs: dict) -> Any:
-    """Replace the share of this process by all of the text, which positional embeddings are made for."""
+    """Replace the text of this process by all of the text, because positional embeddings cover the whole text."""
     text = focus.call.context
     if text is None or text.shape[1] == args[0].shape[1]:
         return args, kwargs

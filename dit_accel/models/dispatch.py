@@ -9,7 +9,7 @@ from dit_accel.models.attention import SparseProcessor
 
 
 class DispatchProcessor(SparseProcessor):
-    """What diffusers expects of a processor beside the call."""
+    """Processor with the attributes that diffusers sets for attention backends and context parallelism."""
 
     def __init__(self, stock: Any) -> None:
         super().__init__(stock)
@@ -31,6 +31,6 @@ class DispatchProcessor(SparseProcessor):
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        """diffusers' attention on `[B, L, H, D]`."""
+        """Run diffusers' attention on `[B, L, H, D]`."""
         backend = self._attention_backend
         return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=backend)

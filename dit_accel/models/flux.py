@@ -59,10 +59,10 @@ class Flux(PackedTransformer):
 
 
 def _image_grid(ids: Tensor) -> tuple[int, int, int]:
-    """Return the image tokens (t, h, w) that these places (image, row, column) `[N, 3]` are for.
+    """Return the grid of image tokens (t, h, w) with these places (image, row, column) `[N, 3]`.
 
     Raises:
-        ValueError: not the rows of one image, with those of references behind them.
+        ValueError: the places are not those of one image, followed by reference images.
     """
     image, row, _ = (ids[0] if ids.ndim == 3 else ids).unbind(1)
     own = image == image[0]
@@ -79,7 +79,7 @@ def _image_grid(ids: Tensor) -> tuple[int, int, int]:
 def _tables(
     focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The rotary tables `[R or 1, L, D]` of the tokens that run."""
+    """Return the rotary tables `[R or 1, L, D]` of the tokens that run."""
     text = focus.call.text_length - focus.call.references
     set_words(focus, layers, output[0])
     cos, sin = (

@@ -100,7 +100,7 @@ def _patch(transformer: Any) -> tuple[int, int, int]:
 
 
 def _shrink_rope(focus: Focus, patch: tuple[int, int, int], args: tuple, kwargs: dict) -> Any:
-    """The tables are known: let the module make those of a single token."""
+    """Let the module make the tables of a single token, if those of the run are known."""
     if "rope" in focus.per_run:
         t, h, w = patch
         args = (args[0][..., :t, :h, :w],)
@@ -108,7 +108,7 @@ def _shrink_rope(focus: Focus, patch: tuple[int, int, int], args: tuple, kwargs:
 
 
 def _rope(focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Rotary tables `[R or 1, n, D]` of the tokens that run; the processors get the lengths of the texts."""
+    """Return the rotary tables `[R or 1, n, D]` of the tokens that run; give the processors the lengths of the texts."""
     mask = focus.call.mask
     assert mask is not None
     processes = focus.call.processes
@@ -118,7 +118,7 @@ def _rope(focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]) -> tup
             f"encoder_hidden_states: {mask.shape[1]} text tokens, and {processes.size} processes; accepted is one or more "
             "for each process"
         )
-    lengths = mask.sum(1, dtype=torch.int32)  # the model takes no more of the mask than this
+    lengths = mask.sum(1, dtype=torch.int32)  # the model reads only the lengths from the mask
     counts = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
     for layer in layers:
         layer.processor.text_lengths, layer.processor.text_mask = lengths, counts
@@ -130,9 +130,9 @@ class HunyuanVideoSparseAttnProcessor(DispatchProcessor):
     """Attention over [image, text]; see `Family.processor`. Only the image passes the seam `kv_store`."""
 
     text_lengths: Int[Tensor, " b"] | None = None
-    """Text tokens of each row that count, in the current call."""
+    """Number of text tokens of each row that are not padding, in the current call."""
     text_mask: Bool[Tensor, "b t"] | None = None
-    """The same as a mask."""
+    """Mask of the same tokens."""
 
     def release(self) -> Any:
         self.text_lengths = self.text_mask = None
@@ -175,7 +175,7 @@ class HunyuanVideoSparseAttnProcessor(DispatchProcessor):
         return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
     def _projected(self, attn: Any, x: Tensor) -> list[Tensor]:
-        """Query, key and value `[B, L, H, D]`, normalised."""
+        """Return query, key and value `[B, L, H, D]`, normalised."""
         query, key, value = (y.unflatten(2, (attn.heads, -1)) for y in projections(attn, x))
         if attn.norm_q is not None:
             query = attn.norm_q(query)

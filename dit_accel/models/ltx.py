@@ -143,7 +143,7 @@ def _rope(focus: Focus, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
 
 
 def _text_keys(focus: Focus, modules: list[Any], output: Tensor) -> None:
-    """Keys and values of the text in every cross-attention, once per context."""
+    """Compute keys and values of the text for every cross-attention layer, once per context."""
     if "text" not in focus.per_context:
         focus.per_context["text"] = [computed_once(attn, _key_value, output) for attn in modules]
     for attn, known in zip(modules, focus.per_context["text"], strict=True):
@@ -151,13 +151,13 @@ def _text_keys(focus: Focus, modules: list[Any], output: Tensor) -> None:
 
 
 def _key_value(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys (normalised, not rotated) `[B, L, H * D]`, and values `[B, L, H, D]`."""
+    """Return keys (normalised, not rotated) `[B, L, H * D]` and values `[B, L, H, D]`."""
     key, value = attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
     return key, value.unflatten(2, (attn.heads, -1))
 
 
 class LTXSparseAttnProcessor(DispatchProcessor):
-    """Self-attention with the seams; otherwise diffusers' attention runs."""
+    """Self-attention over the video; see `Family.processor`."""
 
     def __call__(
         self,
@@ -179,7 +179,7 @@ class LTXSparseAttnProcessor(DispatchProcessor):
 
 
 class LTXTextAttnProcessor(DispatchProcessor):
-    """Cross-attention to text whose keys and values were computed once."""
+    """Cross-attention to the text, whose keys and values are computed once per context."""
 
     def __call__(
         self,

@@ -125,7 +125,7 @@ def image_part(focus: Focus, x: Tensor) -> Tensor:
 
 
 def set_words(focus: Focus, layers: list[Any], like: Tensor) -> None:
-    """Tell the processors of these layers how many of their tokens stand before the image."""
+    """Store in the processors of these layers the number of tokens before the image."""
     text, references = (x.stop - x.start for x in own_words(focus))
     focus.per_context["references"] = references
     words = like.new_empty(text + references, 0)
@@ -141,8 +141,8 @@ class PackedProcessor(DispatchProcessor):
     """A processor of joint attention over [text, references, image]; only the image passes the seam `kv_store`."""
 
     words: Tensor | None = None
-    """`[W, 0]`: tokens before the image. A shape, because torch.compile specialises on Python ints. None: not known, and
-    the seams do not need it."""
+    """`[W, 0]`, W being the number of tokens before the image: stored as a tensor shape, because torch.compile specialises
+    on Python ints. None: not known; no method or parallelism needs it."""
 
     def release(self) -> Any:
         self.words = None
@@ -150,5 +150,5 @@ class PackedProcessor(DispatchProcessor):
 
     @property
     def num_words(self) -> int:
-        """Tokens before the image; 0 where nobody needs them."""
+        """Number of tokens before the image; 0 if it is not known."""
         return 0 if self.words is None else self.words.shape[0]

@@ -106,12 +106,12 @@ def _is_padded(mask: Tensor) -> bool:
 
 
 def _whole_text(focus: Focus, args: tuple, kwargs: dict) -> Any:
-    """The table of all text, where the model has seen that of one process."""
+    """Let the module make the table of all text tokens; the model itself sees the text of one process."""
     return args, {**kwargs, "max_txt_seq_len": focus.call.text_length - focus.call.references}
 
 
 def _tables(focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """The rotary tables `[R or 1, L, D / 2]` of the image and text tokens that run."""
+    """Return the rotary tables `[R or 1, L, D / 2]` of the image and text tokens that run."""
     image, text = (x[None] for x in output)
     set_words(focus, layers, text)
     mask = focus.call.mask
@@ -122,7 +122,7 @@ def _tables(focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]) -> t
 
 
 def _modulate_references(attn: Any, args: tuple, kwargs: dict) -> Any:
-    """References are modulated as clean images: 1 for each of them, 0 for each token of the image."""
+    """Set the modulation index: 1 for tokens of references, which are clean images, and 0 for tokens of the image."""
     arguments = {"hidden_states": args[:1], "encoder_hidden_states": args[1:2]}
     image, text = (kwargs[name] if name in kwargs else x[0] for name, x in arguments.items())
     references = attn.processor.num_words - text.shape[1]
@@ -191,7 +191,7 @@ def _rotated(stream: list[Tensor], table: Tensor) -> list[Tensor]:
 
 
 def _joint_mask(mask: Tensor | None, length: int) -> Tensor | None:
-    """The mask of all keys `[B, 1, 1, L]`, from that of the text in front of the image."""
+    """Return the mask of all keys `[B, 1, 1, L]`, given that of the text before the image."""
     if mask is None:
         return None
     image = mask.new_ones(mask.shape[0], length - mask.shape[1])

@@ -36,7 +36,7 @@ class WanVACE(Wan):
 
 
 def _embedded(focus: Focus, output: Float[Tensor, "r c t h w"]) -> Tensor:
-    """Control tokens of the active video tokens; a control of fewer frames ends in zeros, as in diffusers."""
+    """Return the control tokens of the active video tokens; a control of fewer frames ends in zeros, as in diffusers."""
     if focus.passes:
         return output
     tokens = output.flatten(2)

@@ -28,7 +28,7 @@ def is_by_component(value: Any) -> TypeGuard[Mapping[str, Any]]:
 
 
 def split(argument: str, value: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Return the settings of each transformer: the same for all of them, or those of a dict by name.
+    """Return the settings of each transformer by name: one setting for all of them, or the entries of a dict.
 
     Args:
         argument: name of the argument, for messages.

@@ -1,4 +1,4 @@
-"""`Parallel`: one sample computed by several processes, as `--parallel` names it."""
+"""`Parallel`: the option `--parallel`, by which several processes compute one sample."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ class Parallel:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes files and prints: the first one does."""
+        """Whether this process writes files and prints; only the first one does."""
         return int(os.environ.get("RANK", "0")) == 0
 
     @property
@@ -50,7 +50,7 @@ class Parallel:
             group.check_heads(name, layer.kv_heads)
 
     def enable(self, pipe: Any) -> None:
-        """Put it on the transformer of a pipeline, whose processes are there."""
+        """Enable context parallelism on a loaded pipeline, within `processes`."""
         from diffusers import ContextParallelConfig
 
         from dit_accel.runtime.parallel.enable import enable_parallelism
@@ -62,7 +62,7 @@ class Parallel:
 
 
 def read_parallel(text: str) -> Parallel | None:
-    """Return what `--parallel` means; None: each process works alone.
+    """Read the value of `--parallel`; None: each process works alone.
 
     Args:
         text: "none", "ulysses:N", or "ulysses_anything:N" for heads that N does not divide.

@@ -1,4 +1,4 @@
-"""Quantised weights of the transformer, by name: what `--quantize` means."""
+"""Quantised weights of the transformer, for `--quantize`."""
 
 import importlib.util
 from typing import Any
@@ -10,8 +10,8 @@ QUANTIZED = {
     "torchao:int8_dynamic": "Int8DynamicActivationInt8WeightConfig",
     "torchao:float8": "Float8WeightOnlyConfig",
 }
-"""Config classes of torchao by name: weights in 8-bit integers; inputs of layers too, when they come; weights in 8-bit
-floats. These run on a CPU as well."""
+"""Config classes of torchao by name: weights in 8-bit integers; weights and inputs of layers in 8-bit integers; weights in
+8-bit floats. All run on a CPU too."""
 
 
 def check_quantize(name: str) -> None:

@@ -32,7 +32,7 @@ from dit_accel.sampling.settings import check_count
 SHARDS_PER_WORKER = 4
 """More shards than workers: quick workers make more of them."""
 RESTARTS = 4
-"""How often Ray starts each worker again, on average, before the run fails. Ray itself would never stop."""
+"""Restarts per worker, on average, after which the run fails. Ray itself has no limit."""
 CONNECT_S = 10.0
 """Seconds to wait for the head of a cluster."""
 POLL_S = 1.0
@@ -42,9 +42,9 @@ ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its new default, which it would warn about
 }
-"""Settings of Ray where it is started here, unless the environment has others."""
+"""Environment variables for a Ray that is started here; values that are set already stay."""
 NOTE = "note: "
-"""Beginning of the lines on stderr that are about the samples."""
+"""Prefix of the lines on stderr that are about the samples."""
 SAME = ("dit-accel", "torch", "diffusers", "transformers")
 """Packages that must have one version on all nodes, because samples depend on them."""
 
@@ -107,7 +107,7 @@ def generate_on_ray(
         samples: number of samples of the set.
         device: "auto", "cpu" or "cuda". "auto" is a GPU for each worker where Ray has GPUs, else the CPU.
         workers: number of workers, each with a GPU or a CPU. Default: the GPUs that Ray has, or 1 without GPUs.
-        address: of a Ray cluster. Default: RAY_ADDRESS of the environment, else this machine alone.
+        address: address of a Ray cluster. Default: RAY_ADDRESS of the environment, else this machine alone.
         make_cache: makes the cache config of diffusers from a loaded pipeline; None for no cache. It is pickled.
         progress: show a bar on stderr.
         options: further arguments of `generate`, but for those that shard.
@@ -157,7 +157,7 @@ def generate_on_ray(
 
 @dataclass(frozen=True)
 class Job:
-    """The work of all workers, as it is pickled."""
+    """Arguments of all workers, which are pickled."""
 
     load: Callable[[str], Any]
     """Loads the pipeline on a device."""
@@ -171,12 +171,12 @@ class Job:
 
 
 class Worker:
-    """A worker: one pipeline, and the shards that it is given.
+    """Worker with one pipeline, which makes the shards that it is given.
 
     Args:
         job: a pickled `Job`.
         expected: versions of packages.
-        token: file in the shared folder, which gets a byte for each worker that starts.
+        token: file in the shared folder; each worker that starts appends a byte.
         workers: number of workers.
         restarts: number of further starts that are accepted.
 
@@ -400,9 +400,9 @@ def _resources(ray: Any, device: str, workers: int | None) -> tuple[bool, int]:
 
 @contextlib.contextmanager
 def _shared_folder(folder: Path) -> Iterator[Path]:
-    """Make the folder, and yield a file in it by which workers know that it is theirs too.
+    """Make the folder, and yield a file in it, by which workers check that they see the same folder.
 
-    The file goes at the end, and so does a folder that was not there before and that nothing was written to.
+    At the end the file is removed, and so is the folder if it is new and empty.
     """
     new = [x for x in (folder, *folder.parents) if not x.exists()]
     try:

@@ -1,1 +1,1 @@
-"""Context parallelism: processes share the tokens of a call, and trade them for heads in each attention."""
+"""Context parallelism: processes share the tokens of a call, and the heads in each attention layer."""

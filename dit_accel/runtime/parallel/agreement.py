@@ -1,4 +1,4 @@
-"""`what_is_said`: the words in which a process tells the others which call it is about to make."""
+"""`what_is_said`: description of a call, which the processes of context parallelism compare."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +12,10 @@ from dit_accel.runtime.run import Run
 
 
 def what_is_said(run: Run, call: Call, methods: Mapping[str, Method]) -> dict[str, Any]:
-    """Return what all processes have in common in the first call of a context, by name.
+    """Return the values that must be equal in all processes in the first call of a context, by name.
 
-    Tensors are compared by a sum over their bits: what is selected in a step depends on the last one. Reading it waits
-    for the device.
+    Tensors are compared by a sum over their bits, because a difference in one bit can change which tokens and blocks are
+    selected. Reading the sum waits for the device.
     """
     pipe = run.pipe
     said: dict[str, Any] = {"methods": ", ".join(methods)}
@@ -50,6 +50,6 @@ def _shape(x: Tensor) -> str:
 
 
 def _bits(x: Tensor) -> int:
-    """A weighted sum over the bytes of a tensor, in which every order of summation gives the same."""
+    """Return a weighted sum over the bytes of a tensor, in integers, so that the order of summation does not matter."""
     words = x.detach().contiguous().view(torch.uint8).flatten().to(torch.int64)
     return int((words * (torch.arange(len(words), device=x.device) % 65521 + 1)).sum())

@@ -94,7 +94,7 @@ def _check(transformer: Any, degree: int, anything: bool) -> None:
 
 
 def _on_cpus(transformer: Any, context: Any) -> None:
-    """Do what diffusers does, which asks for the number of accelerators and divides by it."""
+    """Enable parallelism on CPUs, where `enable_parallelism` of diffusers divides by the number of accelerators, 0."""
     from diffusers import ParallelConfig
     from diffusers.hooks.context_parallel import apply_context_parallel
 

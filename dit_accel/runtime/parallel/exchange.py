@@ -1,4 +1,4 @@
-"""`Exchange`: between tokens of all heads, as a process has them, and heads of all tokens, as attention needs them."""
+"""`Exchange`: conversion between a share of the tokens with all heads and all tokens with a share of the heads."""
 
 import torch
 from jaxtyping import Float
@@ -8,14 +8,14 @@ from dit_accel.runtime.parallel.group import Group
 
 
 class Exchange:
-    """The seam `exchange` of the attention processors of one layout.
+    """Implementation of the seam `exchange` of the attention processors of one layout.
 
-    What changes between calls are shapes of empty tensors: compiled blocks take shapes as they come, while numbers that
-    they find in an object are theirs for good.
+    Numbers that change between calls are stored as shapes of empty tensors, because torch.compile specialises on Python
+    ints.
 
     Attributes:
-        tokens: `[n, 0]`, the tokens of the layout that run, in all processes.
-        text: `[T, 0]`, text tokens beside them, in all processes.
+        tokens: `[n, 0]`, n being the number of tokens of the layout that run in all processes together.
+        text: `[T, 0]`, T being the number of text tokens beside them in all processes together.
     """
 
     def __init__(self, group: Group) -> None:
@@ -25,14 +25,14 @@ class Exchange:
 
     @property
     def words(self) -> int:
-        """Text tokens in all processes."""
+        """Number of text tokens in all processes together."""
         return self.text.shape[0]
 
     def beside(self, text: str) -> int:
-        """Return the text tokens of all processes in a sequence; this one may have none of them.
+        """Return the number of text tokens of all processes in a sequence; this process may have none of them.
 
         Args:
-            text: where they stand, as in `SparseProcessor.run`.
+            text: position of the text in the sequence, as in `SparseProcessor.run`.
         """
         return 0 if text == "none" else self.words
 
@@ -43,11 +43,11 @@ class Exchange:
         value: Float[Tensor, "b l h_kv d"],
         text: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Trade a share of the tokens with all heads for all tokens with a share of the heads, at once for the three.
+        """Convert a share of the tokens with all heads to all tokens with a share of the heads, in one exchange.
 
         Args:
-            query, key, value: of this process's tokens.
-            text: where text stands, as in `SparseProcessor.run`; in the result too.
+            query, key, value: projections of this process's tokens.
+            text: position of the text in the sequence and in the result, as in `SparseProcessor.run`.
         """
         group = self.group
         q_shares, kv_shares = self._heads(query.shape[2], key.shape[2])
@@ -94,8 +94,8 @@ class Exchange:
         """Undo `to_heads` for the output of attention.
 
         Args:
-            out: of all tokens that run, with this process's heads.
-            heads: all heads of queries and of keys.
+            out: output of all tokens that run, for this process's heads.
+            heads: numbers of query heads and of key heads in all processes.
             text: as in `to_heads`.
         """
         group = self.group
@@ -126,12 +126,12 @@ class Exchange:
         return result.transpose(0, 1)
 
     def _heads(self, heads: int, kv_heads: int) -> tuple[list[int], list[int]]:
-        """Shares of the heads of queries and of keys; a group of queries stays with its key."""
+        """Return the shares of query heads and of key heads; the queries of a key head stay with it."""
         kv = self.group.shares(kv_heads)
         return [n * (heads // kv_heads) for n in kv], kv
 
     def _segments(self, text: str) -> list[list[int]]:
-        """Shares of each rank in the parts of the sequence, in the order in which they stand."""
+        """Return the shares of each rank in the parts of the sequence, text and image, in their order."""
         tokens = self.group.shares(self.tokens.shape[0])
         words = self.beside(text)
         if not words:

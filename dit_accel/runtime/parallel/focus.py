@@ -11,7 +11,7 @@ from dit_accel.runtime.parallel.group import Group
 
 
 class AllTokens(Focus):
-    """All tokens in raster order: the focus where no method has one."""
+    """Focus on all tokens in raster order, for calls without a method that selects or orders tokens."""
 
     keeps = False
 
@@ -35,12 +35,12 @@ class AllTokens(Focus):
 
 
 class SharedFocus(Focus):
-    """The share of this process in the tokens that another focus selects and orders.
+    """Focus on this process's share of the tokens that another focus selects and orders.
 
     Args:
-        inner: the focus of a method; None: all tokens run, in raster order.
-        group: the processes that share them.
-        layouts: see `AttentionLayer.layout`.
+        inner: focus of a method; None: all tokens run, in raster order.
+        group: processes that share the tokens.
+        layouts: layouts of the layers, see `AttentionLayer.layout`.
     """
 
     def __init__(self, inner: Focus | None, group: Group, layouts: set[str]) -> None:
@@ -49,7 +49,7 @@ class SharedFocus(Focus):
         self.exchanges = {layout: Exchange(group) for layout in {"image", *layouts}}
 
     def begin_call(self, call: Call) -> None:
-        """Take note of a call, after its methods have."""
+        """Begin a call, after its methods have begun it."""
         if isinstance(self.inner, AllTokens):
             self.inner.call = call
             self.inner._kept = {}

@@ -1,4 +1,4 @@
-"""`Group`: the processes that share the calls of a transformer, and what they send each other."""
+"""`Group`: the processes that share the calls of a transformer, and their collectives."""
 
 import json
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 NOTE_BYTES = 4096
-"""Room for what a process says in `Group.agree`."""
+"""Bytes of a message of `Group.agree`."""
 
 
 def share(total: int, rank: int, size: int) -> int:
-    """Return how many of `total` things this rank gets: the first ranks get one more where it does not divide."""
+    """Return the number of `total` items that this rank gets; the first ranks get one more if `size` does not divide it."""
     return (total + size - 1 - rank) // size
 
 
@@ -42,7 +42,7 @@ class Group:
         return [share(total, rank, self.size) for rank in range(self.size)]
 
     def own(self, total: int) -> slice:
-        """Return the place of this process's share among `total` things."""
+        """Return the places of this process's share among `total` items."""
         start = sum(share(total, rank, self.size) for rank in range(self.rank))
         return slice(start, start + share(total, self.rank, self.size))
 
@@ -50,8 +50,8 @@ class Group:
         """Refuse heads that cannot be shared.
 
         Args:
-            name: of the layer.
-            heads: of its keys.
+            name: name of the layer, for the message.
+            heads: number of its key heads.
 
         Raises:
             ValueError: they do not divide, or there are fewer of them than processes.
@@ -64,10 +64,16 @@ class Group:
                 f"ulysses_degree={self.size}: {name} has {heads} heads of keys; accepted are {accepted}{more}"
             )
 
-    # What processes send each other ---------------------------------------------------------------
+    # Collectives ---------------------------------------------------------------
 
     def exchange(self, x: Shaped[Tensor, " n"], sent: list[int], received: list[int]) -> Tensor:
-        """Send a piece of `x` to each rank, and return the pieces that come, laid end to end. Differentiable."""
+        """Send a piece of `x` to each rank, and return the received pieces, concatenated. Differentiable.
+
+        Args:
+            x: pieces for all ranks, concatenated.
+            sent: length of each piece that is sent.
+            received: length of each piece that is received.
+        """
         call = (
             funcol.all_to_all_single_autograd
             if x.requires_grad and torch.is_grad_enabled()
@@ -81,16 +87,16 @@ class Group:
         """Put the shares of all ranks together along the second dimension.
 
         Args:
-            x: the share of this process.
-            total: places in all shares.
-            ends: whether every rank does the same with the result, up to the loss: the gradient of a share is then that
-                of its places. Else it is their sum over the ranks.
+            x: share of this process.
+            total: length of all shares together.
+            ends: whether every rank computes the same from the result, up to the loss. The gradient of a share is then
+                the gradient of its places; else it is the sum of that over the ranks.
         """
         result: Tensor = _Gather.apply(x, total, ends, self)
         return result
 
     def summed(self, weight: Tensor) -> Tensor:
-        """Return a weight that every rank has whole and uses for its share; its gradient is summed over the group."""
+        """Return a weight that every rank holds and uses for its share; its gradient is summed over the group."""
         result: Tensor = weight
         if weight.requires_grad and torch.is_grad_enabled():
             result = _SumGradient.apply(weight, self)
@@ -100,8 +106,8 @@ class Group:
         """Return the rows of this process's heads; the gradient of all heads is summed over the group.
 
         Args:
-            weight: a row for each head of the queries.
-            grouped: how many of them share a head of the keys, and therefore stay together.
+            weight: one row for each query head.
+            grouped: number of query heads that share a key head, and therefore stay together.
         """
         groups = self.summed(weight).unflatten(0, (-1, grouped))
         return groups[self.own(len(groups))].flatten(0, 1)
@@ -109,7 +115,13 @@ class Group:
     def all_heads(
         self, rows: Float[Tensor, " own"], total: int, grouped: int
     ) -> Float[Tensor, " h"]:
-        """Undo `own_heads` for one number a head, `total` of them in all processes."""
+        """Undo `own_heads` for one number per head.
+
+        Args:
+            rows: numbers of this process's heads.
+            total: number of query heads in all processes.
+            grouped: as in `own_heads`.
+        """
         return self.gather(rows.view(1, -1, grouped), total // grouped).flatten()
 
     def least(self, value: int, device: torch.device) -> int:
@@ -119,12 +131,12 @@ class Group:
         return int(known)
 
     def agree(self, said: dict[str, Any], device: torch.device, error: Exception | None) -> None:
-        """Compare what each process is about to do. All fail if they differ, or if one of them failed.
+        """Compare the next call of all processes. All fail if the calls differ, or if one process failed.
 
         Args:
-            said: what this process is about to do, in words and numbers by name.
-            device: of the calls.
-            error: what went wrong in this process. It is raised again.
+            said: description of this process's call, by name; see `what_is_said`.
+            device: device of the calls.
+            error: error of this process, which is raised again; None: no error.
 
         Raises:
             RuntimeError: a name has different values, or another process failed.

@@ -11,7 +11,7 @@ from dit_accel.runtime.parallel.focus import SharedFocus
 from dit_accel.runtime.parallel.group import Group
 
 ADAPTED = ".base_layer"
-"""What PEFT adds to the name of a module that it wraps."""
+"""Suffix that PEFT adds to the name of a module that it wraps."""
 
 
 def parallel_config_of(transformer: Any, layers: dict[str, AttentionLayer]) -> Any:
@@ -22,7 +22,7 @@ def parallel_config_of(transformer: Any, layers: dict[str, AttentionLayer]) -> A
 
 
 def group_of(config: Any) -> Group | None:
-    """Return the processes that a `ParallelConfig` of diffusers puts a transformer on; None: there are no others.
+    """Return the processes of a `ParallelConfig` of diffusers; None: no context parallelism.
 
     Raises:
         ValueError: the transformer is parallel in a way that acceleration cannot follow.
@@ -57,16 +57,16 @@ class _Removed:
 
 
 class Parallelism:
-    """Shares the tokens of an accelerated transformer, in place of the hooks of diffusers.
+    """Context parallelism of an accelerated transformer, in place of the hooks of diffusers.
 
     diffusers splits the sequence once, for all of a model. Acceleration selects and orders tokens first, and puts the
     output together before it is completed, so its own hooks share the tokens. What diffusers had installed is put back
     by `remove`.
 
     Args:
-        transformer: on which diffusers' context parallelism is on.
+        transformer: transformer with context parallelism of diffusers.
         group: its processes.
-        focus: that selects and orders the tokens; None: none does.
+        focus: focus that selects and orders the tokens; None: all tokens, in raster order.
         layers: self-attention layers by name.
 
     Raises:
@@ -104,7 +104,7 @@ class Parallelism:
 
         Args:
             transformer, layers: as before.
-            ends: whether acceleration ends. Else other methods take over at once.
+            ends: whether acceleration ends; else other methods replace the present ones.
         """
         if parallel_config_of(transformer, layers) is None:  # somebody ended it
             return
