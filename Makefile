@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Kernels cannot be rewritten with run-time shape checks, nor traced through them.
 PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
 
-.PHONY: install combinations chromium demo test test-long lint bench bench-ras bench-sla bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
+.PHONY: install combinations chromium demo test test-long lint bench bench-ras bench-sla bench-parallel bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
 	gpu-check-ras gpu-check-sla gpu-check-eval clean
 
 install: $(STAMP)
@@ -85,6 +85,11 @@ bench-sla: install
 			--output pipelines/results/sla_ras_$$name.json || exit 1; done
 
 # Two hours on a CPU. The caches of kernels/kv_caches read the files that are made first.
+# Counts, no times: two processes on CPUs are enough.
+bench-parallel: install
+	$(BIN)/torchrun --standalone --nproc-per-node 2 pipelines/bench_parallel.py \
+		--output pipelines/results/parallel_traffic.json
+
 bench-kv: install
 	$(BIN)/python kernels/bench_kv.py decode --output kernels/results/kv_decode_cpu.json
 	$(BIN)/python kernels/bench_kv.py search --output kernels/results/kv_search_cpu.json

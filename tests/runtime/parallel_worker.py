@@ -304,7 +304,10 @@ def message_of(work):
 
 def refusals():
     rank = dist.get_rank()
-    found = {"plain sd3": message_of(lambda: parallel(make("sd3")))}
+    found = {
+        f"plain {family}": message_of(partial(parallel, make(family)))
+        for family in ("sd3", "hunyuan_video")
+    }
 
     def heads():
         dit_accel.enable(pipe := make("lumina"), sla=SLA)

@@ -16,7 +16,7 @@ SCENARIOS = (
 )
 
 
-def run_worker(folder, *scenarios, timeout=240):
+def run_worker(folder, *scenarios, timeout=480):
     """What each process found; a process that hangs fails the test."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
@@ -93,6 +93,7 @@ def test_it_ends_with_acceleration_where_diffusers_does_not_know_it(found):
     ("case", "messages"),
     [
         ("plain sd3", ["SD3Transformer2DModel", "dit_accel.enable"]),
+        ("plain hunyuan_video", ["HunyuanVideoTransformer3DModel", "dit_accel.enable"]),
         ("heads", ["ulysses_degree=2", "1 heads of keys"]),
         ("ring", ["ring_degree=2", "ulysses_degree="]),
         ("ring_through_diffusers", ["ring_degree=2", "no process sees all keys"]),

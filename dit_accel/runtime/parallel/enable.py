@@ -20,8 +20,8 @@ def enable_parallelism(target: Any, *, config: Any) -> None:
     same pipeline call with the same arguments and seeds, and gets the same result.
 
     Args:
-        target: a pipeline or transformer that `enable` accepts. Where diffusers' attention processors do not know
-            context parallelism, acceleration has to be on first.
+        target: a pipeline or transformer that `enable` accepts. Where diffusers alone does not know context parallelism
+            of the model, acceleration has to be on first.
         config: `diffusers.ContextParallelConfig(ulysses_degree=n)`; `ulysses_anything=True` accepts heads that do not
             divide. Tokens never have to.
 
@@ -66,7 +66,7 @@ def enable_parallelism(target: Any, *, config: Any) -> None:
         _check(transformer, degree, bool(context.ulysses_anything))
     for transformer in transformers:
         own = copy.copy(context)  # diffusers writes what it sets up into it
-        if torch.accelerator.is_available() and "nccl" in dist.get_backend():
+        if _on_accelerators():
             if transformer._cp_plan is None:
                 transformer._cp_plan = {}
             transformer.enable_parallelism(config=own)
@@ -84,13 +84,19 @@ def _check(transformer: Any, degree: int, anything: bool) -> None:
     if not is_supported(transformer):
         return
     layers = family_of(transformer).self_attention(transformer)
-    if installation_of(transformer) is None and not knows_parallelism(layers):
+    if installation_of(transformer) is None and not knows_parallelism(transformer, layers):
         raise ValueError(
-            f"target: the attention processors of {type(transformer).__name__} in diffusers do not know context "
-            "parallelism; accepted after dit_accel.enable(...)"
+            f"target: diffusers alone does not know context parallelism of {type(transformer).__name__}; accepted after "
+            "dit_accel.enable(...)"
         )
     for name, layer in layers.items():
         Group(None, 0, degree, anything).check_heads(name, layer.kv_heads)
+
+
+def _on_accelerators() -> bool:
+    """Return whether the processes can send each other tensors of accelerators."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device is not None and device.type in dist.get_backend_config()
 
 
 def _on_cpus(transformer: Any, context: Any) -> None:

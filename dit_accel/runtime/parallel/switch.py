@@ -99,8 +99,8 @@ class Parallelism:
     ) -> None:
         """Give diffusers its hooks back.
 
-        The processors of some models do not know context parallelism and would see only the tokens of their process.
-        Parallelism then ends with acceleration, and every process computes all of a call.
+        Some models of diffusers have no plan of context parallelism, or processors that would see only the tokens of
+        their process. Parallelism then ends with acceleration, and every process computes all of a call.
 
         Args:
             transformer, layers: as before.
@@ -108,13 +108,13 @@ class Parallelism:
         """
         if parallel_config_of(transformer, layers) is None:  # somebody ended it
             return
-        if not knows_parallelism(layers):
+        if not self._removed or not _exchange_heads(layers):
             if not ends:
                 return
             vars(transformer).pop("_parallel_config", None)  # that of the class is None
             warnings.warn(
-                f"context parallelism of {type(transformer).__name__} ended with acceleration: its attention processors "
-                "in diffusers do not know it, so that every process computes whole calls now",
+                f"context parallelism of {type(transformer).__name__} ended with acceleration: diffusers alone "
+                "does not know it for this model, so that every process computes whole calls now",
                 stacklevel=2,
             )
             return
@@ -127,7 +127,12 @@ class Parallelism:
         self._removed = []
 
 
-def knows_parallelism(layers: dict[str, AttentionLayer]) -> bool:
-    """Return whether the attention processors of diffusers exchange heads themselves."""
+def knows_parallelism(transformer: Any, layers: dict[str, AttentionLayer]) -> bool:
+    """Return whether diffusers alone can share the calls of this model."""
+    return getattr(type(transformer), "_cp_plan", None) is not None and _exchange_heads(layers)
+
+
+def _exchange_heads(layers: dict[str, AttentionLayer]) -> bool:
+    """Return whether the attention processors of diffusers exchange heads."""
     stock = (getattr(x.module.processor, "stock", x.module.processor) for x in layers.values())
     return all(hasattr(x, "_parallel_config") for x in stock)
