@@ -83,13 +83,16 @@ bench-sla: install
 			--output pipelines/results/sla_$$name.json || exit 1; \
 		$(BIN)/python pipelines/bench_sla.py together --model $$model \
 			--output pipelines/results/sla_ras_$$name.json || exit 1; done
+	set -e; for case in "tiny-sd3 4" "tiny-sd3 8" "tiny-wan 4"; do set -- $$case; \
+		$(BIN)/python pipelines/bench_sla.py together --few-step --samples 32 --model $$1 --steps $$2 \
+			--output pipelines/results/few_steps_$$(echo $$1 | tr - _)_$$2.json; done
 
-# Two hours on a CPU. The caches of kernels/kv_caches read the files that are made first.
 # Counts, no times: two processes on CPUs are enough.
 bench-parallel: install
 	$(BIN)/torchrun --standalone --nproc-per-node 2 pipelines/bench_parallel.py \
 		--output pipelines/results/parallel_traffic.json
 
+# Two hours on a CPU. The caches of kernels/kv_caches read the files that are made first.
 bench-kv: install
 	$(BIN)/python kernels/bench_kv.py decode --output kernels/results/kv_decode_cpu.json
 	$(BIN)/python kernels/bench_kv.py search --output kernels/results/kv_search_cpu.json
