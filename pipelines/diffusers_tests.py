@@ -34,7 +34,9 @@ FOLDERS = (
     "hunyuan_video",
     "ltx",
 )
-_MEGAPIXEL = "the VAE reads a megapixel of the picture in every call: minutes for each test on a CPU"
+_MEGAPIXEL = (
+    "the VAE reads a megapixel of the picture in every call: minutes for each test on a CPU"
+)
 LEFT_OUT = {
     "wan/test_wan_animate.py": "WanAnimateTransformer3DModel is not supported",
     "flux/test_pipeline_flux_redux.py": "a pipeline without transformer",
@@ -52,6 +54,18 @@ STAND_INS = {
 
 ALLOWED = (
     Allowed("test_fused_qkv", "after enable", "enable|sparse", "fusing after enable is refused"),
+    Allowed(
+        "cache",
+        "a step cache of diffusers is on",
+        "enable|sparse",
+        "a step cache of diffusers together with ras is refused",
+    ),
+    Allowed(
+        "test_ip_adapter$",
+        "load_ip_adapter .* disable",
+        "enable|sparse",
+        "loading an IP-Adapter after enable is refused",
+    ),
     Allowed(
         "lumina2.*batch_single_identical",
         "",
