@@ -55,6 +55,18 @@ STAND_INS = {
 ALLOWED = (
     Allowed("test_fused_qkv", "after enable", "enable|sparse", "fusing after enable is refused"),
     Allowed(
+        "cache",
+        "a step cache of diffusers is on",
+        "enable|sparse",
+        "a step cache of diffusers together with ras is refused",
+    ),
+    Allowed(
+        "test_ip_adapter$",
+        "load_ip_adapter .* disable",
+        "enable|sparse",
+        "loading an IP-Adapter after enable is refused",
+    ),
+    Allowed(
         "lumina2.*batch_single_identical",
         "",
         "sparse",

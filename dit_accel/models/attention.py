@@ -22,7 +22,13 @@ class SparseProcessor:
     text: tuple[Tensor, ...] | None = None
     """Cross-attention only: keys and values of the text, computed before."""
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: Any = None) -> None:
+        # diffusers' loaders of IP-Adapters call the class of the processor that is there.
+        if stock is None:
+            raise ValueError(
+                f"{type(self).__name__}: new attention processors, as load_ip_adapter and unload_ip_adapter make, do not "
+                "work while acceleration is on; disable() first"
+            )
         self.stock = stock
 
     def release(self) -> Any:

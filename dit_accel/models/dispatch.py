@@ -11,7 +11,7 @@ from dit_accel.models.attention import SparseProcessor
 class DispatchProcessor(SparseProcessor):
     """Processor with the attributes that diffusers sets for attention backends and context parallelism."""
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: Any = None) -> None:
         super().__init__(stock)
         # diffusers' set_attention_backend and enable_parallelism look for these two.
         self._attention_backend = stock._attention_backend

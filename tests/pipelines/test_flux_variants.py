@@ -150,6 +150,23 @@ def test_ip_adapter_processors_are_refused():
         dit_accel.enable(pipe, ras={"ratio": 0.5})
 
 
+def test_loading_an_ip_adapter_after_enable_is_refused():
+    pipe = make()
+    dit_accel.enable(pipe, ras={"ratio": 0.5, **RAS})
+    processors = dict(pipe.transformer.attn_processors)
+    weights = {"image_proj": {}, "ip_adapter": {}}
+    for i in range(len(pipe.transformer.transformer_blocks)):
+        for name in ("to_k_ip", "to_v_ip"):
+            weights["ip_adapter"] |= {
+                f"{i}.{name}.weight": torch.zeros(32, 24),
+                f"{i}.{name}.bias": torch.zeros(32),
+            }
+    with pytest.raises(ValueError, match=r"load_ip_adapter .* disable\(\) first"):
+        pipe.transformer._load_ip_adapter_weights(weights)
+    assert pipe.transformer.attn_processors == processors
+    run(pipe, "flux", steps=2)
+
+
 def test_places_are_read_once_for_each_tensor(monkeypatch):
     """Reading them waits for a GPU."""
     from dit_accel.models import flux
