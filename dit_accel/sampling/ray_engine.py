@@ -13,6 +13,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ RESTARTS = 4
 """Restarts per worker, on average, after which the run fails. Ray itself has no limit."""
 CONNECT_S = 10.0
 """Seconds to wait for the head of a cluster."""
+STOP_S = 60.0
+"""Seconds to wait for the threads of Ray Data at the end."""
+THREADS = ("StreamingExecutor", "ray-data-", "iter_threaded")
+"""How the names of these threads begin."""
 POLL_S = 1.0
 """Seconds between two looks at the journals, for the progress bar."""
 ENVIRONMENT = {
@@ -289,14 +294,19 @@ def _consume(ray: Any, data: Any) -> None:
     """Wait for all shards; raise the first error of a worker, and repeat each of their notes once."""
     advice = "what is finished stays; run it again to go on"
     said = set()
-    rows = iter(data.iter_rows())
+    batches = iter(data.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"))
     try:
-        for row in rows:
-            if row["kind"] == "input":
-                raise ValueError(row["error"])
-            if row["kind"]:
-                raise RuntimeError(row["error"])
-            for note in row["notes"].splitlines():
+        rows = (
+            row
+            for batch in batches
+            for row in zip(batch["kind"], batch["error"], batch["notes"], strict=True)
+        )
+        for kind, error, notes in rows:
+            if kind == "input":
+                raise ValueError(str(error))
+            if kind:
+                raise RuntimeError(str(error))
+            for note in str(notes).splitlines():
                 if note in said:
                     continue
                 said.add(note)
@@ -304,11 +314,23 @@ def _consume(ray: Any, data: Any) -> None:
                     sys.stderr.write(f"{note}\n")
                 else:
                     warnings.warn(note, stacklevel=3)
-    except ray.exceptions.RayError as error:
-        reason = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
-        raise RuntimeError(f"engine='ray': {reason.strip()}; {advice}") from error
+    except ray.exceptions.RayError as failure:
+        raise RuntimeError(f"engine='ray': {_first_line(failure)}; {advice}") from failure
     finally:
-        del rows  # Ray Data ends its workers with it, which a traceback would keep
+        del rows, batches  # Ray Data ends its workers with it, which a traceback would keep
+        _wait_for_executors()
+
+
+def _wait_for_executors() -> None:
+    """Wait until the threads that ran datasets have ended.
+
+    Ray Data itself waits for two seconds. On a busy machine that is too short, and a thread that asks a Ray that was shut
+    down meanwhile aborts the whole program.
+    """
+    deadline = time.monotonic() + STOP_S
+    for thread in threading.enumerate():
+        if thread.name.startswith(THREADS):
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @contextlib.contextmanager
@@ -340,8 +362,12 @@ def _running_ray(ray: Any, address: str | None) -> Iterator[None]:
                 logging_level=logging.ERROR,
                 **(own if address == "local" else {}),
             )
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
+    except Exception as error:  # Ray raises Exception itself where a node does not start in time
+        reason = _first_line(error)
+        if address == "local":
+            raise RuntimeError(
+                f"engine='ray': Ray does not start on this machine ({reason})"
+            ) from error
         raise ValueError(
             f"{name}={address!r}: no connection ({reason}); accepted are auto on a node of a Ray cluster, or host:port of "
             "its head"
@@ -350,6 +376,12 @@ def _running_ray(ray: Any, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of a message that says something."""
+    lines = (x.strip() for x in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
 
 
 def _split_address(address: str, name: str) -> tuple[str, int] | None:

@@ -26,6 +26,13 @@ IMAGE = Sampling(height=64, width=64, num_inference_steps=3, guidance_scale=2.0)
 OPTIONS = {"model": "tiny-sd3", "sampling": IMAGE}
 LIMIT_S = 300
 """Seconds after which a call counts as hanging."""
+PATIENCE = {
+    "RAY_health_check_initial_delay_ms": "60000",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_health_check_failure_threshold": "20",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+}
+"""Settings with which Ray does not take a busy machine for a dead one, and ends this process."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +44,7 @@ def cluster():
 
 def started(**options):
     """Start Ray on this machine with two CPUs."""
-    os.environ.update(ray_engine.ENVIRONMENT)
+    os.environ.update(ray_engine.ENVIRONMENT, **PATIENCE)
     ray.init(
         address="local",
         num_cpus=2,
@@ -177,6 +184,8 @@ def test_a_second_run_goes_on_and_other_settings_are_refused(sd3, whole, tmp_pat
 def test_a_model_that_workers_lack_is_one_error(tmp_path):
     with pytest.raises(ValueError, match=r"^node [^:]*: .*nowhere"):
         make(tmp_path / "set", loader(model="/nowhere/model"), workers=1)
+    # One that still runs would abort the program once Ray is shut down.
+    assert not [x for x in threading.enumerate() if x.name.startswith(ray_engine.THREADS)]
     assert not (tmp_path / "set").exists()
 
 
