@@ -150,14 +150,17 @@ def scheduler_class(name: str, outline: Outline) -> Any:
         why = "supports no flow matching" if name in names else "no such scheduler in diffusers"
         hint = f" (did you mean {close[0]!r}?)" if close and name not in names else ""
         raise ValueError(f"scheduler={name!r}: {why}{hint}; accepted are {', '.join(accepted)}")
-    cls = getattr(diffusers, name)
-    taken = inspect.signature(cls.set_timesteps).parameters
-    if missing := NEEDED.get(parent, set()) - set(taken):
+    needed = NEEDED.get(parent, set())
+    missing = {
+        x: needed - {*inspect.signature(getattr(diffusers, x).set_timesteps).parameters}
+        for x in accepted
+    }
+    if missing[name]:
         raise ValueError(
-            f"scheduler={name!r}: takes no {', '.join(sorted(missing))}, which a {parent} passes; "
-            "accepted is FlowMatchEulerDiscreteScheduler"
+            f"scheduler={name!r}: takes no {', '.join(sorted(missing[name]))}, which a {parent} passes; accepted are "
+            f"{', '.join(x for x in accepted if not missing[x])}"
         )
-    return cls
+    return getattr(diffusers, name)
 
 
 def _is_flow(cls: Any) -> bool:

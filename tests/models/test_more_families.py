@@ -1,4 +1,4 @@
-"""What has to hold for every family that has a file in `random_families`: both methods, alone and together."""
+"""Invariants of every family that has a file in `random_families`: both methods, alone and together."""
 
 import math
 

@@ -17,7 +17,7 @@ SCENARIOS = (
 
 
 def run_worker(folder, *scenarios, timeout=480):
-    """What each process found; a process that hangs fails the test."""
+    """Run scenarios in two processes, and return what each found; a process that hangs fails the test."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
         *(str(Path(__file__).with_name("parallel_worker.py")), str(folder), *scenarios),
