@@ -30,7 +30,7 @@ from dit_accel.runtime.caller import is_inside
 from dit_accel.runtime.clock import Clock
 from dit_accel.runtime.components import parts_of, transformers_of
 from dit_accel.runtime.method import Host, Method
-from dit_accel.runtime.parallel.agreement import what_is_said
+from dit_accel.runtime.parallel.agreement import describe_call
 from dit_accel.runtime.parallel.group import Group
 from dit_accel.runtime.parallel.switch import Parallelism, group_of, parallel_config_of
 from dit_accel.runtime.run import Run
@@ -361,8 +361,10 @@ class Installation:
             assert run is not None
             if run.context.agreed or (self._agreed and not run.in_loop):
                 return
-        said = {} if error is not None or run is None else what_is_said(run, call, self.methods)
-        group.agree(said, call.hidden_states.device, error)
+        description = (
+            {} if error is not None or run is None else describe_call(run, call, self.methods)
+        )
+        group.agree(description, call.hidden_states.device, error)
         if run is not None:
             run.context.agreed = True
             self._agreed = self._agreed or not run.in_loop

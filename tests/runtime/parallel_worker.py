@@ -347,6 +347,13 @@ def refusals():
         dit_accel.enable(pipe, sla={**SLA, "topk": 0.3 + 0.1 * rank})
         run(parallel(pipe), "wan", steps=4)
 
+    def long_values():
+        pipe = parallel(accelerated("wan", "sla"))
+        group = installation_of(pipe)._parallel.group
+        same = {f"field {i}": "x" * 500 for i in range(60)}
+        group.agree(same, torch.device("cpu"), None)
+        group.agree({**same, "field 7": "x" * 500 + str(rank)}, torch.device("cpu"), None)
+
     def prompts():
         run(parallel(accelerated("wan", "both")), "wan", (rank,), steps=4)
 
@@ -387,7 +394,7 @@ def refusals():
 
     for case in (
         *(heads, ring, ring_through_diffusers, degree, mesh, twice),
-        *(in_mid_run, settings, prompts, steps, sizes, a_failure),
+        *(in_mid_run, settings, long_values, prompts, steps, sizes, a_failure),
         *(a_refused_call, timesteps, few_tokens),
     ):
         found[case.__name__] = message_of(case)

@@ -101,6 +101,7 @@ def test_it_ends_with_acceleration_where_diffusers_does_not_know_it(found):
         ("twice", ["parallelism is on already"]),
         ("in_mid_run", ["switched in the middle of a run", "accepted between runs"]),
         ("settings", ["sla.topk: 0.3 (process 0), 0.4 (process 1)"]),
+        ("long_values", ["different things: field 7: xxx"]),
         ("prompts", ["encoder_hidden_states", "latents"]),
         ("steps", ["steps: 6 (process 0), 7 (process 1)"]),
         ("sizes", ["[2, 16, 22, 26] (process 0), float32 [2, 16, 24, 26] (process 1)"]),

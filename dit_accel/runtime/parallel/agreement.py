@@ -1,4 +1,4 @@
-"""`what_is_said`: description of a call, which the processes of context parallelism compare."""
+"""`describe_call`: description of a call, which the processes of context parallelism compare."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,19 +11,19 @@ from dit_accel.runtime.method import Method
 from dit_accel.runtime.run import Run
 
 
-def what_is_said(run: Run, call: Call, methods: Mapping[str, Method]) -> dict[str, Any]:
+def describe_call(run: Run, call: Call, methods: Mapping[str, Method]) -> dict[str, Any]:
     """Return the values that must be equal in all processes in the first call of a context, by name.
 
     Tensors are compared by a sum over their bits, because a difference in one bit can change which tokens and blocks are
     selected. Reading the sum waits for the device.
     """
     pipe = run.pipe
-    said: dict[str, Any] = {"methods": ", ".join(methods)}
+    description: dict[str, Any] = {"methods": ", ".join(methods)}
     for name, method in methods.items():
         config = getattr(method, "config", None)
         if config is not None:
-            said |= {f"{name}.{field}": x for field, x in config.to_dict().items()}
-    said |= {
+            description |= {f"{name}.{field}": x for field, x in config.to_dict().items()}
+    description |= {
         "step": run.step,
         "steps": run.num_steps,
         "first step": run.begin,
@@ -41,8 +41,8 @@ def what_is_said(run: Run, call: Call, methods: Mapping[str, Method]) -> dict[st
     names = ("encoder_hidden_states", "encoder_hidden_states_image", "mask of the text")
     for name, x in zip(names, (call.context, call.images, call.mask), strict=True):
         if x is not None:
-            said |= {name: f"{_shape(x)}, sum over the bits {_bits(x)}"}
-    return said
+            description |= {name: f"{_shape(x)}, sum over the bits {_bits(x)}"}
+    return description
 
 
 def _shape(x: Tensor) -> str:

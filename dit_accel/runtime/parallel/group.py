@@ -1,5 +1,6 @@
 """`Group`: the processes that share the calls of a transformer, and their collectives."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ import torch.distributed._functional_collectives as funcol
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-NOTE_BYTES = 4096
+NOTE_BYTES = 32_768
 """Bytes of a message of `Group.agree`."""
+MOST_CHARACTERS = 160
+"""Characters of a value that are shown and compared; longer ones have a hash too."""
 
 
 def share(total: int, rank: int, size: int) -> int:
@@ -130,11 +133,13 @@ class Group:
         dist.all_reduce(known, dist.ReduceOp.MIN, group=self.process_group)
         return int(known)
 
-    def agree(self, said: dict[str, Any], device: torch.device, error: Exception | None) -> None:
+    def agree(
+        self, description: dict[str, Any], device: torch.device, error: Exception | None
+    ) -> None:
         """Compare the next call of all processes. All fail if the calls differ, or if one process failed.
 
         Args:
-            said: description of this process's call, by name; see `what_is_said`.
+            description: description of this process's call, by name; see `describe_call`.
             device: device of the calls.
             error: error of this process, which is raised again; None: no error.
 
@@ -142,28 +147,28 @@ class Group:
             RuntimeError: a name has different values, or another process failed.
         """
         if error is not None:
-            said = {"error": f"{type(error).__name__}: {error}"[: NOTE_BYTES // 8]}
-        text = json.dumps({k: str(x) for k, x in said.items()}).encode()
-        if len(text) > NOTE_BYTES:
-            text = json.dumps({"error": "what this process says is too long"}).encode()
+            shortened = {"error": f"{type(error).__name__}: {error}"[:1024]}
+        else:
+            shortened = {k: _short(str(x)) for k, x in description.items()}
+        text = json.dumps(shortened).encode()
         note = torch.frombuffer(bytearray(text.ljust(NOTE_BYTES)), dtype=torch.uint8)
         note = note.to(self.device_of(device))
         notes = [torch.empty_like(note) for _ in range(self.size)]
         dist.all_gather(notes, note, group=self.process_group)
-        all_said = [json.loads(bytes(x.tolist())) for x in notes]
+        descriptions = [json.loads(bytes(x.tolist())) for x in notes]
         if error is not None:
             raise error
-        for rank, other in enumerate(all_said):
+        for rank, other in enumerate(descriptions):
             if "error" in other:
                 raise RuntimeError(
                     f"process {rank} of context parallelism failed, so that all stop: {other['error']}"
                 )
-        names = dict.fromkeys(name for x in all_said for name in x)
-        differing = [name for name in names if len({x.get(name) for x in all_said}) > 1]
+        names = dict.fromkeys(name for x in descriptions for name in x)
+        differing = [name for name in names if len({x.get(name) for x in descriptions}) > 1]
         if differing:
             shown = "; ".join(
                 f"{name}: "
-                + ", ".join(f"{x.get(name)} (process {i})" for i, x in enumerate(all_said))
+                + ", ".join(f"{x.get(name)} (process {i})" for i, x in enumerate(descriptions))
                 for name in differing
             )
             raise RuntimeError(
@@ -179,6 +184,13 @@ class Group:
     def backend(self) -> str:
         """Name of the process group's backend, such as "gloo" or "nccl"."""
         return dist.get_backend(self.process_group)
+
+
+def _short(text: str) -> str:
+    """Return a text, or the beginning of a long one and a hash of all of it."""
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    return f"{text[:MOST_CHARACTERS]}... ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
 
 
 def _waited(x: Tensor) -> Tensor:
