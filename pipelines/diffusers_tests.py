@@ -55,7 +55,7 @@ STAND_INS = {
 ALLOWED = (
     Allowed("test_fused_qkv", "after enable", "enable|sparse", "fusing after enable is refused"),
     Allowed(
-        "cache",
+        "cache|pyramid_attention",
         "a step cache of diffusers is on",
         "enable|sparse",
         "a step cache of diffusers together with ras is refused",
