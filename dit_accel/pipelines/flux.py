@@ -9,7 +9,7 @@ from dit_accel.pipelines.sizes import PackedSizes, checked_call
 
 class SparseFluxPipeline(SparsePipelineMixin, PackedSizes, FluxPipeline):
     """`diffusers.FluxPipeline` with sparse attention and region-adaptive sampling; every argument of the parent
-    works. For image-to-image, inpainting, Fill, Control, ControlNet and Kontext, call `dit_accel.enable` on the
+    works, and sizes that it would round are refused. For image-to-image, inpainting, Fill, Control, ControlNet and Kontext, call `dit_accel.enable` on the
     pipeline of diffusers, or share the accelerated transformer with `AutoPipelineForImage2Image.from_pipe(pipe)`.
 
     Example:
