@@ -94,7 +94,7 @@ class DiffusersTests:
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which variants run, beside those with plain pipelines that they are compared with."""
     folders: tuple[str, ...] = FOLDERS
-    """Which folders of `tests/pipelines` run."""
+    """Folders of `tests/pipelines` that run."""
     tests: str = ""
     """Only the tests that this expression of pytest's -k selects."""
     work: Path | None = None

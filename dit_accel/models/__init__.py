@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, by_name
+from dit_accel.models.family import AllTokens, AttentionLayer, Call, Family, Focus, Hook, by_name
 from dit_accel.models.tokens import TokenOrder, joint_index
 from dit_accel.models.whole import WholeTransformer
 
@@ -22,6 +22,7 @@ FAMILIES = {
 
 __all__ = [
     "FAMILIES",
+    "AllTokens",
     "AttentionLayer",
     "Call",
     "Family",

@@ -137,6 +137,30 @@ class Focus:
         raise NotImplementedError
 
 
+class AllTokens(Focus):
+    """Focus on all tokens in raster order. Nothing is kept from one call to the next, so that gradients can flow."""
+
+    keeps = False
+
+    def __init__(self) -> None:
+        self.index: Tensor | None = None
+        self._kept: dict[str, Any] = {}
+
+    @property
+    def per_run(self) -> dict[str, Any]:
+        return self._kept
+
+    @property
+    def per_context(self) -> dict[str, Any]:
+        return self._kept
+
+    def fill(self, x: Tensor) -> Tensor:
+        return x
+
+    def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
+        return None
+
+
 @dataclass(frozen=True)
 class AttentionLayer:
     """One self-attention module."""

@@ -23,7 +23,7 @@ DEFAULT: Any = object()
 """Default of `sla` and `ras` where None means off."""
 OneSetting = SLAConfig | SLACheckpoint | RASConfig | None
 Settings = dict[str, OneSetting | dict[str, OneSetting]]
-"""By method: its settings, a dict of them by transformer, or None to switch it off. Methods and transformers that are
+"""Settings of each method by its name, a dict of them by transformer, or None to switch it off. Methods and transformers that are
 not named stay as they are."""
 
 

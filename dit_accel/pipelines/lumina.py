@@ -4,10 +4,10 @@ from diffusers import LuminaPipeline
 
 from dit_accel.pipelines.accelerate import accelerated_init
 from dit_accel.pipelines.base import SparsePipelineMixin
-from dit_accel.pipelines.sizes import LuminaSizes, checked_call
+from dit_accel.pipelines.sizes import PairedSizes, checked_call
 
 
-class SparseLuminaPipeline(SparsePipelineMixin, LuminaSizes, LuminaPipeline):
+class SparseLuminaPipeline(SparsePipelineMixin, PairedSizes, LuminaPipeline):
     """`diffusers.LuminaPipeline` with sparse attention and region-adaptive sampling; every argument of the
     parent works.
 

@@ -4,10 +4,10 @@ from diffusers import Lumina2Pipeline
 
 from dit_accel.pipelines.accelerate import accelerated_init
 from dit_accel.pipelines.base import SparsePipelineMixin
-from dit_accel.pipelines.sizes import LuminaSizes, checked_call
+from dit_accel.pipelines.sizes import PairedSizes, checked_call
 
 
-class SparseLumina2Pipeline(SparsePipelineMixin, LuminaSizes, Lumina2Pipeline):
+class SparseLumina2Pipeline(SparsePipelineMixin, PairedSizes, Lumina2Pipeline):
     """`diffusers.Lumina2Pipeline` with sparse attention and region-adaptive sampling; every argument of the
     parent works.
 

@@ -4,10 +4,10 @@ from diffusers import QwenImagePipeline
 
 from dit_accel.pipelines.accelerate import accelerated_init
 from dit_accel.pipelines.base import SparsePipelineMixin
-from dit_accel.pipelines.sizes import PackedSizes, checked_call
+from dit_accel.pipelines.sizes import PairedSizes, checked_call
 
 
-class SparseQwenImagePipeline(SparsePipelineMixin, PackedSizes, QwenImagePipeline):
+class SparseQwenImagePipeline(SparsePipelineMixin, PairedSizes, QwenImagePipeline):
     """`diffusers.QwenImagePipeline` with sparse attention and region-adaptive sampling; every argument of the
     parent works. For image-to-image, inpainting, ControlNet, Edit and Layered, call `dit_accel.enable` on the
     pipeline of diffusers, or share the accelerated transformer with `AutoPipelineForImage2Image.from_pipe(pipe)`.

@@ -13,7 +13,12 @@ def _check_multiple(name: str, value: Any, step: int) -> None:
         )
 
 
-def _check_frames(num_frames: Any, temporal: int) -> None:
+def _check_clip(
+    height: Any, width: Any, num_frames: Any, *, steps: tuple[int, int], temporal: int
+) -> None:
+    """Check the size of a clip; `steps` are those of height and width."""
+    for name, value, step in zip(("height", "width"), (height, width), steps, strict=True):
+        _check_multiple(name, value, step)
     if not isinstance(num_frames, int) or num_frames < 1 or (num_frames - 1) % temporal:
         low = (num_frames - 1) // temporal * temporal + 1 if isinstance(num_frames, int) else 1
         raise ValueError(
@@ -36,9 +41,9 @@ class VideoSizes:
         transformer = self.transformer or self.transformer_2  # type: ignore[attr-defined]
         patch = transformer.config.patch_size
         spatial = self.vae_scale_factor_spatial  # type: ignore[attr-defined]
-        for name, value, p in (("height", height, patch[1]), ("width", width, patch[2])):
-            _check_multiple(name, value, max(16, spatial * p))  # diffusers itself insists on 16
-        _check_frames(num_frames, self.vae_scale_factor_temporal)  # type: ignore[attr-defined]
+        steps = max(16, spatial * patch[1]), max(16, spatial * patch[2])  # diffusers insists on 16
+        temporal = self.vae_scale_factor_temporal  # type: ignore[attr-defined]
+        _check_clip(height, width, num_frames, steps=steps, temporal=temporal)
 
 
 class LTXSizes:
@@ -53,10 +58,9 @@ class LTXSizes:
             ValueError: the model cannot make this size.
         """
         spatial = self.vae_spatial_compression_ratio  # type: ignore[attr-defined]
-        for name, value in (("height", height), ("width", width)):
-            _check_multiple(name, value, max(32, spatial))  # diffusers itself insists on 32
+        step = max(32, spatial)  # diffusers insists on 32
         temporal = self.vae_temporal_compression_ratio  # type: ignore[attr-defined]
-        _check_frames(num_frames, temporal)
+        _check_clip(height, width, num_frames, steps=(step, step), temporal=temporal)
 
 
 class HunyuanVideoSizes:
@@ -72,9 +76,9 @@ class HunyuanVideoSizes:
         """
         patch = self.transformer.config.patch_size  # type: ignore[attr-defined]
         spatial = self.vae_scale_factor_spatial  # type: ignore[attr-defined]
-        for name, value in (("height", height), ("width", width)):
-            _check_multiple(name, value, max(16, spatial * patch))  # diffusers itself insists on 16
-        _check_frames(num_frames, self.vae_scale_factor_temporal)  # type: ignore[attr-defined]
+        step = max(16, spatial * patch)  # diffusers insists on 16
+        temporal = self.vae_scale_factor_temporal  # type: ignore[attr-defined]
+        _check_clip(height, width, num_frames, steps=(step, step), temporal=temporal)
 
 
 class CogVideoXSizes:
@@ -138,8 +142,9 @@ class ImageSizes:
         _check_image(self, patch, height, width, num_frames)
 
 
-class LuminaSizes:
-    """Size checks of Lumina pipelines, which insist on patches of two latent positions a side or more."""
+class PairedSizes:
+    """Size checks of pipelines that insist on patches of two latent positions a side or more: the Luminas, and FLUX.1 and
+    Qwen-Image, which pack them into a token."""
 
     def check_sizes(
         self,
@@ -156,10 +161,6 @@ class LuminaSizes:
         """
         patch = max(2, self.transformer.config.patch_size)  # type: ignore[attr-defined]
         _check_image(self, patch, height, width, num_frames)
-
-
-class PackedSizes(LuminaSizes):
-    """Size checks of FLUX.1 and Qwen-Image pipelines, which pack 2 x 2 latent positions into a token."""
 
 
 def checked_call(call: Any) -> Any:

@@ -44,7 +44,7 @@ class CachePlan:
 def cached_layers(
     layers: dict[str, AttentionLayer], tokens: int, text: int, sharing: int = 1
 ) -> list[Layer]:
-    """What these layers keep, with so many image and text tokens, and so many processes that share the heads."""
+    """Return the tokens and heads that each layer keeps, with this many processes that share the heads."""
     return [
         Layer(
             tokens=tokens + (0 if x.layout == "image" else text),

@@ -154,6 +154,8 @@ class Installation:
             self._learn_family(transformer)
         if self._parallel is not None:
             self._parallel.remove(transformer, self.layers)
+            for processor in self._processors.values():
+                processor.exchange = None
         self._parallel = None
         if group is not None and self._processors:
             self._parallel = Parallelism(transformer, group, self.focus, self.layers)

@@ -47,7 +47,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class PartSummary:
-    """What the methods on one transformer did in the last run, and how many steps that were."""
+    """Summaries of the methods on one transformer, and the number of steps of the last run."""
 
     methods: Mapping[str, Any]
     """The summary of each method that is on, by its name."""

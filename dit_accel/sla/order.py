@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.models import Call, Focus, TokenOrder, joint_index
+from dit_accel.models import AllTokens, Call, TokenOrder, joint_index
 
 
 @functools.lru_cache(maxsize=16)
@@ -28,13 +28,9 @@ def tile_order(
     return TokenOrder(gather.to(device), gather.argsort().to(device))
 
 
-class Reordered(Focus):
-    """All tokens, in another order: what the hooks of a family see where only the order changes.
+class Reordered(AllTokens):
+    """Focus on all tokens in another order."""
 
-    Nothing is kept from one call to the next, so that gradients can flow.
-    """
-
-    keeps = False
     order: TokenOrder | None
 
     def __init__(self) -> None:
@@ -53,14 +49,6 @@ class Reordered(Focus):
         self.order = None
         self.index: Tensor | None = None
         self._kept: dict[str, Any] = {}
-
-    @property
-    def per_run(self) -> dict[str, Any]:
-        return self._kept
-
-    @property
-    def per_context(self) -> dict[str, Any]:
-        return self._kept
 
     def take(self, x: Tensor) -> Tensor:
         # What is the same for all rows stays one row.

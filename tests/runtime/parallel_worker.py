@@ -289,6 +289,13 @@ def before_and_after():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         dit_accel.disable(pipe)
+    other = parallel(accelerated("sd3", "both"))
+    run(other, "sd3", steps=6)
+    other.transformer._parallel_config = None  # diffusers has no function for it
+    with Collectives(DEGREE) as seen:
+        latents = run(other, "sd3", steps=6)
+    expected = run(accelerated("sd3", "both"), "sd3", steps=6)
+    found["switched off"] = relative(latents, expected), sum(seen.calls.values())
     found["sd3 afterwards"] = relative(run(pipe, "sd3", steps=6), plain)
     found["sd3 warning"] = [str(x.message) for x in said]
     return found

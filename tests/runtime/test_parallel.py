@@ -80,6 +80,9 @@ def test_diffusers_can_switch_it_on_before_and_after_enable(found):
         case = case["before_and_after"]
         assert all(case[order] < 1e-5 for order in ("before", "after", "between runs"))
         assert case["same attributes"]
+        error, collectives = case["switched off"]
+        assert error < 1e-5
+        assert collectives == 0
 
 
 def test_it_ends_with_acceleration_where_diffusers_does_not_know_it(found):

@@ -5,33 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.models import Call, Focus
+from dit_accel.models import AllTokens, Call, Focus
 from dit_accel.runtime.parallel.exchange import Exchange
 from dit_accel.runtime.parallel.group import Group
-
-
-class AllTokens(Focus):
-    """Focus on all tokens in raster order, for calls without a method that selects or orders tokens."""
-
-    keeps = False
-
-    def __init__(self) -> None:
-        self.index: Tensor | None = None
-        self._kept: dict[str, Any] = {}
-
-    @property
-    def per_run(self) -> dict[str, Any]:
-        return self._kept
-
-    @property
-    def per_context(self) -> dict[str, Any]:
-        return self._kept
-
-    def fill(self, x: Tensor) -> Tensor:
-        return x
-
-    def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
-        return None
 
 
 class SharedFocus(Focus):
