@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dit_accel.demo import IMAGE_SAMPLING, SAMPLING, default_sampling
-from dit_accel.demo.report import clip_batches, judged_stills, score_clips
+from dit_accel.demo.report import clip_batches, judged_clips, score_clips
 from dit_accel.files import asset
 from dit_accel.sampling.outline import read_outline
 from dit_accel.sampling.settings import Sampling
@@ -32,7 +32,7 @@ def pipe(name):
 @pytest.mark.parametrize("length", [0, 1], ids=["short text", "default text"])
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_the_dense_model_shows_what_was_asked(pipe, name, split, length):
-    asked = judged_stills(split, 4)
+    asked = judged_clips(split, 4, still=True)
     sampling = default_sampling(pipe) | {"max_sequence_length": LENGTHS[name][length]}
     [stills] = clip_batches(pipe, asked.captions(with_motion=False), Sampling(**sampling))
     assert stills.shape == (4, 3, 1, SIDES[name], SIDES[name])

@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dit_accel.demo.image import trainer as trainer_module
 from safetensors.torch import load_file
 
 from dit_accel.cli import main
 from dit_accel.demo import ImageTrainConfig, Lumina2TrainConfig, train_image
-from dit_accel.demo.image import trainer as trainer_module
 
 SHORT = {
     "vae_steps": 3,

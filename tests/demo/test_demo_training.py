@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dit_accel.demo.optimizers import muon_and_adamw
 from safetensors.torch import load_file
 from torch import nn
 
@@ -12,7 +13,6 @@ from dit_accel.demo import TrainConfig, train
 from dit_accel.demo import export as export_module
 from dit_accel.demo import trainer as trainer_module
 from dit_accel.demo.loop import Stage, run_stage
-from dit_accel.demo.optimizers import muon_and_adamw
 
 TOY = TrainConfig(
     vae_steps=3,
