@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
-SAMPLING = {
-    "height": 64,
-    "width": 64,
-    "num_frames": 33,
-    "num_inference_steps": 12,
-    "guidance_scale": 2.0,
-}
+_SIZE = {"height": 64, "width": 64}
+_STEPS = {"num_inference_steps": 20, "guidance_scale": 2.0}
+SAMPLING: dict[str, Any] = {**_SIZE, "num_frames": 33, **_STEPS, "num_inference_steps": 12}
 """Arguments of the pipeline call that suit tiny-wan."""
-IMAGE_SAMPLING = {
-    "height": 64,
-    "width": 64,
-    "num_inference_steps": 20,
-    "guidance_scale": 2.0,
-    "max_sequence_length": 256,
-}
+IMAGE_SAMPLING: dict[str, Any] = {**_SIZE, **_STEPS, "max_sequence_length": 256}
 """Arguments of the pipeline call that suit tiny-sd3."""
 
 
@@ -72,10 +62,6 @@ class Recipe:
                 fits, valid = isinstance(value, int) and 0 <= value < 2**63, "an int in [0, 2**63)"
             if not fits:
                 raise ValueError(f"{field.name}={value!r}: must be {valid}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ class ShapesDataset(Dataset[dict[str, Any]]):
         seed: integer >= 0.
         size: number of clips in the data set.
         num_frames: frames per clip.
-        height: pixels, at least 16.
-        width: pixels, at least 16.
+        height, width: pixels, at least 16.
 
     An item is a dict with `video` (float32 `[3, num_frames, height, width]` in [-1, 1]), `caption`, and the
     labels `shape`, `colour`, `motion` and `background` (indices into the vocabulary).

@@ -27,10 +27,8 @@ class Stage:
 
     name: str
     prefix: str
-    used: tuple[str, ...]
+    used: tuple[str, ...] = ("",)
     """Prefixes of the settings that decide the result. A stage only resumes if these settings are unchanged."""
-    unused: tuple[str, ...] = ()
-    """Prefixes of settings that decide nothing, in spite of `used`."""
     muon: float = 1.0
     """Learning rate of Muon over that of AdamW."""
     decay: float = 0.5
@@ -96,8 +94,9 @@ def run_stage(
     from tqdm import tqdm
 
     steps, rate = config[f"{stage.prefix}_steps"], config[f"{stage.prefix}_learning_rate"]
-    used = {k: v for k, v in config.items() if k.startswith(stage.used)}
-    settings = {k: v for k, v in used.items() if not k.startswith((*stage.unused, "save_every"))}
+    unused = ("save_every", "full_") if stage.prefix == "short" else ("save_every",)
+    settings = {k: v for k, v in config.items() if k.startswith(stage.used)}
+    settings = {k: v for k, v in settings.items() if not k.startswith(unused)}
     parameters = list(model.parameters())
     optimizers = muon_and_adamw(parameters, rate, stage.muon)
     modules = {"model": model} if averaged is None else {"model": model, "ema": averaged}

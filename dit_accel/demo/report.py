@@ -23,8 +23,6 @@ from .dataset import check_frame
 from .judge import UNKNOWN, ShapeJudge, judge_clips, load_shape_judge
 from .vocabulary import LABELS, TEMPLATES, combinations
 
-FORMAT_VERSION = 1
-
 
 def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a proportion."""
@@ -186,7 +184,7 @@ def judge_pipeline(
     unused = ("negative_prompt", "image")
     call = {name: value for name, value in asdict(sampling).items() if name not in unused}
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1,
         "settings": {
             "pipeline": type(pipe).__qualname__,
             **counts,

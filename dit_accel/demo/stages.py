@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,7 +55,7 @@ class Trainer(ABC):
     ) -> None:
         import diffusers
 
-        self.config: dict[str, Any] = config.to_dict()
+        self.config = asdict(config)
         self.device, self.work, self.progress = device, work, progress
         self.pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(asset(self.name))
         old = self.pipeline.scheduler
@@ -67,12 +68,7 @@ class Trainer(ABC):
         """Seconds spent in each stage."""
 
     def new_part(self, part: str, **changes: Any) -> Any:
-        """Return a part of the embedded model with new random weights.
-
-        Args:
-            part: "vae" or "transformer".
-            changes: settings that differ from those of the embedded model.
-        """
+        """Return the "vae" or "transformer" of the embedded model with new random weights and changed settings."""
         embedded = getattr(self.pipeline, part)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config["seed"])
@@ -96,21 +92,13 @@ class Trainer(ABC):
 
     @abstractmethod
     def encode(self, captions: list[str], length: int) -> list[Tensor]:
-        """Return what the pipeline passes to the transformer, for each caption and at last the empty one.
+        """Return what the pipeline passes to the transformer for each caption, and at last for the empty one.
 
-        Args:
-            captions: distinct captions.
-            length: padded length of the text (`max_sequence_length`).
+        `length` is the padded length of the text (`max_sequence_length`).
         """
 
     def text(self, rows: Tensor, empty: Tensor, length: int) -> list[Tensor]:
-        """Return arguments of the transformer for captions of the pool.
-
-        Args:
-            rows: positions in the pool.
-            empty: mask of the samples that get the empty caption instead.
-            length: one of `lengths`.
-        """
+        """Return arguments of the transformer for captions at `rows` of the pool, or the empty one where `empty`."""
         table = self.tables[length]
         chosen = torch.where(empty, len(table[0]) - 1, self.rows[rows]).to(table[0].device)
         return [values[chosen] for values in table]
@@ -119,10 +107,7 @@ class Trainer(ABC):
     def velocity(self, noisy: Tensor, sigma: Float[Tensor, " n"], text: list[Tensor]) -> Tensor:
         """Call the transformer as the pipeline does, and return noise minus clean latents.
 
-        Args:
-            noisy: latents with noise.
-            sigma: noise levels in [0, 1].
-            text: see the method `text`.
+        `noisy` are latents with noise, `sigma` its levels in [0, 1], and `text` comes from the method `text`.
         """
 
     def run(self) -> None:
@@ -150,8 +135,8 @@ class Trainer(ABC):
             return error.square().mean() + 0.3 * error.abs().mean() + 1e-3 * excess
 
         self._run(Stage("vae", "vae", ("vae_", "seed"), decay=0.6), self.vae, loss_of)
-        count, frames = (256, 1) if self.still else (128, 17)
-        normalise(self.vae, self.encode_pool(count, frames)[0])
+        pool = (256, 1, self.central) if self.still else (128, 17, self.anywhere)
+        normalise(self.vae, self.encode_pool(*pool)[0])
 
     def train_decoder(self) -> None:
         """Train the decoder on noisy latents of the frozen encoder."""
@@ -165,35 +150,29 @@ class Trainer(ABC):
         self._run(stage, nn.ModuleDict(parts), loss_of)
 
     def train_transformer(self, prefix: str, frames: int, averaged: nn.Module) -> None:
-        """Train the transformer on the latents of a pool of samples.
+        """Train the transformer on latents of a pool of samples, in the stage whose settings begin with `prefix`.
 
-        Args:
-            prefix: prefix of the stage's settings.
-            frames: frames per sample.
-            averaged: average of the weights, updated in place.
+        `averaged` is the average of its weights, updated in place.
         """
 
         @cache  # in the first step, so that a finished stage never encodes its pool
         def pool() -> Tensor:
-            latents, captions = self.encode_pool(self.config[f"{prefix}_pool"], frames)
+            count = self.config[f"{prefix}_pool"]
+            latents, captions = self.encode_pool(count, frames, self.central)
             self.embed(captions)
             return latents
 
         def loss_of(generator: torch.Generator) -> Tensor:
             return self.flow_matching_loss(pool(), self.config[f"{prefix}_batch_size"], generator)
 
-        name, later = (
-            prefix if self.still else f"dit-{prefix}",
-            "full_" if prefix == "short" else "",
-        )
-        stage = Stage(name, prefix, ("",), (later,) if later else (), muon=3.0)
+        name = prefix if self.still else f"dit-{prefix}"
+        stage = Stage(name, prefix, muon=3.0)
         self._run(stage, self.pipeline.transformer, loss_of, averaged)
 
     def _run(self, stage: Stage, *parts: Any) -> None:
         """Run a stage on the module, loss and average of `run_stage`, and note its seconds."""
-        options = {"progress": self.progress}
-        seconds = run_stage(stage, self.config, self.work / stage.name, *parts, **options)
-        self.seconds[stage.name] = seconds
+        folder, shown = self.work / stage.name, self.progress
+        self.seconds[stage.name] = run_stage(stage, self.config, folder, *parts, progress=shown)
 
     def _reconstruct(
         self, frames: int, noise: float | None, generator: torch.Generator, frozen: bool = False
@@ -207,9 +186,7 @@ class Trainer(ABC):
             generator: CPU generator of samples and noise.
             frozen: do not train the encoder.
         """
-        samples = clips.draw_clips(
-            self.config["vae_batch_size"], generator, placement=self.anywhere
-        )
+        samples = clips.draw_clips(self.config["vae_batch_size"], generator, "train", self.anywhere)
         pixels = self._render(samples, frames)
         std: Tensor | float = POSTERIOR_STD
         if noise is not None:
@@ -223,14 +200,15 @@ class Trainer(ABC):
         return mean, decoded - pixels
 
     @torch.no_grad()
-    def encode_pool(self, count: int, frames: int) -> tuple[Tensor, list[str]]:
+    def encode_pool(
+        self, count: int, frames: int, placement: clips.Placement
+    ) -> tuple[Tensor, list[str]]:
         """Return latents and captions of `count` training samples. Equal arguments give equal samples."""
         from tqdm import trange
 
         name = "pool of stills" if self.still else f"pool of {frames} frames"
-        samples = clips.draw_clips(
-            count, step_generator(self.config["seed"], name, 0), placement=self.central
-        )
+        generator = step_generator(self.config["seed"], name, 0)
+        samples = clips.draw_clips(count, generator, "train", placement)
         parts = []
         with torch.autocast(self.device.type, torch.bfloat16):
             for i in trange(0, count, 32, desc="encoding samples", disable=not self.progress):

@@ -25,7 +25,6 @@ from .dataset import check_output_dir
 from .stages import Trainer
 from .vae import double_vae, use_whole_clips
 
-FORMAT_VERSION = 1
 HEAD_DIM = 32  # of the image models
 
 
@@ -228,7 +227,7 @@ def train(
     trainer = TRAINERS[type(config)](config, place, work, progress)
     trainer.run()
     record = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1,
         "config": trainer.config,
         "seconds": {name: round(value, 1) for name, value in trainer.seconds.items()},
         "seconds_total": round(sum(trainer.seconds.values()), 1),

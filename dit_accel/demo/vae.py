@@ -50,14 +50,10 @@ def _resample(layer: Any, x: Tensor, feat_cache: None = None, feat_idx: Any = No
 
 @torch.no_grad()
 def double_vae(vae: Any, doubled: Any) -> None:
-    """Initialise an AutoencoderKL of twice the stride from a trained one.
+    """Initialise `doubled`, an AutoencoderKL with a further level at full resolution, from a trained one.
 
-    The further level at full resolution halves images by averaging, and doubles the output of the trained
-    decoder by repeating pixels. Its residual blocks start as the identity.
-
-    Args:
-        vae: trained autoencoder.
-        doubled: autoencoder with the same levels and one more at full resolution, changed in place.
+    The further level halves images by averaging, and doubles the output of the trained decoder by repeating
+    pixels. Its residual blocks start as the identity.
     """
     weights = {}
     for name, value in vae.state_dict().items():
@@ -84,10 +80,7 @@ def normalise(vae: Any, latents: Float[Tensor, "n z ..."]) -> None:
 
     The scale goes into the two convolutions of one position at the latents, so that the configuration of the
     autoencoder needs no scaling factors. Decoded images stay equal.
-
-    Args:
-        vae: autoencoder, changed in place.
-        latents: means of the posterior of many clips or stills.
+    `latents` are means of the posterior of many clips or stills.
     """
     channels, others = latents.shape[1], (0, *range(2, latents.ndim))
     mean, std = latents.mean(others), latents.std(others)

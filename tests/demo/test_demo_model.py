@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dit_accel.demo.clips import draw_clips, render
+from dit_accel.demo.clips import CENTRAL, draw_clips, render
 from dit_accel.demo.config import TrainConfig
 from dit_accel.demo.trainer import Wan
 from dit_accel.demo.vae import normalise
@@ -89,10 +89,10 @@ def test_normalising_changes_the_latents_and_not_the_clips(trainer):
 
 
 def test_a_clip_has_more_than_a_thousand_latent_tokens(trainer):
-    latents, captions = trainer.encode_pool(2, 33)
+    latents, captions = trainer.encode_pool(2, 33, CENTRAL)
     assert latents[0, 0].numel() == 1088
     assert len(captions) == 2
-    again, other = trainer.encode_pool(2, 33), copy.copy(trainer)
+    again, other = trainer.encode_pool(2, 33, CENTRAL), copy.copy(trainer)
     assert torch.equal(latents, again[0])
     other.config = trainer.config | {"seed": 1}
-    assert not torch.equal(latents, other.encode_pool(2, 33)[0])
+    assert not torch.equal(latents, other.encode_pool(2, 33, CENTRAL)[0])

@@ -111,7 +111,7 @@ def test_normalising_changes_the_latents_and_not_the_images(trainer):
 
 
 def test_a_still_has_256_latent_tokens(trainer, pipe):
-    latents, captions = trainer.encode_pool(3, 1)
+    latents, captions = trainer.encode_pool(3, 1, STILL)
     assert latents.shape == (3, 4, 16, 16)
     assert len(captions) == 3
     assert not any("moving" in text for text in captions)
