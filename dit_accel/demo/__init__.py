@@ -28,9 +28,7 @@ _NAMES = {
     "report": "check_judged judge_pipeline",
     "trainer": "train",
 }
-_HOMES = {
-    name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()
-}
+_HOMES = {x: f"{__name__}.{home}" for home, names in _NAMES.items() for x in names.split()}
 
 __all__ = sorted(_HOMES)
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -64,8 +64,7 @@ class Trainer(ABC):
         scheduler = type(old).from_config(old.config, **shift)
         self.pipeline.register_modules(vae=self.vae, transformer=transformer, scheduler=scheduler)
         self.pipeline.to(device)
-        self.seconds: dict[str, float] = {}
-        """Seconds spent in each stage."""
+        self.seconds: dict[str, float] = {}  # spent in each stage
 
     def new_part(self, part: str, **changes: Any) -> Any:
         """Return the "vae" or "transformer" of the embedded model with new random weights and changed settings."""
