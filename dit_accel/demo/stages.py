@@ -43,6 +43,8 @@ class Trainer(ABC):
     """Whether the model makes stills instead of clips."""
     central, anywhere = clips.STILL, clips.STILL_ANYWHERE
     """Placement of the objects for the transformer, and for the autoencoder."""
+    statistics: ClassVar[tuple[int, int, clips.Placement]] = (256, 1, clips.STILL)
+    """Number, frames and placement of the samples that latents are normalised with."""
     side = 64
     """Height and width of samples in pixels."""
     stages: ClassVar[dict[str, int]] = {"dit": 1}
@@ -134,8 +136,7 @@ class Trainer(ABC):
             return error.square().mean() + 0.3 * error.abs().mean() + 1e-3 * excess
 
         self._run(Stage("vae", "vae", ("vae_", "seed"), decay=0.6), self.vae, loss_of)
-        pool = (256, 1, self.central) if self.still else (128, 17, self.anywhere)
-        normalise(self.vae, self.encode_pool(*pool)[0])
+        normalise(self.vae, self.encode_pool(*self.statistics)[0])
 
     def train_decoder(self) -> None:
         """Train the decoder on noisy latents of the frozen encoder."""

@@ -34,6 +34,7 @@ class Wan(Trainer):
     name = "tiny-wan"
     still = False
     central, anywhere = clips.CENTRAL, clips.ANYWHERE
+    statistics = (128, 17, clips.ANYWHERE)
     stages: ClassVar[dict[str, int]] = {"short": 9, "full": 33}
     lengths = (16, 512)
 

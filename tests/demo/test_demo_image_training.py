@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from dit_accel.cli import main
 from dit_accel.demo import ImageTrainConfig, Lumina2TrainConfig, train
+from dit_accel.demo.clips import STILL
 from dit_accel.demo.stages import Trainer
 
 SHORT = {
@@ -37,6 +38,13 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
         for p in sorted(folder.rglob("*.safetensors"))
         for k, v in load_file(p).items()
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_statistics():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "statistics", (8, 1, STILL))
+        yield
 
 
 @pytest.fixture(scope="module", params=TOYS)

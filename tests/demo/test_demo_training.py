@@ -12,6 +12,7 @@ from torch import nn
 
 from dit_accel.demo import TrainConfig, train
 from dit_accel.demo import trainer as trainer_module
+from dit_accel.demo.clips import ANYWHERE
 from dit_accel.demo.loop import Stage, muon_and_adamw, run_stage
 from dit_accel.demo.stages import Trainer
 
@@ -113,6 +114,13 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
         for p in sorted(folder.rglob("*.safetensors"))
         for k, v in load_file(p).items()
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_statistics():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.Wan, "statistics", (4, 5, ANYWHERE))
+        yield
 
 
 @pytest.fixture(scope="module")
