@@ -31,9 +31,10 @@ def random_wan(image_to_video: bool = False):
         num_layers=3,
         rope_max_seq_len=32,
     ).eval()
+    text_encoder = UMT5EncoderModel.from_pretrained(asset("tiny-wan") / "text_encoder")
     return {
         "tokenizer": AutoTokenizer.from_pretrained(asset("tiny-wan") / "tokenizer"),
-        "text_encoder": UMT5EncoderModel.from_pretrained(asset("tiny-wan") / "text_encoder"),
+        "text_encoder": text_encoder.requires_grad_(False),
         "vae": vae,
         "transformer": transformer,
         "scheduler": UniPCMultistepScheduler(

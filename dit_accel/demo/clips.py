@@ -35,12 +35,7 @@ SLOWEST_TURNS = 0.6  # turns of the slowest circling motion; the fastest makes t
 MARGIN = 0.02  # always left free at the edge of the frame
 FP32 = torch.float32  # given explicitly, because users may change torch's default dtype
 
-_DIRECTIONS = (
-    (1.0, 0.0),
-    (-1.0, 0.0),
-    (0.0, 1.0),
-    (0.0, -1.0),
-)  # of straight motions; y points down
+_DIRECTIONS = ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))  # straight; y points down
 _TURN_SIGNS = (0.0, 0.0, 0.0, 0.0, 1.0, -1.0)  # clockwise angles grow, because y points down
 _NAMING = torch.tensor([i for i, text in enumerate(TEMPLATES) if "{background}" in text])
 

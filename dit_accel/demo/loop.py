@@ -45,7 +45,7 @@ def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{stage}/{step}".encode()))
 
 
-def muon_and_adamw(parameters: list[nn.Parameter], rate: float, muon: float = 1.0) -> Optimizers:
+def muon_and_adamw(parameters: list[Tensor], rate: float, muon: float = 1.0) -> Optimizers:
     """Return the optimizers "muon", for matrices and kernels of at least 8 rows and columns, and "adamw" for the rest.
 
     The columns of a convolution kernel are all of its dimensions but the output channels.
@@ -97,7 +97,7 @@ def run_stage(
     unused = ("save_every", "full_") if stage.prefix == "short" else ("save_every",)
     settings = {k: v for k, v in config.items() if k.startswith(stage.used)}
     settings = {k: v for k, v in settings.items() if not k.startswith(unused)}
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     optimizers = muon_and_adamw(parameters, rate, stage.muon)
     modules = {"model": model} if averaged is None else {"model": model, "ema": averaged}
     start, info = _load_checkpoint(directory, modules, optimizers)
