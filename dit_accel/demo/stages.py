@@ -169,10 +169,11 @@ class Trainer(ABC):
         stage = Stage(name, prefix, muon=3.0)
         self._run(stage, self.pipeline.transformer, loss_of, averaged)
 
-    def _run(self, stage: Stage, *parts: Any) -> None:
-        """Run a stage on the module, loss and average of `run_stage`, and note its seconds."""
+    def _run(self, stage: Stage, module: nn.Module, loss_of: Any, averaged: Any = None) -> None:
+        """Run a stage, and note its seconds. The arguments are those of `run_stage`."""
         folder, shown = self.work / stage.name, self.progress
-        self.seconds[stage.name] = run_stage(stage, self.config, folder, *parts, progress=shown)
+        seconds = run_stage(stage, self.config, folder, module, loss_of, averaged, shown)
+        self.seconds[stage.name] = seconds
 
     def _reconstruct(
         self, frames: int, noise: float | None, generator: torch.Generator, frozen: bool = False

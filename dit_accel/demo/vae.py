@@ -30,9 +30,9 @@ def use_whole_clips(vae: Any) -> None:
         return DecoderOutput(sample=unpatchify(x, vae.config.patch_size))
 
     vae._encode, vae._decode = encode, decode
-    for layer in vae.modules():
-        if isinstance(layer, WanResample):
-            layer.forward = partial(_resample, layer)
+    layers: list[Any] = [x for x in vae.modules() if isinstance(x, WanResample)]
+    for layer in layers:
+        layer.forward = partial(_resample, layer)
 
 
 def _resample(layer: Any, x: Tensor, feat_cache: None = None, feat_idx: Any = None) -> Tensor:
