@@ -69,12 +69,12 @@ def draw(folder: Path, count: int) -> None:
     """Stills, and the same under a little noise."""
     from PIL import Image
 
-    from dit_accel.demo.image.stills import draw_stills, render_stills
+    from dit_accel.demo.clips import STILL, draw_clips, render_stills
 
     rng = np.random.default_rng(0)
     for name in ("samples", "reference"):
         (folder / name).mkdir()
-    stills = draw_stills(count, torch.Generator().manual_seed(0))
+    stills = draw_clips(count, torch.Generator().manual_seed(0), placement=STILL)
     for i in range(0, count, 100):
         images = ((render_stills(stills[i : i + 100]) + 1) * 127.5).round().byte()
         for j, image in enumerate(images.permute(0, 2, 3, 1).numpy(), start=i):

@@ -11,7 +11,7 @@ import numpy as np
 from diffusers import DiffusionPipeline
 
 from dit_accel.demo import default_sampling
-from dit_accel.demo.report import clip_batches, judged_stills
+from dit_accel.demo.report import clip_batches, judged_clips
 from dit_accel.files import model_source
 from dit_accel.sampling.media import enlarge, titled, to_uint8, write_png
 from dit_accel.sampling.settings import Sampling
@@ -24,7 +24,7 @@ pipe = DiffusionPipeline.from_pretrained(model_source(sys.argv[1]))
 sampling = Sampling(**default_sampling(pipe))
 rows = []
 for split, count in (("train", 16), ("heldout", 8)):
-    captions = judged_stills(split, count).captions(with_motion=False)
+    captions = judged_clips(split, count, still=True).captions(with_motion=False)
     batches = clip_batches(pipe, captions, sampling, batch_size=COLUMNS)
     for i, video in zip(range(0, count, COLUMNS), batches, strict=True):
         prompts, stills = captions[i : i + COLUMNS], video[:, :, 0]

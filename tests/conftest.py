@@ -146,10 +146,10 @@ def rng():
 @pytest.fixture(scope="session")
 def stills():
     """`stills(count, seed)`: pictures of the demo `[n, 64, 64, 3]` in bytes, and their captions."""
-    from dit_accel.demo.image.stills import draw_stills, render_stills
+    from dit_accel.demo.clips import STILL, draw_clips, render_stills
 
     def draw(count, seed=0):
-        described = draw_stills(count, torch.Generator().manual_seed(seed))
+        described = draw_clips(count, torch.Generator().manual_seed(seed), placement=STILL)
         images = (render_stills(described) + 1) * 127.5
         return images.round().byte().permute(0, 2, 3, 1).numpy(), described.captions(False)
 

@@ -2,14 +2,14 @@
 
 import torch
 
+from dit_accel.files import asset
+
 
 def random_wan(image_to_video: bool = False):
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-
-    from dit_accel.demo.text import build_text_encoder, build_tokenizer
+    from transformers import AutoTokenizer, UMT5EncoderModel
 
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
     vae = AutoencoderKLWan(
         base_dim=8,
         z_dim=4,
@@ -31,9 +31,10 @@ def random_wan(image_to_video: bool = False):
         num_layers=3,
         rope_max_seq_len=32,
     ).eval()
+    text_encoder = UMT5EncoderModel.from_pretrained(asset("tiny-wan") / "text_encoder")
     return {
-        "tokenizer": tokenizer,
-        "text_encoder": build_text_encoder(len(tokenizer)),
+        "tokenizer": AutoTokenizer.from_pretrained(asset("tiny-wan") / "tokenizer"),
+        "text_encoder": text_encoder.requires_grad_(False),
         "vae": vae,
         "transformer": transformer,
         "scheduler": UniPCMultistepScheduler(

@@ -11,7 +11,7 @@ import torch
 
 from dit_accel import control, demo
 from dit_accel.demo.clips import describe_clips
-from dit_accel.demo.report import judged_clips, judged_stills, score_clips
+from dit_accel.demo.report import judged_clips, score_clips
 from dit_accel.demo.vocabulary import Combination
 from dit_accel.eval.metrics.figures import bootstrap_interval
 from dit_accel.eval.metrics.pairs import ssim
@@ -48,10 +48,8 @@ class Subject:
         self.shipped = self.pipe.scheduler
 
     def _asked(self, name: str, count: int) -> Any:
-        if self.still:
-            return judged_stills("train", count)
         if name != "tiny-wan-start":
-            return judged_clips("train", count)
+            return judged_clips("train", count, still=self.still)
         # That model knows three shapes, six colours, four motions and one form of caption.
         every = [Combination(*c) for c in itertools.product(range(3), range(6), range(4))]
         generator = torch.Generator().manual_seed(0)

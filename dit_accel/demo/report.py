@@ -1,11 +1,11 @@
-"""`judge_pipeline`: judge the clips that a pipeline generates, and report the accuracy with intervals."""
+"""Judgement of the samples that a pipeline generates: accuracy of each label, with intervals."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,65 +13,39 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_accel.environment import machine, versions
-from dit_accel.files import write_json
 from dit_accel.sampling.batches import progress_bar, run_batches
 from dit_accel.sampling.plan import plan_batches, plan_samples
 from dit_accel.sampling.prompts import number_prompts
-from dit_accel.sampling.settings import Sampling, check_seed
+from dit_accel.sampling.settings import Sampling, check_count, check_seed
 
-from .checks import check_count, check_frame
-from .clips import Clips, describe_clips
-from .image.stills import StillCombination, describe_stills
-from .judge import UNKNOWN, judge_clips
-from .shape_judge import ShapeJudge, load_shape_judge
-from .vocabulary import (
-    BACKGROUNDS,
-    COLOURS,
-    MOTIONS,
-    SHAPES,
-    TEMPLATES,
-    Combination,
-    combinations,
-)
-
-FORMAT_VERSION = 1
-METRICS = ("shape", "colour", "motion", "all")
-STILL_METRICS = ("shape", "colour", "background", "all")
-_WORDS = {"shape": SHAPES, "colour": COLOURS, "motion": MOTIONS, "background": BACKGROUNDS}
+from .clips import CENTRAL, STILL, Clips, describe_clips
+from .dataset import check_frame
+from .judge import UNKNOWN, ShapeJudge, judge_clips, load_shape_judge
+from .vocabulary import LABELS, TEMPLATES, combinations
 
 
 def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion."""
+    """Return Wilson's 95 % interval of a proportion."""
     if count == 0:
         return 0.0, 1.0
     rate, spread = right / count, z * z / count
     half = z * math.sqrt(rate * (1 - rate) / count + spread / (4 * count))
-    return max(0.0, (rate + spread / 2 - half) / (1 + spread)), min(
-        1.0, (rate + spread / 2 + half) / (1 + spread)
-    )
+    low, high = ((rate + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
 
 
-def _in_turn(split: str, count: int, generator: torch.Generator) -> list[Combination]:
-    allowed = combinations(split)
+def judged_clips(split: str, count: int, seed: int = 0, still: bool = False) -> Clips:
+    """Return the clips or stills that a model is asked for: each combination of the split in turn.
+
+    Captions of held-out stills always name the background, because only the background makes them new.
+    """
+    generator, allowed = torch.Generator().manual_seed(seed), combinations(split)
     order: list[int] = []
     while len(order) < count:
         order += torch.randperm(len(allowed), generator=generator).tolist()
-    return [allowed[i] for i in order[:count]]
-
-
-def judged_clips(split: str, count: int, seed: int = 0) -> Clips:
-    """What is asked of the model: every combination of the split in turn, in a seeded order,
-    captions varied."""
-    generator = torch.Generator().manual_seed(seed)
-    return describe_clips(_in_turn(split, count, generator), generator)
-
-
-def judged_stills(split: str, count: int, seed: int = 0) -> Clips:
-    """The same for stills. Captions of held-out ones always name the background, without which
-    nothing about them would be new."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = [StillCombination(*c) for c in _in_turn(split, count, generator)]
-    return describe_stills(chosen, generator, naming=split == "heldout")
+    chosen = [allowed[i] for i in order[:count]]
+    naming = still and split == "heldout"
+    return describe_clips(chosen, generator, STILL if still else CENTRAL, naming)
 
 
 def score_clips(
@@ -80,42 +54,44 @@ def score_clips(
     shape_judge: ShapeJudge | None = None,
     still: bool = False,
 ) -> list[dict[str, Any]]:
-    """One record a clip: what was asked for, what the judge saw, what of it is right.
+    """Return a record per clip with the dicts `asked`, `seen` and `right`, by label.
 
-    `video` has values in [-1, 1]. `all` is shape, colour and motion; for stills, which have no
-    motion, shape, colour and background. `background` is None where the caption leaves it open.
+    Args:
+        video: clips with values in [-1, 1].
+        expected: descriptions that the clips were generated from.
+        shape_judge: Default: the trained CNN that comes with the package.
+        still: judge the background instead of the motion.
+
+    `right["background"]` is None where the caption leaves the background open. `right["all"]` covers shape, colour
+    and motion of a clip, or shape, colour and background of a still.
     """
     judgement = judge_clips(video, shape_judge)
-    names = [name for name in _WORDS if not (still and name == "motion")]
+    names = [name for name in LABELS if not (still and name == "motion")]
     records = []
     for i in range(len(expected)):
-        asked = {name: int(getattr(expected, name)[i]) for name in names}
-        seen = {name: int(getattr(judgement, name)[i]) for name in names}
+        asked, seen = (
+            {name: int(getattr(labels, name)[i]) for name in names}
+            for labels in (expected, judgement)
+        )
         right: dict[str, bool | None] = {name: asked[name] == seen[name] for name in names}
         if "{background}" not in TEMPLATES[int(expected.template[i])]:
             right["background"] = None
-        counted = STILL_METRICS[:-1] if still else METRICS[:-1]
-        right["all"] = all(right[name] is not False for name in counted)
-        words = {n: "unclear" if k == UNKNOWN else _WORDS[n][k] for n, k in seen.items()}
-        records.append(
-            {"asked": {n: _WORDS[n][k] for n, k in asked.items()}, "seen": words, "right": right}
-        )
+        right["all"] = all(right[name] is not False for name in names[:3])
+        words = {n: "unclear" if k == UNKNOWN else LABELS[n][k] for n, k in seen.items()}
+        named = {n: LABELS[n][k] for n, k in asked.items()}
+        records.append({"asked": named, "seen": words, "right": right})
     return records
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Right, count, rate and 95 % interval of each metric."""
+    """Return count of right answers, count, rate and 95 % interval of each label."""
     summary = {}
-    for metric in records[0]["right"]:
-        results = [r["right"][metric] for r in records if r["right"][metric] is not None]
-        low, high = wilson_interval(sum(results), len(results))
-        rate = sum(results) / len(results) if results else None
-        summary[metric] = {
-            "right": sum(results),
-            "count": len(results),
-            "rate": None if rate is None else round(rate, 4),
-            "interval_95": [round(low, 4), round(high, 4)],
-        }
+    for name in records[0]["right"]:
+        results = [x["right"][name] for x in records if x["right"][name] is not None]
+        right, count = sum(results), len(results)
+        rate = round(right / count, 4) if count else None
+        interval = [round(x, 4) for x in wilson_interval(right, count)]
+        summary[name] = {"right": right, "count": count, "rate": rate, "interval_95": interval}
     return summary
 
 
@@ -129,7 +105,7 @@ def clip_batches(
         prompts: prompt i has the initial noise of `seed + i`, whatever the batch size.
         sampling: arguments of the pipeline call.
         seed: first seed.
-        batch_size: clips generated at once.
+        batch_size: clips per call.
 
     Yields:
         Clips with values in [-1, 1].
@@ -141,112 +117,84 @@ def clip_batches(
 
 def check_judged(num_clips: int, num_heldout: int, batch_size: int) -> None:
     """Raise ValueError for numbers of clips that `judge_pipeline` does not accept."""
-    check_count("num_clips", num_clips, 0)
-    check_count("num_heldout", num_heldout, 0)
+    check_count("num_clips", num_clips, least=0)
+    check_count("num_heldout", num_heldout, least=0)
     if num_clips + num_heldout == 0:
-        raise ValueError("num_clips=0, num_heldout=0: accepted is at least one clip")
+        raise ValueError("num_clips=0, num_heldout=0: at least one must be positive")
     check_count("batch_size", batch_size)
 
 
 def judge_pipeline(
     pipe: Any,
+    sampling: Sampling,
     *,
     num_clips: int = 288,
     num_heldout: int = 96,
     seed: int = 0,
     batch_size: int = 8,
-    num_inference_steps: int = 12,
-    guidance_scale: float = 2.0,
-    num_frames: int | None = 33,
-    height: int = 64,
-    width: int = 64,
-    max_sequence_length: int = 512,
     shape_judge: ShapeJudge | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Generates clips with any WanPipeline-like object, or stills with an image pipeline, and judges
-    them.
+    """Generate clips or stills with a pipeline, and judge them.
 
-    Clip i of a split has the same prompt and the same initial noise (seed + i) whatever the
-    pipeline, batch size and steps, so reports of two pipelines can be compared clip by clip.
+    Clip i of a split has the same prompt and the same initial noise (`seed + i`) for every pipeline, batch size
+    and number of steps, so reports of two pipelines can be compared clip by clip.
 
     Args:
-        pipe: called as `WanPipeline` is, or as `StableDiffusion3Pipeline` with `num_frames=None`.
-        num_clips: clips of combinations seen in training (173 of them, in turn); may be 0.
-        num_heldout: clips of the 19 held-out combinations, in turn; may be 0.
-        num_frames: None for stills, whose combinations are of shape, colour and background.
+        pipe: called as `WanPipeline` is, or as `StableDiffusion3Pipeline` for stills.
+        sampling: arguments of the pipeline call, such as `Sampling(**default_sampling(pipe))`. Without
+            `num_frames` the pipeline makes stills, whose labels are shape, colour and background.
+        num_clips: clips of the combinations seen in training, in turn; may be 0.
+        num_heldout: clips of the held-out combinations, in turn; may be 0.
         seed: decides prompts and noise.
-        batch_size: clips generated at once.
-        num_inference_steps, guidance_scale, height, width, max_sequence_length: for the pipeline.
-        shape_judge: defaults to the committed one.
-        progress: whether to show a progress bar on stderr.
+        batch_size: clips per call.
+        shape_judge: Default: the trained CNN that comes with the package.
+        progress: show a progress bar on stderr.
 
     Returns:
-        A report that `write_report` writes: `settings`, `summary` (for "train", "heldout" and
-        "all": right, count, rate and Wilson 95 % interval of shape, colour, motion, the background
-        where the caption names it, and `all` as in `score_clips`), `clips` (one record each), `seconds_per_clip`,
-        versions and machine.
+        A report for JSON: `settings`, `summary` (for "train", "heldout" and "all": see `summarise`),
+        `clips` (one record each, see `score_clips`), `seconds_per_clip`, device, machine and versions.
     """
     check_judged(num_clips, num_heldout, batch_size)
     check_seed(seed, max(num_clips, num_heldout))
-    still = num_frames is None
-    check_frame(1 if still else num_frames, height, width)
-    if not guidance_scale >= 0:
-        raise ValueError(f"guidance_scale must be a number >= 0, got {guidance_scale!r}")
-    settings: dict[str, Any] = {
-        "num_frames": num_frames,
-        "height": height,
-        "width": width,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "max_sequence_length": max_sequence_length,
-    }
-    sampling = Sampling(**settings)
+    still = sampling.num_frames is None
+    check_frame(sampling.num_frames or 1, sampling.height or 0, sampling.width or 0)
+    if (sampling.guidance_scale or 0) < 0:
+        raise ValueError(f"guidance_scale={sampling.guidance_scale!r}: must be >= 0")
     shape_judge = shape_judge or load_shape_judge()
-    records: list[dict[str, Any]] = []
+    splits = {"train": num_clips, "heldout": num_heldout}
+    records: dict[str, list[dict[str, Any]]] = {}
     began = time.perf_counter()
-    with progress_bar(
-        total=num_clips + num_heldout, desc="judging", unit="clip", disable=not progress
-    ) as bar:
-        for split, count in (("train", num_clips), ("heldout", num_heldout)):
-            if count == 0:
-                continue
-            asked = (judged_stills if still else judged_clips)(split, count, seed)
+    total = num_clips + num_heldout
+    with progress_bar(total=total, desc="judging", unit="clip", disable=not progress) as bar:
+        for split in (name for name, count in splits.items() if count):
+            asked = judged_clips(split, splits[split], seed, still)
             prompts = asked.captions(with_motion=not still)
-            i = 0
+            rows = records[split] = []
             for video in clip_batches(pipe, prompts, sampling, seed=seed, batch_size=batch_size):
-                for record in score_clips(video, asked[i : i + len(video)], shape_judge, still):
+                batch = asked[len(rows) : len(rows) + len(video)]
+                for record in score_clips(video, batch, shape_judge, still):
+                    i = len(rows)
                     head = {"index": i, "split": split, "prompt": prompts[i], "seed": seed + i}
-                    records.append(head | record)
-                    i += 1
+                    rows.append(head | record)
                 bar.update(len(video))
     seconds = time.perf_counter() - began
-    splits = {name: [r for r in records if r["split"] == name] for name in ("train", "heldout")}
-    device = getattr(pipe, "device", torch.device("cpu"))
+    clips = [record for rows in records.values() for record in rows]
+    counts = {"num_clips": num_clips, "num_heldout": num_heldout, "seed": seed}
+    unused = ("negative_prompt", "image")
+    call = {name: value for name, value in asdict(sampling).items() if name not in unused}
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1,
         "settings": {
             "pipeline": type(pipe).__qualname__,
-            "num_clips": num_clips,
-            "num_heldout": num_heldout,
-            "seed": seed,
+            **counts,
             "batch_size": batch_size,
-            **settings,
+            **call,
         },
-        "summary": {
-            name: summarise(rows) for name, rows in (*splits.items(), ("all", records)) if rows
-        },
-        "seconds_per_clip": round(seconds / len(records), 4),
-        "device": str(device),
+        "summary": {name: summarise(rows) for name, rows in (records | {"all": clips}).items()},
+        "seconds_per_clip": round(seconds / total, 4),
+        "device": str(getattr(pipe, "device", "cpu")),
         "machine": machine(),
         "versions": versions(),
-        "clips": records,
+        "clips": clips,
     }
-
-
-def write_report(report: dict[str, Any], path: str | Path, name: str) -> None:
-    """Writes a report of `judge_pipeline` as JSON; `name` says which model it is of (a name, not a
-    path)."""
-    if "/" in name or "\\" in name:
-        raise ValueError(f"name must be a plain name without a path, got {name!r}")
-    write_json(Path(path), {"format_version": report["format_version"], "model": name, **report})

@@ -1,247 +1,267 @@
-"""Trains the demo model from nothing: VAE, decoder, DiT on short clips, DiT on full clips, export."""
+"""`train`: a training run from a recipe to a diffusers repository, and the models that can be trained.
+
+Transformers have one token per latent position. Their outputs start at zero and their gates start open, so that
+all blocks learn from the first step.
+"""
 
 from __future__ import annotations
 
-import copy
-from functools import cache
+import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from dit_accel.files import write_json
+from dit_accel.environment import machine, versions
+from dit_accel.files import asset, atomic_directory, write_json
 from dit_accel.sampling.devices import pick_device
 
-from .checks import check_empty_dir
-from .clips import ANYWHERE, Clips, draw_clips, render
-from .config import (
-    DECODER_FRAMES,
-    HEIGHT,
-    NUM_FRAMES,
-    SHORT_FRAMES,
-    STATISTICS_FRAMES,
-    VAE_FRAMES,
-    WIDTH,
-    TrainConfig,
-)
-from .dit import CaptionTable, build_transformer, flow_matching_loss
-from .loop import Stage, run_stage, running_average, step_generator
-from .optimizers import muon_and_adamw, muon_for_all
-from .text import build_text_encoder, build_tokenizer
-from .vae import (
-    POSTERIOR_STD,
-    build_vae,
-    decode_clip,
-    encode_clip,
-    finish_encoder,
-    latent_scale,
-    whole_clip,
-)
+from . import clips
+from .config import ImageTrainConfig, Lumina2TrainConfig, Recipe, TrainConfig
+from .dataset import check_output_dir
+from .stages import Trainer
+from .vae import double_vae, use_whole_clips
+
+HEAD_DIM = 32  # of the image models
 
 
-def _clips_at(generator: torch.Generator, count: int, frames: int, device: torch.device) -> Tensor:
-    clips = draw_clips(count, generator, placement=ANYWHERE)
-    return render(clips, frames, HEIGHT, WIDTH).to(device)
+class Wan(Trainer):
+    """Wan2.1 for clips of 33 frames: 17 x 8 x 8 = 1,088 tokens."""
+
+    name = "tiny-wan"
+    still = False
+    central, anywhere = clips.CENTRAL, clips.ANYWHERE
+    statistics = (128, 17, clips.ANYWHERE)
+    stages: ClassVar[dict[str, int]] = {"short": 9, "full": 33}
+    lengths = (16, 512)
+
+    def initial_vae(self) -> Any:
+        base, channels = self.config["vae_base_dim"], self.pipeline.vae.config.z_dim
+        scale = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+        vae = self.new_part("vae", base_dim=base, decoder_base_dim=base, **scale)
+        use_whole_clips(vae)
+        return vae
+
+    def initial_transformer(self) -> Any:
+        sizes = {name: self.config[name] for name in ("num_layers", "ffn_dim")}
+        sizes["num_attention_heads"] = self.config["num_heads"]
+        model = self.new_part("transformer", **sizes)
+        _zero(model.proj_out)
+        for block in model.blocks:  # random gates would be about 0.1
+            block.scale_shift_table.data[:, [2, 5]] = 1.0  # gates of attention and feed-forward
+        return model
+
+    def encode(self, captions: list[str], length: int) -> list[Tensor]:
+        # All captions fit the short length. The pipeline fills longer texts with zeros, as `text` does.
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": self.lengths[0]}
+        return [self.pipeline.encode_prompt([*captions, ""], **options)[0]]
+
+    def text(self, rows: Tensor, empty: Tensor, length: int) -> list[Tensor]:
+        (states,) = super().text(rows, empty, length)
+        return [nn.functional.pad(states, (0, 0, 0, length - self.lengths[0]))]
+
+    def velocity(self, noisy: Tensor, sigma: Float[Tensor, " n"], text: list[Tensor]) -> Tensor:
+        return self.pipeline.transformer(noisy, sigma * 1000, *text, return_dict=False)[0]
 
 
-def train_vae(
-    config: TrainConfig, directory: Path, device: torch.device, progress: bool = True
-) -> tuple[Any, float]:
-    """The VAE stage. Returns the VAE, its latent statistics measured, and the seconds spent."""
-    vae = build_vae(config.vae_base_dim, config.seed).to(device)
-    optimizers = muon_for_all(vae, config.vae_learning_rate)
+class StableDiffusion3(Trainer):
+    """Stable Diffusion 3 for stills of 64 x 64 pixels: 16 x 16 = 256 image tokens."""
 
-    def loss_of(generator: torch.Generator) -> Tensor:
-        video = _clips_at(generator, config.vae_batch_size, VAE_FRAMES, device)
-        mean = encode_clip(vae, video)
-        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(device)
-        error = decode_clip(vae, mean + POSTERIOR_STD * noise) - video
-        # The last term only keeps the latents from growing past unit size, where the noise would
-        # not matter.
-        excess = (mean.square().mean() - 1).clamp_min(0)
-        return error.square().mean() + 0.3 * error.abs().mean() + 1e-3 * excess
+    name = "tiny-sd3"
+    lengths = (16, 256)  # of T5's part of the text
 
-    settings = {k: v for k, v in config.to_dict().items() if k.startswith("vae_") or k == "seed"}
-    stage = Stage(
-        "vae", config.vae_steps, settings, decay=0.6, seed=config.seed, save_every=config.save_every
-    )
-    with whole_clip(vae):
-        seconds = run_stage(
-            stage, directory / "vae", {"model": vae}, optimizers, loss_of, None, progress
+    def initial_vae(self) -> Any:
+        base = self.config["vae_base_dim"]
+        return self.new_part("vae", block_out_channels=(base, 2 * base, 4 * base))
+
+    def initial_transformer(self) -> Any:
+        heads = self.config["num_heads"]
+        width = HEAD_DIM * heads
+        sizes = {"num_layers": self.config["num_layers"], "caption_projection_dim": width}
+        model = self.new_part("transformer", num_attention_heads=heads, **sizes)
+        table = _position_table(model.config.pos_embed_max_size, width)
+        model.pos_embed.pos_embed.copy_(table)
+        _zero(model.proj_out)
+        for block in model.transformer_blocks:
+            _attend_to_alike(block.attn)
+            for linear in (block.norm1.linear, block.norm1_context.linear):
+                _zero(linear)
+                if len(linear.bias) == 6 * width:  # not in the last block's context
+                    linear.bias.data.view(6, width)[[2, 5]] = (
+                        1.0  # gates of attention, feed-forward
+                    )
+        return model
+
+    def encode(self, captions: list[str], length: int) -> list[Tensor]:
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": length}
+        states, _, pooled, _ = self.pipeline.encode_prompt([*captions, ""], None, None, **options)
+        return [states, pooled]
+
+    def velocity(self, noisy: Tensor, sigma: Float[Tensor, " n"], text: list[Tensor]) -> Tensor:
+        return self.pipeline.transformer(noisy, *text, sigma * 1000, return_dict=False)[0]
+
+
+class Lumina2(Trainer):
+    """Lumina-Image 2.0 for stills of 128 x 128 pixels: 16 x 16 = 256 image tokens."""
+
+    name = "tiny-lumina2"
+    side = 128
+    lengths = (40,)  # the longest prompt has 34 tokens, and the transformer masks padding
+
+    def initial_vae(self) -> Any:
+        """Return the VAE of tiny-sd3 with twice the stride: the pipeline assumes a stride of 8."""
+        from diffusers import AutoencoderKL
+
+        vae = self.new_part("vae")
+        double_vae(AutoencoderKL.from_pretrained(asset("tiny-sd3") / "vae"), vae)
+        return vae
+
+    def initial_transformer(self) -> Any:
+        heads, names = (
+            self.config["num_heads"],
+            ("num_layers", "num_refiner_layers", "num_kv_heads"),
         )
-        generator = step_generator(config.seed, "latent statistics", 0)
-        with torch.no_grad():
-            latents = [
-                encode_clip(vae, _clips_at(generator, 16, STATISTICS_FRAMES, device))
-                for _ in range(8)
-            ]
-    finish_encoder(vae, torch.cat(latents))
-    return vae, seconds
+        sizes = {name: self.config[name] for name in names} | {"num_attention_heads": heads}
+        width = HEAD_DIM * heads
+        model = self.new_part("transformer", hidden_size=width, **sizes)
+        _spread_times(model.time_caption_embed.timestep_embedder.linear_1, self.config["seed"])
+        _zero(model.norm_out.linear_1)
+        _zero(model.norm_out.linear_2)
+        for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+            _attend_to_alike(block.attn)
+            if block.modulation:
+                _zero(block.norm1.linear)
+                gates = block.norm1.linear.bias.data.view(4, width)[1::2]  # attention, feed-forward
+                gates.fill_(0.55)  # its hyperbolic tangent is 0.5
+        return model
 
-
-def tune_decoder(
-    vae: Any, config: TrainConfig, directory: Path, device: torch.device, progress: bool = True
-) -> float:
-    """The decoder stage, in place: the encoder frozen, noisier latents than the VAE stage's.
-    Returns seconds."""
-    trained = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    optimizers = muon_for_all(trained, config.decoder_learning_rate)
-    scale = latent_scale(vae, device)[1]
-
-    def loss_of(generator: torch.Generator) -> Tensor:
-        video = _clips_at(generator, config.vae_batch_size, DECODER_FRAMES, device)
-        with torch.no_grad():
-            mean = encode_clip(vae, video)
-        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32)
-        amount = 0.15 * torch.rand(len(mean), 1, 1, 1, 1, generator=generator, dtype=torch.float32)
-        error = decode_clip(vae, mean + scale * (amount * noise).to(device)) - video
-        return error.square().mean() + 0.2 * error.abs().mean()
-
-    settings = {
-        k: v
-        for k, v in config.to_dict().items()
-        if k.startswith(("vae_", "decoder_")) or k == "seed"
-    }
-    stage = Stage(
-        "decoder",
-        config.decoder_steps,
-        settings,
-        decay=0.7,
-        seed=config.seed,
-        save_every=config.save_every,
-    )
-    with whole_clip(vae):
-        return run_stage(
-            stage, directory / "decoder", {"model": trained}, optimizers, loss_of, None, progress
+    def encode(self, captions: list[str], length: int) -> list[Tensor]:
+        states, mask, empty_states, empty_mask = self.pipeline.encode_prompt(
+            captions, negative_prompt="", max_sequence_length=length
         )
+        # All rows of the negative prompt are equal.
+        masks = torch.cat([mask, empty_mask[:1]]).bool()
+        return [torch.cat([states, empty_states[:1]]), masks]
+
+    def velocity(self, noisy: Tensor, sigma: Float[Tensor, " n"], text: list[Tensor]) -> Tensor:
+        # Time runs from noise at 0 to the image at 1, and the output points to the image.
+        return -self.pipeline.transformer(noisy, 1 - sigma, *text, return_dict=False)[0]
+
+
+TRAINERS: dict[type[Recipe], type[Trainer]] = {
+    TrainConfig: Wan,
+    ImageTrainConfig: StableDiffusion3,
+    Lumina2TrainConfig: Lumina2,
+}
+
+
+def _zero(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+def _attend_to_alike(attention: Any) -> None:
+    """Start the first head with equal queries and keys, so that it attends to near and similar tokens."""
+    for name, parameter in attention.to_k.named_parameters():
+        parameter.data[:HEAD_DIM] = attention.to_q.get_parameter(name).data[:HEAD_DIM]
+
+
+def _position_table(size: int, width: int) -> Float[Tensor, "1 size2 width"]:
+    """Return sines and cosines of both coordinates, at wavelengths from 4 to 128 tokens.
+
+    The default wavelengths go up to 60,000 tokens, so most of them are constant over 16 tokens.
+    """
+    angles = torch.arange(size)[:, None] * math.pi / torch.logspace(1, 6, width // 4, base=2.0)
+    one = torch.cat([angles.sin(), angles.cos()], 1)  # [size, width / 2]
+    down, across = one[:, None].expand(-1, size, -1), one[None].expand(size, -1, -1)
+    return torch.cat([across, down], -1).reshape(1, size * size, width)
 
 
 @torch.no_grad()
-def encode_pool(
-    vae: Any, count: int, frames: int, seed: int, device: torch.device, progress: bool = True
-) -> tuple[Tensor, Clips]:
-    """Normalised latents of `count` training clips, and the clips. The same for the same arguments."""
-    from tqdm import trange
+def _spread_times(linear: nn.Linear, seed: int) -> None:
+    """Let the units of the timestep's first layer switch on at times that are spread over [0, 1].
 
-    clips = draw_clips(count, step_generator(seed, f"pool of {frames} frames", 0))
-    mean, std = latent_scale(vae, device)
-    parts = []
-    with whole_clip(vae), torch.autocast(device.type, torch.bfloat16):
-        for i in trange(0, count, 32, desc=f"encoding {frames}-frame clips", disable=not progress):
-            video = render(clips[i : i + 32], frames, HEIGHT, WIDTH).to(device)
-            parts.append((encode_clip(vae, video).float() - mean) / std)
-    return torch.cat(parts), clips
-
-
-def train_dit(
-    name: str,
-    frames: int,
-    model: Any,
-    ema: Any,
-    vae: Any,
-    table: CaptionTable,
-    config: TrainConfig,
-    directory: Path,
-    device: torch.device,
-    progress: bool = True,
-) -> float:
-    """A DiT stage, in place: "short" or "full". Returns the seconds spent, encoding the pool
-    included."""
-    options = config.to_dict()
-    rate = options[f"{name}_learning_rate"]
-    matrices = [p for p in model.parameters() if p.ndim in (2, 5)]
-    optimizers = muon_and_adamw(matrices, list(model.parameters()), 3 * rate, rate)
-
-    @cache  # on the first step, so that a finished stage never encodes its pool
-    def pool() -> tuple[Tensor, Tensor]:
-        latents, clips = encode_pool(
-            vae, options[f"{name}_pool"], frames, config.seed, device, progress
-        )
-        return latents, table.index(clips)
-
-    def loss_of(generator: torch.Generator) -> Tensor:
-        return flow_matching_loss(
-            model, *pool(), table, config, options[f"{name}_batch_size"], generator
-        )
-
-    ignored = ("save_every", "full_") if name == "short" else ("save_every",)
-    settings = {k: v for k, v in options.items() if not k.startswith(ignored)}
-    stage = Stage(
-        f"dit-{name}",
-        options[f"{name}_steps"],
-        settings,
-        seed=config.seed,
-        save_every=config.save_every,
-    )
-    return run_stage(
-        stage,
-        directory / f"dit-{name}",
-        {"model": model, "ema": ema},
-        optimizers,
-        loss_of,
-        running_average(ema, model, config.ema),
-        progress,
-    )
+    The pipeline passes times in [0, 1] to an embedding for times in [0, 1000], where all channels are nearly
+    constant or linear. A layer with the usual weights would hardly tell one time from another.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)  # independent of the weights
+    sine = (
+        linear.in_features // 2
+    )  # cosines come first; this channel is the sine of the time itself
+    slope = 8 * torch.randn(linear.out_features, generator=generator)
+    linear.weight[:, sine] += slope
+    linear.bias.copy_(-slope * torch.rand(linear.out_features, generator=generator).sin())
 
 
 def train(
     output_dir: str | Path,
     work_dir: str | Path | None = None,
-    config: TrainConfig | None = None,
+    config: Recipe | None = None,
     device: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Trains the demo model and writes it as a complete Wan2.1-format diffusers repository (fp16
-    safetensors).
+    """Train a model like an embedded one, and write it as a diffusers repository with fp16 safetensors.
+
+    Tokenizers and text encoders are those of the embedded model; the text encoders have random weights.
 
     Args:
-        output_dir: where the repository goes; must not exist yet. It appears only when it is
-            complete.
-        work_dir: where checkpoints go (default: `<output_dir>-work`). Started again with the same
-            `work_dir`, training resumes from the newest checkpoint and ends with the weights of an
-            uninterrupted run.
-        config: the recipe; its defaults take about 50 minutes on two CPU cores.
-        device: "auto" (the GPU where there is one), "cpu", "cuda", ...
-        progress: whether to show a bar for each stage on stderr.
+        output_dir: folder to write; new or empty. It appears only when it is complete.
+        work_dir: folder of the checkpoints. With the same `work_dir` training resumes from the newest
+            checkpoint, and ends with the weights of an uninterrupted run. Default: `<output_dir>-work`.
+        config: recipe, whose class decides the model: `TrainConfig` is Wan2.1, `ImageTrainConfig` is Stable
+            Diffusion 3, `Lumina2TrainConfig` is Lumina-Image 2.0. Default: `TrainConfig()`.
+        device: "auto" (the GPU if there is one), "cpu", "cuda", ...
+        progress: show a bar for each stage on stderr.
 
     Returns:
-        What is also written to `<work_dir>/training.json`: the recipe, seconds per stage, versions,
-        machine.
+        The content of `<work_dir>/training.json`: recipe, seconds per stage, versions, machine.
     """
-    from diffusers import UniPCMultistepScheduler, WanPipeline
-
-    from .export import export_pipeline, training_record
-
     config = config or TrainConfig()
-    output = check_empty_dir("output_dir", output_dir)
+    output = check_output_dir(output_dir)
     work = Path(work_dir) if work_dir is not None else output.with_name(output.name + "-work")
     place = pick_device(device)
     work.mkdir(parents=True, exist_ok=True)
 
-    seconds: dict[str, float] = {}
-    vae, seconds["vae"] = train_vae(config, work, place, progress)
-    seconds["decoder"] = tune_decoder(vae, config, work, place, progress)
-    vae.eval().requires_grad_(False)
-
-    tokenizer = build_tokenizer()
-    text_encoder = build_text_encoder(len(tokenizer), config.seed)
-    table = CaptionTable(text_encoder, tokenizer, place)
-    model = build_transformer(config).to(place)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    shared = (model, ema, vae, table, config, work, place, progress)
-    seconds["dit-short"] = train_dit("short", SHORT_FRAMES, *shared)
-    model.load_state_dict(ema.state_dict())  # the second stage starts from the first one's average
-    seconds["dit-full"] = train_dit("full", NUM_FRAMES, *shared)
-
-    record = training_record(config, seconds, place)
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        num_train_timesteps=1000,
-        flow_shift=config.shift,
-    )
-    parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "transformer": ema}
-    export_pipeline(output, WanPipeline, scheduler, parts)
+    trainer = TRAINERS[type(config)](config, place, work, progress)
+    trainer.run()
+    record = {
+        "format_version": 1,
+        "config": trainer.config,
+        "seconds": {name: round(value, 1) for name, value in trainer.seconds.items()},
+        "seconds_total": round(sum(trainer.seconds.values()), 1),
+        "device": place.type,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    export(trainer.pipeline, output)
     write_json(work / "training.json", record)
     return record
+
+
+def export(pipeline: Any, output: Path) -> None:
+    """Save a pipeline, whose weights become fp16, to a folder that appears only when it is complete."""
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            # The models' own `half` keeps some layers in fp32, which doubles their size.
+            nn.Module.half(part.cpu())
+    with atomic_directory(output) as temporary:
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+        for path in temporary.rglob("*.json"):
+            _tidy_config(path)
+        for weights in temporary.rglob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
+def _tidy_config(path: Path) -> None:
+    """Remove the path of the source, and make fp32 the dtype after loading.
+
+    transformers loads in the dtype of the configuration, diffusers in fp32. fp16 is slow on CPUs.
+    """
+    content = json.loads(path.read_text())
+    if isinstance(content, dict) and content.keys() & {"_name_or_path", "dtype"}:
+        content.pop("_name_or_path", None)
+        content |= {"dtype": "float32"} if "dtype" in content else {}
+        path.write_text(json.dumps(content, indent=2) + "\n")

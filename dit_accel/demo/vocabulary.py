@@ -1,5 +1,4 @@
-"""What a clip can show and how a caption says it: the words, the colours, and the held-out
-combinations."""
+"""Vocabulary of the procedural data set: labels, colours, captions and held-out combinations."""
 
 from __future__ import annotations
 
@@ -9,17 +8,14 @@ from typing import NamedTuple
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white")
 MOTIONS = (
-    "moving right",
-    "moving left",
-    "moving down",
-    "moving up",
-    "circling clockwise",
-    "circling counterclockwise",
+    *("moving right", "moving left", "moving down", "moving up"),
+    *("circling clockwise", "circling counterclockwise"),
 )
 BACKGROUNDS = ("black", "gray", "navy", "maroon", "teal", "brown")
+LABELS = {"shape": SHAPES, "colour": COLOURS, "motion": MOTIONS, "background": BACKGROUNDS}
 
-# RGB in [0, 1]. Any two shape colours are at least .35 apart, any shape colour and background at
-# least .45.
+# RGB in [0, 1]. Two object colours are at least 0.35 apart, an object colour and a background at
+# least 0.45.
 COLOUR_RGB = (
     (0.93, 0.12, 0.12),
     (0.15, 0.78, 0.20),
@@ -39,7 +35,6 @@ BACKGROUND_RGB = (
     (0.30, 0.19, 0.09),
 )
 
-# Two templates leave the background open, three name it.
 TEMPLATES = (
     "{article} {colour} {shape} {motion}",
     "{colour} {shape} {motion}",
@@ -59,36 +54,30 @@ class Combination(NamedTuple):
     motion: int
 
 
-def is_held_out(combination: Combination) -> bool:
-    """Whether training never shows this (shape, colour, motion).
-
-    A fixed arithmetic rule rather than a random draw, so that it is the same for every seed,
-    version and machine; it spreads the held-out combinations evenly, so every pair of values is
-    still trained on.
-    """
-    shape, colour, motion = combination
-    return (2 * shape + colour + 3 * motion) % 10 == 1
-
-
 def combinations(split: str = "all") -> list[Combination]:
-    """All (shape, colour, motion) combinations of a split: "train" (90 %), "heldout" (10 %) or
-    "all"."""
+    """Return the combinations of a split: "train" (90 %), "heldout" (10 %) or "all".
+
+    A fixed arithmetic rule instead of a random draw makes the split equal for every seed, version
+    and machine. It leaves every pair of values in the training split.
+    """
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    everything = [
-        Combination(*c)
-        for c in product(range(len(SHAPES)), range(len(COLOURS)), range(len(MOTIONS)))
-    ]
-    if split == "all":
-        return everything
-    return [c for c in everything if is_held_out(c) == (split == "heldout")]
+        raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
+    every = [Combination(*x) for x in product(*map(range, map(len, (SHAPES, COLOURS, MOTIONS))))]
+    held_out = {x for x in every if (2 * x.shape + x.colour + 3 * x.motion) % 10 == 1}
+    return [x for x in every if split == "all" or (x in held_out) == (split == "heldout")]
 
 
 def caption(
     combination: Combination, background: int, template: int, with_motion: bool = True
 ) -> str:
-    """The caption of a clip; `background` and `template` index BACKGROUNDS and TEMPLATES. Without
-    the motion it is that of a still."""
+    """Return the caption of a clip, or of a still.
+
+    Args:
+        combination: shape, colour and motion.
+        background: index into BACKGROUNDS.
+        template: index into TEMPLATES.
+        with_motion: False for a still, whose caption leaves the motion out.
+    """
     colour = COLOURS[combination.colour]
     text = TEMPLATES[template].format(
         article="an" if colour[0] in "aeiou" else "a",
@@ -97,4 +86,4 @@ def caption(
         motion=MOTIONS[combination.motion] if with_motion else "",
         background=BACKGROUNDS[background],
     )
-    return " ".join(text.split())  # the motion left a gap
+    return " ".join(text.split())  # collapses the gap that a missing motion leaves

@@ -75,10 +75,10 @@ def with_steps(pipe: Any, sampling: Sampling) -> Sampling:
     return sampling.filled({"num_inference_steps": default})
 
 
-def check_count(name: str, value: Any, *, largest: int | None = None) -> None:
-    """Raise ValueError unless `value` is an int in [1, largest]."""
-    if type(value) is not int or value < 1 or (largest is not None and value > largest):
-        valid = "an int >= 1" if largest is None else f"an int in [1, {largest}]"
+def check_count(name: str, value: Any, *, least: int = 1, largest: int | None = None) -> None:
+    """Raise ValueError unless `value` is an int in [least, largest]."""
+    if type(value) is not int or value < least or (largest is not None and value > largest):
+        valid = f"an int >= {least}" if largest is None else f"an int in [{least}, {largest}]"
         raise ValueError(f"{name}={value!r}: accepted is {valid}")
 
 

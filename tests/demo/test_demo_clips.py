@@ -5,7 +5,7 @@ from hypothesis import given, settings
 
 from dit_accel.demo import ShapesDataset
 from dit_accel.demo.clips import ANYWHERE, centres, coverage, describe_clips, draw_clips, render
-from dit_accel.demo.shape_judge import centroids
+from dit_accel.demo.judge import centroids
 from dit_accel.demo.vocabulary import (
     BACKGROUND_RGB,
     COLOUR_RGB,
@@ -47,7 +47,7 @@ def test_distinct_combinations_have_distinct_captions():
     assert len(captions) == 192 * (2 + 3 * 6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     frames=st.integers(1, 9),
     height=st.integers(16, 80),
@@ -81,12 +81,12 @@ def test_sizes_span_a_factor_of_two():
     assert radius.max() / radius.min() == pytest.approx(2, rel=0.03)
 
 
-@pytest.mark.parametrize("motion", range(len(MOTIONS)), ids=MOTIONS)
-def test_speeds_span_a_factor_of_two(motion):
-    chosen = next(c for c in combinations() if c.motion == motion)
-    path = centres(describe_clips([chosen] * 400, _generator()), 33, 64, 64)
-    speed = path.diff(dim=1).norm(dim=-1).mean(1)
-    assert speed.max() / speed.min() == pytest.approx(2, rel=0.03)
+def test_speeds_span_a_factor_of_two():
+    for motion in range(len(MOTIONS)):
+        chosen = next(c for c in combinations() if c.motion == motion)
+        path = centres(describe_clips([chosen] * 400, _generator()), 33, 64, 64)
+        speed = path.diff(dim=1).norm(dim=-1).mean(1)
+        assert speed.max() / speed.min() == pytest.approx(2, rel=0.03), MOTIONS[motion]
 
 
 def test_the_mask_is_where_the_path_says():
@@ -123,10 +123,10 @@ def test_dataset_items_and_stills():
     [("split", "test"), ("size", 0), ("seed", -1), ("num_frames", 0), ("height", 8), ("width", 12)],
 )
 def test_bad_dataset_arguments_are_named(name, value):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
         ShapesDataset(**{name: value})
 
 
 def test_index_out_of_range():
-    with pytest.raises(IndexError, match="4"):
+    with pytest.raises(IndexError, match="index=4"):
         ShapesDataset(size=4)[4]

@@ -4,44 +4,46 @@ import pytest
 import torch
 
 from dit_accel.demo.clips import describe_clips, render
-from dit_accel.demo.judge import UNKNOWN, judge_clips, judge_motion
-from dit_accel.demo.report import (
-    judge_pipeline,
-    judged_clips,
-    score_clips,
-    wilson_interval,
-    write_report,
-)
-from dit_accel.demo.shape_judge import (
+from dit_accel.demo.judge import (
+    UNKNOWN,
     ShapeJudge,
+    judge_clips,
+    judge_motion,
     load_shape_judge,
-    save_shape_judge,
     train_shape_judge,
 )
+from dit_accel.demo.report import judge_pipeline, judged_clips, score_clips, wilson_interval
 from dit_accel.demo.vocabulary import MOTIONS, combinations
+from dit_accel.sampling.settings import Sampling
 
 
 @pytest.fixture(scope="module")
 def shape_judge() -> ShapeJudge:
-    return train_shape_judge(seed=0, steps=150)
+    return load_shape_judge()
 
 
 @pytest.mark.parametrize(
-    ("frames", "height", "width"), [(33, 64, 64), (9, 64, 96)], ids=["33x64x64", "9x64x96"]
+    ("frames", "height", "width", "trained"),
+    [(17, 64, 64, False), (9, 64, 96, True)],
+    ids=["17x64x64, committed", "9x64x96, trained now"],
 )
-def test_every_combination_is_recognised_on_clean_clips(shape_judge, frames, height, width):
-    clips = describe_clips(combinations("all"), torch.Generator().manual_seed(1))
-    judgement = judge_clips(render(clips, frames, height, width), shape_judge)
+def test_every_combination_is_recognised_on_clean_clips(
+    shape_judge, frames, height, width, trained
+):
+    clips = describe_clips(combinations("all"), torch.Generator().manual_seed(2))
+    judge = train_shape_judge(seed=0, steps=120) if trained else shape_judge
+    judgement = judge_clips(render(clips, frames, height, width), judge)
     for name in ("colour", "motion", "background"):
         assert torch.equal(getattr(judgement, name), getattr(clips, name)), name
-    assert (judgement.shape == clips.shape).float().mean() >= 0.98
+    assert (judgement.shape == clips.shape).float().mean() >= (0.98 if trained else 1.0)
 
 
-def test_the_committed_judge_is_perfect_on_clean_clips():
-    clips = describe_clips(combinations("all"), torch.Generator().manual_seed(2))
-    judgement = judge_clips(render(clips, 17), load_shape_judge())
-    for name in ("shape", "colour", "motion", "background"):
-        assert torch.equal(getattr(judgement, name), getattr(clips, name)), name
+def test_training_of_the_shape_judge_is_reproducible():
+    first, second = (train_shape_judge(seed=1, steps=3, batch_size=4) for _ in range(2))
+    other = train_shape_judge(seed=2, steps=3, batch_size=4)
+    crops = torch.rand(8, 1, 24, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(first(crops), second(crops))
+    assert not torch.equal(first(crops), other(crops))
 
 
 def test_wrong_clips_are_judged_wrong(shape_judge):
@@ -77,17 +79,6 @@ def test_too_little_movement_is_no_motion():
     assert MOTIONS[judge_motion((path - 32) * 4, 64).item()] == "moving right"
 
 
-def test_shape_judge_round_trip(tmp_path, shape_judge):
-    save_shape_judge(shape_judge, tmp_path / "judge.safetensors")
-    crops = torch.rand(8, 1, 24, 24, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        load_shape_judge(tmp_path / "judge.safetensors")(crops),
-        shape_judge(crops),
-        atol=2e-2,
-        rtol=2e-2,
-    )
-
-
 def test_wilson_interval_against_a_table():
     low, high = wilson_interval(81, 263)  # Newcombe 1998, table I, method 3
     assert (low, high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
@@ -121,16 +112,19 @@ class _Drawing:
         return SimpleNamespace(frames=(video.permute(0, 2, 3, 4, 1).numpy() + 1) / 2)
 
 
+SMALL = Sampling(num_frames=9, height=64, width=64, num_inference_steps=12, guidance_scale=2.0)
+
+
 @pytest.mark.parametrize("backwards", [False, True])
-def test_report_of_a_pipeline(tmp_path, shape_judge, backwards):
+def test_report_of_a_pipeline(shape_judge, backwards):
     pipe = _Drawing(6, 4, backwards)
     report = judge_pipeline(
         pipe,
+        SMALL,
         num_clips=6,
         num_heldout=4,
         seed=0,
         batch_size=4,
-        num_frames=9,
         shape_judge=shape_judge,
         progress=False,
     )
@@ -139,29 +133,22 @@ def test_report_of_a_pipeline(tmp_path, shape_judge, backwards):
     rate = report["summary"]["all"]["motion"]["rate"]
     assert rate == (0.0 if backwards else 1.0)
     assert report["summary"]["all"]["colour"]["rate"] == 1.0
-    write_report(report, tmp_path / "report.json", "a-drawing")
-    text = (tmp_path / "report.json").read_text()
-    assert '"model": "a-drawing"' in text
-    assert str(tmp_path) not in text
-    with pytest.raises(ValueError, match="name"):
-        write_report(report, tmp_path / "report.json", str(tmp_path))
+    assert report["settings"]["num_frames"] == 9
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("num_clips", -1),
-        ("batch_size", 0),
-        ("guidance_scale", -1.0),
-        ("seed", -2),
-        ("num_frames", 0),
-    ],
+    [("num_clips", -1), ("batch_size", 0), ("guidance_scale", -1.0), ("seed", -2), ("height", 8)],
 )
 def test_bad_judge_arguments_are_named(name, value):
-    with pytest.raises(ValueError, match=name):
-        judge_pipeline(None, **{name: value})
+    arguments = {name: value}
+    sampling = SMALL
+    if hasattr(SMALL, name):
+        sampling, arguments = SMALL.overridden(**arguments), {}
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        judge_pipeline(None, sampling, **arguments)
 
 
 def test_nothing_to_judge():
-    with pytest.raises(ValueError, match="num_heldout"):
-        judge_pipeline(None, num_clips=0, num_heldout=0)
+    with pytest.raises(ValueError, match="num_heldout=0"):
+        judge_pipeline(None, SMALL, num_clips=0, num_heldout=0)

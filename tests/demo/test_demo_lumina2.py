@@ -5,42 +5,32 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dit_accel.demo.clips import STILL, draw_clips, render_stills
 from dit_accel.demo.config import Lumina2TrainConfig
-from dit_accel.demo.image.lumina2 import (
-    LUMINA_IMAGE_2,
-    SHORT_TEXT,
-    SYSTEM_PROMPT,
-    Lumina2Captions,
-    build_text_parts,
-    build_transformer,
-    build_vae,
-)
-from dit_accel.demo.image.stills import draw_stills, render_stills
-from dit_accel.demo.image.vae import double_vae
+from dit_accel.demo.trainer import Lumina2
 from dit_accel.demo.vocabulary import caption, combinations
 from dit_accel.files import asset
 
-CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "a blue cross on a navy background", "a red circle"]
 
 
 @pytest.fixture(scope="module")
-def pipe():
+def trainer(tmp_path_factory):
     config = Lumina2TrainConfig(num_layers=1, num_heads=2, num_kv_heads=1)
-    pipe = diffusers.Lumina2Pipeline(
-        transformer=build_transformer(config).eval(),
-        vae=build_vae(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        **build_text_parts(),
-    )
-    # Its last layer starts at zero, which would hide what comes before.
+    trainer = Lumina2(config, torch.device("cpu"), tmp_path_factory.mktemp("work"), progress=False)
+    # The last layer starts at zero, which would hide the layers before it.
     torch.manual_seed(0)
-    torch.nn.init.normal_(pipe.transformer.norm_out.linear_2.weight, std=0.1)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    torch.nn.init.normal_(trainer.pipeline.transformer.norm_out.linear_2.weight, std=0.1)
+    return trainer
 
 
-def test_prompts_fit_with_the_system_prompt_before_them(pipe):
+@pytest.fixture(scope="module")
+def pipe(trainer):
+    trainer.pipeline.set_progress_bar_config(disable=True)
+    return trainer.pipeline
+
+
+def test_prompts_fit_with_the_system_prompt_before_them(trainer, pipe):
     texts = {
         caption(c, b, t, with_motion=False)
         for c in combinations()
@@ -50,12 +40,11 @@ def test_prompts_fit_with_the_system_prompt_before_them(pipe):
     start = f"{pipe.system_prompt} <Prompt Start> "
     ids = pipe.tokenizer([start + text for text in sorted(texts)]).input_ids
     assert not any(pipe.tokenizer.unk_token_id in row for row in ids)
-    assert start.lower().strip() == SYSTEM_PROMPT
-    assert max(map(len, ids)) == 34 <= SHORT_TEXT
+    assert max(map(len, ids)) == 34 <= trainer.lengths[0]
 
 
-def test_training_sees_what_the_pipeline_passes(pipe, monkeypatch):
-    """The pipeline's calls of the transformer and its steps, against `Lumina2Captions.velocity`."""
+def test_training_sees_what_the_pipeline_passes(trainer, pipe, monkeypatch):
+    """The pipeline's calls of the transformer and its steps, compared with `Lumina2.velocity`."""
     calls, steps = [], []
     forward, step = pipe.transformer.forward, pipe.scheduler.step
 
@@ -73,24 +62,25 @@ def test_training_sees_what_the_pipeline_passes(pipe, monkeypatch):
     pipe(PROMPTS, guidance_scale=2.0, generator=torch.Generator().manual_seed(0), **options)
     monkeypatch.undo()
     assert len(calls) == 4  # with the prompt and without, at two steps
-    captions = Lumina2Captions(pipe, PROMPTS, CPU)
-    generator = torch.Generator()
+    trainer.embed(PROMPTS)
+    [length] = trainer.lengths
+
+    @torch.no_grad()
+    def velocity_of(latents, sigma, dropped):
+        text = trainer.text(torch.arange(3), torch.tensor(dropped), length)
+        return trainer.velocity(latents, sigma.expand(3), text)
+
     for velocity, sigma, latents in steps:
-        given = pipe.transformer, latents, sigma.expand(3), captions.rows
-        with torch.no_grad():
-            prompted, empty = (
-                captions.velocity(*given, torch.tensor([dropped] * 3), generator)
-                for dropped in (False, True)
-            )
+        prompted, empty = (velocity_of(latents, sigma, [x] * 3) for x in (False, True))
         torch.testing.assert_close(empty + 2 * (prompted - empty), velocity, atol=1e-4, rtol=0)
         assert (prompted - empty).abs().max() > 1e-3
     # Rows of one batch may have the prompt and the empty one side by side.
-    mixed = captions.velocity(*given, torch.tensor([False, True, False]), generator)
+    mixed = velocity_of(latents, sigma, [False, True, False])
     expected = torch.stack([prompted[0], empty[1], prompted[2]])
     torch.testing.assert_close(mixed, expected, atol=1e-4, rtol=0)
 
 
-def test_padding_of_the_text_changes_nothing(pipe):
+def test_padding_of_the_text_changes_nothing(trainer, pipe):
     found = [
         pipe(
             "a red circle",
@@ -99,7 +89,7 @@ def test_padding_of_the_text_changes_nothing(pipe):
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
         ).images
-        for length in (SHORT_TEXT, 256)
+        for length in (*trainer.lengths, 256)
     ]
     torch.testing.assert_close(*found, atol=1e-4, rtol=0)
 
@@ -112,12 +102,14 @@ def test_the_time_decides_the_output_from_the_start(pipe):
     assert changes.min() > 0.1 * features.norm(dim=1).mean()
 
 
-def test_a_doubled_vae_starts_as_the_given_one():
+def test_a_doubled_vae_starts_as_the_given_one(trainer):
     vae = diffusers.AutoencoderKL.from_pretrained(asset("tiny-sd3") / "vae")
-    large = render_stills(draw_stills(8, torch.Generator().manual_seed(0)), 128, 128)
+    large = render_stills(
+        draw_clips(8, torch.Generator().manual_seed(0), placement=STILL), 128, 128
+    )
     with torch.no_grad():
         expected = vae.encode(F.avg_pool2d(large, 2)).latent_dist.mean
-        doubled = double_vae(vae)
+        doubled = trainer.vae
         found = doubled.encode(large).latent_dist.mean
         assert found.shape == expected.shape == (8, 4, 16, 16)
         assert (found - expected).norm() < 0.2 * expected.norm()
@@ -127,7 +119,7 @@ def test_a_doubled_vae_starts_as_the_given_one():
     assert doubled.config.sample_size == 128
 
 
-def test_images_have_the_size_that_the_pipeline_makes_by_default(pipe):
+def test_images_have_the_size_that_the_pipeline_makes_by_default(trainer, pipe):
     side = pipe.default_sample_size * pipe.vae_scale_factor
-    assert side == LUMINA_IMAGE_2.side == pipe.vae.config.sample_size
+    assert side == trainer.side == pipe.vae.config.sample_size
     assert pipe("a red circle", num_inference_steps=1).images[0].size == (side, side)

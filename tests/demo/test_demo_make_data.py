@@ -50,6 +50,6 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, monkeypatch):
     [("num_clips", 0), ("height", 33), ("fps", 0), ("split", "none"), ("width", 4)],
 )
 def test_bad_arguments_are_named(tmp_path, name, value):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
         make_data(tmp_path / "clips", **{"num_clips": 1, name: value})
     assert not (tmp_path / "clips").exists()

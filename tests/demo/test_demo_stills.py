@@ -1,22 +1,19 @@
 import pytest
 import torch
 
-from dit_accel.demo.clips import centres
+from dit_accel.demo.clips import STILL, Clips, centres, draw_clips, render_stills
 from dit_accel.demo.config import ImageTrainConfig
-from dit_accel.demo.image.sd3 import (
-    MAX_TOKENS,
-    STABLE_DIFFUSION_3,
-    StableDiffusion3Captions,
-    build_text_parts,
-    build_transformer,
-)
-from dit_accel.demo.image.stills import draw_stills, render_stills, still_combinations
-from dit_accel.demo.image.trainer import encode_pool
-from dit_accel.demo.image.vae import POSTERIOR_STD, build_vae, normalise
-from dit_accel.demo.report import judge_pipeline, judged_stills, score_clips
+from dit_accel.demo.report import judge_pipeline, judged_clips, score_clips
+from dit_accel.demo.trainer import StableDiffusion3
+from dit_accel.demo.vae import POSTERIOR_STD, normalise
 from dit_accel.demo.vocabulary import TEMPLATES, caption, combinations
+from dit_accel.sampling.settings import Sampling
 
 CPU = torch.device("cpu")
+
+
+def draw_stills(count: int, generator: torch.Generator, split: str = "train") -> Clips:
+    return draw_clips(count, generator, split, STILL)
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -30,18 +27,15 @@ def _triples(clips) -> list[tuple[int, int, int]]:
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+def trainer(tmp_path_factory):
+    config = ImageTrainConfig(num_layers=1, num_heads=1, vae_base_dim=4)
+    return StableDiffusion3(config, CPU, tmp_path_factory.mktemp("work"), progress=False)
 
-    config = ImageTrainConfig(num_layers=1, num_heads=1)
-    pipe = StableDiffusion3Pipeline(
-        transformer=build_transformer(config).eval(),
-        vae=build_vae(4).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        **build_text_parts(),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+
+@pytest.fixture(scope="module")
+def pipe(trainer):
+    trainer.pipeline.set_progress_bar_config(disable=True)
+    return trainer.pipeline
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +52,8 @@ def texts() -> list[str]:
 def test_a_still_keeps_to_its_split():
     train = set(_triples(draw_stills(2000, _generator())))
     heldout = set(_triples(draw_stills(300, _generator(), "heldout")))
-    assert train == set(still_combinations("train"))
-    assert heldout == set(still_combinations("heldout"))
+    assert train == set(combinations("train"))
+    assert heldout == set(combinations("heldout"))
     assert not train & heldout
 
 
@@ -77,7 +71,7 @@ def test_stills_vary_in_place_and_size_and_stay_in_frame():
 def test_captions_say_nothing_of_motion_and_fit(pipe, texts):
     assert len(texts) == 32 * (2 + 3 * 6)
     ids = pipe.tokenizer(texts).input_ids
-    assert max(map(len, ids)) < MAX_TOKENS
+    assert max(map(len, ids)) < pipe.tokenizer.model_max_length == 24
     assert not any(pipe.tokenizer.unk_token_id in row for row in ids)
     assert not any(word in text for text in texts for word in ("moving", "circling", "  "))
 
@@ -91,20 +85,20 @@ def test_every_caption_has_embeddings_of_its_own(pipe, texts):
 
 
 @pytest.mark.parametrize("length", [16, 256])
-def test_training_sees_what_the_pipeline_passes(pipe, length):
+def test_training_sees_what_the_pipeline_passes(trainer, pipe, length):
     prompts = ["a red circle", "a blue cross on a navy background", "a red circle"]
     states, empty, pooled, empty_pooled = pipe.encode_prompt(
         prompts, None, None, negative_prompt="", max_sequence_length=length
     )
-    captions = StableDiffusion3Captions(pipe, prompts, CPU, 0.5)
+    trainer.embed(prompts)
     dropped = torch.tensor([False, True, False])
-    found, found_pooled = captions.lookup(captions.rows, dropped, length)
+    found, found_pooled = trainer.text(torch.arange(3), dropped, length)
     torch.testing.assert_close(found, torch.stack([states[0], empty[1], states[2]]))
     torch.testing.assert_close(found_pooled, torch.stack([pooled[0], empty_pooled[1], pooled[2]]))
 
 
-def test_normalising_changes_the_latents_and_not_the_images():
-    vae = build_vae(4).requires_grad_(False)
+def test_normalising_changes_the_latents_and_not_the_images(trainer):
+    vae = type(trainer.vae).from_config(trainer.vae.config).requires_grad_(False)
     images = render_stills(draw_stills(16, _generator()))
     before = vae.encode(images).latent_dist.mean
     decoded = vae.decode(before).sample
@@ -116,16 +110,17 @@ def test_normalising_changes_the_latents_and_not_the_images():
     torch.testing.assert_close(vae.decode(posterior.mean).sample, decoded, atol=1e-4, rtol=0)
 
 
-def test_a_still_has_256_latent_tokens(pipe):
-    latents, stills = encode_pool(pipe.vae, STABLE_DIFFUSION_3.side, 3, 0, CPU, progress=False)
+def test_a_still_has_256_latent_tokens(trainer, pipe):
+    latents, captions = trainer.encode_pool(3, 1, STILL)
     assert latents.shape == (3, 4, 16, 16)
-    assert len(stills) == 3
+    assert len(captions) == 3
+    assert not any("moving" in text for text in captions)
     assert pipe.transformer.config.sample_size == 16
 
 
 def test_clean_stills_are_judged_right_and_others_wrong():
-    stills = judged_stills("train", 173)
-    assert set(_triples(stills)) == set(still_combinations("train"))
+    stills = judged_clips("train", 173, still=True)
+    assert set(_triples(stills)) == set(combinations("train"))
     images = render_stills(stills)[:, :, None]
     records = score_clips(images, stills, still=True)
     assert sum(r["right"]["all"] for r in records) >= 172
@@ -138,21 +133,17 @@ def test_clean_stills_are_judged_right_and_others_wrong():
 
 
 def test_held_out_stills_are_asked_for_by_all_three():
-    stills = judged_stills("heldout", 96)
-    assert set(_triples(stills)) == set(still_combinations("heldout"))
+    stills = judged_clips("heldout", 96, still=True)
+    assert set(_triples(stills)) == set(combinations("heldout"))
     assert all("{background}" in TEMPLATES[t] for t in stills.template.tolist())
 
 
 def test_report_of_an_image_pipeline(pipe):
     report = judge_pipeline(
         pipe,
+        Sampling(height=32, width=32, num_inference_steps=1, max_sequence_length=8),
         num_clips=2,
         num_heldout=1,
-        num_frames=None,
-        height=32,
-        width=32,
-        num_inference_steps=1,
-        max_sequence_length=8,
         progress=False,
     )
     assert report["settings"]["num_frames"] is None

@@ -58,10 +58,10 @@ def tinted(images, share):
 
 def of_one_shape(images, share, stills):
     """A share of the pictures replaced by circles."""
-    from dit_accel.demo.image.stills import StillCombination, describe_stills, render_stills
+    from dit_accel.demo.clips import STILL, describe_clips, render_stills
 
-    chosen = [StillCombination(0, i % 8, i % 6) for i in range(int(share * len(images)))]
-    described = describe_stills(chosen, torch.Generator().manual_seed(5))
+    chosen = [(0, i % 8, i % 6) for i in range(int(share * len(images)))]
+    described = describe_clips(chosen, torch.Generator().manual_seed(5), STILL)
     circles = ((render_stills(described) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return np.concatenate([circles, images[len(circles) :]])
 

@@ -52,8 +52,8 @@ def judge(
         prompts: one each, of the demo's vocabulary.
     """
     from dit_accel.demo.clips import Clips
+    from dit_accel.demo.judge import load_shape_judge
     from dit_accel.demo.report import score_clips
-    from dit_accel.demo.shape_judge import load_shape_judge
 
     labels = torch.tensor([_vocabulary(still)[x] for x in prompts])
     shape, colour, motion, background, template = labels.unbind(1)

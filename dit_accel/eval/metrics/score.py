@@ -98,8 +98,8 @@ def measure(
     Raises:
         ValueError: bad input, before any work where it can be known by then.
     """
-    from dit_accel.demo.checks import check_count
     from dit_accel.sampling.devices import pick_device
+    from dit_accel.sampling.settings import check_count
 
     check_resize(resize)
     for name, value, least in (
@@ -110,7 +110,7 @@ def measure(
         ("kid_subset_size", kid_subset_size, 2),
         ("neighbours", neighbours, 1),
     ):
-        check_count(name, value, least)
+        check_count(name, value, least=least)
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard={shard}: accepted is (i, n) with 0 <= i < n")
     if extractor is not None and extractor.name in (TINY, "inception"):

@@ -56,8 +56,7 @@ def training_batch(
 
     Half of the colours are any, the rest near the vocabulary's; 60 % are blurred, 60 % are noisy.
     """
-    from dit_accel.demo.clips import RADIUS, centres, coverage
-    from dit_accel.demo.image.stills import ANYWHERE, draw_stills
+    from dit_accel.demo.clips import RADIUS, STILL_ANYWHERE, centres, coverage, draw_clips
     from dit_accel.demo.vocabulary import BACKGROUND_RGB, COLOUR_RGB
 
     def uniform(*shape: int) -> Tensor:
@@ -67,7 +66,7 @@ def training_batch(
         near = torch.tensor(palette, dtype=torch.float32)[chosen] + 0.1 * (uniform(count, 3) - 0.5)
         return torch.where(uniform(count, 1) < 0.5, near.clamp(0, 1), uniform(count, 3))
 
-    stills = draw_stills(count, generator, split="all", placement=ANYWHERE)
+    stills = draw_clips(count, generator, split="all", placement=STILL_ANYWHERE)
     mask = coverage(stills, 1, SIZE, SIZE)  # [n, 1, s, s]
     colour = colours(COLOUR_RGB, stills.colour)
     background = colours(BACKGROUND_RGB, stills.background)

@@ -39,9 +39,8 @@ def latents(trainable, rows=2, seed=5):
 
 def with_text_encoder(family):
     """A pipeline that encodes prompts itself."""
-    from transformers import Gemma2Config, Gemma2Model
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
 
-    from dit_accel.demo.text import build_tokenizer
     from dit_accel.files import asset
     from dit_accel.sampling.load import load_pipeline
 
@@ -50,7 +49,7 @@ def with_text_encoder(family):
         pipe.set_progress_bar_config(disable=True)
         return pipe
     pipe = pipeline(family)
-    tokenizer = build_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(asset("tiny-wan") / "tokenizer")
     torch.manual_seed(0)
     encoder = Gemma2Model(
         Gemma2Config(
