@@ -16,11 +16,11 @@ from dit_accel.runtime.install import (
     install,
     installation_of,
     installations_of,
-    transformer_of,
     uninstall,
 )
 from dit_accel.runtime.loop import SamplingLoop
 from dit_accel.runtime.method import Method
+from dit_accel.runtime.target import transformer_of
 from dit_accel.sla import SparseAttention
 from dit_accel.summaries import Summary, summary_of
 

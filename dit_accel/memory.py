@@ -13,7 +13,7 @@ from dit_accel.models import family_of
 from dit_accel.ras import memory
 from dit_accel.runtime.caller import steps_of
 from dit_accel.runtime.components import parts_of, split
-from dit_accel.runtime.install import transformer_of
+from dit_accel.runtime.target import transformer_of
 
 
 @dataclass(frozen=True)

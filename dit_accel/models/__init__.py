@@ -3,7 +3,15 @@
 import importlib
 from typing import Any
 
-from dit_accel.models.family import AllTokens, AttentionLayer, Call, Family, Focus, Hook, by_name
+from dit_accel.models.family import (
+    AllTokens,
+    AttentionLayer,
+    Call,
+    Family,
+    Hook,
+    TokenSelection,
+    by_name,
+)
 from dit_accel.models.tokens import TokenOrder, joint_index
 from dit_accel.models.whole import WholeTransformer
 
@@ -26,9 +34,9 @@ __all__ = [
     "AttentionLayer",
     "Call",
     "Family",
-    "Focus",
     "Hook",
     "TokenOrder",
+    "TokenSelection",
     "WholeTransformer",
     "by_name",
     "family_of",

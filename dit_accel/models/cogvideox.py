@@ -7,7 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_accel.models.attention import SparseProcessor, grouped_attention, projections
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
+from dit_accel.models.family import (
+    AttentionLayer,
+    Call,
+    Family,
+    Hook,
+    TokenSelection,
+    after,
+    before,
+)
 from dit_accel.models.rotary import for_heads, rotate
 
 
@@ -64,21 +72,21 @@ class CogVideoX(Family):
     def output_channels(self, transformer: Any) -> int:
         return transformer.config.out_channels
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
-        if focus.passes:
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
+        if selection.passes:
             return arguments
         # The transformer splits text from video by the length of this argument.
-        text = focus.part(arguments["encoder_hidden_states"])
+        text = selection.part(arguments["encoder_hidden_states"])
         changed: dict[str, Any] = {"encoder_hidden_states": text}
         if (tables := arguments.get("image_rotary_emb")) is not None:
-            changed["image_rotary_emb"] = tuple(focus.take(x[None]) for x in tables)
+            changed["image_rotary_emb"] = tuple(selection.take(x[None]) for x in tables)
         return {**arguments, **changed}
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         return [
-            before(transformer.patch_embed, _whole_text, focus),
-            after(transformer.patch_embed, _tokens, focus),
-            after(transformer.proj_out, focus.complete),
+            before(transformer.patch_embed, _whole_text, selection),
+            after(transformer.patch_embed, _tokens, selection),
+            after(transformer.proj_out, selection.complete),
         ]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
@@ -95,20 +103,20 @@ class CogVideoX(Family):
         return 2.0 * (blocks + conditions + dim * (ends + text * config.text_embed_dim))
 
 
-def _whole_text(focus: Focus, args: tuple, kwargs: dict) -> Any:
+def _whole_text(selection: TokenSelection, args: tuple, kwargs: dict) -> Any:
     """Replace the text of this process by all of the text, because positional embeddings cover the whole text."""
-    text = focus.call.context
+    text = selection.call.context
     if text is None or text.shape[1] == args[0].shape[1]:
         return args, kwargs
     return (text.to(args[0]), *args[1:]), kwargs
 
 
-def _tokens(focus: Focus, output: Tensor) -> Tensor:
+def _tokens(selection: TokenSelection, output: Tensor) -> Tensor:
     """Return [text, video] with the text of this process and the video tokens that run."""
-    if focus.passes:
+    if selection.passes:
         return output
-    words = focus.call.text_length
-    return torch.cat([focus.part(output[:, :words]), focus.take(output[:, words:])], dim=1)
+    words = selection.call.text_length
+    return torch.cat([selection.part(output[:, :words]), selection.take(output[:, words:])], dim=1)
 
 
 class CogVideoXSparseAttnProcessor(SparseProcessor):

@@ -1,4 +1,4 @@
-"""`Family`: what acceleration asks of a model, and `Focus`: what a model asks of acceleration."""
+"""`Family`: what acceleration asks of a model, and `TokenSelection`: what a model asks of acceleration."""
 
 import inspect
 from collections.abc import Callable, Hashable
@@ -69,7 +69,7 @@ class Call:
         return text + self.references + self.image_tokens
 
 
-class Focus:
+class TokenSelection:
     """The tokens that the current call runs on, and their order, as the hooks of a family see them."""
 
     call: Call
@@ -137,8 +137,8 @@ class Focus:
         raise NotImplementedError
 
 
-class AllTokens(Focus):
-    """Focus on all tokens in raster order. Nothing is kept from one call to the next, so that gradients can flow."""
+class AllTokens(TokenSelection):
+    """TokenSelection on all tokens in raster order. Nothing is kept from one call to the next, so that gradients can flow."""
 
     keeps = False
 
@@ -169,7 +169,7 @@ class AttentionLayer:
     kv_heads: int
     head_dim: int
     layout: str = "image"
-    """Whose tokens it sees: "image", or a name that the family gives to `Focus.place`."""
+    """Whose tokens it sees: "image", or a name that the family gives to `TokenSelection.place`."""
 
 
 class Family:
@@ -239,12 +239,12 @@ class Family:
         """Channels of the output at each latent position."""
         return transformer.out_channels
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the transformer with token-wise ones reduced to the tokens that run; the very
         same where there are none."""
         return arguments
 
-    def hooks(self, transformer: Any, focus: Focus) -> "list[Hook]":
+    def hooks(self, transformer: Any, selection: TokenSelection) -> "list[Hook]":
         """Registers the hooks that gather after embedding and complete the output."""
         raise NotImplementedError
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_accel.models.attention import projections, text_projections
-from dit_accel.models.family import AttentionLayer, Call, Focus, Hook, after
+from dit_accel.models.family import AttentionLayer, Call, Hook, TokenSelection, after
 from dit_accel.models.packed import (
     PackedProcessor,
     PackedTransformer,
@@ -48,13 +48,13 @@ class Flux(PackedTransformer):
         grid = read_once(arguments["img_ids"], _image_grid)
         return self.packed_call(transformer, arguments, grid)
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         layers = [x.module for x in self.self_attention(transformer).values()]
         return [
             *self.packed_hooks(
-                transformer, focus, transformer.x_embedder, transformer.context_embedder
+                transformer, selection, transformer.x_embedder, transformer.context_embedder
             ),
-            after(transformer.pos_embed, _tables, focus, layers),
+            after(transformer.pos_embed, _tables, selection, layers),
         ]
 
 
@@ -77,13 +77,14 @@ def _image_grid(ids: Tensor) -> tuple[int, int, int]:
 
 
 def _tables(
-    focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]
+    selection: TokenSelection, layers: list[Any], output: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the rotary tables `[R or 1, L, D]` of the tokens that run."""
-    text = focus.call.text_length - focus.call.references
-    set_words(focus, layers, output[0])
+    text = selection.call.text_length - selection.call.references
+    set_words(selection, layers, output[0])
     cos, sin = (
-        _joined(text_part(focus, x[None, :text]), image_part(focus, x[None, text:])) for x in output
+        _joined(text_part(selection, x[None, :text]), image_part(selection, x[None, text:]))
+        for x in output
     )
     return cos, sin
 

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from dit_accel.models.attention import projections, text_projections
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
+from dit_accel.models.family import (
+    AttentionLayer,
+    Call,
+    Family,
+    Hook,
+    TokenSelection,
+    after,
+    before,
+)
 from dit_accel.models.rotary import rotate
 
 
@@ -63,14 +71,14 @@ class HunyuanVideo(Family):
     def output_channels(self, transformer: Any) -> int:
         return transformer.config.out_channels
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         layers = [x.module for x in self.self_attention(transformer).values()]
         return [
-            before(transformer.rope, _shrink_rope, focus, _patch(transformer)),
-            after(transformer.rope, _rope, focus, layers),
-            after(transformer.x_embedder, focus.take),
-            after(transformer.context_embedder, focus.part),
-            after(transformer.proj_out, focus.complete),
+            before(transformer.rope, _shrink_rope, selection, _patch(transformer)),
+            after(transformer.rope, _rope, selection, layers),
+            after(transformer.x_embedder, selection.take),
+            after(transformer.context_embedder, selection.part),
+            after(transformer.proj_out, selection.complete),
         ]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
@@ -99,19 +107,23 @@ def _patch(transformer: Any) -> tuple[int, int, int]:
     return config.patch_size_t, config.patch_size, config.patch_size
 
 
-def _shrink_rope(focus: Focus, patch: tuple[int, int, int], args: tuple, kwargs: dict) -> Any:
+def _shrink_rope(
+    selection: TokenSelection, patch: tuple[int, int, int], args: tuple, kwargs: dict
+) -> Any:
     """Let the module make the tables of a single token, if those of the run are known."""
-    if "rope" in focus.per_run:
+    if "rope" in selection.per_run:
         t, h, w = patch
         args = (args[0][..., :t, :h, :w],)
     return args, kwargs
 
 
-def _rope(focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def _rope(
+    selection: TokenSelection, layers: list[Any], output: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Return the rotary tables `[R or 1, n, D]` of the tokens that run; give the processors the lengths of the texts."""
-    mask = focus.call.mask
+    mask = selection.call.mask
     assert mask is not None
-    processes = focus.call.processes
+    processes = selection.call.processes
     if processes is not None and mask.shape[1] < processes.size:
         # Blocks of one stream cut the text from the end of the sequence, which they cannot where there is none.
         raise ValueError(
@@ -122,8 +134,8 @@ def _rope(focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]) -> tup
     counts = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
     for layer in layers:
         layer.processor.text_lengths, layer.processor.text_mask = lengths, counts
-    tables = focus.per_run.setdefault("rope", output)
-    return tuple(focus.take(x[None]) for x in tables)
+    tables = selection.per_run.setdefault("rope", output)
+    return tuple(selection.take(x[None]) for x in tables)
 
 
 class HunyuanVideoSparseAttnProcessor(DispatchProcessor):

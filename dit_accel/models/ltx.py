@@ -8,7 +8,15 @@ from torch import Tensor
 
 from dit_accel.models.attention import computed_once
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
+from dit_accel.models.family import (
+    AttentionLayer,
+    Call,
+    Family,
+    Hook,
+    TokenSelection,
+    after,
+    before,
+)
 from dit_accel.models.rotary import rotate
 from dit_accel.models.tokens import read_once
 
@@ -82,23 +90,23 @@ class LTXVideo(Family):
     def output_channels(self, transformer: Any) -> int:
         return transformer.config.out_channels
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
         timestep = arguments["timestep"]
         one_for_each = timestep.ndim > 1 and timestep.shape[1] > 1
-        if focus.passes or not one_for_each:
+        if selection.passes or not one_for_each:
             return arguments
-        return {**arguments, "timestep": focus.take(timestep)}
+        return {**arguments, "timestep": selection.take(timestep)}
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         hooks = [
-            before(transformer.rope, _shrink_rope, focus),
-            after(transformer.rope, _rope, focus),
-            after(transformer.proj_in, focus.take),
-            after(transformer.proj_out, focus.complete),
+            before(transformer.rope, _shrink_rope, selection),
+            after(transformer.rope, _rope, selection),
+            after(transformer.proj_in, selection.take),
+            after(transformer.proj_out, selection.complete),
         ]
-        if focus.keeps:
+        if selection.keeps:
             modules = list(self.cross_attention(transformer).values())
-            hooks.append(after(transformer.caption_projection, _text_keys, focus, modules))
+            hooks.append(after(transformer.caption_projection, _text_keys, selection, modules))
         return hooks
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
@@ -125,28 +133,30 @@ def _grid_of(places: Float[Tensor, "r 3 n"]) -> tuple[int, int, int]:
     return len(row) // (h * w), h, w
 
 
-def _shrink_rope(focus: Focus, args: tuple, kwargs: dict) -> Any:
+def _shrink_rope(selection: TokenSelection, args: tuple, kwargs: dict) -> Any:
     """Let the module make the tables of one row; of a single token, if they are known."""
     arguments = {**dict(zip(ROPE_ARGUMENTS, args, strict=False)), **kwargs}
     if arguments.get("video_coords") is not None:
-        focus.per_run.pop("rope", None)  # places may differ between rows, and from call to call
+        selection.per_run.pop("rope", None)  # places may differ between rows, and from call to call
         return (), arguments
     arguments["hidden_states"] = arguments["hidden_states"][:1]
-    if "rope" in focus.per_run:
+    if "rope" in selection.per_run:
         arguments |= {"num_frames": 1, "height": 1, "width": 1}
     return (), arguments
 
 
-def _rope(focus: Focus, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    tables = focus.per_run.setdefault("rope", output)
-    return tuple(focus.take(x) for x in tables)
+def _rope(selection: TokenSelection, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    tables = selection.per_run.setdefault("rope", output)
+    return tuple(selection.take(x) for x in tables)
 
 
-def _text_keys(focus: Focus, modules: list[Any], output: Tensor) -> None:
+def _text_keys(selection: TokenSelection, modules: list[Any], output: Tensor) -> None:
     """Compute keys and values of the text for every cross-attention layer, once per context."""
-    if "text" not in focus.per_context:
-        focus.per_context["text"] = [computed_once(attn, _key_value, output) for attn in modules]
-    for attn, known in zip(modules, focus.per_context["text"], strict=True):
+    if "text" not in selection.per_context:
+        selection.per_context["text"] = [
+            computed_once(attn, _key_value, output) for attn in modules
+        ]
+    for attn, known in zip(modules, selection.per_context["text"], strict=True):
         attn.processor.text = known
 
 

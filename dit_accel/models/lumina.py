@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dit_accel.models.attention import SparseProcessor, computed_once, grouped_attention
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after
+from dit_accel.models.family import AttentionLayer, Call, Family, Hook, TokenSelection, after
 
 
 class LuminaNext(Family):
@@ -50,10 +50,10 @@ class LuminaNext(Family):
             epoch=tuple(table[1, 1].tolist()) if table.device.type == "cpu" else None,
         )
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         return [
-            after(transformer.patch_embedder, _embedded, focus, transformer.layers),
-            after(transformer.norm_out, focus.complete),
+            after(transformer.patch_embedder, _embedded, selection, transformer.layers),
+            after(transformer.norm_out, selection.complete),
         ]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
@@ -73,17 +73,17 @@ class LuminaNext(Family):
         return 2.0 * transformer.config.num_layers * 2 * text * width * attn.inner_kv_dim
 
 
-def _embedded(focus: Focus, layers: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+def _embedded(selection: TokenSelection, layers: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
     tokens, mask, size, rotary = output
-    if focus.keeps:
-        if "text" not in focus.per_context:
-            focus.per_context["text"] = [
-                computed_once(x.attn2, _key_value, x.norm1_context(focus.call.context))
+    if selection.keeps:
+        if "text" not in selection.per_context:
+            selection.per_context["text"] = [
+                computed_once(x.attn2, _key_value, x.norm1_context(selection.call.context))
                 for x in layers
             ]
-        for layer, known in zip(layers, focus.per_context["text"], strict=True):
+        for layer, known in zip(layers, selection.per_context["text"], strict=True):
             layer.attn2.processor.text = known
-    return focus.take(tokens), focus.take(mask), size, focus.take(rotary)
+    return selection.take(tokens), selection.take(mask), size, selection.take(rotary)
 
 
 def _key_value(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import Call, Family, Focus, Hook, after
+from dit_accel.models.family import Call, Family, Hook, TokenSelection, after
 
 
 class PackedTransformer(Family):
@@ -65,23 +65,23 @@ class PackedTransformer(Family):
     def output_channels(self, transformer: Any) -> int:
         return transformer.config.patch_size**2 * transformer.out_channels
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
         given = {name: x for name in self.residuals if (x := arguments.get(name)) is not None}
         if not given:
             return arguments
         return {
             **arguments,
-            **{name: [focus.take(x) for x in residuals] for name, residuals in given.items()},
+            **{name: [selection.take(x) for x in residuals] for name, residuals in given.items()},
         }
 
     def packed_hooks(
-        self, transformer: Any, focus: Focus, image: nn.Module, text: nn.Module
+        self, transformer: Any, selection: TokenSelection, image: nn.Module, text: nn.Module
     ) -> list[Hook]:
         """Return the hooks on the layers that embed image and text, and on the last layer."""
         return [
-            after(image, image_part, focus),
-            after(text, text_part, focus),
-            after(transformer.proj_out, _complete, focus),
+            after(image, image_part, selection),
+            after(text, text_part, selection),
+            after(transformer.proj_out, _complete, selection),
         ]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
@@ -96,45 +96,47 @@ class PackedTransformer(Family):
         return 2.0 * ((double + single) * (active + text) * row + modulation + dim * ends)
 
 
-def own_words(focus: Focus) -> tuple[slice, slice]:
+def own_words(selection: TokenSelection) -> tuple[slice, slice]:
     """Return the places of the text tokens, and those of the references, that run in this process.
 
     Processes share [text, references] as one sequence.
     """
-    text = focus.call.text_length - focus.call.references
-    places = focus.part(torch.arange(focus.call.text_length, device="cpu")[None])[0].tolist()
+    text = selection.call.text_length - selection.call.references
+    places = selection.part(torch.arange(selection.call.text_length, device="cpu")[None])[
+        0
+    ].tolist()
     start, stop = (places[0], places[-1] + 1) if places else (0, 0)  # few words, many processes
     return slice(min(start, text), min(stop, text)), slice(
         max(start - text, 0), max(stop - text, 0)
     )
 
 
-def text_part(focus: Focus, x: Tensor) -> Tensor:
+def text_part(selection: TokenSelection, x: Tensor) -> Tensor:
     """Return the text tokens that run in this process, of all `[R or 1, T, ...]`."""
-    return x[:, own_words(focus)[0]]
+    return x[:, own_words(selection)[0]]
 
 
-def image_part(focus: Focus, x: Tensor) -> Tensor:
+def image_part(selection: TokenSelection, x: Tensor) -> Tensor:
     """Return the tokens [references, image] that run in this process, of [image, references] `[R or 1, L, ...]`."""
-    tokens = math.prod(focus.call.grid)
-    image = focus.take(x[:, :tokens])
-    if not focus.call.references:
+    tokens = math.prod(selection.call.grid)
+    image = selection.take(x[:, :tokens])
+    if not selection.call.references:
         return image
-    references = x[:, tokens:][:, own_words(focus)[1]]
+    references = x[:, tokens:][:, own_words(selection)[1]]
     return torch.cat([references.expand(len(image), *references.shape[1:]), image], dim=1)
 
 
-def set_words(focus: Focus, layers: list[Any], like: Tensor) -> None:
+def set_words(selection: TokenSelection, layers: list[Any], like: Tensor) -> None:
     """Store in the processors of these layers the number of tokens before the image."""
-    text, references = (x.stop - x.start for x in own_words(focus))
-    focus.per_context["references"] = references
+    text, references = (x.stop - x.start for x in own_words(selection))
+    selection.per_context["references"] = references
     words = like.new_empty(text + references, 0)
     for layer in layers:
         layer.processor.words = words
 
 
-def _complete(focus: Focus, output: Tensor) -> Tensor:
-    return focus.complete(output[:, focus.per_context["references"] :])
+def _complete(selection: TokenSelection, output: Tensor) -> Tensor:
+    return selection.complete(output[:, selection.per_context["references"] :])
 
 
 class PackedProcessor(DispatchProcessor):

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dit_accel.models.attention import projections, text_projections
-from dit_accel.models.family import AttentionLayer, Call, Focus, Hook, after, before
+from dit_accel.models.family import AttentionLayer, Call, Hook, TokenSelection, after, before
 from dit_accel.models.packed import (
     PackedProcessor,
     PackedTransformer,
@@ -49,19 +49,19 @@ class QwenImage(PackedTransformer):
             )
         return call
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
-        arguments = super().focus_inputs(focus, arguments)
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
+        arguments = super().select_inputs(selection, arguments)
         if arguments.get("encoder_hidden_states_mask") is None:
             return arguments
         # The model checks its length against the text of one process; `_tables` gives it to the processors.
         return {**arguments, "encoder_hidden_states_mask": None}
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         blocks = transformer.transformer_blocks
-        hooks = self.packed_hooks(transformer, focus, transformer.img_in, transformer.txt_in)
+        hooks = self.packed_hooks(transformer, selection, transformer.img_in, transformer.txt_in)
         hooks += [
-            before(transformer.pos_embed, _whole_text, focus),
-            after(transformer.pos_embed, _tables, focus, [x.attn for x in blocks]),
+            before(transformer.pos_embed, _whole_text, selection),
+            after(transformer.pos_embed, _tables, selection, [x.attn for x in blocks]),
         ]
         if transformer.config.zero_cond_t:
             hooks += [before(block, _modulate_references, block.attn) for block in blocks]
@@ -105,20 +105,25 @@ def _is_padded(mask: Tensor) -> bool:
     return not every
 
 
-def _whole_text(focus: Focus, args: tuple, kwargs: dict) -> Any:
+def _whole_text(selection: TokenSelection, args: tuple, kwargs: dict) -> Any:
     """Let the module make the table of all text tokens; the model itself sees the text of one process."""
-    return args, {**kwargs, "max_txt_seq_len": focus.call.text_length - focus.call.references}
+    return args, {
+        **kwargs,
+        "max_txt_seq_len": selection.call.text_length - selection.call.references,
+    }
 
 
-def _tables(focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def _tables(
+    selection: TokenSelection, layers: list[Any], output: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Return the rotary tables `[R or 1, L, D / 2]` of the image and text tokens that run."""
     image, text = (x[None] for x in output)
-    set_words(focus, layers, text)
-    mask = focus.call.mask
+    set_words(selection, layers, text)
+    mask = selection.call.mask
     shown = mask.bool() if mask is not None and read_once(mask, _is_padded) else None
     for layer in layers:
         layer.processor.mask = shown
-    return image_part(focus, image), text_part(focus, text)
+    return image_part(selection, image), text_part(selection, text)
 
 
 def _modulate_references(attn: Any, args: tuple, kwargs: dict) -> Any:

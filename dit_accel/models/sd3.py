@@ -12,7 +12,7 @@ from dit_accel.models.attention import (
     projections,
     text_projections,
 )
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after
+from dit_accel.models.family import AttentionLayer, Call, Family, Hook, TokenSelection, after
 
 
 class StableDiffusion3(Family):
@@ -55,17 +55,20 @@ class StableDiffusion3(Family):
             variant=None if skipped is None else tuple(skipped),
         )
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
         residuals = arguments.get("block_controlnet_hidden_states")
         if residuals is None:
             return arguments
-        return {**arguments, "block_controlnet_hidden_states": [focus.take(x) for x in residuals]}
+        return {
+            **arguments,
+            "block_controlnet_hidden_states": [selection.take(x) for x in residuals],
+        }
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         return [
-            after(transformer.pos_embed, focus.take),
-            after(transformer.context_embedder, focus.part),
-            after(transformer.proj_out, focus.complete),
+            after(transformer.pos_embed, selection.take),
+            after(transformer.context_embedder, selection.part),
+            after(transformer.proj_out, selection.complete),
         ]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from dit_accel.models.attention import computed_once, projections
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
+from dit_accel.models.family import (
+    AttentionLayer,
+    Call,
+    Family,
+    Hook,
+    TokenSelection,
+    after,
+    before,
+)
 from dit_accel.models.rotary import rotate
 
 TEXT_TOKENS = 512
@@ -68,10 +76,10 @@ class Wan(Family):
             token_flops=self._modulation(transformer) if timestep.ndim > 1 else 0.0,
         )
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
-        if arguments["timestep"].ndim == 1 or focus.passes:
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
+        if arguments["timestep"].ndim == 1 or selection.passes:
             return arguments
-        return {**arguments, "timestep": focus.take(arguments["timestep"])}
+        return {**arguments, "timestep": selection.take(arguments["timestep"])}
 
     def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
         t, h, w = (
@@ -89,16 +97,16 @@ class Wan(Family):
     def output_channels(self, transformer: Any) -> int:
         return transformer.config.out_channels
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         hooks = [
-            before(transformer.rope, _shrink_rope, focus, tuple(transformer.config.patch_size)),
-            after(transformer.rope, _rope, focus),
-            after(transformer.patch_embedding, _embedded, focus),
-            after(transformer.proj_out, focus.complete),
+            before(transformer.rope, _shrink_rope, selection, tuple(transformer.config.patch_size)),
+            after(transformer.rope, _rope, selection),
+            after(transformer.patch_embedding, _embedded, selection),
+            after(transformer.proj_out, selection.complete),
         ]
-        if focus.keeps:
+        if selection.keeps:
             modules = list(self.cross_attention(transformer).values())
-            hooks.append(after(transformer.condition_embedder, _text_keys, focus, modules))
+            hooks.append(after(transformer.condition_embedder, _text_keys, selection, modules))
         return hooks
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
@@ -129,42 +137,46 @@ def dim_of(transformer: Any) -> int:
     return config.num_attention_heads * config.attention_head_dim
 
 
-def _shrink_rope(focus: Focus, patch_size: tuple[int, int, int], args: tuple, kwargs: dict) -> Any:
+def _shrink_rope(
+    selection: TokenSelection, patch_size: tuple[int, int, int], args: tuple, kwargs: dict
+) -> Any:
     """The tables are known: let the module make those of a single token."""
-    if "rope" in focus.per_run:
+    if "rope" in selection.per_run:
         t, h, w = patch_size
         args = (args[0][..., :t, :h, :w],)
     return args, kwargs
 
 
-def _rope(focus: Focus, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    tables = focus.per_run.setdefault("rope", output)
-    return tuple(focus.take(x) for x in tables)
+def _rope(selection: TokenSelection, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    tables = selection.per_run.setdefault("rope", output)
+    return tuple(selection.take(x) for x in tables)
 
 
-def _embedded(focus: Focus, output: Float[Tensor, "r c t h w"]) -> Tensor:
+def _embedded(selection: TokenSelection, output: Float[Tensor, "r c t h w"]) -> Tensor:
     """Active tokens as a video of n frames of 1 x 1: the model flattens it to a sequence again."""
-    if focus.passes:
+    if selection.passes:
         return output
-    return gathered(focus, output.flatten(2))
+    return gathered(selection, output.flatten(2))
 
 
-def gathered(focus: Focus, tokens: Float[Tensor, "r c n"]) -> Float[Tensor, "r c m 1 1"]:
+def gathered(
+    selection: TokenSelection, tokens: Float[Tensor, "r c n"]
+) -> Float[Tensor, "r c m 1 1"]:
     """Active tokens as a video of frames of 1 x 1."""
-    tokens = focus.take(tokens.transpose(1, 2))
+    tokens = selection.take(tokens.transpose(1, 2))
     # Contiguous, so that what the model makes of it has the strides that compiled blocks know.
     return tokens.transpose(1, 2).contiguous()[..., None, None]
 
 
-def _text_keys(focus: Focus, modules: list[Any], output: tuple[Any, ...]) -> None:
+def _text_keys(selection: TokenSelection, modules: list[Any], output: tuple[Any, ...]) -> None:
     """Keys and values of the context in every cross-attention, once per context."""
     text, image = output[2], output[3]
-    if "text" not in focus.per_context:
+    if "text" not in selection.per_context:
         context = text if image is None else torch.cat([image, text], dim=1)
-        focus.per_context["text"] = [
+        selection.per_context["text"] = [
             computed_once(attn, _text_key_value, context) for attn in modules
         ]
-    for attn, known in zip(modules, focus.per_context["text"], strict=True):
+    for attn, known in zip(modules, selection.per_context["text"], strict=True):
         attn.processor.text = known
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dit_accel.models.family import Focus, Hook, after
+from dit_accel.models.family import Hook, TokenSelection, after
 from dit_accel.models.wan import Wan, dim_of, gathered
 
 
@@ -23,9 +23,9 @@ class WanVACE(Wan):
         control = {f"vace_blocks.{i}": block for i, block in enumerate(transformer.vace_blocks)}
         return control | super().named_blocks(transformer)
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
-        embedded = after(transformer.vace_patch_embedding, _embedded, focus)
-        return [*super().hooks(transformer, focus), embedded]
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
+        embedded = after(transformer.vace_patch_embedding, _embedded, selection)
+        return [*super().hooks(transformer, selection), embedded]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
         config, dim = transformer.config, dim_of(transformer)
@@ -35,10 +35,10 @@ class WanVACE(Wan):
         return super().flops(transformer, active, tokens, text) + 2.0 * ends
 
 
-def _embedded(focus: Focus, output: Float[Tensor, "r c t h w"]) -> Tensor:
+def _embedded(selection: TokenSelection, output: Float[Tensor, "r c t h w"]) -> Tensor:
     """Return the control tokens of the active video tokens; a control of fewer frames ends in zeros, as in diffusers."""
-    if focus.passes:
+    if selection.passes:
         return output
     tokens = output.flatten(2)
-    missing = math.prod(focus.call.grid) - tokens.shape[2]
-    return gathered(focus, pad(tokens, (0, missing)))
+    missing = math.prod(selection.call.grid) - tokens.shape[2]
+    return gathered(selection, pad(tokens, (0, missing)))

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook
+from dit_accel.models.family import AttentionLayer, Call, Family, Hook, TokenSelection
 
 
 class WholeTransformer(Family):
@@ -37,7 +37,7 @@ class WholeTransformer(Family):
             variant=None if skipped is None else tuple(skipped),
         )
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         return []
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dit_accel.config import RASConfig
-from dit_accel.models import Call, Focus, TokenOrder, joint_index
+from dit_accel.models import Call, TokenOrder, TokenSelection, joint_index
 from dit_accel.ras.compatibility import step_cache_of
 from dit_accel.ras.context import ContextState
 from dit_accel.ras.control import ErrorControl
@@ -30,8 +30,8 @@ OUTSIDE = "no sampling loop drives this call"
 TOO_WRONG = "predicted error above the tolerance"
 
 
-class RegionAdaptiveSampling(Method, Focus):
-    """RAS of one transformer (arXiv 2502.10389); what the hooks of a family see as `Focus`.
+class RegionAdaptiveSampling(Method, TokenSelection):
+    """RAS of one transformer (arXiv 2502.10389); what the hooks of a family see as `TokenSelection`.
 
     Args:
         config: settings.
@@ -40,7 +40,7 @@ class RegionAdaptiveSampling(Method, Focus):
     name = "ras"
     keeps_activations = True
     may_answer = True
-    focus_rank = 1
+    selection_rank = 1
 
     def __init__(self, config: RASConfig) -> None:
         self.config = config
@@ -55,7 +55,7 @@ class RegionAdaptiveSampling(Method, Focus):
         self._finish_call()
 
     @property
-    def focus(self) -> Focus | None:  # type: ignore[override]
+    def selection(self) -> TokenSelection | None:  # type: ignore[override]
         return self if self.config.has_partial_steps else None
 
     def check(self, transformer: nn.Module, others: Collection[Method]) -> None:
@@ -173,10 +173,10 @@ class RegionAdaptiveSampling(Method, Focus):
         if plan.schedule.has_partial_steps:
             plan.observe(step, call.noisy_latents, self.config.selection)
         level = None if plan.levels is None else plan.levels[step]
-        plan.selection.begin_step(step, plan.metric, level)
+        plan.tile_selection.begin_step(step, plan.metric, level)
         control = plan.control if plan.off is None else None
         if control is not None and level is not None:
-            control.begin_step(step, level, dense=plan.selection.tiles is None)
+            control.begin_step(step, level, dense=plan.tile_selection.tiles is None)
 
         geometry = (tuple(latents.shape), grid, latents.dtype, latents.device, call.form)
         state: ContextState | None = run.context.states.get(self.name)
@@ -185,7 +185,7 @@ class RegionAdaptiveSampling(Method, Focus):
             state = run.context.states[self.name] = ContextState(geometry, call.epoch)
         self.context = state
 
-        selection, tiles = plan.selection, plan.selection.tiles
+        selection, tiles = plan.tile_selection, plan.tile_selection.tiles
         # The tokens of a row share their noise levels unless some of them run alone.
         shape = (rows, tokens if plan.schedule.has_partial_steps else 1)
         forecast = plan.off is None and tiles is not None and tiles.shape[1] == 0
@@ -271,7 +271,7 @@ class RegionAdaptiveSampling(Method, Focus):
             plan.intervals[run.step],
             active,
             repeats=run.repeats,
-            measure=plan.control is not None or plan.selection.wants_errors,
+            measure=plan.control is not None or plan.tile_selection.wants_errors,
         )
         if errors is not None:
             errors = errors * (errors.shape[1] / sample[0].numel())
@@ -294,7 +294,7 @@ class RegionAdaptiveSampling(Method, Focus):
         if not self.separate_guidance:
             rates = _guidance_together(rates, self.call.noisy_latents)
         members = tile_tokens(rates.shape[1], plan.schedule.tile, rates.device)
-        plan.selection.measure(rates[:, members].mean(-1), known[:, members].any(-1))
+        plan.tile_selection.measure(rates[:, members].mean(-1), known[:, members].any(-1))
 
     def _measure_rows(self, control: ErrorControl, errors: Float[Tensor, " r"]) -> None:
         """Tell the error control how wrong the forecasts of this call were, as squared relative errors."""
@@ -461,7 +461,7 @@ class RegionAdaptiveSampling(Method, Focus):
             masks[step] = mask.view(plan.key[1]).cpu()
         return masks
 
-    # What the hooks of a family call (see `Focus`) --------------------------------------------------
+    # What the hooks of a family call (see `TokenSelection`) --------------------------------------------------
 
     def fill(self, x: Float[Tensor, "r n c"]) -> Float[Tensor, "r l c"]:
         """Outputs of the active tokens at their places in raster order, 0 elsewhere (`end_call` fills that in)."""
@@ -472,7 +472,7 @@ class RegionAdaptiveSampling(Method, Focus):
         return full.scatter_(1, self.index[..., None].expand(-1, -1, x.shape[2]), x)
 
     def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
-        """See `Focus.place`."""
+        """See `TokenSelection.place`."""
         tokens = math.prod(self.call.grid)
         if self._distance is not None:
             factor = _placed(self._damped, length, offsets)

@@ -13,13 +13,13 @@ from torch import Tensor
 from dit_accel.config import RASConfig
 from dit_accel.models import AttentionLayer, Call, TokenOrder
 from dit_accel.ras import memory
-from dit_accel.ras.ages import Selection
 from dit_accel.ras.budget import step_intervals, step_weights
 from dit_accel.ras.compatibility import noise_of
 from dit_accel.ras.control import ErrorControl
 from dit_accel.ras.levels import noise_levels
 from dit_accel.ras.schedule import Schedule, plan_steps
 from dit_accel.ras.selection import tile_tokens, token_scores
+from dit_accel.ras.tile_selection import TileSelection
 from dit_accel.runtime.run import Run
 
 DENSE_ONLY = "the schedule has dense steps only"
@@ -31,7 +31,7 @@ class RunPlan:
     """Decisions that the calls of one run share; made again if its length or geometry changes."""
 
     schedule: Schedule
-    selection: Selection
+    tile_selection: TileSelection
     levels: Float[Tensor, " steps_and_end"] | None
     """Noise levels in [0, 1], see `noise_levels`; None: not known."""
     intervals: Float[Tensor, " steps"]
@@ -62,7 +62,7 @@ class RunPlan:
         """
         if kind not in ("std", "l2norm") or step == self.observed:
             return
-        latents = for_rows(latents, len(self.selection.age))
+        latents = for_rows(latents, len(self.tile_selection.age))
         if self.latents is not None:
             cells = _by_token(latents.float() - self.latents.float(), self.grid)
             cell = cells.shape[2]
@@ -80,7 +80,7 @@ class RunPlan:
 
     def fits(self, run: Run, call: Call) -> bool:
         """Return whether a call of this run, with its rows, can follow this plan."""
-        rows, chosen_for = call.hidden_states.shape[0], len(self.selection.age)
+        rows, chosen_for = call.hidden_states.shape[0], len(self.tile_selection.age)
         return self.key == _key(run, call) and (rows % chosen_for == 0 or chosen_for % rows == 0)
 
 
@@ -139,7 +139,7 @@ def make_plan(
     weights = [] if levels is None else step_weights(levels.tolist())
     plan = RunPlan(
         schedule,
-        Selection(config, schedule, rows, device, weights),
+        TileSelection(config, schedule, rows, device, weights),
         None if levels is None else levels.to(device),
         torch.tensor(
             [] if levels is None else step_intervals(levels.tolist()),

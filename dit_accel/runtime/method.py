@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.models import AttentionLayer, Call, Family, Focus, TokenOrder
+from dit_accel.models import AttentionLayer, Call, Family, TokenOrder, TokenSelection
 from dit_accel.runtime.run import Run
 from dit_accel.runtime.swap import WeightSwap
 
@@ -30,10 +30,10 @@ class Method:
     """True if the method needs the seams `attend` and `kv_store` of the attention processors."""
     keeps_activations = False
     """True if the method keeps activations from one step to the next; they are dropped when weights change."""
-    focus: Focus | None = None
-    """Focus of the method, if it selects or orders the tokens of a call."""
-    focus_rank = 0
-    """Rank of the focus; the highest one of all methods is used."""
+    selection: TokenSelection | None = None
+    """TokenSelection of the method, if it selects or orders the tokens of a call."""
+    selection_rank = 0
+    """Rank of the selection; the highest one of all methods is used."""
     swap: WeightSwap | None = None
     """Other values for weights of the transformer, which they have as long as the method is on."""
 
@@ -45,7 +45,7 @@ class Method:
         """
 
     def attach(self, host: "Host") -> None:
-        """Connect to the transformer. Methods with a higher `focus_rank` are attached first."""
+        """Connect to the transformer. Methods with a higher `selection_rank` are attached first."""
 
     def begin_run(self, run: Run) -> None:
         """A new run begins, with the call that `begin_call` tells next."""
@@ -55,7 +55,7 @@ class Method:
 
         Returns:
             What the call returns instead of running the transformer; None: it runs. After an answer, methods with a
-            lower `focus_rank` are not told about the call, and `end_call` does not follow.
+            lower `selection_rank` are not told about the call, and `end_call` does not follow.
         """
 
     def end_call(self, run: Run, call: Call, output: Any) -> Any:
@@ -113,5 +113,5 @@ class Host:
     """Self-attention layers by name."""
     methods: tuple[Method, ...] = ()
 
-    focus: Focus | None = None
-    """Focus that selects and orders the tokens; None: all of them run, in raster order."""
+    selection: TokenSelection | None = None
+    """TokenSelection that selects and orders the tokens; None: all of them run, in raster order."""

@@ -9,8 +9,9 @@ from torch import Tensor
 from dit_accel.models import family_of, is_supported
 from dit_accel.runtime.caller import scheduler_of
 from dit_accel.runtime.components import TRANSFORMERS, parts_of
-from dit_accel.runtime.install import installations_of, transformer_of
+from dit_accel.runtime.install import installations_of
 from dit_accel.runtime.run import Run
+from dit_accel.runtime.target import transformer_of
 
 
 @dataclass(frozen=True)

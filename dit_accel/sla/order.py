@@ -29,7 +29,7 @@ def tile_order(
 
 
 class Reordered(AllTokens):
-    """Focus on all tokens in another order."""
+    """TokenSelection on all tokens in another order."""
 
     order: TokenOrder | None
 

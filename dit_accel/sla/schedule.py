@@ -80,7 +80,7 @@ class SparseAttention(Method):
         self._pauses = 0
 
     @property
-    def focus(self) -> Reordered:  # type: ignore[override]
+    def selection(self) -> Reordered:  # type: ignore[override]
         return self.reordered
 
     def make_layers(self, layers: Mapping[str, AttentionLayer]) -> None:
@@ -110,7 +110,7 @@ class SparseAttention(Method):
     def attach(self, host: Host) -> None:
         if not self.layers:  # attached for the second time, it keeps what it has learned
             self.make_layers(host.layers)
-        self._reorders = host.focus is self.reordered
+        self._reorders = host.selection is self.reordered
         for name, layer in host.layers.items():
             processor, ours = layer.module.processor, self.layers[name]
             processor.attend = ours

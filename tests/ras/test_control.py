@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 import dit_accel
 from dit_accel.config import RASConfig
-from dit_accel.ras.ages import Selection
 from dit_accel.ras.control import LONGEST, LONGEST_FROM_31, ErrorControl, fewest_tiles
 from dit_accel.ras.selection import rank_by
+from dit_accel.ras.tile_selection import TileSelection
 
 from ..random_pipelines import FAMILIES, make, relative, run
 from .test_reference_failures import HostReads
@@ -96,7 +96,7 @@ def test_the_tokens_with_the_largest_predicted_errors_run(family, monkeypatch):
     """Between two whole steps: as few tiles as leave the others below the tolerance."""
     pipe = make(family)
     seen = []
-    begin = Selection.begin_step
+    begin = TileSelection.begin_step
 
     def noting(self, step, metric, level=None):
         if step != self.step:
@@ -106,7 +106,7 @@ def test_the_tokens_with_the_largest_predicted_errors_run(family, monkeypatch):
         else:
             begin(self, step, metric, level)
 
-    monkeypatch.setattr(Selection, "begin_step", noting)
+    monkeypatch.setattr(TileSelection, "begin_step", noting)
 
     def sample(tolerance):
         seen.clear()

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_accel
 from dit_accel.config import RASConfig
-from dit_accel.ras.ages import Selection
 from dit_accel.ras.schedule import plan_steps
+from dit_accel.ras.tile_selection import TileSelection
 from dit_accel.runtime.install import method_of
 
 from ..random_pipelines import FAMILIES, embeddings, make, relative, run
@@ -21,7 +21,7 @@ def never_updated(config, steps=21):
     """Of 256 tokens with a steady metric, how many no step of a run without dense steps updates."""
     plan = plan_steps(config, steps, 256)
     plan = type(plan)(tiles=(plan.tiles[-1],) * steps, tile=plan.tile, num_tiles=plan.num_tiles)
-    selection = Selection(config, plan, 1, torch.device("cpu"))
+    selection = TileSelection(config, plan, 1, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     steady = torch.rand(1, plan.num_tiles, generator=generator)
     seen = torch.zeros(plan.num_tiles, dtype=torch.bool)

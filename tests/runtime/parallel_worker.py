@@ -356,7 +356,7 @@ def refusals():
 
     def long_values():
         pipe = parallel(accelerated("wan", "sla"))
-        group = installation_of(pipe)._parallel.group
+        group = installation_of(pipe).group
         same = {f"field {i}": "x" * 500 for i in range(60)}
         group.agree(same, torch.device("cpu"), None)
         group.agree({**same, "field 7": "x" * 500 + str(rank)}, torch.device("cpu"), None)

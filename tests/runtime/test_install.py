@@ -255,9 +255,13 @@ def test_a_call_after_an_interrupted_one_goes_through():
     dit_accel.enable(pipe, **BOTH)
     expected = run(pipe, "sd3")
     installation = installation_of(pipe)
-    installation._enter(pipe.transformer)  # as if Ctrl-C had skipped the hook that ends a call
+    installation._one_call.enter(
+        pipe.transformer
+    )  # as if Ctrl-C had skipped the hook that ends a call
     torch.testing.assert_close(run(pipe, "sd3"), expected, rtol=0, atol=0)
-    in_threads([lambda: installation._enter(pipe.transformer)])  # and of a thread that is gone
+    in_threads(
+        [lambda: installation._one_call.enter(pipe.transformer)]
+    )  # and of a thread that is gone
     torch.testing.assert_close(run(pipe, "sd3"), expected, rtol=0, atol=0)
 
 

@@ -8,9 +8,10 @@ import torch.distributed as dist
 
 from dit_accel.models import family_of, is_supported
 from dit_accel.runtime.components import parts_of
-from dit_accel.runtime.install import installation_of, transformer_of
+from dit_accel.runtime.install import installation_of
 from dit_accel.runtime.parallel.group import Group
 from dit_accel.runtime.parallel.switch import knows_parallelism
+from dit_accel.runtime.target import transformer_of
 
 
 def enable_parallelism(target: Any, *, config: Any) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.models import AttentionLayer, Focus
-from dit_accel.runtime.parallel.focus import SharedFocus
+from dit_accel.models import AttentionLayer, TokenSelection
 from dit_accel.runtime.parallel.group import Group
+from dit_accel.runtime.parallel.selection import SharedTokens
 
 ADAPTED = ".base_layer"
 """Suffix that PEFT adds to the name of a module that it wraps."""
@@ -66,7 +66,7 @@ class Parallelism:
     Args:
         transformer: transformer with context parallelism of diffusers.
         group: its processes.
-        focus: focus that selects and orders the tokens; None: all tokens, in raster order.
+        selection: selection that selects and orders the tokens; None: all tokens, in raster order.
         layers: self-attention layers by name.
 
     Raises:
@@ -77,13 +77,13 @@ class Parallelism:
         self,
         transformer: nn.Module,
         group: Group,
-        focus: Focus | None,
+        selection: TokenSelection | None,
         layers: dict[str, AttentionLayer],
     ) -> None:
         for name, layer in layers.items():
             group.check_heads(name, layer.kv_heads)
         self.group = group
-        self.focus = SharedFocus(focus, group, {x.layout for x in layers.values()})
+        self.selection = SharedTokens(selection, group, {x.layout for x in layers.values()})
         self._removed: list[_Removed] = []
         for at, module in transformer.named_modules():
             registry: Any = getattr(module, "_diffusers_hook", None)
@@ -92,7 +92,7 @@ class Parallelism:
                     registry.remove_hook(name, recurse=False)
                     self._removed.append(_Removed(at.removesuffix(ADAPTED), name, hook))
         for layer in layers.values():
-            layer.module.processor.exchange = self.focus.exchanges[layer.layout]
+            layer.module.processor.exchange = self.selection.exchanges[layer.layout]
 
     def remove(
         self, transformer: Any, layers: dict[str, AttentionLayer], *, ends: bool = True

@@ -1,25 +1,25 @@
-"""`SharedFocus`: the tokens of a call that run in this process."""
+"""`SharedTokens`: the tokens of a call that run in this process."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_accel.models import AllTokens, Call, Focus
+from dit_accel.models import AllTokens, Call, TokenSelection
 from dit_accel.runtime.parallel.exchange import Exchange
 from dit_accel.runtime.parallel.group import Group
 
 
-class SharedFocus(Focus):
-    """Focus on this process's share of the tokens that another focus selects and orders.
+class SharedTokens(TokenSelection):
+    """TokenSelection on this process's share of the tokens that another selection selects and orders.
 
     Args:
-        inner: focus of a method; None: all tokens run, in raster order.
+        inner: selection of a method; None: all tokens run, in raster order.
         group: processes that share the tokens.
         layouts: layouts of the layers, see `AttentionLayer.layout`.
     """
 
-    def __init__(self, inner: Focus | None, group: Group, layouts: set[str]) -> None:
+    def __init__(self, inner: TokenSelection | None, group: Group, layouts: set[str]) -> None:
         self.inner = inner or AllTokens()
         self.group = group
         self.exchanges = {layout: Exchange(group) for layout in {"image", *layouts}}

@@ -1,4 +1,4 @@
-"""`Selection`: the ages and errors of a run's tiles, and which are active in the step in progress."""
+"""`TileSelection`: the ages and errors of a run's tiles, and which are active in the step in progress."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from dit_accel.ras.schedule import Schedule
 from dit_accel.ras.selection import band_score, choose, rank_by
 
 
-class Selection:
+class TileSelection:
     """One index set for each row of the run's first call, shared by all contexts of a step."""
 
     def __init__(
