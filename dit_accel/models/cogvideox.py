@@ -6,23 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_accel.models.attention import SparseProcessor, grouped_attention, projections
-from dit_accel.models.family import (
-    AttentionLayer,
-    Call,
-    Family,
-    Hook,
-    TokenSelection,
-    after,
-    before,
-)
+from dit_accel.models.attention import SparseProcessor, grouped_attention, head_projections
+from dit_accel.models.family import AttentionLayer, Call, Family, TokenSelection
+from dit_accel.models.hooks import Hook, after, before
 from dit_accel.models.rotary import for_heads, rotate
 
 
 class CogVideoX(Family):
     """Joint attention over [text, video]; guidance halves [uncond, cond] in one batch.
 
-    The model gets and returns latents with frames before channels. Image-to-video has its conditions in further channels.
+    Latents have frames before channels, in input and output. Image-to-video has conditions in additional channels.
     """
 
     name = "CogVideoX"
@@ -66,7 +59,7 @@ class CogVideoX(Family):
     def latent_shape(self, pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         config, scale = pipe.transformer.config, pipe.vae_scale_factor_spatial
         frames = (num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-        frames += -frames % (config.patch_size_t or 1)  # the pipeline adds frames and drops them
+        frames += -frames % (config.patch_size_t or 1)  # the pipeline pads to whole patches
         return 1, config.in_channels, frames, height // scale, width // scale
 
     def output_channels(self, transformer: Any) -> int:
@@ -92,9 +85,8 @@ class CogVideoX(Family):
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
         config = transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
-        # Projections of attention, and feed-forward; attention reads all tokens.
+        # Projections of attention and feed-forward; attention reads all tokens. Then the modulation of two norms.
         row = 12 * dim * dim + 2 * (tokens + text) * dim
-        # Modulation of two norms.
         blocks = config.num_layers * ((active + text) * row + 12 * config.time_embed_dim * dim)
         conditions = config.time_embed_dim * (dim + config.time_embed_dim + 2 * dim)
         conditions += 2 * (config.ofs_embed_dim or 0) ** 2
@@ -104,7 +96,7 @@ class CogVideoX(Family):
 
 
 def _whole_text(selection: TokenSelection, args: tuple, kwargs: dict) -> Any:
-    """Replace the text of this process by all of the text, because positional embeddings cover the whole text."""
+    """Replace the text of this process by the whole text, because positional embeddings cover the whole text."""
     text = selection.call.context
     if text is None or text.shape[1] == args[0].shape[1]:
         return args, kwargs
@@ -120,7 +112,7 @@ def _tokens(selection: TokenSelection, output: Tensor) -> Tensor:
 
 
 class CogVideoXSparseAttnProcessor(SparseProcessor):
-    """Attention over [text, video]; see `Family.processor`. Only the video passes the seam `kv_store`."""
+    """Processor of attention over [text, video]. Only video tokens pass the seam `kv_store`."""
 
     def __call__(
         self,
@@ -132,11 +124,7 @@ class CogVideoXSparseAttnProcessor(SparseProcessor):
     ) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b t c"]]:
         words = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projections(attn, joint))
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+        query, key, value = head_projections(attn, joint)
         if image_rotary_emb is not None:
             cos, sin = (for_heads(x) for x in image_rotary_emb)
             query, key = (

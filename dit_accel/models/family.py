@@ -1,144 +1,161 @@
-"""`Family`: what acceleration asks of a model, and `TokenSelection`: what a model asks of acceleration."""
+"""`Family`: the facts of a model; `Call`: one call of it; `TokenSelection`: the tokens on which the call runs."""
 
 import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from dit_accel.models.hooks import Hook
 from dit_accel.models.tokens import take
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a transformer, as far as acceleration needs to know it."""
+    """One call of a transformer: the arguments and sizes that acceleration uses."""
 
     hidden_states: Tensor
-    """Latents `[R, C, (t,) h, w]`. A model that is called with tokens gives a view of them as `[R, C, *grid]`; one that is
-    called with frames before channels gives a transposed view (see `Family.channel_axis`)."""
+    """Latents `[R, C, (t,) h, w]`. Families whose model takes tokens give a view `[R, C, *grid]` of them. Families whose
+    model takes frames before channels give a transposed view (see `Family.channel_axis`)."""
     context: Tensor | None
-    """`encoder_hidden_states`; its identity tells contexts apart. None: the model has no text."""
+    """Text embeddings, the argument `encoder_hidden_states`. Calls with the same tensor belong to one context. None: the
+    model has no text."""
     channels: int
-    """How many of the C are noisy latents; others are conditions."""
+    """Number of the C channels that are noisy latents, the first ones. The others are conditions."""
     grid: tuple[int, int, int]
-    """Image tokens (t, h, w); they lie in raster order, w fastest."""
+    """Number of image tokens along (t, h, w). They are in raster order, w fastest."""
     timestep: Any = None
-    """The transformer's argument of that name."""
+    """Argument `timestep` of the transformer."""
     images: Tensor | None = None
-    """Image embeddings that the call is conditioned on, beside the text."""
+    """Image embeddings on which the call is conditioned, in addition to the text."""
     image_tokens: int = 0
-    """Tokens of `images` that the layers read with those of the text."""
+    """Number of tokens of `images` that the layers read together with the text tokens."""
     token_flops: float = 0.0
-    """Matrix products of each active image token beside those that `Family.flops` counts."""
+    """FLOPs of each active image token that `Family.flops` does not count."""
     mask: Tensor | None = None
-    """Mask of the text tokens that count."""
+    """Mask of the text tokens: true (or 1) for tokens that are not padding."""
     references: int = 0
-    """Tokens of reference images. They run in every call, as those of the text do."""
+    """Number of tokens of reference images. They run in every call, like text tokens."""
     variant: Hashable = None
-    """What else tells contexts apart."""
+    """Further value that distinguishes contexts, such as skipped layers. Calls of one context have equal values."""
     epoch: Hashable = None
-    """What cached keys were made with: if it changes within a run, they are stale."""
+    """Value on which cached keys depend, such as the rotary table. If it changes within a run, cached keys are dropped."""
     form: Hashable = None
-    """Argument `return_dict`, which decides the form of the output."""
+    """Argument `return_dict`, which decides the type of the output."""
     flops: Callable[[int], float] | None = None
-    """Matrix products of this call with so many active image tokens; the runtime fills it in."""
+    """Function from a number of active image tokens to the FLOPs of this call. Set by the runtime."""
     processes: Any = None
-    """Processes that compute this call together (`runtime.parallel.Group`); None: there are no others. The runtime
-    fills it in."""
+    """Processes that compute this call together (`runtime.parallel.group.Group`); None: one process. Set by the
+    runtime."""
     must_run: bool = False
-    """True if the transformer runs whatever a method answers; the runtime fills it in."""
+    """True if methods cannot answer this call in place of the transformer. Set by the runtime."""
 
     @property
     def conditions(self) -> tuple[Tensor, ...]:
-        """The tensors that the call is conditioned on; their identity tells contexts apart."""
+        """Tensors on which the call is conditioned. Calls with the same tensors belong to one context."""
         tensors = (self.context, self.images, self.mask)
         return tuple(x for x in tensors if x is not None)
 
     @property
     def noisy_latents(self) -> Tensor:
-        """`hidden_states` without the channels that are conditions."""
+        """Channels of `hidden_states` that are noisy latents."""
         return self.hidden_states[:, : self.channels]
 
     @property
     def text_length(self) -> int:
-        """Tokens beside those of the image, which run in every call: of the text, of references, and of images that the
-        layers read with the text."""
+        """Number of tokens that are not image tokens and run in every call: text, references and `image_tokens`."""
         text = 0 if self.context is None or self.context.ndim < 3 else self.context.shape[1]
         return text + self.references + self.image_tokens
 
 
 class TokenSelection:
-    """The tokens that the current call runs on, and their order, as the hooks of a family see them."""
+    """Tokens on which the current call runs, and their order. The hooks of a family use this interface."""
 
     call: Call
     index: Tensor | None
-    """The tokens that run, `[R, n]` places in raster order; None: all of them, in that order."""
+    """Tokens that run, `[R, n]` indices into the raster order; None: all tokens in raster order."""
     keeps: bool = True
-    """Whether `per_run` and `per_context` outlive the call, so that it pays to compute things once."""
+    """True if `per_run` and `per_context` outlive the call, so that values can be computed once and stored there."""
 
     @property
     def per_run(self) -> dict[str, Any]:
-        """For what stays the same over the run and all contexts."""
+        """Storage for values that are the same in all calls of the run."""
         raise NotImplementedError
 
     @property
     def per_context(self) -> dict[str, Any]:
-        """For what stays the same over the calls of this context."""
+        """Storage for values that are the same in all calls of this context."""
         raise NotImplementedError
 
     @property
     def passes(self) -> bool:
-        """True if tokens run as they come: all of them, in raster order, in one process."""
+        """True if nothing changes: all tokens run, in raster order, in one process."""
         return self.index is None
 
     def take(self, x: Tensor) -> Tensor:
-        """The tokens that run in this process, `[R, n, ...]`, of `[R or 1, N, ...]` in raster order."""
+        """Return the tokens that run in this process.
+
+        Args:
+            x: values of all tokens in raster order, `[R or 1, N, ...]`.
+
+        Returns:
+            `[R, n, ...]`.
+        """
         return x if self.index is None else take(x, self.index)
 
     def part(self, x: Tensor, layout: str = "text") -> Tensor:
-        """The share of this process in a sequence `[R, L, ...]` that every process has whole. Context
-        parallelism shares it out; else it is the sequence itself.
+        """Return the share of this process in a sequence. Without context parallelism, return the sequence.
 
         Args:
-            x: the sequence.
-            layout: "text", or a name that the family gives to `place`. Image tokens have `take`.
+            x: sequence `[R, L, ...]` that every process holds.
+            layout: "text", or a layout that the family passes to `place`. For image tokens use `take`.
         """
         return x
 
     def whole(self, x: Tensor, layout: str = "image", *, ends: bool = False) -> Tensor:
-        """The shares of all processes, put together: undoes `part`, and for "image" the sharing of `take`.
+        """Return the shares of all processes, concatenated. This undoes `part`, and for "image" the sharing of `take`.
 
         Args:
-            x: the share of this process.
+            x: share of this process.
             layout: as in `part`, or "image".
-            ends: whether all processes do the same with the result up to the loss. Else each uses it for its share,
-                and its gradient is the sum of theirs.
+            ends: True if all processes compute the same from the result, up to the loss. False if each process computes
+                its share from it; the gradient is then summed over the processes.
         """
         return x
 
     def complete(self, x: Tensor) -> Tensor:
-        """The output of all tokens in raster order, `[R, N, C]`, from that of those that ran in this process,
-        `[R, n, C]`."""
+        """Return the output of all tokens in raster order, `[R, N, C]`.
+
+        Args:
+            x: output of the tokens that ran in this process, `[R, n, C]`.
+        """
         return self.fill(self.whole(x, ends=True))
 
     def fill(self, x: Tensor) -> Tensor:
-        """The output of all tokens in raster order, `[R, N, C]`, from that of those that ran in all processes."""
+        """Return the output of all tokens in raster order, `[R, N, C]`.
+
+        Args:
+            x: output of the tokens that ran in all processes, `[R, n, C]`.
+        """
         raise NotImplementedError
 
     def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
-        """Says where the image tokens of each row lie in the layers of this layout: from `offsets[r]`
-        on, in `length` tokens. The others are always active.
+        """Set the positions of the image tokens in the layers of a layout.
+
+        Args:
+            layout: name of the layout, as in `AttentionLayer.layout`.
+            length: number of tokens in a sequence of the layout.
+            offsets: position of the first image token in each row. All other tokens of the sequence are active.
 
         Returns:
-            The places of the layout that run, `[R, n']`; None: all of them, in order.
+            Positions in the sequence that run, `[R, n']`; None: all positions, in order.
         """
         raise NotImplementedError
 
 
 class AllTokens(TokenSelection):
-    """TokenSelection on all tokens in raster order. Nothing is kept from one call to the next, so that gradients can flow."""
+    """All tokens in raster order. Nothing is stored from one call to the next, so gradients can flow."""
 
     keeps = False
 
@@ -163,139 +180,122 @@ class AllTokens(TokenSelection):
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One self-attention module."""
+    """A self-attention module and its sizes."""
 
     module: Any
     kv_heads: int
     head_dim: int
     layout: str = "image"
-    """Whose tokens it sees: "image", or a name that the family gives to `TokenSelection.place`."""
+    """Layout of its sequences: "image" for image tokens alone, or a name that the family passes to
+    `TokenSelection.place`."""
 
 
 class Family:
-    """A model family: facts, and its attention processor. One subclass per file."""
+    """Facts and attention processors of a model family. Each family is a subclass in a file of its own."""
 
     name: str
     stock_processors: tuple[str, ...]
     separate_guidance: bool
-    """Whether the halves of classifier-free guidance are two calls; else they are one batch, with the
-    same latents in both."""
+    """True if the halves of classifier-free guidance are two calls. False if they are one batch, with the same latents in
+    both halves."""
     exchanging_cross_attention = False
-    """Whether diffusers' processor for cross-attention exchanges heads in context parallelism. Then ours stands in for it
-    always: every process has all of the text."""
+    """True if the cross-attention processor of diffusers exchanges heads in context parallelism. It is always replaced
+    then, because every process has the whole text."""
     channel_axis = 1
-    """Axis of the channels in the transformer's output. 2: frames come first, `[R, t, C, h, w]`."""
+    """Axis of the channels in the transformer's output; 2 for `[R, t, C, h, w]`."""
     repeated_blocks: tuple[str, ...] = ()
-    """Class names of the repeated blocks, where diffusers names none (`_repeated_blocks` of the transformer)."""
+    """Class names of the repeated blocks. Needed if the transformer class of diffusers has no `_repeated_blocks`."""
 
     def blocks_of(self, transformer_class: Any) -> tuple[str, ...]:
-        """Class names of the blocks that `torch.compile` compiles one by one."""
+        """Return the class names of the blocks that `torch.compile` compiles one by one."""
         return self.repeated_blocks or tuple(getattr(transformer_class, "_repeated_blocks", ()))
 
     def blocks(self, transformer: Any) -> list[nn.Module]:
-        """The repeated blocks, in the order of the modules."""
+        """Return the repeated blocks in the order of the modules."""
         names = self.blocks_of(type(transformer))
         return [x for x in transformer.modules() if type(x).__name__ in names]
 
     def self_attention(self, transformer: Any) -> dict[str, AttentionLayer]:
-        """Self-attention layers by name, in the order they run."""
+        """Return the self-attention layers by name, in the order in which they run."""
         raise NotImplementedError
 
     def cross_attention(self, transformer: Any) -> dict[str, Any]:
-        """Attention modules from image to text, by name."""
+        """Return the cross-attention modules from image to text, by name."""
         return {}
 
     def processor(self, stock: Any) -> Any:
-        """The processor that stands in for `stock` in self-attention. It has three seams, None at first, which
-        `SparseProcessor.run` serves: `attend(q, k, v, text=..., ...) -> o | None`, `[B, H, L, D]`, may answer instead
-        of dense attention (arguments are those of `run`); `kv_store(k, v) -> (k, v)`, `[B, L, H, D]`, turns fresh keys into those of all tokens;
-        `exchange` trades tokens for heads between the processes of context parallelism.
+        """Return a processor that replaces `stock` in self-attention.
+
+        It has three hooks ("seams"), None at first, which `SparseProcessor.run` calls:
+
+        - `attend(q, k, v, text=..., ...) -> o | None`, tensors `[B, H, L, D]`: attention in place of dense attention; None
+          to run dense. Keywords as in `run`.
+        - `kv_store(k, v) -> (k, v)`, tensors `[B, L, H, D]`: keys and values of all tokens, from those of the tokens that
+          run.
+        - `exchange`: exchange of tokens and heads between the processes of context parallelism.
         """
         raise NotImplementedError
 
     def cross_processor(self, stock: Any) -> Any:
-        """The processor for cross-attention; its `text` holds keys and values computed before."""
+        """Return a processor that replaces `stock` in cross-attention. Its `text` holds keys and values computed once."""
         raise NotImplementedError
 
     def call(self, transformer: Any, arguments: dict[str, Any]) -> Call:
-        """What a call of the transformer with these arguments is (see `by_name`).
+        """Return the description of a call.
+
+        Args:
+            transformer: the transformer.
+            arguments: all arguments of the call by name, see `by_name`.
 
         Raises:
-            ValueError: it uses something that acceleration cannot follow.
+            ValueError: an argument asks for a feature that acceleration does not support.
         """
         raise NotImplementedError
 
     def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
-        """Image tokens (t, h, w); they lie in raster order, w fastest."""
+        """Return the number of image tokens along (t, h, w)."""
         p = transformer.config.patch_size
         return 1, hidden_states.shape[2] // p, hidden_states.shape[3] // p
 
     def latent_shape(self, pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, ...]:
-        """Return the shape of `Call.hidden_states` for one sample of this size, in pixels."""
+        """Return the shape of `Call.hidden_states` for one sample of this size in pixels."""
         scale = pipe.vae_scale_factor
         return 1, pipe.transformer.config.in_channels, height // scale, width // scale
 
     def output_channels(self, transformer: Any) -> int:
-        """Channels of the output at each latent position."""
+        """Return the number of output channels at each latent position."""
         return transformer.out_channels
 
     def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the transformer with token-wise ones reduced to the tokens that run; the very
-        same where there are none."""
+        """Reduce arguments that have a value for each token to the tokens that run.
+
+        Returns:
+            The arguments; the same dict if nothing changes.
+        """
         return arguments
 
-    def hooks(self, transformer: Any, selection: TokenSelection) -> "list[Hook]":
-        """Registers the hooks that gather after embedding and complete the output."""
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
+        """Register the hooks that take the tokens that run after embedding, and complete the output. Return them."""
         raise NotImplementedError
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
-        """Matrix products of one row with `active` of `tokens` image tokens computed, what is computed
-        once per context left out."""
+        """Return the FLOPs of one row of a call, without values that are computed once per context.
+
+        Args:
+            transformer: the transformer.
+            active: number of image tokens that run.
+            tokens: number of image tokens in all.
+            text: number of other tokens, see `Call.text_length`.
+        """
         raise NotImplementedError
 
     def text_flops(self, transformer: Any, text: int) -> float:
-        """Matrix products that are computed once per context, and in each call of the plain model."""
+        """Return the FLOPs of values that are computed once per context here, and in each call in diffusers."""
         return 0.0
 
 
 def by_name(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call of the transformer by name."""
-    # Of the class: offloading and caches put functions of their own in the place of a module's forward.
+    """Return all arguments of a call of the transformer by name."""
+    # The signature of the class, because offloading and caches replace the forward of the module.
     _, *names = inspect.signature(type(transformer).forward).parameters
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-@dataclass(frozen=True)
-class Hook:
-    """A forward hook, and the module that it is on."""
-
-    module: nn.Module
-    handle: Any
-
-    def remove(self) -> None:
-        """Take it off."""
-        self.handle.remove()
-
-
-def after(module: nn.Module, change: Callable[..., Any], *state: Any) -> Hook:
-    """Replaces a module's output by `change(*state, output)`."""
-    # partial, not a closure: a deep copy of the module then has a deep copy of the state.
-    return Hook(module, module.register_forward_hook(partial(_changed, change, state)))
-
-
-def _changed(
-    change: Callable[..., Any], state: tuple, _module: Any, _args: Any, output: Any
-) -> Any:
-    return change(*state, output)
-
-
-def before(module: nn.Module, change: Callable[..., Any], *state: Any) -> Hook:
-    """Replaces a module's arguments by `change(*state, args, kwargs)`, a pair."""
-    hook = partial(_prepared, change, state)
-    return Hook(module, module.register_forward_pre_hook(hook, with_kwargs=True))
-
-
-def _prepared(
-    change: Callable[..., Any], state: tuple, _module: Any, args: Any, kwargs: Any
-) -> Any:
-    return change(*state, args, kwargs)

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_accel.models.attention import projections, text_projections
-from dit_accel.models.family import AttentionLayer, Call, Hook, TokenSelection, after
+from dit_accel.models.attention import head_projections, text_projections
+from dit_accel.models.family import AttentionLayer, Call, TokenSelection
+from dit_accel.models.hooks import Hook, after
 from dit_accel.models.packed import (
     PackedProcessor,
     PackedTransformer,
@@ -25,7 +26,7 @@ REFUSED = {
 
 
 class Flux(PackedTransformer):
-    """Blocks of two streams, then of one; also FLUX.1 Kontext, Fill and Control."""
+    """FLUX.1, Kontext, Fill and Control: blocks with two streams, then blocks with one."""
 
     name = "FLUX.1"
     stock_processors = ("FluxAttnProcessor",)
@@ -59,10 +60,13 @@ class Flux(PackedTransformer):
 
 
 def _image_grid(ids: Tensor) -> tuple[int, int, int]:
-    """Return the grid of image tokens (t, h, w) with these places (image, row, column) `[N, 3]`.
+    """Return the number of image tokens along (t, h, w).
+
+    Args:
+        ids: position of each token as (image, row, column), `[N, 3]` or `[1, N, 3]`.
 
     Raises:
-        ValueError: the places are not those of one image, followed by reference images.
+        ValueError: the positions do not belong to one image, followed by reference images.
     """
     image, row, _ = (ids[0] if ids.ndim == 3 else ids).unbind(1)
     own = image == image[0]
@@ -70,8 +74,8 @@ def _image_grid(ids: Tensor) -> tuple[int, int, int]:
     tokens, width = torch.stack([own.sum(), width]).tolist()
     if tokens % width or not bool(own[:tokens].all()):
         raise ValueError(
-            f"img_ids: {tokens} of {len(own)} places are those of the first image, {width} of them in its first row; "
-            "accepted are whole rows of one image, with reference images behind them"
+            f"img_ids: {tokens} of {len(own)} positions belong to the first image, {width} of them to its first row; "
+            "accepted are whole rows of one image, followed by reference images"
         )
     return 1, tokens // width, width
 
@@ -94,7 +98,7 @@ def _joined(text: Tensor, image: Tensor) -> Tensor:
 
 
 class FluxSparseAttnProcessor(PackedProcessor):
-    """Attention over [text, image] of two streams or of one; see `Family.processor`."""
+    """Processor of attention over [text, image], in blocks with two streams or with one."""
 
     def __call__(
         self,
@@ -104,10 +108,7 @@ class FluxSparseAttnProcessor(PackedProcessor):
         attention_mask: None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
-        query, key, value = (
-            x.unflatten(2, (attn.heads, -1)) for x in projections(attn, hidden_states)
-        )
-        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = head_projections(attn, hidden_states)
         if encoder_hidden_states is not None:
             text = text_projections(attn, encoder_hidden_states)
             query, key, value = (

@@ -8,20 +8,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dit_accel.models.attention import SparseProcessor, grouped_attention
-from dit_accel.models.family import (
-    AttentionLayer,
-    Call,
-    Family,
-    Hook,
-    TokenSelection,
-    after,
-    before,
-)
+from dit_accel.models.family import AttentionLayer, Call, Family, TokenSelection
+from dit_accel.models.hooks import Hook, after, before
 from dit_accel.models.tokens import take
 
 
 class Lumina2(Family):
-    """Refiners for text and image, then layers over [text, image]; guidance halves are separate calls."""
+    """Lumina-Image 2.0: refiners of text and image, then layers over [text, image].
+
+    The guidance halves are separate calls.
+    """
 
     name = "Lumina-Image 2.0"
     separate_guidance = True
@@ -81,15 +77,17 @@ class Lumina2(Family):
         return 2.0 * len(transformer.context_refiner) * text * block
 
     def _linear(self, transformer: Any) -> int:
-        """Weights that each token meets in a block."""
+        """Return the number of weights that are applied to each token in a block."""
         dim, block = transformer.config.hidden_size, transformer.layers[0]
         ffn = block.feed_forward.linear_1.out_features
         return 2 * dim * dim + 2 * dim * block.attn.inner_kv_dim + 3 * dim * ffn
 
 
 def _shrink_tables(selection: TokenSelection, patch_size: int, args: tuple, kwargs: dict) -> Any:
-    """The tables of this context are known: let the module make those of two tokens, on the CPU, where
-    its question for the length of the text waits for no device."""
+    """Let the module make tables of two tokens if the tables of this context are stored.
+
+    The inputs are on the CPU, where reading the length of the text does not wait for a device.
+    """
     if "tables" in selection.per_context:
         latents = args[0].new_zeros(1, args[0].shape[1], patch_size, patch_size, device="cpu")
         args = (latents, torch.ones(1, 1, dtype=torch.int64))
@@ -105,7 +103,7 @@ def _gather(selection: TokenSelection, patch_size: int, output: tuple[Any, ...])
         left_out = tokens.shape[1] - selection.index.shape[1]
         joint_table = take(joint_table, index)
         lengths = [n - left_out for n in lengths]
-    # The model cuts its output by this very list: `_complete` writes the full lengths into it.
+    # The model cuts its output with this list object. `_complete` writes the full lengths into it.
     selection.per_context["lengths"] = lengths = list(lengths)
     return (
         selection.take(tokens),
@@ -127,7 +125,7 @@ def _joint_part(selection: TokenSelection, args: tuple, kwargs: dict) -> Any:
 
 
 def _complete(selection: TokenSelection, output: Float[Tensor, "r l c"]) -> Tensor:
-    """Image outputs of all tokens, behind the text of each row."""
+    """Return the output of all image tokens, after the text tokens of each row."""
     output = selection.whole(output, "joint", ends=True)
     _, _, _, starts, full_lengths = selection.per_context["tables"]
     lengths = selection.per_context["lengths"]
@@ -145,7 +143,7 @@ def _complete(selection: TokenSelection, output: Float[Tensor, "r l c"]) -> Tens
 
 
 def _shrink_text(selection: TokenSelection, args: tuple, kwargs: dict) -> Any:
-    """The refined text of this context is known: let the refiners work on one token."""
+    """Let the refiners run on one token if the refined text of this context is stored."""
     if "refined" in selection.per_context:
         text, _, table = args
         args = (text[:, :1], None, table[:, :1])
@@ -157,7 +155,7 @@ def _refined_text(selection: TokenSelection, output: Tensor) -> Tensor:
 
 
 class Lumina2SparseAttnProcessor(SparseProcessor):
-    """Attention over [text, image] or (noise refiner) image tokens; see `Family.processor`."""
+    """Processor of attention over [text, image], or over image tokens in the noise refiner."""
 
     def __call__(
         self,
@@ -201,9 +199,9 @@ class Lumina2SparseAttnProcessor(SparseProcessor):
 
 
 def _full_mask(mask: Tensor | None, length: int) -> Tensor | None:
-    """The mask of full sequences, from that of the tokens that run."""
+    """Return the mask of full sequences, given the mask of the tokens that run."""
     if mask is None or mask.shape[1] == length:
         return mask
-    # Each row ends with its padding, as much in the short sequence as in the full one.
+    # The padding is at the end of a row, and has the same length in both sequences.
     valid = length - (~mask).sum(1, keepdim=True)
     return torch.arange(length, device=mask.device) < valid

@@ -1,4 +1,4 @@
-"""Models of packed latents (FLUX.1, Qwen-Image): joint attention over [text, references, image]."""
+"""Common parts of FLUX.1 and Qwen-Image: packed latents, joint attention over [text, references, image]."""
 
 import math
 from typing import Any
@@ -7,15 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import Call, Family, Hook, TokenSelection, after
+from dit_accel.models.family import Call, Family, TokenSelection
+from dit_accel.models.hooks import Hook, after
 
 
 class PackedTransformer(Family):
-    """A family whose pipelines pack 2 x 2 latent positions into a token; the guidance halves are separate calls.
+    """Base class of families whose pipelines pack 2 x 2 latent positions into a token.
 
-    References are the tokens of images that a picture is made from (FLUX.1 Kontext, Qwen-Image-Edit). They run in every
-    call, as the text does. Pipelines put them behind the image and drop their output, so the output of an accelerated
-    transformer is the image alone.
+    The guidance halves are separate calls. References are the tokens of input images (FLUX.1 Kontext, Qwen-Image-Edit).
+    They run in every call, like text tokens. Pipelines append them to the image and drop their output, so the output
+    of an accelerated transformer has image tokens only.
     """
 
     separate_guidance = True
@@ -27,10 +28,16 @@ class PackedTransformer(Family):
         grid: tuple[int, int, int],
         mask: Tensor | None = None,
     ) -> Call:
-        """Return the call on `hidden_states` of an image with these tokens, and references behind it.
+        """Return the description of a call on `hidden_states` with tokens [image, references].
+
+        Args:
+            transformer: the transformer.
+            arguments: arguments of the call by name.
+            grid: number of image tokens along (t, h, w).
+            mask: mask of the text tokens. Default: none.
 
         Raises:
-            ValueError: references together with residuals of a ControlNet.
+            ValueError: references and residuals of a ControlNet are used together.
         """
         hidden_states = arguments["hidden_states"]
         tokens = math.prod(grid)
@@ -52,7 +59,7 @@ class PackedTransformer(Family):
         )
 
     residuals: tuple[str, ...]
-    """Arguments of the transformer with the residuals of a ControlNet: one tensor of image tokens for each block."""
+    """Names of the arguments with residuals of a ControlNet. Each is a list of image tokens, one tensor per block."""
 
     def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
         t, h, w = hidden_states.shape[2:]
@@ -77,7 +84,7 @@ class PackedTransformer(Family):
     def packed_hooks(
         self, transformer: Any, selection: TokenSelection, image: nn.Module, text: nn.Module
     ) -> list[Hook]:
-        """Return the hooks on the layers that embed image and text, and on the last layer."""
+        """Register hooks on the layers that embed image and text, and on the last layer. Return the hooks."""
         return [
             after(image, image_part, selection),
             after(text, text_part, selection),
@@ -88,7 +95,7 @@ class PackedTransformer(Family):
         config, dim = transformer.config, transformer.inner_dim
         double = len(transformer.transformer_blocks)
         single = len(getattr(transformer, "single_transformer_blocks", ()))
-        # Projections of attention, and a feed-forward layer of four times the width.
+        # A block has the projections of attention and a feed-forward layer of four times the width.
         row = 12 * dim * dim + 2 * (tokens + text) * dim
         modulation = (12 * double + 3 * single + 2) * dim * dim
         ends = tokens * config.in_channels + text * config.joint_attention_dim
@@ -97,27 +104,27 @@ class PackedTransformer(Family):
 
 
 def own_words(selection: TokenSelection) -> tuple[slice, slice]:
-    """Return the places of the text tokens, and those of the references, that run in this process.
+    """Return the text tokens and the reference tokens that run in this process, as slices.
 
-    Processes share [text, references] as one sequence.
+    The sequence [text, references] is shared among the processes as a whole.
     """
     text = selection.call.text_length - selection.call.references
     places = selection.part(torch.arange(selection.call.text_length, device="cpu")[None])[
         0
     ].tolist()
-    start, stop = (places[0], places[-1] + 1) if places else (0, 0)  # few words, many processes
+    start, stop = (places[0], places[-1] + 1) if places else (0, 0)  # fewer tokens than processes
     return slice(min(start, text), min(stop, text)), slice(
         max(start - text, 0), max(stop - text, 0)
     )
 
 
 def text_part(selection: TokenSelection, x: Tensor) -> Tensor:
-    """Return the text tokens that run in this process, of all `[R or 1, T, ...]`."""
+    """Return the text tokens that run in this process; `x` has all of them, `[R or 1, T, ...]`."""
     return x[:, own_words(selection)[0]]
 
 
 def image_part(selection: TokenSelection, x: Tensor) -> Tensor:
-    """Return the tokens [references, image] that run in this process, of [image, references] `[R or 1, L, ...]`."""
+    """Return the tokens [references, image] that run in this process; `x` is [image, references], `[R or 1, L, ...]`."""
     tokens = math.prod(selection.call.grid)
     image = selection.take(x[:, :tokens])
     if not selection.call.references:
@@ -140,11 +147,14 @@ def _complete(selection: TokenSelection, output: Tensor) -> Tensor:
 
 
 class PackedProcessor(DispatchProcessor):
-    """A processor of joint attention over [text, references, image]; only the image passes the seam `kv_store`."""
+    """Base class of processors for joint attention over [text, references, image].
+
+    Only image tokens pass the seam `kv_store`.
+    """
 
     words: Tensor | None = None
-    """`[W, 0]`, W being the number of tokens before the image: stored as a tensor shape, because torch.compile specialises
-    on Python ints. None: not known; no method or parallelism needs it."""
+    """Tensor `[W, 0]`; W is the number of tokens before the image. Stored as a tensor shape, because torch.compile
+    specialises on Python ints. None: not set, because no method or parallelism needs it."""
 
     def release(self) -> Any:
         self.words = None
@@ -152,5 +162,5 @@ class PackedProcessor(DispatchProcessor):
 
     @property
     def num_words(self) -> int:
-        """Number of tokens before the image; 0 if it is not known."""
+        """Number of tokens before the image; 0 if it is not set."""
         return 0 if self.words is None else self.words.shape[0]

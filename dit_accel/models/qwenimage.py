@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dit_accel.models.attention import projections, text_projections
-from dit_accel.models.family import AttentionLayer, Call, Hook, TokenSelection, after, before
+from dit_accel.models.attention import head_projections, text_projections
+from dit_accel.models.family import AttentionLayer, Call, TokenSelection
+from dit_accel.models.hooks import Hook, after, before
 from dit_accel.models.packed import (
     PackedProcessor,
     PackedTransformer,
@@ -20,7 +21,7 @@ from dit_accel.models.tokens import read_once
 
 
 class QwenImage(PackedTransformer):
-    """Two streams, and text that is padded at its end; also Qwen-Image-Edit and Qwen-Image-Layered."""
+    """Qwen-Image, Edit and Layered: blocks with two streams; the text is padded at its end."""
 
     name = "Qwen-Image"
     stock_processors = ("QwenDoubleStreamAttnProcessor2_0",)
@@ -44,8 +45,8 @@ class QwenImage(PackedTransformer):
         call = self.packed_call(transformer, arguments, grid, mask)
         if call.references and padded:
             raise ValueError(
-                f"encoder_hidden_states_mask: hides text, and there are {call.references} tokens of reference images; "
-                "acceleration accepts prompts of one length (run them one by one)"
+                f"encoder_hidden_states_mask: hides text tokens, and there are {call.references} tokens of reference images; "
+                "accepted are prompts of equal length (run prompts one by one)"
             )
         return call
 
@@ -53,7 +54,7 @@ class QwenImage(PackedTransformer):
         arguments = super().select_inputs(selection, arguments)
         if arguments.get("encoder_hidden_states_mask") is None:
             return arguments
-        # The model checks its length against the text of one process; `_tables` gives it to the processors.
+        # The model would compare the mask with the text of one process. `_tables` gives it to the processors instead.
         return {**arguments, "encoder_hidden_states_mask": None}
 
     def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
@@ -69,14 +70,14 @@ class QwenImage(PackedTransformer):
 
 
 def _image_grid(img_shapes: list[Any], layered: bool) -> tuple[int, int, int]:
-    """Return the image tokens (t, h, w), from the shapes of each row: those of the image, then those of references.
+    """Return the number of image tokens along (t, h, w).
 
     Args:
-        img_shapes: argument of the transformer.
-        layered: whether the image has a shape for each layer, and the last shape is the only reference.
+        img_shapes: argument of the transformer: for each row, the shape of the image, then shapes of references.
+        layered: True if the image has a shape for each layer, and the last shape is the only reference.
 
     Raises:
-        ValueError: layers of several sizes.
+        ValueError: layers have different sizes.
     """
     first = img_shapes[0]
     shapes = [tuple(x) for x in (first if isinstance(first, list) else [first])]
@@ -93,20 +94,19 @@ def _is_padded(mask: Tensor) -> bool:
     """Return whether the mask hides text tokens.
 
     Raises:
-        ValueError: it hides tokens before some that count.
+        ValueError: the mask hides tokens before visible ones.
     """
     mask = mask.bool()
     every, at_end = torch.stack([mask.all(), (mask[:, 1:] <= mask[:, :-1]).all()]).tolist()
     if not at_end:
         raise ValueError(
-            "encoder_hidden_states_mask: hides text tokens before some that count; acceleration accepts padding at "
-            "the end"
+            "encoder_hidden_states_mask: hides text tokens before visible ones; accepted is padding at the end"
         )
     return not every
 
 
 def _whole_text(selection: TokenSelection, args: tuple, kwargs: dict) -> Any:
-    """Let the module make the table of all text tokens; the model itself sees the text of one process."""
+    """Let the module make the table of the whole text, although the model has the text of one process."""
     return args, {
         **kwargs,
         "max_txt_seq_len": selection.call.text_length - selection.call.references,
@@ -127,7 +127,7 @@ def _tables(
 
 
 def _modulate_references(attn: Any, args: tuple, kwargs: dict) -> Any:
-    """Set the modulation index: 1 for tokens of references, which are clean images, and 0 for tokens of the image."""
+    """Set the modulation index: 1 for reference tokens, which are clean images, and 0 for image tokens."""
     arguments = {"hidden_states": args[:1], "encoder_hidden_states": args[1:2]}
     image, text = (kwargs[name] if name in kwargs else x[0] for name, x in arguments.items())
     references = attn.processor.num_words - text.shape[1]
@@ -139,10 +139,10 @@ def _modulate_references(attn: Any, args: tuple, kwargs: dict) -> Any:
 
 
 class QwenImageSparseAttnProcessor(PackedProcessor):
-    """Attention over [text, image]; see `Family.processor`."""
+    """Processor of attention over [text, image]."""
 
     mask: Tensor | None = None
-    """`[B, T]`, true for text tokens that count; None: all do, or the mask is an argument."""
+    """Mask `[B, T]`, true for text tokens that are not padding; None: no padding, or the mask is an argument."""
 
     def release(self) -> Any:
         self.mask = None
@@ -157,10 +157,7 @@ class QwenImageSparseAttnProcessor(PackedProcessor):
         attention_mask: None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b t c"]]:
-        query, key, value = (
-            x.unflatten(2, (attn.heads, -1)) for x in projections(attn, hidden_states)
-        )
-        image = [attn.norm_q(query), attn.norm_k(key), value]
+        image = head_projections(attn, hidden_states)
         text = text_projections(attn, encoder_hidden_states)
         if image_rotary_emb is not None:
             image, text = (
@@ -188,7 +185,7 @@ class QwenImageSparseAttnProcessor(PackedProcessor):
 
 
 def _rotated(stream: list[Tensor], table: Tensor) -> list[Tensor]:
-    """Return query, key and value; the first two rotated by a table of complex numbers."""
+    """Return query, key and value with the first two rotated by a table of complex numbers."""
     query, key, value = stream
     table = for_heads(table)
     cos, sin = table.real, table.imag
@@ -196,7 +193,7 @@ def _rotated(stream: list[Tensor], table: Tensor) -> list[Tensor]:
 
 
 def _joint_mask(mask: Tensor | None, length: int) -> Tensor | None:
-    """Return the mask of all keys `[B, 1, 1, L]`, given that of the text before the image."""
+    """Return the mask of all keys `[B, 1, 1, L]`, given the mask of the text, which precedes the image."""
     if mask is None:
         return None
     image = mask.new_ones(mask.shape[0], length - mask.shape[1])

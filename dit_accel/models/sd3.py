@@ -9,10 +9,11 @@ from torch import Tensor
 from dit_accel.models.attention import (
     SparseProcessor,
     grouped_attention,
-    projections,
+    head_projections,
     text_projections,
 )
-from dit_accel.models.family import AttentionLayer, Call, Family, Hook, TokenSelection, after
+from dit_accel.models.family import AttentionLayer, Call, Family, TokenSelection
+from dit_accel.models.hooks import Hook, after
 
 
 class StableDiffusion3(Family):
@@ -51,7 +52,7 @@ class StableDiffusion3(Family):
             transformer.config.in_channels,
             self.token_grid(transformer, hidden_states),
             arguments.get("timestep"),
-            # Skip-layer guidance calls a third time, with the plain batch.
+            # Skip-layer guidance makes a third call with the same text.
             variant=None if skipped is None else tuple(skipped),
         )
 
@@ -91,9 +92,9 @@ class StableDiffusion3(Family):
 
 
 class SD3SparseAttnProcessor(SparseProcessor):
-    """Attention over [image, text] or (SD3.5's second one) image alone; see `Family.processor`.
+    """Processor of attention over [image, text], or over the image alone (`attn2` of SD3.5).
 
-    Only the image tokens pass the seam `kv_store`: the text is computed anew in every step.
+    Only image tokens pass the seam `kv_store`. The text is computed anew in every step.
     """
 
     def __call__(
@@ -104,13 +105,7 @@ class SD3SparseAttnProcessor(SparseProcessor):
         attention_mask: None = None,
     ) -> Any:
         active = hidden_states.shape[1]
-        query, key, value = (
-            x.unflatten(2, (attn.heads, -1)) for x in projections(attn, hidden_states)
-        )
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+        query, key, value = head_projections(attn, hidden_states)
         words, where = 0, "none"
         if encoder_hidden_states is not None:
             words, where = encoder_hidden_states.shape[1], "last"

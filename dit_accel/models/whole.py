@@ -1,14 +1,15 @@
-"""`WholeTransformer`: any diffusers transformer, for methods that look at its inputs and its output only."""
+"""`WholeTransformer`: family of any diffusers transformer, for methods that use only its inputs and its output."""
 
 from typing import Any
 
 from torch import Tensor
 
-from dit_accel.models.family import AttentionLayer, Call, Family, Hook, TokenSelection
+from dit_accel.models.family import AttentionLayer, Call, Family, TokenSelection
+from dit_accel.models.hooks import Hook
 
 
 class WholeTransformer(Family):
-    """A transformer about which nothing is known but its call: `hidden_states` in, one tensor out."""
+    """Family without facts about the model. The call has an argument `hidden_states` and returns one tensor."""
 
     name = "any diffusers transformer"
     separate_guidance = False

@@ -1,4 +1,4 @@
-"""`Exchange`: conversion between a share of the tokens with all heads and all tokens with a share of the heads."""
+"""`Exchange`: conversion from a share of the tokens with all heads to all tokens with a share of the heads, and back."""
 
 import torch
 from jaxtyping import Float
@@ -8,14 +8,14 @@ from dit_accel.runtime.parallel.group import Group
 
 
 class Exchange:
-    """Implementation of the seam `exchange` of the attention processors of one layout.
+    """Implementation of the seam `exchange`, for the attention processors of one layout.
 
     Numbers that change between calls are stored as shapes of empty tensors, because torch.compile specialises on Python
     ints.
 
     Attributes:
-        tokens: `[n, 0]`, n being the number of tokens of the layout that run in all processes together.
-        text: `[T, 0]`, T being the number of text tokens beside them in all processes together.
+        tokens: `[n, 0]`; n is the number of tokens of the layout that run, in all processes together.
+        text: `[T, 0]`; T is the number of additional text tokens, in all processes together.
     """
 
     def __init__(self, group: Group) -> None:
@@ -29,7 +29,7 @@ class Exchange:
         return self.text.shape[0]
 
     def beside(self, text: str) -> int:
-        """Return the number of text tokens of all processes in a sequence; this process may have none of them.
+        """Return the number of text tokens in a sequence, in all processes together. This process may have none of them.
 
         Args:
             text: position of the text in the sequence, as in `SparseProcessor.run`.

@@ -1,4 +1,4 @@
-"""`SharedTokens`: the tokens of a call that run in this process."""
+"""`SharedTokens`: tokens of a call that run in this process."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from dit_accel.runtime.parallel.group import Group
 
 
 class SharedTokens(TokenSelection):
-    """TokenSelection on this process's share of the tokens that another selection selects and orders.
+    """This process's share of the tokens of another selection.
 
     Args:
-        inner: selection of a method; None: all tokens run, in raster order.
-        group: processes that share the tokens.
+        inner: selection of a method; None: all tokens in raster order.
+        group: processes that split the tokens.
         layouts: layouts of the layers, see `AttentionLayer.layout`.
     """
 
@@ -25,7 +25,7 @@ class SharedTokens(TokenSelection):
         self.exchanges = {layout: Exchange(group) for layout in {"image", *layouts}}
 
     def begin_call(self, call: Call) -> None:
-        """Begin a call, after its methods have begun it."""
+        """Begin a call, after all methods have begun it."""
         if isinstance(self.inner, AllTokens):
             self.inner.call = call
             self.inner._kept = {}
@@ -56,7 +56,7 @@ class SharedTokens(TokenSelection):
 
     def take(self, x: Tensor) -> Tensor:
         tokens = self.inner.take(x)
-        if tokens.shape[1] < self.group.size:  # not every module accepts no tokens at all
+        if tokens.shape[1] < self.group.size:  # not every module accepts an empty sequence
             raise ValueError(
                 f"{tokens.shape[1]} image tokens run in this call, in {self.group.size} processes; accepted is one or "
                 "more for each process"
@@ -71,7 +71,7 @@ class SharedTokens(TokenSelection):
                     exchange.text = x.new_empty(length, 0)
         elif self.exchanges[layout].tokens.shape[0] != length:
             self.exchanges[layout].tokens = x.new_empty(length, 0)
-        # A copy: compiled blocks know the strides of what blocks return, and a view would keep the whole alive.
+        # A contiguous copy: blocks were compiled for contiguous strides, and a view would keep the whole sequence alive.
         return x[:, self.group.own(length)].clone(memory_format=torch.contiguous_format)
 
     def whole(self, x: Tensor, layout: str = "image", *, ends: bool = False) -> Tensor:
