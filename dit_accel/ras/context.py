@@ -1,4 +1,4 @@
-"""`ContextState`: what is cached for one context, and when each of its tokens was last updated."""
+"""`ContextState`: caches of one context, and the noise levels at which its tokens were updated."""
 
 from collections.abc import Hashable
 from typing import Any
