@@ -355,5 +355,5 @@ def test_unknown_weights_are_refused():
     from .test_schedule import layers
 
     attention = SparseAttention(SLAConfig(), {"blocks.0": {"router": torch.zeros(1)}})
-    with pytest.raises(ValueError, match=r"weights: blocks\.0 has no router"):
+    with pytest.raises(ValueError, match=r"weights: layer blocks\.0 .*router"):
         attention.make_layers(layers(1))
