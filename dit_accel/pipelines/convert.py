@@ -1,3 +1,3 @@
-"""Former module of `convert`, which is now `dit_accel.checkpoint.convert`; programs that import it from here still work."""
+"""Deprecated home of `convert`, which is now `dit_accel.checkpoint.convert`."""
 
 from dit_accel.checkpoint.convert import convert as convert
