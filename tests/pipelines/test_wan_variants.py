@@ -88,7 +88,7 @@ def test_other_numbers_of_timesteps_are_refused():
     pipe = make("wan22_ti2v")
     dit_accel.enable(pipe, sla=SLA)
     text = wan22.embeddings([0])["prompt_embeds"]
-    with pytest.raises(ValueError, match=r"timestep: shape \(1, 7\) for 4 tokens; accepted is one"):
+    with pytest.raises(ValueError, match=r"timestep: .*\(1, 7\).*4 tokens"):
         pipe.transformer(torch.randn(1, 8, 1, 4, 4), torch.ones(1, 7), text)
 
 
@@ -115,7 +115,7 @@ def test_sizes_of_ti2v_are_multiples_of_32(tmp_path):
     pipe = dit_accel.SparseWanPipeline.from_pretrained(
         tmp_path, text_encoder=None, tokenizer=None, ras="balanced"
     )
-    with pytest.raises(ValueError, match="height=48: accepted are multiples of 32"):
+    with pytest.raises(ValueError, match=r"height=48: .*32"):
         pipe("a cat", height=48, width=64, num_frames=5)
     estimate = dit_accel.estimate_memory(pipe, height=224, width=288, num_frames=9, ras=RAS)
     assert estimate.kv_bytes > 0
@@ -219,7 +219,7 @@ def test_fused_projections_and_unknown_processors_of_control_blocks():
         pass
 
     pipe.transformer.vace_blocks[1].attn1.set_processor(MyProcessor())
-    with pytest.raises(ValueError, match=r"vace_blocks\.1\.attn1: processor MyProcessor"):
+    with pytest.raises(ValueError, match=r"vace_blocks\.1\.attn1: .*MyProcessor"):
         dit_accel.enable(pipe, sla="balanced")
 
 

@@ -44,7 +44,7 @@ def test_the_whole_budget_changes_nothing(kind):
     pipe, call, _ = make(kind)
     plain = run(pipe, call)
     dit_accel.enable(pipe, ras={"budget": 1.0})
-    with pytest.warns(UserWarning, match="dense steps only"):
+    with pytest.warns(UserWarning, match=r"ras: .*dense"):
         torch.testing.assert_close(run(pipe, call), plain, rtol=0, atol=0)
 
 
@@ -62,7 +62,7 @@ def test_partial_steps_and_sparse_attention_without_a_family_file_are_refused_by
         sample_frames=2,
     )
     for on in ({"ras": {"ratio": 0.5}}, {"sla": "balanced"}):
-        with pytest.raises(ValueError, match="AllegroTransformer3DModel; accepted are Wan"):
+        with pytest.raises(ValueError, match=r"AllegroTransformer3DModel.*WanTransformer3DModel"):
             dit_accel.enable(transformer, **on)
     assert installation_of(transformer) is None
 
@@ -113,7 +113,7 @@ def test_two_transformers_are_enabled_both_or_not_at_all(before):
     if before is not None:
         dit_accel.enable(pipe, ras={"budget": before})
     pipe.transformer_2.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(ValueError, match="a step cache of diffusers is on"):
+    with pytest.raises(ValueError, match=r"ras: .*step cache"):
         dit_accel.enable(pipe, ras={"budget": 0.7})
     on = method_of(pipe.transformer, "ras")
     assert (None if on is None else on.config.budget) == before
@@ -124,7 +124,7 @@ def test_a_transformer_without_hidden_states_is_refused():
         def forward(self, x, timestep):
             return x
 
-    with pytest.raises(ValueError, match="Own has no argument hidden_states"):
+    with pytest.raises(ValueError, match=r"target: .*Own.*hidden_states"):
         dit_accel.enable(Own(), ras="forecast")
 
 
@@ -167,6 +167,6 @@ def test_more_than_one_tensor_runs_dense_and_says_so():
             for t in timesteps:
                 transformer(latents, t)
 
-    with pytest.warns(UserWarning, match="not one tensor"), torch.no_grad():
+    with pytest.warns(UserWarning, match="tensor"), torch.no_grad():
         loop()
     assert dit_accel.summary(transformer).ras.cost == 12

@@ -28,7 +28,7 @@ def test_no_tolerance_runs_every_step(family, more):
     pipe = make(family)
     plain = run(pipe, family)
     dit_accel.enable(pipe, ras={"control": 1e-9, **more})
-    with pytest.warns(UserWarning, match="predicted error above the tolerance"):
+    with pytest.warns(UserWarning, match=r"ras: .*tolerance"):
         torch.testing.assert_close(run(pipe, family), plain, rtol=0, atol=0)
     report = dit_accel.summary(pipe).ras
     assert report.dense_calls["predicted error above the tolerance"] > 0
@@ -173,7 +173,7 @@ def test_bad_tolerances_are_refused_by_name(control):
 
 
 def test_what_control_does_not_go_with_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"control=0\.1: accepted without budget"):
+    with pytest.raises(ValueError, match=r"control=0\.1.*budget"):
         RASConfig(control=0.1, budget=0.5)
-    with pytest.raises(ValueError, match=r"ratio=.*accepted with control is one number"):
+    with pytest.raises(ValueError, match=r"ratio=.*control"):
         RASConfig(control=0.1, ratio=[(0, 0.5), (0.5, 0.25)])

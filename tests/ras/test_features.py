@@ -181,7 +181,7 @@ def test_calls_past_the_last_step_are_dense_and_counted():
 def test_gradients_are_refused():
     pipe = make("sd3")
     dit_accel.enable(pipe, ras=SPARSE)
-    with pytest.raises(RuntimeError, match="ras: gradients are on"):
+    with pytest.raises(RuntimeError, match="ras: gradients"):
         pipe.transformer(
             hidden_states=torch.zeros(1, 16, 22, 26),
             timestep=torch.zeros(1),
@@ -286,11 +286,11 @@ def test_ip_adapters_are_refused_by_name():
     block = pipe.transformer.transformer_blocks[1]
     stock = block.attn.processor
     block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, timesteps_emb_dim=32))
-    with pytest.raises(ValueError, match=r"blocks\.1\.attn: processor SD3IPAdapterJoint"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn: .*SD3IPAdapterJoint"):
         dit_accel.enable(pipe, ras=SPARSE)
     block.attn.set_processor(stock)
     dit_accel.enable(pipe, ras=SPARSE)
-    with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-Adapter does not work"):
+    with pytest.raises(ValueError, match="ip_adapter_image_embeds: "):
         run(pipe, "sd3", joint_attention_kwargs={"ip_adapter_image_embeds": torch.zeros(1)})
 
 
@@ -301,7 +301,7 @@ def test_processors_changed_after_enable_are_noticed(family):
     session = installation_of(pipe)
     module = next(iter(session.layers.values())).module
     module.set_processor(module.processor.stock)
-    with pytest.raises(RuntimeError, match=r"changed after enable: call disable\(\) first"):
+    with pytest.raises(RuntimeError, match=r"attn.*changed"):
         run(pipe, family)
 
 
@@ -317,7 +317,7 @@ def test_fused_projections(family, fused_first):
     if fused_first:
         dit_accel.enable(pipe, ras={**SPARSE, "ratio": 1.0})
     elif family == "sd3":  # it replaces the processors
-        with pytest.raises(RuntimeError, match="changed after enable"):
+        with pytest.raises(RuntimeError, match="changed"):
             run(pipe, family)
         return
     assert relative(run(pipe, family), plain) < 1e-5
@@ -379,12 +379,12 @@ def test_step_caches_are_refused_in_both_directions():
 
     pipe = make("wan")
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(ValueError, match=r"ras: a step cache of diffusers is on"):
+    with pytest.raises(ValueError, match=r"ras: .*step cache"):
         dit_accel.enable(pipe, ras="balanced")
     pipe.transformer.disable_cache()
     dit_accel.enable(pipe, ras="balanced")
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(RuntimeError, match=r"step cache of diffusers"):
+    with pytest.raises(RuntimeError, match=r"ras: .*step cache"):
         run(pipe, "wan")
     pipe.transformer.disable_cache()
     run(pipe, "wan")
@@ -455,9 +455,9 @@ def test_a_size_that_is_none_is_refused_before_memory_is_estimated():
     pipe = make("sd3")
     for name, value in (("height", 0), ("width", -64), ("batch_size", True)):
         sizes = {"height": 64, "width": 64, name: value}
-        with pytest.raises(ValueError, match=f"{name}={value!r}: accepted is an int >= 1"):
+        with pytest.raises(ValueError, match=f"^{name}={value!r}: "):
             dit_accel.estimate_memory(pipe, **sizes)
-    with pytest.raises(ValueError, match="height=8, width=64: less than one token"):
+    with pytest.raises(ValueError, match="height=8, width=64: "):
         dit_accel.estimate_memory(pipe, height=8, width=64)
 
 
@@ -467,14 +467,14 @@ def test_too_little_memory_turns_ras_off_for_that_run_with_a_warning(family, mon
     plain = run(pipe, family)
     dit_accel.enable(pipe, ras=SPARSE)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
-    with pytest.warns(UserWarning, match="ras: off for this run: cached keys and values need"):
+    with pytest.warns(UserWarning, match=r"ras: .*keys and values"):
         result = run(pipe, family)
     torch.testing.assert_close(result, plain, rtol=0, atol=0)
     report = dit_accel.summary(pipe).ras
     assert report.ras_steps == 0
     assert set(report.dense_calls) == {"not enough memory for cached keys and values"}
     assert report.kv_bytes == 0
-    with pytest.raises(RuntimeError, match="never left a token out"):
+    with pytest.raises(RuntimeError, match="ras: "):
         dit_accel.summary(pipe, strict=True)
     monkeypatch.undo()
     run(pipe, family)
@@ -593,13 +593,13 @@ def test_sparse_attention_can_be_added_and_sees_all_keys():
 @pytest.mark.parametrize(
     ("ras", "message"),
     [
-        ({"ratio": 0}, r"ratio=0: accepted: a fraction in \(0, 1\]"),
+        ({"ratio": 0}, "ratio=0: "),
         ({"ratio": 1.5}, r"ratio=1\.5"),
-        ({"ratio": 0.1, "max_age": 3}, r"max_age=3: accepted: 'auto', None, or an int >= 9"),
-        ({"selection": "attention"}, "selection='attention'.*'age' or 'std'"),
-        ({"ratios": 0.5}, r"unknown key 'ratios' \(did you mean 'ratio'\?\)"),
-        ("balancd", "ras='balancd': no such preset.*did you mean 'balanced'"),
-        (None, "nothing to enable"),
+        ({"ratio": 0.1, "max_age": 3}, "max_age=3: .*9"),
+        ({"selection": "attention"}, "selection='attention'.*'age'.*'std'"),
+        ({"ratios": 0.5}, "'ratios'.*'ratio'"),
+        ("balancd", "ras='balancd': .*'balanced'"),
+        (None, "ras=None"),
     ],
     ids=str,
 )
@@ -614,7 +614,7 @@ def test_timesteps_of_another_number_of_tokens_are_refused():
     pipe = make("wan")
     dit_accel.enable(pipe, ras=SPARSE)
     with (
-        pytest.raises(ValueError, match=r"timestep: shape \(1, 3\) for 4 tokens"),
+        pytest.raises(ValueError, match=r"timestep: .*\(1, 3\).*4 tokens"),
         torch.no_grad(),
     ):
         pipe.transformer(torch.zeros(1, 4, 1, 4, 4), torch.zeros(1, 3), torch.zeros(1, 12, 24))
@@ -627,7 +627,7 @@ def test_schedulers_without_noise_levels_are_refused():
     pipe = make("sd3")
     dit_accel.enable(pipe, ras=SPARSE)
     object.__setattr__(pipe, "scheduler", Silent())
-    with pytest.raises(ValueError, match="Silent has no noise levels"), torch.no_grad():
+    with pytest.raises(ValueError, match=r"scheduler: Silent.*sigmas"), torch.no_grad():
         pipe.transformer(
             hidden_states=torch.zeros(1, 16, 22, 26),
             timestep=torch.zeros(1),
@@ -718,9 +718,9 @@ def test_an_own_loop_with_embeddings_made_anew_keeps_its_steps():
 def test_a_schedule_of_dense_steps_only_says_so():
     pipe = make("sd3")
     dit_accel.enable(pipe, ras="balanced")
-    with pytest.warns(UserWarning, match="dense steps only"):
+    with pytest.warns(UserWarning, match=r"ras: .*dense"):
         run(pipe, "sd3", steps=3)
     report = dit_accel.summary(pipe)
     assert list(report.ras.dense_calls) == ["the schedule has dense steps only"]
     assert json.dumps(report.to_dict())
-    assert "3 steps: 3 dense" in str(report)
+    assert "3 dense" in str(report)

@@ -133,7 +133,7 @@ def test_fused_projections(family):
     if family == "wan":
         assert relative(run(pipe, family, steps=2), plain) < 1e-5
     else:  # it replaces the processors
-        with pytest.raises(RuntimeError, match=r"changed after enable: call disable\(\) first"):
+        with pytest.raises(RuntimeError, match=r"attn.*changed"):
             run(pipe, family, steps=2)
 
 
@@ -245,7 +245,7 @@ def test_a_share_that_offloading_to_a_disk_would_lose_is_an_error(tmp_path):
     pipe = fresh()
     on_disk(pipe, "not-measured")
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="run the pipeline once before you offload it"):
+        with pytest.raises(RuntimeError, match=r"combine='alpha': .*offload"):
             run(pipe, "wan", steps=1)
 
 
@@ -476,12 +476,12 @@ def test_ip_adapters_are_refused_by_name():
     block = pipe.transformer.transformer_blocks[1]
     stock = block.attn.processor
     block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, timesteps_emb_dim=32))
-    with pytest.raises(ValueError, match=r"blocks\.1\.attn: processor SD3IPAdapterJoint"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn: .*SD3IPAdapterJoint"):
         enable(pipe)
     block.attn.set_processor(stock)
     enable(pipe)
     image = {"ip_adapter_image_embeds": torch.zeros(1)}
-    with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-Adapter does not work"):
+    with pytest.raises(ValueError, match="ip_adapter_image_embeds: "):
         run(pipe, "sd3", joint_attention_kwargs=image)
 
 

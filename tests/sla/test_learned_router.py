@@ -287,10 +287,10 @@ def test_a_checkpoint_without_the_weights_of_its_router_is_refused():
 
     good = checkpoint_of(with_router("proj"))
     short = {n: x for n, x in good.weights.items() if "blocks.1.attn1.learned_router" not in n}
-    with pytest.raises(ValueError, match=r"missing: blocks\.1\.attn1\.learned_router\.weight"):
+    with pytest.raises(ValueError, match=r"missing.*blocks\.1\.attn1\.learned_router\.weight"):
         SLACheckpoint(config=good.config, base=good.base, weights=short)
     fixed = SLAConfig(**{**good.config.to_dict(), "router": "spread"})
-    with pytest.raises(ValueError, match=r"not expected: blocks\.0\.attn1\.learned_router"):
+    with pytest.raises(ValueError, match=r"not expected.*blocks\.0\.attn1\.learned_router"):
         SLACheckpoint(config=fixed, base=good.base, weights=good.weights)
 
 

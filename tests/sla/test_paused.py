@@ -1,6 +1,7 @@
 """Pausing sparse attention, and reading another share of the blocks, without anything new being made."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_a_run_that_is_paused_on_purpose_gives_no_warning(recwarn):
     assert not [x for x in recwarn if "accelerated nothing" in str(x.message)]
     report = dit_accel.summary(pipe)
     assert report.dense_calls == {"paused": 18}  # 3 steps, 3 layers, 2 halves of guidance
-    with pytest.raises(RuntimeError, match=r"never sparse although scheduled.*paused"):
+    with pytest.raises(RuntimeError, match=r"sla: .*paused"):
         dit_accel.summary(pipe, strict=True)
 
 
@@ -210,14 +211,14 @@ def test_the_crossover_follows(monkeypatch, qkv):
 @pytest.mark.parametrize("value", [0, -0.1, 1.5, "0.5", None])
 def test_other_values_are_refused(value, unchecked):
     attention = make_attention()
-    with pytest.raises(ValueError, match=r"topk=.*accepted: a fraction in \(0, 1\]"):
+    with pytest.raises(ValueError, match=rf"topk={re.escape(repr(value))}: .*\(0, 1\]"):
         attention.set_topk(value)
     assert attention.config.topk == 0.25
 
 
 def test_top_p_alone_has_no_share_to_change():
     attention = make_attention(topk=None, top_p=0.5)
-    with pytest.raises(ValueError, match="topk=None, so that top_p alone decides"):
+    with pytest.raises(ValueError, match=r"topk=0\.5: .*top_p"):
         attention.set_topk(0.5)
 
 
