@@ -81,22 +81,21 @@ SOLVERS = {
 @pytest.mark.parametrize(
     ("family", "make_other"),
     [
-        *(("sd3", x) for x in (from_components, shallow_copy, from_pipe, deep_copy)),
-        *(("lumina", x) for x in (from_components, shallow_copy, deep_copy, replaced_later)),
-        *(("wan", x) for x in (from_components, from_pipe)),
-        *(("lumina2", x) for x in (shallow_copy, replaced_later)),
+        *(("sd3", x) for x in (from_components, deep_copy)),
+        *(("lumina", x) for x in (shallow_copy, replaced_later)),
+        *(("wan", from_pipe), ("lumina2", from_components)),
     ],
 )
 def test_a_second_pipeline_has_its_own_runs(family, make_other):
     first, second = SOLVERS[family]
     pipe = make(family, first)
     dit_accel.enable(pipe, **BOTH)
-    expect_alone(pipe, family, first, 8)
+    expect_alone(pipe, family, first, 6)
     other = make_other(pipe, scheduler(second))
     other.set_progress_bar_config(disable=True)
     expect_alone(other, family, second, 6)
     if other is not pipe:
-        expect_alone(pipe, family, first, 8)
+        expect_alone(pipe, family, first, 6)
     del pipe
     gc.collect()
     expect_alone(other, family, second, 6)
@@ -143,7 +142,6 @@ def interleaved(*calls):
         ("wan", "transformer"),
         ("sd3", "pipeline"),
         ("lumina", "transformer"),
-        ("lumina", "pipeline"),
         ("lumina2", "pipeline"),
     ],
 )
@@ -154,11 +152,11 @@ def test_pipelines_that_alternate_step_by_step(family, enabled):
     other.set_progress_bar_config(disable=True)
     dit_accel.enable(pipe if enabled == "pipeline" else pipe.transformer, **BOTH)
     first, second = interleaved(
-        lambda f: run(pipe, family, steps=8, callback_on_step_end=f),
-        lambda f: run(other, family, (1,), steps=6, callback_on_step_end=f),
+        lambda f: run(pipe, family, steps=6, callback_on_step_end=f),
+        lambda f: run(other, family, (1,), steps=5, callback_on_step_end=f),
     )
-    same(first, alone(family, solvers[0], 8)[0])
-    same(second, alone(family, solvers[1], 6, prompts=(1,))[0])
+    same(first, alone(family, solvers[0], 6)[0])
+    same(second, alone(family, solvers[1], 5, prompts=(1,))[0])
 
 
 @every_family
@@ -174,8 +172,8 @@ def test_a_preview_inside_of_a_callback(family):
             expect_alone(other, family, "euler", 6)
         return kwargs
 
-    latents, counts = alone(family, "euler", 8)
-    same(run(pipe, family, steps=8, callback_on_step_end=preview), latents)
+    latents, counts = alone(family, "euler", 6)
+    same(run(pipe, family, steps=6, callback_on_step_end=preview), latents)
     assert steps_of(dit_accel.summary(pipe)) == counts
 
 
@@ -213,11 +211,11 @@ def test_image_to_image_beside_text_to_image():
     for other in (own, shared):  # a scheduler of its own, and the very same one
         same(call(other), expected)
         assert steps_of(dit_accel.summary(pipe)) == counts
-        expect_alone(pipe, "sd3", "euler", 8)
+        expect_alone(pipe, "sd3", "euler", 6)
     first, second = interleaved(
-        lambda f: run(pipe, "sd3", steps=8, callback_on_step_end=f), lambda f: call(own, f)
+        lambda f: run(pipe, "sd3", steps=6, callback_on_step_end=f), lambda f: call(own, f)
     )
-    same(first, alone("sd3", "euler", 8)[0])
+    same(first, alone("sd3", "euler", 6)[0])
     same(second, expected)
 
 
@@ -291,13 +289,9 @@ KINDS = ("scheduler", "scheduler, counted", "timesteps", "loop.step", "pipeline"
     ("family", "solver", "start"),
     [
         ("wan", "unipc", 0),
-        ("wan", "euler", 4),
-        ("sd3", "heun", 0),
         ("sd3", "heun", 3),
-        ("lumina", "euler", 0),
         ("lumina", "dpm++", 4),
         ("lumina2", "euler", 0),
-        ("lumina2", "unipc", 4),
     ],
 )
 def test_loops_by_hand(family, solver, start):
@@ -331,9 +325,13 @@ def told(solver, steps=10):
     return made
 
 
-@pytest.mark.parametrize("view", [True, False], ids=["view", "computed"])
-@pytest.mark.parametrize("how", ["declared", "pipeline"])
-@every_family
+@pytest.mark.parametrize(
+    ("family", "how", "view"),
+    [
+        *(("wan", "declared", True), ("sd3", "pipeline", True), ("lumina", "declared", False)),
+        *(("lumina2", "pipeline", False), ("sd3", "declared", False), ("wan", "pipeline", False)),
+    ],
+)
 def test_loops_that_alternate_step_by_step(family, how, view):
     """Two generators on one transformer: each has its own run."""
     pipe = make(family)
@@ -347,8 +345,8 @@ def test_loops_that_alternate_step_by_step(family, how, view):
         with dit_accel.sampling_loop(transformer, made):
             yield from steps_by_hand(transformer, made, family, view=view, prompt=prompt)
 
-    expected = [list(loop(told("euler", n), i))[-1] for i, n in enumerate((10, 7))]
-    loops = [loop(told("euler", n), i) for i, n in enumerate((10, 7))]
+    expected = [list(loop(told("euler", n), i))[-1] for i, n in enumerate((8, 6))]
+    loops = [loop(told("euler", n), i) for i, n in enumerate((8, 6))]
     last = [None, None]
     while loops[0] is not None or loops[1] is not None:
         for i in (0, 1):
@@ -395,9 +393,9 @@ def test_a_declared_loop_in_another_thread(family):
                 end_of_step(None, None, None, None)
         return last
 
-    first, second = interleaved(work, lambda f: run(pipe, family, steps=8, callback_on_step_end=f))
+    first, second = interleaved(work, lambda f: run(pipe, family, steps=6, callback_on_step_end=f))
     same(first, expected)
-    same(second, alone(family, "euler", 8)[0])
+    same(second, alone(family, "euler", 6)[0])
 
 
 @torch.no_grad()

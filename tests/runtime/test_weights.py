@@ -338,9 +338,7 @@ MOVES = {
     ("family", "lora", "move"),
     [
         *(("wan", True, move) for move in MOVES),
-        *(("sd3", False, move) for move in MOVES),
-        ("wan", False, "sequential"),
-        ("lumina2", True, "model"),
+        *(("sd3", False, "block_level"), ("sd3", False, "casting"), ("wan", False, "sequential")),
         ("lumina2", True, "leaf_level"),
     ],
 )
