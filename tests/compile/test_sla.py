@@ -200,7 +200,7 @@ def test_compiled_blocks_train_a_learned_router():
             attention.set_learning_step(step)
             attention.set_topk(topk)
             transformer.zero_grad()
-            transformer(**batch("wan"), return_dict=False)[0].square().mean().backward()
+            transformer(**batch(), return_dict=False)[0].square().mean().backward()
             found.append([x.grad for x in transformer.parameters()])
     for a, b in zip(gradients[True], gradients[False], strict=True):
         for x, y in zip(a, b, strict=True):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..random_pipelines import liven, scheduler
+from ..random_pipelines import liven, scheduler, video_vae
 
 GRID = (1, 11, 13)
 SIZES = ({"height": 144, "width": 240}, {"height": 208, "width": 176})
@@ -25,15 +25,7 @@ def make(solver="euler", cls=None, **changed):
         axes_dims_rope=(4, 4, 8),
         **changed,
     )
-    vae = AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).eval()
+    vae = video_vae(cls=AutoencoderKLQwenImage)
     return (cls or QwenImagePipeline)(
         transformer=liven(transformer),
         scheduler=scheduler(solver),

@@ -15,6 +15,7 @@ from dit_accel.ras import memory
 from dit_accel.runtime.install import installation_of, method_of
 
 from ..random_pipelines import FAMILIES, embeddings, make, relative, run
+from ..runtime.own_loops import Conditions
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SPARSE = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,)}
@@ -38,20 +39,14 @@ def test_the_order_of_contexts_is_irrelevant(family):
     def denoise(order):
         pipe = make(family, "unipc")
         dit_accel.enable(pipe, ras={**SPARSE, "selection": "std", "kv_predictor": "linear"})
-        texts = [embeddings(family, [i]) for i in (0, 1)]
-        grid = (3, 14, 18) if family == "wan" else (22, 26)
-        latents = torch.randn(1, 4, *grid, generator=torch.Generator().manual_seed(0))
+        halves = [Conditions(family, i) for i in (0, 1)]
+        latents = halves[0].latents
         pipe.scheduler.set_timesteps(10)
         with torch.no_grad():
             for t in pipe.scheduler.timesteps:
-                outputs = {}
-                for i in order:
-                    call = {"encoder_hidden_states": texts[i]["prompt_embeds"]}
-                    if family == "lumina2":
-                        call["encoder_attention_mask"] = texts[i]["prompt_attention_mask"]
-                    outputs[i] = pipe.transformer(
-                        hidden_states=latents, timestep=t.expand(1), return_dict=False, **call
-                    )[0]
+                outputs = {
+                    i: halves[i].velocity(pipe.transformer, latents, t.expand(1)) for i in order
+                }
                 guided = outputs[0] + 2 * (outputs[1] - outputs[0])
                 latents = pipe.scheduler.step(guided, t, latents, return_dict=False)[0]
         assert ras_steps(pipe) == 6
@@ -66,37 +61,19 @@ def test_the_order_of_halves_in_a_batch_is_irrelevant(family):
     pipe = make(family)
     dit_accel.enable(pipe, ras={**SPARSE, "selection": "std"})
     pipe._guidance_scale = 2.0
-    shape = (16 if family == "sd3" else 4, 22, 26)
     outputs = {}
     for order in ([0, 1], [1, 0]):
-        texts = embeddings(family, order)
-        call = {"encoder_hidden_states": texts["prompt_embeds"]}
-        if family == "sd3":
-            call["pooled_projections"] = texts["pooled_prompt_embeds"]
-        else:
-            from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
-
-            table = get_2d_rotary_pos_embed_lumina(16, 48, 48)
-            call |= {
-                "encoder_mask": texts["prompt_attention_mask"],
-                "image_rotary_emb": table,
-                "cross_attention_kwargs": {},
-            }
+        conditions = Conditions(family, order)
         pipe.scheduler.set_timesteps(10)
-        generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(1, *shape, generator=generator)
+        latents = conditions.latents[:1]
         kept = []
         with torch.no_grad():
             for t in pipe.scheduler.timesteps:
-                out = pipe.transformer(
-                    hidden_states=torch.cat([latents] * 2),
-                    timestep=t.expand(2),
-                    return_dict=False,
-                    **call,
-                )[0]
+                both = torch.cat([latents] * 2)
+                out = conditions.velocity(pipe.transformer, both, t.expand(2))
                 rows = dict(zip(order, out, strict=True))
                 kept.append(rows)
-                latents = latents - 0.05 * (rows[0] + rows[1])[None, : shape[0]]
+                latents = latents - 0.05 * (rows[0] + rows[1])[None]
         outputs[order[0]] = kept
     for a, b in zip(outputs[0], outputs[1], strict=True):
         for i in (0, 1):

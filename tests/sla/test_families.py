@@ -10,7 +10,16 @@ from dit_accel.kernels import LinearState
 from dit_accel.runtime.install import installation_of, method_of
 from dit_accel.sla import tile_order
 
-from ..random_pipelines import FAMILIES, embeddings, make, randomise, relative, run, state_of
+from ..random_pipelines import (
+    FAMILIES,
+    embeddings,
+    grid_of,
+    make,
+    randomise,
+    relative,
+    run,
+    state_of,
+)
 from ..ras.reference import Reference
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -70,8 +79,7 @@ def test_an_order_of_the_whole_forward_equals_one_around_each_attention(
     dit_accel.enable(pipe, sla=settings)
     randomise(pipe)
     assert relative(run(pipe, family, steps=2), latents) > 1e-4
-    grid = (3, 7, 9) if family == "wan" else (1, 11, 13)
-    order = tile_order(grid, TILE, torch.device("cpu"))
+    order = tile_order(grid_of(family), TILE, torch.device("cpu"))
 
     def around(forward):
         def reordered(q, k, v, *, text, text_tokens, **options):

@@ -244,7 +244,7 @@ def test_checkpointed_gradients_are_the_same():
         method_of(transformer, "sla").set_learning_step(3)
         if checkpointed:
             transformer.enable_gradient_checkpointing()
-        transformer(**batch("wan"), return_dict=False)[0].square().mean().backward()
+        transformer(**batch(), return_dict=False)[0].square().mean().backward()
         grads.append([x.grad for x in transformer.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
@@ -262,7 +262,7 @@ def with_router(combine="shared_softmax", **changed):
 
 def output(transformer):
     with torch.no_grad():
-        return transformer(**batch("wan"), return_dict=False)[0]
+        return transformer(**batch(), return_dict=False)[0]
 
 
 @every_combine

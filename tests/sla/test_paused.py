@@ -26,7 +26,7 @@ def qkv():
 def enabled(**changed):
     transformer = bare_wan().eval()
     with torch.no_grad():
-        plain = transformer(**batch("wan"), return_dict=False)[0]
+        plain = transformer(**batch(), return_dict=False)[0]
     dit_accel.enable(transformer, sla={**SPARSE, **changed})
     return transformer, method_of(transformer, "sla"), plain
 
@@ -38,10 +38,10 @@ def enabled(**changed):
 def test_a_paused_model_is_the_dense_one(order):
     transformer, sla, plain = enabled(order=order, combine="proj")
     with torch.no_grad():
-        sparse = transformer(**batch("wan"), return_dict=False)[0]
+        sparse = transformer(**batch(), return_dict=False)[0]
         with sla.paused():
-            paused = transformer(**batch("wan"), return_dict=False)[0]
-        again = transformer(**batch("wan"), return_dict=False)[0]
+            paused = transformer(**batch(), return_dict=False)[0]
+        again = transformer(**batch(), return_dict=False)[0]
     torch.testing.assert_close(paused, plain, rtol=1e-4, atol=1e-5)
     assert relative(sparse, plain) > 1e-3
     torch.testing.assert_close(again, sparse, rtol=0, atol=0)
@@ -117,10 +117,10 @@ def test_a_teacher_call_does_not_disturb_a_checkpointed_backward(teacher):
 
         def target(transformer=transformer, sla=sla):
             with torch.no_grad(), sla.paused():
-                return transformer(**batch("wan"), return_dict=False)[0]
+                return transformer(**batch(), return_dict=False)[0]
 
         first = target() if teacher == "before" else None
-        student = transformer(**batch("wan"), return_dict=False)[0]
+        student = transformer(**batch(), return_dict=False)[0]
         ((student - (target() if first is None else first)) ** 2).mean().backward()
         grads.append([x.grad for x in transformer.parameters()])
     for a, b in zip(*grads, strict=True):
@@ -184,7 +184,7 @@ def test_the_summary_and_what_is_saved_have_the_value_in_use(tmp_path):
     transformer, sla, _ = enabled(combine="proj")
     sla.set_topk(0.5)
     with torch.no_grad():
-        transformer(**batch("wan"))
+        transformer(**batch())
     assert dit_accel.summary(transformer).to_dict()["config"]["topk"] == 0.5
     dit_accel.save_sla(transformer, tmp_path)
     other = bare_wan()
