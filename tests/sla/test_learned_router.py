@@ -18,6 +18,7 @@ from dit_accel.sla import SparseLinearAttention
 from dit_accel.sla.router import LEAST_ROWS, TEMPERATURE, LearnedRouter
 
 from ..random_pipelines import FAMILIES, make, randomise, relative, run
+from ..runtime.own_loops import batch_of
 from ..runtime.training_worker import bare_wan, batch
 from .test_attention import inputs, layer
 
@@ -216,7 +217,7 @@ def test_training_on_a_gpu_waits_for_nothing(combine):
 def test_it_learns_in_every_family(family, combine):
     pipe = make(family)
     dit_accel.enable(pipe.transformer, sla={**SPARSE, "combine": combine, "dense_layers": 0})
-    output = pipe.transformer(**batch(family), return_dict=False)[0]
+    output = pipe.transformer(**batch_of(family), return_dict=False)[0]
     output.square().mean().backward()
     for module in method_of(pipe.transformer, "sla").attention.values():
         assert module.learned_router.weight.grad.any()
