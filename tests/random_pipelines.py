@@ -162,7 +162,7 @@ def lumina2(solver="euler"):
 
 
 def video_vae(channels=4, cls=None, **changed):
-    """A VAE in the layout of Wan2.1; `cls` may be another class of diffusers with the same arguments."""
+    """Return a VAE in the layout of Wan2.1; `cls` may be another class of diffusers with the same arguments."""
     from diffusers import AutoencoderKLWan
 
     config = {
@@ -178,7 +178,7 @@ def video_vae(channels=4, cls=None, **changed):
 
 
 def wan_transformer(cls=None, **changed):
-    """A transformer of Wan; `cls` may be a subclass in diffusers, such as that of VACE."""
+    """Return a transformer of Wan; `cls` may be another class of diffusers, such as that of VACE."""
     from diffusers import WanTransformer3DModel
 
     config = {
@@ -210,7 +210,7 @@ def wan(solver="unipc", heads=2):
 
 
 def grid_of(family):
-    """Number of image tokens along (t, h, w) in a call of `run` at the default size."""
+    """Return the number of image tokens along (t, h, w) in a call of `run` at the default size."""
     if family in MORE:
         return more(family).GRID
     return (3, 7, 9) if family == "wan" else (1, 11, 13)

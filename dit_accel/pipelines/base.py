@@ -221,13 +221,13 @@ class SparsePipelineMixin:
         return f"{type(self).__qualname__} {self.to_json_string()}"  # type: ignore[attr-defined]
 
     def enable(self, *, sla: SLAInput = None, ras: RASInput = None) -> None:
-        """See `dit_accel.enable`."""
+        """Enable acceleration, see `dit_accel.enable`."""
         control.enable(self, ras=ras, sla=sla)
 
     def disable(self) -> None:
-        """See `dit_accel.disable`."""
+        """Disable acceleration, see `dit_accel.disable`."""
         control.disable(self)
 
     def summary(self, *, strict: bool = False) -> control.Summary:
-        """See `dit_accel.summary`."""
+        """Return the summary of the last run, see `dit_accel.summary`."""
         return control.summary(self, strict=strict)

@@ -474,7 +474,7 @@ class RegionAdaptiveSampling(Method, TokenSelection):
         return full.scatter_(1, self.index[..., None].expand(-1, -1, x.shape[2]), x)
 
     def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
-        """See `TokenSelection.place`. This also points the stores of the layout at the caches of the context."""
+        """Set the positions of the image tokens, and connect the stores of the layout to the caches of the context."""
         tokens = math.prod(self.call.grid)
         if self._distance is not None:
             factor = _placed(self._damped, length, offsets)

@@ -33,7 +33,7 @@ class Installation:
     def __init__(self, transformer: Any, methods: Iterable[Method], clock: Clock) -> None:
         self.clock = clock
         self.run: Run | None = None
-        """The last run that methods were told about."""
+        """Last run that the methods were told about."""
         self._call: Call | None = None
         self._begun = False
         """True if the call in progress has begun and the transformer has not run yet."""
@@ -79,7 +79,7 @@ class Installation:
         return self.attachment.host(transformer)
 
     def follow_parallelism(self, transformer: Any) -> None:
-        """See `Attachment.follow_parallelism`."""
+        """Take over the context parallelism of diffusers, see `Attachment.follow_parallelism`."""
         self.attachment.follow_parallelism(transformer)
 
     def remove(

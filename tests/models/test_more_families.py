@@ -20,7 +20,7 @@ TILE = (2, 2, 4)
 
 
 def sla(**changed):
-    """Sparse in every step and layer."""
+    """Return settings that are sparse in every step and layer."""
     base = {"topk": 0.3, "block_q": 16, "block_k": 16, "order": TILE, "crossover": "never"}
     return {**base, "dense_steps": 0, "dense_layers": 0, **changed}
 

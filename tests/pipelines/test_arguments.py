@@ -1,4 +1,4 @@
-"""Bad arguments of the loading functions are refused by name, before anything is read."""
+"""Arguments of the loading functions are checked before files are read."""
 
 import inspect
 import re
@@ -92,7 +92,7 @@ def test_names_of_dtypes_load_in_that_dtype(name, sparse_wan):
 
 @each_pipeline
 def test_keywords_that_diffusers_reads_are_accepted(cls):
-    """As its source has them: from_pretrained takes them out of **kwargs."""
+    """Keywords that from_pretrained of diffusers reads from **kwargs."""
     for loaders in (
         [DiffusionPipeline.from_pretrained],
         [FromSingleFileMixin.from_single_file, FromOriginalModelMixin.from_single_file],

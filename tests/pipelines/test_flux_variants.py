@@ -56,7 +56,7 @@ def kontext(**changed):
 
 
 def test_reference_images_run_in_every_call():
-    """FLUX.1 Kontext: they stand behind the image, in another size."""
+    """FLUX.1 Kontext: reference images follow the image and may have another size."""
     pipe, call = kontext()
     check_variant(pipe, **call)
     dit_accel.enable(pipe, sla={**SLA, "order": "raster", "topk": 1.0})
@@ -168,7 +168,7 @@ def test_loading_an_ip_adapter_after_enable_is_refused():
 
 
 def test_places_are_read_once_for_each_tensor(monkeypatch):
-    """Reading them waits for a GPU."""
+    """Position ids are read once, because reading them waits for a GPU."""
     from dit_accel.models import flux
 
     read = []

@@ -145,7 +145,7 @@ def test_repositories_under_their_older_names_are_accepted(family, old, reposito
 
 
 def test_image_to_video_with_and_without_an_image_encoder():
-    """The keys of the image in cross-attention are computed once, too."""
+    """Keys of the image in cross-attention are computed once."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)

@@ -47,7 +47,7 @@ def test_a_video_as_condition():
 
 
 def test_windows_of_a_long_video(monkeypatch):
-    """Each window is a run, with places and timesteps of its own."""
+    """Each window is a run with its own positions and timesteps."""
     pipe = make(cls=diffusers.LTXI2VLongMultiPromptPipeline)
 
     def encode(prompt, **rest):

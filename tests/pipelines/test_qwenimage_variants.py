@@ -45,7 +45,7 @@ def test_residuals_of_a_controlnet():
     [("QwenImageEditPipeline", False), ("QwenImageEditPlusPipeline", True)],
 )
 def test_reference_images_run_in_every_call(name, zero_cond_t, monkeypatch):
-    """They stand behind the image, in other sizes; newer models modulate them as clean images."""
+    """Reference images follow the image and may have other sizes. Newer models modulate them as clean images."""
     pipe = variant(name, {"processor": None}, zero_cond_t=zero_cond_t)
     size = (128, 96) if "Plus" in name else (128, 96, None)
     monkeypatch.setattr(sys.modules[type(pipe).__module__], "calculate_dimensions", lambda *_: size)
@@ -57,7 +57,7 @@ def test_reference_images_run_in_every_call(name, zero_cond_t, monkeypatch):
 
 
 def test_checkpointed_blocks_have_the_same_gradients():
-    """They run again after the call, when nobody knows its tokens any more."""
+    """Blocks run again after the call, when its tokens are not known any more."""
     transformer = make(zero_cond_t=True).transformer
     dit_accel.enable(transformer, sla={**SLA, "topk": 0.5, "combine": "proj"})
     call = {
@@ -127,7 +127,7 @@ def test_padded_text_is_hidden_in_whole_and_partial_steps():
 
 @torch.no_grad()
 def test_a_mask_that_hides_nothing_is_left_out():
-    """diffusers leaves it out in its pipelines; else each layer would run dense."""
+    """Pipelines of diffusers omit a mask without padding; otherwise each layer would run dense."""
     transformer = make().transformer
     call = {
         "hidden_states": torch.randn(1, 48, 16),

@@ -12,7 +12,7 @@ from ..tiny_wan import random_wan
 
 
 def snapshot(module):
-    """What `disable` must bring back: every module's __dict__, containers by content."""
+    """Return the __dict__ of every module, with containers by content."""
     return {
         name: {key: dict(x) if isinstance(x, dict) else x for key, x in vars(m).items()}
         for name, m in module.named_modules()

@@ -1,4 +1,4 @@
-"""Wan2.2 with two transformers: settings for each, steps of each, both in one summary and in one repository."""
+"""Wan2.2 with two transformers: settings, steps, summary and saved files."""
 
 import json
 import shutil

@@ -25,7 +25,7 @@ RAS = {"ratio": 0.5, "warmup": 2, "tail": 1, "resets": []}
 
 
 def check(pipe, call, steps):
-    """Whole settings change nothing, partial ones run, and `disable` brings the plain latents back."""
+    """Settings that read and run everything change nothing, others run, and `disable` restores the plain latents."""
     pipe.set_progress_bar_config(disable=True)
     plain = call()
     dit_accel.enable(pipe, sla={**SLA, "topk": 1.0}, ras={**RAS, "ratio": 1.0})
@@ -93,7 +93,7 @@ def test_other_numbers_of_timesteps_are_refused():
 
 
 def test_modulation_of_tokens_is_counted():
-    """At real size, where it is not lost among the layers: 6 d^2 for each token beside 30 layers."""
+    """Modulation at real size: 6 d^2 for each token in addition to 30 layers."""
     from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):
@@ -163,7 +163,7 @@ def test_vace_with_video_mask_and_reference_pictures(pictures):
 
 @torch.no_grad()
 def test_a_control_of_fewer_frames_ends_in_zeros():
-    """The control tokens that are missing are zeros at the end, also where the tokens run in another order."""
+    """Missing control tokens are zeros at the end, also if tokens run in another order."""
     pipe = plain_vace()
     generator = torch.Generator().manual_seed(0)
     call = {

@@ -10,7 +10,7 @@ CONTEXTS = 2
 
 
 def make(solver="euler", cls=None, **changed):
-    """The pipeline, or another one of these components."""
+    """Return the pipeline, or another pipeline class with the same components."""
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def make(solver="euler", cls=None, **changed):
 
 
 def embeddings(prompts):
-    """Texts of 12 tokens, or of 9 and padding for odd numbers."""
+    """Return texts of 12 tokens; those of odd numbers have 9 tokens and padding."""
     rows = [torch.randn(12, 24, generator=torch.Generator().manual_seed(100 + i)) for i in prompts]
     mask = torch.stack([(torch.arange(12) < 12 - 3 * (i % 2)).long() for i in prompts])
     return {"prompt_embeds": torch.stack(rows), "prompt_embeds_mask": mask}

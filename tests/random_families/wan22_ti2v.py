@@ -1,4 +1,4 @@
-"""Wan2.2 TI2V 5B: one timestep for each token, and a VAE that makes 16 pixels one latent position."""
+"""Wan2.2 TI2V 5B: one timestep for each token, and a VAE with a spatial factor of 16."""
 
 import torch
 

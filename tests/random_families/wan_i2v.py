@@ -1,4 +1,4 @@
-"""Wan2.1 image-to-video 14B: image tokens beside the text, and condition channels beside the noise."""
+"""Wan2.1 image-to-video 14B: image tokens in addition to the text, and condition channels in addition to the noise."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Wan2.1 VACE: a control stream beside the video."""
+"""Wan2.1 VACE: a control stream in addition to the video."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Schedules for a budget: against every schedule there is, and what users set."""
+"""Schedules for a budget, compared with all possible schedules, and settings of users."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ def flow(steps, shift=3.0):
 
 
 def predicted(kinds, weights, partial):
-    """The error that `least_error` is to make small, written out; inf where two partial steps share an anchor."""
+    """Return the error that `least_error` minimises; inf if two partial steps follow the same dense step."""
     total, last, ran = 0.0, None, None
     for k, kind in enumerate(kinds):
         if kind == "dense":

@@ -1,4 +1,4 @@
-"""Error control: the transformer runs where a forecast would be too wrong, and on as many tokens as that takes."""
+"""Error control: the transformer runs if the error of a forecast is too large, and on as many tokens as necessary."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_a_larger_tolerance_costs_less_and_errs_more(family, more):
 
 @every_family
 def test_a_batch_gives_what_single_runs_give(family, monkeypatch):
-    """Samples that decide differently: the call runs for one, and the other keeps its forecast."""
+    """Samples may decide differently: the call runs for one sample, and the other one keeps its forecast."""
     pipe = make(family)
     plain = run(pipe, family, (0, 1), steps=16)
     own = max(relative(run(pipe, family, (i,), steps=16)[0], plain[i]) for i in (0, 1))
@@ -93,7 +93,7 @@ def test_a_batch_gives_what_single_runs_give(family, monkeypatch):
 
 @every_family
 def test_the_tokens_with_the_largest_predicted_errors_run(family, monkeypatch):
-    """Between two whole steps: as few tiles as leave the others below the tolerance."""
+    """Between two dense steps, the smallest number of tiles runs that keeps all others below the tolerance."""
     pipe = make(family)
     seen = []
     begin = TileSelection.begin_step

@@ -1,4 +1,4 @@
-"""What pipelines can do beside plain sampling: each works, or is refused by name."""
+"""Features of pipelines with region-adaptive sampling: each works or is refused with an error."""
 
 import json
 import weakref
@@ -34,7 +34,7 @@ def ras_steps(pipe):
 
 @pytest.mark.parametrize("family", ["wan", "lumina2"])
 def test_the_order_of_contexts_is_irrelevant(family):
-    """Halves that are called in turn: what each gets does not depend on who is first."""
+    """Results of separate guidance halves do not depend on the order of the calls."""
 
     def denoise(order):
         pipe = make(family, "unipc")
@@ -116,7 +116,7 @@ def test_guidance_switched_off_in_mid_run(family, ratio):
 
 
 def test_skip_layer_guidance_works():
-    """A third call with half of the rows, as diffusers makes it for SD3.5."""
+    """Skip-layer guidance of SD3.5: a third call with half of the rows."""
     pipe = make("sd35")
     changed = {
         "skip_guidance_layers": [1],
@@ -136,7 +136,7 @@ def test_skip_layer_guidance_works():
 
 
 def test_calls_past_the_last_step_are_dense_and_counted():
-    """By hand after a run: no sampling loop drives them."""
+    """Single calls after a run belong to no sampling loop."""
     pipe = make("sd3")
     text = embeddings("sd3", [0])
     call = {
@@ -482,7 +482,7 @@ def test_extrapolated_keys_are_given_up_before_ras_is(monkeypatch):
 
 @pytest.mark.parametrize("family", ["wan", "sd3"])
 def test_the_room_left_for_the_models_own_work_is_enough(family):
-    """A dense call at full size, without data: the most that is alive at once."""
+    """Peak memory of a dense call at full size, computed with fake tensors."""
     with FakeTensorMode(), torch.no_grad():
         transformer, inputs, layer = full_size(family)
         with LiveBytes() as live:
@@ -495,7 +495,7 @@ def test_the_room_left_for_the_models_own_work_is_enough(family):
 
 
 def full_size(family):
-    """Two layers of Wan2.1 1.3B at 480p, 81 frames, or of Stable Diffusion 3 at 1024 x 1024."""
+    """Return two layers of Wan2.1 1.3B at 480p with 81 frames, or of Stable Diffusion 3 at 1024 x 1024."""
     from diffusers import SD3Transformer2DModel, WanTransformer3DModel
 
     timestep = torch.zeros(2, dtype=torch.long)
@@ -522,7 +522,7 @@ def full_size(family):
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made under it took at once."""
+    """Mode that records the peak memory of tensors."""
 
     def __init__(self):
         super().__init__()
@@ -627,7 +627,7 @@ def test_fewer_tokens_than_a_tile_run_dense_and_are_counted(family):
 
 
 def test_guidance_is_not_asked_of_the_pipeline_that_was_enabled():
-    """Another pipeline, or a copy, may run the same transformer with other guidance."""
+    """Another pipeline or a copy may run the same transformer with other guidance."""
     import copy
 
     first = make("sd3")

@@ -1,4 +1,4 @@
-"""What has to hold for every family and scheduler."""
+"""Invariants of region-adaptive sampling for every family and scheduler."""
 
 import contextlib
 import copy
@@ -185,7 +185,7 @@ def test_disable_restores_every_module(family):
 
 
 def buffers(pipe):
-    """Weak references to all cached keys of the run in progress."""
+    """Return weak references to all cached keys of the current run."""
     return [
         weakref.ref(k.last.data)
         for context in installation_of(pipe).clock.run.contexts.values()

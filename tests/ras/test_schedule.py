@@ -1,4 +1,4 @@
-"""Step plans: pure functions of config, steps and tokens."""
+"""Schedules: pure functions of config, steps and tokens."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Selection: pure functions, against definitions written down plainly."""
+"""Tile selection: pure functions, compared with plain definitions."""
 
 import itertools
 
@@ -51,7 +51,7 @@ def test_the_region_metric_is_the_papers():
 
 
 def best_by_trying(score, age, capacity, count, max_age):
-    """The legal choice of the largest total score."""
+    """Return the choice with the largest total score that keeps the age limit."""
     m = len(score)
 
     def legal(chosen):

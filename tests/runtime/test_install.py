@@ -1,4 +1,4 @@
-"""What enable puts on a transformer goes again, whatever happened in between."""
+"""`disable` removes everything that `enable` installed, whatever happened in between."""
 
 import copy
 import gc
@@ -22,7 +22,7 @@ BOTH = {"ras": RAS, "sla": SLA}
 
 
 class Wrapper(torch.nn.Module):
-    """As DistributedDataParallel does it: the model is `.module`."""
+    """Wrapper like DistributedDataParallel: the model is `.module`."""
 
     def __init__(self, module):
         super().__init__()
@@ -174,7 +174,7 @@ def test_deep_copies_stand_on_their_own(family):
 
 
 def in_threads(functions):
-    """Run them at once; results or errors."""
+    """Run functions in threads at the same time. Return results or errors."""
     results = [None] * len(functions)
 
     def work(i):
@@ -275,7 +275,7 @@ def test_a_call_after_an_interrupted_one_goes_through():
 
 
 def test_a_run_that_could_not_begin_begins_with_the_next_call():
-    """The steps go on where they are; no new timesteps are set in between."""
+    """A run continues its steps after acceleration was switched, because no new timesteps are set."""
     pipe = make("sd3")
     dit_accel.enable(pipe, **BOTH)
     module = next(iter(control_layers(pipe))).module

@@ -1,4 +1,4 @@
-"""Every call belongs to the run that drives it, whichever pipelines and loops share a transformer."""
+"""Calls belong to the run that drives them, if pipelines and loops share a transformer."""
 
 import collections
 import contextlib
@@ -25,7 +25,7 @@ def same(a, b):
 
 @functools.cache
 def alone(family, solver, steps, **changed):
-    """Latents and counts of an accelerated pipeline that shares nothing."""
+    """Return latents and counts of an accelerated pipeline that shares no component."""
     pipe = make(family, solver)
     dit_accel.enable(pipe, **BOTH)
     latents = run(pipe, family, steps=steps, **changed)
@@ -102,7 +102,7 @@ def test_a_second_pipeline_has_its_own_runs(family, make_other):
 
 
 def interleaved(*calls):
-    """Results of calls that take turns, a step each. Each gets a callback for the end of its steps."""
+    """Return the results of calls that alternate step by step. Each call gets a callback for the end of its steps."""
     turns, condition = collections.deque(range(len(calls))), threading.Condition()
     results = [None] * len(calls)
 
@@ -161,7 +161,7 @@ def test_pipelines_that_alternate_step_by_step(family, enabled):
 
 @every_family
 def test_a_preview_inside_of_a_callback(family):
-    """Another pipeline runs from begin to end between two steps of the first."""
+    """Another pipeline runs completely between two steps of the first one."""
     pipe = make(family)
     other = from_components(pipe, scheduler("euler"))
     other.set_progress_bar_config(disable=True)
@@ -223,7 +223,7 @@ def test_image_to_image_beside_text_to_image():
 
 
 def plan(kind, solver, transformer, start):
-    """Scheduler of a loop, its declaration, and how it makes `timestep`."""
+    """Return the scheduler of a loop and the context manager that declares it."""
     made = scheduler(solver)
     made.set_timesteps(10)
     if start:
@@ -238,7 +238,7 @@ def plan(kind, solver, transformer, start):
 
 
 class PipelineLike:
-    """What a loop of somebody else looks like: it has a transformer and a scheduler."""
+    """Object with a transformer, a scheduler and a sampling loop, like a pipeline."""
 
     def __init__(self, transformer, scheduler):
         self.transformer, self.scheduler = transformer, scheduler
@@ -295,7 +295,7 @@ KINDS = ("scheduler", "scheduler, counted", "timesteps", "loop.step", "pipeline"
     ],
 )
 def test_loops_by_hand(family, solver, start):
-    """However a loop is made known, and wherever it starts: the same runs."""
+    """Runs are the same for each way of declaring a loop, and for each first step."""
     expected, counts = by_hand(family, "scheduler", solver, start)
     length = (19 if solver == "heun" else 10) - start
     modes = [mode for _, mode, *_ in counts[0]]
@@ -333,7 +333,7 @@ def told(solver, steps=10):
     ],
 )
 def test_loops_that_alternate_step_by_step(family, how, view):
-    """Two generators on one transformer: each has its own run."""
+    """Two generators on one transformer have separate runs."""
     pipe = make(family)
     transformer = pipe.transformer
     dit_accel.enable(transformer, **BOTH)
@@ -361,7 +361,7 @@ def test_loops_that_alternate_step_by_step(family, how, view):
 
 @every_family
 def test_a_pipeline_that_runs_inside_of_a_declared_loop(family):
-    """A preview in a loop by hand; the Luminas compute their timesteps."""
+    """A pipeline runs as a preview inside a declared loop. The Lumina pipelines compute their timesteps."""
     pipe = make(family)
     dit_accel.enable(pipe.transformer, **BOTH)
     made = told("euler")
@@ -379,7 +379,7 @@ def test_a_pipeline_that_runs_inside_of_a_declared_loop(family):
 
 @every_family
 def test_a_declared_loop_in_another_thread(family):
-    """It is the loop of that thread only."""
+    """A declared loop belongs to its thread."""
     pipe = make(family)
     dit_accel.enable(pipe.transformer, **BOTH)
     expected = by_hand(family, "scheduler, counted")[0]
@@ -400,7 +400,7 @@ def test_a_declared_loop_in_another_thread(family):
 
 @torch.no_grad()
 def follow(transformer, made, family, indices, told_by="view"):
-    """The velocities of these steps, each from latents of its own."""
+    """Return the velocities of some steps, each for different latents."""
     conditions = Conditions(family)
     with dit_accel.sampling_loop(transformer, timesteps=made.timesteps, sigmas=made.sigmas) as loop:
         out = []
@@ -436,7 +436,7 @@ def test_a_loop_that_jumps_back_begins_anew(family, told_by):
 
 @pytest.mark.parametrize("told_by", ["view", "step"])
 def test_a_loop_that_leaves_steps_out(told_by):
-    """The index that is told is the step, also where the second one is not the next."""
+    """A declared index is the step, also if steps are left out."""
     pipe = make("sd3")
     dit_accel.enable(pipe.transformer, ras=RAS)
     follow(pipe.transformer, told("euler", 12), "sd3", [0, 2, 4, 6, 8, 11], told_by)
@@ -445,7 +445,7 @@ def test_a_loop_that_leaves_steps_out(told_by):
 
 
 class DataClassLike:
-    """Equal by value, hence without a hash, as data classes are."""
+    """Class that compares by value and is not hashable, like data classes."""
 
     def __init__(self, **parts):
         vars(self).update(parts)

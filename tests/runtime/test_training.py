@@ -96,7 +96,7 @@ def test_region_adaptive_sampling_refuses_gradients_and_runs_dense_outside_of_lo
 
 
 def test_a_pipeline_beside_does_not_disturb_training():
-    """The scheduler of the enabled pipeline was used, and stands somewhere."""
+    """The scheduler of the enabled pipeline was used before, and is at some step."""
     pipe = make("wan")
     dit_accel.enable(pipe, sla={**SPARSE, "dense_steps": 1.0, "dense_layers": 0})
     pipe.scheduler.set_timesteps(4)

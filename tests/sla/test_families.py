@@ -30,7 +30,7 @@ RAS = {"ratio": 0.4, "warmup": 2, "tail": 1, "resets": (6,)}
 
 
 def sla(**changed):
-    """Sparse in every step and layer."""
+    """Return settings that are sparse in every step and layer."""
     base = {"topk": 0.3, "block_q": 16, "block_k": 16, "order": "raster", "crossover": "never"}
     return {**base, "dense_steps": 0, "dense_layers": 0, **changed}
 
@@ -237,7 +237,7 @@ def test_both_methods_in_a_batch_equal_single_runs(family):
     ids=["raster", "tiles", "ras-raster", "ras-tiles"],
 )
 def test_texts_of_different_lengths_in_a_batch_equal_single_runs(order, combine, scope, ras):
-    """Lumina-Image 2.0's images then begin at different places of their rows."""
+    """In Lumina-Image 2.0, images then begin at different positions in their rows."""
     prompts = (4, 0)
     pipe = make("lumina2")
     dit_accel.enable(pipe, sla=sla(order=order, combine=combine, linear_scope=scope), ras=ras)

@@ -1,4 +1,4 @@
-"""What pipelines can do beside plain sampling, with sparse attention on: each works, or is refused by name."""
+"""Features of pipelines with sparse attention: each works or is refused with an error."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def sla(**changed):
-    """Sparse in every step and layer."""
+    """Return settings that are sparse in every step and layer."""
     base = {"topk": 0.3, "block_q": 16, "block_k": 16, "order": TILE, "crossover": "never"}
     return {**base, "dense_steps": 0, "dense_layers": 0, **changed}
 
@@ -37,7 +37,7 @@ def modules(pipe):
 
 
 def sparse_calls(pipe):
-    """By layer; there must be no dense ones."""
+    """Return sparse calls by layer, and check that there are no dense ones."""
     report = dit_accel.summary(pipe, strict=True)
     assert not report.dense_calls
     return [layer.sparse_calls for layer in report.layers]
@@ -48,7 +48,7 @@ def same(a, b):
 
 
 def last_call(pipe, family):
-    """What the transformer is called with."""
+    """Return the arguments of a transformer call."""
     seen = {}
     hook = pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(args=args, kwargs=kwargs), with_kwargs=True
@@ -362,7 +362,7 @@ def test_checkpointed_gradients_equal_those_without(family):
 
 @both_families
 def test_gradients_after_inference_mode(family):
-    """What is kept from calls in inference mode may take part in one with gradients."""
+    """Tensors that are cached in inference mode can be used in calls with gradients."""
     pipe = make(family)
     enable(pipe, combine="proj", order=(2, 2, 4))
     with torch.inference_mode():

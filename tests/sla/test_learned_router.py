@@ -1,4 +1,4 @@
-"""A learned router: it begins as the fixed one, its gradients are straight-through, its weights travel."""
+"""Learned router: initialisation, straight-through gradients, saving and loading."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Pausing sparse attention, and reading another share of the blocks, without anything new being made."""
+"""Pausing sparse attention, and changing `topk`, without new modules."""
 
 import copy
 import re
@@ -107,7 +107,7 @@ def test_observers_see_what_would_have_run_sparse(qkv):
 
 @pytest.mark.parametrize("teacher", ["before", "after"])
 def test_a_teacher_call_does_not_disturb_a_checkpointed_backward(teacher):
-    """Checkpointing runs the blocks again in the backward, after the teacher's call."""
+    """Gradient checkpointing runs the blocks again in the backward pass, after the call of the teacher."""
     grads = []
     for checkpointed in (False, True):
         transformer, sla, _ = enabled(combine="proj")
