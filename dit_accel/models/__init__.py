@@ -3,8 +3,10 @@
 import importlib
 from typing import Any
 
-from dit_accel.models.family import AllTokens, AttentionLayer, Call, Family, TokenSelection, by_name
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer, Family, by_name
 from dit_accel.models.hooks import Hook
+from dit_accel.models.selection import AllTokens, TokenSelection
 from dit_accel.models.tokens import TokenOrder, joint_index
 from dit_accel.models.whole import WholeTransformer
 

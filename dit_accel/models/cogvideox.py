@@ -7,9 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_accel.models.attention import SparseProcessor, grouped_attention, head_projections
-from dit_accel.models.family import AttentionLayer, Call, Family, TokenSelection
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer, Family
 from dit_accel.models.hooks import Hook, after, before
 from dit_accel.models.rotary import for_heads, rotate
+from dit_accel.models.selection import TokenSelection
 
 
 class CogVideoX(Family):

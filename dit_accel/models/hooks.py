@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from dit_accel.models.attention import computed_once
-
-if TYPE_CHECKING:
-    from dit_accel.models.family import TokenSelection
+from dit_accel.models.selection import TokenSelection
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def _prepared(
 
 
 def shrink_tables(
-    selection: "TokenSelection", patch: tuple[int, int, int], args: tuple, kwargs: dict
+    selection: TokenSelection, patch: tuple[int, int, int], args: tuple, kwargs: dict
 ) -> Any:
     """Shrink the latents to one token, before a module that makes rotary tables, if `run_tables` has stored them.
 
@@ -68,13 +66,13 @@ def shrink_tables(
     return args, kwargs
 
 
-def run_tables(selection: "TokenSelection", output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def run_tables(selection: TokenSelection, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the rotary tables of the whole run: `output` in the first call, the stored tables in later calls."""
     return selection.per_run.setdefault("rope", output)
 
 
 def set_text_keys(
-    selection: "TokenSelection",
+    selection: TokenSelection,
     modules: list[Any],
     compute: Callable[[Any, Tensor], Any],
     texts: Callable[[], list[Tensor]],

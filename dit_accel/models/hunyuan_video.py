@@ -7,10 +7,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dit_accel.models.attention import head_projections, text_projections
+from dit_accel.models.call import Call
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import AttentionLayer, Call, Family, TokenSelection
+from dit_accel.models.family import AttentionLayer, Family
 from dit_accel.models.hooks import Hook, after, before, run_tables, shrink_tables
 from dit_accel.models.rotary import rotate
+from dit_accel.models.selection import TokenSelection
 
 
 class HunyuanVideo(Family):

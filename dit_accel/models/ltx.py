@@ -6,10 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dit_accel.models.call import Call
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import AttentionLayer, Call, Family, TokenSelection
+from dit_accel.models.family import AttentionLayer, Family
 from dit_accel.models.hooks import Hook, after, before, run_tables, set_text_keys
 from dit_accel.models.rotary import rotate
+from dit_accel.models.selection import TokenSelection
 from dit_accel.models.tokens import read_once
 
 ROPE_ARGUMENTS = (

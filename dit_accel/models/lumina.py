@@ -7,8 +7,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dit_accel.models.attention import SparseProcessor, grouped_attention
-from dit_accel.models.family import AttentionLayer, Call, Family, TokenSelection
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer, Family
 from dit_accel.models.hooks import Hook, after, set_text_keys
+from dit_accel.models.selection import TokenSelection
 
 
 class LuminaNext(Family):

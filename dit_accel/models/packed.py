@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.models.call import Call
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import Call, Family, TokenSelection
+from dit_accel.models.family import Family
 from dit_accel.models.hooks import Hook, after
+from dit_accel.models.selection import TokenSelection
 
 
 class PackedTransformer(Family):

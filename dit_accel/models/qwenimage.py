@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dit_accel.models.attention import head_projections, text_projections
-from dit_accel.models.family import AttentionLayer, Call, TokenSelection
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer
 from dit_accel.models.hooks import Hook, after, before
 from dit_accel.models.packed import (
     PackedProcessor,
@@ -17,6 +18,7 @@ from dit_accel.models.packed import (
     text_part,
 )
 from dit_accel.models.rotary import for_heads, rotate_pairs
+from dit_accel.models.selection import TokenSelection
 from dit_accel.models.tokens import read_once
 
 

@@ -12,8 +12,10 @@ from dit_accel.models.attention import (
     head_projections,
     text_projections,
 )
-from dit_accel.models.family import AttentionLayer, Call, Family, TokenSelection
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer, Family
 from dit_accel.models.hooks import Hook, after
+from dit_accel.models.selection import TokenSelection
 
 
 class StableDiffusion3(Family):

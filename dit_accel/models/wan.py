@@ -9,10 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_accel.models.attention import projections
+from dit_accel.models.call import Call
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import AttentionLayer, Call, Family, TokenSelection
+from dit_accel.models.family import AttentionLayer, Family
 from dit_accel.models.hooks import Hook, after, before, run_tables, set_text_keys, shrink_tables
 from dit_accel.models.rotary import rotate
+from dit_accel.models.selection import TokenSelection
 
 TEXT_TOKENS = 512
 """Number of text tokens in models that also read image embeddings; hard-coded in diffusers."""

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dit_accel.models.family import TokenSelection
 from dit_accel.models.hooks import Hook, after
+from dit_accel.models.selection import TokenSelection
 from dit_accel.models.wan import Wan, dim_of, gathered
 
 

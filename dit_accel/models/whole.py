@@ -4,8 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_accel.models.family import AttentionLayer, Call, Family, TokenSelection
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer, Family
 from dit_accel.models.hooks import Hook
+from dit_accel.models.selection import TokenSelection
 
 
 class WholeTransformer(Family):
