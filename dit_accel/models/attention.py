@@ -44,7 +44,7 @@ class SparseProcessor:
         dense: Callable[..., Tensor],
         *,
         text: str = "none",
-        words: int = 0,
+        text_tokens: int = 0,
         masked: bool = False,
         text_lengths: Tensor | None = None,
         padding: Tensor | None = None,
@@ -58,7 +58,7 @@ class SparseProcessor:
             dense: attention `(q, k, v, scale=...) -> o`, all `[B, L, H, D]`, for calls that `attend` does not answer. It
                 gets the keys of all tokens.
             text: position of the text in the sequence: "none", "first" or "last".
-            words: number of text tokens in the sequence that `kv_store` does not store.
+            text_tokens: number of text tokens in the sequence that `kv_store` does not store.
             masked: whether keys are masked in another way than by `text_lengths` or `padding`.
             text_lengths: `[B]`, number of text tokens of each row without padding at the end of the text. Default: no
                 padding.
@@ -71,9 +71,9 @@ class SparseProcessor:
         heads = query.shape[2], key.shape[2]
         if self.exchange is not None:
             query, key, value = self.exchange.to_heads(query, key, value, text)
-            words = self.exchange.beside(text)
+            text_tokens = self.exchange.text_tokens_in(text)
         if self.kv_store is not None:
-            key, value = self._stored(key, value, text, words)
+            key, value = self._stored(key, value, text, text_tokens)
         if base_length is not None:
             assert scale is not None
             scale *= math.sqrt(math.log(key.shape[1], base_length))
@@ -96,11 +96,13 @@ class SparseProcessor:
             out = out.transpose(1, 2).to(query.dtype)
         return out if self.exchange is None else self.exchange.to_tokens(out, heads, text)
 
-    def _stored(self, key: Tensor, value: Tensor, text: str, words: int) -> tuple[Tensor, Tensor]:
+    def _stored(
+        self, key: Tensor, value: Tensor, text: str, text_tokens: int
+    ) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all tokens. Text tokens that are not stored pass through."""
-        if not words:
+        if not text_tokens:
             return self.kv_store(key, value)
-        sizes = [words, key.shape[1] - words]
+        sizes = [text_tokens, key.shape[1] - text_tokens]
         at = 0 if text == "first" else 1
         (k, v) = (list(x.split(sizes if at == 0 else sizes[::-1], dim=1)) for x in (key, value))
         k[1 - at], v[1 - at] = self.kv_store(k[1 - at], v[1 - at])

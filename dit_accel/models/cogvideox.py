@@ -109,8 +109,10 @@ def _tokens(selection: TokenSelection, output: Tensor) -> Tensor:
     """Return [text, video] with the text of this process and the video tokens that run."""
     if selection.passes:
         return output
-    words = selection.call.text_length
-    return torch.cat([selection.part(output[:, :words]), selection.take(output[:, words:])], dim=1)
+    text_tokens = selection.call.text_length
+    return torch.cat(
+        [selection.part(output[:, :text_tokens]), selection.take(output[:, text_tokens:])], dim=1
+    )
 
 
 class CogVideoXSparseAttnProcessor(SparseProcessor):
@@ -124,15 +126,15 @@ class CogVideoXSparseAttnProcessor(SparseProcessor):
         attention_mask: None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b t c"]]:
-        words = encoder_hidden_states.shape[1]
+        text_tokens = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         query, key, value = head_projections(attn, joint)
         if image_rotary_emb is not None:
             cos, sin = (for_heads(x) for x in image_rotary_emb)
             query, key = (
-                torch.cat([x[:, :words], rotate(x[:, words:], cos, sin)], dim=1)
+                torch.cat([x[:, :text_tokens], rotate(x[:, text_tokens:], cos, sin)], dim=1)
                 for x in (query, key)
             )
-        out = self.run(query, key, value, grouped_attention, text="first", words=words)
+        out = self.run(query, key, value, grouped_attention, text="first", text_tokens=text_tokens)
         out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(query.dtype)))
-        return out[:, words:], out[:, :words]
+        return out[:, text_tokens:], out[:, :text_tokens]

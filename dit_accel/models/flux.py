@@ -14,7 +14,7 @@ from dit_accel.models.packed import (
     PackedProcessor,
     PackedTransformer,
     image_part,
-    set_words,
+    set_text_tokens,
     text_part,
 )
 from dit_accel.models.rotary import for_heads, rotate
@@ -87,7 +87,7 @@ def _tables(
 ) -> tuple[Tensor, Tensor]:
     """Return the rotary tables `[R or 1, L, D]` of the tokens that run."""
     text = selection.call.text_length - selection.call.references
-    set_words(selection, layers, output[0])
+    set_text_tokens(selection, layers, output[0])
     cos, sin = (
         _joined(text_part(selection, x[None, :text]), image_part(selection, x[None, text:]))
         for x in output
@@ -119,7 +119,9 @@ class FluxSparseAttnProcessor(PackedProcessor):
         if image_rotary_emb is not None:
             cos, sin = (for_heads(x) for x in image_rotary_emb)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        out = self.run(query, key, value, self.dense, text="first", words=self.num_words)
+        out = self.run(
+            query, key, value, self.dense, text="first", text_tokens=self.num_text_tokens
+        )
         out = out.flatten(2).to(query.dtype)
         if encoder_hidden_states is None:
             return out  # the block has one projection for attention and feed-forward

@@ -145,7 +145,7 @@ class HunyuanVideoSparseAttnProcessor(DispatchProcessor):
         attention_mask: Bool[Tensor, "b 1 1 m"] | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b t c"]]:
-        active, words = hidden_states.shape[1], encoder_hidden_states.shape[1]
+        active, text_tokens = hidden_states.shape[1], encoder_hidden_states.shape[1]
         two_streams = attn.add_q_proj is not None
         streams = [head_projections(attn, hidden_states)]
         if two_streams:
@@ -165,7 +165,13 @@ class HunyuanVideoSparseAttnProcessor(DispatchProcessor):
             return self.dense(q, k, v, torch.cat([image, counts], dim=1)[:, None, None], scale)
 
         out = self.run(
-            query, key, value, dense, text="last", words=words, text_lengths=self.text_lengths
+            query,
+            key,
+            value,
+            dense,
+            text="last",
+            text_tokens=text_tokens,
+            text_lengths=self.text_lengths,
         )
         out = out.flatten(2).to(query.dtype)
         image, text = out[:, :active], out[:, active:]

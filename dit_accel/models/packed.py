@@ -105,7 +105,7 @@ class PackedTransformer(Family):
         return 2.0 * ((double + single) * (active + text) * row + modulation + dim * ends)
 
 
-def own_words(selection: TokenSelection) -> tuple[slice, slice]:
+def own_text(selection: TokenSelection) -> tuple[slice, slice]:
     """Return the text tokens and the reference tokens that run in this process, as slices.
 
     The sequence [text, references] is shared among the processes as a whole.
@@ -122,7 +122,7 @@ def own_words(selection: TokenSelection) -> tuple[slice, slice]:
 
 def text_part(selection: TokenSelection, x: Tensor) -> Tensor:
     """Return the text tokens that run in this process; `x` has all of them, `[R or 1, T, ...]`."""
-    return x[:, own_words(selection)[0]]
+    return x[:, own_text(selection)[0]]
 
 
 def image_part(selection: TokenSelection, x: Tensor) -> Tensor:
@@ -131,17 +131,17 @@ def image_part(selection: TokenSelection, x: Tensor) -> Tensor:
     image = selection.take(x[:, :tokens])
     if not selection.call.references:
         return image
-    references = x[:, tokens:][:, own_words(selection)[1]]
+    references = x[:, tokens:][:, own_text(selection)[1]]
     return torch.cat([references.expand(len(image), *references.shape[1:]), image], dim=1)
 
 
-def set_words(selection: TokenSelection, layers: list[Any], like: Tensor) -> None:
+def set_text_tokens(selection: TokenSelection, layers: list[Any], like: Tensor) -> None:
     """Store in the processors of these layers the number of tokens before the image."""
-    text, references = (x.stop - x.start for x in own_words(selection))
+    text, references = (x.stop - x.start for x in own_text(selection))
     selection.per_context["references"] = references
-    words = like.new_empty(text + references, 0)
+    text_tokens = like.new_empty(text + references, 0)
     for layer in layers:
-        layer.processor.words = words
+        layer.processor.text_tokens = text_tokens
 
 
 def _complete(selection: TokenSelection, output: Tensor) -> Tensor:
@@ -154,15 +154,15 @@ class PackedProcessor(DispatchProcessor):
     Only image tokens pass the seam `kv_store`.
     """
 
-    words: Tensor | None = None
+    text_tokens: Tensor | None = None
     """Tensor `[W, 0]`; W is the number of tokens before the image. Stored as a tensor shape, because torch.compile
     specialises on Python ints. None: not set, because no method or parallelism needs it."""
 
     def release(self) -> Any:
-        self.words = None
+        self.text_tokens = None
         return super().release()
 
     @property
-    def num_words(self) -> int:
+    def num_text_tokens(self) -> int:
         """Number of tokens before the image; 0 if it is not set."""
-        return 0 if self.words is None else self.words.shape[0]
+        return 0 if self.text_tokens is None else self.text_tokens.shape[0]

@@ -14,7 +14,7 @@ from dit_accel.models.packed import (
     PackedProcessor,
     PackedTransformer,
     image_part,
-    set_words,
+    set_text_tokens,
     text_part,
 )
 from dit_accel.models.rotary import for_heads, rotate_pairs
@@ -120,7 +120,7 @@ def _tables(
 ) -> tuple[Tensor, ...]:
     """Return the rotary tables `[R or 1, L, D / 2]` of the image and text tokens that run."""
     image, text = (x[None] for x in output)
-    set_words(selection, layers, text)
+    set_text_tokens(selection, layers, text)
     mask = selection.call.mask
     shown = mask.bool() if mask is not None and read_once(mask, _is_padded) else None
     for layer in layers:
@@ -132,7 +132,7 @@ def _modulate_references(attn: Any, args: tuple, kwargs: dict) -> Any:
     """Set the modulation index: 1 for reference tokens, which are clean images, and 0 for image tokens."""
     arguments = {"hidden_states": args[:1], "encoder_hidden_states": args[1:2]}
     image, text = (kwargs[name] if name in kwargs else x[0] for name, x in arguments.items())
-    references = attn.processor.num_words - text.shape[1]
+    references = attn.processor.num_text_tokens - text.shape[1]
     places = torch.arange(image.shape[1], device=image.device)
     index = (places < references).int()[None]
     if "modulate_index" in kwargs:
@@ -177,7 +177,7 @@ class QwenImageSparseAttnProcessor(PackedProcessor):
             value,
             dense,
             text="first",
-            words=self.num_words,
+            text_tokens=self.num_text_tokens,
             text_lengths=None if mask is None else mask.sum(1),
         )
         out = out.flatten(2).to(query.dtype)

@@ -108,14 +108,14 @@ class SD3SparseAttnProcessor(SparseProcessor):
     ) -> Any:
         active = hidden_states.shape[1]
         query, key, value = head_projections(attn, hidden_states)
-        words, where = 0, "none"
+        text_tokens, where = 0, "none"
         if encoder_hidden_states is not None:
-            words, where = encoder_hidden_states.shape[1], "last"
+            text_tokens, where = encoder_hidden_states.shape[1], "last"
             text = text_projections(attn, encoder_hidden_states)
             query, key, value = (
                 torch.cat([x, t], dim=1) for x, t in zip((query, key, value), text, strict=True)
             )
-        out = self.run(query, key, value, grouped_attention, text=where, words=words)
+        out = self.run(query, key, value, grouped_attention, text=where, text_tokens=text_tokens)
         out = out.flatten(2).to(query.dtype)
         image = attn.to_out[1](attn.to_out[0](out[:, :active]))
         if encoder_hidden_states is None:

@@ -24,17 +24,17 @@ class Exchange:
         self.text = torch.empty(0, 0)
 
     @property
-    def words(self) -> int:
+    def text_tokens(self) -> int:
         """Number of text tokens in all processes together."""
         return self.text.shape[0]
 
-    def beside(self, text: str) -> int:
+    def text_tokens_in(self, text: str) -> int:
         """Return the number of text tokens in a sequence, in all processes together. This process may have none of them.
 
         Args:
             text: position of the text in the sequence, as in `SparseProcessor.run`.
         """
-        return 0 if text == "none" else self.words
+        return 0 if text == "none" else self.text_tokens
 
     def to_heads(
         self,
@@ -133,10 +133,10 @@ class Exchange:
     def _segments(self, text: str) -> list[list[int]]:
         """Return the shares of each rank in the parts of the sequence, text and image, in their order."""
         tokens = self.group.shares(self.tokens.shape[0])
-        words = self.beside(text)
-        if not words:
+        text_tokens = self.text_tokens_in(text)
+        if not text_tokens:
             return [tokens]
-        written = self.group.shares(words)
+        written = self.group.shares(text_tokens)
         return [written, tokens] if text == "first" else [tokens, written]
 
 

@@ -67,7 +67,7 @@ class SharedTokens(TokenSelection):
         length = x.shape[1]
         if layout == "text":
             for exchange in self.exchanges.values():
-                if exchange.words != length:
+                if exchange.text_tokens != length:
                     exchange.text = x.new_empty(length, 0)
         elif self.exchanges[layout].tokens.shape[0] != length:
             self.exchanges[layout].tokens = x.new_empty(length, 0)
