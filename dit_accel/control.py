@@ -1,4 +1,4 @@
-"""`enable`, `load_sla`, `disable`, `summary`, `sampling_loop`: the public functions of acceleration."""
+"""`enable`, `load_sla`, `disable`, `summary`, `sampling_loop`: public functions that control acceleration."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ from dit_accel.runtime.install import (
     install,
     installation_of,
     installations_of,
-    transformer_of,
     uninstall,
 )
 from dit_accel.runtime.loop import SamplingLoop
 from dit_accel.runtime.method import Method
+from dit_accel.runtime.target import transformer_of
 from dit_accel.sla import SparseAttention
 from dit_accel.summaries import Summary, summary_of
 
@@ -32,34 +32,33 @@ def enable(
     sla: SLAConfig | SLACheckpoint | dict | str | os.PathLike | None = None,
     **methods: Any,
 ) -> None:
-    """Accelerate a transformer in place. Settings of a method that is on already are replaced.
+    """Accelerate a transformer in place. If a method is on already, its settings are replaced.
 
-    In a sampling loop of diffusers nothing else is needed, whichever pipeline runs it. A loop written by hand
-    is followed through its scheduler's `timesteps`, or declared with `sampling_loop`. Outside of any loop
-    (training, a single call) sparse attention runs in every scheduled layer, and region-adaptive sampling
-    runs dense.
+    Sampling loops of diffusers pipelines need nothing else. Declare your own loop with `sampling_loop`, unless its
+    `timestep` is a view of the scheduler's `timesteps`. Outside of any loop (training, a single call), sparse attention
+    runs in every scheduled layer, and region-adaptive sampling runs dense.
 
     Args:
         target: a transformer of Wan2.1, Wan2.2 or VACE, FLUX.1, Qwen-Image, HunyuanVideo, LTX-Video, CogVideoX, Stable
             Diffusion 3 and 3.5, Lumina-Next or Lumina-Image 2.0, a wrapper of one (DDP, PEFT, torch.compile), or a
-            diffusers pipeline that has one. Region-adaptive sampling without
-            a `ratio` takes any transformer whose call has one tensor `hidden_states` and returns one tensor. Both
-            transformers of a Wan2.2 pipeline are accelerated; each counts the steps that it runs.
+            diffusers pipeline that has one. Region-adaptive sampling without a `ratio` accepts any transformer whose call
+            has one tensor `hidden_states` and returns one tensor. Both transformers of a Wan2.2 pipeline are
+            accelerated; each counts its own steps.
         ras: region-adaptive sampling: an `RASConfig`, a preset ("quality", "balanced", "fast", "forecast", "partial",
-            "few-step", "paper"), a YAML file, or a dict of `RASConfig` fields. "none" switches it off. Default: left as it is.
+            "few-step", "paper"), a YAML file, or a dict of `RASConfig` fields. "none" switches it off. Default: unchanged.
         sla: sparse attention: an `SLAConfig`, a preset ("quality", "balanced", "fast", "few-step"),
             a YAML file, a dict of `SLAConfig` fields, or an SLA checkpoint that `save_sla` or fine-tuning wrote (the
-            folder or the file). Weights of the transformer that were trained with it are put in, and `disable` or
-            other settings put the former ones back. "none" switches it off. Default: left as it is.
-        **methods: further methods, each an instance of `dit_accel.runtime.method.Method` under its name.
+            folder or the file). If weights of the transformer were trained with it, they replace the present weights
+            until `disable` or other settings. "none" switches it off. Default: unchanged.
+        **methods: further methods by name, instances of `dit_accel.runtime.method.Method`.
 
-    Each argument may be a dict by transformer, `sla={"transformer": "balanced", "transformer_2": "fast"}`; a transformer
-    that it does not name is left as it is.
+    Each argument may be a dict by transformer, `sla={"transformer": "balanced", "transformer_2": "fast"}`. Transformers
+    that the dict does not name are unchanged.
 
     Raises:
-        ValueError: a bad argument, a transformer that is not supported, or an SLA checkpoint made for another
-            model. What was on before is then still on.
-        RuntimeError: weights that an SLA checkpoint brought cannot be put back, see `disable`.
+        ValueError: an argument is not accepted, the transformer is not supported, or the SLA checkpoint was made for
+            another model. Acceleration is unchanged then.
+        RuntimeError: the weights of an SLA checkpoint cannot be taken out, see `disable`.
     """
     parts = parts_of(target)
     wanted: dict[str, dict[str, Any]] = {name: {} for name in parts}
@@ -81,7 +80,7 @@ def enable(
                 _change(part, wanted[name], before, None if part is target else target)
                 done.append((part, before))
     except BaseException:
-        for part, before in done:  # the first transformer of two goes back to what it had
+        for part, before in done:  # restore the first transformer if the second one fails
             uninstall(part)
             if before is not None:
                 install(part, before.methods.values(), pipe=target)
@@ -89,7 +88,7 @@ def enable(
 
 
 def _settings(argument: str, value: Any) -> Any:
-    """Return the settings in an argument: a config, a checkpoint, a method, "none" for off, or a dict of them by transformer."""
+    """Return a config, a checkpoint or a method for an argument. "none" and dicts by transformer are returned unchanged."""
     if value is None or value == OFF or is_by_component(value):
         return value
     if argument == "ras":
@@ -104,7 +103,7 @@ def _settings(argument: str, value: Any) -> Any:
 
 
 def _check_shared(wanted: dict[str, dict[str, Any]]) -> None:
-    """Refuse what belongs to one transformer and was given for two."""
+    """Refuse SLA checkpoints and methods that are given for two transformers, because they belong to one."""
     given = [x for one in wanted.values() for x in one.items()]
     for i, (argument, value) in enumerate(given):
         if any(value is other for _, other in given[:i]):
@@ -120,13 +119,13 @@ def _check_shared(wanted: dict[str, dict[str, Any]]) -> None:
 
 
 def _change(part: Any, wanted: dict[str, Any], before: Any, pipe: Any) -> None:
-    """Put methods on a transformer, and take those off that are to be off.
+    """Put methods on a transformer and take methods off.
 
     Args:
-        part: a transformer, or the target of `enable` that has only one.
-        wanted: methods, their settings, or "none", by name.
-        before: acceleration that is on now.
-        pipe: the pipeline, if `part` is one of its two transformers.
+        part: a transformer, or the target of `enable` if it has only one.
+        wanted: settings by the name of the method: a config, a checkpoint, a method, or "none".
+        before: acceleration that is on now; None if it is off.
+        pipe: the pipeline, if `part` is one of its two transformers; else None.
     """
     on: dict[str, Any] = {} if before is None else dict(before.methods)
     chosen = {name: x for name, x in on.items() if name not in wanted}
@@ -148,7 +147,9 @@ def _change(part: Any, wanted: dict[str, Any], before: Any, pipe: Any) -> None:
 def _sparse_attention(
     target: Any, settings: SLAConfig | SLACheckpoint, on: SparseAttention | None
 ) -> SparseAttention:
-    transformer = transformer_of(target)  # refuses what has none before anything is compared
+    transformer = transformer_of(
+        target
+    )  # first, because it refuses targets without a supported transformer
     if isinstance(settings, SLACheckpoint):
         swap = None if settings.companion is None else settings.companion.swap()
         if swap is not None:
@@ -160,15 +161,15 @@ def _sparse_attention(
         return SparseAttention(settings.config, settings.layer_weights(), swap=swap)
     if on is None:
         return SparseAttention(settings)
-    if repr(on.config) == repr(settings):  # equality takes one step, 1, for all of them, 1.0
+    if repr(on.config) == repr(settings):  # not ==, because 1 (one step) and 1.0 (all steps) differ
         return on
     return SparseAttention(settings, _kept_weights(settings, on))
 
 
 def _kept_weights(settings: SLAConfig, on: SparseAttention) -> dict[str, dict[str, Any]] | None:
-    """Return what was learned under other settings and stays: weights of the same combine, and of a learned router.
+    """Return learned weights that stay under new settings: those of the same `combine`, and of a learned router.
 
-    None of it stays where it was learned together with weights of the transformer, which leave.
+    None if no weights stay, or if they were trained together with weights of the transformer, which are taken out.
     """
     if on.swap is not None:
         return None
@@ -190,34 +191,33 @@ def _kept_weights(settings: SLAConfig, on: SparseAttention) -> dict[str, dict[st
 def load_sla(
     target: Any, dir_or_id: str | os.PathLike, *, revision: str | None = None, **hub: Any
 ) -> None:
-    """Switch sparse attention on with the settings and weights that `save_sla` or fine-tuning wrote.
+    """Enable sparse attention with the settings and weights of an SLA checkpoint, which `save_sla` or fine-tuning wrote.
 
-    Sparse attention with other settings is replaced. Region-adaptive sampling stays as it is.
+    Sparse attention with other settings is replaced. Region-adaptive sampling is unchanged.
 
     Args:
-        target: a pipeline or transformer of the base model that the SLA checkpoint was made for, in any dtype.
-        dir_or_id: a folder that holds `sla.safetensors`, the file, or a hub repository. Fine-tuned weights or
-            adapters of the transformer are beside that file. For a pipeline with two transformers: a folder or hub
-            repository with the sub-folders `transformer` and `transformer_2`, or one of them.
+        target: a pipeline or transformer of the base model for which the SLA checkpoint was made, in any dtype.
+        dir_or_id: a folder with `sla.safetensors`, the file itself, or a hub repository. Fine-tuned weights or adapters of
+            the transformer are in the same folder. For a pipeline with two transformers: a folder or hub repository
+            with the sub-folders `transformer` and `transformer_2`, or one of them.
         revision: branch, tag or commit of a hub repository. Default: the main branch.
         **hub: further arguments of `huggingface_hub.hf_hub_download` (`token`, `cache_dir`, ...).
 
     Raises:
-        ValueError: the file cannot be found or read, or was made for another model. The transformer is
-            then unchanged.
+        ValueError: the file cannot be found or read, or was made for another model. The transformer is unchanged then.
     """
     enable(target, sla=find_settings(target, dir_or_id, revision=revision, **hub))
 
 
 def disable(target: Any) -> None:
-    """Take all acceleration off; the transformer is then exactly what it was. No-op if none is on.
+    """Remove all acceleration, so that the transformer is exactly as before. Does nothing if none is on.
 
     Args:
         target: as in `enable`.
 
     Raises:
-        RuntimeError: weights that an SLA checkpoint brought cannot be put back, because weights were quantised or
-            offloaded one by one since; the message says what to undo. Acceleration then stays on.
+        RuntimeError: the weights of an SLA checkpoint cannot be taken out, because weights were quantised or offloaded
+            one by one since. The message says what to undo. Acceleration stays on then.
     """
     uninstall(target)
 
@@ -230,24 +230,23 @@ def sampling_loop(
     timesteps: Any = None,
     sigmas: Any = None,
 ) -> Iterator[SamplingLoop]:
-    """Declare the scheduler of a sampling loop written by hand, so that steps are known.
+    """Context manager that declares the scheduler of your own sampling loop, so that its steps are known.
 
-    Without it a loop is followed where `timestep` is a view of the timesteps of an enabled pipeline's
-    scheduler. Calls that are made from inside the block belong to this scheduler, unless a pipeline
-    makes them. Nothing happens where acceleration is off.
+    It is not needed if `timestep` is a view of the timesteps of an enabled pipeline's scheduler. Calls inside the block
+    belong to this scheduler, unless a pipeline makes them. Nothing happens if acceleration is off.
 
     Args:
         target: as in `enable`.
-        scheduler: a diffusers scheduler that was told its steps (`set_timesteps`).
-        timesteps: `[steps]`, of a loop without a diffusers scheduler. Pass views of it (`timesteps[i]`) to the
-            transformer, or set `loop.step` before its calls.
-        sigmas: `[steps]` or longer, the noise levels of these timesteps. Region-adaptive sampling needs them.
+        scheduler: a diffusers scheduler, after `set_timesteps`.
+        timesteps: `[steps]`, timesteps of a loop without a diffusers scheduler. Pass views of it (`timesteps[i]`) to the
+            transformer, or set `loop.step` before each call.
+        sigmas: `[steps]` or longer, noise levels of these timesteps. Region-adaptive sampling needs them.
 
     Yields:
-        The loop; `loop.step` tells the index of the step where `timestep` cannot.
+        The loop. Set `loop.step` to the index of the step if `timestep` is not a view.
 
     Raises:
-        ValueError: neither or both of scheduler and timesteps, or tensors of another shape.
+        ValueError: neither or both of scheduler and timesteps are given, or a tensor has another shape.
 
     Example:
         >>> dit_accel.enable(transformer, ras="balanced")
@@ -270,16 +269,19 @@ def sampling_loop(
                 declared.enter_context(installation.clock.declare(loop))
             yield loop
     finally:
-        loop.frame = None  # it holds the loop
+        loop.frame = None  # the frame holds a reference to the loop
 
 
 def summary(target: Any, *, strict: bool = False) -> Summary:
-    """Return what each method did in the last run: sparse and dense calls, steps on some tokens, reasons.
+    """Return a summary of the last run: sparse and dense calls, partial and forecast steps, and reasons for dense ones.
 
     Args:
         target: as in `enable`.
-        strict: raise RuntimeError if any method that is on accelerated nothing: a layer that the schedule lets
-            run sparse never did, or no step ran on some of the tokens only.
+        strict: whether to raise an error if acceleration did not work.
+
+    Raises:
+        RuntimeError: with `strict`: acceleration is off, a scheduled layer never ran sparse, or region-adaptive sampling
+            had no partial or forecast step.
     """
     result = summary_of(target)
     if not strict:

@@ -1,4 +1,4 @@
-"""Versions and hardware for records and bug reports: no host names, no paths."""
+"""Versions and hardware for records and bug reports, without host names and paths."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions that decide what a run computes."""
+    """Return the versions of Python and of the packages that affect results, by name."""
     names = ("dit-accel", "torch", "triton", "diffusers", "transformers", "accelerate", "numpy")
     found = {"python": platform.python_version()}
     for name in names:
@@ -21,7 +21,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """The hardware, without anything that names the computer."""
+    """Return a description of the hardware, without the name of the computer."""
     gpu = torch.cuda.is_available()
     return {
         "processor": _processor(),

@@ -1,4 +1,4 @@
-"""Atomic writing, and the files that travel with the package."""
+"""Atomic writing of files, and bundled assets."""
 
 import contextlib
 import errno
@@ -16,16 +16,16 @@ EMBEDDED_MODELS = ("tiny-wan", "tiny-sd3", "tiny-lumina2")
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike, *, suffix: str | None = None) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write to; it takes the name `path` if the block succeeds.
+    """Context manager for atomic writing: yield a temporary file, which is renamed to `path` if the block succeeds.
 
-    On any error the sibling is removed and whatever stood at `path` is left as it was.
+    On any error the temporary file is removed and `path` is unchanged.
 
     Args:
         path: file to write.
-        suffix: suffix of the sibling. Default: that of `path`, because writers choose the format by it.
+        suffix: suffix of the temporary file. Default: that of `path`, because writers choose the format by it.
 
     Raises:
-        OSError: the file could not be written; `filename` is `path`, never the temporary sibling.
+        OSError: the file could not be written; `filename` is `path` and not the temporary file.
     """
     path, temporary = Path(path), None
     try:
@@ -41,7 +41,7 @@ def atomic_path(path: str | os.PathLike, *, suffix: str | None = None) -> Iterat
         os.replace(temporary, path)
     except OSError as error:
         if isinstance(error.filename, str) and Path(error.filename).parent != path.parent:
-            raise  # another file than the one that is written here
+            raise  # the error is about another file
         raise OSError(error.errno or errno.EIO, _reason(error), str(path)) from error
     finally:
         if temporary is not None:
@@ -50,12 +50,12 @@ def atomic_path(path: str | os.PathLike, *, suffix: str | None = None) -> Iterat
 
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary sibling folder that becomes `path` if the block succeeds.
+    """Context manager for an atomic folder: yield a temporary folder, which is renamed to `path` if the block succeeds.
 
-    `path` must not exist yet or be an empty folder. On any error nothing of it is left.
+    `path` must not exist, or be an empty folder. On any error the temporary folder is removed.
 
     Raises:
-        OSError: it could not be written; `filename` lies in `path`, never in the temporary folder.
+        OSError: the folder could not be written; `filename` is in `path` and not in the temporary folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,12 +72,12 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_files(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; its files move into `folder` if the block succeeds, JSON files last.
+    """Context manager for several files: yield a temporary folder, whose files move to `folder` if the block succeeds.
 
-    Files of the same names are replaced. On any error in the block `folder` is as it was.
+    JSON files move last. Files of the same names are replaced. On any error in the block, `folder` is unchanged.
 
     Raises:
-        OSError: a file could not be written; `filename` lies in `folder`.
+        OSError: a file could not be written; `filename` is in `folder`.
     """
     temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
     try:
@@ -92,10 +92,10 @@ def atomic_files(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming_failures(advice: str = "") -> Iterator[None]:
-    """Turn an OSError inside the block into a RuntimeError of one line that names the file.
+    """Context manager that turns an OSError into a RuntimeError with one line that names the file.
 
     Args:
-        advice: what the line ends with, such as what is finished already.
+        advice: end of the line, such as the number of finished files. Default: none.
     """
     try:
         yield
@@ -106,7 +106,7 @@ def naming_failures(advice: str = "") -> Iterator[None]:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Bring a file to the disk, or the names of the files in a folder, where the system can do that."""
+    """Flush a file, or the entries of a folder, to the disk, if the system supports it."""
     if os.name != "posix" and Path(path).is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -117,22 +117,22 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def _raise_renamed(error: OSError, temporary: Path, path: Path) -> NoReturn:
-    """Raise the error with the name that a file in the temporary folder was to get."""
+    """Raise the error with the final name of a file in the temporary folder."""
     named = Path(error.filename) if isinstance(error.filename, str) else temporary
     if not named.is_relative_to(temporary):
-        raise error  # another file than those that are written here
+        raise error  # the error is about another file
     place = str(path / named.relative_to(temporary))
     raise OSError(error.errno or errno.EIO, _reason(error), place) from error
 
 
 def _reason(error: OSError) -> str:
-    """Return why, in one line: imageio appends all of ffmpeg's output."""
+    """Return the first line of the reason, because imageio appends the output of ffmpeg."""
     return (error.strerror or str(error)).partition("\n")[0]
 
 
 def write_json(path: str | os.PathLike, data: dict[str, Any]) -> None:
     """Write `data` as indented JSON, atomically."""
-    # What a killed process leaves must not pass for a JSON file.
+    # Another suffix, so that the file of a killed process is not taken for a JSON file.
     with atomic_path(path, suffix=".part") as temporary:
         temporary.write_text(
             json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -140,10 +140,14 @@ def write_json(path: str | os.PathLike, data: dict[str, Any]) -> None:
 
 
 def check_writable(directory: str | os.PathLike, argument: str) -> Path:
-    """Create `directory` if needed and prove that a file can be written there.
+    """Create a folder if needed, and check that a file can be written there. Return its path.
+
+    Args:
+        directory: the folder.
+        argument: name of the argument, for the error message.
 
     Raises:
-        ValueError: it cannot; the message names `argument`.
+        ValueError: no file can be written there.
     """
     path = Path(directory)
     try:
@@ -161,10 +165,14 @@ def check_writable(directory: str | os.PathLike, argument: str) -> Path:
 
 
 def check_file(path: str | os.PathLike, argument: str) -> None:
-    """Prove that a file can be written at `path`, and create its folder if needed.
+    """Check that a file can be written at `path`, and create its folder if needed.
+
+    Args:
+        path: the file.
+        argument: name of the argument, for the error message.
 
     Raises:
-        ValueError: it cannot; the message names `argument`.
+        ValueError: the file cannot be written.
     """
     if Path(path).is_dir():
         raise ValueError(f"{argument}={str(path)!r}: is a folder; accepted is the name of a file")
@@ -172,9 +180,9 @@ def check_file(path: str | os.PathLike, argument: str) -> None:
 
 
 def model_source(name: str | os.PathLike) -> str | os.PathLike:
-    """Return where to load a model from: the folder of an embedded model for its name, else `name` itself.
+    """Return the folder of an embedded model for its name; return any other name unchanged.
 
-    A folder of that name with a model in it, below the current one, is meant before the embedded model.
+    A folder of that name in the working directory comes first, if it holds a model.
 
     Args:
         name: "tiny-wan", "tiny-sd3", "tiny-lumina2", or the folder or hub id of a repository.
@@ -188,7 +196,7 @@ def asset(name: str) -> Path:
     """Return the path of a bundled asset, in an installed wheel or in a source checkout.
 
     Raises:
-        FileNotFoundError: no such asset.
+        FileNotFoundError: there is no asset of this name.
     """
     package = Path(__file__).resolve().parent
     for root in (package / "assets", package.parent / "assets"):

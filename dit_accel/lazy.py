@@ -1,4 +1,4 @@
-"""Packages whose public names load at first use."""
+"""Lazy import of the public names of a package."""
 
 import importlib
 import sys
@@ -9,11 +9,11 @@ from typing import Any
 def lazy_names(
     package: str, homes: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package.
+    """Return `__getattr__` and `__dir__` for a package whose names are imported at first use.
 
     Args:
-        package: its `__name__`; it has an `__all__`.
-        homes: the module that each name stands in.
+        package: `__name__` of the package, which has an `__all__`.
+        homes: module of each name.
     """
 
     def load(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`estimate_memory`: what region-adaptive sampling will keep in a run, in bytes."""
+"""`estimate_memory`: bytes of the caches of region-adaptive sampling in a run."""
 
 import copy
 import math
@@ -13,29 +13,29 @@ from dit_accel.models import family_of
 from dit_accel.ras import memory
 from dit_accel.runtime.caller import steps_of
 from dit_accel.runtime.components import parts_of, split
-from dit_accel.runtime.install import transformer_of
+from dit_accel.runtime.target import transformer_of
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What region-adaptive sampling will keep, in bytes."""
+    """Memory of region-adaptive sampling in a run, in bytes."""
 
     kv_bytes: int
-    """Cached keys and values of all contexts."""
+    """Bytes of cached keys and values, all contexts together."""
     output_bytes: int
-    """Cached outputs."""
+    """Bytes of cached outputs."""
     working_bytes: int
-    """Room left for the transformer's own work."""
+    """Bytes that are reserved for a call of the transformer."""
     free_bytes: int
-    """Free on the pipeline's device now."""
+    """Free bytes on the pipeline's device now."""
     kv_predictor: str
-    """"linear" or "hold", as the run would use it."""
+    """Predictor of keys and values in the run: "linear" or "hold"."""
     fits: bool
-    """If not, region-adaptive sampling goes off for that run."""
+    """True if the caches fit. Otherwise region-adaptive sampling is off for the run."""
 
     @property
     def total_bytes(self) -> int:
-        """Of the caches."""
+        """Bytes of all caches."""
         return self.kv_bytes + self.output_bytes
 
 
@@ -51,20 +51,21 @@ def estimate_memory(
     guidance: bool = True,
     max_sequence_length: int = 256,
 ) -> MemoryEstimate:
-    """What `enable(pipe, ras=...)` will keep during a run of this size.
+    """Return the memory that region-adaptive sampling will use in a run.
+
+    With two transformers, each caches values for its own steps, and the larger estimate is returned.
 
     Args:
-        pipe: a supported pipeline; it need not be enabled.
-        height, width, num_frames: as in its call.
-        ras: as in `enable`.
-        num_inference_steps: decides on kv_predictor="auto". Of two transformers, each keeps what its own steps need, and
-            the larger estimate counts.
-        batch_size: prompts times images per prompt.
-        guidance: whether classifier-free guidance is on (two contexts).
-        max_sequence_length: text tokens; they are cached in Lumina-Image 2.0 only.
+        pipe: a supported pipeline; acceleration need not be on.
+        height, width, num_frames: size of the output, as in the call of the pipeline.
+        ras: settings, as in `enable`.
+        num_inference_steps: number of steps, which decides about kv_predictor="auto".
+        batch_size: number of prompts times images per prompt.
+        guidance: whether classifier-free guidance is on.
+        max_sequence_length: number of text tokens; they are cached in Lumina-Image 2.0 only.
 
     Raises:
-        ValueError: a size, a count or a config that is not accepted.
+        ValueError: a size, a number or a config is not accepted.
     """
     sizes = {
         "height": height,
@@ -98,13 +99,13 @@ def estimate_memory(
         )
     if not estimates:
         raise ValueError(f"ras={ras!r}: off; accepted are settings of region-adaptive sampling")
-    # Of two transformers, the first one gives its memory back before the second one runs.
+    # The caches of the first transformer are freed before the second one runs.
     most = max(estimates, key=lambda x: x.total_bytes)
     return replace(most, fits=all(x.fits for x in estimates))
 
 
 def _steps(pipe: Any, transformer: Any, num_inference_steps: int) -> int:
-    """Return how many steps of a run call this transformer."""
+    """Return the number of steps of a run that call this transformer."""
     if len(parts_of(pipe)) == 1:
         return num_inference_steps
     scheduler = copy.deepcopy(pipe.scheduler)
@@ -127,7 +128,9 @@ def _estimate(
     latents = torch.empty(family.latent_shape(pipe, *size), device="meta", dtype=transformer.dtype)
     tokens = math.prod(family.token_grid(transformer, latents))
     if tokens < 1:
-        raise ValueError(f"height={size[0]}, width={size[1]}: less than one token of this model")
+        raise ValueError(
+            f"height={size[0]}, width={size[1]}: smaller than one token; accepted are larger sizes"
+        )
     itemsize = transformer.dtype.itemsize
     halves = 2 if guidance else 1
     contexts = halves if family.separate_guidance else 1

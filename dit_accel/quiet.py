@@ -1,4 +1,4 @@
-"""`quiet`: transformers without its progress bars and notes."""
+"""`quiet`: context manager that silences transformers."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from printing to stderr while a model is read; errors still are raised."""
+    """Context manager that hides progress bars and messages of transformers while a model is loaded. Errors are raised."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""`Summary`: what `dit_accel.summary` returns."""
+"""`Summary`: the return type of `dit_accel.summary`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,23 +9,23 @@ from dit_accel.sla.summary import AttentionSummary, LayerSummary
 
 
 class Summary(summary.Summary):
-    """What acceleration did in the last run; prints as tables.
+    """Summary of acceleration in the last run. It prints as tables.
 
     Attributes:
-        methods: the summary of each method that is on, by its name; of two transformers, that of both together.
-        parts: the summary of each transformer of a pipeline with two, by its name; else empty.
+        methods: summary of each method that is on, by name. For two transformers: summaries of both together.
+        parts: summary of each transformer, by name, for a pipeline with two; else empty.
     """
 
     parts: Mapping[str, "Summary"]
 
     @property
     def sla(self) -> AttentionSummary | None:
-        """Sparse attention; None if it is off."""
+        """Summary of sparse attention; None if it is off."""
         return self.methods.get("sla")
 
     @property
     def ras(self) -> RASSummary | None:
-        """Region-adaptive sampling; None if it is off."""
+        """Summary of region-adaptive sampling; None if it is off."""
         return self.methods.get("ras")
 
     @property
@@ -35,32 +35,32 @@ class Summary(summary.Summary):
 
     @property
     def layers(self) -> list[LayerSummary]:
-        """Self-attention layers under sparse attention."""
+        """Summaries of the self-attention layers; empty if sparse attention is off."""
         return self._attention.layers
 
     @property
     def sparse_calls(self) -> int:
-        """Self-attention calls that ran sparse."""
+        """Number of self-attention calls that ran sparse."""
         return self._attention.sparse_calls
 
     @property
     def dense_calls(self) -> dict[str, int]:
-        """Self-attention calls that ran dense, by reason."""
+        """Number of self-attention calls that ran dense, by reason."""
         return self._attention.dense_calls
 
     @property
     def density(self) -> float | None:
-        """Attended share of all (query, key) pairs, averaged over the sparse calls."""
+        """Attended share of the (query, key) pairs, averaged over the sparse calls; None without one."""
         return self._attention.density
 
     @property
     def overall_density(self) -> float | None:
-        """The same over every self-attention call: dense calls count as 1."""
+        """Attended share averaged over all self-attention calls, with 1 for dense calls; None before a run."""
         return self._attention.overall_density
 
     @property
     def cross_attention_dense_calls(self) -> int:
-        """Calls of cross-attention, which always runs dense."""
+        """Number of cross-attention calls, which always run dense."""
         return self._attention.cross_attention_dense_calls
 
     @property
@@ -68,7 +68,7 @@ class Summary(summary.Summary):
         return self.sla or AttentionSummary({}, [])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the fields of sparse attention, and one entry for each further method."""
+        """Return plain values for JSON: the fields of sparse attention, and one entry for each other method."""
         further = {name: x.to_dict() for name, x in self.methods.items() if name != "sla"}
         values = {"enabled": self.enabled, **self._attention.to_dict(), "ras": None, **further}
         if self.parts:

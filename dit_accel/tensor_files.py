@@ -1,4 +1,4 @@
-"""Safetensors files: open one, compare the shapes in it, hash what it holds."""
+"""Safetensors files: opening, comparison of shapes, and hashes."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,11 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
-    """Open a file with `safe_open`; a ValueError says what another kind of file is."""
+    """Context manager that opens a file with `safe_open`.
+
+    Raises:
+        ValueError: the file does not exist or is not a safetensors file; the message says what it is.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; accepted is a safetensors file")
     try:
@@ -25,7 +29,7 @@ def open_safetensors(path: str | os.PathLike) -> Iterator[Any]:
 
 
 def mismatch(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> str:
-    """Describe how names and shapes of a state dict differ from the expected ones; empty: they do not."""
+    """Return how names and shapes of a state dict differ from the expected ones; empty if they are equal."""
     parts = []
     for label, names in (
         ("missing", expected.keys() - found.keys()),
@@ -58,7 +62,7 @@ def _kind(path: str | os.PathLike, error: Exception) -> str:
         head = file.read(64)
     if head.startswith(b"PK\3\4"):
         return "a zip archive, as torch.save writes it (a pickle)"
-    # A safetensors file begins with the length of its header, which is seldom 64 KiB and more.
+    # A safetensors file begins with the length of its header. The third byte is 0 for headers below 64 KiB.
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5") and any(head[2:3]):
         return "a pickle"
     if head.startswith(b"version https://git-lfs"):

@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 def copying_stream(monkeypatch):
-    """Return a stream with which what is onloaded is a copy, as on a device, and what was offloaded stays as it was."""
+    """Return a fake stream with which loaded weights are copies, as on a device, and offloaded weights stay unchanged."""
     stream = SimpleNamespace(synchronize=lambda: None)
     backend = SimpleNamespace(
         stream=lambda _: contextlib.nullcontext(), current_stream=lambda: stream
@@ -21,7 +21,7 @@ def copying_stream(monkeypatch):
 
 
 def group_offload(transformer, stream=None, *, how="leaf_level", path=None):
-    """Put group offloading on.
+    """Enable group offloading.
 
     Args:
         stream: result of `copying_stream`. None: without streams.

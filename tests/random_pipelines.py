@@ -1,15 +1,15 @@
 """Tiny pipelines of every family with random weights, called with random embeddings: no text encoder.
 
-The families of `MORE` have a file each in `random_families/`, with these functions:
+Each family in `MORE` has a file in `random_families/`, with these functions and constants:
 
 - `make(solver)`: the pipeline, with `liven`ed weights and a scheduler of `scheduler(solver)`;
 - `embeddings(prompts)`: keywords with random embeddings of numbered prompts (negative numbers: negative prompts), without
   the prefix "negative_";
-- `arguments(prompts, guidance)`: keywords of a call beside them: the default size, guidance, negative embeddings;
-- `GRID`: image tokens (t, h, w) of a call at the default size; `SIZES`: keywords of two other sizes, odd and non-square;
-- `blocks(transformer)`: the blocks that `torch.compile` is used on; `CONTEXTS`: calls of a step with guidance 2;
-- where outputs have frames before channels, `CHANNEL_AXIS = 2`;
-- where there are two transformers, `RUNS = 2`: every run has twice as many steps.
+- `arguments(prompts, guidance)`: all other keywords of a call: the default size, guidance, negative embeddings;
+- `GRID`: number of image tokens along (t, h, w) at the default size; `SIZES`: keywords of two other sizes, odd and not square;
+- `blocks(transformer)`: the blocks that are compiled one by one; `CONTEXTS`: number of calls in a step with guidance 2;
+- `CHANNEL_AXIS = 2`, if outputs have frames before channels;
+- `RUNS = 2`, if there are two transformers: every run has twice as many steps.
 """
 
 import importlib
@@ -28,7 +28,7 @@ MORE = tuple(x.name for x in pkgutil.iter_modules(random_families.__path__))
 
 
 def more(family):
-    """The file of a further family."""
+    """Return the module of a family in `MORE`."""
     return importlib.import_module(f"{random_families.__name__}.{family}")
 
 
@@ -50,7 +50,7 @@ def scheduler(name):
 
 
 def liven(transformer):
-    """Random weights where models start with zeros: gates, and outputs that would be constant."""
+    """Replace zero weights (gates and output layers) by random ones, so that outputs depend on all layers."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in transformer.parameters():
@@ -161,38 +161,59 @@ def lumina2(solver="euler"):
     )
 
 
-def wan(solver="unipc", heads=2):
-    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+def video_vae(channels=4, cls=None, **changed):
+    """Return a VAE in the layout of Wan2.1; `cls` may be another class of diffusers with the same arguments."""
+    from diffusers import AutoencoderKLWan
 
+    config = {
+        "base_dim": 4,
+        "z_dim": channels,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+        "latents_mean": [0.0] * channels,
+        "latents_std": [1.0] * channels,
+    }
+    return (cls or AutoencoderKLWan)(**config | changed).eval()
+
+
+def wan_transformer(cls=None, **changed):
+    """Return a transformer of Wan; `cls` may be another class of diffusers, such as that of VACE."""
+    from diffusers import WanTransformer3DModel
+
+    config = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 24,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 3,
+        "rope_max_seq_len": 32,
+    }
     torch.manual_seed(0)
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=heads,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=24,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=3,
-        rope_max_seq_len=32,
-    )
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).eval()
+    return liven((cls or WanTransformer3DModel)(**config | changed))
+
+
+def wan(solver="unipc", heads=2):
+    from diffusers import WanPipeline
+
     return WanPipeline(
-        transformer=liven(transformer),
+        transformer=wan_transformer(num_attention_heads=heads),
         scheduler=scheduler(solver),
-        vae=vae,
+        vae=video_vae(),
         text_encoder=None,
         tokenizer=None,
     )
+
+
+def grid_of(family):
+    """Return the number of image tokens along (t, h, w) in a call of `run` at the default size."""
+    if family in MORE:
+        return more(family).GRID
+    return (3, 7, 9) if family == "wan" else (1, 11, 13)
 
 
 def make(family, solver="euler"):
@@ -214,7 +235,7 @@ BLOCKS = {
 
 
 def compile_blocks(pipe, family, backend="aot_eager", **options):
-    """Compiles the repeated blocks; the counter of graphs."""
+    """Compile the repeated blocks. Return the counter of graphs."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend(backend)
@@ -230,7 +251,7 @@ def compile_blocks(pipe, family, backend="aot_eager", **options):
 
 
 def embeddings(family, prompts):
-    """Random embeddings of numbered prompts; the text of prompt i has 5 + i tokens in the Luminas."""
+    """Return random embeddings of numbered prompts. In the Lumina models, prompt i has 5 + i tokens without padding."""
     rows, masks = [], []
     for i in prompts:
         generator = torch.Generator().manual_seed(100 + i)
@@ -246,7 +267,7 @@ def embeddings(family, prompts):
 
 
 def run(pipe, family, prompts=(0,), *, height=None, width=None, steps=10, guidance=2.0, **changed):
-    """Latents of a call. Default sizes: 11 x 13 tokens of an image, 3 x 7 x 9 of a video."""
+    """Call the pipeline and return latents. Default sizes are 11 x 13 tokens for images and 3 x 7 x 9 for videos."""
     prompts = list(prompts)
     if family in MORE:
         own = more(family)
@@ -278,7 +299,7 @@ def run(pipe, family, prompts=(0,), *, height=None, width=None, steps=10, guidan
 
 
 def randomise(pipe):
-    """Weights of sparse attention as if they were trained."""
+    """Set random weights of sparse attention, in place of trained ones."""
 
     generator = torch.Generator().manual_seed(8)
     for transformer in transformers_of(pipe):
@@ -290,7 +311,7 @@ def randomise(pipe):
 
 
 def state_of(module):
-    """What enable may change and disable has to restore, of every submodule."""
+    """Return the attributes of every submodule, which `disable` has to restore."""
     return {
         name: {key: dict(x) if isinstance(x, dict) else x for key, x in vars(m).items()}
         for name, m in module.named_modules()

@@ -25,7 +25,8 @@ from dit_accel.checkpoint.file import (
 from dit_accel.checkpoint.identity import identity_of, is_hub_id, snapshot_of, weights_of
 from dit_accel.files import check_writable
 from dit_accel.runtime.components import TRANSFORMERS, parts_of
-from dit_accel.runtime.install import method_of, transformer_of
+from dit_accel.runtime.install import method_of
+from dit_accel.runtime.target import transformer_of
 
 
 def save_sla(pipe: Any, save_directory: str | os.PathLike) -> Path:

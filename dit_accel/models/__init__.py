@@ -1,9 +1,12 @@
-"""One file per model family: its facts and its attention processors."""
+"""Model families: one file each, with the facts and the attention processors of the family."""
 
 import importlib
 from typing import Any
 
-from dit_accel.models.family import AllTokens, AttentionLayer, Call, Family, Focus, Hook, by_name
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer, Family, by_name
+from dit_accel.models.hooks import Hook
+from dit_accel.models.selection import AllTokens, TokenSelection
 from dit_accel.models.tokens import TokenOrder, joint_index
 from dit_accel.models.whole import WholeTransformer
 
@@ -26,9 +29,9 @@ __all__ = [
     "AttentionLayer",
     "Call",
     "Family",
-    "Focus",
     "Hook",
     "TokenOrder",
+    "TokenSelection",
     "WholeTransformer",
     "by_name",
     "family_of",
@@ -38,15 +41,15 @@ __all__ = [
 
 
 def is_supported(transformer: Any) -> bool:
-    """Return whether there is a family for the class of this transformer."""
+    """Return whether the class of this transformer, or a parent of it, has a family."""
     return any(cls.__name__ in FAMILIES for cls in type(transformer).__mro__)
 
 
 def family_of(transformer: Any) -> Family:
-    """What is known about this transformer.
+    """Return the family of a transformer.
 
     Raises:
-        ValueError: no family for its class.
+        ValueError: the class of the transformer has no family.
     """
     for cls in type(transformer).__mro__:
         if cls.__name__ in FAMILIES:

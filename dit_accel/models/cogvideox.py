@@ -6,15 +6,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_accel.models.attention import SparseProcessor, grouped_attention, projections
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
+from dit_accel.models.attention import SparseProcessor, grouped_attention, head_projections
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer, Family
+from dit_accel.models.hooks import Hook, after, before
 from dit_accel.models.rotary import for_heads, rotate
+from dit_accel.models.selection import TokenSelection
 
 
 class CogVideoX(Family):
     """Joint attention over [text, video]; guidance halves [uncond, cond] in one batch.
 
-    The model gets and returns latents with frames before channels. Image-to-video has its conditions in further channels.
+    Latents have frames before channels, in input and output. Image-to-video has conditions in additional channels.
     """
 
     name = "CogVideoX"
@@ -58,35 +61,34 @@ class CogVideoX(Family):
     def latent_shape(self, pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         config, scale = pipe.transformer.config, pipe.vae_scale_factor_spatial
         frames = (num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-        frames += -frames % (config.patch_size_t or 1)  # the pipeline adds frames and drops them
+        frames += -frames % (config.patch_size_t or 1)  # the pipeline pads to whole patches
         return 1, config.in_channels, frames, height // scale, width // scale
 
     def output_channels(self, transformer: Any) -> int:
         return transformer.config.out_channels
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
-        if focus.passes:
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
+        if selection.passes:
             return arguments
         # The transformer splits text from video by the length of this argument.
-        text = focus.part(arguments["encoder_hidden_states"])
+        text = selection.part(arguments["encoder_hidden_states"])
         changed: dict[str, Any] = {"encoder_hidden_states": text}
         if (tables := arguments.get("image_rotary_emb")) is not None:
-            changed["image_rotary_emb"] = tuple(focus.take(x[None]) for x in tables)
+            changed["image_rotary_emb"] = tuple(selection.take(x[None]) for x in tables)
         return {**arguments, **changed}
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         return [
-            before(transformer.patch_embed, _whole_text, focus),
-            after(transformer.patch_embed, _tokens, focus),
-            after(transformer.proj_out, focus.complete),
+            before(transformer.patch_embed, _whole_text, selection),
+            after(transformer.patch_embed, _tokens, selection),
+            after(transformer.proj_out, selection.complete),
         ]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
         config = transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
-        # Projections of attention, and feed-forward; attention reads all tokens.
+        # Projections of attention and feed-forward; attention reads all tokens. Then the modulation of two norms.
         row = 12 * dim * dim + 2 * (tokens + text) * dim
-        # Modulation of two norms.
         blocks = config.num_layers * ((active + text) * row + 12 * config.time_embed_dim * dim)
         conditions = config.time_embed_dim * (dim + config.time_embed_dim + 2 * dim)
         conditions += 2 * (config.ofs_embed_dim or 0) ** 2
@@ -95,24 +97,26 @@ class CogVideoX(Family):
         return 2.0 * (blocks + conditions + dim * (ends + text * config.text_embed_dim))
 
 
-def _whole_text(focus: Focus, args: tuple, kwargs: dict) -> Any:
-    """Replace the text of this process by all of the text, because positional embeddings cover the whole text."""
-    text = focus.call.context
+def _whole_text(selection: TokenSelection, args: tuple, kwargs: dict) -> Any:
+    """Replace the text of this process by the whole text, because positional embeddings cover the whole text."""
+    text = selection.call.context
     if text is None or text.shape[1] == args[0].shape[1]:
         return args, kwargs
     return (text.to(args[0]), *args[1:]), kwargs
 
 
-def _tokens(focus: Focus, output: Tensor) -> Tensor:
+def _tokens(selection: TokenSelection, output: Tensor) -> Tensor:
     """Return [text, video] with the text of this process and the video tokens that run."""
-    if focus.passes:
+    if selection.passes:
         return output
-    words = focus.call.text_length
-    return torch.cat([focus.part(output[:, :words]), focus.take(output[:, words:])], dim=1)
+    text_tokens = selection.call.text_length
+    return torch.cat(
+        [selection.part(output[:, :text_tokens]), selection.take(output[:, text_tokens:])], dim=1
+    )
 
 
 class CogVideoXSparseAttnProcessor(SparseProcessor):
-    """Attention over [text, video]; see `Family.processor`. Only the video passes the seam `kv_store`."""
+    """Processor of attention over [text, video]. Only video tokens pass the seam `kv_store`."""
 
     def __call__(
         self,
@@ -122,19 +126,15 @@ class CogVideoXSparseAttnProcessor(SparseProcessor):
         attention_mask: None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b t c"]]:
-        words = encoder_hidden_states.shape[1]
+        text_tokens = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projections(attn, joint))
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+        query, key, value = head_projections(attn, joint)
         if image_rotary_emb is not None:
             cos, sin = (for_heads(x) for x in image_rotary_emb)
             query, key = (
-                torch.cat([x[:, :words], rotate(x[:, words:], cos, sin)], dim=1)
+                torch.cat([x[:, :text_tokens], rotate(x[:, text_tokens:], cos, sin)], dim=1)
                 for x in (query, key)
             )
-        out = self.run(query, key, value, grouped_attention, text="first", words=words)
+        out = self.run(query, key, value, grouped_attention, text="first", text_tokens=text_tokens)
         out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(query.dtype)))
-        return out[:, words:], out[:, :words]
+        return out[:, text_tokens:], out[:, :text_tokens]

@@ -1,4 +1,4 @@
-"""`DispatchProcessor`: processors of models whose attention diffusers dispatches to a chosen backend."""
+"""`DispatchProcessor`: base class of processors for models with selectable attention backends in diffusers."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ class DispatchProcessor(SparseProcessor):
 
     def __init__(self, stock: Any = None) -> None:
         super().__init__(stock)
-        # diffusers' set_attention_backend and enable_parallelism look for these two.
+        # Attributes that set_attention_backend and enable_parallelism of diffusers set on processors.
         self._attention_backend = stock._attention_backend
         self._parallel_config = stock._parallel_config
 
     def release(self) -> Any:
-        # Somebody may have chosen another backend in the meantime, for the processor that was there.
+        # They may have been called while this processor was installed.
         self.stock._attention_backend = self._attention_backend
         self.stock._parallel_config = self._parallel_config
         return super().release()

@@ -6,16 +6,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_accel.models.attention import projections, text_projections
-from dit_accel.models.family import AttentionLayer, Call, Focus, Hook, after
+from dit_accel.models.attention import head_projections, text_projections
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer
+from dit_accel.models.hooks import Hook, after
 from dit_accel.models.packed import (
     PackedProcessor,
     PackedTransformer,
     image_part,
-    set_words,
+    set_text_tokens,
     text_part,
 )
 from dit_accel.models.rotary import for_heads, rotate
+from dit_accel.models.selection import TokenSelection
 from dit_accel.models.tokens import read_once
 
 REFUSED = {
@@ -25,7 +28,7 @@ REFUSED = {
 
 
 class Flux(PackedTransformer):
-    """Blocks of two streams, then of one; also FLUX.1 Kontext, Fill and Control."""
+    """FLUX.1, Kontext, Fill and Control: blocks with two streams, then blocks with one."""
 
     name = "FLUX.1"
     stock_processors = ("FluxAttnProcessor",)
@@ -48,21 +51,24 @@ class Flux(PackedTransformer):
         grid = read_once(arguments["img_ids"], _image_grid)
         return self.packed_call(transformer, arguments, grid)
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         layers = [x.module for x in self.self_attention(transformer).values()]
         return [
             *self.packed_hooks(
-                transformer, focus, transformer.x_embedder, transformer.context_embedder
+                transformer, selection, transformer.x_embedder, transformer.context_embedder
             ),
-            after(transformer.pos_embed, _tables, focus, layers),
+            after(transformer.pos_embed, _tables, selection, layers),
         ]
 
 
 def _image_grid(ids: Tensor) -> tuple[int, int, int]:
-    """Return the grid of image tokens (t, h, w) with these places (image, row, column) `[N, 3]`.
+    """Return the number of image tokens along (t, h, w).
+
+    Args:
+        ids: position of each token as (image, row, column), `[N, 3]` or `[1, N, 3]`.
 
     Raises:
-        ValueError: the places are not those of one image, followed by reference images.
+        ValueError: the positions do not belong to one image, followed by reference images.
     """
     image, row, _ = (ids[0] if ids.ndim == 3 else ids).unbind(1)
     own = image == image[0]
@@ -70,20 +76,21 @@ def _image_grid(ids: Tensor) -> tuple[int, int, int]:
     tokens, width = torch.stack([own.sum(), width]).tolist()
     if tokens % width or not bool(own[:tokens].all()):
         raise ValueError(
-            f"img_ids: {tokens} of {len(own)} places are those of the first image, {width} of them in its first row; "
-            "accepted are whole rows of one image, with reference images behind them"
+            f"img_ids: {tokens} of {len(own)} positions belong to the first image, {width} of them to its first row; "
+            "accepted are whole rows of one image, followed by reference images"
         )
     return 1, tokens // width, width
 
 
 def _tables(
-    focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]
+    selection: TokenSelection, layers: list[Any], output: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the rotary tables `[R or 1, L, D]` of the tokens that run."""
-    text = focus.call.text_length - focus.call.references
-    set_words(focus, layers, output[0])
+    text = selection.call.text_length - selection.call.references
+    set_text_tokens(selection, layers, output[0])
     cos, sin = (
-        _joined(text_part(focus, x[None, :text]), image_part(focus, x[None, text:])) for x in output
+        _joined(text_part(selection, x[None, :text]), image_part(selection, x[None, text:]))
+        for x in output
     )
     return cos, sin
 
@@ -93,7 +100,7 @@ def _joined(text: Tensor, image: Tensor) -> Tensor:
 
 
 class FluxSparseAttnProcessor(PackedProcessor):
-    """Attention over [text, image] of two streams or of one; see `Family.processor`."""
+    """Processor of attention over [text, image], in blocks with two streams or with one."""
 
     def __call__(
         self,
@@ -103,10 +110,7 @@ class FluxSparseAttnProcessor(PackedProcessor):
         attention_mask: None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
-        query, key, value = (
-            x.unflatten(2, (attn.heads, -1)) for x in projections(attn, hidden_states)
-        )
-        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = head_projections(attn, hidden_states)
         if encoder_hidden_states is not None:
             text = text_projections(attn, encoder_hidden_states)
             query, key, value = (
@@ -115,7 +119,9 @@ class FluxSparseAttnProcessor(PackedProcessor):
         if image_rotary_emb is not None:
             cos, sin = (for_heads(x) for x in image_rotary_emb)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        out = self.run(query, key, value, self.dense, text="first", words=self.num_words)
+        out = self.run(
+            query, key, value, self.dense, text="first", text_tokens=self.num_text_tokens
+        )
         out = out.flatten(2).to(query.dtype)
         if encoder_hidden_states is None:
             return out  # the block has one projection for attention and feed-forward

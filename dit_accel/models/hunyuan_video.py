@@ -6,14 +6,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dit_accel.models.attention import projections, text_projections
+from dit_accel.models.attention import head_projections, text_projections
+from dit_accel.models.call import Call
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
+from dit_accel.models.family import AttentionLayer, Family
+from dit_accel.models.hooks import Hook, after, before, run_tables, shrink_tables
 from dit_accel.models.rotary import rotate
+from dit_accel.models.selection import TokenSelection
 
 
 class HunyuanVideo(Family):
-    """Blocks of two streams, then of one, over [image, text, padding]; the guidance halves are separate calls."""
+    """HunyuanVideo text-to-video: blocks with two streams, then blocks with one, over [image, text, padding].
+
+    The guidance halves are separate calls.
+    """
 
     name = "HunyuanVideo"
     separate_guidance = True
@@ -23,9 +29,9 @@ class HunyuanVideo(Family):
         config = transformer.config
         if config.image_condition_type == "token_replace":
             raise ValueError(
-                "transformer.config.image_condition_type='token_replace': its blocks take their first tokens for those "
-                "of the first frame, but acceleration selects and orders tokens; accepted are None and 'latent_concat', "
-                "and forecast steps alone"
+                "transformer.config.image_condition_type='token_replace': the blocks treat their first tokens as the "
+                "first frame, which selecting and reordering tokens breaks; accepted are None and 'latent_concat', or ras "
+                "without a ratio"
             )
         return {
             f"{group}.{i}.attn": AttentionLayer(
@@ -63,14 +69,14 @@ class HunyuanVideo(Family):
     def output_channels(self, transformer: Any) -> int:
         return transformer.config.out_channels
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         layers = [x.module for x in self.self_attention(transformer).values()]
         return [
-            before(transformer.rope, _shrink_rope, focus, _patch(transformer)),
-            after(transformer.rope, _rope, focus, layers),
-            after(transformer.x_embedder, focus.take),
-            after(transformer.context_embedder, focus.part),
-            after(transformer.proj_out, focus.complete),
+            before(transformer.rope, shrink_tables, selection, _patch(transformer)),
+            after(transformer.rope, _rope, selection, layers),
+            after(transformer.x_embedder, selection.take),
+            after(transformer.context_embedder, selection.part),
+            after(transformer.proj_out, selection.complete),
         ]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
@@ -85,7 +91,7 @@ class HunyuanVideo(Family):
             text * (12 * dim * dim + 2 * text * dim) + 2 * dim * dim
         )
         refiner += text * config.text_embed_dim * dim
-        # Timestep, guidance and pooled text, for the blocks and for the refiner; the last norm.
+        # Embeddings of timestep, guidance and pooled text, for the blocks and for the refiner; the last norm.
         embedders = 2 + config.guidance_embeds
         conditions = (256 + dim) * embedders + config.pooled_projection_dim + dim
         conditions += config.text_embed_dim + dim + 2 * dim
@@ -99,35 +105,28 @@ def _patch(transformer: Any) -> tuple[int, int, int]:
     return config.patch_size_t, config.patch_size, config.patch_size
 
 
-def _shrink_rope(focus: Focus, patch: tuple[int, int, int], args: tuple, kwargs: dict) -> Any:
-    """Let the module make the tables of a single token, if those of the run are known."""
-    if "rope" in focus.per_run:
-        t, h, w = patch
-        args = (args[0][..., :t, :h, :w],)
-    return args, kwargs
-
-
-def _rope(focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Return the rotary tables `[R or 1, n, D]` of the tokens that run; give the processors the lengths of the texts."""
-    mask = focus.call.mask
+def _rope(
+    selection: TokenSelection, layers: list[Any], output: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    """Return the rotary tables `[R or 1, n, D]` of the tokens that run. Set the text lengths in the processors."""
+    mask = selection.call.mask
     assert mask is not None
-    processes = focus.call.processes
+    processes = selection.call.processes
     if processes is not None and mask.shape[1] < processes.size:
-        # Blocks of one stream cut the text from the end of the sequence, which they cannot where there is none.
+        # Blocks with one stream split the text off the end of the sequence, which needs at least one text token.
         raise ValueError(
             f"encoder_hidden_states: {mask.shape[1]} text tokens, and {processes.size} processes; accepted is one or more "
             "for each process"
         )
-    lengths = mask.sum(1, dtype=torch.int32)  # the model reads only the lengths from the mask
+    lengths = mask.sum(1, dtype=torch.int32)  # the model, too, uses only the lengths
     counts = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
     for layer in layers:
         layer.processor.text_lengths, layer.processor.text_mask = lengths, counts
-    tables = focus.per_run.setdefault("rope", output)
-    return tuple(focus.take(x[None]) for x in tables)
+    return tuple(selection.take(x[None]) for x in run_tables(selection, output))
 
 
 class HunyuanVideoSparseAttnProcessor(DispatchProcessor):
-    """Attention over [image, text]; see `Family.processor`. Only the image passes the seam `kv_store`."""
+    """Processor of attention over [image, text]. Only image tokens pass the seam `kv_store`."""
 
     text_lengths: Int[Tensor, " b"] | None = None
     """Number of text tokens of each row that are not padding, in the current call."""
@@ -146,13 +145,13 @@ class HunyuanVideoSparseAttnProcessor(DispatchProcessor):
         attention_mask: Bool[Tensor, "b 1 1 m"] | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b t c"]]:
-        active, words = hidden_states.shape[1], encoder_hidden_states.shape[1]
+        active, text_tokens = hidden_states.shape[1], encoder_hidden_states.shape[1]
         two_streams = attn.add_q_proj is not None
-        streams = [self._projected(attn, hidden_states)]
+        streams = [head_projections(attn, hidden_states)]
         if two_streams:
             streams.append(text_projections(attn, encoder_hidden_states))
         else:
-            streams.append(self._projected(attn, encoder_hidden_states))
+            streams.append(head_projections(attn, encoder_hidden_states))
         if image_rotary_emb is not None:
             cos, sin = (x.unsqueeze(-2) for x in image_rotary_emb)
             streams[0][:2] = [rotate(x, cos, sin) for x in streams[0][:2]]
@@ -166,19 +165,16 @@ class HunyuanVideoSparseAttnProcessor(DispatchProcessor):
             return self.dense(q, k, v, torch.cat([image, counts], dim=1)[:, None, None], scale)
 
         out = self.run(
-            query, key, value, dense, text="last", words=words, text_lengths=self.text_lengths
+            query,
+            key,
+            value,
+            dense,
+            text="last",
+            text_tokens=text_tokens,
+            text_lengths=self.text_lengths,
         )
         out = out.flatten(2).to(query.dtype)
         image, text = out[:, :active], out[:, active:]
         if not two_streams:
             return image, text  # the block has one projection for attention and feed-forward
         return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
-
-    def _projected(self, attn: Any, x: Tensor) -> list[Tensor]:
-        """Return query, key and value `[B, L, H, D]`, normalised."""
-        query, key, value = (y.unflatten(2, (attn.heads, -1)) for y in projections(attn, x))
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        return [query, key, value]

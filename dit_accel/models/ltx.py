@@ -6,10 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_accel.models.attention import computed_once
+from dit_accel.models.call import Call
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
+from dit_accel.models.family import AttentionLayer, Family
+from dit_accel.models.hooks import Hook, after, before, run_tables, set_text_keys
 from dit_accel.models.rotary import rotate
+from dit_accel.models.selection import TokenSelection
 from dit_accel.models.tokens import read_once
 
 ROPE_ARGUMENTS = (
@@ -23,8 +25,10 @@ ROPE_ARGUMENTS = (
 
 
 class LTXVideo(Family):
-    """Text-, image- and video-to-video over one token for each latent position; guidance halves [uncond, cond] in one
-    batch. Conditions are tokens of the video with a timestep of their own, or frames before it.
+    """Text-, image- and video-to-video with one token for each latent position.
+
+    Guidance halves [uncond, cond] are one batch. Conditions are tokens of the video with their own timestep, or frames
+    before the video.
     """
 
     name = "LTX-Video"
@@ -58,8 +62,7 @@ class LTXVideo(Family):
             t, h, w = read_once(places, _grid_of)
         if t * h * w != hidden_states.shape[1]:
             raise ValueError(
-                f"hidden_states: {hidden_states.shape[1]} tokens, but {t} frames of {h} x {w}; acceleration accepts "
-                "whole frames"
+                f"hidden_states: {hidden_states.shape[1]} tokens, but {t} frames of {h} x {w} tokens; accepted are whole frames"
             )
         return Call(
             hidden_states.transpose(1, 2).unflatten(2, (t, h, w)),
@@ -82,32 +85,34 @@ class LTXVideo(Family):
     def output_channels(self, transformer: Any) -> int:
         return transformer.config.out_channels
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
         timestep = arguments["timestep"]
         one_for_each = timestep.ndim > 1 and timestep.shape[1] > 1
-        if focus.passes or not one_for_each:
+        if selection.passes or not one_for_each:
             return arguments
-        return {**arguments, "timestep": focus.take(timestep)}
+        return {**arguments, "timestep": selection.take(timestep)}
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         hooks = [
-            before(transformer.rope, _shrink_rope, focus),
-            after(transformer.rope, _rope, focus),
-            after(transformer.proj_in, focus.take),
-            after(transformer.proj_out, focus.complete),
+            before(transformer.rope, _shrink_rope, selection),
+            after(transformer.rope, _rope, selection),
+            after(transformer.proj_in, selection.take),
+            after(transformer.proj_out, selection.complete),
         ]
-        if focus.keeps:
+        if selection.keeps:
             modules = list(self.cross_attention(transformer).values())
-            hooks.append(after(transformer.caption_projection, _text_keys, focus, modules))
+            hooks.append(after(transformer.caption_projection, _text_keys, selection, modules))
         return hooks
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
         config = transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
-        # Self-attention, query and out of cross-attention, feed-forward; attention reads all tokens.
+        # Self-attention, query and output of cross-attention, feed-forward; attention reads all tokens.
         row = 14 * dim * dim + 2 * (tokens + text) * dim
         ends = tokens * config.in_channels + active * config.out_channels
-        ends += text * (config.caption_channels + dim) + 256 + 7 * dim  # text, and one timestep
+        ends += (
+            text * (config.caption_channels + dim) + 256 + 7 * dim
+        )  # embeddings of text and timestep
         return 2.0 * (config.num_layers * active * row + dim * ends)
 
     def text_flops(self, transformer: Any, text: int) -> float:
@@ -117,37 +122,32 @@ class LTXVideo(Family):
 
 
 def _grid_of(places: Float[Tensor, "r 3 n"]) -> tuple[int, int, int]:
-    """Return frames, rows and columns of the tokens that stand at these places (time, height, width)."""
+    """Return the number of tokens along (t, h, w), from the positions (time, height, width) of the tokens."""
     _, row, column = places[0]
-    # The first row of all frames, and the first column of all frames.
+    # Numbers of tokens in the first row and in the first column of all frames together.
     in_row, in_column = torch.stack([(x == x[0]).sum() for x in (row, column)]).tolist()
     h, w = len(row) // in_row, len(row) // in_column
     return len(row) // (h * w), h, w
 
 
-def _shrink_rope(focus: Focus, args: tuple, kwargs: dict) -> Any:
-    """Let the module make the tables of one row; of a single token, if they are known."""
+def _shrink_rope(selection: TokenSelection, args: tuple, kwargs: dict) -> Any:
+    """Let the module make rotary tables of one row, or of a single token if the tables are stored."""
     arguments = {**dict(zip(ROPE_ARGUMENTS, args, strict=False)), **kwargs}
     if arguments.get("video_coords") is not None:
-        focus.per_run.pop("rope", None)  # places may differ between rows, and from call to call
+        selection.per_run.pop("rope", None)  # positions may differ between rows and calls
         return (), arguments
     arguments["hidden_states"] = arguments["hidden_states"][:1]
-    if "rope" in focus.per_run:
+    if "rope" in selection.per_run:
         arguments |= {"num_frames": 1, "height": 1, "width": 1}
     return (), arguments
 
 
-def _rope(focus: Focus, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    tables = focus.per_run.setdefault("rope", output)
-    return tuple(focus.take(x) for x in tables)
+def _rope(selection: TokenSelection, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(selection.take(x) for x in run_tables(selection, output))
 
 
-def _text_keys(focus: Focus, modules: list[Any], output: Tensor) -> None:
-    """Compute keys and values of the text for every cross-attention layer, once per context."""
-    if "text" not in focus.per_context:
-        focus.per_context["text"] = [computed_once(attn, _key_value, output) for attn in modules]
-    for attn, known in zip(modules, focus.per_context["text"], strict=True):
-        attn.processor.text = known
+def _text_keys(selection: TokenSelection, modules: list[Any], output: Tensor) -> None:
+    set_text_keys(selection, modules, _key_value, lambda: [output] * len(modules))
 
 
 def _key_value(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ def _key_value(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LTXSparseAttnProcessor(DispatchProcessor):
-    """Self-attention over the video; see `Family.processor`."""
+    """Processor of self-attention over the video."""
 
     def __call__(
         self,
@@ -170,7 +170,7 @@ class LTXSparseAttnProcessor(DispatchProcessor):
         query = attn.norm_q(attn.to_q(hidden_states))
         key, value = _key_value(attn, hidden_states)
         if image_rotary_emb is not None:
-            # Across heads: pairs of channels of all heads have angles of their own.
+            # Before heads are split: each pair of channels of each head has its own angle.
             cos, sin = (x.unsqueeze(2) for x in image_rotary_emb)
             query, key = (rotate(x.unsqueeze(2), cos, sin).squeeze(2) for x in (query, key))
         query, key = (x.unflatten(2, (attn.heads, -1)) for x in (query, key))
@@ -179,7 +179,7 @@ class LTXSparseAttnProcessor(DispatchProcessor):
 
 
 class LTXTextAttnProcessor(DispatchProcessor):
-    """Cross-attention to the text, whose keys and values are computed once per context."""
+    """Processor of cross-attention to the text, whose keys and values are computed once per context."""
 
     def __call__(
         self,

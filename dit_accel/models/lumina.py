@@ -6,8 +6,11 @@ from diffusers.models.embeddings import apply_rotary_emb
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dit_accel.models.attention import SparseProcessor, computed_once, grouped_attention
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after
+from dit_accel.models.attention import SparseProcessor, grouped_attention
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer, Family
+from dit_accel.models.hooks import Hook, after, set_text_keys
+from dit_accel.models.selection import TokenSelection
 
 
 class LuminaNext(Family):
@@ -45,22 +48,22 @@ class LuminaNext(Family):
             self.token_grid(transformer, hidden_states),
             arguments.get("timestep"),
             mask=arguments.get("encoder_mask"),
-            # The pipeline changes its rotary table at `scaling_watershed`; cached keys are rotated.
-            # It makes the table on the CPU, so looking into it waits for no device.
+            # Cached keys are rotated, and the pipeline changes its rotary table at `scaling_watershed`.
+            # The table is on the CPU, so reading it does not wait for a device.
             epoch=tuple(table[1, 1].tolist()) if table.device.type == "cpu" else None,
         )
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         return [
-            after(transformer.patch_embedder, _embedded, focus, transformer.layers),
-            after(transformer.norm_out, focus.complete),
+            after(transformer.patch_embedder, _embedded, selection, transformer.layers),
+            after(transformer.norm_out, selection.complete),
         ]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
         config = transformer.config
         dim, layer = config.hidden_size, transformer.layers[0]
         ffn = layer.feed_forward.linear_1.out_features
-        # Queries of both attentions, keys, values, out, gated feed-forward.
+        # Queries of self- and cross-attention, keys, values, output, gated feed-forward.
         linear = 3 * dim * dim + 2 * dim * layer.attn1.inner_kv_dim + 3 * dim * ffn
         attention = 2 * (tokens + text) * dim
         patch = config.patch_size**2
@@ -73,21 +76,19 @@ class LuminaNext(Family):
         return 2.0 * transformer.config.num_layers * 2 * text * width * attn.inner_kv_dim
 
 
-def _embedded(focus: Focus, layers: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+def _embedded(selection: TokenSelection, layers: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
     tokens, mask, size, rotary = output
-    if focus.keeps:
-        if "text" not in focus.per_context:
-            focus.per_context["text"] = [
-                computed_once(x.attn2, _key_value, x.norm1_context(focus.call.context))
-                for x in layers
-            ]
-        for layer, known in zip(layers, focus.per_context["text"], strict=True):
-            layer.attn2.processor.text = known
-    return focus.take(tokens), focus.take(mask), size, focus.take(rotary)
+    if selection.keeps:
+        modules = [x.attn2 for x in layers]
+        text = selection.call.context
+        set_text_keys(
+            selection, modules, _key_value, lambda: [x.norm1_context(text) for x in layers]
+        )
+    return selection.take(tokens), selection.take(mask), size, selection.take(rotary)
 
 
 def _key_value(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys (normalised, not rotated) and values, `[R, L, H_kv, D]`."""
+    """Return keys (normalised, not rotated) and values, `[R, L, H_kv, D]`."""
     key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
     if attn.norm_k is not None:
         key = attn.norm_k(key)
@@ -110,7 +111,7 @@ class _Processor(SparseProcessor):
 
 
 class LuminaSparseAttnProcessor(_Processor):
-    """Self-attention with the seams. Heads stay apart: the block gates them."""
+    """Processor of self-attention. It returns separate heads, because the block multiplies each by a gate."""
 
     def __call__(
         self,
@@ -132,14 +133,14 @@ class LuminaSparseAttnProcessor(_Processor):
             whole = attention_mask is not None and attention_mask.shape[1] == k.shape[1]
             return grouped_attention(q, k, v, attention_mask if whole else None, scale)
 
-        # The mask, of image tokens, hides none.
+        # The mask covers image tokens and hides none of them.
         return self.run(
             query, key, value, dense, scale=attn.scale, base_length=base_sequence_length
         )
 
 
 class LuminaTextAttnProcessor(_Processor):
-    """Cross-attention to text whose keys and values were computed once."""
+    """Processor of cross-attention to the text, whose keys and values are computed once per context."""
 
     def __call__(
         self,

@@ -8,12 +8,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dit_accel.models.attention import SparseProcessor, grouped_attention
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer, Family
+from dit_accel.models.hooks import Hook, after, before
+from dit_accel.models.selection import TokenSelection
 from dit_accel.models.tokens import take
 
 
 class Lumina2(Family):
-    """Refiners for text and image, then layers over [text, image]; guidance halves are separate calls."""
+    """Lumina-Image 2.0: refiners of text and image, then layers over [text, image].
+
+    The guidance halves are separate calls.
+    """
 
     name = "Lumina-Image 2.0"
     separate_guidance = True
@@ -44,16 +50,18 @@ class Lumina2(Family):
             mask=arguments.get("encoder_attention_mask"),
         )
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         refiners = transformer.context_refiner
         return [
-            before(transformer.rope_embedder, _shrink_tables, focus, transformer.config.patch_size),
-            after(transformer.rope_embedder, _gather, focus, transformer.config.patch_size),
-            after([transformer.x_embedder, *transformer.noise_refiner][-1], focus.whole),
-            before(transformer.layers[0], _joint_part, focus),
-            after(transformer.norm_out, _complete, focus),
-            *(before(layer, _shrink_text, focus) for layer in refiners),
-            *(after(layer, _refined_text, focus) for layer in refiners[-1:]),
+            before(
+                transformer.rope_embedder, _shrink_tables, selection, transformer.config.patch_size
+            ),
+            after(transformer.rope_embedder, _gather, selection, transformer.config.patch_size),
+            after([transformer.x_embedder, *transformer.noise_refiner][-1], selection.whole),
+            before(transformer.layers[0], _joint_part, selection),
+            after(transformer.norm_out, _complete, selection),
+            *(before(layer, _shrink_text, selection) for layer in refiners),
+            *(after(layer, _refined_text, selection) for layer in refiners[-1:]),
         ]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
@@ -71,37 +79,39 @@ class Lumina2(Family):
         return 2.0 * len(transformer.context_refiner) * text * block
 
     def _linear(self, transformer: Any) -> int:
-        """Weights that each token meets in a block."""
+        """Return the number of weights that are applied to each token in a block."""
         dim, block = transformer.config.hidden_size, transformer.layers[0]
         ffn = block.feed_forward.linear_1.out_features
         return 2 * dim * dim + 2 * dim * block.attn.inner_kv_dim + 3 * dim * ffn
 
 
-def _shrink_tables(focus: Focus, patch_size: int, args: tuple, kwargs: dict) -> Any:
-    """The tables of this context are known: let the module make those of two tokens, on the CPU, where
-    its question for the length of the text waits for no device."""
-    if "tables" in focus.per_context:
+def _shrink_tables(selection: TokenSelection, patch_size: int, args: tuple, kwargs: dict) -> Any:
+    """Let the module make tables of two tokens if the tables of this context are stored.
+
+    The inputs are on the CPU, where reading the length of the text does not wait for a device.
+    """
+    if "tables" in selection.per_context:
         latents = args[0].new_zeros(1, args[0].shape[1], patch_size, patch_size, device="cpu")
         args = (latents, torch.ones(1, 1, dtype=torch.int64))
     return args, kwargs
 
 
-def _gather(focus: Focus, patch_size: int, output: tuple[Any, ...]) -> tuple[Any, ...]:
-    tables = focus.per_context.setdefault("tables", output[1:])
+def _gather(selection: TokenSelection, patch_size: int, output: tuple[Any, ...]) -> tuple[Any, ...]:
+    tables = selection.per_context.setdefault("tables", output[1:])
     text_table, image_table, joint_table, text_lengths, lengths = tables
-    tokens = _patchify(focus.call.hidden_states, patch_size)
-    index = focus.place("joint", max(lengths), text_lengths)
-    if index is not None and focus.index is not None:
-        left_out = tokens.shape[1] - focus.index.shape[1]
+    tokens = _patchify(selection.call.hidden_states, patch_size)
+    index = selection.place("joint", max(lengths), text_lengths)
+    if index is not None and selection.index is not None:
+        left_out = tokens.shape[1] - selection.index.shape[1]
         joint_table = take(joint_table, index)
         lengths = [n - left_out for n in lengths]
-    # The model cuts its output by this very list: `_complete` writes the full lengths into it.
-    focus.per_context["lengths"] = lengths = list(lengths)
+    # The model cuts its output with this list object. `_complete` writes the full lengths into it.
+    selection.per_context["lengths"] = lengths = list(lengths)
     return (
-        focus.take(tokens),
+        selection.take(tokens),
         text_table,
-        focus.take(image_table),
-        focus.part(joint_table, "joint"),
+        selection.take(image_table),
+        selection.part(joint_table, "joint"),
         text_lengths,
         lengths,
     )
@@ -112,20 +122,20 @@ def _patchify(x: Float[Tensor, "b c h w"], p: int) -> Float[Tensor, "b n d"]:
     return x.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
-def _joint_part(focus: Focus, args: tuple, kwargs: dict) -> Any:
-    return (focus.part(args[0], "joint"), *args[1:]), kwargs
+def _joint_part(selection: TokenSelection, args: tuple, kwargs: dict) -> Any:
+    return (selection.part(args[0], "joint"), *args[1:]), kwargs
 
 
-def _complete(focus: Focus, output: Float[Tensor, "r l c"]) -> Tensor:
-    """Image outputs of all tokens, behind the text of each row."""
-    output = focus.whole(output, "joint", ends=True)
-    _, _, _, starts, full_lengths = focus.per_context["tables"]
-    lengths = focus.per_context["lengths"]
+def _complete(selection: TokenSelection, output: Float[Tensor, "r l c"]) -> Tensor:
+    """Return the output of all image tokens, after the text tokens of each row."""
+    output = selection.whole(output, "joint", ends=True)
+    _, _, _, starts, full_lengths = selection.per_context["tables"]
+    lengths = selection.per_context["lengths"]
     fresh = torch.stack(
         [output[r, a:b] for r, (a, b) in enumerate(zip(starts, lengths, strict=True))]
     )
-    full = focus.fill(fresh)
-    if focus.index is None:
+    full = selection.fill(fresh)
+    if selection.index is None:
         return output
     lengths[:] = full_lengths
     result = output.new_zeros(output.shape[0], max(full_lengths), output.shape[2])
@@ -134,20 +144,20 @@ def _complete(focus: Focus, output: Float[Tensor, "r l c"]) -> Tensor:
     return result
 
 
-def _shrink_text(focus: Focus, args: tuple, kwargs: dict) -> Any:
-    """The refined text of this context is known: let the refiners work on one token."""
-    if "refined" in focus.per_context:
+def _shrink_text(selection: TokenSelection, args: tuple, kwargs: dict) -> Any:
+    """Let the refiners run on one token if the refined text of this context is stored."""
+    if "refined" in selection.per_context:
         text, _, table = args
         args = (text[:, :1], None, table[:, :1])
     return args, kwargs
 
 
-def _refined_text(focus: Focus, output: Tensor) -> Tensor:
-    return focus.per_context.setdefault("refined", output)
+def _refined_text(selection: TokenSelection, output: Tensor) -> Tensor:
+    return selection.per_context.setdefault("refined", output)
 
 
 class Lumina2SparseAttnProcessor(SparseProcessor):
-    """Attention over [text, image] or (noise refiner) image tokens; see `Family.processor`."""
+    """Processor of attention over [text, image], or over image tokens in the noise refiner."""
 
     def __call__(
         self,
@@ -191,9 +201,9 @@ class Lumina2SparseAttnProcessor(SparseProcessor):
 
 
 def _full_mask(mask: Tensor | None, length: int) -> Tensor | None:
-    """The mask of full sequences, from that of the tokens that run."""
+    """Return the mask of full sequences, given the mask of the tokens that run."""
     if mask is None or mask.shape[1] == length:
         return mask
-    # Each row ends with its padding, as much in the short sequence as in the full one.
+    # The padding is at the end of a row, and has the same length in both sequences.
     valid = length - (~mask).sum(1, keepdim=True)
     return torch.arange(length, device=mask.device) < valid

@@ -1,4 +1,4 @@
-"""Models of packed latents (FLUX.1, Qwen-Image): joint attention over [text, references, image]."""
+"""Common parts of FLUX.1 and Qwen-Image: packed latents, joint attention over [text, references, image]."""
 
 import math
 from typing import Any
@@ -6,16 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.models.call import Call
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import Call, Family, Focus, Hook, after
+from dit_accel.models.family import Family
+from dit_accel.models.hooks import Hook, after
+from dit_accel.models.selection import TokenSelection
 
 
 class PackedTransformer(Family):
-    """A family whose pipelines pack 2 x 2 latent positions into a token; the guidance halves are separate calls.
+    """Base class of families whose pipelines pack 2 x 2 latent positions into a token.
 
-    References are the tokens of images that a picture is made from (FLUX.1 Kontext, Qwen-Image-Edit). They run in every
-    call, as the text does. Pipelines put them behind the image and drop their output, so the output of an accelerated
-    transformer is the image alone.
+    The guidance halves are separate calls. References are the tokens of input images (FLUX.1 Kontext, Qwen-Image-Edit).
+    They run in every call, like text tokens. Pipelines append them to the image and drop their output, so the output
+    of an accelerated transformer has image tokens only.
     """
 
     separate_guidance = True
@@ -27,10 +30,16 @@ class PackedTransformer(Family):
         grid: tuple[int, int, int],
         mask: Tensor | None = None,
     ) -> Call:
-        """Return the call on `hidden_states` of an image with these tokens, and references behind it.
+        """Return the description of a call on `hidden_states` with tokens [image, references].
+
+        Args:
+            transformer: the transformer.
+            arguments: arguments of the call by name.
+            grid: number of image tokens along (t, h, w).
+            mask: mask of the text tokens. Default: none.
 
         Raises:
-            ValueError: references together with residuals of a ControlNet.
+            ValueError: references and residuals of a ControlNet are used together.
         """
         hidden_states = arguments["hidden_states"]
         tokens = math.prod(grid)
@@ -52,7 +61,7 @@ class PackedTransformer(Family):
         )
 
     residuals: tuple[str, ...]
-    """Arguments of the transformer with the residuals of a ControlNet: one tensor of image tokens for each block."""
+    """Names of the arguments with residuals of a ControlNet. Each is a list of image tokens, one tensor per block."""
 
     def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
         t, h, w = hidden_states.shape[2:]
@@ -65,30 +74,30 @@ class PackedTransformer(Family):
     def output_channels(self, transformer: Any) -> int:
         return transformer.config.patch_size**2 * transformer.out_channels
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
         given = {name: x for name in self.residuals if (x := arguments.get(name)) is not None}
         if not given:
             return arguments
         return {
             **arguments,
-            **{name: [focus.take(x) for x in residuals] for name, residuals in given.items()},
+            **{name: [selection.take(x) for x in residuals] for name, residuals in given.items()},
         }
 
     def packed_hooks(
-        self, transformer: Any, focus: Focus, image: nn.Module, text: nn.Module
+        self, transformer: Any, selection: TokenSelection, image: nn.Module, text: nn.Module
     ) -> list[Hook]:
-        """Return the hooks on the layers that embed image and text, and on the last layer."""
+        """Register hooks on the layers that embed image and text, and on the last layer. Return the hooks."""
         return [
-            after(image, image_part, focus),
-            after(text, text_part, focus),
-            after(transformer.proj_out, _complete, focus),
+            after(image, image_part, selection),
+            after(text, text_part, selection),
+            after(transformer.proj_out, _complete, selection),
         ]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
         config, dim = transformer.config, transformer.inner_dim
         double = len(transformer.transformer_blocks)
         single = len(getattr(transformer, "single_transformer_blocks", ()))
-        # Projections of attention, and a feed-forward layer of four times the width.
+        # A block has the projections of attention and a feed-forward layer of four times the width.
         row = 12 * dim * dim + 2 * (tokens + text) * dim
         modulation = (12 * double + 3 * single + 2) * dim * dim
         ends = tokens * config.in_channels + text * config.joint_attention_dim
@@ -96,59 +105,64 @@ class PackedTransformer(Family):
         return 2.0 * ((double + single) * (active + text) * row + modulation + dim * ends)
 
 
-def own_words(focus: Focus) -> tuple[slice, slice]:
-    """Return the places of the text tokens, and those of the references, that run in this process.
+def own_text(selection: TokenSelection) -> tuple[slice, slice]:
+    """Return the text tokens and the reference tokens that run in this process, as slices.
 
-    Processes share [text, references] as one sequence.
+    The sequence [text, references] is shared among the processes as a whole.
     """
-    text = focus.call.text_length - focus.call.references
-    places = focus.part(torch.arange(focus.call.text_length, device="cpu")[None])[0].tolist()
-    start, stop = (places[0], places[-1] + 1) if places else (0, 0)  # few words, many processes
+    text = selection.call.text_length - selection.call.references
+    places = selection.part(torch.arange(selection.call.text_length, device="cpu")[None])[
+        0
+    ].tolist()
+    start, stop = (places[0], places[-1] + 1) if places else (0, 0)  # fewer tokens than processes
     return slice(min(start, text), min(stop, text)), slice(
         max(start - text, 0), max(stop - text, 0)
     )
 
 
-def text_part(focus: Focus, x: Tensor) -> Tensor:
-    """Return the text tokens that run in this process, of all `[R or 1, T, ...]`."""
-    return x[:, own_words(focus)[0]]
+def text_part(selection: TokenSelection, x: Tensor) -> Tensor:
+    """Return the text tokens that run in this process; `x` has all of them, `[R or 1, T, ...]`."""
+    return x[:, own_text(selection)[0]]
 
 
-def image_part(focus: Focus, x: Tensor) -> Tensor:
-    """Return the tokens [references, image] that run in this process, of [image, references] `[R or 1, L, ...]`."""
-    tokens = math.prod(focus.call.grid)
-    image = focus.take(x[:, :tokens])
-    if not focus.call.references:
+def image_part(selection: TokenSelection, x: Tensor) -> Tensor:
+    """Return the tokens [references, image] that run in this process; `x` is [image, references], `[R or 1, L, ...]`."""
+    tokens = math.prod(selection.call.grid)
+    image = selection.take(x[:, :tokens])
+    if not selection.call.references:
         return image
-    references = x[:, tokens:][:, own_words(focus)[1]]
+    references = x[:, tokens:][:, own_text(selection)[1]]
     return torch.cat([references.expand(len(image), *references.shape[1:]), image], dim=1)
 
 
-def set_words(focus: Focus, layers: list[Any], like: Tensor) -> None:
+def set_text_tokens(selection: TokenSelection, layers: list[Any], like: Tensor) -> None:
     """Store in the processors of these layers the number of tokens before the image."""
-    text, references = (x.stop - x.start for x in own_words(focus))
-    focus.per_context["references"] = references
-    words = like.new_empty(text + references, 0)
+    text, references = (x.stop - x.start for x in own_text(selection))
+    selection.per_context["references"] = references
+    text_tokens = like.new_empty(text + references, 0)
     for layer in layers:
-        layer.processor.words = words
+        layer.processor.text_tokens = text_tokens
 
 
-def _complete(focus: Focus, output: Tensor) -> Tensor:
-    return focus.complete(output[:, focus.per_context["references"] :])
+def _complete(selection: TokenSelection, output: Tensor) -> Tensor:
+    return selection.complete(output[:, selection.per_context["references"] :])
 
 
 class PackedProcessor(DispatchProcessor):
-    """A processor of joint attention over [text, references, image]; only the image passes the seam `kv_store`."""
+    """Base class of processors for joint attention over [text, references, image].
 
-    words: Tensor | None = None
-    """`[W, 0]`, W being the number of tokens before the image: stored as a tensor shape, because torch.compile specialises
-    on Python ints. None: not known; no method or parallelism needs it."""
+    Only image tokens pass the seam `kv_store`.
+    """
+
+    text_tokens: Tensor | None = None
+    """Tensor `[W, 0]`; W is the number of tokens before the image. Stored as a tensor shape, because torch.compile
+    specialises on Python ints. None: not set, because no method or parallelism needs it."""
 
     def release(self) -> Any:
-        self.words = None
+        self.text_tokens = None
         return super().release()
 
     @property
-    def num_words(self) -> int:
-        """Number of tokens before the image; 0 if it is not known."""
-        return 0 if self.words is None else self.words.shape[0]
+    def num_text_tokens(self) -> int:
+        """Number of tokens before the image; 0 if it is not set."""
+        return 0 if self.text_tokens is None else self.text_tokens.shape[0]

@@ -6,21 +6,24 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dit_accel.models.attention import projections, text_projections
-from dit_accel.models.family import AttentionLayer, Call, Focus, Hook, after, before
+from dit_accel.models.attention import head_projections, text_projections
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer
+from dit_accel.models.hooks import Hook, after, before
 from dit_accel.models.packed import (
     PackedProcessor,
     PackedTransformer,
     image_part,
-    set_words,
+    set_text_tokens,
     text_part,
 )
 from dit_accel.models.rotary import for_heads, rotate_pairs
+from dit_accel.models.selection import TokenSelection
 from dit_accel.models.tokens import read_once
 
 
 class QwenImage(PackedTransformer):
-    """Two streams, and text that is padded at its end; also Qwen-Image-Edit and Qwen-Image-Layered."""
+    """Qwen-Image, Edit and Layered: blocks with two streams; the text is padded at its end."""
 
     name = "Qwen-Image"
     stock_processors = ("QwenDoubleStreamAttnProcessor2_0",)
@@ -44,24 +47,24 @@ class QwenImage(PackedTransformer):
         call = self.packed_call(transformer, arguments, grid, mask)
         if call.references and padded:
             raise ValueError(
-                f"encoder_hidden_states_mask: hides text, and there are {call.references} tokens of reference images; "
-                "acceleration accepts prompts of one length (run them one by one)"
+                f"encoder_hidden_states_mask: hides text tokens, and there are {call.references} tokens of reference images; "
+                "accepted are prompts of equal length (run prompts one by one)"
             )
         return call
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
-        arguments = super().focus_inputs(focus, arguments)
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
+        arguments = super().select_inputs(selection, arguments)
         if arguments.get("encoder_hidden_states_mask") is None:
             return arguments
-        # The model checks its length against the text of one process; `_tables` gives it to the processors.
+        # The model would compare the mask with the text of one process. `_tables` gives it to the processors instead.
         return {**arguments, "encoder_hidden_states_mask": None}
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         blocks = transformer.transformer_blocks
-        hooks = self.packed_hooks(transformer, focus, transformer.img_in, transformer.txt_in)
+        hooks = self.packed_hooks(transformer, selection, transformer.img_in, transformer.txt_in)
         hooks += [
-            before(transformer.pos_embed, _whole_text, focus),
-            after(transformer.pos_embed, _tables, focus, [x.attn for x in blocks]),
+            before(transformer.pos_embed, _whole_text, selection),
+            after(transformer.pos_embed, _tables, selection, [x.attn for x in blocks]),
         ]
         if transformer.config.zero_cond_t:
             hooks += [before(block, _modulate_references, block.attn) for block in blocks]
@@ -69,14 +72,14 @@ class QwenImage(PackedTransformer):
 
 
 def _image_grid(img_shapes: list[Any], layered: bool) -> tuple[int, int, int]:
-    """Return the image tokens (t, h, w), from the shapes of each row: those of the image, then those of references.
+    """Return the number of image tokens along (t, h, w).
 
     Args:
-        img_shapes: argument of the transformer.
-        layered: whether the image has a shape for each layer, and the last shape is the only reference.
+        img_shapes: argument of the transformer: for each row, the shape of the image, then shapes of references.
+        layered: True if the image has a shape for each layer, and the last shape is the only reference.
 
     Raises:
-        ValueError: layers of several sizes.
+        ValueError: layers have different sizes.
     """
     first = img_shapes[0]
     shapes = [tuple(x) for x in (first if isinstance(first, list) else [first])]
@@ -93,39 +96,43 @@ def _is_padded(mask: Tensor) -> bool:
     """Return whether the mask hides text tokens.
 
     Raises:
-        ValueError: it hides tokens before some that count.
+        ValueError: the mask hides tokens before visible ones.
     """
     mask = mask.bool()
     every, at_end = torch.stack([mask.all(), (mask[:, 1:] <= mask[:, :-1]).all()]).tolist()
     if not at_end:
         raise ValueError(
-            "encoder_hidden_states_mask: hides text tokens before some that count; acceleration accepts padding at "
-            "the end"
+            "encoder_hidden_states_mask: hides text tokens before visible ones; accepted is padding at the end"
         )
     return not every
 
 
-def _whole_text(focus: Focus, args: tuple, kwargs: dict) -> Any:
-    """Let the module make the table of all text tokens; the model itself sees the text of one process."""
-    return args, {**kwargs, "max_txt_seq_len": focus.call.text_length - focus.call.references}
+def _whole_text(selection: TokenSelection, args: tuple, kwargs: dict) -> Any:
+    """Let the module make the table of the whole text, although the model has the text of one process."""
+    return args, {
+        **kwargs,
+        "max_txt_seq_len": selection.call.text_length - selection.call.references,
+    }
 
 
-def _tables(focus: Focus, layers: list[Any], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def _tables(
+    selection: TokenSelection, layers: list[Any], output: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Return the rotary tables `[R or 1, L, D / 2]` of the image and text tokens that run."""
     image, text = (x[None] for x in output)
-    set_words(focus, layers, text)
-    mask = focus.call.mask
+    set_text_tokens(selection, layers, text)
+    mask = selection.call.mask
     shown = mask.bool() if mask is not None and read_once(mask, _is_padded) else None
     for layer in layers:
         layer.processor.mask = shown
-    return image_part(focus, image), text_part(focus, text)
+    return image_part(selection, image), text_part(selection, text)
 
 
 def _modulate_references(attn: Any, args: tuple, kwargs: dict) -> Any:
-    """Set the modulation index: 1 for tokens of references, which are clean images, and 0 for tokens of the image."""
+    """Set the modulation index: 1 for reference tokens, which are clean images, and 0 for image tokens."""
     arguments = {"hidden_states": args[:1], "encoder_hidden_states": args[1:2]}
     image, text = (kwargs[name] if name in kwargs else x[0] for name, x in arguments.items())
-    references = attn.processor.num_words - text.shape[1]
+    references = attn.processor.num_text_tokens - text.shape[1]
     places = torch.arange(image.shape[1], device=image.device)
     index = (places < references).int()[None]
     if "modulate_index" in kwargs:
@@ -134,10 +141,10 @@ def _modulate_references(attn: Any, args: tuple, kwargs: dict) -> Any:
 
 
 class QwenImageSparseAttnProcessor(PackedProcessor):
-    """Attention over [text, image]; see `Family.processor`."""
+    """Processor of attention over [text, image]."""
 
     mask: Tensor | None = None
-    """`[B, T]`, true for text tokens that count; None: all do, or the mask is an argument."""
+    """Mask `[B, T]`, true for text tokens that are not padding; None: no padding, or the mask is an argument."""
 
     def release(self) -> Any:
         self.mask = None
@@ -152,10 +159,7 @@ class QwenImageSparseAttnProcessor(PackedProcessor):
         attention_mask: None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "b l c"], Float[Tensor, "b t c"]]:
-        query, key, value = (
-            x.unflatten(2, (attn.heads, -1)) for x in projections(attn, hidden_states)
-        )
-        image = [attn.norm_q(query), attn.norm_k(key), value]
+        image = head_projections(attn, hidden_states)
         text = text_projections(attn, encoder_hidden_states)
         if image_rotary_emb is not None:
             image, text = (
@@ -173,7 +177,7 @@ class QwenImageSparseAttnProcessor(PackedProcessor):
             value,
             dense,
             text="first",
-            words=self.num_words,
+            text_tokens=self.num_text_tokens,
             text_lengths=None if mask is None else mask.sum(1),
         )
         out = out.flatten(2).to(query.dtype)
@@ -183,7 +187,7 @@ class QwenImageSparseAttnProcessor(PackedProcessor):
 
 
 def _rotated(stream: list[Tensor], table: Tensor) -> list[Tensor]:
-    """Return query, key and value; the first two rotated by a table of complex numbers."""
+    """Return query, key and value with the first two rotated by a table of complex numbers."""
     query, key, value = stream
     table = for_heads(table)
     cos, sin = table.real, table.imag
@@ -191,7 +195,7 @@ def _rotated(stream: list[Tensor], table: Tensor) -> list[Tensor]:
 
 
 def _joint_mask(mask: Tensor | None, length: int) -> Tensor | None:
-    """Return the mask of all keys `[B, 1, 1, L]`, given that of the text before the image."""
+    """Return the mask of all keys `[B, 1, 1, L]`, given the mask of the text, which precedes the image."""
     if mask is None:
         return None
     image = mask.new_ones(mask.shape[0], length - mask.shape[1])

@@ -9,10 +9,13 @@ from torch import Tensor
 from dit_accel.models.attention import (
     SparseProcessor,
     grouped_attention,
-    projections,
+    head_projections,
     text_projections,
 )
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer, Family
+from dit_accel.models.hooks import Hook, after
+from dit_accel.models.selection import TokenSelection
 
 
 class StableDiffusion3(Family):
@@ -51,21 +54,24 @@ class StableDiffusion3(Family):
             transformer.config.in_channels,
             self.token_grid(transformer, hidden_states),
             arguments.get("timestep"),
-            # Skip-layer guidance calls a third time, with the plain batch.
+            # Skip-layer guidance makes a third call with the same text.
             variant=None if skipped is None else tuple(skipped),
         )
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
         residuals = arguments.get("block_controlnet_hidden_states")
         if residuals is None:
             return arguments
-        return {**arguments, "block_controlnet_hidden_states": [focus.take(x) for x in residuals]}
+        return {
+            **arguments,
+            "block_controlnet_hidden_states": [selection.take(x) for x in residuals],
+        }
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         return [
-            after(transformer.pos_embed, focus.take),
-            after(transformer.context_embedder, focus.part),
-            after(transformer.proj_out, focus.complete),
+            after(transformer.pos_embed, selection.take),
+            after(transformer.context_embedder, selection.part),
+            after(transformer.proj_out, selection.complete),
         ]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
@@ -88,9 +94,9 @@ class StableDiffusion3(Family):
 
 
 class SD3SparseAttnProcessor(SparseProcessor):
-    """Attention over [image, text] or (SD3.5's second one) image alone; see `Family.processor`.
+    """Processor of attention over [image, text], or over the image alone (`attn2` of SD3.5).
 
-    Only the image tokens pass the seam `kv_store`: the text is computed anew in every step.
+    Only image tokens pass the seam `kv_store`. The text is computed anew in every step.
     """
 
     def __call__(
@@ -101,21 +107,15 @@ class SD3SparseAttnProcessor(SparseProcessor):
         attention_mask: None = None,
     ) -> Any:
         active = hidden_states.shape[1]
-        query, key, value = (
-            x.unflatten(2, (attn.heads, -1)) for x in projections(attn, hidden_states)
-        )
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        words, where = 0, "none"
+        query, key, value = head_projections(attn, hidden_states)
+        text_tokens, where = 0, "none"
         if encoder_hidden_states is not None:
-            words, where = encoder_hidden_states.shape[1], "last"
+            text_tokens, where = encoder_hidden_states.shape[1], "last"
             text = text_projections(attn, encoder_hidden_states)
             query, key, value = (
                 torch.cat([x, t], dim=1) for x, t in zip((query, key, value), text, strict=True)
             )
-        out = self.run(query, key, value, grouped_attention, text=where, words=words)
+        out = self.run(query, key, value, grouped_attention, text=where, text_tokens=text_tokens)
         out = out.flatten(2).to(query.dtype)
         image = attn.to_out[1](attn.to_out[0](out[:, :active]))
         if encoder_hidden_states is None:

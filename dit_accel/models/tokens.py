@@ -1,4 +1,4 @@
-"""Tokens by their places: some of them, in some order, alone or behind text."""
+"""Token indices: permutations, subsets, and positions in sequences with text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ class TokenOrder:
     """A permutation of the tokens of a grid."""
 
     gather: Int[Tensor, " n"]
-    """Raster token at each place."""
+    """Raster index of the token at each position."""
     scatter: Int[Tensor, " n"]
-    """Place of each raster token."""
+    """Position of each raster token; the inverse of `gather`."""
 
     def apply(self, x: Shaped[Tensor, "r n ..."]) -> Shaped[Tensor, "r n ..."]:
-        """From raster order to this one."""
+        """Permute tokens from raster order to this order."""
         return x.index_select(1, self.gather)
 
     def undo(self, x: Shaped[Tensor, "r n ..."]) -> Shaped[Tensor, "r n ..."]:
-        """Back to raster order."""
+        """Permute tokens from this order to raster order."""
         return x.index_select(1, self.scatter)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens `index` `[R, n]` of `[R or 1, N, ...]`, `[R, n, ...]`."""
+    """Return the tokens `index` `[R, n]` of `x` `[R or 1, N, ...]`, as `[R, n, ...]`."""
     rows = torch.arange(len(index), device=index.device)[:, None] if len(x) > 1 else 0
     return x[rows, index]
 
@@ -39,13 +39,13 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def joint_index(
     index: Int[Tensor, "r n"], tokens: int, length: int, offsets: list[int]
 ) -> Int[Tensor, "r m"]:
-    """Places of [text, active image tokens, padding] in sequences of [text, image, padding].
+    """Return the positions of [text, active image tokens, padding] in sequences [text, image, padding].
 
     Args:
         index: active image tokens of each row.
-        tokens: image tokens in all.
-        length: of the full sequences.
-        offsets: text tokens of each row.
+        tokens: number of image tokens in all.
+        length: length of the full sequences.
+        offsets: number of text tokens of each row.
     """
     every = torch.arange(length, device=index.device)
     return torch.stack(
@@ -60,7 +60,10 @@ _READ = WeakTensorKeyDictionary()
 
 
 def read_once(x: Tensor, read: Callable[[Tensor], T]) -> T:
-    """Return `read(x)`, which waits for the device of `x`: once for each tensor, and again after it was written to."""
+    """Return `read(x)`, which waits for the device of `x`.
+
+    The result is cached for each tensor, until the tensor is written to.
+    """
     version = None if x.is_inference() else x._version
     known = _READ.setdefault(x, {})
     if read not in known or known[read][0] != version:

@@ -8,17 +8,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dit_accel.models.attention import computed_once, projections
+from dit_accel.models.attention import projections
+from dit_accel.models.call import Call
 from dit_accel.models.dispatch import DispatchProcessor
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook, after, before
+from dit_accel.models.family import AttentionLayer, Family
+from dit_accel.models.hooks import Hook, after, before, run_tables, set_text_keys, shrink_tables
 from dit_accel.models.rotary import rotate
+from dit_accel.models.selection import TokenSelection
 
 TEXT_TOKENS = 512
-"""Text tokens of models that read image tokens too; diffusers hard-codes it."""
+"""Number of text tokens in models that also read image embeddings; hard-coded in diffusers."""
 
 
 class Wan(Family):
-    """Text- and image-to-video; the guidance halves are separate calls."""
+    """Wan2.1 and Wan2.2 text- and image-to-video; the guidance halves are separate calls."""
 
     name = "Wan"
     separate_guidance = True
@@ -38,7 +41,7 @@ class Wan(Family):
         }
 
     def named_blocks(self, transformer: Any) -> dict[str, Any]:
-        """The blocks of the transformer by name, in the order they run."""
+        """Return the blocks of the transformer by name, in the order in which they run."""
         return {f"blocks.{i}": block for i, block in enumerate(transformer.blocks)}
 
     def processor(self, stock: Any) -> Any:
@@ -53,8 +56,8 @@ class Wan(Family):
         grid = self.token_grid(transformer, hidden_states)
         if timestep.ndim > 1 and timestep.shape[1:] != (math.prod(grid),):
             raise ValueError(
-                f"timestep: shape {tuple(timestep.shape)} for {math.prod(grid)} tokens; accepted is one for each sample, or "
-                "one for each token (Wan2.2 TI2V)"
+                f"timestep: shape {tuple(timestep.shape)} for {math.prod(grid)} tokens; accepted are one timestep for each "
+                "sample, or one for each token (Wan2.2 TI2V)"
             )
         return Call(
             hidden_states,
@@ -63,15 +66,15 @@ class Wan(Family):
             grid,
             timestep,
             images=images,
-            # First and last frame of a sample may come as two rows.
+            # The first and the last frame of a sample may be two rows of `images`.
             image_tokens=0 if images is None else images[..., 0].numel() // len(hidden_states),
             token_flops=self._modulation(transformer) if timestep.ndim > 1 else 0.0,
         )
 
-    def focus_inputs(self, focus: Focus, arguments: dict[str, Any]) -> dict[str, Any]:
-        if arguments["timestep"].ndim == 1 or focus.passes:
+    def select_inputs(self, selection: TokenSelection, arguments: dict[str, Any]) -> dict[str, Any]:
+        if arguments["timestep"].ndim == 1 or selection.passes:
             return arguments
-        return {**arguments, "timestep": focus.take(arguments["timestep"])}
+        return {**arguments, "timestep": selection.take(arguments["timestep"])}
 
     def token_grid(self, transformer: Any, hidden_states: Tensor) -> tuple[int, int, int]:
         t, h, w = (
@@ -89,21 +92,23 @@ class Wan(Family):
     def output_channels(self, transformer: Any) -> int:
         return transformer.config.out_channels
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         hooks = [
-            before(transformer.rope, _shrink_rope, focus, tuple(transformer.config.patch_size)),
-            after(transformer.rope, _rope, focus),
-            after(transformer.patch_embedding, _embedded, focus),
-            after(transformer.proj_out, focus.complete),
+            before(
+                transformer.rope, shrink_tables, selection, tuple(transformer.config.patch_size)
+            ),
+            after(transformer.rope, _rope, selection),
+            after(transformer.patch_embedding, _embedded, selection),
+            after(transformer.proj_out, selection.complete),
         ]
-        if focus.keeps:
+        if selection.keeps:
             modules = list(self.cross_attention(transformer).values())
-            hooks.append(after(transformer.condition_embedder, _text_keys, focus, modules))
+            hooks.append(after(transformer.condition_embedder, _text_keys, selection, modules))
         return hooks
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
         config, dim = transformer.config, dim_of(transformer)
-        # Self-attention, query and out of cross-attention, ffn.
+        # Self-attention, query and output of cross-attention, feed-forward.
         linear = 6 * dim * dim + 2 * dim * config.ffn_dim
         attention = 2 * (tokens + text) * dim
         patch = math.prod(config.patch_size)
@@ -118,58 +123,49 @@ class Wan(Family):
         return 2.0 * len(self.named_blocks(transformer)) * 2 * text * dim_of(transformer) ** 2
 
     def _modulation(self, transformer: Any) -> float:
-        """Matrix products of one timestep: its embedding, and the modulation of all blocks."""
+        """Return the FLOPs of one timestep: its embedding and the modulation of all blocks."""
         dim = dim_of(transformer)
         return 2.0 * dim * (transformer.config.freq_dim + 7 * dim)
 
 
 def dim_of(transformer: Any) -> int:
-    """Channels of its tokens."""
+    """Return the number of channels of a token."""
     config = transformer.config
     return config.num_attention_heads * config.attention_head_dim
 
 
-def _shrink_rope(focus: Focus, patch_size: tuple[int, int, int], args: tuple, kwargs: dict) -> Any:
-    """The tables are known: let the module make those of a single token."""
-    if "rope" in focus.per_run:
-        t, h, w = patch_size
-        args = (args[0][..., :t, :h, :w],)
-    return args, kwargs
+def _rope(selection: TokenSelection, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(selection.take(x) for x in run_tables(selection, output))
 
 
-def _rope(focus: Focus, output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    tables = focus.per_run.setdefault("rope", output)
-    return tuple(focus.take(x) for x in tables)
-
-
-def _embedded(focus: Focus, output: Float[Tensor, "r c t h w"]) -> Tensor:
-    """Active tokens as a video of n frames of 1 x 1: the model flattens it to a sequence again."""
-    if focus.passes:
+def _embedded(selection: TokenSelection, output: Float[Tensor, "r c t h w"]) -> Tensor:
+    """Return the tokens that run as a video of 1 x 1 frames, which the model flattens to a sequence."""
+    if selection.passes:
         return output
-    return gathered(focus, output.flatten(2))
+    return gathered(selection, output.flatten(2))
 
 
-def gathered(focus: Focus, tokens: Float[Tensor, "r c n"]) -> Float[Tensor, "r c m 1 1"]:
-    """Active tokens as a video of frames of 1 x 1."""
-    tokens = focus.take(tokens.transpose(1, 2))
-    # Contiguous, so that what the model makes of it has the strides that compiled blocks know.
+def gathered(
+    selection: TokenSelection, tokens: Float[Tensor, "r c n"]
+) -> Float[Tensor, "r c m 1 1"]:
+    """Return the tokens that run as a video of 1 x 1 frames."""
+    tokens = selection.take(tokens.transpose(1, 2))
+    # Contiguous, so that the sequence has the strides for which blocks were compiled.
     return tokens.transpose(1, 2).contiguous()[..., None, None]
 
 
-def _text_keys(focus: Focus, modules: list[Any], output: tuple[Any, ...]) -> None:
-    """Keys and values of the context in every cross-attention, once per context."""
+def _text_keys(selection: TokenSelection, modules: list[Any], output: tuple[Any, ...]) -> None:
     text, image = output[2], output[3]
-    if "text" not in focus.per_context:
+
+    def contexts() -> list[Tensor]:
         context = text if image is None else torch.cat([image, text], dim=1)
-        focus.per_context["text"] = [
-            computed_once(attn, _text_key_value, context) for attn in modules
-        ]
-    for attn, known in zip(modules, focus.per_context["text"], strict=True):
-        attn.processor.text = known
+        return [context] * len(modules)
+
+    set_text_keys(selection, modules, _text_key_value, contexts)
 
 
 def _text_key_value(attn: Any, context: Tensor) -> tuple[Tensor, ...]:
-    """(key, value) or (key, value, image key, image value), `[R, L, H, D]`."""
+    """Return (key, value) or (key, value, image key, image value), `[R, L, H, D]` each."""
     text = context
     image: tuple[Tensor, ...] = ()
     if attn.add_k_proj is not None:
@@ -188,7 +184,7 @@ def _text_key_value(attn: Any, context: Tensor) -> tuple[Tensor, ...]:
 
 
 class WanSparseAttnProcessor(DispatchProcessor):
-    """Self-attention with the seams; otherwise diffusers' attention runs."""
+    """Processor of self-attention."""
 
     def __call__(
         self,
@@ -199,7 +195,10 @@ class WanSparseAttnProcessor(DispatchProcessor):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "b l c"]:
         query, key, value = projections(attn, hidden_states)
-        query, key = attn.norm_q(query), attn.norm_k(key)  # across heads, hence before the split
+        query, key = (
+            attn.norm_q(query),
+            attn.norm_k(key),
+        )  # norms over all heads, before heads are split
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         if rotary_emb is not None:
             query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
@@ -215,7 +214,7 @@ class WanSparseAttnProcessor(DispatchProcessor):
 
 
 class WanTextAttnProcessor(DispatchProcessor):
-    """Cross-attention to text (and image) whose keys and values were computed once."""
+    """Processor of cross-attention to text (and image), whose keys and values are computed once per context."""
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Wan2.1 VACE (`WanVACETransformer3DModel`): the control blocks beside those of Wan."""
+"""Wan2.1 VACE (`WanVACETransformer3DModel`): Wan with control blocks."""
 
 import math
 from typing import Any
@@ -7,14 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dit_accel.models.family import Focus, Hook, after
+from dit_accel.models.hooks import Hook, after
+from dit_accel.models.selection import TokenSelection
 from dit_accel.models.wan import Wan, dim_of, gathered
 
 
 class WanVACE(Wan):
-    """Wan with a second stream of tokens, the control, whose blocks run before the others.
+    """Wan with a second stream of control tokens, whose blocks run before the others.
 
-    A control token has the place of the video token that it belongs to, so both streams run on the same tokens.
+    Each control token belongs to the video token at the same position. Both streams run on the same tokens.
     """
 
     name = "Wan VACE"
@@ -23,22 +24,22 @@ class WanVACE(Wan):
         control = {f"vace_blocks.{i}": block for i, block in enumerate(transformer.vace_blocks)}
         return control | super().named_blocks(transformer)
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
-        embedded = after(transformer.vace_patch_embedding, _embedded, focus)
-        return [*super().hooks(transformer, focus), embedded]
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
+        embedded = after(transformer.vace_patch_embedding, _embedded, selection)
+        return [*super().hooks(transformer, selection), embedded]
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:
         config, dim = transformer.config, dim_of(transformer)
-        # Output of each control block, and the input of the first one.
+        # Output projection of each control block, and the input projection of the first one.
         ends = active * dim * dim * (1 + len(config.vace_layers))
         ends += tokens * dim * math.prod(config.patch_size) * config.vace_in_channels
         return super().flops(transformer, active, tokens, text) + 2.0 * ends
 
 
-def _embedded(focus: Focus, output: Float[Tensor, "r c t h w"]) -> Tensor:
-    """Return the control tokens of the active video tokens; a control of fewer frames ends in zeros, as in diffusers."""
-    if focus.passes:
+def _embedded(selection: TokenSelection, output: Float[Tensor, "r c t h w"]) -> Tensor:
+    """Return the control tokens that run. A control of fewer frames is padded with zeros, as in diffusers."""
+    if selection.passes:
         return output
     tokens = output.flatten(2)
-    missing = math.prod(focus.call.grid) - tokens.shape[2]
-    return gathered(focus, pad(tokens, (0, missing)))
+    missing = math.prod(selection.call.grid) - tokens.shape[2]
+    return gathered(selection, pad(tokens, (0, missing)))

@@ -1,14 +1,17 @@
-"""`WholeTransformer`: any diffusers transformer, for methods that look at its inputs and its output only."""
+"""`WholeTransformer`: family of any diffusers transformer, for methods that use only its inputs and its output."""
 
 from typing import Any
 
 from torch import Tensor
 
-from dit_accel.models.family import AttentionLayer, Call, Family, Focus, Hook
+from dit_accel.models.call import Call
+from dit_accel.models.family import AttentionLayer, Family
+from dit_accel.models.hooks import Hook
+from dit_accel.models.selection import TokenSelection
 
 
 class WholeTransformer(Family):
-    """A transformer about which nothing is known but its call: `hidden_states` in, one tensor out."""
+    """Family without facts about the model. The call has an argument `hidden_states` and returns one tensor."""
 
     name = "any diffusers transformer"
     separate_guidance = False
@@ -37,7 +40,7 @@ class WholeTransformer(Family):
             variant=None if skipped is None else tuple(skipped),
         )
 
-    def hooks(self, transformer: Any, focus: Focus) -> list[Hook]:
+    def hooks(self, transformer: Any, selection: TokenSelection) -> list[Hook]:
         return []
 
     def flops(self, transformer: Any, active: int, tokens: int, text: int) -> float:

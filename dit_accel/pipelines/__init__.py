@@ -1,1 +1,1 @@
-"""diffusers pipelines with acceleration built in; one file a model family."""
+"""Subclasses of diffusers pipelines with acceleration, one file per model family."""

@@ -1,4 +1,4 @@
-"""Put the settings that a pipeline was loaded with on its transformer."""
+"""`accelerate`: enable the settings with which a pipeline was loaded."""
 
 import functools
 import inspect
@@ -16,11 +16,11 @@ def accelerate(pipe: Any, settings: Settings, defaults: Settings | None = None) 
 
     Args:
         pipe: a loaded pipeline. Its transformer may be accelerated already, if it is shared.
-        settings: what the caller asked for. It replaces what is on; methods that are not named stay.
-        defaults: used for methods that are not named in `settings`, if nothing is on yet.
+        settings: settings of the caller, which replace those of methods that are on. Other methods are unchanged.
+        defaults: settings of methods that are not in `settings`, used if acceleration is off.
 
     Raises:
-        ValueError: the transformer cannot be accelerated in this way. It is then unchanged.
+        ValueError: the transformer does not support the settings. It is unchanged then.
     """
     parts, on = parts_of(pipe), bool(installations_of(pipe))
     wanted: dict[str, dict[str, Any]] = {}
@@ -39,10 +39,10 @@ def accelerate(pipe: Any, settings: Settings, defaults: Settings | None = None) 
 
 
 def accelerated_init(init: Any) -> Any:
-    """Return a diffusers constructor with two more keywords, `sla` and `ras`, both off by default.
+    """Return a diffusers constructor with the additional keywords `sla` and `ras`, both off by default.
 
-    They are off by default because diffusers calls the constructor in every function that loads a pipeline,
-    and the loading functions of the sparse pipelines enable the methods afterwards.
+    They are off by default because diffusers calls the constructor in every function that loads a pipeline, and the
+    loading functions of the sparse pipelines enable the methods afterwards.
     """
     signature = inspect.signature(init)
 
@@ -52,7 +52,7 @@ def accelerated_init(init: Any) -> Any:
         init(self, *args, **kwargs)
         accelerate(self, {name: x for name, x in settings.items() if x is not None})
 
-    # diffusers reads the names of the components from the signature. Keywords with a default are not components.
+    # diffusers reads the names of the components from the signature. Parameters with a default are no components.
     options = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
         for name in ("sla", "ras")

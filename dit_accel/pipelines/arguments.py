@@ -1,4 +1,4 @@
-"""Checks of the arguments that load a pipeline; they run before anything is read."""
+"""Checks of the arguments of loading functions; they run before files are read."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
@@ -20,15 +20,15 @@ DTYPES = {
     "float16": torch.float16,
 }
 DEFAULT: Any = object()
-"""Default of `sla` and `ras` where None means off."""
+"""Default of `sla` and `ras` in functions in which None means off."""
 OneSetting = SLAConfig | SLACheckpoint | RASConfig | None
 Settings = dict[str, OneSetting | dict[str, OneSetting]]
-"""Settings of each method by its name, a dict of them by transformer, or None to switch it off. Methods and transformers that are
-not named stay as they are."""
+"""Settings by the name of the method: a config, a dict of configs by transformer, or None to switch the method off.
+Methods and transformers that are not named are unchanged."""
 
 
 def read_settings(sla: Any, ras: Any) -> Settings:
-    """Return the settings of the methods that were given; `DEFAULT` means not given.
+    """Return the settings of the methods that were passed; `DEFAULT` means not passed.
 
     Raises:
         ValueError: `settings_of` or `RASConfig.load` does not accept them.
@@ -47,10 +47,10 @@ def read_settings(sla: Any, ras: Any) -> Settings:
 def with_dtypes(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments with names of dtypes ("bf16", "float16") replaced by the dtypes.
 
-    diffusers itself takes float32 for anything that is not a dtype or a dict of dtypes by component.
+    diffusers falls back to float32 for values that are neither a dtype nor a dict of dtypes by component.
 
     Raises:
-        ValueError: `dtype` or `torch_dtype` is something else, or both are given.
+        ValueError: `dtype` or `torch_dtype` has another value, or both are passed.
     """
     changed = dict(arguments)
     given = [key for key in ("dtype", "torch_dtype") if changed.get(key) is not None]
@@ -84,11 +84,11 @@ def check_keywords(
     """Refuse keyword arguments that diffusers would ignore.
 
     Args:
-        cls: the pipeline class; the parameters of its constructor are accepted.
-        given: the keyword arguments.
-        loaders: functions of diffusers that take keywords out of their **kwargs. diffusers has no list of these
-            keywords, so every name among the string constants of their code is accepted.
-        more: further keywords that are accepted.
+        cls: pipeline class; the parameters of its constructor are accepted.
+        given: keyword arguments.
+        loaders: functions of diffusers that read keywords from their **kwargs. diffusers has no list of these keywords,
+            so every identifier among the string constants of their code is accepted.
+        more: further accepted keywords.
 
     Raises:
         ValueError: a keyword is not accepted.

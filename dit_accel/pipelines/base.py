@@ -1,4 +1,4 @@
-"""`SparsePipelineMixin`: what every sparse pipeline adds to its diffusers parent."""
+"""`SparsePipelineMixin`: base class of the sparse pipelines."""
 
 import os
 from pathlib import Path
@@ -36,21 +36,21 @@ SLAInput = SLAConfig | SLACheckpoint | dict | str | os.PathLike | None
 RASInput = RASConfig | dict | str | os.PathLike | None
 BALANCED: Settings = {"sla": SLAConfig.load("balanced")}
 """Methods that are on by default."""
-# The arguments that decide which files DiffusionPipeline.load_config reads.
+# Arguments that decide which files DiffusionPipeline.load_config reads.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 class SparsePipelineMixin:
-    """Base class that comes first: `class SparseX(SparsePipelineMixin, X)`.
+    """Loading and saving with settings of acceleration. Use as the first base: `class SparseX(SparsePipelineMixin, X)`.
 
-    A subclass takes the `__name__` of its diffusers parent, because diffusers finds pipelines by that name:
-    in model_index.json and in `AutoPipelineFor*.from_pipe`. `__qualname__` stays.
+    A subclass gets the `__name__` of its diffusers parent, because diffusers finds pipelines by that name in
+    model_index.json and in `AutoPipelineFor*.from_pipe`. `__qualname__` is unchanged.
     """
 
     _parent: ClassVar[str]
     """Class name of the diffusers parent, as in model_index.json."""
     _aliases: ClassVar[tuple[str, ...]] = ()
-    """Older names of the parent that repositories may have."""
+    """Older class names of the parent, which repositories may have."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,17 +72,17 @@ class SparsePipelineMixin:
                 "tiny-lumina2").
             sla: sparse attention: a preset ("quality", "balanced", "fast", "few-step"), a YAML file, an `SLAConfig`, a dict
                 of its fields, or a folder or file that `save_sla` or fine-tuning wrote; None or "none" for dense
-                attention. Or a dict of these by transformer, `{"transformer": "balanced", "transformer_2": None}`.
-                Default: the `sla.safetensors` of the repository, and "balanced" without one.
+                attention. Also a dict of these by transformer, `{"transformer": "balanced", "transformer_2": None}`.
+                Default: the `sla.safetensors` of the repository, or "balanced" if there is none.
             ras: region-adaptive sampling: a preset ("quality", "balanced", "fast", "forecast", "partial", "few-step", "paper"), a
-                YAML file, an `RASConfig`, or a dict of its fields; None or "none" for dense steps; or a dict by
-                transformer. Default: the `ras.json` of the repository, and off without one.
-            **kwargs: everything that the diffusers parent accepts. `dtype` may also be a name: "fp32",
-                "bf16", "fp16", "float32", "bfloat16" or "float16".
+                YAML file, an `RASConfig`, or a dict of its fields; None or "none" for dense steps. Also a dict of
+                these by transformer. Default: the `ras.json` of the repository, or off if there is none.
+            **kwargs: all arguments of the diffusers parent. `dtype` may also be a name: "fp32", "bf16", "fp16",
+                "float32", "bfloat16" or "float16".
 
         Raises:
-            ValueError: a bad or unknown argument, or a repository of another pipeline class; before any weight
-                is read. Or the transformer cannot be accelerated.
+            ValueError: an argument is unknown or not accepted, or the repository is of another pipeline class; raised
+                before weights are read. Or the transformer cannot be accelerated.
         """
         settings = read_settings(sla, ras)
         if kwargs.get("custom_pipeline") is None:
@@ -94,7 +94,7 @@ class SparsePipelineMixin:
         given = {k: kwargs[k] for k in TRANSFORMERS if k in kwargs}
         for method, chosen in settings.items():
             split(method, chosen, transformers_in(index, given))
-        hub.pop("proxies", None)  # diffusers takes them, huggingface_hub does not
+        hub.pop("proxies", None)  # an argument of diffusers, but not of huggingface_hub
         own, names = BALANCED.copy(), transformers_in(index)
         for method, file_name, read in (
             ("sla", FILE_NAME, read_checkpoint),
@@ -116,23 +116,23 @@ class SparsePipelineMixin:
         ras: RASInput = DEFAULT,
         **kwargs: Any,
     ) -> Any:
-        """Load one file of weights in the original layout and accelerate the pipeline.
+        """Load a single file of weights in the original layout and accelerate the pipeline.
 
         Args:
             pretrained_model_link_or_path: path or hub link of a `.safetensors` or `.ckpt` file.
-            sla: as in `from_pretrained`, but files beside the weights are not looked for. Default: "balanced".
-            ras: likewise. Default: off.
-            **kwargs: everything that the diffusers parent accepts; `dtype` as in `from_pretrained`.
+            sla: as in `from_pretrained`, but without a search for `sla.safetensors`. Default: "balanced".
+            ras: as in `from_pretrained`, but without a search for `ras.json`. Default: off.
+            **kwargs: all arguments of the diffusers parent; `dtype` as in `from_pretrained`.
 
         Raises:
             NotImplementedError: the diffusers parent has no `from_single_file` (Stable Diffusion 3 and FLUX.1 have).
-            ValueError: a bad or unknown argument, before any weight is read; or the transformer cannot be
-                accelerated.
+            ValueError: an argument is unknown or not accepted, raised before weights are read; or the transformer
+                cannot be accelerated.
         """
         if not issubclass(cls, FromSingleFileMixin):
             raise NotImplementedError(
-                f"{cls.__qualname__}.from_single_file: {cls._parent} of diffusers has none; load the transformer with its "
-                "own from_single_file, and pass it to from_pretrained as transformer="
+                f"{cls.__qualname__}.from_single_file: diffusers does not support it for {cls._parent}; load the transformer "
+                "with its own from_single_file, and pass it to from_pretrained as transformer="
             )
         settings = read_settings(sla, ras)
         loaders = (FromSingleFileMixin.from_single_file, FromOriginalModelMixin.from_single_file)
@@ -144,20 +144,20 @@ class SparsePipelineMixin:
     def from_pipe(
         cls, pipeline: Any, *, sla: SLAInput = DEFAULT, ras: RASInput = DEFAULT, **kwargs: Any
     ) -> Any:
-        """Make a sparse pipeline from a loaded one. The components are shared, not copied.
+        """Make a sparse pipeline from a loaded pipeline. The components are shared, not copied.
 
-        Shared components share their acceleration. If the transformer is accelerated already, settings that
-        are given replace those of their method for both pipelines, and the other method stays.
+        Shared components share their acceleration. If the transformer is accelerated already, new settings of a method
+        replace its settings for both pipelines, and other methods are unchanged.
 
         Args:
             pipeline: a loaded diffusers pipeline of the same family.
             sla: as in `from_pretrained`. Default: unchanged, or "balanced" if nothing is on.
             ras: as in `from_pretrained`. Default: unchanged.
-            **kwargs: everything that the diffusers parent accepts. As in diffusers, `dtype` defaults to
-                float32; pass the dtype that the components have to keep it.
+            **kwargs: all arguments of the diffusers parent. As in diffusers, `dtype` defaults to float32; pass the dtype
+                of the components to keep it.
 
         Raises:
-            ValueError: a bad argument, or the transformer cannot be accelerated.
+            ValueError: an argument is not accepted, or the transformer cannot be accelerated.
         """
         settings = read_settings(sla, ras)
         pipe = super().from_pipe(pipeline, **with_dtypes(kwargs))  # type: ignore[misc]
@@ -165,7 +165,7 @@ class SparsePipelineMixin:
 
     @classmethod
     def _read_index(cls, source: str | os.PathLike, hub: dict[str, Any]) -> dict[str, Any]:
-        """Return the content of model_index.json; refuse another class of pipeline."""
+        """Return the content of model_index.json. Refuse other pipeline classes."""
         index = read_index(source, **hub)
         found = index.get("_class_name")
         if found not in (cls._parent, *cls._aliases):
@@ -176,16 +176,16 @@ class SparsePipelineMixin:
         return index
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, with the settings of the methods that are on.
+        """Save the pipeline like diffusers, together with the settings of acceleration.
 
-        `sla.safetensors` is written if sparse attention is on with other settings than the default, `ras.json` if
-        region-adaptive sampling is on. Plain diffusers loads the repository as the plain model; `from_pretrained`
-        of this class loads the settings too. Of two transformers, each has its files in its sub-folder. Weights that an
-        SLA checkpoint brought are saved as those of the transformer.
+        `sla.safetensors` is written if sparse attention is on with settings other than the default, and `ras.json` if
+        region-adaptive sampling is on. diffusers loads the saved repository as the plain model, and `from_pretrained` of
+        this class loads the settings too. With two transformers, the files are in the sub-folder of each. Weights of an
+        SLA checkpoint are saved as weights of the transformer.
 
         Raises:
-            ValueError: a method is off, and the folder holds its file, which would be loaded with what is saved
-                now; or sparse attention cannot be saved yet (see `save_sla`). Nothing is written.
+            ValueError: the folder has a settings file of a method that is off, or sparse attention cannot be saved yet
+                (see `save_sla`). Nothing is written then.
         """
         folder, parts = Path(save_directory), parts_of(self)
         places = part_folders(self, folder)
@@ -200,10 +200,10 @@ class SparsePipelineMixin:
             for part, place in places.items():
                 if part not in on[name] and (place / file_name).exists():
                     raise ValueError(
-                        f"save_directory={str(save_directory)!r}: holds {(place / file_name).relative_to(folder)}, and "
-                        f"{method} is off; accepted is a folder without one"
+                        f"save_directory={str(save_directory)!r}: has {(place / file_name).relative_to(folder)}, but "
+                        f"{method} is off; accepted is a folder without this file"
                     )
-        # Before diffusers saves, so that push_to_hub=True uploads these files too.
+        # Written before diffusers saves, so that push_to_hub=True uploads these files too.
         sla, ras = on.values()
         default = len(sla) == len(parts) and all(x == SLAConfig() for x in sla.values())
         if sla and not (default and not any((x / FILE_NAME).exists() for x in places.values())):
@@ -221,13 +221,13 @@ class SparsePipelineMixin:
         return f"{type(self).__qualname__} {self.to_json_string()}"  # type: ignore[attr-defined]
 
     def enable(self, *, sla: SLAInput = None, ras: RASInput = None) -> None:
-        """See `dit_accel.enable`."""
+        """Enable acceleration, see `dit_accel.enable`."""
         control.enable(self, ras=ras, sla=sla)
 
     def disable(self) -> None:
-        """See `dit_accel.disable`."""
+        """Disable acceleration, see `dit_accel.disable`."""
         control.disable(self)
 
     def summary(self, *, strict: bool = False) -> control.Summary:
-        """See `dit_accel.summary`."""
+        """Return the summary of the last run, see `dit_accel.summary`."""
         return control.summary(self, strict=strict)

@@ -9,8 +9,8 @@ from dit_accel.pipelines.sizes import PairedSizes, checked_call
 
 class SparseFluxPipeline(SparsePipelineMixin, PairedSizes, FluxPipeline):
     """`diffusers.FluxPipeline` with sparse attention and region-adaptive sampling; every argument of the parent
-    works, and sizes that it would round are refused. For image-to-image, inpainting, Fill, Control, ControlNet and Kontext, call `dit_accel.enable` on the
-    pipeline of diffusers, or share the accelerated transformer with `AutoPipelineForImage2Image.from_pipe(pipe)`.
+    works, and sizes that it would round are refused. For image-to-image, inpainting, Fill, Control, ControlNet and
+    Kontext, call `dit_accel.enable` on the pipeline of diffusers, or share the accelerated transformer with `AutoPipelineForImage2Image.from_pipe(pipe)`.
 
     Example:
         >>> pipe = SparseFluxPipeline.from_pretrained(

@@ -1,4 +1,4 @@
-"""Checks of heights, widths and frame counts: a size that the model cannot make is refused, not rounded."""
+"""Checks of heights, widths and frame counts: sizes that diffusers would round are refused."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ def _check_multiple(name: str, value: Any, step: int) -> None:
 def _check_clip(
     height: Any, width: Any, num_frames: Any, *, steps: tuple[int, int], temporal: int
 ) -> None:
-    """Check the size of a clip; `steps` are those of height and width."""
+    """Check the size of a clip. `steps` are the steps of height and width, `temporal` that of the frames."""
     for name, value, step in zip(("height", "width"), (height, width), steps, strict=True):
         _check_multiple(name, value, step)
     if not isinstance(num_frames, int) or num_frames < 1 or (num_frames - 1) % temporal:
@@ -27,7 +27,7 @@ def _check_clip(
 
 
 class VideoSizes:
-    """Size checks of Wan pipelines, which round in diffusers."""
+    """Size checks of Wan pipelines."""
 
     def check_sizes(
         self, *, height: int = 480, width: int = 832, num_frames: int = 81, **_: Any
@@ -35,19 +35,19 @@ class VideoSizes:
         """Check a size before the call; defaults as in `__call__`.
 
         Raises:
-            ValueError: the model cannot make this size.
+            ValueError: the model does not support the size.
         """
-        # Wan2.2, run dense, may have its second transformer alone.
+        # A Wan2.2 pipeline may have only its second transformer.
         transformer = self.transformer or self.transformer_2  # type: ignore[attr-defined]
         patch = transformer.config.patch_size
         spatial = self.vae_scale_factor_spatial  # type: ignore[attr-defined]
-        steps = max(16, spatial * patch[1]), max(16, spatial * patch[2])  # diffusers insists on 16
+        steps = max(16, spatial * patch[1]), max(16, spatial * patch[2])  # diffusers requires 16
         temporal = self.vae_scale_factor_temporal  # type: ignore[attr-defined]
         _check_clip(height, width, num_frames, steps=steps, temporal=temporal)
 
 
 class LTXSizes:
-    """Size checks of LTX-Video pipelines, which round frames in diffusers."""
+    """Size checks of LTX-Video pipelines."""
 
     def check_sizes(
         self, *, height: int = 512, width: int = 704, num_frames: int = 161, **_: Any
@@ -55,16 +55,16 @@ class LTXSizes:
         """Check a size before the call; defaults as in `__call__`.
 
         Raises:
-            ValueError: the model cannot make this size.
+            ValueError: the model does not support the size.
         """
         spatial = self.vae_spatial_compression_ratio  # type: ignore[attr-defined]
-        step = max(32, spatial)  # diffusers insists on 32
+        step = max(32, spatial)  # diffusers requires 32
         temporal = self.vae_temporal_compression_ratio  # type: ignore[attr-defined]
         _check_clip(height, width, num_frames, steps=(step, step), temporal=temporal)
 
 
 class HunyuanVideoSizes:
-    """Size checks of HunyuanVideo pipelines, which round in diffusers."""
+    """Size checks of HunyuanVideo pipelines."""
 
     def check_sizes(
         self, *, height: int = 720, width: int = 1280, num_frames: int = 129, **_: Any
@@ -72,17 +72,17 @@ class HunyuanVideoSizes:
         """Check a size before the call; defaults as in `__call__`.
 
         Raises:
-            ValueError: the model cannot make this size.
+            ValueError: the model does not support the size.
         """
         patch = self.transformer.config.patch_size  # type: ignore[attr-defined]
         spatial = self.vae_scale_factor_spatial  # type: ignore[attr-defined]
-        step = max(16, spatial * patch)  # diffusers insists on 16
+        step = max(16, spatial * patch)  # diffusers requires 16
         temporal = self.vae_scale_factor_temporal  # type: ignore[attr-defined]
         _check_clip(height, width, num_frames, steps=(step, step), temporal=temporal)
 
 
 class CogVideoXSizes:
-    """Size checks of CogVideoX pipelines, which round in diffusers."""
+    """Size checks of CogVideoX pipelines."""
 
     def check_sizes(
         self,
@@ -95,13 +95,13 @@ class CogVideoXSizes:
         """Check a size before the call; None stands for the pipeline's default.
 
         Raises:
-            ValueError: the model cannot make this size.
+            ValueError: the model does not support the size.
         """
         step = self.vae_scale_factor_spatial * self.transformer.config.patch_size  # type: ignore[attr-defined]
         for name, value in (("height", height), ("width", width)):
             if value is not None:
                 _check_multiple(name, value, step)
-        # The VAE decodes pairs of latent frames, and a first one alone where their number is odd.
+        # The VAE decodes latent frames in pairs, and the first one alone if their number is odd.
         pair = 2 * self.vae_scale_factor_temporal  # type: ignore[attr-defined]
         whole = isinstance(num_frames, int) and num_frames >= 1
         if num_frames is None or (whole and num_frames % pair in (0, 1)):
@@ -119,7 +119,9 @@ def _check_image(
         if value is not None:
             _check_multiple(name, value, pipe.vae_scale_factor * patch)
     if num_frames is not None:
-        raise ValueError(f"num_frames={num_frames!r}: this model makes images; accepted: None")
+        raise ValueError(
+            f"num_frames={num_frames!r}: this model generates images; accepted is None"
+        )
 
 
 class ImageSizes:
@@ -136,15 +138,17 @@ class ImageSizes:
         """Check a size before the call; None stands for the pipeline's default.
 
         Raises:
-            ValueError: the model cannot make this size.
+            ValueError: the model does not support the size.
         """
         patch = self.transformer.config.patch_size  # type: ignore[attr-defined]
         _check_image(self, patch, height, width, num_frames)
 
 
 class PairedSizes:
-    """Size checks of pipelines that insist on patches of two latent positions a side or more: the Luminas, and FLUX.1 and
-    Qwen-Image, which pack them into a token."""
+    """Size checks of image pipelines whose height and width are multiples of at least two latent positions.
+
+    These are Lumina-Next, Lumina-Image 2.0, FLUX.1 and Qwen-Image.
+    """
 
     def check_sizes(
         self,
@@ -157,14 +161,14 @@ class PairedSizes:
         """Check a size before the call; None stands for the pipeline's default.
 
         Raises:
-            ValueError: the model cannot make this size.
+            ValueError: the model does not support the size.
         """
         patch = max(2, self.transformer.config.patch_size)  # type: ignore[attr-defined]
         _check_image(self, patch, height, width, num_frames)
 
 
 def checked_call(call: Any) -> Any:
-    """Return the parent's `__call__`, with the same signature, that checks sizes first."""
+    """Return the parent's `__call__` with the same signature and a size check."""
     signature = inspect.signature(call)
 
     @functools.wraps(call)

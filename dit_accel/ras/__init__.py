@@ -1,4 +1,4 @@
-"""Region-adaptive sampling: schedule, selection, prediction, caches. Model-free."""
+"""Region-adaptive sampling: schedule, token selection, prediction and caches. Independent of models."""
 
 from dit_accel.ras.context import ContextState
 from dit_accel.ras.engine import RegionAdaptiveSampling

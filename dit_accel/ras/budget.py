@@ -1,4 +1,4 @@
-"""`least_error`: the dense, partial and forecast steps of a run that leave the least predicted error for a budget."""
+"""`least_error`: choice of dense, partial and forecast steps with the least predicted error for a budget."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -10,16 +10,16 @@ import numpy as np
 
 Kind = Literal["dense", "partial", "forecast"]
 LONGEST = 16
-"""Steps from one dense step to the next, unless the budget asks for more."""
+"""Most steps from one dense step to the next, unless the budget requires more."""
 UNITS = 24
-"""Parts of a dense step in which costs of partial steps are counted, rounded up."""
+"""Units of cost in a dense step. Costs of partial steps are rounded up to units."""
 
 
 def step_intervals(levels: Sequence[float]) -> list[float]:
     """Return |s_(k+1) - s_k| of each step.
 
-    Where neighbouring steps have the same noise level, they are calls of one solver step (Heun), and each counts for
-    half of the interval on either side.
+    Neighbouring steps with the same noise level are calls of one solver step (Heun). Each counts for half of the
+    intervals before and after it.
 
     Args:
         levels: noise levels in [0, 1] of the steps and of the end.
@@ -31,20 +31,20 @@ def step_intervals(levels: Sequence[float]) -> list[float]:
 
 
 def step_weights(levels: Sequence[float]) -> list[float]:
-    """Return how much an error of each step's output counts in the end: |s_(k+1) - s_k| / (1 - s_k).
+    """Return the weight of an error of each step's output in the result: |s_(k+1) - s_k| / (1 - s_k).
 
-    That is the step in units of the signal that is there. It follows the growth of errors that was measured on a
-    trained model, without a fitted number.
+    This is the length of the step relative to the share of signal. It follows the growth of errors measured on a trained
+    model, without a fitted constant.
     """
     gaps = step_intervals(levels)
     return [gap / max(1 - s, 1e-3) for gap, s in zip(gaps, levels, strict=False)]
 
 
 def error_left(share: float) -> float:
-    """Return the share of the squared forecast error that is left after a partial step.
+    """Return the share of the squared forecast error that remains after a partial step.
 
-    Measured after dense steps, tokens chosen by their last error: about .67 with an eighth of the tokens, .45 with a
-    quarter, .24 with a half, on two trained models.
+    Interpolated from measurements on two trained models, after dense steps, with tokens chosen by their last error:
+    about .67 with an eighth of the tokens, .45 with a quarter, .24 with a half.
     """
     return float(np.interp(share, [0, 0.125, 0.25, 0.5, 1], [1, 0.67, 0.45, 0.24, 0]))
 
@@ -55,26 +55,28 @@ def least_error(
     dense: Collection[int],
     partial: Sequence[tuple[float, float] | None],
 ) -> list[Kind]:
-    """Return what each step of a run is.
+    """Return the kind of each step of a run.
 
-    The predicted error is the sum over steps k that are not dense of (w_k (k - a))^2, a being the last dense step and
-    w the `step_weights`. A partial step leaves `error_left` of its own error; on later steps that share of the error
-    still counts from a, the rest from the partial step. There is at most one partial step between two dense ones,
-    because errors of kept keys and values feed the tokens that run. The minimum is found by dynamic programming over
-    dense steps and cost.
+    The predicted error is the sum of (w_k (k - a))^2 over all steps k that are not dense. a is the last dense step before
+    k, and w are the `step_weights`. A partial step leaves `error_left` of its own error. In later steps this share of
+    the error counts from a, and the rest counts from the partial step. There is at most one partial step between two
+    dense steps, because errors of cached keys and values affect the tokens that run. The minimum is found by dynamic
+    programming over dense steps and cost.
 
     Args:
         levels: noise levels in [0, 1] of the steps and of the end.
         budget: cost of the run, in dense steps.
-        dense: steps that are dense in any case; the first one is always.
-        partial: share of the tokens and cost of each step if it is partial; None where it must not be.
+        dense: steps that are always dense. The first step always is.
+        partial: (share of the tokens, cost) of each step if it is partial; None if it must not be partial.
 
     Raises:
-        ValueError: `levels` are not one more than the steps.
+        ValueError: the number of levels is not the number of steps plus one.
     """
     steps = len(partial)
     if len(levels) != steps + 1:
-        raise ValueError(f"levels: {len(levels)} numbers for {steps} steps; accepted is one more")
+        raise ValueError(
+            f"levels: {len(levels)} numbers for {steps} steps; accepted are {steps + 1}"
+        )
     if budget >= steps:
         return ["dense"] * steps
     weights = step_weights(levels)
@@ -85,7 +87,7 @@ def least_error(
 
     @cache
     def between(start: int, end: int) -> list[tuple[int, float, int | None]]:
-        """Cost in units, error and partial step of the ways from one dense step to the next."""
+        """Return (cost in units, error, partial step) of each way from one dense step to the next."""
         errors = [(weights[k] * (k - start)) ** 2 for k in range(start + 1, end)]
         ways: list[tuple[int, float, int | None]] = [(0, sum(errors, 0.0), None)]
         for i, k in enumerate(range(start + 1, end)):
@@ -100,7 +102,7 @@ def least_error(
             ways.append((math.ceil(cost * units - 1e-6), sum(errors[:i], 0.0) + sum(after), k))
         return ways
 
-    # best[b][x]: least error up to the dense step b at a cost of at most x units; the end is one more dense step.
+    # best[b][x]: least error up to the dense step b at a cost of at most x units. The end counts as a dense step.
     best = np.full((steps + 1, size + 1), np.inf)
     came: list[dict[int, tuple[int, int, int | None]]] = [{} for _ in range(steps + 1)]
     best[0, units:] = 0.0

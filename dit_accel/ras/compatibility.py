@@ -1,4 +1,4 @@
-"""Checks for step caches of diffusers and schedulers that add noise, which region-adaptive sampling excludes."""
+"""Detection of step caches of diffusers and of schedulers that add noise, which exclude region-adaptive sampling."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ CACHE_MODULES = (
     "taylorseer_cache",
     "text_kv_cache",
 )
-"""Modules of `diffusers.hooks` whose hooks skip computations in some steps."""
+"""Names of the modules of `diffusers.hooks` whose hooks skip computations in some steps."""
 NOISY_CLASSES = (
     "Ancestral",
     "CMStochasticIterative",
@@ -31,11 +31,11 @@ NOISY_CLASSES = (
     "TCD",
     "UnCLIP",
 )
-"""Parts of the names of diffusers' schedulers that draw noise in every step."""
+"""Parts of the class names of diffusers' schedulers that add noise in every step."""
 
 
 def step_cache_of(transformer: nn.Module) -> str | None:
-    """Return the name of the step cache of diffusers that is on, however it was put on; None if none is."""
+    """Return the name of the step cache of diffusers that is on; None if none is on."""
     if getattr(transformer, "is_cache_enabled", False):
         return type(transformer._cache_config).__name__
     for module in transformer.modules():

@@ -1,4 +1,4 @@
-"""`ContextState`: what is cached for one context, and when each of its tokens was last updated."""
+"""`ContextState`: caches of one context, and the noise levels at which its tokens were updated."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -17,7 +17,7 @@ class ContextState:
     """Outputs, keys and values, exact extras, and noise levels of one context.
 
     Args:
-        geometry: what the caches fit; a call of another geometry needs a new state.
+        geometry: shapes, dtype and device of the calls. A call of another geometry needs a new state.
         epoch: see `Call.epoch`.
     """
 
@@ -26,7 +26,7 @@ class ContextState:
         self.epoch = epoch
         self.outputs: Outputs | None = None
         self.returned: Any = None
-        """The last return value of the transformer, without its tensor: a forecast is returned like it."""
+        """Structure of the transformer's last return value (`Form`), in which forecasts are returned."""
         self.kv: dict[str, tuple[History, History]] = {}
         self.totals: dict[str, LinearState] = {}
         self.extras: dict[str, Any] = {}
@@ -35,11 +35,11 @@ class ContextState:
 
     @property
     def nbytes(self) -> int:
-        """Keys and values."""
+        """Bytes of the cached keys and values."""
         return sum(x.nbytes for pair in self.kv.values() for x in pair)
 
     def distance(self, sigma: Float[Tensor, ""], shape: tuple[int, int]) -> Distance:
-        """Return how far this noise level is from the last updates of tokens of this shape (rows, n)."""
+        """Return the distance of a noise level to the last updates of the tokens; `shape` is (rows, n)."""
         if self._last is None or self._previous is None:
             none = sigma.new_zeros(shape)
             return Distance(none, none, none)
@@ -56,13 +56,16 @@ class ContextState:
         shape: tuple[int, int],
         rows: Bool[Tensor, "r 1"] | None = None,
     ) -> Distance:
-        """Note that a call at this noise level updates the tokens `index`; None: all.
+        """Record that a call updates tokens.
 
         Args:
+            sigma: noise level of the call.
+            index: tokens that are updated; None: all.
+            shape: number of rows, and number of tokens in a row (1 if all are updated together).
             rows: rows that are updated; None: all.
 
         Returns:
-            Its distance to the updates before.
+            Distance of the call to the updates before.
         """
         distance = self.distance(sigma, shape)
         if self._last is None or self._previous is None:

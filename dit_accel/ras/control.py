@@ -1,4 +1,4 @@
-"""Decides step by step, from measured errors, whether the transformer has to run, and on how many tokens."""
+"""Error control: decides in each step, from measured errors, whether the transformer runs and on how many tokens."""
 
 import math
 
@@ -7,11 +7,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 LONGEST, LONGEST_FROM_31 = 1, 3
-"""Most steps in a row that are not dense, below 31 steps and from there on."""
+"""Most consecutive steps that are not dense, in runs of up to 30 steps and of more steps."""
 
 
 def longest(steps: int) -> int:
-    """Return the most steps in a row of a run that are not dense."""
+    """Return the largest number of consecutive steps that are not dense, for a run of `steps` steps."""
     return LONGEST_FROM_31 if steps > 30 else LONGEST
 
 
@@ -21,38 +21,38 @@ def fewest_tiles(
     choices: tuple[int, ...],
     tolerance: float,
 ) -> int | None:
-    """Return the fewest tiles that leave no more than the tolerance in every sample. None: all of them have to run.
+    """Return the smallest number of tiles whose remaining error is within the tolerance in every sample.
 
-    One number is read from the device.
+    None if all tiles have to run. One number is read from the device.
 
     Args:
-        errors: squared error of each tile if it does not run, over the mean square of all.
-        rank: place of each tile among those that are to run.
-        choices: accepted numbers, rising.
-        tolerance: root of the mean over tiles that do not run, those that run counting as 0.
+        errors: squared error of each tile if it does not run, divided by the mean square of the output.
+        rank: rank of each tile; tiles with the lowest ranks run.
+        choices: accepted numbers of tiles, ascending.
+        tolerance: largest accepted root mean square error over all tiles. Tiles that run have no error.
     """
     order = rank.argsort(dim=1)
     ranked = errors.gather(1, order)
     left = torch.stack([ranked[:, n:].sum(1) / errors.shape[1] for n in choices])
     fits = (left.sqrt() <= tolerance).all(1)
-    # The first that fits; one past the end if there is none.
+    # Index of the first choice that fits; one past the end if none does.
     first = torch.cat([fits, fits.new_ones(1)]).int().argmax()
     return (*choices, None)[int(first)]
 
 
 class ErrorControl:
-    """Runs the transformer where the predicted error of a forecast is above a tolerance: on all tokens, or not at all.
+    """Error control of runs without partial steps: the transformer runs if a forecast would exceed a tolerance.
 
-    The relative error of the last forecast of each sample, over the difference of noise levels that it spanned, is
-    measured whenever the transformer runs. The prediction is that rate times the difference now, times the step's
-    weight (`step_weights`). Each sample is decided for alone, so that a batch gives what single runs give; the call runs
-    if one of them needs it. One number is read from the device in each step.
+    Whenever the transformer runs, the relative error of the forecast is measured for each sample, and divided by the
+    difference of noise levels that the forecast spanned. The predicted error is this rate times the present difference,
+    times the weight of the step (`step_weights`). The decision is made for each sample, so that a batch gives the
+    results of single runs. The call runs if one sample needs it. One number is read from the device in each step.
 
     Args:
         tolerance: `RASConfig.control`.
-        weights: of the steps.
-        samples: rows of the run's first call.
-        device: of the latents.
+        weights: weights of the steps.
+        samples: number of rows of the run's first call.
+        device: device of the latents.
     """
 
     def __init__(
@@ -62,19 +62,20 @@ class ErrorControl:
         self.weights = weights
         self.longest = longest(len(weights))
         self.rate = torch.full((samples,), math.inf, dtype=torch.float64, device=device)
-        """Squared relative error over the square of the noise level difference, summed over contexts."""
+        """Squared relative error divided by the squared difference of noise levels, summed over contexts."""
         self.updated = torch.zeros(samples, dtype=torch.float64, device=device)
         """Noise level of each sample's last update."""
         self.left_out = torch.zeros(samples, dtype=torch.long, device=device)
-        """Steps since."""
+        """Number of steps since each sample's last update."""
         self.step = -1
         self.runs: Tensor | None = None
-        """Samples that need the transformer in this step, `[S]`; None: all."""
+        """Samples that need the transformer in this step, bool `[S]`; None: all."""
         self.any = True
+        """True if a sample needs the transformer in this step."""
         self._measured = -1
 
     def begin_step(self, step: int, level: Float[Tensor, ""], *, dense: bool) -> None:
-        """Decide for this step, unless a call of it has come before.
+        """Decide about a step. Later calls of the same step do nothing.
 
         Args:
             step: index of the step.
@@ -96,10 +97,10 @@ class ErrorControl:
         self.left_out = torch.where(self.runs, 0, self.left_out + 1)
 
     def measure(self, rates: Float[Tensor, " r"], known: Bool[Tensor, " r"]) -> None:
-        """Take in squared errors of a call's rows, see `rate`.
+        """Record the measured rates of a call.
 
         Args:
-            rates: of a context, rows being samples or several rows for each of them.
+            rates: rates of one context as in `rate`; rows are samples, or several rows for each sample.
             known: rows that were measured.
         """
         samples = len(self.rate)

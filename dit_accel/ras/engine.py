@@ -1,4 +1,4 @@
-"""`RegionAdaptiveSampling`: decides per call which tokens run, if any, and completes what did not."""
+"""`RegionAdaptiveSampling`: decides in each call which tokens run, and forecasts the output of the others."""
 
 import math
 from collections.abc import Collection
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dit_accel.config import RASConfig
-from dit_accel.models import Call, Focus, TokenOrder, joint_index
+from dit_accel.models import Call, TokenOrder, TokenSelection, joint_index
 from dit_accel.ras.compatibility import step_cache_of
 from dit_accel.ras.context import ContextState
 from dit_accel.ras.control import ErrorControl
@@ -30,8 +30,8 @@ OUTSIDE = "no sampling loop drives this call"
 TOO_WRONG = "predicted error above the tolerance"
 
 
-class RegionAdaptiveSampling(Method, Focus):
-    """RAS of one transformer (arXiv 2502.10389); what the hooks of a family see as `Focus`.
+class RegionAdaptiveSampling(Method, TokenSelection):
+    """Region-adaptive sampling of one transformer (arXiv 2502.10389), and its token selection.
 
     Args:
         config: settings.
@@ -40,28 +40,28 @@ class RegionAdaptiveSampling(Method, Focus):
     name = "ras"
     keeps_activations = True
     may_answer = True
-    focus_rank = 1
+    selection_rank = 1
 
     def __init__(self, config: RASConfig) -> None:
         self.config = config
-        # Without partial steps only whole outputs are kept: nothing of the model has to be known.
+        # Without partial steps only whole outputs are cached, which needs no facts about the model.
         self.uses_attention = self.needs_family = config.has_partial_steps
         self.stores = Stores({}, config)
         self.others: tuple[Method, ...] = ()
-        """The other methods on the transformer, whose token order and tiles are followed."""
+        """Other methods on the transformer, which may prefer a token order and a tile size."""
         self.separate_guidance = False
         self.channel_axis = 1
         self.state = RunState()
         self._finish_call()
 
     @property
-    def focus(self) -> Focus | None:  # type: ignore[override]
+    def selection(self) -> TokenSelection | None:  # type: ignore[override]
         return self if self.config.has_partial_steps else None
 
     def check(self, transformer: nn.Module, others: Collection[Method]) -> None:
         if cache := step_cache_of(transformer):
             raise ValueError(
-                f"ras: a step cache of diffusers is on ({cache}), and both decide what a step computes; call "
+                f"ras: a step cache of diffusers is on ({cache}), which also skips computations of steps; call "
                 "transformer.disable_cache() or remove its hooks first"
             )
         beside = [x.name for x in others if x.uses_attention]
@@ -93,10 +93,10 @@ class RegionAdaptiveSampling(Method, Focus):
         self._places: Tensor | None = None
         self._flat: Tensor | None = None
         self._distance: Distance | None = None
-        """None where nothing is kept in this call."""
+        """Distance of this call to the last updates of its tokens; None if nothing is cached in this call."""
         self._same: Tensor | None = None
         self._rows: Tensor | None = None
-        """Rows `[R, 1]` that are updated in this call; None: all."""
+        """Rows that are updated in this call, bool `[R, 1]`; None: all rows."""
         self._record: StepRecord = None  # type: ignore[assignment]
 
     @property
@@ -119,7 +119,7 @@ class RegionAdaptiveSampling(Method, Focus):
 
     @property
     def kv_bytes(self) -> int:
-        """Most that cached keys and values took in the current or last run."""
+        """Largest number of bytes of cached keys and values in the current or last run."""
         return self.state.kv_bytes
 
     # A call ---------------------------------------------------------------------------------------
@@ -128,20 +128,20 @@ class RegionAdaptiveSampling(Method, Focus):
         self.state = run.states[self.name] = RunState()
 
     def begin_call(self, run: Run, call: Call) -> Any:
-        """Decide what this call runs on.
+        """Decide on which tokens this call runs.
 
         Returns:
-            The forecast of a forecast step, in the form of the transformer's last return value; else None.
+            The forecast, if the transformer is not to run, with the type of the last return value; else None.
 
         Raises:
             RuntimeError: gradients are on.
-            ValueError: the noise levels of the scheduler are not known.
+            ValueError: the scheduler has no noise levels.
         """
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "ras: gradients are on, and cached tokens have none: run under torch.no_grad(), or disable() first"
+                "ras: gradients are on, and cached values have no gradients: run under torch.no_grad(), or disable() first"
             )
-        self._finish_call()  # Ctrl-C in the middle of a call skips the hook that ends it
+        self._finish_call()  # after Ctrl-C, the end of the last call may have been skipped
         self.state = run.states[self.name]
         self.call = call
         if run.in_loop:
@@ -150,7 +150,7 @@ class RegionAdaptiveSampling(Method, Focus):
         return None
 
     def _begin_outside(self, run: Run, call: Call) -> None:
-        """All tokens, and nothing is kept: which step this is cannot be known."""
+        """Run on all tokens and cache nothing, because the step is not known."""
         device = call.hidden_states.device
         self.context = ContextState((), None)
         self._order = self._order_of(call.grid, device)
@@ -173,10 +173,10 @@ class RegionAdaptiveSampling(Method, Focus):
         if plan.schedule.has_partial_steps:
             plan.observe(step, call.noisy_latents, self.config.selection)
         level = None if plan.levels is None else plan.levels[step]
-        plan.selection.begin_step(step, plan.metric, level)
+        plan.tile_selection.begin_step(step, plan.metric, level)
         control = plan.control if plan.off is None else None
         if control is not None and level is not None:
-            control.begin_step(step, level, dense=plan.selection.tiles is None)
+            control.begin_step(step, level, dense=plan.tile_selection.tiles is None)
 
         geometry = (tuple(latents.shape), grid, latents.dtype, latents.device, call.form)
         state: ContextState | None = run.context.states.get(self.name)
@@ -185,8 +185,8 @@ class RegionAdaptiveSampling(Method, Focus):
             state = run.context.states[self.name] = ContextState(geometry, call.epoch)
         self.context = state
 
-        selection, tiles = plan.selection, plan.selection.tiles
-        # The tokens of a row share their noise levels unless some of them run alone.
+        selection, tiles = plan.tile_selection, plan.tile_selection.tiles
+        # Without partial steps, all tokens of a row are updated together.
         shape = (rows, tokens if plan.schedule.has_partial_steps else 1)
         forecast = plan.off is None and tiles is not None and tiles.shape[1] == 0
         if forecast and not fresh and (control is None or not control.any):
@@ -212,7 +212,7 @@ class RegionAdaptiveSampling(Method, Focus):
             every = tile_tokens(tokens, plan.schedule.tile, latents.device)
             chosen = every[tiles].flatten(1)
             if tiles.shape[1] == plan.schedule.num_tiles:
-                # A short last tile repeats a token, which no step on all tokens needs.
+                # The last tile may repeat a token to be complete, which is not needed if all tiles run.
                 chosen = chosen[:, :tokens]
             self._places = for_rows(chosen, rows)
             self._flat = _flat(self._places, tokens)
@@ -226,14 +226,14 @@ class RegionAdaptiveSampling(Method, Focus):
         return None
 
     def _raster(self, at: Distance) -> Distance:
-        """Distances of tokens in raster order, from the order in which they run; one for each row stays as it is."""
+        """Return distances in raster order, from the order in which tokens run. One distance per row stays the same."""
         order = self._order
         if order is None or at.gap.shape[1] == 1:
             return at
         return Distance(*(order.undo(x) for x in (at.factor, at.same, at.gap)))
 
     def end_call(self, run: Run, call: Call, output: Any) -> Any:
-        """Complete the output and keep it; after the last call, or a failure, give memory back."""
+        """Complete the output and cache it. After the last call, or after a failure, free the caches."""
         if output is None:
             run.forget(self.name)
             self.begin_run(run)
@@ -244,12 +244,12 @@ class RegionAdaptiveSampling(Method, Focus):
         return completed
 
     def _keep(self, run: Run, output: Any) -> Any:
-        """Keep what the transformer returned. Return it completed and corrected, if there is anything to do."""
+        """Cache the output. Return the completed and corrected output; None if it is unchanged."""
         assert self._distance is not None
         assert self.plan is not None
         sample, state, plan = sample_of(output), self.context, self.plan
         if sample is None:
-            plan.off = f"the transformer returned {type(output).__name__}, not one tensor"
+            plan.off = f"the transformer returned {type(output).__name__}, not a single tensor"
             return None
         if state.outputs is None:
             grid = self.call.grid if plan.schedule.has_partial_steps else None
@@ -271,7 +271,7 @@ class RegionAdaptiveSampling(Method, Focus):
             plan.intervals[run.step],
             active,
             repeats=run.repeats,
-            measure=plan.control is not None or plan.selection.wants_errors,
+            measure=plan.control is not None or plan.tile_selection.wants_errors,
         )
         if errors is not None:
             errors = errors * (errors.shape[1] / sample[0].numel())
@@ -282,22 +282,24 @@ class RegionAdaptiveSampling(Method, Focus):
         return None if complete is sample else state.returned.fill(complete)
 
     def _measure(self, errors: Float[Tensor, "r n"], active: Bool[Tensor, "r n"] | None) -> None:
-        """Tell the selection how wrong the forecasts of this call were."""
+        """Give the errors of this call's forecasts to the tile selection."""
         assert self._distance is not None
         assert self.plan is not None
         gap, plan = self._distance.gap, self.plan
         known = torch.ones_like(errors, dtype=torch.bool) if active is None else active
         if self._order is not None:
             errors, known = self._order.apply(errors), self._order.apply(known)
-        known = known & (gap > 0)  # a second call at the same noise level measures nothing
+        known = known & (
+            gap > 0
+        )  # a second call at the same noise level has no forecast to measure
         rates = torch.where(known, errors.double() / gap.double().square().clamp(min=1e-20), 0)
         if not self.separate_guidance:
             rates = _guidance_together(rates, self.call.noisy_latents)
         members = tile_tokens(rates.shape[1], plan.schedule.tile, rates.device)
-        plan.selection.measure(rates[:, members].mean(-1), known[:, members].any(-1))
+        plan.tile_selection.measure(rates[:, members].mean(-1), known[:, members].any(-1))
 
     def _measure_rows(self, control: ErrorControl, errors: Float[Tensor, " r"]) -> None:
-        """Tell the error control how wrong the forecasts of this call were, as squared relative errors."""
+        """Give the squared relative errors of this call's forecasts to the error control."""
         assert self._distance is not None
         gap = self._distance.gap[:, 0].double()
         known = gap > 0
@@ -358,7 +360,7 @@ class RegionAdaptiveSampling(Method, Focus):
         if known is not None and known.fits(run, call):
             return known
         if known is not None:
-            run.forget(self.name)  # what was cached fits another plan
+            run.forget(self.name)  # the caches belong to the former plan
         guidance = bool(getattr(run.pipe, "do_classifier_free_guidance", True))
         device = call.hidden_states.device
         return make_plan(
@@ -404,7 +406,7 @@ class RegionAdaptiveSampling(Method, Focus):
             record.active = min(record.active, self._places.shape[1])
 
     def _open(self, level: Float[Tensor, ""], shape: tuple[int, int], repeats: bool) -> None:
-        """Note what this call updates, and point every store at what this context has cached."""
+        """Record what this call updates, and point the stores at the caches of this context."""
         assert self.plan is not None
         distance = self._distance = self.context.begin(level, self._places, shape, self._rows)
         self._same = distance.same if repeats else None
@@ -413,7 +415,7 @@ class RegionAdaptiveSampling(Method, Focus):
 
     @property
     def _damped(self) -> Float[Tensor, "r n"]:
-        """How far keys and values are extrapolated: as far as the output."""
+        """Extrapolation factor of keys and values: the same as that of the output."""
         assert self._distance is not None
         outputs, factor = self.context.outputs, self._distance.factor
         if outputs is None or outputs.predictor != "fitted":
@@ -429,7 +431,7 @@ class RegionAdaptiveSampling(Method, Focus):
         same: Float[Tensor, "r l"] | None,
         text: int | None = 0,
     ) -> None:
-        """Point the stores of this layout at what the context has cached, see `Stores.point`."""
+        """Point the stores of this layout at the caches of the context, see `Stores.point`."""
         assert self.plan is not None
         latents = self.call.hidden_states
         self.stores.point(
@@ -446,7 +448,7 @@ class RegionAdaptiveSampling(Method, Focus):
         )
 
     def masks(self, sample: int = 0) -> dict[int, Tensor]:
-        """Active tokens of one sample, bool `[t, h, w]`, in each step of the last run that left tokens out."""
+        """Return the active tokens of one sample, bool `[t, h, w]`, for each partial step of the last run."""
         masks: dict[int, Tensor] = {}
         plan = self.plan
         if plan is None:
@@ -461,10 +463,10 @@ class RegionAdaptiveSampling(Method, Focus):
             masks[step] = mask.view(plan.key[1]).cpu()
         return masks
 
-    # What the hooks of a family call (see `Focus`) --------------------------------------------------
+    # TokenSelection -------------------------------------------------------------------------------------------
 
     def fill(self, x: Float[Tensor, "r n c"]) -> Float[Tensor, "r l c"]:
-        """Outputs of the active tokens at their places in raster order, 0 elsewhere (`end_call` fills that in)."""
+        """Return the outputs of the active tokens in raster order, 0 for other tokens. `end_call` fills in the forecasts."""
         if self._places is None:
             return x if self._order is None else self._order.undo(x)
         assert self.index is not None
@@ -472,7 +474,7 @@ class RegionAdaptiveSampling(Method, Focus):
         return full.scatter_(1, self.index[..., None].expand(-1, -1, x.shape[2]), x)
 
     def place(self, layout: str, length: int, offsets: list[int]) -> Tensor | None:
-        """See `Focus.place`."""
+        """Set the positions of the image tokens, and connect the stores of the layout to the caches of the context."""
         tokens = math.prod(self.call.grid)
         if self._distance is not None:
             factor = _placed(self._damped, length, offsets)
@@ -487,7 +489,7 @@ class RegionAdaptiveSampling(Method, Focus):
 
 
 def _share(call: Call, share: float) -> float:
-    """Cost of a call on this share of its image tokens, over that of a dense one."""
+    """Return the cost of a call on a share of its image tokens, divided by the cost of a dense call."""
     tokens = math.prod(call.grid)
     return share if call.flops is None else call.flops(round(share * tokens)) / call.flops(tokens)
 
@@ -495,7 +497,7 @@ def _share(call: Call, share: float) -> float:
 def _guidance_together(x: Float[Tensor, "r n"], latents: Float[Tensor, "r ..."]) -> Tensor:
     """Give both halves of guidance the sum of their values.
 
-    They are one batch of equal latents. Whether they are is compared on the device: nothing waits for it.
+    The halves are one batch with equal latents. This is compared on the device, without waiting for it.
     """
     rows = len(x)
     if rows % 2 or len(latents) != rows:
@@ -507,7 +509,7 @@ def _guidance_together(x: Float[Tensor, "r n"], latents: Float[Tensor, "r ..."])
 
 
 def _placed(x: Float[Tensor, "r n"], length: int, offsets: list[int]) -> Float[Tensor, "r l"]:
-    """Values of image tokens at their places in longer sequences, 0 elsewhere."""
+    """Return values of image tokens at their positions in longer sequences, 0 elsewhere."""
     longer = x.new_zeros(x.shape[0], length)
     for row, start in enumerate(offsets):
         longer[row, start : start + x.shape[1]] = x[row]
@@ -515,5 +517,5 @@ def _placed(x: Float[Tensor, "r n"], length: int, offsets: list[int]) -> Float[T
 
 
 def _flat(index: Int[Tensor, "r n"], length: int) -> Int[Tensor, " rn"]:
-    """The index into rows laid end to end."""
+    """Return the index into the concatenated rows."""
     return (index + torch.arange(len(index), device=index.device)[:, None] * length).flatten()

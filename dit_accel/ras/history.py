@@ -1,4 +1,4 @@
-"""`History`: the last value of every token and how it changed, in static buffers written in place."""
+"""`History`: last value and last change of each token, in static buffers that are written in place."""
 
 import torch
 from jaxtyping import Float, Int
@@ -12,10 +12,10 @@ FP8_MAX = 448.0
 
 
 class Full:
-    """Values as they are."""
+    """Buffer of values in their own dtype."""
 
     def __init__(self, tokens: int, shape: tuple[int, ...], like: Tensor) -> None:
-        # Zeros, not empty memory: a difference to what was never written must stay finite.
+        # Zeros and not empty memory, so that differences to values that were never written are finite.
         self.data = like.new_zeros(tokens, *shape)
 
     def write(self, x: Float[Tensor, "t ..."]) -> None:
@@ -36,10 +36,10 @@ class Full:
 
 
 class Fp8:
-    """Values as 8-bit floats (e4m3), one fp32 scale for each token's last axis."""
+    """Buffer of 8-bit floats (e4m3), with one fp32 scale per token and head."""
 
     def __init__(self, tokens: int, shape: tuple[int, ...], like: Tensor) -> None:
-        # Held as bytes: index_copy_ knows no 8-bit floats.
+        # Stored as bytes, because index_copy_ does not support 8-bit floats.
         self.data = like.new_zeros(tokens, *shape, dtype=torch.uint8)
         self.scale = like.new_zeros(tokens, *shape[:-1], 1, dtype=torch.float32)
         self.dtype = like.dtype
@@ -77,13 +77,13 @@ BUFFERS: dict[str, type[Full] | type[Fp8]] = {"full": Full, "fp8": Fp8}
 
 
 class History:
-    """What every token last was, and (if `linear`) what changed between its last two updates.
+    """Last value of each token and, if `linear`, its change between the last two updates.
 
     Args:
-        rows, length: tokens are stored flat, `rows * length` of them.
-        shape: of one token.
-        like: decides dtype and device.
-        linear: keep the change, twice the memory.
+        rows, length: number of rows and of tokens in a row. Tokens are stored flat.
+        shape: shape of a token.
+        like: tensor of the same dtype and device.
+        linear: whether to store the change, which doubles the memory.
         policy: "full" or "fp8".
     """
 
@@ -103,11 +103,12 @@ class History:
         self.exact = policy == "full"
 
     def replace(self, x: Float[Tensor, "r l ..."], same: Float[Tensor, " t"] | None = None) -> None:
-        """Every token is new.
+        """Update every token.
 
         Args:
-            same: 1 for tokens whose last update had the same noise level, 0 for the others; None if
-                there can be none. Their change still spans the interval before.
+            x: new values.
+            same: 1 for tokens whose last update had the same noise level, else 0; None if there are none. The change of
+                these tokens keeps spanning the interval before.
         """
         x = x.flatten(0, 1)
         if self.delta is not None:
@@ -124,11 +125,17 @@ class History:
         factor: Float[Tensor, " t"],
         same: Float[Tensor, " t"] | None = None,
     ) -> Float[Tensor, "r l ..."]:
-        """The tokens `index` (flat) are new; returns all, the others predicted.
+        """Update some tokens. Return all tokens, with predicted values for the others.
 
-        The result may be the buffer itself: it holds until the next update.
+        The result may be the buffer itself, so it is valid until the next update.
+
+        Args:
+            x: new values.
+            index: the updated tokens, in the concatenated rows.
+            factor: extrapolation factor of each token.
+            same: as in `replace`.
         """
-        # Sizes are read from x, not kept: a compiled block then serves every length.
+        # Sizes are read from x, so that a compiled block serves every length.
         size = (x.shape[0], -1, *x.shape[2:])
         x = x.flatten(0, 1)
         if self.delta is None:
@@ -155,14 +162,14 @@ def _wide(x: Tensor, like: Tensor) -> Tensor:
 
 
 class KVStore:
-    """The `kv_store` seam of one attention module: fresh keys and values in, those of all tokens out.
+    """Seam `kv_store` of an attention module: from keys and values of the tokens that run to those of all tokens.
 
-    What it works on is set before each transformer call, outside of compiled blocks.
+    The caches are set before each transformer call, outside of compiled blocks.
 
     Attributes:
-        feature_map: if set, linear attention needs sums over image keys. Where keys are held, the store
-            keeps them up to date: new minus old of the tokens that changed.
-        totals: these sums, for the call in progress; None: nobody keeps them.
+        feature_map: feature map of linear attention; None if no method needs sums over image keys. While keys are
+            cached, the store updates the sums by new minus old values of the tokens that run.
+        totals: these sums for the call in progress; None if they are not kept.
     """
 
     def __init__(self) -> None:
@@ -170,7 +177,7 @@ class KVStore:
         self.close()
 
     def close(self) -> None:
-        """Passes everything through from now on."""
+        """Disconnect the caches, so that keys and values pass through unchanged."""
         self.k: History | None = None
         self.v: History | None = None
         self.index: Tensor | None = None
@@ -188,14 +195,14 @@ class KVStore:
         totals: LinearState | None = None,
         text: int = 0,
     ) -> None:
-        """Work on this context's histories.
+        """Connect the caches of a context.
 
         Args:
-            kv: of keys and of values.
-            index: tokens that come fresh, in rows laid end to end; None: all of them.
-            factor, same: see `History`.
-            totals: sums over the image keys in `kv`, to be kept up to date.
-            text: tokens before the image in each row, which are no part of the sums.
+            kv: histories of keys and of values.
+            index: tokens that run, in the concatenated rows; None: all tokens.
+            factor, same: see `History.update`.
+            totals: sums over the image keys in `kv`, to be updated.
+            text: number of tokens before the image in each row, which are not in the sums.
         """
         self.k, self.v = kv
         self.index, self.factor, self.same = index, factor, same
@@ -213,7 +220,7 @@ class KVStore:
                 self.totals.set_(self._image(k), self._image(v))
             return k, v
         if self.totals is not None:
-            # A short last tile repeats a token, which must change the sums only once.
+            # The last tile may repeat a token, which must change the sums only once.
             again = (self.index == self.index.roll(1)).view(len(k), -1, 1, 1)
             old: list[Tensor] = []
             for new, history in ((k, self.k), (v, self.v)):

@@ -1,4 +1,4 @@
-"""`noise_levels`: share of noise of each step of a run."""
+"""`noise_levels`: share of noise in the latents at each step of a run."""
 
 from collections.abc import Mapping
 
@@ -11,13 +11,13 @@ from dit_accel.runtime.run import Run
 
 
 def noise_levels(run: Run) -> Float[Tensor, " steps_and_end"] | None:
-    """Return s of x = (1 - s) * signal + s * noise, up to a factor, for each step of a run and for its end.
+    """Return the noise level s of each step of a run and of its end.
 
-    Flow matching has these numbers as `sigmas`. Other schedulers have sigma = noise / signal, as `sigmas` or through
-    `alphas_cumprod`; then s = sigma / (1 + sigma).
+    Latents are (1 - s) * signal + s * noise, up to a factor. `sigmas` of flow matching are these levels. Other schedulers
+    have sigma = noise / signal, as `sigmas` or through `alphas_cumprod`; then s = sigma / (1 + sigma).
 
     Returns:
-        Numbers in [0, 1], fp32, on the CPU; None if they are not known.
+        Levels in [0, 1], fp32, on the CPU; None if they are not known.
     """
     steps = run.num_steps
     if steps is None:
@@ -31,7 +31,7 @@ def noise_levels(run: Run) -> Float[Tensor, " steps_and_end"] | None:
         sigmas = ((1 - kept) / kept.clamp(min=1e-12)).sqrt()
     if sigmas is None or len(sigmas) < steps:
         return None
-    # numpy, because a number that torch reads counts as waiting for a device.
+    # numpy, because reading a number from a torch tensor counts as a device sync.
     levels = sigmas[: steps + 1].detach().float().cpu().numpy()
     if len(levels) == steps:
         levels = np.append(levels, np.float32(0))

@@ -1,4 +1,4 @@
-"""Bytes that region-adaptive sampling takes, and bytes that are free."""
+"""Memory of region-adaptive sampling: bytes of its caches, and free bytes."""
 
 import math
 from dataclasses import dataclass
@@ -10,41 +10,50 @@ from dit_accel.models import AttentionLayer
 from dit_accel.ras.history import BUFFERS
 
 WORKING = 32
-"""Numbers per token and model width that a call of the transformer itself needs at its peak."""
+"""Peak memory of a transformer call, in numbers per token and channel."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one attention layer has to keep."""
+    """Sizes of the cache of one attention layer."""
 
     tokens: int
     kv_heads: int
     head_dim: int
     width: int
-    """Of the model's hidden states."""
+    """Number of channels of the model's hidden states."""
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What will be kept in a run."""
+    """Caches of a run and their sizes in bytes."""
 
     linear_kv: bool
-    """Whether keys and values are extrapolated, which takes twice the memory."""
+    """True if keys and values are extrapolated, which doubles their memory."""
     kv_bytes: int
-    """Cached keys and values of all contexts."""
+    """Bytes of cached keys and values, all contexts together."""
     working_bytes: int
-    """What a call of the transformer takes beside them."""
+    """Bytes that a call of the transformer needs in addition."""
     free_bytes: int
+    """Free bytes of the device."""
 
     @property
     def fits(self) -> bool:
+        """True if the caches and a call fit into the free memory."""
         return self.kv_bytes + self.working_bytes <= self.free_bytes
 
 
 def cached_layers(
     layers: dict[str, AttentionLayer], tokens: int, text: int, sharing: int = 1
 ) -> list[Layer]:
-    """Return the tokens and heads that each layer keeps, with this many processes that share the heads."""
+    """Return the sizes of each layer's cache.
+
+    Args:
+        layers: self-attention layers by name.
+        tokens: number of image tokens.
+        text: number of text tokens.
+        sharing: number of processes that split the heads.
+    """
     return [
         Layer(
             tokens=tokens + (0 if x.layout == "image" else text),
@@ -57,7 +66,7 @@ def cached_layers(
 
 
 def bytes_per_token(kv_heads: int, head_dim: int, itemsize: int, policy: str) -> float:
-    """Cached keys and values of one token in one layer."""
+    """Return the bytes of cached keys and values of one token in one layer."""
     if policy not in BUFFERS:
         raise ValueError(f"policy={policy!r}: accepted are {', '.join(BUFFERS)}")
     if policy == "fp8":
@@ -75,16 +84,16 @@ def plan_cache(
     itemsize: int,
     free: int,
 ) -> CachePlan:
-    """What a run keeps; with kv_predictor="auto", extrapolation is given up where only that helps.
+    """Return the caches of a run. With kv_predictor="auto", do not extrapolate if the memory is too small for it.
 
     Args:
-        config: what is asked for.
-        num_steps: of the run.
-        layers: all self-attention layers.
-        rows: of one call of the transformer.
-        contexts: calls of a step, each of which has its own cache.
+        config: settings.
+        num_steps: number of steps of the run.
+        layers: sizes of all self-attention layers.
+        rows: number of rows in a call of the transformer.
+        contexts: number of calls in a step; each has its own cache.
         itemsize: bytes of a number in the model's dtype.
-        free: see `free_bytes`.
+        free: free bytes of the device, see `free_bytes`.
     """
     one = sum(
         x.tokens * bytes_per_token(x.kv_heads, x.head_dim, itemsize, config.kv_cache)
@@ -104,10 +113,10 @@ def plan_cache(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that an allocation on this device can still get."""
+    """Return the bytes that can still be allocated on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch holds without using it serves new tensors first.
+        # Memory that torch has reserved without using it is free too.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     import psutil
 

@@ -1,4 +1,4 @@
-"""`Outputs`: the last output of one context, and the forecast of the next."""
+"""`Outputs`: last output of a context, and forecasts of the next one."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from dit_accel.ras.predictor import DAMPING, FORGET, LARGEST_CORRECTION, Distanc
 
 @dataclass(frozen=True)
 class Owed:
-    """Sums over the steps in which a token was forecast, since it last ran; `[R, n]` each."""
+    """Sums over the steps in which a token was forecast since it last ran, `[R, n]` each."""
 
     gaps: Tensor
     """Sum of interval times difference of noise levels to the last update."""
@@ -22,22 +22,23 @@ class Owed:
 
 
 class Outputs:
-    """The last complete output of a context, and how each of its tokens changed between its last two updates.
+    """Last complete output of a context, and the change of each token between its last two updates.
 
-    The forecast is y_a + g f (y_a - y_b): y_a and y_b are the last two outputs of a token, f is the
-    `extrapolation_factor`, and g in [0, 1] damps the line. With "fitted", g is the factor that would have been best in
-    the steps so far, later ones counting more: one number for each row, so that a batch gives what single runs give.
+    The forecast is y_a + g f (y_a - y_b). y_a and y_b are the last two outputs of a token, f is the
+    `extrapolation_factor`, and g in [0, 1] damps the extrapolation. With "fitted", g is the least-squares factor of the
+    steps so far, with larger weights for later steps. There is one g for each row, so that a batch gives the results of
+    single runs.
 
-    When a token runs again, the straight line between its last two outputs tells what the forecasts in between should
-    have been. The solver has moved the latents by the sum of interval times error too far. `record` adds this sum,
-    times `correction`, over the interval of its own step to the output that it returns, so that this step makes up
-    for it. What is kept is the output as it came.
+    When a token runs again, the line between its last two outputs shows the errors of the forecasts in between. They
+    have moved the latents by the sum of interval times error. `record` corrects this: it adds the sum, times
+    `correction` and divided by the interval of its own step, to the output that it returns. The cached output is not
+    corrected.
 
     Args:
         predictor: "fitted", "linear" (g = 1) or "hold" (g = 0).
-        correction: share of the error of earlier steps that an output makes up for. 1 is exact for Euler's method;
-            solvers with a memory use an output in later steps too.
-        grid: image tokens (t, h, w), where factors differ between tokens. None: one factor for each row.
+        grid: number of image tokens along (t, h, w), if factors differ between tokens. None: one factor for each row.
+        correction: share of the error of earlier steps that is corrected. 1 is exact for Euler's method. Multistep
+            solvers use an output in later steps too.
         channel_axis: axis of the channels in outputs with a grid, see `Family.channel_axis`.
     """
 
@@ -56,18 +57,18 @@ class Outputs:
         self.last: Tensor | None = None
         self.delta: Tensor | None = None
         self._line: Tensor | None = None
-        """Sum over updates of <f delta, change>, `[R]`."""
+        """Weighted sum over updates of <f delta, change>, `[R]`."""
         self._square: Tensor | None = None
-        """Sum of |f delta|^2."""
+        """Weighted sum over updates of |f delta|^2, `[R]`."""
         self._owed: Owed | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the kept outputs."""
+        """Bytes of the cached outputs."""
         return sum(x.nbytes for x in (self.last, self.delta) if x is not None)
 
     def damping(self) -> Float[Tensor, " r"]:
-        """Return g of each row."""
+        """Return the damping g of each row."""
         assert self.last is not None
         rows = self.last.shape[0]
         if self.predictor != "fitted":
@@ -82,17 +83,17 @@ class Outputs:
         """Return the forecast of a step in which no token runs.
 
         Args:
-            at: distance of the step to the updates before, in raster order; `n` is 1 without a grid.
-            interval: difference of noise levels that the solver bridges with this output.
+            at: distance of the step to the last updates, in raster order; `n` is 1 without a grid.
+            interval: difference of noise levels of the solver step that uses this output.
         """
         self._owe(at, interval, None)
         return self.forecast(at.factor)
 
     def forecast(self, factor: Float[Tensor, "r n"]) -> Tensor:
-        """Return the output of all tokens, `[R, ...]`, in memory of its own.
+        """Return the forecast of all tokens, `[R, ...]`, as a new tensor.
 
         Args:
-            factor: how far each token's line is followed, in raster order; `n` is 1 without a grid.
+            factor: extrapolation factor of each token, in raster order; `n` is 1 without a grid.
         """
         assert self.last is not None
         if self.delta is None or self.predictor == "hold":
@@ -110,20 +111,20 @@ class Outputs:
         repeats: bool = False,
         measure: bool = False,
     ) -> tuple[Tensor, Float[Tensor, "r n"] | None]:
-        """Take in the output of a call.
+        """Record the output of a call.
 
         Args:
-            output: `[R, ...]`, with a grid `[R, C, (t,) h, w]`, `[R, t, C, h, w]` or tokens `[R, n, C]`; tokens that
-                did not run may hold anything.
+            output: `[R, ...]`; with a grid `[R, C, (t,) h, w]`, `[R, t, C, h, w]` or tokens `[R, n, C]`. Values of tokens
+                that did not run are ignored.
             at, interval: as in `answer`.
             active: tokens that ran; None: all.
-            repeats: whether tokens may have had their last update at this very noise level. Their change still
-                spans the interval before.
-            measure: whether to measure the forecast.
+            repeats: whether tokens may have been updated at this noise level before. The change of such tokens keeps
+                spanning the interval before.
+            measure: whether to measure the error of the forecast.
 
         Returns:
-            The complete output, corrected; and the squared error of each token's forecast, over the mean square of the row's
-            output. None if it is not measured, or if there was no forecast.
+            (complete, errors): the complete, corrected output; and the squared error of each token's forecast, divided by
+            the mean square of the row's output. The errors are None if they are not measured or there was no forecast.
         """
         if self.last is None:
             self.last = output.clone()  # the caller may write into it
@@ -151,7 +152,7 @@ class Outputs:
     def _owe(
         self, at: Distance, interval: Float[Tensor, ""], active: Bool[Tensor, "r n"] | None
     ) -> None:
-        """Note that the tokens that are not active were forecast."""
+        """Add a forecast of the tokens that are not active to the sums."""
         if not self.correction:
             return
         damped = at.factor * self.damping().to(at.factor.dtype)[:, None]
@@ -174,7 +175,7 @@ class Outputs:
         interval: Float[Tensor, ""],
         active: Bool[Tensor, "r n"] | None,
     ) -> Tensor:
-        """Return the output with what it has to make up for, and forget that for the tokens that ran."""
+        """Return the output with the correction of earlier forecasts. Reset the sums of the tokens that ran."""
         owed = self._owed
         if owed is not None:
             least = owed.intervals / LARGEST_CORRECTION
@@ -207,7 +208,7 @@ class Outputs:
         moved = None
         if ran is not None:
             line = line * ran.expand_as(self.last).flatten(1)  # type: ignore[arg-type]
-            moved = ran.flatten(1).any(1)  # a row in which nothing ran keeps its sums
+            moved = ran.flatten(1).any(1)  # rows in which no token ran keep their sums
         new = (line * change).sum(1), (line * line).sum(1)
         if self._line is None or self._square is None:
             self._line, self._square = new
@@ -220,14 +221,12 @@ class Outputs:
         self._line, self._square = line, square
 
     def _spread(self, x: Tensor) -> Tensor:
-        """Return values of tokens `[R, n]` at the places of the output, one channel of it."""
+        """Return values of tokens `[R, n]` at the positions of the output, with one channel."""
         assert self.last is not None
         shape = self.last.shape
         if self.grid is None:
             return x.view(len(x), *[1] * (len(shape) - 1))
-        if (
-            len(shape) == 3
-        ):  # tokens as the model computes them, which the pipeline turns into latents
+        if len(shape) == 3:  # the output has tokens, which the pipeline turns into latents
             return x[:, :, None]
         x = x.view(len(x), *self.grid)
         sizes = [n for axis, n in enumerate(shape) if axis not in (0, self.channel_axis)]
@@ -237,7 +236,7 @@ class Outputs:
         return x.view(len(x), *sizes).unsqueeze(self.channel_axis)
 
     def _per_token(self, x: Tensor) -> Float[Tensor, "r n"]:
-        """Return the sums over the output's places of each token."""
+        """Return the sum of `x` over the positions of each token."""
         if self.grid is None:
             return x.flatten(1).sum(1, keepdim=True)
         if x.ndim == 3:
@@ -246,5 +245,5 @@ class Outputs:
         if x.ndim == 3:
             x = x[:, None]
         for axis, n in zip((1, 3, 5), self.grid, strict=True):
-            x = x.unflatten(axis, (n, -1))  # ends as [R, t, pt, h, ph, w, pw]
+            x = x.unflatten(axis, (n, -1))  # becomes [R, t, pt, h, ph, w, pw]
         return x.sum((2, 4, 6)).flatten(1)

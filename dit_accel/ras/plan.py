@@ -1,4 +1,4 @@
-"""`RunPlan`: what region-adaptive sampling decides once for a run."""
+"""`RunPlan`: decisions of region-adaptive sampling that are made once for a run."""
 
 import math
 import warnings
@@ -13,56 +13,59 @@ from torch import Tensor
 from dit_accel.config import RASConfig
 from dit_accel.models import AttentionLayer, Call, TokenOrder
 from dit_accel.ras import memory
-from dit_accel.ras.ages import Selection
 from dit_accel.ras.budget import step_intervals, step_weights
 from dit_accel.ras.compatibility import noise_of
 from dit_accel.ras.control import ErrorControl
 from dit_accel.ras.levels import noise_levels
 from dit_accel.ras.schedule import Schedule, plan_steps
 from dit_accel.ras.selection import tile_tokens, token_scores
+from dit_accel.ras.tile_selection import TileSelection
 from dit_accel.runtime.run import Run
 
 DENSE_ONLY = "the schedule has dense steps only"
-"""`RunPlan.off` where no step is left to forecast, or to run on some of the tokens."""
+"""Value of `RunPlan.off` if no step is a forecast or partial step."""
 
 
 @dataclass
 class RunPlan:
-    """Decisions that the calls of one run share; made again if its length or geometry changes."""
+    """Decisions for all calls of a run. They are made again if its length or geometry changes."""
 
     schedule: Schedule
-    selection: Selection
+    tile_selection: TileSelection
     levels: Float[Tensor, " steps_and_end"] | None
-    """Noise levels in [0, 1], see `noise_levels`; None: not known."""
+    """Noise levels in [0, 1], see `noise_levels`; None if they are not known."""
     intervals: Float[Tensor, " steps"]
-    """Difference of noise levels that each step bridges, see `step_intervals`."""
+    """Difference of noise levels of each step, see `step_intervals`."""
     key: tuple
-    """Length, grid and device that all of this fits."""
+    """Number of steps, token grid and device for which the plan was made."""
     order: TokenOrder | None = None
-    """Order in which the tokens run; None: raster. Tiles are runs of tokens in this order."""
+    """Order in which the tokens run; None: raster order. A tile is a range of tokens in this order."""
     control: ErrorControl | None = None
-    """Decides which of the forecast steps of the schedule are dense after all, if there are no partial steps."""
+    """Error control of the forecast steps, if there are no partial steps; None: no error control."""
     off: str | None = None
-    """Reason why RAS is off for the whole run."""
+    """Reason why RAS is off for the whole run; None if it is on."""
     linear_kv: bool = False
+    """True if cached keys and values are extrapolated."""
     extras: dict[str, Any] = field(default_factory=dict)
+    """`TokenSelection.per_run` of the run."""
     latents: Tensor | None = None
-    """Those of the step before, for scores."""
+    """Latents of the step before, for scores."""
     metric: Float[Tensor, "s m"] | None = None
+    """Region metric of each tile, see `token_scores`; None if it is not known yet."""
     observed: int = -1
-    """Step of the last observation."""
+    """Step of the last call of `observe`."""
 
     def observe(self, step: int, latents: Float[Tensor, "s c ..."], kind: str) -> None:
-        """Score how the last step changed the latents: the guided update that was really made.
+        """Compute `metric` from the change of the latents in the last step, after guidance.
 
         Args:
-            step: of the call.
+            step: step of the call.
             latents: noisy latents of the call.
-            kind: `RASConfig.selection`. Nothing happens where it needs no scores.
+            kind: `RASConfig.selection`. Only "std" and "l2norm" need the metric.
         """
         if kind not in ("std", "l2norm") or step == self.observed:
             return
-        latents = for_rows(latents, len(self.selection.age))
+        latents = for_rows(latents, len(self.tile_selection.age))
         if self.latents is not None:
             cells = _by_token(latents.float() - self.latents.float(), self.grid)
             cell = cells.shape[2]
@@ -75,12 +78,12 @@ class RunPlan:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Image tokens (t, h, w)."""
+        """Number of image tokens along (t, h, w)."""
         return self.key[1]
 
     def fits(self, run: Run, call: Call) -> bool:
-        """Return whether a call of this run, with its rows, can follow this plan."""
-        rows, chosen_for = call.hidden_states.shape[0], len(self.selection.age)
+        """Return whether the plan can be used for a call."""
+        rows, chosen_for = call.hidden_states.shape[0], len(self.tile_selection.age)
         return self.key == _key(run, call) and (rows % chosen_for == 0 or chosen_for % rows == 0)
 
 
@@ -95,20 +98,20 @@ def make_plan(
     contexts: int,
     cost: Callable[[float], float],
 ) -> RunPlan:
-    """Return the plan of a run, as its first call shows it.
+    """Return the plan of a run.
 
     Args:
         config: settings.
-        run: a sampling loop.
-        call: its first call, or the first of another geometry.
-        layers: self-attention layers, for the memory that their keys and values take.
-        tile: tokens that are selected together. None: as `config.region` says.
-        order: in which the tokens run. None: raster.
-        contexts: calls of a step, each of which has a cache of its own.
-        cost: from the share of tokens that run to the share of a dense call's cost.
+        run: state of the sampling loop.
+        call: first call of the run, or first call of a new geometry.
+        layers: self-attention layers by name, to compute the size of their caches.
+        tile: number of tokens that are selected together. None: according to `config.region`.
+        order: order in which the tokens run. None: raster order.
+        contexts: number of calls in a step; each has its own cache.
+        cost: function from the share of tokens that run to the share of a dense call's cost.
 
     Raises:
-        ValueError: the noise levels of the scheduler are not known.
+        ValueError: the scheduler has no noise levels.
     """
     device, rows, tokens = (
         call.hidden_states.device,
@@ -126,7 +129,7 @@ def make_plan(
     if levels is None:
         off = "the noise levels of this loop are not known (sigmas)"
     elif noise := noise_of(run.scheduler):
-        # Each step then begins at latents that no earlier output foretells.
+        # The noise changes the latents, so that earlier outputs do not predict later ones.
         off = f"the scheduler adds noise in each step ({noise})"
     schedule = plan_steps(
         config,
@@ -139,7 +142,7 @@ def make_plan(
     weights = [] if levels is None else step_weights(levels.tolist())
     plan = RunPlan(
         schedule,
-        Selection(config, schedule, rows, device, weights),
+        TileSelection(config, schedule, rows, device, weights),
         None if levels is None else levels.to(device),
         torch.tensor(
             [] if levels is None else step_intervals(levels.tolist()),
@@ -178,7 +181,9 @@ def _choose_memory(
     """Decide whether keys and values are extrapolated, and whether they fit at all."""
     device = call.hidden_states.device
     free, sharing = memory.free_bytes(device), 1
-    if call.processes is not None:  # each keeps its own heads, and all do what the fullest can
+    if (
+        call.processes is not None
+    ):  # each process caches its own heads; the smallest free memory decides for all
         free, sharing = call.processes.least(free, device), call.processes.size
     cache = memory.plan_cache(
         config,
@@ -195,32 +200,31 @@ def _choose_memory(
     gib = 2.0**30
     plan.off = "not enough memory for cached keys and values"
     warnings.warn(
-        f"ras: off for this run: cached keys and values need {cache.kv_bytes / gib:.2f} GiB beside "
-        f"{cache.working_bytes / gib:.2f} GiB for the model's own work, {cache.free_bytes / gib:.2f} GiB "
+        f"ras: off for this run: cached keys and values need {cache.kv_bytes / gib:.2f} GiB in addition to "
+        f"{cache.working_bytes / gib:.2f} GiB for a call of the model, and {cache.free_bytes / gib:.2f} GiB "
         f"are free on {device}; kv_cache='fp8' or kv_predictor='hold' need less",
         stacklevel=2,
     )
 
 
 def for_rows(x: Tensor, rows: int) -> Tensor:
-    """Repeat what was found for other rows of the same samples: the halves of guidance have the same latents,
-    so that a batch of both repeats one of them."""
+    """Repeat values of samples for all rows of a call, in which the halves of guidance have the same latents."""
     return x.repeat(max(1, rows // len(x)), *[1] * (x.ndim - 1))[:rows]
 
 
 def _by_token(
     x: Float[Tensor, "s c ..."], grid: tuple[int, int, int]
 ) -> Float[Tensor, "s n cell c"]:
-    """The latent positions of each token."""
+    """Return the latent positions of each token."""
     if x.ndim == 4:
         x = x[:, :, None]
     for axis, (size, n) in enumerate(zip(x.shape[2:], grid, strict=True)):
-        x = x.unflatten(2 + 2 * axis, (n, size // n))  # ends as [S, C, t, pt, h, ph, w, pw]
+        x = x.unflatten(2 + 2 * axis, (n, size // n))  # becomes [S, C, t, pt, h, ph, w, pw]
     return x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4, 6).flatten(1, 3)
 
 
 def compute_dtype(latents: Tensor) -> torch.dtype:
-    """Return the dtype of keys: that of autocast, or that of the latents."""
+    """Return the dtype of keys: the autocast dtype if autocast is on, else the dtype of the latents."""
     kind = latents.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

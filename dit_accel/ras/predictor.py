@@ -1,4 +1,4 @@
-"""What stands in for the tokens that a step leaves out."""
+"""Extrapolation of tokens that do not run in a step."""
 
 from dataclasses import dataclass
 
@@ -7,23 +7,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 CAP = 1.0
-"""Largest extrapolation factor: beyond one interval a line is worse than a constant."""
+"""Largest extrapolation factor. Beyond one interval, a linear forecast is worse than a constant one."""
 DAMPING = 0.5
-"""Damping of a line before anything was fitted: best on the trained models if there is to be one number."""
+"""Damping of the extrapolation before the first fit; the best constant on the trained models."""
 LARGEST_CORRECTION = 4.0
-"""A step makes up for at most so many times its own interval."""
+"""Largest sum of intervals that a step corrects, in units of its own interval."""
 FORGET = 0.5
-"""What the sums of the fit keep from one update to the next."""
+"""Factor of the fit's earlier sums at each update."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a noise level is from each token's last updates. `n` is 1 where all tokens of a row share them."""
+    """Distance of a noise level to each token's last updates. `n` is 1 if all tokens of a row are updated together."""
 
     factor: Float[Tensor, "r n"]
-    """How far each token's line has to be followed."""
+    """Extrapolation factor of each token, see `extrapolation_factor`."""
     same: Float[Tensor, "r n"]
-    """1 for tokens whose last update had this very noise level, else 0."""
+    """1 for tokens whose last update had this noise level, else 0."""
     gap: Float[Tensor, "r n"]
     """Difference of noise levels to the last update."""
 
@@ -33,7 +33,7 @@ def extrapolation_factor(
     last: Float[Tensor, "s n"],
     previous: Float[Tensor, "s n"],
 ) -> Float[Tensor, "s n"]:
-    """(sigma - last) / (last - previous) in [0, CAP]; 0 where a token has one update only.
+    """Return (sigma - last) / (last - previous), clamped to [0, CAP]; 0 for tokens with a single update.
 
     Args:
         sigma: noise level of this step.
@@ -47,6 +47,6 @@ def extrapolation_factor(
 def extrapolate(
     last: Float[Tensor, "r n ..."], delta: Float[Tensor, "r n ..."], factor: Float[Tensor, "r n"]
 ) -> Float[Tensor, "r n ..."]:
-    """last + factor * delta, delta being the change between a token's last two updates."""
+    """Return last + factor * delta; delta is the change between a token's last two updates."""
     factor = factor.reshape(*factor.shape, *[1] * (last.ndim - 2)).to(last.dtype)
     return torch.addcmul(last, factor, delta)

@@ -1,4 +1,4 @@
-"""`RunState`: what region-adaptive sampling keeps for one run, and its summary."""
+"""`RunState`: state of region-adaptive sampling for one run; `summarise`: the summary of it."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,40 +16,43 @@ class StepRecord:
     """Record of one step of a run."""
 
     active: int
-    """Image tokens that ran, the least over its calls."""
+    """Number of image tokens that ran; the minimum over the calls of the step."""
     tokens: int
+    """Number of image tokens in all."""
     prompt: int
-    """Text tokens of a call, with padding."""
+    """Number of text tokens of a call, with padding."""
     text: int
-    """Those that the layers see."""
+    """Number of text tokens in the sequences of the layers."""
     token_flops: float
-    """`Call.token_flops` of its calls."""
+    """`Call.token_flops` of the calls."""
     tiles: Tensor | None
-    """Active tiles `[S, count]`; None on a dense step, none on a forecast step."""
+    """Active tiles `[S, count]`; None in a dense step, count 0 in a forecast step."""
     oldest: Tensor
     """Largest age after the step, in steps."""
     calls: int = 0
+    """Number of calls."""
     fresh: int = 0
-    """Calls that computed what is kept for their context."""
+    """Number of calls that were the first of their context."""
     forecasts: int = 0
-    """Calls that were left out."""
+    """Number of calls in which the transformer did not run."""
     dense_calls: Counter[str] = field(default_factory=Counter)
-    """Dense calls, by reason."""
+    """Number of dense calls by reason."""
 
 
 @dataclass
 class RunState:
-    """State that is kept for one run."""
+    """State of one run."""
 
     steps: dict[int, StepRecord] = field(default_factory=dict)
+    """Record of each step by its index."""
     plan: RunPlan | None = None
-    """None before the first call, and outside of sampling loops."""
+    """Plan of the run; None before the first call and outside of sampling loops."""
     kv_bytes: int = 0
-    """Most that cached keys and values have taken, all contexts together."""
+    """Largest number of bytes of cached keys and values, all contexts together."""
 
 
 def summarise(state: RunState, config: RASConfig, host: Host) -> RASSummary:
-    """Return what a run did."""
+    """Return the summary of a run."""
     steps = []
     for step, record in sorted(state.steps.items()):
         ran = record.calls - record.forecasts

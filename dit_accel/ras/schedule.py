@@ -1,4 +1,4 @@
-"""`Schedule`: which steps are dense, on which some tiles run, and on which the transformer is not called."""
+"""`Schedule`: the dense steps, partial steps and forecast steps of a run."""
 
 import math
 import warnings
@@ -11,15 +11,16 @@ from dit_accel.ras.budget import least_error
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of one run."""
+    """Kinds of the steps of one run, and sizes of its tiles."""
 
     tiles: tuple[int | None, ...]
-    """Active tiles of each step. None is a dense step, 0 a forecast step: the transformer is not called."""
+    """Number of active tiles in each step. None: dense step. 0: forecast step, in which the transformer does not run."""
     tile: int
-    """Tokens per tile."""
+    """Number of tokens in a tile."""
     num_tiles: int
+    """Number of tiles."""
     choices: tuple[int, ...] = ()
-    """Numbers of tiles, rising, that a forecast step may run after all, as errors are measured."""
+    """Numbers of tiles, ascending, on which a forecast step may run if error control asks for it."""
 
     @property
     def num_steps(self) -> int:
@@ -27,13 +28,13 @@ class Schedule:
 
     @property
     def has_partial_steps(self) -> bool:
-        """True if a step runs on some of the tokens."""
+        """True if a step may run on some of the tokens."""
         return any(self.tiles) or bool(self.choices)
 
     def capacity(self, step: int, ahead: int) -> list[int | None]:
-        """Tiles updated in the next 0, 1, ..., `ahead` steps after `step`, summed up.
+        """Return the numbers of tiles that are updated in the next 0, 1, ..., `ahead` steps after `step`.
 
-        None from the first dense step (or the end of the run) on: there, everything is updated.
+        None from the first dense step or the end of the run on, because all tiles are updated there.
         """
         total: int | None = 0
         sums: list[int | None] = [0]
@@ -45,16 +46,16 @@ class Schedule:
 
 
 def tile_size(num_tokens: int, region: str) -> int:
-    """Tokens per tile: 64, or 32 or 16 on short sequences, so that ratios stay about what was asked."""
+    """Return the number of tokens in a tile: 64, or 32 or 16 for short sequences, so that ratios are not too coarse."""
     if region == "token":
         return 1
     return next((size for size in (64, 32) if num_tokens >= 64 * size), 16)
 
 
 def dense_steps(config: RASConfig, num_steps: int) -> set[int]:
-    """The steps that are dense whatever the budget says: first ones, last ones, and resets.
+    """Return the steps that are dense with any budget: warm-up, tail and resets.
 
-    A reset given as a step past the end is dropped with a warning.
+    Resets past the end of the run are dropped with a warning.
     """
     tail = num_steps_of(config.tail, num_steps)
     dense = {*range(config.warmup_of(num_steps)), *range(num_steps - tail, num_steps), 0}
@@ -69,7 +70,7 @@ def dense_steps(config: RASConfig, num_steps: int) -> set[int]:
 
 
 def ratio_at(config: RASConfig, step: int, num_steps: int) -> float:
-    """The ratio of a partial step, as configured."""
+    """Return the configured ratio of a partial step."""
     pieces = [(0.0, config.ratio)] if isinstance(config.ratio, int | float) else config.ratio
     return [ratio for start, ratio in pieces if start * num_steps <= step + 1e-9][-1]  # type: ignore[misc, operator, union-attr]
 
@@ -83,21 +84,21 @@ def plan_steps(
     levels: Sequence[float] = (),
     cost: Callable[[float], float] = float,
 ) -> Schedule:
-    """Return the schedule of a run of `num_steps` model calls over `num_tokens` image tokens.
+    """Return the schedule of a run.
 
-    Without a budget every step that is not dense is partial. With one, the steps that run are those that leave the
-    least predicted error (`least_error`). With `control`, the others may be forecast steps.
+    Without a budget, every step that is not dense is partial. With a budget, the kinds of steps minimise the predicted
+    error (`least_error`). With `control`, every step that is not dense is a forecast step with `choices`.
 
-    The active tiles are the nearest number to ratio * tiles, but enough for `max_age`; where the
-    ratios ask for more than `n_levels` different numbers, they are raised to the nearest kept one.
+    The number of active tiles is the nearest number to ratio * tiles, but large enough for `max_age`. If the ratios give
+    more than `n_levels` different numbers, numbers are raised to the next one that is kept.
 
     Args:
         config: settings.
-        num_steps: calls of the transformer in a dense run.
-        num_tokens: image tokens.
-        tile: tokens that are selected together; default: as `config.region` says.
+        num_steps: number of steps of the run.
+        num_tokens: number of image tokens.
+        tile: number of tokens that are selected together. Default: according to `config.region`.
         levels: noise levels in [0, 1] of the steps and of the end, `num_steps + 1` numbers. Needed with a budget.
-        cost: from the share of tokens to the share of the dense cost.
+        cost: function from the share of tokens that run to the share of a dense call's cost.
     """
     tile = tile or tile_size(num_tokens, config.region)
     num_tiles = math.ceil(num_tokens / tile)
@@ -112,7 +113,7 @@ def plan_steps(
     wanted = {k: active(k) for k in partial}
     counts = sorted(set(wanted.values()))
     if config.n_levels is not None and len(counts) > config.n_levels:
-        # Evenly spread over the sorted counts, the largest always among them.
+        # Kept counts are evenly spread over the sorted counts and include the largest one.
         last = len(counts) - 1
         kept = {counts[round(last * (i + 1) / config.n_levels)] for i in range(config.n_levels)}
         wanted = {k: min(x for x in kept if x >= n) for k, n in wanted.items()}

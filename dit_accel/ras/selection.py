@@ -1,7 +1,7 @@
-"""Which tiles are active: pure functions of ages and scores, the same for every device.
+"""Choice of active tiles: pure functions of ages and scores, with equal results on every device.
 
-All work on tiles `[S, M]`, S samples of M tiles; larger scores are wanted more, ties go to the lower
-index, so that after a dense step, when all ages are equal, neighbours are updated together.
+Tensors are `[S, M]`: S samples of M tiles. Tiles with larger scores are preferred. Ties go to the lower index, so that
+neighbouring tiles are updated together after a dense step, when all ages are equal.
 """
 
 import torch
@@ -10,22 +10,24 @@ from torch import Tensor
 
 
 def tile_tokens(num_tokens: int, tile: int, device: torch.device) -> Int[Tensor, "m tile"]:
-    """The tokens of each tile, ascending. The last tile, if short, repeats its last token."""
+    """Return the tokens of each tile, ascending. A short last tile repeats its last token."""
     m = -(-num_tokens // tile)
     return torch.arange(m * tile, device=device).clamp(max=num_tokens - 1).view(m, tile)
 
 
 def rank_by(score: Float[Tensor, "s m"]) -> Int[Tensor, "s m"]:
-    """Place of each tile when sorted by falling score, ties by index."""
+    """Return the rank of each tile by descending score; ties go to the lower index."""
     return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 def token_scores(change: Float[Tensor, "s n c"], kind: str, cell: int = 1) -> Float[Tensor, "s n"]:
-    """The paper's region metric (RAS, arXiv 2502.10389, section 3.2) of every token.
+    """Return the region metric of each token (RAS, arXiv 2502.10389, section 3.2).
 
-    `change` is what the last step did to the latents of a token, `c` = `cell` latent positions times
-    channels; "std" is the unbiased standard deviation over channels, "l2norm" the norm, both averaged
-    over the positions.
+    Args:
+        change: change of the latents of each token in the last step; c = `cell` positions times channels.
+        kind: "std" for the unbiased standard deviation over channels, "l2norm" for the norm; both are averaged over the
+            positions of a token.
+        cell: number of latent positions of a token.
     """
     change = change.float().unflatten(2, (cell, -1))
     metric = change.std(-1) if kind == "std" else change.norm(dim=-1)
@@ -33,14 +35,14 @@ def token_scores(change: Float[Tensor, "s n c"], kind: str, cell: int = 1) -> Fl
 
 
 def band_score(metric: Float[Tensor, "s m"], count: int, high_ratio: float) -> Float[Tensor, "s m"]:
-    """Scores that make the wanted band of `metric` the top `count`.
+    """Return scores whose `count` largest are a band of the sorted metric.
 
-    Of the m - count inactive tiles, the share `high_ratio` is taken from the highest metrics and the
-    rest from the lowest; at 1 the lowest metrics are wanted (the paper's default).
+    Of the m - count inactive tiles, the share `high_ratio` has the highest metrics and the rest has the lowest. With
+    high_ratio=1, the paper's default, the tiles with the lowest metrics are active.
     """
     m = metric.shape[1]
     below = int((m - count) * (1 - high_ratio))
-    rank = m - 1 - rank_by(metric.double())  # 0 is the lowest metric
+    rank = m - 1 - rank_by(metric.double())  # 0 for the lowest metric
     return -(rank - (below + (count - 1) / 2)).abs().double()
 
 
@@ -51,17 +53,17 @@ def choose(
     count: int,
     max_age: int | None,
 ) -> Int[Tensor, "s count"]:
-    """Earliest deadline first: the `count` tiles with the highest scores under the age limit.
+    """Return the `count` tiles with the highest scores that keep the age limit (earliest deadline first).
 
     Args:
-        score: how much a tile is wanted.
-        age: steps since its last update.
-        capacity: capacity[j] tiles will be updated in the j steps after this one (None: all).
-        count: tiles to choose.
-        max_age: no tile may be left older than this; None: no limit.
+        score: score of each tile.
+        age: number of steps since each tile's last update.
+        capacity: capacity[j] is the number of tiles that are updated in the j steps after this one (None: all).
+        count: number of tiles to choose.
+        max_age: largest accepted age after the step; None: no limit.
 
     Returns:
-        Indices, ascending.
+        Indices of the chosen tiles, ascending.
     """
     s, m = score.shape
     rank = rank_by(score)
@@ -70,12 +72,12 @@ def choose(
         for j, later in enumerate(capacity[: max_age + 1]):
             if later is None:
                 break
-            # Tiles whose deadline is at most j steps away: what later steps cannot take is due now.
+            # Tiles whose deadline is at most j steps away. Those that later steps cannot update are chosen now.
             due = age >= max_age - j
             need = due.sum(1) - later - (chosen & due).sum(1)
             free = due & ~chosen
             place = torch.where(free, rank, m).argsort(dim=1, stable=True).argsort(dim=1)
             chosen |= free & (place < need[:, None])
-    # The chosen ones first, then the others by rank.
+    # Chosen tiles first, then other tiles by rank.
     key = torch.where(chosen, rank - m, rank)
     return key.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values

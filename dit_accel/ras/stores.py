@@ -1,4 +1,4 @@
-"""`Stores`: one store of keys and values for each attention layer, pointed at what a context has cached."""
+"""`Stores`: stores of keys and values of all attention layers, and the caches of a context that they use."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from dit_accel.ras.history import History, KVStore
 
 
 def own_heads(layer: AttentionLayer, processes: Any) -> int:
-    """Return the heads of keys that this process computes."""
+    """Return the number of key heads that this process computes."""
     return layer.kv_heads if processes is None else processes.shares(layer.kv_heads)[processes.rank]
 
 
 class Stores:
-    """Stores of a transformer's self-attention layers, installed in their processors.
+    """Stores of a transformer's self-attention layers. They are installed in the attention processors.
 
     Args:
         layers: self-attention layers by name.
@@ -34,7 +34,7 @@ class Stores:
             layer.module.processor.kv_store = self.by_layer[name]
 
     def close(self) -> None:
-        """Forget the call in progress."""
+        """Disconnect the caches of the call in progress."""
         for store in self.by_layer.values():
             store.close()
 
@@ -52,22 +52,22 @@ class Stores:
         text: int | None = 0,
         processes: Any = None,
     ) -> None:
-        """Point the stores of the layers with this layout at what a context has cached.
+        """Connect the caches of a context to the stores of the layers with this layout.
 
         Args:
-            context: it gets empty caches if it has none.
-            like: an empty tensor of the dtype and device of keys.
-            layout: see `AttentionLayer.layout`.
-            shape: rows and tokens.
-            index: tokens that run, into rows laid end to end; None: all.
-            factor: how far keys and values of the others are extrapolated.
-            same: 1 for tokens whose last update had this very noise level; None: no token.
+            context: state of the context. It gets empty caches if it has none.
+            like: empty tensor of the dtype and device of keys.
+            layout: layout of the layers, see `AttentionLayer.layout`.
+            shape: number of rows and number of tokens in a row.
+            index: tokens that run, in the concatenated rows; None: all.
+            factor: extrapolation factor of each token.
+            same: 1 for tokens whose last update had this noise level, else 0; None: no token.
             linear: whether keys and values are extrapolated.
-            text: tokens before the image in each row; None: not the same in all rows.
-            processes: see `Call.processes`; each keeps its own heads.
+            text: number of tokens before the image in each row; None if it differs between rows.
+            processes: see `Call.processes`; each process caches its own heads.
         """
         if index is not None:
-            # Compiled blocks then serve every count from the first one on.
+            # A block that is compiled with the first count then serves all counts.
             torch._dynamo.maybe_mark_dynamic(index, 0)
         for name, layer in self.layers.items():
             if layer.layout != layout:
@@ -108,7 +108,7 @@ def _totals(
     feature_map: str,
     like: Tensor,
 ) -> LinearState:
-    """Sums over this context's image keys in one layer, zero at first."""
+    """Return the sums over the context's image keys in one layer; zero at first."""
     if name not in context.totals:
         dtype = torch.promote_types(like.dtype, torch.float32)
         context.totals[name] = LinearState(

@@ -1,4 +1,4 @@
-"""`RASSummary`: what region-adaptive sampling did in one run."""
+"""`RASSummary`: summary of region-adaptive sampling in one run."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,39 +10,41 @@ from dit_accel.runtime.summary import PartSummary, joined_config, reasons, table
 
 @dataclass(frozen=True)
 class StepSummary:
-    """One step under region-adaptive sampling."""
+    """Summary of one step."""
 
     step: int
+    """Index of the step."""
     mode: str
-    """"dense", "partial" if a call left tokens out, or "forecast" if every call was left out."""
+    """"dense"; "partial" if a call ran on some of the tokens; "forecast" if the transformer did not run."""
     active: int
-    """Image tokens that ran."""
+    """Number of image tokens that ran."""
     tokens: int
-    """Image tokens in all. 1 stands for all of them where a run has no partial steps: they are not counted then."""
+    """Number of image tokens in all. 1 in runs without partial steps, which do not count tokens."""
     dense_calls: dict[str, int]
-    """Calls on all tokens, by reason."""
+    """Number of calls on all tokens, by reason."""
     oldest: int
-    """Most steps any token has gone without an update."""
+    """Largest number of steps since a token's last update."""
     cost: float
-    """FLOPs that ran over those of a step of the plain pipeline, with dense attention in both."""
+    """FLOPs of the step divided by the FLOPs of a step of the plain pipeline, both counted with dense attention."""
 
 
 @dataclass(frozen=True)
 class RASSummary:
-    """Region-adaptive sampling in the last run."""
+    """Summary of region-adaptive sampling in the last run."""
 
     config: dict[str, Any]
+    """Settings."""
     steps: list[StepSummary]
     kv_predictor: str
-    """"linear" or "hold", as it was used."""
+    """Predictor of keys and values that was used: "linear" or "hold"."""
     kv_bytes: int
-    """Most that cached keys and values took, all contexts together."""
+    """Largest number of bytes of cached keys and values, all contexts together."""
 
     @classmethod
     def joined(cls, parts: Mapping[str, PartSummary]) -> "RASSummary":
-        """Return the summary of two transformers together; the steps of one without region-adaptive sampling are dense.
+        """Return the summary of two transformers together, with steps numbered over the whole run.
 
-        Steps are numbered as those of the whole run.
+        Steps of a transformer without region-adaptive sampling are dense.
         """
         on: dict[str, RASSummary] = {
             k: x.methods["ras"] for k, x in parts.items() if "ras" in x.methods
@@ -63,37 +65,37 @@ class RASSummary:
             joined_config({name: one.config for name, one in on.items()}, parts),
             steps,
             ", ".join(dict.fromkeys(one.kv_predictor for one in on.values())),
-            # The first transformer gives its memory back before the second one runs.
+            # The caches of the first transformer are freed before the second one runs.
             max(one.kv_bytes for one in on.values()),
         )
 
     @property
     def ras_steps(self) -> int:
-        """Steps in which a call left tokens out, or was left out."""
+        """Number of partial and forecast steps."""
         return sum(step.mode != "dense" for step in self.steps)
 
     @property
     def forecast_steps(self) -> int:
-        """Steps in which the transformer was not called."""
+        """Number of steps in which the transformer did not run."""
         return sum(step.mode == "forecast" for step in self.steps)
 
     @property
     def cost(self) -> float:
-        """Steps of a dense run that would cost as much, by counted FLOPs."""
+        """Cost of the run in dense steps, by counted FLOPs."""
         return sum(step.cost for step in self.steps)
 
     @property
     def mean_cost(self) -> float | None:
-        """Cost of a step, averaged over the run: 1 is a dense one. None before a run."""
+        """Mean cost of a step, in dense steps; None before a run."""
         return self.cost / len(self.steps) if self.steps else None
 
     @property
     def dense_calls(self) -> dict[str, int]:
-        """Calls on all tokens, by reason."""
+        """Number of calls on all tokens, by reason."""
         return total(step.dense_calls for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self) | {
             "ras_steps": self.ras_steps,
             "forecast_steps": self.forecast_steps,
@@ -115,7 +117,7 @@ class RASSummary:
 
     @property
     def totals(self) -> str:
-        """Kinds of steps, cost and memory of the run, as one line; empty before a run."""
+        """Numbers of steps, cost and memory of the run as one line; empty before a run."""
         if not self.steps:
             return ""
         modes = Counter(x.mode for x in self.steps)

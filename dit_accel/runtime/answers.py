@@ -1,4 +1,4 @@
-"""`answered_class`: a transformer's class whose calls a method may answer without running the transformer."""
+"""`answered_class`: subclass of a transformer class whose calls a method may answer without running the transformer."""
 
 from functools import cache
 from typing import Any
@@ -13,27 +13,26 @@ _MARK = "_dit_accel_answered"
 def answered_class(cls: Any) -> Any:
     """Return a subclass that asks the transformer's `Installation` before each call.
 
-    No hook of torch can leave a call out, and `forward` belongs to offloading, which replaces it. The subclass has
-    the name, the module and everything else of `cls`, and no state: `transformer.__class__ = answered_class(cls)` puts it
-    on, `plain_class` tells what to put back. It wraps what offloading, caches and compiling do to `forward`, so that
-    all of it is left out with the call.
+    Hooks of torch cannot skip a call, and offloading replaces `forward`. The subclass has the name and the module of
+    `cls` and no state. `transformer.__class__ = answered_class(cls)` installs it, and `plain_class` returns the class to
+    restore. An answered call skips everything that offloading, caches and compilation do in `forward`.
     """
 
-    # Not traced: a compiled transformer is then compiled inside of this call. And no super(): torch.compile keeps this
-    # function, also for a transformer that has its former class again.
+    # Not traced, so that a compiled transformer is compiled inside this call. No super(), because torch.compile keeps
+    # this function even after the transformer has its former class again.
     @torch.compiler.disable(recursive=False)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         answer = _answer(self, args, kwargs)
         return cls.__call__(self, *args, **kwargs) if answer is None else answer
 
-    # A transformer that was compiled before it got this class is called here: torch.compile kept its __call__.
+    # Entry point of a transformer that was compiled before: torch.compile kept the __call__ of its former class.
     @torch.compiler.disable(recursive=False)
     def _call_impl(self: Any, *args: Any, **kwargs: Any) -> Any:
         answer = _answer(self, args, kwargs)
         return cls._call_impl(self, *args, **kwargs) if answer is None else answer
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        # Pickle and deepcopy find a class by its name, which is that of the class behind.
+        # Pickle and deepcopy find a class by its name, and the subclass has the name of its parent.
         _, _, *rest = super(answered, self).__reduce_ex__(protocol)
         return (_blank, (cls,), *rest)
 
@@ -53,9 +52,9 @@ def answered_class(cls: Any) -> Any:
 
 @cache
 def _metaclass(meta: Any) -> Any:
-    """Return a metaclass whose classes equal the class behind them.
+    """Return a metaclass whose classes equal the class that they wrap.
 
-    `type(transformer) in types` is how `from_pipe` of diffusers finds the components of a pipeline.
+    `from_pipe` of diffusers finds the components of a pipeline with `type(transformer) in types`.
     """
 
     def __eq__(cls: Any, other: Any) -> bool:
@@ -74,7 +73,7 @@ def _blank(cls: Any) -> nn.Module:
 
 
 def plain_class(cls: Any) -> Any:
-    """Return the class behind one of `answered_class`; any other class itself."""
+    """Return the class that `answered_class` wrapped, or any other class itself."""
     return vars(cls).get(_MARK, cls)
 
 

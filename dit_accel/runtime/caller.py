@@ -13,27 +13,26 @@ from dit_accel.runtime.components import TRANSFORMERS
 from dit_accel.runtime.loop import SamplingLoop, same_storage
 
 MAX_FRAMES = 64
-"""Frames to look at: a pipeline's loop is a handful above the call of its transformer."""
+"""Number of stack frames to search; a pipeline is a few frames above the call of its transformer."""
 
 
 def calling_driver(
     transformer: nn.Module, timestep: Any, loops: Collection[SamplingLoop], *, pipelines: bool
 ) -> Any:
-    """The nearest caller that drives this call: a declared loop, or a pipeline.
+    """Return the nearest caller that drives this call: a declared loop or a pipeline.
 
-    A transformer does not know the pipelines that share it, and a pipeline that was never enabled is known
-    only by its loop. A pipeline drives the call if `timestep` is a view of its scheduler's timesteps, or if
-    this transformer (or a wrapper of it) is its `transformer`. A declared loop drives the calls of the
-    function that declared it.
+    Several pipelines can share a transformer, and pipelines that were not enabled can call it, so the call stack is
+    searched. A pipeline drives the call if `timestep` is a view of its scheduler's timesteps, or if this transformer (or
+    a wrapper of it) is its `transformer`. A declared loop drives the calls of the function that declared it.
 
     Args:
-        transformer: the module that is called.
-        timestep: its argument of that name.
+        transformer: module that is called.
+        timestep: argument `timestep` of the call.
         loops: declared loops.
-        pipelines: whether to look for pipelines.
+        pipelines: whether to search for pipelines.
 
     Returns:
-        A loop, a pipeline, or None.
+        A loop or a pipeline; None if no caller drives the call.
     """
     frame: FrameType | None = sys._getframe(1)
     for _ in range(MAX_FRAMES):
@@ -54,7 +53,7 @@ def calling_driver(
 
 
 def declaring_frame() -> FrameType | None:
-    """The function that enters a context manager written as a generator, whose body calls this."""
+    """Return the frame that enters a generator-based context manager; called from the body of the generator."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not _is_contextlib(frame):
         frame = frame.f_back
@@ -78,7 +77,7 @@ def is_inside(thread: threading.Thread, transformer: nn.Module) -> bool:
 
 
 def scheduler_of(pipe: Any) -> Any:
-    """Its attribute `scheduler`; None if it has none, or none that can be read."""
+    """Return the attribute `scheduler` of an object; None if it cannot be read."""
     try:
         return getattr(pipe, "scheduler", None)
     except Exception:  # a property of an unrelated object
@@ -86,14 +85,14 @@ def scheduler_of(pipe: Any) -> Any:
 
 
 def holds(pipe: Any, transformer: nn.Module) -> bool:
-    """Return whether this transformer, or a wrapper of it, is one of the pipeline's."""
+    """Return whether this transformer, or a wrapper of it, is a component of the pipeline."""
     return any(_has(getattr(pipe, name, None), transformer) for name in TRANSFORMERS)
 
 
 def steps_of(pipe: Any, transformer: nn.Module, timesteps: Tensor) -> tuple[int, int]:
     """Return the first step in which a pipeline calls this transformer, and the step after the last one.
 
-    A pipeline of two transformers (Wan2.2) calls the first one while `timestep` is at least `boundary_ratio`, and
+    A pipeline with two transformers (Wan2.2) calls the first one while the timestep is at least `boundary_ratio`, and
     then the second one.
     """
     boundary = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
@@ -112,13 +111,13 @@ def _has(held: Any, transformer: nn.Module) -> bool:
 
 
 def _self_of(frame: FrameType) -> Any:
-    """The `self` of a method's frame; None for other frames."""
+    """Return the `self` of a method's frame; None for other frames."""
     if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-        return None  # a module or class body, whose variables are no copy
+        return None  # a module or class body: f_locals is the namespace itself, not a copy
     variables = frame.f_locals
     caller = variables.get("self")
     if isinstance(variables, dict) and sys.gettrace() is None:
-        # Before Python 3.13 the frame keeps this copy, and so would keep what its function deletes. A debugger
-        # writes the copy back.
+        # Before Python 3.13 the frame keeps this copy, which would keep deleted variables alive. Not done under a
+        # debugger, which writes the copy back.
         variables.clear()
     return caller

@@ -1,4 +1,4 @@
-"""`Clock`: tells which run, step and context a transformer call belongs to, without a device sync."""
+"""`Clock`: finds the run, the step and the context of each transformer call, without a device sync."""
 
 import contextlib
 import copy
@@ -16,8 +16,8 @@ from dit_accel.runtime.loop import SamplingLoop, index_in, same_storage
 from dit_accel.runtime.run import Context, Run
 
 MOST_CALLS = 8
-"""Calls of a step with the same conditions that are told apart. Guidance makes three or four of them; more are a
-loop whose step is not known, and nothing is kept for them."""
+"""Most calls with the same conditions in one step. Guidance makes up to four; more calls come from a loop whose step is
+not known, and no context is kept for them."""
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Position:
     index: int
     """Index of the step in `timesteps`."""
     counted: bool = False
-    """True if the index is known from the driver's own count only."""
+    """True if the index comes from the step counter of the driver."""
     pipe: weakref.ref | None = None
-    """The pipeline that runs, if it is known."""
+    """Pipeline that runs; None if it is not known."""
 
     @property
     def scheduler(self) -> Any:
@@ -41,22 +41,21 @@ class Position:
 
 
 class Clock:
-    """Follows the calls of one transformer.
+    """Run, step and context of the calls of one transformer.
 
-    The driver of a call is the first of these that is found:
+    The driver of a call is the first of these that exists:
 
-    1. a known scheduler (of an enabled pipeline, of a pipeline seen calling, of a declared loop) of whose
-       `timesteps` the call's `timestep` is a view: same storage, and the offset is the step;
-    2. the nearest caller that is a pipeline or has declared a loop (`sampling_loop`);
+    1. a known scheduler whose `timesteps` the argument `timestep` is a view of. The two share storage, and the offset
+       is the step. Known are the schedulers of enabled pipelines, of pipelines that called before, and of declared loops;
+    2. the nearest caller that is a pipeline or declared a loop (`sampling_loop`);
     3. the scheduler of the enabled pipeline.
 
-    Pipelines drive calls while they move only: told their steps, not past the last one, gradients off.
+    A scheduler of a pipeline drives calls only after `set_timesteps`, up to its last step, and with gradients off.
+    A call without a driver is outside of any sampling loop.
 
-    Without a driver the call is outside of any sampling loop.
-
-    A run is one pass of a scheduler over its timesteps. New timesteps, or a step back, begin another. A context
-    is the identity of the tensors that a call is conditioned on, what the family adds to it, and which call of
-    that step it is.
+    A run is one pass of a scheduler over its timesteps. New timesteps or a step backwards begin a new run. A context is
+    identified by the tensors on which a call is conditioned, by `Call.variant`, and by the number of earlier calls with
+    them in the same step.
     """
 
     def __init__(self) -> None:
@@ -78,7 +77,7 @@ class Clock:
         return clock
 
     def follow(self, pipe: Any) -> None:
-        """Know the scheduler of this pipeline from now on."""
+        """Add the scheduler of this pipeline to the known schedulers."""
         self._pipe = _weak(pipe)
         self._know(pipe.scheduler)
 
@@ -92,7 +91,7 @@ class Clock:
             known.pop(key, None)
             _close(runs, key)
 
-        # Not a WeakSet: a scheduler may have no hash.
+        # A dict by id and not a WeakSet, because a scheduler may not be hashable.
         reference = _weak(scheduler, forget)
         if reference is not None:
             known[key] = reference
@@ -101,14 +100,14 @@ class Clock:
         return [x for ref in list(self._known.values()) if (x := ref()) is not None]
 
     def forget(self) -> None:
-        """Begin anew with the next call: methods were put on or taken off."""
+        """End all runs, so that the next call begins a new one."""
         self.run = None
         for key in list(self._runs):
             _close(self._runs, key)
 
     @contextlib.contextmanager
     def declare(self, loop: SamplingLoop) -> Iterator[None]:
-        """Calls inside the block belong to this loop."""
+        """Context manager whose calls belong to this loop."""
         self.loops.append(loop)
         try:
             yield
@@ -123,16 +122,16 @@ class Clock:
         tensors: tuple[Any, ...] = (),
         variant: Hashable = None,
     ) -> bool:
-        """Note a call.
+        """Record a call and set `run`, its step and its context.
 
         Args:
-            transformer: the module that is called.
-            timestep: its argument of that name.
-            tensors: what the call is conditioned on: text embeddings, image embeddings.
-            variant: what else tells calls of a step apart.
+            transformer: module that is called.
+            timestep: argument `timestep` of the call.
+            tensors: tensors on which the call is conditioned, such as text embeddings.
+            variant: see `Call.variant`.
 
         Returns:
-            Whether it begins a new run.
+            True if the call begins a new run.
         """
         position = self._position(transformer, timestep)
         if position is None:
@@ -150,12 +149,12 @@ class Clock:
         if pipe is not None and not holds(pipe, transformer):
             pipe = None
         if pipe is not None:
-            self._know(pipe.scheduler)  # it may have been replaced
+            self._know(pipe.scheduler)  # the pipeline may have a new scheduler
         if found := _by_storage([*self.loops, *self._schedulers()], timestep):
             if pipe is not None and pipe.scheduler is found.driver:
                 found.pipe = self._pipe
             return found
-        moving = not torch.is_grad_enabled()  # else it is training
+        moving = not torch.is_grad_enabled()  # with gradients on, the call is training
         if moving or self.loops:
             caller = calling_driver(transformer, timestep, self.loops, pipelines=moving)
             if caller is None:
@@ -163,7 +162,7 @@ class Clock:
             if isinstance(caller, SamplingLoop):
                 if caller.scheduler is None and caller.step is None:
                     raise ValueError(
-                        "timestep: no view of the timesteps of this sampling_loop, and loop.step=None; accepted is "
+                        "timestep: not a view of the timesteps of this sampling_loop, and loop.step=None; accepted is "
                         "timesteps[i], or loop.step set to the index of the step"
                     )
                 return _by_count(caller)
@@ -178,14 +177,14 @@ class Clock:
         return found
 
     def _caller(self, position: Position, transformer: nn.Module) -> weakref.ref | None:
-        """The pipeline that calls this transformer in a loop over its own scheduler; None: there is none."""
+        """Return the pipeline that calls this transformer in a loop over its own scheduler; None if there is none."""
         if isinstance(position.driver, SamplingLoop):
             return None
         pipe = calling_driver(transformer, None, (), pipelines=True)
         return _weak(pipe) if getattr(pipe, "scheduler", None) is position.driver else None
 
     def _loop_of_this_thread(self) -> SamplingLoop | None:
-        """The last loop of this thread that was declared by a function that has returned since."""
+        """Return the last loop that this thread declared; None if a suspended generator declared it."""
         mine = [x for x in self.loops if x.thread is threading.current_thread()]
         return mine[-1] if mine and not mine[-1].is_suspended else None
 
@@ -199,7 +198,9 @@ class Clock:
         same = run is not None and run.timesteps is position.timesteps
         if run is not None and same and index >= run.begin + run.step:
             if run.begin_assumed and run.step == 0 and index > run.begin:
-                run.begin_at(index - 1)  # only its first step tells where a silent scheduler began
+                run.begin_at(
+                    index - 1
+                )  # the first step shows where a scheduler without begin_index began
             return run, index - run.begin, False
         _close(self._runs, id(position.driver))
         scheduler = position.scheduler
@@ -214,21 +215,21 @@ class Clock:
         )
         if (pipe := run.pipe) is not None:
             first, end = steps_of(pipe, transformer, position.timesteps)
-            if first <= index < end:  # else the pipeline has another rule
+            if first <= index < end:  # otherwise the pipeline switches transformers in another way
                 run.begin, run.end = max(begin, first), end
         run.begin_assumed = position.counted and told is None
         return run, index - run.begin, True
 
 
 def _close(runs: dict[int, Run], key: int) -> None:
-    """Forget a run. Its contexts refer to each other in a circle, so they are let go by hand."""
+    """Remove a run. Its contexts form a reference cycle, so they are cleared explicitly."""
     run = runs.pop(key, None)
     if run is not None:
         run.contexts.clear()
 
 
 def _weak(x: Any, forget: Any = None) -> weakref.ref | None:
-    """A weak reference; None for an object that cannot have one."""
+    """Return a weak reference; None if the object does not support one."""
     try:
         return weakref.ref(x, forget)
     except TypeError:
@@ -236,15 +237,15 @@ def _weak(x: Any, forget: Any = None) -> weakref.ref | None:
 
 
 def _enter_context(run: Run, tensors: tuple[Any, ...], variant: Hashable) -> None:
-    what = (*map(id, tensors), variant)
-    ordinal = run.calls[what] = run.calls.get(what, -1) + 1
-    key = (what, ordinal)
+    conditions = (*map(id, tensors), variant)
+    ordinal = run.calls[conditions] = run.calls.get(conditions, -1) + 1
+    key = (conditions, ordinal)
     context = run.contexts.get(key)
     if context is None or not context.is_of(tensors):
         contexts = run.contexts
 
         def forget(_: Any) -> None:
-            # With its tensors goes all that methods keep for a context, also after an interrupt.
+            # The state of a context is freed together with its tensors, also after an interrupt.
             contexts.pop(key, None)
 
         context = Context(tensors, forget)
@@ -255,13 +256,13 @@ def _enter_context(run: Run, tensors: tuple[Any, ...], variant: Hashable) -> Non
 
 
 def _was_told(driver: Any) -> bool:
-    """Return whether a scheduler was told its steps; before that its timesteps are those of training."""
+    """Return whether `set_timesteps` was called; before that, `timesteps` are those of training."""
     scheduler = driver.scheduler if isinstance(driver, SamplingLoop) else driver
     return scheduler is None or getattr(scheduler, "num_inference_steps", 1) is not None
 
 
 def _by_storage(drivers: list[Any], timestep: Any) -> Position | None:
-    """The driver of whose timesteps this is a view."""
+    """Return the position of a call whose timestep is a view of a driver's timesteps; None if it is not."""
     for driver in drivers:
         timesteps = getattr(driver, "timesteps", None)
         if not isinstance(timesteps, Tensor) or not same_storage(timestep, timesteps):
@@ -273,7 +274,7 @@ def _by_storage(drivers: list[Any], timestep: Any) -> Position | None:
 
 
 def _by_count(driver: Any) -> Position | None:
-    """The step that the driver itself counts; None if it does not move."""
+    """Return the position that the driver itself counts; None if it is not running."""
     timesteps = getattr(driver, "timesteps", None)
     if not isinstance(timesteps, Tensor) or not _was_told(driver):
         return None

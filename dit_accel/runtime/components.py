@@ -1,4 +1,4 @@
-"""Transformers of a pipeline by name, and settings that differ between them."""
+"""Names of a pipeline's transformers, and settings for each of them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
@@ -6,11 +6,11 @@ from typing import Any, TypeGuard
 from torch import nn
 
 TRANSFORMERS = ("transformer", "transformer_2")
-"""Attributes of a pipeline that are transformers. Wan2.2 has two: one for high and one for low noise."""
+"""Names of the attributes of a pipeline that are transformers. Wan2.2 has two, for high and for low noise levels."""
 
 
 def parts_of(target: Any) -> dict[str, Any]:
-    """Return the transformers of a pipeline that has a `transformer_2`, by name; else the target as "transformer"."""
+    """Return the transformers of a pipeline with a `transformer_2`, by name. Return any other target as "transformer"."""
     if isinstance(target, nn.Module) or getattr(target, TRANSFORMERS[1], None) is None:
         return {TRANSFORMERS[0]: target}
     held = {name: getattr(target, name, None) for name in TRANSFORMERS}
@@ -23,20 +23,21 @@ def transformers_of(pipe: Any) -> list[Any]:
 
 
 def is_by_component(value: Any) -> TypeGuard[Mapping[str, Any]]:
-    """Return whether settings are a dict by the name of the transformer, rather than a dict of fields."""
+    """Return whether a value is a dict with settings for each transformer, and not a dict of fields."""
     return isinstance(value, Mapping) and not value.keys().isdisjoint(TRANSFORMERS)
 
 
 def split(argument: str, value: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Return the settings of each transformer by name: one setting for all of them, or the entries of a dict.
+    """Return the settings of each transformer by name.
 
     Args:
-        argument: name of the argument, for messages.
-        value: settings, or a dict of them by the name of the transformer. A transformer that is not in it is left out.
-        names: names of the transformers that there are.
+        argument: name of the argument, for error messages.
+        value: settings for all transformers, or a dict of settings by transformer. Transformers that the dict does not
+            name are left out of the result.
+        names: names of the transformers of the pipeline.
 
     Raises:
-        ValueError: the dict has another key.
+        ValueError: the dict has a key that is not the name of a transformer of the pipeline.
     """
     accepted = list(names)
     if not is_by_component(value):
@@ -48,7 +49,6 @@ def split(argument: str, value: Any, names: Iterable[str]) -> dict[str, Any]:
             )
         if key not in TRANSFORMERS:
             raise ValueError(
-                f"{argument}: key {key!r} beside settings by transformer; accepted are {', '.join(accepted)}, or fields "
-                "without them"
+                f"{argument}: key {key!r} in settings by transformer; accepted are {', '.join(accepted)}, or fields only"
             )
     return dict(value)

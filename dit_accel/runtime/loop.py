@@ -1,4 +1,4 @@
-"""`SamplingLoop`: a declared sampling loop; and how a `timestep` tells its place in the timesteps."""
+"""`SamplingLoop`: a declared sampling loop; `index_in`: the index of a `timestep` in the timesteps."""
 
 import inspect
 import threading
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class SamplingLoop:
-    """A declared sampling loop. Set `step` where the transformer's `timestep` is not a view of `timesteps`.
+    """A declared sampling loop. Set `step` if the transformer's `timestep` is not a view of `timesteps`.
 
     Attributes:
-        scheduler: the diffusers scheduler of the loop, or None.
-        timesteps: `[steps]`, of a loop without a scheduler.
+        scheduler: diffusers scheduler of the loop; None if it has none.
+        timesteps: `[steps]`, timesteps of the loop.
         sigmas: `[steps]` or `[steps + 1]`, noise levels of a loop without a scheduler.
     """
 
@@ -44,7 +44,7 @@ class SamplingLoop:
         self.sigmas = sigmas
         self._step: int | None = None
         self.frame: FrameType | None = None
-        """The function that declared the loop, while it runs: it drives the calls made from there."""
+        """Frame of the function that declared the loop, while it runs. Calls from this function belong to the loop."""
         self.thread = threading.current_thread()
 
     @property
@@ -62,13 +62,13 @@ class SamplingLoop:
 
     @property
     def is_suspended(self) -> bool:
-        """True if a generator declared the loop: it may be suspended and resumed later."""
+        """True if a generator declared the loop, so that it may be suspended and resumed later."""
         flags = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
         return self.frame is not None and bool(self.frame.f_code.co_flags & flags)
 
     @property
     def timesteps(self) -> Tensor | None:
-        """The timesteps of the loop, as they are now."""
+        """Present timesteps of the loop."""
         return self._timesteps if self.scheduler is None else self.scheduler.timesteps
 
 
@@ -84,7 +84,7 @@ def same_storage(view: Any, base: Tensor) -> bool:
 
 
 def index_in(view: Tensor, timesteps: Tensor) -> int | None:
-    """Index of the element of `timesteps` that `view` begins at; None if it lies outside. Reads no value."""
+    """Return the index in `timesteps` of the first element of `view`; None if it lies outside. No value is read."""
     offset = int(view.storage_offset()) - int(timesteps.storage_offset())
     index, rest = divmod(offset, max(timesteps.stride(0), 1))
     return index if rest == 0 and 0 <= index < len(timesteps) else None

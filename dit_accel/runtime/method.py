@@ -1,4 +1,4 @@
-"""`Method`: the contract of an acceleration method, and `Host`: what it is attached to."""
+"""`Method`: interface of an acceleration method; `Host`: the transformer to which it is attached."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -7,69 +7,75 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.models import AttentionLayer, Call, Family, Focus, TokenOrder
+from dit_accel.models import AttentionLayer, Call, Family, TokenOrder, TokenSelection
 from dit_accel.runtime.run import Run
 from dit_accel.runtime.swap import WeightSwap
 
 
 class Method:
-    """One way to make the calls of a transformer cheaper.
+    """Base class of acceleration methods.
 
-    A method is attached to one transformer, told about its calls, asked what it did, and detached. Every
-    function here does nothing by default. What a method keeps for a run goes into `run.states[self.name]`, and
-    for a context into `run.context.states[self.name]`.
+    A method is attached to one transformer, told about its calls, asked for a summary, and detached. The functions of
+    this class do nothing. Store the state of a run in `run.states[self.name]`, and the state of a context in
+    `run.context.states[self.name]`.
     """
 
     name: str
-    """Keyword of `enable`, key of `summary`."""
+    """Name of the method: the keyword of `enable` and the key in `summary`."""
     needs_family = True
-    """True if the method needs a supported model; else a call's `hidden_states` and its output are enough."""
+    """True if the method needs a supported model. False if it uses only `hidden_states` and the output of calls."""
     may_answer = False
-    """True if `begin_call` may answer a call in place of the transformer."""
+    """True if `begin_call` may return the output of a call, so that the transformer does not run."""
     uses_attention = False
-    """True if the method needs the seams `attend` and `kv_store` of the attention processors."""
+    """True if the method sets the seams `attend` or `kv_store` of the attention processors."""
     keeps_activations = False
-    """True if the method keeps activations from one step to the next; they are dropped when weights change."""
-    focus: Focus | None = None
-    """Focus of the method, if it selects or orders the tokens of a call."""
-    focus_rank = 0
-    """Rank of the focus; the highest one of all methods is used."""
+    """True if the method keeps activations from one step to the next. `weights_changed` is called only then."""
+    selection: TokenSelection | None = None
+    """Tokens on which calls run and their order, if the method decides about them."""
+    selection_rank = 0
+    """Rank of the selection. The selection with the highest rank of all methods is used."""
     swap: WeightSwap | None = None
-    """Other values for weights of the transformer, which they have as long as the method is on."""
+    """Values that weights of the transformer have while the method is on."""
 
     def check(self, transformer: nn.Module, others: Collection["Method"]) -> None:
-        """Refuse what the method cannot work with, at `enable` and at the beginning of each run.
+        """Refuse a transformer or methods that this method does not work with; called by `enable` and when a run begins.
+
+        Args:
+            transformer: the transformer in its present state.
+            others: all other methods that are on.
 
         Raises:
-            ValueError: the transformer, as it is now, or another method does not go with it.
+            ValueError: the method does not work with the transformer or with another method.
         """
 
     def attach(self, host: "Host") -> None:
-        """Connect to the transformer. Methods with a higher `focus_rank` are attached first."""
+        """Connect to the transformer. Methods with a higher `selection_rank` are attached first."""
 
     def begin_run(self, run: Run) -> None:
-        """A new run begins, with the call that `begin_call` tells next."""
+        """Begin a new run. `begin_call` with its first call follows."""
 
     def begin_call(self, run: Run, call: Call) -> Any:
-        """The transformer is about to run.
+        """Begin a call, before the transformer runs.
 
         Returns:
-            What the call returns instead of running the transformer; None: it runs. After an answer, methods with a
-            lower `focus_rank` are not told about the call, and `end_call` does not follow.
+            The output of the call, if `may_answer` and the transformer is not to run; else None. After an answer, methods
+            with a lower `selection_rank` are not told about the call, and `end_call` is not called.
         """
 
     def end_call(self, run: Run, call: Call, output: Any) -> Any:
-        """The transformer has run.
+        """End a call, after the transformer has run.
 
         Args:
-            output: what it returned; None after a failure.
+            run: run of the call.
+            call: the call.
+            output: output of the transformer; None after a failure.
 
         Returns:
-            What it returns instead; None leaves the output as it is.
+            The output to return instead; None to leave the output unchanged.
         """
 
     def weights_changed(self, run: Run) -> None:
-        """Weights of the transformer changed in mid-run: what was kept is stale."""
+        """Drop kept activations, because weights of the transformer changed during the run."""
 
     def detach(self) -> None:
         """Undo `attach`."""
@@ -78,40 +84,46 @@ class Method:
         """Return the summary of a run: an object that prints as a table and has `to_dict`.
 
         Args:
-            run: the last run, or one that the method was not told about. None: the last one that it knows.
+            host: the transformer.
+            run: the last run, also if the method was not told about it. None: the last run that the method knows.
 
-        For a pipeline with two transformers, a class method `joined(parts)` of that object may return the summary of both
-        from `{name: PartSummary}`.
+        The returned class may have a class method `joined(parts)`, which returns the summary of a pipeline with two
+        transformers from `{name: PartSummary}`.
         """
 
     def unscheduled(self, run: Run) -> tuple[str, str] | None:
-        """Return why the schedule of a run leaves the method nothing to do, without counts, and then with what numbers
-        and with what remedy; None if it leaves something. Asked in the first call of a run, after `begin_call`."""
+        """Return why the schedule of a run leaves the method nothing to do; None if it leaves something.
+
+        Called in the first call of a run, after `begin_call`.
+
+        Returns:
+            (reason, details): the reason without numbers, and the numbers with a remedy.
+        """
 
     def idle(self, run: Run) -> str | None:
-        """Return why the method accelerated nothing in this run, without counts; None if it accelerated something."""
+        """Return why the method accelerated nothing in this run, without numbers; None if it accelerated something."""
 
     def order(self, grid: tuple[int, int, int], device: torch.device) -> TokenOrder | None:
-        """Return the order in which tokens of this grid should run; None: no wish."""
+        """Return the preferred order of the tokens of this grid; None if there is none."""
 
     def tile(self, grid: tuple[int, int, int], device: torch.device) -> int | None:
-        """Return how many neighbouring tokens are best kept together; None: no wish."""
+        """Return the preferred number of neighbouring tokens that run together; None if there is none."""
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
-        """Modules with weights that it adds to the transformer."""
+        """Modules with weights that the method adds to the transformer, by name."""
         return {}
 
 
 @dataclass
 class Host:
-    """A transformer as methods see it. It is not kept: a method that keeps it keeps the model alive."""
+    """The transformer to which methods are attached. Methods must not keep it, because it keeps the model alive."""
 
     transformer: Any
     family: Family
     layers: dict[str, AttentionLayer] = field(default_factory=dict)
     """Self-attention layers by name."""
     methods: tuple[Method, ...] = ()
-
-    focus: Focus | None = None
-    """Focus that selects and orders the tokens; None: all of them run, in raster order."""
+    """All methods that are on."""
+    selection: TokenSelection | None = None
+    """Tokens on which calls run and their order; None: all tokens in raster order."""

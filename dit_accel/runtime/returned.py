@@ -1,4 +1,4 @@
-"""`sample_of`, `Form`: the one tensor in what a transformer returns, and what is around it."""
+"""`sample_of`, `Form`: the tensor in a return value of a transformer, and the type around it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def sample_of(output: Any) -> Tensor | None:
-    """Return the tensor of a return value: the value itself, or the only one in a tuple or a diffusers output.
+    """Return the tensor in a return value: the value itself, or the only entry of a tuple or a diffusers output.
 
-    None if there is no tensor, or more than one.
+    None if there is no tensor or more than one.
     """
     if isinstance(output, Tensor):
         return output
@@ -24,7 +24,7 @@ def sample_of(output: Any) -> Tensor | None:
 
 
 class Form:
-    """The form of a return value, without its tensor."""
+    """Type and structure of a return value, without its tensor."""
 
     def __init__(self, output: Any) -> None:
         self._tuple = tuple(x is not None for x in output) if isinstance(output, tuple) else None
@@ -36,7 +36,7 @@ class Form:
         self._type = type(output)
 
     def fill(self, sample: Tensor) -> Any:
-        """Return a value of this form with this tensor."""
+        """Return a value of this structure that holds `sample`."""
         if self._names is not None:
             return self._type(**{k: sample if used else None for k, used in self._names.items()})
         if self._tuple is not None:

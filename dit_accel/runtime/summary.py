@@ -1,4 +1,4 @@
-"""`Summary`: what each method did in the last run, and the tables that summaries print."""
+"""`Summary`: summaries of all methods for the last run, and helpers that print tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +9,9 @@ from torch import Tensor
 from dit_accel.models import family_of, is_supported
 from dit_accel.runtime.caller import scheduler_of
 from dit_accel.runtime.components import TRANSFORMERS, parts_of
-from dit_accel.runtime.install import installations_of, transformer_of
+from dit_accel.runtime.install import installations_of
 from dit_accel.runtime.run import Run
+from dit_accel.runtime.target import transformer_of
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,9 @@ class Summary:
     """Summaries of the methods on a transformer for the last run; prints as tables."""
 
     methods: Mapping[str, Any] = field(default_factory=dict)
-    """The summary of each method that is on, by its name; of two transformers, that of both together."""
+    """Summary of each method that is on, by name. For two transformers: summaries of both together."""
     parts: Mapping[str, "Summary"] = field(default_factory=dict)
-    """The summary of each transformer of a pipeline with two, by its name; else empty."""
+    """Summary of each transformer, by name, for a pipeline with two; else empty."""
 
     @property
     def enabled(self) -> bool:
@@ -28,7 +29,7 @@ class Summary:
         return bool(self.methods)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         values = {name: x.to_dict() for name, x in self.methods.items()}
         if self.parts:
             values["transformers"] = {name: x.to_dict() for name, x in self.parts.items()}
@@ -50,11 +51,11 @@ class PartSummary:
     """Summaries of the methods on one transformer, and the number of steps of the last run."""
 
     methods: Mapping[str, Any]
-    """The summary of each method that is on, by its name."""
+    """Summary of each method that is on, by name."""
     steps: int
-    """Steps of the run in which this transformer is called."""
+    """Number of steps of the run that call this transformer."""
     layers: tuple[str, ...]
-    """Names of its self-attention layers, if they are known."""
+    """Names of the self-attention layers; empty if they are not known."""
 
 
 def summarise(target: Any) -> dict[str, PartSummary]:
@@ -84,7 +85,7 @@ def _is_over(run: Run | None, timesteps: Tensor) -> bool:
 
 
 def _steps_of(name: str, runs: Mapping[str, Run | None]) -> int:
-    """Return the steps in which a transformer was called, as its run or that of the pipeline's other one tells."""
+    """Return the number of steps that called a transformer, from its run or from the run of the other transformer."""
     if name in runs:
         run = runs[name]
         return 0 if run is None else run.step + 1
@@ -104,7 +105,7 @@ def joined_config(configs: Mapping[str, dict], names: Iterable[str]) -> dict[str
 
 
 def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The sums of several counts by reason."""
+    """Add several counts by reason."""
     sums: dict[str, int] = {}
     for count in counts:
         for reason, n in count.items():
@@ -113,12 +114,12 @@ def total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def reasons(counts: Mapping[str, int]) -> str:
-    """Counts by reason, as one line."""
+    """Return counts by reason as one line."""
     return ", ".join(f"{n} x {reason}" for reason, n in counts.items())
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Aligned columns; the last column, and rows of a single cell, are not padded."""
+    """Return rows as aligned columns. The last column and rows of a single cell are not padded."""
     columns = len(rows[0])
     widths = [max(len(row[i]) for row in rows if len(row) == columns) for i in range(columns - 1)]
     lines = []

@@ -1,4 +1,4 @@
-"""`WeightSwap`: other values for the weights of a transformer, as long as a method is on."""
+"""`WeightSwap`: temporary values for the weights of a transformer, while a method is on."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from dit_accel.runtime.weights import PLAIN
 
 Change = Callable[[Tensor], Tensor]
-"""Returns the new value of a weight from the present one, which it leaves as it is."""
+"""Function that returns the new value of a weight, given the present value, which it must not modify."""
 WRAPPED = ("base_layer", "_orig_mod")
-"""Submodules under which PEFT and torch.compile keep the module that they wrap."""
+"""Names of the submodules in which PEFT and torch.compile keep the wrapped module."""
 INSTEAD = (
     "or a repository with the other weights in it (merged/ of dit-accel finetune, or what save_pretrained of a "
     "pipeline with them writes)"
@@ -20,14 +20,14 @@ INSTEAD = (
 
 
 class WeightSwap:
-    """Other values for weights of a transformer, which are put in and taken out again.
+    """Values for weights of a transformer that can be put in and taken out.
 
-    Parameters stay the same objects; their `data` is exchanged, in the dtype and on the device that they have then.
-    The values that are not in the transformer are kept on the CPU.
+    Parameters stay the same objects. Their `data` is exchanged, in their present dtype and on their present device. The
+    values that are not in the transformer are kept on the CPU.
 
     Args:
-        changes: called with the transformer before values are put in for the first time. It returns the changes by
-            name of the weight, or raises ValueError where they do not fit.
+        changes: function of the transformer, called before values are put in for the first time. It returns changes by
+            the name of the weight, or raises ValueError if they do not fit.
         digest: hash of the values, for records.
     """
 
@@ -38,15 +38,15 @@ class WeightSwap:
         self.is_in = False
         self._changes: Callable[[nn.Module], Mapping[str, Change]] | None = changes
         self._outside: dict[str, Tensor] = {}
-        """Values by name that are not in the transformer: the original ones while the others are in it."""
+        """Values by name that are not in the transformer. While `is_in`, these are the original values."""
 
     @property
     def originals(self) -> Mapping[str, Tensor]:
-        """Values that the transformer had before, by name; empty while it has them."""
+        """Original values by name; empty while the transformer has them."""
         return self._outside if self.is_in else {}
 
     def check(self, transformer: nn.Module) -> None:
-        """Refuse a transformer into which no values can be put; `put_in` refuses it too, the first time.
+        """Refuse a transformer whose weights cannot be exchanged. `put_in` checks the same the first time.
 
         Raises:
             ValueError: projections are fused, a LoRA is fused, or group offloading holds the weights on a disk.
@@ -66,16 +66,16 @@ class WeightSwap:
             raise ValueError(f"{problem}, {INSTEAD}")
 
     def put_in(self, transformer: nn.Module) -> None:
-        """Put the values in, if they are not. If that fails, the transformer is as it was.
+        """Put the values in, if they are not in. If this fails, the transformer is unchanged.
 
         Raises:
-            ValueError: the values do not fit; or `check` refuses the transformer, or weights are quantised, sharded or
-                held elsewhere by offloading.
+            ValueError: the values do not fit, `check` refuses the transformer, or weights are quantised, sharded or
+                offloaded.
         """
         if self.is_in:
             return
         weights = dict(plain_weights(transformer))
-        if self._changes is None:  # they were in before
+        if self._changes is None:  # the values were in before
             changes = {name: _value(x) for name, x in self._outside.items()}
         else:
             self.check(transformer)
@@ -84,16 +84,16 @@ class WeightSwap:
             raise ValueError(f"{problem}, {INSTEAD}")
         with _nothing_fused(transformer):
             self._exchange(weights, changes)
-            # What the values were made from can go: from here on there are the values.
+            # The sources of the values can be freed, because `_outside` holds the values from now on.
             self.is_in, self._changes = True, None
 
     def take_out(self, transformer: nn.Module) -> None:
-        """Put the original values back, if they are not there. If that fails, the transformer is as it was.
+        """Put the original values back, if they are out. If this fails, the transformer is unchanged.
 
-        A LoRA and projections that were fused in the meantime are fused with the original values then.
+        LoRA weights and projections that were fused in the meantime are fused again with the original values.
 
         Raises:
-            RuntimeError: weights were quantised, sharded or offloaded in a way in which they cannot be exchanged.
+            RuntimeError: weights were quantised, sharded or offloaded since, so that they cannot be exchanged.
         """
         if not self.is_in:
             return
@@ -101,13 +101,13 @@ class WeightSwap:
         if problem := _obstacle(transformer, weights, self._outside):
             raise RuntimeError(f"changed after enable, weights cannot be put back: {problem}")
         with _nothing_fused(transformer):
-            # Backwards, because two names may stand for one tensor.
+            # In reverse order, because two names may refer to one tensor.
             originals = reversed(self._outside.items())
             self._exchange(weights, {name: _value(x) for name, x in originals})
             self.is_in = False
 
     def _exchange(self, weights: Mapping[str, Tensor], changes: Mapping[str, Change]) -> None:
-        """Change one weight after the other, so that no device has to hold all of them twice."""
+        """Change the weights one by one, so that no device holds all of them twice."""
         done: list[str] = []
         try:
             for name, change in changes.items():
@@ -120,14 +120,14 @@ class WeightSwap:
 
     @torch.no_grad()
     def _change(self, name: str, x: Tensor, change: Change) -> None:
-        # A tensor and its data are both inference tensors, or neither.
+        # `data` of an inference tensor must be an inference tensor, and the other way round.
         with torch.inference_mode(x.is_inference()):
             new, before = change(x.data), x.data.cpu()
             self._outside[name], x.data = before, new
 
 
 def plain_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and persistent buffers under the names that they have without wrappers and adapters."""
+    """Yield parameters and persistent buffers with the names that they have without wrappers and adapters."""
     for name in WRAPPED:
         if isinstance(inner := module._modules.get(name), nn.Module):
             yield from plain_weights(inner, prefix)
@@ -143,11 +143,12 @@ def plain_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Te
 def _obstacle(
     transformer: nn.Module, weights: Mapping[str, Tensor], names: Iterable[str]
 ) -> str | None:
-    """Return why weights cannot be exchanged, and what to do first; None if they can be.
+    """Return why weights cannot be exchanged, with a remedy; None if they can be.
 
     Args:
-        weights: of the transformer.
-        names: those that are to be exchanged.
+        transformer: the transformer.
+        weights: weights of the transformer by name.
+        names: names of the weights to exchange.
     """
     for name, module in transformer.named_modules():
         if _offloads_to_disk(module):
@@ -155,7 +156,7 @@ def _obstacle(
     for name in names:
         x = weights.get(name)
         if x is None:
-            return f"transformer.{name}: not there any more; accepted is the transformer as it was"
+            return f"transformer.{name}: the weight does not exist any more; accepted is the unchanged transformer"
         if x.device.type == "meta":
             return (
                 f"transformer.{name}: sequential offloading holds the weight elsewhere; accepted after "
@@ -174,7 +175,7 @@ def _offloads_to_disk(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _nothing_fused(transformer: nn.Module) -> Iterator[None]:
-    """Context manager in which no LoRA is fused into the weights; fused projections are made anew at its end."""
+    """Context manager that unfuses LoRA weights while it is active. At its end, projections are fused again."""
     layers: list[Any] = [x for x in transformer.modules() if getattr(x, "merged_adapters", None)]
     names = [list(layer.merged_adapters) for layer in layers]
     for layer in layers:
@@ -192,5 +193,5 @@ def _nothing_fused(transformer: nn.Module) -> Iterator[None]:
 
 
 def _value(x: Tensor) -> Change:
-    """Return a change to this value."""
+    """Return a change that sets a weight to this value."""
     return lambda old: x.to(old.device, old.dtype)

@@ -1,4 +1,4 @@
-"""`weights_state`: notices that a transformer's weights change in mid-run."""
+"""`weights_state`: fingerprint of a transformer's weights, to detect changes during a run."""
 
 from collections.abc import Collection, Hashable
 from typing import Any
@@ -9,20 +9,19 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 def weights_state(transformer: nn.Module, leave_out: Collection[nn.Module] = ()) -> Hashable:
-    """A value that changes when weights, LoRA adapters or diffusers' hooks do; without a device sync.
+    """Return a value that changes when weights, LoRA adapters or diffusers' hooks change, without a device sync.
 
-    It covers adapters that are loaded, deleted, switched, scaled, fused or unfused (PEFT), and weights that are
-    written in place (`load_state_dict`) or replaced. Weights that offloading brings anew for each call are
-    not looked at.
+    It covers PEFT adapters that are loaded, deleted, switched, scaled, fused or unfused, and weights that are written in
+    place (`load_state_dict`) or replaced. It does not cover weights that offloading loads again for each call.
 
     Args:
         transformer: the module.
-        leave_out: modules in it whose weights do not count.
+        leave_out: submodules to ignore.
     """
     state: list[Hashable] = []
     versions = places = 0
     moved = replaced = False
-    # This runs in every call. Hence one loop, and `__dict__`: the __getattr__ of a module is slow.
+    # Called in every transformer call, so it is one loop, and reads `__dict__`: nn.Module.__getattr__ is slow.
     todo = [transformer]
     while todo:
         module = todo.pop()
@@ -42,9 +41,9 @@ def weights_state(transformer: nn.Module, leave_out: Collection[nn.Module] = ())
         for x in attributes["_parameters"].values():
             if x is None:
                 continue
-            if type(x) not in PLAIN:  # quantised ones may not be one piece of memory
+            if type(x) not in PLAIN:  # quantised weights may have no single data pointer
                 places += id(x)
-            elif not x.is_inference():  # tensors made in inference mode have no counter
+            elif not x.is_inference():  # tensors made in inference mode have no version counter
                 versions += x._version
                 places += x.data_ptr()
     if not replaced:
@@ -55,7 +54,7 @@ def weights_state(transformer: nn.Module, leave_out: Collection[nn.Module] = ())
 
 
 def lora_scale(arguments: dict[str, Any]) -> Hashable:
-    """The scale of LoRA that a call of the transformer asks for."""
+    """Return the LoRA scale in the arguments of a call; None if there is none."""
     for name in ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs"):
         scale = (arguments.get(name) or {}).get("scale")
         if scale is not None:
@@ -64,7 +63,7 @@ def lora_scale(arguments: dict[str, Any]) -> Hashable:
 
 
 def _replaces(hook: Any) -> bool:
-    """Return whether a hook of accelerate brings weights for each call (sequential offloading)."""
+    """Return whether a hook of accelerate loads weights for each call (sequential offloading)."""
     return getattr(hook, "offload", False) or any(map(_replaces, getattr(hook, "hooks", ())))
 
 

@@ -1,4 +1,4 @@
-"""Sparse-linear attention for diffusion transformers: the layer, its schedule, token orders. Model-free."""
+"""Sparse-linear attention for diffusion transformers: layer, schedule and token orders. Independent of models."""
 
 from dit_accel.sla.attention import SparseLinearAttention
 from dit_accel.sla.order import Reordered, tile_order

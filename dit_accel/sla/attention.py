@@ -1,4 +1,4 @@
-"""`SparseLinearAttention`: one attention layer that reads its critical blocks exactly and the others cheaply."""
+"""`SparseLinearAttention`: attention layer with exact attention on some key blocks and linear attention on others."""
 
 import contextlib
 import functools
@@ -28,10 +28,10 @@ from dit_accel.sla.text import Text, image_first, split_text, valid_keys
 
 
 class Projection(nn.Module):
-    """Weights of a linear layer, zero at first, that a kernel applies.
+    """Weights of a linear layer, zero at first, which a kernel applies.
 
-    They are asked for by a call, so that offloading hooks bring them. No `nn.Linear`, so that nobody wraps
-    or casts it as one: LoRA on all linear layers, 8-bit storage, quantisation.
+    `forward` returns the weights, so that offloading hooks load them. Not an `nn.Linear`, so that LoRA, quantisation and
+    other tools that wrap linear layers leave it alone.
     """
 
     def __init__(self, width: int) -> None:
@@ -44,27 +44,26 @@ class Projection(nn.Module):
 
 
 class SparseLinearAttention(nn.Module):
-    """Sparse-linear attention (SLA, arXiv 2509.24006) of one layer, with the weights that it learns.
+    """Sparse-linear attention (SLA, arXiv 2509.24006) of one layer, with its learned weights.
 
-    A router ranks the key blocks of each query block; the best are read exactly, the
-    others as `config.combine` says. Text tokens in a joint sequence are exact as keys and as queries:
-    routing, centroids and the linear branch see image tokens only.
+    A router ranks the key blocks of each query block. The best blocks are read exactly, and the others are combined as
+    `config.combine` says. Text tokens of a joint sequence are exact as keys and as queries: routing, centroids and the
+    linear branch use image tokens only. Weights stay in fp32 when the model is cast to another dtype.
 
     Args:
-        config: what to do; schedules and token orders are for others to follow.
-        heads: of the queries.
-        head_dim: of the values.
-        topk: of this layer. Default: that of the config.
+        config: settings. Schedules and token orders in it are not used here.
+        heads: number of query heads.
+        head_dim: number of channels of a value head.
+        topk: `topk` of this layer. Default: `config.topk`.
 
     Attributes:
-        proj_l: for `combine="proj"`, weight and bias of a linear layer on the linear branch's output, zero
-            at first.
-        alpha_logit: for `combine="alpha"`, `[heads]`; sigmoid of it is the share of the exact branch. The
-            first call measures it as the mean attention mass that the plan reads, unless weights are loaded.
-        router: ranks key blocks, with the arguments of `block_scores`.
-        learned_router: for `router="learned"`, the weights of the ranking.
-
-    Weights stay in fp32 whatever dtype the model is cast to.
+        proj_l: for `combine="proj"`: weight and bias of a linear layer on the output of the linear branch, zero at
+            first.
+        alpha_logit: for `combine="alpha"`: `[heads]`; its sigmoid is the weight of the exact branch. The first call sets
+            it to the mean attention mass that the plan reads, unless weights were loaded.
+        router: function that ranks key blocks, with the arguments of `block_scores`.
+        learned_router: for `router="learned"`: weights of the ranking.
+        calibrated: True if `alpha_logit` was measured or loaded, or is not used.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class SparseLinearAttention(nn.Module):
         if config.router == "learned":
             self.learned_router = LearnedRouter(heads, head_dim)
         self.processes: Any = None
-        """Processes that share the heads of the current call, see `Call.processes`; None: there are no others."""
+        """Processes that split the heads of the current call, see `Call.processes`; None: one process."""
         self.calibrated = True
         self._measured: Tensor | None = None
         if config.combine == "proj":
@@ -99,7 +98,7 @@ class SparseLinearAttention(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        # Others load what they own into the whole model, a LoRA for one.
+        # State dicts of the whole model may lack this weight, for example those of a LoRA.
         self.calibrated |= f"{prefix}alpha_logit" in state_dict
 
     def forward(
@@ -116,21 +115,21 @@ class SparseLinearAttention(nn.Module):
         state: LinearState | None = None,
         tally: Int[Tensor, "3"] | None = None,
     ) -> Float[Tensor, "b h l_q d_v"]:
-        """Attention over image tokens, or over a joint sequence.
+        """Compute attention over image tokens, or over a joint sequence of image and text.
 
         Args:
             q: `[B, Hq, Lq, D]`, some or all image tokens, and all text tokens.
-            k, v: `[B, Hkv, Lk, D]`, all tokens; `Hq` a multiple of `Hkv`.
-            text: where text tokens stand, in q as in k.
+            k, v: `[B, Hkv, Lk, D]`, all tokens; `Hq` is a multiple of `Hkv`.
+            text: position of the text tokens, in q and in k.
             text_tokens: number of text tokens.
-            text_lengths: `[B]`, number of text tokens of each row that count. The others, at the end of the text, are
-                padding: no query reads them, and their outputs mean nothing. Default: all count.
-            topk_blocks: number of image blocks that each query block reads exactly. Default: from `topk`.
-            scale: default `D ** -0.5`.
-            state: totals over the image keys that the caller keeps up to date; inference only.
-            tally: int64 `[3]` on the device of q: calls, attended (query, key) pairs, and all pairs, text
-                included, padding keys left out. This call is added to it. Its density is the second number over the
-                third.
+            text_lengths: `[B]`, number of text tokens of each row without padding. Padding is at the end of the text. No
+                query reads it, and its outputs are undefined. Default: no padding.
+            topk_blocks: number of image blocks that each query block reads exactly. Default: according to `topk`.
+            scale: factor of the dot products. Default: `D ** -0.5`.
+            state: sums over the image keys, kept by the caller; inference only.
+            tally: int64 `[3]` on the device of q, to which this call is added: number of calls, of attended (query, key)
+                pairs, and of all pairs. Text is included and padding keys are not. The density is the second number
+                over the third.
         """
         if text == "none":
             text, text_tokens = "last", 0
@@ -157,14 +156,14 @@ class SparseLinearAttention(nn.Module):
         plan = self._plan(scores, geometry, text_tokens, topk_blocks, tally)
         mode = self._mode(q_image, keys, plan, scale)
         if text_tokens and mode.get("linear_scope") == "all":
-            # Every image key, and the text is no part of it: no kernel has this.
+            # The linear branch covers every image key and no text key, which no kernel supports.
             exact = sparse_linear_attention(
                 q_image, keys, values, plan, scale=scale, combine="none"
             )
             o = self._mix(exact, q_image, k_image, v_image, state, mode)
         else:
             if state is not None and text_tokens:
-                # Totals lose what is read, the text too: it has to be in them first.
+                # The kernel subtracts all blocks that are read, the text too, so the text is added to the sums first.
                 added = LinearState.from_keys(
                     words_k, words_v, feature_map=state.feature_map, kv_lengths=text_lengths
                 )
@@ -179,7 +178,7 @@ class SparseLinearAttention(nn.Module):
             )  # fmt: skip
         if not text_tokens:
             return o
-        # Few queries that read every key: dense attention is the fastest way.
+        # Text queries are few and read every key, so dense attention is fastest.
         grouped, mask = q.shape[1] != k.shape[1], None
         if text_lengths is not None:
             mask = valid_keys(k.shape[2], text, text_tokens, text_lengths)[:, None, None]
@@ -190,13 +189,13 @@ class SparseLinearAttention(nn.Module):
         return torch.cat([o_words, o] if text == "first" else [o, o_words], dim=2)
 
     def _blocks(self, q: Tensor) -> dict[str, int]:
-        """Tokens per block, as arguments."""
+        """Return the numbers of tokens in a block, as keyword arguments."""
         return {"block_q": query_block(self.config, q.device), "block_k": self.config.block_k}
 
     def _scores(
         self, q: Tensor, k: Tensor, projection: Tensor | None, scale: float | None
     ) -> Tensor:
-        """Scores of the blocks of image keys `k` for image queries `q`."""
+        """Return the scores of the blocks of image keys `k` for image queries `q`."""
         learned = {} if projection is None else {"projection": projection}
         return self.router(q, k, scale=scale, **self._blocks(q), **learned)
 
@@ -208,7 +207,7 @@ class SparseLinearAttention(nn.Module):
         topk_blocks: int | None,
         tally: Tensor | None,
     ) -> SparsePlan:
-        """The plan of image queries over image keys and the text behind them."""
+        """Return the plan of image queries over [image keys, text keys]."""
         config = self.config
         return SparsePlan.from_scores(
             scores,
@@ -223,7 +222,7 @@ class SparseLinearAttention(nn.Module):
         )
 
     def _mode(self, q: Tensor, k: Tensor, plan: SparsePlan, scale: float | None) -> dict[str, Any]:
-        """Arguments of `sparse_linear_attention`: how the parts are combined, and with which weights."""
+        """Return the arguments of `sparse_linear_attention` that combine the branches, with their weights."""
         config = self.config
         if not config.has_linear_branch:
             return {"combine": config.combine}
@@ -244,7 +243,7 @@ class SparseLinearAttention(nn.Module):
     def _own_heads(
         self, weight: Float[Tensor, "h ..."], q: Tensor, k: Tensor
     ) -> Float[Tensor, "own ..."]:
-        """Rows of the heads that this process computes, those of `q`."""
+        """Return the rows of the heads that this process computes, which are the heads of `q`."""
         if self.processes is None:
             return weight
         return self.processes.own_heads(weight, q.shape[1] // k.shape[1])
@@ -258,7 +257,7 @@ class SparseLinearAttention(nn.Module):
         state: LinearState | None,
         mode: dict[str, Any],
     ) -> Tensor:
-        """The exact branch, and a linear branch over every image key."""
+        """Return the exact branch combined with a linear branch over every image key."""
         linear = linear_attention(q, k, v, feature_map=mode["feature_map"], state=state)
         linear = linear.to(exact.dtype)
         if mode["combine"] == "alpha":
@@ -267,18 +266,18 @@ class SparseLinearAttention(nn.Module):
         return exact + nn.functional.linear(linear, weight, bias)
 
     def blocks_read(self, blocks: int) -> int | None:
-        """Return how many of this many key blocks `topk` stands for; None: `top_p` alone decides."""
+        """Return the number of key blocks that `topk` selects out of `blocks`; None if `top_p` alone decides."""
         if self.topk is None:
             return None
         if self.config.rounding == "ceil":
             return topk_blocks(self.topk, blocks)
-        # No epsilon: checkpoints were trained with int(topk * blocks) in binary floating point, which
-        # is 28 for .29 of 100 blocks.
+        # No epsilon, because checkpoints were trained with int(topk * blocks) in binary floating point, which is 28 for
+        # .29 of 100 blocks.
         return max(1, math.floor(self.topk * blocks))
 
     @torch.compiler.disable(
-        reason="combine='alpha' measures the share of its exact branch in the first sparse call, which "
-        "cannot be compiled whole: run the pipeline once before you compile it, or load weights"
+        reason="combine='alpha' measures the weight of its exact branch in the first sparse call, which "
+        "cannot be compiled as one graph: run the pipeline once before you compile it, or load weights"
     )
     @torch.no_grad()
     def _calibrate(self, q: Tensor, k: Tensor, plan: SparsePlan, scale: float | None) -> None:
@@ -286,24 +285,24 @@ class SparseLinearAttention(nn.Module):
         if self.processes is not None:
             grouped = q.shape[1] // k.shape[1]
             mass = self.processes.all_heads(mass, self.alpha_logit.shape[0], grouped)
-        # Strictly inside (0, 1), where sigmoid has a gradient.
+        # Clamped to the inside of (0, 1), where sigmoid has a gradient.
         self._measured = mass.float().clamp(1e-3, 1 - 1e-3).logit()
         self.alpha_logit.copy_(self._measured)
         self.calibrated = True
 
     @torch.no_grad()
     def keep_measured(self) -> None:
-        """Write the measured `alpha_logit` again, after offloading has restored its copy of the weights.
+        """Write the measured `alpha_logit` again, after offloading restored its copy of the weights.
 
-        Call it after a forward of the whole model.
+        Call this after a forward of the whole model.
 
         Raises:
-            RuntimeError: offloading keeps the weights where they cannot be written (on a disk).
+            RuntimeError: the offloaded weights cannot be written, for example on a disk.
         """
         if self._measured is None:
             return
         measured, self._measured = self._measured.cpu(), None
-        # The second time round tells whether what the first one wrote has lasted.
+        # The second iteration checks that the value written by the first one is kept.
         for _ in range(2):
             offloaded = self.alpha_logit.device.type == "meta"
             with align_module_device(self, "cpu") if offloaded else contextlib.nullcontext():
@@ -312,6 +311,6 @@ class SparseLinearAttention(nn.Module):
                 self.alpha_logit.copy_(measured)
         self.calibrated = False
         raise RuntimeError(
-            "combine='alpha': what the first sparse call measured cannot be written to offloaded weights; "
+            "combine='alpha': the measurement of the first sparse call cannot be written to offloaded weights; "
             "run the pipeline once before you offload it, or load weights"
         )

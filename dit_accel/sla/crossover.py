@@ -1,11 +1,13 @@
-"""Where sparse attention starts to pay off, as measured by `kernels/bench_attention.py`."""
+"""Sequence length above which sparse attention is faster, as measured by `kernels/bench_attention.py`."""
 
 import functools
 import json
 from importlib import resources
 
 UNMEASURED = 16384
+"""Length that is used for devices without measurements (not benchmarked)."""
 NEVER = 2**62
+"""Length that stands for "sparse attention is never faster"."""
 
 
 @functools.cache
@@ -15,11 +17,16 @@ def _table() -> list[dict]:
 
 
 def min_sparse_length(device_type: str, *, topk: float, block: int) -> int:
-    """Shortest sequence at which sparse beats dense on this kind of device, at most `NEVER`.
+    """Return the shortest sequence length at which sparse attention is faster than dense attention, at most `NEVER`.
 
-    Reads the measured rows that are no easier than the request: at least as many keys kept, and
-    blocks no larger (both slow sparse attention down). The shortest of their lengths is safe. Of
-    devices without any measurement a cautious guess: long sequences of which at most half is read.
+    Uses the measurements that are at least as unfavourable as the request: at least as large a `topk`, and blocks that
+    are not larger. The shortest of their lengths is a safe bound. Devices without measurements use `UNMEASURED`, and
+    `NEVER` for topk > 0.5.
+
+    Args:
+        device_type: type of the device, such as "cuda".
+        topk: fraction of the key blocks that is read.
+        block: number of keys in a block.
     """
     rows = [row for row in _table() if row["device"] == device_type]
     if not rows:

@@ -11,7 +11,7 @@ from dit_accel.sla.attention import SparseLinearAttention
 from dit_accel.sla.text import Text, padding_to_end, padding_to_text
 
 LAYER, STEP, MASK, SHORT, CROSSOVER, PAUSED = range(6)
-"""Why a call runs dense."""
+"""Reasons why a call runs dense, as indices of `LayerCounts.dense`."""
 
 
 CALL_STATE = (
@@ -21,50 +21,50 @@ Observer = Callable[..., None]
 
 
 class LayerCounts:
-    """Counts of one attention layer in one run, kept as tensors so that counting needs no device sync."""
+    """Counts of one attention layer in one run. They are tensors, so that counting needs no device sync."""
 
     def __init__(self, device: torch.device) -> None:
         self.dense = torch.zeros(PAUSED + 1, dtype=torch.int64, device=device)
-        """Dense calls by reason."""
+        """Number of dense calls by reason."""
         self.tally = torch.zeros(3, dtype=torch.int64, device=device)
-        """Sparse calls, pairs of queries and keys that they attended to, and all pairs. The operator that
-        selects blocks adds to it, so that counting needs no launch."""
+        """Number of sparse calls, of their attended (query, key) pairs, and of all pairs. The operator that selects blocks
+        adds to it, so that counting needs no launch of its own."""
 
 
 class LayerAttention:
-    """The seam `attend` of one attention processor.
+    """Implementation of the seam `attend` for one attention processor.
 
-    All that changes between calls is set before the transformer runs, and counts are tensors: a compiled
-    block serves every layer, step and image size.
+    All values that change between calls are set before the transformer runs, and counts are tensors. A compiled block
+    therefore serves every layer, step and image size.
     """
 
     def __init__(self, module: SparseLinearAttention, scheduled: bool) -> None:
         self.module = module
         self.scheduled = scheduled
-        """Whether the schedule lets this layer run sparse on some step."""
+        """True if the schedule lets this layer run sparse in some step."""
         self.observer: Observer | None = None
-        """Called with the inputs of each call that would run sparse and is paused."""
+        """Function that is called with the inputs of each paused call that would have run sparse."""
         self.dense = True
         self.image = torch.empty(0, 0, dtype=torch.float32)
-        """`[N, 0]`: image tokens among the keys. A shape, which compiled blocks take as it comes: the numbers
-        that they find in an object are theirs for good."""
+        """Tensor `[N, 0]`; N is the number of image keys. Stored as a tensor shape, because torch.compile specialises on
+        Python ints."""
         self.blocks: Tensor | None = None
-        """`[n + 1, 0]`: each row reads its n best key blocks exactly. A shape, for the same reason; one more, because
-        a size of 1 would be a constant of a compiled block. None: `top_p` alone decides."""
+        """Tensor `[n + 1, 0]`; n is the number of key blocks that each row reads exactly. A tensor shape for the same reason,
+        plus one, because torch.compile specialises on sizes of 1. None: `top_p` alone decides."""
         self.shortest = 0
-        """Keys from which sparse attention pays."""
+        """Number of keys from which sparse attention is faster."""
         self.store: Any = None
-        """Whose `totals` are sums over image keys, kept up to date; None: nobody keeps them."""
+        """Store whose `totals` are sums over image keys; None if no store keeps them."""
         self.count_into(LayerCounts(torch.device("cpu")))
 
     def count_into(self, counts: LayerCounts, *, paused: bool = False) -> None:
-        """Count the next calls there."""
+        """Set the counts of the next calls."""
         self.counts, self.tally = counts.dense, counts.tally
         reason = STEP if self.scheduled else LAYER
         self.dense_count = self.counts[PAUSED if paused else reason]
 
     def call_state(self) -> dict[str, Any]:
-        """Return what `begin_call` sets, to put it back with `vars(layer).update`."""
+        """Return the attributes that `begin_call` sets, to restore them with `vars(layer).update`."""
         return {name: getattr(self, name) for name in CALL_STATE}
 
     def __call__(
@@ -79,9 +79,9 @@ class LayerAttention:
         padding: Int[Tensor, " b"] | None = None,
         scale: float | None = None,
     ) -> Float[Tensor, "b h l_q d_v"] | None:
-        """Return the output of sparse attention, or None where this call has to run dense; count it either way.
+        """Return the output of sparse attention, or None if this call has to run dense. The call is counted.
 
-        Arguments are those of `SparseProcessor.run`.
+        Arguments are as in `SparseProcessor.run`.
         """
         reason = self._reason(masked)
         if self.dense:
@@ -92,7 +92,7 @@ class LayerAttention:
             return None
         text_tokens = k.shape[2] - self.image.shape[0]
         if padding is not None:
-            # Images begin at different places of their rows: for the kernels they all come first.
+            # Images begin at different positions in their rows. The kernels need them at the beginning.
             text, text_lengths = "last", text_tokens - padding
             q, k, v = (padding_to_text(x, text_tokens, text_lengths) for x in (q, k, v))
         options: dict[str, Any] = {"text": text, "text_tokens": text_tokens, "scale": scale}
@@ -117,7 +117,7 @@ class LayerAttention:
         return padding_to_end(o, text_tokens, text_lengths)
 
     def _reason(self, masked: bool) -> int:
-        """Return why a call of a scheduled layer runs dense; 0: it does not."""
+        """Return why a call of a scheduled layer runs dense; 0 if it runs sparse."""
         tokens = self.image.shape[0]
         if masked:
             return MASK

@@ -1,4 +1,4 @@
-"""Token orders: which latent tokens share a block."""
+"""`tile_order`: token order in which each block is a tile of the latent grid; `Reordered`: tokens in an order."""
 
 import functools
 import math
@@ -11,15 +11,20 @@ from dit_accel.models import AllTokens, Call, TokenOrder, joint_index
 
 
 @functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)  # what is kept may serve a call with gradients next
+@torch.inference_mode(False)  # cached tensors may be used in calls with gradients
 def tile_order(
     grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device
 ) -> TokenOrder:
-    """Tiles of shape `tile` over a latent grid `(t, h, w)`, one after the other without gaps.
+    """Return the token order of tiles over a latent grid, one tile after the other without gaps.
 
-    Tiles follow each other in raster order, and so do the tokens within a tile. Tiles at the far edges
-    may be smaller; the blocks that follow then begin inside a tile. Padding smaller tiles instead was
-    measured to find less of the attention's mass, with more blocks to compute.
+    Tiles are in raster order, and tokens are in raster order within a tile. Tiles at the far edges may be smaller, so
+    that later blocks begin inside a tile. Padding smaller tiles was measured to cover less attention mass with more
+    blocks.
+
+    Args:
+        grid: number of tokens along (t, h, w).
+        tile: size of a tile along (t, h, w).
+        device: device of the indices.
     """
     counts = [math.ceil(n / size) for n, size in zip(grid, tile, strict=True)]
     t, h, w = (torch.arange(n) // size for n, size in zip(grid, tile, strict=True))
@@ -29,29 +34,30 @@ def tile_order(
 
 
 class Reordered(AllTokens):
-    """Focus on all tokens in another order."""
+    """All tokens in another order than raster order."""
 
     order: TokenOrder | None
+    """Order of the current call; None: raster order."""
 
     def __init__(self) -> None:
         self.end_call()
 
     def begin_call(self, call: Call, order: TokenOrder | None) -> None:
-        """The transformer is about to be called on tokens in this order; None: raster."""
-        self.end_call()  # Ctrl-C in the middle of a call skips the hook that ends it
+        """Begin a call on tokens in this order; None: raster order."""
+        self.end_call()  # after Ctrl-C, the end of the last call may have been skipped
         self.call, self.order = call, order
         if order is not None:
             self.index = order.gather.expand(call.hidden_states.shape[0], -1)
 
     def end_call(self) -> None:
-        """Forget the call."""
+        """End the call."""
         self.call: Call = None  # type: ignore[assignment]
         self.order = None
         self.index: Tensor | None = None
         self._kept: dict[str, Any] = {}
 
     def take(self, x: Tensor) -> Tensor:
-        # What is the same for all rows stays one row.
+        # A tensor with one row for all rows keeps one row.
         return x if self.order is None else self.order.apply(x)
 
     def fill(self, x: Tensor) -> Tensor:

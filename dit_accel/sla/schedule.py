@@ -1,4 +1,4 @@
-"""`SparseAttention`: the sparse attention method, its schedule of layers and steps, and its counts."""
+"""`SparseAttention`: the method of sparse attention, with its schedule of layers and steps, and its counts."""
 
 import contextlib
 import math
@@ -35,28 +35,29 @@ from dit_accel.sla.summary import AttentionSummary, LayerSummary
 
 @dataclass
 class RunState:
-    """State that is kept for one run."""
+    """State of one run."""
 
     counts: dict[str, LayerCounts]
+    """Counts by the name of the layer."""
     shortest: dict[str, int]
-    """Keys from which sparse attention pays, by layer."""
+    """Number of keys from which sparse attention is faster, by the name of the layer."""
     topk: float | int | None
-    """`topk` that `shortest` is for."""
+    """`topk` for which `shortest` was computed."""
     tokens: int = 0
-    """Image tokens of the last call."""
+    """Number of image tokens of the last call."""
 
 
 class SparseAttention(Method):
-    """Sparse attention of a whole transformer.
+    """Sparse attention of a transformer.
 
-    In a sampling loop the first steps are dense, as `config.dense_steps` says. Outside of one (training, a
-    call by hand) every scheduled layer runs sparse in every call, and gradients flow.
+    In a sampling loop the first steps are dense, see `SLAConfig.dense_steps`. Outside of sampling loops (training, single
+    calls) every scheduled layer runs sparse in every call, and gradients flow.
 
     Args:
         config: settings.
-        weights: state dicts of the layers' modules, by the name of the layer. Weights that are not in them start at
-            their initial values. Default: all do.
-        swap: values of the transformer's own weights that were trained with them. Default: none.
+        weights: state dicts of the layers' modules, by the name of the layer. Missing weights have their initial values.
+            Default: all weights are missing.
+        swap: values of the transformer's own weights that were trained together with `weights`. Default: none.
     """
 
     name = "sla"
@@ -80,14 +81,14 @@ class SparseAttention(Method):
         self._pauses = 0
 
     @property
-    def focus(self) -> Reordered:  # type: ignore[override]
+    def selection(self) -> Reordered:  # type: ignore[override]
         return self.reordered
 
     def make_layers(self, layers: Mapping[str, AttentionLayer]) -> None:
         """Make a module for each self-attention layer.
 
         Raises:
-            ValueError: the config names layers that are not there, or the weights do not fit.
+            ValueError: the config names layers that do not exist, or the weights do not fit.
         """
         count = len(layers)
         self.config.check_layers(count)
@@ -108,9 +109,9 @@ class SparseAttention(Method):
         self._attention = {name: layer.module for name, layer in layers.items()}
 
     def attach(self, host: Host) -> None:
-        if not self.layers:  # attached for the second time, it keeps what it has learned
+        if not self.layers:  # attached again, the method keeps its weights
             self.make_layers(host.layers)
-        self._reorders = host.focus is self.reordered
+        self._reorders = host.selection is self.reordered
         for name, layer in host.layers.items():
             processor, ours = layer.module.processor, self.layers[name]
             processor.attend = ours
@@ -126,7 +127,7 @@ class SparseAttention(Method):
 
     @property
     def attention(self) -> dict[str, SparseLinearAttention]:
-        """The modules by the name of the attention layer."""
+        """Modules by the name of the attention layer."""
         return {name: layer.module for name, layer in self.layers.items()}
 
     @property
@@ -135,32 +136,32 @@ class SparseAttention(Method):
 
     @property
     def config_in_use(self) -> SLAConfig:
-        """Settings with the query block of the device that the last call ran on. Before any call: of a CPU."""
+        """Settings with the query block of the last call's device; before any call, that of a CPU."""
         device = torch.device("cpu")
         if self._state is not None:
             device = next(iter(self._state.counts.values())).tally.device
         return replace(self.config, block_q=query_block(self.config, device))
 
     def set_router(self, router: Callable[..., Tensor]) -> None:
-        """Rank key blocks otherwise; it takes the arguments of `block_scores`."""
+        """Replace the function that ranks key blocks; it takes the arguments of `block_scores`."""
         for layer in self.layers.values():
             layer.module.router = router
 
     def set_topk(self, value: float | int) -> None:
-        """Read another fraction of the key blocks from the next call on, as annealing does.
+        """Change the fraction of key blocks that is read, from the next call on. Annealing uses this.
 
-        Modules stay, and blocks that are compiled already serve every fraction. `config` and the summary have the new
-        value. Layers that `topk_by_layer` names keep theirs.
+        Modules are not made again, and compiled blocks serve every fraction. `config` and the summary get the new value.
+        Layers in `topk_by_layer` keep their value.
 
         Args:
-            value: the new `topk`, in (0, 1].
+            value: new `topk`, in (0, 1].
 
         Raises:
-            ValueError: another value, or the config has topk=None.
+            ValueError: the value is not in (0, 1], or the config has topk=None.
         """
         if self.config.topk is None:
             raise ValueError(
-                f"set_topk({value!r}): the config has topk=None, so that top_p alone decides; accepted with a topk"
+                f"topk={value!r}: the config has topk=None, so top_p alone decides; accepted if the config has a topk"
             )
         check_fraction("topk", value)
         self.config = replace(self.config, topk=value)
@@ -169,13 +170,13 @@ class SparseAttention(Method):
             layer.module.topk = self.config.layer_topk(i, count)
 
     def set_learning_step(self, step: int | None) -> None:
-        """Let a learned router learn from some query blocks in each step, so that it costs little.
+        """Let a learned router learn from a subset of the query blocks in each step, which reduces its cost.
 
-        Until this is called, every query block teaches in every call, which costs as much as dense attention. The
-        blocks are a function of the step: a resumed run takes the same ones.
+        Before the first call of this function, the router learns from every query block, which costs as much as dense
+        attention. The subset is a function of the step, so that a resumed run uses the same ones.
 
         Args:
-            step: number of the optimiser step, >= 0. None: every query block teaches again.
+            step: number of the optimiser step, >= 0. None: every query block again.
         """
         for layer in self.layers.values():
             if self.config.router == "learned":
@@ -184,14 +185,16 @@ class SparseAttention(Method):
 
     @contextlib.contextmanager
     def paused(self, observers: Mapping[str, Observer] | None = None) -> Iterator[None]:
-        """Context manager in which every layer runs dense; the summary counts these calls as "paused".
+        """Context manager in which every layer runs dense. The summary counts these calls as "paused".
 
-        It nests. Layers leave it as they entered it, so that a checkpointed backward that follows runs as the last
-        call before it did. A compiled block has one graph more for dense calls, as for dense steps.
+        It may be nested. At its end, layers have their former state, so that a following backward pass with gradient
+        checkpointing recomputes the call before it. Compiled blocks have one more graph for dense calls, as for dense
+        steps.
 
         Args:
-            observers: by the name of a layer, a function that gets `(q, k, v, text=..., text_tokens=..., scale=...)`
-                of each call that would have run sparse, and `text_lengths` where texts are padded. Default: none.
+            observers: functions by the name of a layer. Each is called with `(q, k, v, text=..., text_tokens=...,
+                scale=...)` of every call that would have run sparse, and with `text_lengths` if texts are padded.
+                Default: none.
         """
         before = [(layer, layer.call_state()) for layer in self.layers.values()]
         self._pauses += 1
@@ -205,7 +208,7 @@ class SparseAttention(Method):
                 vars(layer).update(state)
 
     def attach_weights(self) -> None:
-        """Make weights part of the transformer, as the submodule `sla` of each attention layer."""
+        """Add the modules with weights to the transformer, as the submodule `sla` of each attention layer."""
         if self.config.has_weights:
             for name, module in self._attention.items():
                 module.add_module("sla", self.layers[name].module)
@@ -217,9 +220,9 @@ class SparseAttention(Method):
                 del module.sla
 
     def begin_run(self, run: Run) -> None:
-        run.states[self.name] = None  # the device is known with the first call
+        run.states[self.name] = None  # made in the first call, when the device is known
 
-    @torch.inference_mode(False)  # counts go on in calls with gradients
+    @torch.inference_mode(False)  # the count tensors are also used in calls with gradients
     def begin_call(self, run: Run, call: Call) -> None:
         device = call.hidden_states.device
         state: RunState | None = run.states[self.name]
@@ -257,12 +260,12 @@ class SparseAttention(Method):
             layer.module.keep_measured()
 
     def order(self, grid: tuple[int, int, int], device: torch.device) -> TokenOrder | None:
-        """The order that the tokens of this grid run in; None: raster, as where no layer runs sparse."""
+        """Return the order in which tokens of this grid run; None (raster order) if no layer runs sparse."""
         tile = self.config.tile_of(grid, query_block(self.config, device))
         return tile_order(grid, tile, device) if tile and self._pays(grid, device) else None
 
     def tile(self, grid: tuple[int, int, int], device: torch.device) -> int | None:
-        """Tokens of this grid that are best selected together: query blocks, if any layer runs sparse."""
+        """Return the size of a query block as the number of tokens to select together; None if no layer runs sparse."""
         return query_block(self.config, device) if self._pays(grid, device) else None
 
     def _pays(self, grid: tuple[int, int, int], device: torch.device) -> bool:
@@ -281,7 +284,7 @@ class SparseAttention(Method):
         return min_sparse_length(device.type, topk=topk, block=config.block_k)
 
     def rows(self, host: Host, run: Run | None) -> AttentionSummary:
-        """Return the counts of each layer in the last run. Waits for the device."""
+        """Return the counts of each layer in the last run. This waits for the device."""
         known = run is None or run.states.get(self.name) is self._state
         state = self._state if known else None
         layers = [self._layer_summary(name, layer, state) for name, layer in self.layers.items()]
@@ -304,7 +307,7 @@ class SparseAttention(Method):
             return None
         dense = torch.stack([x.dense for x in counts]).sum(0).tolist()
         if not any(dense[:PAUSED]):
-            return None  # dense on request
+            return None  # all dense calls were paused ones
         shortest = min(state.shortest.values())
         return ", ".join(self._dense_calls(dense, state.tokens, shortest))
 
@@ -338,10 +341,10 @@ class SparseAttention(Method):
 
 
 def _load(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
-    """Load some or all of a layer's weights; the others stay as they are."""
+    """Load weights of a layer. Missing weights stay unchanged."""
     unexpected = module.load_state_dict(dict(weights), strict=False).unexpected_keys
     if unexpected:
-        raise ValueError(f"weights: {name} has no {', '.join(unexpected)}")
+        raise ValueError(f"weights: layer {name} has no {', '.join(unexpected)}")
 
 
 def _from(shortest: int) -> str:

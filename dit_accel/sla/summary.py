@@ -1,4 +1,4 @@
-"""`AttentionSummary`: what sparse attention did in one run."""
+"""`AttentionSummary`: summary of sparse attention in one run."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -9,38 +9,41 @@ from dit_accel.runtime.summary import PartSummary, joined_config, reasons, table
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One self-attention layer under sparse attention."""
+    """Summary of one self-attention layer."""
 
     name: str
+    """Name of the attention module."""
     scheduled: bool
-    """True if the schedule lets this layer run sparse at all."""
+    """True if the schedule lets this layer run sparse in some step."""
     sparse_calls: int
+    """Number of sparse calls."""
     dense_calls: dict[str, int]
-    """Dense calls by reason."""
+    """Number of dense calls by reason."""
     density: float | None
-    """Attended share of the (query, key) pairs of all sparse calls together."""
+    """Share of (query, key) pairs that sparse calls attended to; None without a sparse call."""
 
     @property
     def calls(self) -> int:
-        """Calls, sparse and dense."""
+        """Number of calls, sparse and dense."""
         return self.sparse_calls + sum(self.dense_calls.values())
 
 
 @dataclass(frozen=True)
 class AttentionSummary:
-    """Sparse attention in the last run."""
+    """Summary of sparse attention in the last run."""
 
     config: dict[str, Any]
+    """Settings."""
     layers: list[LayerSummary]
+    """Self-attention layers."""
     cross_attention_layers: int = 0
-    """Attention modules from image to text, apart from those in `layers`; always dense."""
-
+    """Number of cross-attention modules, which always run dense."""
     cross_attention_dense_calls: int = 0
-    """Calls of these modules."""
+    """Number of calls of the cross-attention modules."""
 
     @classmethod
     def joined(cls, parts: Mapping[str, PartSummary]) -> "AttentionSummary":
-        """Return the summary of two transformers together; the calls of one without sparse attention count as dense."""
+        """Return the summary of two transformers together. Calls of a transformer without sparse attention are dense."""
         on = {name: x.methods["sla"] for name, x in parts.items() if "sla" in x.methods}
         steps = sum(parts[name].steps for name in on)
         calls = sum(max((x.calls for x in one.layers), default=0) for one in on.values())
@@ -61,17 +64,17 @@ class AttentionSummary:
 
     @property
     def sparse_calls(self) -> int:
-        """Self-attention calls that ran sparse."""
+        """Number of self-attention calls that ran sparse."""
         return sum(layer.sparse_calls for layer in self.layers)
 
     @property
     def dense_calls(self) -> dict[str, int]:
-        """Self-attention calls that ran dense, by reason."""
+        """Number of self-attention calls that ran dense, by reason."""
         return total(layer.dense_calls for layer in self.layers)
 
     @property
     def density(self) -> float | None:
-        """Attended share of all (query, key) pairs, averaged over the sparse calls."""
+        """Attended share of the (query, key) pairs, averaged over the sparse calls; None without one."""
         kept = sum(
             layer.density * layer.sparse_calls for layer in self.layers if layer.density is not None
         )
@@ -79,20 +82,20 @@ class AttentionSummary:
 
     @property
     def overall_density(self) -> float | None:
-        """The same over every self-attention call: dense steps and layers count as 1."""
+        """Attended share averaged over all self-attention calls, with 1 for dense calls; None before a run."""
         dense = sum(self.dense_calls.values())
         calls = self.sparse_calls + dense
         return ((self.density or 0.0) * self.sparse_calls + dense) / calls if calls else None
 
     @property
     def totals(self) -> str:
-        """Density of all layers, as one line; empty before a run."""
+        """Density of all layers as one line; empty before a run."""
         if self.density is not None:
             return f"density {self.density:.3f} in sparse calls, {self.overall_density:.3f} over all self-attention"
         return "no self-attention call ran sparse" if sum(self.dense_calls.values()) else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "config": self.config,
             "density": self.density,

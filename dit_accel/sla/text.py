@@ -1,4 +1,4 @@
-"""Text tokens of joint sequences: their place, their padding, and how they are put behind the image."""
+"""Text tokens of joint sequences: splitting, padding, and reordering to [image, text]."""
 
 from typing import Literal
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from dit_accel.models.tokens import take
 
 Text = Literal["none", "first", "last"]
+"""Position of the text in a sequence."""
 
 
 def split_text(
@@ -24,7 +25,7 @@ def split_text(
 def image_first(
     image: Float[Tensor, "b h l_image d"], words: Float[Tensor, "b h l_text d"], gap: int
 ) -> Float[Tensor, "b h l d"]:
-    """Return [image, zeros, text] with this many zeros."""
+    """Return [image, zeros, text] with `gap` zero tokens."""
     parts = [image, words]
     if gap:
         parts.insert(1, image.new_zeros(*image.shape[:2], gap, image.shape[3]))
@@ -34,11 +35,11 @@ def image_first(
 def valid_keys(
     length: int, text: Text, tokens: int, text_lengths: Int[Tensor, " b"]
 ) -> Bool[Tensor, "b l"]:
-    """Return which keys of a joint sequence count: all but the padding at the end of the text.
+    """Return a mask of the keys of a joint sequence that are not padding at the end of the text.
 
     Args:
         length: number of keys, image and text.
-        text: place of the text, "first" or "last".
+        text: position of the text, "first" or "last".
         tokens: number of text tokens, with padding.
         text_lengths: number of text tokens of each row without padding.
     """
@@ -51,16 +52,16 @@ def valid_keys(
 def padding_to_text(
     x: Float[Tensor, "b h l d"], tokens: int, text_lengths: Int[Tensor, " b"]
 ) -> Float[Tensor, "b h l d"]:
-    """Return [image, text, padding] of rows [text, image, padding], whose images begin at different places.
+    """Return [image, text, padding], given rows [text, image, padding] with text of different lengths.
 
     Args:
-        x: the rows.
+        x: rows [text, image, padding].
         tokens: number of text tokens, with padding.
         text_lengths: number of text tokens of each row without padding.
     """
     image, place = x.shape[2] - tokens, torch.arange(x.shape[2], device=x.device)
     lengths = text_lengths[:, None]
-    # Padding stands at the same places in both.
+    # Padding has the same positions in both.
     words = torch.where(place < image + lengths, place - image, place)
     return _taken(x, torch.where(place < image, place + lengths, words))
 
@@ -76,5 +77,5 @@ def padding_to_end(
 
 
 def _taken(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens `index` `[B, L]` of `[B, H, L, D]`, which are one block of memory for each token."""
+    """Return the tokens `index` `[B, L]` of `x` `[B, H, L, D]`. The memory of all heads of a token is contiguous."""
     return take(x.transpose(1, 2), index).transpose(1, 2)

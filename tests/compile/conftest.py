@@ -1,4 +1,4 @@
-"""No test starts from what another one compiled."""
+"""Reset torch.compile before each test."""
 
 import pytest
 import torch

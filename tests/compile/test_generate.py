@@ -1,4 +1,4 @@
-"""`--compile` on a CPU: compiled blocks make the pictures of plain ones, with both methods, and with quantised weights."""
+"""`--compile` on a CPU: compiled blocks give the same pictures, with both methods, and with quantised weights."""
 
 import json
 import os

@@ -20,7 +20,7 @@ BLOCKS = {"block_q": 32, "block_k": 32}
 
 
 def fresh_compiler():
-    """torch.compile without graph breaks, everything dynamic, and nothing compiled or counted so far."""
+    """Return a compiled function: one graph, dynamic shapes, empty caches and counters."""
     torch._dynamo.reset()
     counters.clear()
     return functools.partial(torch.compile, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -186,7 +186,7 @@ def test_a_tally_is_kept_in_a_compiled_graph():
 
 
 class Attention(torch.nn.Module):
-    """Parameters and sizes written as numbers, beside lengths that are symbolic."""
+    """Parameters and sizes are numbers, and lengths are symbolic."""
 
     def __init__(self):
         super().__init__()

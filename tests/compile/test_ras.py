@@ -11,7 +11,7 @@ from ..random_pipelines import FAMILIES, compile_blocks, make, relative, run
 
 
 def graphs(family, ras):
-    """Number of graphs, and the latents of a second run, which must need no new one."""
+    """Return the number of graphs and the latents of a second run, which must not compile a new one."""
     torch._dynamo.reset()
     pipe = make(family)
     if ras is not None:

@@ -24,7 +24,7 @@ def sla(family, **changed):
 
 
 def counted(pipe, family, **call):
-    """Latents, and all that was counted."""
+    """Return latents and all counts."""
     latents = run(pipe, family, **call)
     report = dit_accel.summary(pipe, strict=True).to_dict()
     del report["config"]
@@ -135,7 +135,7 @@ def test_shares_are_measured_before_blocks_are_compiled_whole_or_at_a_graph_brea
 
 
 def test_another_share_of_the_blocks_needs_no_new_graph():
-    """One graph, and one more at the first change, as for sizes: from then on any number of blocks."""
+    """One graph, and one more at the first change, serve any number of blocks."""
     pipe = make("wan")
     dit_accel.enable(pipe, sla=sla("wan", **ALL_SPARSE, topk=0.9, combine="proj"))
     randomise(pipe)
@@ -183,7 +183,7 @@ def test_a_learned_router_adds_no_graph(family):
 
 
 def test_compiled_blocks_train_a_learned_router():
-    """Each step takes other rows and another share of blocks, without a graph of its own."""
+    """Steps with other rows and another share of blocks need no new graph."""
     gradients = {}
     for compiled in (False, True):
         transformer = bare_wan()
@@ -200,7 +200,7 @@ def test_compiled_blocks_train_a_learned_router():
             attention.set_learning_step(step)
             attention.set_topk(topk)
             transformer.zero_grad()
-            transformer(**batch("wan"), return_dict=False)[0].square().mean().backward()
+            transformer(**batch(), return_dict=False)[0].square().mean().backward()
             found.append([x.grad for x in transformer.parameters()])
     for a, b in zip(gradients[True], gradients[False], strict=True):
         for x, y in zip(a, b, strict=True):

@@ -15,8 +15,8 @@ from dit_accel.finetune.regression import regress
 from dit_accel.runtime.install import method_of
 
 from ..random_pipelines import make, relative
+from ..runtime.own_loops import batch_of as arguments
 from ..runtime.training_worker import bare_wan
-from ..runtime.training_worker import batch as arguments
 
 SPARSE = {"topk": 0.25, "block_q": 16, "block_k": 16, "crossover": "never", "order": (1, 4, 4)}
 

@@ -1,4 +1,4 @@
-"""Bad arguments of the loading functions are refused by name, before anything is read."""
+"""Arguments of the loading functions are checked before files are read."""
 
 import inspect
 import re
@@ -34,7 +34,7 @@ each_loader = pytest.mark.parametrize("loader", LOADERS)
 )  # fmt: skip
 @each_pipeline
 def test_unknown_keywords_are_refused_with_a_suggestion(cls, wrong, meant):
-    with pytest.raises(ValueError, match=rf"^{wrong}='x+…?'?.*unknown keyword") as error:
+    with pytest.raises(ValueError, match=rf"^{wrong}='x+…?'?.*keyword") as error:
         cls.from_pretrained("/none", **{wrong: "x"})
     if meant:
         assert f"{meant!r}" in str(error.value)
@@ -55,7 +55,7 @@ def test_each_loading_function_refuses_unknown_keywords(loader):
     ids=str,
 )  # fmt: skip
 def test_bad_settings_are_refused(unchecked, loader, argument, value):
-    with pytest.raises(ValueError, match="topc|ratio=2|" + re.escape(f"{argument}={value!r}")):
+    with pytest.raises(ValueError, match=r"topc|ratio=2|" + re.escape(f"{argument}={value!r}")):
         LOADERS[loader](**{argument: value})
 
 
@@ -92,7 +92,7 @@ def test_names_of_dtypes_load_in_that_dtype(name, sparse_wan):
 
 @each_pipeline
 def test_keywords_that_diffusers_reads_are_accepted(cls):
-    """As its source has them: from_pretrained takes them out of **kwargs."""
+    """Keywords that from_pretrained of diffusers reads from **kwargs."""
     for loaders in (
         [DiffusionPipeline.from_pretrained],
         [FromSingleFileMixin.from_single_file, FromOriginalModelMixin.from_single_file],

@@ -96,10 +96,10 @@ def test_the_clip_has_the_frames_that_were_asked_for(num_frames):
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ({"num_frames": 10}, "num_frames=10: accepted are 8k and 8k[+]1, such as 9 or 16"),
-        ({"num_frames": 5}, "num_frames=5: accepted are 8k and 8k[+]1, such as 1 or 8"),
-        ({"num_frames": 0}, "num_frames=0: accepted are 8k and 8k[+]1, such as 1 or 8"),
-        ({"height": 104}, "height=104: accepted are multiples of 16"),
+        ({"num_frames": 10}, "num_frames=10: .*8k.*9 or 16"),
+        ({"num_frames": 5}, "num_frames=5: .*8k.*1 or 8"),
+        ({"num_frames": 0}, "num_frames=0: .*8k.*1 or 8"),
+        ({"height": 104}, "height=104: .*16"),
     ],
     ids=str,
 )
@@ -123,20 +123,20 @@ def test_its_dpm_scheduler_adds_noise_so_every_token_runs():
     pipe = make()
     pipe.scheduler = diffusers.CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
     dit_accel.enable(pipe, ras={"ratio": 0.4, **RAS})
-    with pytest.warns(UserWarning, match="adds noise in each step .CogVideoXDPMScheduler"):
+    with pytest.warns(UserWarning, match=r"noise.*CogVideoXDPMScheduler"):
         run(pipe, "cogvideox", steps=5)
     assert dit_accel.summary(pipe).ras.ras_steps == 0
 
 
 def test_what_acceleration_cannot_follow_is_refused():
     pipe = make()
-    with pytest.raises(ValueError, match="CogVideoXTransformer3DModel cannot be fine-tuned"):
+    with pytest.raises(ValueError, match=r"CogVideoXTransformer3DModel.*fine-tun"):
         trainable_class(pipe.transformer)
     dit_accel.enable(pipe, sla=SLA)
     mask = {"attention_mask": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"attention_kwargs\['attention_mask'\]: masks"):
+    with pytest.raises(ValueError, match=r"attention_kwargs\['attention_mask'\]: "):
         run(pipe, "cogvideox", steps=2, attention_kwargs=mask)
     dit_accel.disable(pipe)
     pipe.transformer.transformer_blocks[1].attn1.processor = object()
-    with pytest.raises(ValueError, match=r"transformer_blocks\.1\.attn1: processor object"):
+    with pytest.raises(ValueError, match=r"transformer_blocks\.1\.attn1: .*object"):
         dit_accel.enable(pipe, sla=SLA)

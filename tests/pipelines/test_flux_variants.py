@@ -56,7 +56,7 @@ def kontext(**changed):
 
 
 def test_reference_images_run_in_every_call():
-    """FLUX.1 Kontext: they stand behind the image, in another size."""
+    """FLUX.1 Kontext: reference images follow the image and may have another size."""
     pipe, call = kontext()
     check_variant(pipe, **call)
     dit_accel.enable(pipe, sla={**SLA, "order": "raster", "topk": 1.0})
@@ -127,16 +127,16 @@ def test_what_acceleration_cannot_follow_is_refused():
     arguments = {"hidden_states": torch.zeros(1, 4, 16), "encoder_hidden_states": None}
     family = installation_of(pipe).family
     ids = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0]])
-    with pytest.raises(ValueError, match=r"img_ids: 3 of 3 places .* 2 of them"):
+    with pytest.raises(ValueError, match=r"img_ids: 3 of 3 .* 2 of them"):
         family.call(pipe.transformer, {**arguments, "img_ids": ids})
-    with pytest.raises(ValueError, match="img_ids: 2 of 3 places"):
+    with pytest.raises(ValueError, match="img_ids: 2 of 3 "):
         family.call(
             pipe.transformer,
             {**arguments, "img_ids": torch.tensor([[0, 0, 0], [1, 0, 0], [0, 0, 1]])},
         )
     ids = torch.tensor([[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]])
     residuals = {"controlnet_block_samples": [torch.zeros(1, 4, 32)]}
-    with pytest.raises(ValueError, match=r"controlnet_block_samples: .* 2 tokens of reference"):
+    with pytest.raises(ValueError, match=r"controlnet_block_samples: .* 2 tokens"):
         family.call(pipe.transformer, {**arguments, **residuals, "img_ids": ids})
 
 
@@ -146,7 +146,7 @@ def test_ip_adapter_processors_are_refused():
     pipe = make()
     attn = pipe.transformer.transformer_blocks[1].attn
     attn.set_processor(FluxIPAdapterAttnProcessor(32, 24))
-    with pytest.raises(ValueError, match=r"blocks\.1\.attn: processor FluxIPAdapterAttnProcessor"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn: .*FluxIPAdapterAttnProcessor"):
         dit_accel.enable(pipe, ras={"ratio": 0.5})
 
 
@@ -161,14 +161,14 @@ def test_loading_an_ip_adapter_after_enable_is_refused():
                 f"{i}.{name}.weight": torch.zeros(32, 24),
                 f"{i}.{name}.bias": torch.zeros(32),
             }
-    with pytest.raises(ValueError, match=r"load_ip_adapter .* disable\(\) first"):
+    with pytest.raises(ValueError, match="load_ip_adapter"):
         pipe.transformer._load_ip_adapter_weights(weights)
     assert pipe.transformer.attn_processors == processors
     run(pipe, "flux", steps=2)
 
 
 def test_places_are_read_once_for_each_tensor(monkeypatch):
-    """Reading them waits for a GPU."""
+    """Position ids are read once, because reading them waits for a GPU."""
     from dit_accel.models import flux
 
     read = []

@@ -99,9 +99,9 @@ def test_a_repository_keeps_its_settings(tmp_path):
     latents = [run(x, "hunyuan_video", steps=5) for x in (pipe, again)]
     assert torch.equal(*latents)
     assert again.summary(strict=True).ras.ras_steps > 0
-    with pytest.raises(ValueError, match="num_frames=10: accepted is 4k"):
+    with pytest.raises(ValueError, match=r"num_frames=10: .*4k"):
         again(prompt="a cat", num_frames=10)
-    with pytest.raises(ValueError, match="height=100: accepted are multiples of 16"):
+    with pytest.raises(ValueError, match=r"height=100: .*16"):
         again(prompt="a cat", height=100)
 
 
@@ -116,8 +116,8 @@ def test_estimated_memory_is_what_a_run_keeps():
 
 def test_what_acceleration_cannot_follow_is_refused():
     pipe = make()
-    with pytest.raises(ValueError, match="HunyuanVideoTransformer3DModel cannot be fine-tuned"):
+    with pytest.raises(ValueError, match=r"HunyuanVideoTransformer3DModel.*fine-tun"):
         trainable_class(pipe.transformer)
     pipe.transformer.transformer_blocks[1].attn.processor = object()
-    with pytest.raises(ValueError, match=r"transformer_blocks\.1\.attn: processor object"):
+    with pytest.raises(ValueError, match=r"transformer_blocks\.1\.attn: .*object"):
         dit_accel.enable(pipe, sla=SLA)

@@ -99,8 +99,8 @@ def test_from_pipe_shares_components_and_acceleration(family):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"height": 100}, "height=100: accepted are multiples of 16, such as 96 or 112"),
-        ({"width": 8}, "width=8: accepted are multiples of 16"),
+        ({"height": 100}, "height=100: .*96 or 112"),
+        ({"width": 8}, "width=8: .*16"),
     ],
     ids=str,
 )
@@ -108,7 +108,7 @@ def test_sizes_are_refused(family, changed, message):
     pipe = sparse_class(family).from_pipe(make(family))
     with pytest.raises(ValueError, match=message):
         run(pipe, family, **changed)
-    with pytest.raises(ValueError, match="num_frames=5: this model makes images; accepted: None"):
+    with pytest.raises(ValueError, match=r"num_frames=5: .*None"):
         pipe.check_sizes(num_frames=5)
 
 
@@ -122,10 +122,10 @@ def test_other_repositories_and_settings_are_refused_before_loading(family, tmp_
     cls = sparse_class(family)
     with pytest.raises(
         ValueError,
-        match=f"holds a PixArtSigmaPipeline; {cls.__qualname__} accepts a {CLASSES[family]}",
+        match=f"PixArtSigmaPipeline.*{CLASSES[family]}",
     ):
         cls.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="did you mean 'paper'"):
+    with pytest.raises(ValueError, match=r"ras='papier'.*'paper'"):
         cls.from_pretrained(tmp_path, ras="papier")
 
 
@@ -145,7 +145,7 @@ def test_repositories_under_their_older_names_are_accepted(family, old, reposito
 
 
 def test_image_to_video_with_and_without_an_image_encoder():
-    """The keys of the image in cross-attention are computed once, too."""
+    """Keys of the image in cross-attention are computed once."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)

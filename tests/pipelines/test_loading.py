@@ -1,4 +1,4 @@
-"""Every way to make a sparse pipeline: settings that a repository keeps, single files, constructors, AutoPipelines."""
+"""Loading of sparse pipelines: settings in a repository, single files, constructors, AutoPipelines."""
 
 import inspect
 import json
@@ -54,7 +54,7 @@ def topk_of(pipe):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Repositories that plain diffusers wrote."""
+    """Save repositories with plain diffusers."""
     folders = {}
     for family in CLASSES:
         folders[family] = tmp_path_factory.mktemp(family) / "plain"
@@ -136,7 +136,7 @@ def test_without_ras_there_is_no_file(plain, tmp_path):
 
 @pytest.mark.parametrize("given", [{}, {"ras": None}, {"sla": "fast", "ras": "fast"}], ids=str)
 def test_repositories_on_the_hub_keep_them_too(given, plain, tmp_path, monkeypatch):
-    """The two files are asked for one by one, and only where the caller gave nothing."""
+    """Each settings file is read only if the caller passed no settings for its method."""
     load("wan", plain["wan"], sla=SLA, ras=RAS).save_pretrained(tmp_path)
     asked = []
 

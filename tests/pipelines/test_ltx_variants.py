@@ -47,7 +47,7 @@ def test_a_video_as_condition():
 
 
 def test_windows_of_a_long_video(monkeypatch):
-    """Each window is a run, with places and timesteps of its own."""
+    """Each window is a run with its own positions and timesteps."""
     pipe = make(cls=diffusers.LTXI2VLongMultiPromptPipeline)
 
     def encode(prompt, **rest):
@@ -94,9 +94,9 @@ def test_a_repository_keeps_its_settings(tmp_path):
     latents = [run(x, "ltx", steps=5) for x in (pipe, again)]
     assert torch.equal(*latents)
     assert again.summary(strict=True).ras.ras_steps > 0
-    with pytest.raises(ValueError, match="num_frames=10: accepted is 8k"):
+    with pytest.raises(ValueError, match=r"num_frames=10: .*8k"):
         again(prompt="a cat", num_frames=10)
-    with pytest.raises(ValueError, match="height=112: accepted are multiples of 32"):
+    with pytest.raises(ValueError, match=r"height=112: .*32"):
         again(prompt="a cat", height=112)
 
 
@@ -111,13 +111,13 @@ def test_estimated_memory_is_what_a_run_keeps():
 
 def test_what_acceleration_cannot_follow_is_refused():
     pipe = make()
-    with pytest.raises(ValueError, match="LTXVideoTransformer3DModel cannot be fine-tuned"):
+    with pytest.raises(ValueError, match=r"LTXVideoTransformer3DModel.*fine-tun"):
         trainable_class(pipe.transformer)
     dit_accel.enable(pipe, sla=SLA)
     arguments = {"hidden_states": torch.zeros(1, 7, 8), "num_frames": 1, "height": 2, "width": 3}
-    with pytest.raises(ValueError, match="hidden_states: 7 tokens, but 1 frames of 2 x 3"):
+    with pytest.raises(ValueError, match=r"hidden_states: 7 tokens.*1 frames of 2 x 3"):
         installation_of(pipe).family.call(pipe.transformer, arguments)
     dit_accel.disable(pipe)
     pipe.transformer.transformer_blocks[1].attn1.processor = object()
-    with pytest.raises(ValueError, match=r"transformer_blocks\.1\.attn1: processor object"):
+    with pytest.raises(ValueError, match=r"transformer_blocks\.1\.attn1: .*object"):
         dit_accel.enable(pipe, sla=SLA)

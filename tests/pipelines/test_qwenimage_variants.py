@@ -45,7 +45,7 @@ def test_residuals_of_a_controlnet():
     [("QwenImageEditPipeline", False), ("QwenImageEditPlusPipeline", True)],
 )
 def test_reference_images_run_in_every_call(name, zero_cond_t, monkeypatch):
-    """They stand behind the image, in other sizes; newer models modulate them as clean images."""
+    """Reference images follow the image and may have other sizes. Newer models modulate them as clean images."""
     pipe = variant(name, {"processor": None}, zero_cond_t=zero_cond_t)
     size = (128, 96) if "Plus" in name else (128, 96, None)
     monkeypatch.setattr(sys.modules[type(pipe).__module__], "calculate_dimensions", lambda *_: size)
@@ -57,7 +57,7 @@ def test_reference_images_run_in_every_call(name, zero_cond_t, monkeypatch):
 
 
 def test_checkpointed_blocks_have_the_same_gradients():
-    """They run again after the call, when nobody knows its tokens any more."""
+    """Blocks run again after the call, when its tokens are not known any more."""
     transformer = make(zero_cond_t=True).transformer
     dit_accel.enable(transformer, sla={**SLA, "topk": 0.5, "combine": "proj"})
     call = {
@@ -98,7 +98,7 @@ def test_images_of_layers_are_a_grid_with_a_layer_axis():
     assert relative(sparse, plain[:, : 3 * 48]) < 1e-5
     assert dit_accel.summary(transformer, strict=True).overall_density == 1
     shapes[1] = (1, 8, 6)
-    with pytest.raises(ValueError, match=r"img_shapes=.*layers of one size"):
+    with pytest.raises(ValueError, match=r"img_shapes=.*layers"):
         transformer(**call)
 
 
@@ -127,7 +127,7 @@ def test_padded_text_is_hidden_in_whole_and_partial_steps():
 
 @torch.no_grad()
 def test_a_mask_that_hides_nothing_is_left_out():
-    """diffusers leaves it out in its pipelines; else each layer would run dense."""
+    """Pipelines of diffusers omit a mask without padding; otherwise each layer would run dense."""
     transformer = make().transformer
     call = {
         "hidden_states": torch.randn(1, 48, 16),
@@ -154,12 +154,12 @@ def test_what_acceleration_cannot_follow_is_refused():
         "img_shapes": [[(1, 2, 2), (1, 1, 2)]],
     }
     assert family.call(pipe.transformer, call).references == 2
-    for hidden, match in (([1, 0, 1], "before some that count"), ([1, 1, 0], "2 tokens of ref")):
+    for hidden, match in (([1, 0, 1], "padding"), ([1, 1, 0], "2 tokens")):
         with pytest.raises(ValueError, match=f"encoder_hidden_states_mask: .*{match}"):
             family.call(
                 pipe.transformer, {**call, "encoder_hidden_states_mask": torch.tensor([hidden])}
             )
-    with pytest.raises(ValueError, match=r"controlnet_block_samples: .* 2 tokens of reference"):
+    with pytest.raises(ValueError, match=r"controlnet_block_samples: .* 2 tokens"):
         family.call(pipe.transformer, {**call, "controlnet_block_samples": [torch.zeros(1, 6, 32)]})
 
 

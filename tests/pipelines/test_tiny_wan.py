@@ -1,4 +1,4 @@
-"""The embedded, trained model: what a newcomer's first run relies on."""
+"""The embedded trained model."""
 
 import json
 from dataclasses import replace

@@ -12,7 +12,7 @@ from ..tiny_wan import random_wan
 
 
 def snapshot(module):
-    """What `disable` must bring back: every module's __dict__, containers by content."""
+    """Return the __dict__ of every module, with containers by content."""
     return {
         name: {key: dict(x) if isinstance(x, dict) else x for key, x in vars(m).items()}
         for name, m in module.named_modules()
@@ -249,7 +249,7 @@ def test_processors_changed_after_enable_are_noticed(sparse_wan, call):
 
     pipe = sparse_wan(sla={})
     pipe.transformer.set_attn_processor(WanAttnProcessor())
-    with pytest.raises(RuntimeError, match=r"changed after enable: call disable\(\) first"):
+    with pytest.raises(RuntimeError, match=r"attn1.*changed"):
         pipe(**call())
     pipe.disable()
     pipe(**call())
@@ -263,7 +263,7 @@ def test_unknown_processors_are_refused_by_name(sparse_wan):
 
     pipe.transformer.blocks[1].attn1.set_processor(MyProcessor())
     before = snapshot(pipe.transformer)
-    with pytest.raises(ValueError, match=r"blocks\.1\.attn1: processor MyProcessor"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn1: .*MyProcessor"):
         pipe.enable(sla="balanced")
     assert same(snapshot(pipe.transformer), before)
 
@@ -288,22 +288,22 @@ def test_crossover_auto_says_why_it_went_dense(sparse_wan, call):
     np.testing.assert_allclose(pipe(**call()).frames, dense, atol=1e-6)
     assert any("crossover" in reason for reason in pipe.summary().dense_calls)
     assert "crossover" in str(pipe.summary())
-    with pytest.raises(RuntimeError, match="never sparse although scheduled"):
+    with pytest.raises(RuntimeError, match=r"sla: .*crossover"):
         pipe.summary(strict=True)
 
 
 def test_layers_that_the_model_lacks_are_refused(sparse_wan):
-    with pytest.raises(ValueError, match=r"dense_layers=7: accepted: indices of the 3 layers"):
+    with pytest.raises(ValueError, match=r"dense_layers=7: .*3 layers"):
         sparse_wan(sla={"dense_layers": [7]})
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"height": 60}, "height=60: accepted are multiples of 16, such as 48 or 64"),
-        ({"width": 8}, "width=8: accepted are multiples of 16"),
-        ({"num_frames": 16}, r"num_frames=16: accepted is 4k\+1, such as 13 or 17"),
-        ({"num_frames": 0}, r"num_frames=0: accepted is 4k\+1"),
+        ({"height": 60}, "height=60: .*48 or 64"),
+        ({"width": 8}, "width=8: .*16"),
+        ({"num_frames": 16}, "num_frames=16: .*13 or 17"),
+        ({"num_frames": 0}, r"num_frames=0: .*4k\+1"),
     ],
     ids=str,
 )
@@ -329,7 +329,7 @@ def test_bad_repositories_are_refused_before_loading(tmp_path, monkeypatch):
     other = write_index(tmp_path / "sd3", _class_name="StableDiffusion3Pipeline")
     with pytest.raises(
         ValueError,
-        match="holds a StableDiffusion3Pipeline; SparseWanPipeline accepts a WanPipeline",
+        match=r"StableDiffusion3Pipeline.* WanPipeline",
     ):
         load(other)
     two = write_index(
@@ -338,17 +338,15 @@ def test_bad_repositories_are_refused_before_loading(tmp_path, monkeypatch):
         transformer=["diffusers", "WanTransformer3DModel"],
         transformer_2=[None, None],
     )
-    with pytest.raises(
-        ValueError, match=r"sla: settings for 'transformer_2'.*accepted are transformer$"
-    ):
+    with pytest.raises(ValueError, match=r"sla: .*'transformer_2'.* transformer$"):
         load(two, sla={"transformer_2": "balanced"})
     with pytest.raises(ValueError, match=r"no model_index\.json"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="neither a folder nor a repository"):
+    with pytest.raises(ValueError, match="absent"):
         load(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"did you mean 'balanced'"):
+    with pytest.raises(ValueError, match=r"sla=.*'balanced'"):
         load(two, sla="balanecd")
-    with pytest.raises(ValueError, match=r"ras='papre'.*did you mean 'paper'"):
+    with pytest.raises(ValueError, match=r"ras='papre'.*'paper'"):
         load(two, ras="papre")
 
 
@@ -357,13 +355,11 @@ def test_enable_refuses_what_it_cannot_accelerate(sparse_wan):
 
     with pytest.raises(ValueError, match="SimpleNamespace"):
         enable(SimpleNamespace(), sla="balanced")
-    with pytest.raises(ValueError, match=r"Linear; accepted are WanTransformer3DModel"):
+    with pytest.raises(ValueError, match=r"Linear.*WanTransformer3DModel"):
         enable(SimpleNamespace(transformer=torch.nn.Linear(2, 2)), sla="balanced")
-    with pytest.raises(ValueError, match="nothing to enable"):
+    with pytest.raises(ValueError, match="ras=None, sla=None"):
         enable(sparse_wan(sla=None))
-    with pytest.raises(
-        ValueError, match="settings for 'transformer_2', which the pipeline does not"
-    ):
+    with pytest.raises(ValueError, match=r"sla: .*'transformer_2'"):
         enable(sparse_wan(sla=None), sla={"transformer_2": SLAConfig()})
 
 

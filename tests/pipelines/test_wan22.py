@@ -1,4 +1,4 @@
-"""Wan2.2 with two transformers: settings for each, steps of each, both in one summary and in one repository."""
+"""Wan2.2 with two transformers: settings, steps, summary and saved files."""
 
 import json
 import shutil
@@ -172,11 +172,11 @@ def test_enabling_again_changes_what_is_named_only(pipe):
     [
         (
             {"sla": {"transformer": "fast", "topk": 0.2}},
-            "sla: key 'topk' beside settings by transf",
+            "sla: key 'topk'",
         ),
-        ({"ras": {"transformer_2": "papre"}}, "ras='papre'.*did you mean 'paper'"),
+        ({"ras": {"transformer_2": "papre"}}, "ras='papre'.*'paper'"),
         ({"sla": {"transformer_2": {"dense_layers": [9]}}}, "dense_layers=9"),
-        ({"sla": {"transformer": None}}, "nothing to enable"),
+        ({"sla": {"transformer": None}}, "ras=None, sla=None"),
     ],
     ids=str,
 )
@@ -209,7 +209,7 @@ def test_a_method_of_ones_own_belongs_to_one_transformer(pipe):
         def rows(self, host, run):
             return Rows()
 
-    with pytest.raises(ValueError, match="one method for a pipeline with two transformers"):
+    with pytest.raises(ValueError, match="two transformers"):
         dit_accel.enable(pipe, own=Own())
     dit_accel.enable(pipe, own={"transformer": Own(), "transformer_2": Own()})
     assert list(dit_accel.summary(pipe).methods) == ["own of transformer", "own of transformer_2"]
@@ -290,7 +290,7 @@ def test_loading_accelerates_both(load):
     # Loaded without its second transformer it is a pipeline with one.
     one = load(transformer_2=None, sla="fast")
     assert list(dit_accel.summary(one).parts) == []
-    with pytest.raises(ValueError, match="settings for 'transformer_2'"):
+    with pytest.raises(ValueError, match="'transformer_2'"):
         load(transformer_2=None, sla={"transformer_2": "fast"})
 
 
@@ -345,9 +345,7 @@ def test_what_was_saved_is_loaded_for_each_transformer(tmp_path, load):
     assert dit_accel.summary(again).config == dit_accel.summary(pipe).config
     assert dit_accel.summary(again).ras.config == dit_accel.summary(pipe).ras.config
     again.disable()
-    with pytest.raises(
-        ValueError, match=r"holds transformer/sla.safetensors, and sparse attention is off"
-    ):
+    with pytest.raises(ValueError, match=r"save_directory=.*transformer/sla.safetensors"):
         again.save_pretrained(tmp_path / "saved")
     from diffusers import WanPipeline
 
@@ -375,13 +373,11 @@ def test_sla_checkpoints_of_both(tmp_path, pipe):
         torch.testing.assert_close(run(other, "wan22", steps=STEPS), latents, rtol=0, atol=0)
     # One of the files for one transformer.
     dit_accel.load_sla(other.transformer_2, tmp_path / "both" / "transformer_2")
-    with pytest.raises(ValueError, match="one SLA checkpoint for a pipeline with two transformers"):
+    with pytest.raises(ValueError, match=r"sla: .*two transformers"):
         dit_accel.load_sla(other, tmp_path / "both" / "transformer")
     # A file of an earlier save would be loaded with a later one.
     dit_accel.enable(other, sla={"transformer_2": "none"})
-    with pytest.raises(
-        ValueError, match=r"holds transformer_2/sla.safetensors, which would be loa"
-    ):
+    with pytest.raises(ValueError, match=r"transformer_2/sla.safetensors"):
         dit_accel.save_sla(other, tmp_path / "both")
     shutil.rmtree(tmp_path / "both" / "transformer_2")
     dit_accel.save_sla(other, tmp_path / "both")
@@ -409,11 +405,9 @@ def test_sla_checkpoints_of_both_on_the_hub(tmp_path, pipe, monkeypatch):
     dit_accel.load_sla(other, "org/wan22", subfolder="tuned")
     assert list(installations_of(other)) == ["transformer_2"]
     assert method_of(other.transformer_2, "sla").config.topk == 0.6
-    with pytest.raises(
-        ValueError, match=r"no sla\.safetensors in a sub-folder; accepted for a pip"
-    ):
+    with pytest.raises(ValueError, match=r"no sla\.safetensors.*sub-folder"):
         dit_accel.load_sla(other, "org/wan22")
-    with pytest.raises(ValueError, match=r"could be reached \(no connection\)"):
+    with pytest.raises(ValueError, match="no connection"):
         dit_accel.load_sla(other, "org/offline")
 
 

@@ -25,7 +25,7 @@ RAS = {"ratio": 0.5, "warmup": 2, "tail": 1, "resets": []}
 
 
 def check(pipe, call, steps):
-    """Whole settings change nothing, partial ones run, and `disable` brings the plain latents back."""
+    """Settings that read and run everything change nothing, others run, and `disable` restores the plain latents."""
     pipe.set_progress_bar_config(disable=True)
     plain = call()
     dit_accel.enable(pipe, sla={**SLA, "topk": 1.0}, ras={**RAS, "ratio": 1.0})
@@ -45,8 +45,7 @@ def check(pipe, call, steps):
 # One timestep for each token (Wan2.2 TI2V) ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
-@pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
+@pytest.mark.parametrize(("solver", "image"), [("euler", True), ("unipc", True), ("dpm++", False)])
 def test_timesteps_by_token(solver, image):
     pipe = wan22_ti2v.make(solver, image_to_video=image)
     call = wan22_ti2v.embeddings([0]) | wan22_ti2v.arguments([0], 2.0)
@@ -88,12 +87,12 @@ def test_other_numbers_of_timesteps_are_refused():
     pipe = make("wan22_ti2v")
     dit_accel.enable(pipe, sla=SLA)
     text = wan22.embeddings([0])["prompt_embeds"]
-    with pytest.raises(ValueError, match=r"timestep: shape \(1, 7\) for 4 tokens; accepted is one"):
+    with pytest.raises(ValueError, match=r"timestep: .*\(1, 7\).*4 tokens"):
         pipe.transformer(torch.randn(1, 8, 1, 4, 4), torch.ones(1, 7), text)
 
 
 def test_modulation_of_tokens_is_counted():
-    """At real size, where it is not lost among the layers: 6 d^2 for each token beside 30 layers."""
+    """Modulation at real size: 6 d^2 for each token in addition to 30 layers."""
     from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):
@@ -115,7 +114,7 @@ def test_sizes_of_ti2v_are_multiples_of_32(tmp_path):
     pipe = dit_accel.SparseWanPipeline.from_pretrained(
         tmp_path, text_encoder=None, tokenizer=None, ras="balanced"
     )
-    with pytest.raises(ValueError, match="height=48: accepted are multiples of 32"):
+    with pytest.raises(ValueError, match=r"height=48: .*32"):
         pipe("a cat", height=48, width=64, num_frames=5)
     estimate = dit_accel.estimate_memory(pipe, height=224, width=288, num_frames=9, ras=RAS)
     assert estimate.kv_bytes > 0
@@ -163,7 +162,7 @@ def test_vace_with_video_mask_and_reference_pictures(pictures):
 
 @torch.no_grad()
 def test_a_control_of_fewer_frames_ends_in_zeros():
-    """The control tokens that are missing are zeros at the end, also where the tokens run in another order."""
+    """Missing control tokens are zeros at the end, also if tokens run in another order."""
     pipe = plain_vace()
     generator = torch.Generator().manual_seed(0)
     call = {
@@ -219,7 +218,7 @@ def test_fused_projections_and_unknown_processors_of_control_blocks():
         pass
 
     pipe.transformer.vace_blocks[1].attn1.set_processor(MyProcessor())
-    with pytest.raises(ValueError, match=r"vace_blocks\.1\.attn1: processor MyProcessor"):
+    with pytest.raises(ValueError, match=r"vace_blocks\.1\.attn1: .*MyProcessor"):
         dit_accel.enable(pipe, sla="balanced")
 
 

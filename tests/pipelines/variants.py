@@ -12,7 +12,7 @@ RAS = {"warmup": 2, "tail": 1, "resets": []}
 
 
 def check_variant(pipe, **arguments):
-    """Reading and running everything gives the plain result, in partial steps too; less of it gives another one."""
+    """Check that reading and running everything gives the plain result, also in partial steps, and reading less does not."""
     pipe.set_progress_bar_config(disable=True)
     plain = _latents(pipe, arguments)
     settings = {"ratio": 1.0, "kv_predictor": "hold", **RAS}
@@ -38,13 +38,13 @@ def _latents(pipe, arguments):
 
 
 def picture(height, width, channels=3):
-    """A picture in [0, 1], `[1, C, H, W]`."""
+    """Return a picture in [0, 1], `[1, C, H, W]`."""
     generator = torch.Generator().manual_seed(5)
     return torch.rand(1, channels, height, width, generator=generator)
 
 
 def mask(height, width):
-    """A mask of the right half, `[1, 1, H, W]`."""
+    """Return a mask of the right half, `[1, 1, H, W]`."""
     x = torch.zeros(1, 1, height, width)
     x[..., width // 2 :] = 1
     return x

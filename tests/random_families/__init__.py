@@ -1,1 +1,1 @@
-"""Tiny pipelines of further families, a file each; see `random_pipelines`."""
+"""Tiny pipelines of further families, one file for each; see `random_pipelines`."""

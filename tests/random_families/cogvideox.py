@@ -1,4 +1,4 @@
-"""CogVideoX with rotary embeddings, as its 5B models have them. Its schedulers predict v."""
+"""CogVideoX with rotary embeddings, like the 5B models. Its schedulers predict v."""
 
 import torch
 
@@ -14,7 +14,7 @@ CHANNEL_AXIS = 2
 
 
 def make(solver="euler", cls=None, **changed):
-    """The pipeline, or another one of these components. "euler" stands for DDIM: flow matching lacks what the pipeline reads."""
+    """Return the pipeline, or another pipeline class with the same components. "euler" stands for DDIM: flow matching lacks what the pipeline reads."""
     from diffusers import (
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,

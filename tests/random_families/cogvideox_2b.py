@@ -1,4 +1,4 @@
-"""CogVideoX with positional embeddings added to text and video, as its 2B model has them."""
+"""CogVideoX with positional embeddings added to text and video, like the 2B model."""
 
 from . import cogvideox
 from .cogvideox import CHANNEL_AXIS, CONTEXTS, GRID, SIZES, arguments, blocks, embeddings

@@ -1,4 +1,4 @@
-"""FLUX.1, with embedded guidance as the dev model has it."""
+"""FLUX.1 with embedded guidance, like the dev model."""
 
 import torch
 
@@ -10,7 +10,7 @@ CONTEXTS = 2
 
 
 def make(solver="euler", cls=None, *, guidance_embeds=True, in_channels=16, out_channels=None):
-    """The pipeline, or another one of these components."""
+    """Return the pipeline, or another pipeline class with the same components."""
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
     torch.manual_seed(0)

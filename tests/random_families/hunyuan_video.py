@@ -1,4 +1,4 @@
-"""HunyuanVideo; texts of different lengths are padded at their ends."""
+"""HunyuanVideo, with texts of different lengths that are padded at their ends."""
 
 import torch
 
@@ -13,7 +13,7 @@ CONTEXTS = 2
 
 
 def make(solver="euler", cls=None, **changed):
-    """The pipeline, or another one of these components."""
+    """Return the pipeline, or another pipeline class with the same components."""
     from diffusers import (
         AutoencoderKLHunyuanVideo,
         HunyuanVideoPipeline,

@@ -13,7 +13,7 @@ CONTEXTS = 1
 
 
 def make(solver="euler", cls=None, **changed):
-    """The pipeline, or another one of these components."""
+    """Return the pipeline, or another pipeline class with the same components."""
     from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
 
     torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..random_pipelines import liven, scheduler
+from ..random_pipelines import liven, scheduler, video_vae
 
 GRID = (1, 11, 13)
 SIZES = ({"height": 144, "width": 240}, {"height": 208, "width": 176})
@@ -10,7 +10,7 @@ CONTEXTS = 2
 
 
 def make(solver="euler", cls=None, **changed):
-    """The pipeline, or another one of these components."""
+    """Return the pipeline, or another pipeline class with the same components."""
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 
     torch.manual_seed(0)
@@ -25,15 +25,7 @@ def make(solver="euler", cls=None, **changed):
         axes_dims_rope=(4, 4, 8),
         **changed,
     )
-    vae = AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).eval()
+    vae = video_vae(cls=AutoencoderKLQwenImage)
     return (cls or QwenImagePipeline)(
         transformer=liven(transformer),
         scheduler=scheduler(solver),
@@ -44,7 +36,7 @@ def make(solver="euler", cls=None, **changed):
 
 
 def embeddings(prompts):
-    """Texts of 12 tokens, or of 9 and padding for odd numbers."""
+    """Return texts of 12 tokens; those of odd numbers have 9 tokens and padding."""
     rows = [torch.randn(12, 24, generator=torch.Generator().manual_seed(100 + i)) for i in prompts]
     mask = torch.stack([(torch.arange(12) < 12 - 3 * (i % 2)).long() for i in prompts])
     return {"prompt_embeds": torch.stack(rows), "prompt_embeds_mask": mask}

@@ -1,8 +1,8 @@
-"""Wan2.1 image-to-video 14B: image tokens beside the text, and condition channels beside the noise."""
+"""Wan2.1 image-to-video 14B: image tokens in addition to the text, and condition channels in addition to the noise."""
 
 import torch
 
-from ..random_pipelines import liven, scheduler, wan
+from ..random_pipelines import scheduler, video_vae, wan_transformer
 from .wan22 import CONTEXTS, GRID, SIZES, blocks
 from .wan22 import arguments as of_14b
 
@@ -13,29 +13,14 @@ IMAGE_TOKENS = 257
 
 
 def make(solver, **config):
-    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+    from diffusers import WanImageToVideoPipeline
 
-    torch.manual_seed(0)
-    settings = {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": 12,
-        "out_channels": 4,
-        "text_dim": 24,
-        "freq_dim": 16,
-        "ffn_dim": 32,
-        "num_layers": 3,
-        "rope_max_seq_len": 32,
-        "image_dim": 20,
-        "added_kv_proj_dim": 24,
-    }
-    transformer = WanTransformer3DModel(**settings | config)
+    settings = {"in_channels": 12, "image_dim": 20, "added_kv_proj_dim": 24}
     pipe = WanImageToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=wan().vae,
-        transformer=liven(transformer),
+        vae=video_vae(),
+        transformer=wan_transformer(**settings | config),
         scheduler=scheduler(solver),
     )
     pipe.encode_image = encode_image
@@ -43,7 +28,7 @@ def make(solver, **config):
 
 
 def encode_image(image, device):
-    """Random embeddings in place of those of an image encoder, a row for each picture."""
+    """Return random embeddings in place of an image encoder, one row for each picture."""
     rows = len(image) if isinstance(image, list) else 1
     generator = torch.Generator().manual_seed(5)
     return torch.randn(rows, IMAGE_TOKENS, 20, generator=generator)

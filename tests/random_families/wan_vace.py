@@ -1,8 +1,8 @@
-"""Wan2.1 VACE: a control stream beside the video."""
+"""Wan2.1 VACE: a control stream in addition to the video."""
 
 import torch
 
-from ..random_pipelines import liven, scheduler, wan
+from ..random_pipelines import scheduler, video_vae, wan_transformer
 from .wan22 import CONTEXTS, GRID, SIZES, arguments, embeddings
 
 __all__ = ["CONTEXTS", "GRID", "SIZES", "arguments", "embeddings"]
@@ -11,30 +11,18 @@ __all__ = ["CONTEXTS", "GRID", "SIZES", "arguments", "embeddings"]
 def make(solver):
     from diffusers import WanVACEPipeline, WanVACETransformer3DModel
 
-    torch.manual_seed(0)
-    transformer = WanVACETransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=24,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=3,
-        rope_max_seq_len=32,
-        vace_layers=[0, 2],
-        vace_in_channels=2 * 4 + 64,
+    transformer = wan_transformer(
+        WanVACETransformer3DModel, vace_layers=[0, 2], vace_in_channels=2 * 4 + 64
     )
     pipe = WanVACEPipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=wan().vae,
-        transformer=liven(transformer),
+        vae=video_vae(),
+        transformer=transformer,
         scheduler=scheduler(solver),
     )
-    # diffusers takes one generator and one video in a call; here each sample has a generator, and a control that differs
-    # from token to token.
+    # diffusers accepts one generator and one video in a call. Here each sample has a generator, and the control differs
+    # between tokens.
     latents, masks = pipe.prepare_video_latents, pipe.prepare_masks
 
     def video_latents(video, mask, reference_images, generator, device):

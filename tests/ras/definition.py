@@ -7,7 +7,7 @@ from dit_accel.ras.predictor import DAMPING, FORGET, LARGEST_CORRECTION
 
 
 class Definition:
-    """Replaces `transformer.forward`: the plain transformer runs on some of the steps.
+    """Replacement of `transformer.forward` that runs the plain transformer in some of the steps.
 
     Args:
         transformer: a plain one.

@@ -14,7 +14,7 @@ class Remembered:
         self.last = self.previous = self.at = self.before = None
 
     def merge(self, x, active, sigma):
-        """x `[R, L, ...]` where `active` `[R, L]`, elsewhere the prediction for noise level `sigma`."""
+        """Return x `[R, L, ...]` for active tokens, and the prediction for noise level `sigma` for all others."""
         wide = active.reshape(*active.shape, *[1] * (x.ndim - 2))
         sigma = torch.full(active.shape, float(sigma), dtype=torch.float64)
         if self.last is None:
@@ -37,7 +37,7 @@ class Remembered:
 
 
 class Reference:
-    """Installs itself on `pipe.transformer`; `masks[step]` says who is active, `[S, N]`."""
+    """Reference that replaces processors of `pipe.transformer`; `masks[step]` `[S, N]` is true for active tokens."""
 
     def __init__(self, pipe, masks, *, linear, linear_kv):
         self.pipe, self.masks = pipe, masks

@@ -12,7 +12,7 @@ from ..random_pipelines import FAMILIES, make, run
 
 
 class PerCall:
-    """FLOPs of every transformer call."""
+    """Counter of the FLOPs of every transformer call."""
 
     def __init__(self, *transformers):
         self.counts = []

@@ -1,4 +1,4 @@
-"""What pipelines can do beside plain sampling: each works, or is refused by name."""
+"""Features of pipelines with region-adaptive sampling: each works or is refused with an error."""
 
 import json
 import weakref
@@ -15,6 +15,7 @@ from dit_accel.ras import memory
 from dit_accel.runtime.install import installation_of, method_of
 
 from ..random_pipelines import FAMILIES, embeddings, make, relative, run
+from ..runtime.own_loops import Conditions
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SPARSE = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,)}
@@ -33,25 +34,19 @@ def ras_steps(pipe):
 
 @pytest.mark.parametrize("family", ["wan", "lumina2"])
 def test_the_order_of_contexts_is_irrelevant(family):
-    """Halves that are called in turn: what each gets does not depend on who is first."""
+    """Results of separate guidance halves do not depend on the order of the calls."""
 
     def denoise(order):
         pipe = make(family, "unipc")
         dit_accel.enable(pipe, ras={**SPARSE, "selection": "std", "kv_predictor": "linear"})
-        texts = [embeddings(family, [i]) for i in (0, 1)]
-        grid = (3, 14, 18) if family == "wan" else (22, 26)
-        latents = torch.randn(1, 4, *grid, generator=torch.Generator().manual_seed(0))
+        halves = [Conditions(family, i) for i in (0, 1)]
+        latents = halves[0].latents
         pipe.scheduler.set_timesteps(10)
         with torch.no_grad():
             for t in pipe.scheduler.timesteps:
-                outputs = {}
-                for i in order:
-                    call = {"encoder_hidden_states": texts[i]["prompt_embeds"]}
-                    if family == "lumina2":
-                        call["encoder_attention_mask"] = texts[i]["prompt_attention_mask"]
-                    outputs[i] = pipe.transformer(
-                        hidden_states=latents, timestep=t.expand(1), return_dict=False, **call
-                    )[0]
+                outputs = {
+                    i: halves[i].velocity(pipe.transformer, latents, t.expand(1)) for i in order
+                }
                 guided = outputs[0] + 2 * (outputs[1] - outputs[0])
                 latents = pipe.scheduler.step(guided, t, latents, return_dict=False)[0]
         assert ras_steps(pipe) == 6
@@ -66,37 +61,19 @@ def test_the_order_of_halves_in_a_batch_is_irrelevant(family):
     pipe = make(family)
     dit_accel.enable(pipe, ras={**SPARSE, "selection": "std"})
     pipe._guidance_scale = 2.0
-    shape = (16 if family == "sd3" else 4, 22, 26)
     outputs = {}
     for order in ([0, 1], [1, 0]):
-        texts = embeddings(family, order)
-        call = {"encoder_hidden_states": texts["prompt_embeds"]}
-        if family == "sd3":
-            call["pooled_projections"] = texts["pooled_prompt_embeds"]
-        else:
-            from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
-
-            table = get_2d_rotary_pos_embed_lumina(16, 48, 48)
-            call |= {
-                "encoder_mask": texts["prompt_attention_mask"],
-                "image_rotary_emb": table,
-                "cross_attention_kwargs": {},
-            }
+        conditions = Conditions(family, order)
         pipe.scheduler.set_timesteps(10)
-        generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(1, *shape, generator=generator)
+        latents = conditions.latents[:1]
         kept = []
         with torch.no_grad():
             for t in pipe.scheduler.timesteps:
-                out = pipe.transformer(
-                    hidden_states=torch.cat([latents] * 2),
-                    timestep=t.expand(2),
-                    return_dict=False,
-                    **call,
-                )[0]
+                both = torch.cat([latents] * 2)
+                out = conditions.velocity(pipe.transformer, both, t.expand(2))
                 rows = dict(zip(order, out, strict=True))
                 kept.append(rows)
-                latents = latents - 0.05 * (rows[0] + rows[1])[None, : shape[0]]
+                latents = latents - 0.05 * (rows[0] + rows[1])[None]
         outputs[order[0]] = kept
     for a, b in zip(outputs[0], outputs[1], strict=True):
         for i in (0, 1):
@@ -139,7 +116,7 @@ def test_guidance_switched_off_in_mid_run(family, ratio):
 
 
 def test_skip_layer_guidance_works():
-    """A third call with half of the rows, as diffusers makes it for SD3.5."""
+    """Skip-layer guidance of SD3.5: a third call with half of the rows."""
     pipe = make("sd35")
     changed = {
         "skip_guidance_layers": [1],
@@ -159,7 +136,7 @@ def test_skip_layer_guidance_works():
 
 
 def test_calls_past_the_last_step_are_dense_and_counted():
-    """By hand after a run: no sampling loop drives them."""
+    """Single calls after a run belong to no sampling loop."""
     pipe = make("sd3")
     text = embeddings("sd3", [0])
     call = {
@@ -181,7 +158,7 @@ def test_calls_past_the_last_step_are_dense_and_counted():
 def test_gradients_are_refused():
     pipe = make("sd3")
     dit_accel.enable(pipe, ras=SPARSE)
-    with pytest.raises(RuntimeError, match="ras: gradients are on"):
+    with pytest.raises(RuntimeError, match="ras: gradients"):
         pipe.transformer(
             hidden_states=torch.zeros(1, 16, 22, 26),
             timestep=torch.zeros(1),
@@ -286,11 +263,11 @@ def test_ip_adapters_are_refused_by_name():
     block = pipe.transformer.transformer_blocks[1]
     stock = block.attn.processor
     block.attn.set_processor(SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, timesteps_emb_dim=32))
-    with pytest.raises(ValueError, match=r"blocks\.1\.attn: processor SD3IPAdapterJoint"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn: .*SD3IPAdapterJoint"):
         dit_accel.enable(pipe, ras=SPARSE)
     block.attn.set_processor(stock)
     dit_accel.enable(pipe, ras=SPARSE)
-    with pytest.raises(ValueError, match="ip_adapter_image_embeds: IP-Adapter does not work"):
+    with pytest.raises(ValueError, match="ip_adapter_image_embeds: "):
         run(pipe, "sd3", joint_attention_kwargs={"ip_adapter_image_embeds": torch.zeros(1)})
 
 
@@ -301,7 +278,7 @@ def test_processors_changed_after_enable_are_noticed(family):
     session = installation_of(pipe)
     module = next(iter(session.layers.values())).module
     module.set_processor(module.processor.stock)
-    with pytest.raises(RuntimeError, match=r"changed after enable: call disable\(\) first"):
+    with pytest.raises(RuntimeError, match=r"attn.*changed"):
         run(pipe, family)
 
 
@@ -317,7 +294,7 @@ def test_fused_projections(family, fused_first):
     if fused_first:
         dit_accel.enable(pipe, ras={**SPARSE, "ratio": 1.0})
     elif family == "sd3":  # it replaces the processors
-        with pytest.raises(RuntimeError, match="changed after enable"):
+        with pytest.raises(RuntimeError, match="changed"):
             run(pipe, family)
         return
     assert relative(run(pipe, family), plain) < 1e-5
@@ -340,15 +317,15 @@ def test_lora_works(family):
     assert relative(accelerated, run(pipe, family)) < 1e-6
 
 
-@every_family
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((x, torch.bfloat16) for x in FAMILIES), ("wan", torch.float16), ("lumina2", torch.float16)],
+    ids=str,
+)
 def test_half_precision_pipelines(family, dtype):
     pipe = make(family).to(dtype)
     plain = run(pipe, family)
     dit_accel.enable(pipe, ras={**SPARSE, "kv_predictor": "linear"})
-    result = run(pipe, family)
-    assert result.dtype == plain.dtype
-    assert relative(result.float(), plain.float()) < 0.2
     state = []
 
     def look(pipe, step, timestep, kwargs):
@@ -357,7 +334,9 @@ def test_half_precision_pipelines(family, dtype):
                 state.extend(k.last.data.dtype for k, _ in context.states["ras"].kv.values())
         return kwargs
 
-    run(pipe, family, callback_on_step_end=look)
+    result = run(pipe, family, callback_on_step_end=look)
+    assert result.dtype == plain.dtype
+    assert relative(result.float(), plain.float()) < 0.2
     assert set(state) == {dtype}
 
 
@@ -379,12 +358,12 @@ def test_step_caches_are_refused_in_both_directions():
 
     pipe = make("wan")
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(ValueError, match=r"ras: a step cache of diffusers is on"):
+    with pytest.raises(ValueError, match=r"ras: .*step cache"):
         dit_accel.enable(pipe, ras="balanced")
     pipe.transformer.disable_cache()
     dit_accel.enable(pipe, ras="balanced")
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(RuntimeError, match=r"step cache of diffusers"):
+    with pytest.raises(RuntimeError, match=r"ras: .*step cache"):
         run(pipe, "wan")
     pipe.transformer.disable_cache()
     run(pipe, "wan")
@@ -420,9 +399,13 @@ def test_what_a_prompt_decides_is_computed_once_and_changes_nothing(family):
 # Memory --------------------------------------------------------------------------------------------
 
 
-@every_family
-@pytest.mark.parametrize("policy", ["full", "fp8"])
-@pytest.mark.parametrize("predictor", ["hold", "linear"])
+@pytest.mark.parametrize(
+    ("family", "policy", "predictor"),
+    [
+        *((x, "full", "linear") for x in FAMILIES),
+        *(("sd3", "full", "hold"), ("wan", "fp8", "hold"), ("lumina2", "fp8", "linear")),
+    ],
+)
 def test_estimated_memory_is_what_is_taken(family, policy, predictor):
     pipe = make(family)
     ras = {**SPARSE, "kv_cache": policy, "kv_predictor": predictor}
@@ -455,9 +438,9 @@ def test_a_size_that_is_none_is_refused_before_memory_is_estimated():
     pipe = make("sd3")
     for name, value in (("height", 0), ("width", -64), ("batch_size", True)):
         sizes = {"height": 64, "width": 64, name: value}
-        with pytest.raises(ValueError, match=f"{name}={value!r}: accepted is an int >= 1"):
+        with pytest.raises(ValueError, match=f"^{name}={value!r}: "):
             dit_accel.estimate_memory(pipe, **sizes)
-    with pytest.raises(ValueError, match="height=8, width=64: less than one token"):
+    with pytest.raises(ValueError, match="height=8, width=64: "):
         dit_accel.estimate_memory(pipe, height=8, width=64)
 
 
@@ -467,14 +450,14 @@ def test_too_little_memory_turns_ras_off_for_that_run_with_a_warning(family, mon
     plain = run(pipe, family)
     dit_accel.enable(pipe, ras=SPARSE)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
-    with pytest.warns(UserWarning, match="ras: off for this run: cached keys and values need"):
+    with pytest.warns(UserWarning, match=r"ras: .*keys and values"):
         result = run(pipe, family)
     torch.testing.assert_close(result, plain, rtol=0, atol=0)
     report = dit_accel.summary(pipe).ras
     assert report.ras_steps == 0
     assert set(report.dense_calls) == {"not enough memory for cached keys and values"}
     assert report.kv_bytes == 0
-    with pytest.raises(RuntimeError, match="never left a token out"):
+    with pytest.raises(RuntimeError, match="ras: "):
         dit_accel.summary(pipe, strict=True)
     monkeypatch.undo()
     run(pipe, family)
@@ -505,7 +488,7 @@ def test_extrapolated_keys_are_given_up_before_ras_is(monkeypatch):
 
 @pytest.mark.parametrize("family", ["wan", "sd3"])
 def test_the_room_left_for_the_models_own_work_is_enough(family):
-    """A dense call at full size, without data: the most that is alive at once."""
+    """Peak memory of a dense call at full size, computed with fake tensors."""
     with FakeTensorMode(), torch.no_grad():
         transformer, inputs, layer = full_size(family)
         with LiveBytes() as live:
@@ -518,7 +501,7 @@ def test_the_room_left_for_the_models_own_work_is_enough(family):
 
 
 def full_size(family):
-    """Two layers of Wan2.1 1.3B at 480p, 81 frames, or of Stable Diffusion 3 at 1024 x 1024."""
+    """Return two layers of Wan2.1 1.3B at 480p with 81 frames, or of Stable Diffusion 3 at 1024 x 1024."""
     from diffusers import SD3Transformer2DModel, WanTransformer3DModel
 
     timestep = torch.zeros(2, dtype=torch.long)
@@ -545,7 +528,7 @@ def full_size(family):
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made under it took at once."""
+    """Mode that records the peak memory of tensors."""
 
     def __init__(self):
         super().__init__()
@@ -593,13 +576,13 @@ def test_sparse_attention_can_be_added_and_sees_all_keys():
 @pytest.mark.parametrize(
     ("ras", "message"),
     [
-        ({"ratio": 0}, r"ratio=0: accepted: a fraction in \(0, 1\]"),
+        ({"ratio": 0}, "ratio=0: "),
         ({"ratio": 1.5}, r"ratio=1\.5"),
-        ({"ratio": 0.1, "max_age": 3}, r"max_age=3: accepted: 'auto', None, or an int >= 9"),
-        ({"selection": "attention"}, "selection='attention'.*'age' or 'std'"),
-        ({"ratios": 0.5}, r"unknown key 'ratios' \(did you mean 'ratio'\?\)"),
-        ("balancd", "ras='balancd': no such preset.*did you mean 'balanced'"),
-        (None, "nothing to enable"),
+        ({"ratio": 0.1, "max_age": 3}, "max_age=3: .*9"),
+        ({"selection": "attention"}, "selection='attention'.*'age'.*'std'"),
+        ({"ratios": 0.5}, "'ratios'.*'ratio'"),
+        ("balancd", "ras='balancd': .*'balanced'"),
+        (None, "ras=None"),
     ],
     ids=str,
 )
@@ -614,7 +597,7 @@ def test_timesteps_of_another_number_of_tokens_are_refused():
     pipe = make("wan")
     dit_accel.enable(pipe, ras=SPARSE)
     with (
-        pytest.raises(ValueError, match=r"timestep: shape \(1, 3\) for 4 tokens"),
+        pytest.raises(ValueError, match=r"timestep: .*\(1, 3\).*4 tokens"),
         torch.no_grad(),
     ):
         pipe.transformer(torch.zeros(1, 4, 1, 4, 4), torch.zeros(1, 3), torch.zeros(1, 12, 24))
@@ -627,7 +610,7 @@ def test_schedulers_without_noise_levels_are_refused():
     pipe = make("sd3")
     dit_accel.enable(pipe, ras=SPARSE)
     object.__setattr__(pipe, "scheduler", Silent())
-    with pytest.raises(ValueError, match="Silent has no noise levels"), torch.no_grad():
+    with pytest.raises(ValueError, match=r"scheduler: Silent.*sigmas"), torch.no_grad():
         pipe.transformer(
             hidden_states=torch.zeros(1, 16, 22, 26),
             timestep=torch.zeros(1),
@@ -650,7 +633,7 @@ def test_fewer_tokens_than_a_tile_run_dense_and_are_counted(family):
 
 
 def test_guidance_is_not_asked_of_the_pipeline_that_was_enabled():
-    """Another pipeline, or a copy, may run the same transformer with other guidance."""
+    """Another pipeline or a copy may run the same transformer with other guidance."""
     import copy
 
     first = make("sd3")
@@ -718,9 +701,9 @@ def test_an_own_loop_with_embeddings_made_anew_keeps_its_steps():
 def test_a_schedule_of_dense_steps_only_says_so():
     pipe = make("sd3")
     dit_accel.enable(pipe, ras="balanced")
-    with pytest.warns(UserWarning, match="dense steps only"):
+    with pytest.warns(UserWarning, match=r"ras: .*dense"):
         run(pipe, "sd3", steps=3)
     report = dit_accel.summary(pipe)
     assert list(report.ras.dense_calls) == ["the schedule has dense steps only"]
     assert json.dumps(report.to_dict())
-    assert "3 steps: 3 dense" in str(report)
+    assert "3 dense" in str(report)

@@ -1,4 +1,4 @@
-"""Forecast steps: the transformer is not called, and the pipeline does not notice."""
+"""Forecast steps: the transformer is not called, and the pipeline works as before."""
 
 import functools
 import pickle
@@ -166,7 +166,7 @@ def test_offloading_moves_nothing_for_a_forecast(family, enable_first):
 @pytest.mark.parametrize("family", ["wan", "sd3", "lumina2"])
 @pytest.mark.combines("ras forecast", "image to image")
 def test_image_to_image_plans_the_steps_that_really_run(family):
-    """A run that begins late, in a loop written by hand."""
+    """A run in a declared loop begins late."""
     pipe = make(family)
     dit_accel.enable(pipe, ras=FORECAST)
     pipe.scheduler.set_timesteps(16)
@@ -202,7 +202,7 @@ def test_guidance_switched_off_in_mid_run():
 
 
 def test_a_call_that_was_never_seen_runs():
-    """New text in mid-run: nothing is known about its output."""
+    """New text during a run begins a new context, which has no cached output."""
     pipe = make("sd3")
     dit_accel.enable(pipe, ras=FORECAST)
     planned = []
@@ -247,7 +247,7 @@ def test_weights_that_change_in_mid_run_make_the_next_call_run():
 
 
 def test_both_forms_of_return_value():
-    """A loop by hand with and without `return_dict`."""
+    """Sample in a declared loop, with and without `return_dict`."""
     pipe = make("wan")
     transformer = pipe.transformer
     dit_accel.enable(pipe, ras=FORECAST)
@@ -283,7 +283,7 @@ def test_wrappers_are_answered_too():
 
 
 def test_a_call_past_the_class_runs():
-    """`nn.Module._call_impl` asks nobody: the call is dense and counted, not wrong."""
+    """A call through `nn.Module._call_impl` cannot be answered: it runs dense and is counted."""
     pipe = make("wan")
     dit_accel.enable(pipe, ras=FORECAST)
     latents, text = torch.randn(1, 4, 3, 14, 18), torch.randn(1, 12, 24)
@@ -330,6 +330,6 @@ def test_schedulers_of_other_kinds(solver):
         assert levels.max() <= 1
         assert modes(pipe).count("forecast") == 4
     else:
-        with pytest.warns(UserWarning, match="adds noise"):
+        with pytest.warns(UserWarning, match=r"ras: .*noise"):
             run(pipe, "sd3")
         assert set(modes(pipe)) == {"dense"}

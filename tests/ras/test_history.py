@@ -93,7 +93,7 @@ def test_fp8_takes_half_the_memory_and_keeps_three_bits():
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match="policy='int4': accepted are full, fp8"):
+    with pytest.raises(ValueError, match=r"policy='int4': .*full.*fp8"):
         bytes_per_token(1, 1, 2, "int4")
 
 

@@ -1,31 +1,28 @@
-"""What has to hold for every family and scheduler."""
+"""Invariants of region-adaptive sampling for every family and scheduler."""
 
 import contextlib
 import copy
 import gc
+import math
 import weakref
 
 import pytest
 import torch
 
 import dit_accel
-from dit_accel.ras import ages
+from dit_accel.ras import tile_selection
 from dit_accel.ras.selection import band_score, tile_tokens
 from dit_accel.runtime.install import installation_of, method_of
 
-from ..random_pipelines import FAMILIES, SCHEDULERS, make, relative, run, state_of
+from ..random_pipelines import FAMILIES, grid_of, make, relative, run, state_of
 from .reference import Reference
 
-CASES = [
-    (family, solver)
-    for family in FAMILIES
-    for solver in SCHEDULERS
-    # The plain Lumina2 pipeline itself refuses the other two.
-    if family != "lumina2" or solver in ("euler", "unipc")
-]
-every_case = pytest.mark.parametrize(("family", "solver"), CASES)
 # Every family, and every scheduler.
-PAIRS = [*((family, "euler") for family in FAMILIES), *(("wan", x) for x in SCHEDULERS[1:])]
+PAIRS = [
+    *((family, "euler") for family in FAMILIES),
+    *(("wan", "unipc"), ("lumina", "dpm++"), ("sd3", "heun")),
+]
+every_pair = pytest.mark.parametrize(("family", "solver"), PAIRS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 # Few dense steps, so that ten steps show much of it.
@@ -33,7 +30,6 @@ SPARSE = {"ratio": 0.3, "warmup": 2, "tail": 1, "resets": (6,), "kv_predictor": 
 # Dense, partial and forecast steps.
 MIXED = {"budget": 0.65, "ratio": 0.2, "warmup": 2, "tail": 1, "kv_predictor": "linear"}
 FORECAST = {"budget": 0.6, "warmup": 2, "tail": 1}
-every_schedule = pytest.mark.parametrize("ras", [SPARSE, MIXED], ids=["partial", "mixed"])
 SCHEDULES = {"partial": SPARSE, "mixed": MIXED, "forecast": FORECAST}
 every_family_and_schedule = pytest.mark.parametrize(
     ("family", "ras"),
@@ -46,7 +42,7 @@ def engine(pipe):
 
 
 def masks(pipe, tokens):
-    """Who was active in each step of the last run, `[S, N]`."""
+    """Return the active tokens in each step of the last run, bool `[S, N]`."""
     ras = engine(pipe)
     members = tile_tokens(tokens, ras.plan.schedule.tile, torch.device("cpu"))
     result = {}
@@ -59,7 +55,7 @@ def masks(pipe, tokens):
     return result
 
 
-@every_case
+@every_pair
 @pytest.mark.combines("ras partial")
 def test_ratio_one_equals_plain(family, solver):
     pipe = make(family, solver)
@@ -74,15 +70,16 @@ def pipe_summary(pipe):
     return dit_accel.summary(pipe, strict=True)
 
 
-@every_case
-@every_schedule
-@pytest.mark.parametrize("predictor", ["linear", "hold"])
+@every_pair
+@pytest.mark.parametrize(
+    ("ras", "predictor"),
+    [(SPARSE, "linear"), (SPARSE, "hold"), (MIXED, "linear")],
+    ids=["partial-linear", "partial-hold", "mixed-linear"],
+)
 @pytest.mark.combines("ras partial")
 def test_equals_the_reference_without_gathering(family, solver, predictor, ras):
-    if ras is MIXED and predictor == "hold":
-        pytest.skip("both predictors are tried on the other schedule")
     pipe = make(family, solver)
-    tokens = 189 if family == "wan" else 143
+    tokens = math.prod(grid_of(family))
     ras = {**ras, "predictor": predictor, "kv_predictor": predictor, "correction": 0}
     dit_accel.enable(pipe, ras=ras)
     latents = run(pipe, family, prompts=(0, 1))
@@ -98,8 +95,8 @@ def test_equals_the_reference_without_gathering(family, solver, predictor, ras):
     ("family", "solver", "selection"),
     [
         *((*pair, "error") for pair in PAIRS),
-        *((family, "euler", "std") for family in FAMILIES),
-        *((*pair, x) for pair in (("wan", "unipc"), ("sd3", "euler")) for x in ("age", "random")),
+        *((family, "euler", "std") for family in ("wan", "sd3", "lumina2")),
+        *(("wan", "unipc", "age"), ("sd3", "euler", "random")),
     ],
 )
 @pytest.mark.combines("ras partial", "batch > 1")
@@ -116,7 +113,7 @@ def test_a_batch_of_two_equals_two_batches_of_one(family, solver, selection, mon
         gaps.append((ordered[:, count] - ordered[:, count - 1]).tolist())
         return band_score(metric, count, high_ratio)
 
-    monkeypatch.setattr(ages, "band_score", noting)
+    monkeypatch.setattr(tile_selection, "band_score", noting)
     both = run(pipe, family, (0, 1))
     tiles = {step: x.tiles for step, x in engine(pipe).steps.items() if x.tiles is not None}
     clear = dict(zip(tiles, gaps, strict=True)) if selection == "std" else None
@@ -134,8 +131,7 @@ def test_a_batch_of_two_equals_two_batches_of_one(family, solver, selection, mon
     ("family", "solver", "ras"),
     [
         *((*pair, "mixed") for pair in PAIRS),
-        *((*pair, x) for pair in PAIRS[:2] for x in ("partial", "forecast")),
-        *((*PAIRS[-3], x) for x in ("partial", "forecast")),
+        *(("sd3", "euler", "partial"), ("wan", "unipc", "forecast")),
     ],
 )
 def test_interrupting_and_running_again_equals_a_fresh_run(family, solver, ras):
@@ -154,13 +150,13 @@ def test_interrupting_and_running_again_equals_a_fresh_run(family, solver, ras):
 
         return callback
 
-    for step in (0, 2, 5):
+    for step in (0, 5):
         with pytest.raises(Stop):
             run(pipe, family, prompts=(1,), callback_on_step_end=stop_at(step))
         torch.testing.assert_close(run(pipe, family), fresh, rtol=0, atol=0)
 
 
-@every_case
+@every_pair
 def test_scheduler_object_and_config_stay(family, solver):
     pipe = make(family, solver)
     before, config = pipe.scheduler, dict(pipe.scheduler.config)
@@ -189,7 +185,7 @@ def test_disable_restores_every_module(family):
 
 
 def buffers(pipe):
-    """Weak references to all cached keys of the run in progress."""
+    """Return weak references to all cached keys of the current run."""
     return [
         weakref.ref(k.last.data)
         for context in installation_of(pipe).clock.run.contexts.values()
@@ -198,8 +194,11 @@ def buffers(pipe):
     ]
 
 
-@every_family
-@every_schedule
+@pytest.mark.parametrize(
+    ("family", "ras"),
+    [*((x, MIXED) for x in FAMILIES), ("sd3", SPARSE)],
+    ids=[*FAMILIES, "sd3-partial"],
+)
 @pytest.mark.parametrize("how", ["end", "interrupt", "disable"])
 def test_memory_returns(family, how, ras):
     pipe = make(family)
@@ -286,7 +285,7 @@ def test_offload_before_and_after_enable(family, enable_first):
 
 
 @every_family
-@pytest.mark.parametrize("size", [(160, 272), (272, 160), (176, 112)], ids=str)
+@pytest.mark.parametrize("size", [(160, 272), (176, 112)], ids=str)
 def test_every_token_is_filled_on_odd_and_non_square_grids(family, size):
     height, width = size
     pipe = make(family)

@@ -13,14 +13,14 @@ TOKENS = 4
 
 
 def tokens(x):
-    """`[R, C, T, H, W]` as `[R, N, values of a token]`."""
+    """Convert `[R, C, T, H, W]` to `[R, N, values of a token]`."""
     (t, h, w), (pt, ph, pw) = GRID, PATCH
     x = x.reshape(len(x), CHANNELS, t, pt, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
     return x.reshape(len(x), TOKENS, -1)
 
 
 class Plain:
-    """What one row keeps: a list of (level, value) for each token."""
+    """Updates of one row: a list of (level, value) for each token."""
 
     def __init__(self, predictor, correction):
         self.predictor, self.correction = predictor, correction
@@ -36,7 +36,7 @@ class Plain:
         return min(max(self.line / self.square, 0.0), 1.0)
 
     def slope(self, n, s):
-        """f (y_a - y_b) of a token."""
+        """Return f (y_a - y_b) of a token."""
         if len(self.seen[n]) < 2:
             return torch.zeros_like(self.seen[n][-1][1])
         (before, old), (last, new) = self.seen[n][-2:]
@@ -46,7 +46,7 @@ class Plain:
         return self.seen[n][-1][1] + self.g() * self.slope(n, s)
 
     def step(self, s, interval, values, active):
-        """Return output and squared errors of each token; `values` None: nobody runs."""
+        """Return output and squared errors of each token; no token runs if `values` is None."""
         if values is not None and not self.seen[0]:
             for n in range(TOKENS):
                 self.seen[n].append((s, values[n]))
@@ -149,7 +149,7 @@ def _size(kind, got, outputs, row, active, new):
 
 
 def test_one_factor_for_each_row_without_a_grid():
-    """Any shape of output: tokens in one axis, as FLUX has them."""
+    """Outputs may have tokens in one axis, as in FLUX."""
     outputs = Outputs("linear")
     one = torch.ones(())
 
@@ -165,7 +165,7 @@ def test_one_factor_for_each_row_without_a_grid():
 
 
 def test_what_is_returned_is_nobody_elses_memory():
-    """Solvers keep outputs, and pipelines may write into them."""
+    """Outputs are copies, because solvers keep them and pipelines may write into them."""
     outputs = Outputs("fitted", correction=0.5)
     at = Distance(*(torch.zeros(1, 1),) * 3)
     one, new = torch.ones(()), torch.randn(1, 4)

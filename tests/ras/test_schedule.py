@@ -1,4 +1,4 @@
-"""Step plans: pure functions of config, steps and tokens."""
+"""Schedules: pure functions of config, steps and tokens."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_integers_are_steps_and_floats_are_fractions():
 
 
 def test_resets_past_the_end_are_dropped_with_a_warning():
-    with pytest.warns(UserWarning, match="resets: step 22 is past the end of a run of 20 steps"):
+    with pytest.warns(UserWarning, match=r"resets: .*22.*20"):
         assert dense_steps(RASConfig(ratio=0.5, resets=(12, 22)), 20) == [0, 1, 2, 12, 18, 19]
 
 

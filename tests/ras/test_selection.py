@@ -1,4 +1,4 @@
-"""Selection: pure functions, against definitions written down plainly."""
+"""Tile selection: pure functions, compared with plain definitions."""
 
 import itertools
 
@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.config import RASConfig
-from dit_accel.ras.ages import Selection
 from dit_accel.ras.schedule import plan_steps
 from dit_accel.ras.selection import (
     band_score,
@@ -17,6 +16,7 @@ from dit_accel.ras.selection import (
     tile_tokens,
     token_scores,
 )
+from dit_accel.ras.tile_selection import TileSelection
 
 
 def test_tiles_cover_all_tokens_and_repeat_the_last_one_of_a_short_tile():
@@ -51,7 +51,7 @@ def test_the_region_metric_is_the_papers():
 
 
 def best_by_trying(score, age, capacity, count, max_age):
-    """The legal choice of the largest total score."""
+    """Return the choice with the largest total score that keeps the age limit."""
     m = len(score)
 
     def legal(chosen):
@@ -113,7 +113,7 @@ CONFIGS = st.builds(
 def test_no_token_is_ever_older_than_max_age(config, num_steps, tokens, seed):
     generator = torch.Generator().manual_seed(seed)
     plan = plan_steps(config, num_steps, tokens)
-    selection = Selection(config, plan, 2, torch.device("cpu"))
+    selection = TileSelection(config, plan, 2, torch.device("cpu"))
     age = torch.zeros(2, plan.num_tiles, dtype=torch.long)
     for step in range(num_steps):
         metric = torch.rand(2, plan.num_tiles, generator=generator)
@@ -132,7 +132,7 @@ def test_no_token_is_ever_older_than_max_age(config, num_steps, tokens, seed):
 def test_ages_alone_update_everything_in_turn():
     config = RASConfig(ratio=0.25, warmup=1, resets=(), tail=0)
     plan = plan_steps(config, 9, 64 * 64)
-    selection = Selection(config, plan, 1, torch.device("cpu"))
+    selection = TileSelection(config, plan, 1, torch.device("cpu"))
     seen = []
     for step in range(9):
         selection.begin_step(step, None)
@@ -143,7 +143,7 @@ def test_ages_alone_update_everything_in_turn():
 
 def test_a_step_is_chosen_once_for_all_its_contexts():
     config = RASConfig(ratio=0.5, selection="random", warmup=1)
-    selection = Selection(config, plan_steps(config, 9, 640), 1, torch.device("cpu"))
+    selection = TileSelection(config, plan_steps(config, 9, 640), 1, torch.device("cpu"))
     selection.begin_step(0, None)
     selection.begin_step(1, None)
     first, age = selection.tiles.clone(), selection.age.clone()

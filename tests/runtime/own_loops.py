@@ -1,4 +1,4 @@
-"""Sampling loops written by hand over a bare transformer of each family."""
+"""Conditions and settings for sampling loops over a bare transformer of each family."""
 
 import torch
 
@@ -10,11 +10,18 @@ BOTH = {"ras": RAS, "sla": SLA}
 
 
 class Conditions:
-    """What a transformer of this family is conditioned on, and latents to begin with."""
+    """Conditions of a bare transformer of a family, and initial latents.
+
+    Args:
+        family: name of the family.
+        prompt: number of the prompt, or a list with the number of each row.
+        rows: number of rows with this prompt.
+    """
 
     def __init__(self, family, prompt=0, rows=1):
         self.family = family
-        text = embeddings(family, [prompt] * rows)
+        prompts = [prompt] * rows if isinstance(prompt, int) else list(prompt)
+        text = embeddings(family, prompts)
         self.text = text["prompt_embeds"]
         self.arguments = {}
         if family in ("sd3", "sd35"):
@@ -31,11 +38,11 @@ class Conditions:
             }
         shape = {"wan": (4, 3, 14, 18), "lumina": (4, 22, 26), "lumina2": (4, 22, 26)}
         shape = shape.get(family, (16, 22, 26))
-        generator = torch.Generator().manual_seed(prompt + 40)
-        self.latents = torch.randn(rows, *shape, generator=generator)
+        generator = torch.Generator().manual_seed(min(prompts) + 40)
+        self.latents = torch.randn(len(prompts), *shape, generator=generator)
 
     def velocity(self, transformer, latents, timestep, text=None, **changed):
-        """Output of one call."""
+        """Return the output of one call."""
         out = transformer(
             hidden_states=latents,
             timestep=timestep,
@@ -46,8 +53,20 @@ class Conditions:
         return out[:, : latents.shape[1]]  # Lumina-Next predicts variances too
 
 
+def batch_of(family, rows=2):
+    """Return the arguments of one call on 8 x 8 latents of a video, or 16 x 16 of an image."""
+    conditions = Conditions(family, range(rows))
+    size = 8 if family == "wan" else 16
+    return {
+        "hidden_states": conditions.latents[..., :size, :size],
+        "timestep": torch.full((rows,), 0.3 if family.startswith("lumina") else 300.0),
+        "encoder_hidden_states": conditions.text,
+        **conditions.arguments,
+    }
+
+
 def steps_of(report):
-    """Mode and active tokens of each step, and calls of each layer."""
+    """Return mode and active tokens of each step, and calls of each layer."""
     ras = [] if report.ras is None else report.ras.steps
     return (
         [(x.step, x.mode, x.active, x.dense_calls) for x in ras],

@@ -1,4 +1,4 @@
-"""Scenarios of context parallelism in two processes, run by torchrun; what they find goes to a JSON file a rank."""
+"""Scenarios of context parallelism in two processes, run by torchrun. Each rank writes its results to a JSON file."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ DEGREE = 2
 
 
 def build(family):
-    """A pipeline whose heads two processes can share."""
+    """Return a pipeline whose heads can be split between two processes."""
     if family != "lumina":
         return make(family)
     pipe = lumina(heads=4, kv_heads=2)
@@ -75,12 +75,14 @@ def parallel(pipe, **options):
 def equal_to_one_process():
     found = {}
     for family in (*FAMILIES, *MORE):
-        every = METHODS if family in ("wan", "sd3") else ("both", "forecast")
+        every = METHODS if family in ("wan", "sd3") else ("both",)
+        if family in ("lumina2", "wan22"):
+            every = ("both", "forecast")
         for methods in every:
-            expected = run(accelerated(family, methods), family, (0, 1), steps=8)
+            expected = run(accelerated(family, methods), family, (0, 1), steps=6)
             pipe = parallel(accelerated(family, methods))
             with Collectives(DEGREE) as seen:
-                latents = run(pipe, family, (0, 1), steps=8)
+                latents = run(pipe, family, (0, 1), steps=6)
             report = dit_accel.summary(pipe, strict=True)
             found[f"{family}/{methods}"] = {
                 "error": relative(latents, expected),
@@ -92,7 +94,7 @@ def equal_to_one_process():
 
 
 def training_step():
-    """Gradients of the weights of sparse attention, and of the model's own, against those of one process."""
+    """Compare the gradients of sparse attention and of the model with those of one process."""
     found = {}
     for family in ("wan", "sd3", "lumina2"):
         for methods in ("both", "alpha", "learned"):
@@ -143,7 +145,7 @@ def arguments_of_a_call(pipe, family):
 
 
 def three_heads_of_keys(family):
-    """A pipeline whose heads two processes share unevenly; those of Lumina 2 are grouped in twos."""
+    """Return a pipeline whose heads are split unevenly between two processes. In Lumina 2, two query heads share a key head."""
     if family == "wan":
         pipe = wan(heads=3)
     else:
@@ -178,7 +180,7 @@ def uneven_heads():
 
 
 def short_text():
-    """One text token, which the second process has none of."""
+    """Run a call with one text token, so that the second process has none."""
     errors = []
     for family in ("sd3", "flux", "qwenimage", "cogvideox"):
         texts = more(family).embeddings if family in MORE else partial(embeddings, family)
@@ -200,7 +202,7 @@ def short_text():
 
 
 def other_settings():
-    """Methods that are put on, or refused, while the processes share the work."""
+    """Enable methods while context parallelism is on."""
     found = {}
     for family in ("wan", "sd3"):
         pipe = build(family)
@@ -224,7 +226,7 @@ def other_settings():
 
 
 def adapters():
-    """LoRA on a module where diffusers gathers tokens, loaded before and after."""
+    """Load a LoRA on a module whose output diffusers gathers, before and after parallelism is switched on."""
     from peft import LoraConfig
 
     targets = ["to_q", "proj_out"]
@@ -255,7 +257,7 @@ def adapters():
 
 
 def before_and_after():
-    """diffusers' own `enable_parallelism`, before and after `enable`, and `disable`."""
+    """Call `enable_parallelism` of diffusers before and after `enable`, and then `disable`."""
     found = {}
     size = {"height": 128, "width": 128}  # tokens that diffusers, too, can share
     plain = run(make("wan"), "wan", steps=6, **size)
@@ -356,7 +358,7 @@ def refusals():
 
     def long_values():
         pipe = parallel(accelerated("wan", "sla"))
-        group = installation_of(pipe)._parallel.group
+        group = installation_of(pipe).group
         same = {f"field {i}": "x" * 500 for i in range(60)}
         group.agree(same, torch.device("cpu"), None)
         group.agree({**same, "field 7": "x" * 500 + str(rank)}, torch.device("cpu"), None)
@@ -384,7 +386,7 @@ def refusals():
         dit_accel.enable_parallelism(pipe, config=config)
 
     def a_call(**changed):
-        """A call outside of any loop."""
+        """Call the transformer outside of any loop."""
         arguments = arguments_of_a_call(make("sd3"), "sd3")
         with torch.no_grad():
             parallel(accelerated("sd3", "sla")).transformer(**arguments | changed)
@@ -409,7 +411,7 @@ def refusals():
 
 
 def compiled():
-    """Blocks compiled whole, with and without tokens that divide, equal plain ones."""
+    """Compare compiled blocks with plain ones, for token counts that the processes divide and do not divide."""
     found = {}
     for family in ("wan", "sd3"):
         expected = run(accelerated(family, "both"), family, steps=8)
@@ -421,7 +423,7 @@ def compiled():
 
 
 class Counting:
-    """Collectives of every call of a transformer."""
+    """Counts of the collectives of every call of a transformer."""
 
     def __init__(self):
         self.steps = []

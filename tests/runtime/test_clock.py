@@ -1,4 +1,4 @@
-"""Which run, step and context a call belongs to, read from schedulers, timesteps and conditions."""
+"""Run, step and context of calls, from schedulers, timesteps and conditions."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ TRANSFORMER = torch.nn.Identity()
 
 
 class Scheduler:
-    """Counts its steps as those of diffusers do."""
+    """Scheduler that counts its steps like those of diffusers."""
 
     order = 1
 
@@ -86,7 +86,7 @@ def test_a_late_beginning_shortens_the_run(told):
 @torch.no_grad()
 @pytest.mark.parametrize("began", [0, 3])
 def test_computed_timesteps_follow_the_count_of_the_scheduler(began):
-    """Lumina computes a new tensor; a scheduler may begin late and not say so."""
+    """Lumina computes a new timestep tensor, and a scheduler may begin late without `begin_index`."""
     scheduler = Scheduler(10)
     pipe, text = Pipe(scheduler), torch.zeros(1)
     clock = follow(pipe)
@@ -156,7 +156,7 @@ def test_calls_outside_of_loops_are_counted_together():
 
 
 class Caller(Pipe):
-    """A pipeline that nobody has enabled."""
+    """Pipeline that was not enabled."""
 
     def call(self, clock, timestep, text):
         return tick(

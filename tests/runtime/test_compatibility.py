@@ -231,11 +231,11 @@ NAMES = ("first_block", "mag", "pyramid", "faster", "taylor", "sea", "text_kv")
 
 
 UNUSABLE = {("sd3", "first_block"), ("sd3", "faster"), ("wan", "faster")}
-"""What fails in diffusers' own pipelines too (0.42)."""
+"""Combinations that also fail in plain pipelines of diffusers (0.42)."""
 
 
 def has_cache_hooks(transformer):
-    """Whether anything was put on: some caches know only some models."""
+    """Return whether hooks were added: some caches support only some models."""
     registries = [getattr(x, "_diffusers_hook", None) for x in transformer.modules()]
     return any(x is not None and x.hooks for x in registries)
 
@@ -367,23 +367,23 @@ CASES += [("wan", "sla, proj"), ("wan", "both, proj"), ("sd3", "ras"), ("lumina2
 @pytest.mark.parametrize(
     ("family", "settings", "default_dtype"),
     [(*case, torch.bfloat16) for case in CASES]
-    + [(*case, x) for case in CASES[-4:] for x in (torch.float16, torch.float64)],
+    + [(*CASES[-2], torch.float16), (*CASES[-1], torch.float64)],
     indirect=["default_dtype"],
 )
 def test_default_dtypes(family, settings, default_dtype):
-    """The same latents as with the usual default, where the model's own dtype does not change."""
+    """A default dtype does not change the latents of a model with its own dtype."""
     pipe = make(family)
     text = embeddings(family, [0]) | {
         f"negative_{name}": x for name, x in embeddings(family, [-3]).items()
     }
-    plain = run(pipe, family, steps=5, **text)
+    plain = run(pipe, family, steps=4, **text)
     dit_accel.enable(pipe, **SETTINGS[settings])
-    expected = run(pipe, family, steps=5, **text)
+    expected = run(pipe, family, steps=4, **text)
     dit_accel.disable(pipe)
     torch.set_default_dtype(default_dtype)
-    other_plain = run(pipe, family, steps=5, **text)
+    other_plain = run(pipe, family, steps=4, **text)
     dit_accel.enable(pipe, **SETTINGS[settings])
-    found = run(pipe, family, steps=5, **text)
+    found = run(pipe, family, steps=4, **text)
     assert found.dtype == other_plain.dtype
     # What diffusers itself computes in the default dtype may differ, and no more than that.
     own = relative(other_plain, plain)

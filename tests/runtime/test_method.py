@@ -1,4 +1,4 @@
-"""A method of thirty lines: attached, told about its calls, summarised, detached; runtime/ knows nothing of it."""
+"""A method written with the public interface: attached, told about calls, summarised, detached."""
 
 import json
 

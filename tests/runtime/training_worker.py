@@ -9,7 +9,7 @@ DENSE = 1
 
 
 def bare_wan():
-    """A transformer of 3 x 8 x 8 tokens, alone."""
+    """Return a transformer of Wan without a pipeline, for 3 x 8 x 8 tokens."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -32,41 +32,19 @@ def bare_wan():
     return transformer
 
 
-def batch(family, rows=2):
-    """Arguments of one call."""
+def batch(rows=2):
+    """Return the arguments of one call of `bare_wan`."""
     generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    if family == "wan":
-        latents, channels = draw(rows, 4, 3, 8, 8), 24
-    else:
-        channels = 24
-        latents = draw(rows, 16 if family in ("sd3", "sd35") else 4, 16, 16)
-    arguments = {
-        "hidden_states": latents,
-        "timestep": torch.full((rows,), 0.3 if family.startswith("lumina") else 300.0),
-        "encoder_hidden_states": draw(rows, 12, channels),
+    return {
+        "hidden_states": torch.randn(rows, 4, 3, 8, 8, generator=generator),
+        "timestep": torch.full((rows,), 300.0),
+        "encoder_hidden_states": torch.randn(rows, 12, 24, generator=generator),
     }
-    if family in ("sd3", "sd35"):
-        arguments["pooled_projections"] = draw(rows, 16)
-    if family == "lumina":
-        from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
-
-        arguments["encoder_mask"] = torch.ones(rows, 12, dtype=torch.int64)
-        arguments["image_rotary_emb"] = get_2d_rotary_pos_embed_lumina(16, 384, 384)
-        arguments["cross_attention_kwargs"] = {}
-    if family == "lumina2":
-        arguments["encoder_attention_mask"] = torch.ones(rows, 12, dtype=torch.int64)
-    return arguments
 
 
 def train(model, steps, part=slice(None)):
-    """Losses of velocity regression on a fixed batch, of which `part` is seen."""
-    arguments = {
-        name: x[part] if isinstance(x, torch.Tensor) else x for name, x in batch("wan").items()
-    }
+    """Train on a part of a fixed batch, and return the losses of velocity regression."""
+    arguments = {name: x[part] for name, x in batch().items()}
     target = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(2))[part]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []

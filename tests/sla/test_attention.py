@@ -33,7 +33,7 @@ def config(**changed):
 
 
 def layer(heads, head_dim, **changed):
-    """With weights that are neither zero nor even."""
+    """Return a layer with random weights."""
     module = SparseLinearAttention(config(**changed), heads, head_dim)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def inputs(q_tokens, tokens, text, heads=(2, 2), head_dim=16, seed=0):
 
 
 def definition(module, q, k, v, text, where, scale):
-    """A dense mask over tokens, and every formula as it is written."""
+    """Compute attention with a dense mask over tokens and the plain formulas."""
     config = module.config
     first = where == "first"
     image = slice(text, None) if first else slice(0, k.shape[2] - text)
@@ -114,7 +114,7 @@ def definition(module, q, k, v, text, where, scale):
 
 
 def with_density(module, *qkv, **options):
-    """The output, and attended pairs over all pairs."""
+    """Return the output, and the share of attended pairs."""
     tally = torch.zeros(3, dtype=torch.int64)
     o = module(*qkv, tally=tally, **options)
     calls, attended, pairs = tally.tolist()

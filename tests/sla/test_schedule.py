@@ -1,4 +1,4 @@
-"""When attention runs sparse, and what is counted."""
+"""Schedule of sparse attention, and its counts."""
 
 import json
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ def make(count=4, **settings):
 
 
 def begin(attention, step, grid=GRID, run=None):
-    """A call in this step of a run of four; None: outside of a sampling loop."""
+    """Begin a call in a step of a run of four steps; None: outside of a sampling loop."""
     if run is None:
         run = Run(None if step is None else torch.arange(4))
         attention.begin_run(run)
@@ -160,7 +160,7 @@ def test_where_sparse_never_won_the_reason_says_so(measured):
 
 
 def test_text_does_not_count_for_the_crossover(measured):
-    """Else calls would run sparse in an order and in tiles that were not made for it."""
+    """Otherwise calls would run sparse in an order and with tiles for dense attention."""
     attention = sparse_attention(
         SLAConfig(topk=0.4, dense_layers=0, dense_steps=0, block_q=32, block_k=32), 1
     )

@@ -1,4 +1,4 @@
-"""Sparse attention over batches whose texts have different lengths: every row equals itself alone, without padding."""
+"""Sparse attention over batches with texts of different lengths: each row equals the row alone, without padding."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ every_place = pytest.mark.parametrize("where", ["first", "last"])
 
 
 def inputs(heads=(4, 2), head_dim=16, seed=0):
-    """Queries, keys and values of the image, and those of the text."""
+    """Return queries, keys and values of the image and of the text."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(h, n):
@@ -35,7 +35,7 @@ def joined(image, words, where):
 
 
 def batch(image, words, where):
-    """All rows, with large numbers in the padding of keys and values."""
+    """Return all rows, with large numbers in the padding of keys and values."""
     padding = (torch.arange(TEXT) >= LENGTHS[:, None])[:, None, :, None]
     return [
         joined(x, w.masked_fill(padding, 0 if i == 0 else 50.0), where)
@@ -44,7 +44,7 @@ def batch(image, words, where):
 
 
 def alone(image, words, where, row):
-    """One row without padding."""
+    """Return one row without padding."""
     n = int(LENGTHS[row])
     return [
         joined(x[row : row + 1], w[row : row + 1, :, :n], where)
@@ -53,7 +53,7 @@ def alone(image, words, where, row):
 
 
 def counted(o, where, row):
-    """Image outputs and text outputs that mean something, of one row of a batch."""
+    """Return the image outputs and the text outputs without padding of one row."""
     n = int(LENGTHS[row])
     if where == "first":
         return torch.cat([o[row, :, :n], o[row, :, TEXT:]], 1)
@@ -173,7 +173,7 @@ def test_a_call_on_a_gpu_waits_for_nothing(combine, scope, where):
 
 
 def packed(image, words):
-    """Rows [text, image, padding]."""
+    """Return rows [text, image, padding]."""
     return torch.stack(
         [
             torch.cat([w[:, :n], x, w[:, n:]], 1)
@@ -207,7 +207,7 @@ def test_a_layer_of_rows_with_padding_at_their_ends():
 
 @pytest.mark.parametrize("where", ["first", "last"])
 def test_errors_against_dense_attention_leave_padding_out(where):
-    """The regression of fine-tuning compares image outputs of both."""
+    """Regression in fine-tuning compares image outputs of sparse and dense attention."""
     module = layer(4, 16)
     image, words = inputs()
     error = squared_error(

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dit_accel.models import family_of
-from dit_accel.runtime.install import transformer_of
+from dit_accel.runtime.target import transformer_of
 
 Conditions = dict[str, Tensor]
 """Keyword arguments of the transformer beside latents and noise level, one row for each sample."""

@@ -1,1 +1,1 @@
-"""Context parallelism: processes share the tokens of a call, and the heads in each attention layer."""
+"""Context parallelism: processes split the tokens of a call, and the heads in each attention layer."""

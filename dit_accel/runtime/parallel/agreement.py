@@ -1,4 +1,4 @@
-"""`describe_call`: description of a call, which the processes of context parallelism compare."""
+"""`Agreement`: check that the processes of context parallelism make the same calls."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,47 @@ from torch import Tensor
 
 from dit_accel.models import Call
 from dit_accel.runtime.method import Method
+from dit_accel.runtime.parallel.group import Group
 from dit_accel.runtime.run import Run
+
+
+class Agreement:
+    """State of the check: which calls the processes have compared already."""
+
+    def __init__(self) -> None:
+        self._outside: Group | None = None
+        """Processes that have compared a call outside of sampling loops."""
+
+    def reach(
+        self,
+        group: Group,
+        run: Run | None,
+        call: Call,
+        methods: Mapping[str, Method],
+        error: Exception | None,
+    ) -> None:
+        """Compare the call in all processes, if it is the first call of its context or a process failed.
+
+        Args:
+            group: the processes.
+            run: run of the call; None if the call has none because of an error.
+            call: the call.
+            methods: methods that are on, by name.
+            error: error of this process; None: no error.
+
+        Raises:
+            RuntimeError: the processes make different calls, or another process failed.
+        """
+        if error is None:
+            assert run is not None
+            if run.context.agreed or (self._outside is group and not run.in_loop):
+                return
+        description = {} if error is not None or run is None else describe_call(run, call, methods)
+        group.agree(description, call.hidden_states.device, error)
+        if run is not None:
+            run.context.agreed = True
+            if not run.in_loop:
+                self._outside = group
 
 
 def describe_call(run: Run, call: Call, methods: Mapping[str, Method]) -> dict[str, Any]:

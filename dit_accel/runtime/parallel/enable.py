@@ -1,4 +1,4 @@
-"""`enable_parallelism`: context parallelism on a transformer, also on CPUs and for models without a plan."""
+"""`enable_parallelism`: context parallelism, also on CPUs and for models without a plan in diffusers."""
 
 import copy
 from typing import Any
@@ -8,27 +8,28 @@ import torch.distributed as dist
 
 from dit_accel.models import family_of, is_supported
 from dit_accel.runtime.components import parts_of
-from dit_accel.runtime.install import installation_of, transformer_of
+from dit_accel.runtime.install import installation_of
 from dit_accel.runtime.parallel.group import Group
 from dit_accel.runtime.parallel.switch import knows_parallelism
+from dit_accel.runtime.target import transformer_of
 
 
 def enable_parallelism(target: Any, *, config: Any) -> None:
-    """Share each call of a transformer among processes, as `transformer.enable_parallelism` of diffusers does.
+    """Split each call of a transformer among processes, like `transformer.enable_parallelism` of diffusers.
 
-    This also works on CPUs, and for models that have no plan of context parallelism in diffusers. Every process runs the
-    same pipeline call with the same arguments and seeds, and gets the same result.
+    This also works on CPUs, and for models without a context-parallel plan in diffusers. Every process runs the same
+    pipeline call with the same arguments and seeds, and gets the same result.
 
     Args:
-        target: a pipeline or transformer that `enable` accepts. Where diffusers alone does not know context parallelism
-            of the model, acceleration has to be on first.
-        config: `diffusers.ContextParallelConfig(ulysses_degree=n)`; `ulysses_anything=True` accepts heads that do not
-            divide. Tokens never have to.
+        target: a pipeline or transformer that `enable` accepts. Call `enable` first if diffusers does not support context
+            parallelism of the model.
+        config: `diffusers.ContextParallelConfig(ulysses_degree=n)`; `ulysses_anything=True` accepts a number of heads
+            that n does not divide. The number of tokens may be any.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or parallelism is on already.
-        ValueError: the degree is not the number of processes, the heads cannot be shared, a ring, or acceleration is
-            needed first.
+        ValueError: the degree is not the number of processes, the heads cannot be split, ring attention is asked for, or
+            acceleration has to be on first.
 
     Example:
         >>> torch.distributed.init_process_group()  # under torchrun --nproc-per-node 2
@@ -65,7 +66,7 @@ def enable_parallelism(target: Any, *, config: Any) -> None:
     for transformer in transformers:
         _check(transformer, degree, bool(context.ulysses_anything))
     for transformer in transformers:
-        own = copy.copy(context)  # diffusers writes what it sets up into it
+        own = copy.copy(context)  # diffusers writes into it
         if _on_accelerators():
             if transformer._cp_plan is None:
                 transformer._cp_plan = {}
@@ -86,7 +87,7 @@ def _check(transformer: Any, degree: int, anything: bool) -> None:
     layers = family_of(transformer).self_attention(transformer)
     if installation_of(transformer) is None and not knows_parallelism(transformer, layers):
         raise ValueError(
-            f"target: diffusers alone does not know context parallelism of {type(transformer).__name__}; accepted after "
+            f"target: diffusers does not support context parallelism of {type(transformer).__name__}; accepted after "
             "dit_accel.enable(...)"
         )
     for name, layer in layers.items():
@@ -94,13 +95,13 @@ def _check(transformer: Any, degree: int, anything: bool) -> None:
 
 
 def _on_accelerators() -> bool:
-    """Return whether the processes can send each other tensors of accelerators."""
+    """Return whether the process group can send tensors of accelerators."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return device is not None and device.type in dist.get_backend_config()
 
 
 def _on_cpus(transformer: Any, context: Any) -> None:
-    """Enable parallelism on CPUs, where `enable_parallelism` of diffusers divides by the number of accelerators, 0."""
+    """Enable parallelism on CPUs. `enable_parallelism` of diffusers divides by the number of accelerators, which is 0."""
     from diffusers import ParallelConfig
     from diffusers.hooks.context_parallel import apply_context_parallel
 

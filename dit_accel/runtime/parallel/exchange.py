@@ -1,4 +1,4 @@
-"""`Exchange`: conversion between a share of the tokens with all heads and all tokens with a share of the heads."""
+"""`Exchange`: conversion from a share of the tokens with all heads to all tokens with a share of the heads, and back."""
 
 import torch
 from jaxtyping import Float
@@ -8,14 +8,14 @@ from dit_accel.runtime.parallel.group import Group
 
 
 class Exchange:
-    """Implementation of the seam `exchange` of the attention processors of one layout.
+    """Implementation of the seam `exchange`, for the attention processors of one layout.
 
     Numbers that change between calls are stored as shapes of empty tensors, because torch.compile specialises on Python
     ints.
 
     Attributes:
-        tokens: `[n, 0]`, n being the number of tokens of the layout that run in all processes together.
-        text: `[T, 0]`, T being the number of text tokens beside them in all processes together.
+        tokens: `[n, 0]`; n is the number of tokens of the layout that run, in all processes together.
+        text: `[T, 0]`; T is the number of additional text tokens, in all processes together.
     """
 
     def __init__(self, group: Group) -> None:
@@ -24,17 +24,17 @@ class Exchange:
         self.text = torch.empty(0, 0)
 
     @property
-    def words(self) -> int:
+    def text_tokens(self) -> int:
         """Number of text tokens in all processes together."""
         return self.text.shape[0]
 
-    def beside(self, text: str) -> int:
-        """Return the number of text tokens of all processes in a sequence; this process may have none of them.
+    def text_tokens_in(self, text: str) -> int:
+        """Return the number of text tokens in a sequence, in all processes together. This process may have none of them.
 
         Args:
             text: position of the text in the sequence, as in `SparseProcessor.run`.
         """
-        return 0 if text == "none" else self.words
+        return 0 if text == "none" else self.text_tokens
 
     def to_heads(
         self,
@@ -133,10 +133,10 @@ class Exchange:
     def _segments(self, text: str) -> list[list[int]]:
         """Return the shares of each rank in the parts of the sequence, text and image, in their order."""
         tokens = self.group.shares(self.tokens.shape[0])
-        words = self.beside(text)
-        if not words:
+        text_tokens = self.text_tokens_in(text)
+        if not text_tokens:
             return [tokens]
-        written = self.group.shares(words)
+        written = self.group.shares(text_tokens)
         return [written, tokens] if text == "first" else [tokens, written]
 
 

@@ -1,4 +1,4 @@
-"""`Group`: the processes that share the calls of a transformer, and their collectives."""
+"""`Group`: the processes of context parallelism, and their collectives."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 NOTE_BYTES = 32_768
-"""Bytes of a message of `Group.agree`."""
+"""Size in bytes of a message of `Group.agree`."""
 MOST_CHARACTERS = 160
-"""Characters of a value that are shown and compared; longer ones have a hash too."""
+"""Most characters of a value that are shown and compared. Longer values are shortened and get a hash."""
 
 
 def share(total: int, rank: int, size: int) -> int:
-    """Return the number of `total` items that this rank gets; the first ranks get one more if `size` does not divide it."""
+    """Return the number of items of a rank. The first ranks get one more if `size` does not divide `total`."""
     return (total + size - 1 - rank) // size
 
 
@@ -26,38 +26,39 @@ def share(total: int, rank: int, size: int) -> int:
 class Group:
     """Processes that compute each call of a transformer together (DeepSpeed Ulysses, arXiv 2309.14509).
 
-    Every process has the inputs and gets the output whole. In between each works on a share of the tokens, and in
-    attention on all tokens of a share of the heads. A loss that every process computes from the whole output gives
-    weights the gradient of the process's own tokens; the sum over the group is that of a single process.
+    Every process has the complete inputs and gets the complete output. In between, it computes a share of the tokens,
+    and in attention all tokens of a share of the heads. If every process computes a loss from the complete output, the
+    gradients of weights come from the tokens of the process. Their sum over the group is the gradient of a single
+    process.
     """
 
     process_group: Any
     rank: int
     size: int
     uneven: bool = False
-    """True if heads may be shared unevenly (`ulysses_anything` of diffusers); tokens always may."""
+    """True if the size need not divide the number of heads (`ulysses_anything` of diffusers)."""
 
     def __deepcopy__(self, memo: dict) -> "Group":
         return self  # a copy of a transformer is on the same processes
 
     def shares(self, total: int) -> list[int]:
-        """Return the share of each rank."""
+        """Return the number of items of each rank."""
         return [share(total, rank, self.size) for rank in range(self.size)]
 
     def own(self, total: int) -> slice:
-        """Return the places of this process's share among `total` items."""
+        """Return the indices of this process's share of `total` items."""
         start = sum(share(total, rank, self.size) for rank in range(self.rank))
         return slice(start, start + share(total, self.rank, self.size))
 
     def check_heads(self, name: str, heads: int) -> None:
-        """Refuse heads that cannot be shared.
+        """Refuse a number of heads that cannot be split.
 
         Args:
             name: name of the layer, for the message.
-            heads: number of its key heads.
+            heads: number of key heads of the layer.
 
         Raises:
-            ValueError: they do not divide, or there are fewer of them than processes.
+            ValueError: the number of processes does not divide it, or is larger.
         """
         if heads % self.size and not (self.uneven and heads > self.size):
             more = "" if self.uneven else f"; with ulysses_anything=True: up to {heads}"
@@ -70,7 +71,7 @@ class Group:
     # Collectives ---------------------------------------------------------------
 
     def exchange(self, x: Shaped[Tensor, " n"], sent: list[int], received: list[int]) -> Tensor:
-        """Send a piece of `x` to each rank, and return the received pieces, concatenated. Differentiable.
+        """Send a piece of `x` to each rank and return the received pieces, concatenated. Differentiable.
 
         Args:
             x: pieces for all ranks, concatenated.
@@ -87,30 +88,30 @@ class Group:
     def gather(
         self, x: Shaped[Tensor, "r n ..."], total: int, *, ends: bool = True
     ) -> Shaped[Tensor, "r m ..."]:
-        """Put the shares of all ranks together along the second dimension.
+        """Concatenate the shares of all ranks along the second dimension.
 
         Args:
             x: share of this process.
             total: length of all shares together.
-            ends: whether every rank computes the same from the result, up to the loss. The gradient of a share is then
-                the gradient of its places; else it is the sum of that over the ranks.
+            ends: True if every rank computes the same from the result, up to the loss. The gradient of a share is then
+                a slice of the gradient of the result. False: it is the sum of this slice over the ranks.
         """
         result: Tensor = _Gather.apply(x, total, ends, self)
         return result
 
     def summed(self, weight: Tensor) -> Tensor:
-        """Return a weight that every rank holds and uses for its share; its gradient is summed over the group."""
+        """Return a weight that every rank applies to its share. The gradient is summed over the group."""
         result: Tensor = weight
         if weight.requires_grad and torch.is_grad_enabled():
             result = _SumGradient.apply(weight, self)
         return result
 
     def own_heads(self, weight: Float[Tensor, "h ..."], grouped: int) -> Float[Tensor, "own ..."]:
-        """Return the rows of this process's heads; the gradient of all heads is summed over the group.
+        """Return the rows of this process's heads. The gradient of the weight is summed over the group.
 
         Args:
             weight: one row for each query head.
-            grouped: number of query heads that share a key head, and therefore stay together.
+            grouped: number of query heads for each key head; they stay in one process.
         """
         groups = self.summed(weight).unflatten(0, (-1, grouped))
         return groups[self.own(len(groups))].flatten(0, 1)
@@ -128,7 +129,7 @@ class Group:
         return self.gather(rows.view(1, -1, grouped), total // grouped).flatten()
 
     def least(self, value: int, device: torch.device) -> int:
-        """Return the smallest value that any rank has."""
+        """Return the minimum of a value over all ranks."""
         known = torch.tensor(value, device=self.device_of(device))
         dist.all_reduce(known, dist.ReduceOp.MIN, group=self.process_group)
         return int(known)
@@ -139,12 +140,12 @@ class Group:
         """Compare the next call of all processes. All fail if the calls differ, or if one process failed.
 
         Args:
-            description: description of this process's call, by name; see `describe_call`.
+            description: values of this process's call by name, see `describe_call`.
             device: device of the calls.
-            error: error of this process, which is raised again; None: no error.
+            error: error of this process, which is raised after the others are told; None: no error.
 
         Raises:
-            RuntimeError: a name has different values, or another process failed.
+            RuntimeError: a value differs between processes, or another process failed.
         """
         if error is not None:
             shortened = {"error": f"{type(error).__name__}: {error}"[:1024]}
@@ -172,8 +173,8 @@ class Group:
                 for name in differing
             )
             raise RuntimeError(
-                f"the processes of context parallelism are about to compute different things: {shown}. All need the "
-                "same settings, prompts, sizes and seeds"
+                f"the processes of context parallelism make different calls: {shown}; accepted are the same settings, prompts, "
+                "sizes and seeds in all processes"
             )
 
     def device_of(self, device: torch.device) -> torch.device:
@@ -187,7 +188,7 @@ class Group:
 
 
 def _short(text: str) -> str:
-    """Return a text, or the beginning of a long one and a hash of all of it."""
+    """Return a text. Shorten a long text and append a hash of the whole text."""
     if len(text) <= MOST_CHARACTERS:
         return text
     return f"{text[:MOST_CHARACTERS]}... ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
@@ -197,7 +198,7 @@ def _waited(x: Tensor) -> Tensor:
     return x.wait() if isinstance(x, funcol.AsyncCollectiveTensor) else x
 
 
-# torch 2.13 has another name for it, and warns about this one.
+# torch 2.13 renames all_gather_tensor, and warns about the old name.
 _all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
 
 
@@ -208,7 +209,7 @@ class _Gather(torch.autograd.Function):
         shares = group.shares(total)
         most = shares[0]
         x = x.movedim(1, 0)
-        if x.shape[0] < most:  # all processes send as many places as the first
+        if x.shape[0] < most:  # all ranks send as many rows as the first one
             x = torch.cat([x, x.new_zeros(most - x.shape[0], *x.shape[1:])])
         every = _waited(_all_gather(x.contiguous(), 0, group.process_group))
         if total != most * group.size:

@@ -1,4 +1,4 @@
-"""`Parallelism`: context parallelism of diffusers on an accelerated transformer, taken over and given back."""
+"""`Parallelism`: context parallelism of an accelerated transformer, in place of the hooks of diffusers."""
 
 import warnings
 from dataclasses import dataclass
@@ -6,30 +6,30 @@ from typing import Any
 
 from torch import nn
 
-from dit_accel.models import AttentionLayer, Focus
-from dit_accel.runtime.parallel.focus import SharedFocus
+from dit_accel.models import AttentionLayer, TokenSelection
 from dit_accel.runtime.parallel.group import Group
+from dit_accel.runtime.parallel.selection import SharedTokens
 
 ADAPTED = ".base_layer"
-"""Suffix that PEFT adds to the name of a module that it wraps."""
+"""Suffix of the name of a module that PEFT wraps."""
 
 
 def parallel_config_of(transformer: Any, layers: dict[str, AttentionLayer]) -> Any:
-    """Return the `ParallelConfig` of diffusers on a transformer, or on its attention processors; None: there is none."""
+    """Return the `ParallelConfig` of a transformer or of its attention processors; None if there is none."""
     owners = (transformer, *(x.module.processor for x in layers.values()))
     found = (getattr(x, "_parallel_config", None) for x in owners)
     return next((x for x in found if x is not None), None)
 
 
 def group_of(config: Any) -> Group | None:
-    """Return the processes of a `ParallelConfig` of diffusers; None: no context parallelism.
+    """Return the processes of a `ParallelConfig`; None if it has no context parallelism.
 
     Raises:
-        ValueError: the transformer is parallel in a way that acceleration cannot follow.
+        ValueError: the config asks for tensor parallelism or ring attention.
     """
     if getattr(config, "tensor_parallel_config", None) is not None:
         raise ValueError(
-            "transformer: tensor parallelism is on, which acceleration does not follow; accepted is "
+            "transformer: tensor parallelism is on, which acceleration does not support; accepted is "
             "ContextParallelConfig(ulysses_degree=...)"
         )
     context = getattr(config, "context_parallel_config", None)
@@ -48,10 +48,10 @@ def group_of(config: Any) -> Group | None:
 
 @dataclass
 class _Removed:
-    """A hook of diffusers that splits or gathers tokens."""
+    """A removed hook of diffusers that splits or gathers tokens."""
 
     module: str
-    """Name of its module, adapters left out; a reference would keep the model alive."""
+    """Name of its module, without adapters. A reference to the module would keep the model alive."""
     name: str
     hook: Any
 
@@ -59,31 +59,31 @@ class _Removed:
 class Parallelism:
     """Context parallelism of an accelerated transformer, in place of the hooks of diffusers.
 
-    diffusers splits the sequence once, for all of a model. Acceleration selects and orders tokens first, and puts the
-    output together before it is completed, so its own hooks share the tokens. What diffusers had installed is put back
-    by `remove`.
+    diffusers splits the sequence once, with hooks on the model. Acceleration selects and orders tokens before the split,
+    and completes the output after the gathering, so its own hooks split the tokens. `remove` restores the hooks of
+    diffusers.
 
     Args:
         transformer: transformer with context parallelism of diffusers.
-        group: its processes.
-        focus: focus that selects and orders the tokens; None: all tokens, in raster order.
+        group: processes of the transformer.
+        selection: tokens on which calls run and their order; None: all tokens in raster order.
         layers: self-attention layers by name.
 
     Raises:
-        ValueError: the heads cannot be shared.
+        ValueError: the heads cannot be split.
     """
 
     def __init__(
         self,
         transformer: nn.Module,
         group: Group,
-        focus: Focus | None,
+        selection: TokenSelection | None,
         layers: dict[str, AttentionLayer],
     ) -> None:
         for name, layer in layers.items():
             group.check_heads(name, layer.kv_heads)
         self.group = group
-        self.focus = SharedFocus(focus, group, {x.layout for x in layers.values()})
+        self.selection = SharedTokens(selection, group, {x.layout for x in layers.values()})
         self._removed: list[_Removed] = []
         for at, module in transformer.named_modules():
             registry: Any = getattr(module, "_diffusers_hook", None)
@@ -92,43 +92,44 @@ class Parallelism:
                     registry.remove_hook(name, recurse=False)
                     self._removed.append(_Removed(at.removesuffix(ADAPTED), name, hook))
         for layer in layers.values():
-            layer.module.processor.exchange = self.focus.exchanges[layer.layout]
+            layer.module.processor.exchange = self.selection.exchanges[layer.layout]
 
     def remove(
         self, transformer: Any, layers: dict[str, AttentionLayer], *, ends: bool = True
     ) -> None:
-        """Give diffusers its hooks back.
+        """Restore the hooks of diffusers.
 
-        Some models of diffusers have no plan of context parallelism, or processors that would see only the tokens of
-        their process. Parallelism then ends with acceleration, and every process computes all of a call.
+        Some models have no context-parallel plan in diffusers, or processors that do not exchange heads. For these
+        models parallelism ends with acceleration, and every process computes whole calls.
 
         Args:
-            transformer, layers: as before.
-            ends: whether acceleration ends; else other methods replace the present ones.
+            transformer: the transformer.
+            layers: self-attention layers by name.
+            ends: whether acceleration ends. False if other methods replace the present ones.
         """
-        if parallel_config_of(transformer, layers) is None:  # somebody ended it
+        if parallel_config_of(transformer, layers) is None:  # it was switched off in diffusers
             return
         if not self._removed or not _exchange_heads(layers):
             if not ends:
                 return
-            vars(transformer).pop("_parallel_config", None)  # that of the class is None
+            vars(transformer).pop("_parallel_config", None)  # the class attribute is None
             warnings.warn(
-                f"context parallelism of {type(transformer).__name__} ended with acceleration: diffusers alone "
-                "does not know it for this model, so that every process computes whole calls now",
+                f"context parallelism of {type(transformer).__name__} ended with acceleration: diffusers does not support "
+                "it for this model, so every process computes whole calls now",
                 stacklevel=2,
             )
             return
         from diffusers.hooks import HookRegistry
 
         for x in self._removed:
-            # An adapter such as LoRA may have come, or gone, in the meantime: its output has to be gathered too.
+            # Look the module up again: an adapter such as LoRA may wrap it now, whose output has to be gathered too.
             module = transformer.get_submodule(x.module)
             HookRegistry.check_if_exists_or_initialize(module).register_hook(x.hook, x.name)
         self._removed = []
 
 
 def knows_parallelism(transformer: Any, layers: dict[str, AttentionLayer]) -> bool:
-    """Return whether diffusers alone can share the calls of this model."""
+    """Return whether diffusers supports context parallelism of this model without acceleration."""
     return getattr(type(transformer), "_cp_plan", None) is not None and _exchange_heads(layers)
 
 

@@ -1,31 +1,31 @@
-"""`SharedFocus`: the tokens of a call that run in this process."""
+"""`SharedTokens`: tokens of a call that run in this process."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_accel.models import AllTokens, Call, Focus
+from dit_accel.models import AllTokens, Call, TokenSelection
 from dit_accel.runtime.parallel.exchange import Exchange
 from dit_accel.runtime.parallel.group import Group
 
 
-class SharedFocus(Focus):
-    """Focus on this process's share of the tokens that another focus selects and orders.
+class SharedTokens(TokenSelection):
+    """This process's share of the tokens of another selection.
 
     Args:
-        inner: focus of a method; None: all tokens run, in raster order.
-        group: processes that share the tokens.
+        inner: selection of a method; None: all tokens in raster order.
+        group: processes that split the tokens.
         layouts: layouts of the layers, see `AttentionLayer.layout`.
     """
 
-    def __init__(self, inner: Focus | None, group: Group, layouts: set[str]) -> None:
+    def __init__(self, inner: TokenSelection | None, group: Group, layouts: set[str]) -> None:
         self.inner = inner or AllTokens()
         self.group = group
         self.exchanges = {layout: Exchange(group) for layout in {"image", *layouts}}
 
     def begin_call(self, call: Call) -> None:
-        """Begin a call, after its methods have begun it."""
+        """Begin a call, after all methods have begun it."""
         if isinstance(self.inner, AllTokens):
             self.inner.call = call
             self.inner._kept = {}
@@ -56,7 +56,7 @@ class SharedFocus(Focus):
 
     def take(self, x: Tensor) -> Tensor:
         tokens = self.inner.take(x)
-        if tokens.shape[1] < self.group.size:  # not every module accepts no tokens at all
+        if tokens.shape[1] < self.group.size:  # not every module accepts an empty sequence
             raise ValueError(
                 f"{tokens.shape[1]} image tokens run in this call, in {self.group.size} processes; accepted is one or "
                 "more for each process"
@@ -67,11 +67,11 @@ class SharedFocus(Focus):
         length = x.shape[1]
         if layout == "text":
             for exchange in self.exchanges.values():
-                if exchange.words != length:
+                if exchange.text_tokens != length:
                     exchange.text = x.new_empty(length, 0)
         elif self.exchanges[layout].tokens.shape[0] != length:
             self.exchanges[layout].tokens = x.new_empty(length, 0)
-        # A copy: compiled blocks know the strides of what blocks return, and a view would keep the whole alive.
+        # A contiguous copy: blocks were compiled for contiguous strides, and a view would keep the whole sequence alive.
         return x[:, self.group.own(length)].clone(memory_format=torch.contiguous_format)
 
     def whole(self, x: Tensor, layout: str = "image", *, ends: bool = False) -> Tensor:

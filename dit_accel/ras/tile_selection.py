@@ -1,4 +1,4 @@
-"""`Selection`: the ages and errors of a run's tiles, and which are active in the step in progress."""
+"""`TileSelection`: ages and errors of a run's tiles, and the tiles that are active in the current step."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ from dit_accel.ras.schedule import Schedule
 from dit_accel.ras.selection import band_score, choose, rank_by
 
 
-class Selection:
-    """One index set for each row of the run's first call, shared by all contexts of a step."""
+class TileSelection:
+    """Active tiles of each sample, shared by all contexts of a step. Samples are the rows of the run's first call."""
 
     def __init__(
         self,
@@ -26,30 +26,30 @@ class Selection:
         self.config = config
         self.schedule = schedule
         self.weights = weights
-        """How much an error of each step counts, see `step_weights`; needed where the schedule has choices."""
+        """Weight of an error in each step, see `step_weights`; needed if the schedule has `choices`."""
         shape = (rows, schedule.num_tiles)
         self.age = torch.zeros(shape, dtype=torch.long, device=device)
         self.dropped = torch.zeros(shape, dtype=torch.float32, device=device)
-        """How often each tile was left out in this run."""
+        """Number of times that each tile was left out in this run."""
         self.draw = _draw(schedule, device) if config.selection == "random" else None
         self.step = -1
         self.tiles: Tensor | None = None
-        """Active tiles `[S, count]`, ascending; None: all."""
+        """Active tiles `[S, count]`, ascending; None: all tiles."""
         self.too_wrong = False
-        """Whether this step runs on all tiles because of measured errors."""
+        """True if this step runs on all tiles because of measured errors."""
         self._incomplete = 0
-        """Steps since the last one that ran on all tiles."""
-        # Before anything is measured, all tiles count alike, and so the oldest first.
+        """Number of steps since the last step that ran on all tiles."""
+        # Equal before the first measurement, so that the oldest tiles are chosen.
         self.errors = torch.ones(shape, dtype=torch.float64, device=device)
-        """Squared relative error of each tile's forecast when it was last measured, over the square of the noise level
-        difference that it spanned; summed over contexts."""
+        """Squared relative error of each tile's last measured forecast, divided by the squared difference of noise levels
+        that the forecast spanned; summed over contexts."""
         self.updated = torch.zeros(shape, dtype=torch.float64, device=device)
         """Noise level of each tile's last update."""
         self._measured = -1
 
     @property
     def wants_errors(self) -> bool:
-        """True if forecasts have to be measured."""
+        """True if errors of forecasts have to be measured."""
         schedule = self.schedule
         by_error = self.config.selection == "error" and schedule.has_partial_steps
         return by_error or bool(schedule.choices)
@@ -57,11 +57,12 @@ class Selection:
     def begin_step(
         self, step: int, metric: Float[Tensor, "s m"] | None, level: Float[Tensor, ""] | None = None
     ) -> None:
-        """Choose for this step, unless a call of it has come before.
+        """Choose the tiles of a step. Later calls of the same step do nothing.
 
         Args:
-            metric: the paper's region metric of each tile; None if it is not known yet.
-            level: noise level of the step; "error" needs it.
+            step: index of the step.
+            metric: region metric of each tile (see `token_scores`); None if it is not known yet.
+            level: noise level of the step; needed for selection="error".
         """
         if step == self.step:
             return
@@ -94,10 +95,10 @@ class Selection:
         self.dropped.scatter_add_(1, self.tiles, -torch.ones_like(self.tiles, dtype=torch.float32))
 
     def measure(self, errors: Float[Tensor, "r m"], known: Bool[Tensor, "r m"]) -> None:
-        """Take in how wrong the forecasts of a call in this step were.
+        """Record the errors of the forecasts of a call in this step.
 
         Args:
-            errors: see `errors`; of a context, rows being samples or several rows for each of them.
+            errors: errors of one context as in `errors`; rows are samples, or several rows for each sample.
             known: tiles that this call measured.
         """
         samples = len(self.errors)
@@ -111,7 +112,7 @@ class Selection:
         self.errors = torch.where(known, before + errors, self.errors)
 
     def _fewest(self, step: int, metric: Tensor | None, level: Tensor) -> int | None:
-        """Return how many tiles have to run in this step; None: all."""
+        """Return the number of tiles that have to run in this step; None: all."""
         schedule = self.schedule
         if self._measured < 0 or self._incomplete >= longest(schedule.num_steps):
             return None
@@ -137,7 +138,7 @@ class Selection:
 
 
 def _draw(schedule: Schedule, device: torch.device) -> Float[Tensor, "steps m"]:
-    """The same for every sample, so that a batch gives what single runs give, and for every device."""
+    """Return random scores, equal for all samples and devices, so that a batch gives the results of single runs."""
     draws = [
         torch.rand(
             schedule.num_tiles,
