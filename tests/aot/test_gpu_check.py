@@ -15,6 +15,7 @@ from dit_accel.bench.gpu.cases import MODES, WAN, Layer, inputs
 from dit_accel.bench.gpu.device import DryDevice
 from dit_accel.bench.gpu.recording import Sketch, launches, without_device
 from dit_accel.bench.gpu.sweep import neighbours, outputs, retiled, tile_of
+from dit_accel.kernels import SparsePlan, block_sparse_attention
 from dit_accel.kernels.block_sparse import tiles
 from dit_accel.kernels.block_sparse.tiles import Target, Tile
 
@@ -51,6 +52,35 @@ def test_a_retiled_launch_is_what_the_backend_would_launch(monkeypatch, kernel, 
     assert found.sketch().constants == expected.sketch().constants
     assert found.sketch().options == expected.sketch().options
     assert tile_of(found) == tile
+
+
+def packed_launch():
+    """Return the forward launch of a call whose query heads, four per key head, share their lists."""
+    with without_device(HOPPER) as held:
+        q = torch.empty(1, 8, 200, 64, device="meta", dtype=torch.float16)
+        k = q[:, :2]
+        mask = torch.ones(1, 1, 13, 4, dtype=torch.bool, device="meta")
+        sizes = {"block_q": 16, "block_k": 64, "q_len": 200, "kv_len": 200}
+        plan = SparsePlan.from_block_mask(mask, **sizes)
+        block_sparse_attention(q, k, k, plan)
+    return next(x for x in held if x.name == "forward")
+
+
+@pytest.mark.parametrize(
+    ("rows", "packed"), [(64, 4), (32, 2), (16, 1)], ids=["4 heads", "2 heads", "1 head"]
+)
+def test_a_retiled_launch_packs_the_heads_that_fit_in_the_tile(monkeypatch, rows, packed):
+    launch = packed_launch()
+    assert launch.keywords["HEADS_PACKED"] == 4
+    tile = Tile(rows, 64, 4, 2)
+    original = tiles.tile
+    for module in list(sys.modules.values()):
+        if getattr(module, "tile", None) is original:
+            monkeypatch.setattr(module, "tile", lambda *args, **options: tile)
+    expected, found = packed_launch(), retiled(launch, tile)
+    assert found.keywords["HEADS_PACKED"] == packed
+    assert found.grid == expected.grid == (13, 8 // packed, 1)
+    assert found.sketch().constants == expected.sketch().constants
 
 
 def test_neighbours_fit_the_blocks():
