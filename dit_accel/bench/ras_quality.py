@@ -23,6 +23,8 @@ from dit_accel.sampling.step_caches import step_cache
 
 FORMAT_VERSION = 2
 FINE_STEPS = 100
+TOLERANCE_TRIALS = 8
+"""Number of trials in the search for a tolerance that costs the budget."""
 SOLVERS = ("unipc", "euler", "dpm++", "heun")
 REFERENCES = {
     "plain": "dense sampling, the same solver and number of steps, the same noise",
@@ -202,7 +204,7 @@ class Quality:
     def _tolerance(self, subject: Subject, setting: Setting, name: str) -> float:
         """Return the smallest tolerance at which samples outside the comparison cost at most the budget."""
         low, high = 1e-4, 1.0
-        for _ in range(8):
+        for _ in range(TOLERANCE_TRIALS):
             middle = math.sqrt(low * high)
             ras = {**CONTROLLED[name], "control": middle}
             cost = self._accelerated(subject, setting, ras, range(4), 1)[1]

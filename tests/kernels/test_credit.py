@@ -178,7 +178,7 @@ def test_credits_are_the_change_by_reading_one_block_more(mode, text, lengths):
     torch.testing.assert_close(case.credits(), expected_credits(case))
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(
     mode=st.sampled_from(list(MODES)),
     q_len=st.integers(1, 30),

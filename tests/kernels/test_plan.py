@@ -254,11 +254,11 @@ def test_a_count_is_the_fraction_that_stands_for_it(count, generator):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 0}, "count=0: accepted is an int between 1 and the 4 blocks"),
-        ({"count": 5}, "count=5: accepted is an int between 1 and the 4 blocks"),
-        ({"count": 2, "topk": 0.5}, "got \\['topk', 'count'\\]; accepted are topk \\(or count\\)"),
-        ({"count": 2, "limit": 0.5}, "limit=0.5: accepted with top_p or threshold"),
-        ({"count": 3, "top_p": 0.5, "limit": 0.5}, "limit=0.5: .* at least count=3 blocks"),
+        ({"count": 0}, "count=0: .*4"),
+        ({"count": 5}, "count=5: .*4"),
+        ({"count": 2, "topk": 0.5}, "topk.*'topk', 'count'"),
+        ({"count": 2, "limit": 0.5}, "limit=0.5: .*top_p"),
+        ({"count": 3, "top_p": 0.5, "limit": 0.5}, "limit=0.5: .*count=3"),
     ],
 )
 def test_counts_that_do_not_fit_are_refused(options, message):
@@ -325,7 +325,7 @@ def test_tail_blocks_have_no_score_and_are_read_by_every_row():
         scores, topk=0.1, tail_blocks=1, sink_blocks=1, kv_len=12, **sizes
     )
     assert kept(plan) == [[0, 4, 5]] * 6
-    with pytest.raises(ValueError, match=r"scores: shape \(1, 1, 6, 5\).*need .*, 6, 6\]"):
+    with pytest.raises(ValueError, match=r"scores: .*\(1, 1, 6, 5\).*6, 6\]"):
         SparsePlan.from_scores(scores, topk=0.4, tail_blocks=1, kv_len=14, **sizes)
 
 
@@ -711,7 +711,7 @@ def test_check_numbers_names_the_field_that_is_out_of_range(name, value):
 def test_check_numbers_wants_counts_and_indices_that_fit(unchecked):
     plan = sample_plan()
     bad = dataclasses.replace(plan, kv_indices=plan.kv_indices[:, :1])
-    with pytest.raises(ValueError, match=r"^kv_indices: shape \(1, 1, 4, "):
+    with pytest.raises(ValueError, match=r"^kv_indices: .*\(1, 1, 4, "):
         bad.check_numbers()
 
 
@@ -732,5 +732,5 @@ def test_lists_that_name_blocks_without_keys_are_refused(name, rule):
     elif name == "skip_indices":
         rules["k_block_sizes"] = torch.tensor([8, 8, 0, 6])
     changed = dataclasses.replace(plan, **{rule: rules[rule].int()})
-    with pytest.raises(ValueError, match="_indices"):
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
         changed.check_numbers()

@@ -192,7 +192,7 @@ def test_scores_carry_no_gradient(generator):
 
 def test_heads_that_do_not_divide_are_refused_by_name(unchecked):
     q, k = torch.zeros(1, 3, 64, 8), torch.zeros(1, 2, 64, 8)
-    with pytest.raises(ValueError, match=r"^q: 3 heads.*2 heads of k"):
+    with pytest.raises(ValueError, match=r"^q: 3 .*2 "):
         block_scores(q, k, block_q=16, block_k=16)
 
 
@@ -269,5 +269,5 @@ def test_the_identity_projects_nothing(dtype, generator):
 
 def test_a_projection_of_other_heads_is_refused(generator, unchecked):
     q = torch.randn(1, 4, 20, 8, generator=generator)
-    with pytest.raises(ValueError, match=r"projection: shape \(2, 8, 8\); accepted is \[4, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"projection: .*\(2, 8, 8\).*\[4, 8, 8\]"):
         block_scores(q, q, block_q=16, block_k=16, projection=torch.zeros(2, 8, 8))

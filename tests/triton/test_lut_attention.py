@@ -130,7 +130,7 @@ def test_half_precision_and_equal_bits():
 
 def test_sizes_that_do_not_fit():
     q, k_codes, v_codes, k, v = problem(1, 2, 1, 5, 4, 2, 16, 1, 0)
-    with pytest.raises(ValueError, match=r"v_centroids: shape .*accepted is \[1 or 2, 4, C, 2\]"):
+    with pytest.raises(ValueError, match=r"^v_centroids: .*4, C, 2\]"):
         lut_attention(q, k_codes, v_codes, k, v[:, :2], scale=1.0)
 
 
@@ -138,7 +138,7 @@ def test_sizes_that_do_not_fit():
 def test_rotations_that_do_not_fit(options):
     given = problem(1, 2, 1, 5, 2, 3, 16, 1, 0)
     positions = torch.zeros(1, 1, 5, dtype=torch.int32)
-    with pytest.raises(ValueError, match="frequencies"):
+    with pytest.raises(ValueError, match="frequencies: "):
         lut_attention(
             *given, scale=1.0, **{"positions": positions, "frequencies": torch.ones(3), **options}
         )
