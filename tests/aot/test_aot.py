@@ -1,4 +1,4 @@
-"""Each kernel compiles for sm_80 and sm_90 without spills, and its loops use what the chip has."""
+"""Each kernel compiles for sm_80 and sm_90 without spills, and its loops use matrix instructions and asynchronous copies."""
 
 import functools
 
@@ -11,7 +11,7 @@ from dit_accel.kernels.catalogue import catalogue
 from dit_accel.kernels.usage import missed
 
 CHIPS = ("80", "90")
-# One mode of each kernel, the one that needs most; the default of Hopper; and what has no main loop.
+# The most demanding mode of each kernel, the default mode on Hopper, and kernels without a main loop.
 KERNELS = (
     "forward/plain, 128 rows",
     "forward/plain, packed heads",
@@ -54,7 +54,7 @@ def launches(chip: str):
 @pytest.mark.parametrize("name", [*KERNELS, *SMALL])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_kernel_keeps_every_bound(chip, name):
-    """No spills, shared memory within the limit, and main loops whose copies run ahead of their products."""
+    """Spills, shared memory, matrix instructions and asynchronous copies keep the bounds of `usage.missed`."""
     usage = compile_launch(launches(chip)[name], Target("cuda", chip))
     assert missed(chip, 128, usage) == []
     assert bool(usage.loops) == (name in KERNELS)

@@ -1,4 +1,4 @@
-"""The launches that the GPU check records, varies and compiles."""
+"""Recording, variation and compilation of launches by the GPU check."""
 
 import os
 import sys
@@ -175,7 +175,7 @@ def test_launches_are_recorded_in_order_without_running():
 
 
 class Chip:
-    """Stand-in for the driver of a chip that is not here."""
+    """Stand-in for the driver of a chip."""
 
     def get_current_device(self):
         return 0
@@ -188,7 +188,7 @@ class Chip:
 
 
 def test_compiling_ahead_of_a_call_fills_the_cache_that_the_call_looks_into(monkeypatch):
-    """The sketch has dtypes in place of tensors, and must be specialised as the tensors are."""
+    """A sketch has dtypes in place of tensors, and must be specialised like the tensors."""
     held = layer_launches("none")[-1]
     sketch = held.sketch()
     monkeypatch.setattr(CompiledKernel, "_init_handles", lambda self: None)

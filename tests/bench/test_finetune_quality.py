@@ -1,4 +1,4 @@
-"""Benchmark of fine-tuning: its rows, its figures, and a whole run at the smallest size."""
+"""Benchmark of fine-tuning: its rows, its numbers, and a small run."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The benchmark of region-adaptive sampling at equal cost, on a toy scale."""
+"""Benchmark of region-adaptive sampling at equal cost, at a small size."""
 
 import json
 
@@ -90,7 +90,7 @@ def test_tables_print_what_the_file_holds(results, capsys):
 
 
 def test_a_learned_schedule_costs_what_the_computed_one_costs(tmp_path, capsys):
-    """Nothing is lost on the samples that it was learned from, and the steps that it names are the ones that run."""
+    """The learned schedule is not worse on its training samples, and its steps are those that run."""
     output = tmp_path / "learned.json"
     small = {"model": "tiny-sd3", "steps": 9, "budget": 0.67, "prompts": 8, "solvers": ("euler",)}
     Learned(output, **small, learn=2, first=0, samples=2, tries=2).run()

@@ -1,4 +1,4 @@
-"""Reading settings: YAML numbers, keys given twice, and methods that are off."""
+"""Reading settings: YAML numbers, duplicate keys, and methods that are off."""
 
 import pytest
 import yaml

@@ -40,12 +40,12 @@ class Case:
         return self.q, self.k, self.v
 
     def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Fresh copies of q, k, v that ask for gradients; strides stay."""
+        """Return fresh copies of q, k, v that require gradients, with the same strides."""
         return [x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in self.qkv]
 
 
 def make_inputs(batch, heads, kv_heads, q_len, kv_len, d, d_v, *, strided=False, seed=0):
-    """Random q, k, v in fp64; `strided`: transposed from `[B, L, H, D]`, as diffusers hands them."""
+    """Return random q, k, v in fp64. `strided`: with the memory layout `[B, L, H, D]` of diffusers."""
     g = torch.Generator().manual_seed(seed)
     shapes = ((heads, q_len, d), (kv_heads, kv_len, d), (kv_heads, kv_len, d_v))
     if strided:
@@ -92,14 +92,14 @@ def simple_case(density=0.5, *, heads=2, kv_heads=1, d=16, strided=False, **chan
 
 
 def grads(outputs, leaves, seed=1) -> tuple[Tensor, ...]:
-    """Gradients of `outputs` for random upstream gradients, the same for each call."""
+    """Return the gradients of `outputs` for random upstream gradients, the same in each call."""
     g = torch.Generator().manual_seed(seed)
     upstream = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in outputs]
     return torch.autograd.grad(outputs, leaves, upstream)
 
 
 def run(case: Case, combine: str, leaves=None):
-    """`(o, lse)`, or `(o,)` where the public function has no lse."""
+    """Return `(o, lse)`, or `(o,)` if the public function has no lse."""
     q, k, v = leaves or case.qkv
     if combine == "none":
         return block_sparse_attention(q, k, v, case.plan, scale=case.scale, return_lse=True)
@@ -412,7 +412,7 @@ def test_small_chunks_and_stages_change_nothing(combine, changes, chunk_scores, 
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of all tensors made inside and alive at the same time, at most."""
+    """Peak number of bytes of all live tensors that were created inside."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The flex backend where it runs uncompiled, and what it asks of FlexAttention. Compiled: tests/compile/test_flex.py."""
+"""The flex backend without compilation, and its calls of FlexAttention. Compiled: tests/compile/test_flex.py."""
 
 import math
 import warnings
@@ -20,7 +20,7 @@ from .plan_cases import masks
 
 @st.composite
 def known(draw, longest: int):
-    """Problems without what FlexAttention does not know."""
+    """Draw problems without features that FlexAttention does not support."""
     problem = draw(problems(longest))
     assume(problem.plan.columns is None and problem.plan.q_order is None)
     return problem

@@ -1,4 +1,4 @@
-"""Lengths and rules, checked once and shared by plans."""
+"""Geometries: lengths and rules, checked once and shared by plans."""
 
 from unittest import mock
 

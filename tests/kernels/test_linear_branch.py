@@ -1,4 +1,4 @@
-"""The linear branch beside the sparse one: gradients, the released semantics, never NaN, bad input."""
+"""Linear branch together with the sparse branch: gradients, released formulas, absence of NaN, bad input."""
 
 import math
 import os
@@ -78,7 +78,7 @@ def phi(x, feature_map):
 
 
 def released(q, k, v, mask, block, weight, feature_map, scope):
-    """O_s + Proj(O_l) with "all" keys and 1e-5, or with the blocks that are not read and no epsilon."""
+    """Return O_s + Proj(O_l), with all keys and an epsilon of 1e-5, or with unread blocks and no epsilon."""
     f_q, f_k = phi(q, feature_map), phi(k, feature_map)
     out = torch.zeros_like(q)
     for h in range(q.shape[1]):

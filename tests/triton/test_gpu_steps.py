@@ -19,7 +19,7 @@ WITH_TEXT = Shape("with text", 1, 96, 16, batch=2, text=40, block_q=32, block_k=
 
 
 class Interpreter(Device):
-    """The CPU, where Triton's kernels are interpreted."""
+    """CPU device on which Triton's interpreter runs the kernels."""
 
     place = "cpu"
 

@@ -1,4 +1,4 @@
-"""The kernel of look-up attention against the definition, which is attention over decoded keys."""
+"""Kernel of look-up attention against attention over decoded keys and values."""
 
 import functools
 
@@ -18,7 +18,7 @@ close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 @pytest.fixture(autouse=True, scope="module")
 def short_spans():
-    """Spans short enough for several in a small problem."""
+    """Use short spans, so that a small problem has several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "SPAN", 16)
         patch.setattr(kernel, "PROGRAMS", 12)

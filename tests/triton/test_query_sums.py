@@ -1,4 +1,4 @@
-"""The kernels of the query sums against the torch form, which is the definition."""
+"""Kernels of the query sums against the reference implementation in torch."""
 
 import functools
 
@@ -13,7 +13,7 @@ from dit_accel.kernels.query_sums.sums_kernel import sums_launches
 
 @pytest.fixture(autouse=True, scope="module")
 def few_spans():
-    """Interpreting a program takes milliseconds, so few spans of keys are enough."""
+    """Use few spans of keys, because a program takes milliseconds in the interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sums_kernel, "SPLITS", 2)
         yield

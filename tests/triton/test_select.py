@@ -1,4 +1,4 @@
-"""The selection kernel against its definition in torch: equal lists, bit for bit, under every rule."""
+"""Selection kernel against the reference implementation: equal lists, bit for bit, under every rule."""
 
 import os
 
@@ -43,7 +43,7 @@ def random_scores(shape, kind, seed):
 
 
 def on_kernels(patched, scores, **options):
-    """The plan as a GPU would make it; unwritten memory holds nonsense."""
+    """Return the plan that the kernel makes, with a poison value in unwritten memory."""
 
     def poisoned(*arguments):
         return tuple(x.fill_(-7) for x in empty(*arguments))

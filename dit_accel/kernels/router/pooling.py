@@ -34,15 +34,6 @@ def pool_blocks(
     return torch.ops.dit_accel.pool_blocks(x, block, sizes, dtype)
 
 
-def pool_moments(
-    x: Float[Tensor, "b h l d"], block: int, sizes: Int[Tensor, "b_sizes n"] | None = None
-) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n d"]]:
-    """Return the mean and the mean square of the valid tokens of each block. Arguments and errors as in `pool_blocks`."""
-    check_blocks(x, block, sizes)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return torch.ops.dit_accel.pool_moments(x, block, sizes)
-
-
 def check_blocks(x: Tensor, block: int, sizes: Tensor | None, side: str = "") -> None:
     if block < 1:
         name = f"block_{side[0]}" if side else "block"
@@ -67,10 +58,6 @@ def _pooled(
     return x.new_empty(b, h, -(-length // block), d, dtype=dtype or wide(x))
 
 
-def _two_pooled(x: Tensor, block: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _pooled(x, block), _pooled(x, block)
-
-
 @operator("pool_blocks", _pooled)
 def means(
     x: Tensor,
@@ -85,13 +72,16 @@ def means(
     return out
 
 
-@operator("pool_moments", _two_pooled)
 def moments(x: Tensor, block: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the mean and the mean square of the valid tokens of each block; arguments as in `pool_blocks`, unchecked.
+
+    `x` is contiguous along its last axis.
+    """
     if not runs_here(x):
         mean, mean_square = _pool_in_torch(x, block, sizes, squares=True)
         assert mean_square is not None
         return mean, mean_square
-    mean, mean_square = _two_pooled(x, block)
+    mean, mean_square = _pooled(x, block), _pooled(x, block)
     _launch_pool(x, mean, block, sizes, mean_square)
     return mean, mean_square
 

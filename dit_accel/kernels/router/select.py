@@ -9,7 +9,7 @@ from torch import Tensor
 from dit_accel.kernels import visibility
 from dit_accel.kernels.geometry import Rules
 from dit_accel.kernels.lists import Lists, lists_of_width
-from dit_accel.kernels.router.criteria import MASS_BITS, Criteria, criteria_of
+from dit_accel.kernels.router.criteria import MASS_BITS, Criteria
 
 # Fractional bits of softmax weights, which are fixed-point integers. Their sums are exact, so they do not depend on the
 # order of additions in a kernel.
@@ -20,12 +20,7 @@ LOWEST, HIGHEST = -(2**31), 2**31 - 1
 def select_blocks(
     scores: Float[Tensor, "... n_q n_k"],
     open_blocks: Bool[Tensor, "... n_q n_k"],
-    *,
-    topk: float | None = None,
-    top_p: float | None = None,
-    threshold: float | None = None,
-    skip: float = 0.0,
-    limit: float | None = None,
+    criteria: Criteria,
     forced: Bool[Tensor, "... n_q n_k"] | None = None,
 ) -> tuple[Bool[Tensor, "... n_q n_k"], Bool[Tensor, "... n_q n_k"] | None]:
     """Return the masks of the best blocks of each row, at least one, and of the worst blocks to skip.
@@ -33,29 +28,12 @@ def select_blocks(
     Args:
         scores: logits; higher is better. Among equal scores, the lower index ranks first, on every device.
         open_blocks: mask of blocks with a visible key. Other blocks are not kept and do not count.
-        topk: fraction in (0, 1]. Keep the `max(1, ceil(topk * T_k))` best blocks.
-        top_p: softmax mass in (0, 1]. Keep the fewest best blocks whose softmax weights sum to at least `top_p`.
-            With `topk`, keep the union of both.
-        threshold: smallest score. Keep every block with at least this score. Not with `topk` or `top_p`.
-        skip: fraction in [0, 1). Skip the `floor(skip * T_k)` worst open blocks that are not kept.
-        limit: fraction in (0, 1]. `top_p` and `threshold` keep at most this share of the blocks, the best ones.
+        criteria: numbers of blocks to keep and to skip.
         forced: mask of blocks to keep in addition.
 
     Returns:
-        `(kept, skipped)`; `skipped` is None for `skip=0`.
-
-    Raises:
-        ValueError: no criterion, two that exclude each other, or one out of range.
+        `(kept, skipped)`; `skipped` is None without `criteria.skip`.
     """
-    criteria = criteria_of(
-        scores.shape[-1], topk=topk, top_p=top_p, threshold=threshold, skip=skip, limit=limit
-    )
-    return _select(scores, open_blocks, criteria, forced)
-
-
-def _select(
-    scores: Tensor, open_blocks: Tensor, criteria: Criteria, forced: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
     scores, n_k = scores.float(), scores.shape[-1]
     key = _ordered(scores, open_blocks)
     n: int | Tensor = criteria.best
@@ -135,7 +113,7 @@ def select_in_torch(
     some, every = visibility.block_visibility(rules)
     # A block without a visible key must not count among the best.
     open_blocks = some[..., :n_scores]
-    kept, skipped = _select(scores, open_blocks, criteria, _forced(rules, criteria, n_scores))
+    kept, skipped = select_blocks(scores, open_blocks, criteria, _forced(rules, criteria, n_scores))
     if n_scores < n_k:
         # Tail blocks have no score, and every row reads them.
         kept = torch.nn.functional.pad(kept, (0, n_k - n_scores), value=True) & some

@@ -1,4 +1,4 @@
-"""A run of the GPU check: budget, failures, stops, and going on."""
+"""A run of the GPU check: budget, failures, stops, and resumption."""
 
 import json
 import os
@@ -17,7 +17,7 @@ FACTS = {"device": "some GPU", "capability": "9.0", "source": "abc"}
 
 
 class Idle(Device):
-    """A device on which nothing runs."""
+    """Device on which no work runs."""
 
     lost = False
     dry = True

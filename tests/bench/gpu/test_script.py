@@ -1,4 +1,4 @@
-"""`kernels/gpu_check.py` as a process: without a GPU, and on a machine that has almost nothing installed."""
+"""`kernels/gpu_check.py` without a GPU, and as a process on a machine with few packages."""
 
 import json
 import subprocess

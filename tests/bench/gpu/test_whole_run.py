@@ -1,4 +1,4 @@
-"""A whole run of `kernels/gpu_check.py` with its processes, on a device that is made up."""
+"""A whole run of `kernels/gpu_check.py` with its processes, on a stand-in for a device."""
 
 import json
 import os
