@@ -127,26 +127,24 @@ def test_a_limit_takes_every_kernel_once_before_more_of_one():
     assert compiling.spread(sketches, None) == sketches
 
 
-def test_what_does_not_compile_is_named():
-    sketch = layer_launches("none")[-1].sketch()
-    broken = sketch._replace(constants={**sketch.constants, "TQ": 24})
-    result = compiling.compile_all([sketch, broken], HOPPER, here=False, workers=1)
-    assert result["compiled"] == 1
-    assert list(result["not_compiled"]) == [compiling.label(broken)]
-
-
-def end_process(sketch, target):
-    if sketch.constants.get("TQ") == 24:
+def compile_none(sketch, target):
+    """Stand-in for `compile_ahead`: ends its process, raises an error, or succeeds."""
+    if sketch.constants["TQ"] == 24:
         os.abort()
+    if sketch.constants["TQ"] == 48:
+        raise ValueError("no such tile")
 
 
-def test_a_compiler_that_ends_its_process_costs_one_kernel(monkeypatch):
+def test_a_launch_that_does_not_compile_is_named_and_costs_only_itself(monkeypatch):
     sketch = layer_launches("none")[-1].sketch()
-    broken = sketch._replace(constants={**sketch.constants, "TQ": 24})
-    monkeypatch.setattr(compiling, "compile_ahead", end_process)
-    result = compiling.compile_all([broken, sketch, sketch], HOPPER, here=False, workers=2)
-    assert result["compiled"] == 2
-    assert result["not_compiled"] == {compiling.label(broken): "the compiler ended its process"}
+    ends, fails = (sketch._replace(constants={**sketch.constants, "TQ": n}) for n in (24, 48))
+    monkeypatch.setattr(compiling, "compile_ahead", compile_none)
+    result = compiling.compile_all([ends, fails, sketch], HOPPER, here=False, workers=1)
+    assert result["compiled"] == 1
+    assert result["not_compiled"] == {
+        compiling.label(ends): "the compiler ended its process",
+        compiling.label(fails): "ValueError: no such tile",
+    }
 
 
 def test_compiling_ends_at_its_limit():

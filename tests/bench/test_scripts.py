@@ -11,7 +11,7 @@ import torch
 from dit_accel.bench import launch_counts, split_head_dim
 from dit_accel.bench.import_time import ImportTime
 from dit_accel.bench.launch_counts import LaunchCounts, missed
-from dit_accel.bench.middle_estimates import rank
+from dit_accel.bench.middle_estimates import MiddleEstimates, rank
 from dit_accel.bench.parallel_traffic import ParallelTraffic
 from dit_accel.bench.window_speed import WindowSpeed
 
@@ -96,6 +96,14 @@ def test_the_rank_counts_the_better_blocks_up_to_the_diagonal():
     assert rank(scores, 1, 0) == 1
     assert rank(scores, 1, 1) == 2
     assert rank(scores, 2, 0) == 3
+
+
+def test_a_pattern_with_the_exact_attention_reads_every_key_that_is_looked_up(capsys):
+    MiddleEstimates(length=512, prompts=1).run()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 4 + 6
+    assert lines[5].startswith("exact ")
+    assert lines[5].endswith("4 of 4")
 
 
 def test_the_section_of_split_products_has_a_row_for_each_variant(monkeypatch, tmp_path):

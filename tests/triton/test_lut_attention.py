@@ -47,7 +47,7 @@ def launched(*arguments, **options):
         return lut_attention(*arguments, **options)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     batch=st.integers(1, 2),
     heads=st.integers(1, 3),
@@ -78,7 +78,7 @@ def test_attention_is_that_over_decoded_keys(
         close(found[1], scores.logsumexp(-1))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     batch=st.integers(1, 2),
     heads=st.integers(1, 3),

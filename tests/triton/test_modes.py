@@ -32,7 +32,7 @@ def check(problem: Problem, tolerance: float = 1e-5) -> None:
 
 
 def problem(
-    *, q_len=70, kv_len=90, block_q=16, block_k=16, density=0.4, batch=1, heads=2, kv_heads=1,
+    *, q_len=40, kv_len=90, block_q=16, block_k=16, density=0.4, batch=1, heads=2, kv_heads=1,
     d=24, d_v=None, strided=False, geometry=None, **options,
 ) -> Problem:  # fmt: skip
     g = torch.Generator().manual_seed(0)
@@ -70,7 +70,7 @@ def test_drawn_problems_in_half_precision_by_the_rule_of_two(drawn):
     ],
 )
 def test_linear_branch(combine, scope, feature_map):
-    skip = torch.rand(1, 2, 5, 6, generator=torch.Generator().manual_seed(3)) < 0.3
+    skip = torch.rand(1, 2, 3, 6, generator=torch.Generator().manual_seed(3)) < 0.3
     check(
         problem(
             density=0.2,
@@ -91,7 +91,7 @@ def test_texts_of_different_lengths_behind_an_image(combine, scope):
     geometry = {
         "k_block_sizes": torch.tensor([16, 16, 6, 16, 16, 10]),
         "kv_lengths": torch.tensor([90, 48, 71]),
-        "skip": torch.rand(1, 2, 5, 6, generator=torch.Generator().manual_seed(3)) < 0.3,
+        "skip": torch.rand(1, 2, 3, 6, generator=torch.Generator().manual_seed(3)) < 0.3,
     }
     options = {} if combine in ("none", "shared_softmax") else {"linear_scope": scope}
     check(problem(batch=3, geometry=geometry, combine=combine, **options))
@@ -113,7 +113,7 @@ def test_rows_that_read_little_subtract_and_others_sum_directly(combine, scope, 
         mask[:, :, 1, :7] = True
         mask[:, :, 3] = True
     skip[..., 9] = True
-    case = problem(block_k=8, heads=1, combine=combine, linear_scope=scope)
+    case = problem(q_len=70, block_k=8, heads=1, combine=combine, linear_scope=scope)
     case.plan = SparsePlan.from_block_mask(
         mask, block_q=16, block_k=8, q_len=70, kv_len=90, skip=skip, most=most
     )
@@ -148,19 +148,19 @@ def test_without_gradients_the_kernel_mixes(mix, scope, geometry):
         "plain": {},
         "kv_lengths": {"kv_lengths": torch.tensor([33, 0])},
         "k_block_sizes": {"k_block_sizes": torch.tensor([16, 0, 5, 16, 16, 10])},
-        "q_order": {"q_order": torch.randperm(70, generator=g)[None]},
+        "q_order": {"q_order": torch.randperm(40, generator=g)[None]},
     }[geometry]
-    mask = torch.rand(2, 2, 5, 6, generator=g) < 0.4
-    mask[:, :, 2] = True
+    mask = torch.rand(2, 2, 3, 6, generator=g) < 0.4
+    mask[:, :, 1] = True
     case = problem(batch=2, combine=mix.split()[0], linear_scope=scope)
-    rules["skip"] = torch.rand(2, 2, 5, 6, generator=g) < 0.3
+    rules["skip"] = torch.rand(2, 2, 3, 6, generator=g) < 0.3
     case.plan = SparsePlan.from_block_mask(
-        mask, block_q=16, block_k=16, q_len=70, kv_len=90, **rules
+        mask, block_q=16, block_k=16, q_len=40, kv_len=90, **rules
     )
     if mix == "proj and bias":
         case.options["proj_bias"] = torch.randn(24, generator=g, dtype=torch.float64)
     if mix == "alpha of blocks":
-        case.options["alpha"] = torch.rand(1, 2, 5, generator=g, dtype=torch.float64)
+        case.options["alpha"] = torch.rand(1, 2, 3, generator=g, dtype=torch.float64)
     with torch.no_grad():
         expected = case.outputs(case.leaves(torch.float64), "reference")[0]
         for backend in ("triton", "torch"):
@@ -246,7 +246,7 @@ def test_padding_may_hold_nan():
         "kv_lengths": torch.tensor([40, 90]),
         "q_block_sizes": torch.tensor([16, 3, 0, 16, 6]),
     }
-    case = problem(batch=2, geometry=geometry, combine="alpha")
+    case = problem(q_len=70, batch=2, geometry=geometry, combine="alpha")
     expected = case.results(torch.float32, "triton")
     case.k[0, :, 40:] = case.v[0, :, 40:] = torch.nan
     case.q[:, :, 19:32] = torch.nan
@@ -264,7 +264,7 @@ def test_long_rows_are_split_and_merged(which, ordered, monkeypatch):
         geometry["q_order"] = torch.randperm(70, generator=torch.Generator().manual_seed(2))[None]
     if which == "named rows":
         geometry["long_rows"] = torch.tensor([4, 2])
-    case = problem(density=0.8, geometry=geometry)
+    case = problem(q_len=70, density=0.8, geometry=geometry)
     kernels = []
     run = Launch.__call__
     monkeypatch.setattr(
