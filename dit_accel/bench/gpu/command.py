@@ -200,8 +200,9 @@ def main(args: argparse.Namespace, script: str) -> int:
             if args.only in sub_step.id:
                 say(f"{sub_step.id}  (about {sub_step.seconds:.0f} s + {sub_step.flops:.2g} FLOP)")
         return 0
+    out: Path | None = None
     if args.out is not None:
-        args.out = check_writable(args.out, "--out")
+        args.out = out = check_writable(args.out, "--out")
     if args.dry:
         return check_dry(args)
     if args.until is not None:
@@ -209,7 +210,7 @@ def main(args: argparse.Namespace, script: str) -> int:
     if not torch.cuda.is_available():
         say("no CUDA device; accepted without one are --dry and --list")
         return 2
-    out: Path = args.out
+    assert out is not None, "--out: checked in parse"
     until = time.time() + args.budget
     options = ["--out", str(out), "--budget", str(args.budget), "--only", args.only]
     options += ["--until", str(until)]
