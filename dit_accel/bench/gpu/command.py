@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace) -> int:
         return DEVICE_LOST
     except Stopped as stopped:
         finish(journal)
-        say(f"stopped ({stopped}); --resume goes on")
+        say(f"stopped ({stopped}); resume with --resume")
         return STOPPED
     journal.data.setdefault("clocks", []).append({"before": "end", **(gpu_clocks() or {})})
     status = finish(journal)

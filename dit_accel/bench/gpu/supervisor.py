@@ -53,7 +53,7 @@ def supervise(
             if crashed is None and status != DEVICE_LOST:
                 say(f"the process ended with status {status} before it began a sub-step")
                 return 1
-            say(f"the process ended with status {status}; a new one goes on")
+            say(f"the process ended with status {status}; a new process continues")
             restarted = True
     finally:
         for number, handler in before.items():
