@@ -1,13 +1,13 @@
-"""Measures caches of keys and values outside of a model.
+"""Measure key-value caches outside of a model.
 
     python kernels/bench_kv.py decode --output kernels/results/kv_decode_cpu.json
     python kernels/bench_kv.py search --output kernels/results/kv_search_cpu.json
 
-Decode: times of one attention layer that reads a long cache for a new token, against dense attention of torch in the
-same run. Keys are random, 16 around each direction, so that clusters have something to find; queries point in such
-directions. Ways take turns; each number is the median of the repeats, in CPU time of one thread. "bytes" and "read" are
-shares of a dense cache; "error" is that of the output. Search: the share of the keys that an index compares to find most
-of the best ones, for queries that are unlike the keys.
+decode: times of one attention layer that reads a long cache for a new token, against dense attention of torch in the same
+run. Keys are random, 16 around each direction, so that clusters exist; queries point in these directions. Caches take
+turns; each number is the median of the repeats, in CPU time of one thread. "bytes" and "read" are shares of a dense cache,
+"error" is the relative error of the output.
+search: share of the keys that an index compares to find most of the best ones, for queries unlike the keys.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Times attention with a sliding window on one layer: a mask of all pairs, chunks of dense attention, a block-sparse plan.
+"""Time attention with a sliding window on one layer: a mask of all pairs, chunks of dense attention, a block-sparse plan.
 
     python kernels/bench_window.py --output kernels/results/window_cpu.json
 
@@ -9,68 +9,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import statistics
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
 import tyro
-from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel.bench.timing import seconds
-from dit_accel.environment import machine, versions
-from dit_accel.files import write_json
-from dit_accel.kernels import block_sparse_attention
-from dit_accel.llm.dense import dense_attention
-from dit_accel.llm.window import window_plan
-
-
-@dataclass
-class WindowSpeed:
-    """Seconds of one attention layer with a window."""
-
-    output: Path
-    cases: tuple[tuple[int, int], ...] = ((1024, 512), (4096, 512), (4096, 2048), (8192, 1024), (8192, 4096))  # fmt: skip
-    """Tokens and window."""
-    dtype: str = "float32"
-    repeats: int = 3
-    device: str = "cpu"
-
-    @torch.no_grad()
-    def run(self) -> None:
-        torch.set_num_threads(1)
-        rows = []
-        for length, window in self.cases:
-            found = seconds(self._ways(length, window), self.repeats, self.device)
-            row: dict[str, Any] = {"length": length, "window": window}
-            rows.append(row | {name: statistics.median(times) for name, times in found.items()})
-            print(rows[-1], flush=True)
-        record = {"format_version": 1, "dtype": self.dtype, "rows": rows}
-        write_json(self.output, record | {"versions": versions(), "machine": machine()})
-
-    def _ways(self, length: int, window: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(0)
-        q, k, v = (
-            torch.randn(1, h, length, 64, generator=generator).to(
-                self.device, getattr(torch, self.dtype)
-            )
-            for h in (4, 2, 2)
-        )
-        at = torch.arange(length, device=self.device)
-        distance = at[:, None] - at
-        pairs = (distance >= 0) & (distance < window)
-        return {
-            "mask of pairs": lambda: scaled_dot_product_attention(
-                q, k, v, attn_mask=pairs, enable_gqa=True
-            ),
-            "chunks": lambda: dense_attention(q, k, v, scale=0.125, window=window),
-            "plan": lambda: block_sparse_attention(
-                q, k, v, window_plan(length, length, window=window, block=64, device=self.device)
-            ),
-            "causal": lambda: dense_attention(q, k, v, scale=0.125),
-        }
-
+from dit_accel.bench.window_speed import WindowSpeed
 
 if __name__ == "__main__":
     tyro.cli(WindowSpeed, description=__doc__).run()

@@ -1,4 +1,4 @@
-"""What region-adaptive sampling costs in time and quality, all rows in one run.
+"""Measure time and quality of region-adaptive sampling, all rows in one run.
 
     python pipelines/bench_ras.py overhead --output pipelines/results/ras_overhead_cpu.json
     python pipelines/bench_ras.py overhead --device cuda --output pipelines/results/ras_overhead_gpu.json
@@ -6,11 +6,12 @@
     python pipelines/bench_ras.py learned --model tiny-sd3 --output pipelines/results/ras_learned_tiny_sd3.json
     python pipelines/bench_ras.py tables pipelines/results/ras_tiny_*.json
 
-Overhead: seconds of a partial step against a dense one, and of a run with forecast steps against a dense run, over the
-ratio of the FLOPs that they count. Quality: paired seeds that no choice was made on, against two references from the
-same noise: the plain run of as many steps, and one of 100 steps. Fewer steps and the step caches of diffusers cost what
-ours costs; thresholds are searched for that, on other samples. A run that was stopped goes on where it was. Learned: a
-schedule that is moved step by step on eight samples, beside the computed one on others.
+overhead: speed-up of partial steps over dense steps, and of runs with forecast steps over dense runs, against the ratios
+of counted FLOPs.
+quality: samples with paired seeds that were not used for tuning, against two references from the same noise: the dense run
+with the same number of steps, and one with 100 steps. Fewer steps and the step caches of diffusers have the same cost;
+their thresholds are searched on other samples. A stopped run resumes.
+learned: a forecast schedule learned on eight samples, against the computed schedule on other samples.
 """
 
 import os

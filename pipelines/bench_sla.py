@@ -1,14 +1,14 @@
-"""What sparse attention costs in quality and saves in time, all rows in one run.
+"""Measure quality and speed of sparse attention, all rows in one run.
 
     python pipelines/bench_sla.py quality --model tiny-wan --output pipelines/results/sla_tiny_wan.json
     python pipelines/bench_sla.py together --model tiny-wan --output pipelines/results/sla_ras_tiny_wan.json
     python pipelines/bench_sla.py speed --output pipelines/results/sla_speed_cpu.json
     python pipelines/bench_sla.py speed --device cuda --output pipelines/results/sla_speed_gpu.json
 
-Quality, training-free: the same prompts and seeds dense and sparse, with a random plan of the same density
-as control; before that, errors of single attention outputs for many more settings. Together: sparse attention
-and region-adaptive sampling, alone and at once. Speed: seconds of one
-transformer call, dense, sparse, region-adaptive and both, against what the counted FLOPs allow.
+quality: training-free; the same prompts and seeds dense and sparse, with a random plan of the same density as control, and
+errors of single attention outputs for many more settings.
+together: sparse attention and region-adaptive sampling, alone and together.
+speed: seconds of one transformer call, dense, sparse, region-adaptive and both, against the ratios of counted FLOPs.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Runs diffusers' own pipeline tests on plain, on our and on enabled pipelines, and compares.
+"""Run diffusers' own pipeline tests on plain, replaced and enabled pipelines, and compare the outcomes.
 
     python pipelines/diffusers_tests.py --diffusers ../diffusers --output pipelines/results/diffusers_tests.json
     python pipelines/diffusers_tests.py --diffusers diffusers.git --revision v0.40.0 --variants plain enable
@@ -90,18 +90,18 @@ class DiffusersTests:
     revision: str | None = None
     """Commit or tag whose tests are taken. Default: HEAD."""
     output: Path | None = None
-    """JSON file; the same as Markdown is written beside it. Default: only printed."""
+    """JSON file. A Markdown file with the same data is written next to it. Default: print only."""
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """Which variants run, beside those with plain pipelines that they are compared with."""
+    """Variants to run, in addition to their baselines with plain pipelines."""
     folders: tuple[str, ...] = FOLDERS
     """Folders of `tests/pipelines` that run."""
     tests: str = ""
     """Only the tests that this expression of pytest's -k selects."""
     work: Path | None = None
-    """Folder that keeps the records of finished variants, so that a stopped run goes on. Default: none is kept."""
+    """Folder of the records of finished variants, from which a stopped run resumes. Default: none."""
 
     def run(self) -> int:
-        """Run, print and write; the exit code."""
+        """Run the tests, print and write the report, and return the exit code."""
         unknown = set(self.variants) - set(VARIANTS)
         if unknown:
             raise SystemExit(f"--variants {', '.join(unknown)}: accepted are {', '.join(VARIANTS)}")

@@ -25,20 +25,20 @@ _SPARSE = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the tests."""
+    """Variant of the pipelines that the tests run on."""
 
     text: str
-    """What it is, for tables."""
+    """Description, for tables."""
     against: str = "plain"
-    """The variant with plain pipelines whose outcomes it is compared with."""
+    """Baseline: name of a variant with plain pipelines."""
     ours: bool = False
-    """Whether our classes take the place of diffusers'."""
+    """Replace the pipeline classes of diffusers by those of this package."""
     settings: dict[str, Any] | None = None
     """Arguments of `dit_accel.enable` for every pipeline that a test makes."""
 
     @property
     def large(self) -> bool:
-        """Whether the inputs of the tests grow, see LARGE."""
+        """True if the tests run with larger inputs (LARGE)."""
         return self.against == "plain-large"
 
 
@@ -116,7 +116,7 @@ def _accelerate(cls: type, settings: dict) -> None:
 
 
 def _count(cls: type) -> None:
-    """Note how much of every call was accelerated."""
+    """Count the accelerated part of every call."""
     import dit_accel
 
     call = cls.__call__
@@ -178,7 +178,7 @@ def _install(items: list, variant: Variant) -> None:
 
 
 def _enlarge(items: list) -> None:
-    """Give every call of the tests the sizes of LARGE."""
+    """Run every call of the tests with the sizes of LARGE."""
     for test_class in {item.cls for item in items if hasattr(item.cls, "get_dummy_inputs")}:
         folder, file = test_class.__module__.split(".")[2:4]
         larger = {**LARGE[folder], **LARGE.get(f"{folder}.{file}", {})}

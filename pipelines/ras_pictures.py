@@ -30,7 +30,7 @@ CLIP = "a red circle circling clockwise on a teal background"
 
 
 def pictures(pipe: Any, prompts: list[str], sampling: dict[str, Any]) -> np.ndarray:
-    """One image of each prompt, or evenly spaced frames of the only clip, `[COLUMNS, H, W, 3]`."""
+    """Return one image of each prompt, or evenly spaced frames of the only clip, `[COLUMNS, H, W, 3]`."""
     generator = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     out = pipe(prompts, generator=generator, output_type="np", **sampling)
     return evenly(out.images if hasattr(out, "images") else out.frames[0])
@@ -41,7 +41,7 @@ def evenly(frames: np.ndarray) -> np.ndarray:
 
 
 def share(pipe: Any, samples: int) -> tuple[str, np.ndarray]:
-    """How often each token ran, `[COLUMNS, H, W, 3]`."""
+    """Return the share of the steps in which each token ran, `[COLUMNS, H, W, 3]`."""
     shares = np.stack(
         [np.mean(list(focus_masks(pipe, i).values()), axis=0) for i in range(samples)]
     )
@@ -52,7 +52,7 @@ def share(pipe: Any, samples: int) -> tuple[str, np.ndarray]:
 
 
 def turns(pipe: Any, samples: int) -> tuple[str, np.ndarray]:
-    """Who ran in the first steps, the same for all samples, `[COLUMNS, H, W, 3]`."""
+    """Return the tokens that ran in the first steps, the same for all samples, `[COLUMNS, H, W, 3]`."""
     masks = dict(list(focus_masks(pipe).items())[:COLUMNS])
     who = np.stack([mask[len(mask) // 2] for mask in masks.values()])
     where = ", middle frame" if len(masks[min(masks)]) > 1 else ""

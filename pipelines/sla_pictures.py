@@ -31,15 +31,17 @@ def evenly(frames: np.ndarray) -> np.ndarray:
 
 
 def clip(pipe: Any) -> np.ndarray:
-    """`[COLUMNS, H, W, 3]`."""
+    """Return frames of a clip, `[COLUMNS, H, W, 3]`."""
     generator = torch.Generator().manual_seed(0)
     sampling = {**SAMPLING, "max_sequence_length": 16}
     return evenly(pipe(CLIP, generator=generator, output_type="np", **sampling).frames[0])
 
 
 def what_is_read(pipe: Any) -> np.ndarray:
-    """What the query block in the middle of the clip reads, mean over heads of a middle layer in the last
-    step at density .25: `[COLUMNS, H, W, 3]`."""
+    """Return the blocks that the query block in the middle of the clip reads, `[COLUMNS, H, W, 3]`.
+
+    Mean over the heads of a middle layer in the last step, at density 0.25.
+    """
     pipe.enable(sla=settings(0.25))
     sla = method_of(pipe, "sla")
     layers = list(sla.layers.values())

@@ -1,4 +1,4 @@
-"""Parts that the benchmark scripts share: timing, geometries, subjects, and the benchmarks themselves.
+"""Benchmarks, and the timing, geometries and subjects that they share.
 
-Only scripts import it; nothing of the library does.
+Only the scripts in the root folders import this package, no other part of the library.
 """

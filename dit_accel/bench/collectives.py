@@ -1,4 +1,4 @@
-"""`Collectives`: counts of the collectives in a block of code, from the operators that torch dispatches."""
+"""`Collectives`: counter of the collectives in a block of code, from the operators that torch dispatches."""
 
 from collections import Counter
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 KINDS = ("all_", "allgather", "allreduce", "alltoall", "broadcast", "reduce")
-"""Prefixes of the names of the operators."""
+"""Prefixes of the names of collective operators."""
 
 
 class Collectives(TorchDispatchMode):
@@ -17,9 +17,9 @@ class Collectives(TorchDispatchMode):
         size: number of processes in the group.
 
     Attributes:
-        calls: number of collectives by the name of the operator.
-        nbytes: bytes that this process sends to others, by the same names. Of an all-to-all, its own piece stays; an
-            all-gather sends its piece to every other process.
+        calls: number of collectives, by name of the operator.
+        nbytes: bytes that this process sends to other processes, by name of the operator. An all-to-all sends all pieces
+            but the process's own; an all-gather sends its piece to every other process.
     """
 
     def __init__(self, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Quality of the embedded model after each way of fine-tuning (part of bench_finetune.py)."""
+"""Benchmark of the quality of the embedded model after each kind of fine-tuning (finetune/bench_finetune.py)."""
 
 import contextlib
 import functools
@@ -37,33 +37,33 @@ UNTUNED, RIVAL = "top-k, untuned", "shared_softmax, untuned"
 
 @dataclass
 class FinetuneQuality:
-    """Paired quality of fine-tuned sparse attention against dense attention of the model before training."""
+    """Quality of fine-tuned sparse attention against dense attention before training, with paired seeds."""
 
     output: Path
     topk: tuple[float, ...] = (0.1, 0.05)
-    """Shares of the key blocks that are read: sparsity .9 and .95."""
+    """Fractions of the key blocks that are read: sparsity 0.9 and 0.95."""
     samples: int = 96
     batch_size: int = 8
     steps: int = 12
-    """Steps of the sampler, as the demo samples."""
+    """Sampling steps, as in the demo."""
     max_train_steps: int = 160
     regression_steps: int = 40
     longer_steps: tuple[int, ...] = (640,)
-    """Steps of further runs of the recipe at the first `topk`, which show what more training brings. Their time is
-    counted by itself."""
+    """Training steps of additional runs of the recipe at the first `topk`, which show the effect of more training. Their
+    time is counted separately."""
     recipe: str = RECIPE
     """Name or path of the recipe."""
     data: Path | None = None
-    """Folder that `dit-accel precompute` wrote. Default: samples of the dense model from the prompts of the recipe."""
+    """Folder of latents from `dit-accel precompute`. Default: samples of the dense model from the prompts of the recipe."""
     work: Path | None = None
-    """Folder of the runs and of scores of single samples, so that a stopped benchmark goes on. Default: beside the
-    output."""
+    """Folder of the runs and of the scores of single samples, from which a stopped benchmark resumes. Default: next to
+    the output."""
 
     def run(self) -> None:
-        """Train, sample, and write what remains to be done; print the table.
+        """Train, sample and score all rows that are not finished; write the results and print the table.
 
         Raises:
-            ValueError: the folder of the runs was made with other settings.
+            ValueError: the folder of the runs has results with other settings.
         """
         work = self.work or self.output.with_suffix(".work")
         work.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ class FinetuneQuality:
             _once(scores, "teacher samples", known, action)
         subject = Subject("tiny-wan", FIRST_SEED + self.samples)
         subject.set_solver("unipc")
-        for rows in (table, longer):  # first what the table needs
+        for rows in (table, longer):  # the rows of the table first
             for row in tqdm(rows, desc="training"):
                 if row.options is not None:
                     config = config_of(row, work / row.key, data, self.recipe)
@@ -98,7 +98,7 @@ class FinetuneQuality:
         print_table(report)
 
     def _check(self, work: Path) -> None:
-        """Refuse a folder with results of other settings; note those of a new one."""
+        """Raise ValueError if the folder has results with other settings; write the settings into a new folder."""
         names = ("samples", "batch_size", "steps", "max_train_steps", "regression_steps", "recipe")
         settings: dict[str, Any] = {name: getattr(self, name) for name in names}
         settings["data"] = None
@@ -110,7 +110,8 @@ class FinetuneQuality:
         for name, value in json.loads(path.read_text()).items():
             if settings[name] != value:
                 raise ValueError(
-                    f"{name}={settings[name]!r}: {work} has results with {value!r}; accepted is that, or another work folder"
+                    f"{name}={settings[name]!r}: {work} has results with {value!r}; accepted is the same value, or another "
+                    "work folder"
                 )
 
     def _add(
@@ -140,7 +141,7 @@ class FinetuneQuality:
                 scores[key][str(i)] = values
 
     def report(self, scores: dict[str, Any], table: list[Row], longer: list[Row]) -> dict[str, Any]:
-        """Return means and paired differences with intervals, and what training and sampling took."""
+        """Return means and paired differences with intervals, and the times of training and sampling."""
 
         def column(key: str) -> np.ndarray:
             return np.array([scores[key][str(i)] for i in range(self.samples)])
@@ -186,7 +187,7 @@ class FinetuneQuality:
 
 
 def closed(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    """Return the share of the mean error `before` that is gone `after`, with a 95 % bootstrap interval over samples."""
+    """Return the relative reduction of the mean error, with a 95 % bootstrap interval over samples."""
 
     def share(x: np.ndarray, y: np.ndarray, axis: int = -1) -> Any:
         return 1 - y.mean(axis) / x.mean(axis)
@@ -200,13 +201,13 @@ def closed(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
 
 
 def config_of(row: Row, folder: Path, data: Path | None, recipe: str = RECIPE) -> FinetuneConfig:
-    """Return the options of a run.
+    """Return the options of a training run.
 
     Args:
-        row: what is trained.
+        row: row of the benchmark.
         folder: output folder.
         data: folder of latents; None: samples are made from the prompts of the recipe.
-        recipe: name or path.
+        recipe: name or path of the recipe.
     """
     options = {
         **(UNTRAINED if row.options is None else row.options),
@@ -214,13 +215,13 @@ def config_of(row: Row, folder: Path, data: Path | None, recipe: str = RECIPE) -
         "sla": {**row.sla, "topk": row.topk},
     }
     if data is not None:
-        # A run that was stopped goes on.
+        # A stopped run resumes.
         options |= {"precomputed_dir": str(data), "resume_from_checkpoint": "latest"}
     return load_config(recipe, options)
 
 
 def teacher_samples(recipe: str, folder: Path) -> None:
-    """Sample the training data of the recipe from the dense model, into `TEACHER_FOLDER` below a folder."""
+    """Sample the training data of the recipe from the dense model, into the subfolder `TEACHER_FOLDER`."""
     config = load_config(recipe, {"output_dir": str(folder)})
     trainable = trainable_of(
         load_model(config, torch.device("cpu")), max_sequence_length=config.max_sequence_length
@@ -236,7 +237,7 @@ def _count(data: Path) -> int:
 
 
 def settings_of(row: Row, work: Path, recipe: str) -> Any:
-    """Return what `enable` takes: settings, or the folder of the trained result."""
+    """Return the argument `sla` of `enable`: settings, or the folder of the trained weights."""
     if row.options is not None:
         return str(work / row.key)
     return config_of(row, work, None, recipe).sla_config
@@ -244,7 +245,7 @@ def settings_of(row: Row, work: Path, recipe: str) -> Any:
 
 @contextlib.contextmanager
 def _timed(entry: dict[str, Any]) -> Iterator[None]:
-    """Add what the block takes to `seconds` and `cpu_seconds` of an entry."""
+    """Context manager that adds the time of its block to `seconds` and `cpu_seconds` of an entry."""
     began, spent = time.perf_counter(), time.process_time()
     yield
     entry["seconds"] = entry.get("seconds", 0.0) + time.perf_counter() - began
@@ -252,7 +253,7 @@ def _timed(entry: dict[str, Any]) -> Iterator[None]:
 
 
 def _once(scores: dict[str, Any], key: str, known: Path, action: Callable[[], Any]) -> None:
-    """Run an action unless it is finished; note in the file what it took."""
+    """Run an action unless it is finished, and store its time in the file of scores."""
     if key not in scores:
         entry: dict[str, Any] = {}
         with _timed(entry):
@@ -262,7 +263,7 @@ def _once(scores: dict[str, Any], key: str, known: Path, action: Callable[[], An
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """Print one line for each row, as Markdown."""
+    """Print a Markdown table with a line for each row."""
 
     def interval(x: dict[str, Any], digits: str) -> str:
         low, high = x["interval_95"]

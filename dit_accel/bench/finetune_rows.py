@@ -1,19 +1,20 @@
-"""Rows of the benchmark of fine-tuning: ways to come to a sparse model."""
+"""Rows of the benchmark of fine-tuning: kinds of training that make a model sparse."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 RECIPE = "tiny-wan-sla"
 TEACHER_SHARE = 0.25
-"""Share of the teacher in a step: one forward pass beside the student's forward and backward pass, which is worth two."""
+"""Share of the teacher in the cost of a step: one forward pass next to the student's forward and backward pass, which
+counts as three."""
 UNTRAINED: dict[str, Any] = {"router": "fixed"}
 LORA: dict[str, Any] = {"train": "lora", "learning_rate": 2e-3}
-"""Adapters take a larger learning rate than the weights that they stand beside."""
+"""Options of LoRA training. Adapters need a larger learning rate than the full weights."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to come to a sparse model, at one sparsity."""
+    """Sparse settings and training of one row of the benchmark."""
 
     name: str
     topk: float
@@ -24,7 +25,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Name of the run's folder and of its scores."""
+        """Name of the run's folder, and key of its scores."""
         return f"{self.name.replace(',', '').replace(' ', '-')}-{self.topk}"
 
 
@@ -32,10 +33,10 @@ def rows_of(topk: float, steps: int, regression_steps: int) -> list[Row]:
     """Return the rows of one sparsity.
 
     Args:
-        topk: share of the key blocks that is read.
-        steps: optimiser steps of the distillation. The diffusion loss has no teacher and gets a third more, which
-            cost the same.
-        regression_steps: those of the regression.
+        topk: fraction of the key blocks that is read.
+        steps: optimiser steps of the distillation. The diffusion loss has no teacher, and gets a third more steps at the
+            same cost.
+        regression_steps: optimiser steps of the regression.
     """
     more = round(steps / (1 - TEACHER_SHARE))
     regression: dict[str, Any] = {"stages": ("regression",), "regression_steps": regression_steps}

@@ -1,4 +1,4 @@
-"""Times how long a language model reads a prompt, dense and sparse, in one run (part of bench_prefill.py)."""
+"""Benchmark of the time to the first token of a language model, dense and sparse (kernels/bench_prefill.py)."""
 
 import statistics
 import time
@@ -31,16 +31,16 @@ ALWAYS = "sparse at every length"
 
 @dataclass
 class FirstToken:
-    """Seconds until the first token of a prompt: transformers' own dense attention beside presets."""
+    """Seconds to the first token of a prompt: dense attention of transformers against presets of sparse prefill."""
 
     output: Path
     model: str = "smollm2-135m"
-    """See `dit-accel llm generate --help`."""
+    """Name of an embedded model, or a model repository; see `dit-accel llm generate --help`."""
     text: str = "prose"
-    """prose, code, or a text file."""
+    """Text of the prompt: prose, code, or the path of a text file."""
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     prefill: tuple[str, ...] = ("quality", "balanced", "fast")
-    """Presets, patterns or YAML files. Each runs with its own crossover; the first also sparse at every length."""
+    """Presets, patterns or YAML files. Each runs with its own crossover, and the first one also sparse at every length."""
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
     repeats: int = 3
     threads: int = 1
@@ -59,7 +59,7 @@ class FirstToken:
                 prompt = ids.input_ids[:, :length].to(self.device)
                 if prompt.shape[1] < length:
                     raise ValueError(
-                        f"text={self.text!r}: {prompt.shape[1]} tokens; accepted is one of at least {length}"
+                        f"text={self.text!r}: {prompt.shape[1]} tokens; accepted are texts of at least {length} tokens"
                     )
                 for row in self._measure(model, prompt):
                     rows.append({"length": length, "dtype": dtype, **row})
@@ -112,7 +112,7 @@ class FirstToken:
             row = {"kind": name, "seconds": took, "dense_over_this": dense / took}
             if more[name]:
                 row["density"] = more[name]["density"]
-                if self.device == "cpu":  # the queue of a GPU is not waited for
+                if self.device == "cpu":  # on a GPU, CPU time does not include queued work
                     row["planning_seconds"] = statistics.median(more[name]["planning"][1:])
             rows.append(row)
         return rows
@@ -120,7 +120,7 @@ class FirstToken:
 
 @contextmanager
 def _timed_plans(model: Any) -> Iterator[list[float]]:
-    """Note the CPU seconds of each plan that an enabled model makes."""
+    """Context manager that yields a list of the CPU seconds of each plan that an enabled model makes."""
     policy = next(x for m in model.modules() if (x := vars(m).get(POLICY)) is not None)
     times: list[float] = []
 
@@ -142,7 +142,7 @@ def _timed_plans(model: Any) -> Iterator[list[float]]:
 
 
 def print_table(record: dict[str, Any]) -> None:
-    """A line for each way, a table for each dtype: times faster than dense, by length."""
+    """Print a table for each dtype: speed-up over dense attention by setting and length."""
     rows = record["rows"]
     for dtype in dict.fromkeys(x["dtype"] for x in rows):
         some = [x for x in rows if x["dtype"] == dtype]

@@ -1,4 +1,4 @@
-"""Transformers of real geometries with random weights, and a loop that calls them as a pipeline does."""
+"""Transformers with real geometries and random weights, and a sampling loop that calls them as a pipeline does."""
 
 import time
 from collections.abc import Callable
@@ -17,24 +17,24 @@ class Geometry:
 
     name: str
     build: Build
-    """The transformer, on the default device."""
+    """Function that returns the transformer, on the default device."""
     inputs: Inputs
-    """Arguments of one call, without the timestep."""
+    """Function that returns the arguments of one call, without the timestep."""
     guided: bool
-    """Whether both halves of guidance come in one batch; else they are two calls."""
+    """True if conditional and unconditional halves are one batch; False if they are two calls."""
 
 
 def wan(
     dim: int, layers: int, heads: int, ffn: int, grid: tuple[int, int, int], text: int
 ) -> tuple[Build, Inputs]:
-    """Return what builds a Wan2.1 transformer, and what makes its input.
+    """Return the functions `build` and `inputs` of a Wan2.1 transformer.
 
     Args:
         dim: width of a token.
         layers: number of blocks.
         heads: number of attention heads.
-        ffn: width inside of the feed-forward layers.
-        grid: latent tokens of a clip: frames, rows and columns.
+        ffn: inner width of the feed-forward layers.
+        grid: number of latent tokens of a clip: frames, rows and columns.
         text: width of a text token.
     """
     from diffusers import WanTransformer3DModel
@@ -109,7 +109,7 @@ def _lumina_next() -> tuple[Build, Inputs]:
 
 
 def geometries(device: str) -> list[Geometry]:
-    """Return the geometries of real models for a GPU, one small geometry for a CPU."""
+    """Return the geometries of real models for a GPU, or one small geometry for a CPU."""
     if device == "cpu":
         small = wan(1024, 6, 8, 4096, (4, 32, 32), 512)
         return [Geometry("wan-dim1024-6layers-4096tokens", *small, guided=False)]
@@ -130,7 +130,7 @@ def large_videos() -> list[Geometry]:
 
 
 class Loop:
-    """Sampling loop without text encoder and VAE: a transformer, a scheduler and guidance.
+    """Sampling loop of a transformer, a scheduler and guidance, without text encoder and VAE.
 
     `dit_accel.enable` accepts it like a pipeline.
     """
@@ -144,7 +144,7 @@ class Loop:
 
     @torch.no_grad()
     def run(self, inputs: dict[str, Any], steps: int) -> list[float]:
-        """Sample and return the seconds of each step."""
+        """Sample, and return the seconds of each step."""
         latents = inputs["hidden_states"]
         device = latents.device
         self.scheduler.set_timesteps(steps, device=device)
@@ -162,7 +162,7 @@ class Loop:
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done its work, so that a clock can be read."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""Times one attention layer that generates a token from a long cache (the script bench_kv.py)."""
+"""Benchmark of one attention layer that decodes a token from a long cache (kernels/bench_kv.py)."""
 
 import statistics
 import tempfile
@@ -26,19 +26,19 @@ from dit_accel.llm.kvcache.store import ModelSizes, store_of
 FORMAT_VERSION = 1
 DENSE = "dense (sdpa)"
 CLUSTER = 16
-"""Tokens around one direction, on average. What is near each other is what clusters can find."""
+"""Average number of keys around one direction, so that clustering has structure to find."""
 
 
 @dataclass
 class KVDecode:
-    """Seconds of one attention layer that reads a cache for one new token: dense attention of torch beside caches."""
+    """Seconds of one attention layer that reads a cache for one new token: dense attention of torch against caches."""
 
     output: Path
     lengths: tuple[int, ...] = (8192, 32768)
     heads: int = 4
     """Query heads."""
     kv_heads: int = 1
-    """Heads of keys; Llama-3.1-8B has 32 over 8."""
+    """Key heads. Llama-3.1-8B has 32 query heads and 8 key heads."""
     head_dim: int = 128
     dtype: str = "fp32"
     """fp32 or bf16."""
@@ -56,7 +56,7 @@ class KVDecode:
         print_table(write_record(self.output, FORMAT_VERSION, self, rows))
 
     def _settings(self, folder: Path) -> dict[str, KVConfig]:
-        """Return the caches by name; those of codes have random codebooks, which cost the same."""
+        """Return the settings of the caches by name. Codebooks are random; they cost the same as trained ones."""
         found = {name: read_kv(name) for name in KVConfig.PRESETS if name != "window"}
         wave = KVConfig.PRESETS["retroinfer"]
         two = {
@@ -100,7 +100,7 @@ class KVDecode:
         old_q, old_k, old_v = (x[:, :, :-1] for x in (q, k, v))
         for name, config in settings.items():
             layers[name] = layer = self._layer(config)
-            # The outputs of the prompt are not needed here.
+            # The outputs of the prompt are not needed.
             layer.attend(old_q, old_k, old_v, None, scale=scale, prompt=lambda: old_q)
             functions[name] = partial(one, layer)
         exact = functions[DENSE]()
@@ -128,7 +128,7 @@ class KVDecode:
         )
 
     def _tokens(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values whose keys lie around directions, in any order."""
+        """Return queries, keys and values. Keys are clustered around random directions, in random order."""
         generator = torch.Generator().manual_seed(0)
         shape = (1, self.kv_heads, length, self.head_dim)
         centres = torch.randn(length // CLUSTER, self.head_dim, generator=generator)
@@ -141,7 +141,7 @@ class KVDecode:
 
 
 def print_table(record: dict[str, Any]) -> None:
-    """A line for each cache: times faster than dense by length, bytes, tokens read and the error of the output."""
+    """Print a line for each cache: speed-up over dense by length, bytes, tokens read, and error of the output."""
     rows = record["rows"]
     lengths = sorted({x["length"] for x in rows})
     last = lengths[-1]

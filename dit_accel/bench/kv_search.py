@@ -1,4 +1,4 @@
-"""Counts the keys that indexes of keys compare to find the best ones (the script bench_kv.py)."""
+"""Benchmark of key indexes: number of keys that they compare to find the best ones (kernels/bench_kv.py)."""
 
 import importlib.util
 import math
@@ -18,29 +18,29 @@ from dit_accel.llm.kvcache.selectors.graph import SAMPLES
 
 FORMAT_VERSION = 1
 WIDER = 1.5
-"""Factor from one number of candidates to the next."""
+"""Ratio of successive numbers of candidates."""
 WIDEST = 2**13
-"""Candidates of a search at most."""
+"""Largest number of candidates of a search."""
 
 
 @dataclass
 class KVSearch:
-    """Share of the keys that an index compares to find most of the best ones, for queries that are unlike the keys.
+    """Share of the keys that an index compares to find most of the best ones, for queries unlike the keys.
 
-    Each index is searched with more and more candidates, until it finds the share `recall` of the `topk` best keys.
+    Each index is searched with increasing numbers of candidates, until it finds the share `recall` of the `topk` best keys.
     """
 
     output: Path
     keys: int = 32768
     head_dim: int = 64
     groups: tuple[int, ...] = (64, 1024)
-    """Kinds of queries."""
+    """Numbers of different kinds of queries."""
     seen: int = SAMPLES
-    """Queries of the prompt that shape a graph."""
+    """Number of prompt queries from which a graph is built."""
     topk: tuple[int, ...] = (16, 128)
     recall: float = 0.95
     degree: int = 32
-    """Neighbours of each key in a graph."""
+    """Number of neighbours of each key in a graph."""
     queries: int = 50
 
     def run(self) -> None:
@@ -87,10 +87,10 @@ class KVSearch:
 def unlike_keys(
     n: int = 2048, dim: int = 32, groups: int = 64, new: int = 50, seen: int = 1024
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return keys `[n, dim]`, queries of a prompt and new queries.
+    """Return keys `[n, dim]`, queries of a prompt, and new queries.
 
-    A query matches a group of keys by a quarter of the channels. The other channels of a key follow its position, and
-    make up most of the distance between keys.
+    A query matches a group of keys in a quarter of the channels. The other channels of a key depend on its position, and
+    determine most of the distance between keys.
     """
     generator = torch.Generator().manual_seed(0)
     content = dim // 4
@@ -110,12 +110,12 @@ def unlike_keys(
 
 
 def found_share(found: Tensor, best: Tensor) -> float:
-    """Return the share of the best keys `[l, n]` among those found."""
+    """Return the share of the best keys `[l, n]` that are in `found`."""
     return (found[:, :, None] == best[:, None]).any(1).float().mean().item()
 
 
 def print_table(record: dict[str, Any]) -> None:
-    """A line for each kind of index and set of queries."""
+    """Print a line for each kind of index and set of queries."""
     keys, dim, recall = record["keys"], record["head_dim"], record["recall"]
     print(
         f"\n{keys} keys of {dim} channels: share compared to find {recall:.0%} of the best ones\n"

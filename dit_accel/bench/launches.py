@@ -1,4 +1,4 @@
-"""Count everything that a sparse attention call starts on a GPU, without a GPU, and time the Python around it."""
+"""Number of operations that a sparse attention call starts on a GPU, counted without a GPU, and time of its Python code."""
 
 import contextlib
 import statistics
@@ -27,15 +27,15 @@ MODES: dict[str, dict[str, Any]] = {
     "marginal": {"combine": "proj", "linear_scope": "marginal"},
     "alpha": {"combine": "alpha", "linear_scope": "complement"},
 }
-# Launches of a whole call at inference, at most.
+# Largest number of launches of a whole call at inference, by mode.
 BOUNDS = {"none": 6, "proj all": 8, "shared_softmax": 10, "complement": 10}
 HOST_BOUND_US = 150.0
-"""Python around the kernels of a whole call with `combine="none"`, at most."""
+"""Largest time of the Python code of a whole call with `combine="none"`, in microseconds."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of q, k and v, and their block sizes. Default: Wan 2.1 1.3B, a clip of 81 frames at 480 x 832."""
+    """Sizes of q, k and v, and block sizes. Default: Wan 2.1 1.3B, a clip of 81 frames at 480 x 832."""
 
     batch: int = 1
     heads: int = 12
@@ -51,24 +51,24 @@ class Started:
     """Operations that a call starts on a device, in order."""
 
     ops: list[str] = field(default_factory=list)
-    """Torch operators that run something; no allocations and no views."""
+    """Torch operators that run on the device, without allocations and views."""
     launches: list[str] = field(default_factory=list)
     """Triton kernels."""
     syncs: list[str] = field(default_factory=list)
-    """Operations that wait for the device or copy between devices. A CUDA graph cannot hold them."""
+    """Operations that wait for the device or copy between devices, which a CUDA graph cannot capture."""
 
     @property
     def total(self) -> int:
-        """Launches of both kinds."""
+        """Number of operators and kernels."""
         return len(self.ops) + len(self.launches)
 
 
 class HostSync(Exception):
-    """A call needs a number that only the device knows."""
+    """Exception: a call reads a number from the device."""
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes every operator, and goes into the package's own."""
+    """Dispatch mode that records every torch operator, and enters the operators of the package."""
 
     def __init__(self, started: Started) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Recorder(TorchDispatchMode):
             body = BODIES.get(name) or OPDEFS[f"dit_accel::{name}"]._init_fn
             with self:
                 return body(*args, **kwargs)
-        with self:  # such as aten.to, whose schema does not tell whether it copies
+        with self:  # composite operators such as aten.to, which may or may not copy
             whole = func.decompose(*args, **kwargs)
         if whole is not NotImplemented:
             return whole
@@ -117,10 +117,10 @@ def _is_free(func: Any, name: str) -> bool:
 
 @contextlib.contextmanager
 def as_on_a_gpu(launch: Callable[[str], None]) -> Iterator[None]:
-    """Let calls take the path of an H100 whatever the device of the tensors; kernels do not run.
+    """Context manager in which calls take the code path of an H100 on tensors of any device. Kernels do not run.
 
     Args:
-        launch: gets the name of each Triton kernel in their place.
+        launch: function that is called with the name of each Triton kernel instead.
     """
     from triton.runtime.jit import JITFunction
 
@@ -132,7 +132,7 @@ def as_on_a_gpu(launch: Callable[[str], None]) -> Iterator[None]:
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, function))
         target = Target("cuda", "90")
-        # A plain function: a mock counts its calls, which takes 10 us each.
+        # A plain function, because a mock takes 10 us per call.
         stack.enter_context(mock.patch.object(Target, "of", lambda device: target))  # noqa: PT008
 
         def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -144,9 +144,10 @@ def as_on_a_gpu(launch: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Started]:
-    """Note what calls on "meta" tensors would start on a GPU; the first wait for the device ends them.
+    """Context manager that yields a record of the operations that calls on "meta" tensors would start on a GPU.
 
-    Operators of the package run as on a GPU, without their kernels.
+    The first operation that waits for the device ends the call. Operators of the package run as on a GPU, without their
+    kernels.
     """
     started = Started()
     make = torch.tensor
@@ -154,7 +155,7 @@ def recording() -> Iterator[Started]:
     def tensor(data: Any, **options: Any) -> Tensor:
         if torch.device(options.get("device") or "cpu").type == "cpu":
             return make(data, **options)
-        started.syncs.append("tensor")  # copies to the device, below the operators
+        started.syncs.append("tensor")  # copies to the device, which no operator shows
         raise HostSync("tensor")
 
     patched = mock.patch.object(torch, "tensor", tensor)
@@ -170,7 +171,7 @@ def recording() -> Iterator[Started]:
 def sparse_call(
     shape: Shape, mode: str, router: str, device: str
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Return a whole call between q, k, v and the output, and its half without attention."""
+    """Return two functions: a whole call, from q, k and v to the output, and its router and plan alone."""
     size = (shape.batch, shape.length, shape.heads, shape.head_dim)
     q, k, v = (
         torch.empty(size, dtype=torch.bfloat16, device=device).transpose(1, 2) for _ in range(3)
@@ -201,7 +202,7 @@ def sparse_call(
 
 
 def count(shape: Shape, mode: str, router: str) -> tuple[Started, Started]:
-    """Return what a whole call starts, and what router and plan start."""
+    """Return the operations of a whole call, and those of its router and plan."""
     found = []
     for function in sparse_call(shape, mode, router, "meta"):
         with recording() as started:
@@ -211,9 +212,9 @@ def count(shape: Shape, mode: str, router: str) -> tuple[Started, Started]:
 
 
 def host_time(mode: str, router: str, *, calls: int = 300) -> float:
-    """Return the microseconds of Python in a whole call: the median, kernels left out.
+    """Return the median time of the Python code of a whole call in microseconds, without kernels.
 
-    Tensors are small ones on a CPU; torch operators beside the kernels run for real.
+    Tensors are small and on a CPU. Torch operators run.
     """
     function, _ = sparse_call(Shape(length=2048), mode, router, "cpu")
     seconds = []

@@ -1,6 +1,6 @@
-"""Compare the outcomes of one set of tests between variants of what they test.
+"""Comparison of the outcomes of one set of tests between variants of the tested code.
 
-A record is a dict: `test`, `outcome` ("passed", "failed", "skipped"), `message`, and counts of what was accelerated.
+A record is a dict of `test`, `outcome` ("passed", "failed", "skipped"), `message`, and counts of accelerated calls.
 """
 
 import json
@@ -16,7 +16,7 @@ Records = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Allowed:
-    """A documented difference: which tests of which variants, and what their message says."""
+    """A documented difference: tests, variants, and text in the message of the failure."""
 
     test: str
     message: str
@@ -24,7 +24,7 @@ class Allowed:
     reason: str
 
     def covers(self, test: str, variant: str, message: str) -> bool:
-        """Whether this rule names the failure."""
+        """Return whether this rule covers a failure."""
         pairs = ((self.test, test), (self.variants, variant), (self.message, message))
         return all(re.search(pattern, text) for pattern, text in pairs)
 
@@ -35,14 +35,14 @@ def read_records(path: Path) -> Records:
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         name = record.pop("test").removeprefix("tests/pipelines/")
-        # A test that passes and fails while it is taken down has failed.
+        # A test that passes and then fails in its teardown has failed.
         if name not in found or record["outcome"] == "failed":
             found[name] = record
     return found
 
 
 def one_line(message: str) -> str:
-    """Return the begin of a failure's message on one line, without temporary folders."""
+    """Return the beginning of a failure's message on one line, without paths of temporary folders."""
     return re.sub(r"/\S*pytest-of-[^\s/]+/", "", " ".join(message.split()))[:120]
 
 
@@ -53,8 +53,8 @@ def compare(
 
     Args:
         results: records by variant.
-        against: name of the variant that each one is compared with; plain variants name themselves.
-        allowed_by: rules that name the documented differences.
+        against: baseline of each variant, by name. A plain variant is its own baseline.
+        allowed_by: rules of the documented differences.
     """
     tests = list(dict.fromkeys(name for found in results.values() for name in found))
     unexpected, allowed = [], []
@@ -94,7 +94,7 @@ def compare(
 
 
 def counts(records: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Return how many tests had each outcome, and what they accelerated."""
+    """Return the number of tests with each outcome, and the number of accelerated calls."""
     records = list(records)
     total = Counter(x["outcome"] for x in records)
     found = {x: total[x] for x in ("passed", "failed", "skipped")}
@@ -106,7 +106,7 @@ def counts(records: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 def markdown(report: dict[str, Any], texts: Mapping[str, str]) -> str:
-    """Return the report of `compare` as Markdown, with what each variant runs."""
+    """Return the report of `compare` as Markdown, with a description of each variant."""
     lines = [
         "| variant | what runs | passed | failed | skipped | not as plain, allowed | not as plain |"
     ]

@@ -1,4 +1,4 @@
-"""Times sparse prefill of one attention layer against dense attention, in one run (part of bench_prefill.py)."""
+"""Benchmark of sparse prefill of one attention layer against dense attention (kernels/bench_prefill.py)."""
 
 import statistics
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from dit_accel.llm.prefill import Prompt, pattern_of
 
 FORMAT_VERSION = 1
 GEOMETRIES = {"smollm2-135m": (9, 3, 64), "llama-3.1-8b, a quarter of the heads": (8, 2, 128)}
-"""Query heads, heads of keys, head_dim."""
+"""Number of query heads, number of key heads, and head_dim, by name."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
 class PrefillSpeed:
-    """Seconds of one attention layer that reads a prompt: dense, static patterns, and plans of a given density."""
+    """Seconds of one attention layer that reads a prompt: dense attention, static patterns, and plans of a given density."""
 
     output: Path
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
@@ -100,7 +100,7 @@ class PrefillSpeed:
         return rows
 
     def _random(self, prompt: Prompt, density: float, heads: int) -> SparsePlan:
-        """A plan that reads this share of the visible blocks of each row, drawn at random."""
+        """Return a plan that reads a random share `density` of the visible blocks of each row."""
         visible = prompt.block_distance() >= 0
         generator = torch.Generator().manual_seed(0)
         draw = torch.rand(1, heads, *visible.shape, generator=generator).to(visible.device)
@@ -110,7 +110,7 @@ class PrefillSpeed:
 
 
 def print_table(record: dict[str, Any]) -> None:
-    """A line for each way, a table for each dtype: times faster than dense, by length."""
+    """Print a table for each dtype: speed-up over dense attention by plan and length."""
     rows = record["rows"]
     for dtype in dict.fromkeys(x["dtype"] for x in rows):
         lengths = sorted({x["length"] for x in rows if x["dtype"] == dtype})

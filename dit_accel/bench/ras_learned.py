@@ -1,4 +1,4 @@
-"""Forecast schedules learned on a few samples, and what they bring on others (part of bench_ras.py)."""
+"""Benchmark of forecast schedules that are learned on a few samples and tested on others (pipelines/bench_ras.py)."""
 
 import random
 from dataclasses import dataclass, field
@@ -21,27 +21,28 @@ Decoded = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class Learned:
-    """Moves single steps of a schedule while that brings samples nearer to both references; compares on other samples.
+    """Quality of a forecast schedule that is learned by moving single dense steps, against the computed schedule.
 
-    A schedule is given to `RASConfig` as `resets`, so nothing but its settings changes.
+    A move is kept if the samples come closer to both references. Other samples are compared. A schedule is passed to
+    `RASConfig` as `resets`, so only settings differ.
     """
 
     output: Path
     model: str = "tiny-sd3"
-    """tiny-wan, tiny-sd3, tiny-lumina2, or a folder."""
+    """Model: tiny-wan, tiny-sd3, tiny-lumina2, or a folder."""
     solvers: tuple[str, ...] = ("unipc", "euler", "dpm++")
     steps: int = 28
     budget: float | None = None
-    """Default: that of the preset "balanced"."""
+    """Share of the dense cost. Default: that of the preset "balanced"."""
     learn: int = 8
-    """Samples 0, 1, ... that are learned from."""
+    """Number of samples to learn from: samples 0 to learn - 1."""
     first: int = 96
-    """First of the samples that are compared."""
+    """Index of the first compared sample."""
     samples: int = 32
     prompts: int = 160
-    """Prompts that are drawn; sample i has prompt i and seed i."""
+    """Number of prompts. Sample i has prompt i and seed i."""
     tries: int = 80
-    """Schedules that are tried."""
+    """Number of schedules to try."""
     threads: int = 1
     _report: Any = field(default=None, init=False)
 
@@ -79,7 +80,7 @@ class Learned:
         for _ in tqdm(range(self.tries), desc=f"{Path(self.model).name}, {solver}"):
             run = generator.choice(sorted(set(range(self.steps)) - best))
             left = [k for k in best if 1 < k < self.steps - 1]
-            # Half of the moves are to a neighbour.
+            # Half of the moves are by one step.
             near = [k for k in left if abs(k - run) == 1] if generator.random() < 0.5 else left
             if not near:
                 continue
@@ -133,12 +134,12 @@ class Learned:
 
 
 def _as_resets(dense: set[int]) -> dict[str, Any]:
-    """Settings under which exactly these steps are dense: they alone take the budget."""
+    """Return settings with exactly these dense steps: they use up the budget."""
     return {"warmup": 1, "tail": 0, "resets": tuple(sorted(dense - {0}))}
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """A line for each solver."""
+    """Print a line for each solver."""
     print("\n| solver | steps that run | PSNR to plain / to fine, dB | gain to plain | to fine |")
     print("|---|---|---|---|---|")
     for row in rows:

@@ -1,4 +1,4 @@
-"""Seconds of partial and forecast steps on real geometries with random weights (part of bench_ras.py)."""
+"""Benchmark of partial and forecast steps on real geometries with random weights (pipelines/bench_ras.py)."""
 
 import statistics
 import time
@@ -19,32 +19,32 @@ FORMAT_VERSION = 2
 
 @dataclass
 class Overhead:
-    """Seconds of a partial step over those of a dense one, and of a run with forecast steps over those of a dense run,
-    against counted FLOPs."""
+    """Speed-up of partial steps over dense steps, and of runs with forecast steps over dense runs, against the ratios of
+    counted FLOPs."""
 
     output: Path | None = None
     device: str = "cpu"
     parts: tuple[Literal["partial", "forecast"], ...] = ("partial", "forecast")
-    """Parts to measure: partial steps, whole runs with forecast steps."""
+    """Parts to measure: "partial" steps, and whole runs with "forecast" steps."""
     ratios: tuple[float, ...] = (0.5, 0.25, 0.125)
     repeats: int = 3
-    """Runs of each kind, alternating."""
+    """Number of runs of each kind, in turns."""
     steps: int = 3
-    """Region-adaptive steps of a run, after two dense ones; plain runs have as many."""
+    """Region-adaptive steps of a run, after two dense steps. Plain runs have the same number of steps."""
     budgets: tuple[float, ...] = (0.75, 0.5)
     """Budgets of the runs with forecast steps."""
     run_steps: int = 12
     """Steps of a run with forecast steps."""
     compile: bool = True
-    """Also with compiled blocks (on a GPU)."""
+    """On a GPU, also measure compiled blocks."""
     time_limit_s: float | None = None
-    """No new geometry is begun after so many seconds; what was not measured is named."""
+    """Seconds after which no new geometry is started. Geometries that were not measured are printed."""
 
     def run(self) -> None:
         rows: list[dict[str, Any]] = []
         left_out: list[str] = []
         start = time.perf_counter()
-        # Compiled ones last: they take minutes, and a time limit should cost those first.
+        # Compiled geometries are last, because they take minutes and should be the first to be left out.
         for compiled in (False, True) if self.compile and self.device != "cpu" else (False,):
             for geometry in geometries(self.device):
                 spent = time.perf_counter() - start
@@ -64,7 +64,7 @@ class Overhead:
             write_json(self.output, record)
 
     def _build(self, geometry: Geometry, compiled: bool) -> tuple[Loop, dict[str, Any], str]:
-        """Return a loop, the arguments of its calls, and the dtype by name."""
+        """Return a loop, the arguments of its calls, and the name of the dtype."""
         device = torch.device(self.device)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         torch.manual_seed(0)
@@ -77,14 +77,14 @@ class Overhead:
         return loop, geometry.inputs(device, dtype), str(dtype).removeprefix("torch.")
 
     def measure_runs(self, geometry: Geometry, compiled: bool) -> list[dict[str, Any]]:
-        """Whole runs with forecast steps, and the dense steps in them."""
+        """Return rows with the times of whole runs with forecast steps, and of their dense steps."""
         loop, inputs, dtype = self._build(geometry, compiled)
         plain: list[list[float]] = []
         runs: dict[float, list[list[float]]] = {x: [] for x in self.budgets}
         reports: dict[float, Any] = {}
         for i in tqdm(range(self.repeats + 1), desc=f"{geometry.name}, forecast"):
             marks = loop.run(inputs, self.run_steps)
-            if i > 0:  # the first one warms up, and compiles
+            if i > 0:  # the first run warms up and compiles
                 plain.append(marks)
             for budget, seen in runs.items():
                 control.enable(loop, ras={"budget": budget})
@@ -98,7 +98,7 @@ class Overhead:
         for budget, seen in runs.items():
             report = reports[budget]
             steps = [x.step for x in report.steps if x.mode == "dense"][1:]
-            # Step by step against the plain run beside it: the machine is shared.
+            # Each step is compared with that of the neighbouring plain run, because the machine is shared.
             pairs = zip(seen, plain, strict=True)
             dense = [ours[k] / other[k] for ours, other in pairs for k in steps]
             seconds = statistics.median(sum(x) for x in seen)
@@ -124,7 +124,7 @@ class Overhead:
         return rows
 
     def measure(self, geometry: Geometry, compiled: bool) -> list[dict[str, Any]]:
-        """Partial steps of several ratios, and the dense steps before them."""
+        """Return rows with the times of partial steps of several ratios, and of the dense steps before them."""
         loop, inputs, dtype = self._build(geometry, compiled)
         kinds: dict[str, dict | None] = {"plain": None}
         for predictor in ("hold",) if compiled else ("hold", "linear"):
@@ -149,7 +149,7 @@ class Overhead:
                 done = None if ras is None else control.summary(loop, strict=True).ras
                 control.disable(loop)
                 if i == 0:
-                    continue  # warms up, and compiles
+                    continue  # the first run warms up and compiles
                 if done is None:
                     seconds[name] += marks
                     continue

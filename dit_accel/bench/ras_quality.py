@@ -1,4 +1,4 @@
-"""Paired quality of region-adaptive sampling, fewer steps and step caches at equal cost (part of bench_ras.py)."""
+"""Benchmark of the quality of region-adaptive sampling, fewer steps and step caches at equal cost (pipelines/bench_ras.py)."""
 
 import json
 import math
@@ -23,6 +23,8 @@ from dit_accel.sampling.step_caches import step_cache
 
 FORMAT_VERSION = 2
 FINE_STEPS = 100
+TOLERANCE_TRIALS = 8
+"""Number of trials in the search for a tolerance that costs the budget."""
 SOLVERS = ("unipc", "euler", "dpm++", "heun")
 REFERENCES = {
     "plain": "dense sampling, the same solver and number of steps, the same noise",
@@ -33,18 +35,18 @@ OURS, FEWER = "forecast", "fewer steps"
 ON_ONE_SCHEDULE = {
     f"partial, by {kind}": {"ratio": 0.5, "selection": kind} for kind in ("age", "error")
 }
-"""Rows with the same dense steps whose tokens are chosen in two ways."""
+"""Rows with the same dense steps and two selections of tokens."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "forecast, no correction": {"correction": 0},
     "forecast, undamped": {"predictor": "linear"},
     "forecast and partial": {"ratio": 0.5},
 }
-"""Changes to the settings of `OURS`."""
+"""Rows that change the settings of `OURS`."""
 CONTROLLED: dict[str, dict[str, Any]] = {
     "error control": {},
     "error control, tokens": {"ratio": 0.5},
 }
-"""Rows that decide as errors are measured, at the tolerance with which other samples cost the budget."""
+"""Rows with `control`, at the tolerance at which other samples cost the budget."""
 
 
 @dataclass(frozen=True)
@@ -67,25 +69,25 @@ class Setting:
 
 @dataclass
 class Quality:
-    """Paired quality at equal cost, against two references."""
+    """Quality at equal cost against two references, with paired seeds."""
 
     output: Path
     model: str = "tiny-wan"
-    """tiny-wan, tiny-sd3, tiny-lumina2, or a folder."""
+    """Model: tiny-wan, tiny-sd3, tiny-lumina2, or a folder."""
     first: int = 96
-    """Number of the first sample. No choice was made on samples from 96 on."""
+    """Index of the first sample. No default was tuned on samples from 96 on."""
     samples: int = 32
     prompts: int = 160
-    """Prompts that are drawn; sample i has prompt i and seed i."""
+    """Number of prompts. Sample i has prompt i and seed i."""
     solvers: tuple[str, ...] = SOLVERS[:3]
     steps: tuple[int, ...] = (12, 20, 28, 50)
     budgets: tuple[float, ...] = ()
-    """Default: that of the preset "balanced" for each number of steps."""
+    """Shares of the dense cost. Default: that of the preset "balanced" for each number of steps."""
     rivals: tuple[str, ...] = RIVALS
     variants: tuple[str, ...] = ("partial", *VARIANTS, *CONTROLLED)
-    """Names in `VARIANTS` and `CONTROLLED`, and "partial" for tokens chosen in two ways on one schedule."""
+    """Additional rows: names in `VARIANTS` and `CONTROLLED`, and "partial" for the rows of `ON_ONE_SCHEDULE`."""
     work: Path | None = None
-    """Folder for scores of single samples and for references, so that a stopped run goes on. Default: beside the
+    """Folder of the references and of the scores of single samples, from which a stopped run resumes. Default: next to the
     output."""
     threads: int = 1
     _scores: dict[str, Any] = field(default_factory=dict, init=False)
@@ -106,12 +108,12 @@ class Quality:
         print_tables(json.loads(self.output.read_text()))
 
     def _check_kept(self) -> None:
-        """Refuse scores of other samples: they would be told as scores of these."""
+        """Raise ValueError if the work folder has scores of another number of samples."""
         kept = [row for scores in self._scores.values() for row in scores.values()]
         if any(len(row["plain"]) != self.samples for row in kept):
             raise ValueError(
-                f"work={self._folder}: holds scores of another number of samples than {self.samples}; accepted is "
-                "an empty folder, or the one of a run that was stopped"
+                f"work={self._folder}: has scores of another number of samples than samples={self.samples}; accepted is "
+                "an empty folder, or that of a stopped run with the same number"
             )
 
     @property
@@ -163,7 +165,7 @@ class Quality:
     def _make(
         self, subject: Subject, setting: Setting, name: str
     ) -> tuple[torch.Tensor, float, dict[str, Any]] | None:
-        """Return latents, their cost in dense steps, and what else to note; None for a cache that does not work."""
+        """Return latents, their cost in dense steps, and further entries of the row; None for a cache that fails."""
         steps, calls = setting.steps, self._calls(subject, setting)
         budget = math.floor(setting.budget * calls + 1e-6) / calls
         if name == "dense":
@@ -175,7 +177,7 @@ class Quality:
             return self._cached(subject, setting, name, budget)
         if name in CONTROLLED:
             ras = {**CONTROLLED[name], "control": self._tolerance(subject, setting, name)}
-            # One by one, so that each costs what it takes alone.
+            # One sample at a time, because the cost of a sample depends on its errors.
             latents, cost = self._accelerated(subject, setting, ras, self._rows, 1)
             return latents, cost, {"ras": ras}
         ras = ON_ONE_SCHEDULE.get(name) or {
@@ -188,7 +190,7 @@ class Quality:
     def _accelerated(
         self, subject: Subject, setting: Setting, ras: dict[str, Any], rows: range, size: int
     ) -> tuple[torch.Tensor, float]:
-        """Return latents and their cost in dense steps, a mean over batches of this size."""
+        """Return latents and their cost in dense steps, the mean over batches of `size` samples."""
         latents, costs = [], []
         for some in _chunks(rows, size):
             subject.set_solver(setting.solver)
@@ -200,9 +202,9 @@ class Quality:
         return torch.cat(latents), float(np.mean(costs))
 
     def _tolerance(self, subject: Subject, setting: Setting, name: str) -> float:
-        """Return the least tolerance with which other samples than are compared cost no more than the budget."""
+        """Return the smallest tolerance at which samples outside the comparison cost at most the budget."""
         low, high = 1e-4, 1.0
-        for _ in range(8):
+        for _ in range(TOLERANCE_TRIALS):
             middle = math.sqrt(low * high)
             ras = {**CONTROLLED[name], "control": middle}
             cost = self._accelerated(subject, setting, ras, range(4), 1)[1]
@@ -225,7 +227,7 @@ class Quality:
         def sample(rows: range) -> torch.Tensor:
             return subject.latents(rows, setting.steps)[0]
 
-        # Costs are counted on other samples than are compared.
+        # Costs are counted on samples outside the comparison.
         match = match_cost(Probes(subject.pipe, sample, range(2)), cache, budget)
         latents: list[torch.Tensor] = []
         ran, first = 0, range(self.first, self.first + 1)
@@ -258,7 +260,7 @@ class Quality:
         return load_file(path)["latents"]
 
     def _report(self, subject: Subject) -> dict[str, Any]:
-        """Every row that was scored, in this run or before it was stopped."""
+        """Return the report of all rows with scores, including those from before a stop."""
         rows = []
         known = {Setting.of(key): scores for key, scores in self._scores.items()}
         for setting in sorted(known, key=lambda x: (x.steps, x.budget, SOLVERS.index(x.solver))):
@@ -307,7 +309,7 @@ class Quality:
 
 
 def _place(name: str) -> int:
-    """Place of a row in its table."""
+    """Return the sort key of a row in its table."""
     order = ["dense", FEWER, OURS, *CACHES, *ON_ONE_SCHEDULE, *VARIANTS, *CONTROLLED]
     return order.index(name)
 
@@ -317,26 +319,26 @@ def _chunks(rows: range, size: int) -> list[range]:
 
 
 def _column(record: dict[str, Any], reference: str) -> np.ndarray:
-    """PSNR of each sample."""
+    """Return the PSNR of each sample to one reference."""
     return np.array(record[reference])[:, METRICS.index("psnr_db")]
 
 
 def _psnr(record: dict[str, Any]) -> np.ndarray:
-    """PSNR of each sample, mean of both references."""
+    """Return the PSNR of each sample, mean over both references."""
     return (_column(record, "plain") + _column(record, "fine")) / 2
 
 
 @dataclass
 class Tables:
-    """Print committed results as Markdown: one table over all of them, or every row of each."""
+    """Print result files as Markdown: one table over all files, or all rows of each file."""
 
     results: Annotated[tuple[Path, ...], tyro.conf.Positional]
     full: bool = False
-    """Every way to sample, a table for each solver and number of steps."""
+    """Print all rows, in a table for each solver and number of steps."""
     short: bool = False
-    """Means only, of both references in one cell."""
+    """Print means only, those of both references in one cell."""
     solvers: tuple[str, ...] = SOLVERS
-    """Only rows of these."""
+    """Solvers whose rows are printed."""
 
     def run(self) -> None:
         reports = [json.loads(x.read_text()) for x in self.results]
@@ -352,7 +354,7 @@ class Tables:
 
 
 def print_overview(reports: list[dict[str, Any]]) -> None:
-    """A row for each model, solver and number of steps: ours, fewer steps and the best step cache at equal cost."""
+    """Print a row for each model, solver and number of steps: ours, fewer steps and the best step cache at equal cost."""
     head = (
         "model, solver, steps",
         "cost",
@@ -383,7 +385,7 @@ def print_overview(reports: list[dict[str, Any]]) -> None:
 
 
 def print_short(reports: list[dict[str, Any]]) -> None:
-    """A row for each model, solver and number of steps: PSNR to the plain run / to the fine run."""
+    """Print a row for each model, solver and number of steps: PSNR to the plain run / to the fine run."""
     head = (
         "model, solver, steps",
         "cost",
@@ -407,7 +409,7 @@ def print_short(reports: list[dict[str, Any]]) -> None:
 def _compared(
     reports: list[dict[str, Any]],
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, list[str]]]:
-    """Yield the rows of each setting by kind, that of the best step cache, and the first two cells."""
+    """Yield the rows of each setting by kind, the row of the best step cache, and the first two cells of the line."""
     for report in reports:
         for (solver, steps, _), rows in _groups(report).items():
             kinds = {x["kind"]: x for x in rows}
@@ -418,7 +420,7 @@ def _compared(
 
 
 def _pair(row: dict[str, Any]) -> str:
-    """PSNR to both references."""
+    """Return the PSNR to both references as text."""
     return " / ".join(f"{row[x]['psnr_db']['mean']:.1f}" for x in REFERENCES)
 
 
@@ -430,7 +432,7 @@ def _groups(report: dict[str, Any]) -> dict[tuple, list[dict[str, Any]]]:
 
 
 def print_tables(report: dict[str, Any]) -> None:
-    """A table for each number of steps: every way to sample against both references."""
+    """Print a table for each number of steps: all rows against both references."""
     print(
         f"\n{report['model']}, {report['samples']} samples. Plain: {report['references']['plain']}. "
         f"Fine: {report['references']['fine']}."

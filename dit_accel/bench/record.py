@@ -1,4 +1,4 @@
-"""`write_record`: the results file of a script whose options are the fields of a dataclass."""
+"""`write_record`: writer of the results file of a benchmark whose options are the fields of a dataclass."""
 
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from dit_accel.files import write_json
 def write_record(
     path: Path, version: int, options: object, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Write rows with the options and the machine that they were measured with, and return all of it.
+    """Write rows with the options of the benchmark and a description of the machine; return the written record.
 
     Args:
         path: JSON file.
         version: version of the format.
-        options: a dataclass; its field `output` is left out.
-        rows: the results.
+        options: options, a dataclass. Its field `output` is left out.
+        rows: results.
     """
     record = {
         "format_version": version,

@@ -1,4 +1,4 @@
-"""Outputs of single attention calls, sparse against dense (part of sla_quality.py)."""
+"""Comparison of the outputs of single attention calls, sparse against dense (used by sla_quality.py)."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from dit_accel.sla import SparseLinearAttention
 
 
 class Noted:
-    """Inputs of attention calls of a dense run, as a sparse layer gets them; every `every`-th is kept."""
+    """Recorder of the inputs of attention calls, as sparse layers get them. It keeps every `every`-th call."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -34,8 +34,8 @@ class Noted:
 
 
 def noted_calls(subject: Subject, order: Any, steps: int, samples: int) -> list[tuple[Any, dict]]:
-    """Return some attention calls of a run that reads every block, in this token order."""
-    noted = Noted(every=5)  # so that layers and contexts take turns
+    """Return some attention calls of a run that reads every block, with the given token order."""
+    noted = Noted(every=5)  # 5, so that the kept calls cover all layers and contexts
 
     def prepare(methods: Any) -> None:
         for layer in methods["sla"].layers.values():
@@ -61,7 +61,7 @@ def density_of(row: Row, kind: str, calls: list, top_p: float | None) -> float:
 
 
 def with_density(layer: Any, call: tuple[Any, dict]) -> tuple[torch.Tensor, float]:
-    """Return the output of a call, and its attended (query, key) pairs over all pairs."""
+    """Return the output of a call, and its density: attended (query, key) pairs / all pairs."""
     qkv, options = call
     tally = torch.zeros(3, dtype=torch.int64, device=qkv[0].device)
     o = layer(*qkv, **{**options, "tally": tally})
@@ -69,7 +69,7 @@ def with_density(layer: Any, call: tuple[Any, dict]) -> tuple[torch.Tensor, floa
 
 
 def top_p_for(row: Row, kind: str, calls: list) -> float:
-    """Return the `top_p` whose mean density equals that of `topk`, to one per cent."""
+    """Return the `top_p` with the same mean density as `topk`, to within one per cent."""
     target = density_of(Row(row.density, "none", row.block, row.order), kind, calls, None)
     low, high = 0.0, 1.0
     for _ in range(12):
@@ -82,7 +82,7 @@ def top_p_for(row: Row, kind: str, calls: list) -> float:
 
 
 def attention_error(row: Row, kind: str, calls: list, top_p: float | None) -> dict[str, float]:
-    """Return the relative error against dense attention, the density, and the attention mass read."""
+    """Return the relative error against dense attention, the density, and the share of the attention mass that is read."""
     errors, masses, densities = [], [], []
     for call in calls:
         layer = layer_of(row, kind, call, top_p)

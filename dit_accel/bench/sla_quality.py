@@ -1,4 +1,4 @@
-"""Training-free quality of sparse attention on trained models (part of bench_sla.py)."""
+"""Benchmark of the training-free quality of sparse attention on trained models (pipelines/bench_sla.py)."""
 
 import json
 from collections.abc import Iterator
@@ -26,18 +26,18 @@ FORMAT_VERSION = 1
 
 @dataclass
 class Quality:
-    """Paired quality of training-free sparse attention, against dense attention with the same seeds."""
+    """Quality of training-free sparse attention against dense attention with the same seeds."""
 
     output: Path
     model: str = "tiny-wan"
-    """tiny-wan, tiny-sd3, tiny-lumina2, or a folder."""
+    """Model: tiny-wan, tiny-sd3, tiny-lumina2, or a folder."""
     samples: int = 96
     batch_size: int = 8
     steps: int = 10
     attention_samples: int = 2
-    """Samples whose attention calls are compared."""
+    """Number of samples whose attention calls are compared."""
     work: Path | None = None
-    """Scores of single samples, kept so that a stopped run goes on. Default: beside the output."""
+    """File of the scores of single samples, from which a stopped run resumes. Default: next to the output."""
 
     def run(self) -> None:
         work = self.work or self.output.with_suffix(".work.json")
@@ -71,7 +71,7 @@ class Quality:
                 yield rows, missing
 
     def _add_attention(self, subject: Subject, kind: str, scores: dict[str, Any]) -> None:
-        """The comparison of attention outputs, as far as it is missing."""
+        """Add the missing rows of the comparison of attention outputs."""
         known = {x["key"]: x for x in scores.get("attention", ())}
         missing = [row for row in attention_rows() if row.key not in known]
         if missing:
@@ -112,7 +112,7 @@ class Quality:
             entry[str(i)] = values
 
     def report(self, scores: dict[str, Any], kind: str) -> dict[str, Any]:
-        """Means, and differences of pairs, with intervals."""
+        """Return means and paired differences, with intervals."""
 
         def column(key: str) -> np.ndarray:
             return np.array([scores[key][str(i)] for i in range(self.samples)])
@@ -155,7 +155,7 @@ class Quality:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """One line for each row that was sampled with."""
+    """Print a line for each row with samples."""
 
     def interval(x: dict[str, Any], digits: str) -> str:
         low, high = x["interval_95"]

@@ -1,4 +1,4 @@
-"""Settings of sparse attention that the quality benchmarks compare."""
+"""Rows of the quality benchmarks of sparse attention: the settings that they compare."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +15,16 @@ RANDOM = "random plan"
 
 @dataclass(frozen=True)
 class Row:
-    """Settings of sparse attention that are measured together."""
+    """Settings of sparse attention of one row."""
 
     density: float
-    """Asked for: the fraction of key blocks that is read."""
+    """Requested fraction of key blocks that is read."""
     combine: str
     block: int = 32
     order: str = "tiles"
     router: str = "top-k"
     ranked_by: str = "mean"
-    """`router` of the settings."""
+    """Value of `SLAConfig.router`."""
 
     @property
     def key(self) -> str:
@@ -46,7 +46,7 @@ class Row:
 
 
 def sampled_rows() -> list[Row]:
-    """Return the rows that whole runs are made with: each density, and further settings at .25."""
+    """Return the rows for whole sampling runs: each density, and further settings at density 0.25."""
     rows = [Row(d, combine) for d in DENSITIES for combine in ("none", "shared_softmax")]
     at: dict[str, Any] = {"density": 0.25, "combine": "shared_softmax"}
     rows += [Row(**at, router=RANDOM), Row(**at, router="top-p"), Row(**at, order="raster")]
@@ -56,7 +56,7 @@ def sampled_rows() -> list[Row]:
 
 
 def attention_rows() -> list[Row]:
-    """Return the rows whose attention outputs are compared: every combination of settings."""
+    """Return the rows for attention outputs: all combinations of settings."""
     return [
         Row(density, combine, block, order, router, ranked_by)
         for block in (16, 32, 64)
@@ -73,5 +73,5 @@ def attention_rows() -> list[Row]:
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """Return how blocks are chosen, with the setting `router` where blocks are ranked."""
+    """Return a name for the selection of blocks, with the setting `router` if blocks are ranked."""
     return row["router"] if row["router"] == RANDOM else f"{row['router']}, {row['ranked_by']}"

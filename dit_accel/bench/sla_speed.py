@@ -1,4 +1,4 @@
-"""Seconds of a transformer call, dense, sparse, region-adaptive and both (part of bench_sla.py)."""
+"""Benchmark of a transformer call: dense, sparse, region-adaptive and both (pipelines/bench_sla.py)."""
 
 import statistics
 import time
@@ -17,13 +17,13 @@ from dit_accel.files import write_json
 from dit_accel.runtime.install import method_of
 
 FORMAT_VERSION = 1
-# What diffusers calls its attention backends; Wan goes through them, the others call SDPA.
+# Names of diffusers' attention backends. Wan uses them; other models call SDPA.
 DENSE_BACKENDS = ("_native_flash", "_native_cudnn")
 
 
 @dataclass
 class Speed:
-    """Speed-up of a whole transformer call over dense, and what the counted work allows."""
+    """Speed-up of a whole transformer call over dense, and the speed-up that the counted FLOPs allow."""
 
     output: Path | None = None
     device: str = "cpu"
@@ -31,11 +31,11 @@ class Speed:
     block: int = 64
     ras_ratio: float = 0.5
     repeats: int = 3
-    """Runs of each kind, alternating."""
+    """Number of runs of each kind, in turns."""
     steps: int = 3
-    """Timed steps of a run."""
+    """Number of timed steps of a run."""
     time_limit_s: float | None = None
-    """No new geometry is begun after so many seconds; what was not measured is named."""
+    """Seconds after which no new geometry is started. Geometries that were not measured are printed."""
 
     def run(self) -> None:
         rows: list[dict[str, Any]] = []
@@ -56,7 +56,7 @@ class Speed:
             write_json(self.output, record)
 
     def kinds(self) -> dict[str, dict[str, Any]]:
-        """Acceleration by name; sparse in every layer and step, so that a step is a step."""
+        """Return the settings of acceleration by name. Attention is sparse in every layer and step, so all steps are equal."""
         shared = {"block_q": self.block, "block_k": self.block, "crossover": "never"}
         shared |= {"dense_steps": 0, "dense_layers": 0}
         ras = {"ratio": self.ras_ratio, "kv_predictor": "hold"}
@@ -105,7 +105,7 @@ class Speed:
         return self.rows(geometry, dtype, seconds, attention, reports, memory)
 
     def attention_seconds(self, loop: Loop, inputs: dict[str, Any], device: torch.device) -> float:
-        """Of all self-attention of a dense step: one layer's call of SDPA, times layers."""
+        """Return the seconds of all self-attention of a dense step: the time of SDPA in one layer times the layers."""
         noted: list[tuple[Any, ...]] = []
         sla = {"topk": 1.0, "crossover": "never", "dense_steps": 0, "dense_layers": 0}
         control.enable(loop, sla=sla)

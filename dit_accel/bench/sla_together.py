@@ -1,4 +1,4 @@
-"""Quality of sparse attention, region-adaptive sampling, and both at once (part of bench_sla.py)."""
+"""Benchmark of the quality of sparse attention, region-adaptive sampling, and both together (pipelines/bench_sla.py)."""
 
 import json
 import math
@@ -20,23 +20,23 @@ FORMAT_VERSION = 1
 
 @dataclass
 class Together:
-    """Paired quality of both methods, alone and at once, against dense sampling with the same steps."""
+    """Quality of both methods, alone and together, against dense sampling with the same steps and seeds."""
 
     output: Path
     model: str = "tiny-wan"
-    """tiny-wan, tiny-sd3, tiny-lumina2, or a folder."""
+    """Model: tiny-wan, tiny-sd3, tiny-lumina2, or a folder."""
     samples: int = 96
     batch_size: int = 8
     steps: int = 20
     topk: float = 0.25
     block: int = 32
     ratio: float | None = None
-    """Share of the tokens on partial steps, in place of a budget."""
+    """Share of the tokens in partial steps. Default: the budget of the preset."""
     few_step: bool = False
-    """Presets "few-step" in place of "balanced", and beside them what "balanced" makes of so few steps and fewer dense
-    steps at the cost of region-adaptive sampling."""
+    """Use the presets "few-step" instead of "balanced". Also measure "balanced" at this number of steps, and dense sampling
+    with fewer steps at the cost of region-adaptive sampling."""
     work: Path | None = None
-    """Scores of single samples, kept so that a stopped run goes on. Default: beside the output."""
+    """File of the scores of single samples, from which a stopped run resumes. Default: next to the output."""
 
     def run(self) -> None:
         work = self.work or self.output.with_suffix(".work.json")
@@ -85,7 +85,7 @@ class Together:
     def report(
         self, scores: dict[str, Any], sla: dict[str, Any], ras: dict[str, Any]
     ) -> dict[str, Any]:
-        """Means with intervals."""
+        """Return means with intervals."""
         rows = []
         for kind, entry in scores.items():
             values = np.array([entry[str(i)] for i in range(self.samples)])
@@ -107,7 +107,7 @@ class Together:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """A line for each kind."""
+    """Print a line for each kind."""
     print(f"\n{report['model']}, {report['samples']} samples, against {report['reference']}")
     head = (
         "",

@@ -1,4 +1,4 @@
-"""Trained models as subjects of quality benchmarks: their prompts, samples and scores."""
+"""`Subject`: a trained model in a quality benchmark, with its prompts, samples and scores."""
 
 import itertools
 from collections.abc import Callable
@@ -22,7 +22,7 @@ METRICS = ("psnr_db", "ssim", "latent_error", "right")
 
 
 class Subject:
-    """A trained model and the prompts that it samples.
+    """A trained model with its prompts.
 
     Args:
         model: "tiny-wan", "tiny-sd3", "tiny-lumina2", or a folder with a diffusers repository.
@@ -38,8 +38,8 @@ class Subject:
         )
         self.pipe.set_progress_bar_config(disable=True)
         self.still = not hasattr(self.pipe, "vae_scale_factor_temporal")
-        # The captions have at most 13 tokens; the models were trained with 16 and with their pipeline's
-        # default, and longer text would be most of the cost. A system prompt comes before the caption.
+        # The captions have at most 13 tokens. The models were trained with 16 tokens and with their pipeline's default;
+        # longer text would be most of the cost. A system prompt comes before the caption.
         text_tokens = 64 if hasattr(self.pipe, "system_prompt") else 16
         self.sampling = {**demo.default_sampling(self.pipe), "max_sequence_length": text_tokens}
         del self.sampling["num_inference_steps"]
@@ -50,7 +50,7 @@ class Subject:
     def _asked(self, name: str, count: int) -> Any:
         if name != "tiny-wan-start":
             return judged_clips("train", count, still=self.still)
-        # That model knows three shapes, six colours, four motions and one form of caption.
+        # This model was trained on three shapes, six colours, four motions and one form of caption.
         every = [Combination(*c) for c in itertools.product(range(3), range(6), range(4))]
         generator = torch.Generator().manual_seed(0)
         order = [i for _ in range(-(-count // 72)) for i in torch.randperm(72, generator=generator)]
@@ -85,13 +85,13 @@ class Subject:
         ras: Any = None,
         prepare: Callable[[Any], None] | None = None,
     ) -> tuple[torch.Tensor, control.Summary | None]:
-        """Return the latents of these samples, and the summary of an accelerated run.
+        """Return the latents of some samples, and the summary of an accelerated run.
 
         Args:
-            rows: numbers of the samples; number i has prompt i and seed i.
+            rows: indices of the samples. Sample i has prompt i and seed i.
             steps: number of steps of the solver.
             sla, ras: settings of `dit_accel.enable`. Default: dense.
-            prepare: called with the methods that are on, by name, before the run.
+            prepare: function that is called with the enabled methods, by name, before the run.
         """
         if sla is not None or ras is not None:
             control.enable(self.pipe, sla=sla, ras=ras)
@@ -130,11 +130,11 @@ class Subject:
     def score(
         self, latents: torch.Tensor, reference: torch.Tensor, rows: range
     ) -> list[tuple[float, ...]]:
-        """Return `METRICS` of each sample against the reference."""
+        """Return the `METRICS` of each sample against reference latents."""
         return self.compare(self.decoded(latents), self.decoded(reference), rows)
 
     def decoded(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return latents and their frames, for `compare`."""
+        """Return latents and their frames, the input of `compare`."""
         return latents, torch.cat([self.decode(x) for x in latents.split(8)])
 
     def compare(
@@ -143,7 +143,7 @@ class Subject:
         reference: tuple[torch.Tensor, torch.Tensor],
         rows: range,
     ) -> list[tuple[float, ...]]:
-        """Return `METRICS` of each sample against the reference, both as `decoded` returns them."""
+        """Return the `METRICS` of each sample against the reference. Both are results of `decoded`."""
         (latents, video), (true_latents, truth) = made, reference
         right = score_clips(video, self.asked[rows.start : rows.stop], still=self.still)
         scores: list[tuple[float, ...]] = []
@@ -163,7 +163,7 @@ class Subject:
 
 
 def random_router(seed: int) -> Any:
-    """Return a router with the signature of `block_scores` that scores blocks at random."""
+    """Return a function with the signature of `block_scores` that returns random scores."""
     generator = torch.Generator().manual_seed(seed)
 
     def scores(

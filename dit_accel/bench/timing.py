@@ -1,4 +1,4 @@
-"""Measure time and memory of functions to compare, on a CPU or a GPU."""
+"""Time and memory of functions, on a CPU or a GPU."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ import torch
 
 Functions = dict[str, Callable[[], Any]]
 QUIET = 0.1
-"""CPU cores that other processes may use during a call that counts as undisturbed."""
+"""Number of CPU cores that other processes may use during an undisturbed call."""
 
 
 class Timed(NamedTuple):
@@ -23,11 +23,11 @@ class Timed(NamedTuple):
     cpu: float
     """CPU time of this process."""
     others: float | None
-    """CPU cores that other processes used meanwhile, on average. None: the system does not say."""
+    """Average number of CPU cores that other processes used during the call. None: unknown."""
 
     @property
     def is_quiet(self) -> bool:
-        """Whether other processes left the CPU alone; False if unknown."""
+        """True if other processes used at most `QUIET` cores; False if unknown."""
         return self.others is not None and self.others < QUIET
 
 
@@ -39,19 +39,18 @@ def seconds(
     wall: bool = False,
     prepare: Callable[[], Any] | None = None,
 ) -> dict[str, list[float]]:
-    """Return the seconds that each function takes, `repeats` times, in turns.
+    """Return the seconds of `repeats` calls of each function. Functions take turns.
 
-    Each function is called once before, to warm up. On a GPU the time lies between two events of its queue and
-    includes the host where the host is slower.
+    Each function is called once before, to warm up. On a GPU the time is that between two events of its queue, which
+    includes host time if the host is slower.
 
     Args:
         functions: functions without arguments, by name.
         repeats: number of timed calls of each function.
         device: "cpu" or a CUDA device.
-        wall: on a CPU, read the wall clock. Default: the CPU time of this process, which other processes
-            disturb less.
-        prepare: on a GPU, called before each timed call and not timed. Work that it queues gives the host
-            time to get ahead.
+        wall: on a CPU, measure wall-clock time. Default: CPU time of this process, which other processes disturb less.
+        prepare: on a GPU, function that is called before each timed call and not timed. Work that it queues gives the
+            host time to get ahead of the device.
     """
     for function in functions.values():
         function()
@@ -82,15 +81,15 @@ def _once(
 
 
 def undisturbed(functions: Functions, repeats: int, most: int) -> dict[str, list[Timed]]:
-    """Return times of each function on a CPU, from calls during which other processes used little of it.
+    """Return the times of calls of each function on a CPU that other processes did not disturb.
 
-    The functions take turns, after one call of each to warm up, until each has `repeats` undisturbed calls. Without
-    so many after `most` rounds, all calls of the function are returned.
+    After one warm-up call of each function, the functions take turns until each has `repeats` undisturbed calls. A
+    function with fewer after `most` rounds returns all of its calls.
 
     Args:
         functions: functions without arguments, by name.
-        repeats: undisturbed calls of each function.
-        most: rounds at most.
+        repeats: number of undisturbed calls of each function.
+        most: largest number of rounds.
     """
     for function in functions.values():
         function()
@@ -115,9 +114,9 @@ def _timed(function: Callable[[], Any]) -> Timed:
 
 
 def busy_seconds() -> float | None:
-    """Return the CPU seconds that all processes have used since the start of the machine.
+    """Return the CPU seconds that all processes have used since the machine started, or None if not on Linux.
 
-    Time that a hypervisor gives to other machines counts as well. None if the system does not say (no Linux).
+    Time that a hypervisor gives to other machines counts as well.
     """
     with contextlib.suppress(OSError, ValueError, IndexError):
         numbers = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
@@ -134,7 +133,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def peak_gpu_bytes(function: Callable[[], Any]) -> int:
-    """Return the peak of bytes that a call allocates beyond what was allocated before."""
+    """Return the peak number of bytes that a call allocates in addition to those allocated before."""
     function()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -144,7 +143,7 @@ def peak_gpu_bytes(function: Callable[[], Any]) -> int:
 
 
 def gpu_clocks() -> dict[str, str] | None:
-    """Return clocks, power and temperature as the driver reports them; None without a driver."""
+    """Return the clocks, power and temperature that the driver reports, or None without a driver."""
     fields = "clocks.sm,clocks.mem,clocks_throttle_reasons.active,power.draw,temperature.gpu"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         out = subprocess.run(

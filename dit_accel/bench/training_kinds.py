@@ -1,4 +1,4 @@
-"""A Wan transformer with dense and with sparse attention, and the forward passes of its parts to train."""
+"""Variants of a Wan transformer with dense and sparse attention, and the forward passes of its parts."""
 
 import contextlib
 import copy
@@ -13,16 +13,16 @@ from dit_accel import control
 from dit_accel.runtime.install import method_of
 
 PARTS = ("transformer", "block", "attention")
-"""What is measured: the whole transformer, its first block, and the self-attention module of that block with its
+"""Measured parts: the whole transformer, its first block, and the self-attention module of this block with its
 projections."""
 
 
 def settings(topk: float, block: int) -> dict[str, dict[str, Any]]:
-    """Return the settings of sparse attention by kind, sparse in every layer. "dense" has none.
+    """Return settings of sparse attention by kind, sparse in every layer. The kind "dense" has none.
 
     Args:
-        topk: share of the key blocks that is read.
-        block: tokens of a block.
+        topk: fraction of the key blocks that is read.
+        block: tokens per block.
     """
     shared = {"topk": topk, "block_q": block, "block_k": block, "order": "auto"}
     shared |= {"crossover": "never", "dense_steps": 0, "dense_layers": 0}
@@ -46,9 +46,9 @@ class Pass:
     """Forward pass of a module with fixed arguments.
 
     Args:
-        transformer: transformer that the module is part of.
-        module: the module.
-        args, kwargs: its arguments.
+        transformer: transformer that contains the module.
+        module: module to run.
+        args, kwargs: arguments of the module.
         autocast: compute in bf16, with fp32 weights.
     """
 
@@ -60,10 +60,10 @@ class Pass:
     steps: int = 0
 
     def __call__(self) -> Tensor:
-        """Return the output."""
+        """Run the module and return its output."""
         sparse = method_of(self.transformer, "sla")
         if sparse is not None:
-            # As in fine-tuning: in each step a learned router learns from some of the query blocks.
+            # As in fine-tuning, a learned router learns from some of the query blocks in each step.
             sparse.set_learning_step(self.steps)
         self.steps += 1
         with _precision(self.transformer, self.autocast):
@@ -71,9 +71,9 @@ class Pass:
         return output[0] if isinstance(output, tuple) else output
 
     def step(self) -> Callable[[], None]:
-        """Return a function that runs forward and backward, and then drops all gradients.
+        """Return a function that runs forward and backward passes, and then drops all gradients.
 
-        The gradient of the output is random and fixed.
+        The gradient of the output is random, and the same in every call.
         """
         with torch.no_grad():
             gradient = torch.randn_like(self())
@@ -86,7 +86,7 @@ class Pass:
         return run
 
     def tensors(self) -> list[Tensor]:
-        """Return weights, buffers and arguments: what exists before the step."""
+        """Return the tensors that exist before the step: weights, buffers and arguments."""
         arguments = [*self.args, *self.kwargs.values()]
         nested = [x for y in arguments for x in (y if isinstance(y, tuple) else (y,))]
         given = [x for x in nested if isinstance(x, Tensor)]
@@ -94,9 +94,9 @@ class Pass:
 
 
 def passes(transformer: Any, inputs: dict[str, Any], *, autocast: bool) -> dict[str, Pass]:
-    """Return the forward pass of each part, with the arguments that it gets in a call of the transformer.
+    """Return the forward pass of each part, with its arguments in a call of the transformer.
 
-    The call also measures the weights of `combine="alpha"`, and tells each layer how many tokens there are.
+    The call also initialises the weights of `combine="alpha"` and the numbers of tokens of the sparse layers.
 
     Args:
         transformer: Wan transformer, with or without acceleration.
@@ -111,7 +111,7 @@ def passes(transformer: Any, inputs: dict[str, Any], *, autocast: bool) -> dict[
             stack.enter_context(_recording(module, name, transformer, found, autocast))
         transformer(**inputs)
     for name in PARTS[1:]:
-        # Inside the transformer the inputs depend on weights that train.
+        # Inside the transformer the inputs depend on trainable weights, so they need a gradient.
         for x in found[name].args:
             if isinstance(x, Tensor):
                 x.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Memory of a training step as torch accounts for it: what autograd keeps, the peak of allocations, and operators."""
+"""Memory of a training step: bytes that autograd saves, peak of torch's allocator, and attention operators."""
 
 import gc
 from collections.abc import Callable, Iterable
@@ -14,15 +14,15 @@ Function = Callable[[], Any]
 
 
 def saved_bytes(forward: Function, known: Iterable[Tensor] = ()) -> int:
-    """Return the bytes that autograd keeps between forward and backward.
+    """Return the number of bytes that autograd saves between forward and backward pass.
 
-    Each storage that autograd saves counts once and whole, whatever part of it is needed.
+    Each saved storage counts once and in full, even if only a part of it is needed.
 
     Args:
-        forward: forward pass. It has to return its output, which holds what was saved.
+        forward: forward pass. It must return its output, which keeps the saved tensors alive.
         known: tensors whose storages do not count, such as weights and inputs.
     """
-    # Storages are held here, so that no new one gets the address of one that was freed.
+    # References keep the storages alive, so that no new storage reuses the address of a freed one.
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in known}
     found = 0
 
@@ -32,7 +32,7 @@ def saved_bytes(forward: Function, known: Iterable[Tensor] = ()) -> int:
         if storage.data_ptr() not in storages:
             storages[storage.data_ptr()] = storage
             found += storage.nbytes()
-        # Detached: an operator that kept its own output with its graph would never be freed.
+        # Detached, because an operator that saves its own output with its graph would never be freed.
         return x.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -42,11 +42,11 @@ def saved_bytes(forward: Function, known: Iterable[Tensor] = ()) -> int:
 
 
 def peak_bytes(function: Function, device: str) -> int:
-    """Return the most bytes that torch's allocator holds at once during a call, over those held before it.
+    """Return the peak number of bytes in torch's allocator during a call, minus those before the call.
 
-    On a CPU every allocation and release of the allocator counts, also inside operators. What libraries allocate
-    for themselves (oneDNN, MKL) does not pass through it. On a GPU it is `torch.cuda.max_memory_allocated`, and the
-    function is called twice.
+    On a CPU every allocation and release of the allocator counts, including those inside operators, but not the
+    allocations of libraries (oneDNN, MKL). On a GPU it is `torch.cuda.max_memory_allocated`, and the function is called
+    twice.
 
     Args:
         function: function without arguments.
@@ -56,7 +56,7 @@ def peak_bytes(function: Function, device: str) -> int:
         return peak_gpu_bytes(function)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         function()
-    # Not `found.events()`, which gives each operator the sum of its allocations and loses their order.
+    # `found.events()` has only the sum of the allocations of each operator, not their order.
     events = found.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = [(x.start_ns(), x.nbytes()) for x in events if x.name() == "[memory]"]
     held = most = 0
@@ -64,12 +64,12 @@ def peak_bytes(function: Function, device: str) -> int:
         held += change
         most = max(most, held)
     del found, events
-    gc.collect()  # the profiler's records are large, and in a cycle
+    gc.collect()  # the profiler's records are large and part of a reference cycle
     return most
 
 
 def attention_operators(function: Function) -> list[str]:
-    """Return the names of torch's fused attention operators that a function calls, sorted."""
+    """Return the sorted names of torch's fused attention operators that a function calls."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
         function()
     prefix = "aten::_scaled_dot_product"

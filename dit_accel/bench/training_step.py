@@ -1,4 +1,4 @@
-"""Seconds and memory of a training step, dense and sparse (finetune/bench_training.py)."""
+"""Benchmark of time and memory of a training step, dense and sparse (finetune/bench_training.py)."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from dit_accel.files import write_json
 
 FORMAT_VERSION = 1
 TIME_BOUND = 0.75
-"""Most time of a sparse step, as a share of a dense one; for the transformer and for a block."""
+"""Largest time of a sparse step, as a share of a dense step, for the transformer and for a block."""
 MEMORY_BOUND = 1.2
-"""Most memory of a sparse step, as a share of a dense one; for the transformer and for a block."""
+"""Largest memory of a sparse step, as a share of a dense step, for the transformer and for a block."""
 GRIDS = {"cpu": (8, 32, 32), "cuda": (21, 30, 52)}
 """Latent tokens by device: 8,192, and those of 81 frames at 480p."""
 LAYERS = {"cpu": 1, "cuda": 30}
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 @dataclass
 class TrainingStep:
-    """Forward and backward of a Wan transformer with random weights, dense and sparse in turns."""
+    """Forward and backward pass of a Wan transformer with random weights, dense and sparse in turns."""
 
     output: Path | None = None
     device: str = "cpu"
@@ -36,23 +36,23 @@ class TrainingStep:
     ffn_dim: int = 8960
     text_dim: int = 4096
     layers: int | None = None
-    """Default: 1 on a CPU, 30 (Wan2.1 1.3B) on a GPU."""
+    """Number of layers. Default: 1 on a CPU, 30 (Wan2.1 1.3B) on a GPU."""
     grid: tuple[int, int, int] | None = None
     """Latent tokens: frames, rows, columns. Default: 8 32 32 on a CPU, 21 30 52 (81 frames at 480p) on a GPU."""
     topk: float = 0.1
     block: int = 64
     kinds: tuple[str, ...] = tuple(settings(0.1, 64))
-    """"dense" has to be one of them."""
+    """Kinds to measure, including "dense"."""
     parts: tuple[str, ...] = PARTS
     repeats: int = 5
-    """Timed steps of each kind, in turns, after one that warms up. On a CPU, only steps count during which other
-    processes used at most a tenth of a core."""
+    """Number of timed steps of each kind, in turns, after one warm-up step. On a CPU, steps count only if other processes
+    used at most a tenth of a core."""
     most_rounds: int = 15
-    """On a CPU: rounds after which steps count that other processes disturbed, if there are too few others."""
+    """On a CPU: largest number of rounds. If a kind then has too few undisturbed steps, all of its steps count."""
     bf16: bool | None = None
     """Compute in bf16 with fp32 weights. Default: on a GPU."""
     gradient_checkpointing: bool | None = None
-    """Default: on a GPU, where a clip of 480p does not fit otherwise."""
+    """Use gradient checkpointing. Default: on a GPU, where a 480p clip does not fit without it."""
 
     def __post_init__(self) -> None:
         place = torch.device(self.device).type
@@ -69,10 +69,10 @@ class TrainingStep:
             if unknown or not given:
                 raise ValueError(f"{name}={given}: accepted are {', '.join(known)}")
         if "dense" not in self.kinds:
-            raise ValueError(f'kinds={self.kinds}: "dense" has to be one of them')
+            raise ValueError(f'kinds={self.kinds}: accepted are kinds that include "dense"')
 
     def run(self) -> dict[str, Any]:
-        """Measure, print a table, and return what was written to `output`."""
+        """Measure, print a table, write the record to `output`, and return it."""
         kinds = self._passes()
         options = {name: x for name, x in asdict(self).items() if name != "output"}
         record: dict[str, Any] = {
@@ -88,7 +88,7 @@ class TrainingStep:
         for part in self.parts:
             record["rows"] += self.measure(part, {name: x[part] for name, x in kinds.items()})
             record["misses"] = misses(record["rows"])
-            if self.output is not None:  # a run takes half an hour: what it has is kept
+            if self.output is not None:  # written after each part, because a run takes half an hour
                 self.output.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self.output, record)
         print("\n".join(table(record["rows"])))
@@ -97,7 +97,7 @@ class TrainingStep:
         return record
 
     def _passes(self) -> dict[str, dict[str, Pass]]:
-        """Forward passes by kind and part; all kinds share their weights."""
+        """Return forward passes by kind and part. All kinds share their weights."""
         assert self.grid is not None
         assert self.layers is not None
         torch.manual_seed(0)
@@ -128,7 +128,7 @@ class TrainingStep:
 
         Args:
             part: name of the part.
-            kinds: its forward passes by kind.
+            kinds: forward passes of the part, by kind.
         """
         print(f"{part}: {', '.join(kinds)}", flush=True)
         steps = {name: x.step() for name, x in kinds.items()}
@@ -149,7 +149,7 @@ class TrainingStep:
         return compared(rows)
 
     def _times(self, steps: Functions) -> dict[str, Row]:
-        """Seconds of each kind; on a CPU also its CPU time, and cores that other processes used meanwhile."""
+        """Return the seconds of each kind; on a CPU also its CPU time, and the number of cores that other processes used."""
         if self.device != "cpu":
             wall = seconds(steps, self.repeats, self.device)
             return {
@@ -172,7 +172,7 @@ def _cpu_row(times: list[Timed]) -> Row:
 
 
 def compared(rows: list[Row]) -> list[Row]:
-    """Return the rows of a part with their shares of dense training.
+    """Return the rows of a part with their ratios to dense training.
 
     Args:
         rows: rows with "seconds", "cpu_seconds", "saved_bytes" and "peak_bytes".
@@ -195,7 +195,7 @@ def compared(rows: list[Row]) -> list[Row]:
 
 
 def misses(rows: list[Row]) -> list[str]:
-    """Return what exceeds a bound, in words. Bounds are for the transformer and for a block."""
+    """Return the missed bounds as text. Bounds exist for the transformer and for a block."""
     bounds = {"time_share": TIME_BOUND, "saved_share": MEMORY_BOUND, "peak_share": MEMORY_BOUND}
     return [
         f"{row['part']}, {row['kind']}: {name} {row[name]:.2f}, bound {bound}"
@@ -207,7 +207,7 @@ def misses(rows: list[Row]) -> list[str]:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Return the lines of a Markdown table; shares are of dense training."""
+    """Return the lines of a Markdown table, with ratios to dense training."""
     lines = [
         "| part | attention | seconds | share | CPU share | speed-up | kept MiB | share | peak MiB | share |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,7 @@
-"""Settings of the methods: frozen, validated records with presets and YAML files. Imports nothing of ours."""
+"""Settings of the methods: frozen, validated dataclasses with presets and YAML files.
+
+Imports no other module of dit_accel.
+"""
 
 from dit_accel.config.base import OFF, num_steps_of
 from dit_accel.config.kvcache import KVConfig

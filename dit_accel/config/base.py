@@ -1,4 +1,4 @@
-"""`Config`: loading, saving and checking of settings, shared by the sections of a YAML file."""
+"""`Config`: base class that loads, saves and checks settings."""
 
 import dataclasses
 import difflib
@@ -10,28 +10,28 @@ from typing import Any, ClassVar, TypeGuard
 
 SECTIONS = ("ras", "sla", "prefill", "kv")
 OFF = "none"
-"""What turns a method off where its settings are a string, as on the command line."""
+"""Settings string that turns a method off, for example on the command line."""
 
 
 class Config:
-    """Loading and saving, shared by the configs. Each is one section of a YAML file."""
+    """Base class of the settings. Each subclass is one section of a YAML file."""
 
     SECTION: ClassVar[str]
     PRESETS: ClassVar[dict[str, dict[str, Any]]]
 
     @classmethod
     def load(cls, source: Any) -> Any:
-        """Read settings from what `sla=` and `ras=` of the public functions accept.
+        """Read settings from any value that `sla=` and `ras=` of the public functions accept.
 
         Args:
-            source: a config, a dict of its fields, a preset name, or the path of a YAML file; None or
-                "none" for a method that is off.
+            source: a config, a dict of its fields, a preset name, or the path of a YAML file. None or
+                "none" turns the method off.
 
         Returns:
-            The config, or None for a method that is off.
+            The config, or None if the method is off.
 
         Raises:
-            ValueError: anything else, an unknown key, or a value that a field does not accept.
+            ValueError: `source` is of another kind, has an unknown key, or a field does not accept its value.
         """
         if source is None or source == OFF:
             return None
@@ -55,7 +55,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Any:
-        """From field names and values; an unknown key is an error with a suggestion."""
+        """Return a config from field names and values.
+
+        Raises:
+            ValueError: a key is unknown; the message suggests the nearest one. Or a field does not accept its value.
+        """
         names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for key in values:
             if key not in names:
@@ -66,7 +70,7 @@ class Config:
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike) -> Any:
-        """From the section of a YAML file (such as `sla:`) that has these very field names."""
+        """Read a config from its section of a YAML file, such as `sla:`. The keys are the names of the fields."""
         data = read_yaml(path)
         if not isinstance(data, dict):
             raise ValueError(f"{path}: accepted is a mapping with the section {cls.SECTION}:")
@@ -85,16 +89,16 @@ class Config:
             raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON or YAML; `from_dict` reads them back."""
+        """Return plain values for JSON or YAML. `from_dict` reads them back."""
         values = dataclasses.asdict(self)  # type: ignore[call-overload]
         return {key: as_lists(x) for key, x in values.items()}
 
 
 def read_yaml(path: str | os.PathLike) -> Any:
-    """Read a YAML file; every YAML file that the package reads goes through here.
+    """Read a YAML file.
 
-    Two rules differ from PyYAML's: a key that is given twice in one mapping is an error, and numbers
-    such as 1e-1 and 5E3 are numbers (YAML 1.2), not text (YAML 1.1).
+    Two rules differ from PyYAML: a key that appears twice in one mapping is an error, and values such as 1e-1 and
+    5E3 are numbers (YAML 1.2), not strings (YAML 1.1).
 
     Raises:
         ValueError: the file cannot be read, is not YAML, or has a key twice; the message names the key.
@@ -103,7 +107,7 @@ def read_yaml(path: str | os.PathLike) -> Any:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            # Before the parent expands "<<", whose keys may be overridden.
+            # Checked before the parent class expands the merge key "<<": its keys may be overridden.
             seen = set()
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
@@ -115,7 +119,7 @@ def read_yaml(path: str | os.PathLike) -> Any:
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # Loader is a SafeLoader
     except _DuplicateKeyError as error:
         raise ValueError(f"{path}: {error}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -131,7 +135,7 @@ class _DuplicateKeyError(Exception):
 
 
 def num_steps_of(value: int | float, num_steps: int) -> int:
-    """A number of steps: an int is one, a float a fraction of `num_steps`, rounded up."""
+    """Return a number of steps: an int as it is, a float as a fraction of `num_steps`, rounded up."""
     return value if isinstance(value, int) else math.ceil(value * num_steps - 1e-9)
 
 
@@ -144,12 +148,12 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def is_share(value: Any) -> TypeGuard[float]:
-    """Whether a value is a float in (0, 1], as where an int means a number of tokens."""
+    """Return whether a value is a float in (0, 1], a fraction where an int would be a number of tokens."""
     return isinstance(value, float) and 0 < value <= 1
 
 
 def count_of(value: int | float, total: int) -> int:
-    """A number: an int is one, a float a share of `total`, rounded up."""
+    """Return a number: an int as it is, a float as a fraction of `total`, rounded up."""
     return value if isinstance(value, int) else math.ceil(value * total - 1e-9)
 
 

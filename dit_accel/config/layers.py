@@ -1,4 +1,4 @@
-"""Layers of a model as settings name them: the first n, or indices that may count from the end."""
+"""Checks of settings that name layers of a model: the first n, or indices that may count from the end."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ ACCEPTED = "an int >= 0 or a list of layer indices"
 
 
 def check_layers(name: str, value: Any) -> int | tuple[int, ...]:
-    """Return layers as an int or a tuple.
+    """Return a setting of layers as an int or a tuple.
 
     Raises:
         ValueError: the value is neither an int >= 0 nor a list of ints.
@@ -24,10 +24,16 @@ def check_layers(name: str, value: Any) -> int | tuple[int, ...]:
 def in_layers(
     name: str, value: int | tuple[int, ...] | list[int], layer: int, num_layers: int
 ) -> bool:
-    """Return whether a layer is one of them.
+    """Return whether a setting includes a layer.
+
+    Args:
+        name: name of the setting, for errors.
+        value: the first n layers, or layer indices.
+        layer: index of the layer, from 0.
+        num_layers: number of layers of the model.
 
     Raises:
-        ValueError: they name a layer that the model does not have.
+        ValueError: `value` names a layer that the model does not have.
     """
     if isinstance(value, int):
         if value > num_layers:
@@ -39,7 +45,7 @@ def in_layers(
 
 
 def layer_index(name: str, layer: int, num_layers: int) -> int:
-    """Return the index of a layer that may count from the end.
+    """Return the non-negative index of a layer. A negative index counts from the end.
 
     Raises:
         ValueError: the model has no such layer.

@@ -17,7 +17,7 @@ BLOCKS = (16, 32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillConfig(Config):
-    """Sparse attention while a language model reads its prompt (calls with more than one query)."""
+    """Sparse attention in the prefill of a language model (calls with more than one query)."""
 
     pattern: str = "hybrid"
     """Name of a pattern, see `dit_accel.llm.prefill`."""
@@ -26,19 +26,19 @@ class PrefillConfig(Config):
     block: int = 64
     """Tokens per block: 16, 32, 64 or 128."""
     tail: int = 128
-    """Last queries of a call that read every key, at least. They decide what is generated first."""
+    """Minimum number of last queries of a call that read every key. They determine the first generated token."""
     dense_layers: int | tuple[int, ...] | list[int] = 1
-    """Layers that stay dense: the first n, or a list of indices (negative ones from the end). The first layer of the
-    models that were measured reads all over the prompt."""
+    """Layers that stay dense: the first n, or a list of indices (negative ones from the end). Default: 1, because the
+    first layer of all measured models attends to the whole prompt."""
     by_layer: dict[Any, Any] = field(default_factory=dict)
-    """Patterns of other layers. A key is an index (negative ones from the end), or a fraction in (0, 1) of the layers from
-    which on it holds; indices win over fractions, and larger fractions over smaller ones. A value is the name of a
-    pattern, "dense", or a mapping with `pattern` and `options`."""
+    """Patterns of single layers, in place of `pattern`. A key is a layer index (negative ones from the end), or a fraction
+    f in (0, 1) for all layers from f * num_layers on. An index takes precedence over a fraction, and a larger fraction
+    over a smaller one. A value is the name of a pattern, "dense", or a mapping with `pattern` and `options`."""
     crossover: int | Literal["auto"] = "auto"
-    """Calls on fewer keys are dense. "auto": the length from which sparse attention was measured to pay; 0: never
-    dense for that reason."""
+    """Calls with fewer keys are dense. "auto": the length above which sparse attention was measured to be faster.
+    0: no call is dense because of its length."""
     num_layers: int | None = None
-    """Layers of the only models that take these settings; None: any number."""
+    """Number of layers of the model that these settings are for. None: any number."""
 
     SECTION: ClassVar[str] = "prefill"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -57,7 +57,7 @@ class PrefillConfig(Config):
         check("tail", tail, is_int(tail) and tail >= 0, "an int >= 0")
         object.__setattr__(self, "dense_layers", check_layers("dense_layers", self.dense_layers))
         check("by_layer", self.by_layer, isinstance(self.by_layer, dict), "a mapping of layers")
-        # JSON has no numbers as keys.
+        # JSON stores numeric keys as strings.
         by_layer = {_number(key): value for key, value in self.by_layer.items()}
         object.__setattr__(self, "by_layer", by_layer)
         for key, value in self.by_layer.items():
@@ -72,22 +72,22 @@ class PrefillConfig(Config):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike) -> "PrefillConfig":
-        """From the section `prefill:` of a YAML file, or from a JSON file of `dit-accel llm search` or MInference."""
+        """Read settings from the section `prefill:` of a YAML file, or a JSON file of `dit-accel llm search` or MInference."""
         values = settings_of_file(Path(path))
         if values is None:
             return cast(PrefillConfig, super().from_yaml(path))
         return cls(**values)
 
     def of_layer(self, layer: int, num_layers: int) -> tuple[str, dict[str, Any]] | None:
-        """Return the pattern of a layer and its options; None: the layer stays dense.
+        """Return the pattern of a layer and its options, or None if the layer stays dense.
 
         Raises:
-            ValueError: `dense_layers` or `by_layer` names a layer that the model does not have, or the settings are for
-                another number of layers.
+            ValueError: `dense_layers` or `by_layer` names a layer that the model does not have, or `num_layers` of the
+                settings differs from that of the model.
         """
         if self.num_layers not in (None, num_layers):
             raise ValueError(
-                f"num_layers={self.num_layers}: the settings are for a model with {self.num_layers} layers; this one "
+                f"num_layers={self.num_layers}: the settings are for models with this number of layers, but the model "
                 f"has {num_layers}"
             )
         chosen: Any = {"pattern": self.pattern, "options": self.options}
@@ -104,7 +104,7 @@ class PrefillConfig(Config):
 
 
 def _number(key: Any) -> Any:
-    """A key as a number, if it is the text of one."""
+    """Return a key as a number if it is a string that holds one, else unchanged."""
     if not isinstance(key, str):
         return key
     for kind in (int, float):
@@ -114,7 +114,7 @@ def _number(key: Any) -> Any:
 
 
 def _named(value: Any) -> tuple[str, dict[str, Any]]:
-    """A pattern as `by_layer` has it: its name and its options."""
+    """Return the name and the options of a value of `by_layer`."""
     if isinstance(value, str):
         return value, {}
     ok = isinstance(value, dict) and isinstance(value.get("pattern"), str)

@@ -1,4 +1,4 @@
-"""JSON files with patterns by head: those of `dit-accel llm search`, and those of MInference's search."""
+"""Readers of JSON files with a pattern for each head, written by `dit-accel llm search` or by MInference's search."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,24 +8,24 @@ from typing import Any
 from dit_accel.config.base import is_int
 
 DENSE = "dense"
-"""Name that stands for a pattern in layers and heads that read every key."""
+"""Pattern name of layers and heads that read every key."""
 FORMAT_VERSION = 1
 KIND = "llm-search"
 BLOCK = 64
-"""Tokens per block in files of MInference."""
+"""Number of tokens per block in MInference's files."""
 SHARE = 1e-6
-"""A share that stands for one key or block at most, so that the numbers of a file alone count."""
+"""Share of keys or blocks that rounds to at most one, so that only the counts of a file have an effect."""
 LEGACY_DEFAULT = ("vertical_and_slash", 1000, 6096)
-"""Pattern of MInference in a head that its file does not name."""
+"""Pattern of the heads that a file of MInference does not name."""
 LEGACY_BLOCKS = 100
-"""Blocks of each row in MInference's block_sparse, whatever its file says."""
+"""Number of key blocks of each row in MInference's block_sparse, which ignores the numbers of the file."""
 
 
 def settings_of_file(path: Path) -> dict[str, Any] | None:
-    """Return fields of `PrefillConfig` from a JSON file with patterns by head; None: it is another file.
+    """Return fields of `PrefillConfig` from a JSON file with a pattern for each head, or None for other files.
 
     Raises:
-        ValueError: the file is one, but is not valid; the message names the file.
+        ValueError: the JSON file is not valid; the message names the file.
     """
     if path.suffix.lower() != ".json":
         return None
@@ -84,12 +84,12 @@ def layer_setting(names: str | Sequence[str], candidates: Mapping[str, Any], by:
     """Return the value of `PrefillConfig.by_layer` for one layer.
 
     Args:
-        names: candidate of each head or group, or of all.
-        candidates: patterns by their names.
-        by: what an entry stands for: "head" or "group".
+        names: name of the chosen candidate of each head or group; one entry if all have the same.
+        candidates: pattern and options by candidate name.
+        by: "head" if `names` has an entry for each query head, "group" for each head of keys.
     """
     used = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    if len(used) == 1:  # one pattern for the layer: no plans to join
+    if len(used) == 1:  # one pattern for all heads, so no plans are joined
         return candidates.get(used[0], DENSE)
     choices = {name: candidates[name] for name in used if name in candidates}
     return {"pattern": "by_head", "options": {"heads": list(names), "choices": choices, "by": by}}
@@ -98,8 +98,8 @@ def layer_setting(names: str | Sequence[str], candidates: Mapping[str, Any], by:
 def legacy_settings(layers: Sequence[Any]) -> dict[str, Any]:
     """Return fields of `PrefillConfig` from a file of MInference: a list over layers of `{"0": [name, a, b, score]}`.
 
-    Its numbers of keys are taken as they are, whatever the length of a prompt. n slashes become n / 64 bands of 64
-    neighbouring distances, rounded up: our vertical-slash chooses bands.
+    The numbers of keys do not depend on the prompt length. n slashes become ceil(n / 64) bands of 64 neighbouring
+    distances, because the pattern `vertical_slash` of this package selects bands.
 
     Raises:
         ValueError: an entry is not valid; the message names layer and head.
@@ -128,7 +128,7 @@ def legacy_settings(layers: Sequence[Any]) -> dict[str, Any]:
 
 
 def _legacy_pattern(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
-    """A pattern of MInference: a name for it, and ours."""
+    """Return a candidate name for an entry of MInference, and the equivalent pattern of this package."""
     ok = isinstance(entry, list | tuple) and len(entry) >= 3 and isinstance(entry[0], str)
     if not ok or not all(is_int(x) and x >= 0 for x in entry[1:3]):
         raise ValueError(f"{where}: {entry!r}; accepted is [name, int, int, score]")
@@ -142,7 +142,8 @@ def _legacy_pattern(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
         }
         return f"{name} {first} {second}", {"pattern": "vertical_slash", "options": options}
     if name == "stream_llm":
-        # Theirs is an A-shape; ours, in whole blocks, reads a little more, and every key in the last rows.
+        # MInference's stream_llm is an A-shape. `triangle` reads whole blocks, so it reads slightly more keys, and its last
+        # rows read every key.
         options = {"sink": first, "window": max(second, 1)}
         return f"{name} {first} {second}", {"pattern": "triangle", "options": options}
     if name == "block_sparse":

@@ -22,80 +22,80 @@ BUDGETS = {
     "balanced": ((0, 0.75), (15, 0.65), (31, 0.4)),
     "fast": ((0, 0.7), (15, 0.5), (31, 0.3)),
 }
-"""Budgets of the presets: pairs (from so many steps on, share of the dense cost)."""
+"""Budgets of the presets: pairs (smallest number of steps, share of the dense cost)."""
 UNDAMPED_FROM = 31
-"""Steps from which damping the line was measured to cost more than it brings (predictor="auto"): it makes each forecast
-less wrong, but in the same direction, and in many steps that adds up."""
+"""Number of steps from which predictor="auto" is "linear" under a budget. Damping the extrapolation makes each forecast
+more accurate, but biases all of them in the same direction. In runs of this length, the measured error is larger with damping."""
 LINEAR_KV_FROM = 20
-"""Steps from which extrapolated keys and values were measured to pay (kv_predictor="auto")."""
+"""Number of steps from which kv_predictor="auto" extrapolates keys and values (measured)."""
 FEW_UPDATES, RESETS = 10, (0.3, 0.5)
-"""resets="auto": RESETS where the tokens of a run get fewer updates than FEW_UPDATES. A dense step also
-shortens the intervals that tokens are extrapolated from, which costs more than it brings where updates
-are many."""
+"""resets="auto" uses RESETS if a token gets fewer than FEW_UPDATES updates in a run. With more updates, resets lower the
+quality: a dense step shortens the intervals from which tokens are extrapolated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RASConfig(Config):
-    """Region-adaptive sampling: the transformer runs on all tokens in some steps, on some of the tokens or not at
-    all in the others.
+    """Region-adaptive sampling: in some steps the transformer runs on all tokens, in others on some tokens or not at all.
 
-    `budget` alone gives dense steps and forecast steps, in which the transformer is not called. `ratio` alone gives
-    dense steps and partial steps, in which it runs on some of the tokens. Both give a mixture of the three. `control`
-    decides in each step whether it is dense or a forecast; with `ratio`, also whether that share of the tokens, or half
-    of it, is enough. With none of them, the budget is that of the preset "balanced".
+    - `budget` alone: dense steps, and forecast steps, which do not call the transformer.
+    - `ratio` alone: dense steps, and partial steps, which run the transformer on some of the tokens.
+    - `budget` and `ratio`: a mixture of dense, partial and forecast steps.
+    - `control`: each step is dense or a forecast, depending on the predicted error. With `ratio`, a step may also be
+      partial, with that share of the tokens or half of it.
+    - None of them: the budget of the preset "balanced".
     """
 
     budget: float | int | tuple | list | None = None
     """Share of the cost of dense sampling that a run may take, in (0, 1]; or a list of (num_steps, share), where a
-    share holds for runs of at least num_steps steps (the first is 0). None: the steps follow from `ratio`."""
+    share holds for runs of at least num_steps steps (the first is 0). None: no budget."""
     ratio: float | int | tuple | list | None = None
     """Active tokens / all image tokens on a partial step, in (0, 1]; or a list of (start, ratio), where
     start is the fraction of the steps from which that ratio holds (the first is 0). None: no partial steps."""
     control: float | int | None = None
-    """Largest predicted error of what does not run in a step, in place of a budget: the relative error of the output
-    times |s_(k+1) - s_k| / (1 - s_k), s being the noise levels. The cost is then not known before the run."""
+    """Largest predicted error of the predicted tokens of a step, in place of a budget: the relative error of the output
+    times |s_(k+1) - s_k| / (1 - s_k), with noise levels s. The cost is then not known before the run."""
     warmup: int | float | Literal["auto"] = "auto"
-    """Dense first steps. A float is a fraction of the steps really executed, rounded up, and at least
-    3 steps; an int is a number of steps, at least 1. "auto" is 0.15 where `ratio` is alone, else 3."""
+    """Dense first steps. A float is a fraction of the executed steps (image-to-image executes fewer than requested),
+    rounded up, and at least 3 steps. An int is a number of steps, at least 1. "auto" is 0.15 if only `ratio` is given,
+    else 3."""
     tail: int | float = 2
     """Dense last steps; a float is a fraction, rounded up."""
     resets: tuple | list | Literal["auto"] = "auto"
-    """Dense steps in between: fractions of the steps (rounded up) or step indices. "auto" is none with a budget;
-    without one it is (0.3, 0.5) where steps * ratio is less than 10, else none: extrapolation then does better
-    alone."""
+    """Dense steps in the middle of a run: fractions of the steps (rounded up) or step indices. "auto" is (0.3, 0.5) if
+    only `ratio` is given and steps * ratio is less than 10, else none."""
     selection: Literal["error", "age", "std", "l2norm", "random"] = "error"
-    """Choice of the active tokens of a partial step: those whose forecast was most wrong when it was last measured, for
-    the time that has passed since; those longest without an update; those whose latents change with the lowest
-    standard deviation or norm over channels (the paper); or a random choice."""
+    """Choice of the active tokens of a partial step. "error": the largest expected forecast errors, from the last measured
+    error of each token and the time since then. "age": the longest time without an update. "std", "l2norm": the lowest
+    standard deviation or norm over channels of the change of the latents (the paper). "random": random tokens."""
     high_ratio: float | int = 1.0
     """For "std" and "l2norm": share of the inactive tokens taken from the highest scores, the others
     from the lowest. 1 keeps the lowest scores active, as in the paper."""
     starvation_scale: float | int = 0.1
     """For "std" and "l2norm": a token dropped d times counts as exp(-starvation_scale * d) of its score."""
     max_age: int | Literal["auto"] | None = "auto"
-    """Steps in a row a token may go without an update; "auto" is ceil(1 / ratio) + 1 without a budget, None no
-    cap."""
+    """Largest number of consecutive steps without an update of a token. "auto" is ceil(1 / ratio) + 1 if only `ratio` is
+    given, else None. None: no limit."""
     predictor: Literal["auto", "fitted", "linear", "hold"] = "auto"
-    """Output of what does not run: extrapolated linearly in sigma (factor capped at 1), the same damped by a number
-    that is fitted while sampling, or held. "auto" is "fitted" with a budget in runs of fewer than 31 steps, else
-    "linear"."""
+    """Prediction of the output of tokens that do not run. "linear": linear extrapolation in sigma, with a factor of at
+    most 1. "fitted": the same, damped by a number that is fitted during sampling. "hold": the last output. "auto" is
+    "fitted" with a budget or control in runs of fewer than 31 steps, else "linear"."""
     correction: float | int = 0.5
-    """Share of the error of earlier forecasts that an output makes up for, in [0, 1], once the next outputs tell
-    what they should have been."""
+    """Share of the error of earlier forecasts that is added back to an output, in [0, 1]. The error is known once later
+    outputs show what the forecasts should have been."""
     kv_predictor: Literal["auto", "linear", "hold"] = "auto"
-    """Keys and values of inactive tokens, likewise. "linear" takes twice the memory; "auto" is linear
-    from 20 steps on where memory allows."""
+    """Prediction of the keys and values of inactive tokens, as in `predictor`. "linear" takes twice the memory. "auto" is
+    "linear" from 20 steps on if memory allows, else "hold"."""
     region: Literal["tile", "token"] = "tile"
-    """What is selected: runs of 16, 32 or 64 neighbouring tokens, or single tokens."""
+    """Unit of selection: runs of 16, 32 or 64 neighbouring tokens ("tile"), or single tokens."""
     n_levels: int | None = 3
-    """At most this many different numbers of active tokens in a run; None: no limit."""
+    """Largest number of different active-token counts in a run. None: no limit."""
     kv_cache: Literal["full", "fp8"] = "full"
-    """How cached keys and values are stored."""
+    """Storage of cached keys and values: in the model's dtype, or in 8 bits."""
 
     SECTION: ClassVar[str] = "ras"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         **{name: {"budget": budget} for name, budget in BUDGETS.items()},
-        # For every transformer, whatever the others become.
+        # A fixed setting that works with every transformer, also if the default of "balanced" changes.
         "forecast": {"budget": BUDGETS["balanced"]},
         "partial": {"ratio": 0.5},
         # Models of 4 to 8 steps: forecasts extrapolate from two outputs, and nothing corrects the last step.
@@ -207,8 +207,7 @@ class RASConfig(Config):
 
     @property
     def has_partial_steps(self) -> bool:
-        """Whether some steps may run on some of the tokens: these need a supported model, and keys and values are
-        kept."""
+        """True if the run may have partial steps. They need a supported model, and keep keys and values."""
         return self.ratio is not None
 
     @property
@@ -217,13 +216,13 @@ class RASConfig(Config):
 
     @property
     def lowest_ratio(self) -> float | None:
-        """The smallest ratio of the run; None without partial steps."""
+        """Smallest ratio of the run; None without partial steps."""
         if self.ratio is None or isinstance(self.ratio, int | float):
             return self.ratio
         return min(ratio for _, ratio in self.ratio)
 
     def budget_of(self, num_steps: int) -> float | None:
-        """The share of the dense cost that a run of so many steps may take; None without a budget."""
+        """Return the share of the dense cost that a run of `num_steps` steps may take; None without a budget."""
         if self.budget is None:
             return None
         if isinstance(self.budget, int | float):
@@ -231,7 +230,7 @@ class RASConfig(Config):
         return float([share for start, share in self.budget if start <= num_steps][-1])
 
     def warmup_of(self, num_steps: int) -> int:
-        """The dense first steps in a run of so many steps."""
+        """Return the number of dense first steps in a run of `num_steps` steps."""
         warmup = self.warmup
         if warmup == "auto":
             warmup = 0.15 if self._ratio_alone else 3
@@ -240,7 +239,7 @@ class RASConfig(Config):
         return warmup
 
     def resets_of(self, num_steps: int) -> tuple:
-        """The resets in a run of so many steps, as they are given."""
+        """Return the resets of a run of `num_steps` steps: step indices, or fractions of the steps."""
         if self.resets != "auto":
             return tuple(self.resets)
         ratio = self.lowest_ratio
@@ -249,7 +248,7 @@ class RASConfig(Config):
         return RESETS if num_steps * ratio < FEW_UPDATES else ()
 
     def why_dense(self, num_steps: int) -> str:
-        """Why each of so many steps is dense, with a remedy, for a message."""
+        """Return the reason why all of `num_steps` steps are dense, and a remedy, as text for a message."""
         tail, budget = num_steps_of(self.tail, num_steps), self.budget_of(num_steps)
         text = f"{num_steps} steps, warmup {self.warmup_of(num_steps)}, tail {tail}"
         if resets := self.resets_of(num_steps):
@@ -266,20 +265,20 @@ class RASConfig(Config):
         return f"{text}; ras='few-step' leaves out {left}"
 
     def output_predictor(self, num_steps: int) -> str:
-        """`predictor` in a run of so many steps, with "auto" replaced by what it stands for."""
+        """Return `predictor` for a run of `num_steps` steps, with "auto" resolved."""
         if self.predictor == "auto":
             return "linear" if self._ratio_alone or num_steps >= UNDAMPED_FROM else "fitted"
         return self.predictor
 
     def linear_kv(self, num_steps: int) -> bool:
-        """Whether keys and values are extrapolated in a run of so many steps, memory permitting."""
+        """Return whether keys and values are extrapolated in a run of `num_steps` steps if memory allows."""
         if self.kv_predictor == "auto":
             return num_steps >= LINEAR_KV_FROM
         return self.kv_predictor == "linear"
 
     @property
     def age_limit(self) -> int | None:
-        """`max_age` as a number; None without a cap."""
+        """`max_age` as a number; None without a limit."""
         if self.max_age != "auto":
             return self.max_age
         if self.lowest_ratio is None or not self._ratio_alone:

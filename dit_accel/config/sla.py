@@ -12,7 +12,7 @@ FEATURE_MAPS = ("softmax", "elu", "relu")
 CROSSOVERS = ("auto", "never")
 CLIP_TILES = {16: (4, 2, 2), 32: (8, 2, 2), 64: (4, 2, 8), 128: (4, 4, 8)}
 IMAGE_TILES = {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8), 128: (1, 8, 16)}
-"""order="auto", by tokens per block; docs/sla.md tells why."""
+"""Tile shapes of order="auto", by tokens per block; docs/sla.md has the measurements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,19 +20,21 @@ class SLAConfig(Config):
     """Sparse attention in the self-attention layers of a diffusion transformer."""
 
     topk: int | float | None = 0.25
-    """Fraction of key blocks each query block reads exactly, in (0, 1]: max(1, ceil(topk * blocks)).
-    Text blocks come in addition. None: `top_p` alone decides."""
+    """Fraction of the key blocks that each query block reads exactly, in (0, 1]: max(1, ceil(topk * blocks)) blocks.
+    Text blocks are read in addition. None: only `top_p` decides."""
     top_p: float | int | None = None
-    """Read the fewest best blocks whose estimated softmax weights sum to this, in (0, 1]; with `topk`
-    the union of both. Only with crossover="never": how much it reads is not known in advance."""
+    """Softmax mass in (0, 1]: each query block reads the fewest best blocks whose estimated softmax weights sum to at
+    least this. With `topk`, a row reads the union of both. Needs crossover="never", because the number of blocks is not
+    known in advance."""
     router: Literal["spread", "mean", "learned"] = "spread"
     """Ranking of key blocks. "mean" (SLA): by the mean key alone. "spread": also by how much the keys of a block
-    differ, which adds to its attention. "learned" (SLA2): "spread" with weights that training adapts to the model;
-    until then it ranks as "spread" does."""
+    differ, which adds to its attention. "learned" (SLA2): "spread" with weights that training adapts to the model.
+    Untrained, it ranks like "spread"."""
     rounding: Literal["ceil", "floor"] = "ceil"
-    """Rounding of topk * blocks. "floor" (at least one block) is for checkpoints that were trained so."""
+    """Rounding of topk * blocks. "floor" (at least one block) is for checkpoints that were trained with it."""
     skip: float | int = 0.0
-    """Fraction of the lowest blocks that nothing reads (k_l in the paper), for linear_scope="marginal"."""
+    """Fraction of the blocks, those with the lowest scores, that no branch reads (k_l in the paper). For
+    linear_scope="marginal"."""
     block_q: int | str = "auto"
     """Tokens per query block: 16, 32, 64, 128 or "auto". "auto" is 64. On NVIDIA GPUs of compute capability 9.0
     (H100, H200) it is 128 if `block_k` is 64 and `order` is no tile shape, because the second-level cache limits
@@ -44,28 +46,29 @@ class SLAConfig(Config):
     "proj" (SLA): read by linear attention, whose output is projected and added. "alpha" (SLA2): read by linear
     attention, whose output is mixed in."""
     linear_scope: Literal["marginal", "complement", "all"] = "complement"
-    """Blocks that the linear attention of "proj" and "alpha" reads. "complement": all that are not read exactly.
+    """Blocks that the linear attention of "proj" and "alpha" reads. "complement": all blocks that are not read exactly.
     "marginal": the complement without the skipped blocks. "all": every block."""
     feature_map: Literal["softmax", "elu", "relu"] = "softmax"
     """Feature map of the linear attention."""
     order: str | tuple[int, ...] | list[int] = "auto"
-    """Token order: "raster", a tile shape (t, h, w) in latent tokens whose product is the block, or "auto":
-    tiles of some frames on clips, square tiles on images."""
+    """Token order: "raster", a tile shape (t, h, w) in latent tokens whose product is `block_q` and `block_k`, or "auto":
+    tiles of several frames for clips, square tiles for images."""
     dense_steps: int | float = 0.1
-    """First denoising steps that stay dense: a fraction of the steps (rounded up) or a number."""
+    """First denoising steps that stay dense: a float is a fraction of the steps (rounded up), an int a number of steps."""
     dense_layers: int | tuple[int, ...] | list[int] = 1
     """Layers that stay dense: the first n, or a list of indices (negative ones from the end)."""
     topk_by_layer: dict[Any, float] = field(default_factory=dict)
-    """Overrides of `topk` for single layers."""
+    """`topk` of single layers, by layer index (negative ones from the end)."""
     crossover: Literal["auto", "never"] = "auto"
-    """"auto": dense below the length measured to pay off; "never": sparse at every length."""
+    """"auto": dense below the length from which sparse attention was measured to be faster. "never": sparse at every
+    length."""
 
     SECTION: ClassVar[str] = "sla"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "quality": {"topk": 0.4, "dense_steps": 0.2, "dense_layers": 2},
         "balanced": {},
         "fast": {"topk": 0.15, "dense_steps": 0.05},
-        # Models of 4 to 8 steps, of which one dense step would be an eighth to a quarter.
+        # For models of 4 to 8 steps: one dense step would be an eighth to a quarter of the run.
         "few-step": {"dense_steps": 0},
     }
 
@@ -95,8 +98,8 @@ class SLAConfig(Config):
         check_choice("crossover", self.crossover, CROSSOVERS)
         if self.top_p is not None and self.crossover == "auto":
             raise ValueError(
-                f"top_p={self.top_p}: how much it reads is not known in advance, so that crossover='auto' cannot tell "
-                "whether that pays; accepted with crossover='never'"
+                f"top_p={self.top_p}: accepted with crossover='never'; the number of blocks is not known in advance, "
+                "which crossover='auto' needs"
             )
         self._check_order()
         steps = self.dense_steps
@@ -122,7 +125,7 @@ class SLAConfig(Config):
             isinstance(self.topk_by_layer, dict),
             "{layer: topk}",
         )
-        # JSON has string keys only; 3 and "3" mean the same layer.
+        # JSON stores keys as strings, so 3 and "3" are the same layer.
         by_layer = {}
         for layer, topk in self.topk_by_layer.items():
             digits = str(layer).removeprefix("-")
@@ -154,44 +157,45 @@ class SLAConfig(Config):
 
     @property
     def has_linear_branch(self) -> bool:
-        """Whether linear attention reads what is not read exactly."""
+        """True if linear attention reads blocks that are not read exactly."""
         return self.combine in ("proj", "alpha")
 
     @property
     def has_weights(self) -> bool:
-        """Whether each layer has weights of its own, which `save_sla` writes."""
+        """True if sparse layers have trainable weights, which `save_sla` writes."""
         return self.has_linear_branch or self.router == "learned"
 
     def query_block(self, capability: tuple[int, int] | None = None) -> int:
         """Return the tokens per query block.
 
         Args:
-            capability: compute capability of the NVIDIA GPU; None: another device.
+            capability: compute capability of the NVIDIA GPU, or None for other devices.
         """
         if not isinstance(self.block_q, str):
             return self.block_q
-        # An explicit tile is one block of queries and one of keys.
+        # With an explicit tile shape, query and key blocks both have the size of the tile.
         wide = capability == (9, 0) and self.block_k == 64 and isinstance(self.order, str)
         return 128 if wide else 64
 
     def tile_of(
         self, grid: tuple[int, int, int], block: int | None = None
     ) -> tuple[int, int, int] | None:
-        """Return the tile shape on a grid of tokens (t, h, w); None: raster.
+        """Return the tile shape of the token order, or None for raster order.
 
         Args:
-            block: tokens per query block. Default: those of a device without a larger one.
+            grid: number of latent tokens (t, h, w).
+            block: tokens per query block. Default: `query_block()`.
         """
         if self.order == "auto":
             return (CLIP_TILES if grid[0] > 1 else IMAGE_TILES)[block or self.query_block()]
         return None if self.order == "raster" else self.order  # type: ignore[return-value]
 
     def layer_topk(self, layer: int, num_layers: int) -> float | int | None:
-        """`topk` of one layer, overrides applied."""
+        """Return `topk` of a layer, with `topk_by_layer` applied."""
         return self.topk_by_layer.get(layer, self.topk_by_layer.get(layer - num_layers, self.topk))
 
     def check_layers(self, num_layers: int) -> None:
-        """Refuse layer indices that a model of `num_layers` layers does not have."""
+        """Raise ValueError if a setting names a layer that a model of `num_layers` layers does not have."""
         named = () if isinstance(self.dense_layers, int) else self.dense_layers
         by_name = {"dense_layers": tuple(named), "topk_by_layer": tuple(self.topk_by_layer)}
         for name, indices in by_name.items():
@@ -206,7 +210,7 @@ class SLAConfig(Config):
             )
 
     def is_dense_layer(self, layer: int, num_layers: int) -> bool:
-        """Whether this layer always stays dense."""
+        """Return whether a layer stays dense in every step."""
         if isinstance(self.dense_layers, int):
             return layer < self.dense_layers
         return layer in self.dense_layers or layer - num_layers in self.dense_layers

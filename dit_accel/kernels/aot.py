@@ -1,4 +1,4 @@
-"""Compile a launch for a chip that need not be present, and read its resource usage from the machine code."""
+"""Ahead-of-time compilation of a launch for any chip, and its resource usage, read from the machine code."""
 
 import re
 import subprocess
@@ -18,14 +18,14 @@ from dit_accel.kernels.loop_products import loop_flops
 from dit_accel.kernels.predicted import Prediction, predict
 from dit_accel.kernels.usage import Usage
 
-# Constants of the kernels that are sizes of a tile.
+# Kernel constants that are tile sizes.
 _TILE = ("TQ", "TK", "TL", "TV")
 
 
 def compile_launch(launch: Launch, target: Target) -> Usage:
-    """Compile `launch` for `target`, specialised as Triton's launcher specialises it.
+    """Compile `launch` for `target`, with the same specialisation as Triton's launcher. The chip need not be present.
 
-    Raises whatever Triton raises when the kernel does not compile.
+    Triton's exception passes through if the kernel does not compile.
     """
     hip = target.backend == "hip"
     gpu = GPUTarget("hip", target.arch, 64) if hip else GPUTarget("cuda", int(target.arch), 32)
@@ -47,7 +47,7 @@ def compile_launch(launch: Launch, target: Target) -> Usage:
     if (chip := CHIPS.get(target.arch)) is not None:
         columns = getattr(compiled.metadata, "tmem_size", None) or 0
         programs = chip.programs(registers, launch.num_warps, shared, columns)
-        if len(flops) == len(loops):  # otherwise the assembler has split or unrolled a loop
+        if len(flops) == len(loops):  # they differ if the assembler has split or unrolled a loop
             predicted = tuple(
                 predict(x, n, launch.num_warps, programs, chip)
                 for x, n in zip(loops, flops, strict=True)
@@ -70,7 +70,7 @@ def compile_launch(launch: Launch, target: Target) -> Usage:
 
 
 def _source(launch: Launch, backend: BaseBackend) -> ASTSource:
-    """Describe the launch to the compiler: types, constants, and which arguments divide by 16."""
+    """Return the compiler's input: types, constants, and the arguments that are multiples of 16."""
     signature: dict[str, str] = {}
     constants: dict[str, object] = dict(launch.constants)
     attributes = {}
@@ -94,11 +94,11 @@ def _source(launch: Launch, backend: BaseBackend) -> ASTSource:
 
 
 def _hip_usage(text: str) -> tuple[int, int, int]:
-    """Registers, bytes of spilled registers and bytes of stack."""
+    """Return registers, bytes of spilled registers and bytes of stack, from amdgcn assembly."""
 
     def number(key: str) -> int:
         found = re.search(rf"\.{key}:\s+(\d+)", text)
-        assert found is not None, f"{key} is not in the assembly"
+        assert found is not None, f"{key}: not found in the assembly"
         return int(found.group(1))
 
     return (
@@ -109,14 +109,14 @@ def _hip_usage(text: str) -> tuple[int, int, int]:
 
 
 def _cuda_usage(text: str) -> tuple[int, int]:
-    """Registers and bytes of stack."""
+    """Return registers and bytes of stack, from the output of cuobjdump."""
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found is not None, "the disassembler told no registers"
+    assert found is not None, "REG, STACK: not found in the output of cuobjdump"
     return int(found.group(1)), int(found.group(2))
 
 
 def _disassemble(cubin: bytes) -> str:
-    """SASS and resource usage, by the disassembler that Triton ships."""
+    """Return SASS and resource usage, from the disassembler that Triton ships."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

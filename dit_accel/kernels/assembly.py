@@ -1,4 +1,4 @@
-"""Reader of assembly (NVIDIA's SASS, and amdgcn): lists its instructions and finds its loops."""
+"""Reader of assembly (NVIDIA's SASS, and amdgcn): list of instructions, and innermost loops."""
 
 import re
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ class Instruction(NamedTuple):
     """One line of assembly."""
 
     address: int
-    """SASS: bytes. amdgcn: number of the instruction."""
+    """SASS: address in bytes. amdgcn: index of the instruction."""
     text: str
     """Mnemonic and operands, without a predicate."""
     target: int | None = None
-    """Address that a branch goes to."""
+    """Target address of a branch; None: no branch."""
     ends: bool = False
     """True if the next instruction never follows this one: an unconditional branch, or the end."""
 
@@ -64,10 +64,10 @@ def read_amdgcn(text: str) -> list[Instruction]:
 def innermost_loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
     """Yield the instructions of each loop that holds no other loop, in the order of their addresses.
 
-    A loop is a backward branch that can be reached from where it goes.
+    A loop is a backward branch that is reachable from its target.
     """
     index = {x.address: i for i, x in enumerate(code)}
-    last: dict[int, int] = {}  # several branches back to one place are one loop
+    last: dict[int, int] = {}  # several branches back to one address are one loop
     for i, x in enumerate(code):
         if x.target is not None and x.target <= x.address and x.target in index:
             first = index[x.target]
@@ -86,7 +86,7 @@ def _reachable(body: list[Instruction]) -> bool:
     todo = [0]
     while todo:
         i = todo.pop()
-        # Runs of instructions without branches are walked here, not on the list.
+        # Straight-line code is walked here, so that only branch targets go on the list.
         while i < len(body) and i not in seen:
             seen.add(i)
             target = body[i].target

@@ -1,4 +1,4 @@
-"""Every launch that differs in code, on tensors without memory: what `make kernel-table` compiles."""
+"""Catalogue of all launches that compile to different code, on meta tensors. `make kernel-table` compiles them."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ HEADS = 8
 
 
 def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, Launch]:
-    """Launches by `kernel/mode`, blocks of 64 if not said otherwise, for one chip, head_dim and dtype."""
+    """Return the launches for a chip, a head_dim and a dtype, by "kernel/mode". Blocks are 64 unless the mode says 128."""
     make = functools.partial(_launches, target, head_dim, dtype)
     modes = {
         "plain": make(),
@@ -42,10 +42,10 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
         "linear complement": make(linear_scope="complement"),
         "linear by row": make(linear_scope="complement", bounded=False),
         "split rows": make(read=0.5, long_rows=True, causal=True),
-        # Sizes of blocks are loaded beside their indices, by loops that are pipelined.
+        # Pipelined loops load the block sizes along with the block indices.
         "ragged": make(ragged=True, linear_scope="complement", bounded=False),
     }
-    # Tiles of more than 64 queries, and what runs at inference only.
+    # Tiles of more than 64 queries, and modes that exist at inference only.
     wide = {
         "plain": make(block_q=128),
         "causal": make(block_q=128, causal=True),
@@ -62,7 +62,7 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
         f"{mode}, 128 rows": [x for x in launches if x.kernel in BY_ROWS]
         for mode, launches in wide.items()
     }
-    # Query heads that share keys and lists, where a chip's tile holds two query blocks or more.
+    # Query heads that share keys and lists, on chips whose tile holds two or more query blocks.
     packed = {
         "plain": make(group=4),
         "causal": make(group=4, causal=True),
@@ -114,7 +114,7 @@ def catalogue(target: Target, head_dim: int, dtype: torch.dtype) -> dict[str, La
 
 
 def _select(scores: Tensor, criteria: Criteria, **rules: Any) -> Launch:
-    """Return the launch that writes the lists of a plan, and counts where it can."""
+    """Return the launch that writes the lists of a plan. It also fills a tally if the rules allow one."""
     integers = functools.partial(torch.empty, dtype=torch.int32, device="meta")
     geometry = Geometry.of("meta", block_q=64, block_k=64, q_len=LENGTH, kv_len=LENGTH, **rules)
     partial, full, skipped = (
@@ -154,9 +154,9 @@ def _launches(
     long_rows: bool = False,
     group: int = 1,
 ) -> list[Launch]:
-    """Return what a forward and a backward call would launch, in order.
+    """Return the launches of a forward and a backward call, in order.
 
-    With `combine`, or where query heads share keys and lists (`group` of them), a call at inference.
+    With `combine` or `group` > 1, return those of a call at inference. `group` query heads share keys and lists.
     """
     integers = functools.partial(torch.empty, dtype=torch.int32, device="meta")
     heads = HEADS // group

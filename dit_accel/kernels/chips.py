@@ -1,7 +1,7 @@
-"""Facts of the chips that kernels are compiled for: limits, and throughput per clock and SM.
+"""Data of the chips that kernels are compiled for: limits, and throughput per clock and SM.
 
-A field is None where no document states the number and it was not measured. An SM is a compute unit on AMD
-chips, and a warp is a wave.
+A field is None if no document states the number and it was not measured. On AMD chips, an SM is a compute unit and a
+warp is a wave.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ class Chip:
     """Limits and throughput of one chip."""
 
     matrix: str
-    """Matrix instruction that kernels have to use: a key of `Usage.matrix`."""
+    """Matrix instruction that kernels must use: a key of `Usage.matrix`."""
     shared_kib: int
     """Shared memory that one program may use, KiB."""
     sm_shared_kib: int
     """Shared memory of an SM, KiB."""
     sm_warps: int
-    """Warps that an SM holds at most."""
+    """Largest number of warps on an SM."""
     tensor: int
     """fp16 or bf16 FLOP per clock of the matrix units, accumulating in fp32."""
     mufu: int
@@ -30,11 +30,11 @@ class Chip:
     issue: int | None
     """Instructions of a warp that an SM starts per clock."""
     l2_bytes: int | None
-    """Bytes per clock that an SM reads from L2 while all SMs do."""
+    """Bytes per clock that an SM reads from L2 while all other SMs read too."""
     l2_latency: int | None
     """Clocks between the start of a copy and its first byte, from L2 under load."""
     source: str
-    """Origin of the throughput numbers."""
+    """Source of the throughput numbers."""
     warp: int = 32
     """Threads of a warp."""
     quarter_registers: int = 16384
@@ -43,10 +43,13 @@ class Chip:
     """Shared memory that the driver takes per program, KiB."""
 
     def programs(self, registers: int, warps: int, shared: int, tensor_columns: int = 0) -> int:
-        """Programs that fit on one SM at a time.
+        """Return the number of programs that fit on one SM at a time.
 
-        registers: per thread. warps: per program. shared: bytes per program. tensor_columns: columns of
-        tensor memory per program (sm_100: 512 per SM).
+        Args:
+            registers: registers per thread.
+            warps: warps per program.
+            shared: bytes of shared memory per program.
+            tensor_columns: columns of tensor memory per program (sm_100 has 512 per SM).
         """
         per_warp = max(-(-registers // 8) * 8, 8) * self.warp
         limits = [

@@ -1,4 +1,4 @@
-"""A plan as FlexAttention's `BlockMask`."""
+"""Conversion of a plan into FlexAttention's `BlockMask`."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ def check(plan: PlanData) -> None:
     """Raise ValueError for a plan that a `BlockMask` cannot express; the message names the field."""
     for name in ("columns", "q_order"):
         if getattr(plan, name) is not None:
-            raise ValueError(f"{name}: FlexAttention's BlockMask has no such thing")
+            raise ValueError(
+                f"{name}: FlexAttention's BlockMask cannot express it; accepted is None"
+            )
     if plan.device.type == "cuda" and (plan.block_q % 16 or plan.block_k % 16):
         raise ValueError(
             f"plan: blocks of {plan.block_q} and {plan.block_k} tokens; FlexAttention on a GPU accepts "
@@ -23,7 +25,7 @@ def check(plan: PlanData) -> None:
 
 
 def to_flex(plan: PlanData) -> BlockMask:
-    """See `SparsePlan.to_flex`."""
+    """Return a plan as a `BlockMask`; see `SparsePlan.to_flex`."""
     check(plan)
     partial, full = _block_kinds(plan)
     lengths, size = (plan.q_len, plan.kv_len), (plan.block_q, plan.block_k)
@@ -31,7 +33,7 @@ def to_flex(plan: PlanData) -> BlockMask:
 
 
 def every_block(q_len: int, kv_len: int, device: torch.device, mask_mod) -> BlockMask:
-    """`BlockMask` of a mask function without block structure."""
+    """Return the `BlockMask` of a mask function that is evaluated in every block."""
     n_q, n_k = (-(-n // _BLOCK) for n in (q_len, kv_len))
     partial = torch.ones(1, 1, n_q, n_k, dtype=torch.bool, device=device)
     none = torch.zeros_like(partial)
@@ -39,12 +41,12 @@ def every_block(q_len: int, kv_len: int, device: torch.device, mask_mod) -> Bloc
 
 
 def row_blocks(plan: PlanData) -> Tensor:
-    """Query block of each row, `[Lq]`, int32; T_q for padding."""
+    """Return the query block of each row, `[Lq]`, int32; T_q for padding."""
     return _block_of_token(plan.q_len, plan.block_q, plan.q_sizes())
 
 
 def _block_of_token(length: int, block: int, sizes: Tensor) -> Tensor:
-    """Block of each token, `[..., length]`; one past the last block for padding. `sizes` `[..., n]`."""
+    """Return the block of each token, `[..., length]`, for block sizes `[..., n]`. Padding gets the index n."""
     token = torch.arange(length, device=sizes.device)
     index = token // block
     valid = token % block < sizes[..., index]
@@ -52,7 +54,7 @@ def _block_of_token(length: int, block: int, sizes: Tensor) -> Tensor:
 
 
 def _block_kinds(plan: PlanData) -> tuple[Tensor, Tensor]:
-    """Blocks that need the element rule, and those that do not, two `[B|1, Hq|1, T_q, T_k]`."""
+    """Return the masks of the blocks that need an element mask and of those that do not, two `[B|1, Hq|1, T_q, T_k]`."""
     full = block_mask(plan.full_kv_num_blocks, plan.full_kv_indices, plan.num_k_blocks)
     partial = block_mask(plan.kv_num_blocks, plan.kv_indices, plan.num_k_blocks)
     partial, full = torch.broadcast_tensors(partial, full)
@@ -65,15 +67,15 @@ def _block_kinds(plan: PlanData) -> tuple[Tensor, Tensor]:
 
 
 def _mask_mod(plan: PlanData, blocks: Tensor):
-    """Return a function that tells whether a query sees a key; it needs tensors only, and no lists.
+    """Return the `mask_mod` of FlexAttention: a function that returns whether a query sees a key.
 
-    It repeats the lists, because uncompiled FlexAttention reads none, and its FLASH kernel reads none beside a
-    mask function that is always True (pytorch issue 188322). It reads tensors, because a Python number that
-    changes between calls becomes a symbol, which the FLASH kernel refuses.
+    The function repeats the information of the block lists. Uncompiled FlexAttention ignores the lists, and the FLASH
+    kernel ignores them for a mask function that is always True (pytorch issue 188322). The function reads tensors
+    only, because a Python number that changes between calls becomes a symbol, which the FLASH kernel refuses.
     """
     rows = row_blocks(plan)
     keys = _block_of_token(plan.kv_len, plan.block_k, plan.k_sizes())  # [B|1, Lk]
-    # Padding belongs to a further row and a further column, in which nothing is read.
+    # Padding gets an additional row and column of blocks, in which nothing is read.
     blocks = torch.nn.functional.pad(blocks, (0, 1, 0, 1))
     b_blocks, h_blocks, b_keys = len(blocks) > 1, blocks.shape[1] > 1, len(keys) > 1
     last = torch.arange(plan.q_len, dtype=torch.int32, device=plan.device) + plan.q_offset
@@ -96,7 +98,7 @@ def _mask_mod(plan: PlanData, blocks: Tensor):
 def _block_mask(
     partial: Tensor, full: Tensor, lengths: tuple[int, int], size: tuple[int, int], mask_mod
 ) -> BlockMask:
-    # Not by `from_kv_blocks`: it transposes with vmap, which does not run inside an operator.
+    # `BlockMask.from_kv_blocks` transposes with vmap, which does not run inside an operator.
     partial_q, full_q = _lists(partial.mT), _lists(full.mT)
     partial_kv, full_kv = _lists(partial), _lists(full)
     return BlockMask(
@@ -115,7 +117,7 @@ def _block_mask(
 
 
 def _lists(mask: Tensor) -> Lists:
-    """The True entries of each row, as wide as the mask: BlockMask takes the width for T_k."""
+    """Return the True entries of each row in lists as wide as the mask, because BlockMask takes the width for T_k."""
     lists = block_lists(mask)
     pad = mask.shape[-1] - lists.indices.shape[-1]
     return Lists(lists.counts, torch.nn.functional.pad(lists.indices, (0, pad)))

@@ -13,36 +13,36 @@ from dit_accel.kernels.lists import check_range, reads_freely
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Rules:
-    """Fields that `Geometry` and `SparsePlan` share: lengths, blocks, and which keys a query may see."""
+    """Fields that `Geometry` and `SparsePlan` share: lengths, blocks, and the visibility rules of keys."""
 
     block_q: int
     """Tokens per query block."""
     block_k: int
     q_len: int
-    """Tokens on the query side; the last block may be ragged."""
+    """Number of queries. The last block may be shorter than `block_q`."""
     kv_len: int
 
     q_block_sizes: Int[Tensor, " n_q"] | None = None
-    """Valid tokens at the start of each query tile (ragged tiles); None: all but the tail full."""
+    """Number of valid tokens at the start of each query block (ragged blocks). None: all blocks but the last are full."""
     k_block_sizes: Int[Tensor, " n_k"] | None = None
     kv_lengths: Int[Tensor, " batch"] | None = None
-    """Valid keys per batch entry (right padding); None: all."""
+    """Number of valid keys of each batch entry (right padding). None: all keys."""
     columns: Int[Tensor, "b_columns h_columns n_columns"] | None = None
-    """Single keys that every query of a head reads in addition, under the same rules; ascending,
-    unused places at the end hold `kv_len`. A column inside a block that the row reads is read once."""
+    """Single keys that every query of a head reads in addition, under the same rules. Ascending; unused places at the
+    end hold `kv_len`. A column inside a block that the row reads is read once."""
     q_order: Int[Tensor, "h_order l_q"] | None = None
-    """Row r of the query blocks is query `q_order[r]`, `[Hq|1, Lq]`; None: in order."""
+    """Permutation of the queries, `[Hq|1, Lq]`: row r of the query blocks is query `q_order[r]`. None: identity."""
     long_rows: Int[Tensor, " n_long"] | None = None
-    """Query blocks that read very many keys. Kernels may split them, and plans may store them without lists; results stay
-    the same."""
+    """Indices of query blocks that read very many keys. Kernels may split them, and plans may store them without lists.
+    Results do not change."""
 
     causal: bool = False
-    """Query i sees keys up to `i + q_offset`."""
+    """Causal mask: query i sees keys up to `i + q_offset`."""
     q_offset: int = 0
     window: int | None = None
-    """Query i sees only the last `window` of those keys (and the sink)."""
+    """Sliding window: a query sees only the last `window` keys of the causal range, and the sink. None: no window."""
     sink: int = 0
-    """First keys that a window never hides."""
+    """Number of first keys that the window never hides."""
 
     @property
     def device(self) -> torch.device:
@@ -59,16 +59,16 @@ class Rules:
 
     @property
     def positional(self) -> bool:
-        """Whether visibility depends on the query's position, not only on the key."""
+        """True if visibility depends on the position of the query, not only on the key."""
         return self.causal or self.window is not None
 
     @property
     def ragged(self) -> bool:
-        """Whether other blocks than the last one may be short of keys."""
+        """True if blocks before the last one may have fewer than `block_k` keys."""
         return self.positional or self.k_block_sizes is not None or self.kv_lengths is not None
 
     def leading_sizes(self) -> Iterator[tuple[str, int, int]]:
-        """Name, batch and heads of each tensor that has them."""
+        """Return name, batch size and number of heads of each tensor with these axes."""
         if self.columns is not None:
             yield "columns", self.columns.shape[0], self.columns.shape[1]
         if self.q_order is not None:
@@ -77,10 +77,10 @@ class Rules:
             yield "kv_lengths", self.kv_lengths.shape[0], 1
 
     def check_numbers(self) -> None:
-        """Raise ValueError, naming the field, if a number in a tensor is out of range.
+        """Raise ValueError if a number in a tensor is out of range; the message names the field.
 
-        Reads every tensor, so on a GPU it waits for the device: constructors and operators do it
-        on a CPU always, elsewhere with `DIT_ACCEL_DEBUG=1` in the environment.
+        Reads every tensor, so a GPU call waits for the device. Constructors and operators call it on a CPU, and on
+        other devices only with the environment variable `DIT_ACCEL_DEBUG=1`.
         """
         for name, most in (
             ("q_block_sizes", self.block_q),
@@ -94,14 +94,18 @@ class Rules:
         if self.columns is not None:
             step = self.columns.diff(dim=-1)
             if not bool(((step > 0) | (self.columns[..., 1:] == self.kv_len)).all()):
-                raise ValueError(f"columns: accepted are ascending keys, then only {self.kv_len}")
+                raise ValueError(
+                    f"columns: not ascending; accepted are ascending keys, then only {self.kv_len}"
+                )
         if self.q_order is not None:
             in_order = torch.arange(self.q_len, dtype=torch.int32, device=self.device)
             if not bool((self.q_order.sort(-1).values == in_order).all()):
-                raise ValueError(f"q_order: not a permutation of the {self.q_len} queries")
+                raise ValueError(
+                    f"q_order: not a permutation; accepted are the numbers 0 to {self.q_len - 1}, each once"
+                )
 
     def k_sizes(self) -> Int[Tensor, "b n_k"]:
-        """Valid keys in each key block, `[B|1, T_k]` (tail, ragged tiles and `kv_lengths` applied)."""
+        """Return the number of valid keys in each key block, `[B|1, T_k]`: tail, ragged blocks and `kv_lengths` applied."""
         sizes = _block_sizes(
             self.k_block_sizes, self.num_k_blocks, self.block_k, self.kv_len, self.device
         )
@@ -113,13 +117,16 @@ class Rules:
         return torch.minimum(sizes, (self.kv_lengths[:, None] - starts).clamp(min=0))
 
     def q_sizes(self) -> Int[Tensor, " n_q"]:
-        """Valid queries in each query block, `[T_q]`."""
+        """Return the number of valid queries in each query block, `[T_q]`."""
         return _block_sizes(
             self.q_block_sizes, self.num_q_blocks, self.block_q, self.q_len, self.device
         )
 
     def visible(self, q_pos: Int[Tensor, "*q"], k_pos: Int[Tensor, "*k"]) -> Bool[Tensor, "*o"]:
-        """Causal, window and sink rule for broadcast token positions (not block membership)."""
+        """Return whether queries see keys under the causal, window and sink rules, for broadcast token positions.
+
+        Block membership is not considered.
+        """
         last = q_pos + self.q_offset
         seen = k_pos <= last if self.causal else torch.ones_like(k_pos <= last)
         if self.window is not None:
@@ -129,7 +136,7 @@ class Rules:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Geometry(Rules):
-    """Lengths, blocks and visibility rules that many plans share. Make one with `Geometry.of`, which checks it.
+    """Lengths, blocks and visibility rules that several plans share. `Geometry.of` makes one and checks it.
 
     Plans of all layers and sampling steps with the same lengths can use the same geometry:
     `SparsePlan.from_scores(scores, geometry=geometry, topk=0.1)`.
@@ -161,7 +168,7 @@ class Geometry(Rules):
         q_order: Int[Tensor, "h4 l_q"] | None = None,
         long_rows: Int[Tensor, " n_long"] | None = None,
     ) -> "Geometry":
-        """Return a geometry after checking its arguments: those of `SparsePlan.from_block_mask` without the mask.
+        """Return a geometry after checking its arguments, which are those of `SparsePlan.from_block_mask` without the mask.
 
         Tensors are moved to `device`.
 
@@ -186,10 +193,10 @@ class Geometry(Rules):
             raise ValueError(f"sink={sink}: accepted is an int >= 0, above 0 only with a window")
         if causal and (q_block_sizes is not None or k_block_sizes is not None):
             raise ValueError(
-                "causal=True: ragged tiles have no causal order; leave *_block_sizes out"
+                "causal=True: accepted without q_block_sizes and k_block_sizes; ragged blocks have no causal order"
             )
         if q_order is not None and q_block_sizes is not None:
-            raise ValueError("q_order: not together with q_block_sizes; order the tiles instead")
+            raise ValueError("q_order: accepted without q_block_sizes; order the blocks instead")
         tensors = {
             "q_block_sizes": q_block_sizes,
             "k_block_sizes": k_block_sizes,

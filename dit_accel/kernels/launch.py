@@ -1,4 +1,4 @@
-"""One Triton launch as data: run it, or compile it for a chip that is not here."""
+"""`Launch`: one Triton launch as data. Call it to run the kernel; `aot.py` compiles it for any chip."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,13 @@ def runs_here(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything it is called with."""
+    """A kernel with its grid, arguments, constants and launch options."""
 
     kernel: Any
     """The `@triton.jit` function."""
     grid: tuple[int, ...]
     arguments: dict[str, Tensor | int | float | None]
-    """Run-time arguments by name; None stands for an input that this launch does not have."""
+    """Run-time arguments by name; None: this launch does not have the input."""
     constants: dict[str, int | bool | str]
     """`tl.constexpr` arguments by name."""
     num_warps: int
@@ -29,7 +29,7 @@ class Launch:
 
     def __call__(self) -> None:
         first: Any = next(filter(torch.is_tensor, self.arguments.values()))
-        # Triton launches on the current device, not on the tensors'.
+        # Triton launches on the current device, not on the device of the tensors.
         if first.is_cuda and first.get_device() != torch.cuda.current_device():
             with torch.cuda.device_of(first):
                 self._run()
@@ -37,7 +37,7 @@ class Launch:
             self._run()
 
     def _run(self) -> None:
-        # As kernel[grid](...), which would copy the arguments once more.
+        # Equivalent to kernel[grid](...), without its copy of the arguments.
         self.kernel.run(
             grid=self.grid,
             warmup=False,

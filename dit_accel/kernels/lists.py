@@ -1,4 +1,4 @@
-"""Conversion between masks of blocks and the lists of indices that kernels walk."""
+"""Conversion between block masks and the index lists that kernels read."""
 
 from typing import NamedTuple
 
@@ -8,27 +8,28 @@ from torch import Tensor
 
 
 class Lists(NamedTuple):
-    """Counts `[..., rows]` and ascending indices `[..., rows, n]`, int32; unused places hold 0."""
+    """Index lists: counts `[..., rows]` and ascending indices `[..., rows, n]`, int32. Unused places hold 0."""
 
     counts: Int[Tensor, "*b rows"]
     indices: Int[Tensor, "*b rows n"]
 
 
 LIST_BYTES = 2**24
-"""A list of more bytes is worth waiting for the device once, to make it narrower (`prefix_lists`)."""
+"""Size of lists in bytes above which `prefix_lists` waits for the device to make them narrower."""
 
 
 def reads_freely(x: Tensor) -> bool:
-    """Return whether a number can be read from `x` without stalling a device or breaking a graph."""
+    """Return whether a number can be read from `x` without a device synchronisation or a graph break."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def block_lists(mask: Bool[Tensor, "*b rows n_k"], most: int | None = None) -> Lists:
-    """The True entries of each row of `mask`.
+    """Return the True entries of each row of `mask` as lists.
 
     Args:
-        most: a row holds at most this many. On a CPU the lists are as wide as the longest row;
-            elsewhere that number would stall the device, so they are `most` wide (default: all).
+        mask: block mask.
+        most: upper bound of the True entries of a row. On a CPU the lists are as wide as the longest row. On other
+            devices that would need a synchronisation, so they are `most` wide. Default: `n_k`.
     """
     if reads_freely(mask):
         most = int(mask.sum(-1, dtype=torch.int32).max()) if mask.numel() else 0
@@ -37,9 +38,9 @@ def block_lists(mask: Bool[Tensor, "*b rows n_k"], most: int | None = None) -> L
 
 
 def lists_of_width(mask: Bool[Tensor, "*b rows n_k"], width: int) -> Lists:
-    """The True entries of each row of `mask`, of which there are at most `width`."""
+    """Return the True entries of each row of `mask`, at most `width` of them, as lists of this width."""
     ends = mask.cumsum(-1, dtype=torch.int32)
-    # Entries that are not kept all land in one spare place, which is cut off.
+    # All other entries are scattered to one spare place, which is cut off.
     place = torch.where(mask, ends - 1, width).long()
     index = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand_as(place)
     lists = torch.zeros(*ends.shape[:-1], width + 1, dtype=torch.int32, device=mask.device)
@@ -50,11 +51,16 @@ def lists_of_width(mask: Bool[Tensor, "*b rows n_k"], width: int) -> Lists:
 def prefix_lists(
     mask: Bool[Tensor, "*b rows n_k"], long_rows: Int[Tensor, " n_long"], most: int | None
 ) -> Lists:
-    """The lists of `block_lists`, no wider than the rows that need a list.
+    """Return the lists of `block_lists`, no wider than needed by the rows that need a list.
 
-    A long row that holds the first blocks without a gap needs none: its count says everything. Where it is larger than
-    the lists are wide, the row holds blocks 0 to count - 1. So a few rows that read every key do not make the lists of all
-    others as wide as theirs. Reads the width, so on a GPU this waits for the device, and only for large lists.
+    A long row that holds the first blocks without a gap needs no list. If its count exceeds the width of the lists, the
+    row holds the blocks 0 to count - 1. A few rows that read every key then do not widen the lists of all other rows.
+    Large lists on a GPU cost one device synchronisation, which reads the width.
+
+    Args:
+        mask: block mask.
+        long_rows: indices of the long rows.
+        most: as in `block_lists`.
     """
     wait = mask.is_cuda and 4 * mask.numel() > LIST_BYTES and most is None
     wait = wait and not torch.compiler.is_compiling()
@@ -73,7 +79,7 @@ def prefix_lists(
 
 
 def trim(lists: Lists) -> Lists:
-    """The lists as wide as the longest row, which is read."""
+    """Return the lists cut to the length of the longest row. Reads the counts."""
     counts, indices = lists
     width = max(1, int(counts.max())) if counts.numel() else 1
     return lists if width >= indices.shape[-1] else Lists(counts, indices[..., :width].contiguous())
@@ -86,7 +92,7 @@ def block_mask(
     *,
     prefix: bool = False,
 ) -> Bool[Tensor, "*b rows n_k"]:
-    """The mask that `block_lists` came from, or with `prefix` `prefix_lists`."""
+    """Return the mask `[..., rows, n_k]` of lists, the inverse of `block_lists` (with `prefix`, of `prefix_lists`)."""
     valid = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     spare = torch.where(valid, indices, n_k).long()
     mask = torch.zeros(*counts.shape, n_k + 1, dtype=torch.bool, device=indices.device)
@@ -98,7 +104,7 @@ def block_mask(
 
 
 def pack_bits(mask: Bool[Tensor, "*b n_k"]) -> UInt8[Tensor, "*b n_bytes"]:
-    """Eight blocks to a byte, the first in the lowest bit: a kernel asks for one with two shifts."""
+    """Return the mask with eight blocks per byte, the first block in the lowest bit."""
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
     bit = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (padded.to(torch.uint8) << bit).sum(-1, dtype=torch.uint8)
@@ -107,13 +113,13 @@ def pack_bits(mask: Bool[Tensor, "*b n_k"]) -> UInt8[Tensor, "*b n_bytes"]:
 def transpose_lists(
     counts: Int[Tensor, "*b rows"], indices: Int[Tensor, "*b rows most"], n_k: int
 ) -> Lists:
-    """The same pairs listed by column: for each of `n_k` blocks, the rows that hold it."""
+    """Return the transposed lists: for each of the `n_k` blocks, the rows that hold it."""
     return block_lists(block_mask(counts, indices, n_k).mT)
 
 
 def check_range(name: str, x: Tensor, most: int) -> None:
-    """Raises ValueError unless every number is between 0 and `most`; reads the tensor."""
+    """Raise ValueError unless every number is between 0 and `most`. Reads the tensor."""
     if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= most:
         raise ValueError(
-            f"{name}: accepted are numbers between 0 and {most}, got {int(x.min())} to {int(x.max())}"
+            f"{name}: numbers from {int(x.min())} to {int(x.max())}; accepted are numbers from 0 to {most}"
         )

@@ -1,16 +1,16 @@
-"""Reads the matrix products of each main loop from TTGIR, Triton's form of a kernel before LLVM."""
+"""Matrix products of each main loop, read from TTGIR, Triton's intermediate form of a kernel before LLVM."""
 
 import re
 from collections.abc import Iterator
 
-# Triton 3.6 to 3.9 print these; a tcgen05 instruction in machine code does not tell its size.
+# Matrix operations in the TTGIR of Triton 3.6 to 3.9. A tcgen05 instruction in machine code does not contain its size.
 _PRODUCT = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b")
 _SHAPE = re.compile(r"(?:tensor|memdesc)<(\d+)x(\d+)x")
 _LOOP = re.compile(r"\bscf\.(for|while)\b")
 
 
 def loop_flops(ttgir: str) -> tuple[int, ...]:
-    """Matrix FLOP of one step of each innermost loop that multiplies matrices, in order."""
+    """Return the matrix FLOP of one step of each innermost loop that multiplies matrices, in order."""
     return tuple(flops for flops in (sum(map(_flops, body)) for body in _innermost(ttgir)) if flops)
 
 
@@ -37,7 +37,7 @@ def _innermost(ttgir: str) -> Iterator[list[str]]:
 
 def _flops(line: str) -> int:
     product = _PRODUCT.search(line)
-    # Products of fp32 in a blocked layout are plain multiply-adds, not for matrix units.
+    # fp32 products in a blocked layout are plain multiply-adds that do not use matrix units.
     if product is None or "#blocked" in line[product.end() :]:
         return 0
     # ... : <M x K> * <K x N> -> ..., or, in tensor memory: <M x K>, <K x N>, <M x N>.

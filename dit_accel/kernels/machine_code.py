@@ -1,4 +1,4 @@
-"""Describes the main loops of a kernel from its machine code.
+"""Description of the main loops of a kernel, from its machine code.
 
 A main loop is an innermost loop with matrix instructions.
 """
@@ -10,7 +10,7 @@ from typing import Literal
 
 from dit_accel.kernels.assembly import Instruction, innermost_loops
 
-# The first class whose pattern matches counts an instruction. All are anchored at the mnemonic's start.
+# An instruction belongs to the first class whose pattern matches the start of its mnemonic.
 _SASS = {
     "matrix": r"[HIQBDO]MMA|[HIQB]GMMA|UTC[A-Z]*MMA",
     "special": r"MUFU",
@@ -51,7 +51,7 @@ _AMDGCN = {
 }
 _BULK = r"UTMALDG|UBLKCP"
 ROW_BYTES = 16
-"""Bytes per thread from which a loop loads tiles; less are indices and sizes."""
+"""Bytes per thread and step above which loads are tiles. Smaller loads are indices and sizes."""
 MATRIX_NAMES = {
     "wgmma": r"HGMMA",
     "tcgen05": r"UTC[A-Z]*MMA",
@@ -69,24 +69,24 @@ class Loop:
     names: dict[str, int]
     """Number of instructions by mnemonic without modifiers."""
     products: dict[str, int]
-    """Matrix instructions by mnemonic with modifiers; `shared` follows where wgmma reads A from shared memory."""
+    """Matrix instructions by mnemonic with modifiers. The suffix `shared`: wgmma reads A from shared memory."""
     copied: int | None
-    """Bytes that a thread copies from global memory, None if a bulk copy leaves it open."""
+    """Bytes that a thread copies from global memory; None: unknown, because of a bulk copy."""
     wait: int | Literal["mbarrier"] | None
-    """Groups of copies that may be under way when the loop waits for its data, the smallest of the loop.
+    """Smallest number of copy groups that may be in flight when the loop waits for its data.
 
-    0: each step waits for all copies, also for those that it has just started, so nothing overlaps.
-    "mbarrier": bulk copies, which signal barriers. None: the loop copies nothing asynchronously.
+    0: each step waits for all copies, including those that it has just started, so copies and products do not overlap.
+    "mbarrier": bulk copies, which signal barriers. None: no asynchronous copies.
     """
 
     @property
     def total(self) -> int:
-        """Instructions of all classes."""
+        """Number of instructions of all classes."""
         return sum(self.instructions.values())
 
     @property
     def matrix(self) -> tuple[str, ...]:
-        """Kinds of matrix instructions, by the name that PTX and AMD give them."""
+        """Kinds of matrix instructions, by their names in PTX or AMD's documents."""
         return tuple(
             name
             for name, pattern in MATRIX_NAMES.items()
@@ -95,7 +95,7 @@ class Loop:
 
 
 def instruction_class(text: str, classes: dict[str, str] = _SASS) -> str:
-    """Name the class of an instruction; "other" if no class has it."""
+    """Return the class of an instruction, or "other" if no pattern matches."""
     return next((name for name, pattern in classes.items() if re.match(pattern, text)), "other")
 
 
@@ -123,7 +123,7 @@ def main_loops(code: list[Instruction], *, amd: bool = False) -> tuple[Loop, ...
 
 
 def matrix_instructions(code: list[Instruction]) -> dict[str, int]:
-    """Count the matrix instructions of a whole kernel by the name that PTX and AMD give them."""
+    """Count the matrix instructions of a whole kernel, by their names in PTX or AMD's documents."""
     found = {
         name: sum(bool(re.match(pattern, x.text)) for x in code)
         for name, pattern in MATRIX_NAMES.items()
@@ -138,7 +138,7 @@ def async_copies(code: list[Instruction], *, amd: bool = False) -> int:
 
 
 def local_stores(code: list[Instruction]) -> int:
-    """Bytes per thread that SASS stores to local memory: what the assembler calls spill stores."""
+    """Return the bytes per thread that SASS stores to local memory (spill stores)."""
     return sum(_width(x.text) for x in code if x.text.startswith("STL"))
 
 
@@ -149,7 +149,7 @@ def _wait(body: list[Instruction]) -> int | Literal["mbarrier"] | None:
         return min(numbers)
     if any(re.match(_BULK, x.text) for x in body):
         return "mbarrier"
-    # Other warps may copy for this loop. On sm_100 products signal barriers too, so a loop that loads is not meant.
+    # Other warps may copy for this loop. On sm_100 products signal barriers too, so a loop with its own loads is excluded.
     if any(x.text.startswith("SYNCS") for x in body) and (_copied(body) or 0) < ROW_BYTES:
         return "mbarrier"
     return None
@@ -157,7 +157,7 @@ def _wait(body: list[Instruction]) -> int | Literal["mbarrier"] | None:
 
 def _product(text: str) -> str:
     name = text.split()[0]
-    # HGMMA R24, gdesc[UR4], R24: both operands are in shared memory; HGMMA R24, R120, gdesc[UR4]: only B is.
+    # HGMMA R24, gdesc[UR4], R24: A and B are in shared memory. HGMMA R24, R120, gdesc[UR4]: only B is.
     shared = re.match(r"HGMMA\S* \w+, gdesc", text)
     return f"{name} shared" if shared else name
 
@@ -171,7 +171,7 @@ def _copied(body: list[Instruction]) -> int | None:
 
 
 def _width(text: str) -> int:
-    """Bytes per thread of a load or store."""
+    """Return the bytes per thread of a load or store."""
     name = text.split()[0]
     if words := re.search(r"dword(?:x(\d))?$", name):
         return 4 * int(words[1] or 1)

@@ -1,4 +1,4 @@
-"""Partial attentions over disjoint keys, put together."""
+"""Exact merge of partial attentions over disjoint sets of keys."""
 
 import torch
 from jaxtyping import Float
@@ -10,20 +10,20 @@ from dit_accel.kernels.precision import wide
 def merge_lse(
     *parts: tuple[Float[Tensor, "b h l d"], Float[Tensor, "b h l"]],
 ) -> tuple[Float[Tensor, "b h l d"], Float[Tensor, "b h l"]]:
-    """Exact attention over the union of the keys of all parts, which must not share a key.
+    """Return the attention over the union of the keys of all parts. The parts must not share a key.
 
         lse = log sum_p exp(lse_p)      o = sum_p exp(lse_p - lse) o_p
 
     Args:
-        parts: `(o, lse)` as `block_sparse_attention(..., return_lse=True)` gives them: `[B, H, L, D]`
-            and the natural log-sum-exp `[B, H, L]`. A part in which a query has no key has lse = -inf.
+        parts: pairs `(o, lse)` as `block_sparse_attention(..., return_lse=True)` returns them: `[B, H, L, D]`
+            and the natural log-sum-exp `[B, H, L]`. A query without a key in a part has lse = -inf there.
 
     Returns:
-        `o` in the dtype of the parts and `lse` in fp32 (fp64 for fp64); 0 and -inf where no part has
-        a key. Differentiable.
+        `o` in the dtype of the parts, and `lse` in fp32 (fp64 for fp64). A query without a key in all parts gets 0 and
+        -inf. Differentiable.
 
     Raises:
-        ValueError: no part, or parts of different shape, dtype or device; it names the part.
+        ValueError: no part, or parts of different shape, dtype or device; the message names the part.
     """
     if not parts:
         raise ValueError("parts: got none; accepted is one or more (o, lse)")
@@ -44,7 +44,7 @@ def merge_lse(
             )
     dtype = wide(o)
     each = torch.stack([part_lse.to(dtype) for _, part_lse in parts])
-    # Rows without any key would be -inf - -inf; they are shifted by 0 and end as weights of 0.
+    # Rows without any key would compute -inf - -inf. They are shifted by 0 instead, and get weights of 0.
     top = each.detach().amax(0)
     top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
     weights = torch.exp(each - top)
@@ -53,7 +53,7 @@ def merge_lse(
     safe = torch.where(empty, torch.ones_like(total), total)
     merged = torch.zeros_like(o, dtype=dtype)
     for weight, part_lse, (part_o, _) in zip(weights, each, parts, strict=True):
-        # Other libraries leave NaN where there is no key, and a weight of 0 would not remove it.
+        # Other libraries return NaN for queries without a key, which a weight of 0 would not remove.
         finite = part_o.to(dtype).masked_fill((part_lse == -torch.inf)[..., None], 0.0)
         merged = merged + weight[..., None] * finite
     out = torch.where(empty[..., None], torch.zeros_like(merged), merged / safe[..., None])

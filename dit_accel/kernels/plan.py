@@ -1,4 +1,4 @@
-"""`SparsePlan`: the key blocks that each query block reads, as plain data."""
+"""`SparsePlan`: lists of the key blocks that each query block reads, as plain data."""
 
 import dataclasses
 import math
@@ -38,12 +38,12 @@ PER_HEAD = (
     "columns",
     "q_order",
 )
-"""Tensors of a plan with a size for heads."""
+"""Tensors of a plan that have an axis for heads."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SparsePlan(PlanData):
-    """Lists of the key blocks that each query block reads exactly: int32 tensors and a few numbers.
+    """Lists of the key blocks that each query block reads exactly, stored as int32 tensors and a few numbers.
 
     A row is one query block of one head. The lists of a row are disjoint:
 
@@ -53,8 +53,8 @@ class SparsePlan(PlanData):
 
     `from_scores` and `from_block_mask` make plans and sort the blocks of a row into the lists.
 
-    A leading `B` or `Hq` of 1 means "the same for all". In `block_sparse_attention` a plan may also have one set of lists
-    for each of the `Hkv` heads of keys, which the query heads of its group share.
+    A leading `B` or `Hq` of 1 means that all samples or heads share the lists. In `block_sparse_attention` a plan may also
+    have one set of lists for each of the `Hkv` heads of keys, which the query heads of its group share.
     """
 
     def to(self, device: torch.device | str) -> "SparsePlan":
@@ -67,9 +67,9 @@ class SparsePlan(PlanData):
         return dataclasses.replace(self, **moved)
 
     def for_heads(self, heads: int) -> "SparsePlan":
-        """Return the same plan with lists for so many heads, each set repeated for the heads of its group."""
+        """Return the same plan with lists for `heads` heads: each set of lists is repeated for the heads of its group."""
         own = self.heads
-        if own == 1 or own == heads:  # one by one: sizes may be symbolic
+        if own == 1 or own == heads:  # compared one by one, because sizes may be symbolic
             return self
         if heads % own:
             raise ValueError(f"heads={heads}: accepted is a multiple of the plan's {own}")
@@ -87,7 +87,7 @@ class SparsePlan(PlanData):
         return dataclasses.replace(self, **changes)
 
     def listed(self) -> "SparsePlan":
-        """Return the same plan with every block on a list, as backward passes and linear branches read it."""
+        """Return the same plan with every block on a list, the form that backward passes and linear branches need."""
         if not self.has_prefix_rows:
             return self
         counts, indices = lists_of_width(self.full_blocks(), self.num_k_blocks)
@@ -137,31 +137,32 @@ class SparsePlan(PlanData):
         long_rows: Int[Tensor, " n_long"] | None = None,
         most: int | None = None,
     ) -> "SparsePlan":
-        """A plan that reads exactly the blocks that are True in `mask`.
+        """Return a plan that reads exactly the blocks that are True in `mask`.
 
         Args:
-            mask: `[B|1, Hq|1, T_q, T_k]`, on any device. Blocks without a visible key are dropped.
+            mask: blocks to read, bool `[B|1, Hq|1, T_q, T_k]`, on any device. Blocks without a visible key are dropped.
             block_q, block_k: tokens per block, >= 1.
-            q_len, kv_len: lengths in tokens; `T_q = ceil(q_len / block_q)`, `T_k` likewise.
-            causal: bottom-right aligned: query i sees keys up to `i + kv_len - q_len`.
-            q_offset: overrides that shift. Default: `kv_len - q_len` when causal, else 0.
-            window: visible keys per query, counted back from its own position; needs `causal`.
-            sink: first keys that the window never hides.
-            kv_lengths: `[B]`, valid keys per batch entry.
-            q_block_sizes, k_block_sizes: `[T_q]`, `[T_k]`, valid tokens at the start of each tile.
-            skip: as `mask`: blocks that the linear scope "marginal" leaves out. What `mask` reads
-                is never skipped.
-            columns: `[B|1, Hq|1, C]`, single keys that every query of a head reads too; strictly
-                ascending, unused places at the end hold `kv_len`.
-            q_order: `[Hq|1, Lq]`, a permutation: row r of the blocks is query `q_order[r]`.
-            long_rows: `[n]`, query blocks that read very many keys, which GPU kernels then split
-                over several programs. Changes no result.
-            most: a row of `mask` holds at most this many blocks; keeps the lists narrow where
-                counting would stall the device. Default: no limit is known.
+            q_len, kv_len: lengths in tokens; `T_q = ceil(q_len / block_q)`, `T_k = ceil(kv_len / block_k)`.
+            causal: causal mask, bottom-right aligned: query i sees keys up to `i + kv_len - q_len`.
+            q_offset: shift of the causal mask: query i sees keys up to `i + q_offset`. Default: `kv_len - q_len` if
+                causal, else 0.
+            window: number of visible keys per query, counted back from its own position. Needs `causal`.
+            sink: number of first keys that the window never hides.
+            kv_lengths: number of valid keys of each batch entry, `[B]`.
+            q_block_sizes, k_block_sizes: number of valid tokens at the start of each block, `[T_q]` and `[T_k]`.
+            skip: blocks that the linear scope "marginal" leaves out, of the shape of `mask`. Blocks that `mask` reads
+                are never skipped.
+            columns: single keys that every query of a head reads in addition, `[B|1, Hq|1, C]`. Strictly ascending;
+                unused places at the end hold `kv_len`.
+            q_order: permutation of the queries, `[Hq|1, Lq]`: row r of the blocks is query `q_order[r]`.
+            long_rows: indices of query blocks that read very many keys, `[n]`. GPU kernels split them over several
+                programs. Results do not change.
+            most: upper bound of the blocks in a row of `mask`. Keeps the lists narrow without a device synchronisation.
+                Default: `T_k`.
 
         Raises:
-            ValueError: an argument is out of range or shapes do not match; it names the argument.
-                Numbers inside tensors are checked on a CPU only.
+            ValueError: an argument is out of range, or shapes do not match; the message names the argument. Numbers
+                inside tensors are checked on a CPU only.
         """
         geometry = Geometry.of(
             mask.device,
@@ -194,7 +195,7 @@ class SparsePlan(PlanData):
         some, every = visibility.block_visibility(geometry)
         shape = torch.broadcast_shapes(mask.shape, some.shape)
         mask = mask.expand(shape)
-        # Few blocks of a row can be partial: those at its edges and the last one.
+        # Only few blocks of a row can be partial: those at its edges, and the last block.
         few = visibility.most_partial(geometry)
         few = most if few is None else few if most is None else torch.sym_min(most, few)
         partial = block_lists(mask & some & ~every, few)
@@ -228,17 +229,17 @@ class SparsePlan(PlanData):
         """Return a plan that keeps the best blocks of each row, at least one.
 
         Pass `topk` (or `count`), `top_p`, both, or `threshold`. A row is one query block of one head; n is the number
-        of key blocks with a score. Ties go to the lower index, on every device.
+        of key blocks with a score. Among equal scores, the lower index ranks first, on every device.
 
         Args:
-            scores: logits `[B|1, Hq|1, T_q, T_k - tail_blocks]`, for example of `block_scores`. Higher is
+            scores: logits `[B|1, Hq|1, T_q, T_k - tail_blocks]`, for example from `block_scores`. Higher is
                 better.
             topk: fraction in (0, 1]. Each row keeps its `max(1, ceil(topk * n))` best blocks.
             count: number of best blocks that each row keeps, in place of `topk`.
             top_p: softmax mass in (0, 1]. Each row keeps the fewest best blocks whose softmax weights sum
                 to at least `top_p`. With `topk`, a row keeps the union of both.
-            threshold: score. Each row keeps every block whose score is at least this. Not together with
-                `topk` or `top_p`.
+            threshold: smallest score. Each row keeps every block with at least this score. Not together with `topk` or
+                `top_p`.
             skip: fraction in [0, 1). The `floor(skip * n)` worst blocks of each row are negligible (the
                 k_l of SLA). Used by `linear_scope="marginal"`.
             limit: fraction in (0, 1] of the n blocks, at least `topk`. `top_p` and `threshold` keep at
@@ -249,23 +250,23 @@ class SparsePlan(PlanData):
             tail_blocks: number of last blocks, without scores, that every row reads in addition (text).
             diagonal: number of blocks on either side of a row's own position (plus `q_offset`) that the
                 row reads in addition, with the blocks at that position. Default: none.
-            geometry: lengths, blocks and rules, checked once and shared by many plans.
-            tally: int64 `[3]` on the device of the scores: number of plans, (query, key) pairs that they
-                attend to, and pairs of dense calls. The numbers of this plan are added in place, without
-                a launch of its own. Not for `causal` plans or plans with `columns`.
+            geometry: lengths, blocks and rules, checked once and shared by several plans.
+            tally: counters, int64 `[3]` on the device of the scores: number of plans, attended (query, key) pairs, and
+                pairs of dense calls. The numbers of this plan are added in place, without an additional launch. Not for
+                `causal` plans or plans with `columns`.
             dense_queries: number of queries of the same call that are not in the plan and read every key.
                 They count in `tally` only. Default: 0.
             **lengths_and_rules: arguments in place of `geometry`: `block_q`, `block_k`, `q_len`, `kv_len`
                 and, optionally, the rules of `from_block_mask` (`causal`, `kv_lengths`, ...).
 
         Raises:
-            ValueError: an argument is out of range or shapes do not match; it names the argument.
+            ValueError: an argument is out of range, or shapes do not match; the message names the argument.
         """
         if geometry is None:
             geometry = Geometry.of(scores.device, **lengths_and_rules)
         elif lengths_and_rules:
             raise ValueError(
-                f"geometry: also got {', '.join(lengths_and_rules)}; accepted is one or the other"
+                f"geometry: given with {', '.join(lengths_and_rules)}; accepted is geometry alone, or lengths and rules"
             )
         elif geometry.device != scores.device:
             raise ValueError(f"geometry: on {geometry.device}, but scores are on {scores.device}")
@@ -319,7 +320,7 @@ class SparsePlan(PlanData):
             criteria.diagonal,
             full if g.ragged else 1,
             full,
-            (criteria.skip or 0) + 1,  # a size of 1 would be a constant of a compiled graph
+            (criteria.skip or 0) + 1,  # + 1, because torch.compile treats a size of 1 as a constant
             dense_queries,
         )
         partial, kept, skipped = (Lists(*lists[i : i + 2]) for i in (0, 2, 4))
@@ -355,18 +356,21 @@ class SparsePlan(PlanData):
             row_bound=bound,
         )
 
-    # -- what it means ---------------------------------------------------------------------------
+    # -- meaning ---------------------------------------------------------------------------------
 
     def to_dense_mask(self) -> Bool[Tensor, "b h l_q l_k"]:
-        """Return the mask of the keys that each query reads, `[B|1, Hq|1, Lq, Lk]`; it defines the kernels' result."""
+        """Return the mask of the keys that each query reads, `[B|1, Hq|1, Lq, Lk]`.
+
+        The result of the kernels is defined as attention under this mask.
+        """
         return visibility.pair_mask(self, self.to_block_mask(), columns=True)
 
     def density(self) -> float:
-        """Attended (query, key) pairs over the pairs a dense call computes (causal: the triangle)."""
+        """Return the share of attended (query, key) pairs, of the pairs of a dense call (causal: of the triangle)."""
         return float(self.density_tensor())
 
     def density_tensor(self) -> Float[Tensor, ""]:
-        """`density` as a scalar tensor on the plan's device, so that nothing waits for it."""
+        """Return `density` as a scalar tensor on the plan's device, without a device synchronisation."""
         return visibility.density(self)
 
     @torch.no_grad()
@@ -377,17 +381,17 @@ class SparsePlan(PlanData):
         *,
         scale: float | None = None,
     ) -> Float[Tensor, "b h"]:
-        """Share of the exact softmax mass that the plan reads, averaged over queries.
+        """Return the share of the exact softmax mass that the plan reads, averaged over queries.
 
         Computed one query block at a time, in fp32 or wider.
         """
         return visibility.recall(self, q, k, scale)
 
     def to_flex(self) -> "BlockMask":
-        """The plan as FlexAttention's `BlockMask`, element rules included (`torch >= 2.5`).
+        """Return the plan as FlexAttention's `BlockMask`, element rules included.
 
         Raises:
-            ValueError: for plans that a `BlockMask` cannot say: `columns`, `q_order`.
+            ValueError: the plan has `columns` or `q_order`, which a `BlockMask` cannot express.
         """
         from dit_accel.kernels import flex
 
@@ -398,7 +402,11 @@ torch.export.register_dataclass(SparsePlan)
 
 
 def _check_leading(sizes: Iterable) -> None:
-    """Names, batches and heads: every batch is 1 or the same number, and so are the heads."""
+    """Raise ValueError unless all tensors have the same batch size and number of heads, or 1.
+
+    Args:
+        sizes: name, batch size and number of heads of each tensor.
+    """
     for axis, what in ((1, "batch"), (2, "heads")):
         first = None
         for size in sizes:
@@ -418,17 +426,19 @@ def _check_tally(tally: Tensor, rules: Rules) -> None:
             f"tally: {tally.dtype} {tuple(tally.shape)} on {tally.device}; accepted is torch.int64 (3,) "
             f"on {rules.device}"
         )
-    if not tally.is_contiguous():  # the kernel adds to three numbers in a row
+    if not tally.is_contiguous():  # the kernel adds to three consecutive numbers
         raise ValueError(f"tally: stride {tally.stride(0)}; accepted is a contiguous tensor")
     if rules.positional or rules.columns is not None:
         kind = "causal" if rules.positional else "with columns"
-        raise ValueError(f"tally: not for a plan {kind}, whose pairs do not follow from its blocks")
+        raise ValueError(
+            f"tally: given for a plan {kind}; accepted without, because only then do blocks determine the pairs"
+        )
 
 
 def _check_blocks(
     name: str, x: Tensor, block_q: int, block_k: int, q_len: int, kv_len: int, tail: int = 0
 ) -> int:
-    """Return the number of key blocks that `x` `[B|1, Hq|1, T_q, T_k - tail]` has to name."""
+    """Return the number of key blocks of `x` `[B|1, Hq|1, T_q, T_k - tail]` after checking its shape."""
     n_q, n_k = math.ceil(q_len / block_q), math.ceil(kv_len / block_k) - tail
     if x.ndim != 4 or tuple(x.shape[-2:]) != (n_q, n_k):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`PlanData`: the lists of a plan and the properties that they alone determine. `SparsePlan` adds constructors."""
+"""`PlanData`: lists of a plan, and their properties. `SparsePlan` adds constructors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from dit_accel.kernels.lists import (
 
 
 class ColumnLists(NamedTuple):
-    """A plan read by key block: which query blocks read it, partly and in full."""
+    """Transposed plan: the query blocks that read each key block, partly and in full."""
 
     partial: Lists
     """`[B|1, Hq|1, T_k]` counts and `[B|1, Hq|1, T_k, n]` query blocks."""
@@ -31,21 +31,21 @@ class PlanData(Rules):
     """Fields of `SparsePlan`."""
 
     kv_num_blocks: Int[Tensor, "b h n_q"]
-    """Partial blocks per row. A block without a valid key is on no list."""
+    """Number of partial blocks of each row. A block without a valid key is on no list."""
     kv_indices: Int[Tensor, "b h n_q n_partial"]
-    """Their indices, ascending, in the first `kv_num_blocks` places; the rest is 0."""
+    """Indices of the partial blocks, ascending, in the first `kv_num_blocks` places; the rest is 0."""
     full_kv_num_blocks: Int[Tensor, "b h n_q"]
     full_kv_indices: Int[Tensor, "b h n_q n_full"]
-    """Indices like `kv_indices`. A row of `long_rows` whose count is larger than these lists are wide reads the first blocks, 0 to
-    count - 1, and has no list."""
+    """Indices of the full blocks, like `kv_indices`. A row of `long_rows` whose count exceeds the width of these lists has
+    no list: it reads the blocks 0 to count - 1."""
 
     skip_num_blocks: Int[Tensor, "b h n_q"] | None = None
-    """Blocks per row that not even the linear branch reads; None: no such class."""
+    """Number of blocks of each row that not even the linear branch reads. None: no skip lists."""
     skip_indices: Int[Tensor, "b h n_q n_skip"] | None = None
 
     row_bound: int | None = None
-    """Most blocks that one row reads and skips together; None: not known. Kernels choose by it how the
-    linear branch sums, so the choice is the same on every device."""
+    """Upper bound of the blocks that one row reads and skips together. None: unknown. It determines how the linear branch
+    sums, so that every device sums in the same way."""
 
     @property
     def device(self) -> torch.device:
@@ -53,11 +53,11 @@ class PlanData(Rules):
 
     @property
     def heads(self) -> int:
-        """Heads that have lists of their own; 1: all share them."""
+        """Number of heads that have their own lists. 1: all heads share the lists."""
         return max(heads for _, _, heads in self.leading_sizes())
 
     def leading_sizes(self) -> Iterator[tuple[str, int, int]]:
-        """Name, batch and heads of each tensor that has them."""
+        """Return name, batch size and number of heads of each tensor with these axes."""
         for name in ("kv_num_blocks", "full_kv_num_blocks", "skip_num_blocks"):
             if (x := getattr(self, name)) is not None:
                 yield name, x.shape[0], x.shape[1]
@@ -65,14 +65,14 @@ class PlanData(Rules):
 
     @property
     def has_prefix_rows(self) -> bool:
-        """Whether there may be rows whose full blocks are on no list, because they are the first ones."""
+        """True if the plan may have rows without a list of full blocks, which read the first blocks (`long_rows`)."""
         return self.long_rows is not None and self.full_kv_indices.shape[-1] < self.num_k_blocks
 
     def check_numbers(self) -> None:
-        """Raise ValueError, naming the field, if a number in a tensor is out of range.
+        """Raise ValueError if a number in a tensor is out of range; the message names the field.
 
-        Reads every tensor, so on a GPU it waits for the device: operators do it on a CPU always,
-        elsewhere with `DIT_ACCEL_DEBUG=1` in the environment.
+        Reads every tensor, so a GPU call waits for the device. Operators call it on a CPU, and on other devices only
+        with the environment variable `DIT_ACCEL_DEBUG=1`.
         """
         n_q, n_k = self.num_q_blocks, self.num_k_blocks
         for name in ("kv", "full_kv", "skip"):
@@ -82,7 +82,7 @@ class PlanData(Rules):
             if counts.shape[-1] != n_q or indices.shape[:-1] != counts.shape:
                 raise ValueError(
                     f"{name}_indices: shape {tuple(indices.shape)} with counts "
-                    f"{tuple(counts.shape)}; accepted are [B|1, Hq|1, {n_q}, n] and the same without n"
+                    f"{tuple(counts.shape)}; accepted are [B|1, Hq|1, {n_q}, n] and [B|1, Hq|1, {n_q}]"
                 )
             if name == "full_kv" and self.long_rows is not None:
                 check_range("long_rows", self.long_rows, n_q - 1)
@@ -97,7 +97,7 @@ class PlanData(Rules):
                     self._check_listed(name)
 
     def _check_listed(self, name: str) -> None:
-        """Refuse listed blocks that are empty, or on the full list not whole."""
+        """Raise ValueError if a list names an empty block, or the full list one with missing keys."""
         counts, indices = getattr(self, f"{name}_num_blocks"), getattr(self, f"{name}_indices")
         sizes = self.k_sizes()
         batch = max(len(sizes), len(indices))
@@ -108,7 +108,7 @@ class PlanData(Rules):
         if bool((listed & (found < least)).any()):
             raise ValueError(
                 f"{name}_indices: names a block with fewer than {least} valid keys (k_block_sizes, kv_lengths); "
-                "accepted are blocks with keys, on the full list whole ones"
+                f"accepted are blocks with at least {least}"
             )
 
     def to_block_mask(self) -> Bool[Tensor, "b h n_q n_k"]:
@@ -117,14 +117,14 @@ class PlanData(Rules):
         return block_mask(self.kv_num_blocks, self.kv_indices, n_k) | self.full_blocks()
 
     def full_blocks(self) -> Bool[Tensor, "b h n_q n_k"]:
-        """Return the mask of blocks that are read whole, `[B|1, Hq|1, T_q, T_k]`."""
+        """Return the mask of blocks on the full lists, `[B|1, Hq|1, T_q, T_k]`."""
         counts, indices = self.full_kv_num_blocks, self.full_kv_indices
         return block_mask(counts, indices, self.num_k_blocks, prefix=self.has_prefix_rows)
 
     def linear_blocks(self, linear_scope: str) -> Bool[Tensor, "b h n_q n_k"]:
         """Return the mask of blocks that the linear branch sums over, `[B|1, Hq|1, T_q, T_k]`.
 
-        "all": every block; "complement": those not read; "marginal": those neither read nor skipped.
+        "all": every block. "complement": blocks that are not read. "marginal": blocks that are neither read nor skipped.
         """
         read = self.to_block_mask()
         if linear_scope == "all":
@@ -136,7 +136,7 @@ class PlanData(Rules):
         return ~read
 
     def transpose(self) -> ColumnLists:
-        """The plan by key block: which query blocks read it. Backward walks these lists."""
+        """Return the lists of query blocks that read each key block. The backward pass reads them."""
         n_k = self.num_k_blocks
         return ColumnLists(
             partial=transpose_lists(self.kv_num_blocks, self.kv_indices, n_k),

@@ -1,4 +1,4 @@
-"""Dtypes of a computation. `torch.autocast` sets the dtype of the inputs only."""
+"""Dtypes of sums and products. `torch.autocast` affects the dtype of the inputs only."""
 
 import contextlib
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """The dtype of sums over `x`: fp32, or fp64 for fp64."""
+    """Return the dtype of sums over `x`: fp32, or fp64 for fp64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype, as SDPA would take them; unchanged where autocast is off."""
+    """Return the tensors in the dtype of autocast, as SDPA does; unchanged if autocast is off."""
     kind = tensors[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
@@ -23,7 +23,7 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Products inside run in the dtypes that our own code chose."""
+    """Return a context manager that turns autocast off on the device of `x`."""
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()

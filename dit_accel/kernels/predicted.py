@@ -1,12 +1,12 @@
-"""Predicts, from machine code alone, the share of a chip's matrix throughput that a main loop reaches.
+"""Prediction, from machine code, of the share of a chip's matrix throughput that a main loop reaches.
 
-This is a model, not a measurement: no figure here was checked against a run. Clocks of one step of one program:
+This is a model, not a measurement: no number was checked against a run. Clocks of one step of one program:
 
-    pipes  = the busiest of: matrix units, special functions, fp, alu, instruction issue, L2
-    serial = matrix products + arithmetic between them + barriers + loads that nothing overlaps
+    pipes  = the largest of: matrix units, special functions, fp, alu, instruction issue, L2
+    serial = matrix products + arithmetic between them + barriers + loads that do not overlap with anything
     step   = max(pipes, serial / programs on the SM)
 
-`serial` needs latencies, which are known for sm_90 only. Elsewhere the busiest pipe gives an upper bound.
+`serial` needs latencies, which are known for sm_90 only. For other chips the busiest pipe gives an upper bound.
 """
 
 import re
@@ -15,21 +15,21 @@ from dataclasses import dataclass
 from dit_accel.kernels.chips import Chip
 from dit_accel.kernels.machine_code import Loop
 
-# Clocks, from the pipeline depth of sm_90: arithmetic between two products, a barrier, one turn of the loop.
+# Clocks, from the pipeline depth of sm_90: arithmetic between two products, a barrier, one iteration of the loop.
 _ARITHMETIC, _BARRIER, _TURN = 120, 35, 60
 _ON_ALU = ("FMNMX", "FMNMX3", "FSEL", "FSETP")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Share of the matrix units' throughput that a loop is predicted to reach."""
+    """Predicted share of the matrix units' throughput of a loop."""
 
     share: float
-    """Matrix FLOP of the loop by clocks of a step and the chip's FLOP per clock, in (0, 1]."""
+    """Matrix FLOP of a step / (clocks of the step * FLOP per clock of the chip), in (0, 1]."""
     bound: bool
-    """True if the share is an upper bound, because latencies of the chip are not known."""
+    """True if the share is an upper bound, because the latencies of the chip are unknown."""
     limit: str
-    """The part that takes the time: "matrix", "special", "fp", "alu", "issue", "l2" or "serial"."""
+    """Limiting part: "matrix", "special", "fp", "alu", "issue", "l2" or "serial"."""
 
     def __str__(self) -> str:
         return f"{'<= ' if self.bound else ''}{100 * self.share:.0f}"
@@ -38,9 +38,14 @@ class Prediction:
 def predict(
     loop: Loop, flops: int | None, warps: int, programs: int, chip: Chip
 ) -> Prediction | None:
-    """Predict one main loop.
+    """Return the prediction for one main loop.
 
-    flops: matrix FLOP of one step; None gives None. warps: per program. programs: per SM.
+    Args:
+        loop: machine code of the loop.
+        flops: matrix FLOP of one step.
+        warps: warps per program.
+        programs: programs per SM.
+        chip: chip that the loop is compiled for.
     """
     if not flops or not programs:
         return None
@@ -52,7 +57,7 @@ def predict(
 
 
 def _pipes(loop: Loop, flops: int, warps: int, chip: Chip) -> dict[str, float]:
-    """Clocks of an SM that each of its pipes needs for one step."""
+    """Return the clocks that each pipe of an SM needs for one step."""
     count = loop.instructions.get
     lanes = warps * chip.warp
     on_alu = sum(n for name, n in loop.names.items() if name in _ON_ALU)
@@ -75,9 +80,10 @@ def _pipes(loop: Loop, flops: int, warps: int, chip: Chip) -> dict[str, float]:
 
 
 def _issued(loop: Loop, warps: int) -> float:
-    """Matrix FLOP that the instructions do: more than the loop asks for where warps repeat each other's work.
+    """Return the matrix FLOP of the instructions of a step.
 
-    0 for tcgen05, whose instructions do not tell their size.
+    They exceed the FLOP of the products if warps compute the same product. 0 for tcgen05, whose instructions do not
+    contain their size.
     """
     flops = 0.0
     for name, n in loop.products.items():
@@ -91,17 +97,17 @@ def _issued(loop: Loop, warps: int) -> float:
 
 
 def _shared_reads(loop: Loop) -> float:
-    """Clocks in which the wgmma of one group of four warps read shared memory: 128 bytes a clock."""
+    """Return the clocks in which wgmma of one group of four warps reads shared memory, at 128 bytes per clock."""
     clocks = 0.0
     for name, n in loop.products.items():
         if shape := re.match(r"HGMMA\.64x(\d+)x16", name):
-            # A is 64 x 16 and B is 16 x N, of two bytes.
+            # A is 64 x 16 and B is 16 x N, with two bytes per number.
             clocks += n * (int(shape[1]) / 4 + (16 if name.endswith("shared") else 0))
     return clocks
 
 
 def _serial(loop: Loop, pipes: dict[str, float], warps: int, latency: int) -> float:
-    """Clocks of one step of a program that has the SM to itself; its products wait for its arithmetic."""
+    """Return the clocks of one step of a program that runs alone on an SM: its products wait for its arithmetic."""
     count = loop.instructions.get
     between = sum(count(x, 0) for x in ("fp", "special", "convert", "shuffle")) + 12
     extrema = sum(n for name, n in loop.names.items() if name.startswith("FMNMX"))
@@ -111,6 +117,6 @@ def _serial(loop: Loop, pipes: dict[str, float], warps: int, latency: int) -> fl
     barriers = loop.names.get("BAR", 0) + loop.names.get("WARPGROUP", 0) / 2
     exposed = 0.0
     if loop.wait in (0, None):
-        # The first product starts half-way into the loads of both operands.
+        # The first product starts after half of the loads of both operands.
         exposed = max(0.0, latency + (loop.copied or 0) * 32 * warps / 50 - pipes["matrix"] / 2)
     return pipes["matrix"] + arithmetic + barriers * _BARRIER + _TURN + exposed

@@ -1,4 +1,4 @@
-"""Rows between the order of the queries and that of a plan's query blocks."""
+"""Permutation of rows between the order of the queries and the order of a plan's query blocks."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from dit_accel.kernels.plan import SparsePlan
 
 
 def in_block_order(x: Tensor, plan: SparsePlan) -> Tensor:
-    """Rows `[B, H, Lq, ...]` as the query blocks hold them."""
+    """Return rows `[B, H, Lq, ...]` in the order of the query blocks."""
     return x if plan.q_order is None else x.gather(2, _index(x, plan))
 
 
 def in_query_order(x: Tensor, plan: SparsePlan) -> Tensor:
-    """What `in_block_order` came from."""
+    """Return rows `[B, H, Lq, ...]` in the order of the queries: the inverse of `in_block_order`."""
     if plan.q_order is None:
         return x
     return torch.zeros_like(x).scatter_(2, _index(x, plan), x)

@@ -1,13 +1,13 @@
 """Operations on one tile that the Triton kernels share.
 
-Names: `i_` program index, `o_` offsets, `m_` mask, `p_` pointers, `b_` block in registers; TQ x TK
-is the tile. Scores are kept in base 2 (`scale` holds log2 e). Addresses are 64 bit.
+Name prefixes: `i_` program index, `o_` offsets, `m_` mask, `p_` pointers, `b_` block in registers. The tile is TQ x TK.
+Scores are in base 2 (`scale` includes log2 e). Addresses are 64 bit.
 """
 
 import triton
 import triton.language as tl
 
-# Lengths and counts change from call to call: kernels are not compiled anew for each.
+# Lengths and counts change from call to call. Kernels are not compiled again for each value.
 LENGTHS = (
     "q_len", "k_len", "n_q", "n_k", "n_full", "n_part", "n_extra", "n_bytes", "n_columns", "n_row",
     "order_h", "long_blocks", "n_long", "n_segments", "length", "span", "n_parts",
@@ -16,13 +16,13 @@ LENGTHS = (
 
 @triton.jit
 def aligned(stride, ALIGNED: tl.constexpr):
-    """The stride, known to be a multiple of 8: without that, rows of 72 get no asynchronous copies."""
+    """Return the stride as a multiple of 8 for the compiler, which rows of 72 need for asynchronous copies."""
     return stride // 8 * 8 if ALIGNED else stride
 
 
 @triton.jit
 def phi(b_x, m_d, FEATURE: tl.constexpr):
-    """Feature map of rows `[N, DP]` in fp32; 0 beyond head_dim. 0: softmax, 1: elu + 1, 2: relu."""
+    """Return the feature map of rows `[N, DP]` in fp32, 0 beyond head_dim. FEATURE: 0 softmax, 1 elu + 1, 2 relu."""
     if FEATURE == 0:
         b_x = tl.where(m_d[None, :], b_x, float("-inf"))
         b_e = tl.exp2((b_x - tl.max(b_x, 1)[:, None]) * 1.4426950408889634)
@@ -36,7 +36,7 @@ def phi(b_x, m_d, FEATURE: tl.constexpr):
 
 @triton.jit
 def phi_backward(b_x, b_phi, b_dphi, FEATURE: tl.constexpr):
-    """Gradient of x `[N, DP]`, given phi(x) and its gradient, all fp32."""
+    """Return the gradient of x `[N, DP]`, given phi(x) and the gradient of phi(x), all fp32."""
     if FEATURE == 0:
         return b_phi * (b_dphi - tl.sum(b_dphi * b_phi, 1)[:, None])
     elif FEATURE == 1:
@@ -47,7 +47,7 @@ def phi_backward(b_x, b_phi, b_dphi, FEATURE: tl.constexpr):
 
 @triton.jit
 def visible(q_pos, k_pos, q_offset, window, sink, WINDOW: tl.constexpr):
-    """Causal, window and sink rule, `[TQ, TK]`."""
+    """Return the mask of visible pairs under the causal, window and sink rules, `[TQ, TK]`."""
     last = q_pos[:, None] + q_offset
     m_s = k_pos[None, :] <= last
     if WINDOW:
@@ -57,9 +57,9 @@ def visible(q_pos, k_pos, q_offset, window, sink, WINDOW: tl.constexpr):
 
 @triton.jit
 def query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q: tl.constexpr):
-    """Positions of the rows of a query tile, which are queries, and which exist.
+    """Return the positions of the rows of a query tile, the mask of queries, and the mask of existing rows.
 
-    A row beyond a ragged tile's size exists (it gets 0 and -inf) but is no query.
+    A row beyond the size of a ragged block exists (its output is 0, its lse -inf) but is no query.
     """
     size = query_size(i_block, Q_SIZES, BLOCK_Q)
     return sized_rows(i_block, size, o_in, i_h, Q_ORDER, order_h, q_len, BLOCK_Q)
@@ -67,7 +67,7 @@ def query_rows(i_block, o_in, i_h, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q: tl
 
 @triton.jit
 def query_size(i_block, Q_SIZES, BLOCK_Q: tl.constexpr):
-    """Number of queries at the start of a query block. Loops over listed blocks carry it like the index."""
+    """Return the number of valid queries of a query block. Loops over lists carry it from step to step, like the index."""
     size = BLOCK_Q
     if Q_SIZES is not None:
         size = tl.load(Q_SIZES + i_block)
@@ -76,7 +76,7 @@ def query_size(i_block, Q_SIZES, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def sized_rows(i_block, size, o_in, i_h, Q_ORDER, order_h, q_len, BLOCK_Q: tl.constexpr):
-    """`query_rows` of a block whose number of queries is known."""
+    """Return the results of `query_rows` for a block whose number of queries is known."""
     o_row = i_block * BLOCK_Q + o_in
     m_row = (o_in < BLOCK_Q) & (o_row < q_len)
     m_q = m_row & (o_in < size)
@@ -87,7 +87,7 @@ def sized_rows(i_block, size, o_in, i_h, Q_ORDER, order_h, q_len, BLOCK_Q: tl.co
 
 @triton.jit
 def load_rows(X, o_row, m_row, stride, o_d, m_d, MASK_D: tl.constexpr):
-    """Rows `[N, DP]` at 64-bit addresses; 0 where masked."""
+    """Load rows `[N, DP]` at 64-bit addresses; 0 where masked."""
     p_x = X + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
     if MASK_D:
         return tl.load(p_x, mask=m_row[:, None] & m_d[None, :], other=0.0)
@@ -96,7 +96,7 @@ def load_rows(X, o_row, m_row, stride, o_d, m_d, MASK_D: tl.constexpr):
 
 @triton.jit
 def load_tile(X, start, size, stride, o_n, o_d, m_d, MASKED: tl.constexpr, MASK_D: tl.constexpr):
-    """`[N, DP]` from row `start` on; MASKED: only the first `size` rows, the rest 0."""
+    """Load rows `[N, DP]` from row `start` on. MASKED: only the first `size` rows; the rest is 0."""
     p_x = X + start.to(tl.int64) * stride + o_n[:, None] * stride + o_d[None, :]
     if MASKED and MASK_D:
         return tl.load(p_x, mask=(o_n[:, None] < size) & m_d[None, :], other=0.0)
@@ -110,7 +110,7 @@ def load_tile(X, start, size, stride, o_n, o_d, m_d, MASKED: tl.constexpr, MASK_
 
 @triton.jit
 def last_key(KV_LENGTHS, i_b, k_len):
-    """Number of keys of sample `i_b`."""
+    """Return the number of keys of sample `i_b`."""
     if KV_LENGTHS is not None:
         return tl.minimum(tl.load(KV_LENGTHS + i_b), k_len)
     return k_len
@@ -118,7 +118,7 @@ def last_key(KV_LENGTHS, i_b, k_len):
 
 @triton.jit
 def block_size(i_block, k_end, K_SIZES, BLOCK_K: tl.constexpr):
-    """Number of valid keys in one key block, or in each of several."""
+    """Return the number of valid keys in one key block, or in each of several blocks."""
     size = tl.minimum(k_end - i_block * BLOCK_K, BLOCK_K)
     if K_SIZES is not None:
         size = tl.minimum(size, tl.load(K_SIZES + i_block))
@@ -127,7 +127,7 @@ def block_size(i_block, k_end, K_SIZES, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def column_keys(o_c, n_c, COLUMNS, K_SIZES, k_end, BLOCK_K: tl.constexpr):
-    """Keys at places `o_c` of the list of columns: key, key block and validity."""
+    """Return key index, key block and validity at the places `o_c` of the list of columns."""
     o_key = tl.load(COLUMNS + o_c, mask=o_c < n_c, other=0)
     m_c = (o_c < n_c) & (o_key < k_end)
     o_block = tl.where(m_c, o_key // BLOCK_K, 0)
@@ -137,18 +137,18 @@ def column_keys(o_c, n_c, COLUMNS, K_SIZES, k_end, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def covered(COVER, i_row, n_bytes, o_block, m_block):
-    """True where row `i_row` reads block `o_block` exactly (one bit per block)."""
+    """Return whether row `i_row` reads block `o_block` exactly. COVER has one bit per block."""
     b_bits = tl.load(COVER + i_row.to(tl.int64) * n_bytes + o_block // 8, mask=m_block, other=0)
     return ((b_bits.to(tl.int32) >> (o_block % 8)) & 1) == 1
 
 
 @triton.jit
 def mean_weights(UNREAD, i_row, o_block, n_k):
-    """log2 of the tokens that the mean of each block stands for in row `i_row`, see `unread_kernel`."""
+    """Load the weights of block means in row `i_row`: log2 of their number of keys; see `unread_kernel`."""
     return tl.load(UNREAD + i_row.to(tl.int64) * padded_blocks(n_k) + o_block).to(tl.float32)
 
 
 @triton.jit
 def padded_blocks(n_k):
-    """Length of a row of weights: whole tiles, so that kernels load them without a mask."""
+    """Return the length of a row of weights, padded to whole tiles so that kernels load it without a mask."""
     return (n_k + 127) // 128 * 128

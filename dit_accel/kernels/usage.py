@@ -1,4 +1,4 @@
-"""Resources of a compiled kernel, and the bounds that they have to keep."""
+"""Resources of a compiled kernel, and the bounds that kernels must keep."""
 
 from dataclasses import dataclass
 
@@ -20,35 +20,37 @@ class Usage:
     shared: int
     """Bytes per program."""
     programs: int
-    """Programs that fit on one SM at a time; 0 if the chip cannot launch the kernel or is not in `CHIPS`."""
+    """Programs that fit on one SM at a time. 0: the chip cannot launch the kernel, or is not in `CHIPS`."""
     matrix: dict[str, int]
-    """Matrix instructions in the machine code, by kind."""
+    """Number of matrix instructions in the machine code, by kind."""
     async_copies: int
-    """Asynchronous copies in the machine code."""
+    """Number of asynchronous copies in the machine code."""
     warps: int
     stages: int
     tile: dict[str, int]
-    """Sizes of a tile, by the name of the kernel's constant."""
+    """Tile sizes, by the name of the kernel's constant."""
     loops: tuple[Loop, ...]
     """Main loops (innermost loops with matrix instructions), in the order of the code."""
     flops: tuple[int, ...]
-    """Matrix FLOP of one step of each main loop, as Triton's TTGIR has them."""
+    """Matrix FLOP of one step of each main loop, from Triton's TTGIR."""
     predicted: tuple[Prediction | None, ...]
-    """Predicted share of the matrix units' throughput of each loop; None where the model has no number."""
+    """Prediction for each main loop; None if the model has no number."""
 
 
 def missed(arch: str, head_dim: int, usage: Usage) -> list[str]:
-    """List the bounds that a kernel misses.
+    """Return the bounds that a kernel misses, as text.
 
-    Spills: none up to head_dim 128 on sm_80, sm_90 and sm_100, at most 128 bytes elsewhere. Memory: within
-    the limit. Main loops: the chip's own matrix instruction, no wait for all copies, and no loads that are not
-    asynchronous. A loop is exempt from the bounds on loads if it has nothing to prefetch: one stage, or no
-    loads of tiles from global memory; so is gfx942, whose loads fill registers. A loop is not exempt for being rare:
-    loops over partial blocks and extra keys run as often as the plan says.
+    - Spills: none up to head_dim 128 on sm_80, sm_90 and sm_100; at most 128 bytes otherwise.
+    - Shared memory: within the limit of the chip.
+    - Main loops: the matrix instruction of the chip, only asynchronous loads, and no wait for all copies.
+
+    A loop with nothing to prefetch (one stage, or no loads of tiles from global memory) is exempt from the bounds on
+    loads, and so is gfx942, which loads into registers. Loops over partial blocks and extra keys are not exempt, because
+    the plan determines how often they run.
 
     Args:
         arch: key of `CHIPS`.
-        head_dim: of the launch.
+        head_dim: head_dim of the launch.
         usage: result of `compile_launch`.
     """
     chip = CHIPS[arch]

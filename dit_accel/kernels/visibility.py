@@ -1,4 +1,4 @@
-"""Keys that each query sees under a plan: by pair, by block, and counted."""
+"""Visibility of keys under a plan: masks of pairs and of blocks, counts, and recall."""
 
 import math
 
@@ -11,7 +11,7 @@ from dit_accel.kernels.precision import wide
 
 
 def positions(plan: Rules) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the positions of rows and of keys, and masks of the rows and of the keys that are tokens.
+    """Return the positions of rows and of keys, and the masks of the valid rows and of the valid keys.
 
     Shapes: `[Hq|1, Lq]`, `[Lk]`, `[Lq]` and `[B|1, Lk]`, rows in the order of the query blocks.
     """
@@ -24,7 +24,7 @@ def positions(plan: Rules) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def row_ends(plan: Rules) -> tuple[Tensor, Tensor]:
-    """Smallest and largest key position that the rows of each block stand at, two `[Hq|1, T_q]`."""
+    """Return the smallest and the largest position (plus `q_offset`) of the rows of each block, two `[Hq|1, T_q]`."""
     if plan.q_order is None:
         first = torch.arange(plan.num_q_blocks, device=plan.device) * plan.block_q
         last = (first + plan.block_q).clamp(max=plan.q_len) - 1
@@ -39,11 +39,11 @@ def row_ends(plan: Rules) -> tuple[Tensor, Tensor]:
 
 
 def block_visibility(plan: Rules) -> tuple[Tensor, Tensor]:
-    """Return whether some, and whether every, pair of a block is visible: two `[B|1, Hq|1, T_q, T_k]`.
+    """Return the masks of blocks with at least one visible pair and with only visible pairs: two `[B|1, Hq|1, T_q, T_k]`.
 
-    A query block with missing queries (the query tail) still counts as full, because missing queries are
-    never read. Missing keys would be read, so a key block with missing keys does not. With `q_order` and a
-    window, "some" may be True for a block without a visible pair.
+    Missing queries of the last query block do not count, because they are never read. A key block with missing keys
+    is not in the second mask, because its padding would be read. With `q_order` and a window, the first mask may
+    include blocks without a visible pair.
     """
     q_sizes, k_sizes = plan.q_sizes(), plan.k_sizes()
     some = (q_sizes[:, None] > 0) & (k_sizes[:, None, None, :] > 0)
@@ -60,13 +60,13 @@ def block_visibility(plan: Rules) -> tuple[Tensor, Tensor]:
 
 
 def most_partial(plan: Rules) -> int | None:
-    """Return a bound of the partial blocks of one row; None: none is known."""
+    """Return an upper bound of the number of partial blocks of one row; None: unknown."""
     if plan.k_block_sizes is not None or (plan.positional and plan.q_order is not None):
         return None
     tail = 1 + (
         plan.kv_lengths is not None
-    )  # the last block of the keys, and that of a sample's keys
-    # The rows of a block reach over so many key blocks, at the diagonal and at the edge of a window.
+    )  # the last block of all keys, and the last block of a sample's keys
+    # Number of key blocks that the diagonal, or the edge of a window, of one query block can touch.
     edge = (plan.block_q - 1) // plan.block_k + 2
     return tail + edge * (plan.causal + (plan.window is not None)) + (plan.sink > 0)
 
@@ -81,7 +81,7 @@ def column_members(plan: PlanData) -> Tensor:
 
 
 def _rows_seen(plan: PlanData, i: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, for the rows of block i, the keys read `[B|1, Hq|1, BQ, Lk]`, and keys that the rules show."""
+    """Return the masks of the keys that the rows of block i read, `[B|1, Hq|1, BQ, Lk]`, and that the rules show."""
     q_pos, k_pos, q_ok, k_ok = positions(plan)
     at = slice(i * plan.block_q, (i + 1) * plan.block_q)
     rules = plan.visible(q_pos[:, at, None], k_pos) & q_ok[at, None] & k_ok[:, None, None]
@@ -92,9 +92,12 @@ def _rows_seen(plan: PlanData, i: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pair_mask(plan: PlanData, blocks: Tensor, *, columns: bool = False) -> Tensor:
-    """The visible pairs of `blocks` `[B|1, Hq|1, T_q, T_k]`, and of the plan's columns if asked.
+    """Return the mask of visible pairs in some blocks, `[B|1, Hq|1, Lq, Lk]`, with the queries in their own order.
 
-    `[B|1, Hq|1, Lq, Lk]`, queries in their own order.
+    Args:
+        plan: rules and columns.
+        blocks: mask of the blocks, `[B|1, Hq|1, T_q, T_k]`.
+        columns: also include the columns of the plan.
     """
     q_pos, k_pos, q_ok, k_ok = positions(plan)
     row = torch.arange(plan.q_len, device=plan.device)
@@ -111,7 +114,7 @@ def pair_mask(plan: PlanData, blocks: Tensor, *, columns: bool = False) -> Tenso
 
 
 def density(plan: PlanData) -> Tensor:
-    """Attended pairs over the pairs of a dense call, a scalar on the plan's device."""
+    """Return attended pairs / pairs of a dense call, a scalar on the plan's device."""
     sizes = (plan.q_block_sizes, plan.k_block_sizes, plan.kv_lengths)
     in_order = plan.q_order is None and all(x is None for x in sizes)
     if not plan.positional and plan.columns is None:
@@ -120,7 +123,7 @@ def density(plan: PlanData) -> Tensor:
         attended = _pairs_in_order(plan).double()
     else:
         blocks = plan.to_block_mask()
-        # One query block at a time: a [Lq, Lk] mask would not fit at the lengths this is for.
+        # One query block at a time, because a [Lq, Lk] mask of a long prompt does not fit into memory.
         attended = torch.stack(
             [
                 _rows_seen(plan, i, blocks)[0].sum((-1, -2)).double()
@@ -139,9 +142,9 @@ def density(plan: PlanData) -> Tensor:
 
 
 def _pairs_in_order(plan: PlanData) -> Tensor:
-    """Number of pairs that are read, `[B|1, Hq|1]`, from lists of blocks and columns alone.
+    """Return the number of attended pairs, `[B|1, Hq|1]`, from block lists and columns.
 
-    For plans without a window whose tokens are in order, without padding: their pairs in a block follow from its place.
+    For plans without window, permutation and padding: the position of a block determines its number of visible pairs.
     """
     device, offset = plan.device, plan.q_offset if plan.causal else plan.kv_len
     first = torch.arange(plan.num_q_blocks, device=device) * plan.block_q
@@ -151,14 +154,14 @@ def _pairs_in_order(plan: PlanData) -> Tensor:
     keys = (plan.kv_len - start).clamp(max=plan.block_k)
 
     def below(x: Tensor) -> Tensor:
-        """Sum of the keys that the queries up to x places behind the first key see, in one block."""
+        """Return the number of visible pairs in each key block of the queries less than x positions after its first key."""
         x, most = x.clamp(min=0), torch.minimum(x.clamp(min=0), keys)
         return most * (most + 1) // 2 + (x - most) * keys
 
-    ahead = first[:, None] - start  # the first query sees so many keys of the block, and one more
+    ahead = first[:, None] - start  # distance from the first key of the block to the first query
     pairs = below(ahead + queries[:, None]) - below(ahead)
     blocks = plan.to_block_mask()
-    # One head at a time: numbers of all heads of a long prompt take gigabytes.
+    # One head at a time, because counts for all heads of a long prompt take gigabytes.
     read = [torch.where(blocks[:, h], pairs, 0).sum((-1, -2)) for h in range(blocks.shape[1])]
     found = torch.stack(read, 1)
     if plan.columns is None:
@@ -175,7 +178,7 @@ def _pairs_in_order(plan: PlanData) -> Tensor:
 
 
 def keys_read(plan: PlanData) -> Tensor:
-    """Number of keys that the queries of each row read, `[B|1, Hq|1, T_q]`, from the counts alone.
+    """Return the number of keys that each query of a row reads, `[B|1, Hq|1, T_q]`, from the counts of the lists.
 
     For plans without positions and columns.
     """
@@ -189,7 +192,7 @@ def keys_read(plan: PlanData) -> Tensor:
 
 
 def recall(plan: PlanData, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-    """Mean over queries of the exact softmax mass that the plan reads, `[B, Hq]`."""
+    """Return the exact softmax mass that the plan reads, mean over queries, `[B, Hq]`."""
     dtype = wide(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)

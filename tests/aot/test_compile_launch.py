@@ -1,4 +1,4 @@
-"""Facts that `compile_launch` reads from a small kernel, compiled for chips that are not here."""
+"""Resources that `compile_launch` reads from a small kernel, compiled for several chips."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ MATRIX = {"80": "mma.sync", "89": "mma.sync", "90": "wgmma", "100": "tcgen05", "
 def listed_blocks(
     Q, K, O, INDEX, count, length, N: tl.constexpr, D: tl.constexpr, CARRY: tl.constexpr
 ):
-    """Sum of q k^T k over listed blocks; CARRY: the next index is loaded one step ahead."""
+    """Sum q k^T k over listed blocks. CARRY: load the next index one step ahead."""
     o_n, o_d = tl.arange(0, N), tl.arange(0, D)
     b_q = tl.load(Q + o_n[:, None] * D + o_d[None, :])
     b_o = tl.zeros([N, D], tl.float32)

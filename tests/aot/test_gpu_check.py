@@ -1,4 +1,4 @@
-"""The launches that the GPU check records, varies and compiles."""
+"""Recording, variation and compilation of launches by the GPU check."""
 
 import os
 import sys
@@ -15,6 +15,7 @@ from dit_accel.bench.gpu.cases import MODES, WAN, Layer, inputs
 from dit_accel.bench.gpu.device import DryDevice
 from dit_accel.bench.gpu.recording import Sketch, launches, without_device
 from dit_accel.bench.gpu.sweep import neighbours, outputs, retiled, tile_of
+from dit_accel.kernels import SparsePlan, block_sparse_attention
 from dit_accel.kernels.block_sparse import tiles
 from dit_accel.kernels.block_sparse.tiles import Target, Tile
 
@@ -51,6 +52,35 @@ def test_a_retiled_launch_is_what_the_backend_would_launch(monkeypatch, kernel, 
     assert found.sketch().constants == expected.sketch().constants
     assert found.sketch().options == expected.sketch().options
     assert tile_of(found) == tile
+
+
+def packed_launch():
+    """Return the forward launch of a call whose query heads, four per key head, share their lists."""
+    with without_device(HOPPER) as held:
+        q = torch.empty(1, 8, 200, 64, device="meta", dtype=torch.float16)
+        k = q[:, :2]
+        mask = torch.ones(1, 1, 13, 4, dtype=torch.bool, device="meta")
+        sizes = {"block_q": 16, "block_k": 64, "q_len": 200, "kv_len": 200}
+        plan = SparsePlan.from_block_mask(mask, **sizes)
+        block_sparse_attention(q, k, k, plan)
+    return next(x for x in held if x.name == "forward")
+
+
+@pytest.mark.parametrize(
+    ("rows", "packed"), [(64, 4), (32, 2), (16, 1)], ids=["4 heads", "2 heads", "1 head"]
+)
+def test_a_retiled_launch_packs_the_heads_that_fit_in_the_tile(monkeypatch, rows, packed):
+    launch = packed_launch()
+    assert launch.keywords["HEADS_PACKED"] == 4
+    tile = Tile(rows, 64, 4, 2)
+    original = tiles.tile
+    for module in list(sys.modules.values()):
+        if getattr(module, "tile", None) is original:
+            monkeypatch.setattr(module, "tile", lambda *args, **options: tile)
+    expected, found = packed_launch(), retiled(launch, tile)
+    assert found.keywords["HEADS_PACKED"] == packed
+    assert found.grid == expected.grid == (13, 8 // packed, 1)
+    assert found.sketch().constants == expected.sketch().constants
 
 
 def test_neighbours_fit_the_blocks():
@@ -97,26 +127,24 @@ def test_a_limit_takes_every_kernel_once_before_more_of_one():
     assert compiling.spread(sketches, None) == sketches
 
 
-def test_what_does_not_compile_is_named():
-    sketch = layer_launches("none")[-1].sketch()
-    broken = sketch._replace(constants={**sketch.constants, "TQ": 24})
-    result = compiling.compile_all([sketch, broken], HOPPER, here=False, workers=1)
-    assert result["compiled"] == 1
-    assert list(result["not_compiled"]) == [compiling.label(broken)]
-
-
-def end_process(sketch, target):
-    if sketch.constants.get("TQ") == 24:
+def compile_none(sketch, target):
+    """Stand-in for `compile_ahead`: ends its process, raises an error, or succeeds."""
+    if sketch.constants["TQ"] == 24:
         os.abort()
+    if sketch.constants["TQ"] == 48:
+        raise ValueError("no such tile")
 
 
-def test_a_compiler_that_ends_its_process_costs_one_kernel(monkeypatch):
+def test_a_launch_that_does_not_compile_is_named_and_costs_only_itself(monkeypatch):
     sketch = layer_launches("none")[-1].sketch()
-    broken = sketch._replace(constants={**sketch.constants, "TQ": 24})
-    monkeypatch.setattr(compiling, "compile_ahead", end_process)
-    result = compiling.compile_all([broken, sketch, sketch], HOPPER, here=False, workers=2)
-    assert result["compiled"] == 2
-    assert result["not_compiled"] == {compiling.label(broken): "the compiler ended its process"}
+    ends, fails = (sketch._replace(constants={**sketch.constants, "TQ": n}) for n in (24, 48))
+    monkeypatch.setattr(compiling, "compile_ahead", compile_none)
+    result = compiling.compile_all([ends, fails, sketch], HOPPER, here=False, workers=1)
+    assert result["compiled"] == 1
+    assert result["not_compiled"] == {
+        compiling.label(ends): "the compiler ended its process",
+        compiling.label(fails): "ValueError: no such tile",
+    }
 
 
 def test_compiling_ends_at_its_limit():
@@ -145,7 +173,7 @@ def test_launches_are_recorded_in_order_without_running():
 
 
 class Chip:
-    """Stand-in for the driver of a chip that is not here."""
+    """Stand-in for the driver of a chip."""
 
     def get_current_device(self):
         return 0
@@ -158,7 +186,7 @@ class Chip:
 
 
 def test_compiling_ahead_of_a_call_fills_the_cache_that_the_call_looks_into(monkeypatch):
-    """The sketch has dtypes in place of tensors, and must be specialised as the tensors are."""
+    """A sketch has dtypes in place of tensors, and must be specialised like the tensors."""
     held = layer_launches("none")[-1]
     sketch = held.sketch()
     monkeypatch.setattr(CompiledKernel, "_init_handles", lambda self: None)

@@ -1,34 +1,30 @@
-"""The script that writes the kernel table: two kernels compiled, and what it says of missed bounds."""
+"""The kernel table: two kernels compiled for sm_80, as Markdown and JSON, and its bounds."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "kernels" / "kernel_table.py"
+from dit_accel.bench import kernel_table
+from dit_accel.bench.kernel_table import KernelTable
+from dit_accel.bench.split_head_dim import launch
+from dit_accel.kernels.aot import compile_launch
+from dit_accel.kernels.block_sparse.tiles import Target
+
 NAMES = ("pool/router", "forward/plain")
 
 
 @pytest.fixture
 def run(monkeypatch):
-    """`run(stages, **options)`: the script on two launches for sm_80, the second with so many stages."""
-    spec = importlib.util.spec_from_file_location("kernel_table", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "kernel_table", script)  # its dataclasses look for it there
-    spec.loader.exec_module(script)
-    every = script.launches
+    """Return `run(stages, **options)`: the table of two launches, the second with `stages` pipeline stages."""
+    every = kernel_table.launches("80", 64, "bf16")
 
     def run(stages, **options):
-        router, forward = (every("80", 64, "bf16")[name] for name in NAMES)
+        router, forward = (every[name] for name in NAMES)
         forward = dataclasses.replace(forward, num_stages=stages)
         found = dict(zip(NAMES, (router, forward), strict=True))
-        monkeypatch.setattr(script, "launches", lambda *job: found)
-        script.main(
-            script.Args(targets=("80",), head_dims=(64,), check=True, processes=1, **options)
-        )
+        monkeypatch.setattr(kernel_table, "launches", lambda *job: found)
+        KernelTable(targets=("80",), head_dims=(64,), check=True, processes=1, **options).run()
 
     return run
 
@@ -51,9 +47,18 @@ def test_check_fails_on_a_loop_whose_loads_overlap_with_nothing(run, capsys):
     assert failure.value.code == 1
     printed = capsys.readouterr()
     assert "- sm_80, async_wait 0 in loop 1: forward/plain (64)" in printed.out
-    assert "1 miss a bound" in printed.err
+    assert "1 miss" in printed.err
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_compiles(run, tmp_path):
     with pytest.raises(ValueError, match=r"^--json="):
         run(3, json=tmp_path)
+
+
+def test_split_products_use_less_shared_memory_than_padding():
+    target = Target("cuda", "80")
+    split, padded = (
+        compile_launch(launch(72, *parts, 64, 4), target) for parts in ((64, 16), (128, 0))
+    )
+    assert split.matrix
+    assert split.shared < padded.shared

@@ -1,4 +1,4 @@
-"""The loop that speed benchmarks time, and the geometries."""
+"""Sampling loop and geometries of the speed benchmarks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Figures of caches outside of a model: times of a layer, and keys that indexes compare."""
+"""Benchmarks of key-value caches: times of a layer, and number of keys that indexes compare."""
 
 import json
 

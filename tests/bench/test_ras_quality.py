@@ -1,4 +1,4 @@
-"""The benchmark of region-adaptive sampling at equal cost, on a toy scale."""
+"""Benchmark of region-adaptive sampling at equal cost, at a small size."""
 
 import json
 
@@ -13,7 +13,8 @@ from dit_accel.bench.ras_quality import FEWER, OURS, Quality, Tables
 def few_fine_steps():
     with pytest.MonkeyPatch.context() as patch:
         for module in (ras_quality, ras_learned):
-            patch.setattr(module, "FINE_STEPS", 16)
+            patch.setattr(module, "FINE_STEPS", 10)
+        patch.setattr(ras_quality, "TOLERANCE_TRIALS", 2)
         yield
 
 
@@ -71,7 +72,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(results, monkeypatch):
 
 def test_scores_of_other_samples_are_refused(results):
     output, options = results
-    with pytest.raises(ValueError, match="another number of samples than 3"):
+    with pytest.raises(ValueError, match=r"work=.*samples=3"):
         Quality(output, **{**options, "samples": 3}).run()
 
 
@@ -89,10 +90,10 @@ def test_tables_print_what_the_file_holds(results, capsys):
 
 
 def test_a_learned_schedule_costs_what_the_computed_one_costs(tmp_path, capsys):
-    """Nothing is lost on the samples that it was learned from, and the steps that it names are the ones that run."""
+    """The learned schedule is not worse on its training samples, and its steps are those that run."""
     output = tmp_path / "learned.json"
     small = {"model": "tiny-sd3", "steps": 9, "budget": 0.67, "prompts": 8, "solvers": ("euler",)}
-    Learned(output, **small, learn=2, first=0, samples=2, tries=3).run()
+    Learned(output, **small, learn=2, first=0, samples=2, tries=2).run()
     row = json.loads(output.read_text())["rows"][0]
     assert len(row["learned_steps"]) == len(row["computed_steps"]) == row["cost"] == 6
     assert {0, 1, 8} <= set(row["learned_steps"])

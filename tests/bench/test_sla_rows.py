@@ -1,4 +1,4 @@
-"""Settings that the quality benchmarks of sparse attention compare."""
+"""Rows of the quality benchmarks of sparse attention."""
 
 import pytest
 

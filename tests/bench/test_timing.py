@@ -1,4 +1,4 @@
-"""Timing of functions that a benchmark compares."""
+"""Timing of functions in turns."""
 
 import time
 
@@ -24,7 +24,7 @@ def test_work_takes_more_time_than_none():
 
 
 def clock_of_others(monkeypatch, disturbed):
-    """Fake clocks: calls take one second each, and other processes use a core in those that are listed."""
+    """Fake the clocks: each call takes one second, and other processes use a core during the calls in `disturbed`."""
     calls = []
     state = {"busy": 0.0, "now": 0.0}
 

@@ -95,7 +95,7 @@ def test_dense_attention_on_a_cpu_is_flash_attention():
 )
 def test_a_report_has_every_kind_and_part(tmp_path, capsys, changed):
     path = tmp_path / "results" / "training.json"
-    record = TrainingStep(output=path, layers=2, **TINY, **changed).run()
+    record = TrainingStep(output=path, layers=1, **TINY, **changed).run()
     assert json.loads(path.read_text()) == json.loads(json.dumps(record))
     assert record["dense_operators"] == ["_scaled_dot_product_flash_attention_for_cpu"]
     assert record["options"]["topk"] == 0.5
@@ -185,9 +185,9 @@ def test_recorded_arguments_are_those_of_the_call():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"kinds": ("none",)}, "dense"),
-        ({"kinds": ("dense", "sparse")}, r"kinds=.*accepted are dense, none"),
-        ({"parts": ("ffn",)}, r"parts=.*accepted are transformer, block, attention"),
+        ({"kinds": ("none",)}, r"kinds=\('none',\).*dense"),
+        ({"kinds": ("dense", "sparse")}, r"kinds=.*dense, none"),
+        ({"parts": ("ffn",)}, r"parts=.*transformer, block, attention"),
         ({"parts": ()}, r"parts=\(\)"),
     ],
 )

@@ -97,7 +97,6 @@ def test_opcheck_of_the_selecting_operator(skip, counted):
 def test_opcheck_of_the_pooling_operator():
     x = tensors(100)[0]
     torch.library.opcheck(torch.ops.dit_accel.pool_blocks.default, (x, 32, None))
-    torch.library.opcheck(torch.ops.dit_accel.pool_moments.default, (x, 32, None))
 
 
 @pytest.mark.parametrize(

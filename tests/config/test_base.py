@@ -1,4 +1,4 @@
-"""Reading settings: YAML numbers, keys given twice, and methods that are off."""
+"""Reading settings: YAML numbers, duplicate keys, and methods that are off."""
 
 import pytest
 import yaml
@@ -79,7 +79,7 @@ def test_a_layer_named_in_two_ways_is_refused(written):
 )
 def test_what_is_no_plain_yaml_is_refused_with_its_path(text, written):
     path = written(text)
-    with pytest.raises(ValueError, match="not a readable YAML file") as error:
+    with pytest.raises(ValueError, match="YAML") as error:
         read_yaml(path)
     assert str(path) in str(error.value)
 
@@ -95,7 +95,5 @@ def test_a_method_that_is_off_has_no_settings(off, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("read", [RASConfig.load, SLAConfig.load, settings_of])
 def test_an_unknown_preset_names_none_among_what_is_accepted(read):
-    with pytest.raises(
-        ValueError, match=r"'nome'.*did you mean 'none'.*accepted are .*fast,.* none,"
-    ):
+    with pytest.raises(ValueError, match=r"'nome'.*mean 'none'.*fast,.* none,"):
         read("nome")

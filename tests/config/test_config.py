@@ -54,7 +54,7 @@ def test_every_field_has_bad_values_here():
     ("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values]
 )
 def test_a_bad_value_is_refused_by_field_name_and_accepted_values(name, value):
-    with pytest.raises(ValueError, match=rf"^{name}(\[.*\])?=.*: accepted: .+") as error:
+    with pytest.raises(ValueError, match=rf"^{name}(\[.*\])?=") as error:
         SLAConfig(**{name: value})
     shown = value
     if isinstance(value, dict):  # the entry at fault, not the whole table
@@ -75,24 +75,24 @@ def test_the_order_follows_the_grid_unless_it_is_named():
 def test_one_of_topk_and_top_p_is_needed():
     config = SLAConfig(topk=None, top_p=0.9, crossover="never")
     assert config.layer_topk(0, 2) is None
-    with pytest.raises(ValueError, match=r"^top_p=0.9: .* accepted with crossover='never'"):
+    with pytest.raises(ValueError, match=r"^top_p=0.9: .*crossover"):
         SLAConfig(top_p=0.9)
-    with pytest.raises(ValueError, match="topk=None, top_p=None: accepted is a fraction"):
+    with pytest.raises(ValueError, match="topk=None, top_p=None"):
         SLAConfig(topk=None)
 
 
 def test_skipping_needs_a_linear_branch_that_can_skip():
     SLAConfig(skip=0.1, combine="proj", linear_scope="marginal")
     for settings in ({}, {"combine": "alpha"}, {"linear_scope": "marginal"}):
-        with pytest.raises(ValueError, match=r"skip=0\.1: accepted with combine='proj' or"):
+        with pytest.raises(ValueError, match=r"skip=0\.1: .*combine"):
             SLAConfig(skip=0.1, **settings)
 
 
 def test_a_tile_must_fill_its_block():
     SLAConfig(order=(4, 4, 4))
-    with pytest.raises(ValueError, match=r"order=\(2, 4, 4\).*product \(32\) is block_q \(64\)"):
+    with pytest.raises(ValueError, match=r"order=\(2, 4, 4\).*block_q.*64"):
         SLAConfig(order=(2, 4, 4))
-    with pytest.raises(ValueError, match=r"order.*block_k \(32\)"):
+    with pytest.raises(ValueError, match=r"order=\(4, 4, 4\).*block_k.*32"):
         SLAConfig(order=(4, 4, 4), block_k=32)
 
 
@@ -131,19 +131,19 @@ def test_load_returns_a_config_as_it_is_and_reads_dicts():
 
 @pytest.mark.parametrize(("typo", "meant"), [("ballanced", "balanced"), ("Fast", "fast")])
 def test_an_unknown_preset_suggests_the_nearest_one(typo, meant):
-    with pytest.raises(ValueError, match=rf"sla='{typo}'.*did you mean '{meant}'.*quality, "):
+    with pytest.raises(ValueError, match=rf"sla='{typo}'.*'{meant}'.*quality"):
         SLAConfig.load(typo)
 
 
 def test_a_source_of_another_kind_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"sla=0\.5: accepted are a preset name"):
+    with pytest.raises(ValueError, match=r"sla=0\.5: .*SLAConfig"):
         SLAConfig.load(0.5)
 
 
 def test_an_unknown_key_suggests_the_nearest_one():
-    with pytest.raises(ValueError, match=r"unknown key 'top_k' \(did you mean 'topk'\?\)"):
+    with pytest.raises(ValueError, match=r"'top_k'.*mean 'topk'"):
         SLAConfig.from_dict({"top_k": 0.5})
-    with pytest.raises(ValueError, match="unknown key 'zzz'; accepted are topk, top_p, ") as error:
+    with pytest.raises(ValueError, match="'zzz'") as error:
         SLAConfig.from_dict({"zzz": 1})
     assert all(f.name in str(error.value) for f in dataclasses.fields(SLAConfig))
 
@@ -163,20 +163,20 @@ def test_a_config_survives_dict_json_and_yaml(config, tmp_path):
     [
         (
             "sia:\n  topk: 0.5\n",
-            r"unknown section 'sia' \(did you mean 'sla'\?\); accepted are ras:, sla:, prefill:, kv:",
+            r"'sia'.*mean 'sla'.*ras:, sla:, prefill:, kv:",
         ),
         (
             "sla: {topk: 0.5}\ntrain: {}\n",
-            "unknown section 'train'; accepted are ras:, sla:, prefill:, kv:",
+            "'train'; .*ras:, sla:, prefill:, kv:",
         ),
-        ("ras: {}\n", "no section sla:"),
-        ("sla:\n", "section sla: must hold keys and values"),
-        ("sla: [1]\n", "section sla: must hold keys and values"),
-        ("topk", "mapping with the section sla:"),
-        ("", "mapping with the section sla:"),
-        ("sla: {topk: [", "not a readable YAML file"),
-        ("sla: {topkk: 0.5}", "unknown key 'topkk'.*did you mean 'topk'"),
-        ("sla: {topk: 2}", "topk=2: accepted: a fraction"),
+        ("ras: {}\n", "sla:"),
+        ("sla:\n", "sla:"),
+        ("sla: [1]\n", "sla:"),
+        ("topk", "mapping.*sla:"),
+        ("", "mapping.*sla:"),
+        ("sla: {topk: [", "YAML"),
+        ("sla: {topkk: 0.5}", "'topkk'.*mean 'topk'"),
+        ("sla: {topk: 2}", "topk=2"),
     ],
     ids=lambda x: None,
 )
@@ -192,7 +192,7 @@ def test_a_file_that_is_no_text_or_not_there_is_refused_with_its_path(tmp_path):
     with pytest.raises(ValueError, match=re.escape(str(path))):
         SLAConfig.load(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: not a readable YAML file"):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*YAML"):
         SLAConfig.load(path)
 
 
@@ -234,7 +234,7 @@ def test_topk_by_layer_overrides_single_layers_from_either_end():
 )
 def test_a_layer_that_the_model_does_not_have_is_refused_by_field(values):
     (name,) = values
-    with pytest.raises(ValueError, match=rf"^{name}=.*: accepted: .*5"):
+    with pytest.raises(ValueError, match=rf"^{name}=.*5"):
         SLAConfig(**values).check_layers(5)
 
 

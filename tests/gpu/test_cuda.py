@@ -1,4 +1,4 @@
-"""What a GPU must reproduce: attention against the fp64 reference, and a whole pipeline."""
+"""Attention on a GPU against the fp64 reference, and a whole pipeline."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Evaluation on a CUDA device: the figures of a CPU, and memory of the GPU."""
+"""Evaluation on a CUDA device: the same metrics as on a CPU, and GPU memory."""
 
 import pytest
 import torch

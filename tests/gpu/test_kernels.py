@@ -76,7 +76,7 @@ def test_head_dim_256(combine, dtype):
 
 
 def wan(tokens: int, *, heads=12, d=128, dtype=torch.bfloat16, seed=0):
-    """q, k, v as Wan2.1 has them, and an SLA plan of 5 % of the blocks."""
+    """Return q, k, v in the layout of Wan2.1, and an SLA plan of 5 % of the blocks."""
     g = torch.Generator("cuda").manual_seed(seed)
     q, k, v = (
         torch.randn(1, tokens, heads, d, generator=g, device="cuda", dtype=dtype).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Caches of keys and values on a GPU: the same as on a CPU, and stored beside the model or not."""
+"""Key-value caches on a GPU: the same logits as on a CPU, with and without a second stream."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Router and selection on a GPU against their definition in torch on a CPU."""
+"""Router and selection on a GPU against the reference implementation on a CPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Region-adaptive sampling on a CUDA device: the same as on a CPU, without waiting, and memory returns."""
+"""Region-adaptive sampling on a CUDA device: the same as on a CPU, without synchronisation, and memory is freed."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Sparse attention in pipelines on a CUDA device: the same as on a CPU, without waiting."""
+"""Sparse attention in pipelines on a CUDA device: the same as on a CPU, without synchronisation."""
 
 import warnings
 from dataclasses import replace

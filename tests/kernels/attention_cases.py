@@ -1,4 +1,4 @@
-"""Drawn problems for every mode of sparse-linear attention, and how far a result is from the definition."""
+"""Random problems for every mode of sparse-linear attention, and comparison with the reference."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ GROUPS = ((1, 1), (2, 1), (3, 1), (2, 2), (4, 2))
 
 @dataclass
 class Problem:
-    """Inputs in fp64, a plan, and the arguments that say what to compute."""
+    """Inputs in fp64, a plan, and the arguments of the call."""
 
     q: Tensor
     k: Tensor
@@ -34,7 +34,7 @@ class Problem:
     """Arguments of `sparse_linear_attention`; tensors among them in fp64."""
 
     def rounded(self, dtype: torch.dtype) -> "Problem":
-        """The same with every number representable in `dtype`, so that all start from the same ones."""
+        """Return the problem with all numbers rounded to `dtype`, so that all computations start from the same numbers."""
         options = {
             name: x.to(dtype).double() if isinstance(x, Tensor) else x
             for name, x in self.options.items()
@@ -43,14 +43,14 @@ class Problem:
         return Problem(q, k, v, self.plan, options)
 
     def leaves(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Every tensor with a gradient, as fresh copies in `dtype`; strides stay."""
+        """Return fresh copies, in `dtype`, of all tensors that get a gradient, with the same strides."""
         tensors = {"q": self.q, "k": self.k, "v": self.v} | {
             name: x for name, x in self.options.items() if isinstance(x, Tensor)
         }
         return {name: x.detach().clone().to(dtype).requires_grad_() for name, x in tensors.items()}
 
     def outputs(self, leaves: dict[str, Tensor], backend: str | None) -> list[Tensor]:
-        """`[o]`, and lse where there is no summary; backend "reference" is the definition."""
+        """Return `[o]`, and lse if there is no summary. The backend "reference" is the reference implementation."""
         q, k, v, plan = leaves["q"], leaves["k"], leaves["v"], self.plan
         options = {name: leaves.get(name, x) for name, x in self.options.items()}
         if self.options["combine"] == "none":
@@ -65,7 +65,7 @@ class Problem:
         return [sparse_linear_attention(q, k, v, plan, **options, backend=backend)]
 
     def results(self, dtype: torch.dtype, backend: str | None) -> dict[str, Tensor]:
-        """Outputs and gradients by name, for upstream gradients that depend on the shape only."""
+        """Return outputs and gradients by name, for upstream gradients that depend on the shape only."""
         leaves = self.leaves(dtype)
         outputs = self.outputs(leaves, backend)
         g = torch.Generator().manual_seed(1)
@@ -82,7 +82,7 @@ class Problem:
 
 
 def make_tensors(g: torch.Generator, batch, heads, kv_heads, plan, d, d_v, strided) -> list[Tensor]:
-    """Random q, k, v in fp64; `strided`: transposed from `[B, L, H, D]`, as diffusers hands them."""
+    """Return random q, k, v in fp64. `strided`: with the memory layout `[B, L, H, D]` of diffusers."""
     tensors = []
     for h, l, width in (
         (heads, plan.q_len, d),
@@ -134,7 +134,7 @@ def problems(
     head_dims=(16, 24, 40, 64, 72, 80, 96),
     combines=("none", "none", "shared_softmax", "proj", "alpha"),
 ) -> Problem:
-    """Any plan under any combination of arguments that belong together."""
+    """Draw a problem: any plan with any valid combination of arguments."""
     batch = draw(st.integers(1, 2), label="batch")
     heads, kv_heads = draw(st.sampled_from(GROUPS), label="heads")
     combine = draw(st.sampled_from(combines), label="combine")
@@ -167,11 +167,11 @@ SUMMED = ("grad_alpha", "grad_proj_weight", "grad_proj_bias")
 
 
 def assert_results_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float):
-    """Every result within `tolerance` of the case's largest expected value (at least of 1).
+    """Assert that every error is at most `tolerance` * max(1, largest expected value of the problem).
 
-    Of the case's, not its own: a gradient may be 0 because terms as large as the others cancel. A gradient that is
-    summed over all rows is compared with the size that its sum has where terms do not cancel: their number to the
-    power of 1/2, times their size, which is that of the output, because upstream gradients have unit size.
+    The scale is that of the problem, not of each result, because a gradient may be 0 through cancellation of large terms.
+    A gradient that is summed over all rows has another scale, the size of its sum without cancellation: the square root
+    of the number of terms, times the size of the output (upstream gradients have unit size).
     """
     largest = max(
         [1.0, *(x[~x.isinf()].abs().max().item() for x in expected.values() if (~x.isinf()).any())]
@@ -190,10 +190,9 @@ def assert_results_close(actual: dict[str, Tensor], expected: dict[str, Tensor],
 
 
 def assert_half_close(problem: Problem, dtype: torch.dtype, backend: str) -> None:
-    """The rule of two (tolerance.py) for every result; q, k and v share one rule.
+    """Assert the rule of two (tolerance.py) for every result. The gradients of q, k and v share one scale.
 
-    A gradient may be 0 in exact arithmetic, and in plain torch by luck, where terms cancel that are
-    as large as those of the other two.
+    A single gradient may be 0 in exact arithmetic, and by chance in plain torch, through cancellation of large terms.
     """
     problem = problem.rounded(dtype)
     results = [

@@ -1,4 +1,4 @@
-"""FlexAttention's formula in plain torch, with lse and every dtype: dense, for tests alone."""
+"""FlexAttention's formula in plain torch, dense, with lse and every dtype, for tests."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from dit_accel.kernels.precision import wide
 
 
 def attend(q, k, v, mask, scale, *, score_mod=None, flash=False):
-    """Return `o, lse` of the mask and score functions that FlexAttention would be given."""
+    """Return `o, lse` for the mask and score functions of a FlexAttention call."""
     dtype = wide(q)
     group = q.shape[1] // k.shape[1]
     keys, values = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
@@ -28,7 +28,7 @@ def attend(q, k, v, mask, scale, *, score_mod=None, flash=False):
 
 @contextlib.contextmanager
 def in_use():
-    """Let every call with `backend="flex"` go the way that it goes on a GPU."""
+    """Context manager in which calls with `backend="flex"` take the code path of a GPU."""
     with (
         mock.patch.object(flex_backend, "serves", return_value=True),
         mock.patch.object(flex_backend, "_attend", attend),

@@ -1,4 +1,4 @@
-"""Random geometries for property tests, and their meaning spelled out without any block logic."""
+"""Random geometries for property tests, and their dense masks, computed without block logic."""
 
 import torch
 from hypothesis import strategies as st
@@ -10,7 +10,7 @@ DENSITIES = (0.0, 0.1, 0.4, 0.8, 1.0)
 
 @st.composite
 def geometries(draw, longest: int, blocks=(16, 32, 64, 128), rules=RULES, batch=None) -> dict:
-    """Keyword arguments of `SparsePlan.from_block_mask`, for any length and visibility rule."""
+    """Draw keyword arguments of `SparsePlan.from_block_mask`, for any length and visibility rule."""
     rule = draw(st.sampled_from(rules), label="rule")
     q_len, kv_len = draw(st.integers(1, longest)), draw(st.integers(1, longest))
     block_q, block_k = draw(st.sampled_from(blocks)), draw(st.sampled_from(blocks))
@@ -40,7 +40,7 @@ def geometries(draw, longest: int, blocks=(16, 32, 64, 128), rules=RULES, batch=
 def random_block_mask(
     geometry: dict, density: float, leading: tuple[int, int], seed: int
 ) -> Tensor:
-    """`[*leading, T_q, T_k]` with about `density` of the blocks and, now and then, an empty row."""
+    """Return a mask `[*leading, T_q, T_k]` with about `density` of the blocks, and sometimes an empty row."""
     n_q = -(-geometry["q_len"] // geometry["block_q"])
     n_k = -(-geometry["kv_len"] // geometry["block_k"])
     g = torch.Generator().manual_seed(seed)
@@ -51,7 +51,7 @@ def random_block_mask(
 
 
 def visible_pairs(geometry: dict, *, windowed: bool = True) -> Tensor:
-    """Which keys each query may see when every block is read, `[B|1, 1, Lq, Lk]`."""
+    """Return the mask of visible pairs if every block is read, `[B|1, 1, Lq, Lk]`."""
     q_len, kv_len = geometry["q_len"], geometry["kv_len"]
     q, k = torch.arange(q_len)[:, None], torch.arange(kv_len)
     seen = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool)
@@ -70,7 +70,7 @@ def visible_pairs(geometry: dict, *, windowed: bool = True) -> Tensor:
 
 
 def dense_mask(mask: Tensor, geometry: dict) -> Tensor:
-    """A block mask with every block written out as tokens and the rules of `geometry` applied."""
+    """Return a block mask expanded to tokens, with the rules of `geometry` applied."""
     tokens = mask.repeat_interleave(geometry["block_q"], 2).repeat_interleave(
         geometry["block_k"], 3
     )
@@ -92,8 +92,7 @@ def dense_mask(mask: Tensor, geometry: dict) -> Tensor:
 
 @st.composite
 def masks(draw, longest: int, *, heads=(1, 3), **options) -> tuple[Tensor, dict]:
-    """A block mask and the other arguments of `from_block_mask`, with columns, an order of the queries
-    and a skip mask now and then."""
+    """Draw a block mask and the other arguments of `from_block_mask`, sometimes with columns, a query order, or a skip mask."""
     geometry = draw(geometries(longest, **options))
     n_heads, seed = draw(st.sampled_from(heads)), draw(st.integers(0, 2**16), label="seed")
     mask = random_block_mask(geometry, draw(st.sampled_from(DENSITIES)), (1, n_heads), seed)
@@ -113,7 +112,7 @@ def masks(draw, longest: int, *, heads=(1, 3), **options) -> tuple[Tensor, dict]
 
 
 def random_columns(kv_len: int, leading: tuple[int, int], g: torch.Generator) -> Tensor:
-    """`[*leading, 12]`, ascending keys and then `kv_len` in unused places."""
+    """Return columns `[*leading, 12]`: ascending keys, and `kv_len` in unused places."""
     columns = torch.full((*leading, 12), kv_len)
     for row in columns.flatten(0, 1):
         n = int(torch.randint(0, min(12, kv_len) + 1, (1,), generator=g))

@@ -40,12 +40,12 @@ class Case:
         return self.q, self.k, self.v
 
     def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Fresh copies of q, k, v that ask for gradients; strides stay."""
+        """Return fresh copies of q, k, v that require gradients, with the same strides."""
         return [x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in self.qkv]
 
 
 def make_inputs(batch, heads, kv_heads, q_len, kv_len, d, d_v, *, strided=False, seed=0):
-    """Random q, k, v in fp64; `strided`: transposed from `[B, L, H, D]`, as diffusers hands them."""
+    """Return random q, k, v in fp64. `strided`: with the memory layout `[B, L, H, D]` of diffusers."""
     g = torch.Generator().manual_seed(seed)
     shapes = ((heads, q_len, d), (kv_heads, kv_len, d), (kv_heads, kv_len, d_v))
     if strided:
@@ -92,14 +92,14 @@ def simple_case(density=0.5, *, heads=2, kv_heads=1, d=16, strided=False, **chan
 
 
 def grads(outputs, leaves, seed=1) -> tuple[Tensor, ...]:
-    """Gradients of `outputs` for random upstream gradients, the same for each call."""
+    """Return the gradients of `outputs` for random upstream gradients, the same in each call."""
     g = torch.Generator().manual_seed(seed)
     upstream = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in outputs]
     return torch.autograd.grad(outputs, leaves, upstream)
 
 
 def run(case: Case, combine: str, leaves=None):
-    """`(o, lse)`, or `(o,)` where the public function has no lse."""
+    """Return `(o, lse)`, or `(o,)` if the public function has no lse."""
     q, k, v = leaves or case.qkv
     if combine == "none":
         return block_sparse_attention(q, k, v, case.plan, scale=case.scale, return_lse=True)
@@ -120,35 +120,35 @@ def assert_same(actual, expected) -> None:
 # -- forward and backward against the definition ---------------------------------------------------
 
 
-@settings(max_examples=60)
-@given(cases(700))
+@settings(max_examples=20)
+@given(cases(500))
 def test_forward_is_the_reference(case):
     assert_same(run(case, "none"), reference(case, "none"))
 
 
-@settings(max_examples=60)
-@given(cases(700, rules=UNORDERED))
+@settings(max_examples=20)
+@given(cases(500, rules=UNORDERED))
 def test_forward_with_summaries_is_the_reference(case):
     assert_same(run(case, "shared_softmax"), reference(case, "shared_softmax"))
 
 
-@settings(max_examples=60)
-@given(cases(250))
+@settings(max_examples=25)
+@given(cases(200))
 def test_gradients_through_o_and_lse_are_those_of_the_reference(case):
     ours, theirs = case.leaves(), case.leaves()
     expected = grads(reference(case, "none", theirs), theirs)
     assert_same(grads(run(case, "none", ours), ours), expected)
 
 
-@settings(max_examples=60)
-@given(cases(250, rules=UNORDERED))
+@settings(max_examples=25)
+@given(cases(200, rules=UNORDERED))
 def test_gradients_with_summaries_are_those_of_the_reference(case):
     ours, theirs = case.leaves(), case.leaves()
     expected = grads(reference(case, "shared_softmax", theirs), theirs)
     assert_same(grads(run(case, "shared_softmax", ours), ours), expected)
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(cases(150))
 def test_linear_attention_that_drops_the_unread_is_block_sparse_attention(case):
     o = sparse_linear_attention(*case.qkv, case.plan, combine="none", scale=case.scale)
@@ -159,18 +159,18 @@ def test_linear_attention_that_drops_the_unread_is_block_sparse_attention(case):
 @pytest.mark.parametrize("combine", COMBINES)
 def test_gradcheck(combine):
     mask = torch.tensor([[True, False, True], [False, True, False], [True, True, True]])
-    geometry = {"block_q": 2, "block_k": 3, "q_len": 5, "kv_len": 8}
+    geometry = {"block_q": 1, "block_k": 2, "q_len": 3, "kv_len": 5}
     plan = SparsePlan.from_block_mask(mask[None, None], **geometry)
-    case = Case(*make_inputs(1, 2, 1, 5, 8, 3, 2), plan)
+    case = Case(*make_inputs(1, 2, 1, 3, 5, 2, 1), plan)
     leaves = case.leaves()
     assert torch.autograd.gradcheck(lambda *x: run(case, combine, x), leaves)
 
 
 def test_gradcheck_causal_with_kv_lengths_and_queries_without_keys():
-    mask = torch.ones(1, 1, 3, 2, dtype=torch.bool)
-    geometry = {"block_q": 2, "block_k": 2, "q_len": 5, "kv_len": 4, "causal": True}
-    plan = SparsePlan.from_block_mask(mask, **geometry, kv_lengths=torch.tensor([4, 2]))
-    case = Case(*make_inputs(2, 1, 1, 5, 4, 2, 2), plan)
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    geometry = {"block_q": 2, "block_k": 2, "q_len": 4, "kv_len": 3, "causal": True}
+    plan = SparsePlan.from_block_mask(mask, **geometry, kv_lengths=torch.tensor([3, 1]))
+    case = Case(*make_inputs(2, 1, 1, 4, 3, 2, 1), plan)
     assert torch.autograd.gradcheck(lambda *x: run(case, "none", x)[0], case.leaves())
 
 
@@ -327,7 +327,7 @@ def test_a_query_without_a_key_has_no_output_and_no_gradient(combine, changes):
 # -- what is not read does not matter --------------------------------------------------------------
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(case=cases(200), block=st.integers(0, 100), where=st.sampled_from("kv"))
 def test_nan_in_a_block_stays_with_the_rows_that_read_it(case, block, where):
     plan = case.plan
@@ -412,7 +412,7 @@ def test_small_chunks_and_stages_change_nothing(combine, changes, chunk_scores, 
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of all tensors made inside and alive at the same time, at most."""
+    """Peak number of bytes of all live tensors that were created inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -504,13 +504,13 @@ def test_a_bad_argument_is_named(function, case, unchecked):
 
 
 def test_an_unknown_combine_is_refused_by_name(unchecked):
-    with pytest.raises(ValueError, match=r"^combine='sum': accepted are 'none', 'shared_softmax'"):
+    with pytest.raises(ValueError, match=r"^combine='sum': .*'none', 'shared_softmax'"):
         sparse_linear_attention(X, X, X, PLAN, combine="sum")
 
 
 def test_a_block_mean_cannot_be_causal():
     case = simple_case(causal=True)
-    with pytest.raises(ValueError, match=r"^combine='shared_softmax': the plan is causal"):
+    with pytest.raises(ValueError, match=r"^combine='shared_softmax': .*causal"):
         run(case, "shared_softmax")
 
 

@@ -1,4 +1,4 @@
-"""The flex backend where it runs uncompiled, and what it asks of FlexAttention. Compiled: tests/compile/test_flex.py."""
+"""The flex backend without compilation, and its calls of FlexAttention. Compiled: tests/compile/test_flex.py."""
 
 import math
 import warnings
@@ -20,13 +20,13 @@ from .plan_cases import masks
 
 @st.composite
 def known(draw, longest: int):
-    """Problems without what FlexAttention does not know."""
+    """Draw problems without features that FlexAttention does not support."""
     problem = draw(problems(longest))
     assume(problem.plan.columns is None and problem.plan.q_order is None)
     return problem
 
 
-@settings(max_examples=40)
+@settings(max_examples=16)
 @given(known(200))
 def test_drawn_problems_in_double_precision(problem):
     expected = problem.results(torch.float64, "reference")
@@ -35,7 +35,7 @@ def test_drawn_problems_in_double_precision(problem):
     assert_results_close(results, expected, 1e-9)
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(known(200))
 def test_drawn_problems_in_single_precision(problem):
     expected = problem.results(torch.float64, "reference")
@@ -44,7 +44,7 @@ def test_drawn_problems_in_single_precision(problem):
     assert_results_close(results, expected, 1e-5)
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(known(150), st.sampled_from([torch.float16, torch.bfloat16]))
 def test_drawn_problems_in_half_precision(problem, dtype):
     with plain_flex.in_use():
@@ -108,7 +108,7 @@ def test_padding_may_hold_nan(combine):
     assert grad.isfinite().all()
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(known(150))
 def test_calls_that_flex_attention_cannot_serve_go_to_the_torch_backend(problem):
     with mock.patch.object(flex_backend, "_attend", side_effect=AssertionError):

@@ -1,4 +1,4 @@
-"""Launches of a sparse call on a GPU: their number, and that a CUDA graph can hold them."""
+"""Number of launches of a sparse call on a GPU, and absence of synchronisations that a CUDA graph cannot capture."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ every_router = pytest.mark.parametrize("name", ROUTERS)
 
 @pytest.fixture(autouse=True)
 def plain_allocations(monkeypatch):
-    """The tests' NaN in unwritten memory would count as operators."""
+    """Turn off the NaN fill of conftest.py, which would count as operators."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, getattr(function, "__wrapped__", function))
@@ -65,7 +65,7 @@ WAITS = {
 
 @pytest.mark.parametrize("what", WAITS)
 def test_what_waits_for_the_device_is_found(what, monkeypatch):
-    """The test above fails when one of these is put into the path."""
+    """The tests above fail if one of these operations is added to a call."""
     wait, name = WAITS[what]
 
     def waiting(*args, **options):

@@ -1,4 +1,4 @@
-"""The linear branch beside the sparse one: gradients, the released semantics, never NaN, bad input."""
+"""Linear branch together with the sparse branch: gradients, released formulas, absence of NaN, bad input."""
 
 import math
 import os
@@ -78,7 +78,7 @@ def phi(x, feature_map):
 
 
 def released(q, k, v, mask, block, weight, feature_map, scope):
-    """O_s + Proj(O_l) with "all" keys and 1e-5, or with the blocks that are not read and no epsilon."""
+    """Return O_s + Proj(O_l), with all keys and an epsilon of 1e-5, or with unread blocks and no epsilon."""
     f_q, f_k = phi(q, feature_map), phi(k, feature_map)
     out = torch.zeros_like(q)
     for h in range(q.shape[1]):
@@ -158,7 +158,7 @@ def test_a_row_that_reads_everything_has_no_linear_branch():
 # -- never NaN -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     st.integers(1, 4096), st.integers(1, 4096), st.floats(1e-6, 1.0),
     st.sampled_from(FEATURE_MAPS), st.sampled_from(SCOPES),
@@ -287,7 +287,7 @@ def test_a_bad_argument_is_named(case, unchecked):
 
 
 def test_forward_mode_is_refused_and_not_silently_zero(unchecked):
-    with pytest.raises(ValueError, match=r"^q: has a forward-mode tangent"):
+    with pytest.raises(ValueError, match=r"^q: .*forward-mode"):
         torch.func.jvp(lambda q: block_sparse_attention(q, X, X, PLAN), (X,), (X,))
 
 
@@ -314,6 +314,6 @@ def test_numbers_are_checked_on_other_devices_in_debug_mode_only():
 def test_triton_on_a_cpu_is_refused_by_name():
     with (
         mock.patch.dict(os.environ, TRITON_INTERPRET="0"),
-        pytest.raises(ValueError, match=r"^backend='triton': needs a GPU"),
+        pytest.raises(ValueError, match=r"^backend='triton': .*float32 on cpu"),
     ):
         block_sparse_attention(X, X, X, PLAN, backend="triton")

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -123,7 +125,7 @@ def test_a_bad_refresh_is_named_and_changes_nothing(case, unchecked):
     kept = state.kv.clone(), state.k.clone()
     arguments = [*keys(4), *keys(4)]
     arguments[place] = torch.zeros(shape)
-    with pytest.raises(ValueError, match=f"^{name}: shape"):
+    with pytest.raises(ValueError, match=rf"^{name}: .*{re.escape(str(shape))}"):
         state.update_(*arguments)
     assert torch.equal(state.kv, kept[0])
     assert torch.equal(state.k, kept[1])
@@ -131,13 +133,13 @@ def test_a_bad_refresh_is_named_and_changes_nothing(case, unchecked):
 
 def test_bad_keys_are_named(unchecked):
     k, v = keys(20)
-    with pytest.raises(ValueError, match=r"^v: shape"):
+    with pytest.raises(ValueError, match=r"^v: .*\(2, 3, 3, 5\)"):
         LinearState.from_keys(k, v[:, :, :3])
-    with pytest.raises(ValueError, match=r"^kv_lengths: shape"):
+    with pytest.raises(ValueError, match=r"^kv_lengths: .*\(1,\)"):
         LinearState.from_keys(k, v, kv_lengths=torch.tensor([1]))
-    with pytest.raises(ValueError, match=r"^kv_lengths: accepted are numbers between 0 and 20"):
+    with pytest.raises(ValueError, match=r"^kv_lengths: .*21.*20"):
         LinearState.from_keys(k, v, kv_lengths=torch.tensor([1, 21]))
-    with pytest.raises(ValueError, match=r"^k: dtype torch.int64"):
+    with pytest.raises(ValueError, match=r"^k: .*int64"):
         LinearState.from_keys(k.long(), v)
     with pytest.raises(ValueError, match=r"^feature_map='hedgehog'"):
         LinearState.from_keys(k, v, feature_map="hedgehog")

@@ -1,4 +1,4 @@
-"""Rows that read very many blocks: their lists do not make those of all other rows as wide as theirs."""
+"""Rows that read very many blocks, which do not widen the lists of all other rows."""
 
 import dataclasses
 

@@ -13,7 +13,7 @@ from dit_accel.kernels.machine_code import (
 
 
 def sass(*lines: str) -> str:
-    """Lines as cuobjdump prints them, at addresses that count up by 16."""
+    """Return lines in the format of cuobjdump, at addresses that are multiples of 16."""
     return "\n".join(
         f"        /*{16 * i:04x}*/                   {line} ;      /* 0x000000041c087fae */\n"
         "                                                                /* 0x000fe2000c921c54 */"

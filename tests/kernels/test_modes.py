@@ -11,14 +11,14 @@ from ..tolerance import assert_kernel_close
 from .attention_cases import assert_results_close, problems
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(problems(300))
 def test_drawn_problems_in_double_precision(problem):
     expected = problem.results(torch.float64, "reference")
     assert_results_close(problem.results(torch.float64, "torch"), expected, 1e-9)
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(problems(300))
 def test_drawn_problems_in_single_precision(problem):
     expected = problem.results(torch.float64, "reference")
@@ -32,7 +32,7 @@ def outputs(problem, dtype, backend):
         return dict(zip(("o", "lse"), problem.outputs(leaves, backend), strict=False))
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(problems(300, combines=("proj", "alpha")))
 def test_inference_in_double_and_single_precision(problem):
     expected = outputs(problem, torch.float64, "reference")
@@ -40,7 +40,7 @@ def test_inference_in_double_and_single_precision(problem):
     assert_results_close(outputs(problem, torch.float32, "torch"), expected, 1e-5)
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(problems(200, combines=("proj", "alpha")), st.sampled_from([torch.float16, torch.bfloat16]))
 def test_inference_in_half_precision(problem, dtype):
     problem = problem.rounded(dtype)
@@ -50,7 +50,7 @@ def test_inference_in_half_precision(problem, dtype):
     assert_kernel_close("o", actual, exact, plain)
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(problems(300, combines=("proj", "alpha")))
 def test_small_chunks_of_the_linear_branch_change_nothing(problem):
     whole = problem.results(torch.float64, "torch"), outputs(problem, torch.float64, "torch")

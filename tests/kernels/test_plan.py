@@ -34,7 +34,7 @@ def all_blocks(**geometry) -> SparsePlan:
 
 
 def plan_of(scores: list[list[float]], **options) -> SparsePlan:
-    """A plan over one-token blocks, so that blocks and tokens are the same thing."""
+    """Return a plan with blocks of one token, so that blocks and tokens are the same."""
     x = torch.tensor(scores)[None, None]
     sizes = {"block_q": 1, "block_k": 1, "q_len": x.shape[2], "kv_len": x.shape[3]}
     return SparsePlan.from_scores(x, **sizes, **options)
@@ -50,7 +50,7 @@ def skipped(plan: SparsePlan) -> list[list[int]]:
 
 
 def random_scores(geometry: dict, seed: int) -> torch.Tensor:
-    """Few distinct numbers, so that rows have ties."""
+    """Return scores with few distinct numbers, so that rows have ties."""
     mask = random_block_mask(geometry, 0.5, (1, 1), seed)
     g = torch.Generator().manual_seed(seed)
     return torch.randint(-3, 4, mask.shape, generator=g).float()
@@ -254,11 +254,11 @@ def test_a_count_is_the_fraction_that_stands_for_it(count, generator):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 0}, "count=0: accepted is an int between 1 and the 4 blocks"),
-        ({"count": 5}, "count=5: accepted is an int between 1 and the 4 blocks"),
-        ({"count": 2, "topk": 0.5}, "got \\['topk', 'count'\\]; accepted are topk \\(or count\\)"),
-        ({"count": 2, "limit": 0.5}, "limit=0.5: accepted with top_p or threshold"),
-        ({"count": 3, "top_p": 0.5, "limit": 0.5}, "limit=0.5: .* at least count=3 blocks"),
+        ({"count": 0}, "count=0: .*4"),
+        ({"count": 5}, "count=5: .*4"),
+        ({"count": 2, "topk": 0.5}, "topk.*'topk', 'count'"),
+        ({"count": 2, "limit": 0.5}, "limit=0.5: .*top_p"),
+        ({"count": 3, "top_p": 0.5, "limit": 0.5}, "limit=0.5: .*count=3"),
     ],
 )
 def test_counts_that_do_not_fit_are_refused(options, message):
@@ -325,7 +325,7 @@ def test_tail_blocks_have_no_score_and_are_read_by_every_row():
         scores, topk=0.1, tail_blocks=1, sink_blocks=1, kv_len=12, **sizes
     )
     assert kept(plan) == [[0, 4, 5]] * 6
-    with pytest.raises(ValueError, match=r"scores: shape \(1, 1, 6, 5\).*need .*, 6, 6\]"):
+    with pytest.raises(ValueError, match=r"scores: .*\(1, 1, 6, 5\).*6, 6\]"):
         SparsePlan.from_scores(scores, topk=0.4, tail_blocks=1, kv_len=14, **sizes)
 
 
@@ -405,7 +405,7 @@ def test_every_row_that_sees_a_key_reads_a_block(criterion, geometry, skip, seed
 def test_lists_as_wide_as_promised_hold_every_block(
     geometry, topk, diagonal, sink_blocks, shuffled, seed
 ):
-    """Where counting would stall the device, the width of the lists is an upper bound."""
+    """On a GPU the width of the lists is an upper bound, because counting would need a synchronisation."""
     if shuffled and "q_block_sizes" not in geometry:
         order = torch.randperm(geometry["q_len"], generator=torch.Generator().manual_seed(seed))
         geometry["q_order"] = order[None]
@@ -711,14 +711,14 @@ def test_check_numbers_names_the_field_that_is_out_of_range(name, value):
 def test_check_numbers_wants_counts_and_indices_that_fit(unchecked):
     plan = sample_plan()
     bad = dataclasses.replace(plan, kv_indices=plan.kv_indices[:, :1])
-    with pytest.raises(ValueError, match=r"^kv_indices: shape \(1, 1, 4, "):
+    with pytest.raises(ValueError, match=r"^kv_indices: .*\(1, 1, 4, "):
         bad.check_numbers()
 
 
 @pytest.mark.parametrize("rule", ["kv_lengths", "k_block_sizes"])
 @pytest.mark.parametrize("name", ["kv_indices", "full_kv_indices", "skip_indices"])
 def test_lists_that_name_blocks_without_keys_are_refused(name, rule):
-    """Plans from constructors never have them; a rule that is added afterwards may."""
+    """Constructors never make such lists, but a rule that is added later may."""
     mask = torch.ones(1, 1, 2, 4, dtype=torch.bool)
     skip = None
     if name == "skip_indices":
@@ -732,5 +732,5 @@ def test_lists_that_name_blocks_without_keys_are_refused(name, rule):
     elif name == "skip_indices":
         rules["k_block_sizes"] = torch.tensor([8, 8, 0, 6])
     changed = dataclasses.replace(plan, **{rule: rules[rule].int()})
-    with pytest.raises(ValueError, match="_indices"):
+    with pytest.raises(ValueError, match=r"^\w+_indices: .*valid keys"):
         changed.check_numbers()

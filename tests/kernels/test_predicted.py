@@ -1,4 +1,4 @@
-"""The model of a step: its bounds by hand, and where it says that it does not know."""
+"""Prediction of a loop: bounds computed by hand, and cases without a prediction."""
 
 import dataclasses
 

@@ -4,13 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dit_accel.kernels.router import block_scores, pool_blocks, pool_moments
+from dit_accel.kernels.router import block_scores, pool_blocks
+from dit_accel.kernels.router.pooling import moments
 
 BLOCKS = st.sampled_from([1, 16, 48, 64])
 
 
 def brute_pool(x: Tensor, block: int, sizes: list[list[int]] | None = None) -> Tensor:
-    """Mean of each block's valid tokens, one block at a time, in fp64."""
+    """Return the mean of the valid tokens of each block, computed one block at a time, in fp64."""
     out = x.new_zeros(*x.shape[:2], -(-x.shape[2] // block), x.shape[3], dtype=torch.float64)
     for b in range(x.shape[0]):
         for i in range(out.shape[2]):
@@ -24,7 +25,7 @@ def brute_pool(x: Tensor, block: int, sizes: list[list[int]] | None = None) -> T
 
 @st.composite
 def pooled_inputs(draw):
-    """A tensor and a block size; half of the time also valid tokens per block."""
+    """Draw a tensor and a block size, and in half of the cases numbers of valid tokens per block."""
     block, length, batch = draw(BLOCKS), draw(st.integers(1, 200)), draw(st.integers(1, 2))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     x = torch.randn(batch, length, 3, 8, generator=g, dtype=torch.float64).transpose(1, 2)
@@ -48,7 +49,7 @@ def test_pooling_is_the_mean_of_the_valid_tokens(inputs):
 @given(pooled_inputs())
 def test_moments_are_the_means_of_the_valid_tokens_and_of_their_squares(inputs):
     x, block, sizes = inputs
-    mean, square = pool_moments(x, block, None if sizes is None else torch.tensor(sizes))
+    mean, square = moments(x, block, None if sizes is None else torch.tensor(sizes))
     torch.testing.assert_close(mean, brute_pool(x, block, sizes))
     torch.testing.assert_close(square, brute_pool(x.square(), block, sizes))
 
@@ -57,7 +58,7 @@ def test_moments_are_the_means_of_the_valid_tokens_and_of_their_squares(inputs):
 def test_squares_of_half_types_are_those_of_the_same_values(dtype, generator):
     # More tokens than one part holds whose squares are computed at a time.
     x = (300 * torch.randn(1, 3, 4000, 128, generator=generator)).to(dtype)
-    square = pool_moments(x, 64)[1]
+    square = moments(x, 64)[1]
     assert square.dtype == torch.float32
     torch.testing.assert_close(square, brute_pool(x.double().square(), 64).float())
 
@@ -71,8 +72,8 @@ def test_what_padding_holds_is_never_pooled(sizes, generator):
     squares = brute_pool(x.nan_to_num().square(), 16, [sizes])
     pooled = pool_blocks(x, 16, torch.tensor([sizes]))
     torch.testing.assert_close(pooled, expected.float())
-    moments = pool_moments(x, 16, torch.tensor([sizes]))
-    torch.testing.assert_close(moments, (expected.float(), squares.float()))
+    found = moments(x, 16, torch.tensor([sizes]))
+    torch.testing.assert_close(found, (expected.float(), squares.float()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -192,7 +193,7 @@ def test_scores_carry_no_gradient(generator):
 
 def test_heads_that_do_not_divide_are_refused_by_name(unchecked):
     q, k = torch.zeros(1, 3, 64, 8), torch.zeros(1, 2, 64, 8)
-    with pytest.raises(ValueError, match=r"^q: 3 heads.*2 heads of k"):
+    with pytest.raises(ValueError, match=r"^q: 3 .*2 "):
         block_scores(q, k, block_q=16, block_k=16)
 
 
@@ -269,5 +270,5 @@ def test_the_identity_projects_nothing(dtype, generator):
 
 def test_a_projection_of_other_heads_is_refused(generator, unchecked):
     q = torch.randn(1, 4, 20, 8, generator=generator)
-    with pytest.raises(ValueError, match=r"projection: shape \(2, 8, 8\); accepted is \[4, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"projection: .*\(2, 8, 8\).*\[4, 8, 8\]"):
         block_scores(q, q, block_q=16, block_k=16, projection=torch.zeros(2, 8, 8))

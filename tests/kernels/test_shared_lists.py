@@ -75,7 +75,7 @@ def test_lists_for_a_number_of_heads_that_does_not_fit_are_refused():
     plan = SparsePlan.from_block_mask(
         torch.ones(1, 3, 2, 2, dtype=torch.bool), block_q=16, block_k=16, q_len=32, kv_len=32
     )
-    with pytest.raises(ValueError, match="made for batch 1 and 3 heads"):
+    with pytest.raises(ValueError, match=r"^plan: .*3 heads"):
         block_sparse_attention(q, k, k, plan)
-    with pytest.raises(ValueError, match="heads=4: accepted is a multiple of the plan's 3"):
+    with pytest.raises(ValueError, match=r"heads=4: .*3"):
         plan.for_heads(4)

@@ -1,4 +1,4 @@
-"""The NaN fill of conftest.py: it works in dit_accel and nowhere else."""
+"""NaN fill of conftest.py: it applies to code of dit_accel only."""
 
 import pytest
 import torch

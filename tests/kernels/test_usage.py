@@ -1,4 +1,4 @@
-"""Bounds: each one can be missed, and each exemption is one."""
+"""Bounds on resources: each bound can be missed, and each exemption applies."""
 
 import dataclasses
 

@@ -15,6 +15,7 @@ from dit_accel.config import SLAConfig
 from dit_accel.config.sla import COMBINES, FEATURE_MAPS, LINEAR_SCOPES, ROUTERS
 from dit_accel.kernels import LinearState, block_scores, linear_attention
 from dit_accel.kernels.linear.features import features
+from dit_accel.kernels.router.criteria import criteria_of
 from dit_accel.kernels.router.select import select_blocks
 from dit_accel.sla import SparseLinearAttention
 from dit_accel.sla.geometry import joint_geometry
@@ -79,9 +80,7 @@ def definition(module, q, k, v, text, where, scale):
     kept, skipped = select_blocks(
         scores,
         torch.ones_like(scores, dtype=torch.bool),
-        topk=topk,
-        top_p=config.top_p,
-        skip=config.skip,
+        criteria_of(blocks, topk=topk, top_p=config.top_p, skip=config.skip),
     )
     of_query = torch.arange(qi.shape[2]) // 16
     of_key = torch.arange(ki.shape[2]) // 16
@@ -268,7 +267,8 @@ def test_the_first_call_measures_alpha_as_the_mass_that_is_read():
     q, k, v = (x.detach().float() for x in inputs(53, 87, 0))
     module(q, k, v)
     scores = block_scores(q, k, block_q=16, block_k=16, spread=True)
-    kept, _ = select_blocks(scores, torch.ones_like(scores, dtype=torch.bool), topk=0.3)
+    every = torch.ones_like(scores, dtype=torch.bool)
+    kept, _ = select_blocks(scores, every, criteria_of(scores.shape[3], topk=0.3))
     read = kept[:, :, torch.arange(53) // 16][..., torch.arange(87) // 16]
     mass = (torch.softmax(q @ k.mT / 4, -1) * read).sum(-1).mean((0, 2))
     torch.testing.assert_close(module.alpha_logit.sigmoid().detach(), mass, rtol=1e-4, atol=1e-5)

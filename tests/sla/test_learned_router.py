@@ -12,6 +12,7 @@ from dit_accel.config.sla import COMBINES
 from dit_accel.kernels import block_scores
 from dit_accel.kernels.router import pool_blocks, soft_topk
 from dit_accel.kernels.router.credit import credited
+from dit_accel.kernels.router.criteria import criteria_of
 from dit_accel.kernels.router.select import select_blocks
 from dit_accel.runtime.install import method_of
 from dit_accel.sla import SparseLinearAttention
@@ -60,7 +61,8 @@ def test_gradients_of_the_projection_are_straight_through(combine, where):
                   for x in (q, k, v))  # fmt: skip
     with torch.no_grad():
         scores = block_scores(qi, ki, block_q=16, block_k=16, spread=True, projection=weight)
-        read, _ = select_blocks(scores, torch.ones_like(scores, dtype=torch.bool), topk=0.3)
+        every = torch.ones_like(scores, dtype=torch.bool)
+        read, _ = select_blocks(scores, every, criteria_of(scores.shape[3], topk=0.3))
         means = pool_blocks(qi, 16), pool_blocks(ki, 16).repeat_interleave(2, 1)
     products = means[0] / 4 @ weight @ means[1].mT
     ranked = scores + products - products.detach()

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter: a process of its own, with TRITON_INTERPRET=1.
+"""Tests of the Triton kernels in Triton's interpreter, in a separate process with TRITON_INTERPRET=1.
 
     TRITON_INTERPRET=1 pytest -o addopts="--import-mode=importlib --strict-markers -ra" tests/triton
 

@@ -1,4 +1,4 @@
-"""The dense yardstick of the GPU check equals SDPA."""
+"""The dense Triton kernel of the GPU check equals SDPA."""
 
 import pytest
 import torch

@@ -14,12 +14,12 @@ from dit_accel.bench.gpu.device import Device
 from dit_accel.bench.timing import summary
 from dit_accel.kernels.block_sparse.tiles import Tile
 
-SMALL = Shape("small", 1, 120, 16, block_q=32, block_k=32)
-WITH_TEXT = Shape("with text", 1, 96, 16, batch=2, text=40, block_q=32, block_k=32)
+SMALL = Shape("small", 1, 70, 16, block_q=32, block_k=32)
+WITH_TEXT = Shape("with text", 1, 64, 16, batch=2, text=20, block_q=32, block_k=32)
 
 
 class Interpreter(Device):
-    """The CPU, where Triton's kernels are interpreted."""
+    """CPU device on which Triton's interpreter runs the kernels."""
 
     place = "cpu"
 
@@ -66,8 +66,13 @@ def triton_by_default(monkeypatch):
     monkeypatch.setattr(cases, "DTYPE", torch.float16)  # the interpreter knows no bf16
 
 
-@pytest.mark.parametrize("shape", [SMALL, WITH_TEXT], ids=lambda x: x.name)
-@pytest.mark.parametrize("mode", ["none", "complement", "shared_softmax", "marginal"])
+@pytest.mark.parametrize(
+    ("shape", "mode"),
+    [
+        *((SMALL, mode) for mode in ("none", "complement", "shared_softmax", "marginal")),
+        *((WITH_TEXT, mode) for mode in ("none", "marginal")),
+    ],
+)
 def test_forward(shape, mode):
     result = speed.forward(shape, 0.25, mode).run(Interpreter(), {})
     assert result["kernel"] == "forward"
@@ -75,7 +80,7 @@ def test_forward(shape, mode):
     assert set(result["ms"]["refused"]) == {"cudnn"}
     assert 0.15 < result["density"] < 0.8
     work = [result["ratios"][x]["tflops"] * result["ms"][x]["p50"] for x in ("kernel", "eager")]
-    # The kernel leaves text queries to dense attention.
+    # Text queries use dense attention, not this kernel.
     assert (work[0] < 0.999 * work[1]) == bool(shape.text)
 
 
@@ -96,11 +101,11 @@ def test_backward(mode):
     ],
 )
 def test_every_tile_gives_the_output_of_the_default(monkeypatch, mode, kernel):
-    monkeypatch.setattr(sweep, "neighbours", lambda *x: [Tile(16, 32, 1, 1), Tile(16, 16, 1, 1)])
+    monkeypatch.setattr(sweep, "neighbours", lambda *x: [Tile(16, 16, 1, 1)])
     result = sweep.sweep(SMALL, mode, kernel).run(Interpreter(), {})
     assert "wrong" not in result
     assert "not_launchable" not in result
-    assert {"16x32 w1 s1", "16x16 w1 s1", "flash"} <= set(result["ms"])
+    assert {"16x16 w1 s1", "flash"} <= set(result["ms"])
 
 
 def test_a_tile_with_another_output_is_told_and_not_timed(monkeypatch):

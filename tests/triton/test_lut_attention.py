@@ -1,4 +1,4 @@
-"""The kernel of look-up attention against the definition, which is attention over decoded keys."""
+"""Kernel of look-up attention against attention over decoded keys and values."""
 
 import functools
 
@@ -18,7 +18,7 @@ close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 @pytest.fixture(autouse=True, scope="module")
 def short_spans():
-    """Spans short enough for several in a small problem."""
+    """Use short spans, so that a small problem has several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "SPAN", 16)
         patch.setattr(kernel, "PROGRAMS", 12)
@@ -47,7 +47,7 @@ def launched(*arguments, **options):
         return lut_attention(*arguments, **options)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     batch=st.integers(1, 2),
     heads=st.integers(1, 3),
@@ -78,7 +78,7 @@ def test_attention_is_that_over_decoded_keys(
         close(found[1], scores.logsumexp(-1))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     batch=st.integers(1, 2),
     heads=st.integers(1, 3),
@@ -130,7 +130,7 @@ def test_half_precision_and_equal_bits():
 
 def test_sizes_that_do_not_fit():
     q, k_codes, v_codes, k, v = problem(1, 2, 1, 5, 4, 2, 16, 1, 0)
-    with pytest.raises(ValueError, match=r"v_centroids: shape .*accepted is \[1 or 2, 4, C, 2\]"):
+    with pytest.raises(ValueError, match=r"^v_centroids: .*4, C, 2\]"):
         lut_attention(q, k_codes, v_codes, k, v[:, :2], scale=1.0)
 
 
@@ -138,7 +138,7 @@ def test_sizes_that_do_not_fit():
 def test_rotations_that_do_not_fit(options):
     given = problem(1, 2, 1, 5, 2, 3, 16, 1, 0)
     positions = torch.zeros(1, 1, 5, dtype=torch.int32)
-    with pytest.raises(ValueError, match="frequencies"):
+    with pytest.raises(ValueError, match="frequencies: "):
         lut_attention(
             *given, scale=1.0, **{"positions": positions, "frequencies": torch.ones(3), **options}
         )

@@ -23,7 +23,7 @@ from ..kernels.attention_cases import (
 )
 
 # `make test-long` draws 2,000 of them.
-CASES = int(os.environ.get("DIT_ACCEL_CASES", "16"))
+CASES = int(os.environ.get("DIT_ACCEL_CASES", "10"))
 
 
 def check(problem: Problem, tolerance: float = 1e-5) -> None:
@@ -32,7 +32,7 @@ def check(problem: Problem, tolerance: float = 1e-5) -> None:
 
 
 def problem(
-    *, q_len=70, kv_len=90, block_q=16, block_k=16, density=0.4, batch=1, heads=2, kv_heads=1,
+    *, q_len=40, kv_len=90, block_q=16, block_k=16, density=0.4, batch=1, heads=2, kv_heads=1,
     d=24, d_v=None, strided=False, geometry=None, **options,
 ) -> Problem:  # fmt: skip
     g = torch.Generator().manual_seed(0)
@@ -56,17 +56,21 @@ def test_drawn_problems_forward_and_backward(drawn):
     check(drawn)
 
 
-@settings(max_examples=max(10, CASES // 4), suppress_health_check=list(HealthCheck))
+@settings(max_examples=max(5, CASES // 4), suppress_health_check=list(HealthCheck))
 @given(problems(60))
 def test_drawn_problems_in_half_precision_by_the_rule_of_two(drawn):
     assert_half_close(drawn, torch.float16, "triton")
 
 
-@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("combine", ["proj", "alpha"])
+@pytest.mark.parametrize(
+    ("combine", "scope", "feature_map"),
+    [
+        *(("alpha", scope, feature_map) for scope in SCOPES for feature_map in FEATURE_MAPS),
+        *(("proj", scope, "softmax") for scope in SCOPES),
+    ],
+)
 def test_linear_branch(combine, scope, feature_map):
-    skip = torch.rand(1, 2, 5, 6, generator=torch.Generator().manual_seed(3)) < 0.3
+    skip = torch.rand(1, 2, 3, 6, generator=torch.Generator().manual_seed(3)) < 0.3
     check(
         problem(
             density=0.2,
@@ -87,15 +91,21 @@ def test_texts_of_different_lengths_behind_an_image(combine, scope):
     geometry = {
         "k_block_sizes": torch.tensor([16, 16, 6, 16, 16, 10]),
         "kv_lengths": torch.tensor([90, 48, 71]),
-        "skip": torch.rand(1, 2, 5, 6, generator=torch.Generator().manual_seed(3)) < 0.3,
+        "skip": torch.rand(1, 2, 3, 6, generator=torch.Generator().manual_seed(3)) < 0.3,
     }
     options = {} if combine in ("none", "shared_softmax") else {"linear_scope": scope}
     check(problem(batch=3, geometry=geometry, combine=combine, **options))
 
 
-@pytest.mark.parametrize("most", [None, 3], ids=["unbounded", "bounded"])
-@pytest.mark.parametrize("scope", ["marginal", "complement"])
-@pytest.mark.parametrize("combine", ["proj", "alpha"])
+@pytest.mark.parametrize(
+    ("combine", "scope", "most"),
+    [
+        ("proj", "marginal", None),
+        ("proj", "complement", 3),
+        ("alpha", "marginal", 3),
+        ("alpha", "complement", None),
+    ],
+)
 def test_rows_that_read_little_subtract_and_others_sum_directly(combine, scope, most, monkeypatch):
     mask, skip = torch.zeros(2, 1, 1, 5, 12, dtype=torch.bool)
     mask[..., [3, 7]] = True
@@ -103,7 +113,7 @@ def test_rows_that_read_little_subtract_and_others_sum_directly(combine, scope, 
         mask[:, :, 1, :7] = True
         mask[:, :, 3] = True
     skip[..., 9] = True
-    case = problem(block_k=8, heads=1, combine=combine, linear_scope=scope)
+    case = problem(q_len=70, block_k=8, heads=1, combine=combine, linear_scope=scope)
     case.plan = SparsePlan.from_block_mask(
         mask, block_q=16, block_k=8, q_len=70, kv_len=90, skip=skip, most=most
     )
@@ -120,28 +130,37 @@ def test_rows_that_read_little_subtract_and_others_sum_directly(combine, scope, 
     assert set(modes) == {3 if most is None else 2}
 
 
-@pytest.mark.parametrize("geometry", ["plain", "kv_lengths", "k_block_sizes", "q_order"])
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("mix", ["proj", "proj and bias", "alpha", "alpha of blocks"])
+MIXES = ("proj", "proj and bias", "alpha", "alpha of blocks")
+RULES = ("kv_lengths", "k_block_sizes", "q_order")
+
+
+@pytest.mark.parametrize(
+    ("mix", "scope", "geometry"),
+    [
+        *((mix, scope, "plain") for mix in MIXES for scope in SCOPES),
+        *((mix, "complement", rule) for mix in MIXES[1::2] for rule in RULES),
+        *((mix, "marginal", RULES[0]) for mix in MIXES[1::2]),
+    ],
+)
 def test_without_gradients_the_kernel_mixes(mix, scope, geometry):
     g = torch.Generator().manual_seed(5)
     rules = {
         "plain": {},
         "kv_lengths": {"kv_lengths": torch.tensor([33, 0])},
         "k_block_sizes": {"k_block_sizes": torch.tensor([16, 0, 5, 16, 16, 10])},
-        "q_order": {"q_order": torch.randperm(70, generator=g)[None]},
+        "q_order": {"q_order": torch.randperm(40, generator=g)[None]},
     }[geometry]
-    mask = torch.rand(2, 2, 5, 6, generator=g) < 0.4
-    mask[:, :, 2] = True
+    mask = torch.rand(2, 2, 3, 6, generator=g) < 0.4
+    mask[:, :, 1] = True
     case = problem(batch=2, combine=mix.split()[0], linear_scope=scope)
-    rules["skip"] = torch.rand(2, 2, 5, 6, generator=g) < 0.3
+    rules["skip"] = torch.rand(2, 2, 3, 6, generator=g) < 0.3
     case.plan = SparsePlan.from_block_mask(
-        mask, block_q=16, block_k=16, q_len=70, kv_len=90, **rules
+        mask, block_q=16, block_k=16, q_len=40, kv_len=90, **rules
     )
     if mix == "proj and bias":
         case.options["proj_bias"] = torch.randn(24, generator=g, dtype=torch.float64)
     if mix == "alpha of blocks":
-        case.options["alpha"] = torch.rand(1, 2, 5, generator=g, dtype=torch.float64)
+        case.options["alpha"] = torch.rand(1, 2, 3, generator=g, dtype=torch.float64)
     with torch.no_grad():
         expected = case.outputs(case.leaves(torch.float64), "reference")[0]
         for backend in ("triton", "torch"):
@@ -154,14 +173,15 @@ def test_negative_scale(combine):
     check(problem(combine=combine, scale=-0.3))
 
 
-@pytest.mark.parametrize("q_len", [1, 2, 3])
-@pytest.mark.parametrize("combine", ["none", "shared_softmax", "alpha"])
+@pytest.mark.parametrize(
+    ("q_len", "combine"), [(1, "none"), (1, "alpha"), (2, "shared_softmax"), (3, "none")]
+)
 def test_few_queries_over_a_thousand_keys(q_len, combine):
     check(problem(q_len=q_len, kv_len=1000, block_q=64, block_k=64, combine=combine))
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "d"), [(24, 8, 96), (4, 4, 72), (2, 1, 128), (1, 1, 256)]
+    ("heads", "kv_heads", "d"), [(6, 2, 96), (4, 4, 72), (2, 1, 128), (1, 1, 256)]
 )
 @pytest.mark.parametrize("combine", ["none", "alpha"])
 def test_head_dims_and_groups_of_the_families(heads, kv_heads, d, combine):
@@ -186,8 +206,10 @@ def test_empty_and_whole_rows(density, combine):
     check(problem(density=density, combine=combine))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(
+    ("scope", "dtype"),
+    [(SCOPES[0], torch.float16), *((scope, torch.float64) for scope in SCOPES)],
+)
 def test_a_kept_state_may_have_a_dtype_of_its_own(scope, dtype):
     case = problem(combine="proj", linear_scope=scope)
     state = LinearState.from_keys(case.k, case.v)
@@ -224,7 +246,7 @@ def test_padding_may_hold_nan():
         "kv_lengths": torch.tensor([40, 90]),
         "q_block_sizes": torch.tensor([16, 3, 0, 16, 6]),
     }
-    case = problem(batch=2, geometry=geometry, combine="alpha")
+    case = problem(q_len=70, batch=2, geometry=geometry, combine="alpha")
     expected = case.results(torch.float32, "triton")
     case.k[0, :, 40:] = case.v[0, :, 40:] = torch.nan
     case.q[:, :, 19:32] = torch.nan
@@ -242,7 +264,7 @@ def test_long_rows_are_split_and_merged(which, ordered, monkeypatch):
         geometry["q_order"] = torch.randperm(70, generator=torch.Generator().manual_seed(2))[None]
     if which == "named rows":
         geometry["long_rows"] = torch.tensor([4, 2])
-    case = problem(density=0.8, geometry=geometry)
+    case = problem(q_len=70, density=0.8, geometry=geometry)
     kernels = []
     run = Launch.__call__
     monkeypatch.setattr(

@@ -1,10 +1,10 @@
-"""The pooling kernel against plain torch, which is the definition."""
+"""Pooling kernel against the reference implementation in torch."""
 
 import pytest
 import torch
 
-from dit_accel.kernels.router import pool_moments
 from dit_accel.kernels.router.pool import pool_launch
+from dit_accel.kernels.router.pooling import moments
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -21,7 +21,7 @@ def test_pooling_is_the_mean_of_valid_tokens_and_of_their_squares(dtype, block, 
     if with_sizes:
         tail = (length - torch.arange(n) * block).clamp(max=block)
         sizes = (torch.rand(2, n, generator=g) * (tail + 1)).int()
-    expected = pool_moments(x, block, sizes)
+    expected = moments(x, block, sizes)
     if sizes is not None:  # what padding holds does not matter
         token = torch.arange(length)
         padding = token % block >= sizes[:, token // block]

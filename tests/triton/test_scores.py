@@ -1,4 +1,4 @@
-"""The score kernel against the torch formulas, which are the definition."""
+"""Score kernel against the reference implementation in torch."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def launched(q, k, squares, mean, scale, block_k):
 
 
 def rounding(q, k, squares, mean, scale):
-    """Allowed error of each score: sums in another order err by the magnitudes that they add, not by their result."""
+    """Return the allowed error of each score, from the magnitudes of its terms, because sums have another order."""
     keys = k if mean is None else k - mean
     magnitude = router._products(q.abs() * abs(scale), keys.abs())
     if squares is not None:

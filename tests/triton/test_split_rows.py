@@ -1,4 +1,4 @@
-"""Rows of very many blocks, divided over several programs, against the torch backend."""
+"""Rows with very many blocks, split over several programs, against the torch backend."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def tensors(plan: SparsePlan, batch: int, heads: int, kv_heads: int, seed: int, 
 
 
 def split(q, k, v, plan, *, want_lse=True):
-    """Outputs of the forward pass with segments of 32 tokens, and the names of the kernels that ran."""
+    """Return the outputs of the forward pass with segments of 32 tokens, and the names of the kernels."""
     names = []
 
     def run(launch: Launch) -> None:

@@ -1,4 +1,4 @@
-"""Bounds that the kernels have to meet, and the verdicts of a run."""
+"""Bounds of the measured numbers, and the verdicts of a run."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ from dit_accel.bench.gpu.device import Result
 
 
 class Bound(NamedTuple):
-    """A number in the result of a sub-step, and the least that it has to be."""
+    """A number in the result of a sub-step, and its smallest accepted value."""
 
     name: str
     sub_step: str
@@ -46,7 +46,10 @@ BOUNDS = (
 
 
 def verdicts(results: dict[str, Result]) -> list[dict[str, Any]]:
-    """Return for each bound its name, least value, measured value, and "met", "missed" or "not measured"."""
+    """Return the name, smallest accepted value, measured value and verdict of each bound.
+
+    The verdict is "met", "missed" or "not measured".
+    """
     found = []
     for bound in BOUNDS:
         value: Any = results.get(bound.sub_step)

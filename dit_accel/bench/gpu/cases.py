@@ -1,4 +1,4 @@
-"""Shapes and modes that are measured, and one attention layer of each as a model calls it."""
+"""Measured shapes and modes, and an attention layer that works as in a model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ DENSE_TORCH = ("flash", "cudnn")
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of one layer; queries and keys are image tokens, then text."""
+    """Sizes of one attention layer. Queries and keys are image tokens, followed by text tokens."""
 
     name: str
     heads: int
@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def flops(self) -> float:
-        """Operations of a dense forward: two products."""
+        """FLOPs of a dense forward pass: two products."""
         return 4.0 * self.batch * self.heads * self.length**2 * self.head_dim
 
 
@@ -56,7 +56,7 @@ SD3 = Shape("SD3 1024", 24, 4096, 64, batch=2, text=333)
 
 
 def inputs(device: Device, shape: Shape, *, grad: bool = False) -> list[Tensor]:
-    """Return q, k, v `[B, H, L, D]` in `DTYPE` as transformers hand them over: `[B, L, H, D]` in memory."""
+    """Return q, k, v `[B, H, L, D]` in `DTYPE`, with the memory layout `[B, L, H, D]` of transformers."""
     size = (shape.batch, shape.length, shape.heads, shape.head_dim)
     tensors = (
         torch.randn(size, device=device.place, dtype=DTYPE).transpose(1, 2) for _ in range(3)
@@ -65,7 +65,7 @@ def inputs(device: Device, shape: Shape, *, grad: bool = False) -> list[Tensor]:
 
 
 def weights(device: Device, mode: str, shape: Shape) -> dict[str, Any]:
-    """Return the arguments of `sparse_linear_attention` for a mode."""
+    """Return the arguments of `sparse_linear_attention` of a mode."""
     options: dict[str, Any] = dict(MODES[mode])
     if options["combine"] == "proj":
         matrix = torch.randn(shape.head_dim, shape.head_dim, device=device.place)
@@ -77,14 +77,14 @@ def weights(device: Device, mode: str, shape: Shape) -> dict[str, Any]:
 
 
 class Layer:
-    """One attention layer in one mode: route, plan and attend, as in `SparseLinearAttention`.
+    """One attention layer in one mode. It routes, plans and attends, as `SparseLinearAttention` does.
 
     Args:
         device: device of the tensors.
-        shape: sizes of the layer. `tokens` has to be a multiple of `block_k` if there is text.
+        shape: sizes of the layer. With text, `tokens` must be a multiple of `block_k`.
         mode: a name of `MODES`.
         topk: fraction of key blocks that each query block reads.
-        spread: the router also uses second moments, the default of `SLAConfig`.
+        spread: the router also uses second moments, as by default in `SLAConfig`.
         backend: backend of the attention.
     """
 
@@ -125,7 +125,7 @@ class Layer:
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan) -> Tensor:
-        """Return the output of all tokens; text queries read every key."""
+        """Return the output of all tokens. Text queries read every key."""
         n = self.shape.tokens
         o = sparse_linear_attention(q[:, :, :n], k, v, plan, **self.options)
         if not self.shape.text:
@@ -144,7 +144,7 @@ class Layer:
 def dense_functions(
     device: Device, q: Tensor, k: Tensor, v: Tensor, tile: DenseTile | None
 ) -> Functions:
-    """Return torch's flash and cuDNN attention, and our dense yardstick if a tile is given."""
+    """Return functions for torch's flash and cuDNN attention, and for the dense Triton kernel if a tile is given."""
 
     def of(backend: SDPBackend) -> Callable[[], Any]:
         def attend() -> Tensor:

@@ -1,4 +1,4 @@
-"""Peak rates of the device, and the dense attentions that serve as baselines."""
+"""Peak rates of the device, and the dense attention functions that serve as baselines."""
 
 import functools
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ COPY_BYTES = 2**30
 
 
 def facts(device: Device, found: dict[str, Result]) -> Result:
-    """Return what the driver says of the device."""
+    """Return the properties of the device from its driver."""
     if device.dry:
         return {}
     p = torch.cuda.get_device_properties(0)
@@ -40,7 +40,7 @@ def bandwidth(device: Device, found: dict[str, Result]) -> Result:
 
 
 def yardstick(shape: Shape) -> SubStep:
-    """Time every tile of the dense kernel and torch's attentions, and compare the outputs."""
+    """Return a function that times every tile of the dense kernel and torch's attention, and compares the outputs."""
 
     def run(device: Device, found: dict[str, Result]) -> Result:
         q, k, v = inputs(device, shape)
@@ -53,7 +53,7 @@ def yardstick(shape: Shape) -> SubStep:
         ours = dense_attention(q, k, v, next(x for x in TILES if x.label == best)).float()
         error = device.number(lambda: (ours - plain).norm() / plain.norm())
         if not device.dry and not error < 1e-2:
-            raise AssertionError(f"the dense kernel is wrong: relative error {error:.3g}")
+            raise AssertionError(f"dense kernel: relative error {error:.3g} exceeds the tolerance")
         rates = {
             f"{n}_tflops": shape.flops / x["p50"] / 1e9 for n, x in times.items() if n != "refused"
         }
@@ -63,7 +63,7 @@ def yardstick(shape: Shape) -> SubStep:
 
 
 def best_tile(found: dict[str, Result], shape: Shape) -> DenseTile:
-    """Return the fastest tile of the dense kernel for a head_dim, as measured in this run."""
+    """Return the fastest tile of the dense kernel for a head_dim, from the measurements of this run."""
     wide = SD3 if shape.head_dim == SD3.head_dim else WAN
     label = found.get(f"yardstick/{wide.name}", {}).get("best")
     return next((x for x in TILES if x.label == label), TILES[0])

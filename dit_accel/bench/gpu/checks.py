@@ -1,4 +1,4 @@
-"""Correctness: every mode, forward and backward, against the plain formulas at small sizes."""
+"""Correctness checks: every mode, forward and backward, against the plain formulas at small sizes."""
 
 import functools
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Check:
-    """One problem: a mode, a dtype, a geometry, and how its plan is made."""
+    """One problem: mode, dtype, geometry, and arguments of its plan."""
 
     name: str
     combine: str = "none"
@@ -35,13 +35,13 @@ class Check:
     heads: int = 4
     kv_heads: int = 2
     lists: int | None = None
-    """Heads of the plan. Default: lists for each query head."""
+    """Number of heads with lists. Default: lists for each query head."""
     kv_len: int = 517
     blocks: tuple[int, int] = (128, 64)
     plan: dict[str, Any] = field(default_factory=dict)
     """Arguments of `SparsePlan.from_scores`. Default: the best 40 % of the blocks, 20 % skipped."""
     rule: str = ""
-    """"columns", "kv_lengths", "tiles" (ragged ones), "order" (permuted queries), "long" (split rows)."""
+    """Additional rule: "columns", "kv_lengths", "tiles" (ragged blocks), "order" (permuted queries), "long" (split rows)."""
 
 
 LINEAR = [(c, s) for c in ("proj", "alpha") for s in ("all", "complement", "marginal")]
@@ -49,7 +49,7 @@ MODES = [("none", ""), ("shared_softmax", ""), *LINEAR]
 
 
 def checks() -> Iterator[Check]:
-    """Yield the problems, those first that most calls depend on."""
+    """Yield the problems, the most common cases first."""
     for dtype, d in (("bf16", 128), ("fp16", 64), ("fp32", 64)):
         for combine, scope in MODES:
             name = f"{combine} {scope}".strip()
@@ -65,7 +65,7 @@ def checks() -> Iterator[Check]:
         for rule in ("kv_lengths", "tiles", "order"):
             yield Check(f"{rule}, {combine}", combine, scope or "complement", rule=rule)
     yield Check("split rows", plan={"topk": 0.6}, rule="long", kv_len=9000)
-    # Several query heads in one tile.
+    # Cases with several query heads in one tile.
     shared: dict[str, Any] = {"heads": 8, "lists": 1, "blocks": (64, 64)}
     yield Check("shared lists", plan=causal, **shared)
     split = {"topk": 0.6, "causal": True}
@@ -98,7 +98,9 @@ class Problem:
             torch.randn(BATCH, n, h, d, device=device.place).to(dtype).transpose(1, 2)
             for n, h in ((Q_LEN, check.heads), *[(check.kv_len, check.kv_heads)] * 2)
         )
-        if check.feature_map == "relu":  # a denominator near 0 magnifies rounding without bound
+        if (
+            check.feature_map == "relu"
+        ):  # a denominator near 0 magnifies rounding errors without limit
             self.q, self.k = self.q + 1, self.k + 1
         self.plan = self._plan()
         self.options: dict[str, Any] = {"combine": check.combine}
@@ -139,7 +141,7 @@ class Problem:
         return torch.tensor(numbers, dtype=torch.int32, device=self.device.place)
 
     def results(self, dtype: torch.dtype, kind: str) -> Results:
-        """Return outputs and gradients; kind is "kernel" or "formula"."""
+        """Return outputs and gradients of the kernels (kind "kernel") or the plain formulas (kind "formula")."""
         tensors = {"q": self.q, "k": self.k, "v": self.v} | {
             n: x for n, x in self.options.items() if isinstance(x, Tensor)
         }
@@ -147,12 +149,12 @@ class Problem:
         outputs = self._outputs(leaves, kind)
         torch.manual_seed(1)
         upstream = [torch.randn(x.shape, device=self.device.place) for x in outputs]
-        if len(outputs) > 1:  # nothing flows into the lse of a query without any key
+        if len(outputs) > 1:  # the lse of a query without any key gets no gradient
             upstream[1] = upstream[1].masked_fill(outputs[1].detach().isinf(), 0.0)
         grads = torch.autograd.grad(
             outputs,
             list(leaves.values()),
-            # Rounded once, so that every kind starts from the same numbers.
+            # Rounded once, so that both kinds start from the same numbers.
             [
                 x.to(DTYPES[self.check.dtype]).to(y.dtype)
                 for x, y in zip(upstream, outputs, strict=True)
@@ -178,7 +180,7 @@ class Problem:
 
 
 def run(check: Check, device: Device, found: dict[str, Result]) -> Result:
-    """Compare the kernels with the formula, on memory full of NaN, and two runs with each other."""
+    """Compare the kernels with the formulas, with memory filled with NaN, and compare two runs with each other."""
     problem, dtype = Problem(check, device), DTYPES[check.dtype]
     with device.poisoned():
         ours = problem.results(dtype, "kernel")

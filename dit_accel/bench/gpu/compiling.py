@@ -1,4 +1,4 @@
-"""Compile launches in worker processes: into Triton's cache on a GPU, ahead of time without one."""
+"""Compilation of launches in worker processes: into Triton's cache on a GPU, or ahead of time without a GPU."""
 
 import hashlib
 import math
@@ -18,12 +18,12 @@ from dit_accel.kernels.block_sparse.tiles import Target
 
 
 def unique(sketches: Iterable[Sketch]) -> list[Sketch]:
-    """Return one launch for each kernel that has to be compiled, in order."""
+    """Return one launch for each different compiled kernel, in order."""
     return list({x.key(): x for x in reversed(list(sketches))}.values())[::-1]
 
 
 def walk(sub_step: SubStep, target: Target) -> list[Sketch]:
-    """Return what a sub-step launches, without a device."""
+    """Return the launches of a sub-step, recorded without a device."""
     with without_device(target) as held:
         torch.manual_seed(0)
         sub_step.run(DryDevice(), {})
@@ -31,13 +31,13 @@ def walk(sub_step: SubStep, target: Target) -> list[Sketch]:
 
 
 def spread(sketches: list[Sketch], limit: int | None) -> list[Sketch]:
-    """Return at most `limit` launches: one of each kernel and set of constants in turn."""
+    """Return at most `limit` launches, spread over kernels and sets of constants."""
     if limit is None or len(sketches) <= limit:
         return sketches
     groups: dict[str, list[Sketch]] = {}
     for x in sketches:
         groups.setdefault(x.kernel, []).append(x)
-    # Steps of equal size through each group reach modes that stand far from each other.
+    # Equal strides through each group cover modes that are far apart in the list.
     share = max(1, limit // len(groups))
     chosen: list[Sketch] = []
     for group in groups.values():
@@ -46,14 +46,14 @@ def spread(sketches: list[Sketch], limit: int | None) -> list[Sketch]:
 
 
 def compile_ahead(sketch: Sketch, target: Target) -> None:
-    """Compile for a chip that is not here."""
+    """Compile a launch for a chip that need not be present."""
     from dit_accel.kernels.aot import compile_launch
 
     compile_launch(sketch.launch(), target)
 
 
 def compile_here(sketch: Sketch, target: Target) -> None:
-    """Compile for the device of this machine, its launcher too; Triton's cache keeps both."""
+    """Compile a launch and its launcher for the device of this machine, into Triton's cache."""
     launch = sketch.launch()
     compiled = launch.kernel.warmup(
         grid=sketch.grid, **launch.arguments, **sketch.constants, **sketch.options
@@ -72,17 +72,17 @@ def compile_all(
 ) -> dict[str, Any]:
     """Compile launches in parallel.
 
-    Triton's compiler ends its process on some unexpected cases. Then only that launch is lost.
+    On some inputs Triton's compiler ends its process. In that case only one launch is lost.
 
     Args:
         sketches: launches to compile.
         target: kind of chip.
         here: compile for the device of this machine. Default: ahead of time.
-        workers: number of processes. Default: one less than there are cores, at most 14.
-        seconds: time limit; what is not compiled by then compiles at its first launch.
+        workers: number of processes. Default: the number of cores minus one, at most 14.
+        seconds: time limit. Remaining kernels are compiled at their first launch.
 
     Returns:
-        The number of kernels, how many are compiled, the seconds, and under "not_compiled" errors by label.
+        The number of kernels, the number of compiled ones, the seconds, and under "not_compiled" the errors by label.
     """
     start = time.monotonic()
     function = compile_here if here else compile_ahead
@@ -123,7 +123,7 @@ def compile_all(
 
 
 class Worker:
-    """A process that compiles what it is sent, and answers with None or an error."""
+    """A process that compiles the launches sent to it, and answers with None or an error."""
 
     def __init__(self, function: Callable[[Sketch, Target], None], target: Target) -> None:
         context = multiprocessing.get_context("spawn")
@@ -136,7 +136,7 @@ class Worker:
 def _serve(
     connection: Connection, function: Callable[[Sketch, Target], None], target: Target
 ) -> None:
-    # A compiler that fails prints the whole kernel; what matters is in its exception.
+    # A failing compiler prints the whole kernel. The exception has the relevant part.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     while True:
         try:
@@ -152,7 +152,7 @@ def _serve(
 
 
 def label(sketch: Sketch) -> str:
-    """Return a short name of a launch that tells it from every other one."""
+    """Return a short, unique name of a launch."""
     c = sketch.constants
     shown = ("HEAD_DIM", "LINEAR", "EXTRA_KEYS", "POSITIONAL", "TQ", "TK", "BM", "BN")
     parts = [f"{n}={c[n]}" for n in shown if n in c]

@@ -1,4 +1,4 @@
-"""Dense attention in Triton with the loop of our sparse forward: the baseline per attended operation."""
+"""Dense attention in Triton with the loop of the sparse forward kernel: the baseline for the rate per attended pair."""
 
 import math
 from typing import Any, NamedTuple
@@ -32,9 +32,9 @@ def dense_kernel(
     Q, K, V, O, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, q_len, k_len, scale,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """o = softmax(scale q k^T) v for one tile of queries of one head; `scale` includes log2(e)."""
+    """Compute o = softmax(scale q k^T) v for one tile of queries of one head. `scale` includes log2(e)."""
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # Rows start at multiples of 16 bytes, which strides passed as numbers do not tell.
+    # Rows start at multiples of 16 bytes, which the compiler cannot know from the strides.
     q_l, k_l, v_l, o_l = q_l // 8 * 8, k_l // 8 * 8, v_l // 8 * 8, o_l // 8 * 8
     Q += i_b.to(tl.int64) * (q_b // 8 * 8) + i_h.to(tl.int64) * (q_h // 8 * 8)
     K += i_b.to(tl.int64) * (k_b // 8 * 8) + i_h.to(tl.int64) * (k_h // 8 * 8)
@@ -66,7 +66,7 @@ def dense_kernel(
 
 @triton.jit
 def _step(b_s, b_v, b_o, b_max, b_sum, scale):
-    """Online softmax over one tile of scores `[BM, BN]`."""
+    """Add one tile of scores `[BM, BN]` to the online softmax."""
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
     b_p = tl.exp2(b_s * scale - b_new[:, None])
     b_factor = tl.exp2(b_max - b_new)
@@ -78,11 +78,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, tile: DenseTile) -> Tensor:
     """Return dense attention.
 
     Args:
-        q, k, v: `[B, H, L, D]` in fp16 or bf16, D a power of two from 16, strides multiples of 8.
-        tile: sizes and launch options.
+        q, k, v: `[B, H, L, D]` in fp16 or bf16. D is a power of two, at least 16; strides are multiples of 8.
+        tile: tile sizes and launch options.
 
     Raises:
-        ValueError: a head_dim or strides that the kernel does not take.
+        ValueError: the kernel does not support the head_dim or the strides.
     """
     batch, heads, length, d = q.shape
     o = torch.empty_like(q)
@@ -93,7 +93,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, tile: DenseTile) -> Tensor:
     }
     if d < 16 or d & (d - 1) or any(x % 8 for x in strides.values()):
         raise ValueError(
-            f"q: head_dim {d}, strides {strides}; accepted are a power of two from 16 and multiples of 8"
+            f"q: head_dim {d}, strides {strides}; accepted are head_dims that are powers of two from 16 on, and strides "
+            "that are multiples of 8"
         )
     arguments: dict[str, Any] = {"Q": q, "K": k, "V": v, "O": o, **strides}
     arguments |= {"q_len": length, "k_len": k.shape[2], "scale": d**-0.5 * math.log2(math.e)}

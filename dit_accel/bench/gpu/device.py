@@ -1,4 +1,4 @@
-"""The device that is measured, and a stand-in without memory that records what would be launched."""
+"""`Device`: the measured GPU; and `DryDevice`, a stand-in on tensors without memory."""
 
 import contextlib
 import time
@@ -12,12 +12,12 @@ from torch import Tensor
 from dit_accel.bench.timing import Functions, peak_gpu_bytes, seconds, summary
 
 Result = dict[str, Any]
-# Time that the host has to get ahead of the device, as bytes to write first; also empties the cache.
+# Number of bytes that are written before each timed call. The host gets ahead meanwhile, and the cache is flushed.
 FLUSH_BYTES = 2**29
 
 
 class DeviceLostError(RuntimeError):
-    """The device stopped answering: after an invalid access every call of this process fails."""
+    """The device no longer works: after an invalid access, every call of this process fails."""
 
 
 def first_line(error: BaseException) -> str:
@@ -27,7 +27,7 @@ def first_line(error: BaseException) -> str:
 
 
 class Device:
-    """A CUDA device: measures functions that launch work on it."""
+    """A CUDA device, with methods that measure functions."""
 
     dry = False
     place = "cuda"
@@ -47,12 +47,11 @@ class Device:
         Args:
             functions: functions without arguments, by name.
             repeats: number of timed calls of each.
-            optional: names of functions that may fail without failing the caller: other people's kernels,
-                and tiles that do not fit.
+            optional: names of functions that may fail without an error: kernels of other libraries, and tiles that may
+                not fit.
 
         Returns:
-            Milliseconds `{"p20", "p50", "p80"}` by name, and under "refused" the error of each optional
-            function that failed.
+            Milliseconds `{"p20", "p50", "p80"}` by name, and under "refused" the errors of failed optional functions.
         """
         refused: dict[str, str] = {}
         ready: Functions = {}
@@ -83,7 +82,7 @@ class Device:
         """Wait for the device.
 
         Raises:
-            DeviceLostError: it reports an error that stays.
+            DeviceLostError: the device reports a permanent error.
         """
         try:
             torch.cuda.synchronize()
@@ -91,7 +90,7 @@ class Device:
             raise DeviceLostError(first_line(error)) from error
 
     def graph(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """Capture a function in a CUDA graph, and return what replays it."""
+        """Capture a function in a CUDA graph, and return a function that replays it."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -104,11 +103,11 @@ class Device:
         return graph.replay
 
     def peak_mib(self, function: Callable[[], Any]) -> float:
-        """Return the memory that a call allocates at most beyond what was allocated before, in MiB."""
+        """Return the peak memory that a call allocates in addition to that before, in MiB."""
         return peak_gpu_bytes(function) / 2**20
 
     def host_us(self, function: Callable[[], Any], calls: int = 20) -> dict[str, float]:
-        """Return the host's time for a call in microseconds, without the device's."""
+        """Return the host time of a call in microseconds, without device time."""
         function()
         found = []
         for _ in range(calls):
@@ -120,7 +119,7 @@ class Device:
         return summary(found)
 
     def profile(self, function: Callable[[], Any]) -> list[list[Any]]:
-        """Return `[kernel, calls, microseconds]` of every kernel of a call, the longest first."""
+        """Return `[kernel, calls, microseconds]` of every kernel of a call, in descending order of time."""
         from torch.profiler import ProfilerActivity, profile
 
         function()
@@ -132,19 +131,19 @@ class Device:
         return [[x.key[:90], x.count, round(x.device_time_total, 1)] for x in rows[:30]]
 
     def number(self, value: Callable[[], Any]) -> float:
-        """Return a number that is read from the device."""
+        """Read a number from the device."""
         return float(value())
 
     def forget(self) -> None:
-        """Free the memory of the last sub-step."""
+        """Free the memory of the previous sub-step."""
         torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def poisoned(self) -> Iterator[None]:
-        """Fill memory with NaN (integers: their largest number) when it is allocated in the block."""
+        """Context manager in which newly allocated memory is filled with NaN (integers: with their largest number)."""
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # True is torch's default, but somebody may have changed it.
+        # True is torch's default, but other code may have changed it.
         deterministic: Any = torch.utils.deterministic
         deterministic.fill_uninitialized_memory = True
         try:
@@ -156,7 +155,7 @@ class Device:
 
 
 class DryDevice(Device):
-    """No device: every function runs once on tensors without memory; times and numbers are placeholders."""
+    """Stand-in for a device: every function runs once on meta tensors. Times and numbers are placeholders."""
 
     dry = True
     place = "meta"

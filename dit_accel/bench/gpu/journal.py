@@ -1,4 +1,4 @@
-"""The JSON file of a run: rewritten after every sub-step, and read to resume."""
+"""`Journal`: state of a run in a JSON file, written after every sub-step and read to resume."""
 
 import json
 import math
@@ -12,22 +12,22 @@ from dit_accel.bench.gpu.device import Device, Result
 from dit_accel.files import write_json
 
 FORMAT_VERSION = 1
-# Facts that have to be the same when a run is resumed.
+# Facts that must be equal when a run is resumed.
 SAME = ("device", "capability", "source")
 
 
 @dataclass(frozen=True)
 class SubStep:
-    """One measurement, and about how long it takes."""
+    """One measurement, and an estimate of its time."""
 
     step: str
     name: str
     run: Callable[[Device, dict[str, Result]], Result]
-    """Takes the device and the results of finished sub-steps by id; returns plain data."""
+    """Function of the device and the results of finished sub-steps by id. Returns plain data."""
     seconds: float = 2.0
-    """Time that does not depend on the speed of the device: loading kernels, allocating, planning."""
+    """Time in seconds that does not depend on the speed of the device: loading kernels, allocating, planning."""
     flops: float = 0.0
-    """Floating-point operations of products; the time that they take follows from the measured peak."""
+    """FLOPs of matrix products. Their time is estimated from the measured peak."""
 
     @property
     def id(self) -> str:
@@ -35,19 +35,19 @@ class SubStep:
 
 
 class ResumeError(ValueError):
-    """The run in the file cannot be continued here."""
+    """The run in the file cannot be resumed here."""
 
 
 class Journal:
-    """State of a run, in memory and in `path`.
+    """State of a run, in memory and in a file.
 
     Args:
         path: JSON file.
         facts: device, source and versions of this run.
-        resume: continue the run that the file holds. Default: start anew.
+        resume: resume the run in the file. Default: start a new run.
 
     Raises:
-        ResumeError: there is no such run, or it ran on another device or other source.
+        ResumeError: the file has no run, or one with another device or other source.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any], *, resume: bool = False) -> None:
@@ -64,10 +64,10 @@ class Journal:
             for name in SAME:
                 if old.get(name) != facts[name]:
                     raise ResumeError(
-                        f"--resume: {path} is of {name} {old.get(name)!r}, but this is {facts[name]!r}; "
-                        "accepted is the same device and source; leave --resume out to start anew"
+                        f"--resume: {path} has {name}={old.get(name)!r}, but this run has {facts[name]!r}; accepted is "
+                        "the same device and source. Without --resume a new run starts"
                     )
-            # A sub-step that did not fit into the time gets another chance.
+            # Sub-steps that were skipped for lack of time run now.
             self.data["steps"] = {
                 name: entry for name, entry in old["steps"].items() if entry["status"] != "skipped"
             }
@@ -85,24 +85,24 @@ class Journal:
         }
 
     def begin(self, sub_step: SubStep, limit_s: float) -> None:
-        """Note the sub-step that runs now, so that the supervisor can tell when it hangs."""
+        """Record the running sub-step, so that the supervisor can detect a hang."""
         self.data["running"] = {"id": sub_step.id, "since": time.time(), "limit_s": limit_s}
         self.save()
 
     def end(self, sub_step_id: str, status: str, **entry: Any) -> None:
-        """Note how a sub-step ended: "done", "failed", "crashed" or "skipped"."""
+        """Record the result of a sub-step and its status: "done", "failed", "crashed" or "skipped"."""
         self.data["running"] = None
         self.data["steps"][sub_step_id] = {"status": status, **plain(entry)}
         self.save()
 
     def pause(self) -> None:
-        """Forget the sub-step that runs, so that a resumed run begins it again."""
+        """Remove the record of the running sub-step, so that a resumed run repeats it."""
         self.data["running"] = None
         self.save()
 
 
 def plain(x: Any) -> Any:
-    """Return data as JSON knows it: numbers that are not finite become text."""
+    """Return data in types that JSON supports. Numbers that are not finite become strings."""
     if isinstance(x, dict):
         return {str(name): plain(value) for name, value in x.items()}
     if isinstance(x, list | tuple):
@@ -114,18 +114,18 @@ def read(path: Path) -> dict[str, Any]:
     """Return the data of a file.
 
     Raises:
-        ResumeError: there is no file, or it holds no run.
+        ResumeError: the file does not exist, or has no run.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ResumeError(
-            f"--resume: there is no {path}; leave --resume out to start anew"
+            f"--resume: {path} does not exist. Without --resume a new run starts"
         ) from error
     except ValueError as error:
-        raise ResumeError(f"--resume: {path} is no JSON file ({error})") from error
+        raise ResumeError(f"--resume: {path} is not a JSON file ({error})") from error
     if not isinstance(data, dict) or not _has_entries(data.get("steps")):
-        raise ResumeError(f"--resume: {path} holds no run of this script")
+        raise ResumeError(f"--resume: {path} has no run of this script")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Crossover: the length from which sparse attention, with routing and planning, is faster than dense attention."""
+"""Measurement of the crossover: the length from which sparse attention, with routing and planning, is faster than dense."""
 
 import functools
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ TOPKS = (0.05, 0.25)
 
 
 def crossover(length: int) -> SubStep:
-    """Time dense attention and sparse layers of one length in turns."""
+    """Return a function that times dense attention and sparse layers of one length in turns."""
     shape = Shape(f"length {length}", 12, length, 128)
 
     @torch.no_grad()

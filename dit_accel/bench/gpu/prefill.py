@@ -1,4 +1,4 @@
-"""Sparse prefill: the sums over a few queries, and rows of very many blocks, checked and timed at a long prompt."""
+"""Checks and times of sparse prefill with long prompts: sums over a few queries, and rows with very many blocks."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from dit_accel.kernels.query_sums import column_sums, last_query_sums, torch_sum
 LENGTH, HEADS, KV_HEADS, HEAD_DIM = 131072, 32, 8, 128
 LAST = 64
 SUM_TOLERANCE = 2e-3
-"""Allowed error of a sum as a share of the largest one: exponents of fp32 products."""
+"""Allowed error of a sum, as a share of the largest sum. It is dominated by exponentials of fp32 products."""
 SUMS = {
     "d=128": (128, torch.bfloat16, LAST),
     "d=72": (72, torch.bfloat16, 100),
@@ -40,7 +40,7 @@ def _queries_and_keys(
 
 
 def check_sums(device: Device, d: int, dtype: torch.dtype, last: int) -> Result:
-    """Compare both functions with the torch form in fp64."""
+    """Compare both functions with the reference implementation in fp64."""
     q, k = _queries_and_keys(device, 700, 1003, 4, 2, d, dtype)
     scale, rows, block = d**-0.5, range(5, 700, 11), 64
     read = torch.rand(1, 4, 11, 16, device=device.place) < 0.4
@@ -73,7 +73,7 @@ def check_sums(device: Device, d: int, dtype: torch.dtype, last: int) -> Result:
 
 @torch.no_grad()
 def time_sums(device: Device, found: dict[str, Result]) -> Result:
-    """Time the sums of a long prompt, by the kernels and in torch."""
+    """Time the sums for a long prompt, with the kernels and in torch."""
     q, k = _queries_and_keys(device, LENGTH, LENGTH, HEADS, KV_HEADS, HEAD_DIM, torch.bfloat16)
     scale, n = HEAD_DIM**-0.5, LENGTH // 128
     read = torch.rand(1, HEADS, n, n, device=device.place) < 0.1
@@ -88,7 +88,7 @@ def time_sums(device: Device, found: dict[str, Result]) -> Result:
 
 
 def triangle(device: Device, length: int, block: int, tail: int = 128) -> SparsePlan:
-    """Return the first block, a window of 512 tokens, and every key for the last `tail` queries."""
+    """Return a plan of the first block, a window of 512 tokens, and every key for the last `tail` queries."""
     n = length // block
     distance = torch.arange(n, device=device.place)[:, None] - torch.arange(n, device=device.place)
     mask = (distance >= 0) & (distance <= 512 // block)
@@ -107,7 +107,7 @@ def triangle(device: Device, length: int, block: int, tail: int = 128) -> Sparse
 
 @torch.no_grad()
 def time_triangle(device: Device, found: dict[str, Result], *, block: int) -> Result:
-    """Time Triangle on a long prompt with long rows split and whole, beside causal flash attention."""
+    """Time the plan `triangle` on a long prompt, with and without split rows, and causal flash attention."""
     q, k = _queries_and_keys(device, LENGTH, LENGTH, HEADS, KV_HEADS, HEAD_DIM, torch.bfloat16)
     v = torch.randn_like(k)
     plan = triangle(device, LENGTH, block)

@@ -1,4 +1,4 @@
-"""Time of each launch, of each kernel of torch and of the host in a call, and its memory."""
+"""Times of the launches, the kernels and the host code of a call, and its memory."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +16,7 @@ TOPK = 0.05
 
 
 def profile(mode: str) -> SubStep:
-    """Time every launch of an all-inclusive call alone, list every kernel, and time the host."""
+    """Return a function that times every launch of a whole call alone, lists every kernel, and times the host."""
 
     @torch.no_grad()
     def run(device: Device, found: dict[str, Result]) -> Result:
@@ -40,7 +40,7 @@ def profile(mode: str) -> SubStep:
         }
         try:
             result["kernels"] = device.profile(lambda: layer(q, k, v))
-        except Exception as error:  # profiling may be forbidden where the times are not
+        except Exception as error:  # profiling may not be permitted
             device.wait()
             result["profiler_refused"] = first_line(error)
         return result
@@ -49,7 +49,7 @@ def profile(mode: str) -> SubStep:
 
 
 def memory(mode: str) -> SubStep:
-    """Compare the memory of a call and of its gradients with flash attention."""
+    """Return a function that compares the memory of a call and of its gradients with flash attention."""
 
     def run(device: Device, found: dict[str, Result]) -> Result:
         q, k, v = inputs(device, WAN, grad=True)
@@ -76,7 +76,10 @@ def memory(mode: str) -> SubStep:
 
 
 def flex(mode: str) -> SubStep:
-    """Time `backend="flex"` beside the default backend, each with its plan ready; a refusal is a result."""
+    """Return a function that times `backend="flex"` and the default backend with their plans ready.
+
+    An error of the flex backend is a result, not a failure.
+    """
 
     @torch.no_grad()
     def run(device: Device, found: dict[str, Result]) -> Result:
@@ -89,7 +92,7 @@ def flex(mode: str) -> SubStep:
             "flash": dense_functions(device, q, k, v, None)["flash"],
             "default": lambda: layer.attend(q, k, v, plan),
         }
-        if not device.dry:  # it compiles for a real device only
+        if not device.dry:  # FlexAttention compiles for a real device only
             functions["flex"] = lambda: other.attend(q, k, v, plan)
         times = device.times(functions, 8, optional=("flash", "flex"))
         result: Result = {"ms": times}

@@ -1,4 +1,4 @@
-"""Record the Triton launches of any code, to repeat, vary, or compile them elsewhere."""
+"""Recorder of the Triton launches of any code, to repeat, vary or compile them."""
 
 import contextlib
 import importlib
@@ -20,13 +20,13 @@ import dit_accel.kernels
 from dit_accel.kernels.block_sparse.tiles import Target
 from dit_accel.kernels.launch import Launch
 
-# Where torch keeps the function behind an operator that has one for every device.
+# Dispatch key of operators that have one function for every device.
 BODY = torch._C.DispatchKey.CompositeExplicitAutograd
 
 
 @dataclass(frozen=True)
 class HeldLaunch:
-    """One launch with the tensors that it was called with; calling it launches the kernel again."""
+    """One launch with its tensors. Calling it launches the kernel again."""
 
     kernel: Any
     """The `@triton.jit` function."""
@@ -39,17 +39,17 @@ class HeldLaunch:
 
     @property
     def name(self) -> str:
-        """Name of the kernel without the suffix `_kernel`."""
+        """Name of the kernel, without the suffix `_kernel`."""
         return self.kernel.__name__.removesuffix("_kernel")
 
     def changed(self, grid: tuple[int, ...] | None = None, **keywords: Any) -> "HeldLaunch":
-        """Return the launch with another grid or other arguments, constants or options."""
+        """Return the launch with another grid, or other arguments, constants or options."""
         return replace(self, grid=grid or self.grid, keywords={**self.keywords, **keywords})
 
     def sketch(self) -> "Sketch":
-        """Return what decides the compiled code, without tensors."""
+        """Return the data that determine the compiled code, without tensors."""
         arguments, constants, options = {}, {}, {}
-        # Triton's interpreter has functions without `params`.
+        # Functions in Triton's interpreter have no `params`.
         signature = inspect.signature(self.kernel.fn).parameters
         kinds = {name: "constexpr" in str(p.annotation) for name, p in signature.items()}
         for name, value in self.keywords.items():
@@ -64,7 +64,7 @@ class HeldLaunch:
 
 
 class Sketch(NamedTuple):
-    """A launch as plain data, which travels between processes: dtypes stand in for tensors."""
+    """A launch as plain data that can be sent to other processes. Dtypes stand in for tensors."""
 
     module: str
     kernel: str
@@ -74,7 +74,7 @@ class Sketch(NamedTuple):
     options: dict[str, int]
 
     def key(self) -> tuple:
-        """Return what Triton specialises on; equal keys compile to one kernel."""
+        """Return the values that Triton specialises on. Launches with equal keys have the same compiled kernel."""
         arguments = tuple((name, _special(x)) for name, x in sorted(self.arguments.items()))
         constants = (tuple(sorted(x.items())) for x in (self.constants, self.options))
         return (self.module, self.kernel, arguments, *constants)
@@ -104,7 +104,7 @@ def _special(value: Any) -> Any:
 
 @contextlib.contextmanager
 def launches(*, run: bool = True) -> Iterator[list[HeldLaunch]]:
-    """Yield a list that fills with every Triton launch of the block.
+    """Context manager that yields a list, to which every Triton launch of its block is appended.
 
     Args:
         run: also launch the kernels.
@@ -127,7 +127,7 @@ def launches(*, run: bool = True) -> Iterator[list[HeldLaunch]]:
 
 
 class _RunBodies(TorchDispatchMode):
-    """Runs what our operators do on a device, where torch would only work out shapes."""
+    """Dispatch mode that runs the operators of the package on meta tensors, in place of their fakes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "dit_accel":
@@ -142,12 +142,12 @@ def _takes_triton(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def without_device(target: Target) -> Iterator[list[HeldLaunch]]:
-    """Record what code would launch on `target`: tensors on "meta" count as tensors of such a device.
+    """Context manager that yields the launches of its block on `target`. Meta tensors count as tensors of this device.
 
-    Nothing runs, so nothing that reads numbers from tensors works in the block.
+    No kernel runs, so code that reads numbers from tensors fails in the block.
     """
     for found in pkgutil.walk_packages(dit_accel.kernels.__path__, "dit_accel.kernels."):
-        # A module that is first imported inside the block would keep the patched functions.
+        # Modules are imported before, because a first import inside the block would keep the patched functions.
         if not found.name.endswith((".aot", ".catalogue")):
             importlib.import_module(found.name)
     users = [

@@ -1,4 +1,4 @@
-"""The summary of a run in Markdown, from the data of its JSON file alone."""
+"""Summary of a run in Markdown, from the data of its JSON file."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Correctness of the router and of the selection of blocks, against the torch form on the CPU."""
+"""Correctness checks of the router and the selection of blocks, against the reference implementation on the CPU."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,9 +11,9 @@ from dit_accel.bench.gpu.journal import SubStep
 from dit_accel.kernels import SparsePlan, block_scores
 
 SCORE_TOLERANCE = 1e-4
-"""Allowed error as a share of the largest score: a block is summed in another order."""
+"""Allowed error as a share of the largest score. Sums over blocks have another order."""
 CLOSE_CALLS = 1e-3
-"""Share of blocks that may differ where a sum of weights decides (top_p), whose rounding differs."""
+"""Allowed share of different blocks if a sum of weights with another rounding decides (top_p)."""
 ROUTERS: dict[str, dict[str, Any]] = {
     "mean": {},
     "spread": {"spread": True},
@@ -36,7 +36,7 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 
 
 def router(device: Device, **options: Any) -> Result:
-    """Compare `block_scores` with the torch form."""
+    """Compare `block_scores` with the reference implementation."""
     d, dtype = options.pop("d", 128), options.pop("dtype", torch.bfloat16)
     blocks = {"block_q": options.pop("block_q", 128), "block_k": 64}
     q, k = (
@@ -68,7 +68,7 @@ def _on(device: Device, x: Any) -> Any:
 
 
 def selection(device: Device, **options: Any) -> Result:
-    """Compare `SparsePlan.from_scores` with the torch form, on scores with many ties."""
+    """Compare `SparsePlan.from_scores` with the reference implementation, on scores with many ties."""
     length, block_q, block_k = 5003, 128, 64
     n_q, n_k = -(-length // block_q), -(-length // block_k) - options.get("tail_blocks", 0)
     scores = torch.randn(2, 3, n_q, n_k, device=device.place)

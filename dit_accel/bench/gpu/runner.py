@@ -1,4 +1,4 @@
-"""Run sub-steps one after the other within a budget, each guarded."""
+"""Runner of sub-steps within a time budget. A failure ends only one sub-step."""
 
 import signal
 import time
@@ -13,16 +13,16 @@ from dit_accel.bench.gpu.device import Device, DeviceLostError, Result, first_li
 from dit_accel.bench.gpu.journal import Journal, SubStep
 from dit_accel.bench.timing import gpu_clocks
 
-# Attention reaches a part of the peak of a large product; estimates allow for a slow kernel.
+# Share of the measured peak that estimates assume for attention, low enough for a slow kernel.
 SHARE_OF_PEAK = 0.3
 
 
 class Stopped(BaseException):
-    """The process was asked to stop."""
+    """The process received a signal to stop."""
 
 
 def estimate(sub_step: SubStep, results: dict[str, Result]) -> float:
-    """Return about how many seconds a sub-step takes, from the measured peak where there is one."""
+    """Return the estimated seconds of a sub-step, from the measured peak if it is known."""
     peak = results.get("ceilings/matmul", {}).get("tflops")
     return sub_step.seconds + (sub_step.flops / (SHARE_OF_PEAK * 1e12 * peak) if peak else 0.0)
 
@@ -35,18 +35,18 @@ def run_all(
     left: Callable[[], float],
     say: Callable[[str], None],
 ) -> None:
-    """Run every sub-step that is not finished, in order.
+    """Run all unfinished sub-steps in order.
 
     Args:
         sub_steps: sub-steps to run.
         device: device to measure.
-        journal: stores the results.
-        left: function that returns the seconds left of the budget.
-        say: prints a line.
+        journal: journal that stores the results.
+        left: function that returns the remaining seconds of the budget.
+        say: function that prints a line.
 
     Raises:
-        DeviceLostError: the device stopped answering; the sub-step is marked as crashed.
-        Stopped: the process was asked to stop; the sub-step is not marked.
+        DeviceLostError: the device no longer works; the sub-step is marked as crashed.
+        Stopped: the process received a signal to stop; the sub-step is not marked.
     """
     sub_steps = list(sub_steps)
     step = None
@@ -106,7 +106,7 @@ def _end_failed(
 
 
 def headline(result: Result) -> str:
-    """Return the part of a result that a progress line shows."""
+    """Return the part of a result that is shown in a progress line."""
     shown: dict[str, Any] = {n: x for n, x in result.items() if isinstance(x, int | float | bool)}
     parts = [f"{n} {x:.4g}" if isinstance(x, float) else f"{n} {x}" for n, x in shown.items()]
     return ": " + ", ".join(parts[:6]) if parts else ""
@@ -114,7 +114,7 @@ def headline(result: Result) -> str:
 
 @contextmanager
 def stops_on_signal() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into `Stopped` in the block."""
+    """Context manager in which SIGTERM and SIGINT raise `Stopped`."""
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(f"signal {number}")

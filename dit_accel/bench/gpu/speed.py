@@ -1,4 +1,4 @@
-"""Times of attention layers, forward and backward, against dense attention in the same turns."""
+"""Times of attention layers, forward and backward, in turns with dense attention."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,25 +23,25 @@ from dit_accel.bench.gpu.journal import SubStep
 from dit_accel.bench.gpu.recording import HeldLaunch, launches
 from dit_accel.bench.timing import Functions
 
-# Dense forwards that a turn holds: flash, cuDNN, ours; their warm-up counts too.
+# Number of dense forward passes in a turn (flash, cuDNN, Triton), for estimates of time.
 DENSE = 3
 DENSE_NAMES = ("flash", "cudnn", "dense triton")
 
 
 def repeats(shape: Shape) -> int:
-    """Return the number of turns: fewer for a shape whose dense attention takes long."""
+    """Return the number of turns: fewer for shapes with slow dense attention."""
     return 12 if shape.flops < 1e13 else 4
 
 
 def held_launches(function: Callable[[], Any]) -> list[HeldLaunch]:
-    """Return the Triton launches of a call, which runs."""
+    """Run a call and return its Triton launches."""
     with launches() as held:
         function()
     return held
 
 
 def longest(device: Device, held: list[HeldLaunch]) -> HeldLaunch:
-    """Return the launch that takes longest: the attention kernel itself."""
+    """Return the launch with the longest time, the attention kernel."""
     if device.dry:
         return held[-1]
     times = device.times({str(i): x for i, x in enumerate(held)}, 3)
@@ -49,17 +49,17 @@ def longest(device: Device, held: list[HeldLaunch]) -> HeldLaunch:
 
 
 def ratios(times: Result, *, flops: float, shares: dict[str, float], density: float) -> Result:
-    """Return rates, how much faster than flash each function is, and its share of the yardstick.
+    """Return the rate of each function, its speed-up over flash attention, and its ratio to the dense Triton kernel.
 
     Args:
         times: milliseconds by name.
-        flops: operations of a dense call.
-        shares: share of them that a function does, by name; 0 for what attends to nothing.
-        density: share that the others do.
+        flops: FLOPs of a dense call.
+        shares: share of these FLOPs that a function does, by name; 0 for functions without attention.
+        density: share for all other functions.
 
     Returns:
-        By name: `tflops` per attended operation, `x_flash`, and `of_yardstick`: that rate over the rate of our
-        dense kernel; the latter two if there is something to compare with.
+        By name: `tflops` (rate of attended FLOPs), `x_flash` (speed-up over flash attention), and `of_yardstick` (rate /
+        rate of the dense Triton kernel). The last two only if the baseline was measured.
     """
     rows = {name: x["p50"] for name, x in times.items() if name != "refused"}
     found: Result = {}
@@ -76,7 +76,8 @@ def ratios(times: Result, *, flops: float, shares: dict[str, float], density: fl
 
 
 def forward(shape: Shape, topk: float, mode: str) -> SubStep:
-    """Time one mode: kernel alone, attention with its plan ready, and all-inclusive, eager and as a graph."""
+    """Return a function that times one mode: the kernel alone, attention with its plan ready, and a whole call, eager and as
+    a CUDA graph."""
 
     @torch.no_grad()
     def run(device: Device, found: dict[str, Result]) -> Result:
@@ -101,7 +102,7 @@ def forward(shape: Shape, topk: float, mode: str) -> SubStep:
             result["graph_refused"] = first_line(error)
         times = device.times(functions, repeats(shape), optional=(*DENSE_TORCH, "dense triton"))
         density = layer.density(device, plan)
-        # The kernel leaves text queries to dense attention.
+        # Text queries use dense attention, not this kernel.
         image = device.number(plan.density) * shape.tokens / shape.length
         shares = {"kernel": image, "router": 0.0, "plan": 0.0}
         of = ratios(times, flops=shape.flops, shares=shares, density=density)
@@ -115,13 +116,13 @@ def forward(shape: Shape, topk: float, mode: str) -> SubStep:
 
 
 def options_of(launch: HeldLaunch) -> dict[str, Any]:
-    """Return tile and options of a launch."""
+    """Return the tile and the options of a launch."""
     names = ("TQ", "TK", "num_warps", "num_stages")
     return {n: launch.keywords[n] for n in names if n in launch.keywords}
 
 
 def backward(shape: Shape, topk: float, mode: str) -> SubStep:
-    """Time the backward alone: gradients of q, k and v, from a kept forward."""
+    """Return a function that times the backward pass alone: gradients of q, k and v after one forward pass."""
 
     def run(device: Device, found: dict[str, Result]) -> Result:
         q, k, v = inputs(device, shape, grad=True)
@@ -171,7 +172,7 @@ def forwards() -> Iterator[SubStep]:
 
 
 def more_forwards() -> Iterator[SubStep]:
-    """Yield the rest, which a short run leaves out."""
+    """Yield the other forward measurements, which a short run skips."""
     for topk in (0.1, 0.25):
         yield forward(WAN, topk, "none")
     for topk in (0.05, 0.1, 0.25):

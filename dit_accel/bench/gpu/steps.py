@@ -1,4 +1,4 @@
-"""Every sub-step of a run in order, the most informative first."""
+"""All sub-steps of a run in order, the most informative first."""
 
 import functools
 import multiprocessing
@@ -24,14 +24,14 @@ from dit_accel.bench.gpu.journal import SubStep
 from dit_accel.bench.gpu.recording import Sketch
 from dit_accel.kernels.block_sparse.tiles import Target
 
-# Share of the time left that a compilation may take before the measurements go on.
+# Largest share of the remaining time for a compilation.
 COMPILE_SHARE = 0.3
 MOST_COMPILE_S = 150.0
 COMPILATIONS = ("compile/first", "compile/rest")
 
 
 def first_measurements() -> list[SubStep]:
-    """Return what is measured after the first compilation."""
+    """Return the measurements after the first compilation."""
     return [
         *ceilings.yardsticks(),
         *routing.sub_steps(),
@@ -43,7 +43,7 @@ def first_measurements() -> list[SubStep]:
 
 
 def other_measurements() -> list[SubStep]:
-    """Return what is measured after the second compilation."""
+    """Return the measurements after the second compilation."""
     return [
         *sweep.sub_steps(),
         *profiles.profiles(),
@@ -56,10 +56,10 @@ def other_measurements() -> list[SubStep]:
 
 
 def sub_steps(left: Callable[[], float]) -> list[SubStep]:
-    """Return every sub-step.
+    """Return all sub-steps.
 
     Args:
-        left: seconds that are left of the budget, for the compilations.
+        left: function that returns the remaining seconds of the budget, which limits the compilations.
     """
 
     def compilation(name: str, sub_steps: list[SubStep]) -> SubStep:
@@ -90,7 +90,7 @@ def _by_id() -> dict[str, SubStep]:
 
 
 def walk_one(sub_step_id: str, target: Target) -> list[Sketch] | str:
-    """Return what a sub-step launches, or why that cannot be told."""
+    """Return the launches of a sub-step, or the error that prevents recording them."""
     try:
         return compiling.walk(_by_id()[sub_step_id], target)
     except Exception as error:
@@ -98,9 +98,9 @@ def walk_one(sub_step_id: str, target: Target) -> list[Sketch] | str:
 
 
 def walk_all(ids: list[str], target: Target) -> tuple[list[Sketch], dict[str, str]]:
-    """Return every kernel that sub-steps launch, in order, and the errors by sub-step.
+    """Return all kernels that sub-steps launch, in order, and the errors by sub-step.
 
-    Done in processes of their own: tensors without memory must not get into caches of this one.
+    Runs in separate processes, so that meta tensors do not enter the caches of this process.
     """
     workers = max(1, min(8, (os.cpu_count() or 2)))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:

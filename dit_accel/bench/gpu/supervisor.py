@@ -1,4 +1,4 @@
-"""Supervise the measuring process: stop it when it hangs, and restart it when it crashes."""
+"""Supervisor of the measuring process: kills it when it hangs, and restarts it when it crashes."""
 
 import json
 import signal
@@ -20,15 +20,15 @@ GRACE_S = 20.0
 def supervise(
     command: Callable[[bool], list[str]], path: Path, *, say: Callable[[str], None]
 ) -> int:
-    """Run a process until it ends by itself, and return its exit status.
+    """Run the measuring process to its end, and return its exit status.
 
-    A process may die, lose its device, or stay in one sub-step for much longer than estimated. Then only that
-    sub-step is marked as crashed, and a new process continues after it.
+    A process may die, lose its device, or stay in one sub-step much longer than estimated. This sub-step is then marked as
+    crashed, and a new process continues after it.
 
     Args:
-        command: the command line, given whether the process goes on after one that broke.
-        path: the JSON file that the process writes.
-        say: prints a line.
+        command: function that returns the command line. Its argument is True if the process continues after a crash.
+        path: JSON file that the process writes.
+        say: function that prints a line.
     """
     stop, restarted = False, False
     child: subprocess.Popen | None = None
@@ -53,7 +53,7 @@ def supervise(
             if crashed is None and status != DEVICE_LOST:
                 say(f"the process ended with status {status} before it began a sub-step")
                 return 1
-            say(f"the process ended with status {status}; a new one goes on")
+            say(f"the process ended with status {status}; a new process continues")
             restarted = True
     finally:
         for number, handler in before.items():
@@ -67,7 +67,7 @@ def _watch(
     stopped: Callable[[], bool],
     say: Callable[[str], None],
 ) -> int:
-    """Wait for the process; kill it when its sub-step is far over its limit or it ignores a signal."""
+    """Wait for the process. Kill it if its sub-step greatly exceeds its limit, or if it ignores a signal."""
     asked = None
     while True:
         try:
@@ -85,7 +85,7 @@ def _watch(
 
 
 def _running(path: Path, started: float) -> dict[str, Any] | None:
-    """Return the sub-step that the process, started then, is in."""
+    """Return the running sub-step of the process that started at `started`."""
     try:
         running = json.loads(path.read_text(encoding="utf-8")).get("running")
     except (OSError, ValueError):

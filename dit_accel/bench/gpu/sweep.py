@@ -1,4 +1,4 @@
-"""Tiles around the defaults of the forward, rows and columns kernels, on the launches of real calls."""
+"""Times of tiles around the defaults of the forward, rows and columns kernels, in launches of real calls."""
 
 import math
 import re
@@ -19,9 +19,9 @@ from dit_accel.kernels.block_sparse.tiles import Tile, pad
 
 D64 = Shape("d=64", 24, 17776, 64)
 SMALL = Shape("blocks of 64", 12, 32760, 128, block_q=64)
-# Measured in addition to the neighbours of the default tile.
+# Tiles that are measured in addition to the neighbours of the default tile.
 EXTRA = (Tile(128, 64, 8, 3), Tile(128, 64, 8, 5), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3))
-# Tiles sum in another order before they round.
+# Allowed relative error: tiles sum in different orders before rounding.
 TOLERANCE = 5e-3
 
 
@@ -31,20 +31,33 @@ def tile_of(launch: HeldLaunch) -> Tile:
 
 
 def retiled(launch: HeldLaunch, tile: Tile) -> HeldLaunch:
-    """Return a launch with another tile, and the grid that goes with it.
+    """Return a launch with another tile and its grid.
 
-    A program of "columns" takes a part of a key block, a program of every other kernel a part of a query block.
+    A program of "columns" computes a part of a key block, a program of any other kernel a part of a query block. If the
+    launch packs query heads, a program computes as many of them as fit in the tile.
     """
     block, part = ("BLOCK_K", "TK") if "columns" in launch.name else ("BLOCK_Q", "TQ")
     size, now = launch.keywords[block], launch.keywords[part]
     blocks = launch.grid[0] // math.ceil(size / now)
     new = {"TQ": tile.q, "TK": tile.k, "num_warps": tile.warps, "num_stages": tile.stages}
-    grid = (blocks * math.ceil(size / new[part]), *launch.grid[1:])
+    lanes = launch.grid[1]
+    if (packed := launch.keywords.get("HEADS_PACKED", 1)) > 1:
+        group = launch.keywords["group"]
+        fit = [n for n in range(2, group + 1) if group % n == 0 and n * size <= tile.q]
+        new["HEADS_PACKED"] = max(fit, default=1)
+        lanes = lanes * packed // new["HEADS_PACKED"]
+    grid = (blocks * math.ceil(size / new[part]), lanes, *launch.grid[2:])
     return launch.changed(grid, **new)
 
 
 def neighbours(tile: Tile, block_q: int, block_k: int) -> list[Tile]:
-    """Return the tiles that differ in one number from `tile`, and `EXTRA`, which fit the blocks."""
+    """Return the tiles that differ from `tile` in one number, and `EXTRA`, as far as they fit the blocks.
+
+    Args:
+        tile: default tile.
+        block_q: query rows of a program: tokens per query block, times the number of packed heads.
+        block_k: tokens per key block.
+    """
     found = [
         *(tile._replace(q=x) for x in (tile.q // 2, tile.q * 2)),
         *(tile._replace(k=x) for x in (tile.k // 2, tile.k * 2)),
@@ -61,7 +74,7 @@ def label(tile: Tile) -> str:
 
 
 def differs(device: Device, launch: HeldLaunch, default: list[Tensor], out: list[Tensor]) -> float:
-    """Return the relative distance of what a launch writes from `default`; memory is NaN before."""
+    """Return the relative error of the outputs of a launch against `default`. The outputs are NaN before the launch."""
     for x in out:
         x.fill_(float("nan"))
     launch()
@@ -71,7 +84,7 @@ def differs(device: Device, launch: HeldLaunch, default: list[Tensor], out: list
 
 
 def sweep(shape: Shape, mode: str, kernel: str) -> SubStep:
-    """Time the tiles of one kernel in turns, after each was compared with the default's output."""
+    """Return a sub-step that compares the output of each tile of a kernel with that of the default, and times the tiles."""
 
     def run(device: Device, found: dict[str, Result]) -> Result:
         q, k, v = inputs(device, shape, grad=kernel != "forward")
@@ -84,24 +97,27 @@ def sweep(shape: Shape, mode: str, kernel: str) -> SubStep:
             held = held_launches(lambda: torch.autograd.grad(o, (q, k, v), torch.ones_like(o)))
         launch = next((x for x in held if x.name == kernel), None)
         if launch is None:
-            raise LookupError(f"no launch of {kernel!r} among {[x.name for x in held]}")
+            raise LookupError(
+                f"kernel={kernel!r}: not launched; launches are {[x.name for x in held]}"
+            )
         default = tile_of(launch)
         out = outputs(launch)
         launch()
         kept = [x.detach().clone() for x in out]
         functions: Functions = {f"default {label(default)}": launch}
         wrong, refused = {}, {}
-        # Compiled here, some of these would end this process.
+        # Tiles that failed to compile before: compiling them here could end this process.
         uncompiled = {
             name: error for x in found.values() for name, error in x.get("not_compiled", {}).items()
         }
-        for tile in neighbours(default, shape.block_q, shape.block_k):
+        rows = launch.keywords.get("HEADS_PACKED", 1) * shape.block_q
+        for tile in neighbours(default, rows, shape.block_k):
             try:
                 candidate = retiled(launch, tile)
                 if (known := uncompiled.get(compiling.label(candidate.sketch()))) is not None:
                     raise RuntimeError(known)
                 distance = differs(device, candidate, kept, out)
-            except Exception as error:  # it needs more memory or registers than there are
+            except Exception as error:  # the tile may need too much memory or too many registers
                 device.wait()
                 refused[label(tile)] = f"{type(error).__name__}: {error}"[:200]
                 continue
@@ -128,7 +144,7 @@ def sweep(shape: Shape, mode: str, kernel: str) -> SubStep:
 
 
 def outputs(launch: HeldLaunch) -> list[Tensor]:
-    """Return the tensors that a launch writes: gradients of q, k and v if it has any, else its output."""
+    """Return the tensors that a launch writes: the gradients of q, k and v if it has any, else its output."""
     named = {n: x for n, x in launch.keywords.items() if isinstance(x, Tensor)}
     gradients = [x for n, x in named.items() if re.fullmatch("GRAD_[QKV]", n)]
     return gradients or [named["O"]]

@@ -1,11 +1,11 @@
-"""Allowed distance between results of kernels and the formulas."""
+"""Allowed errors of kernels against the plain formulas."""
 
 import torch
 from torch import Tensor
 
-HUGE = 1e300  # stands for NaN and infinity, which JSON does not know
+HUGE = 1e300  # stands for NaN and infinity, which JSON does not support
 EXACT = 1e-5
-"""Allowed error of fp32 kernels as a share of the largest result of a problem."""
+"""Allowed error of fp32 kernels, as a share of the largest result of a problem."""
 
 
 def errors(
@@ -15,9 +15,9 @@ def errors(
 
     Args:
         ours: results of the kernels.
-        exact: the formula in fp64.
-        plain: the formula in the dtype of the kernels: they may err twice as much, and a rounding floor.
-            Default: they may err `EXACT` of the largest exact result (at least of 1).
+        exact: results of the formula in fp64.
+        plain: results of the formula in the dtype of the kernels. Allowed is twice their error plus a rounding floor.
+            Default: allowed is `EXACT` * max(1, largest exact result).
     """
     finite = {name: x.isfinite() for name, x in exact.items()}
     largest = max([1.0, *(x[finite[n]].abs().max().item() for n, x in exact.items())])
@@ -29,7 +29,7 @@ def errors(
             continue
         out, reference = out[mask], reference[mask]
         error = (out - reference).abs().max().item()
-        # A comparison with NaN is false.
+        # Comparisons with NaN are False.
         error = error if error < HUGE else HUGE
         found[name] = [
             error,
@@ -43,6 +43,6 @@ def _allowed(reference: Tensor, plain: Tensor | None, largest: float) -> float:
         return EXACT * largest
     rounded = reference.to(plain.dtype)
     floor = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().item()
-    # The plain formula overflows where a kernel may well not; then rounding is the measure.
+    # If the plain formula overflows, only the rounding floor is allowed, because the kernel need not overflow.
     error = torch.where(plain.isfinite(), plain, rounded).double() - reference
     return 2 * error.abs().max().item() + floor

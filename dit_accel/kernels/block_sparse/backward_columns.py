@@ -1,9 +1,9 @@
-"""Backward, key side: one program owns a key tile and walks the transposed lists of its block.
+"""Backward kernels of the key side: one program owns a key tile and reads the transposed lists of its block.
 
     dk = scale ds^T q   dv = p^T dO                                (README.md, equation 4)
 
-The cost follows the number of blocks that are kept. The linear branch has a launch of its own
-(linear/columns_kernel.py), because both in one kernel need more registers than a thread has.
+The cost is proportional to the number of blocks that are read. The linear branch has a separate launch
+(linear/columns_kernel.py), because both together need more registers than a thread has.
 """
 
 import triton
@@ -31,7 +31,7 @@ def _columns_step(
     b_k, b_v, b_q, b_do, b_lse, b_delta, b_bias, m_s, b_dk, b_dv, scale,
     MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One query tile's share of grad_k and grad_v; tiles are [TK, TQ] here."""
+    """Add the contribution of one query tile to grad_k and grad_v. Tiles are transposed, [TK, TQ]."""
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
     if BIAS:
         b_s += b_bias[:, None]
@@ -56,7 +56,7 @@ def _columns_walk(
     MASK_D: tl.constexpr, MASK_V: tl.constexpr, POSITIONAL: tl.constexpr, WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The query blocks of one transposed list, TQ rows at a time."""
+    """Process the query blocks of one transposed list, TQ rows at a time."""
     SUB: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
     i_next = tl.load(INDEX, mask=count > 0, other=0)
     size_next = query_size(i_next, Q_SIZES, BLOCK_Q)
@@ -95,7 +95,7 @@ def columns_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """grad_k and grad_v of one key tile; ADD: to what the linear branch left there."""
+    """Write grad_k and grad_v of one key tile. ADD: add to the gradients of the linear branch in memory."""
     q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
     k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
     v_b, v_h, v_l = aligned(v_b, ALIGNED), aligned(v_h, ALIGNED), aligned(v_l, ALIGNED)
@@ -133,7 +133,9 @@ def columns_kernel(
             q_offset, window, sink, scale,
             BLOCK_Q, TQ, HEAD_DIM, VALUE_DIM, MASK_D, MASK_V, False, WINDOW, PRECISION,
         )  # fmt: skip
-        if PART_NUM is not None:  # element masks are about positions here: keys own their tile
+        if (
+            PART_NUM is not None
+        ):  # only positions need an element mask here: padding keys are masked once per tile
             b_dk, b_dv = _columns_walk(
                 b_k, b_v, b_dk, b_dv, p_q, p_do, LSE + i_bh * q_len, DELTA + i_bh * q_len,
                 PART_INDEX + i_row.to(tl.int64) * n_part, tl.load(PART_NUM + i_row), i_h,
@@ -142,7 +144,7 @@ def columns_kernel(
                 BLOCK_Q, TQ, HEAD_DIM, VALUE_DIM, MASK_D, MASK_V, POSITIONAL, WINDOW, PRECISION,
             )  # fmt: skip
     b_dk = b_dk * out_scale
-    if GRAD_CENTROID_K is not None:  # a mean hands its gradient to its tokens in equal parts
+    if GRAD_CENTROID_K is not None:  # a mean passes its gradient to its tokens in equal parts
         i_c = i_bk * n_k + i_block
         b_share = 1.0 / tl.maximum(size, 1)
         b_ck = tl.load(GRAD_CENTROID_K + i_c * HEAD_DIM + o_d, mask=m_d, other=0.0)
@@ -173,9 +175,9 @@ def gathered_kernel(
     POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the extra keys (columns, or block means) of one head, over `span` query blocks.
+    """Write gradients of the extra keys (columns, or block means) of one head, summed over `span` query blocks.
 
-    Written per part of the rows: [part, B, Hq, n, D] in fp32, summed by the caller in a fixed order.
+    The results of all parts are [part, B, Hq, n, D] in fp32. The caller sums them in a fixed order.
     """
     q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
     k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)

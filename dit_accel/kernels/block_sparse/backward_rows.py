@@ -1,13 +1,13 @@
-"""Backward, query side. The weights are recomputed from lse; nothing of size [Lq, Lk] is ever kept.
+"""Backward kernel of the query side. It recomputes the weights from lse, and stores nothing of size [Lq, Lk].
 
     p = exp(s - lse)   ds = p (dO v^T - delta)   dq = scale ds k   delta = dO . o - dlse
 
-and for the linear branch, with n = 1 / denominator, g = dO_l, t = g . o_l:
+For the linear branch, with n = 1 / denominator, g = dO_l, t = g . o_l:
 
     da = n (g v^T - t)   dphi(q) = da phi(k)                       (README.md, equations 4 and 5)
 
-A sum over the linear set is the total minus the blocks that the row reads or skips (LINEAR 2). With LINEAR 3
-each row chooses between that and the direct sum, as in the forward kernel.
+With LINEAR 2, a sum over the linear set is the total minus the blocks that the row reads or skips. With LINEAR 3,
+each row uses either this difference or the direct sum, as in the forward kernel.
 """
 
 import triton
@@ -62,7 +62,7 @@ def _rows_walk(
     o_n = tl.arange(0, TK)
     i_next = tl.load(INDEX, mask=count > 0, other=0)
     size_next = TK
-    if MASKED and K_SIZES is not None:  # a loaded size is carried as the index is
+    if MASKED and K_SIZES is not None:  # a loaded size is carried from step to step, like the index
         size_next = block_size(i_next, k_end, K_SIZES, BLOCK_K)
     for t in tl.range(0, count * SUB):
         i_k, size = i_next, size_next
@@ -123,7 +123,7 @@ def rows_kernel(
     POSITIONAL: tl.constexpr, WINDOW: tl.constexpr, EXTRA_KEYS: tl.constexpr,
     LINEAR: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """grad_q; also leaves delta, and t of the linear branch, for the kernels that follow."""
+    """Write grad_q, and delta and t of the linear branch for the following kernels."""
     q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
     k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
     v_b, v_h, v_l = aligned(v_b, ALIGNED), aligned(v_h, ALIGNED), aligned(v_l, ALIGNED)
@@ -160,7 +160,7 @@ def rows_kernel(
     b_lse = tl.load(LSE + o_out, mask=m_q, other=float("inf")) * 1.4426950408889634
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # rows without a key: p = 0
     b_dq = tl.zeros([TQ, DP], tl.float32)
-    b_dphi = b_lse  # without a linear branch: a tensor that the loops pass on untouched
+    b_dphi = b_lse  # without a linear branch: a placeholder that the loops do not change
     b_g = None
     b_t = None
     w_read = -1.0
@@ -241,7 +241,7 @@ def rows_kernel(
         CENTROID_V += i_state * n_k * VALUE_DIM
         o_n = tl.arange(0, TK)
         for c in tl.range(0, n_k, TK):
-            first = c + n_k * 0  # a tensor for Triton's interpreter too
+            first = c + n_k * 0  # + n_k * 0: Triton's interpreter needs a tensor
             b_bias = mean_weights(UNREAD, i_row, first + o_n, n_k)
             # [TK, DP], [TK, DVP]
             b_k = load_tile(CENTROID_K, first, n_k - first, HEAD_DIM, o_n, o_d, m_d, True, MASK_D)

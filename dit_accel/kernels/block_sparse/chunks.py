@@ -1,4 +1,4 @@
-"""How the torch backend walks a plan: stages of heads, chunks of query blocks of like cost."""
+"""Order of work of the torch backend: stages of heads, and chunks of query blocks with similar numbers of key blocks."""
 
 import math
 from collections.abc import Iterator
@@ -11,36 +11,36 @@ from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.router import pool_blocks
 from dit_accel.kernels.visibility import row_ends
 
-# Scores of one chunk and thread: half a MiB in fp32 stays in a core's cache; larger chunks measured slower.
+# Number of scores of one chunk per thread: half a MiB in fp32 stays in a core's cache. Larger chunks were slower.
 CHUNK_SCORES = 2**17
-# With several threads chunks are so much larger: each operation wakes the threads, and that costs more than the cache
-# saves, most of all in the backward pass.
+# Factor of the chunk size with several threads. Each operation wakes the threads, which costs more than the cache saves,
+# especially in the backward pass.
 THREADED = 4
-# Keys and values that must be copied (padding, strides, upcast) are copied this much at a time.
+# Number of elements of keys and values that are copied at a time (for padding, strides or another dtype).
 STAGE_BYTES = 2**24
 
 
 @dataclass
 class Chunk:
-    """Some query blocks of one stage, with equally many (padded) key blocks each."""
+    """Query blocks of one stage that have the same number of key blocks after padding."""
 
     rows: Tensor | slice
-    """Places in the stage's blocked query tensor."""
+    """Indices in the stage's blocked query tensor."""
     kv_rows: Tensor
-    """`[c * n]` places in the stage's table of keys or values; those of the tail come last."""
+    """Indices `[c * n]` in the stage's table of keys or values. Those of the tail are last."""
     free: int
-    """Keys of blocks that every row of the chunk reads whole; they come first."""
+    """Number of keys in blocks that every row of the chunk reads whole. They come first."""
     exact: int
-    """Keys of listed blocks; those of the tail follow."""
+    """Number of keys of listed blocks. Those of the tail follow."""
     hidden: Tensor | None
-    """`[c, 1 or BQ, exact - free]`, True where a key must not be read; None: nothing is hidden."""
+    """Mask `[c, 1 or BQ, exact - free]`, True where a key must not be read. None: no key is hidden."""
     tail_bias: Tensor | None
-    """`[c, 1 or BQ, n_tail]`: log(block size) of unread block means, 0 of columns, -inf of what is
-    read anyway or must not be read."""
+    """Bias `[c, 1 or BQ, n_tail]` of the scores of the tail: log(block size) for means of unread blocks, 0 for columns,
+    -inf for keys that are on a list already or must not be read."""
 
 
 class Layout:
-    """The plan, unpacked for gathering: per-row block lists and what has to be masked."""
+    """A plan, unpacked for gathering: block lists of each row, and masks."""
 
     def __init__(self, plan: SparsePlan, shared_softmax: bool, dtype: torch.dtype) -> None:
         self.plan = plan
@@ -50,13 +50,13 @@ class Layout:
         if plan.q_block_sizes is not None:
             short = plan.q_sizes() < plan.block_q
             masked = masked | short
-            self.whole = self.whole.masked_fill(short, 0)  # queries of padding read nothing
+            self.whole = self.whole.masked_fill(short, 0)  # padding queries read nothing
         self.masked = masked
         self.q_padded = plan.q_block_sizes is not None
         self.k_padded = plan.kv_lengths is not None or plan.k_block_sizes is not None
         self.columns = None if plan.columns is None else plan.columns.long()
         self.has_tail = shared_softmax or self.columns is not None
-        # Every key block holds a key, so a row of block means is never empty without padding.
+        # Without padding, every key block has a key, so a row with block means always has a key.
         self.empty_tail = self.q_padded or self.k_padded or self.columns is not None
         self.blocks = plan.to_block_mask()
         self.q_pos = self._positions()
@@ -69,17 +69,17 @@ class Layout:
         self.tail_blocks = -(-self.n_tail // plan.block_k)
 
     def blocked_q(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Query heads of one stage in blocks, see `_blocked`."""
+        """Return the query heads of one stage in blocks; see `_blocked`."""
         plan = self.plan
         sizes = plan.q_sizes() if self.q_padded else None
         return _blocked(x, plan.num_q_blocks, plan.block_q, dtype, sizes)
 
     def table(self, x: Tensor, batch: int, heads: slice, dtype: torch.dtype) -> Tensor:
-        """Keys or values of one stage, `[Hkv, Lk, D]`, in blocks (see `_blocked`); those of the tail follow.
+        """Return keys or values `[Hkv, Lk, D]` of one stage in blocks (see `_blocked`), followed by the tail.
 
-        The tail is block means `[Hkv, T_k, D]`, or the columns of each query head `[Hq, C, D]`. As blocks of
-        the same table it is gathered together with what it follows; gathering it apart and concatenating
-        took twice as long.
+        The tail is the block means `[Hkv, T_k, D]`, or the columns of each query head `[Hq, C, D]`. It is part of the
+        same table, so that one gather reads listed blocks and tail. A separate gather and a concatenation took twice
+        as long.
         """
         plan = self.plan
         sizes = self.sizes_of(batch) if self.k_padded else None
@@ -93,13 +93,13 @@ class Layout:
         return table
 
     def tail_of(self, table: Tensor, kv_heads: int) -> Tensor:
-        """The tail inside a table, `[Hkv or Hq, n_tail, D]`."""
+        """Return the tail of a table, a view `[Hkv or Hq, n_tail, D]`."""
         plan = self.plan
         tail = table[kv_heads * plan.num_k_blocks :].unflatten(0, (-1, self.tail_blocks))
         return tail.flatten(1, 2)[:, : self.n_tail]
 
     def sizes_of(self, batch: int) -> Tensor:
-        """Valid keys of each key block, `[T_k]`."""
+        """Return the number of valid keys of each key block, `[T_k]`."""
         return self.k_sizes[batch if len(self.k_sizes) > 1 else 0]
 
     def _tail(self, x: Tensor, batch: int, heads: slice, dtype: torch.dtype) -> Tensor:
@@ -110,7 +110,7 @@ class Layout:
         return x[head[:, None], columns].to(dtype).masked_fill(~valid[..., None], 0.0)
 
     def columns_of(self, batch: int, heads: slice) -> tuple[Tensor, Tensor]:
-        """Columns of the stage's query heads `[Hq, C]`, made safe to index with, and whether they count."""
+        """Return the columns of the stage's query heads, `[Hq, C]`, with valid indices in unused places, and their mask."""
         assert self.columns is not None
         plan = self.plan
         columns = self.columns[batch if len(self.columns) > 1 else 0]
@@ -123,7 +123,7 @@ class Layout:
         return columns, valid & (columns % plan.block_k < size)
 
     def _positions(self) -> Tensor:
-        """Position of each row of the blocked queries, `[Hq|1, T_q * BQ]`; rows past the end are 0."""
+        """Return the position of each row of the blocked queries, `[Hq|1, T_q * BQ]`; 0 for rows past the end."""
         plan = self.plan
         if plan.q_order is None:
             return torch.arange(plan.num_q_blocks * plan.block_q, device=plan.device)[None]
@@ -131,7 +131,14 @@ class Layout:
         return torch.nn.functional.pad(plan.q_order.long(), (0, pad))
 
     def chunks(self, batch: int, heads: slice, group: int, stack: int = 1) -> Iterator[Chunk]:
-        """The chunks of one stage: heads `heads` of batch entry `batch`, each for `stack` query heads."""
+        """Yield the chunks of one stage.
+
+        Args:
+            batch: batch entry.
+            heads: query heads of the stage.
+            group: number of query heads per head of keys.
+            stack: number of query heads that share the lists and are computed together.
+        """
         plan = self.plan
         n_heads, n_q, n_k = heads.stop - heads.start, plan.num_q_blocks, plan.num_k_blocks
 
@@ -147,11 +154,11 @@ class Layout:
         biases = None if self.unread_bias is None else of_stage(self.unread_bias)
         q_heads = torch.arange(n_heads, device=counts.device).repeat_interleave(n_q)
         kv_heads = q_heads.div(group, rounding_mode="floor")
-        # Rows of like cost share a chunk: unmasked ones first, then by falling block count.
+        # Rows with similar costs share a chunk: rows without mask first, then by descending number of blocks.
         key = counts.long() + (~masked).long() * (n_k + 1)
         order = torch.argsort(key, descending=True, stable=True)
         in_order = bool((order[1:] > order[:-1]).all())
-        # Sorted once here, so that a chunk of the common kind costs a few slices.
+        # Sorted once here, so that most chunks are a few slices.
         whole, counts, indices, masked = (x[order] for x in (whole, counts, indices, masked))
         kv_heads, q_heads, q_blocks = kv_heads[order], q_heads[order], order % n_q
         kv_rows = indices + kv_heads[:, None] * n_k
@@ -181,7 +188,7 @@ class Layout:
             free = min(sorted_whole[start:stop])
             if free < n:
                 listed = torch.arange(n, device=order.device) < counts[rows, None]
-                # Shorter lists repeat a block of their own: a weight of 0 would not hide a NaN of others.
+                # Shorter lists repeat one of their own blocks: a weight of 0 would not cancel NaN in another block.
                 read = torch.where(listed, read, read[:, :1])
                 q_pos = self._q_pos(q_blocks[rows], q_heads[rows], heads)
                 some = indices[rows, free:n], listed[:, free:]
@@ -208,12 +215,12 @@ class Layout:
             start = stop
 
     def _q_pos(self, q_block: Tensor, q_head: Tensor, heads: slice) -> Tensor:
-        """Positions `[c, BQ]` of the rows of some query blocks."""
+        """Return the positions `[c, BQ]` of the rows of some query blocks."""
         by_block = self.q_pos.unflatten(-1, (-1, self.plan.block_q))
         return by_block[q_head + heads.start if len(by_block) > 1 else 0, q_block]
 
     def _column_bias(self, q_block: Tensor, q_pos: Tensor, at: Tensor, shown: Tensor) -> Tensor:
-        """`[c, 1 or BQ, C]`, 0 where a column is read and -inf elsewhere."""
+        """Return the bias of columns, `[c, 1 or BQ, C]`: 0 where a column is read, else -inf."""
         shown = shown[:, None]
         if self.plan.positional:
             shown = shown & self.plan.visible(q_pos[..., None], at[:, None])
@@ -224,16 +231,17 @@ class Layout:
     def _columns_shown(
         self, batch: int, heads: slice, q_heads: Tensor, covered: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Columns of each row of blocks, `[R, C]`, and whether its listed blocks leave them out."""
+        """Return the columns of each row of blocks, `[R, C]`, and the mask of columns outside its listed blocks."""
         at, valid = (x[q_heads] for x in self.columns_of(batch, heads))
         return at, valid & ~covered.gather(1, at // self.plan.block_k)
 
     def _rows_see_alike(
         self, q_blocks: Tensor, q_heads: Tensor, at: Tensor, shown: Tensor
     ) -> Tensor | None:
-        """Return which columns all queries of a block read, `[R, C]`; None if it is not the same for all.
+        """Return the mask of columns that the queries of each block read, `[R, C]`; None if queries of a block differ.
 
-        The common case: what lies on the diagonal is listed, so that columns are before the block or after it.
+        Usually they do not differ: blocks on the diagonal are listed, so every other column is before or after all
+        queries of the block.
         """
         plan = self.plan
         if plan.q_block_sizes is not None or plan.window is not None:
@@ -274,10 +282,16 @@ def _blocked(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`[H, L, D]` as `[H * n, block, D]` in `dtype`, zero-padded; a view where that is possible.
+    """Return `[H, L, D]` as `[H * n, block, D]` in `dtype`, zero-padded; a view if possible.
 
-    `sizes` `[n]` are the valid tokens of each block: what padding holds may be NaN, which a weight
-    of zero would not cancel. `out` is filled if given.
+    Args:
+        x: tokens `[H, L, D]`.
+        n: number of blocks.
+        block: tokens per block.
+        dtype: dtype of the result.
+        sizes: number of valid tokens of each block, `[n]`. The rest is set to 0, because padding may hold NaN, which a
+            weight of zero would not cancel.
+        out: tensor for the result. Default: a new one, or a view.
     """
     heads, length, d = x.shape
     owned = out is not None or length != n * block
@@ -293,7 +307,7 @@ def _blocked(
         return out
     padding = (torch.arange(block, device=x.device) >= sizes[:, None])[..., None]
     by_block = out.view(heads, n, block, d)
-    # What was not copied belongs to the caller.
+    # A view is the caller's memory and must not be changed.
     fill = by_block.masked_fill_ if owned else by_block.masked_fill
     return fill(padding, 0.0).flatten(0, 1)
 
@@ -305,7 +319,7 @@ def unblocked(x: Tensor, heads: int, length: int) -> Tensor:
 def stages(
     q: Tensor, k: Tensor, layout: Layout, dtype: torch.dtype
 ) -> Iterator[tuple[int, slice, slice]]:
-    """`(batch, query heads, key heads)`, few enough heads at a time where they must be copied."""
+    """Yield (batch entry, query heads, key heads) of each stage. If keys must be copied, a stage has few heads."""
     plan, kv_heads = layout.plan, k.shape[1]
     group = q.shape[1] // kv_heads
     per_head = plan.num_k_blocks * plan.block_k * (2 + 2 * group) * k.shape[-1] * dtype.itemsize
@@ -321,7 +335,7 @@ def stages(
 
 
 def _lists(plan: SparsePlan) -> tuple[Tensor, Tensor, Tensor]:
-    """Return blocks that rows read whole, blocks that they read, and their indices: whole ones come first."""
+    """Return the number of whole blocks and of all blocks that each row reads, and their indices, whole blocks first."""
     whole, partial = plan.full_kv_num_blocks, plan.kv_num_blocks
     counts = whole + partial
     both = [x.expand(*counts.shape, -1) for x in (plan.full_kv_indices, plan.kv_indices)]
@@ -329,13 +343,13 @@ def _lists(plan: SparsePlan) -> tuple[Tensor, Tensor, Tensor]:
     after = place - whole[..., None]
     width = both[0].shape[-1]
     source = torch.where(after < 0, place, after + width)
-    unlisted = (whole > width)[..., None]  # their whole blocks are the first ones
+    unlisted = (whole > width)[..., None]  # rows without a list read the first blocks
     source = source.masked_fill((place >= counts[..., None]) | (unlisted & (after < 0)), 0)
     indices = torch.cat(both, -1).long().gather(-1, source)
     return whole, counts, torch.where(unlisted & (after < 0), place, indices)
 
 
 def _bias(shown: Tensor) -> Tensor:
-    """0 where a key is read and -inf elsewhere, fp32."""
+    """Return 0 where a key is read and -inf elsewhere, fp32."""
     bias = torch.zeros(shown.shape, device=shown.device, dtype=torch.float32)
     return bias.masked_fill(~shown, -math.inf)

@@ -1,8 +1,8 @@
 """The flex backend: torch's FlexAttention computes the forward pass of the exact branch.
 
-FlexAttention is compiled. On a CPU it returns no lse, and it knows no fp64. The torch backend computes the forward
-pass of calls that need these, and the linear branch. FlexAttention has no gradient on a CPU, nor through the lse of
-its FLASH kernel, so the default backend of the device computes gradients from o and lse.
+FlexAttention is compiled. It returns no lse on a CPU, and does not support fp64. The torch backend computes the forward
+pass of calls that need lse or fp64, and the linear branch. FlexAttention has no gradient on a CPU, and none through the
+lse of its FLASH kernel. The default backend of the device therefore computes gradients from o and lse.
 """
 
 import functools
@@ -28,7 +28,7 @@ from dit_accel.kernels.precision import wide
 from dit_accel.kernels.router import pool_blocks
 
 FLASH_TILES = {9: (128, 128), 10: (256, 128)}
-"""Query and key block of flash-attn-4's block-sparse kernels, by major compute capability."""
+"""Query and key block sizes of flash-attn-4's block-sparse kernels, by major compute capability."""
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def forward(
     want_lse: bool,
     mix: Mix | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `o, lse, o_l, norm`, empty where `torch_backend.forward` leaves them empty."""
+    """Return `o, lse, o_l, norm` as `torch_backend.forward` does."""
     if not serves(q, lse=want_lse or shared_softmax):
         return torch_backend.forward(
             q, k, v, plan, scale=scale, shared_softmax=shared_softmax, linear=linear,
@@ -55,7 +55,7 @@ def forward(
     o, lse = _attend(q, k, v, plan.to_flex(), scale, flash=flash_fits(q, v, plan))
     if shared_softmax:
         o, lse = merge_lse((o, lse), _attend_to_means(q, k, v, plan, scale))
-    # The operator promises contiguous outputs; FlexAttention follows the strides of q.
+    # The operator's fake promises contiguous outputs, but FlexAttention returns the strides of q.
     o, lse = o.contiguous(), lse.contiguous() if want_lse else lse.new_empty(0)
     o_l, norm = q.new_empty(0), lse.new_empty(0)
     if linear is not None and mix is not None:
@@ -66,12 +66,12 @@ def forward(
 
 
 def serves(q: Tensor, *, lse: bool) -> bool:
-    """Return whether FlexAttention computes the forward pass of this q, with its lse if `lse`."""
+    """Return whether FlexAttention can compute the forward pass of `q`, and the lse if `lse`."""
     return q.dtype != torch.float64 and (q.is_cuda or not lse)
 
 
 def backward(grad_o: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, by the device's own backend."""
+    """Return the gradients of q, k and v, from the default backend of the device."""
     own = importlib.import_module(
         f"dit_accel.kernels.block_sparse.{'triton' if runs_here(grad_o) else 'torch'}_backend"
     )
@@ -79,7 +79,7 @@ def backward(grad_o: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor
 
 
 def flash_fits(q: Tensor, v: Tensor, plan: SparsePlan) -> bool:
-    """Return whether flash-attn-4 is installed and takes this call: its blocks have to fit the kernel's tiles."""
+    """Return whether flash-attn-4 is installed and supports this call. The plan's blocks must fit the kernel's tiles."""
     if not q.is_cuda or torch.version.hip or q.dtype not in (torch.float16, torch.bfloat16):
         return False
     tile = FLASH_TILES.get(torch.cuda.get_device_capability(q.device)[0])
@@ -90,17 +90,17 @@ def flash_fits(q: Tensor, v: Tensor, plan: SparsePlan) -> bool:
 
 @functools.cache
 def _flash_installed() -> bool:
-    # Before 2.13 its lse came in another base (pytorch issue 181645).
+    # Before torch 2.13 its lse is in another base (pytorch issue 181645).
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 13):
         return False
     try:
         return importlib.util.find_spec("flash_attn.cute") is not None
-    except ImportError:  # find_spec imports the parent, which may be absent or broken
+    except ImportError:  # find_spec imports the parent package, which may be missing or broken
         return False
 
 
 def _without_padding(x: Tensor, plan: SparsePlan) -> Tensor:
-    """Keys or values with zeros in padding: it may hold NaN, which a weight of 0 would not cancel."""
+    """Return keys or values with zeros in padding, which may hold NaN that a weight of 0 would not cancel."""
     if plan.kv_lengths is None and plan.k_block_sizes is None:
         return x
     token = torch.arange(plan.kv_len, device=x.device)
@@ -111,7 +111,7 @@ def _without_padding(x: Tensor, plan: SparsePlan) -> Tensor:
 def _attend_to_means(
     q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention to one mean per unread block, `log n_j` added to its score: `o, lse`."""
+    """Return `o, lse` of attention to one mean per unread block j, with `log n_j` added to its score."""
     sizes = plan.k_sizes()  # [B|1, T_k]
     means_k, means_v = (pool_blocks(x, plan.block_k, sizes, dtype=q.dtype) for x in (k, v))
     bias = sizes.to(wide(q)).log()
@@ -140,7 +140,7 @@ def _attend(
     score_mod: Any = None,
     flash: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`o, lse`; lse is empty on a CPU."""
+    """Return `o, lse` of FlexAttention; lse is empty on a CPU."""
     arguments: dict[str, Any] = {
         "score_mod": score_mod,
         "block_mask": mask,
@@ -148,9 +148,9 @@ def _attend(
         "enable_gqa": q.shape[1] != k.shape[1],
     }
     if not q.is_cuda:
-        # Dynamic lengths give C++ that does not compile (torch 2.13), so each shape compiles apart.
+        # On a CPU, dynamic lengths produce C++ code that does not compile (torch 2.13), so each shape is compiled.
         return _run(_compiled(False), q, k, v, **arguments), q.new_empty(0, dtype=torch.float32)
-    # Lengths become dynamic by themselves when they change.
+    # With dynamic=None, torch makes lengths dynamic when they change.
     function = functools.partial(
         _run, _compiled(None), q, k, v, **arguments, return_aux=AuxRequest(lse=True)
     )
@@ -160,24 +160,24 @@ def _attend(
 
 
 def triton_options(q: Tensor, v: Tensor, blocks: tuple[int, int]) -> dict[str, int | bool]:
-    """Kernel options of FlexAttention's Triton kernel: tiles that divide blocks of this size."""
-    # Its kernel for short queries knows only one query block.
+    """Return kernel options for FlexAttention's Triton kernel: tiles that divide the blocks."""
+    # FlexAttention's kernel for short queries supports one query block only.
     options: dict[str, int | bool] = {"FORCE_USE_FLEX_ATTENTION": True}
     most = 32 if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128 else 64
     for name, block in zip(("BLOCK_M", "BLOCK_N"), blocks, strict=True):
-        if block % 128:  # torch's own tiles divide 128
+        if block % 128:  # the default tiles divide 128
             options[name] = math.gcd(block, most)
     return options
 
 
 @functools.cache
 def _compiled(dynamic: bool | None) -> Any:
-    # Without fullgraph, torch would run FlexAttention uncompiled after too many shapes.
+    # Without fullgraph, torch runs FlexAttention uncompiled after the recompile limit.
     return torch.compile(flex_attention, fullgraph=True, dynamic=dynamic)
 
 
 def _run(function: Any, *args: Any, **options: Any) -> Any:
-    from torch._dynamo import exc  # here, because it loads the compiler
+    from torch._dynamo import exc  # imported here, because it loads the compiler
 
     try:
         return function(*args, **options)
@@ -194,15 +194,15 @@ _flash_failed = False
 
 
 def _flash_or(function: Any, triton: dict[str, int | bool]) -> Any:
-    """Run flash-attn-4; after its first failure warn, and run the Triton kernel from then on."""
+    """Run flash-attn-4. After its first failure, warn and run FlexAttention's Triton kernel from then on."""
     global _flash_failed
     if not _flash_failed:
         try:
             return function(kernel_options={"BACKEND": "FLASH"})
-        except Exception as error:  # an experimental kernel fails in many ways
+        except Exception as error:  # an experimental kernel raises many kinds of errors
             _flash_failed = True
             warnings.warn(
-                f"flash-attn-4 failed; FlexAttention's Triton kernel is used from now on: {error}",
+                f"flash-attn-4 failed ({error}); FlexAttention's Triton kernel is used from now on",
                 stacklevel=2,
             )
     return function(kernel_options=triton)

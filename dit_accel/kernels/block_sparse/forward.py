@@ -3,29 +3,28 @@
     o = softmax(scale q k^T) v over the keys read        (README.md, equations 1 and 2)
     o_l = phi(q) H / (phi(q) . Z)                        (equation 3)
 
-One program owns a tile of query rows of one head, or, without a linear branch, one query block of HEADS_PACKED
-query heads that have the same keys and the same lists: it loads each key block once for all of them. Row r of such a
-tile is row r % BLOCK_Q of head r // BLOCK_Q.
+One program owns a tile of query rows of one head. Without a linear branch it may own one query block of HEADS_PACKED
+query heads that have the same keys and the same lists, so that each key block is loaded once for all of them. Row r of
+such a tile is row r % BLOCK_Q of head r // BLOCK_Q.
 
-LINEAR says where H and Z come from:
+LINEAR selects the sums H and Z:
 
     1   the totals over all keys
     2   the totals minus the blocks that the row reads or skips, subtracted in score space
-    3   each row separately: as 2, or, if the row reads and skips half of the blocks or more, the sum over
-        the blocks of its linear set. EXTRA lists the skipped blocks of the first kind of row, and the linear
-        set of the second.
+    3   by row: as 2 if the row reads and skips less than half of the blocks, else the sum over the blocks of its linear
+        set. EXTRA lists the skipped blocks in the first case, the linear set in the second.
 
-MIX says how o_l is used:
+MIX selects the use of o_l:
 
-    0   stored
-    1   o += o_l, where the totals are projected already
+    0   o_l is stored
+    1   o += o_l, with totals that are already projected
     2   o += o_l W^T
     3   o = alpha o + (1 - alpha) o_l
 
-1 to 3 store o only, which is enough for inference.
+With 1 to 3, only o is stored, which is enough for inference.
 
-SPLIT: rows with very many blocks are divided into segments. Programs of segments come first, because they take longest, and
-store partial results, which `merge_kernel` puts together.
+SPLIT: rows with very many blocks are divided into segments. Programs of segments start first, because they take longest.
+They store partial results, which `merge_kernel` merges.
 
 Loops carry the index of the next block from one step to the next. If a step loaded the index that it uses,
 the compiler could not prefetch the block.
@@ -55,7 +54,7 @@ def _softmax_step(
     b_q, b_k, b_v, b_bias, m_s, b_o, b_m, b_l, scale,
     MASKED: tl.constexpr, BIAS: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the online softmax; `b_m` is the running maximum, `b_l` the running sum.
+    """Add one tile to the online softmax. `b_m` is the running maximum, `b_l` the running sum.
 
     `scale` is positive, so the maximum is taken before scaling, and scaling is part of the exponent.
     """
@@ -72,7 +71,7 @@ def _softmax_step(
         b_top = tl.maximum(b_m, tl.max(b_s, 1) * scale)
     b_base = b_top
     if MASKED or BIAS:
-        b_base = tl.where(b_top == float("-inf"), 0.0, b_top)  # a row may see nothing so far
+        b_base = tl.where(b_top == float("-inf"), 0.0, b_top)  # a row may have seen no key so far
     factor = 1.0 if BIAS else scale
     b_p = tl.exp2(b_s * factor - b_base[:, None])
     b_keep = tl.exp2(b_m - b_base)
@@ -84,7 +83,7 @@ def _softmax_step(
 
 @triton.jit
 def _linear_step(b_phi, b_phik, b_v, b_num, b_den, weight, PRECISION: tl.constexpr):
-    """Add one tile, times `weight`, to numerator and denominator of the linear branch."""
+    """Add one tile, multiplied by `weight`, to numerator and denominator of the linear branch."""
     # [TQ, TK]
     b_a = tl.dot(b_phi, tl.trans(b_phik), input_precision=PRECISION) * weight
     b_den += tl.sum(b_a, 1)
@@ -103,7 +102,10 @@ def _walk(
     WINDOW: tl.constexpr, SOFTMAX: tl.constexpr, LINEAR: tl.constexpr, FLIP: tl.constexpr,
     PREFIX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The blocks `first`..`last` of one list, TK keys at a time; with PREFIX, of all blocks where `is_prefix`."""
+    """Process the blocks `first` to `last` of one list, TK keys at a time.
+
+    With PREFIX, a row with `is_prefix` has no list and reads the blocks with these numbers.
+    """
     SUB: tl.constexpr = (BLOCK_K + TK - 1) // TK
     o_n = tl.arange(0, TK)
     if PREFIX:
@@ -112,7 +114,7 @@ def _walk(
     else:
         i_next = tl.load(INDEX + first, mask=first < last, other=0)
     size_next = TK
-    if MASKED and K_SIZES is not None:  # a loaded size is carried as the index is
+    if MASKED and K_SIZES is not None:  # a loaded size is carried from step to step, like the index
         size_next = block_size(i_next, k_end, K_SIZES, BLOCK_K)
     for t in tl.range(first * SUB, last * SUB):
         i_k, size = i_next, size_next
@@ -151,7 +153,7 @@ def _walk(
 
 @triton.jit
 def _linear_output(b_num, b_den, b_floor, m_q):
-    """o_l and 1 / denominator; both 0 where nothing above `b_floor` is left to divide by."""
+    """Return o_l and 1 / denominator; both are 0 where the denominator is not above `b_floor`."""
     m_l = m_q & (b_den > b_floor)
     b_inverse = tl.where(m_l, 1.0 / tl.where(m_l, b_den, 1.0), 0.0)
     return b_num * b_inverse[:, None], b_inverse
@@ -162,7 +164,7 @@ def _linear_totals(
     b_phi, STATE, STATE_Z, i_state, n_keys, o_d, m_d, o_v, m_v,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, MASK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Numerator and denominator of the linear branch over all keys."""
+    """Return numerator and denominator of the linear branch over all keys."""
     # [DP, DVP], [DP]
     b_z = tl.load(STATE_Z + i_state * HEAD_DIM + o_d, mask=m_d, other=0.0)
     b_den = tl.sum(b_phi.to(tl.float32) * b_z[None, :], 1) * n_keys
@@ -198,7 +200,7 @@ def forward_kernel(
     EVEN_K: tl.constexpr = BLOCK_K % TK == 0
     MASK_D: tl.constexpr = HEAD_DIM != DP
     MASK_V: tl.constexpr = VALUE_DIM != DVP
-    i_h, i_b = tl.program_id(1) * HEADS_PACKED, tl.program_id(2)  # packed: the first of the heads
+    i_h, i_b = tl.program_id(1) * HEADS_PACKED, tl.program_id(2)  # with packed heads: the first one
     i_kh, i_lh = i_h // group, i_h // list_group
     n_h = tl.num_programs(1) * HEADS_PACKED
     i_sub = tl.program_id(0) % SUB_Q
@@ -217,13 +219,13 @@ def forward_kernel(
     if SPLIT:
         is_long = (full + part > long_blocks) & (tl.load(IS_LONG + i_block) != 0)
         if is_long != is_segment:
-            return  # other programs do this row
+            return  # programs of segments compute this row
         last = tl.where(is_segment, tl.minimum((i_segment + 1) * long_blocks, last), last)
         first = tl.minimum(i_segment * long_blocks, last)
 
     o_in = i_sub * TQ + tl.arange(0, TQ)
     if HEADS_PACKED > 1:
-        # Rows after the last head stay with it, beyond its query block, where no row exists.
+        # Rows after the last head are assigned to the last head, past its query block, where no row exists.
         o_head = tl.minimum(o_in // BLOCK_Q, HEADS_PACKED - 1)
         o_in -= o_head * BLOCK_Q
     o_row, m_q, m_row = query_rows(i_block, o_in, i_lh, Q_SIZES, Q_ORDER, order_h, q_len, BLOCK_Q)
@@ -245,7 +247,7 @@ def forward_kernel(
     i_bh = (i_b * n_h + i_h).to(tl.int64)
     i_state = (i_b * (n_h // group) + i_kh).to(tl.int64)
     b_phi = None
-    b_num, b_den = b_l, b_l  # without a linear branch: tensors that the loops pass on untouched
+    b_num, b_den = b_l, b_l  # without a linear branch: placeholders that the loops do not change
     b_floor = tl.zeros([TQ], tl.float32) + 1e-30
     w_read = -1.0
     w_extra = -1.0
@@ -275,7 +277,7 @@ def forward_kernel(
                 w_extra = tl.where(heavy, 1.0, -1.0)
                 b_num = tl.where(heavy, 0.0, b_num)
                 b_den = tl.where(heavy, 0.0, b_den)
-            # What is left below the rounding of the subtraction is nothing.
+            # A rest below the rounding error of the subtraction counts as 0.
             b_floor += b_den * 4e-6
 
     if MIX == 3:
@@ -288,7 +290,7 @@ def forward_kernel(
         elif SKIP_NUM is not None:
             left_out += tl.load(SKIP_NUM + i_row)
         alpha = tl.load(ALPHA + i_b * alpha_b + i_h * alpha_h + i_block * alpha_q).to(tl.float32)
-        alpha = tl.where(left_out >= filled, 1.0, alpha)  # nothing to sum
+        alpha = tl.where(left_out >= filled, 1.0, alpha)  # the linear set is empty
 
     b_o, b_m, b_l, b_num, b_den = _walk(
         b_q, b_phi, b_o, b_m, b_l, b_num, b_den,
@@ -338,7 +340,7 @@ def forward_kernel(
         CENTROID_V += i_state * n_k * VALUE_DIM
         o_n = tl.arange(0, TK)
         for c in tl.range(0, n_k, TK):
-            start = c + n_k * 0  # a tensor for Triton's interpreter too
+            start = c + n_k * 0  # + n_k * 0: Triton's interpreter needs a tensor
             b_bias = mean_weights(UNREAD, i_row, start + o_n, n_k)
             # [TK, DP], [TK, DVP]
             b_k = load_tile(CENTROID_K, start, n_k - start, HEAD_DIM, o_n, o_d, m_d, True, MASK_D)
@@ -355,7 +357,7 @@ def forward_kernel(
     if LINEAR >= 2:
         b_ol, b_inverse = _linear_output(b_num, b_den, b_floor, m_q)
     if MIX == 1 or (MIX == 3 and LINEAR == 1):
-        # Computed here, and from other addresses: kept through the loops, both would take registers from them.
+        # Recomputed here: kept through the loops, both would occupy registers.
         first_row = i_block * BLOCK_Q
         Q += first_row.to(tl.int64) * q_l
         b_q = load_rows(Q, o_row - first_row, m_q, q_l, o_d, m_d, MASK_D)
@@ -395,7 +397,7 @@ def forward_kernel(
             return
     if HEADS_PACKED > 1:
         o_row += o_head * q_len
-    O += i_bh * q_len * VALUE_DIM  # o_out * VALUE_DIM would take registers from the loops
+    O += i_bh * q_len * VALUE_DIM  # o_out * VALUE_DIM would occupy registers in the loops
     o_out = i_bh * q_len + o_row
     tl.store(
         O + o_row.to(tl.int64)[:, None] * VALUE_DIM + o_v[None, :],
@@ -420,7 +422,7 @@ def merge_kernel(
     VALUE_DIM: tl.constexpr, DVP: tl.constexpr, BLOCK_Q: tl.constexpr, TQ: tl.constexpr,
     WANT_LSE: tl.constexpr,
 ):  # fmt: skip
-    """The segments of a long row, merged by their lse and written where the row belongs."""
+    """Merge the segments of a long row by their lse, and write the result to the row."""
     SUB_Q: tl.constexpr = (BLOCK_Q + TQ - 1) // TQ
     i_slot = tl.program_id(0) // SUB_Q
     i_h, i_b = tl.program_id(1), tl.program_id(2)

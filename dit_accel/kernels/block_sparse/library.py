@@ -1,6 +1,6 @@
-"""The operators `dit_accel::sparse_linear`, its backward, and `sparse_linear_inference`, registered with torch.
+"""Operators `dit_accel::sparse_linear`, its backward, and `sparse_linear_inference`, registered with torch.
 
-An operator takes tensors and numbers only, so a plan is unpacked before the call and rebuilt inside.
+Operators take tensors and numbers only. A plan is unpacked before the call and rebuilt inside.
 """
 
 import importlib
@@ -32,7 +32,7 @@ TENSORS = (
     "long_rows",
 )
 NUMBERS = ("block_q", "block_k", "q_offset", "sink", "window", "row_bound", "causal")
-# Tensors between plan and numbers: a state and a mix, for inference only.
+# Tensor arguments between the plan and the numbers: state and mix, for inference only.
 OPTIONAL = 2 + len(Mix._fields)
 
 
@@ -52,12 +52,13 @@ def sparse_linear(
     mix: Mix | None = None,
     training: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `o`, `lse` (empty unless wanted), `o_l` and its reciprocal denominators (empty without a map).
+    """Return `o`, `lse`, `o_l` and the reciprocal denominators of `o_l`.
 
-    With `mix`, `o` is the mixed result, and `o_l` and the denominators are empty; inference only.
+    `lse` is empty without `want_lse`; `o_l` and the denominators are empty without `feature_map`. With `mix` (inference
+    only), `o` is the mixed result, and `o_l` and the denominators are empty.
 
     Args:
-        training: use the operator that has gradients. It costs 30 us more for each call.
+        training: use the operator with gradients, which costs 30 us more per call.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     state_kv, state_k = state if state is not None else (None, None)
@@ -271,7 +272,7 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     *kept, want_lse, backend = numbers
     ctx.numbers = (*kept, backend)
     ctx.set_materialize_grads(False)
-    assert want_lse, "gradients need lse"
+    assert want_lse, "lse: empty, but gradients need it"
 
 
 def _autograd(ctx, grad_o, grad_lse, grad_o_l, grad_norm) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""The public functions: check the arguments, choose the backend, call one operator."""
+"""Public attention functions: they check the arguments, choose the backend, and call one operator."""
 
 import math
 import os
@@ -47,18 +47,18 @@ def block_sparse_attention(
     Args:
         q: queries `[B, Hq, Lq, D]` in fp16, bf16, fp32 or fp64. D is at most 256; any strides.
         k, v: keys and values `[B, Hkv, Lk, D]`. `Hq` is a multiple of `Hkv`; `Lq` and `Lk` may differ.
-        plan: key blocks to read, made for these lengths (`SparsePlan`). Its lists may be those of `Hq` heads, of the
-            `Hkv` heads, or of all. Where the query heads of a group share them, the torch backend gathers keys once for
-            the group, and the Triton backend loads them once for as many heads as fit in a tile.
+        plan: key blocks to read (`SparsePlan`), made for these lengths. It has lists for each of the `Hq` heads, for each
+            of the `Hkv` heads, or one set for all. If the query heads of a group share lists, the torch backend gathers
+            keys once for the group, and the Triton backend loads them once for as many heads as fit in a tile.
         scale: factor of the dot products. Default: `D ** -0.5`.
         return_lse: also return the natural log-sum-exp of each row, `[B, Hq, Lq]`, fp32 (fp64 for
             fp64), differentiable. A query without any key has o = 0 and lse = -inf.
-        backend: "triton" (default on a GPU), "torch" (default elsewhere and for fp64) or "flex", which
-            compiles torch's FlexAttention and takes plans without `columns` and `q_order` only.
+        backend: "triton" (default on a GPU), "torch" (default on other devices and for fp64) or "flex", which
+            compiles torch's FlexAttention and takes only plans without `columns` and `q_order`.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or the plan is for other lengths. The message
-            names the argument. Numbers inside the plan are checked on a CPU, and elsewhere with
+        ValueError: shapes, dtypes or devices do not match, or the plan is for other lengths. The message
+            names the argument. Numbers inside the plan are checked on a CPU, and on other devices with
             `DIT_ACCEL_DEBUG=1`.
     """
     q, k, v = _inputs(q, k, v)
@@ -108,7 +108,7 @@ def sparse_linear_attention(
         q, k, v, plan, scale, backend: as in `block_sparse_attention`. Plans with positions
             (`causal`, `window`) or `columns` need `combine="none"`, because the summary of a block has
             no single position.
-        combine: how the output is made. `"none"`: O_s. `"shared_softmax"` (training-free): each unread
+        combine: formula of the output. `"none"`: O_s. `"shared_softmax"` (training-free): each unread
             block j enters the same softmax as `n_j * exp(scale * q . mean(K_j))` with the value
             `mean(V_j)`. `"proj"` (SLA): O_s + Linear(O_l). `"alpha"` (SLA2): alpha O_s + (1 - alpha) O_l.
         feature_map: feature map of the linear branch, applied to unscaled q and k: `"softmax"` over D,
@@ -119,11 +119,11 @@ def sparse_linear_attention(
         proj_weight, proj_bias: weight and bias of a `torch.nn.Linear(Dv, Dv)`, for `"proj"`.
         alpha: share of O_s, `[Hq]` or per query block `[B|1, Hq, T_q]`, for `"alpha"`. A row whose linear
             set is empty uses 1.
-        state: totals of all keys that the caller keeps up to date, in place of summing the keys.
-            Inference only.
+        state: sums over all keys, kept up to date by the caller. Default: they are computed from the keys. Inference
+            only.
 
     Raises:
-        ValueError: as in `block_sparse_attention`, or an argument does not belong to `combine`.
+        ValueError: as in `block_sparse_attention`; or an argument is missing for `combine`, or not accepted with it.
     """
     q, k, v = _inputs(q, k, v)
     scale = _check(q, k, v, plan, scale)
@@ -165,7 +165,7 @@ def _backend(q: Tensor, backend: Backend | None) -> str:
         return "triton" if triton_ready else "torch"
     if backend == "triton" and not triton_ready and not _interpreting():
         raise ValueError(
-            f"backend='triton': needs a GPU, triton, and fp16, bf16 or fp32; q is {q.dtype} on {q.device}"
+            f"backend='triton': accepted on a GPU with triton, for fp16, bf16 and fp32; q is {q.dtype} on {q.device}"
         )
     return backend
 
@@ -179,7 +179,7 @@ def _wants_grad(*tensors: Tensor) -> bool:
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """Return q, k and v in the dtype of autocast, if it is on."""
+    """Return q, k and v, cast to the dtype of autocast if it is on."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: a {type(x).__name__}; accepted is a torch.Tensor")
@@ -197,10 +197,10 @@ def _check(
     *,
     shared: bool = False,
 ) -> float:
-    """Raise ValueError, or return the scale to use.
+    """Check the arguments and return the scale to use.
 
     Args:
-        shared: whether the query heads of a group may share their lists.
+        shared: accept a plan whose lists the query heads of a group share.
     """
     if not isinstance(plan, SparsePlan):
         raise ValueError(f"plan: a {type(plan).__name__}; accepted is a SparsePlan")
@@ -209,7 +209,7 @@ def _check(
             raise ValueError(f"{name}: shape {tuple(x.shape)}; accepted is [B, H, L, D]")
         if x.dtype not in DTYPES or x.dtype != q.dtype:
             raise ValueError(
-                f"{name}: dtype {x.dtype} beside a q of {q.dtype}; accepted is one of fp16, bf16, fp32, "
+                f"{name}: dtype {x.dtype}, and q has {q.dtype}; accepted is one of fp16, bf16, fp32, "
                 "fp64, the same for q, k, v"
             )
         if x.device != q.device:
@@ -233,7 +233,7 @@ def _check(
             f"but q has {q.shape[2]} and k has {k.shape[2]}"
         )
     for name, batch, heads in plan.leading_sizes():
-        # Symbolic sizes compare one by one; `in` would take equal ones for different.
+        # Symbolic sizes are compared one by one: `in` would treat equal sizes as different.
         fits = heads == 1 or heads == q.shape[1] or (shared and heads == k.shape[1])
         if (batch != 1 and batch != q.shape[0]) or not fits:
             raise ValueError(
@@ -272,8 +272,8 @@ def _check_combine(
     if combine != "none" and (plan.positional or plan.columns is not None):
         kind = "causal" if plan.positional else "with columns"
         raise ValueError(
-            f"combine={combine!r}: the plan is {kind}, but a block's summary has no place in time; "
-            "use combine='none'"
+            f"combine={combine!r}: the plan is {kind}, but a block's summary has no single position; "
+            "accepted is combine='none'"
         )
     d_v, heads = v.shape[-1], q.shape[1]
     for name, x, owner, shapes in (
@@ -288,9 +288,11 @@ def _check_combine(
     ):
         if x is None:
             if owner == combine and name != "proj_bias":
-                raise ValueError(f"{name}: combine={combine!r} needs it")
+                raise ValueError(f"{name}: missing; combine={combine!r} needs it")
         elif owner != combine:
-            raise ValueError(f"{name}: belongs to combine={owner!r}, not to {combine!r}")
+            raise ValueError(
+                f"{name}: given with combine={combine!r}; accepted with combine={owner!r}"
+            )
         elif not any(_same(x.shape, shape) for shape in shapes):
             raise ValueError(
                 f"{name}: shape {tuple(x.shape)}; accepted is {' or '.join(map(str, dict.fromkeys(shapes)))}"
@@ -300,7 +302,7 @@ def _check_combine(
 
 
 def _same(shape: Sequence[int], other: Sequence[int]) -> bool:
-    """Size by size, because symbolic ones do not compare inside tuples."""
+    """Compare two shapes size by size, because symbolic sizes do not compare inside tuples."""
     return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
 
 
@@ -310,10 +312,13 @@ def _check_state(
     if state is None:
         return
     if not linear:
-        raise ValueError("state: only combine='proj' and 'alpha' have a linear branch")
+        raise ValueError(
+            "state: given without a linear branch; accepted with combine='proj' or 'alpha'"
+        )
     if state.feature_map != feature_map:
         raise ValueError(
-            f"state: kept with feature_map={state.feature_map!r}, but feature_map={feature_map!r}"
+            f"state: made with feature_map={state.feature_map!r}, but the call has feature_map={feature_map!r}; "
+            "accepted is the same"
         )
     expected = (*k.shape[:2], k.shape[-1], v.shape[-1])
     if not _same(state.kv.shape, expected) or not _same(state.k.shape, expected[:3]):
@@ -325,4 +330,6 @@ def _check_state(
         if x.device != q.device:
             raise ValueError(f"state: on {x.device}, but q is on {q.device}")
     if _wants_grad(q, k, v, state.kv, state.k):
-        raise ValueError("state: has no gradient; leave it out while training")
+        raise ValueError(
+            "state: given for a call with gradients, but it has none; accepted at inference"
+        )

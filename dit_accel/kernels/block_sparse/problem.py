@@ -1,4 +1,4 @@
-"""`Problem`: inputs and plan of one call, unpacked once for every launch of the call."""
+"""`Problem`: inputs and plan of one call, unpacked for its launches."""
 
 import math
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.router import pool_blocks
 from dit_accel.kernels.visibility import row_ends
 
-# Variants of tiles by what is read beside the lists: nothing, columns, block means.
+# Tile variants by EXTRA_KEYS: none, columns, block means.
 EXTRA_TILES: tuple[Variant, ...] = ("plain", "extra", "means")
 FEATURES = {"softmax": 0, "elu": 1, "relu": 2}
-# One program of the state kernel sums this many tokens.
+# Number of tokens that one program of the state kernel sums.
 STATE_SPAN = 2048
-# One program of the totals kernel sums this many of the D rows of a state.
+# Number of the D rows of a state that one program of the totals kernel sums.
 TOTALS_ROWS = 16
 
 STRIDES = (("q_b", "q_h", "q_l"), ("k_b", "k_h", "k_l"), ("v_b", "v_h", "v_l"))
@@ -33,7 +33,7 @@ Run = Callable[[Launch], Any]
 
 @dataclass
 class Problem:
-    """Inputs and plan, unpacked once for every launch of a call."""
+    """Inputs and plan of one call, unpacked once for all of its launches."""
 
     q: Tensor
     k: Tensor
@@ -75,14 +75,14 @@ class Problem:
             "VALUE_DIM": self.value_dim,
             "DP": pad(self.head_dim),
             "PRECISION": self.precision,
-            "ALIGNED": widths % 8 == 0,  # every one of them is a multiple of 8
+            "ALIGNED": widths % 8 == 0,  # True if all strides are multiples of 8
         }
 
     def _linear_mode(self) -> tuple[int, Lists | None]:
-        """Return how the linear branch sums (LINEAR of forward.py), and the extra lists that it walks.
+        """Return the mode of the linear branch (LINEAR of forward.py) and its extra lists.
 
         A subtraction loses log2(total / rest) bits, so a row that reads and skips half of the blocks or
-        more sums its linear set directly. The plan's `row_bound` says whether there may be such rows.
+        more sums its linear set directly. The plan's `row_bound` determines whether such rows may exist.
         """
         if self.linear is None:
             return 0, None
@@ -97,11 +97,13 @@ class Problem:
         if self.skip is not None:
             left_out = left_out + self.skip.counts
             skipped = block_mask(*self.skip, n_k)
-        heavy = (2 * left_out >= n_k)[..., None]  # as forward.py and backward_rows.py have it
+        heavy = (2 * left_out >= n_k)[
+            ..., None
+        ]  # the same rule as in forward.py and backward_rows.py
         return 3, block_lists(torch.where(heavy, summed, skipped))
 
     def _lead_shape(self) -> torch.Size:
-        """Leading sizes `[B|1, Hq|1]` that all lists of this call are brought to."""
+        """Return the leading sizes `[B|1, Hq|1]` that all lists of this call are expanded to."""
         plan = self.plan
         shapes = [x.counts.shape[:2] for x in (*self.read, self.skip, self.extra) if x is not None]
         if plan.columns is not None:
@@ -113,7 +115,7 @@ class Problem:
     # -- pieces of launches ------------------------------------------------------------------------
 
     def tile(self, kernel: Kernel, heads: int = 1) -> Tile:
-        """Return the tile of a launch whose programs take the query blocks of so many heads together."""
+        """Return the tile of a launch whose programs compute the query blocks of `heads` heads together."""
         return tile(
             kernel,
             self.target,
@@ -125,7 +127,7 @@ class Problem:
         )
 
     def constants(self, kernel: Kernel, heads: int = 1) -> tuple[dict[str, Any], dict[str, int]]:
-        """Constants that all attention kernels share, and the launch options; `heads` as in `tile`."""
+        """Return the constants that all attention kernels share, and the launch options. `heads` as in `tile`."""
         plan = self.plan
         size = self.tile(kernel, heads)
         constants = {
@@ -145,7 +147,7 @@ class Problem:
         return {"LINEAR": self.mode, "FEATURE": feature}
 
     def key_rules(self) -> dict[str, Any]:
-        """Number of keys, and how many of them are valid in each block and sample."""
+        """Return the kernel arguments with the number of keys, and the valid keys of each block and sample."""
         return {
             "k_len": self.plan.kv_len,
             "K_SIZES": self.plan.k_block_sizes,
@@ -153,7 +155,7 @@ class Problem:
         }
 
     def row_rules(self) -> dict[str, Any]:
-        """Order and validity of the queries."""
+        """Return the kernel arguments with order and validity of the queries."""
         plan = self.plan
         return {
             "q_len": plan.q_len,
@@ -163,7 +165,7 @@ class Problem:
         }
 
     def rules(self) -> dict[str, Any]:
-        """Return all rules that decide which query sees which key."""
+        """Return the kernel arguments with all visibility rules."""
         plan = self.plan
         return {
             **self.key_rules(),
@@ -176,12 +178,12 @@ class Problem:
         }
 
     def list_strides(self, lead: torch.Size | None = None) -> dict[str, int]:
-        """Strides between the rows of lists of samples and heads."""
+        """Return the strides of lists between samples and between heads."""
         lead = lead or self.lead
         return {"list_b": lead[1] if lead[0] > 1 else 0, "list_h": 1 if lead[1] > 1 else 0}
 
     def lists(self, lead: torch.Size | None = None, **lists: Lists | None) -> dict[str, Any]:
-        """Lists brought to one leading shape (default: that of the call), with the strides that walk it."""
+        """Return lists expanded to one leading shape (default: that of the call), and their strides."""
         out: dict[str, Any] = self.list_strides(lead)
         for name, x in lists.items():
             out[f"{name.upper()}_NUM"] = None if x is None else self.led(x.counts, lead)
@@ -190,17 +192,17 @@ class Problem:
         return out
 
     def row_lists(self) -> dict[str, Any]:
-        """Lists by query block: read in full, in part, extra ones of the linear branch, skipped."""
+        """Return the lists of each query block: full, partial, extra (of the linear branch), and skip lists."""
         lists = self.lists(full=self.read[0], part=self.read[1], extra=self.extra)
         return {**lists, "SKIP_NUM": None if self.skip is None else self.led(self.skip.counts)}
 
     def led(self, x: Tensor, lead: torch.Size | None = None) -> Tensor:
-        """`x` with its two leading sizes brought to `lead`."""
+        """Return `x` with its two leading sizes expanded to `lead`."""
         lead = lead or self.lead
         return (x if x.shape[:2] == lead else x.expand(*lead, *x.shape[2:])).contiguous()
 
     def extra_key_arguments(self) -> dict[str, Any]:
-        """Columns, or block means with what they stand for in each row."""
+        """Return the kernel arguments of extra keys: columns, or block means with their weights in each row."""
         plan = self.plan
         out: dict[str, Any] = {
             "COVER": None,
@@ -225,10 +227,10 @@ class Problem:
         return out
 
     def unread(self) -> Tensor:
-        """Weights of block means, see `unread_kernel`."""
+        """Return the weights of block means; see `unread_kernel`."""
         plan, n_k = self.plan, self.plan.num_k_blocks
         shape = (*self.lead, plan.num_q_blocks, -(-n_k // 128) * 128)
-        # Exact for whole blocks in fp16; a ragged one is rounded by less than half types round anyway.
+        # fp16 is exact for whole blocks. For a ragged block its rounding error is below that of half-precision scores.
         half = self.q.dtype != torch.float32
         out = self.q.new_empty(shape, dtype=torch.float16 if half else torch.float32)
         lists = self.lists(full=self.read[0], part=self.read[1])
@@ -245,7 +247,7 @@ class Problem:
         return out
 
     def column_counts(self) -> Tensor | None:
-        """Columns that some query of each row block may see, `[*lead, T_q]`: the rest is not walked."""
+        """Return the number of columns that some query of each block may see, `[*lead, T_q]`. Kernels skip the rest."""
         plan = self.plan
         if plan.columns is None:
             return None
@@ -259,9 +261,10 @@ class Problem:
     # -- the linear branch's totals -----------------------------------------------------------------
 
     def key_totals(self, proj_weight: Tensor | None = None) -> dict[str, Tensor | None]:
-        """PHI_K, STATE and STATE_Z, the sums per key so that half types do not overflow.
+        """Return PHI_K, STATE and STATE_Z. The sums are divided by the number of keys, so that half types do not overflow.
 
-        `proj_weight`: the state is multiplied by its transpose, for a kernel that adds o_l as it is.
+        Args:
+            proj_weight: multiply the state by its transpose, for a kernel that adds o_l without a projection.
         """
         if self.linear is None:
             return {"PHI_K": None, "STATE": None, "STATE_Z": None}
@@ -282,7 +285,7 @@ class Problem:
         term: Tensor | None = None,
         want_phi: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """phi(x) if wanted, and the sums of `state_kernel`, fp32 `[part, B, H, D, Dv]` and `[part, B, H, D]`."""
+        """Return phi(x) if `want_phi`, and the sums of `state_kernel`, fp32 `[part, B, H, D, Dv]` and `[part, B, H, D]`."""
         assert self.linear is not None
         batch, heads, length, d = x.shape
         parts = math.ceil(length / STATE_SPAN)
@@ -327,8 +330,8 @@ class Problem:
     def totals(
         self, parts: tuple[Tensor, Tensor], *, proj_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Parts added up over parts and the query heads of a key head, per key: `[B, Hkv, D, Dv]`, `[B, Hkv, D]`."""
-        kv, z = (x.float().contiguous() for x in parts)  # a caller's state may be wider
+        """Return the sums over parts and over the query heads of a key head, per key: `[B, Hkv, D, Dv]`, `[B, Hkv, D]`."""
+        kv, z = (x.float().contiguous() for x in parts)  # the caller's state may be fp64
         heads = z.shape[-2]
         state = self.q.new_empty(self.batch, self.kv_heads, self.head_dim, self.value_dim)
         state_z = z.new_empty(self.batch, self.kv_heads, self.head_dim)

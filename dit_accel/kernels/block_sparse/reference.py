@@ -1,4 +1,4 @@
-"""The definition: dense attention under the plan's mask. Short and slow; any dtype up to fp64."""
+"""Reference implementation: dense attention under the plan's mask, in any dtype up to fp64. Slow."""
 
 import math
 
@@ -20,7 +20,7 @@ def block_sparse_reference(
     scale: float | None = None,
     combine: str = "none",
 ) -> tuple[Float[Tensor, "b h_q l_q d_v"], Float[Tensor, "b h_q l_q"]]:
-    """`o` and `lse` of README.md, equations 1 (`none`) and 2 (`shared_softmax`)."""
+    """Return `o` and `lse` by README.md, equations 1 (`none`) and 2 (`shared_softmax`)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -38,7 +38,7 @@ def block_sparse_reference(
         mean = (member.to(q.dtype) / sizes[..., None].clamp(min=1))[:, None]
         centroid_k, centroid_v = mean @ k, mean @ v
         tail = q @ centroid_k.mT * scale + sizes.to(q.dtype).log()[:, None, None]
-        # An empty block is -inf by its log already; masked, it passes no NaN to the gradients.
+        # The log of an empty block is -inf already. Masking it keeps NaN out of the gradients.
         empty = (sizes == 0)[:, None, None]
         tail = tail.masked_fill(~_unread(plan) | empty, -math.inf)
         logits, values = torch.cat([logits, tail], -1), torch.cat([v, centroid_v], -2)
@@ -56,7 +56,7 @@ def linear_reference(
     feature_map: str,
     linear_scope: str,
 ) -> Float[Tensor, "b h_q l_q d_v"]:
-    """`o_l` of README.md, equation 3; 0 in rows whose denominator is 0."""
+    """Return `o_l` by README.md, equation 3; 0 in rows whose denominator is 0."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     pairs = pair_mask(plan, plan.linear_blocks(linear_scope))
@@ -81,7 +81,7 @@ def sparse_linear_reference(
     alpha: Tensor | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "b h_q l_q d_v"]:
-    """`o` of README.md for every `combine`."""
+    """Return `o` by README.md, for every `combine`."""
     if combine in ("none", "shared_softmax"):
         return block_sparse_reference(q, k, v, plan, scale=scale, combine=combine)[0]
     o_s, _ = block_sparse_reference(q, k, v, plan, scale=scale)
@@ -104,7 +104,7 @@ def sparse_linear_reference(
 
 
 def _unread(plan: SparsePlan) -> Tensor:
-    """`[B|1, Hq|1, Lq, T_k]`: blocks that a query (in its own order) does not read."""
+    """Return the mask of blocks that each query does not read, `[B|1, Hq|1, Lq, T_k]`, queries in their own order."""
     row = torch.arange(plan.q_len, device=plan.device)
     unread = ~plan.to_block_mask()[..., row // plan.block_q, :]
     valid = row % plan.block_q < plan.q_sizes()[row // plan.block_q]

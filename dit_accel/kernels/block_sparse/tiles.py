@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline depth of each kernel, by chip, head_dim, dtype and direction.
 
-Every row is compiled ahead of time by `make kernel-table`, which prints registers, spills and shared
-memory (docs/kernel-table.md). The fastest tile on a chip has to be measured on that chip.
+`make kernel-table` compiles every row ahead of time and lists registers, spills and shared memory
+(docs/kernel-table.md). The fastest tile of a chip can only be measured on that chip.
 """
 
 import functools
@@ -13,16 +13,16 @@ Kernel = Literal["forward", "rows", "columns", "linear_columns", "state"]
 
 
 class Target(NamedTuple):
-    """A kind of chip."""
+    """Backend and architecture that kernels are compiled for."""
 
     backend: Literal["cuda", "hip", "interpreter"]
     arch: str
-    """"90" for compute capability 9.0 (H100, H200), "gfx942" for HIP (MI300)."""
+    """Architecture, such as "90" for compute capability 9.0 (H100, H200), or "gfx942" for HIP (MI300)."""
 
     @classmethod
     @functools.lru_cache(maxsize=64)
     def of(cls, device: torch.device) -> "Target":
-        """Return the target of a device, by its compute capability and not by its name."""
+        """Return the target of a device, from its compute capability."""
         if device.type != "cuda":
             return cls("interpreter", "")
         if torch.version.hip:
@@ -36,14 +36,14 @@ class Tile(NamedTuple):
     """Tile of one kernel."""
 
     q: int
-    """Query rows (state kernel: tokens) per tile; at most `block_q`, rounded up to a power of two."""
+    """Query rows per tile (state kernel: tokens). At most `block_q`, rounded up to a power of two."""
     k: int
-    """Keys (state kernel: value dims) per tile."""
+    """Keys per tile (state kernel: value channels)."""
     warps: int
     stages: int
 
 
-# Chips that share a row: by shared memory and matrix instruction. Newer ones fall to the newest row.
+# Families of chips with the same shared memory and matrix instruction. Newer chips use the newest family.
 _FAMILIES = {
     "80": "sm80",
     "87": "sm80",
@@ -55,12 +55,11 @@ _FAMILIES = {
 }
 
 # "heavy": with a linear branch. "extra": with columns. "means": with block means. "short": query blocks of at most
-# 64 rows, which falls to the variant itself where a family has no such row.
+# 64 rows; a family without such a row uses the variant without "short".
 Variant = Literal["plain", "heavy", "extra", "means"]
 
 # Kernel and variant -> family -> padded head_dim -> Tile.
-# Chosen by what compiles without spills in loops, with loads that overlap, into the shared memory there;
-# nothing was timed on a chip yet.
+# Chosen to compile without spills in loops, with overlapping loads, within the shared memory. Not timed on a chip yet.
 _TABLE: dict[tuple[Kernel, str], dict[str, dict[int, Tile]]] = {
     ("forward", "plain"): {
         "any": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 3)},
@@ -147,8 +146,8 @@ def tile(
     block_k: int,
     variant: Variant = "plain",
 ) -> Tile:
-    """Return the tile of a launch: the table's row, cut to the blocks of the plan."""
-    if target.backend == "interpreter":  # its time goes by the number of tiles
+    """Return the tile of a launch: the table's row, limited to the block sizes of the plan."""
+    if target.backend == "interpreter":  # its time is proportional to the number of tiles
         return Tile(min(128, pad(block_q)), min(128, pad(block_k)), 1, 1)
     single = dtype == torch.float32
     family = "hip" if target.backend == "hip" else _FAMILIES.get(target.arch, "sm100")
@@ -160,16 +159,16 @@ def tile(
     tables = (_TABLE.get((kernel, x), {}) for x in names)
     rows = next(y for x in tables if (y := x.get(family, x.get("any"))))
     row = rows[max(64, pad(head_dim))]
-    if single:  # twice the shared memory, and tf32x3 needs registers
+    if single:  # fp32 needs twice the shared memory, and tf32x3 more registers
         row = Tile(max(16, row.q // 4), max(16, row.k // 4), row.warps, 1)
     return Tile(min(row.q, pad(block_q)), min(row.k, pad(block_k)), row.warps, row.stages)
 
 
 def multiplies_from_memory(target: Target) -> bool:
-    """True if matrix instructions read the second operand from shared memory, not from registers (wgmma, tcgen05)."""
+    """Return whether matrix instructions read the second operand from shared memory (wgmma, tcgen05)."""
     return target.backend == "cuda" and _FAMILIES.get(target.arch, "sm100") in ("sm90", "sm100")
 
 
 def pad(n: int) -> int:
-    """The next power of two, at least 16: what a matrix instruction takes."""
+    """Return the next power of two, at least 16, the smallest size of a matrix instruction."""
     return max(16, 1 << (n - 1).bit_length())

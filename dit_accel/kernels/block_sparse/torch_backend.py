@@ -1,9 +1,9 @@
-"""The torch backend: gathers the key blocks of a few query blocks at a time and multiplies them with two bmm.
+"""Torch backend: gathers the key blocks of a few query blocks at a time, and multiplies them with two bmm.
 
-Works on any device and covers every plan; memory stays near inputs + outputs because only one
-chunk of gathered keys, values and scores exists at a time. Backward recomputes the weights from
-`lse`, so nothing of size [Lq, Lk] is ever saved. Half types are computed in fp32. The linear branch is
-computed separately, in state space (`linear/torch_branch.py`).
+It supports every device and every plan. Memory stays near that of inputs and outputs, because only one chunk of gathered
+keys, values and scores exists at a time. The backward pass recomputes the weights from `lse`, so nothing of size [Lq, Lk]
+is saved. Half types are computed in fp32. The linear branch is computed separately, in state space
+(`linear/torch_branch.py`).
 """
 
 import math
@@ -23,11 +23,11 @@ from dit_accel.kernels.row_order import in_block_order, in_query_order
 def _scores(
     chunk: Chunk, q: Tensor, scale: float, k: Tensor, stack: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Scores of a chunk and the keys they belong to."""
+    """Return the scores of a chunk and its gathered keys."""
     keys = _gathered(chunk, k, len(q))
-    # With beta=0 the first argument is never read; alpha scales for free.
+    # With beta=0 the first argument is not read. alpha scales at no cost.
     scores = torch.baddbmm(q.new_empty(1, 1, 1), q, keys.mT, beta=0, alpha=scale)
-    # Stacked heads have the same mask: rows of one head follow those of the other.
+    # Stacked heads have the same mask. The rows of the heads follow each other.
     by_head = scores if stack == 1 else scores.unflatten(1, (stack, -1))
     if chunk.hidden is not None:
         hidden = chunk.hidden if stack == 1 else chunk.hidden[:, None]
@@ -38,7 +38,7 @@ def _scores(
 
 
 def _gathered(chunk: Chunk, table: Tensor, count: int) -> Tensor:
-    """`[c, n, D]`, the keys or values that the chunk reads."""
+    """Return the keys or values that the chunk reads, `[c, n, D]`."""
     return table.index_select(0, chunk.kv_rows).view(count, -1, table.shape[-1])
 
 
@@ -56,8 +56,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `o, lse, o_l, norm`.
 
-    lse is empty unless wanted; o_l and norm are empty without a linear branch. With `mix`, `o` is the mixed
-    result, and o_l and norm are empty too.
+    `lse` is empty without `want_lse`; `o_l` and `norm` are empty without a linear branch. With `mix`, `o` is the mixed
+    result, and `o_l` and `norm` are empty.
     """
     rows = in_block_order(q, plan)
     o, lse = _forward(rows, k, v, plan, scale, shared_softmax, want_lse)
@@ -88,7 +88,7 @@ def backward(
     shared_softmax: bool,
     linear: Linear | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     rows = [in_block_order(x, plan) for x in (q, grad_o, o, lse)]
     delta = (rows[1].to(lse.dtype) * rows[2].to(lse.dtype)).sum(-1)
     if grad_lse is not None:
@@ -114,7 +114,7 @@ def _forward(
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1] if want_lse else (0,), dtype=dtype)
     layout = Layout(plan, shared_softmax, dtype)
-    # Query heads of a group that share their lists are stacked: their keys are gathered once.
+    # Query heads of a group that share their lists are stacked, so that their keys are gathered once.
     stack = group if not shared_softmax and plan.heads in (1, k.shape[1]) else 1
     for b, heads, kv_heads in stages(q, k, layout, dtype):
         listed = heads if stack == 1 else kv_heads
@@ -146,7 +146,7 @@ def _forward(
             if may_be_empty:
                 p.masked_fill_((top == -math.inf)[..., None], 0.0)
             if lb is not None:
-                # The largest weight is exp(top - lse), so no second exponential is needed.
+                # The largest weight is exp(top - lse), so lse needs no second exponential.
                 lb[chunk.rows] = torch.where(top == -math.inf, top, top - p.amax(-1).log())
             values = _gathered(chunk, vb, len(p))
             if isinstance(chunk.rows, slice):
@@ -165,12 +165,12 @@ def _forward(
 
 
 def _stacked(x: Tensor, heads: int, blocks: int) -> Tensor:
-    """Blocks `[Hkv * heads * T, B, D]` of all query heads as `[Hkv * T, heads * B, D]`."""
+    """Return blocks `[Hkv * heads * T, B, D]` of all query heads as `[Hkv * T, heads * B, D]`."""
     return x.unflatten(0, (-1, heads, blocks)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def _unstacked(x: Tensor, heads: int, blocks: int) -> Tensor:
-    """The inverse of `_stacked`."""
+    """Return the inverse of `_stacked`."""
     rows = x.unflatten(0, (-1, blocks)).unflatten(2, (heads, -1))
     return rows.transpose(1, 2).flatten(0, 2)
 
@@ -197,9 +197,11 @@ def _backward(
         vb = layout.table(v[b, kv_heads], b, heads, dtype)
         go = layout.blocked_q(grad_o[b, heads], dtype)
         lb = layout.blocked_q(lse[b, heads][..., None], dtype)
-        lb = lb.masked_fill(lb == -math.inf, 0.0)  # hidden scores are -inf, so weights stay 0
+        lb = lb.masked_fill(lb == -math.inf, 0.0)  # hidden scores are -inf, so their weights are 0
         db = layout.blocked_q(delta[b, heads][..., None], dtype)
-        gq, gk, gv = (x.new_zeros(x.shape) for x in (qb, kb, vb))  # contiguous, whatever x is
+        gq, gk, gv = (
+            x.new_zeros(x.shape) for x in (qb, kb, vb)
+        )  # contiguous, unlike zeros_like for a strided x
         for chunk in layout.chunks(b, heads, group):
             qc, goc = qb[chunk.rows], go[chunk.rows]
             scores, keys = _scores(chunk, qc, scale, kb)
@@ -217,7 +219,7 @@ def _backward(
             gtk, gtv = layout.tail_of(gk, n_kv), layout.tail_of(gv, n_kv)
             gk, gv = (x[: n_kv * plan.num_k_blocks] for x in (gk, gv))
         if shared_softmax:
-            # A mean hands its gradient to its tokens in equal parts.
+            # A mean passes its gradient to its tokens in equal parts.
             sizes = layout.sizes_of(b)
             token = torch.arange(plan.block_k, device=q.device)
             share = (token < sizes[:, None]).to(dtype) / sizes.clamp(min=1)[:, None]

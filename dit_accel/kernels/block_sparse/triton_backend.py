@@ -1,4 +1,4 @@
-"""The Triton backend; same functions as torch_backend."""
+"""Triton backend, with the functions of torch_backend."""
 
 from dit_accel.kernels.block_sparse.triton_backward import backward
 from dit_accel.kernels.block_sparse.triton_forward import forward

@@ -98,7 +98,7 @@ def backward(
         )
     )
     gathered = _gathered_gradients(p, shared, extra_keys) if p.extra_keys else None
-    # Columns are added to what the lists gave, so both stay in fp32 until then.
+    # The gradients of columns are added to those of the lists. Both stay in fp32 until then.
     grad_dtype = torch.float32 if p.extra_keys == 1 else k.dtype
     grad_k = k.new_empty(k.shape, dtype=grad_dtype)
     grad_v = v.new_empty(v.shape, dtype=grad_dtype)
@@ -134,7 +134,7 @@ def backward(
 def _linear_key_gradients(
     p: Problem, grad_k: Tensor, grad_v: Tensor, grad_o_l: Tensor, norm: Tensor, term: Tensor
 ) -> None:
-    """Write the linear branch's share of grad_k and grad_v."""
+    """Write the contribution of the linear branch to grad_k and grad_v."""
     assert p.linear is not None
     plan = p.plan
     queries = {"K_SIZES": None, "KV_LENGTHS": None}
@@ -177,10 +177,11 @@ def _linear_key_gradients(
 
 
 def _rows_by_block(p: Problem) -> tuple[Lists, Tensor]:
-    """Query blocks that the linear branch walks for each key block, and which key blocks are heavy.
+    """Return the query blocks that the linear branch reads for each key block, `[B, Hq, T_k]`, and the mask of heavy key
+    blocks, `[B, Hkv, T_k]`.
 
-    A heavy block, which half of the rows or more leave out, sums the rows of its linear set. The others
-    subtract the rows that leave them out. Lists `[B, Hq, T_k]`, heavy `[B, Hkv, T_k]`.
+    The linear sets of half of the rows or more do not hold a heavy block. It sums the rows whose linear set holds it.
+    Other blocks subtract the rows whose linear set does not hold them.
     """
     assert p.linear is not None
     summed = p.plan.linear_blocks(p.linear.scope).mT  # [B|1, Hq|1, T_k, T_q]
@@ -191,9 +192,9 @@ def _rows_by_block(p: Problem) -> tuple[Lists, Tensor]:
 
 
 def _transposed(plan: SparsePlan) -> tuple[Lists, Lists | None]:
-    """Query blocks that read each key block, in full and in part.
+    """Return the query blocks that read each key block, in full and in part.
 
-    Without positions a key does not tell full from partial blocks: padding is masked once per tile.
+    Without positions, all of them are on the full lists, because padding is masked once per tile.
     """
     if plan.positional:
         lists = plan.transpose()
@@ -241,9 +242,9 @@ def _gathered_gradients(
 
 
 def _add_columns(p: Problem, grad: Tensor, of_columns: Tensor) -> None:
-    """Add `[B, Hq, C, D]` to the keys `[B, Hkv, Lk, D]` they belong to, one query head at a time.
+    """Add gradients of columns `[B, Hq, C, D]` to those of the keys `[B, Hkv, Lk, D]`, one query head at a time.
 
-    The columns of one head are distinct keys, so no two additions meet and the order is fixed.
+    The columns of one head are distinct keys, so the order of additions is fixed.
     """
     assert p.plan.columns is not None
     columns = p.plan.columns.expand(p.batch, p.heads, -1).long()

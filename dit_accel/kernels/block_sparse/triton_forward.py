@@ -1,7 +1,7 @@
-"""Forward pass of the Triton backend: the kernels that run, their arguments and their order.
+"""Forward pass of the Triton backend: its kernels, their arguments and their order.
 
-Nothing here waits for the device or depends on numbers in tensors, so calls can be captured in a CUDA
-graph. The argument `run` is called with each launch: it runs the launch, or collects it to be compiled elsewhere.
+No function waits for the device or depends on numbers in tensors, so calls can be captured in a CUDA graph. The argument
+`run` is called with each launch. It runs the launch, or collects it for compilation.
 """
 
 import math
@@ -20,24 +20,23 @@ from dit_accel.kernels.linear.spec import Linear
 from dit_accel.kernels.plan import SparsePlan
 
 LOG2E = math.log2(math.e)
-# A row of more keys than this is split over several programs, if there are few programs or the plan
-# names the row.
+# A row with more keys is split over several programs if there are few programs, or if it is one of the plan's `long_rows`.
 SPLIT_TOKENS = 4096
 FEW_PROGRAMS = 128
-# Partial results of split rows take no more memory than this: longer rows get longer segments.
+# Largest size of the partial results of split rows. Longer rows get longer segments.
 PART_BYTES = 2**26
 
 
 def fuses(q: Tensor, v: Tensor) -> bool:
-    """True if the linear branch runs inside the kernels; beyond head_dim 128 a D x Dv state does not fit."""
+    """Return whether the linear branch runs inside the kernels. Above head_dim 128 a D x Dv state does not fit."""
     return max(q.shape[-1], v.shape[-1]) <= 128
 
 
 def _mixes(q: Tensor, v: Tensor, mix: Mix, linear: Linear, target: Target) -> bool:
-    """True if the forward kernel applies `mix`.
+    """Return whether the forward kernel applies `mix`.
 
-    Where matrix instructions take both operands from registers, or head_dim is padded, a projection at the end of
-    the kernel spills in its loops (unless the totals are projected, as for the scope "all").
+    If matrix instructions take both operands from registers, or head_dim is padded, a projection at the end of the
+    kernel causes spills in its loops. With the scope "all" the totals are projected instead.
     """
     if not fuses(q, v):
         return False
@@ -48,11 +47,12 @@ def _mixes(q: Tensor, v: Tensor, mix: Mix, linear: Linear, target: Target) -> bo
 
 
 def packed_heads(p: Problem) -> int:
-    """Return the number of query heads that one program of the forward kernel computes; 1: they are not packed.
+    """Return the number of query heads that one program of the forward kernel computes. 1: heads are not packed.
 
-    Query heads are packed where the heads of a group have the same lists (the plan has one set of lists for each key
-    head, or one for all) and where a tile has rows for a number of them that divides the group. Columns, block means,
-    split rows and all rules of a plan can be packed. A linear branch is not: its sums leave no registers for it.
+    Query heads are packed if the heads of a group have the same lists (the plan has one set of lists for each key
+    head, or one for all) and a tile has enough rows for a number of heads that divides the group. This works with
+    columns, block means, split rows and all rules of a plan. Calls with a linear branch are not packed, because its sums
+    occupy the registers.
     """
     group = p.heads // p.kv_heads
     if group == 1 or p.linear is not None or p.plan.heads not in (1, p.kv_heads):
@@ -79,8 +79,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `o, lse, o_l, norm`.
 
-    lse is empty unless wanted; o_l and norm are empty without a linear branch. With `mix`, `o` is the mixed
-    result, and o_l and norm are empty too.
+    `lse` is empty without `want_lse`; `o_l` and `norm` are empty without a linear branch. With `mix`, `o` is the mixed
+    result, and `o_l` and `norm` are empty.
     """
     target = target or Target.of(q.device)
     options: dict[str, Any] = {"scale": scale, "want_lse": want_lse, "target": target, "run": run}
@@ -129,7 +129,7 @@ def forward(
         **mix_arguments,
         **p.strides,
         **p.rules(),
-        # Query heads that share a set of lists; where all heads do, list_h is 0.
+        # Number of query heads that share a set of lists. If all heads share one, list_h is 0.
         "list_group": p.heads // plan.heads if plan.heads > 1 else 1,
         "n_q": plan.num_q_blocks,
         "scale": abs(scale) * LOG2E,
@@ -155,7 +155,7 @@ def forward(
 
 
 def _mix(p: Problem, mix: Mix | None) -> tuple[int, dict[str, Any]]:
-    """MIX of the forward kernel, and its arguments."""
+    """Return MIX of the forward kernel, and its arguments."""
     arguments: dict[str, Any] = dict.fromkeys(("PROJ_W", "PROJ_B", "ALPHA", "FILLED"))
     arguments |= {"alpha_b": 0, "alpha_h": 0, "alpha_q": 0}
     if mix is None:
@@ -166,7 +166,7 @@ def _mix(p: Problem, mix: Mix | None) -> tuple[int, dict[str, Any]]:
         if p.mode == 1:
             return 1, arguments
         assert mix.proj_weight is not None
-        weight = mix.proj_weight.to(p.q.dtype).contiguous()  # in fp32 the kernel would spill
+        weight = mix.proj_weight.to(p.q.dtype).contiguous()  # an fp32 weight would cause spills
         return 2, arguments | {"PROJ_W": weight}
     alpha = mix.alpha
     strides = alpha.stride() if alpha.ndim == 3 else (0, alpha.stride(0), 0)
@@ -176,16 +176,17 @@ def _mix(p: Problem, mix: Mix | None) -> tuple[int, dict[str, Any]]:
         "alpha_h": strides[1],
         "alpha_q": strides[2],
     }
-    if p.plan.k_block_sizes is not None:  # blocks may be empty before the last key
+    if p.plan.k_block_sizes is not None:  # blocks before the last key may be empty
         filled = (p.plan.k_sizes() > 0).sum(-1, dtype=torch.int32)
         arguments["FILLED"] = filled.expand(p.batch).contiguous()
     return 3, arguments
 
 
 def _long_rows(p: Problem, programs: int) -> Tensor | None:
-    """Row blocks that are split over several programs; None: no row gains by it.
+    """Return the query blocks to split over several programs, or None for no split.
 
-    programs: number of programs without splitting.
+    Args:
+        programs: number of programs without splitting.
     """
     plan = p.plan
     widest = max(plan.kv_indices.shape[-1], plan.full_kv_indices.shape[-1])
@@ -198,7 +199,7 @@ def _long_rows(p: Problem, programs: int) -> Tensor | None:
         if programs >= FEW_PROGRAMS:
             return None
         rows = torch.arange(plan.num_q_blocks, dtype=torch.int32, device=plan.device)
-    # So many rows fill a device without being split.
+    # With this number of rows, a device is busy without a split.
     return rows if len(rows) and _most_segments(p, len(rows)) > 1 else None
 
 
@@ -216,9 +217,11 @@ def _split(
     constants: dict[str, Any],
     options: dict[str, int],
 ) -> None:
-    """Launch short rows with segments of long rows, and the merge of the segments.
+    """Launch the kernel on short rows and segments of long rows, then the merge of the segments.
 
-    grid: of the launch without splitting. sub: programs of one query block.
+    Args:
+        grid: grid of the launch without splitting.
+        sub: number of programs of one query block.
     """
     plan, q = p.plan, p.q
     n_long = len(long_rows)
@@ -263,7 +266,7 @@ def _split(
     p.run(
         Launch(
             merge_kernel,
-            (n_long * sub, p.heads, p.batch),  # heads one by one
+            (n_long * sub, p.heads, p.batch),  # one program per head
             {name: arguments[name] for name in copied},
             {**merged, "TQ": min(constants["TQ"], pad(plan.block_q))},
             num_warps=8,

@@ -1,4 +1,4 @@
-"""Weights of block means: for each row, the blocks that it does not read, and how many keys their means stand for."""
+"""Kernel of the weights of block means: the number of keys of each block that a row does not read."""
 
 import triton
 import triton.language as tl
@@ -19,8 +19,8 @@ def unread_kernel(
 ):  # fmt: skip
     """Write UNREAD `[B|1, Hq|1, T_q, padded_blocks(T_k)]`, fp16 or fp32.
 
-    log2 of the number of keys that the mean of each block stands for; -inf for a block that the row reads or
-    that is empty. Taken here, because a logarithm in the loop of the attention kernels costs more than the rest.
+    An entry is log2 of the number of keys of the block, or -inf if the row reads the block or the block is empty. The
+    logarithm is computed here, because in the loop of the attention kernels it costs more than all other operations.
     """
     i_row = (tl.program_id(2) * list_b + tl.program_id(1) * list_h) * n_q + tl.program_id(0)
     i_row = i_row.to(tl.int64)

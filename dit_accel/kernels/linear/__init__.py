@@ -1,4 +1,4 @@
-"""The linear branch: feature maps, totals, and both backends' parts of it."""
+"""Linear branch: feature maps, totals, and its parts of the torch and Triton backends."""
 
 from dit_accel.kernels.linear.attention import linear_attention
 from dit_accel.kernels.linear.state import LinearState

@@ -1,4 +1,4 @@
-"""Linear attention over all keys, in plain torch: a few matrix products that need no kernel."""
+"""Linear attention over all keys, in plain torch."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from dit_accel.kernels.linear.state import LinearState
 from dit_accel.kernels.precision import no_autocast, wide
 
 EPSILON = 1e-5
-"""In the denominator over all keys, as the released checkpoints were trained."""
+"""Constant in the denominator over all keys, as in the training of the released checkpoints."""
 
 
 def linear_attention(
@@ -20,12 +20,13 @@ def linear_attention(
     feature_map: str = "softmax",
     state: LinearState | None = None,
 ) -> Float[Tensor, "b h_q l_q d_v"]:
-    """phi(q) (sum phi(k)^T v) / (phi(q) sum phi(k) + 1e-5), in fp32 or wider. Differentiable.
+    """Return phi(q) (sum phi(k)^T v) / (phi(q) sum phi(k) + 1e-5), in fp32 or wider. Differentiable.
 
     Args:
-        q: `[B, Hq, Lq, D]`. k, v: `[B, Hkv, Lk, D]`, `Hq` a multiple of `Hkv`.
-        feature_map: "softmax" over D, "elu" (+ 1) or "relu", on unscaled q and k.
-        state: both sums, where the caller has them already; without gradient.
+        q: queries `[B, Hq, Lq, D]`.
+        k, v: keys and values `[B, Hkv, Lk, D]`; `Hq` is a multiple of `Hkv`.
+        feature_map: "softmax" over D, "elu" (+ 1) or "relu", applied to unscaled q and k.
+        state: both sums, kept by the caller; without gradient. Default: they are computed from the keys.
     """
     with no_autocast(q):
         if state is None:

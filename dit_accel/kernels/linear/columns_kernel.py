@@ -1,9 +1,9 @@
-"""Backward of the linear branch, key side: one program owns a key tile.
+"""Backward kernel of the linear branch, key side: one program owns a key tile.
 
     dphi(k) = sum n (g . v - t) phi(q)   dv = sum n phi(q) . phi(k) g        (README.md, equation 5)
 
-over the rows i whose linear set holds the block. LINEAR 1: all rows, the totals. LINEAR 2: where HEAVY is 1,
-the sum over the rows on the block's list; elsewhere the totals minus those rows.
+summed over the rows i whose linear set holds the block. LINEAR 1: the totals over all rows. LINEAR 2: where HEAVY is 1,
+the sum over the rows on the block's list; where it is 0, the totals minus the rows on the list.
 """
 
 import triton
@@ -32,7 +32,7 @@ def linear_columns_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     LINEAR: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """STATE holds the sums over all rows of n phi(q)^T g and n t phi(q), per key."""
+    """Write the gradients of one key tile. STATE: sums over all rows of n phi(q)^T g and n t phi(q), per key."""
     k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
     v_b, v_h, v_l = aligned(v_b, ALIGNED), aligned(v_h, ALIGNED), aligned(v_l, ALIGNED)
     SUB_K: tl.constexpr = (BLOCK_K + TK - 1) // TK

@@ -1,4 +1,4 @@
-"""Feature maps of linear attention and their gradients; applied to unscaled queries and keys."""
+"""Feature maps of linear attention, applied to unscaled queries and keys, and their gradients."""
 
 from typing import Literal, get_args
 
@@ -14,7 +14,7 @@ FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
 def features(
     x: Float[Tensor, "*b d"], feature_map: str, *, out: Float[Tensor, "*b d"] | None = None
 ) -> Float[Tensor, "*b d"]:
-    """phi(x), never negative: softmax over `d`, elu(x) + 1, or relu(x). Differentiable without `out`."""
+    """Return phi(x) >= 0: softmax over `d`, elu(x) + 1, or relu(x). Differentiable without `out`."""
     if feature_map == "softmax":
         return torch.softmax(x, -1) if out is None else torch.softmax(x, -1, out=out)
     if out is not None:
@@ -29,7 +29,7 @@ def features_backward(
     grad_phi: Float[Tensor, "*b d"],
     feature_map: str,
 ) -> Float[Tensor, "*b d"]:
-    """Gradient of `x`, given phi(x) and the gradient of phi(x)."""
+    """Return the gradient of `x`, given phi(x) and the gradient of phi(x)."""
     if feature_map == "softmax":
         return phi * (grad_phi - (grad_phi * phi).sum(-1, keepdim=True))
     if feature_map == "elu":

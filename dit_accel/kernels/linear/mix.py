@@ -29,12 +29,12 @@ def mixed(o: Tensor, o_l: Tensor, mix: Mix, plan: SparsePlan, linear_scope: str)
         weight = mix.proj_weight.to(o.dtype)
         flat = torch.addmm(o.flatten(0, 2), o_l.flatten(0, 2), weight.T)
     if mix.proj_bias is not None:
-        flat.add_(mix.proj_bias)  # converts while it adds
+        flat.add_(mix.proj_bias)  # adds and converts in one operation
     return flat.view_as(o)
 
 
 def alpha_per_block(alpha: Tensor, plan: SparsePlan, linear_scope: str) -> Tensor:
-    """`[B|1, Hq, T_q]`, 1 where the linear set is empty."""
+    """Return alpha of each query block, `[B|1, Hq, T_q]`; 1 where the linear set is empty."""
     valid = plan.k_sizes()[:, None, None, :] > 0
     empty = ~(plan.linear_blocks(linear_scope) & valid).any(-1)
     per_block = alpha[None, :, None] if alpha.ndim == 1 else alpha
@@ -42,10 +42,10 @@ def alpha_per_block(alpha: Tensor, plan: SparsePlan, linear_scope: str) -> Tenso
 
 
 def _alpha_per_query(alpha: Tensor, plan: SparsePlan, linear_scope: str) -> Tensor:
-    """`[B|1, Hq, Lq, 1]`, 1 where the linear set is empty."""
+    """Return alpha of each query, `[B|1, Hq, Lq, 1]`; 1 where the linear set is empty."""
     per_block = alpha_per_block(alpha, plan, linear_scope)
     row = torch.arange(plan.q_len, device=alpha.device)
     if plan.q_order is None:
         return per_block[..., row // plan.block_q, None]
-    block = plan.q_order.argsort(-1) // plan.block_q  # of each query
+    block = plan.q_order.argsort(-1) // plan.block_q  # block of each query
     return per_block.gather(-1, block.expand(*per_block.shape[:2], -1))[..., None]

@@ -1,4 +1,4 @@
-"""What the linear branch is asked to do."""
+"""`Linear`: settings of the linear branch."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 class Linear(NamedTuple):
-    """Feature map and scope of the linear branch, and totals that the caller keeps."""
+    """Feature map and scope of the linear branch, and sums kept by the caller."""
 
     feature_map: str
     scope: str
     state: tuple[Tensor, Tensor] | None = None
-    """Sums over all valid keys: phi(k)^T v `[B, Hkv, D, Dv]` and phi(k) `[B, Hkv, D]`, fp32."""
+    """Sums over all valid keys: phi(k)^T v `[B, Hkv, D, Dv]` and phi(k) `[B, Hkv, D]`, fp32. None: not given."""

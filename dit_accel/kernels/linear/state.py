@@ -1,4 +1,4 @@
-"""Totals of the linear branch that follow refreshed tokens, for caches that change little per step."""
+"""`LinearState`: sums of the linear branch, updated at the cost of the keys that change."""
 
 from dataclasses import dataclass
 
@@ -13,20 +13,20 @@ from dit_accel.kernels.precision import no_autocast, wide
 
 @dataclass(frozen=True, eq=False)
 class LinearState:
-    """Sums over keys, H = sum phi(k) v^T and Z = sum phi(k), which a change of few keys updates cheaply.
+    """Sums over keys, H = sum phi(k) v^T and Z = sum phi(k), with an update for few changed keys.
 
-    RAS refreshes some tokens per step: `update_` adds what they became and subtracts what they were,
+    RAS refreshes some tokens per step. `update_` adds their new keys and subtracts their old keys:
 
         H += phi(k_new)^T v_new - phi(k_old)^T v_old      Z += sum phi(k_new) - sum phi(k_old)
 
-    at a cost that follows the refreshed tokens. Rounding adds up in fp32; start anew at each dense
-    step. Carries no gradient.
+    The cost is proportional to the number of refreshed tokens. Rounding errors accumulate in fp32, so call `set_` at
+    each dense step. The state has no gradient.
     """
 
     kv: Float[Tensor, "b h_kv d d_v"]
-    """H, fp32 (fp64 for fp64)."""
+    """H = sum phi(k) v^T, fp32 (fp64 for fp64)."""
     k: Float[Tensor, "b h_kv d"]
-    """Z."""
+    """Z = sum phi(k), of the same dtype."""
     feature_map: str = "softmax"
 
     def __post_init__(self) -> None:
@@ -45,14 +45,14 @@ class LinearState:
         feature_map: str = "softmax",
         kv_lengths: Int[Tensor, " b"] | None = None,
     ) -> "LinearState":
-        """Sums over all keys, or over the first `kv_lengths` `[B]` of each sample.
+        """Return the sums over all keys, or over the first `kv_lengths` `[B]` keys of each sample.
 
         Raises:
-            ValueError: shapes that do not fit, or an unknown `feature_map`; it names the argument.
+            ValueError: shapes do not match, or `feature_map` is unknown; the message names the argument.
         """
         for name, x in (("k", k), ("v", v)):
             if not x.is_floating_point():
-                raise ValueError(f"{name}: dtype {x.dtype}; accepted are floating point ones")
+                raise ValueError(f"{name}: dtype {x.dtype}; accepted are floating-point dtypes")
         if k.shape[:-1] != v.shape[:-1]:
             raise ValueError(f"v: shape {tuple(v.shape)} does not fit k {tuple(k.shape)}")
         padding = None
@@ -65,7 +65,7 @@ class LinearState:
                 check_range("kv_lengths", kv_lengths, k.shape[2])
             padding = torch.arange(k.shape[2], device=k.device) >= kv_lengths[:, None]
             padding = padding[:, None, :, None]
-            k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)  # they may hold NaN
+            k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)  # padding may hold NaN
         phi = features(k.to(wide(k)), feature_map)
         if padding is not None:
             phi = phi.masked_fill(padding, 0.0)  # phi(0) is not 0
@@ -76,7 +76,7 @@ class LinearState:
     def set_(
         self, k: Float[Tensor, "b h_kv l_k d"], v: Float[Tensor, "b h_kv l_k d_v"]
     ) -> "LinearState":
-        """In place: sums over these keys, whatever it has summed before.
+        """Replace the sums, in place, by those over the given keys.
 
         Returns:
             This state.
@@ -93,17 +93,17 @@ class LinearState:
         k_new: Float[Tensor, "b h_kv n d"],
         v_new: Float[Tensor, "b h_kv n d_v"],
     ) -> "LinearState":
-        """In place: the given keys and values (of the refreshed tokens only) become the new ones.
+        """Replace old by new keys and values of the refreshed tokens, in place.
 
         Args:
-            k_old, v_old: exactly what the state has summed for these tokens, `n` may be 0.
-            k_new, v_new: what takes their place.
+            k_old, v_old: keys and values that the state includes for these tokens. `n` may be 0.
+            k_new, v_new: new keys and values of these tokens.
 
         Returns:
             This state.
 
         Raises:
-            ValueError: a shape or device that does not fit the state; it names the argument.
+            ValueError: a shape or device does not match the state; the message names the argument.
         """
         b, h, d, d_v = self.kv.shape
         n = k_old.shape[2] if k_old.ndim == 4 else 0
@@ -119,7 +119,7 @@ class LinearState:
                     f"accepted is {(b, h, n, width)} on {self.kv.device}"
                 )
         with torch.no_grad(), no_autocast(self.kv):
-            # One product over old and new, so that the small difference is formed before it meets H.
+            # One product over old and new keys, so that the small difference is formed before it is added to H.
             phi = torch.cat([self._phi(k_new), -self._phi(k_old)], 2)
             v = torch.cat([v_new, v_old], 2)
             self.kv.add_(phi.mT @ v.to(phi.dtype))
@@ -133,7 +133,7 @@ class LinearState:
         k_new: Float[Tensor, "b h_kv n d"],
         v_new: Float[Tensor, "b h_kv n d_v"],
     ) -> "LinearState":
-        """As `update_`, into a new state."""
+        """Return a new state with the change of `update_`; this state stays as it is."""
         copy = LinearState(self.kv.clone(), self.k.clone(), self.feature_map)
         return copy.update_(k_old, v_old, k_new, v_new)
 

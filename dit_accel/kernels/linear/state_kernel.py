@@ -1,4 +1,4 @@
-"""Totals of the linear branch: phi(x)^T y and the weighted sum of phi(x), one pass over x and y."""
+"""Kernels of the totals of the linear branch: phi(x)^T y and the weighted sum of phi(x), in one pass over x and y."""
 
 import triton
 import triton.language as tl
@@ -20,11 +20,11 @@ def state_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, TV: tl.constexpr,
     BLOCK: tl.constexpr, TL: tl.constexpr, FEATURE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Keys (NORM is None): sums of phi(k)^T v and phi(k) over valid keys.
+    """Write partial sums over `span` tokens, for TV of the value channels.
 
-    Queries: sums of n phi(q)^T g and n t phi(q), with n = NORM (0 for rows that do not count) and
-    t = TERM. A program sums `span` tokens for TV of the value dims; parts `[part, B, H, ...]` are added by
-    `totals_kernel` in a fixed order. PHI, if given, receives phi(x) `[B, H, L, D]`.
+    For keys (NORM is None): sums of phi(k)^T v and phi(k) over valid keys. For queries: sums of n phi(q)^T g and
+    n t phi(q), with n = NORM (0 for invalid rows) and t = TERM. `totals_kernel` adds the parts `[part, B, H, ...]` in a
+    fixed order. PHI, if given, receives phi(x) `[B, H, L, D]`.
     """
     x_b, x_h, x_l = aligned(x_b, ALIGNED), aligned(x_h, ALIGNED), aligned(x_l, ALIGNED)
     y_b, y_h, y_l = aligned(y_b, ALIGNED), aligned(y_h, ALIGNED), aligned(y_l, ALIGNED)
@@ -46,8 +46,8 @@ def state_kernel(
         # [TL, DP], [TL, TV]
         b_x = load_rows(X, o_l, m_l, x_l, o_d, m_d, MASK_D)
         b_y = load_rows(Y, o_l, m_l, y_l, o_v, m_v, True)
-        # What does not count is cleared after loading, because it may hold NaN, and loads whose masks are loaded
-        # too cannot run ahead.
+        # Invalid rows, which may hold NaN, are set to 0 after loading: a load whose mask is loaded too cannot be
+        # prefetched.
         m_x = m_l
         if KV_LENGTHS is not None or K_SIZES is not None:
             o_block = tl.where(m_l, o_l // BLOCK, 0)
@@ -89,10 +89,10 @@ def totals_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     TD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sum parts, and the heads of a group, in a fixed order; times `factor`, and projected if asked.
+    """Sum the parts, and the heads of a group, in a fixed order, and multiply by `factor`.
 
-    PARTS: `[part, B, H, D, Dv]` and PARTS_Z: `[part, B, H, D]` in fp32. STATE: `[B, H / group, D, Dv]`, the sum,
-    or with PROJ_W `[Dv, Dv]` the sum times its transpose. STATE_Z: `[B, H / group, D]` in fp32.
+    PARTS: `[part, B, H, D, Dv]`, PARTS_Z: `[part, B, H, D]`, fp32. STATE: `[B, H / group, D, Dv]`, the sum; with PROJ_W
+    `[Dv, Dv]`, the sum multiplied by its transpose. STATE_Z: `[B, H / group, D]`, fp32.
     """
     i_d, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_h = tl.num_programs(1)

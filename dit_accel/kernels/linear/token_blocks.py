@@ -1,4 +1,4 @@
-"""Tokens of one head by block, a few blocks at a time: loading, features, storing, and reused memory."""
+"""`TokenBlocks`: loads, maps and stores the tokens of one head by block, a few blocks at a time; and reused memory."""
 
 import contextlib
 import math
@@ -12,14 +12,14 @@ from torch import Tensor
 from dit_accel.kernels.linear.features import features
 from dit_accel.kernels.plan import SparsePlan
 
-# Features of a chunk, for each CPU core: they stay in its cache until they are multiplied.
+# Bytes of the features of a chunk per CPU core, so that they stay in its cache until they are multiplied.
 CHUNK_BYTES = 2**19
-# Elsewhere: few launches count, not caches.
+# Bytes of the features of a chunk on other devices, where few launches matter more than caches.
 DEVICE_CHUNK_BYTES = 2**26
 
 
 class Scratch:
-    """Memory that all heads reuse, because touching new pages costs as much as the products."""
+    """Memory that all heads reuse, because first access to new pages costs as much as the products."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
@@ -43,21 +43,21 @@ class TokenBlocks:
     dtype: torch.dtype
     """Dtype of loaded tokens."""
     padding: Tensor | None
-    """`[B|1, n, block]`, True where there is no token; None: every block is whole."""
+    """Mask `[B|1, n, block]`, True where there is no token. None: every block is whole."""
     tail_only: bool
     """True if only the last block has padding."""
     chunk_bytes: int
-    """Size of the features that are computed together."""
+    """Bytes of the features that are computed together."""
 
     @classmethod
     def of_queries(cls, plan: SparsePlan, dtype: torch.dtype) -> "TokenBlocks":
-        """Query blocks."""
+        """Return the layout of the query blocks."""
         tail_only = plan.q_block_sizes is None
         return cls._make(plan.q_len, plan.block_q, plan.q_sizes()[None], dtype, tail_only)
 
     @classmethod
     def of_keys(cls, plan: SparsePlan, dtype: torch.dtype) -> "TokenBlocks":
-        """Key blocks."""
+        """Return the layout of the key blocks."""
         tail_only = plan.k_block_sizes is None and plan.kv_lengths is None
         return cls._make(plan.kv_len, plan.block_k, plan.k_sizes(), dtype, tail_only)
 
@@ -74,20 +74,20 @@ class TokenBlocks:
         return cls(length, block, count, dtype, padding, tail_only, size)
 
     def chunks(self, width: int, some: slice = slice(0, None)) -> Iterator[slice]:
-        """Slices of the blocks `some`, for tokens of `width` numbers."""
+        """Yield slices of the blocks `some` that fit in a chunk, for tokens of `width` numbers."""
         step = max(1, self.chunk_bytes // (self.block * width * self.dtype.itemsize))
         stop = self.count if some.stop is None else some.stop
         for start in range(some.start, stop, step):
             yield slice(start, min(start + step, stop))
 
     def padding_of(self, blocks: slice, batch: int = 0) -> Tensor | None:
-        """`[n, block]`, or None where every token exists."""
+        """Return the padding mask of some blocks, `[n, block]`, or None if every token exists."""
         if self.padding is None or (self.tail_only and blocks.stop < self.count):
             return None
         return self.padding[batch if len(self.padding) > 1 else 0, blocks]
 
     def load(self, x: Tensor, blocks: slice, batch: int = 0) -> Tensor:
-        """Tokens `[L, D]` as `[n, block, D]`, zeros in padding, which may hold NaN."""
+        """Return some tokens of `x` `[L, D]` as `[n, block, D]`, with zeros in padding, which may hold NaN."""
         rows = self._rows(blocks)
         x = x[rows].to(self.dtype)
         missing = (blocks.stop - blocks.start) * self.block - len(x)
@@ -100,7 +100,7 @@ class TokenBlocks:
     def features(
         self, x: Tensor, blocks: slice, feature_map: str, scratch: Scratch, batch: int = 0
     ) -> Tensor:
-        """phi of tokens `[L, D]` as `[n, block, D]`, zeros in padding; valid until the next call."""
+        """Return phi of tokens `[L, D]` as `[n, block, D]`, with zeros in padding. Valid until the next call."""
         x = self.load(x, blocks, batch)
         phi = features(x, feature_map, out=scratch.take("features", x, *x.shape))
         padding = self.padding_of(blocks, batch)
@@ -118,7 +118,7 @@ class TokenBlocks:
 
     @contextlib.contextmanager
     def updating(self, out: Tensor, blocks: slice) -> Iterator[Tensor]:
-        """`[n, block, D]` to change: the tokens of `out` `[L, D]` themselves where that is possible."""
+        """Context manager that yields the tokens of `out` `[L, D]` as `[n, block, D]`, to be changed in place."""
         if self._is_view(out, blocks):
             yield out[self._rows(blocks)].unflatten(0, (-1, self.block))
             return
@@ -128,7 +128,7 @@ class TokenBlocks:
 
     @contextlib.contextmanager
     def writing(self, out: Tensor, blocks: slice, scratch: Scratch) -> Iterator[Tensor]:
-        """`[n, block, D]` to write: the tokens of `out` `[L, D]` themselves where that is possible."""
+        """Context manager that yields an uninitialised `[n, block, D]`, whose numbers become the tokens of `out` `[L, D]`."""
         if self._is_view(out, blocks):
             yield out[self._rows(blocks)].unflatten(0, (-1, self.block))
             return
@@ -138,11 +138,11 @@ class TokenBlocks:
         self.store(out, blocks, written)
 
     def like(self, x: Tensor) -> Tensor:
-        """An empty tensor on the device of `x`, in the dtype of loaded tokens."""
+        """Return an empty tensor on the device of `x`, in the dtype of loaded tokens."""
         return x.new_empty(0, dtype=self.dtype)
 
     def _is_view(self, out: Tensor, blocks: slice) -> bool:
-        """Return whether the blocks have the same layout in `out` `[L, D]` as when loaded."""
+        """Return whether the blocks are a view of `out` `[L, D]`: whole blocks, same dtype, contiguous."""
         whole = blocks.stop * self.block <= self.length
         return whole and out.dtype == self.dtype and out.is_contiguous()
 

@@ -1,8 +1,8 @@
-"""The linear branch in plain torch, in state space: one matrix product sums the blocks of each row.
+"""Linear branch in plain torch, in state space: one matrix product sums the blocks of each row.
 
-Each key block has H_j = phi(K_j)^T V_j and Z_j = sum phi(K_j). W is the 0/1 matrix of the linear sets, and
-H_i = sum_j W_ij H_j. Nothing is subtracted, except from totals that the caller keeps, so no bits cancel. One head,
-and a few of its blocks, are computed at a time, so that features are used while they are in the cache.
+Each key block j has H_j = phi(K_j)^T V_j and Z_j = sum phi(K_j). With W, the 0/1 matrix of the linear sets, row i has
+H_i = sum_j W_ij H_j. Sums are not computed as differences (except with a caller's state), so no bits cancel. A few blocks
+of one head are computed at a time, so that features are used while they are in the cache.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from dit_accel.kernels.plan import SparsePlan
 from dit_accel.kernels.precision import wide
 from dit_accel.kernels.row_order import in_block_order, in_query_order
 
-# States of the query blocks that are computed together; in backward, their gradients take as much again.
+# Bytes of the states of query blocks that are computed together. In the backward pass their gradients take as much again.
 STATE_BYTES = 2**26
 
 
@@ -26,26 +26,26 @@ class State(NamedTuple):
     """Sums over keys: one for all rows, or one per query block."""
 
     kv: Tensor
-    """`[D, Dv]`, or per block `[n, D, Dv]`."""
+    """H: `[D, Dv]`, or per block `[n, D, Dv]`."""
     z: Tensor
-    """`[D]`, or per block `[n, D]`."""
+    """Z: `[D]`, or per block `[n, D]`."""
 
 
 class Part(NamedTuple):
-    """Some query blocks of one head, ready for the last product."""
+    """Factors of the last product of some query blocks of one head."""
 
     batch: int
     head: int
     blocks: slice
     phi: Tensor
-    """phi(q) over the denominator, `[n, BQ, D]`."""
+    """phi(q) / denominator, `[n, BQ, D]`."""
     norm: Tensor
-    """1 / denominator, `[n, BQ]`, 0 where there is nothing to sum."""
+    """1 / denominator, `[n, BQ]`; 0 where the linear set is empty."""
     kv: Tensor
-    """`[D, Dv]`, or per block `[n, D, Dv]`, as in `State`; of one for all, also projected."""
+    """H as in `State`: `[D, Dv]`, or per block `[n, D, Dv]`. One state for all rows may be projected."""
 
     def product(self, out: Tensor) -> Tensor:
-        """o_l of these rows, `[n, BQ, Dv]`, in `out`."""
+        """Return o_l of these rows, `[n, BQ, Dv]`, in `out`."""
         if self.kv.ndim == 3:
             return torch.bmm(self.phi, self.kv, out=out)
         torch.mm(self.phi.flatten(0, 1), self.kv, out=out.view(-1, out.shape[-1]))
@@ -55,7 +55,7 @@ class Part(NamedTuple):
 def forward(
     q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, linear: Linear
 ) -> tuple[Tensor, Tensor]:
-    """`o_l` `[B, Hq, Lq, Dv]` and 1 / denominator `[B, Hq, Lq]`, 0 where there is nothing to sum."""
+    """Return `o_l` `[B, Hq, Lq, Dv]` and 1 / denominator `[B, Hq, Lq]`; 0 where the linear set is empty."""
     q = in_block_order(q, plan)
     o_l = q.new_empty(*q.shape[:-1], v.shape[-1])
     norm = q.new_empty(q.shape[:-1], dtype=wide(q))
@@ -70,7 +70,7 @@ def forward(
 def mix_(
     o: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: SparsePlan, linear: Linear, mix: Mix
 ) -> None:
-    """Compute in place o + o_l W^T + b, or alpha o + (1 - alpha) o_l, without ever holding o_l.
+    """Compute o + o_l W^T + b, or alpha o + (1 - alpha) o_l, in place, without storing o_l.
 
     `o` and `q` `[B, Hq, Lq, D]` are in the order of the plan's blocks.
     """
@@ -104,9 +104,9 @@ def parts(
     scratch: Scratch,
     weight: Tensor | None = None,
 ) -> Iterator[Part]:
-    """Every query block of every head; `q` in the order of the plan's blocks. A part is valid until the next.
+    """Yield the query blocks of all heads, with `q` in the order of the plan's blocks. A part is valid until the next one.
 
-    A state that serves all rows is projected by `weight` `[Dv, Dv]`, which costs next to nothing.
+    If one state serves all rows, it is projected by `weight` `[Dv, Dv]`, at a very small cost.
     """
     rows = TokenBlocks.of_queries(plan, wide(q))
     keys = TokenBlocks.of_keys(plan, wide(q))
@@ -135,7 +135,7 @@ def parts(
                         total += 1e-5
                     floor: Tensor | float = 0.0
                     if totals is not None and weights is not None:
-                        # What is left below the rounding of the subtraction is nothing.
+                        # A rest below the rounding error of the subtraction counts as 0.
                         floor = _dot(phi, totals.z) * (32 * torch.finfo(total.dtype).eps)
                     valid = total > floor
                     norm = torch.where(valid, 1 / torch.where(valid, total, 1.0), 0.0)
@@ -146,7 +146,7 @@ def parts(
 
 
 def groups(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, range]]:
-    """Batch entry, key head and its query heads."""
+    """Yield batch entry, key head, and the query heads of the key head."""
     group = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         for h in range(k.shape[1]):
@@ -154,11 +154,11 @@ def groups(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, range]]:
 
 
 def blocks_to_sum(plan: SparsePlan, linear: Linear) -> Tensor | None:
-    """`[B|1, Hq|1, T_q, T_k]`, True where a row sums a block; None: all rows sum all."""
+    """Return the mask of blocks that each row sums, `[B|1, Hq|1, T_q, T_k]`; None: all rows sum all blocks."""
     if linear.scope == "all":
         return None
     summed = plan.linear_blocks(linear.scope)
-    # With totals that the caller keeps: what to take off them.
+    # With the caller's totals: the blocks to subtract from them.
     return summed if linear.state is None else ~summed
 
 
@@ -173,7 +173,7 @@ def weights_of(summed: Tensor | None, batch: int, head: int, dtype: torch.dtype)
 def key_states(
     k: Tensor, v: Tensor, keys: TokenBlocks, batch: int, linear: Linear, scratch: Scratch
 ) -> State:
-    """H and Z of one key head: per key block, or for scope "all" of all keys."""
+    """Return H and Z of one key head: of each key block, or of all keys for the scope "all"."""
     every = linear.scope == "all"
     shape = (k.shape[-1], v.shape[-1]) if every else (keys.count, k.shape[-1], v.shape[-1])
     kv = scratch.take("key states", keys.like(k), *shape)
@@ -195,7 +195,7 @@ def key_states(
 def row_states(
     per_block: State | None, weights: Tensor | None, totals: State | None, scratch: Scratch
 ) -> Iterator[tuple[slice, State]]:
-    """Query blocks and their sums over keys, few enough at a time. A state is valid until the next."""
+    """Yield some query blocks and their sums over keys, within the memory limit. A state is valid until the next one."""
     if weights is None:
         state = totals or per_block
         assert state is not None
@@ -215,7 +215,7 @@ def row_states(
 
 
 def _dot(rows: Tensor, z: Tensor) -> Tensor:
-    """Rows `[n, BQ, D]` times one `[D]`, or one per block `[n, D]`: `[n, BQ]`."""
+    """Return the products of rows `[n, BQ, D]` with one vector `[D]`, or one per block `[n, D]`: `[n, BQ]`."""
     if z.ndim == 1:
         return (rows.flatten(0, 1) @ z).view(rows.shape[:2])
     return torch.linalg.vecdot(rows, z[:, None])

@@ -28,7 +28,7 @@ def backward(
     norm: Tensor,
     linear: Linear,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The linear branch's share of the gradients of q, k and v (README.md, equation 5)."""
+    """Return the gradients of q, k and v through the linear branch (README.md, equation 5)."""
     grads = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     grad_o_l, q, o_l, norm = (in_block_order(x, plan) for x in (grad_o_l, q, o_l, norm))
     add_gradients_(grads, grad_o_l, q, k, v, plan, o_l, norm, linear)
@@ -46,7 +46,7 @@ def add_gradients_(
     norm: Tensor,
     linear: Linear,
 ) -> None:
-    """Add that share to the gradients of q, k and v in place; rows are in the order of the plan's blocks."""
+    """Add the gradients of q, k and v through the linear branch to `grads`, in place. Rows are in the order of the blocks."""
     dtype = norm.dtype
     grad_q, grad_k, grad_v = grads
     rows, keys = TokenBlocks.of_queries(plan, dtype), TokenBlocks.of_keys(plan, dtype)
@@ -86,7 +86,7 @@ def _query_side(
     linear: Linear,
     scratch: Scratch,
 ) -> State:
-    """Add to the gradient of some query blocks, return what they pass on to the keys: as `state`."""
+    """Add to the gradient of some query blocks, and return the gradient of their `state`, of the same layout."""
     one = state.kv.ndim == 2
     z = torch.zeros_like(state.z)
     kv = torch.zeros_like(state.kv) if one else scratch.take("row sums", state.kv, *state.kv.shape)
@@ -95,7 +95,7 @@ def _query_side(
         of_rows = state if one else State(state.kv[here], state.z[here])
         phi = rows.features(q, blocks, linear.feature_map, scratch)
         g, o = rows.load(grad_o_l, blocks), rows.load(o_l, blocks)
-        # A row's gradients of numerator and denominator.
+        # Gradients of numerator and denominator of each row.
         grad_sums = g * rows.load(norm[:, None], blocks)
         grad_total = (grad_sums * o).sum(-1).neg_()
         grad_phi = grad_sums @ of_rows.kv.mT
@@ -123,13 +123,13 @@ def _key_side(
     linear: Linear,
     scratch: Scratch,
 ) -> None:
-    """Add to the gradients of one key head from what the rows pass on."""
+    """Add to the gradients of one key head, from the gradients of the states of its rows."""
     for blocks in keys.chunks(k.shape[-1]):
         kv, z = (x if sums.z.ndim == 1 else x[blocks] for x in sums)
         phi = keys.features(k, blocks, linear.feature_map, scratch, batch)
         grad_phi = (keys.load(v, blocks, batch) @ kv.mT).add_(z[..., None, :])
         padding = keys.padding_of(blocks, batch)
-        if padding is not None:  # whatever padding holds gets no gradient
+        if padding is not None:  # padding gets no gradient
             grad_phi.masked_fill_(padding[..., None], 0.0)
         keys.add(grad_v, blocks, phi @ kv)
         loaded = keys.load(k, blocks, batch)

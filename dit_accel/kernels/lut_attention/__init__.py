@@ -1,4 +1,4 @@
-"""Attention over product-quantised keys and values: README.md has the equations."""
+"""Attention over product-quantised keys and values. README.md has the equations."""
 
 from dit_accel.kernels.lut_attention.op import MAX_ROWS, lut_attention
 from dit_accel.kernels.lut_attention.reference import factors, turned_pairs

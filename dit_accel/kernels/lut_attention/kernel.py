@@ -1,6 +1,6 @@
-"""A Triton kernel of look-up attention; README.md has the equations.
+"""Triton kernel of look-up attention. README.md has the equations.
 
-The table is in base 2: it holds log2 e. A row is one query of a head of keys.
+Scores in the table are in base 2 (they include log2 e). A row is one query of a head of keys.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch import Tensor
 from dit_accel.kernels.launch import Launch
 
 PROGRAMS = 512
-"""Programs of a launch, about: a few for each processor of a large chip."""
+"""Approximate number of programs of a launch: a few for each SM of a large chip."""
 SPAN = 256
-"""Tokens of a program at least."""
+"""Smallest number of tokens of a program."""
 TILE = 4096
-"""Values of decoded tokens that exist at a time: more do not fit into registers."""
+"""Number of decoded values that exist at a time, limited by registers."""
 COUNTS = (
     "k_b",
     "k_h",
@@ -37,14 +37,14 @@ COUNTS = (
     "p_h",
 )
 HALF_ANGLE = tl.constexpr(math.pi / 2**32)
-"""Half the radians of the smallest part of a turn."""
+"""Half of the angle of the smallest part of a turn, in radians."""
 
 
 @triton.jit
 def cos_and_sin(parts):
-    """Return cos and sin of parts of a turn of 2**32 parts, int32, from series of half the angle in [-pi / 2, pi / 2].
+    """Return cos and sin of int32 angles, in parts of 2**32 of a turn, from series of half the angle in [-pi / 2, pi / 2].
 
-    The chip's own functions also take angles of any size, for which they need memory of their own.
+    The chip's own functions support angles of any size, for which they need local memory.
     """
     u = parts.to(tl.float32) * HALF_ANGLE
     y = u * u
@@ -62,12 +62,12 @@ def lut_kernel(
     M: tl.constexpr, C: tl.constexpr, W: tl.constexpr, MP: tl.constexpr, WP: tl.constexpr,
     TN: tl.constexpr,
 ):  # fmt: skip
-    """s = sum_m table[m, k[m]];  out = sum softmax(s) centroids[v];  lse = log2 sum exp2(s), of one row and span.
+    """Compute, for one row and span: s = sum_m table[m, k[m]], out = sum softmax(s) centroids[v], lse = log2 sum exp2(s).
 
-    With positions, the table has two scores of each plane p of a centroid, and
+    With positions, the table has two scores for each plane p of a centroid, and
     s = sum_m,p cos(angle) table[m, k[m], p, 0] + sin(angle) table[m, k[m], p, 1].
     """
-    # Rows of a head run side by side and find its codes in the L2 cache.
+    # Programs of the rows of a head are neighbours, so that they share the head's codes in the L2 cache.
     i_row, i_split = tl.program_id(0) % n_rows, tl.program_id(0) // n_rows
     n_splits = tl.num_programs(0) // n_rows
     i_bh = tl.program_id(1)
@@ -76,7 +76,7 @@ def lut_kernel(
     m_m, m_w = o_m < M, o_w < W
     K += i_b * k_b + i_h * k_h
     V += i_b * v_b + i_h * v_h
-    # Entries of the table for a centroid.
+    # Table entries per centroid.
     E: tl.constexpr = 1 if POSITIONS is None else W
     TABLE += (i_bh.to(tl.int64) * n_rows + i_row) * M * C * E
     CENTROIDS += (i_h % books) * M * C * W
@@ -101,7 +101,7 @@ def lut_kernel(
             b_at = tl.load(POSITIONS + i_b * p_b + i_h * p_h + o_t, mask=m_t, other=0)
             b_part = tl.zeros([TN, MP], tl.float32)
             for p in tl.static_range(W // 2):
-                # Whole turns fall off the product of 32 bits.
+                # The 32-bit product drops whole turns.
                 b_turn = tl.load(TURNS + o_m * (W // 2) + p, mask=m_m, other=0)
                 b_cos, b_sin = cos_and_sin(b_at[:, None] * b_turn[None, :])
                 o_p = (o_m[None, :] * C + b_k) * W + 2 * p
@@ -137,16 +137,16 @@ def lut_launch(
     positions: Tensor | None = None,
     turns: Tensor | None = None,
 ) -> tuple[Launch, Tensor, Tensor]:
-    """Return the launch, and the tensors that it fills: `o` `[B, H, splits, rows, D]` and log2-sum-exp, both fp32.
+    """Return the launch and its outputs: `o` `[B, H, splits, rows, D]` and the log2-sum-exp, both fp32.
 
     Args:
-        table: fp32 scores in base 2 of all centroids, contiguous: `[B, H, rows, M, C]`, or `[B, H, rows, M, C, W]` for
+        table: fp32 scores of all centroids in base 2, contiguous: `[B, H, rows, M, C]`, or `[B, H, rows, M, C, W]` for
             keys that are rotated.
         k_codes, v_codes: uint8 codes `[B, H, N, M]`, contiguous along M.
         v_centroids: centroids of values `[1 or H, M, C, W]`, contiguous.
         visible: tokens that are read, bool `[B, 1 or H, N]`.
         positions: positions of keys that are rotated, int32 `[B, 1 or H, N]`.
-        turns: turns of each plane from one position to the next, `[M W / 2]`, as parts of 2**32 in int32.
+        turns: angle of each plane from one position to the next, `[M W / 2]`, int32, in parts of 2**32 of a turn.
     """
     batch, heads, rows, parts, count = table.shape[:5]
     length, width = k_codes.shape[2], v_centroids.shape[3]

@@ -1,4 +1,4 @@
-"""The public function and its operator: check the arguments, then run the kernel or torch."""
+"""Public function of look-up attention, and its operator. It runs the kernel on a GPU, else torch."""
 
 import math
 
@@ -13,7 +13,7 @@ from dit_accel.kernels.operators import operator
 from dit_accel.kernels.precision import wide
 
 MAX_ROWS = 16
-"""Queries of a head of keys at most; more run in torch, where decoding the keys is faster."""
+"""Largest number of queries per head of keys for the kernel. With more queries, decoding the keys in torch is faster."""
 MAX_HEAD_DIM = 256
 
 
@@ -34,19 +34,20 @@ def lut_attention(
 
     Args:
         q: queries of each head of keys, `[B, H, R, D]`.
-        k_codes, v_codes: numbers of centroids, `[B, H, N, M]`.
+        k_codes, v_codes: centroid indices, `[B, H, N, M]`.
         k_centroids, v_centroids: centroids of each sub-vector `[1 or H, M, C, D / M]`, for all heads or for each.
         scale: factor of the dot products.
-        visible: tokens that are read, `[B, 1 or H, N]`. Default: all.
-        positions: positions of keys that are coded before RoPE, `[B, 1 or H, N]`. Channels 2 i and 2 i + 1 of the codes turn
-            together. Default: keys are coded as they are.
-        frequencies: radians from one position to the next of each pair of channels, `[D / 2]`; needed with positions.
+        visible: mask of tokens that are read, `[B, 1 or H, N]`. Default: all.
+        positions: positions of keys that were coded before RoPE, `[B, 1 or H, N]`. RoPE rotates channels 2 i and 2 i + 1
+            of the codes as a pair. Default: keys are not rotated.
+        frequencies: RoPE angle of each pair of channels from one position to the next, in radians, `[D / 2]`. Needed with
+            `positions`.
 
     Returns:
         `o` in the dtype of `q`, and the log-sum-exp in fp32 (fp64 for fp64); 0 and -inf for queries without a token.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: sizes do not match; the message names the argument.
     """
     parts = k_codes.shape[3]
     for name, x in (("k_centroids", k_centroids), ("v_centroids", v_centroids)):
@@ -63,8 +64,8 @@ def lut_attention(
         k_centroids.shape[3] % 2 or len(frequencies) != q.shape[3] // 2
     ):
         raise ValueError(
-            f"frequencies: {len(frequencies)} for {q.shape[3]} channels in sub-vectors of {k_centroids.shape[3]}; accepted "
-            f"are {q.shape[3] // 2}, and sub-vectors of an even number of channels"
+            f"frequencies: {len(frequencies)} numbers for {q.shape[3]} channels in sub-vectors of {k_centroids.shape[3]}; "
+            f"accepted are {q.shape[3] // 2} numbers, and sub-vectors with an even number of channels"
         )
     found = torch.ops.dit_accel.lut_attention(
         q, k_codes, v_codes, k_centroids, v_centroids, float(scale), visible, positions, frequencies
@@ -112,6 +113,6 @@ def _lut_attention(
 
 
 def turns(frequencies: Float[Tensor, " half"]) -> Int[Tensor, " half"]:
-    """Return radians as parts of a turn of 2**32 parts, in int32: products with positions lose whole turns."""
+    """Return angles in radians as int32 parts of 2**32 of a turn. Products with positions then drop whole turns."""
     parts = (frequencies.double() / (2 * math.pi) * 2**32).round().long()
     return ((parts + 2**31) % 2**32 - 2**31).to(torch.int32)

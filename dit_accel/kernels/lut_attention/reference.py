@@ -1,4 +1,4 @@
-"""Look-up attention in torch: the definition."""
+"""Reference implementation of look-up attention in torch."""
 
 import torch
 from jaxtyping import Bool, Complex, Float, Int, UInt8
@@ -32,7 +32,7 @@ def lut_reference(
         scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None])
-    # Weights of the tokens with each code, then one product with the centroids.
+    # Sums of the weights of the tokens of each code, then one product with the centroids.
     by_code = torch.zeros_like(table)
     index = v_codes.long().mT[:, :, None].expand_as(index)
     by_code.scatter_add_(4, index, weights[:, :, :, None].expand_as(index))
@@ -43,7 +43,7 @@ def lut_reference(
 def factors(
     positions: Int[Tensor, "*lead"], frequencies: Float[Tensor, " half"]
 ) -> Complex[Tensor, "*lead half"]:
-    """Return what RoPE multiplies pairs of channels, as complex numbers, by."""
+    """Return the complex factors of RoPE, for pairs of channels as complex numbers."""
     angles = positions[..., None].double() * frequencies.double()
     return torch.polar(torch.ones_like(angles), angles)
 
@@ -51,7 +51,7 @@ def factors(
 def turned_pairs(
     x: Float[Tensor, "b h n d"], factors: Complex[Tensor, "b _h n half"]
 ) -> Float[Tensor, "b h n d"]:
-    """Return keys after RoPE whose channels are in the order 0, d / 2, 1, d / 2 + 1, ..."""
+    """Return keys after RoPE, for channels in the order 0, d / 2, 1, d / 2 + 1, ..."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * factors.to(pairs.dtype)).flatten(-2)
 
@@ -59,7 +59,7 @@ def turned_pairs(
 def turning_table(
     q: Float[Tensor, "b h r d"], centroids: Float[Tensor, "_h m c w"], scale: float
 ) -> Float[Tensor, "b h r m c w"]:
-    """Return two scores of each plane of all centroids: the factors of cos and of sin of its angle."""
+    """Return two scores for each plane of all centroids: the factors of cos and sin of its angle."""
     parts = q.unflatten(-1, (-1, centroids.shape[3])).to(wide(q)) * scale
     books = _per_head(centroids, q).to(parts.dtype)
     q_real, q_imag = parts.unflatten(-1, (-1, 2)).unbind(-1)
@@ -76,7 +76,7 @@ def turning_table(
 def look_up_table(
     q: Float[Tensor, "b h r d"], centroids: Float[Tensor, "_h m c w"], scale: float
 ) -> Float[Tensor, "b h r m c"]:
-    """Return the scores of all centroids for each query, at least in fp32."""
+    """Return the scores of all centroids for each query, in fp32 or wider."""
     parts = q.unflatten(-1, (-1, centroids.shape[3])).to(wide(q)) * scale
     return torch.einsum("bhrmw,hmcw->bhrmc", parts, _per_head(centroids, q).to(parts.dtype))
 

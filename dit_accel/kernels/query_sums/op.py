@@ -1,4 +1,4 @@
-"""The public functions and their operators: check the arguments, then run the kernels or torch."""
+"""Public functions of the query sums, and their operators. They run the kernels on a GPU, else torch."""
 
 from typing import NamedTuple
 
@@ -12,16 +12,16 @@ from dit_accel.kernels.precision import wide
 from dit_accel.kernels.query_sums import torch_sums
 
 MAX_HEAD_DIM = 256
-"""Wider heads run in torch: their tiles do not fit into shared memory."""
+"""Largest head_dim for the kernels. Tiles of wider heads do not fit into shared memory; torch computes them."""
 
 
 class QuerySums(NamedTuple):
-    """Mean attention of some queries, by key and by distance. Each row of either adds up to 1."""
+    """Mean attention of some queries, by key and by distance. Each row of `columns` and of `diagonals` sums to 1."""
 
     columns: Float[Tensor, "b h l_k"]
     """Mean weight of each key."""
     diagonals: Float[Tensor, "b h l_k"]
-    """Mean weight of the key that lies so many places before the query; 0 is the query's own position."""
+    """Mean weight of the key at each distance before the query. Distance 0 is the query's own position."""
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def last_query_sums(
         q: queries at the last positions, `[B, Hq, Lq, D]`.
         k: keys `[B, Hkv, Lk, D]`; `Hq` is a multiple of `Hkv`, `Lq <= Lk`.
         scale: factor of the dot products.
-        last: number of queries; all of them where there are fewer.
+        last: number of queries. If `q` has fewer, all of them.
     """
     _check(q, k)
     if last < 1:
@@ -57,19 +57,19 @@ def column_sums(
     read: Bool[Tensor, "b_r h_r n_q n_k"],
     block: int,
 ) -> Float[Tensor, "b h_q l_k"]:
-    """Return the mean weight of each key in some queries that do not read it, `[B, Hq, Lk]`.
+    """Return the mean attention weight of each key over some queries, without the blocks that are read, `[B, Hq, Lk]`.
 
     Args:
         q: queries at the last positions, `[B, Hq, Lq, D]`.
         k: keys `[B, Hkv, Lk, D]`; `Hq` is a multiple of `Hkv`, `Lq <= Lk`.
-        rows: the queries, ascending.
+        rows: indices of the queries, ascending.
         scale: factor of the dot products.
-        read: blocks that are read, `[B|1, Hq|Hkv|1, T_q, T_k]`.
+        read: mask of blocks that are read, `[B|1, Hq|Hkv|1, T_q, T_k]`. Their pairs count as 0.
         block: tokens per query block and per key block.
     """
     _check(q, k)
     if len(rows) and not (0 <= rows[0] <= rows[-1] < q.shape[2]):
-        raise ValueError(f"rows={rows}: accepted are ascending queries from 0 to {q.shape[2] - 1}")
+        raise ValueError(f"rows={rows}: accepted are ascending indices from 0 to {q.shape[2] - 1}")
     n_q, n_k = -(-q.shape[2] // block), -(-k.shape[2] // block)
     heads = (1, k.shape[1], q.shape[1])
     fits = read.shape[0] in (1, q.shape[0]) and read.shape[1] in heads
@@ -89,7 +89,9 @@ def _check(q: Tensor, k: Tensor) -> None:
             f"q: {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k"
         )
     if q.shape[2] > k.shape[2]:
-        raise ValueError(f"q: {q.shape[2]} queries; accepted are at most {k.shape[2]}, one a key")
+        raise ValueError(
+            f"q: {q.shape[2]} queries; accepted are at most {k.shape[2]}, the number of keys"
+        )
 
 
 def _runs_kernels(q: Tensor) -> bool:
@@ -97,12 +99,12 @@ def _runs_kernels(q: Tensor) -> bool:
 
 
 def _no_columns(q: Tensor, k: Tensor, *rest: object) -> Tensor:
-    """An empty result of `column_sums`."""
+    """Return an empty result of `column_sums`."""
     return q.new_empty(*q.shape[:2], k.shape[2], dtype=wide(q))
 
 
 def _no_sums(q: Tensor, k: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    """An empty result of `last_query_sums`."""
+    """Return an empty result of `last_query_sums`."""
     return _no_columns(q, k), _no_columns(q, k)
 
 

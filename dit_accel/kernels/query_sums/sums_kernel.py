@@ -1,6 +1,6 @@
-"""Triton kernels that sum the attention of a few queries by key and by distance; README.md has the equations.
+"""Triton kernels that sum the attention of a few queries by key and by distance. README.md has the equations.
 
-Scores are in base 2: `scale` holds log2 e. A row is one query of one head; its position is `first + row * step + offset`.
+Scores are in base 2 (`scale` includes log2 e). A row is one query of one head, at position `first + row * step + offset`.
 """
 
 import functools
@@ -18,7 +18,7 @@ from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.tile_math import aligned, load_rows, load_tile
 
 SPLITS = 32
-"""Spans of keys whose log-sum-exp is computed apart: few heads then still make many programs."""
+"""Number of spans of keys with a separate log-sum-exp, so that a few heads already give many programs."""
 COUNTS = (
     "first", "step", "n_rows", "n_tiles", "k_len", "offset", "group", "span", "n_q_blocks", "n_k_blocks",
     "read_b", "read_h", "read_group",
@@ -27,19 +27,19 @@ COUNTS = (
 
 @triton.jit
 def _rows(i_tile, first, step, n_rows, TQ: tl.constexpr):
-    """Row numbers of a tile, their queries, and which exist."""
+    """Return the row numbers of a tile, their queries, and the mask of existing rows."""
     o_row = i_tile * TQ + tl.arange(0, TQ)
     return o_row, first + o_row * step, o_row < n_rows
 
 
 @triton.jit
 def _log_sums(LSE, i_bh, o_row, m_row, n_rows, TQ: tl.constexpr, SPLITS: tl.constexpr):
-    """log2 of the sums of some rows over all keys, from those of the spans."""
+    """Return log2 of the sums of some rows over all keys, from the values of the spans."""
     o_split = tl.arange(0, SPLITS)
     p_lse = LSE + (i_bh * n_rows + o_row)[:, None] * SPLITS + o_split[None, :]
     # [TQ, SPLITS]
     b_part = tl.load(p_lse, mask=m_row[:, None], other=0.0)
-    b_top = tl.max(b_part, 1)  # finite, since a query sees its own key
+    b_top = tl.max(b_part, 1)  # finite, because a query sees its own key
     return b_top + tl.log2(tl.sum(tl.exp2(b_part - b_top[:, None]), 1))
 
 
@@ -50,7 +50,7 @@ def row_sums_kernel(
     HEAD_DIM: tl.constexpr, DP: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     SPLITS: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """lse[row, split] = log2 sum exp2(scale q.k) over the visible keys of one span; -inf where there is none."""
+    """Write lse[row, split] = log2 sum exp2(scale q.k) over the visible keys of one span; -inf without a visible key."""
     q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
     k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
     MASK_D: tl.constexpr = HEAD_DIM != DP
@@ -71,7 +71,7 @@ def row_sums_kernel(
     seen = first + (tl.minimum((i_tile + 1) * TQ, n_rows) - 1) * step + offset + 1
     end = tl.minimum(tl.minimum(begin + span, k_len), seen)
     for c in tl.range(begin, end, TK):
-        start = c + span * 0  # a tensor for Triton's interpreter too
+        start = c + span * 0  # + span * 0: Triton's interpreter needs a tensor
         # [TK, DP]
         b_k = load_tile(K, start, end - start, k_l, o_n, o_d, m_d, True, MASK_D)
         # [TQ, TK]
@@ -97,7 +97,7 @@ def column_sums_kernel(
     HEAD_DIM: tl.constexpr, DP: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[key] = factor * sum of the weights of one key over all rows; with READ, over those that do not read it."""
+    """Write out[key] = factor * sum of the weights of a key over all rows; with READ, over the rows that do not read it."""
     q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
     k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
     MASK_D: tl.constexpr = HEAD_DIM != DP
@@ -125,7 +125,7 @@ def column_sums_kernel(
         m_s = m_row[:, None] & (o_key[None, :] <= (o_q + offset)[:, None])
         if READ is not None:
             p_row = READ + (o_q // BLOCK).to(tl.int64)[:, None] * n_k_blocks
-            if BLOCK % TK == 0:  # one key block: one number for each row
+            if BLOCK % TK == 0:  # the tile is in one key block: one number for each row
                 b_read = tl.load(p_row + start // BLOCK, mask=m_row[:, None], other=1)
             else:
                 b_read = tl.load(p_row + o_key[None, :] // BLOCK, mask=m_s, other=1)
@@ -141,7 +141,7 @@ def diagonal_sums_kernel(
     HEAD_DIM: tl.constexpr, DP: tl.constexpr, TQ: tl.constexpr,
     SPLITS: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[d] = factor * sum over neighbouring rows of the weight of the key d places before the row's own."""
+    """Write out[d] = factor * sum over consecutive rows of the weight of the key d places before the row's position."""
     q_b, q_h, q_l = aligned(q_b, ALIGNED), aligned(q_h, ALIGNED), aligned(q_l, ALIGNED)
     k_b, k_h, k_l = aligned(k_b, ALIGNED), aligned(k_h, ALIGNED), aligned(k_l, ALIGNED)
     MASK_D: tl.constexpr = HEAD_DIM != DP
@@ -150,12 +150,12 @@ def diagonal_sums_kernel(
     i_b = tl.program_id(2)
     i_bh = (i_b * tl.num_programs(1) * group + i_h).to(tl.int64)
     o_in = tl.arange(0, TQ)
-    nearest = tl.program_id(0) // group * TQ  # the tile's first distance
+    nearest = tl.program_id(0) // group * TQ  # first distance of the tile
     o_d = tl.arange(0, DP)
     m_d = o_d < HEAD_DIM
     Q += i_b.to(tl.int64) * q_b + i_h.to(tl.int64) * q_h
     K += i_b.to(tl.int64) * k_b + tl.program_id(1).to(tl.int64) * k_h
-    # Row r has the key at distance nearest + t at place TQ - 1 + r - t of the window. [TQ, TQ]
+    # The key at distance nearest + t of row r is at index TQ - 1 + r - t of the window. [TQ, TQ]
     o_place = TQ - 1 + o_in[:, None] - o_in[None, :]
     b_sum = tl.zeros([TQ], tl.float32)
     for t in tl.range(0, tl.cdiv(n_rows, TQ)):
@@ -188,20 +188,22 @@ def sums_launches(
     block: int = 64,
     target: Target | None = None,
 ) -> list[Launch]:
-    """Return the launches that fill `columns`, and `diagonals` if given, fp32 `[B, Hq, Lk]` and contiguous.
+    """Return the launches that fill `columns`, and `diagonals` if given: fp32 `[B, Hq, Lk]`, contiguous.
 
     Args:
         q: queries `[B, Hq, Lq, D]`, contiguous along D.
         k: keys `[B, Hkv, Lk, D]`, contiguous along D.
-        rows: at least one query; neighbours where `diagonals` is given.
-        columns: mean weight of each key.
-        diagonals: mean weight of each distance.
+        rows: indices of at least one query; consecutive ones if `diagonals` is given.
+        columns: output, mean weight of each key.
+        diagonals: output, mean weight of each distance.
         scale: factor of the dot products.
-        read: blocks whose pairs `columns` leaves out, bool `[B|1, Hq|Hkv|1, T_q, T_k]`.
+        read: mask of blocks whose pairs count as 0 in `columns`, bool `[B|1, Hq|Hkv|1, T_q, T_k]`.
         block: tokens per block of `read`.
-        target: chip. Default: that of `q`.
+        target: kind of chip. Default: that of the device of `q`.
     """
-    assert rows.step == 1 or diagonals is None, "diagonals need neighbouring rows"
+    assert rows.step == 1 or diagonals is None, (
+        f"rows={rows}: accepted with diagonals are consecutive rows"
+    )
     target = target or Target.of(q.device)
     batch, heads, _, d = q.shape
     kv_heads, k_len = k.shape[1:3]
@@ -231,14 +233,14 @@ def sums_launches(
         "DP": pad(d),
         "TQ": size,
         "SPLITS": SPLITS,
-        "ALIGNED": widths % 8 == 0,  # every one of them is a multiple of 8
+        "ALIGNED": widths % 8 == 0,  # True if all strides are multiples of 8
         "PRECISION": "ieee" if not cuda else "tf32" if half else "tf32x3",
     }
     tile_k = {"TK": size}
 
     def launch(kernel: Any, tiles: int, more: dict, sizes: dict, stages: int) -> Launch:
         grid = (tiles * group, kv_heads, batch)
-        # The window of diagonals, and the three products of fp32, take many registers.
+        # The window of diagonals, and the three TF32 products of fp32, need many registers.
         warps = 8 if kernel is diagonal_sums_kernel or not half else 4
         return Launch(kernel, grid, arguments | more, constants | sizes, warps, stages)
 
@@ -261,7 +263,7 @@ def sums_launches(
         "read_group": heads // max(1, shape[1]),
     }
     tiles = math.ceil(k_len / size)
-    # Mostly there is one tile of rows, so that these loops have one step: nothing to prefetch.
+    # Usually there is one tile of rows, so these loops have one step and nothing to prefetch.
     launches.append(
         launch(
             column_sums_kernel,
@@ -277,9 +279,9 @@ def sums_launches(
 
 
 def tile_rows(head_dim: int, dtype: torch.dtype, target: Target) -> int:
-    """Return the rows and keys of a tile, so that a window of two tiles of keys fits into shared memory."""
+    """Return the numbers of rows and of keys of a tile. A window of two tiles of keys fits into shared memory."""
     row_bytes = pad(head_dim) * dtype.itemsize
-    # These chips have 227 KiB, and their matrix instructions take no fewer than 64 rows.
+    # These chips have 227 KiB of shared memory, and matrix instructions of at least 64 rows.
     if row_bytes <= 256 or (dtype != torch.float32 and multiplies_from_memory(target)):
         return 64
     return 32 if row_bytes <= 512 else 16

@@ -1,4 +1,4 @@
-"""Definition of the sums in torch, in chunks of queries: any device, any floating dtype."""
+"""Reference implementation of the sums in torch, in chunks of queries, for any device and floating dtype."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from dit_accel.kernels.precision import no_autocast, wide
 
 CHUNK_SCORES = 2**24
-"""Scores that are held at one time, over all batches and heads: 64 MiB in fp32."""
+"""Number of scores in memory at a time, over all batch entries and heads: 64 MiB in fp32."""
 
 
 def last_query_sums(
@@ -23,7 +23,7 @@ def last_query_sums(
     for _, weights in attention_of(q, k, rows, scale):
         n, width = weights.shape[2:]
         columns[..., :width] += weights.sum(2)
-        # With n - 1 zeros in front, a diagonal advances by one row and one place at a time.
+        # With n - 1 zeros in front, a diagonal is a strided view: one row and one column further with each element.
         skewed = pad(weights, (n - 1, 0)).flatten(0, 1)
         steps = skewed.stride(0), width + n, 1
         sums = skewed.as_strided((len(skewed), n, width), steps).sum(1)
@@ -39,13 +39,13 @@ def column_sums(
     read: Bool[Tensor, "b_r h_r n_q n_k"],
     block: int,
 ) -> Float[Tensor, "b h_q l_k"]:
-    """Return the mean attention of some queries by key, without the pairs in blocks that are read."""
+    """Return the mean attention weight of each key over some queries, without the pairs in blocks that are read."""
     columns = q.new_zeros(*q.shape[:2], k.shape[2], dtype=wide(q))
     for some, weights in attention_of(q, k, rows, scale):
         width = weights.shape[3]
         unread = ~read[:, :, torch.tensor(some, device=q.device) // block]
         unread = unread.repeat_interleave(block, -1)[..., :width]
-        if 1 < unread.shape[1] < q.shape[1]:  # the heads of a group share their blocks
+        if 1 < unread.shape[1] < q.shape[1]:  # the heads of a group share blocks
             unread = unread.repeat_interleave(q.shape[1] // unread.shape[1], 1)
         columns[..., :width] += (weights * unread).sum(2)
     return columns / max(1, len(rows))
@@ -56,8 +56,8 @@ def attention_of(
 ) -> Iterator[tuple[range, Float[Tensor, "b h_q n l_seen"]]]:
     """Yield the exact softmax weights of some queries, a few queries of all heads at a time.
 
-    The weights end with the last key that one of these queries sees. Products are made in the dtype of the inputs, all
-    else in fp32 or wider.
+    The weights end with the last key that one of these queries sees. Products use the dtype of the inputs, all other
+    operations fp32 or wider.
     """
     groups = k.shape[1], q.shape[1] // k.shape[1]
     offset = k.shape[2] - q.shape[2]

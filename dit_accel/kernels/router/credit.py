@@ -1,4 +1,4 @@
-"""`credited`: attention output whose gradient also says which key blocks a query block should read.
+"""`credited`: straight-through gradient of the selection of key blocks.
 
 README.md has the equations.
 """
@@ -17,10 +17,10 @@ from dit_accel.kernels.operators import operator
 from dit_accel.kernels.precision import no_autocast, wide
 from dit_accel.kernels.router.pooling import pool_blocks
 
-# Bytes of one [heads, rows, keys] tensor: a CPU wants it in its cache, elsewhere few launches count.
+# Bytes of one [heads, rows, keys] tensor. On a CPU it should fit in the cache; elsewhere few launches matter more.
 CHUNK_BYTES = {"cpu": 2**22}
 DEVICE_CHUNK_BYTES = 2**26
-# Exponents are relative to the largest logit that is read; a block that is so much larger is read by any measure.
+# Limit of exponents relative to the largest logit that is read. The exact size of larger ones does not matter.
 MOST_EXPONENT = 60.0
 
 
@@ -44,29 +44,29 @@ def credited(
     proj_weight: Float[Tensor, "d_v d_v"] | None = None,
     alpha: Float[Tensor, " h_q"] | None = None,
 ) -> Float[Tensor, "b h_q l_q d_v"]:
-    """Return a copy of `o` that passes its gradient on to `o`, and gives `weights` one too (straight-through).
+    """Return a copy of `o` whose gradient flows to `o` and, as a straight-through estimate, to `weights`.
 
-    The gradient of a weight estimates what the loss gains or loses if the query block reads the key block exactly,
-    all other blocks staying as they are. It costs dense attention of the query blocks `rows`. Nothing but `o` and
-    `weights` gets a gradient here.
+    The gradient of a weight estimates the change of the loss if the query block reads the key block exactly and all
+    other blocks stay the same. It costs dense attention of the query blocks `rows`. Only `o` and `weights` get a
+    gradient.
 
     Args:
         o: output of sparse-linear attention over image tokens.
-        weights: weights of the choice of blocks, of some query blocks; only their gradient matters.
+        weights: selection weights of some query blocks (from `soft_topk`). Their values are not used, only their gradient.
         q: image queries.
         k, v: image keys and values, without the text.
-        rows: indices of the query blocks that `weights` is about.
-        read: blocks that these rows read exactly.
+        rows: indices of the query blocks of `weights`.
+        read: mask of the blocks that these rows read exactly.
         block_q, block_k: tokens per block.
         scale: factor of the dot products.
         text: keys and values `[B, Hkv, L, D]` that every query reads. Default: none.
-        text_lengths: `[B]`, queries of a row read so many of them. Default: all.
+        text_lengths: number of valid text tokens of each sample, `[B]`. Default: all.
         shared_softmax: unread blocks enter the softmax by their means.
-        linear_set: blocks that the linear branch sums over and loses if they are read. Default: there is no linear
-            branch, or it reads every block.
+        linear_set: mask of the blocks that the linear branch sums over, and no longer sums once they are read. Default:
+            no linear branch, or one that reads every block.
         feature_map: feature map of the linear branch.
-        proj_weight: weight of `combine="proj"`.
-        alpha: share of the exact branch, of `combine="alpha"`.
+        proj_weight: weight of the projection, for `combine="proj"`.
+        alpha: share of the exact branch, for `combine="alpha"`.
     """
     words_k, words_v = text or (k[:, :, :0], v[:, :, :0])
     return torch.ops.dit_accel.credited(
@@ -159,7 +159,7 @@ def _block_credits(
     shared_softmax: bool,
     feature_map: str,
 ) -> Tensor:
-    """Gradient of each weight, `[B, Hq, n, T_k]`, fp32 (fp64 for fp64)."""
+    """Return the gradient of each weight, `[B, Hq, n, T_k]`, fp32 (fp64 for fp64)."""
     dtype = wide(q)
     group = q.shape[1] // k.shape[1]
     out = q.new_empty(read.shape, dtype=dtype)
@@ -200,14 +200,14 @@ def _block_credits(
 
 
 def _rows_of(x: Tensor, rows: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """Tokens of some query blocks, `[B, H, n, block, D]`; zeros where there is no token."""
+    """Return the tokens of some query blocks, `[B, H, n, block, D]`, with zeros where there is no token."""
     gap = -x.shape[2] % block
-    padded = F.pad(x, (0, 0, 0, gap)) if gap else x  # padding by nothing copies
+    padded = F.pad(x, (0, 0, 0, gap)) if gap else x  # F.pad by 0 would copy
     return padded.unflatten(2, (-1, block)).index_select(2, rows).to(dtype)
 
 
 def _chunks(q_rows: Tensor, k: Tensor, group: int) -> Iterator[tuple[int, int, slice, slice]]:
-    """(batch entry, head of k, heads of q, rows): one head of k and some rows at a time."""
+    """Yield (batch entry, key head, query heads, rows): one key head and some rows at a time."""
     batch, heads, n, block, _ = q_rows.shape
     most = CHUNK_BYTES.get(k.device.type, DEVICE_CHUNK_BYTES)
     step = max(1, most // (group * block * k.shape[2] * q_rows.itemsize))
@@ -218,7 +218,7 @@ def _chunks(q_rows: Tensor, k: Tensor, group: int) -> Iterator[tuple[int, int, s
 
 
 def _by_block(x: Tensor, block: int, fill: float = 0.0) -> Tensor:
-    """`[..., L]` as `[..., T, block]`."""
+    """Return `[..., L]` as `[..., T, block]`, padded with `fill`."""
     gap = -x.shape[-1] % block
     padded = F.pad(x, (0, gap), value=fill) if gap else x
     return padded.unflatten(-1, (-1, block))
@@ -237,9 +237,10 @@ def _exact_credits(
     scale: float,
     shared_softmax: bool,
 ) -> Tensor:
-    """Change of grad . o by reading each block, summed over the queries of a row, `[h, n, T]`.
+    """Return the change of grad . o if a row reads each block, summed over the queries of the row, `[h, n, T]`.
 
-    `hidden`: text tokens that nobody reads; None: none.
+    Args:
+        hidden: mask of the text tokens that no query reads; None: all are read.
     """
     logits, text_logits = q @ k.T * scale, q @ text_k.T * scale
     if hidden is not None:
@@ -262,7 +263,7 @@ def _exact_credits(
             total + tail.sum(-1, keepdim=True),
             gained + tail_value.sum(-1, keepdim=True),
         )
-        # What reading a block adds to what its mean gives already.
+        # Reading a block adds its tokens and removes its mean.
         mass, value = mass - tail, value - tail_value
     is_read = read[:, :, None].to(q.dtype)
     total = total + (is_read * mass).sum(-1, keepdim=True)
@@ -280,7 +281,7 @@ def _linear_credits(
     block: int,
     feature_map: str,
 ) -> Tensor:
-    """The same of grad . o_l, whose sums lose a block that is read."""
+    """Return the change of grad . o_l if a row reads each block, which removes it from the linear set; `[h, n, T]`."""
     weight = features(q, feature_map) @ features(k, feature_map).T
     mass, value = (_by_block(x, block).sum(-1) for x in (weight, weight * (grad @ v.T)))
     in_set = linear_set[:, :, None].to(q.dtype)
@@ -289,5 +290,5 @@ def _linear_credits(
     now = (in_set * value).sum(-1, keepdim=True) / total.clamp(min=tiny)
     is_read = read[:, :, None].to(q.dtype)
     change = (mass * now - value) / (total + is_read * mass).clamp(min=tiny)
-    # A skipped block is in no sum, and where nothing is summed its change would be infinite.
+    # A skipped block is in no sum. In a row with an empty linear set its change would be infinite.
     return change.masked_fill(~(linear_set | read)[:, :, None], 0.0).sum(2)

@@ -1,4 +1,4 @@
-"""`Criteria`: number of blocks of a row that are kept or skipped, and the blocks that are always kept."""
+"""`Criteria`: rules for the number of kept and skipped blocks of a row, and for blocks that are always kept."""
 
 import functools
 import math
@@ -10,25 +10,25 @@ import torch
 from dit_accel.kernels.geometry import Rules
 
 MASS_BITS = 21
-"""The softmax mass to reach is an integer of this many bits after the point."""
+"""Number of fractional bits of the softmax mass `top_p`, as a fixed-point integer."""
 
 
 @dataclass(frozen=True)
 class Criteria:
-    """Rules that choose the blocks of a row. Each criterion keeps the best n blocks and differs only in n."""
+    """Rules that select the blocks of a row. Each criterion keeps the best n blocks; criteria differ only in n."""
 
     best: int = 1
-    """Blocks that are kept at least."""
+    """Minimum number of kept blocks."""
     limit: int | None = None
-    """Blocks that are kept at most, not counting the forced ones."""
+    """Maximum number of kept blocks, without forced ones. None: no limit."""
     top_p: float | None = None
     threshold: float | None = None
     skip: int | None = None
-    """Worst blocks that are skipped; None: no skip lists."""
+    """Number of worst blocks that are skipped. None: no skip lists."""
     sink_blocks: int = 0
-    """First blocks that every row reads in addition."""
+    """Number of first blocks that every row reads in addition."""
     diagonal: int | None = None
-    """Blocks on either side of a row's own positions that it reads in addition."""
+    """Number of blocks on either side of a row's own positions that it reads in addition. None: none."""
 
     @property
     def mass(self) -> int | None:
@@ -36,11 +36,12 @@ class Criteria:
         return None if self.top_p is None else max(1, round(self.top_p * 2**MASS_BITS))
 
     def most(self, rules: Rules, n: int, tail_blocks: int) -> int | None:
-        """Blocks that a row reads at most; None: not known without reading the scores.
+        """Return the maximum number of blocks that a row reads, or None if it depends on the scores.
 
         Args:
-            n: blocks with a score.
-            tail_blocks: blocks without one.
+            rules: lengths, blocks and visibility rules.
+            n: number of blocks with a score.
+            tail_blocks: number of blocks without a score.
         """
         kept = self.limit
         if self.top_p is None and self.threshold is None:
@@ -65,7 +66,7 @@ def _criteria(
     sink_blocks: int = 0,
     diagonal: int | None = None,
 ) -> Criteria:
-    """Check the arguments of `SparsePlan.from_scores`; fractions are of `n` blocks."""
+    """Return the criteria from the arguments of `SparsePlan.from_scores`, after checking them. Fractions are of `n` blocks."""
     chosen = [
         name
         for name, x in (
@@ -90,7 +91,7 @@ def _criteria(
     if not 0 <= skip < 1:
         raise ValueError(f"skip={skip}: accepted is a fraction in [0, 1)")
     if limit is not None and chosen in (["topk"], ["count"]):
-        raise ValueError(f"limit={limit}: accepted with top_p or threshold; topk is a limit")
+        raise ValueError(f"limit={limit}: accepted with top_p or threshold; topk is a limit itself")
     if limit is not None and topk is not None and limit < topk:
         raise ValueError(f"limit={limit}: accepted is a fraction of at least topk={topk}")
     if limit is not None and count is not None and topk_blocks(limit, n) < count:
@@ -105,7 +106,7 @@ def _criteria(
         limit=None if limit is None else topk_blocks(limit, n),
         top_p=top_p,
         threshold=threshold,
-        # floor(x) as -ceil(-x): torch.compile knows no floor of a symbolic product.
+        # floor(x) is written as -ceil(-x), because torch.compile does not support floor of a symbolic product.
         skip=-math.ceil(-skip * n - 1e-9) if skip else None,
         sink_blocks=sink_blocks,
         diagonal=diagonal,
@@ -122,9 +123,9 @@ _kept_criteria = functools.lru_cache(maxsize=256)(_criteria)
 
 
 def criteria_of(n: int, **options: Any) -> Criteria:
-    """Return the criteria, made once for all layers and steps; arguments and errors as of `from_scores`.
+    """Return the criteria from the arguments of `SparsePlan.from_scores`, cached because layers and steps repeat them.
 
-    Fractions are of `n` blocks.
+    Fractions are of `n` blocks. Raises the errors of `from_scores`.
     """
     if torch.compiler.is_compiling() or not isinstance(n, int):
         return _criteria(n, **options)
@@ -132,6 +133,6 @@ def criteria_of(n: int, **options: Any) -> Criteria:
 
 
 def topk_blocks(topk: float, n_k: int) -> int:
-    """Blocks that the fraction `topk` of `n_k` stands for, at least one."""
-    # The epsilon keeps ceil(.07 * 100) at 7: the product is 7.000000000000001 in binary.
+    """Return the number of blocks for the fraction `topk` of `n_k` blocks, at least one."""
+    # Without the epsilon, ceil(.07 * 100) would be 8: the product is 7.000000000000001 in floating point.
     return max(1, math.ceil(topk * n_k - 1e-9))

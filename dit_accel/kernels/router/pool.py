@@ -1,4 +1,4 @@
-"""Triton kernel of the router: block means, and mean squares, reading every token once."""
+"""Triton kernel of block means and mean squares for the router. It reads every token once."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ def pool_kernel(
     X, OUT, SQUARES, SIZES, x_b, x_h, x_l, length, size_b,
     HEAD_DIM: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, TL: tl.constexpr,
 ):  # fmt: skip
-    """mean (and mean square) of the valid tokens of one block; 0 for a block without any."""
+    """Write the mean (and mean square) of the valid tokens of one block; 0 for a block without valid tokens."""
     i_block, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_blocks, n_h = tl.num_programs(0), tl.num_programs(1)
     o_d = tl.arange(0, DP)
@@ -41,9 +41,14 @@ def pool_kernel(
 def pool_launch(
     x: Tensor, out: Tensor, sizes: Tensor | None, block: int, squares: Tensor | None = None
 ) -> Launch:
-    """The launch that fills `out` and fp32 `squares` `[B, H, ceil(L / block), D]` from `x` `[B, H, L, D]`.
+    """Return the launch that fills `out` and `squares` from `x`. Tensors may be on any device, including "meta".
 
-    `out`, `squares` and `sizes` `[B|1, n]` contiguous, `x` along its last axis; any device, "meta" too.
+    Args:
+        x: tokens `[B, H, L, D]`, contiguous along D.
+        out: output, means `[B, H, n, D]` with n = ceil(L / block), contiguous.
+        sizes: number of valid tokens of each block, `[B|1, n]`, contiguous; None: all.
+        block: tokens per block.
+        squares: output, mean squares, like `out` in fp32. Default: not computed.
     """
     batch, heads, length, d = x.shape
     return Launch(

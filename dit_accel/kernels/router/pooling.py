@@ -1,4 +1,4 @@
-"""Means, and mean squares, of blocks of tokens, in fp32."""
+"""Means and mean squares of blocks of tokens, computed in fp32."""
 
 import torch
 from jaxtyping import Float, Int
@@ -17,14 +17,14 @@ def pool_blocks(
     *,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "b h n d"]:
-    """Mean of the valid tokens of each block. Not differentiable.
+    """Return the mean of the valid tokens of each block. Not differentiable.
 
     Args:
-        x: `[B, H, L, D]`, any strides.
+        x: tokens `[B, H, L, D]`, any strides.
         block: tokens per block, >= 1.
-        sizes: `[B|1, ceil(L / block)]`, valid tokens at the start of each block. Default: all.
-            An empty block pools to 0; what padding holds is never read.
-        dtype: of the result. Default: fp32 (fp64 for fp64), in which the mean is computed anyway.
+        sizes: number of valid tokens at the start of each block, `[B|1, ceil(L / block)]`. Default: all.
+            An empty block pools to 0. Padding has no effect, even if it holds NaN.
+        dtype: dtype of the result. Default: fp32 (fp64 for fp64), the dtype of the computation.
 
     Raises:
         ValueError: `block` or the shape of `sizes` is wrong.
@@ -34,22 +34,13 @@ def pool_blocks(
     return torch.ops.dit_accel.pool_blocks(x, block, sizes, dtype)
 
 
-def pool_moments(
-    x: Float[Tensor, "b h l d"], block: int, sizes: Int[Tensor, "b_sizes n"] | None = None
-) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n d"]]:
-    """Mean, and mean square, of the valid tokens of each block; arguments and errors as of `pool_blocks`."""
-    check_blocks(x, block, sizes)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return torch.ops.dit_accel.pool_moments(x, block, sizes)
-
-
 def check_blocks(x: Tensor, block: int, sizes: Tensor | None, side: str = "") -> None:
     if block < 1:
         name = f"block_{side[0]}" if side else "block"
         raise ValueError(f"{name}={block}: accepted is an int >= 1")
     if sizes is not None:
         n = -(-x.shape[2] // block)
-        # Symbolic sizes compare one by one, not inside tuples.
+        # Symbolic sizes are compared one by one, not inside tuples.
         if (sizes.shape[0] != 1 and sizes.shape[0] != x.shape[0]) or sizes.shape[1] != n:
             raise ValueError(
                 f"{side}sizes: shape {tuple(sizes.shape)}; accepted is [1, {n}] or [{x.shape[0]}, {n}]"
@@ -62,13 +53,9 @@ def _pooled(
     sizes: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """An empty result of `pool_blocks`."""
+    """Return an empty result of `pool_blocks`."""
     b, h, length, d = x.shape
     return x.new_empty(b, h, -(-length // block), d, dtype=dtype or wide(x))
-
-
-def _two_pooled(x: Tensor, block: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _pooled(x, block), _pooled(x, block)
 
 
 @operator("pool_blocks", _pooled)
@@ -85,13 +72,16 @@ def means(
     return out
 
 
-@operator("pool_moments", _two_pooled)
 def moments(x: Tensor, block: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the mean and the mean square of the valid tokens of each block; arguments as in `pool_blocks`, unchecked.
+
+    `x` is contiguous along its last axis.
+    """
     if not runs_here(x):
         mean, mean_square = _pool_in_torch(x, block, sizes, squares=True)
         assert mean_square is not None
         return mean, mean_square
-    mean, mean_square = _two_pooled(x, block)
+    mean, mean_square = _pooled(x, block), _pooled(x, block)
     _launch_pool(x, mean, block, sizes, mean_square)
     return mean, mean_square
 
@@ -107,9 +97,9 @@ def _launch_pool(
 def _pool_in_torch(
     x: Tensor, block: int, sizes: Tensor | None, *, squares: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Return means, and mean squares if asked for, in fp32 or wider.
+    """Return means, and mean squares if `squares`, in fp32 or wider.
 
-    Contiguous: `torch.compile` relies on the strides that the fake promises.
+    Results are contiguous, because `torch.compile` relies on the strides of the fake.
     """
     whole = x.shape[2] // block
     if sizes is None or (reads_freely(sizes) and bool((sizes[:, :whole] == block).all())):
@@ -117,7 +107,7 @@ def _pool_in_torch(
     pad, dtype = -x.shape[2] % block, wide(x)
     padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, pad)).unflatten(2, (-1, block))
     padding = torch.arange(block, device=x.device) >= sizes[:, None, :, None]  # [B|1, 1, n, block]
-    # What padding holds may be NaN, so it is replaced, not multiplied by zero.
+    # Padding may hold NaN, so it is replaced, not multiplied by zero.
     valid = padded.masked_fill(padding[..., None], 0.0)
     count = sizes.clamp(min=1).to(dtype)[:, None, :, None]
     mean = (valid.sum(3) / count).contiguous()
@@ -127,11 +117,11 @@ def _pool_in_torch(
 def _pool_whole_blocks(
     x: Tensor, block: int, tail_sizes: Tensor | None, squares: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Pool where all blocks are full but the tail, if any, of which `tail_sizes` `[B|1, 1]` are valid."""
+    """Pool blocks that are all full except for the last one, whose numbers of valid tokens are `tail_sizes` `[B|1, 1]`."""
     mean, square = _pooled(x, block), _pooled(x, block) if squares else None
     whole = x.shape[2] // block
     if whole:
-        # Summing a view reads x once and copies nothing; only the ragged tail is handled apart.
+        # Summing a view reads x once and copies nothing. Only the ragged tail is handled separately.
         view = x[:, :, : whole * block].unflatten(2, (whole, block))
         if square is None:
             torch.mean(view, 3, dtype=mean.dtype, out=mean[:, :, :whole])
@@ -153,7 +143,8 @@ def _pool_whole_blocks(
 def _write_moments(view: Tensor, mean: Tensor, square: Tensor) -> None:
     """Write mean and mean square over the tokens of blocks `[B, H, n, block, D]`.
 
-    A cacheful at a time: x is read from memory once, and its squares never reach memory (7x slower).
+    Works on parts that fit in the cache, so that x is read from memory once and its squares are never written to memory.
+    Otherwise it would be 7x slower.
     """
     b, h, n, block, d = view.shape
     step = min(n, max(1, 2**19 // (b * h * block * d)))

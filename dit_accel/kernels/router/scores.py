@@ -1,4 +1,4 @@
-"""Block scores from pooled tokens in fp32: the router of SLA (arXiv 2509.24006, eq. 2), with or without spread."""
+"""Block scores from pooled tokens, in fp32: the router of SLA (arXiv 2509.24006, eq. 2), optionally with spread."""
 
 import math
 from typing import Any
@@ -27,7 +27,7 @@ def block_scores(
     q_sizes: Int[Tensor, "b_q n_q"] | None = None,
     k_sizes: Int[Tensor, "b_k n_k"] | None = None,
 ) -> Float[Tensor, "b h_q n_q n_k"]:
-    """Return scaled dot products of block means: the logits by which a plan ranks key blocks.
+    """Return scaled dot products of block means: the logits from which a plan ranks key blocks.
 
     The mean underestimates the attention of a block whose keys differ, because exp is convex. With `spread`, each
     score estimates the mean over queries of `log(mean_j exp(scale * q . k_j))`. With channels taken as
@@ -40,13 +40,13 @@ def block_scores(
         k: keys `[B, Hkv, Lk, D]`; `Hq` is a multiple of `Hkv`.
         block_q, block_k: tokens per query block and per key block.
         scale: factor of the dot products. Default: `D ** -0.5`.
-        smooth_k: subtract the mean of all valid keys first. This shifts every row by a constant. No
-            ranking and no softmax changes, but a `threshold` then counts from the row's mean score.
+        smooth_k: subtract the mean of all valid keys first. This shifts every row by a constant: no ranking and no
+            softmax changes, but a `threshold` is then relative to the row's mean score.
         spread: add the correction for keys that differ inside a block.
-        projection: `[Hq, D, D]`, the learned part of a router: the mean queries are multiplied by it before the
-            product, `scale * (mean(Q) W) . mean(K)`. The correction of `spread` stays as it is. A projection W_q of
-            the queries and one W_k of the keys are `W = W_q W_k^T`. Default: none.
-        q_sizes, k_sizes: valid tokens per block `[B|1, T]` (ragged tiles, `kv_lengths`). Default: all.
+        projection: learned matrix W of each head, `[Hq, D, D]`. Scores are `scale * (mean(Q) W) . mean(K)`; the
+            correction of `spread` does not change. Projections W_q of the queries and W_k of the keys are equivalent to
+            `W = W_q W_k^T`. Default: none.
+        q_sizes, k_sizes: number of valid tokens of each block, `[B|1, T]` (ragged blocks, `kv_lengths`). Default: all.
 
     Returns:
         `[B, Hq, T_q, T_k]` in fp32 (fp64 for fp64 inputs). Not differentiable, as in SLA.
@@ -73,7 +73,7 @@ def block_scores(
 def _no_scores(
     q: Tensor, k: Tensor, q_sizes, k_sizes, projection, block_q: int, block_k: int, *rest: Any
 ) -> Tensor:
-    """An empty result of `block_scores`."""
+    """Return an empty result of `block_scores`."""
     return q.new_empty(
         *q.shape[:2], -(-q.shape[2] // block_q), -(-k.shape[2] // block_k), dtype=wide(q)
     )
@@ -114,7 +114,7 @@ def _block_scores(
 def project(
     pooled: Float[Tensor, "b h n d"], projection: Float[Tensor, "h d d"]
 ) -> Float[Tensor, "b h n d"]:
-    """Multiply pooled tokens by the matrix of their head, in their dtype. Contiguous, differentiable."""
+    """Return pooled tokens multiplied by the matrix of their head, in their dtype. Contiguous, differentiable."""
     with no_autocast(pooled):
         return (pooled @ projection.to(pooled)).contiguous()
 
@@ -127,7 +127,7 @@ def _scores_in_torch(
     scale: float,
     block_k: int,
 ) -> Tensor:
-    """Scores of what was pooled; `mean` `[B, Hkv, 1, D]` is subtracted from the keys."""
+    """Return the scores of pooled tokens. `mean` `[B, Hkv, 1, D]` is subtracted from the keys."""
     scores = _products(q * scale, k if mean is None else k - mean)
     if squares is None:
         return scores
@@ -136,19 +136,19 @@ def _scores_in_torch(
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
-    """`q @ k.mT` with grouped heads, `[B, Hq, T_q, T_k]`."""
+    """Return `q @ k.mT` with grouped heads, `[B, Hq, T_q, T_k]`."""
     with no_autocast(q):
         return (q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT).flatten(1, 2)
 
 
 def _spread_gain(variance: Tensor, n: int) -> Tensor:
-    """Return what normal logits of this variance add to the logarithm of their mean exponential, for n draws."""
+    """Return log(mean(exp(x))) of n normal logits x with mean 0 and this variance."""
     most = 2 * math.log(n)
     return torch.where(variance <= most, variance / 2, (variance * most).sqrt() - most / 2)
 
 
 def _mean_of_tokens(pooled: Tensor, length: int, block: int, sizes: Tensor | None) -> Tensor:
-    """Mean over all valid tokens, `[B, H, 1, D]`, from the means of the blocks."""
+    """Return the mean over all valid tokens, `[B, H, 1, D]`, from the means of the blocks."""
     if sizes is None:
         starts = torch.arange(pooled.shape[2], device=pooled.device)[None] * block
         sizes = (length - starts).clamp(max=block)

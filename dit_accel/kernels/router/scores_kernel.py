@@ -1,4 +1,4 @@
-"""Triton kernel of the router: scores of all pairs of blocks from what was pooled, in fp32."""
+"""Triton kernel of the router: scores of all pairs of blocks from pooled tokens, in fp32."""
 
 import math
 
@@ -17,7 +17,7 @@ def scores_kernel(
     Q, K, Q_SQUARES, K_SQUARES, MEAN, OUT, n_q, n_k, d, group, scale, most,
     TQ: tl.constexpr, TK: tl.constexpr, TD: tl.constexpr,
 ):  # fmt: skip
-    """scale q.k, plus the gain of the variance scale^2 sum_d E[q_d^2] (E[k_d^2] - E[k_d]^2) if squares are given."""
+    """Write scale q.k, plus the gain of the variance scale^2 sum_d E[q_d^2] (E[k_d^2] - E[k_d]^2) if squares are given."""
     i_tile, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_h = tl.num_programs(1)
     tiles_k = tl.cdiv(n_k, TK)
@@ -37,10 +37,10 @@ def scores_kernel(
         b_q = tl.load(Q + p_q, mask=m_qd, other=0.0) * scale
         b_k = tl.load(K + p_k, mask=m_kd, other=0.0)
         b_v = b_k * b_k
-        if MEAN is not None:  # a variance does not change with it
+        if MEAN is not None:  # the variance does not depend on the mean
             p_mean = MEAN + (i_b * (n_h // group) + i_h // group) * d + o_d
             b_k -= tl.load(p_mean, mask=o_d < d, other=0.0)[None, :]
-        # Ranks must not depend on the precision of TF32.
+        # TF32 would change ranks.
         b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision="ieee")
         if Q_SQUARES is not None:
             b_q2 = tl.load(Q_SQUARES + p_q, mask=m_qd, other=0.0) * (scale * scale)
@@ -63,10 +63,16 @@ def scores_launch(
     scale: float,
     block_k: int,
 ) -> Launch:
-    """The launch that fills fp32 `out` `[B, Hq, T_q, T_k]`.
+    """Return the launch that fills `out`. All tensors are fp32 and contiguous.
 
-    `q` `[B, Hq, T_q, D]`, `k` `[B, Hkv, T_k, D]` and their mean `squares` are fp32 and contiguous, as is
-    `mean` `[B, Hkv, 1, D]`, which is subtracted from the keys.
+    Args:
+        q: means of query blocks, `[B, Hq, T_q, D]`.
+        k: means of key blocks, `[B, Hkv, T_k, D]`.
+        squares: mean squares of q and k, of the same shapes; None: no spread.
+        mean: mean of all keys, `[B, Hkv, 1, D]`, subtracted from `k`; None: not subtracted.
+        out: output, `[B, Hq, T_q, T_k]`.
+        scale: factor of the dot products.
+        block_k: tokens per key block.
     """
     batch, heads, n_q, d = q.shape
     n_k = k.shape[2]

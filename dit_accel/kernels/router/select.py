@@ -1,4 +1,4 @@
-"""Selection of the blocks that a row keeps and skips, from their scores: the definition, in torch."""
+"""Reference implementation, in torch, of the selection of kept and skipped blocks from scores."""
 
 import math
 
@@ -9,10 +9,10 @@ from torch import Tensor
 from dit_accel.kernels import visibility
 from dit_accel.kernels.geometry import Rules
 from dit_accel.kernels.lists import Lists, lists_of_width
-from dit_accel.kernels.router.criteria import MASS_BITS, Criteria, criteria_of
+from dit_accel.kernels.router.criteria import MASS_BITS, Criteria
 
-# Softmax weights are integers of this many bits after the point: their sums are exact, so that they do not
-# depend on the order in which a kernel adds.
+# Fractional bits of softmax weights, which are fixed-point integers. Their sums are exact, so they do not depend on the
+# order of additions in a kernel.
 WEIGHT_BITS = 25
 LOWEST, HIGHEST = -(2**31), 2**31 - 1
 
@@ -20,42 +20,20 @@ LOWEST, HIGHEST = -(2**31), 2**31 - 1
 def select_blocks(
     scores: Float[Tensor, "... n_q n_k"],
     open_blocks: Bool[Tensor, "... n_q n_k"],
-    *,
-    topk: float | None = None,
-    top_p: float | None = None,
-    threshold: float | None = None,
-    skip: float = 0.0,
-    limit: float | None = None,
+    criteria: Criteria,
     forced: Bool[Tensor, "... n_q n_k"] | None = None,
 ) -> tuple[Bool[Tensor, "... n_q n_k"], Bool[Tensor, "... n_q n_k"] | None]:
-    """The best blocks of each row, at least one; and the worst ones, if any are to be skipped.
+    """Return the masks of the best blocks of each row, at least one, and of the worst blocks to skip.
 
     Args:
-        scores: logits; higher is better. Ties go to the lower index, on every device.
-        open_blocks: blocks that hold a visible key; no other is kept or uses up a place.
-        topk: fraction in (0, 1]: the `max(1, ceil(topk * T_k))` best blocks.
-        top_p: in (0, 1]: the fewest best blocks whose softmax weights sum to at least `top_p`.
-            With `topk` too: the union of both.
-        threshold: every block whose score is at least this (alone).
-        skip: fraction in [0, 1): the `floor(skip * T_k)` worst open blocks, unless they are kept.
-        limit: fraction in (0, 1] that is kept at most by `top_p` or `threshold`: the best ones.
-        forced: blocks kept in addition.
+        scores: logits; higher is better. Among equal scores, the lower index ranks first, on every device.
+        open_blocks: mask of blocks with a visible key. Other blocks are not kept and do not count.
+        criteria: numbers of blocks to keep and to skip.
+        forced: mask of blocks to keep in addition.
 
     Returns:
-        `(kept, skipped)`; `skipped` is None for `skip=0`.
-
-    Raises:
-        ValueError: no criterion, two that exclude each other, or one out of range.
+        `(kept, skipped)`; `skipped` is None without `criteria.skip`.
     """
-    criteria = criteria_of(
-        scores.shape[-1], topk=topk, top_p=top_p, threshold=threshold, skip=skip, limit=limit
-    )
-    return _select(scores, open_blocks, criteria, forced)
-
-
-def _select(
-    scores: Tensor, open_blocks: Tensor, criteria: Criteria, forced: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
     scores, n_k = scores.float(), scores.shape[-1]
     key = _ordered(scores, open_blocks)
     n: int | Tensor = criteria.best
@@ -81,18 +59,19 @@ def _select(
 
 
 def _ordered(scores: Tensor, open_blocks: Tensor) -> Tensor:
-    """int32 that order as fp32 scores do, NaN first; a block that nobody may see comes after all others."""
+    """Return int32 keys with the order of the fp32 scores. NaN is the largest; blocks that are not open are the smallest."""
     bits = (scores + 0.0).view(torch.int32)  # -0 + 0 is 0
     key = (bits ^ ((bits >> 31) & HIGHEST)).masked_fill_(scores.isnan(), HIGHEST)
     return torch.where(open_blocks, key, LOWEST)
 
 
 def _best(key: Tensor, n: int | Tensor, ranked: Tensor | None) -> Tensor:
-    """The n largest keys of each row, ties to the lower index.
+    """Return the mask of the n largest keys of each row. Among equal keys, the lower index ranks first.
 
     Args:
+        key: keys of the blocks.
         n: one number, or one for each row, `[..., 1]`.
-        ranked: the keys in descending order, if they are at hand.
+        ranked: keys in descending order, if already known.
     """
     if isinstance(n, int | torch.SymInt):
         last = key.topk(n, -1, sorted=False).values.amin(-1, keepdim=True)
@@ -106,13 +85,13 @@ def _best(key: Tensor, n: int | Tensor, ranked: Tensor | None) -> Tensor:
 
 
 def _reaching(ranked: Tensor, criteria: Criteria) -> Tensor:
-    """Number of best blocks whose softmax weights reach the mass, `[..., 1]`."""
+    """Return the number of best blocks whose softmax weights reach the mass, `[..., 1]`."""
     bits = ranked ^ ((ranked >> 31) & HIGHEST)
     scores = bits.view(torch.float32).masked_fill(ranked == LOWEST, -math.inf)
     top = scores.nan_to_num(-math.inf, math.inf, -math.inf).amax(-1, keepdim=True)
     weights = (scores - top.masked_fill(top == -math.inf, 0.0)).exp()
     weights = weights.masked_fill(scores == top, 1.0).masked_fill(scores.isnan(), 0.0)
-    weights = weights.masked_fill(scores == -math.inf, 0.0)  # closed blocks too
+    weights = weights.masked_fill(scores == -math.inf, 0.0)  # blocks that are not open, too
     whole = (weights * 2**WEIGHT_BITS + 0.5).to(torch.int32).to(torch.int64)
     assert criteria.mass is not None
     goal = (whole.sum(-1, keepdim=True) * criteria.mass + 2**MASS_BITS - 1) >> MASS_BITS
@@ -129,12 +108,12 @@ def select_in_torch(
     tally: Tensor | None,
     dense_queries: int,
 ) -> tuple[Lists, Lists, Lists | None]:
-    """Partial, full and skip lists of these widths; adds to `tally`, see `SparsePlan.from_scores`."""
+    """Return partial, full and skip lists of these widths, and add to `tally` (see `SparsePlan.from_scores`)."""
     n_k, n_scores = rules.num_k_blocks, scores.shape[-1]
     some, every = visibility.block_visibility(rules)
-    # A block that nobody may read must not use up a place among the best.
+    # A block without a visible key must not count among the best.
     open_blocks = some[..., :n_scores]
-    kept, skipped = _select(scores, open_blocks, criteria, _forced(rules, criteria, n_scores))
+    kept, skipped = select_blocks(scores, open_blocks, criteria, _forced(rules, criteria, n_scores))
     if n_scores < n_k:
         # Tail blocks have no score, and every row reads them.
         kept = torch.nn.functional.pad(kept, (0, n_k - n_scores), value=True) & some
@@ -156,7 +135,7 @@ def select_in_torch(
 
 
 def _forced(rules: Rules, criteria: Criteria, n: int) -> Tensor | None:
-    """Sink and diagonal blocks, `[1, Hq|1, T_q|1, n]`."""
+    """Return the mask of sink and diagonal blocks, `[1, Hq|1, T_q|1, n]`."""
     if not criteria.sink_blocks and criteria.diagonal is None:
         return None
     block = torch.arange(n, device=rules.device)

@@ -1,7 +1,7 @@
 """Triton kernel of the selection: one program writes the lists of one row.
 
-The kernel finds the best n blocks of a row by bisecting the bits of the n-th best score, without a sort. The bits
-order as the scores do. The torch form in select.py is the definition.
+The kernel finds the best n blocks of a row by bisecting the bits of the n-th best score, without a sort. The order of the
+bits is the order of the scores. select.py is the reference implementation.
 """
 
 import triton
@@ -14,7 +14,7 @@ from dit_accel.kernels.lists import Lists
 from dit_accel.kernels.router.criteria import MASS_BITS, Criteria
 from dit_accel.kernels.router.select import WEIGHT_BITS
 
-# A row of more blocks does not fit the registers of one program.
+# Largest number of blocks of a row; more do not fit in the registers of one program.
 MOST_BLOCKS = 8192
 WEIGHT_UNIT = tl.constexpr(1 << WEIGHT_BITS)
 MASS_UNIT = tl.constexpr(1 << MASS_BITS)
@@ -32,7 +32,7 @@ def _floor_div(x, n):
 
 @triton.jit
 def _cut(key, weight, goal):
-    """The largest t such that the weights of keys >= t add up to the goal."""
+    """Return the largest t for which the weights of the keys >= t sum to at least the goal."""
     t = tl.where(tl.sum(tl.where(key >= 0, weight, 0), 0) >= goal, 0, -2147483648)
     for i in range(31):
         candidate = t | (1 << (30 - i))
@@ -43,7 +43,7 @@ def _cut(key, weight, goal):
 
 @triton.jit
 def _best(key, n):
-    """The n largest keys, ties to the lower index."""
+    """Return the mask of the n largest keys. Among equal keys, the lower index ranks first."""
     t = _cut(key, 1, n)
     above, tie = key > t, key == t
     room = n - tl.sum(above.to(tl.int32), 0)
@@ -52,8 +52,8 @@ def _best(key, n):
 
 @triton.jit
 def _reaching(key, score, is_open, mass):
-    """The number of best blocks whose softmax weights reach the mass, in units of 1 / MASS_UNIT."""
-    score = tl.where(is_open & (score == score), score, float("-inf"))  # NaN weighs nothing
+    """Return the number of best blocks whose softmax weights reach the mass, in units of 1 / MASS_UNIT."""
+    score = tl.where(is_open & (score == score), score, float("-inf"))  # NaN has weight 0
     top = tl.max(score, 0)
     weight = tl.where(score == top, 1.0, tl.exp(score - tl.where(top > float("-inf"), top, 0.0)))
     weight = tl.where(score > float("-inf"), weight, 0.0)
@@ -67,7 +67,7 @@ def _reaching(key, score, is_open, mass):
 
 @triton.jit
 def _write(NUM, INDEX, row, mask, width, o):
-    """The list of what is True, ascending; unused places hold 0."""
+    """Write the list of the True entries, ascending, and their number. Unused places hold 0."""
     n = tl.sum(mask.to(tl.int32), 0)
     place = tl.cumsum(mask.to(tl.int32), 0) - 1
     tl.store(NUM + row, n)
@@ -89,7 +89,7 @@ def select_kernel(
     n_q, n_h = tl.num_programs(0), tl.num_programs(1)
     row = (i_b * n_h + i_h).to(tl.int64) * n_q + i_q
     o = tl.arange(0, NP)
-    # What the rules show: visibility.block_visibility.
+    # Visible blocks, as in visibility.block_visibility.
     q_size = tl.minimum(BLOCK_Q, q_len - i_q * BLOCK_Q)
     if Q_SIZES is not None:
         q_size = tl.minimum(q_size, tl.load(Q_SIZES + i_q))
@@ -116,7 +116,7 @@ def select_kernel(
             some = some & ((k_last > first - window) | (k_first < sink))
             every = every & ((k_first > last - window) | (k_last < sink))
     is_open = some & (o < n_scores)
-    # Integers that order as the scores do; a block that nobody may see comes after all others.
+    # Integers with the order of the scores. A block without a visible key is the smallest.
     p_s = SCORES + i_b.to(tl.int64) * s_b + i_h.to(tl.int64) * s_h + i_q.to(tl.int64) * n_scores
     score = tl.load(p_s + o, mask=o < n_scores, other=float("-inf"))
     score = tl.where(score == 0.0, 0.0, score)
@@ -124,7 +124,7 @@ def select_kernel(
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = tl.where(score != score, 0x7FFFFFFF, key)
     key = tl.where(is_open, key, -2147483648)
-    # Every criterion keeps the best n of a row, for an n of its own.
+    # Every criterion keeps the best n blocks of a row; criteria differ in n.
     n = n_best
     if TOP_P:
         n = tl.maximum(n, _reaching(key, score, is_open, mass))
@@ -167,12 +167,13 @@ def select_launch(
     tally: Tensor | None = None,
     dense_queries: int = 0,
 ) -> Launch:
-    """The launch that fills the lists, whose leading sizes are those of the plan.
+    """Return the launch that fills the lists, which have the leading sizes of the plan.
 
     Args:
         scores: fp32 `[B|1, Hq|1, T_q, n]`, contiguous along the last two axes.
-        rules: their `q_order` is not read, but `row_ends`, int32 `[Hq|1, T_q]` as `visibility.row_ends` gives.
-        tally: int64 `[3]`, see `SparsePlan.from_scores`.
+        rules: lengths, blocks and visibility rules. `row_ends` stands in for its `q_order`.
+        row_ends: result of `visibility.row_ends`, int32 `[Hq|1, T_q]`; None: queries are in order.
+        tally: counters, int64 `[3]`; see `SparsePlan.from_scores`.
     """
     batch, heads, n_q = full.counts.shape
     n_scores, n_k = scores.shape[3], rules.num_k_blocks
@@ -228,7 +229,7 @@ def select_launch(
             "POSITIONAL": rules.positional,
             "WINDOW": rules.window is not None,
         },
-        # A short row is one warp's: its sums then need no shared memory.
+        # One warp for a short row, whose sums then need no shared memory.
         num_warps=min(16, max(1, size // 512)),
         num_stages=1,
     )

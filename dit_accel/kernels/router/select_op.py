@@ -1,4 +1,4 @@
-"""The operator `dit_accel::select_blocks`: from scores to lists, one launch on a GPU."""
+"""Operator `dit_accel::select_blocks`: makes block lists from scores, in one launch on a GPU."""
 
 from typing import Any
 
@@ -24,10 +24,10 @@ def _empty_lists(
     q_order: Tensor | None,
     *rest: Any,
 ) -> Found:
-    """Counts and indices of the partial, the full and the skip lists; the last are empty without `skip`."""
+    """Return empty counts and indices of the partial, full and skip lists. Skip lists have size 0 without `skip`."""
     *_, skip, _, _, w_part, w_full, w_skip, _ = rest
     batch, heads, n_q, _ = scores.shape
-    # 1 stands for "the same for all".
+    # A leading size of 1: all samples or heads share the lists.
     if kv_lengths is not None and batch == 1:
         batch = kv_lengths.shape[0]
     if q_order is not None and heads == 1:
@@ -118,7 +118,7 @@ def _fits(scores: Tensor, rules: Rules) -> bool:
 
 
 def _row_ends(rules: Rules) -> tuple[Tensor, Tensor] | None:
-    """Return the row ends that the kernel cannot compute itself; None without `q_order`."""
+    """Return the row ends for plans with `q_order`, or None without: the kernel computes them then."""
     if rules.q_order is None:
         return None
     first, last = visibility.row_ends(rules)

@@ -1,4 +1,4 @@
-"""Soft top-k: weights between 0 and 1 that sum to k in each row, differentiable in the scores."""
+"""Soft top-k: weights between 0 and 1 that sum to k in each row, differentiable with respect to the scores."""
 
 import torch
 from jaxtyping import Float, Int
@@ -12,11 +12,10 @@ _HALVINGS = {torch.float32: 40, torch.float64: 64}
 def soft_topk(
     scores: Float[Tensor, "... n"], count: int | Int[Tensor, "... 1"], *, temperature: float
 ) -> Float[Tensor, "... n"]:
-    """Return `sigmoid((scores - t) / temperature)` with the t of each row at which its weights sum to `count`.
+    """Return `sigmoid((scores - t) / temperature)`, with a t for each row so that its weights sum to `count`.
 
-    The smaller the temperature, the closer the weights are to 1 for the `count` best scores and 0 for the others.
-    Differentiable in the scores; the gradient takes into account that t follows them, so that it sums to 0 in each
-    row.
+    For small temperatures the weights approach 1 for the `count` best scores and 0 for all others. Differentiable with
+    respect to the scores. The gradient includes the dependence of t on the scores, so it sums to 0 in each row.
 
     Args:
         scores: finite logits `[..., n]`.
@@ -25,7 +24,7 @@ def soft_topk(
         temperature: > 0, in units of the scores.
 
     Raises:
-        ValueError: a number out of range; it names the argument.
+        ValueError: a number is out of range; the message names the argument.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: accepted is a number > 0")
@@ -38,7 +37,7 @@ def soft_topk(
     goal = torch.where(every, n / 2, goal)
     x = (scores - _thresholds(scores.detach(), goal, temperature)) / temperature
     weights = torch.sigmoid(x)
-    # One Newton step, whose derivative is that of the exact solution (implicit function theorem).
+    # One Newton step. Its derivative is that of the exact solution (implicit function theorem).
     slope = (weights * (1 - weights)).sum(-1, keepdim=True).detach()
     slope = slope.clamp(min=torch.finfo(x.dtype).tiny)
     shift = (goal - weights.sum(-1, keepdim=True)) / slope
@@ -47,8 +46,10 @@ def soft_topk(
 
 @torch.no_grad()
 def _thresholds(scores: Tensor, goal: Tensor, temperature: float) -> Tensor:
-    """Return t of each row by bisection, `[..., 1]`. A threshold among the scores loses fewer digits than a shift of
-    `scores / temperature`."""
+    """Return t of each row by bisection, `[..., 1]`.
+
+    t has the units of the scores, which is more accurate than a shift of `scores / temperature`.
+    """
     margin = temperature * (scores.shape[-1] / goal - 1).log().abs()
     low = scores.amin(-1, keepdim=True) - margin
     high = scores.amax(-1, keepdim=True) + margin

@@ -1,4 +1,4 @@
-"""How functions are timed: in turns, and without those that do not run."""
+"""Timing of functions in turns, with failing ones left out."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Bounds and summary, from the data of a run."""
+"""Bounds and summary of a run."""
 
 import pytest
 

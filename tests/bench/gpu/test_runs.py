@@ -1,4 +1,4 @@
-"""A run of the GPU check: budget, failures, stops, and going on."""
+"""A run of the GPU check: budget, failures, stops, and resumption."""
 
 import json
 import os
@@ -17,7 +17,7 @@ FACTS = {"device": "some GPU", "capability": "9.0", "source": "abc"}
 
 
 class Idle(Device):
-    """A device on which nothing runs."""
+    """Device on which no work runs."""
 
     lost = False
     dry = True
@@ -130,7 +130,7 @@ def test_a_lost_device_ends_the_process_with_the_sub_step_marked(path):
 @pytest.mark.parametrize("name", ["device", "capability", "source"])
 def test_resume_refuses_another_device_or_source(path, name):
     Journal(path, FACTS)
-    with pytest.raises(ResumeError, match=rf"--resume: .* is of {name}"):
+    with pytest.raises(ResumeError, match=rf"--resume: .*{name}="):
         Journal(path, {**FACTS, name: "other"}, resume=True)
 
 

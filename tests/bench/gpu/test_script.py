@@ -1,27 +1,43 @@
-"""`kernels/gpu_check.py` as a process: without a GPU, and on a machine that has almost nothing installed."""
+"""`kernels/gpu_check.py` without a GPU, and as a process on a machine with few packages."""
 
 import json
-import runpy
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from dit_accel.bench.gpu import command, compiling, speed
+from dit_accel.bench.gpu.command import main, parse
 
 from ...installed import BARE, ROOT, run_with
 
 SCRIPT = ROOT / "kernels" / "gpu_check.py"
 
 
-def start(*arguments):
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+def run(*arguments):
+    """Run the command in this process and return its exit status."""
+    return main(parse(None, list(arguments)), str(SCRIPT))
 
 
-def test_dry_walks_every_step_and_compiles(tmp_path):
-    done = start("--dry", "--dry-limit", "8", "--workers", "2", "--out", str(tmp_path))
+def test_dry_walks_every_step_and_compiles(tmp_path, capsys):
+    arguments = [
+        sys.executable,
+        str(SCRIPT),
+        "--dry",
+        "--dry-limit",
+        "4",
+        "--workers",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 of 4 compiled" in done.stdout
     data = json.loads((tmp_path / "gpu_check.json").read_text())
-    listed = start("--list").stdout.splitlines()
+    assert run("--list") == 0
+    listed = capsys.readouterr().out.splitlines()
     assert {x.partition("  (")[0] for x in listed} == data["steps"].keys()
     assert {x["status"] for x in data["steps"].values()} == {"done"}
     text = (tmp_path / "gpu_check.md").read_text()
@@ -32,12 +48,11 @@ def test_dry_walks_every_step_and_compiles(tmp_path):
 @pytest.mark.parametrize(
     "content", ['{"dry": false, "steps": {}}', "{"], ids=["measured", "broken"]
 )
-def test_a_dry_run_keeps_what_was_measured(content, tmp_path):
+def test_a_dry_run_keeps_what_was_measured(content, tmp_path, capsys):
     path = tmp_path / "gpu_check.json"
     path.write_text(content)
-    done = start("--dry", "--only", "none", "--dry-limit", "1", "--out", str(tmp_path))
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "would be lost" in done.stdout
+    assert run("--dry", "--only", "none", "--dry-limit", "1", "--out", str(tmp_path)) == 2
+    assert f"--out={tmp_path}" in capsys.readouterr().out
     assert path.read_text() == content
 
 
@@ -77,34 +92,37 @@ def test_tests_of_the_kernels_need_pytest_and_hypothesis_beside(tmp_path):
     assert " error" not in done.stdout
 
 
-def test_a_step_that_cannot_be_walked_fails_the_dry_run():
-    code = (
-        "import sys, runpy; import dit_accel.bench.gpu.speed as s; s.longest = lambda *a: 1 / 0;"
-        "sys.argv = ['x', '--dry', '--only', '5%, none', '--dry-limit', '1'];"
-        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 1
-    assert "ZeroDivisionError" in done.stdout
+def test_a_step_that_cannot_be_walked_fails_the_dry_run(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "longest", lambda *x: 1 / 0)
+    monkeypatch.setattr(compiling, "compile_all", lambda *x, **y: {"compiled": 0, "compile_s": 0.0})
+    assert run("--dry", "--only", "5%, none", "--dry-limit", "1") == 1
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_a_run_of_another_device_is_not_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a chip")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    path = tmp_path / "gpu_check.json"
+    facts = {"device": "another chip", "capability": "9.0", "source": command.source_hash()}
+    path.write_text(json.dumps({"format_version": 1, "steps": {}, **facts}))
+    assert run("--out", str(tmp_path), "--resume", "--until", "0") == 2
+    assert "device='another chip'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--out: accepted is a folder"),
+        ((), "--out: "),
         (("--out", "x", "--budget", "0"), "--budget=0.0"),
         (("--out", "x", "--budget", "inf"), "--budget=inf"),
         (("--dry", "--dry-limit", "0"), "--dry-limit=0"),
         (("--dry", "--workers", "0"), "--workers=0"),
-        (("--dry", "--resume"), "--resume: accepted without --dry"),
+        (("--dry", "--resume"), "--resume: "),
         (("--list", "--only", "nothing"), "--only=nothing"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+def test_bad_arguments_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        parse(None, list(arguments))
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
