@@ -1,4 +1,4 @@
-"""`Nothing`: the first and the last tokens only (StreamingLLM, arXiv 2309.17453)."""
+"""`Nothing`: queries read only the first and the last tokens (StreamingLLM, arXiv 2309.17453)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +13,7 @@ from dit_accel.llm.kvcache.store import Store
 
 @dataclass
 class Nothing(Selector):
-    """Tokens between the first and the last ones are dropped. What a later question asks for may be lost."""
+    """Selector that drops all tokens between the first and the last ones. Later questions cannot use the dropped tokens."""
 
     name: ClassVar[str] = "none"
     forgets: ClassVar[bool] = True
