@@ -1,4 +1,4 @@
-"""`Session`: a context and questions about it, as tokens, and how they are read from files (SCBench, arXiv 2412.10319)."""
+"""`Session`: context and questions as tokens, and reading of sessions from files (SCBench, arXiv 2412.10319)."""
 
 import json
 from dataclasses import dataclass
@@ -8,39 +8,39 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer."""
+    """Question and expected answer, as tokens."""
 
     question: list[int]
     answer: list[int]
-    """Tokens that the model should say; later turns of a conversation read it, whatever the model said."""
+    """Expected tokens. Later turns of a conversation read them instead of the generated tokens."""
     text: str | None = None
-    """Text that an answer in words must contain; None: the tokens must be those of `answer`."""
+    """Text that the generated answer must contain; None: the generated tokens must equal `answer`."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """Questions about one context."""
+    """Context and questions about it, as tokens."""
 
     context: list[int]
     turns: list[Turn]
 
     @property
     def length(self) -> int:
-        """Tokens of the context, all questions and answers."""
+        """Number of tokens in the context, all questions and all answers."""
         return len(self.context) + sum(len(x.question) + len(x.answer) for x in self.turns)
 
 
 @dataclass(frozen=True)
 class Words:
-    """A session in words."""
+    """Context and questions about it, as text."""
 
     context: str
     turns: tuple[tuple[str, str], ...]
-    """Questions and answers."""
+    """Pairs of question and answer."""
 
 
 def tokenized(words: Words, tokenizer: Any) -> Session:
-    """Return a session in the tokens of a model."""
+    """Return the tokenized session."""
 
     def ids(text: str) -> list[int]:
         found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
@@ -51,13 +51,13 @@ def tokenized(words: Words, tokenizer: Any) -> Session:
 
 
 def read_sessions(path: Path) -> list[Words]:
-    """Return the sessions of a JSONL file in the form of SCBench.
+    """Return the sessions of a JSONL file in the format of SCBench.
 
-    Each line is `{"context": ..., "multi_turns": [{"input": ..., "answer": ...}, ...]}`. Of several answers that are
-    right the first one counts.
+    Each line is `{"context": ..., "multi_turns": [{"input": ..., "answer": ...}, ...]}`. If an answer is a list, its first
+    element is used.
 
     Raises:
-        ValueError: the file cannot be read or has another form; the message names the line.
+        ValueError: the file cannot be read, or a line has another format.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -70,7 +70,7 @@ def read_sessions(path: Path) -> list[Words]:
                 found.append(_words(json.loads(line)))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"sessions={str(path)!r}, line {number}: {type(error).__name__} {error}; accepted is "
+                    f"sessions={str(path)!r}, line {number}: {type(error).__name__} {error}; must be "
                     '{"context": ..., "multi_turns": [{"input": ..., "answer": ...}]}'
                 ) from None
     if not found:

@@ -1,4 +1,4 @@
-"""Sessions in words for any language model, after the synthetic tasks of SCBench (arXiv 2412.10319)."""
+"""Text sessions for any language model, modelled on the synthetic tasks of SCBench (arXiv 2412.10319)."""
 
 import random
 import string
@@ -10,7 +10,7 @@ from dit_accel.llm.bench.texts import TEXTS, read_text
 
 
 def passkey(size: int, turns: int, rng: random.Random) -> Words:
-    """Return a real text with numbers hidden in it; each question names one of them."""
+    """Return a text with hidden numbers. Each question asks for one of them."""
     text = read_text(rng.choice(sorted(TEXTS)))
     start = rng.randrange(max(1, len(text) - size))
     names = rng.sample(COLOURS, turns)
@@ -31,7 +31,7 @@ def passkey(size: int, turns: int, rng: random.Random) -> Words:
 
 
 def key_value(size: int, turns: int, rng: random.Random) -> Words:
-    """Return lines of keys and values; each question is a key."""
+    """Return lines of keys and values. Each question asks for the value of a key."""
     pairs = [(_word(rng, 8), _word(rng, 8)) for _ in range(max(turns, size // 24))]
     body = "\n".join(f"{key}: {value}" for key, value in pairs)
     asked = [
@@ -42,7 +42,7 @@ def key_value(size: int, turns: int, rng: random.Random) -> Words:
 
 
 def prefix_suffix(size: int, turns: int, rng: random.Random) -> Words:
-    """Return lines of random letters; each question is the beginning and the end of a line, the answer its middle."""
+    """Return lines of random letters. Each question gives the beginning and the end of a line; the answer is its middle."""
     lines = [[_word(rng, 6) for _ in range(3)] for _ in range(max(turns, size // 22))]
     body = "\n".join(" ".join(x) for x in lines)
     asked = [
@@ -53,7 +53,7 @@ def prefix_suffix(size: int, turns: int, rng: random.Random) -> Words:
 
 
 def variable_tracing(size: int, turns: int, rng: random.Random) -> Words:
-    """Return assignments of variables to each other; each question is the number that a variable gets in the end."""
+    """Return assignments between variables. Each question asks for the number at the end of a chain."""
     names = [_word(rng, 4).upper() for _ in range(max(4 * turns, size // 20))]
     names = list(dict.fromkeys(names))
     chains = [names[i : i + 4] for i in range(0, len(names) - 3, 4)]
@@ -66,7 +66,7 @@ def variable_tracing(size: int, turns: int, rng: random.Random) -> Words:
 
 
 def math_find(size: int, turns: int, rng: random.Random) -> Words:
-    """Return a list of numbers; questions are its largest and smallest ones, the first and the last one."""
+    """Return a list of numbers. Questions ask for the largest, smallest, first and last number."""
     numbers = rng.sample(range(1_000, 100_000), max(8, size // 7))
     asked = [
         ("\n\nThe largest number of the list is", f" {max(numbers)}"),
@@ -78,7 +78,7 @@ def math_find(size: int, turns: int, rng: random.Random) -> Words:
 
 
 def many_shot(size: int, turns: int, rng: random.Random) -> Words:
-    """Return examples of words and their made-up classes; each question is a word that was there."""
+    """Return example words with made-up classes. Each question asks for the class of one of the words."""
     classes = [_word(rng, 5) for _ in range(6)]
     kinds = {_word(rng, 6): rng.choice(classes) for _ in range(max(turns, size // 28))}
     lines = [f"Word: {word} Class: {kind}" for word, kind in kinds.items()]
@@ -114,7 +114,7 @@ TASKS: dict[str, Callable[[int, int, random.Random], Words]] = {
     "math_find": math_find,
     "many_shot": many_shot,
 }
-"""Each takes characters of the context, questions, and a source of randomness."""
+"""Functions of the context size in characters, the number of questions, and a random number generator."""
 
 
 def _word(rng: random.Random, length: int) -> str:
