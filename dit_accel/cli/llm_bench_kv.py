@@ -70,7 +70,7 @@ class BenchKV(LanguageModelOptions):
 
     def run(self) -> None:
         from dit_accel.llm.bench.kv.picture import draw
-        from dit_accel.llm.bench.kv.run import KVBenchSettings, prepare, run_bench
+        from dit_accel.llm.bench.kv.run import KVBenchSettings, prepare_kv, run_kv_bench
         from dit_accel.llm.bench.kv.table import table_lines
         from dit_accel.llm.kvcache.cache import zone_layers
         from dit_accel.llm.resume import read_same
@@ -92,7 +92,7 @@ class BenchKV(LanguageModelOptions):
                     raise
                 left.append(f"{name}: left out ({error})\n")
                 del rows[name]
-        bench = prepare(
+        bench = prepare_kv(
             source,
             settings,
             dtype=str(place["dtype"]).removeprefix("torch."),
@@ -103,7 +103,7 @@ class BenchKV(LanguageModelOptions):
             kept = read_same(self.output, bench.header, "result of llm bench-kv")["rows"]
         check_output(self.output.parent, "output")
         sys.stderr.writelines(left)
-        results = run_bench(
+        results = run_kv_bench(
             lambda: source.load(**place),
             bench,
             rows,

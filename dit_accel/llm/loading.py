@@ -1,4 +1,4 @@
-"""`Source`: config and tokenizer of a language model, used to check arguments before the weights are loaded."""
+"""`ModelSource`: config and tokenizer of a language model, used to check arguments before the weights are loaded."""
 
 import os
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dit_accel.quiet import quiet
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Config and tokenizer of a language model, and a method that loads its weights."""
 
     name: str
@@ -79,7 +79,7 @@ class Source:
         return model.to(device).eval()
 
 
-def read_source(model: str, revision: str | None = None) -> Source:
+def read_source(model: str, revision: str | None = None) -> ModelSource:
     """Read the config and the tokenizer of a model.
 
     Args:
@@ -114,7 +114,7 @@ def read_source(model: str, revision: str | None = None) -> Source:
             f"model={model!r}: cannot be read ({first}); must be {NAME}, a folder written by save_pretrained, "
             "or a hub id"
         ) from None
-    return Source(model, path, revision, config, tokenizer)
+    return ModelSource(model, path, revision, config, tokenizer)
 
 
 def check_model(model: str) -> None:

@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 from dit_accel.llm.attention import POLICY
 from dit_accel.llm.prefill import Spans
 
-NOTED = "_dit_accel_spans"
-"""Name of the attribute of a KV cache that holds its `Noted`. Copies of the cache keep it."""
+LABELS = "_dit_accel_spans"
+"""Name of the attribute of a KV cache that holds its `TokenLabels`. Copies of the cache keep it."""
 TEXT, IMAGE = 0, -1
 """Labels of text and image tokens. Video frames are labelled 1, 2, ..."""
 WIDEST = 2**20
@@ -25,7 +25,7 @@ _numbers = count()
 
 
 @dataclass(frozen=True)
-class Noted:
+class TokenLabels:
     """Modality labels of the tokens in a KV cache."""
 
     labels: Int[Tensor, "b l"]
@@ -55,7 +55,7 @@ class SpanTracker:
         """Spans of the batch rows that replace the spans found in the prompts, see `given_spans`."""
         self._ids: Tensor | None = None
         self._found: Sequence[Spans] | None = None
-        self._noted: Noted | None = None
+        self._noted: TokenLabels | None = None
         self._cache: Any = None
         self._number = next(_numbers)
         self._handles: list[Any] = []
@@ -97,7 +97,7 @@ class SpanTracker:
             return
         ids, call = self._ids, _arguments(module, args, kwargs)
         self._cache = cache = call.get("past_key_values")
-        noted = getattr(cache, NOTED, None)
+        noted = getattr(cache, LABELS, None)
         if noted is not None and ids.shape[1] == 1:
             self._noted = noted  # decoding: generated tokens count as text in the next prompt
             return
@@ -109,10 +109,10 @@ class SpanTracker:
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         cache = getattr(output, "past_key_values", self._cache)
         if cache is not None:
-            setattr(cache, NOTED, self._noted)
+            setattr(cache, LABELS, self._noted)
         self._ids = self._found = self._noted = self._cache = None
 
-    def _before(self, ids: Tensor, cache: Any, noted: Noted | None) -> Noted | None:
+    def _before(self, ids: Tensor, cache: Any, noted: TokenLabels | None) -> TokenLabels | None:
         """Return the labels of the tokens that are in the cache before a call; None if not known."""
         past = 0 if cache is None else int(cache.get_seq_length())
         if past == 0:
@@ -122,14 +122,14 @@ class SpanTracker:
         labels = noted.labels[:, :past]
         return replace(noted, labels=pad(labels, (0, past - labels.shape[1]), value=TEXT))
 
-    def nothing(self, rows: int) -> Noted:
+    def nothing(self, rows: int) -> TokenLabels:
         """Return the labels of an empty cache."""
         none = torch.zeros(rows, 1, dtype=torch.long)
-        return Noted(none[:, :0], none, self._number)
+        return TokenLabels(none[:, :0], none, self._number)
 
     def extended(
-        self, before: Noted, ids: Int[Tensor, "b l"], positions: Tensor | None = None
-    ) -> Noted:
+        self, before: TokenLabels, ids: Int[Tensor, "b l"], positions: Tensor | None = None
+    ) -> TokenLabels:
         """Return the labels of the tokens that are in the cache after a call.
 
         Args:
@@ -147,7 +147,7 @@ class SpanTracker:
         starts |= places <= torch.cat([before.place, places[:, :-1]], 1)
         used = pad(before.labels, (1, 0)).amax(1, keepdim=True)
         labels = torch.where(video, (video & starts).cumsum(1) + used, labels)
-        return Noted(torch.cat([before.labels, labels], 1), places[:, -1:], self._number)
+        return TokenLabels(torch.cat([before.labels, labels], 1), places[:, -1:], self._number)
 
 
 def places_of(positions: Tensor | None, ids: Int[Tensor, "b l"]) -> Int[Tensor, "b l"]:

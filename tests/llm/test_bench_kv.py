@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dit_accel import llm
-from dit_accel.llm.bench.kv import lookups, words
+from dit_accel.llm.bench.kv import lookups, text_sessions
 from dit_accel.llm.bench.kv.conversation import MODES, converse, own_cache
 from dit_accel.llm.bench.kv.picture import draw
 from dit_accel.llm.bench.kv.session import Session, Turn, read_sessions, tokenized
-from dit_accel.llm.bench.kv.text_quality import distance, read_on
+from dit_accel.llm.bench.kv.text_quality import distance, predict_rest
 from dit_accel.llm.bench.wired import wired_model
 from dit_accel.llm.kvcache.cache import KVCache
 
@@ -80,10 +80,10 @@ def test_each_request_finds_the_context_only():
     assert [x.tokens for x in figures] == [4, 5]
 
 
-@pytest.mark.parametrize("task", words.TASKS)
+@pytest.mark.parametrize("task", text_sessions.TASKS)
 def test_sessions_in_words(task):
-    made = words.TASKS[task](3000, 3, random.Random(0))
-    again = words.TASKS[task](3000, 3, random.Random(0))
+    made = text_sessions.TASKS[task](3000, 3, random.Random(0))
+    again = text_sessions.TASKS[task](3000, 3, random.Random(0))
     assert made == again
     assert len(made.turns) == 3
     assert 1500 < len(made.context) < 6000
@@ -123,7 +123,7 @@ def test_files_that_hold_no_sessions(tmp_path, line, message):
 
 def test_reading_on_is_that_of_one_call():
     model, ids = make("Llama"), prompt(rows=1, length=120)
-    found = read_on(model, ids, 90, own_cache(model), step=7)
+    found = predict_rest(model, ids, 90, own_cache(model), step=7)
     with torch.no_grad():
         logits = model(ids).logits[0, 89:-1]
     want = torch.nn.functional.cross_entropy(logits, ids[0, 90:])

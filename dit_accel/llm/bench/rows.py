@@ -13,7 +13,7 @@ def run_rows(
     header: Mapping[str, Any],
     key: str,
     wanted: Mapping[str, Any],
-    figures: Callable[[str], Mapping[str, Any]],
+    measure_row: Callable[[str], Mapping[str, Any]],
     *,
     prepare: Callable[[], Any],
     output: Path | None = None,
@@ -28,7 +28,7 @@ def run_rows(
         header: results without rows.
         key: key of the settings in a row.
         wanted: settings of each row by its name, as plain values or None.
-        figures: function that computes the row with a name. If it raises ValueError, the row records the error.
+        measure_row: function that computes the row with a name. If it raises ValueError, the row records the error.
         prepare: called before a row is computed. Its errors end the run.
         output: JSON file, written after each row. Default: no file.
         rows: existing rows.
@@ -52,7 +52,7 @@ def run_rows(
         start = time.perf_counter()
         row: dict[str, Any] = {"name": name, key: settings}
         try:
-            row.update(figures(name))
+            row.update(measure_row(name))
         except ValueError as error:  # such as settings that do not fit the model
             row["error"] = str(error)
         row["seconds"] = round(time.perf_counter() - start, 2)

@@ -16,7 +16,7 @@ from dit_accel.llm.bench.rows import run_rows
 from dit_accel.llm.bench.texts import text_ids
 from dit_accel.llm.bench.wired import wired_model
 from dit_accel.llm.control import disable, enable, summary
-from dit_accel.llm.loading import Source
+from dit_accel.llm.loading import ModelSource
 from dit_accel.llm.quality import Outputs, comparison, outputs
 from dit_accel.llm.resume import read_same
 
@@ -69,7 +69,7 @@ class Bench:
     """Results without rows."""
 
 
-def prepare(source: Source, settings: BenchSettings, *, dtype: str, device: str) -> Bench:
+def prepare(source: ModelSource, settings: BenchSettings, *, dtype: str, device: str) -> Bench:
     """Read texts and make prompts without loading the model.
 
     Args:
@@ -148,16 +148,16 @@ def run_bench(
         references = {x: outputs(loaded, ids) for x, ids in bench.ids.items()}
         return loaded, references, wired_model() if bench.settings.retrieval_prompts else None
 
-    def figures(name: str) -> dict[str, Any]:
+    def measure_row(name: str) -> dict[str, Any]:
         loaded, references, wired = prepared()
-        return _figures(loaded, wired, bench, wanted[name], references)
+        return _measure_row(loaded, wired, bench, wanted[name], references)
 
     plain = {name: None if x is None else x.to_dict() for name, x in wanted.items()}
     return run_rows(
         bench.header,
         "prefill",
         plain,
-        figures,
+        measure_row,
         prepare=prepared,
         output=output,
         rows=rows,
@@ -165,7 +165,7 @@ def run_bench(
     )
 
 
-def _figures(
+def _measure_row(
     model: Any,
     wired: Any,
     bench: Bench,

@@ -73,7 +73,7 @@ def read_text(name: str) -> str:
     return text
 
 
-def fingerprint(text: str) -> str:
+def text_hash(text: str) -> str:
     """Return a short hash of a text, because the built-in texts differ between Python versions."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -94,5 +94,5 @@ def text_ids(
             raise ValueError(
                 f"length={length}: the text {name!r} has only {tokens.shape[1]} tokens; must have at least {length}"
             )
-        ids[name], hashes[name] = tokens.long(), fingerprint(text)
+        ids[name], hashes[name] = tokens.long(), text_hash(text)
     return ids, hashes

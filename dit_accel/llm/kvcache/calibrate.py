@@ -15,12 +15,12 @@ from dit_accel.config.base import check, check_choice, is_int
 from dit_accel.environment import versions
 from dit_accel.llm.control import attention_layers
 from dit_accel.llm.kvcache.cache import model_sizes
-from dit_accel.llm.kvcache.codebooks import PAIRINGS, ROPES, SCOPES, Codebooks, Form
+from dit_accel.llm.kvcache.codebooks import PAIRINGS, ROPES, SCOPES, CodebookForm, Codebooks
 from dit_accel.llm.kvcache.kmeans import kmeans
 from dit_accel.llm.kvcache.model_file import fingerprint_of
 from dit_accel.llm.kvcache.rotation import Rotation
 from dit_accel.llm.kvcache.store import ModelSizes
-from dit_accel.llm.loading import Source
+from dit_accel.llm.loading import ModelSource
 from dit_accel.llm.search.samples import make_samples
 from dit_accel.llm.search.settings import SearchSettings
 
@@ -44,13 +44,13 @@ class CalibrationSettings:
     bits: int = 4
     """Bits of a stored value: 4, 3 or 2."""
     scope: str = "head"
-    """See `Form`."""
+    """See `CodebookForm`."""
     pairing: str = "planes"
-    """See `Form`."""
+    """See `CodebookForm`."""
     centred: bool = True
-    """See `Form`."""
+    """See `CodebookForm`."""
     rope: str = "before"
-    """See `Form`."""
+    """See `CodebookForm`."""
     texts: tuple[str, ...] = ("prose", "code")
     """prose, code, or paths of text files."""
     length: int = 2048
@@ -78,7 +78,7 @@ class CalibrationSettings:
         ok = is_int(self.sink) and 0 <= self.sink < self.length
         check("sink", self.sink, ok, f"an int from 0 to {self.length - 1}")
 
-    def form(self, sizes: ModelSizes) -> Form:
+    def form(self, sizes: ModelSizes) -> CodebookForm:
         """Return the codebook form for a model.
 
         Raises:
@@ -89,7 +89,7 @@ class CalibrationSettings:
             raise ValueError(
                 f"bits={self.bits}: head_dim={sizes.head_dim} must be a multiple of {2 * width}"
             )
-        form = Form(
+        form = CodebookForm(
             sub_vectors=sizes.head_dim // width,
             bits=bits,
             scope=self.scope,
@@ -126,7 +126,7 @@ class Calibration:
         ValueError: a text is too short, or the settings do not fit the model.
     """
 
-    def __init__(self, source: Source, settings: CalibrationSettings) -> None:
+    def __init__(self, source: ModelSource, settings: CalibrationSettings) -> None:
         source.check_length("length", settings.length)
         self.source, self.settings = source, settings
         self.sizes = model_sizes(source.config)
@@ -313,7 +313,7 @@ def errors(
 
 
 def _books(
-    vectors: list[Float[Tensor, "h n d"]], form: Form, settings: CalibrationSettings
+    vectors: list[Float[Tensor, "h n d"]], form: CodebookForm, settings: CalibrationSettings
 ) -> Iterator[tuple[Float[Tensor, "_h m c w"], int]]:
     """Yield the centroids of the model or of each layer, and the number of layers that they cover."""
     generator = torch.Generator().manual_seed(settings.seed)

@@ -27,8 +27,8 @@ LARGEST = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
-    """Form of codebooks: sub-vectors, bits per code, and which vectors share codebooks."""
+class CodebookForm:
+    """CodebookForm of codebooks: sub-vectors, bits per code, and which vectors share codebooks."""
 
     sub_vectors: int
     """Number of sub-vectors of a key or value."""
@@ -78,7 +78,7 @@ class Form:
 class Codebooks:
     """Codebooks for the keys and values of one model. The shapes of the tensors are checked."""
 
-    form: Form
+    form: CodebookForm
     sizes: ModelSizes
     """Sizes of the model."""
     layers: tuple[int, ...]
@@ -218,7 +218,7 @@ def _read(path: str, changed: int, size: int) -> Codebooks:
     found = load_model_file(path, KIND, "codebooks")
     try:
         return Codebooks(
-            form=Form(**found.settings["form"]),
+            form=CodebookForm(**found.settings["form"]),
             sizes=found.sizes,
             layers=tuple(found.settings["layers"]),
             tensors=found.tensors,

@@ -67,7 +67,7 @@ def _layer(layer: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if not isinstance(layer, ZoneLayer):
         found = {x: getattr(layer, x) for x in OWN if hasattr(layer, x)}
         return {"own": packed(found, name, tensors)}
-    layer.beside.wait()
+    layer.side_stream.wait()
     parts: dict[str, tuple[Any, Sequence[str]]] = {"layer": (layer, LAYER)}
     parts |= {
         x: (y, changing(y)) for x, y in (("store", layer.store), ("selector", layer.selector))

@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from dit_accel.llm.kvcache.beside import Beside
 from dit_accel.llm.kvcache.part import Part, joined
 from dit_accel.llm.kvcache.partial import attention_part, grouped, merged
-from dit_accel.llm.kvcache.selector import Prompt, Selector
+from dit_accel.llm.kvcache.selector import PromptQueries, Selector
+from dit_accel.llm.kvcache.side_stream import SideStream
 from dit_accel.llm.kvcache.store import Store
 
 TAG = "_dit_accel_layer"
@@ -76,7 +76,7 @@ class ZoneLayer(CacheLayerMixin):
         super().__init__()
         self.store, self.selector = store, selector
         self.sink, self.recent, self.flush = sink, recent, flush
-        self.beside = Beside(overlap)
+        self.side_stream = SideStream(overlap)
         self.is_croppable = not selector.forgets
         self.reset()
 
@@ -142,7 +142,7 @@ class ZoneLayer(CacheLayerMixin):
             scale: factor of the dot products.
             prompt: function that computes the attention output if the cache is empty.
         """
-        self.beside.wait()
+        self.side_stream.wait()
         past, length = self.length, self.length + k.shape[2]
         valid = None if mask is None else mask[:, None, past:length]
         positions = self._positions(mask, past, k) if self.store.needs_positions else None
@@ -213,10 +213,10 @@ class ZoneLayer(CacheLayerMixin):
             return
         end = self.sinks + spare
         first, part, last = exact.cut(0, self.sinks), exact.cut(self.sinks, end), exact.cut(end)
-        prompt = None if q is None else Prompt(q, first, last)
+        prompt = None if q is None else PromptQueries(q, first, last)
         part = part.own()
         if prompt is None:
-            with self.beside.work(part):
+            with self.side_stream.work(part):
                 self.selector.append(self.store, part, None, scale)
         else:
             self.selector.append(self.store, part, prompt, scale)
@@ -232,7 +232,7 @@ class ZoneLayer(CacheLayerMixin):
         Raises:
             ValueError: the number is positive.
         """
-        self.beside.wait()
+        self.side_stream.wait()
         tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(
@@ -271,15 +271,15 @@ class ZoneLayer(CacheLayerMixin):
 
     def fork(self) -> "ZoneLayer":
         """Return a copy that shares memory until one of the two changes."""
-        self.beside.wait()
+        self.side_stream.wait()
         layer = copy(self)
-        layer.beside = Beside(self.beside.on)
+        layer.side_stream = SideStream(self.side_stream.on)
         layer.store, layer.selector = self.store.fork(), self.selector.fork()
         return layer
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select the batch rows `beam_idx`, in this order."""
-        self.beside.wait()
+        self.side_stream.wait()
         if self.exact is None:
             return
         self.exact = self.exact.rows(beam_idx)

@@ -17,7 +17,7 @@ PACKAGE = "dit_accel.llm.kvcache.selectors"
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptQueries:
     """Queries of a prompt, and the tokens of the prompt that stay exact."""
 
     q: Float[Tensor, "b h g l_q d"]
@@ -41,7 +41,7 @@ class Selector(ABC):
     forgets: ClassVar[bool] = False
     """True if the selector drops tokens, so that a `crop` cannot restore them."""
 
-    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
+    def append(self, store: Store, part: Part, prompt: PromptQueries | None, scale: float) -> None:
         """Process new tokens and append those to keep to the store.
 
         Args:
@@ -79,11 +79,6 @@ class Selector(ABC):
     def nbytes(self) -> int:
         """Bytes of the data of the selector."""
         return 0
-
-
-def selector_names() -> list[str]:
-    """Return the names of all selectors."""
-    return list(classes_in(PACKAGE, Selector))
 
 
 def selector_of(name: str, options: dict[str, Any] | None = None) -> Selector:

@@ -8,7 +8,7 @@ from torch.nn import functional
 from dit_accel.llm.kvcache.partial import SCORES
 
 
-def labels_of(
+def cluster_keys(
     k: Float[Tensor, "b h n d"],
     valid: Bool[Tensor, "b _h n"] | None,
     *,

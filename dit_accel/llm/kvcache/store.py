@@ -248,11 +248,6 @@ class ModelSizes:
     """Hash of further config fields, see `config_hash`; empty if not known."""
 
 
-def store_names() -> list[str]:
-    """Return the names of all stores."""
-    return list(classes_in(PACKAGE, Store))
-
-
 def store_of(name: str, options: dict[str, Any] | None = None) -> Store:
     """Return a new empty store.
 

@@ -14,9 +14,9 @@ from dit_accel.config.base import as_lists
 from dit_accel.config.prefill_file import FORMAT_VERSION, KIND, search_settings
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
-from dit_accel.llm.bench.texts import fingerprint
+from dit_accel.llm.bench.texts import text_hash
 from dit_accel.llm.head_counts import head_counts
-from dit_accel.llm.loading import Source
+from dit_accel.llm.loading import ModelSource
 from dit_accel.llm.quality import compare
 from dit_accel.llm.search import heads, layers
 from dit_accel.llm.search.journal import Journal
@@ -39,7 +39,7 @@ class Search:
         ValueError: a text is too short, or the length is larger than the model supports.
     """
 
-    def __init__(self, source: Source, settings: SearchSettings, *, dtype: str, device: str) -> None:  # fmt: skip
+    def __init__(self, source: ModelSource, settings: SearchSettings, *, dtype: str, device: str) -> None:  # fmt: skip
         source.check_length("length", settings.length)
         counts = head_counts(source.config)
         if counts is None:
@@ -153,7 +153,7 @@ class Search:
         for sample in self.samples:
             if not sample.held_out:
                 continue
-            key = f"check/{sample.name}/{fingerprint(json.dumps(result['chosen']))}"
+            key = f"check/{sample.name}/{text_hash(json.dumps(result['chosen']))}"
             if key not in journal:
                 journal[key] = asdict(compare(model(), sample.ids, config))
             found.append({"sample": sample.name, **journal[key]})

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_accel.llm.bench.texts import fingerprint, read_text
+from dit_accel.llm.bench.texts import read_text, text_hash
 from dit_accel.llm.search.settings import SearchSettings
 
 CHARACTERS = 12
@@ -63,5 +63,5 @@ def make_samples(tokenizer: Any, settings: SearchSettings) -> list[Sample]:
                     f"length={settings.length}: half of the text {name!r} has {count} samples of only about {ids.shape[1]} "
                     "tokens; pass shorter or fewer samples, or a longer text"
                 )
-            found.append(Sample(name, start, fingerprint(window), ids, i >= settings.samples))
+            found.append(Sample(name, start, text_hash(window), ids, i >= settings.samples))
     return found

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from dit_accel import llm
 from dit_accel.llm.kvcache.cache import KVCache, model_sizes
 from dit_accel.llm.kvcache.calibrate import frequencies_of
-from dit_accel.llm.kvcache.codebooks import Codebooks, Form, read_codebooks, write_codebooks
+from dit_accel.llm.kvcache.codebooks import CodebookForm, Codebooks, read_codebooks, write_codebooks
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.rotation import Rotation
 from dit_accel.llm.kvcache.store import ModelSizes, store_of
@@ -29,7 +29,7 @@ PAIRS = {"sub_vectors": 8, "bits": 8}
 
 def codebooks(sizes=SIZES, seed=0, **form):
     """Return random codebooks."""
-    form = Form(**{**PAIRS, **form})
+    form = CodebookForm(**{**PAIRS, **form})
     layers = tuple(range(sizes.layers))
     n = 1 if form.scope == "model" else sizes.layers
     heads = sizes.kv_heads if form.scope == "head" else 1
@@ -186,7 +186,7 @@ def exact(model, ids, file, **form):
     """Return a file of codebooks that hold every key and value of some tokens exactly."""
     sizes = model_sizes(model.config)
     cache = model(ids, use_cache=True).past_key_values
-    form = Form(**{**PAIRS, "scope": "layer", **form})
+    form = CodebookForm(**{**PAIRS, "scope": "layer", **form})
     tensors = {}
     rotation = None
     if form.rope == "before":

@@ -8,9 +8,12 @@ from dit_accel.llm.control import attention_layers
 from dit_accel.llm.kvcache.cache import KVCache, model_sizes
 from dit_accel.llm.kvcache.codebooks import write_codebooks
 from dit_accel.llm.kvcache.model_file import ModelFile, fingerprint_of
-from dit_accel.llm.kvcache.selector import selector_names
-from dit_accel.llm.kvcache.store import store_names
+from dit_accel.llm.kvcache.selector import PACKAGE as SELECTORS
+from dit_accel.llm.kvcache.selector import Selector
+from dit_accel.llm.kvcache.store import PACKAGE as STORE_MODULES
+from dit_accel.llm.kvcache.store import Store
 from dit_accel.llm.kvcache.stores.channels import KIND
+from dit_accel.llm.plugins import classes_in
 
 from ..models import make, prompt
 from .test_channels import mask_of
@@ -102,8 +105,8 @@ def outputs(model, kv, length=70):
 
 def test_every_store_and_selector_is_here(options):
     assert list(options) == STORES
-    assert {x["store"] for x in options.values()} == set(store_names())
-    assert set(FULL) | set(SOME) == set(selector_names())
+    assert {x["store"] for x in options.values()} == set(classes_in(STORE_MODULES, Store))
+    assert set(FULL) | set(SOME) == set(classes_in(SELECTORS, Selector))
 
 
 @pytest.mark.parametrize("select", FULL)

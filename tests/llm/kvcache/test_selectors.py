@@ -5,7 +5,8 @@ import torch
 
 from dit_accel import llm
 from dit_accel.llm.kvcache.cache import KVCache
-from dit_accel.llm.kvcache.selector import selector_names
+from dit_accel.llm.kvcache.selector import PACKAGE, Selector
+from dit_accel.llm.plugins import classes_in
 
 from ..models import make, prompt
 
@@ -24,7 +25,7 @@ CASES = [
 
 
 def test_every_selector_is_here():
-    assert {*CHOICES, "all", "none"} == set(selector_names())
+    assert {*CHOICES, "all", "none"} == set(classes_in(PACKAGE, Selector))
 
 
 @pytest.mark.parametrize("preset", ["snapkv", "quest", "retroinfer", "retrieval"])

@@ -18,7 +18,7 @@ question on a fork of the cache."""
 
 
 @dataclass(frozen=True)
-class TurnFigures:
+class TurnResult:
     """Correctness, time and memory of one answer."""
 
     right: bool
@@ -46,7 +46,7 @@ def converse(
     new_cache: Callable[[], Any],
     new_tokens: int = 8,
     decode: Callable[[list[int]], str] | None = None,
-) -> list[TurnFigures]:
+) -> list[TurnResult]:
     """Run a session and return the result of each turn.
 
     Args:
@@ -83,7 +83,7 @@ def _answer(
     new_tokens: int,
     decode: Callable[[list[int]], str] | None,
     keep: bool = False,
-) -> TurnFigures:
+) -> TurnResult:
     """Return the result of one question. With `keep`, the cache contains the question afterwards, but not the answer."""
     start = time.perf_counter()
     said = [_read(model, question, cache)]
@@ -101,7 +101,7 @@ def _answer(
     else:
         right = turn.text in decode(said)
     calls, share = (b - a for a, b in zip(reads, _reads(working), strict=True))
-    return TurnFigures(right, first, each, size, tokens, share / calls if calls else None)
+    return TurnResult(right, first, each, size, tokens, share / calls if calls else None)
 
 
 def _read(model: Any, ids: list[int], cache: Any) -> int:

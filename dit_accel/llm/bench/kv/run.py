@@ -11,21 +11,21 @@ from dit_accel.config import KVConfig
 from dit_accel.config.base import as_lists, check, is_int
 from dit_accel.environment import machine, versions
 from dit_accel.llm.bench import retrieval
-from dit_accel.llm.bench.kv import lookups, words
+from dit_accel.llm.bench.kv import lookups, text_sessions
 from dit_accel.llm.bench.kv.conversation import MODES, converse, own_cache
 from dit_accel.llm.bench.kv.session import Session, read_sessions, tokenized
-from dit_accel.llm.bench.kv.text_quality import ReadOn, distance, read_on
+from dit_accel.llm.bench.kv.text_quality import RestPredictions, distance, predict_rest
 from dit_accel.llm.bench.rows import run_rows
 from dit_accel.llm.bench.texts import text_ids
 from dit_accel.llm.bench.wired import wired_model
 from dit_accel.llm.control import disable, enable
 from dit_accel.llm.kvcache.cache import KVCache, zone_layers
-from dit_accel.llm.loading import Source
+from dit_accel.llm.loading import ModelSource
 
 FORMAT_VERSION = 1
 OWN = "transformers"
 """Name of the row of transformers' own cache, the reference of all other rows."""
-MAX_TURNS = len(words.COLOURS)
+MAX_TURNS = len(text_sessions.COLOURS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,11 @@ class KVBenchSettings:
             is_int(long) and low <= long <= high,
             f"an int in [{low}, {high}]",
         )
-        for name, known in (("tasks", words.TASKS), ("lookups", lookups.TASKS), ("modes", MODES)):
+        for name, known in (
+            ("tasks", text_sessions.TASKS),
+            ("lookups", lookups.TASKS),
+            ("modes", MODES),
+        ):
             value = getattr(self, name)
             ok = len(set(value)) == len(value) and set(value) <= set(known)
             check(name, value, ok, f"different ones of {', '.join(known)}")
@@ -91,7 +95,9 @@ class KVBench:
     header: dict[str, Any]
 
 
-def prepare(source: Source, settings: KVBenchSettings, *, dtype: str, device: str) -> KVBench:
+def prepare_kv(
+    source: ModelSource, settings: KVBenchSettings, *, dtype: str, device: str
+) -> KVBench:
     """Read texts and make sessions without loading the model.
 
     Args:
@@ -135,7 +141,7 @@ def prepare(source: Source, settings: KVBenchSettings, *, dtype: str, device: st
     return KVBench(settings, ids, made, source.tokenizer, header)
 
 
-def run_bench(
+def run_kv_bench(
     model: Callable[[], Any],
     bench: KVBench,
     caches: Mapping[str, KVConfig],
@@ -158,22 +164,24 @@ def run_bench(
     before = 3 * bench.settings.length // 4
 
     @cache
-    def prepared() -> tuple[Any, dict[str, ReadOn], Any]:
+    def prepared() -> tuple[Any, dict[str, RestPredictions], Any]:
         """Return the model, its predictions with transformers' own cache, and the handwritten model."""
         loaded = disable(model()) if bench.ids or bench.sessions else None
-        exact = {x: read_on(loaded, ids, before, own_cache(loaded)) for x, ids in bench.ids.items()}
+        exact = {
+            x: predict_rest(loaded, ids, before, own_cache(loaded)) for x, ids in bench.ids.items()
+        }
         return loaded, exact, wired_model() if bench.settings.lookups else None
 
-    def figures(name: str) -> dict[str, Any]:
+    def measure_row(name: str) -> dict[str, Any]:
         loaded, exact, wired = prepared()
-        return _figures(loaded, wired, bench, wanted[name], exact)
+        return _measure_row(loaded, wired, bench, wanted[name], exact)
 
     plain = {name: None if x is None else x.to_dict() for name, x in wanted.items()}
     return run_rows(
         bench.header,
         "kv",
         plain,
-        figures,
+        measure_row,
         prepare=prepared,
         output=output,
         rows=rows,
@@ -181,20 +189,20 @@ def run_bench(
     )
 
 
-def _figures(
+def _measure_row(
     model: Any,
     wired: Any,
     bench: KVBench,
     config: KVConfig | None,
-    exact: Mapping[str, ReadOn],
+    exact: Mapping[str, RestPredictions],
 ) -> dict[str, Any]:
     """Return the measurements of one row."""
     settings, texts, tasks = bench.settings, {}, {}
     half = 3 * settings.length // 4
     if model is not None:
-        with _kept(model, config) as new_cache:
+        with _enabled_cache(model, config) as new_cache:
             for name, ids in bench.ids.items():
-                found = read_on(model, ids, half, new_cache())
+                found = predict_rest(model, ids, half, new_cache())
                 texts[name] = {
                     **distance(exact[name], found),
                     "cache_bytes": found.cache_bytes,
@@ -204,7 +212,7 @@ def _figures(
             for task, sessions in bench.sessions.items():
                 tasks[task] = _task(model, settings, sessions, new_cache, bench.tokenizer.decode)
     if wired is not None and (config is None or _fits(wired, config)):
-        with _kept(wired, config) as new_cache:
+        with _enabled_cache(wired, config) as new_cache:
             for task in settings.lookups:
                 rng = random.Random(f"{task} {settings.lookup_length} {settings.seed}")
                 sessions = [
@@ -242,7 +250,7 @@ def _task(
     }
 
 
-class _kept:
+class _enabled_cache:
     """Context manager that enables a model with cache settings and returns a function that makes empty caches."""
 
     def __init__(self, model: Any, config: KVConfig | None) -> None:
@@ -273,7 +281,7 @@ def _fitting(task: str, length: int, turns: int, rng: random.Random, tokenizer: 
     state, size = rng.getstate(), 4 * length
     while True:
         rng.setstate(state)
-        session = tokenized(words.TASKS[task](size, turns, rng), tokenizer)
+        session = tokenized(text_sessions.TASKS[task](size, turns, rng), tokenizer)
         if session.length <= length:
             return session
         size = int(size * min(0.95, length / session.length * 0.98))

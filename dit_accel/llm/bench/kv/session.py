@@ -31,7 +31,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Words:
+class TextSession:
     """Context and questions about it, as text."""
 
     context: str
@@ -39,18 +39,18 @@ class Words:
     """Pairs of question and answer."""
 
 
-def tokenized(words: Words, tokenizer: Any) -> Session:
+def tokenized(text: TextSession, tokenizer: Any) -> Session:
     """Return the tokenized session."""
 
     def ids(text: str) -> list[int]:
         found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return found
 
-    turns = [Turn(ids(question), ids(answer), answer.strip()) for question, answer in words.turns]
-    return Session(ids(words.context), turns)
+    turns = [Turn(ids(question), ids(answer), answer.strip()) for question, answer in text.turns]
+    return Session(ids(text.context), turns)
 
 
-def read_sessions(path: Path) -> list[Words]:
+def read_sessions(path: Path) -> list[TextSession]:
     """Return the sessions of a JSONL file in the format of SCBench.
 
     Each line is `{"context": ..., "multi_turns": [{"input": ..., "answer": ...}, ...]}`. If an answer is a list, its first
@@ -67,7 +67,7 @@ def read_sessions(path: Path) -> list[Words]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append(_words(json.loads(line)))
+                found.append(_parsed(json.loads(line)))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"sessions={str(path)!r}, line {number}: {type(error).__name__} {error}; must be "
@@ -78,7 +78,7 @@ def read_sessions(path: Path) -> list[Words]:
     return found
 
 
-def _words(data: Any) -> Words:
+def _parsed(data: Any) -> TextSession:
     turns = []
     for turn in data["multi_turns"]:
         answer = turn["answer"]
@@ -86,4 +86,4 @@ def _words(data: Any) -> Words:
         turns.append((str(turn["input"]), str(answer)))
     if not turns:
         raise ValueError("multi_turns is empty")
-    return Words(str(data["context"]), tuple(turns))
+    return TextSession(str(data["context"]), tuple(turns))

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 
 @dataclass(frozen=True)
-class ReadOn:
+class RestPredictions:
     """Predictions for the second part of a text."""
 
     nll: float
@@ -27,7 +27,9 @@ class ReadOn:
 
 
 @torch.inference_mode()
-def read_on(model: Any, ids: Tensor, before: int, cache: Any, step: int = 256) -> ReadOn:
+def predict_rest(
+    model: Any, ids: Tensor, before: int, cache: Any, step: int = 256
+) -> RestPredictions:
     """Return the predictions for all tokens after the first `before` tokens.
 
     Args:
@@ -47,10 +49,10 @@ def read_on(model: Any, ids: Tensor, before: int, cache: Any, step: int = 256) -
     logits = torch.cat(found)[:-1].float()
     nll = float(cross_entropy(logits, ids[0, before:]))
     share = cache.read_share if isinstance(cache, KVCache) else None
-    return ReadOn(nll, logits.log_softmax(-1), size, share)
+    return RestPredictions(nll, logits.log_softmax(-1), size, share)
 
 
-def distance(exact: ReadOn, other: ReadOn) -> dict[str, float]:
+def distance(exact: RestPredictions, other: RestPredictions) -> dict[str, float]:
     """Compare predictions with exact ones: change of the perplexity in percent, mean KL(exact || other), top-1 agreement."""
     p, q = exact.log_probabilities, other.log_probabilities
     kl = (p.exp() * (p - q)).sum(-1).mean().clamp(min=0)

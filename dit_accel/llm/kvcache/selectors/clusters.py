@@ -16,8 +16,8 @@ from dit_accel.llm.kvcache.chosen import attend_chosen
 from dit_accel.llm.kvcache.clusters import Clusters
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import SCORES, Partial, from_scores, merged_part
-from dit_accel.llm.kvcache.selector import Prompt, Selector
-from dit_accel.llm.kvcache.spherical_kmeans import labels_of
+from dit_accel.llm.kvcache.selector import PromptQueries, Selector
+from dit_accel.llm.kvcache.spherical_kmeans import cluster_keys
 from dit_accel.llm.kvcache.store import Store
 
 
@@ -59,10 +59,10 @@ class Wave(Selector):
         for name in ("size", "segment", "rounds"):
             check_count(name, getattr(self, name))
 
-    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
+    def append(self, store: Store, part: Part, prompt: PromptQueries | None, scale: float) -> None:
         first = store.slots
         store.append(part)
-        labels, count = labels_of(
+        labels, count = cluster_keys(
             part.k, part.valid, size=self.size, segment=self.segment, rounds=self.rounds
         )
         new = Clusters.of(part.k, part.v, labels, count, first)

@@ -14,7 +14,7 @@ from dit_accel.llm.kvcache.chosen import attend_chosen
 from dit_accel.llm.kvcache.graphs import LEAST, KeyIndex, check_faiss, index_of
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import SCORES, Partial
-from dit_accel.llm.kvcache.selector import Prompt, Selector
+from dit_accel.llm.kvcache.selector import PromptQueries, Selector
 from dit_accel.llm.kvcache.store import Store
 
 CHUNK = 4096
@@ -56,7 +56,7 @@ class Retrieval(Selector):
     graphs: list[list[KeyIndex]] = field(default_factory=list, init=False, repr=False)
     """Index of each batch row and head."""
     queries: Float[Tensor, "b h m d"] | None = field(default=None, init=False, repr=False)
-    """Prompt queries from which the graphs are built."""
+    """PromptQueries queries from which the graphs are built."""
 
     def __post_init__(self) -> None:
         if self.index not in INDEXES:
@@ -70,7 +70,7 @@ class Retrieval(Selector):
         if self.index in ("hnsw", "nsg"):
             check_faiss(self.index)
 
-    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
+    def append(self, store: Store, part: Part, prompt: PromptQueries | None, scale: float) -> None:
         store.append(part)
         if self.index == "flat":
             return

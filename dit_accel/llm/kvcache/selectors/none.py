@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import Partial
-from dit_accel.llm.kvcache.selector import Prompt, Selector
+from dit_accel.llm.kvcache.selector import PromptQueries, Selector
 from dit_accel.llm.kvcache.store import Store
 
 
@@ -18,7 +18,7 @@ class Nothing(Selector):
     name: ClassVar[str] = "none"
     forgets: ClassVar[bool] = True
 
-    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
+    def append(self, store: Store, part: Part, prompt: PromptQueries | None, scale: float) -> None:
         pass
 
     def attend(self, store: Store, q: Tensor, scale: float) -> tuple[list[Partial], float]:

@@ -13,7 +13,7 @@ from dit_accel.llm.kvcache.budget import check_budget, check_count, tokens_of
 from dit_accel.llm.kvcache.chosen import attend_chosen
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import SCORES, Partial
-from dit_accel.llm.kvcache.selector import Prompt, Selector
+from dit_accel.llm.kvcache.selector import PromptQueries, Selector
 from dit_accel.llm.kvcache.store import Store
 
 
@@ -42,7 +42,7 @@ class Quest(Selector):
         check_budget("budget", self.budget)
         check_count("page", self.page)
 
-    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
+    def append(self, store: Store, part: Part, prompt: PromptQueries | None, scale: float) -> None:
         before = store.slots % self.page
         store.append(part)
         padding = (0, 0, before, -(before + part.slots) % self.page)

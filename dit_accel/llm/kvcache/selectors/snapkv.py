@@ -11,7 +11,7 @@ from torch.nn import functional
 from dit_accel.llm.kvcache.budget import check_budget, check_count, tokens_of
 from dit_accel.llm.kvcache.part import Part, hidden, joined
 from dit_accel.llm.kvcache.partial import Partial
-from dit_accel.llm.kvcache.selector import Prompt, Selector
+from dit_accel.llm.kvcache.selector import PromptQueries, Selector
 from dit_accel.llm.kvcache.store import Store
 
 
@@ -47,7 +47,7 @@ class SnapKV(Selector):
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel={self.kernel}: must be an odd int")
 
-    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
+    def append(self, store: Store, part: Part, prompt: PromptQueries | None, scale: float) -> None:
         if prompt is None:
             store.append(part)
             self.later += part.slots
@@ -58,7 +58,7 @@ class SnapKV(Selector):
         store.append(part.take(positions))
         self.positions, self.prompt, self.kept = positions, part.slots, float(count)
 
-    def _scores(self, part: Part, prompt: Prompt, scale: float) -> Float[Tensor, "b h n"]:
+    def _scores(self, part: Part, prompt: PromptQueries, scale: float) -> Float[Tensor, "b h n"]:
         """Return the pooled attention of the last queries to each token of a part."""
         whole = joined(joined(prompt.first, part), prompt.last)
         start, window = prompt.first.slots, min(self.window, prompt.q.shape[3])

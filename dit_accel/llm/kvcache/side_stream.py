@@ -9,7 +9,7 @@ import torch
 from dit_accel.llm.kvcache.part import Part
 
 
-class Beside:
+class SideStream:
     """Runs the cache updates of one layer on a second CUDA stream. On a CPU they run immediately.
 
     Args:
