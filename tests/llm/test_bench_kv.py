@@ -105,7 +105,7 @@ def test_sessions_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "is empty"),
+        ("", "sessions=.*empty"),
         ("{", "line 1"),
         ('{"context": "a"}', "line 1: KeyError 'multi_turns'"),
         ('{"context": "a", "multi_turns": []}', "line 1"),
@@ -117,7 +117,7 @@ def test_files_that_hold_no_sessions(tmp_path, line, message):
     path.write_text(line)
     with pytest.raises(ValueError, match=message):
         read_sessions(path)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"sessions=.*missing\.jsonl"):
         read_sessions(tmp_path / "missing.jsonl")
 
 
@@ -166,14 +166,14 @@ def test_the_command(small_llama, tmp_path, capsys):
     ("arguments", "message"),
     [
         (("--caches", "mush"), "kv='mush'"),
-        (("--caches", "window", "window"), "twice"),
+        (("--caches", "window", "window"), "caches: 'window'"),
         (("--turns", 17), "turns=17"),
         (("--length", 10), "length=10"),
         (("--lookup-length", 5), "lookup_length=5"),
         (("--texts", "missing.txt"), "missing.txt"),
         (("--sessions", "missing.jsonl"), "missing.jsonl"),
         (("--length", 600), "600 tokens"),
-        (("--output", "."), "is a folder"),
+        (("--output", "."), "output='.'"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(refused, small_llama, arguments, message):

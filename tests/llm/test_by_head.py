@@ -127,14 +127,17 @@ def test_all_heads_dense_is_dense_attention():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "heads=.*: accepted: a list"),
-        ({"heads": []}, "a list with the name of a pattern for each head"),
-        ({"heads": ["nea"]}, "'nea' is no choice and no pattern .did you mean 'near'"),
+        ({}, "heads=.*a list"),
+        ({"heads": []}, "heads=.*a list"),
+        ({"heads": ["nea"]}, "heads: 'nea'.*'near'"),
         ({"heads": ["near"], "by": "layer"}, "by='layer'"),
-        ({"heads": ["a_shape"]}, "a_shape has rules for all heads.*accepted for single heads are"),
-        ({"heads": ["near"], "choices": {"near": {"pattern": "by_head"}}}, "by_head has rules"),
+        ({"heads": ["a_shape"]}, "choices.'a_shape'.: a_shape.*hybrid"),
+        ({"heads": ["near"], "choices": {"near": {"pattern": "by_head"}}}, "by_head.*hybrid"),
         ({"heads": ["near"], "choices": {"near": {"name": "hybrid"}}}, "choices.'near'.=.*mapping"),
-        ({"heads": ["near"], "choices": {"near": {"pattern": "hybrit"}}}, "'hybrit': no such pat"),
+        (
+            {"heads": ["near"], "choices": {"near": {"pattern": "hybrit"}}},
+            "pattern='hybrit'.*'hybrid'",
+        ),
         (
             {
                 "heads": ["near"],
@@ -152,15 +155,15 @@ def test_bad_options_are_named(options, message, unchecked):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": ["near"] * 3}, "heads has 3 entries, but the model has 4 query heads"),
-        ({"heads": ["near"] * 4, "by": "group"}, "4 entries, but the model has 2 KV heads"),
+        ({"heads": ["near"] * 3}, "heads has 3 entries.* 4 query heads"),
+        ({"heads": ["near"] * 4, "by": "group"}, "heads has 4 entries.* 2 KV heads"),
     ],
 )
 def test_another_number_of_heads_is_refused_before_a_call(options, message):
     model = make("Llama")
     with pytest.raises(ValueError, match=message):
         llm.enable(model, prefill=settings(**options))
-    with pytest.raises(ValueError, match="sparse prefill is off"):
+    with pytest.raises(ValueError, match="model: not enabled"):
         llm.summary(model)
 
 

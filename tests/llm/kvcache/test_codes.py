@@ -277,10 +277,10 @@ def test_a_file_comes_back(file):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 4}, r"made for a model \(a model\) with layers=3; .* is 4"),
+        ({"num_hidden_layers": 4}, r"a model.*layers=3.*layers=4"),
         ({"num_key_value_heads": 4}, "kv_heads=2"),
         ({"head_dim": 32}, "head_dim=16"),
-        ({"vocab_size": 98}, "another model"),
+        ({"vocab_size": 98}, "codebooks=.*another model"),
     ],
 )
 def test_another_model(changes, message, file):
@@ -306,9 +306,9 @@ def rewritten(path, tmp_path, header=(), tensors=()):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"kind": "mush"}, "its kind is 'mush'"),
-        ({"format_version": 2}, "format_version=2; this dit_accel reads 1"),
-        ({"model": "another"}, "damaged or changed"),
+        ({"kind": "mush"}, "'mush'"),
+        ({"format_version": 2}, r"format_version=2.*\b1\b"),
+        ({"model": "another"}, "digest"),
     ],
 )
 def test_files_of_another_kind(header, message, file, tmp_path):
@@ -318,9 +318,9 @@ def test_files_of_another_kind(header, message, file, tmp_path):
 
 
 def test_files_that_are_no_codebooks(tmp_path):
-    with pytest.raises(ValueError, match=r"codebooks=None: .*dit-accel llm calibrate"):
+    with pytest.raises(ValueError, match=r"codebooks=None.*dit-accel llm calibrate"):
         llm.enable(make("Llama"), kv={"store": "pq"})
-    with pytest.raises(ValueError, match=r"codebooks='.*none.safetensors': no such file"):
+    with pytest.raises(ValueError, match=r"codebooks='.*none.safetensors'"):
         store_of("pq", {"codebooks": str(tmp_path / "none.safetensors")})
     text = tmp_path / "text.safetensors"
     text.write_text("<html>")
@@ -331,9 +331,9 @@ def test_files_that_are_no_codebooks(tmp_path):
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ({"sub_vectors": 3}, "sub_vectors=3: accepted for heads of 16 channels"),
-        ({"sub_vectors": 2, "bits": 6}, "multiples of 4"),
-        ({"sub_vectors": 16, "pairing": "planes"}, "planes accept an even number"),
+        ({"sub_vectors": 3}, "sub_vectors=3.*head_dim=16"),
+        ({"sub_vectors": 2, "bits": 6}, r"sub_vectors=2\b.*multiple of 4"),
+        ({"sub_vectors": 16, "pairing": "planes"}, "sub_vectors=16.*even.*planes"),
         ({"bits": 9}, "bits=9"),
         ({"bits": 1}, "bits=1"),
         ({"scope": "mush"}, "scope='mush'"),
@@ -353,7 +353,7 @@ def test_tensors_that_do_not_fit():
         dataclasses.replace(books, tensors={**books.tensors, "k": books.tensors["k"][:, :, :4]})
     with pytest.raises(ValueError, match="missing: v"):
         dataclasses.replace(books, tensors={"k": books.tensors["k"]})
-    with pytest.raises(ValueError, match="finite fp32"):
+    with pytest.raises(ValueError, match=r"^v: .*fp32"):
         dataclasses.replace(books, tensors={**books.tensors, "v": books.tensors["v"] * torch.inf})
 
 
@@ -362,7 +362,7 @@ def test_layers_without_codebooks(file):
     tensors = {k: x[:2] for k, x in books.tensors.items()}
     path = file(dataclasses.replace(books, layers=(0, 2), tensors=tensors))
     store(path, 2)
-    with pytest.raises(ValueError, match="no codebooks of layer 1; accepted are layers 0, 2"):
+    with pytest.raises(ValueError, match=r"layer 1\b.*0, 2"):
         store(path, 1)
 
 

@@ -18,7 +18,7 @@ from ..models import make, prompt
     [
         ("mush", "kv='mush'"),
         ({"store": "mush"}, "store='mush'"),
-        ({"store_options": {"bits": 3}}, "'bits' is no option of dense"),
+        ({"store_options": {"bits": 3}}, "dense.*'bits'"),
         ({"select": "mush"}, "select='mush'"),
         ({"recent": 0}, "recent=0"),
         ({"sink": -1}, "sink=-1"),
@@ -135,5 +135,5 @@ def test_files_of_another_model(tmp_path):
     with torch.no_grad():
         for x in model.parameters():
             x.copy_(torch.randn(x.shape))
-    with pytest.raises(ValueError, match="similarity of the weights"):
+    with pytest.raises(ValueError, match=r"path=.*weights"):
         llm.load_cache(model, path)
