@@ -81,12 +81,12 @@ def test_plans_with_other_rules_do_not_join():
     rules = {"block_q": 16, "block_k": 16, "q_len": 32, "kv_len": 32, "causal": True}
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
     plain, window = (SparsePlan.from_block_mask(mask, **rules, **x) for x in ({}, {"window": 9}))
-    with pytest.raises(ValueError, match="plans: window=9 and window=None"):
+    with pytest.raises(ValueError, match=r"plans: .*window=9.*window=None"):
         join_heads([plain, window], [[0], [1]])
-    with pytest.raises(ValueError, match="accepted are the heads of 2 plans"):
+    with pytest.raises(ValueError, match=r"heads=\[\[0\], \[2\]\]"):
         join_heads([plain, plain], [[0], [2]])
     skip = SparsePlan.from_block_mask(mask, **rules, skip=~mask)
-    with pytest.raises(ValueError, match="skip_num_blocks is given"):
+    with pytest.raises(ValueError, match=r"plans: .*skip_num_blocks"):
         join_heads([plain, skip], [[0], [1]])
 
 
@@ -169,5 +169,5 @@ def test_another_number_of_heads_is_refused_before_a_call(options, message):
 
 def test_its_name_alone_is_no_setting():
     assert "by_head" not in pattern_names()
-    with pytest.raises(ValueError, match="heads"):
+    with pytest.raises(ValueError, match=r"heads=\(\)"):
         prefill_settings("by_head")

@@ -109,9 +109,9 @@ def test_a_bad_result_is_named_with_its_file(write, changes, message):
 
 def test_other_json_files_are_read_as_yaml(write):
     assert PrefillConfig.load(write({"prefill": {"pattern": "triangle"}})).pattern == "triangle"
-    with pytest.raises(ValueError, match="not a readable JSON file"):
+    with pytest.raises(ValueError, match=r"\.json.*JSON"):
         PrefillConfig.load(write("{"))
-    with pytest.raises(ValueError, match="unknown section 'a'"):
+    with pytest.raises(ValueError, match=r"\.json.*'a'"):
         PrefillConfig.load(write({"a": 1}))
 
 

@@ -405,7 +405,7 @@ def test_the_command_writes_a_setting_that_other_commands_take(small_llama, tmp_
     bounds = ("--max-kl", 100, "--max-ppl-percent", 1000)
     assert run("llm", "verify", *options, "--prefill", output, "--crossover", 0, *bounds) == 0
     assert run("llm", "search", *options, *small, "--output", output) == 2
-    assert re.search("candidates|near|hybrid", capsys.readouterr().err)
+    assert "window_06=None" in capsys.readouterr().err
     bench = ("--passkeys", 0, "--retrieval-prompts", 1, "--output", tmp_path / "bench.json")
     assert run("llm", "bench", *options, *bench, "--patterns", output) == 0
     row = json.loads((tmp_path / "bench.json").read_text())["rows"][1]
@@ -426,12 +426,12 @@ def test_the_command_finds_layers(small_llama, tmp_path, capsys):
     [
         (("--density", "2"), "density=2.0"),
         (("--length", "100"), "length=100"),
-        (("--output", "a.txt"), "accepted is the name of a .json file"),
-        (("--output", "taken.json"), "is no result of llm search"),
-        (("--candidates", "none.yaml"), "none.yaml: not a readable YAML file"),
-        (("--candidates", "list.yaml"), "accepted is a mapping from names to patterns"),
-        (("--texts", "prosa", "--length", "300"), "text='prosa': cannot be read"),
-        (("--length", "600"), "length: 600 tokens; .* accepts 512 in all"),
+        (("--output", "a.txt"), r"output='a\.txt'.*\.json"),
+        (("--output", "taken.json"), r"output='taken\.json'.*llm search"),
+        (("--candidates", "none.yaml"), r"none\.yaml.*YAML"),
+        (("--candidates", "list.yaml"), r"candidates='list\.yaml'.*mapping"),
+        (("--texts", "prosa", "--length", "300"), "text='prosa'"),
+        (("--length", "600"), r"length: 600 tokens.*\b512\b"),
     ],
 )
 def test_bad_commands_are_refused(small_llama, refused, tmp_path, arguments, message):

@@ -273,7 +273,7 @@ def test_settings_are_checked(changes, message):
 
 def test_texts_are_checked():
     model = make("Llama")
-    with pytest.raises(ValueError, match="100 tokens"):
+    with pytest.raises(ValueError, match=r"texts: 100 tokens"):
         learn_mask(model, [prompt(rows=1, length=100)], MaskSettings(), follow=20)
     with pytest.raises(ValueError, match="multiple=5"):
         learn_mask(model, [prompt(rows=1)], MaskSettings(multiple=5, sink=2, recent=8), follow=20)
