@@ -54,7 +54,7 @@ CASES = [
     for options in several
     if name != "a_shape"
 ]
-few = settings(max_examples=12)
+few = settings(max_examples=10)
 """For tests with many cases; the definition of each pattern is checked with more examples below."""
 
 

@@ -48,7 +48,7 @@ def store_of(mask):
     return store
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     operations=OPERATIONS,
     widths=st.tuples(st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16])),

@@ -84,7 +84,7 @@ def test_bytes_of_a_token(bits, expected):
     assert store.nbytes == 2 * 2 * 64 * expected
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     operations=OPERATIONS,
     bits=st.sampled_from([2, 3, 4, 8]),

@@ -27,4 +27,4 @@ def test_codes_find_every_value(bits, scope, tmp_path):
     for mode in MODES:
         found = converse(model, session, mode, new_cache=lambda: KVCache(model, kv), new_tokens=1)
         assert [x.right for x in found] == [True] * 2
-        assert found[-1].cache_bytes < 0.2 * 2 * 2 * 2 * 64 * 4 * found[-1].tokens
+        assert found[-1].cache_bytes < 0.25 * 2 * 2 * 2 * 64 * 4 * found[-1].tokens

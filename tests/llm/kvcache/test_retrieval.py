@@ -177,7 +177,7 @@ def test_a_graph_is_built_anew_when_the_text_has_doubled():
     assert selector.nbytes > 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(operations=OPERATIONS, first=st.integers(0, 12), index=st.sampled_from(["flat", "graph"]))
 def test_choosing_all_tokens_is_exact(operations, first, index):
     """Indexes that find all keys give what dense attention gives, whatever is done to the cache."""

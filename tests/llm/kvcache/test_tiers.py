@@ -54,7 +54,7 @@ def mapped_files(folder) -> int:
 
 @pytest.mark.parametrize("select", SELECTORS)
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(operations=OPERATIONS, first=st.integers(0, 12))
 def test_crops_rows_and_forks_in_any_order(tier, select, operations, first):
     kv = {**ZONES, "tier": tier, "select": select, "select_options": SELECTORS[select]}
@@ -152,7 +152,7 @@ class Oracle:
             self.kept.popitem(last=False)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seeds=st.lists(st.integers(0, 5), min_size=1, max_size=12),
     cached=st.sampled_from([0.05, 0.2, 0.6, 1.0]),

@@ -24,7 +24,7 @@ class Answers(NamedTuple):
     read: float
 
 
-def answers(kv, length: int = 2_000, prompts: int = 3, asked: int = 12) -> Answers:
+def answers(kv, length: int = 2_000, prompts: int = 2, asked: int = 12) -> Answers:
     """Ask each prompt's own question again, and later ones for keys at its beginning, each in a fork of one cache."""
     model, first, later = llm.enable(wired_model(), kv=kv), [], []
     for seed in range(prompts):
