@@ -18,7 +18,7 @@ from dit_accel.bench.record import write_record
 from dit_accel.bench.timing import seconds
 from dit_accel.config import KVConfig
 from dit_accel.llm.kvcache.cache import read_kv
-from dit_accel.llm.kvcache.codebooks import Codebooks, Form, write_codebooks
+from dit_accel.llm.kvcache.codebooks import CodebookForm, Codebooks, write_codebooks
 from dit_accel.llm.kvcache.layer import ZoneLayer
 from dit_accel.llm.kvcache.selector import selector_of
 from dit_accel.llm.kvcache.store import ModelSizes, store_of
@@ -71,7 +71,9 @@ class KVDecode:
             (4, 2, "before"),
             (2, 4, "before"),
         ):
-            form = Form(sub_vectors=self.head_dim // width, bits=8, pairing="planes", rope=rope)
+            form = CodebookForm(
+                sub_vectors=self.head_dim // width, bits=8, pairing="planes", rope=rope
+            )
             books = torch.randn(1, 1, form.sub_vectors, 256, width)
             tensors = {"k": books, "v": books.clone()}
             if rope == "before":

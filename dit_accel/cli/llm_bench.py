@@ -14,34 +14,36 @@ from dit_accel.cli.printing import print_json, print_line
 
 @dataclass(kw_only=True)
 class Tasks:
-    """Texts and tasks of the table."""
+    """Texts and tasks of the benchmark."""
 
     length: int = 4096
-    """Tokens of each text, and of each prompt with a passkey."""
+    """Number of tokens of each text and of each passkey prompt."""
     texts: tuple[str, ...] = ("prose", "code")
-    """prose (documentation of this Python), code (modules of its library), or text files in UTF-8. Without any, and with
+    """prose (Python documentation), code (source of the Python library), or UTF-8 text files. Without texts and with
     --passkeys 0, the language model is not loaded and only retrieval is measured."""
     passkeys: int = 8
-    """Prompts with a passkey; 0: none."""
+    """Number of passkey prompts; 0: none."""
     retrieval_lengths: tuple[int, ...] = (4096,)
-    """Tokens of a prompt of the hand-written retrieval model, at most 32768."""
+    """Prompt lengths of the retrieval tasks on the handwritten model, at most 32768 tokens."""
     retrieval_prompts: int = 8
-    """Prompts of each of its tasks at each length; 0: none."""
+    """Number of prompts per retrieval task and length; 0: none."""
     seed: int = 0
+    """Random seed of the prompts."""
 
 
 @dataclass(kw_only=True)
 class Bench(LanguageModelOptions):
-    """Quality of prefill patterns in one table: perplexity, KL of the last 128 positions and top-1 on real texts,
-    passkeys, and retrieval on a model with hand-written weights. Started again after a kill, it goes on."""
+    """Print a table of the quality of prefill patterns: perplexity, KL and top-1 agreement on texts, passkeys, and retrieval
+    tasks on a model with handwritten weights. An interrupted run resumes from its results file."""
 
     patterns: tuple[str, ...] = ()
-    """Rows beside dense: names of patterns or presets, YAML files, or JSON files of llm search. Default: all patterns with their own options."""
+    """Table rows beside dense: names of patterns or presets, YAML files, or JSON files of llm search. Default: all patterns
+    with their default options."""
     tasks: OmitArgPrefixes[Tasks] = field(default_factory=Tasks)
     output: Path = Path("outputs/llm-bench.json")
     """Results file, written after each row."""
     overwrite: bool = False
-    """Replace results that were made with other settings."""
+    """Replace a results file that was made with other settings."""
 
     def run(self) -> None:
         from dit_accel.llm.bench.run import BenchSettings, prepare, read_rows, run_bench
@@ -49,7 +51,7 @@ class Bench(LanguageModelOptions):
 
         if self.output.is_dir():
             raise ValueError(
-                f"output={str(self.output)!r}: is a folder; accepted is the name of a file"
+                f"output={str(self.output)!r}: is a folder; must be the name of a file"
             )
         settings = BenchSettings(**asdict(self.tasks))
         rows = self._rows()
@@ -88,7 +90,7 @@ class Bench(LanguageModelOptions):
             row = Path(name).stem if Path(name).is_file() else name
             if config is None or row in (*found, "dense"):
                 raise ValueError(
-                    f"patterns: {name!r} is there already; accepted are different names, and dense is always a row"
+                    f"patterns: {name!r} is already a row; must be different names, not dense"
                 )
             found[row] = config
         return found

@@ -14,68 +14,70 @@ from dit_accel.cli.printing import print_json, print_line
 
 @dataclass(kw_only=True)
 class Tasks:
-    """Texts, tasks and modes of the table."""
+    """Texts, tasks and modes of the benchmark."""
 
     length: int = 4096
-    """Tokens of a text, whose last quarter is read with the rest in the cache, and of a session in words at most."""
+    """Number of tokens per text, and maximum number of tokens per session. The perplexity is that of the last quarter of a
+    text, with the first three quarters in the cache."""
     texts: tuple[str, ...] = ("prose", "code")
-    """prose (documentation of this Python), code (modules of its library), or text files in UTF-8; none: no perplexity."""
+    """prose (Python documentation), code (source of the Python library), or UTF-8 text files. Empty: no perplexity."""
     tasks: tuple[
         Literal[
             "passkey", "key_value", "prefix_suffix", "variable_tracing", "math_find", "many_shot"
         ],
         ...,
     ] = ("passkey",)
-    """Tasks in words for the language model. Small models find little but passkeys."""
+    """Text tasks for the language model. Small models solve hardly any task except passkey."""
     sessions: Path | None = None
-    """JSONL file in the form of SCBench (context, multi_turns with input and answer): one more task."""
+    """JSONL file in the format of SCBench (context, multi_turns with input and answer), used as an additional task."""
     lookups: tuple[Literal["key_value", "variable_tracing"], ...] = (
         "key_value",
         "variable_tracing",
     )
-    """Tasks of the model with hand-written weights; none: only the language model."""
+    """Tasks for the model with handwritten weights. Empty: only the language model."""
     lookup_length: int = 6000
-    """Tokens of their contexts, at most 32000."""
+    """Number of tokens per context of these tasks, at most 32000."""
     modes: tuple[Literal["single", "multi_turn", "multi_request"], ...] = (
         "single",
         "multi_turn",
         "multi_request",
     )
-    """single: each question with the context, on a cache of its own; multi_turn: a conversation; multi_request: the context
-    once, each question on a fork of the cache."""
+    """single: each question together with the context, on a new cache; multi_turn: one conversation on one cache;
+    multi_request: the context once, then each question on a fork of the cache."""
     count: int = 4
-    """Sessions of each task."""
+    """Number of sessions per task."""
     turns: int = 4
-    """Questions of a session, at most 16."""
+    """Number of questions per session, at most 16."""
     new_tokens: int = 8
-    """Tokens that are generated for an answer, at least."""
+    """Smallest number of tokens to generate for an answer."""
     seed: int = 0
+    """Random seed of the sessions."""
 
 
 @dataclass(kw_only=True)
 class BenchKV(LanguageModelOptions):
-    """Caches of keys and values in one table: perplexity of a text that is read on, right answers over whole
-    conversations, times, bytes and the share of the tokens that is read. Started again after a kill, it goes on."""
+    """Print a table of the quality and cost of KV caches: perplexity, right answers over whole conversations, times, bytes,
+    and the share of tokens read. An interrupted run resumes from its results file."""
 
     caches: tuple[str, ...] = ()
-    """Rows beside transformers' own cache: names of presets, or YAML files with the section kv:. Default: all presets that
-    fit the model."""
+    """Table rows beside transformers' own cache: names of presets, or YAML files with the section kv:. Default: all presets
+    that fit the model."""
     tasks: OmitArgPrefixes[Tasks] = field(default_factory=Tasks)
     output: Path = Path("outputs/llm-bench-kv.json")
-    """Results file, written after each row; a picture of the same name (.png) beside it where matplotlib is installed."""
+    """Results file, written after each row. If matplotlib is installed, a plot is written beside it (.png)."""
     overwrite: bool = False
-    """Replace results that were made with other settings."""
+    """Replace a results file that was made with other settings."""
 
     def run(self) -> None:
         from dit_accel.llm.bench.kv.picture import draw
-        from dit_accel.llm.bench.kv.run import KVBenchSettings, prepare, run_bench
+        from dit_accel.llm.bench.kv.run import KVBenchSettings, prepare_kv, run_kv_bench
         from dit_accel.llm.bench.kv.table import table_lines
         from dit_accel.llm.kvcache.cache import zone_layers
         from dit_accel.llm.resume import read_same
 
         if self.output.is_dir():
             raise ValueError(
-                f"output={str(self.output)!r}: is a folder; accepted is the name of a file"
+                f"output={str(self.output)!r}: is a folder; must be the name of a file"
             )
         settings = KVBenchSettings(**{**asdict(self.tasks), "sessions": self.tasks.sessions})
         rows = self._rows()
@@ -90,7 +92,7 @@ class BenchKV(LanguageModelOptions):
                     raise
                 left.append(f"{name}: left out ({error})\n")
                 del rows[name]
-        bench = prepare(
+        bench = prepare_kv(
             source,
             settings,
             dtype=str(place["dtype"]).removeprefix("torch."),
@@ -101,7 +103,7 @@ class BenchKV(LanguageModelOptions):
             kept = read_same(self.output, bench.header, "result of llm bench-kv")["rows"]
         check_output(self.output.parent, "output")
         sys.stderr.writelines(left)
-        results = run_bench(
+        results = run_kv_bench(
             lambda: source.load(**place),
             bench,
             rows,
@@ -123,7 +125,7 @@ class BenchKV(LanguageModelOptions):
         for name in self.caches or KVConfig.PRESETS:
             row = Path(name).stem if Path(name).is_file() else name
             if row in found:
-                raise ValueError(f"caches: {name!r} is there twice; accepted are different names")
+                raise ValueError(f"caches: {name!r} is given twice; must be different names")
             found[row] = read_kv(name)
         return found
 

@@ -12,41 +12,41 @@ from dit_accel.cli.printing import print_json, print_line
 
 @dataclass(kw_only=True)
 class Calibrate(LanguageModelOptions):
-    """Make the codebooks of product-quantised keys and values (MILLION) for a model.
+    """Train codebooks for product-quantised keys and values (MILLION) of a model.
 
-    The file is for the store "pq" of a cache:
+    The file is used by the KV cache store "pq":
     enable(model, kv={"store": "pq", "store_options": {"codebooks": "outputs/pq.safetensors"}}).
     """
 
     bits: Literal[4, 3, 2] = 4
-    """Bits of a stored value."""
+    """Number of bits per stored value."""
     rope: Literal["before", "after"] = "before"
-    """Keys that are coded: before RoPE, where they are the same at every position, or after it, as in the paper."""
+    """Code keys before RoPE, where they do not depend on the position, or after it, as in the paper."""
     scope: Literal["model", "layer", "head"] = "head"
-    """Keys or values that share codebooks: those of the whole model, of a layer, or of a head."""
+    """Use one set of codebooks for the whole model, for each layer, or for each head."""
     pairing: Literal["neighbours", "planes"] = "planes"
-    """Channels of keys that are coded together: neighbours, or the planes that RoPE rotates."""
+    """Key channels in one sub-vector: neighbours, or the pairs that RoPE rotates (planes)."""
     centred: bool = True
-    """Subtract the mean of each head first."""
+    """Subtract the mean of each head before coding."""
     texts: tuple[str, ...] = ("prose", "code")
-    """prose (documentation of this Python), code (modules of its library), or text files in UTF-8. Samples come from the
-    second half of each, which llm bench does not read."""
+    """prose (Python documentation), code (source of the Python library), or UTF-8 text files. Samples are taken from the
+    second half of each text, which llm bench does not use."""
     length: int = 2048
-    """Tokens of each sample; with --rope after best the length of use."""
+    """Number of tokens per sample. With --rope after, use the prompt length of the application."""
     samples: int = 4
-    """Samples of each text that the codebooks are made from."""
+    """Number of samples from each text for training the codebooks."""
     checks: int = 1
-    """Further samples of each text, on which errors are measured."""
+    """Number of further samples from each text for measuring the errors."""
     sink: int = 64
-    """First tokens of each sample that are left out, because caches keep them exactly."""
+    """Number of first tokens of each sample to skip, because caches keep these tokens exact."""
     rounds: int = 10
-    """Rounds of k-means at most."""
+    """Maximum number of k-means rounds."""
     seed: int = 0
-    """Seed of k-means."""
+    """Random seed of k-means."""
     output: Path = Path("outputs/pq.safetensors")
-    """Result file."""
+    """Codebook file (.safetensors)."""
     overwrite: bool = False
-    """Replace a result file."""
+    """Replace an existing codebook file."""
 
     def run(self) -> None:
         from dit_accel.llm.kvcache.calibrate import Calibration, CalibrationSettings
@@ -75,29 +75,29 @@ class Calibrate(LanguageModelOptions):
             return
         errors = books.notes["errors"]
         print_line(
-            f"{self.bits} bits a value, relative error on held-out samples: keys {errors['keys']:.3f}, "
+            f"{self.bits} bits per value, relative error on held-out samples: keys {errors['keys']:.3f}, "
             f"values {errors['values']:.3f}"
         )
         print_line(str(self.output))
 
     def _check_file(self) -> None:
-        """Check that the result may be written.
+        """Check that the codebook file can be written.
 
         Raises:
-            ValueError: it is a folder, another file, or there already.
+            ValueError: the path does not end with .safetensors, is a folder, exists, or is another kind of file.
         """
         from dit_accel.llm.kvcache.codebooks import read_codebooks
 
         place = str(self.output)
         if self.output.suffix != ".safetensors" or self.output.is_dir():
-            raise ValueError(f"output={place!r}: accepted is the name of a .safetensors file")
+            raise ValueError(f"output={place!r}: must be the name of a .safetensors file")
         if not self.output.exists():
             return
         if not self.overwrite:
-            raise ValueError(f"output={place!r}: exists; accepted are a new file or --overwrite")
+            raise ValueError(f"output={place!r}: already exists; pass a new file or --overwrite")
         try:
             read_codebooks(self.output)
         except ValueError:
             raise ValueError(
-                f"output={place!r}: holds something else than codebooks; accepted is a new file"
+                f"output={place!r}: is not a codebook file; must be a new file"
             ) from None

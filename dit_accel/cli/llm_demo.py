@@ -10,15 +10,15 @@ from dit_accel.config import PrefillConfig
 
 @dataclass(kw_only=True)
 class Demo(PrefillOptions):
-    """Find a number that is hidden in a long text, with dense and with sparse prefill: answer, density and time to the
-    first token of both."""
+    """Let the model find a number hidden in a long text, with dense and with sparse prefill. Prints the answer, the density
+    and the time to the first token of both runs."""
 
     length: int = 8000
-    """Tokens of the text."""
+    """Number of tokens of the text."""
     max_new_tokens: int = 12
-    """Stop after so many new tokens, at the latest."""
+    """Maximum number of generated tokens."""
     seed: int = 0
-    """Seed of the number and its place."""
+    """Random seed of the number and its place in the text."""
 
     def run(self) -> None:
         from dit_accel.llm.bench.passkey import make_passkeys
@@ -27,10 +27,12 @@ class Demo(PrefillOptions):
 
         check_new_tokens(self.max_new_tokens)
         if self.length < MIN_LENGTH:
-            raise ValueError(f"length={self.length}: accepted is an int >= {MIN_LENGTH}")
+            raise ValueError(f"length={self.length}: must be an int >= {MIN_LENGTH}")
         config = self.prefill_config()
         if config is None:
-            raise ValueError("prefill='none': dense runs anyway; accepted are sparse settings")
+            raise ValueError(
+                "prefill='none': must be sparse settings, because the demo always runs dense prefill too"
+            )
         place = self.place()
         source = self.source()
         source.check_prefill(config)
@@ -59,7 +61,7 @@ class Demo(PrefillOptions):
         from dit_accel.llm.generate import generate
 
         prompt = torch.tensor([ids])
-        # The first call of a process is slower than later ones, whatever it computes.
+        # Warm-up: the first call of a process is slower than later calls.
         generate(model, source.tokenizer, prompt[:, :64], prefill=None, max_new_tokens=1)
         return {
             name: generate(

@@ -13,22 +13,21 @@ from dit_accel.cli.printing import print_json, print_line
 
 @dataclass(kw_only=True)
 class Generate(PrefillOptions):
-    """Continue a prompt, which is read with sparse attention; prints the text, the time to the first token and tokens
-    per second."""
+    """Continue a prompt with sparse prefill. Prints the text, the time to the first token and the tokens per second."""
 
     prompt: Positional[str | None] = None
-    """The prompt. Leave it out with --prompt-file."""
+    """Text of the prompt. Not allowed with --prompt-file."""
     prompt_file: Path | None = None
-    """Text file in UTF-8 that holds the prompt."""
+    """UTF-8 text file with the prompt."""
     kv: str = "none"
-    """How tokens that were read are kept: the name of a preset (see docs/kvcache.md), a YAML file with the section kv:, or none
-    for transformers' own cache."""
+    """KV cache: the name of a preset (see docs/kvcache.md), a YAML file with the section kv:, or none for transformers' own
+    cache."""
     max_new_tokens: int = 128
-    """Stop after so many new tokens, at the latest."""
+    """Maximum number of generated tokens."""
     chat: bool = False
-    """Send the prompt as a message of the user, in the model's chat template."""
+    """Wrap the prompt as a user message in the chat template of the model."""
     output: Path | None = None
-    """Write the new text to this file, and a record beside it: answer.txt and answer.json."""
+    """Write the generated text to this file, and a JSON record beside it: answer.txt and answer.json."""
 
     def run(self) -> None:
         from dit_accel.config import KVConfig
@@ -76,8 +75,8 @@ class Generate(PrefillOptions):
         print_line(done.text)
         rate = done.tokens_per_second
         print_line(
-            f"{done.prompt_tokens} tokens read, first token after {done.first_token_seconds:.2f} s; "
-            f"{done.new_tokens} tokens written{'' if rate is None else f', {rate:.1f} tokens/s'}"
+            f"{done.prompt_tokens} prompt tokens, first token after {done.first_token_seconds:.2f} s; "
+            f"{done.new_tokens} new tokens{'' if rate is None else f', {rate:.1f} tokens/s'}"
         )
         print_line(summary_line(done.prefill))
         print_line(cache_line(self.kv, done))
@@ -98,8 +97,8 @@ class Generate(PrefillOptions):
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(
                     f"prompt_file={str(self.prompt_file)!r}: cannot be read "
-                    f"({getattr(error, 'strerror', None) or error}); accepted is a text file in UTF-8"
+                    f"({getattr(error, 'strerror', None) or error}); must be a text file in UTF-8"
                 ) from None
         if not text.strip():
-            raise ValueError(f"{name}: empty; accepted is a text")
+            raise ValueError(f"{name}: must not be empty")
         return text

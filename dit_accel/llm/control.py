@@ -1,4 +1,4 @@
-"""`enable`, `disable` and `summary` of language models."""
+"""`enable`, `disable` and `summary`: sparse prefill and KV caches on a language model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,23 +21,23 @@ _DEFAULT: Any = object()
 
 
 def enable(model: Any, *, prefill: Any = _DEFAULT, kv: Any = None) -> Any:
-    """Read prompts with sparse attention, and keep tokens in a smaller or faster cache.
+    """Enable sparse attention for prompts, a compressed or retrieving KV cache, or both, on a model.
 
-    Settings hang on the model's attention layers: other models of the process, its config and `save_pretrained` stay as
-    they are. Without `kv`, generation (one query at a time) is not changed. A second call replaces the settings.
+    The settings are stored on the attention layers of this model. Other models, the model config and `save_pretrained` are
+    not affected. Without `kv`, decoding (one query per call) is not changed. A second call replaces the settings.
 
     Args:
-        model: a causal language model of transformers, or a multimodal one; its text layers are used.
+        model: a causal language model of transformers; of a multimodal model, the text layers are used.
         prefill: a `PrefillConfig`, a dict of its fields, the name of a preset or of a pattern, a YAML file, or a JSON
-            file of `dit-accel llm search` or of MInference; None: dense. Default: "balanced", with `kv` None.
-        kv: a `KVConfig`, a dict of its fields, the name of a preset, or a YAML file. Empty caches of transformers that the
-            model gets become a `KVCache` of these settings. Default: transformers' own caches.
+            file of `dit-accel llm search` or of MInference; None: dense. Default: "balanced", or None if `kv` is given.
+        kv: a `KVConfig`, a dict of its fields, the name of a preset, or a YAML file. Calls without a cache, or with an empty
+            cache of transformers, then use a `KVCache` of these settings. Default: transformers' own caches.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the settings are not valid, or the model cannot take another attention function.
+        ValueError: the settings are not valid, or the model does not support other attention functions.
     """
     kv = None if kv == OFF else kv
     if prefill is _DEFAULT:
@@ -45,7 +45,7 @@ def enable(model: Any, *, prefill: Any = _DEFAULT, kv: Any = None) -> Any:
     config = read_prefill(prefill)
     if config is None and kv is None:
         raise ValueError(
-            f"prefill={prefill!r}: accepted are settings of sparse prefill; disable(model) is dense"
+            f"prefill={prefill!r}: must be settings of sparse prefill; for dense prefill call disable(model)"
         )
     layers = attention_layers(model)
     policy = Policy(config or PrefillConfig(pattern=DENSE), len(layers), head_counts(model.config))
@@ -58,7 +58,7 @@ def enable(model: Any, *, prefill: Any = _DEFAULT, kv: Any = None) -> Any:
 
 
 def install(model: Any, policy: Any) -> Any:
-    """Have the attention layers of a model ask a policy.
+    """Make the attention layers of a model call `policy.attend`.
 
     Args:
         model: see `enable`.
@@ -68,7 +68,7 @@ def install(model: Any, policy: Any) -> Any:
         The model.
 
     Raises:
-        ValueError: the model cannot take another attention function.
+        ValueError: the model does not support other attention functions.
     """
     layers = attention_layers(model)
     disable(model)
@@ -79,8 +79,8 @@ def install(model: Any, policy: Any) -> Any:
     model.set_attn_implementation(NAME if name is None else {name: NAME})
     if text._attn_implementation != NAME:
         raise ValueError(
-            f"model: {type(model).__name__} cannot take another attention function; accepted are models of "
-            "transformers that use its attention interface"
+            f"model: {type(model).__name__} does not support other attention functions; must be a model that uses the "
+            "attention interface of transformers"
         )
     if policy.tracker is not None:
         policy.tracker.attach(model.base_model)
@@ -94,7 +94,7 @@ def install(model: Any, policy: Any) -> Any:
 
 
 def disable(model: Any) -> Any:
-    """Undo `enable`. A model that is not enabled stays as it is. Returns the model."""
+    """Undo `enable` and return the model. A model that is not enabled is not changed."""
     policy = None
     for module in model.modules():
         policy = vars(module).pop(POLICY, policy)
@@ -109,10 +109,12 @@ def disable(model: Any) -> Any:
 
 
 def _adopting(kv: KVConfig) -> Callable[..., Any]:
-    """Return a hook that gives a model's calls a `KVCache`."""
+    """Return a forward pre-hook that passes a `KVCache` to calls without a cache or with an empty one."""
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        config: Any = module.config  # of this model: a copy of it has the hook too
+        config: Any = (
+            module.config
+        )  # not that of `model`: a deep copy of the model has this hook too
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = config.get_text_config(decoder=True).use_cache
@@ -126,23 +128,23 @@ def _adopting(kv: KVConfig) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """Calls of one attention layer since `enable`."""
+    """Attention calls of one layer since `enable`."""
 
     layer: int
     sparse_calls: int
     density: float | None
-    """Pairs that sparse calls read, over those of dense ones; a mean. None without sparse calls."""
+    """Query-key pairs that sparse calls computed, divided by those of dense calls (mean). None if there was no sparse call."""
     dense_calls: Mapping[str, int]
-    """Dense calls, by reason."""
+    """Number of dense calls by reason."""
     cached_calls: int = 0
-    """Calls that read tokens of a `KVCache`."""
+    """Calls that read tokens from a `KVCache`."""
     without_spans: int = 0
-    """Sparse calls in which `grid` or `boundary` did not know the images and videos of a multimodal model's prompt."""
+    """Sparse calls where `grid` or `boundary` could not find the image and video tokens of a multimodal prompt."""
 
 
 @dataclass(frozen=True)
 class PrefillSummary:
-    """Calls of all attention layers of a model since `enable`; prints as a table."""
+    """Attention calls of all layers of a model since `enable`. Its string form is a table."""
 
     config: Mapping[str, Any]
     layers: list[LayerSummary]
@@ -152,7 +154,7 @@ class PrefillSummary:
         return sum(x.sparse_calls for x in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {"config": dict(self.config), "layers": [vars(x) for x in self.layers]}
 
     def __str__(self) -> str:
@@ -169,14 +171,14 @@ class PrefillSummary:
 
 
 def summary(model: Any) -> PrefillSummary:
-    """Return what the attention layers did since `enable`.
+    """Return the numbers of sparse and dense attention calls since `enable`.
 
     Raises:
         ValueError: the model is not enabled.
     """
     policies = [x for m in model.modules() if (x := vars(m).get(POLICY)) is not None]
     if not policies:
-        raise ValueError("model: sparse prefill is off; call dit_accel.llm.enable(model) first")
+        raise ValueError("model: not enabled; call dit_accel.llm.enable(model) first")
     counts: dict[int, LayerCounts] = policies[0].counts
     return PrefillSummary(
         policies[0].config.to_dict(),
@@ -188,13 +190,13 @@ def summary(model: Any) -> PrefillSummary:
 
 
 def attention_layers(model: Any) -> list[nn.Module]:
-    """Return the causal self-attention layers of a model, by their index.
+    """Return the causal self-attention layers of a model, in the order of their `layer_idx`.
 
     Raises:
-        ValueError: the model is no such model.
+        ValueError: the model is not a model of transformers with one causal attention per layer.
     """
     if not hasattr(getattr(model, "config", None), "get_text_config"):
-        raise ValueError(f"model: {type(model).__name__}; accepted are models of transformers")
+        raise ValueError(f"model: {type(model).__name__}; must be a model of transformers")
     found: dict[int, nn.Module] = {
         m.layer_idx: m
         for m in model.modules()
@@ -202,14 +204,14 @@ def attention_layers(model: Any) -> list[nn.Module]:
     }
     if not found or sorted(found) != list(range(len(found))):
         raise ValueError(
-            f"model: {type(model).__name__} has attention layers {sorted(found)}; accepted are causal language "
-            "models of transformers with one attention in each layer"
+            f"model: {type(model).__name__} has attention layers {sorted(found)}; must be a causal language model of "
+            "transformers with one attention in each layer"
         )
     return [found[i] for i in range(len(found))]
 
 
 def _implementations(model: Any) -> list[tuple[Any, Any]]:
-    """The configs of a model and of its parts, with the attention that each has now."""
+    """Return the configs of a model and its submodels, each with its current attention implementation."""
 
     def walk(config: Any) -> Iterator[Any]:
         yield config

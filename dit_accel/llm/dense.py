@@ -1,4 +1,4 @@
-"""`dense_attention`: exact attention of causal language models, with padding, offsets and soft caps."""
+"""`dense_attention`: exact attention for causal language models, with padding, offsets, windows and soft caps."""
 
 import math
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 CHUNK_SCORES = 2**24
-"""Scores of a chunk of queries, where they have to be made one by one: 64 MiB in fp32."""
+"""Largest number of scores (or mask entries) that a chunk of queries may need: 64 MiB in fp32."""
 WINDOW_ROWS = 256
-"""Queries of a chunk under a window, at least. A chunk reads its own keys and one window; measured on a CPU."""
+"""Smallest number of queries per chunk with a sliding window, chosen by measurement on a CPU."""
 
 
 def dense_attention(
@@ -25,19 +25,20 @@ def dense_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "b h_q l_q d_v"]:
-    """Return softmax attention over all keys that are visible.
+    """Return softmax attention over all visible keys.
 
-    The cost of a window is that of its keys: each chunk of queries leaves out the keys that none of them sees.
+    With a window, the cost grows with the window and not with `Lk`: each chunk of queries skips the keys that none of its
+    queries sees.
 
     Args:
-        q: queries `[B, Hq, Lq, D]`, the last Lq of the Lk positions.
+        q: queries `[B, Hq, Lq, D]` at the last Lq of the Lk positions.
         k, v: keys and values `[B, Hkv, Lk, D]`; `Hq` is a multiple of `Hkv`.
         scale: factor of the dot products.
         causal: query i sees keys up to `i + Lk - Lq`.
-        mask: pairs that are visible, in addition. A query that sees nothing gets a mean of values.
-        window: keys that a query sees, counted back from its own position; needs `causal`. Default: all.
-        softcap: c of `c * tanh(score / c)`. Default: none.
-        dropout: probability with which a weight is left out.
+        mask: True for visible pairs, combined with the causal mask. A query that sees no key gets the mean of the values.
+        window: number of keys that a query sees, counted back from its own position; needs `causal`. Default: all.
+        softcap: c in `c * tanh(score / c)`. Default: no soft cap.
+        dropout: dropout probability of the attention weights.
     """
     q_len, kv_len = q.shape[2], k.shape[2]
     if window is not None and window >= kv_len:
@@ -75,7 +76,7 @@ def dense_attention(
 
 
 def _keys(rows: slice, offset: int, kv_len: int, causal: bool, window: int | None) -> slice:
-    """Keys that one of these queries may see."""
+    """Return the range of keys that at least one of the queries in `rows` sees."""
     if not causal:
         return slice(0, kv_len)
     first = 0 if window is None else max(0, rows.start + offset - window + 1)
@@ -91,7 +92,7 @@ def _visible(
     mask: Tensor | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Pairs of these queries and keys that are visible; None: all."""
+    """Return the mask of visible pairs of the queries in `rows` and the keys in `keys`; None if all are visible."""
     visible = None
     if causal:
         last = torch.arange(rows.start, rows.stop, device=device)[:, None] + offset

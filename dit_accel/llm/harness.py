@@ -1,9 +1,9 @@
-"""Tasks of lm-evaluation-harness (`ruler`, `niah_single_1`, ...) with sparse prefill.
+"""Sparse prefill in lm-evaluation-harness (tasks `ruler`, `niah_single_1`, ...).
 
     python -m dit_accel.llm.harness run --model dit_accel --tasks niah_single_1 \\
         --model_args pretrained=Qwen/Qwen2.5-0.5B-Instruct,prefill=balanced,max_length=32768
 
-All other options are those of lm_eval.
+All other options are options of lm_eval.
 """
 
 import importlib.util
@@ -19,22 +19,22 @@ NAME = "dit_accel"
 
 
 def model_class() -> type:
-    """Return the model type that `register` adds: lm_eval's "hf" with `prefill` and `crossover` among its arguments.
+    """Return the model type that `register` adds: lm_eval's "hf" with the additional arguments `prefill` and `crossover`.
 
     Raises:
         ValueError: lm_eval is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("lm_eval: not installed; accepted is pip install 'dit-accel[lm-eval]'")
+        raise ValueError("lm_eval: not installed; run pip install 'dit-accel[lm-eval]'")
     from lm_eval.models.huggingface import HFLM
 
     class SparsePrefillLM(HFLM):
-        """A language model of transformers that reads its prompts with sparse attention."""
+        """Language model of transformers with sparse prefill."""
 
         def __init__(
             self, *args: Any, prefill: Any = "balanced", crossover: Any = None, **more: Any
         ) -> None:
-            # Settings are checked before the weights are loaded.
+            # Check the settings before loading the weights, which takes long.
             config = prefill_settings(prefill, None if crossover is None else int(crossover))
             super().__init__(*args, **more)
             self.prefill = config
@@ -42,7 +42,7 @@ def model_class() -> type:
                 enable(self.model, prefill=config)
 
         def get_model_info(self) -> dict[str, Any]:
-            """Return what lm_eval writes to its results, with the settings and the calls of sparse prefill."""
+            """Return the model entry of lm_eval's results, with the settings and attention calls of sparse prefill."""
             info: dict[str, Any] = super().get_model_info()
             if self.prefill is None:
                 return {**info, "prefill": None}
@@ -53,7 +53,7 @@ def model_class() -> type:
 
 
 def register() -> type:
-    """Add the model type "dit_accel" to lm_eval and return it; more than once does no harm.
+    """Add the model type "dit_accel" to lm_eval and return it. Safe to call more than once.
 
     Raises:
         ValueError: lm_eval is not installed.
@@ -68,7 +68,7 @@ def register() -> type:
 
 
 def main() -> None:
-    """Run lm_eval's own command line with the model type added."""
+    """Run the command line of lm_eval with the model type "dit_accel" added."""
     try:
         register()
     except ValueError as error:

@@ -1,22 +1,22 @@
-"""`head_counts`: heads of a language model, from its config."""
+"""`head_counts`: numbers of query heads and KV heads of a language model."""
 
 from typing import Any, NamedTuple
 
 
 class HeadCounts(NamedTuple):
-    """Attention heads of each layer."""
+    """Number of attention heads per layer."""
 
     heads: int
-    """Query heads."""
+    """Number of query heads."""
     kv_heads: int
-    """Heads of keys and values."""
+    """Number of key-value heads."""
 
 
 def head_counts(config: Any) -> HeadCounts | None:
-    """Return the heads of a model; None: its config does not say.
+    """Return the head counts in a model config; None if the config does not contain them.
 
     Args:
-        config: config of transformers, of a multimodal model too.
+        config: config of a transformers model; of a multimodal model, its text config is used.
     """
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None)

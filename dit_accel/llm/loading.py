@@ -1,4 +1,4 @@
-"""`Source`: a language model that is checked before its weights are loaded."""
+"""`ModelSource`: config and tokenizer of a language model, used to check arguments before the weights are loaded."""
 
 import os
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from dit_accel.quiet import quiet
 
 
 @dataclass(frozen=True)
-class Source:
-    """Config and tokenizer of a model whose weights are not loaded yet."""
+class ModelSource:
+    """Config and tokenizer of a language model, and a method that loads its weights."""
 
     name: str
-    """The name, folder or hub id that the user gave."""
+    """Name, folder or hub id that the user passed."""
     path: str | os.PathLike
-    """Folder or hub id of the files."""
+    """Folder or hub id from which the files are loaded."""
     revision: str | None
     config: Any
     """Config of transformers."""
@@ -33,35 +33,40 @@ class Source:
 
     @property
     def max_length(self) -> int | None:
-        """Positions that the model was made for; None: its config does not say."""
+        """Maximum number of positions in the config; None if the config does not contain it."""
         length = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return length if isinstance(length, int) and length > 0 else None
 
     def check_length(self, argument: str, tokens: int, new_tokens: int = 0) -> None:
-        """Check that a prompt and what follows it fit into the model's positions.
+        """Check that a prompt plus the generated tokens fit into the positions of the model.
+
+        Args:
+            argument: argument that the error names.
+            tokens: number of tokens in the prompt.
+            new_tokens: number of tokens to generate.
 
         Raises:
-            ValueError: they do not, or the prompt is empty; the message names `argument`.
+            ValueError: the prompt is empty, or prompt and new tokens are too long.
         """
         if tokens < 1:
-            raise ValueError(f"{argument}: no tokens; accepted is a text of at least one token")
+            raise ValueError(f"{argument}: no tokens; must be a text of at least one token")
         if self.max_length is not None and tokens + new_tokens > self.max_length:
-            more = f" and {new_tokens} new ones" if new_tokens else ""
+            more = f" + {new_tokens} new tokens" if new_tokens else ""
             raise ValueError(
-                f"{argument}: {tokens} tokens{more}; {self.name} accepts {self.max_length} in all"
+                f"{argument}: {tokens} tokens{more}; must be at most {self.max_length} for {self.name}"
             )
 
     def check_prefill(self, prefill: PrefillConfig | None) -> None:
-        """Check that the model has the layers and heads that the settings name.
+        """Check that the model has all layers and heads that the prefill settings name.
 
         Raises:
-            ValueError: it does not.
+            ValueError: a layer does not exist, or the number of heads differs.
         """
         if prefill is not None:
             Policy(prefill, self.num_layers, head_counts(self.config))
 
     def load(self, *, dtype: torch.dtype, device: torch.device | str) -> Any:
-        """Return the model, with weights from safetensors files only."""
+        """Load the model in evaluation mode. Only safetensors files are read."""
         kind = _auto_class(self.config, self.name)
         with quiet():
             model = kind.from_pretrained(
@@ -74,7 +79,7 @@ class Source:
         return model.to(device).eval()
 
 
-def read_source(model: str, revision: str | None = None) -> Source:
+def read_source(model: str, revision: str | None = None) -> ModelSource:
     """Read the config and the tokenizer of a model.
 
     Args:
@@ -82,7 +87,7 @@ def read_source(model: str, revision: str | None = None) -> Source:
         revision: branch, tag or commit of a hub repository.
 
     Raises:
-        ValueError: the model is not there, or is no language model of transformers.
+        ValueError: the model cannot be read, or is not a language model of transformers.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -91,7 +96,7 @@ def read_source(model: str, revision: str | None = None) -> Source:
         path = converted()
     elif Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise ValueError(
-            f"model={model!r}: the folder has no config.json; accepted is a folder that save_pretrained wrote, "
+            f"model={model!r}: the folder has no config.json; must be a folder written by save_pretrained, "
             f"a hub id, or {NAME}"
         )
     try:
@@ -106,29 +111,29 @@ def read_source(model: str, revision: str | None = None) -> Source:
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"model={model!r}: cannot be read ({first}); accepted are {NAME}, a folder that save_pretrained "
-            "wrote, or a hub id"
+            f"model={model!r}: cannot be read ({first}); must be {NAME}, a folder written by save_pretrained, "
+            "or a hub id"
         ) from None
-    return Source(model, path, revision, config, tokenizer)
+    return ModelSource(model, path, revision, config, tokenizer)
 
 
 def check_model(model: str) -> None:
-    """Check, in no time, that the packages of the embedded model are there.
+    """Check that the packages of the embedded model are installed, if `model` names it.
 
     Raises:
-        ValueError: the embedded model is asked for and they are not.
+        ValueError: a package is missing.
     """
     if model == NAME and not (Path(model) / "config.json").is_file():
         weights_file()
 
 
 def _auto_class(config: Any, name: str) -> Any:
-    """Return the class that loads the language model of a config."""
+    """Return the Auto class of transformers that loads a config."""
     import transformers
 
     for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         if type(config) in kind._model_mapping:
             return kind
     raise ValueError(
-        f"model={name!r}: a {config.model_type}; accepted are causal language models of transformers"
+        f"model={name!r}: has type {config.model_type}; must be a causal language model of transformers"
     )

@@ -1,4 +1,4 @@
-"""Names under which transformers knows our attention."""
+"""Name under which the attention functions are registered with transformers."""
 
 NAME = "dit_accel"
-"""Name of the attention implementation. One with "flash" in it would be looked for on the hub."""
+"""Name of the attention implementation. It must not contain "flash": transformers would look for it on the hub."""

@@ -1,4 +1,4 @@
-"""Masks of real tokens, with or without a window, and the rows of a padded batch grouped by where their tokens lie."""
+"""Helpers for padding masks: encoding a window in a mask, and grouping the rows of a batch by their padding."""
 
 from collections import defaultdict
 
@@ -8,20 +8,20 @@ from torch import Tensor
 
 
 def with_window(mask: Bool[Tensor, "b l_k"], window: int) -> Bool[Tensor, "b l_k window"]:
-    """Return a mask of real tokens whose last size tells the window; it takes no more memory.
+    """Return a view of a padding mask whose last size is the window.
 
-    Some models (Qwen2-MoE, PhiMoE) give their attention function no window: it must come with the mask.
+    Some models (Qwen2-MoE, PhiMoE) do not pass the window to the attention function, so the mask has to carry it.
     """
     return mask[:, :, None].expand(-1, -1, window)
 
 
 def window_of(mask: Tensor | None) -> int | None:
-    """Return the window of a mask that `with_window` made; None for other masks."""
+    """Return the window of a mask from `with_window`; None for other masks."""
     return mask.shape[2] if mask is not None and mask.ndim == 3 else None
 
 
 def broadcast_mask(mask: Tensor | None) -> Tensor | None:
-    """Return a mask of real tokens or of pairs as a mask of pairs, `[B, 1, 1, Lk]` or `[B, 1, Lq, Lk]`."""
+    """Return any mask as a mask of query-key pairs, `[B, 1, 1, Lk]` or `[B, 1, Lq, Lk]`."""
     if mask is None or mask.ndim == 4:
         return mask
     return (mask if mask.ndim == 2 else mask[:, :, 0])[:, None, None]
@@ -30,13 +30,13 @@ def broadcast_mask(mask: Tensor | None) -> Tensor | None:
 def real_spans(
     mask: Bool[Tensor, "b l_k"] | Bool[Tensor, "b l_k window"],
 ) -> dict[tuple[int, int], list[int]] | None:
-    """Return the rows of each span (first token, end) of real tokens. Waits for the device.
+    """Group the rows of a batch by the span (start, stop) of their real tokens. Synchronizes with the device.
 
     Args:
-        mask: True where a token is real.
+        mask: True for real tokens, False for padding.
 
     Returns:
-        None if the tokens of a row do not lie side by side.
+        Row indices by span; None if a row has padding between real tokens.
     """
     mask = mask if mask.ndim == 2 else mask[:, :, 0]
     length = mask.shape[1]

@@ -1,4 +1,4 @@
-"""Classes that are found by their names in the files of a package: a new file is a new choice."""
+"""Plugin lookup: finds the subclasses of a base class in the modules of a package, by their `name`."""
 
 import dataclasses
 import importlib
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @cache
 def classes_in(package: str, base: type[T]) -> dict[str, type[T]]:
-    """Return the subclasses of a class in the files of a package that have a `name`, by this name."""
+    """Import all modules of a package and return the subclasses of `base` that define `name`, by this name."""
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         importlib.import_module(f"{package}.{module.name}")
     found: dict[str, type[T]] = {}
@@ -27,19 +27,19 @@ def classes_in(package: str, base: type[T]) -> dict[str, type[T]]:
 
 
 def class_named(role: str, name: str, kinds: dict[str, type[T]]) -> type[T]:
-    """Return a class by its name.
+    """Return the class with a name.
 
     Args:
-        role: word for it in messages.
+        role: argument that the error names, such as "pattern".
         name: name of the class.
-        kinds: see `classes_in`.
+        kinds: classes by name, see `classes_in`.
 
     Raises:
-        ValueError: no such class.
+        ValueError: no class has this name.
     """
     if name not in kinds:
         raise ValueError(
-            f"{role}={name!r}: no such {role}{suggest(name, list(kinds))}; accepted are {', '.join(kinds)}"
+            f"{role}={name!r}: no such {role}{suggest(name, list(kinds))}; must be one of {', '.join(kinds)}"
         )
     return kinds[name]
 
@@ -47,22 +47,22 @@ def class_named(role: str, name: str, kinds: dict[str, type[T]]) -> type[T]:
 def with_options(
     kind: type[T], name: str, options: dict[str, Any] | None, argument: str = "options"
 ) -> T:
-    """Return an object of a dataclass whose fields are options.
+    """Return an instance of a dataclass whose fields are options.
 
     Args:
         kind: the dataclass.
-        name: its name, for messages.
-        options: values of fields. Default: as they are.
-        argument: name of the setting that holds them, for messages.
+        name: name of the class in error messages.
+        options: field values. Default: the defaults of the class.
+        argument: argument that errors name.
 
     Raises:
-        ValueError: no such option, or a value that it does not accept.
+        ValueError: an option does not exist or has an invalid value.
     """
     fields = [f.name for f in dataclasses.fields(kind) if f.init]  # type: ignore[arg-type]
     for key in options or {}:
         if key not in fields:
             known = ", ".join(fields) or "none"
             raise ValueError(
-                f"{argument}: {key!r} is no option of {name}{suggest(key, fields)}; accepted are {known}"
+                f"{argument}: {name} has no option {key!r}{suggest(key, fields)}; must be one of {known}"
             )
     return kind(**(options or {}))

@@ -1,4 +1,4 @@
-"""`Policy`: what a model's attention layers do, and what they did."""
+"""`Policy`: sparse prefill settings and call counts of one model."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,43 +17,43 @@ from dit_accel.llm.spans import SpanTracker, cut
 from dit_accel.llm.window import window_attention, window_density
 
 CROSSOVER = 4096
-"""Keys from which sparse attention pays on a CPU, measured in fp32 and bf16 (docs/prefill.md)."""
+"""Prompt length from which sparse attention is faster on a CPU, measured in fp32 and bf16 (docs/prefill.md)."""
 CROSSOVER_GPU = 8192
-"""The same on a GPU: a guess."""
+"""Prompt length from which sparse attention is used on a GPU (placeholder, not benchmarked)."""
 KEPT_PLANS = 8
-"""Plans that a layer keeps before it counts them."""
+"""Number of plans that a layer stores before it computes their densities."""
 
 
 @dataclass
 class LayerCounts:
-    """Calls of one layer since `enable`."""
+    """Attention calls of one layer since `enable`."""
 
     sparse: int = 0
-    """Calls that read some of the keys."""
+    """Number of sparse calls."""
     dense: Counter[str] = field(default_factory=Counter)
-    """Calls that read every key, by reason."""
+    """Number of dense calls by reason."""
     cached: int = 0
-    """Calls that read tokens of a `KVCache`."""
+    """Number of calls that read tokens from a `KVCache`."""
     without_spans: int = 0
-    """Sparse calls of a multimodal model whose pattern reads spans that were not known."""
+    """Sparse calls of a multimodal model whose pattern needs image and video spans, but the spans were not known."""
     plans: list[tuple[SparsePlan, float]] = field(default_factory=list)
-    """Plans of sparse calls that are not counted yet, each with its share of the rows of the call."""
+    """Plans whose density is not computed yet, each with its share of the batch rows of the call."""
     read: float = 0.0
-    """Sum of the densities of the sparse calls that are counted."""
+    """Sum of the densities computed so far."""
 
     def note(self, plan: SparsePlan, share: float = 1.0) -> None:
-        """Keep a plan to count it later: counting takes a good part of the time of the attention itself."""
+        """Store a plan to compute its density later, because counting pairs during the call would slow it down."""
         self.plans.append((plan, share))
         if len(self.plans) > KEPT_PLANS:
             self._count()
 
     def note_density(self, density: float, share: float = 1.0) -> None:
-        """Count a call whose density is known."""
+        """Add a call whose density is known."""
         self.read += density * share
 
     @property
     def density(self) -> float | None:
-        """Mean density of the sparse calls; None if there were none."""
+        """Mean density of the sparse calls; None if there was no sparse call."""
         self._count()
         return self.read / self.sparse if self.sparse else None
 
@@ -63,21 +63,21 @@ class LayerCounts:
 
 
 class Policy:
-    """Settings and counts that the attention layers of one model share.
+    """Sparse prefill settings and call counts, shared by the attention layers of one model.
 
     Args:
-        config: settings.
+        config: settings of sparse prefill.
         layers: number of attention layers.
-        heads: heads of each layer. Default: not known, and not checked.
+        heads: head counts of each layer. Default: not known, and not checked.
 
     Raises:
-        ValueError: a pattern is not known, the model has no such layer, or the settings are for other heads.
+        ValueError: a pattern or layer does not exist, or the settings are for a different number of heads.
     """
 
     def __init__(self, config: PrefillConfig, layers: int, heads: HeadCounts | None = None) -> None:
         self.config = config
         self.patterns: list[Pattern | None] = []
-        """That of each layer; None: the layer stays dense."""
+        """Pattern of each layer; None for a dense layer."""
         for layer in range(layers):
             chosen = config.of_layer(layer, layers)
             pattern = None if chosen is None else pattern_of(*chosen)
@@ -86,13 +86,13 @@ class Policy:
             self.patterns.append(pattern)
         self.counts = {layer: LayerCounts() for layer in range(layers)}
         self.before: list[tuple[Any, Any]] = []
-        """Configs of the model and the attention that each had before."""
+        """Configs of the model with the attention implementation that each had before `enable`."""
         self.tracker: SpanTracker | None = None
-        """Finds the spans of images and videos; None if no pattern reads them."""
+        """Tracker of image and video spans; None if no pattern needs them."""
         self.kv: KVConfig | None = None
-        """Settings of caches; None: transformers' own."""
+        """Settings of the KV cache; None for transformers' own cache."""
         self.cache_hook: Any = None
-        """Hook that gives calls such a cache."""
+        """Handle of the hook that passes a `KVCache` to calls."""
         self._spans: tuple[Tensor, Any] | None = None
 
     def attend(
@@ -109,17 +109,16 @@ class Policy:
         softcap: float | None,
         dropout: float,
     ) -> Tensor:
-        """Return the attention output `[B, Hq, Lq, D]` of a call.
+        """Return the attention output `[B, Hq, Lq, D]` of a call, sparse if possible.
 
         Args:
             layer: index of the layer.
-            q, k, v: `[B, H, L, D]`, without keys that do not exist yet.
+            q, k, v: queries, keys and values `[B, H, L, D]`, without unwritten keys of static caches.
             mask: real tokens `[B, Lk]`, with a window `[B, Lk, window]`, or visible pairs `[B, 1, Lq, Lk]`; None: all.
             scale: factor of the dot products.
             causal: whether the layer is causal.
-            window: keys that each query sees; None: all before it.
-            softcap: see `dense_attention`.
-            dropout: likewise.
+            window: number of keys that each query sees; None: all keys up to its own position.
+            softcap, dropout: see `dense_attention`.
         """
         counts = self.counts[layer]
         reason = self._why_dense(layer, q, k, mask, causal, window, softcap, dropout)
@@ -159,7 +158,7 @@ class Policy:
         softcap: float | None,
         dropout: float,
     ) -> str | None:
-        """Return the reason why a call reads every key; None: it does not have to."""
+        """Return the reason why a call must be dense; None if it can be sparse."""
         if q.shape[2] == 1:
             return "decode"
         if mask is not None and mask.ndim == 4:
@@ -170,7 +169,7 @@ class Policy:
             return "soft cap"
         if dropout:
             return "dropout"
-        # A window is exact, so that layers that are to stay exact have it too.
+        # Window attention skips only hidden keys, so it is exact and also allowed in layers that must stay dense.
         if self.patterns[layer] is None and not _slides(k, window):
             return "dense layer"
         if k.shape[2] < self._crossover(q):
@@ -184,13 +183,13 @@ class Policy:
         return CROSSOVER_GPU if q.is_cuda else CROSSOVER
 
     def _spans_of(self, mask: Tensor) -> Any:
-        """The spans of a mask; the layers of one forward pass share it, and wait for the device once."""
+        """Return `real_spans(mask)`, cached so that the layers of a forward pass synchronize with the device once."""
         if self._spans is None or self._spans[0] is not mask:
             self._spans = mask, real_spans(mask)
         return self._spans[1]
 
     def _modal_spans(self, layer: int) -> Sequence[Spans] | None:
-        """The spans of images and videos in a call, if its pattern reads them and they are known."""
+        """Return the image and video spans of a call; None if the pattern does not need them or they are not known."""
         pattern, tracker = self.patterns[layer], self.tracker
         if tracker is None or pattern is None or not pattern.reads_spans:
             return None
@@ -208,7 +207,7 @@ class Policy:
         modal: Sequence[Spans] | None,
         share: float = 1.0,
     ) -> Tensor:
-        """Run and count a call, or a `share` of its rows, that reads some of the keys."""
+        """Run and count a sparse call on all batch rows, or on a subset whose share of the rows is `share`."""
         counts, pattern = self.counts[layer], self.patterns[layer]
         if pattern is None or _slides(k, window):
             assert window is not None  # dense layers without a window do not come here
@@ -240,7 +239,7 @@ class Policy:
         spans: dict[tuple[int, int], list[int]],
         modal: Sequence[Spans] | None,
     ) -> Tensor:
-        """Rows of like padding together, without it, so that each gives what it gives alone."""
+        """Run rows with the same padding together after cutting the padding off, so that it does not change results."""
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         shift = k.shape[2] - q.shape[2]
         for (start, stop), rows in spans.items():

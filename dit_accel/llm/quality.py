@@ -1,4 +1,4 @@
-"""`compare`: how far a language model with sparse prefill is from the same model with dense attention."""
+"""`compare`: quality of sparse prefill, measured against dense attention on the same text."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +11,17 @@ from dit_accel.llm.control import PrefillSummary, disable, enable, summary
 from dit_accel.llm.report import prompt_density
 
 LAST = 128
-"""Positions at the end whose distributions are compared: what a user of prefill sees. One position alone is noise."""
+"""Number of last positions whose distributions are compared. Generation starts there; one position would be too noisy."""
 CHUNK = 512
-"""Positions whose logits exist at a time."""
+"""Number of positions whose logits are computed at a time, to limit memory."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Predictions of a model on a text."""
+    """Predictions of a model for a text."""
 
     nll: float
-    """Mean negative log-likelihood of all tokens but the first."""
+    """Mean negative log-likelihood of all tokens except the first."""
     last: Tensor
     """Log-probabilities of the next token at the last positions, `[LAST, vocabulary]`, fp32."""
 
@@ -32,19 +32,19 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Sparse against dense prefill on one text."""
+    """Comparison of sparse and dense prefill on one text."""
 
     tokens: int
     density: float
     """See `report.prompt_density`."""
     sparse_calls: int
-    """Attention calls that were sparse; 0: both runs were dense, and nothing was compared."""
+    """Number of sparse attention calls; with 0 both runs were dense and the comparison means nothing."""
     perplexity_dense: float
     """Perplexity of the dense run."""
     perplexity: float
     """Perplexity of the sparse run, over all positions."""
     perplexity_percent: float
-    """Change of the perplexity, in percent."""
+    """Relative change of the perplexity, in percent."""
     kl: float
     """Mean KL(dense || sparse) of the next token over the last positions, in nats."""
     top1: float
@@ -53,11 +53,11 @@ class Comparison:
 
 @torch.inference_mode()
 def outputs(model: Any, ids: Tensor) -> Outputs:
-    """Return what a model, as it is set, predicts on a text.
+    """Return the predictions of a model for a text, with its current attention settings.
 
     Args:
         model: causal language model of transformers.
-        ids: tokens `[1, L]`.
+        ids: token ids `[1, L]`.
     """
     ids = ids.to(model.device)
     hidden: list[Tensor] = []
@@ -70,8 +70,8 @@ def outputs(model: Any, ids: Tensor) -> Outputs:
         hook.remove()
     head = model.get_output_embeddings()
     states = hidden[-1][0]
-    # Logits of a long text do not fit into memory, so the head is applied in parts. Models that change its output
-    # (soft caps, scales) are found out here and are computed at once.
+    # The logits of a long text may not fit into memory, so the output head is applied in chunks. Models that change the
+    # output of the head (soft caps, scales) fail this check, and their logits are computed in one call.
     whole = None
     if not torch.allclose(head(states[-1:])[0].float(), final.float(), rtol=1e-3, atol=1e-3):
         whole = model(ids, use_cache=False).logits[0]
@@ -91,19 +91,19 @@ def outputs(model: Any, ids: Tensor) -> Outputs:
 
 
 def compare(model: Any, ids: Tensor, prefill: Any, *, dense: Outputs | None = None) -> Comparison:
-    """Return how far sparse prefill is from dense on a text. The model is dense afterwards.
+    """Compare sparse with dense prefill on a text. Afterwards the model is disabled.
 
     Args:
         model: causal language model of transformers.
-        ids: tokens `[1, L]`.
+        ids: token ids `[1, L]`.
         prefill: see `enable`.
-        dense: `outputs` of the dense model. Default: computed here.
+        dense: `outputs` of the dense model. Default: computed by this function.
 
     Raises:
-        ValueError: the settings are not valid, or the text has less than two tokens.
+        ValueError: the settings are not valid, or the text has fewer than two tokens.
     """
     if ids.shape[1] < 2:
-        raise ValueError(f"ids: {ids.shape[1]} tokens; accepted is a text of at least two")
+        raise ValueError(f"ids: {ids.shape[1]} tokens; must be at least 2")
     disable(model)
     if dense is None:
         dense = outputs(model, ids)
@@ -116,7 +116,7 @@ def compare(model: Any, ids: Tensor, prefill: Any, *, dense: Outputs | None = No
 
 
 def comparison(dense: Outputs, sparse: Outputs, found: PrefillSummary, tokens: int) -> Comparison:
-    """Return the figures of two runs.
+    """Return the comparison of a dense and a sparse run.
 
     Args:
         dense, sparse: predictions of the two runs.

@@ -1,4 +1,4 @@
-"""Files of `dit-accel llm generate`: the text, and a JSON record beside it."""
+"""Output files of `dit-accel llm generate`: the text and a JSON record with the same name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,26 +12,26 @@ FORMAT_VERSION = 1
 
 
 def check_name(path: Path) -> None:
-    """Check that a text can have this name, and its record the same with the suffix .json.
+    """Check the path of the text file. The record gets the same path with the suffix .json.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the path is a folder or ends with .json.
     """
     if path.suffix == ".json":
         raise ValueError(
-            f"output={str(path)!r}: the record has this name; accepted is the name of a text file"
+            f"output={str(path)!r}: must not end with .json, because the record beside it does"
         )
     if path.is_dir():
-        raise ValueError(f"output={str(path)!r}: is a folder; accepted is the name of a file")
+        raise ValueError(f"output={str(path)!r}: is a folder; must be the name of a file")
 
 
 def write_generation(path: Path, done: Generation, settings: Mapping[str, Any]) -> None:
-    """Write the text to `path` and the record to the same name with the suffix .json.
+    """Write the generated text to `path`, and a record to the same path with the suffix .json.
 
     Args:
-        path: see `check_name`; its folder is created if needed.
-        done: what was generated.
-        settings: model and arguments, for the record.
+        path: text file, see `check_name`; its folder is created if needed.
+        done: the generation.
+        settings: model and arguments for the record.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

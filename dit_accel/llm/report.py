@@ -1,4 +1,4 @@
-"""Figures of `PrefillSummary` in one line: how much of the prompt was read, and why calls were dense."""
+"""Density and reasons of dense calls from a `PrefillSummary`, and one-line texts for the command line."""
 
 from collections import Counter
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from dit_accel.llm.control import PrefillSummary
 
 DECODE = "decode"
-"""Reason of the calls that generate a token; they are never sparse."""
+"""Reason for dense calls with one query, which generate a token and are never sparse."""
 
 
 def prompt_density(found: PrefillSummary) -> float | None:
-    """Return the share of query-key pairs that the prompt's calls read.
+    """Return the share of query-key pairs that the calls of a prompt computed.
 
-    A mean over layers, in which a dense call counts as 1. None: no call has read a prompt.
+    This is a mean over layers in which a dense call counts as 1. None if there was no call with a prompt.
     """
     shares = []
     for layer in found.layers:
@@ -23,7 +23,7 @@ def prompt_density(found: PrefillSummary) -> float | None:
 
 
 def dense_reasons(found: PrefillSummary) -> dict[str, int]:
-    """Return why calls that read a prompt were dense, with the number of calls over all layers."""
+    """Return the number of dense calls of a prompt over all layers, by reason."""
     total: Counter[str] = Counter()
     for layer in found.layers:
         total.update({k: n for k, n in layer.dense_calls.items() if k != DECODE})
@@ -31,10 +31,10 @@ def dense_reasons(found: PrefillSummary) -> dict[str, int]:
 
 
 def summary_line(found: PrefillSummary | None) -> str:
-    """Return one line for people.
+    """Return a one-line text about the prefill calls.
 
     Args:
-        found: summary of a model. None: sparse prefill was off.
+        found: summary of a model; None if sparse prefill was off.
     """
     if found is None:
         return "prefill: dense"
@@ -48,17 +48,17 @@ def summary_line(found: PrefillSummary | None) -> str:
 
 
 def _patterns(found: PrefillSummary) -> str:
-    """Return the names of the patterns of all layers."""
+    """Return the names of all patterns in the settings."""
     deeper = found.config["by_layer"].values()
     names = [found.config["pattern"], *(x if isinstance(x, str) else x["pattern"] for x in deeper)]
     return " and ".join(dict.fromkeys(names))
 
 
 def cache_line(name: str, done: Any) -> str:
-    """Return one line about the cache of a generation.
+    """Return a one-line text about the KV cache of a generation.
 
     Args:
-        name: name of its settings.
+        name: name of the cache settings.
         done: a `Generation`.
     """
     size = "" if done.cache_bytes is None else f", {done.cache_bytes / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""`read_same`: a JSON file that a run goes on from, if it was made with the same settings."""
+"""`read_same`: reads the JSON file of an earlier run with the same settings, so that a run can resume."""
 
 import json
 from collections.abc import Mapping
@@ -7,22 +7,22 @@ from typing import Any
 
 
 def read_same(path: Path, header: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return what a file holds.
+    """Return the content of a results file after checking that it belongs to the same run settings.
 
     Args:
-        path: the file.
-        header: its kind and settings as the run has them; all but the machine must be equal.
-        name: name of such files, for messages.
+        path: path of the file.
+        header: kind and settings of the current run; all except the machine must equal those in the file.
+        name: description of the file for error messages.
 
     Raises:
-        ValueError: the file is no such file, or was made with other settings.
+        ValueError: the file cannot be read, has another kind, or was made with other settings.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"output={str(path)!r}: cannot be read ({error})") from None
     if not isinstance(found, dict) or found.get("kind") != header["kind"]:
-        raise ValueError(f"output={str(path)!r}: is no {name}; accepted is a new file")
+        raise ValueError(f"output={str(path)!r}: is not a {name}; must be a new file")
     for key, value in json.loads(json.dumps(header)).items():
         old = found.get(key)
         if key == "machine" or old == value:
@@ -31,7 +31,7 @@ def read_same(path: Path, header: Mapping[str, Any], name: str) -> dict[str, Any
             key = next(x for x in [*value, *old] if value.get(x) != old.get(x))
             old, value = old.get(key), value.get(key)
         raise ValueError(
-            f"output={str(path)!r}: made with {key}={_short(old)}, this run has {_short(value)}; accepted are a new file "
+            f"output={str(path)!r}: was made with {key}={_short(old)}, but this run has {_short(value)}; pass a new file "
             "or --overwrite"
         )
     return found

@@ -1,4 +1,4 @@
-"""Settings of sparse prefill by what a user calls them: a preset, a pattern, a file."""
+"""Reading of prefill settings from a preset name, a pattern name or a file."""
 
 import os
 from pathlib import Path
@@ -10,18 +10,18 @@ from dit_accel.llm.policy import Policy
 from dit_accel.llm.prefill import pattern_names
 
 ANY_LAYERS = 1_000
-"""Layers of a model that is not known yet: names and options of patterns are checked, layer indices pass."""
+"""Number of layers to assume for an unknown model, so that layer indices pass the check of the settings."""
 FILES = (".yaml", ".yml", ".json")
 
 
 def read_prefill(prefill: Any) -> PrefillConfig | None:
-    """Return settings; None for dense attention.
+    """Return the settings of sparse prefill; None for dense attention.
 
     Args:
-        prefill: what `PrefillConfig.load` accepts, or the name of a pattern, which stands for its default options.
+        prefill: value that `PrefillConfig.load` accepts, or the name of a pattern (with its default options).
 
     Raises:
-        ValueError: no such settings.
+        ValueError: the value is not a preset, a pattern, a file or a config.
     """
     if isinstance(prefill, os.PathLike):
         prefill = os.fspath(prefill)
@@ -34,32 +34,30 @@ def read_prefill(prefill: Any) -> PrefillConfig | None:
         return PrefillConfig.from_yaml(prefill)
     if prefill.lower().endswith(FILES):
         raise ValueError(
-            f"prefill={prefill!r}: no such file; accepted is the path of a YAML file, or of a JSON file of llm search or "
+            f"prefill={prefill!r}: no such file; must be the path of a YAML file, or of a JSON file of llm search or "
             "MInference"
         )
     known = [*PrefillConfig.PRESETS, *pattern_names(), OFF]
     raise ValueError(
-        f"prefill={prefill!r}: no such preset, pattern or file{suggest(prefill, known)}; accepted are "
+        f"prefill={prefill!r}: no such preset, pattern or file{suggest(prefill, known)}; must be one of "
         f"{', '.join(known)}, a YAML file, or a JSON file of llm search or MInference"
     )
 
 
 def prefill_settings(prefill: Any, crossover: int | None = None) -> PrefillConfig | None:
-    """Return settings that are checked as far as they can be without a model; None for dense attention.
+    """Return the settings of sparse prefill, checked without a model; None for dense attention.
 
     Args:
         prefill: see `read_prefill`.
-        crossover: overrides that of the settings.
+        crossover: overrides `crossover` of the settings.
 
     Raises:
-        ValueError: no such settings, or `crossover` without sparse attention.
+        ValueError: the settings are not valid, or `crossover` is given for dense attention.
     """
     config = read_prefill(prefill)
     if config is None:
         if crossover is not None:
-            raise ValueError(
-                f"crossover={crossover}: prefill is 'none'; accepted with sparse prefill"
-            )
+            raise ValueError(f"crossover={crossover}: must not be given, because prefill is 'none'")
         return None
     if crossover is not None:
         config = PrefillConfig.from_dict({**vars(config), "crossover": crossover})

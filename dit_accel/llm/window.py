@@ -1,4 +1,4 @@
-"""`window_attention`: attention of layers with a sliding window, at the cost of the window."""
+"""`window_attention`: exact sliding-window attention whose cost grows with the window, not with the sequence."""
 
 import torch
 from jaxtyping import Float
@@ -17,16 +17,16 @@ def window_attention(
     window: int,
     block: int,
 ) -> Float[Tensor, "b h_q l_q d_v"]:
-    """Return the exact attention of queries that see the last `window` keys.
+    """Return exact attention in which each query sees the last `window` keys.
 
-    A GPU runs a block-sparse plan. A CPU runs chunks of dense attention on the keys of the window, which was measured
-    to be faster there (`kernels/bench_window.py`).
+    On a GPU this runs a block-sparse plan. On a CPU it runs dense attention in chunks over the keys of the window, which
+    is faster there (`kernels/bench_window.py`).
 
     Args:
-        q: queries `[B, Hq, Lq, D]`, the last Lq of the Lk positions.
+        q: queries `[B, Hq, Lq, D]` at the last Lq of the Lk positions.
         k, v: keys and values `[B, Hkv, Lk, D]`.
         scale: factor of the dot products.
-        window: keys that a query sees, counted back from its own position.
+        window: number of keys that a query sees, counted back from its own position.
         block: tokens per block of the plan.
     """
     if not q.is_cuda:
@@ -40,7 +40,7 @@ def window_attention(
 def window_plan(
     q_len: int, kv_len: int, *, window: int, block: int, device: torch.device | str = "cpu"
 ) -> SparsePlan:
-    """Return the plan that reads the last `window` keys of each query, exactly."""
+    """Return the plan in which each query reads exactly the last `window` keys."""
     every = torch.ones(1, 1, -(-q_len // block), -(-kv_len // block), dtype=torch.bool)
     return SparsePlan.from_block_mask(
         every.to(device),
@@ -55,13 +55,13 @@ def window_plan(
 
 
 def window_density(q_len: int, kv_len: int, window: int) -> float:
-    """Return the pairs that a window shows, over those that a causal call reads."""
+    """Return the number of visible query-key pairs with a window, divided by the number without."""
 
     def pairs(first: int, stop: int) -> int:
-        """Sum of the integers in [first, stop)."""
+        """Return the sum of the integers in [first, stop)."""
         return (stop * (stop - 1) - first * (first - 1)) // 2
 
-    begin = kv_len - q_len + 1  # keys of the first query
-    cut = min(max(begin, window), kv_len + 1)  # from here on a query sees `window` keys
+    begin = kv_len - q_len + 1  # number of keys up to the first query
+    cut = min(max(begin, window), kv_len + 1)  # from here, queries see `window` keys
     shown = pairs(begin, cut) + (kv_len + 1 - cut) * window
     return shown / pairs(begin, kv_len + 1)

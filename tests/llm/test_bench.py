@@ -29,29 +29,29 @@ def wired():
     return wired_model()
 
 
-@pytest.mark.parametrize("length", [1_000, 2_501])
+@pytest.mark.parametrize(("length", "prompts"), [(1_000, 2), (2_501, 1)])
 @pytest.mark.parametrize("task", TASKS)
-def test_the_hand_written_model_finds_everything(wired, task, length):
-    assert accuracy(llm.disable(wired), task, length, prompts=2) == 1
+def test_the_handwritten_model_finds_everything(wired, task, length, prompts):
+    assert accuracy(llm.disable(wired), task, length, prompts=prompts) == 1
 
 
-def test_it_finds_keys_at_10k(wired):
-    assert accuracy(llm.disable(wired), "key_value", 10_000, prompts=1) == 1
+def test_it_finds_keys_in_long_prompts(wired):
+    assert accuracy(llm.disable(wired), "key_value", 6_000, prompts=1) == 1
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_window_does_not_reach_the_answers(wired, task):
-    """The test of the test: a pattern that cannot see the keys must fail."""
+    """A pattern that cannot see the keys must fail, or the tests below would show nothing."""
     prefill = {"pattern": "a_shape", "options": {"window": 256}, "dense_layers": 0, **SMALL}
     llm.enable(wired, prefill=prefill)
-    assert accuracy(wired, task, 2_000, prompts=2) == 0
+    assert accuracy(wired, task, 1_500, prompts=2) == 0
 
 
 @pytest.mark.parametrize("name", [x for x in pattern_names() if x != "a_shape"])
 def test_patterns_with_dense_last_rows_find_everything(wired, name):
     llm.enable(wired, prefill={"pattern": name, "dense_layers": 0, "crossover": 0})
     for task in ("key_value", "multi_needle", "variable_tracing"):
-        assert accuracy(wired, task, 2_000, prompts=1) == 1
+        assert accuracy(wired, task, 1_200, prompts=1) == 1
     assert llm.summary(wired).sparse_calls == 6
 
 
@@ -78,8 +78,8 @@ def test_questions_have_their_length_and_their_answers(task):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "keys", "length": 2_000}, "task='keys': accepted are key_value"),
-        ({"task": "key_value", "length": 500}, "length=500: accepted is an int >= 800"),
+        ({"task": "keys", "length": 2_000}, "task='keys'.*key_value"),
+        ({"task": "key_value", "length": 500}, "length=500.*>= 800"),
     ],
     ids=["task", "length"],
 )
@@ -111,7 +111,7 @@ def test_passkeys_are_hidden_at_spread_depths():
 
 def test_the_real_model_finds_a_passkey(smollm2):
     model, words = smollm2
-    found = score_passkeys(model, make_passkeys(words, 400, 1))
+    found = score_passkeys(model, make_passkeys(words, 256, 1))
     assert (found.exact, found.prompts, found.token_accuracy) == (1, 1, 1)
 
 
@@ -122,7 +122,7 @@ def test_built_in_texts_are_long(name):
 
 def test_texts_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
-    for name, message in (("prosa", "cannot be read"), (str(tmp_path / "empty.txt"), "is empty")):
+    for name, message in (("prosa", "text='prosa'"), (str(tmp_path / "empty.txt"), "empty.txt")):
         with pytest.raises(ValueError, match=message):
             read_text(name)
 
@@ -229,7 +229,8 @@ def test_retrieval_is_not_claimed_where_nothing_was_sparse(prepared):
     assert set(results["rows"][1]["retrieval"]["1000"].values()) == {None}
 
 
-def test_retrieval_alone_loads_no_language_model(prepared):
+def test_retrieval_alone_loads_no_language_model(prepared, monkeypatch):
+    monkeypatch.setattr(retrieval, "TASKS", {"key_value": TASKS["key_value"]})
     source, _ = prepared
     settings = BenchSettings(
         texts=(), passkeys=0, retrieval_lengths=(800, 1_000), retrieval_prompts=1
@@ -253,9 +254,9 @@ def test_results_of_other_settings_are_kept_apart(prepared, tmp_path):
     path = tmp_path / "bench.json"
     changed = {**bench.header, "settings": {**bench.header["settings"], "length": 500}, "rows": []}
     path.write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match="made with length=500, this run has 300"):
+    with pytest.raises(ValueError, match=r"length=500\b.*\b300\b"):
         read_rows(path, bench.header)
-    for text, message in (("{", "cannot be read"), ("{}", "is no result of llm bench")):
+    for text, message in (("{", "output=.*bench.json"), ("{}", "output=.*llm bench")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_rows(path, bench.header)
@@ -283,5 +284,5 @@ def test_bad_settings_are_named(bad, unchecked):
 
 def test_a_length_that_the_model_does_not_accept_is_named(tmp_path):
     source = read_source(str(save(tmp_path / "model", max_position_embeddings=300)))
-    with pytest.raises(ValueError, match=r"length: 400 tokens; .* accepts 300 in all"):
+    with pytest.raises(ValueError, match=r"length: 400 tokens.*\b300\b"):
         prepare(source, BenchSettings(length=400), dtype="float32", device="cpu")

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dit_accel import llm
-from dit_accel.llm.bench.kv import lookups, words
+from dit_accel.llm.bench.kv import lookups, text_sessions
 from dit_accel.llm.bench.kv.conversation import MODES, converse, own_cache
 from dit_accel.llm.bench.kv.picture import draw
 from dit_accel.llm.bench.kv.session import Session, Turn, read_sessions, tokenized
-from dit_accel.llm.bench.kv.text_quality import distance, read_on
+from dit_accel.llm.bench.kv.text_quality import distance, predict_rest
 from dit_accel.llm.bench.wired import wired_model
 from dit_accel.llm.kvcache.cache import KVCache
 
@@ -25,7 +25,7 @@ def wired():
     return wired_model()
 
 
-def rights(model, task, mode, kv=None, length=1500, sessions=2):
+def rights(model, task, mode, kv=None, length=1000, sessions=1):
     rng, found = random.Random(3), []
     if kv is not None:
         llm.enable(model, kv=kv)
@@ -49,9 +49,9 @@ def test_the_hand_written_model_answers_each_turn(wired, task, mode):
     [("single", [True] * 3), ("multi_turn", [True, False, False]), ("multi_request", [False] * 3)],
 )
 def test_a_window_has_lost_the_answers(wired, mode, want):
-    """The test of the test: only a question that is read with the context finds keys that lie before the window."""
+    """Only a question that is processed with the context finds keys before the window; else the tasks would show nothing."""
     kv = {"select": "none", "recent": 128}
-    assert rights(wired, "key_value", mode, kv) == [want, want]
+    assert rights(wired, "key_value", mode, kv) == [want]
 
 
 def test_a_conversation_keeps_right_answers_and_no_others():
@@ -80,10 +80,10 @@ def test_each_request_finds_the_context_only():
     assert [x.tokens for x in figures] == [4, 5]
 
 
-@pytest.mark.parametrize("task", words.TASKS)
+@pytest.mark.parametrize("task", text_sessions.TASKS)
 def test_sessions_in_words(task):
-    made = words.TASKS[task](3000, 3, random.Random(0))
-    again = words.TASKS[task](3000, 3, random.Random(0))
+    made = text_sessions.TASKS[task](3000, 3, random.Random(0))
+    again = text_sessions.TASKS[task](3000, 3, random.Random(0))
     assert made == again
     assert len(made.turns) == 3
     assert 1500 < len(made.context) < 6000
@@ -105,7 +105,7 @@ def test_sessions_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "is empty"),
+        ("", "sessions=.*empty"),
         ("{", "line 1"),
         ('{"context": "a"}', "line 1: KeyError 'multi_turns'"),
         ('{"context": "a", "multi_turns": []}', "line 1"),
@@ -117,13 +117,13 @@ def test_files_that_hold_no_sessions(tmp_path, line, message):
     path.write_text(line)
     with pytest.raises(ValueError, match=message):
         read_sessions(path)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"sessions=.*missing\.jsonl"):
         read_sessions(tmp_path / "missing.jsonl")
 
 
 def test_reading_on_is_that_of_one_call():
     model, ids = make("Llama"), prompt(rows=1, length=120)
-    found = read_on(model, ids, 90, own_cache(model), step=7)
+    found = predict_rest(model, ids, 90, own_cache(model), step=7)
     with torch.no_grad():
         logits = model(ids).logits[0, 89:-1]
     want = torch.nn.functional.cross_entropy(logits, ids[0, 90:])
@@ -135,7 +135,8 @@ def test_reading_on_is_that_of_one_call():
 
 
 SMALL = (
-    "--texts", "prose", "--length", 400, "--tasks", "--lookup-length", 820, "--count", 1, "--turns", 2, "--new-tokens", 2,
+    "--texts", "prose", "--length", 400, "--tasks", "--lookups", "key_value", "--lookup-length", 820,
+    "--modes", "multi_turn", "--count", 1, "--turns", 2, "--new-tokens", 2,
 )  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def test_the_command(small_llama, tmp_path, capsys):
     assert mine["name"] == "mine"
     assert mine["texts"]["prose"]["kl"] == pytest.approx(0, abs=1e-5)
     assert mine["texts"]["prose"]["bytes_share"] == pytest.approx(1)
-    assert set(mine["tasks"]) == {"lookup key_value", "lookup variable_tracing"}
+    assert set(mine["tasks"]) == {"lookup key_value"}
     assert "| mine | +0.00 |" in capsys.readouterr().out
     assert output.with_suffix(".png").stat().st_size > 5_000
     assert run(*common, "--seed", 4) == 2
@@ -166,14 +167,14 @@ def test_the_command(small_llama, tmp_path, capsys):
     ("arguments", "message"),
     [
         (("--caches", "mush"), "kv='mush'"),
-        (("--caches", "window", "window"), "twice"),
+        (("--caches", "window", "window"), "caches: 'window'"),
         (("--turns", 17), "turns=17"),
         (("--length", 10), "length=10"),
         (("--lookup-length", 5), "lookup_length=5"),
         (("--texts", "missing.txt"), "missing.txt"),
         (("--sessions", "missing.jsonl"), "missing.jsonl"),
         (("--length", 600), "600 tokens"),
-        (("--output", "."), "is a folder"),
+        (("--output", "."), "output='.'"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(refused, small_llama, arguments, message):

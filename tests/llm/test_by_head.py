@@ -81,12 +81,12 @@ def test_plans_with_other_rules_do_not_join():
     rules = {"block_q": 16, "block_k": 16, "q_len": 32, "kv_len": 32, "causal": True}
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
     plain, window = (SparsePlan.from_block_mask(mask, **rules, **x) for x in ({}, {"window": 9}))
-    with pytest.raises(ValueError, match="plans: window=9 and window=None"):
+    with pytest.raises(ValueError, match=r"plans: .*window=9.*window=None"):
         join_heads([plain, window], [[0], [1]])
-    with pytest.raises(ValueError, match="accepted are the heads of 2 plans"):
+    with pytest.raises(ValueError, match=r"heads=\[\[0\], \[2\]\]"):
         join_heads([plain, plain], [[0], [2]])
     skip = SparsePlan.from_block_mask(mask, **rules, skip=~mask)
-    with pytest.raises(ValueError, match="skip_num_blocks is given"):
+    with pytest.raises(ValueError, match=r"plans: .*skip_num_blocks"):
         join_heads([plain, skip], [[0], [1]])
 
 
@@ -127,14 +127,17 @@ def test_all_heads_dense_is_dense_attention():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "heads=.*: accepted: a list"),
-        ({"heads": []}, "a list with the name of a pattern for each head"),
-        ({"heads": ["nea"]}, "'nea' is no choice and no pattern .did you mean 'near'"),
+        ({}, "heads=.*a list"),
+        ({"heads": []}, "heads=.*a list"),
+        ({"heads": ["nea"]}, "heads: 'nea'.*'near'"),
         ({"heads": ["near"], "by": "layer"}, "by='layer'"),
-        ({"heads": ["a_shape"]}, "a_shape has rules for all heads.*accepted for single heads are"),
-        ({"heads": ["near"], "choices": {"near": {"pattern": "by_head"}}}, "by_head has rules"),
+        ({"heads": ["a_shape"]}, "choices.'a_shape'.: a_shape.*hybrid"),
+        ({"heads": ["near"], "choices": {"near": {"pattern": "by_head"}}}, "by_head.*hybrid"),
         ({"heads": ["near"], "choices": {"near": {"name": "hybrid"}}}, "choices.'near'.=.*mapping"),
-        ({"heads": ["near"], "choices": {"near": {"pattern": "hybrit"}}}, "'hybrit': no such pat"),
+        (
+            {"heads": ["near"], "choices": {"near": {"pattern": "hybrit"}}},
+            "pattern='hybrit'.*'hybrid'",
+        ),
         (
             {
                 "heads": ["near"],
@@ -152,19 +155,19 @@ def test_bad_options_are_named(options, message, unchecked):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": ["near"] * 3}, "heads has 3 entries, but the model has 4 query heads"),
-        ({"heads": ["near"] * 4, "by": "group"}, "4 entries, but the model has 2 KV heads"),
+        ({"heads": ["near"] * 3}, "heads has 3 entries.* 4 query heads"),
+        ({"heads": ["near"] * 4, "by": "group"}, "heads has 4 entries.* 2 KV heads"),
     ],
 )
 def test_another_number_of_heads_is_refused_before_a_call(options, message):
     model = make("Llama")
     with pytest.raises(ValueError, match=message):
         llm.enable(model, prefill=settings(**options))
-    with pytest.raises(ValueError, match="sparse prefill is off"):
+    with pytest.raises(ValueError, match="model: not enabled"):
         llm.summary(model)
 
 
 def test_its_name_alone_is_no_setting():
     assert "by_head" not in pattern_names()
-    with pytest.raises(ValueError, match="heads"):
+    with pytest.raises(ValueError, match=r"heads=\(\)"):
         prefill_settings("by_head")

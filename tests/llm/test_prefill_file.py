@@ -78,8 +78,8 @@ def test_groups_count_as_groups(write):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 4}, "num_layers=3: the settings are for a model with 3 layers; this one has 4"),
-        ({"num_attention_heads": 8}, "heads has 4 entries, but the model has 8 query heads"),
+        ({"num_hidden_layers": 4}, r"num_layers=3\b.*\b4\b"),
+        ({"num_attention_heads": 8}, "heads has 4 entries.* 8 query heads"),
     ],
 )  # fmt: skip
 def test_a_model_of_another_size_is_refused(write, data, changes, message):
@@ -90,14 +90,14 @@ def test_a_model_of_another_size_is_refused(write, data, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version=2: accepted is 1"),
-        ({"candidates": None}, "candidates, chosen: accepted are"),
-        ({"chosen": []}, "candidates, chosen: accepted are"),
-        ({"by": "layer"}, "by='layer': accepted are head and group"),
-        ({"heads": None}, "by='head': accepted"),
-        ({"heads": 5}, r"chosen\[0\]: 4 entries; accepted are 5, one for each head"),
-        ({"chosen": [["far"] * 4, ["fa"] * 4, "far"]}, r"chosen\[1\]: 'fa' is no candidate"),
-        ({"layers": 4}, "layers=4: chosen has 3 layers"),
+        ({"format_version": 2}, r"format_version=2\b.*\b1\b"),
+        ({"candidates": None}, "candidates, chosen"),
+        ({"chosen": []}, "candidates, chosen"),
+        ({"by": "layer"}, "by='layer'.*group"),
+        ({"heads": None}, "by='head'"),
+        ({"heads": 5}, r"chosen\[0\]: .*4\b.*\b5\b"),
+        ({"chosen": [["far"] * 4, ["fa"] * 4, "far"]}, r"chosen\[1\]: .*'fa'"),
+        ({"layers": 4}, r"layers=4\b.*\b3\b"),
     ],
 )
 def test_a_bad_result_is_named_with_its_file(write, changes, message):
@@ -109,9 +109,9 @@ def test_a_bad_result_is_named_with_its_file(write, changes, message):
 
 def test_other_json_files_are_read_as_yaml(write):
     assert PrefillConfig.load(write({"prefill": {"pattern": "triangle"}})).pattern == "triangle"
-    with pytest.raises(ValueError, match="not a readable JSON file"):
+    with pytest.raises(ValueError, match=r"\.json.*JSON"):
         PrefillConfig.load(write("{"))
-    with pytest.raises(ValueError, match="unknown section 'a'"):
+    with pytest.raises(ValueError, match=r"\.json.*'a'"):
         PrefillConfig.load(write({"a": 1}))
 
 
@@ -155,12 +155,12 @@ def test_a_number_of_blocks_is_that_of_each_row():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "no layer names a head"),
-        ([{}], "no layer names a head"),
-        ([5], "layer 0: accepted is a mapping"),
-        ([{"a": ["stream_llm", 1, 2]}], "layer 0: accepted is a mapping from heads"),
-        ([{"0": ["stream_llm", 1]}], "layer 0, head 0: .*accepted is .name, int, int, score."),
-        ([{}, {"1": ["flex", 1, 2, 0.5]}], "layer 1, head 1: pattern 'flex'; accepted are vert"),
+        ([], "head"),
+        ([{}], "head"),
+        ([5], "layer 0: .*mapping"),
+        ([{"a": ["stream_llm", 1, 2]}], "layer 0: .*mapping"),
+        ([{"0": ["stream_llm", 1]}], "layer 0, head 0: .*score"),
+        ([{}, {"1": ["flex", 1, 2, 0.5]}], "layer 1, head 1: .*'flex'.*vertical"),
     ],
 )
 def test_bad_files_of_minference_are_named(write, data, message):

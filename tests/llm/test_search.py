@@ -61,7 +61,7 @@ def test_a_layer_without_candidates_stays_dense():
 
 
 def test_a_budget_below_the_cheapest_candidates_is_named():
-    with pytest.raises(ValueError, match=r"density=0.1: the cheapest candidates read 0.200"):
+    with pytest.raises(ValueError, match=r"density=0.1\b.*0.200"):
         allocate([[0.2], [0.2]], [[1.0], [1.0]], 0.1)
 
 
@@ -201,7 +201,7 @@ def test_samples_are_other_windows_than_those_of_the_benchmark():
 def test_a_text_that_is_too_short_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("word " * 400)
     settings = SearchSettings(length=300, samples=3, checks=1, texts=(str(tmp_path / "a.txt"),))
-    with pytest.raises(ValueError, match=r"length=300: half of the text .* has room for 4 samples"):
+    with pytest.raises(ValueError, match=r"length=300\b.* 4 samples"):
         make_samples(tokenizer(), settings)
 
 
@@ -268,15 +268,15 @@ def test_another_density_needs_no_measurements(source, tmp_path):
     high = search(source, density=0.9, checks=0).run(loaded, output=output)
     assert low["density"] <= 0.6 < high["density"] <= 0.9
     assert high["error"] < low["error"]
-    with pytest.raises(ValueError, match=r"density=0.01: the cheapest candidates read"):
+    with pytest.raises(ValueError, match=r"density=0.01\b"):
         search(source, density=0.01, checks=0).run(loaded, output=output)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"length": 290}, "made with length=300, this run has 290"),
-        ({"candidates": {"near": NEAR}}, r"made with far=\{.*this run has None"),
+        ({"length": 290}, r"length=300\b.*\b290\b"),
+        ({"candidates": {"near": NEAR}}, r"far=\{.*None"),
     ],
 )
 def test_a_journal_of_other_settings_is_refused(source, tmp_path, changes, message):
@@ -291,7 +291,7 @@ def test_a_journal_of_other_settings_is_refused(source, tmp_path, changes, messa
 @pytest.mark.parametrize("text", ["{", "[]", '{"kind": "llm-search"}'])
 def test_a_file_that_is_no_journal_is_refused(source, tmp_path, text):
     journal_path(tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=r"cannot be read|is no journal"):
+    with pytest.raises(ValueError, match=r"output=.*a\.journal\.json"):
         search(source).journal(tmp_path / "a.json")
 
 
@@ -370,21 +370,21 @@ def test_budgets_of_default_candidates_grow_with_the_prompt():
     ("bad", "message"),
     [
         ({"find": "head"}, "find='head'"),
-        ({"density": 0}, "density=0: .*a fraction"),
+        ({"density": 0}, "density=0"),
         ({"density": 1.5}, "density=1.5"),
-        ({"max_layers": 0}, "max_layers=0: .*an int >= 1"),
-        ({"max_kl": -1}, "max_kl=-1: .*a number >= 0"),
-        ({"length": 100}, "length=100: .*an int >= 256"),
-        ({"texts": ()}, "texts=.*at least one"),
-        ({"samples": 0}, "samples=0: .*an int >= 1"),
+        ({"max_layers": 0}, "max_layers=0.*>= 1"),
+        ({"max_kl": -1}, "max_kl=-1.*>= 0"),
+        ({"length": 100}, "length=100.*>= 256"),
+        ({"texts": ()}, r"texts=\(\)"),
+        ({"samples": 0}, "samples=0.*>= 1"),
         ({"checks": -1}, "checks=-1"),
-        ({"find": "layers", "checks": 0}, "checks=0: .*for layers"),
+        ({"find": "layers", "checks": 0}, "checks=0.*layers"),
         ({"block": 48}, "block=48"),
         ({"tail": -1}, "tail=-1"),
-        ({"candidates": {"dense": NEAR}}, "'dense' is one of them anyway"),
-        ({"candidates": {"a": "hybrid"}}, "'a' is 'hybrid'; accepted is a mapping"),
-        ({"candidates": {"a": {"pattern": "hybrid", "options": {"top_q": 1}}}}, "'top_q' is no opt"),
-        ({"find": "layers", "candidates": CANDIDATES}, "one pattern for layers"),
+        ({"candidates": {"dense": NEAR}}, "candidates: 'dense'"),
+        ({"candidates": {"a": "hybrid"}}, "candidates: 'a' is 'hybrid'"),
+        ({"candidates": {"a": {"pattern": "hybrid", "options": {"top_q": 1}}}}, "hybrid.*'top_q'"),
+        ({"find": "layers", "candidates": CANDIDATES}, "candidates=.*layers"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_named(bad, message, unchecked):
@@ -405,7 +405,7 @@ def test_the_command_writes_a_setting_that_other_commands_take(small_llama, tmp_
     bounds = ("--max-kl", 100, "--max-ppl-percent", 1000)
     assert run("llm", "verify", *options, "--prefill", output, "--crossover", 0, *bounds) == 0
     assert run("llm", "search", *options, *small, "--output", output) == 2
-    assert "made with" in capsys.readouterr().err
+    assert "window_06=None" in capsys.readouterr().err
     bench = ("--passkeys", 0, "--retrieval-prompts", 1, "--output", tmp_path / "bench.json")
     assert run("llm", "bench", *options, *bench, "--patterns", output) == 0
     row = json.loads((tmp_path / "bench.json").read_text())["rows"][1]
@@ -417,7 +417,7 @@ def test_the_command_finds_layers(small_llama, tmp_path, capsys):
     options = ("--model", small_llama, "--length", 300, "--samples", 1, "--tail", 16)
     output = tmp_path / "layers.json"
     assert run("llm", "search", "--find", "layers", *options, "--output", output) == 0
-    assert capsys.readouterr().out.startswith("triangle in 1 layers: ")
+    assert "triangle in 1 layers" in capsys.readouterr().out
     assert PrefillConfig.load(str(output)).by_layer[0] in ("dense", {"pattern": "triangle", "options": {}})  # fmt: skip
 
 
@@ -426,12 +426,12 @@ def test_the_command_finds_layers(small_llama, tmp_path, capsys):
     [
         (("--density", "2"), "density=2.0"),
         (("--length", "100"), "length=100"),
-        (("--output", "a.txt"), "accepted is the name of a .json file"),
-        (("--output", "taken.json"), "is no result of llm search"),
-        (("--candidates", "none.yaml"), "none.yaml: not a readable YAML file"),
-        (("--candidates", "list.yaml"), "accepted is a mapping from names to patterns"),
-        (("--texts", "prosa", "--length", "300"), "text='prosa': cannot be read"),
-        (("--length", "600"), "length: 600 tokens; .* accepts 512 in all"),
+        (("--output", "a.txt"), r"output='a\.txt'.*\.json"),
+        (("--output", "taken.json"), r"output='taken\.json'.*llm search"),
+        (("--candidates", "none.yaml"), r"none\.yaml.*YAML"),
+        (("--candidates", "list.yaml"), r"candidates='list\.yaml'.*mapping"),
+        (("--texts", "prosa", "--length", "300"), "text='prosa'"),
+        (("--length", "600"), r"length: 600 tokens.*\b512\b"),
     ],
 )
 def test_bad_commands_are_refused(small_llama, refused, tmp_path, arguments, message):

@@ -19,13 +19,13 @@ def test_the_name_of_a_pattern_stands_for_its_defaults():
 @pytest.mark.parametrize("dense", [None, "none"])
 def test_dense_is_no_setting_of_enable(dense):
     assert prefill_settings(dense) is None
-    with pytest.raises(ValueError, match="disable"):
+    with pytest.raises(ValueError, match=f"prefill={dense!r}"):
         llm.enable(make("Llama"), prefill=dense)
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "missing.json"])
 def test_a_missing_file_is_called_one(name):
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match=rf"prefill='{name}'.*such file"):
         read_prefill(name)
 
 

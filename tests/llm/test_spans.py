@@ -242,7 +242,7 @@ def test_hooks_go_with_disable_and_copies_have_their_own():
 def test_a_failed_call_leaves_no_spans():
     model, given = make("Qwen2_5_VL"), inputs("Qwen2_5_VL", ROWS[0])
     llm.enable(model, prefill=GRID)
-    with pytest.raises(ValueError, match="do not match"):
+    with pytest.raises(ValueError, match=r"[Ii]mage"):
         model(**{**given, "pixel_values": given["pixel_values"][:4], "image_grid_thw": torch.tensor([[1, 2, 2]])})  # fmt: skip
     tracker = vars(model.model.language_model.layers[0].self_attn)[POLICY].tracker
     assert tracker.rows is None
@@ -257,7 +257,7 @@ class Config:
     image_token_id, video_token_id = IMAGE, VIDEO
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_chunks_find_the_frames_that_the_whole_prompt_has(data):
     tracker = SpanTracker(Config)

@@ -82,7 +82,7 @@ def verify(small_llama, tmp_path, capsys):
 def test_good_settings_pass(verify):
     code, out, err = verify(FULL)
     assert (code, err) == (0, "")
-    assert out.startswith("prose, 300 tokens, density 1.000: perplexity ")
+    assert "density 1.000" in out
 
 
 def test_a_bound_that_is_exceeded_exits_with_3(verify):
@@ -90,7 +90,8 @@ def test_a_bound_that_is_exceeded_exits_with_3(verify):
         SPARSE, "--max-kl", "0", "--max-ppl-percent", "1000", "--format", "json"
     )
     assert code == 3
-    assert err.startswith("verify: kl=")
+    assert "kl=" in err
+    assert "max_kl=0" in err
     found = json.loads(out)
     assert found["kl"] > 0
     assert len(found["failed"]) == 1
@@ -99,4 +100,4 @@ def test_a_bound_that_is_exceeded_exits_with_3(verify):
 def test_a_run_without_sparse_calls_verifies_nothing(verify):
     code, _, err = verify({**SPARSE, "crossover": 400})
     assert code == 3
-    assert "no attention call was sparse" in err
+    assert "--crossover 0" in err

@@ -1,4 +1,4 @@
-"""Retrieval of one row of the table: each task of the hand-written model at each length."""
+"""`retrieval_row`: accuracy of the handwritten model on each retrieval task, for one row of the benchmark table."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from dit_accel.llm.bench import retrieval
 from dit_accel.llm.control import disable, enable, summary
 
 DENSITY = "density"
-"""Name of the density beside the names of the tasks."""
+"""Key of the density in the results, beside the names of the tasks."""
 
 
 def retrieval_row(
@@ -18,17 +18,17 @@ def retrieval_row(
     prompts: int,
     seed: int = 0,
 ) -> dict[str, dict[str, float | None]]:
-    """Return the accuracy of each task and the density of the sparse calls, by the length of the prompts.
+    """Return the accuracy of each task and the density of the sparse calls, by prompt length.
 
     Args:
-        wired: `wired_model()`; left disabled.
-        config: settings of sparse prefill; None: dense.
-        lengths: tokens of a prompt.
-        prompts: number of prompts of each task.
-        seed: seed of the prompts.
+        wired: model from `wired_model()`; it is disabled afterwards.
+        config: settings of sparse prefill; None for dense.
+        lengths: prompt lengths in tokens.
+        prompts: number of prompts per task.
+        seed: random seed of the prompts.
 
     Returns:
-        Figures by the length as text, because JSON has no numbers as keys. None where no call was sparse.
+        Results by prompt length. Lengths are strings, because JSON keys must be. Values are None if no call was sparse.
     """
     return {
         str(length): _at_length(wired, config, length, prompts=prompts, seed=seed)
@@ -40,7 +40,7 @@ def _at_length(
     wired: Any, config: PrefillConfig | None, length: int, *, prompts: int, seed: int
 ) -> dict[str, float | None]:
     if config is not None and config.num_layers is not None:
-        # Settings for the layers and heads of one other model.
+        # The settings are for the layers and heads of another model.
         return dict.fromkeys([*retrieval.TASKS, DENSITY])
     if config is not None:
         enable(wired, prefill=_for_two_layers(config))
@@ -61,6 +61,6 @@ def _at_length(
 
 
 def _for_two_layers(config: PrefillConfig) -> PrefillConfig:
-    """Return settings for the hand-written model: no dense layers, and no indices of layers that it does not have."""
+    """Return the settings without dense layers and layer indices, because the handwritten model has only two layers."""
     shares = {k: x for k, x in config.by_layer.items() if isinstance(k, float)}
     return PrefillConfig.from_dict({**vars(config), "dense_layers": 0, "by_layer": shares})

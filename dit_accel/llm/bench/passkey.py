@@ -1,4 +1,4 @@
-"""Passkeys: a number of five digits, said twice in one sentence inside of a long text, must be said again."""
+"""Passkey task: a five-digit number is hidden in a long text, and the model must repeat it."""
 
 import random
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ QUESTION = "\n\nWhat is the pass key? The pass key is"
 
 @dataclass(frozen=True)
 class Passkey:
-    """A prompt and the tokens that must come next."""
+    """Passkey prompt and the expected answer."""
 
     ids: list[int]
     answer: list[int]
@@ -23,26 +23,26 @@ class Passkey:
 
 @dataclass(frozen=True)
 class PasskeyScore:
-    """Passkeys that were found."""
+    """Accuracy of a model on passkey prompts."""
 
     exact: int
-    """Prompts in which each token of the answer is the most likely one: what greedy decoding prints."""
+    """Number of prompts in which greedy decoding gives the complete answer."""
     prompts: int
     token_accuracy: float
-    """Share of the answers' tokens that are the most likely ones."""
+    """Share of the answer tokens that are the most likely next token."""
 
 
 def make_passkeys(tokenizer: Any, length: int, count: int, seed: int = 0) -> list[Passkey]:
-    """Return prompts whose passkeys lie at depths spread over the text.
+    """Return prompts with passkeys at depths spread over the text.
 
     Args:
         tokenizer: tokenizer of transformers.
-        length: tokens of a prompt and its answer.
+        length: number of tokens of a prompt and its answer.
         count: number of prompts.
-        seed: seed of numbers and texts.
+        seed: random seed of passkeys and texts.
 
     Raises:
-        ValueError: a text has less tokens than `length`.
+        ValueError: `length` is too small for the question, or larger than a text.
     """
     rng = random.Random(f"passkey {length} {seed}")
     hays = [_tokens(tokenizer, read_text(name)[: 40 * length]) for name in TEXTS]
@@ -58,7 +58,7 @@ def make_passkeys(tokenizer: Any, length: int, count: int, seed: int = 0) -> lis
         hay = hays[i % len(hays)]
         if room < 1 or len(hay) < room:
             raise ValueError(
-                f"length={length}: accepted for passkeys are {length - room + 1} to {len(hay)}"
+                f"length={length}: must be in [{length - room + 1}, {len(hay)}] for passkeys"
             )
         start = rng.randrange(len(hay) - room + 1)
         body = hay[start : start + room]
@@ -70,7 +70,7 @@ def make_passkeys(tokenizer: Any, length: int, count: int, seed: int = 0) -> lis
 
 @torch.inference_mode()
 def score_passkeys(model: Any, passkeys: list[Passkey]) -> PasskeyScore:
-    """Return how many passkeys a model, as it is set, finds."""
+    """Return the accuracy of a model on passkey prompts, with its current attention settings."""
     exact, hits, total = 0, 0, 0
     for passkey in passkeys:
         ids = torch.tensor([passkey.ids + passkey.answer[:-1]], device=model.device)

@@ -1,4 +1,4 @@
-"""Retrieval on the hand-written model: prompts whose answers are known, and the share of them that is found."""
+"""Retrieval tasks for the handwritten model, and its accuracy on them."""
 
 import random
 from dataclasses import dataclass
@@ -12,45 +12,45 @@ from dit_accel.llm.prefill import Spans
 from dit_accel.llm.spans import given_spans
 
 PAIRS = 100
-"""Assignments in a prompt, those that are asked for among them."""
+"""Number of assignments in a prompt."""
 EARLY = 2 * PAIRS // 3
-"""Assignments that may be asked for: the first ones, which a window does not reach in long prompts."""
+"""Only the first EARLY assignments are asked for, which in long prompts are outside of a sliding window."""
 LEAD = 128
-"""Noise at the beginning: patterns that always read the first keys must not find an answer there."""
+"""Number of noise tokens at the beginning, so that patterns that always read the first keys find no answer there."""
 ASKED = 4
-"""Keys that a prompt of `multi_needle` asks for."""
+"""Number of keys that a `multi_needle` prompt asks for."""
 HOPS = 4
-"""Assignments in a chain of `variable_tracing`."""
+"""Number of assignments in a chain of `variable_tracing`."""
 FRAME = 49
-"""Tokens of a frame of `video_needle`: no multiple of a block."""
+"""Number of tokens per video frame in `video_needle`, deliberately not a multiple of a block."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the tokens that must come after some of its positions."""
+    """Prompt with the expected next token at some of its positions."""
 
     ids: list[int]
     positions: list[int]
     answers: list[int]
-    """Next token at each position."""
+    """Expected next token at each position."""
     spans: Spans = ()
-    """Frames of its video."""
+    """Frames of the video in the prompt."""
 
 
 def key_value(length: int, rng: random.Random) -> Question:
-    """Return a prompt of assignments in noise that ends with a key; the answer is its value."""
+    """Return a prompt of assignments in noise that ends with a key. The answer is the value of the key."""
     return _asked(length, rng, 1)
 
 
 def multi_needle(length: int, rng: random.Random) -> Question:
-    """Return a prompt that ends with several keys, each followed by noise; all values are asked for."""
+    """Return a prompt that ends with several keys, each followed by noise. The answers are the values of all keys."""
     return _asked(length, rng, ASKED)
 
 
 def middle(length: int, rng: random.Random) -> Question:
-    """Return a prompt that repeats keys at two thirds of its length.
+    """Return a prompt that asks for keys at two thirds of its length.
 
-    Rows at the end are dense in most patterns; these are not.
+    Most patterns let the last queries read every key, but not the queries at this position.
     """
     keys = rng.sample(range(KEYS), PAIRS)
     values = [noise(rng) for _ in keys]
@@ -67,9 +67,9 @@ def middle(length: int, rng: random.Random) -> Question:
 
 
 def variable_tracing(length: int, rng: random.Random) -> Question:
-    """Return a prompt of chains "a = ref b", "b = ref c", "c = value" that ends with a chain from its first name on.
+    """Return a prompt of chains "a = ref b", "b = ref c", "c = value" that ends by following one of the chains.
 
-    The answers are the references and the value, so all of them right is what greedy decoding needs.
+    The answers are the references and the value, as greedy decoding would produce them.
     """
     keys = rng.sample(range(KEYS), PAIRS)
     pairs = []
@@ -86,12 +86,12 @@ def variable_tracing(length: int, rng: random.Random) -> Question:
 
 
 def video_needle(length: int, rng: random.Random, depth: float | None = None) -> Question:
-    """Return a video in whose frames one assignment is hidden, and text that ends with its key (as in VisionNIAH).
+    """Return a video with an assignment hidden in one frame, followed by text that ends with its key (as in VisionNIAH).
 
     Args:
-        length: tokens of the prompt; two thirds of them are the video.
-        rng: source of randomness.
-        depth: place of the frame in the video, from 0 to 1. Default: random.
+        length: number of tokens of the prompt; two thirds of them are the video.
+        rng: random number generator.
+        depth: relative position of the frame in the video, from 0 to 1. Default: random.
     """
     count = (2 * length // 3 - LEAD) // FRAME
     ids = [START, *(noise(rng) for _ in range(length - 1))]
@@ -113,27 +113,27 @@ TASKS = {
     "video_needle": video_needle,
 }
 MIN_LENGTH = 8 * PAIRS
-"""Tokens of a prompt, at least."""
+"""Smallest number of tokens of a prompt."""
 
 
 @torch.inference_mode()
 def accuracy(model: Any, task: str, length: int, *, prompts: int = 8, seed: int = 0) -> float:
-    """Return the share of prompts with all answers right, each the most likely next token.
+    """Return the share of prompts in which all answers are the most likely next tokens.
 
     Args:
-        model: `wired_model()`, enabled or not.
+        model: model from `wired_model()`, enabled or not.
         task: name in `TASKS`.
-        length: tokens of each prompt.
+        length: number of tokens per prompt.
         prompts: number of prompts.
-        seed: seed of the prompts.
+        seed: random seed of the prompts.
 
     Raises:
-        ValueError: an unknown task, or a length that is too small.
+        ValueError: the task is unknown, or `length` is too small.
     """
     if task not in TASKS:
-        raise ValueError(f"task={task!r}: accepted are {', '.join(TASKS)}")
+        raise ValueError(f"task={task!r}: must be one of {', '.join(TASKS)}")
     if length < MIN_LENGTH:
-        raise ValueError(f"length={length}: accepted is an int >= {MIN_LENGTH}")
+        raise ValueError(f"length={length}: must be an int >= {MIN_LENGTH}")
     rng = random.Random(f"{task} {length} {seed}")
     right = 0
     for _ in range(prompts):
@@ -158,7 +158,7 @@ def _asked(length: int, rng: random.Random, count: int) -> Question:
 
 
 def scattered(pairs: list[tuple[int, int]], length: int, rng: random.Random) -> list[int]:
-    """Return noise of this length with the pairs in order at random places."""
+    """Return `length` noise tokens with the pairs inserted in order at random places."""
     gaps = sorted(rng.randrange(LEAD, length - 2 * len(pairs) + 1) for _ in pairs)
     ids: list[int] = []
     for i, (gap, pair) in enumerate(zip(gaps, pairs, strict=True)):
@@ -168,5 +168,5 @@ def scattered(pairs: list[tuple[int, int]], length: int, rng: random.Random) -> 
 
 
 def noise(rng: random.Random) -> int:
-    """Return a token that says nothing."""
+    """Return a random noise token, which is also used as a value."""
     return FIRST_VALUE + rng.randrange(VALUES)

@@ -1,4 +1,4 @@
-"""`run_rows`: the rows of a table, kept in a results file that a later run goes on from."""
+"""`run_rows`: computes the rows of a benchmark table, and saves each in a results file from which a run can resume."""
 
 import json
 import time
@@ -13,32 +13,32 @@ def run_rows(
     header: Mapping[str, Any],
     key: str,
     wanted: Mapping[str, Any],
-    figures: Callable[[str], Mapping[str, Any]],
+    measure_row: Callable[[str], Mapping[str, Any]],
     *,
     prepare: Callable[[], Any],
     output: Path | None = None,
     rows: Sequence[dict[str, Any]] | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Return the results: the header and the rows, those that are wanted first.
+    """Compute missing rows and return the results: the header and all rows, the wanted rows first.
 
-    A row that exists is made again only if its settings are others, or if it has an error.
+    An existing row is computed again only if its settings differ or it has an error.
 
     Args:
         header: results without rows.
-        key: name of the settings in a row.
-        wanted: settings of each row by its name, as plain values; None: without.
-        figures: makes the figures of the row of this name. A ValueError becomes the row's error.
-        prepare: called before a row is made; its errors end the run.
-        output: JSON file, written after each row. Default: none.
-        rows: rows that exist.
-        on_row: called with each row that is new.
+        key: key of the settings in a row.
+        wanted: settings of each row by its name, as plain values or None.
+        measure_row: function that computes the row with a name. If it raises ValueError, the row records the error.
+        prepare: called before a row is computed. Its errors end the run.
+        output: JSON file, written after each row. Default: no file.
+        rows: existing rows.
+        on_row: called with each new row.
     """
     kept = {row["name"]: row for row in rows or []}
     made: dict[str, dict[str, Any]] = {}
 
     def results() -> dict[str, Any]:
-        """Return what there is: rows in the order of `wanted`, then those of earlier runs."""
+        """Return the header and the rows so far: rows in the order of `wanted`, then other rows of earlier runs."""
         there = {**kept, **made}
         names = [*(x for x in wanted if x in there), *(x for x in there if x not in wanted)]
         return {**header, "rows": [there[x] for x in names]}
@@ -52,8 +52,8 @@ def run_rows(
         start = time.perf_counter()
         row: dict[str, Any] = {"name": name, key: settings}
         try:
-            row.update(figures(name))
-        except ValueError as error:  # such as settings that have nothing to do here
+            row.update(measure_row(name))
+        except ValueError as error:  # such as settings that do not fit the model
             row["error"] = str(error)
         row["seconds"] = round(time.perf_counter() - start, 2)
         made[name] = json.loads(json.dumps(row))

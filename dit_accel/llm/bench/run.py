@@ -1,4 +1,4 @@
-"""`run_bench`: one row for each pattern, kept in a results file that a later run goes on from."""
+"""`run_bench`: quality benchmark of prefill patterns, with one table row per pattern."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,32 +16,33 @@ from dit_accel.llm.bench.rows import run_rows
 from dit_accel.llm.bench.texts import text_ids
 from dit_accel.llm.bench.wired import wired_model
 from dit_accel.llm.control import disable, enable, summary
-from dit_accel.llm.loading import Source
+from dit_accel.llm.loading import ModelSource
 from dit_accel.llm.quality import Outputs, comparison, outputs
 from dit_accel.llm.resume import read_same
 
 FORMAT_VERSION = 2
 DENSE = "dense"
-"""Name of the row that the others are compared with."""
+"""Name of the row of dense attention, the reference of all other rows."""
 MIN_LENGTH = 256
 MAX_RETRIEVAL = 32_768
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """Texts and tasks of the table."""
+    """Texts and tasks of the benchmark."""
 
     length: int = 4096
-    """Tokens of each text, and of each prompt with a passkey."""
+    """Number of tokens of each text and of each passkey prompt."""
     texts: tuple[str, ...] = ("prose", "code")
-    """prose, code, or paths of text files; none: retrieval only."""
+    """Names of texts: prose, code, or paths of text files. Empty: no perplexity."""
     passkeys: int = 8
-    """Prompts with a passkey; 0: none."""
+    """Number of passkey prompts; 0: none."""
     retrieval_lengths: tuple[int, ...] = (4096,)
-    """Tokens of a prompt of the hand-written model; each task is run at each length."""
+    """Prompt lengths of the retrieval tasks on the handwritten model. Each task is run at each length."""
     retrieval_prompts: int = 8
-    """Prompts of each task and length; 0: none."""
+    """Number of prompts per retrieval task and length; 0: none."""
     seed: int = 0
+    """Random seed of the prompts."""
 
     def __post_init__(self) -> None:
         check("length", self.length, is_int(self.length) and self.length >= MIN_LENGTH, f"an int >= {MIN_LENGTH}")  # fmt: skip
@@ -58,26 +59,26 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Bench:
-    """Texts and prompts of a run, and the header of its results."""
+    """Prepared inputs of a benchmark run, and the header of its results."""
 
     settings: BenchSettings
     ids: dict[str, Any]
-    """Tokens `[1, L]` of each text."""
+    """Token ids `[1, L]` of each text."""
     passkeys: list[Passkey]
     header: dict[str, Any]
     """Results without rows."""
 
 
-def prepare(source: Source, settings: BenchSettings, *, dtype: str, device: str) -> Bench:
-    """Read texts and make prompts; the model is not loaded.
+def prepare(source: ModelSource, settings: BenchSettings, *, dtype: str, device: str) -> Bench:
+    """Read texts and make prompts without loading the model.
 
     Args:
-        source: the model.
+        source: source of the model.
         settings: texts and tasks.
-        dtype, device: those of the model, for the results.
+        dtype, device: dtype and device of the model, for the results.
 
     Raises:
-        ValueError: a text that cannot be read or is too short, or a length that the model does not accept.
+        ValueError: a text cannot be read or is too short, or the length is larger than the model supports.
     """
     if settings.texts or settings.passkeys:
         source.check_length("length", settings.length)
@@ -99,14 +100,14 @@ def prepare(source: Source, settings: BenchSettings, *, dtype: str, device: str)
 
 
 def read_rows(path: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of a results file that a run may go on from; none if there is no file.
+    """Return the rows of an existing results file; an empty list if there is no file.
 
     Args:
-        path: the file.
-        header: what the results of the run will say; all but the machine must be equal.
+        path: path of the results file.
+        header: header of the current run; all except the machine must equal that of the file.
 
     Raises:
-        ValueError: the file is no such results file, or was made with other settings or versions.
+        ValueError: the file is not a results file, or was made with other settings or versions.
     """
     if not path.exists():
         return []
@@ -123,17 +124,17 @@ def run_bench(
     rows: list[dict[str, Any]] | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Return the results of dense attention, of each pattern, and of rows that exist.
+    """Run the benchmark for dense attention and for each pattern, and return the results with all rows.
 
-    Patterns are sparse at all lengths here, whatever their `crossover`.
+    `crossover` of the settings is replaced by 0, so that patterns are sparse at every length.
 
     Args:
-        model: loads the model; called if a row is missing and there is a text or a passkey.
-        bench: see `prepare`.
-        patterns: settings by the name of their row.
-        output: JSON file, written after each row. Default: none.
-        rows: rows that exist, see `read_rows`.
-        on_row: called with each row that is new.
+        model: function that loads the model; called only if a row is missing and there is a text or a passkey.
+        bench: prepared inputs, see `prepare`.
+        patterns: settings by row name.
+        output: JSON file, written after each row. Default: no file.
+        rows: existing rows, see `read_rows`.
+        on_row: called with each new row.
     """
     wanted: dict[str, PrefillConfig | None] = {DENSE: None}
     for name, settings in patterns.items():
@@ -142,21 +143,21 @@ def run_bench(
 
     @cache
     def prepared() -> tuple[Any, dict[str, Outputs], Any]:
-        """Return the model, what it predicts with dense attention, and the hand-written model."""
+        """Return the model, its predictions with dense attention, and the handwritten model."""
         loaded = disable(model()) if reads else None
         references = {x: outputs(loaded, ids) for x, ids in bench.ids.items()}
         return loaded, references, wired_model() if bench.settings.retrieval_prompts else None
 
-    def figures(name: str) -> dict[str, Any]:
+    def measure_row(name: str) -> dict[str, Any]:
         loaded, references, wired = prepared()
-        return _figures(loaded, wired, bench, wanted[name], references)
+        return _measure_row(loaded, wired, bench, wanted[name], references)
 
     plain = {name: None if x is None else x.to_dict() for name, x in wanted.items()}
     return run_rows(
         bench.header,
         "prefill",
         plain,
-        figures,
+        measure_row,
         prepare=prepared,
         output=output,
         rows=rows,
@@ -164,14 +165,14 @@ def run_bench(
     )
 
 
-def _figures(
+def _measure_row(
     model: Any,
     wired: Any,
     bench: Bench,
     config: PrefillConfig | None,
     references: Mapping[str, Outputs],
 ) -> dict[str, Any]:
-    """Return the figures of one row."""
+    """Return the measurements of one row."""
     texts: dict[str, Any] = {}
     densities = []
     try:

@@ -1,4 +1,4 @@
-"""The results of `run_bench` as a table of text."""
+"""`table_lines`: text table of the results of `run_bench`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,13 +10,13 @@ HEADS = {
     "middle": "middle",
     "video_needle": "video",
 }
-"""Headings of the tasks of `retrieval`."""
+"""Column headings of the tasks in `retrieval`."""
 FIGURES = {**HEADS, "density": "density"}
-"""Headings of the figures of a prompt length."""
+"""Column headings of all retrieval results at a prompt length."""
 
 
 def table_lines(results: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the table: one for each row, and notes below."""
+    """Return the lines of the table: one line per row, followed by notes."""
     rows = results["rows"]
     texts = list(results["texts"])
     lengths = [str(x) for x in results["settings"]["retrieval_lengths"]]

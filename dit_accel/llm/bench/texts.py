@@ -1,4 +1,4 @@
-"""Real texts that come with every Python: its documentation (prose) and modules of its library (code)."""
+"""Texts for benchmarks that are part of every Python installation: its documentation (prose) and library source (code)."""
 
 import hashlib
 import importlib.util
@@ -9,31 +9,31 @@ from typing import Any
 from torch import Tensor
 
 MODULES = ("argparse", "inspect", "typing", "tarfile", "turtle", "dataclasses", "shutil", "zipfile")
-"""Modules whose source is the code."""
+"""Library modules whose source makes up the text "code"."""
 START = 20_000
-"""Characters that are skipped: window of a text that is not its opening."""
+"""Number of characters to skip at the beginning of the built-in texts."""
 
 
 def prose() -> str:
-    """Return the language reference as `help()` shows it.
+    """Return the Python language reference that `help()` shows.
 
     Raises:
-        ValueError: this Python came without `pydoc_data`.
+        ValueError: the Python installation has no `pydoc_data`.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise ValueError(
-            "text='prose': this Python has no pydoc_data; accepted is 'code' or the path of a text file"
+            "text='prose': this Python has no pydoc_data; pass 'code' or the path of a text file"
         ) from None
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
 def code() -> str:
-    """Return the source of some modules of the standard library, one after another.
+    """Return the concatenated source of some modules of the standard library.
 
     Raises:
-        ValueError: this Python came without sources.
+        ValueError: the Python installation has no source files.
     """
     parts = []
     for name in MODULES:
@@ -42,7 +42,7 @@ def code() -> str:
             parts.append(Path(spec.origin).read_text(encoding="utf-8"))
     if not parts:
         raise ValueError(
-            "text='code': this Python has no sources; accepted is 'prose' or the path of a text file"
+            "text='code': this Python has no sources; pass 'prose' or the path of a text file"
         )
     return "\n\n".join(parts)
 
@@ -51,13 +51,13 @@ TEXTS = {"prose": prose, "code": code}
 
 
 def read_text(name: str) -> str:
-    """Return a text.
+    """Return a text by name or path.
 
     Args:
-        name: "prose", "code", or the path of a text file in UTF-8. Built-in texts start at character `START`.
+        name: "prose", "code", or the path of a text file in UTF-8. The built-in texts start at character `START`.
 
     Raises:
-        ValueError: no such text, or it is empty.
+        ValueError: the file cannot be read or is empty.
     """
     if name in TEXTS:
         return TEXTS[name]()[START:]
@@ -66,22 +66,22 @@ def read_text(name: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"text={name!r}: cannot be read ({reason}); accepted are {', '.join(TEXTS)}, or a text file in UTF-8"
+            f"text={name!r}: cannot be read ({reason}); must be {', '.join(TEXTS)}, or a text file in UTF-8"
         ) from None
     if not text.strip():
-        raise ValueError(f"text={name!r}: the file is empty; accepted is a text")
+        raise ValueError(f"text={name!r}: the file must not be empty")
     return text
 
 
-def fingerprint(text: str) -> str:
-    """Return a short hash: two versions of Python have different texts."""
+def text_hash(text: str) -> str:
+    """Return a short hash of a text, because the built-in texts differ between Python versions."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def text_ids(
     tokenizer: Any, names: Sequence[str], length: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the first tokens `[1, length]` of texts, and their fingerprints, by name.
+    """Return the first token ids `[1, length]` and the hash of each text, by name.
 
     Raises:
         ValueError: a text cannot be read or is too short.
@@ -92,8 +92,7 @@ def text_ids(
         tokens = tokenizer(text, return_tensors="pt").input_ids[:, :length]
         if tokens.shape[1] < length:
             raise ValueError(
-                f"length={length}: the text {name!r} has {tokens.shape[1]} tokens; accepted are texts of at least length "
-                "tokens"
+                f"length={length}: the text {name!r} has only {tokens.shape[1]} tokens; must have at least {length}"
             )
-        ids[name], hashes[name] = tokens.long(), fingerprint(text)
+        ids[name], hashes[name] = tokens.long(), text_hash(text)
     return ids, hashes

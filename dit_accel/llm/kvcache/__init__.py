@@ -1,1 +1,1 @@
-"""Caches of keys and values for transformers: how tokens are stored, and which of them a query reads."""
+"""KV caches for transformers: stores compress the cached tokens, selectors choose the tokens that a query reads."""

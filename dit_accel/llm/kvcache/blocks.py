@@ -1,4 +1,4 @@
-"""`BlockCache`: clusters that were read last, kept on the device (the block cache of RetroInfer, arXiv 2505.02922)."""
+"""`BlockCache`: LRU cache of clusters on the device (the block cache of RetroInfer, arXiv 2505.02922)."""
 
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -12,20 +12,20 @@ from dit_accel.llm.kvcache.partial import Partial, by_query
 from dit_accel.llm.kvcache.store import Store
 
 Place = tuple[int, int, int]
-"""Row, head and cluster."""
+"""Batch row, head and cluster."""
 Block = dict[str, Tensor]
 """Encoded tokens `[tokens, ...]` of a cluster."""
 
 
 @dataclass
 class BlockCache:
-    """Encoded tokens of clusters; those that were not read for the longest time go first."""
+    """LRU cache of the encoded tokens of clusters."""
 
     blocks: OrderedDict[Place, Block] = field(default_factory=OrderedDict)
     hits: int = 0
-    """Clusters that were read from here."""
+    """Number of clusters read from this cache."""
     misses: int = 0
-    """Clusters that were read from the store."""
+    """Number of clusters read from the store."""
 
     def attend(
         self,
@@ -36,15 +36,15 @@ class BlockCache:
         scale: float,
         capacity: int,
     ) -> Partial:
-        """Return the attention of one query position over chosen clusters.
+        """Return the attention of one query position over its selected clusters.
 
         Args:
-            store: the stored tokens.
+            store: store that holds the tokens.
             clusters: clusters of the tokens.
-            best: clusters that are read.
-            q: queries by the head of keys that they read.
+            best: indices of the clusters to read.
+            q: queries, grouped by KV head.
             scale: factor of the dot products.
-            capacity: clusters that are kept, over all rows and heads.
+            capacity: maximum number of cached clusters over all rows and heads.
         """
         rows, heads = best.shape[:2]
         sizes = clusters.sizes.gather(2, best[:, :, 0]).tolist()
@@ -76,7 +76,7 @@ class BlockCache:
     def _read(
         self, store: Store, clusters: Clusters, wanted: list[list[Place]], capacity: int
     ) -> dict[Place, Block]:
-        """Return the tokens of clusters, and keep those that were read last."""
+        """Return the tokens of the wanted clusters and update the LRU cache."""
         missing = [[x for x in each if x not in self.blocks] for each in wanted]
         new = _fetched(store, clusters, missing)
         found = {}
@@ -95,17 +95,17 @@ class BlockCache:
         return found
 
     def fork(self) -> "BlockCache":
-        """Return a cache with the same clusters."""
+        """Return a copy that shares the cached tensors."""
         return replace(self, blocks=OrderedDict(self.blocks))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tokens."""
+        """Bytes of the cached tokens."""
         return sum(x.nbytes for block in self.blocks.values() for x in block.values())
 
 
 def _fetched(store: Store, clusters: Clusters, missing: list[list[Place]]) -> dict[Place, Block]:
-    """Return clusters from the store, in one read; `missing` are those of each row and head."""
+    """Read clusters from the store at once. `missing` holds a list of clusters for each row and head."""
     if not any(missing):
         return {}
     rows, heads = clusters.sizes.shape[:2]
@@ -132,6 +132,6 @@ def _fetched(store: Store, clusters: Clusters, missing: list[list[Place]]) -> di
 
 
 def _held(store: Store, name: str, heads: int) -> list[int]:
-    """Return the heads that a tensor of a store holds."""
+    """Return the heads that the tensor `name` of a store contains."""
     found = store.heads_of(name)
     return list(range(heads)) if found is None else found.tolist()

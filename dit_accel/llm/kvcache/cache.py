@@ -1,4 +1,4 @@
-"""`KVCache`: a cache of transformers whose layers store tokens as `KVConfig` says."""
+"""`KVCache`: a transformers cache whose layers use the store and the selector of a `KVConfig`."""
 
 import hashlib
 import json
@@ -24,18 +24,17 @@ from dit_accel.llm.names import NAME
 
 
 class KVCache(DynamicCache):
-    """Keys and values of a model in the form that settings say, for `past_key_values=`.
+    """KV cache with compressed or selectively read tokens, for the argument `past_key_values` of a model.
 
-    The model must be enabled (`dit_accel.llm.enable(model, kv=...)`); then transformers' own empty caches become such
-    caches by themselves, and `generate` needs nothing. Layers with a sliding window keep transformers' layers: a window
-    is all they read.
+    The model must be enabled (`dit_accel.llm.enable(model, kv=...)`). `generate` then uses a `KVCache` without further
+    arguments. Layers with a sliding window keep the cache layers of transformers, which store only the window.
 
     Args:
         model: a language model of transformers, or its config.
         kv: a `KVConfig`, a dict of its fields, the name of a preset, or a YAML file.
 
     Raises:
-        ValueError: the settings are not valid, or not for this model.
+        ValueError: the settings are not valid, or do not fit the model.
     """
 
     def __init__(self, model: Any, kv: Any = "dense") -> None:
@@ -49,76 +48,78 @@ class KVCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hand the new keys and values of a layer to the attention function of the model.
+        """Pass the new keys and values of a layer on to the attention function, which stores them.
 
         Raises:
-            ValueError: the model has another attention function, which would not take them in.
+            ValueError: the model uses another attention function, which does not store them.
         """
         if layer_idx == 0 and self.text_config._attn_implementation != NAME:
             raise ValueError(NOT_READ)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def fork(self) -> "KVCache":
-        """Return a cache with the same tokens. Both share them until they change; neither sees what the other adds."""
+        """Return a copy that shares memory until one of the two changes. Tokens added to one do not appear in the other."""
         return copied(self)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers. What forks share counts in each of them."""
+        """Bytes of all layers. Memory shared between forks is counted in each fork."""
         return nbytes_of(self)
 
     @property
     def read_share(self) -> float | None:
-        """Share of the tokens that calls read, a mean over the calls and layers that found some; None: no call did."""
+        """Mean share of the cached tokens that a call read, over calls and layers; None if no call found cached tokens."""
         calls, read = self.reads
         return read / calls if calls else None
 
     @property
     def reads(self) -> tuple[int, float]:
-        """Calls that found tokens, and the shares of the tokens that they read, added up over calls and layers."""
+        """Number of calls that found cached tokens, and the sum of the shares that they read, over all layers."""
         zones = [x for x in self.layers if isinstance(x, ZoneLayer)]
         return sum(x.calls for x in zones), sum(x.read for x in zones)
 
 
 def read_kv(kv: Any) -> KVConfig:
-    """Return settings of a cache.
+    """Return the settings of a KV cache.
 
     Args:
         kv: see `KVCache`.
 
     Raises:
-        ValueError: no such settings.
+        ValueError: the settings are not valid or None.
     """
     config: KVConfig | None = KVConfig.load(kv)
     if config is None:
-        raise ValueError(f"kv={kv!r}: accepted are settings of a cache; without kv= it is dense")
+        raise ValueError(
+            f"kv={kv!r}: must be settings of a KV cache; leave kv out for transformers' own cache"
+        )
     return config
 
 
 def zone_layers(config: Any, kv: KVConfig) -> list[Any]:
-    """Return empty layers for a model.
+    """Return empty cache layers for a model.
 
     Args:
         config: config of the model.
-        kv: settings.
+        kv: settings of the cache.
 
     Raises:
-        ValueError: the settings are not valid, or not for this model.
+        ValueError: the settings are not valid, or do not fit the model.
     """
     text = config.get_text_config(decoder=True)
     name = type(text).__name__
     if getattr(text, "attn_logit_softcapping", None):
-        raise ValueError(f"kv: {name} caps its scores; accepted are models that do not")
+        raise ValueError(f"kv: {name} has attn_logit_softcapping; must be a model without it")
     if getattr(text, "num_kv_shared_layers", None):
         raise ValueError(
-            f"kv: layers of {name} share keys; accepted are models whose layers do not"
+            f"kv: {name} has num_kv_shared_layers; must be a model whose layers do not share keys"
         )
     layers = list(DynamicCache(config=config).layers)
     for layer in layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
-                f"kv: {name} has layers of the kind {type(layer).__name__}; accepted are models with full attention and "
-                "sliding windows"
+                f"kv: {name} has cache layers of type {type(layer).__name__}; must be a model with full attention and "
+                "sliding windows only"
             )
     sizes = model_sizes(config)
     tier = tier_of(kv.tier, kv.folder)
@@ -137,44 +138,44 @@ def zone_layers(config: Any, kv: KVConfig) -> list[Any]:
             )
     if not any(isinstance(x, ZoneLayer) for x in layers):
         raise ValueError(
-            f"kv: no layer of {name} is left that it may store (sliding windows, dense_layers={kv.dense_layers}); "
-            "accepted are models with full attention in a layer"
+            f"kv: no layer of {name} can use it, because all have sliding windows or are in dense_layers={kv.dense_layers}; "
+            "must leave at least one layer with full attention"
         )
     return layers
 
 
 def check_kv(model: Any, kv: KVConfig, attention: Sequence[nn.Module]) -> None:
-    """Check that settings fit a model and its weights.
+    """Check that cache settings fit a model and its weights.
 
     Args:
         model: the model.
-        kv: settings.
-        attention: its attention layers.
+        kv: settings of the cache.
+        attention: attention layers of the model.
 
     Raises:
-        ValueError: they do not.
+        ValueError: the settings do not fit.
     """
     stores = [x.store for x in zone_layers(model.config, kv) if isinstance(x, ZoneLayer)]
     stores[0].check_weights(fingerprint_of(attention))
 
 
 def model_sizes(config: Any) -> ModelSizes:
-    """Return the sizes of a model that the files of stores must fit.
+    """Return the sizes of a model that the files of stores are checked against.
 
     Raises:
-        ValueError: the config does not tell them.
+        ValueError: the config does not contain the number of heads.
     """
     text, counts = config.get_text_config(decoder=True), head_counts(config)
     if counts is None:
         raise ValueError(
-            f"kv: {type(text).__name__} does not tell its heads; accepted are models whose config does"
+            f"kv: {type(text).__name__} has no num_attention_heads; must be a model whose config has it"
         )
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // counts.heads
     return ModelSizes(text.num_hidden_layers, counts.kv_heads, head_dim, config_hash(text))
 
 
 def config_hash(text: Any) -> str:
-    """Return a hash of the fields of a config that finetuning and versions of transformers leave as they are."""
+    """Return a hash of the config fields that neither finetuning nor another version of transformers changes."""
     rope = getattr(text, "rope_parameters", None)
     theta = rope.get("rope_theta") if isinstance(rope, dict) else None
     known = [
@@ -187,24 +188,24 @@ def config_hash(text: Any) -> str:
 
 
 def adopt(cache: Any, config: Any, kv: KVConfig) -> Any:
-    """Turn an empty cache of transformers into a `KVCache`, in place: `generate` holds on to the object.
+    """Turn an empty cache of transformers into a `KVCache` in place, because `generate` keeps a reference to it.
 
     Args:
-        cache: what a model got as `past_key_values`; None: no cache.
+        cache: argument `past_key_values` of the model; None if there is no cache.
         config: config of the model.
-        kv: settings.
+        kv: settings of the cache.
 
     Returns:
         The `KVCache`.
 
     Raises:
-        ValueError: the cache is of another kind, or holds tokens.
+        ValueError: the cache has another type, another number of layers, or already holds tokens.
     """
     if isinstance(cache, KVCache):
         layers = config.get_text_config(decoder=True).num_hidden_layers
         if len(cache.layers) != layers:
             raise ValueError(
-                f"past_key_values: a KVCache of {len(cache.layers)} layers; accepted is one of {layers}, as the model has"
+                f"past_key_values: a KVCache with {len(cache.layers)} layers; must have {layers} layers like the model"
             )
         cache.text_config = config.get_text_config(decoder=True)
         return cache
@@ -213,12 +214,11 @@ def adopt(cache: Any, config: Any, kv: KVConfig) -> Any:
     offloaded = "n offloaded" if getattr(cache, "offloading", False) else ""
     if type(cache) is not DynamicCache or offloaded:
         raise ValueError(
-            f"past_key_values: a{offloaded} {type(cache).__name__}; accepted with kv= are None, an empty DynamicCache and KVCache"
+            f"past_key_values: a{offloaded} {type(cache).__name__}; must be None, an empty DynamicCache or a KVCache with kv="
         )
     if cache.get_seq_length():
         raise ValueError(
-            f"past_key_values: a DynamicCache with {cache.get_seq_length()} tokens; accepted with kv= is an empty one, "
-            "or a KVCache"
+            f"past_key_values: a DynamicCache with {cache.get_seq_length()} tokens; must be empty, or a KVCache, with kv="
         )
     cache.__class__ = KVCache
     vars(cache).update(kv=kv, text_config=config.get_text_config(decoder=True))
@@ -227,9 +227,9 @@ def adopt(cache: Any, config: Any, kv: KVConfig) -> Any:
 
 
 def copied(cache: Any) -> Any:
-    """Return a `KVCache` or a `DynamicCache` with the same tokens; neither sees what the other adds."""
+    """Return a copy of a `KVCache` or a `DynamicCache`. Tokens added to one do not appear in the other."""
     found = copy(cache)
-    # Layers of transformers that grow make new tensors, so that a shallow copy is one of its own.
+    # A shallow copy is enough for layers of transformers: they replace their tensors when they grow.
     found.layers = [x.fork() if isinstance(x, ZoneLayer) else copy(x) for x in cache.layers]
     return found
 

@@ -1,4 +1,4 @@
-"""`calibrate`: codebooks of product quantisation from texts that a model reads."""
+"""`calibrate`: trains product-quantisation codebooks on the keys and values of a model."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,25 +15,26 @@ from dit_accel.config.base import check, check_choice, is_int
 from dit_accel.environment import versions
 from dit_accel.llm.control import attention_layers
 from dit_accel.llm.kvcache.cache import model_sizes
-from dit_accel.llm.kvcache.codebooks import PAIRINGS, ROPES, SCOPES, Codebooks, Form
+from dit_accel.llm.kvcache.codebooks import PAIRINGS, ROPES, SCOPES, CodebookForm, Codebooks
 from dit_accel.llm.kvcache.kmeans import kmeans
 from dit_accel.llm.kvcache.model_file import fingerprint_of
 from dit_accel.llm.kvcache.rotation import Rotation
 from dit_accel.llm.kvcache.store import ModelSizes
-from dit_accel.llm.loading import Source
+from dit_accel.llm.loading import ModelSource
 from dit_accel.llm.search.samples import make_samples
 from dit_accel.llm.search.settings import SearchSettings
 
 SHAPES = {4: (2, 8), 3: (2, 6), 2: (4, 8)}
-"""Channels of a sub-vector and bits of its code, by bits per value."""
+"""Number of channels of a sub-vector and of bits of its code, by bits per value."""
 VECTORS = 32
-"""Vectors of a centroid at most, on average; others are left out at random."""
+"""Maximum number of training vectors per centroid. More vectors are subsampled at random."""
 TRIED = 32
-"""Tokens with which a rotation is tried."""
+"""Number of tokens on which `check_rotation` tests a rotation."""
 SHIFT = 37
-"""Positions between two trials of it."""
+"""Shift of the positions between the two runs of `check_rotation`."""
 ALIKE = 0.1
-"""Largest relative difference of keys before RoPE: much more than that of bf16, much less than that of another rotation."""
+"""Largest relative difference of keys before RoPE between the two runs: far above bf16 rounding, far below the effect of a
+wrong rotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,25 +44,25 @@ class CalibrationSettings:
     bits: int = 4
     """Bits of a stored value: 4, 3 or 2."""
     scope: str = "head"
-    """See `Form`."""
+    """See `CodebookForm`."""
     pairing: str = "planes"
-    """See `Form`."""
+    """See `CodebookForm`."""
     centred: bool = True
-    """See `Form`."""
+    """See `CodebookForm`."""
     rope: str = "before"
-    """See `Form`."""
+    """See `CodebookForm`."""
     texts: tuple[str, ...] = ("prose", "code")
     """prose, code, or paths of text files."""
     length: int = 2048
-    """Tokens of a sample. Keys after RoPE turn with their position; for them it should be the length of use."""
+    """Tokens per sample. With `rope="after"` it should be the prompt length in use, because keys then depend on the position."""
     samples: int = 4
-    """Samples of each text that the codebooks are made from."""
+    """Number of samples from each text for training the codebooks."""
     checks: int = 1
-    """Further samples of each text, on which errors are measured."""
+    """Number of further samples from each text for measuring the errors."""
     sink: int = 64
-    """First tokens of each sample that are left out, because caches keep them exactly."""
+    """Number of first tokens of each sample to skip, because caches keep these tokens exact."""
     rounds: int = 10
-    """Rounds of k-means at most."""
+    """Maximum number of k-means rounds."""
     seed: int = 0
     """Seed of k-means."""
 
@@ -77,18 +78,18 @@ class CalibrationSettings:
         ok = is_int(self.sink) and 0 <= self.sink < self.length
         check("sink", self.sink, ok, f"an int from 0 to {self.length - 1}")
 
-    def form(self, sizes: ModelSizes) -> Form:
-        """Return the form of codebooks for a model.
+    def form(self, sizes: ModelSizes) -> CodebookForm:
+        """Return the codebook form for a model.
 
         Raises:
-            ValueError: its heads cannot be divided in this way.
+            ValueError: the head dimension cannot be divided into these sub-vectors.
         """
         width, bits = SHAPES[self.bits]
         if sizes.head_dim % (2 * width):
             raise ValueError(
-                f"bits={self.bits}: heads of {sizes.head_dim} channels; accepted are multiples of {2 * width}"
+                f"bits={self.bits}: head_dim={sizes.head_dim} must be a multiple of {2 * width}"
             )
-        form = Form(
+        form = CodebookForm(
             sub_vectors=sizes.head_dim // width,
             bits=bits,
             scope=self.scope,
@@ -100,7 +101,7 @@ class CalibrationSettings:
         return form
 
     def read(self, tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the tokens of samples for the codebooks and for the errors, from the second half of each text.
+        """Return token ids of training samples and of held-out samples, from the second half of each text.
 
         Raises:
             ValueError: a text cannot be read or is too short.
@@ -115,17 +116,17 @@ class CalibrationSettings:
 
 
 class Calibration:
-    """A calibration that is checked and whose model is not loaded yet.
+    """Calibration whose arguments are checked before the model is loaded.
 
     Args:
-        source: the model.
-        settings: form and texts.
+        source: source of the model.
+        settings: codebook form and texts.
 
     Raises:
-        ValueError: a text is too short, or the settings are not for this model.
+        ValueError: a text is too short, or the settings do not fit the model.
     """
 
-    def __init__(self, source: Source, settings: CalibrationSettings) -> None:
+    def __init__(self, source: ModelSource, settings: CalibrationSettings) -> None:
         source.check_length("length", settings.length)
         self.source, self.settings = source, settings
         self.sizes = model_sizes(source.config)
@@ -133,11 +134,11 @@ class Calibration:
         self.samples = settings.read(source.tokenizer)
 
     def run(self, load: Callable[[], Any], *, show: bool = False) -> Codebooks:
-        """Return codebooks; their notes hold the errors.
+        """Train codebooks and return them. Their `notes` contain the errors on held-out samples.
 
         Args:
-            load: loads the model.
-            show: whether a progress bar is shown on stderr.
+            load: function that loads the model.
+            show: show a progress bar on stderr.
         """
         return calibrate(load(), *self.samples, self.settings, name=self.source.name, show=show)
 
@@ -151,18 +152,18 @@ def calibrate(
     name: str = "",
     show: bool = False,
 ) -> Codebooks:
-    """Return codebooks of the keys and values that a model makes of samples.
+    """Train codebooks on the keys and values that a model computes for samples.
 
     Args:
-        model: causal language model of transformers, without a KV cache of `enable`.
-        samples: tokens of each sample.
-        held_out: further samples, on which errors are measured.
-        settings: form and rounds.
-        name: name of the model, for the file.
-        show: whether a progress bar is shown on stderr.
+        model: causal language model of transformers, not enabled with `kv=`.
+        samples: token ids of each training sample.
+        held_out: token ids of each sample for measuring the errors.
+        settings: codebook form and training settings.
+        name: name of the model in the file.
+        show: show a progress bar on stderr.
 
     Raises:
-        ValueError: the settings are not for this model.
+        ValueError: the settings do not fit the model.
     """
     sizes = model_sizes(model.config)
     form = settings.form(sizes)
@@ -208,16 +209,16 @@ def calibrate(
 def captured(
     model: Any, samples: list[Int[Tensor, "1 l"]], sink: int, rotation: Rotation | None = None
 ) -> dict[int, tuple[Float[Tensor, "h n d"], Float[Tensor, "h n d"]]]:
-    """Return fp32 keys and values of all samples, by layer. Layers with a sliding window have none.
+    """Return the keys and values of all samples in fp32, by layer. Layers with a sliding window are left out.
 
     Args:
         model: causal language model of transformers.
-        samples: tokens of each sample.
-        sink: first tokens of each sample that are left out.
-        rotation: what is taken off the keys. Default: nothing, they are those after RoPE.
+        samples: token ids of each sample.
+        sink: number of first tokens of each sample to skip.
+        rotation: rotation that is removed from the keys. Default: return keys after RoPE.
 
     Raises:
-        ValueError: the model keeps its keys elsewhere.
+        ValueError: the model is enabled with `kv=`, or has no layer with full attention.
     """
     found: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for ids in samples:
@@ -225,7 +226,7 @@ def captured(
         model(ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         if type(cache) is not DynamicCache:
             raise ValueError(
-                "model: has a KV cache of dit_accel; accepted is one after dit_accel.llm.disable(model)"
+                "model: uses a KV cache of dit_accel; call dit_accel.llm.disable(model) first"
             )
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
@@ -238,7 +239,7 @@ def captured(
                 pair = keys[0, :, sink:], layer.values[0, :, sink:].float()
                 found.setdefault(i, []).append(pair)
     if not found:
-        raise ValueError("model: no layer has full attention; accepted are models with one")
+        raise ValueError("model: must have at least one layer with full attention")
     return {
         i: (torch.cat([k for k, _ in x], 1), torch.cat([v for _, v in x], 1))
         for i, x in found.items()
@@ -246,14 +247,14 @@ def captured(
 
 
 def frequencies_of(model: Any, head_dim: int) -> Float[Tensor, " half"]:
-    """Return the frequencies by which a model rotates its keys.
+    """Return the RoPE frequencies of a model.
 
     Args:
         model: causal language model of transformers.
-        head_dim: channels of a head.
+        head_dim: number of channels per head.
 
     Raises:
-        ValueError: the model rotates keys in another way than by whole heads, channels i and i + d / 2 together.
+        ValueError: the model does not rotate channels i and i + d / 2 of whole heads with one set of frequencies.
     """
     found = [x for x in model.modules() if isinstance(getattr(x, "inv_freq", None), Tensor)]
     try:
@@ -274,10 +275,10 @@ def frequencies_of(model: Any, head_dim: int) -> Float[Tensor, " half"]:
 
 @torch.no_grad()
 def check_rotation(model: Any, ids: Int[Tensor, "1 l"], rotation: Rotation) -> None:
-    """Check that keys before RoPE are the same wherever a text stands.
+    """Check that removing the rotation gives the same keys for the same text at shifted positions.
 
     Raises:
-        ValueError: they are not, because the model pairs channels in another way, or layers are not rotated.
+        ValueError: the keys differ, because the model pairs channels in another way or does not rotate all layers.
     """
     found: list[list[Tensor]] = []
     positions = torch.arange(ids.shape[1], device=model.device)
@@ -294,15 +295,15 @@ def check_rotation(model: Any, ids: Int[Tensor, "1 l"], rotation: Rotation) -> N
 
 def _otherwise(model: Any) -> str:
     return (
-        f"rope='before': {type(model).__name__} rotates its keys in another way than channels i and i + d / 2 of whole "
-        "heads in all layers, by one set of frequencies; accepted for it is rope='after'"
+        f"rope='before': must be 'after' for {type(model).__name__}, which does not rotate channels i and i + d / 2 of "
+        "whole heads in all layers with one set of frequencies"
     )
 
 
 def errors(
     books: Codebooks, vectors: dict[int, tuple[Float[Tensor, "h n d"], Float[Tensor, "h n d"]]]
 ) -> dict[str, float]:
-    """Return the relative errors of keys and of values: square roots of squared errors over squares, mean over layers."""
+    """Return the relative quantisation errors of keys and of values (Frobenius norms), a mean over layers."""
     found: dict[str, list[float]] = {"keys": [], "values": []}
     for i, pair in vectors.items():
         for name, x, quantizer in zip(found, pair, books.quantizers(i, pair[0].device), strict=True):  # fmt: skip
@@ -312,9 +313,9 @@ def errors(
 
 
 def _books(
-    vectors: list[Float[Tensor, "h n d"]], form: Form, settings: CalibrationSettings
+    vectors: list[Float[Tensor, "h n d"]], form: CodebookForm, settings: CalibrationSettings
 ) -> Iterator[tuple[Float[Tensor, "_h m c w"], int]]:
-    """Yield centroids of the model or of each layer, and the number of layers that they are for."""
+    """Yield the centroids of the model or of each layer, and the number of layers that they cover."""
     generator = torch.Generator().manual_seed(settings.seed)
     most = VECTORS * 2**form.bits
 

@@ -1,4 +1,4 @@
-"""Attention over chosen tokens of a store, some query positions at a time."""
+"""Attention over selected tokens of a store, in chunks of query positions to limit memory."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,13 +8,14 @@ from dit_accel.llm.kvcache.partial import Partial, attention_part, merged_part
 from dit_accel.llm.kvcache.store import Store
 
 GATHERED = 2**24
-"""Elements of gathered keys that exist at a time: 64 MiB in fp32."""
+"""Largest number of gathered key elements in memory: 64 MiB in fp32."""
 MANY = 16
-"""Query positions from which reading all tokens under a mask may be faster than gathering those of each position."""
+"""Number of query positions from which masked attention over all tokens may be faster than gathering tokens."""
 DENSE = 8
-"""Tokens over chosen ones up to which it is: a product with a key is so much cheaper than a copy of it."""
+"""Largest ratio of stored to selected tokens for which masked attention is used. A dot product with a key is about this
+many times cheaper than copying the key."""
 MASK = 2**26
-"""Entries of a mask that exist at a time."""
+"""Largest number of mask entries in memory."""
 
 
 def attend_chosen(
@@ -24,13 +25,13 @@ def attend_chosen(
     visible: Bool[Tensor, "b h l_q n"] | None,
     scale: float,
 ) -> Partial:
-    """Return attention over the slots at `index`; each query position has slots of its own.
+    """Return attention over the slots in `index`, which differ between query positions.
 
     Args:
-        store: the stored tokens.
-        q: queries by the head of keys that they read.
-        index: slots that are read.
-        visible: entries of `index` that count. Default: all.
+        store: store that holds the tokens.
+        q: queries, grouped by KV head.
+        index: slots to read.
+        visible: False for entries of `index` to ignore. Default: all are used.
         scale: factor of the dot products.
     """
     rows, heads, length, count = index.shape
@@ -50,13 +51,13 @@ def attend_chosen(
 def _masked(
     store: Store, q: Tensor, index: Tensor, visible: Tensor | None, scale: float
 ) -> Partial:
-    """Return the same by attention over all tokens, of which each position sees those that were chosen for it."""
+    """Return the same result from attention over all tokens with a mask of the selected ones."""
     rows, heads, length, _ = index.shape
     step = max(1, MASK // max(1, rows * heads * store.slots))
     found = []
     for start in range(0, length, step):
         some, chosen = q[:, :, :, start : start + step], index[:, :, start : start + step]
-        # One more slot takes the entries that do not count.
+        # An additional slot collects the entries to ignore.
         mask = torch.zeros(*chosen.shape[:3], store.slots + 1, dtype=torch.bool, device=q.device)
         if visible is not None:
             chosen = chosen.masked_fill(~visible[:, :, start : start + step], store.slots)

@@ -1,4 +1,4 @@
-"""`Clusters`: stored tokens by cluster, with what tells whether a query needs them."""
+"""`Clusters`: assignment of stored tokens to clusters, with the mean key and value of each cluster."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,32 +12,32 @@ from dit_accel.llm.kvcache.spherical_kmeans import sums
 
 @dataclass(frozen=True)
 class Clusters:
-    """Clusters of each row and head. Tensors are never changed in place, so that copies may share them."""
+    """Clusters of the tokens of each batch row and head. Tensors are not changed in place, so copies share them."""
 
     k: Float[Tensor, "b h m d"]
     """Mean key of each cluster."""
     v: Float[Tensor, "b h m d_v"]
-    """Mean value."""
+    """Mean value of each cluster."""
     sizes: Int[Tensor, "b h m"]
-    """Tokens of each cluster."""
+    """Number of tokens in each cluster."""
     starts: Int[Tensor, "b h m"]
-    """First entry of each cluster in `order`."""
+    """Index of the first entry of each cluster in `order`."""
     order: Int[Tensor, "b h n"]
-    """Slots of tokens, those of a cluster one after the other."""
+    """Slots of the tokens, sorted by cluster within a run."""
     labels: Int[Tensor, "b h n"]
-    """Cluster of each token, counted from the first one of its run; a number past the last one: none."""
+    """Cluster of each token, counted within its run; the number of clusters of the run for tokens without a cluster."""
     runs: tuple[tuple[int, int], ...]
-    """Number of tokens and of clusters up to the end of each group of tokens that were clustered together."""
+    """Cumulative numbers of tokens and clusters at the end of each run. A run is a group of tokens clustered together."""
 
     @staticmethod
     def of(
         k: Tensor, v: Tensor, labels: Int[Tensor, "b h n"], count: int, first: int
     ) -> "Clusters":
-        """Return the clusters of tokens that were clustered together.
+        """Return the clusters of one run of tokens.
 
         Args:
             k, v: exact keys and values.
-            labels: cluster of each token; `count`: none.
+            labels: cluster of each token; `count` for tokens without a cluster.
             count: number of clusters.
             first: slot of the first token.
         """
@@ -58,7 +58,7 @@ class Clusters:
 
     @property
     def count(self) -> int:
-        """Number of clusters, empty ones among them."""
+        """Number of clusters, including empty ones."""
         return self.sizes.shape[2]
 
     @property
@@ -67,7 +67,7 @@ class Clusters:
         return sum(x.nbytes for x in self._tensors().values())
 
     def joined(self, other: "Clusters") -> "Clusters":
-        """Return these clusters and those of later tokens."""
+        """Return these clusters followed by the clusters of later tokens."""
         new = other._tensors()
         tensors = {name: torch.cat([x, new[name]], 2) for name, x in self._tensors().items()}
         later = tuple((tokens, clusters + self.count) for tokens, clusters in other.runs)
@@ -79,7 +79,7 @@ class Clusters:
         return replace(self, **tensors)
 
     def whole_runs(self, tokens: int) -> "Clusters | None":
-        """Return the runs that lie within the first tokens; None: no run does."""
+        """Return the runs that end within the first `tokens` tokens; None if there is no such run."""
         runs = tuple(x for x in self.runs if x[0] <= tokens)
         if not runs:
             return None
@@ -97,7 +97,7 @@ class Clusters:
     def members(
         self, clusters: Int[Tensor, "b h l_q r"]
     ) -> tuple[Int[Tensor, "b h l_q n"], Bool[Tensor, "b h l_q n"], Int[Tensor, "b h l_q"]]:
-        """Return the tokens of clusters of each query position, the entries that are tokens, and their number."""
+        """Return the token slots in the selected clusters of each query position, the mask of real entries, and their number."""
         shape = clusters.shape
         sizes, starts = (
             x.long().gather(2, clusters.flatten(2)).view(shape) for x in (self.sizes, self.starts)

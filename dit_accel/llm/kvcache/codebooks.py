@@ -1,4 +1,4 @@
-"""`Codebooks`: the file of `dit-accel llm calibrate`, which the store "pq" reads."""
+"""`Codebooks`: product-quantisation codebooks, written by `dit-accel llm calibrate` and read by the store "pq"."""
 
 import os
 from collections.abc import Mapping
@@ -23,26 +23,26 @@ SCOPES = ("model", "layer", "head")
 PAIRINGS = ("neighbours", "planes")
 ROPES = ("after", "before")
 LARGEST = 8192
-"""Largest number of layers, heads and channels that a file may claim."""
+"""Largest number of layers, heads or channels that is accepted from a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
-    """Form of codebooks: what is coded together, and by how many bits."""
+class CodebookForm:
+    """CodebookForm of codebooks: sub-vectors, bits per code, and which vectors share codebooks."""
 
     sub_vectors: int
-    """Sub-vectors of a key or value."""
+    """Number of sub-vectors of a key or value."""
     bits: int
-    """Bits of a code, 2 to 8."""
+    """Bits per code, 2 to 8."""
     scope: str = "layer"
-    """Vectors that share codebooks: those of the whole model, of a layer, or of a head."""
+    """Scope of a codebook: the whole "model", a "layer" or a "head"."""
     pairing: str = "neighbours"
-    """Channels of keys that are coded together: neighbours, or planes (i and i + d / 2, which RoPE rotates together)."""
+    """Key channels in one sub-vector: "neighbours", or "planes" (channels i and i + d / 2, which RoPE rotates together)."""
     centred: bool = False
-    """Whether the mean of each head is subtracted first."""
+    """Subtract the mean of each head before coding."""
     rope: str = "after"
-    """Keys that are coded: those after RoPE, as in the paper, or those before it, with the pairing "planes". These are
-    the same at every position; the positions are stored too, and keys that are read are rotated."""
+    """Code keys "after" RoPE, as in the paper, or "before" it (needs the pairing "planes"). Keys before RoPE do not depend on
+    the position. Their positions are stored too, and keys are rotated when they are read."""
 
     def __post_init__(self) -> None:
         ok = is_int(self.sub_vectors) and self.sub_vectors >= 1
@@ -52,46 +52,46 @@ class Form:
         check_choice("pairing", self.pairing, PAIRINGS)
         check_choice("rope", self.rope, ROPES)
         if self.rope == "before" and self.pairing != "planes":
-            raise ValueError(f"pairing={self.pairing!r}: accepted with rope='before' is planes")
+            raise ValueError(f"pairing={self.pairing!r}: must be 'planes' with rope='before'")
         check("centred", self.centred, isinstance(self.centred, bool), "true or false")
 
     def check_head_dim(self, head_dim: int) -> None:
-        """Check that heads can be divided in this way, and codes fill whole bytes.
+        """Check that heads can be divided into the sub-vectors, and that the codes of a vector fill whole bytes.
 
         Raises:
-            ValueError: they cannot.
+            ValueError: one of the two does not hold.
         """
         multiple = values_per_word(self.bits)
         if head_dim % self.sub_vectors or self.sub_vectors % multiple:
             raise ValueError(
-                f"sub_vectors={self.sub_vectors}: accepted for heads of {head_dim} channels and codes of {self.bits} bits "
-                f"are divisors of {head_dim} that are multiples of {multiple}"
+                f"sub_vectors={self.sub_vectors}: must be a divisor of head_dim={head_dim} and a multiple of {multiple} for "
+                f"codes of {self.bits} bits"
             )
         if self.pairing == "planes" and (head_dim // self.sub_vectors) % 2:
             raise ValueError(
-                f"sub_vectors={self.sub_vectors}: sub-vectors of {head_dim // self.sub_vectors} channels; planes accept an "
-                "even number"
+                f"sub_vectors={self.sub_vectors}: sub-vectors have {head_dim // self.sub_vectors} channels; must be an even number "
+                "with pairing='planes'"
             )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Codebooks:
-    """Codebooks of keys and values of one model. The tensors are checked against the form and the sizes."""
+    """Codebooks for the keys and values of one model. The shapes of the tensors are checked."""
 
-    form: Form
+    form: CodebookForm
     sizes: ModelSizes
     """Sizes of the model."""
     layers: tuple[int, ...]
-    """Layers with codebooks."""
+    """Indices of the layers that have codebooks."""
     tensors: Mapping[str, Tensor]
-    """fp32: `k` and `v` `[1 or layers, 1 or heads, sub-vectors, centroids, width]`; if centred, `k_mean` and `v_mean`
-    `[layers, heads, channels]`; for keys before RoPE `frequencies` `[channels / 2]`."""
+    """fp32 tensors: `k` and `v` `[1 or layers, 1 or heads, sub-vectors, centroids, width]`; if centred, `k_mean` and `v_mean`
+    `[layers, heads, channels]`; with `rope="before"`, `frequencies` `[channels / 2]`."""
     model: str = ""
     """Name of the model."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """How they were made: plain values."""
+    """Settings and errors of the calibration, as plain values."""
     fingerprint: Tensor | None = None
-    """See `fingerprint_of`; None: not known."""
+    """Fingerprint of the model weights, see `fingerprint_of`; None if not known."""
     _made: dict[Any, tuple[Quantizer, Quantizer]] = field(default_factory=dict, init=False)
     _rotations: dict[torch.device, Rotation] = field(default_factory=dict, init=False)
     _tensors: dict[torch.device, Mapping[str, Tensor]] = field(default_factory=dict, init=False)
@@ -110,10 +110,10 @@ class Codebooks:
             raise ValueError(f"codebooks: {problem}")
         for name, x in self.tensors.items():
             if x.dtype != torch.float32 or not x.isfinite().all():
-                raise ValueError(f"{name}: accepted are finite fp32 values")
+                raise ValueError(f"{name}: must hold finite fp32 values")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the tensors that the form requires, by name."""
+        """Return the required shape of each tensor by name."""
         form, sizes = self.form, self.sizes
         layers = 1 if form.scope == "model" else len(self.layers)
         heads = sizes.kv_heads if form.scope == "head" else 1
@@ -126,36 +126,36 @@ class Codebooks:
         return found | ({"frequencies": (sizes.head_dim // 2,)} if form.rope == "before" else {})
 
     def check(self, model: ModelSizes) -> None:
-        """Check that they were made for a model.
+        """Check that the codebooks were made for a model.
 
         Raises:
-            ValueError: they were made for another one.
+            ValueError: they were made for another model.
         """
         named = f" ({self.model})" if self.model else ""
         for name in ("layers", "kv_heads", "head_dim"):
             mine, other = getattr(self.sizes, name), getattr(model, name)
             if mine != other:
                 raise ValueError(
-                    f"made for a model{named} with {name}={mine}; accepted for this model is {other}"
+                    f"made for a model{named} with {name}={mine}; must be {name}={other} for this model"
                 )
         if self.sizes.config and model.config and self.sizes.config != model.config:
             raise ValueError(
-                f"made for another model{named} of the same sizes; accepted are codebooks of this one"
+                f"made for another model{named} of the same sizes; must be codebooks of this model"
             )
 
     def check_layer(self, layer: int) -> None:
-        """Check that they have codebooks of a layer.
+        """Check that a layer has codebooks.
 
         Raises:
-            ValueError: they do not.
+            ValueError: the layer has no codebooks.
         """
         if layer not in self.layers:
             raise ValueError(
-                f"no codebooks of layer {layer}; accepted are layers {', '.join(map(str, self.layers))}"
+                f"no codebooks for layer {layer}; must be one of {', '.join(map(str, self.layers))}"
             )
 
     def quantizers(self, layer: int, device: torch.device) -> tuple[Quantizer, Quantizer]:
-        """Return the codebooks of keys and of values of a layer. All caches on a device share them."""
+        """Return the quantizers of keys and of values of a layer. All caches on a device share them."""
         if (layer, device) not in self._made:
             at = self.layers.index(layer)
             first = 0 if self.form.scope == "model" else at
@@ -170,7 +170,7 @@ class Codebooks:
         return self._made[layer, device]
 
     def rotation(self, device: torch.device) -> Rotation | None:
-        """Return the rotation of keys, one for all layers and caches on a device; None: keys are coded after RoPE."""
+        """Return the rotation of keys, shared by all layers and caches on a device; None if keys are coded after RoPE."""
         if self.form.rope == "after":
             return None
         if device not in self._rotations:
@@ -178,37 +178,37 @@ class Codebooks:
         return self._rotations[device]
 
     def _on(self, device: torch.device) -> Mapping[str, Tensor]:
-        """Return the tensors on a device."""
+        """Return the tensors on a device, cached."""
         if device not in self._tensors:
             self._tensors[device] = {name: x.to(device) for name, x in self.tensors.items()}
         return self._tensors[device]
 
 
 def write_codebooks(path: str | os.PathLike, books: Codebooks) -> None:
-    """Write the file atomically."""
+    """Write codebooks to a safetensors file atomically."""
     _as_file(books).save(Path(path))
 
 
 def check_books(path: str, books: Codebooks, fingerprint: Tensor) -> None:
-    """Check that codebooks are for a model with these weights; see `fingerprint_of`.
+    """Check that codebooks were made for a model with this weight fingerprint, see `fingerprint_of`.
 
     Raises:
-        ValueError: they are for another one.
+        ValueError: they were made for other weights.
     """
     _as_file(books).check_weights(f"codebooks={path!r}", fingerprint)
 
 
 def read_codebooks(path: str | os.PathLike) -> Codebooks:
-    """Read a file. Calls for a file that did not change share what was read.
+    """Read codebooks from a file. Repeated calls for an unchanged file return the same object.
 
     Raises:
-        ValueError: it is missing, damaged, of another kind or version, or contradicts itself.
+        ValueError: the file is missing, damaged, inconsistent, or has another kind or version.
     """
     place = Path(path).expanduser()
     state = place.stat() if place.is_file() else None
     if state is None:
         raise ValueError(
-            f"codebooks={str(path)!r}: no such file; accepted is a file of dit-accel llm calibrate"
+            f"codebooks={str(path)!r}: no such file; must be a file written by dit-accel llm calibrate"
         )
     return _read(str(path), state.st_mtime_ns, state.st_size)
 
@@ -218,7 +218,7 @@ def _read(path: str, changed: int, size: int) -> Codebooks:
     found = load_model_file(path, KIND, "codebooks")
     try:
         return Codebooks(
-            form=Form(**found.settings["form"]),
+            form=CodebookForm(**found.settings["form"]),
             sizes=found.sizes,
             layers=tuple(found.settings["layers"]),
             tensors=found.tensors,

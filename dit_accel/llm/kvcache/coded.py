@@ -1,4 +1,4 @@
-"""`coded_attention`: attention over tokens whose keys and values are codes, in torch."""
+"""`coded_attention`: PyTorch attention over product-quantised keys and values."""
 
 import math
 
@@ -10,7 +10,7 @@ from dit_accel.llm.kvcache.partial import Partial, attention_part, from_scores
 from dit_accel.llm.kvcache.quantizer import Quantizer
 
 FEW = 8
-"""Queries of a head of keys for which looking up their scores is faster on a CPU than decoding keys."""
+"""Largest number of queries per KV head for which score lookup tables are faster than decoding the keys, on a CPU."""
 
 
 def coded_attention(
@@ -22,15 +22,15 @@ def coded_attention(
     visible: Bool[Tensor, "b _h n"] | None = None,
     factors: Complex[Tensor, "b _hf n half"] | None = None,
 ) -> Partial:
-    """Return attention, channels in order of the sub-vectors.
+    """Return attention over coded tokens. Channels of inputs and outputs are in the order of the sub-vectors.
 
     Args:
-        q: queries, channels in this order.
-        codes: those of keys and of values.
-        quantizers: those of keys and of values.
+        q: queries.
+        codes: codes of keys and of values.
+        quantizers: quantizers of keys and of values.
         scale: factor of the dot products.
-        visible: keys that may be read. Default: all.
-        factors: those of the rotation of keys, which are coded before RoPE. Default: they are coded after it.
+        visible: True for keys that may be read. Default: all.
+        factors: rotation factors for keys coded before RoPE. Default: keys are coded after RoPE.
     """
     k, v = quantizers
     values = v.rows(codes[1])
@@ -54,15 +54,15 @@ def coded_attention(
 def with_means(
     found: Partial, q: Tensor, k: Quantizer | None, v: Quantizer, scale: float
 ) -> Partial:
-    """Return attention over tokens with the means that their codes lack.
+    """Correct attention over codes for the means that were subtracted before coding.
 
-    Means of keys add the same to all scores of a query, and means of values the same to all outputs.
+    The mean key adds the same number to all scores of a query, and the mean value the same vector to all outputs.
 
     Args:
         found: attention over tokens without means.
-        q: queries, channels in order.
-        k: codes of keys; None: these have their means.
-        v: codes of values.
+        q: queries, channels in the order of the sub-vectors.
+        k: quantizer of keys; None if the mean is already in the keys.
+        v: quantizer of values.
         scale: factor of the dot products.
     """
     o, lse = found

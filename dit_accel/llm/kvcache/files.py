@@ -1,4 +1,4 @@
-"""`save_cache` and `load_cache`: a prompt that was read once, for later processes."""
+"""`save_cache` and `load_cache`: KV caches in files, so that another process need not process the prompt again."""
 
 import os
 from collections.abc import Sequence
@@ -15,22 +15,22 @@ from dit_accel.llm.kvcache.state import LAYER, changing, packed, unpacked
 
 KIND = "kv cache"
 OWN = ("keys", "values", "cumulative_length")
-"""Attributes of transformers' layers that change."""
+"""Attributes of the cache layers of transformers that hold their state."""
 
 
 def save_cache(model: Any, cache: Any, path: str | os.PathLike) -> None:
-    """Write a cache to a safetensors file. What stood there stays if that fails.
+    """Write a KV cache to a safetensors file. If writing fails, an existing file is left unchanged.
 
     Args:
-        model: the model whose tokens it holds.
+        model: the model that filled the cache.
         cache: a `KVCache`.
-        path: name of the file.
+        path: path of the file.
 
     Raises:
-        ValueError: `cache` is of another kind.
+        ValueError: `cache` is not a `KVCache`.
     """
     if not isinstance(cache, KVCache):
-        raise ValueError(f"cache: a {type(cache).__name__}; accepted is a KVCache")
+        raise ValueError(f"cache: a {type(cache).__name__}; must be a KVCache")
     tensors: dict[str, Tensor] = {}
     layers = [_layer(layer, f"{i}", tensors) for i, layer in enumerate(cache.layers)]
     ModelFile(
@@ -44,14 +44,14 @@ def save_cache(model: Any, cache: Any, path: str | os.PathLike) -> None:
 
 
 def load_cache(model: Any, path: str | os.PathLike) -> KVCache:
-    """Return a cache from a file, on the device of the model.
+    """Read a KV cache from a file onto the device of the model.
 
     Args:
-        model: the model that it was made for.
-        path: name of the file.
+        model: the model that filled the cache.
+        path: path of the file.
 
     Raises:
-        ValueError: no such file, or it is for another model.
+        ValueError: the file cannot be read, or was written for another model.
     """
     path = os.fspath(path)
     found = read_model_file(path, KIND, model_sizes(model.config), "path", keep=False)
@@ -67,7 +67,7 @@ def _layer(layer: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if not isinstance(layer, ZoneLayer):
         found = {x: getattr(layer, x) for x in OWN if hasattr(layer, x)}
         return {"own": packed(found, name, tensors)}
-    layer.beside.wait()
+    layer.side_stream.wait()
     parts: dict[str, tuple[Any, Sequence[str]]] = {"layer": (layer, LAYER)}
     parts |= {
         x: (y, changing(y)) for x, y in (("store", layer.store), ("selector", layer.selector))

@@ -1,4 +1,4 @@
-"""Indexes that find the keys with the largest dot products, one for each row and head."""
+"""Maximum-inner-product indexes over keys: one index for each batch row and head."""
 
 import importlib
 from typing import Any
@@ -11,30 +11,30 @@ from dit_accel.llm.kvcache.chosen import GATHERED
 from dit_accel.llm.kvcache.projection import EXPANDED, projected_graph, search_graph
 
 LEAST = 256
-"""Keys that a graph needs; fewer are compared one by one."""
+"""Smallest number of keys for which a graph is built. Fewer keys are searched exhaustively."""
 SEEN = 2**26
-"""Marks of compared keys that exist at a time: 64 MiB."""
+"""Largest number of visited marks in memory during a graph search: 64 MiB."""
 
 
 def check_faiss(index: str) -> None:
     """Check that faiss can be imported.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: faiss is not installed.
     """
     try:
         _faiss()
     except ImportError:
         raise ValueError(
-            f"index={index!r}: needs the package faiss (pip install faiss-cpu); accepted without it are flat, graph"
+            f"index={index!r}: needs the package faiss (pip install faiss-cpu); must be flat or graph without it"
         ) from None
 
 
 class KeyIndex:
-    """Index of keys that compares all of them. An index is never changed, so that copies may share it.
+    """Exhaustive index, which compares a query with all keys. An index is not changed after creation, so copies share it.
 
     Args:
-        keys: the keys.
+        keys: keys.
         slots: slot of each key in the store.
     """
 
@@ -49,12 +49,12 @@ class KeyIndex:
     def search(
         self, q: Float[Tensor, "l d"], count: int, width: int
     ) -> tuple[Int[Tensor, "l n"], Float[Tensor, "l n"], float | None]:
-        """Return slots, their dot products (-inf where the index found fewer), and the share of the keys compared.
+        """Return slots, dot products (-inf if the index found too few), and the share of the keys that were compared.
 
         Args:
             q: queries.
-            count: keys to find for each query, at most all.
-            width: candidates of the search.
+            count: number of keys to find for each query.
+            width: number of candidates that a graph search keeps.
         """
         count = min(count, len(self.keys))
         found, products, compared = self._find(
@@ -68,12 +68,12 @@ class KeyIndex:
 
 
 class LinkedKeys(KeyIndex):
-    """Graph that links keys which answer the same queries.
+    """Graph index that links keys with high scores for the same queries, see `projected_graph`.
 
     Args:
         keys, slots: see `KeyIndex`.
-        queries: queries like those that will come.
-        degree: neighbours of each key.
+        queries: sample queries, from the same distribution as later queries.
+        degree: number of neighbours of each key.
     """
 
     def __init__(self, keys: Tensor, slots: Tensor, queries: Tensor, degree: int) -> None:
@@ -99,10 +99,10 @@ class LinkedKeys(KeyIndex):
 
 
 class FaissKeys(KeyIndex):
-    """Graph of faiss, on the CPU.
+    """Graph index of faiss, on the CPU.
 
     Args:
-        kind: "hnsw", a graph of near keys; "nsg", made of the links of `LinkedKeys`, most of which faiss prunes away.
+        kind: "hnsw" links near keys; "nsg" starts from the links of `LinkedKeys`, most of which faiss prunes.
         keys, slots, queries, degree: see `LinkedKeys`.
     """
 
@@ -133,7 +133,7 @@ class FaissKeys(KeyIndex):
             self.index.hnsw.efSearch = width
             faiss.cvar.hnsw_stats.reset()
         products, found = map(torch.from_numpy, self.index.search(q.cpu().numpy(), count))
-        compared = None  # faiss does not count them
+        compared = None  # faiss does not count comparisons for NSG
         if self.kind == "hnsw":
             compared = faiss.cvar.hnsw_stats.ndis / (len(q) * len(self.keys))
         products = products.masked_fill(found < 0, -torch.inf)
@@ -147,7 +147,7 @@ def _faiss() -> Any:
 def index_of(
     kind: str, keys: Tensor, slots: Tensor, queries: Tensor | None, degree: int
 ) -> KeyIndex:
-    """Return an index of keys: "graph", "hnsw" or "nsg"; see the classes."""
+    """Return an index over keys of the kind "graph", "hnsw" or "nsg"; an exhaustive index if there are few keys."""
     if len(keys) < LEAST:
         return KeyIndex(keys, slots)
     queries = keys if queries is None else queries

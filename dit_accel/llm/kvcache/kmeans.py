@@ -1,4 +1,4 @@
-"""k-means of many small problems at a time."""
+"""Batched k-means: solves many small problems at once."""
 
 import torch
 from jaxtyping import Float
@@ -7,25 +7,25 @@ from torch import Tensor
 from dit_accel.llm.kvcache.quantizer import nearest
 
 FIRST = 8
-"""Vectors of a centroid from which the first centroids are drawn: more take most of the time and help little."""
+"""Number of vectors per centroid for the k-means++ initialisation. More would take most of the time and help little."""
 
 
 def kmeans(
     x: Float[Tensor, "m n w"], count: int, *, rounds: int, seed: int = 0
 ) -> Float[Tensor, "m c w"]:
-    """Return centroids of each of `m` sets of vectors (Lloyd's algorithm).
+    """Return the centroids of each of `m` sets of vectors (Lloyd's algorithm).
 
-    A set with at most `count` different vectors gets these very vectors.
+    If a set has at most `count` different vectors, these vectors are its centroids.
 
     Args:
         x: fp32 vectors.
-        count: number of centroids `c` of each set.
-        rounds: rounds at most; fewer if nothing moves any more.
-        seed: seed of the first centroids.
+        count: number of centroids `c` per set.
+        rounds: maximum number of rounds. Stops earlier when no assignment changes.
+        seed: seed of the initialisation.
     """
     few: dict[int, Tensor] = {}
     for i, y in enumerate(x):
-        # Sets of few different vectors are rare, so a part of them decides most cases.
+        # `unique` of all vectors is slow, so test a subset first. Sets with few different vectors are rare.
         if len(torch.unique(y[: 2 * count], dim=0)) <= count:
             different = torch.unique(y, dim=0)
             if len(different) <= count:
@@ -45,12 +45,12 @@ def kmeans(
 
 
 def _first(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return the first centroids: vectors, each drawn by its squared distance from those before it (k-means++)."""
+    """Return initial centroids by k-means++: each is drawn with the squared distance from earlier ones as its weight."""
     chosen = [x[:, :1]]
     distance = torch.full_like(x[..., 0], torch.inf)
     for _ in range(count - 1):
         distance = torch.minimum(distance, (x - chosen[-1]).square().sum(-1))
-        # Where every vector is a centroid already, any will do.
+        # If all distances are 0, draw uniformly, because multinomial needs a positive weight.
         weights = torch.where(distance.sum(1, keepdim=True) > 0, distance, 1.0)
         at = torch.multinomial(weights, 1, generator=generator)
         chosen.append(x.gather(1, at[..., None].expand(-1, -1, x.shape[2])))
@@ -58,7 +58,7 @@ def _first(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _means(x: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
-    """Return the mean of the vectors of each centroid; one without vectors moves to a vector with a large error."""
+    """Return the mean of the vectors of each centroid. A centroid without vectors moves to a vector with a large error."""
     sums = torch.zeros_like(centroids)
     sums.scatter_add_(1, codes[..., None].expand_as(x), x)
     counts = torch.zeros(centroids.shape[:2], device=x.device)

@@ -1,4 +1,4 @@
-"""`ZoneLayer`: one layer of a cache, in which the first and the last tokens are exact and those between are stored."""
+"""`ZoneLayer`: cache layer that keeps the first and the last tokens exact and the tokens between them in a store."""
 
 from collections.abc import Callable
 from copy import copy
@@ -9,31 +9,31 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from dit_accel.llm.kvcache.beside import Beside
 from dit_accel.llm.kvcache.part import Part, joined
 from dit_accel.llm.kvcache.partial import attention_part, grouped, merged
-from dit_accel.llm.kvcache.selector import Prompt, Selector
+from dit_accel.llm.kvcache.selector import PromptQueries, Selector
+from dit_accel.llm.kvcache.side_stream import SideStream
 from dit_accel.llm.kvcache.store import Store
 
 TAG = "_dit_accel_layer"
-"""Attribute of new keys that tells the attention function which layer holds the others."""
+"""Name of the attribute of new keys through which the attention function finds the cache layer."""
 NOT_READ = (
-    "past_key_values: the attention function of the model does not read this cache; accepted is a model after "
-    "dit_accel.llm.enable(model, kv=...)"
+    "past_key_values: the attention function of the model does not read a KVCache; call "
+    "dit_accel.llm.enable(model, kv=...) first"
 )
 
 
 def check_cached(
     mask: Tensor | None, *, causal: bool, softcap: float | None, dropout: float
 ) -> None:
-    """Check that a call of a model can go through a `ZoneLayer`.
+    """Check that a `ZoneLayer` supports the arguments of an attention call.
 
     Raises:
-        ValueError: it needs what such layers do not have.
+        ValueError: an argument is not supported.
     """
     if mask is not None and mask.ndim != 2:
         raise ValueError(
-            f"attention_mask: a mask of pairs {tuple(mask.shape)}; a KV cache accepts masks of real tokens [B, L]"
+            f"attention_mask: has shape {tuple(mask.shape)}; must be a padding mask [B, L] with kv="
         )
     for name, wrong in (
         ("is_causal=False", not causal),
@@ -41,22 +41,23 @@ def check_cached(
         ("dropout", dropout),
     ):
         if wrong:
-            raise ValueError(f"{name}: accepted with kv= are causal models without it")
+            raise ValueError(f"{name}: not supported with kv=")
 
 
 class ZoneLayer(CacheLayerMixin):
     """Keys and values of one attention layer.
 
-    The first `sink` and the last tokens of a row are kept as they are: attention to them is strong, and errors there
-    cost most. Tokens between them go through a selector into a store. Attention over both is exact where the store is.
+    The first `sink` tokens and the last tokens of each batch row stay exact, because attention to them is strong and
+    errors there cost most. The tokens between them go through a selector into a store. Attention over the zones is merged
+    by log-sum-exp, and is exact if the store is exact and the selector reads all tokens.
 
     Args:
-        store: see `Store`.
-        selector: see `Selector`.
-        sink: first tokens of each row that stay exact. Padding on the left does not count.
-        recent: last tokens that stay exact, at least.
-        flush: tokens that are stored at a time.
-        overlap: whether a GPU stores tokens that come after the prompt beside the next layers.
+        store: store of the tokens between the exact ones.
+        selector: selector that chooses the stored tokens to read.
+        sink: number of first tokens of each row that stay exact, not counting padding on the left.
+        recent: smallest number of last tokens that stay exact.
+        flush: number of tokens that move to the store at a time.
+        overlap: on a GPU, store tokens after the prompt on a second stream while the next layers run.
     """
 
     is_sliding = False
@@ -75,27 +76,27 @@ class ZoneLayer(CacheLayerMixin):
         super().__init__()
         self.store, self.selector = store, selector
         self.sink, self.recent, self.flush = sink, recent, flush
-        self.beside = Beside(overlap)
+        self.side_stream = SideStream(overlap)
         self.is_croppable = not selector.forgets
         self.reset()
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         self.exact: Part | None = None
-        """First tokens, then last ones."""
+        """Exact tokens: the first tokens, followed by the last tokens."""
         self.length = 0
         self.sinks = 0
-        """First slots of `exact` that stay there."""
+        """Number of slots at the front of `exact` that hold the first tokens."""
         self.positions: Int[Tensor, "b sinks"] | None = None
-        """Positions of the first slots, where rows have padding on the left."""
+        """Positions of these first tokens, if rows have padding on the left; else None."""
         self.stored = 0
-        """Tokens that were handed to the selector."""
+        """Number of tokens that were passed to the selector."""
         self.calls = 0
-        """Calls that found tokens in the cache."""
+        """Number of calls that found tokens in the cache."""
         self.read = 0.0
-        """Shares of the tokens that these calls read, added up."""
+        """Sum of the shares of the tokens that these calls read."""
         self.pending = False
-        """Whether new keys were handed out that no attention function has read yet."""
+        """True between `update` and `attend`."""
         self.store.clear()
         self.selector.clear()
         self.is_initialized = False
@@ -107,16 +108,19 @@ class ZoneLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return the new keys and values; `attend` takes them in."""
+        """Return the new keys and values, tagged with this layer. `attend` then adds them to the cache.
+
+        Raises:
+            ValueError: the keys of the previous call never reached `attend`.
+        """
         if self.pending:
-            self.pending = False  # what was not taken in is forgotten, and nothing else
+            self.pending = False  # drop only the tokens that did not reach `attend`
             raise ValueError(NOT_READ)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.pending = True
-        key_states = key_states.view_as(
-            key_states
-        )  # the tag must not stay on the model's own tensor
+        # A view, so that the model's own tensor is not tagged.
+        key_states = key_states.view_as(key_states)
         setattr(key_states, TAG, self)
         return key_states, value_states
 
@@ -130,15 +134,15 @@ class ZoneLayer(CacheLayerMixin):
         scale: float,
         prompt: Callable[[], Tensor],
     ) -> Float[Tensor, "b h_q l_q d_v"]:
-        """Return the attention output of new tokens, and take them in.
+        """Return the attention output of new tokens, and add them to the cache.
 
         Args:
-            q, k, v: of the new tokens.
-            mask: real tokens of the whole length; None: all.
+            q, k, v: queries, keys and values of the new tokens.
+            mask: real tokens of the cache and the call, `[B, L]`; None if there is no padding.
             scale: factor of the dot products.
-            prompt: attention among the tokens of a call that finds the cache empty.
+            prompt: function that computes the attention output if the cache is empty.
         """
-        self.beside.wait()
+        self.side_stream.wait()
         past, length = self.length, self.length + k.shape[2]
         valid = None if mask is None else mask[:, None, past:length]
         positions = self._positions(mask, past, k) if self.store.needs_positions else None
@@ -174,7 +178,7 @@ class ZoneLayer(CacheLayerMixin):
 
     @staticmethod
     def _positions(mask: Tensor | None, past: int, k: Tensor) -> Int[Tensor, "b 1 l_q"]:
-        """Return the positions of new tokens as models count them: padding has none."""
+        """Return the position ids of new tokens. Padding does not count."""
         rows, length = k.shape[0], past + k.shape[2]
         if mask is None:
             found = torch.arange(past, length, device=k.device).expand(rows, -1)
@@ -183,7 +187,7 @@ class ZoneLayer(CacheLayerMixin):
         return found[:, None].to(torch.int32)
 
     def _sinks_first(self, new: Part) -> Part:
-        """Return the tokens of a prompt with the first real ones of each row at the front."""
+        """Return the tokens of a padded prompt with the first real tokens of each row moved to the front."""
         assert new.valid is not None
         real = new.valid[:, 0]
         at = torch.arange(new.slots, device=real.device)
@@ -194,7 +198,7 @@ class ZoneLayer(CacheLayerMixin):
         return new.take(order[:, None])
 
     def _move(self, q: Tensor | None, scale: float) -> None:
-        """Hand tokens that are neither first nor last to the store."""
+        """Move tokens that are neither first nor last tokens from `exact` to the store, if there are enough."""
         exact = self.exact
         assert exact is not None
         if self.positions is not None:
@@ -209,10 +213,10 @@ class ZoneLayer(CacheLayerMixin):
             return
         end = self.sinks + spare
         first, part, last = exact.cut(0, self.sinks), exact.cut(self.sinks, end), exact.cut(end)
-        prompt = None if q is None else Prompt(q, first, last)
+        prompt = None if q is None else PromptQueries(q, first, last)
         part = part.own()
         if prompt is None:
-            with self.beside.work(part):
+            with self.side_stream.work(part):
                 self.selector.append(self.store, part, None, scale)
         else:
             self.selector.append(self.store, part, prompt, scale)
@@ -223,16 +227,16 @@ class ZoneLayer(CacheLayerMixin):
         """Remove the last tokens.
 
         Args:
-            tokens_to_remove: their number, as a negative int; transformers 5.17 gives a tensor.
+            tokens_to_remove: negative number of tokens; transformers 5.17 passes a tensor.
 
         Raises:
             ValueError: the number is positive.
         """
-        self.beside.wait()
+        self.side_stream.wait()
         tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(
-                f"tokens_to_remove={tokens_to_remove}: accepted is an int <= 0, such as -5 for the last five"
+                f"tokens_to_remove={tokens_to_remove}: must be an int <= 0, such as -5 for the last five tokens"
             )
         count = min(-tokens_to_remove, self.length)
         if count == 0 or self.exact is None:
@@ -256,7 +260,7 @@ class ZoneLayer(CacheLayerMixin):
         self.exact = self._without_later(exact)
 
     def _without_later(self, exact: Part) -> Part:
-        """Empty the first slots that hold tokens after the last one that is left."""
+        """Mask first slots whose tokens were cropped. With padding, rows may have fewer first tokens than others."""
         if self.positions is None:
             return exact
         gone = self.positions >= self.length
@@ -266,16 +270,16 @@ class ZoneLayer(CacheLayerMixin):
         return joined(first, exact.cut(self.sinks))
 
     def fork(self) -> "ZoneLayer":
-        """Return a layer with the same tokens, which both share until they change."""
-        self.beside.wait()
+        """Return a copy that shares memory until one of the two changes."""
+        self.side_stream.wait()
         layer = copy(self)
-        layer.beside = Beside(self.beside.on)
+        layer.side_stream = SideStream(self.side_stream.on)
         layer.store, layer.selector = self.store.fork(), self.selector.fork()
         return layer
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these rows of the batch, in this order."""
-        self.beside.wait()
+        """Select the batch rows `beam_idx`, in this order."""
+        self.side_stream.wait()
         if self.exact is None:
             return
         self.exact = self.exact.rows(beam_idx)
@@ -285,19 +289,19 @@ class ZoneLayer(CacheLayerMixin):
         self.selector.rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
+        """Repeat each batch row."""
         if self.exact is not None:
             rows = self.exact.k.shape[0]
             self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch."""
+        """Select the batch rows `indices` (indices or a bool mask)."""
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
         self.reorder_cache(indices)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of tokens with the new ones, and 0: masks tell of all tokens, stored ones too."""
+        """Return the length and the offset of the mask: it covers all tokens, including stored ones."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -308,7 +312,7 @@ class ZoneLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values and of what tells them apart."""
+        """Bytes of keys, values and the data of the selector."""
         found = 0 if self.exact is None else self.exact.nbytes
         if self.positions is not None:
             found += self.positions.nbytes

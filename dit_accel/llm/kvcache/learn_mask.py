@@ -1,8 +1,8 @@
-"""Learning which channels of the keys a model needs (LeanK, arXiv 2508.02215), on texts and without changing its weights.
+"""`learn_mask`: learns which key channels a model needs (LeanK, arXiv 2508.02215), without changing its weights.
 
-Keys between the first and the last tokens get a factor for each channel, `s = q . (k * alpha)`. The factors are learned so
-that the last hidden states of the text that follows stay as they are while the mean factor falls; then the largest ones are
-kept, and those are trained a little with all others at 0.
+Each channel of the keys between the first and the last tokens gets a factor, `s = q . (k * alpha)`. Training keeps the last
+hidden states of the following text close to exact ones while a penalty lowers the mean factor. The channels with the
+largest factors are kept and trained for a few more steps with all other factors at 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,29 +21,29 @@ from dit_accel.llm.kvcache.cache import copied, model_sizes
 from dit_accel.llm.kvcache.partial import from_scores, grouped
 
 PENALTY = 0.06
-"""Weight of the mean factor in the loss, the paper's."""
+"""Weight of the mean factor in the loss, as in the paper."""
 HARD_STEPS = 0.1
-"""Steps with the hard mask over those before."""
+"""Number of steps with the hard mask, divided by the number of steps before."""
 EDGES = 0.2
-"""Share of the steps in which the learning rate rises, and of those in which it falls."""
+"""Share of the steps for warm-up of the learning rate, and the same share for its decay."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSettings:
-    """How a mask is learned."""
+    """Settings for learning a channel mask."""
 
     keep: float | int = 0.5
-    """Share of the channels that are kept, over all layers and heads."""
+    """Share of the channels to keep, over all layers and heads."""
     multiple: int | None = None
-    """Channels of a head are a multiple of this. Default: an eighth of head_dim."""
+    """The number of channels kept in a head is a multiple of this. Default: head_dim / 8."""
     steps: int = 100
-    """Steps of training; 0: a mask from the energies E[q^2] E[k^2] of each channel alone, as shares of their head."""
+    """Number of training steps; 0: no training, the mask is chosen by the energy E[q^2] E[k^2] of each channel."""
     rate: float | int = 0.02
     """Largest learning rate."""
     sink: int = 64
-    """First tokens whose keys stay whole, as in the cache."""
+    """Number of first tokens whose keys keep all channels, as in the cache."""
     recent: int = 128
-    """Last tokens whose keys stay whole."""
+    """Number of last tokens whose keys keep all channels."""
 
     def __post_init__(self) -> None:
         check_fraction("keep", self.keep)
@@ -57,38 +57,38 @@ class MaskSettings:
 
 @dataclass
 class Context:
-    """A text whose first part is read exactly, and the hidden states of what follows."""
+    """Training text: the cache of its first part, and the tokens and exact hidden states of its last part."""
 
     cache: DynamicCache
     """Keys and values of the first part."""
     ids: Tensor
-    """Tokens that follow, `[1, n]`."""
+    """Token ids of the last part, `[1, n]`."""
     states: Tensor
-    """Their last hidden states with exact attention."""
+    """Last hidden states of the last part with exact attention."""
 
 
 class _Factors:
-    """Attention with factors on the channels of stored keys, as a policy of a model (see `install`)."""
+    """Attention policy (see `install`) that multiplies the channels of keys between the exact zones by factors."""
 
     def __init__(
         self, settings: MaskSettings, full: Bool[Tensor, " layers"], alpha: Tensor | None = None
     ) -> None:
         self.settings = settings
         self.full = full
-        """Layers without a sliding window; only these have factors."""
+        """True for layers without a sliding window. Only these have factors."""
         self.alpha = alpha
-        """Factors `[layers, h, d]`; None: exact attention."""
+        """Factors `[layers, h, d]`; None for exact attention."""
         self.mask: Tensor | None = None
-        """Channels that are kept in the second stage."""
+        """Mask of the kept channels in the second stage; None in the first stage."""
         self.queries: dict[int, Tensor] = {}
-        """Mean squares of the queries of each layer `[h, d]`, from exact calls."""
+        """Mean squared queries `[h, d]` of each layer, recorded in exact calls."""
         self.before: list[tuple[Any, Any]] = []
         self.tracker = self.kv = self.cache_hook = None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **rules: Any
     ) -> Tensor:
-        """Return the attention output of the last positions."""
+        """Return the attention output of the queries at the last positions."""
         rows = grouped(q, k.shape[1])
         at = torch.arange(k.shape[2], device=k.device)
         last = at[-q.shape[2] :, None]
@@ -97,7 +97,7 @@ class _Factors:
             self.queries[layer] = rows.float().square().mean((0, 2, 3))
         elif self.full[layer]:
             alpha = self.alpha[layer]
-            if self.mask is not None:  # the gradient goes through as if nothing was cut
+            if self.mask is not None:  # straight-through gradient
                 alpha = alpha + (torch.where(self.mask[layer], alpha, 0.0) - alpha).detach()
             stored = (at >= self.settings.sink) & (at <= last - self.settings.recent)
             factored = (rows * alpha[None, :, None, None]).to(k.dtype)
@@ -118,31 +118,32 @@ def learn_mask(
     follow: int = 128,
     on_step: Callable[[int, float], None] | None = None,
 ) -> tuple[Bool[Tensor, "layers h d"], Float[Tensor, "layers h d"]]:
-    """Return the channels that are kept, and the factors that they were chosen by.
+    """Return the mask of kept key channels, and the factors (or energies) by which they were chosen.
 
     Args:
         model: causal language model of transformers; its weights are not changed.
-        texts: tokens `[1, L]`.
-        settings: see `MaskSettings`.
-        follow: tokens at the end of each text that read the others through the mask.
-        on_step: called with the number of each step and its loss.
+        texts: token ids `[1, L]` of each text.
+        settings: settings of the training.
+        follow: number of tokens at the end of each text whose hidden states are compared.
+        on_step: called after each step with its number and loss.
 
     Returns:
-        Layers with a sliding window, which caches leave alone, keep all channels.
+        Mask and factors. Layers with a sliding window keep all channels, because caches do not compress them.
 
     Raises:
-        ValueError: a text is too short, no layer has full attention, or the model cannot take another attention function.
+        ValueError: a text is too short, no layer has full attention, or the model does not support other attention
+            functions.
     """
     least = settings.sink + settings.recent + follow
     for ids in texts:
         if ids.shape[1] <= least:
             raise ValueError(
-                f"texts: {ids.shape[1]} tokens; accepted are more than {least} (sink, recent and {follow} that follow)"
+                f"texts: {ids.shape[1]} tokens; must be more than {least} (sink + recent + {follow} at the end)"
             )
     disable(model)
     full = torch.tensor([type(x) is DynamicLayer for x in DynamicCache(config=model.config).layers])
     if not full.any():
-        raise ValueError("model: no layer has full attention; accepted are models with one")
+        raise ValueError("model: must have at least one layer with full attention")
     contexts, energy = [], []
     for ids in texts:
         context, found = _context(model, ids, follow, settings, full)
@@ -180,7 +181,7 @@ def learn_mask(
 def _in_full_layers(
     alpha: Float[Tensor, "layers h d"], full: Bool[Tensor, " layers"], keep: float, multiple: int
 ) -> Bool[Tensor, "layers h d"]:
-    """Return the channels that are kept: all of those of other layers."""
+    """Return the hard mask of layers with full attention; all channels are kept in other layers."""
     mask = torch.ones_like(alpha, dtype=torch.bool)
     mask[full] = hard_mask(alpha[full], keep, multiple)
     return mask
@@ -189,12 +190,12 @@ def _in_full_layers(
 def hard_mask(
     alpha: Float[Tensor, "layers h d"], keep: float, multiple: int
 ) -> Bool[Tensor, "layers h d"]:
-    """Return the channels that are kept: those above one threshold for the whole model, rounded in each head.
+    """Return the mask of the channels above a threshold for the whole model, with rounded numbers per head.
 
     Args:
-        alpha: factors or energies.
+        alpha: factors or energies of the channels.
         keep: share of the channels above the threshold.
-        multiple: the number in a head is rounded to a multiple of this; halves are rounded up.
+        multiple: the number of channels in a head is rounded to a multiple of this, halves up.
     """
     wanted = max(1, round(keep * alpha.numel()))
     threshold = alpha.flatten().sort(descending=True).values[wanted - 1]
@@ -240,10 +241,10 @@ def _train(
 def _context(
     model: Any, ids: Tensor, follow: int, settings: MaskSettings, full: Bool[Tensor, " layers"]
 ) -> tuple[Context, Tensor]:
-    """Return a text with its exact hidden states, and the energies E[q^2] E[k^2] of each channel.
+    """Return the training context of a text, and the energy E[q^2] E[k^2] of each channel.
 
-    Energies are shares of those of their head: heads whose scores are large do not need more channels. The first and the
-    last keys do not count, because they stay whole.
+    Energies are divided by the total of their head, because heads with large scores do not need more channels. The first
+    and the last keys are left out, because they keep all channels.
     """
     ids = ids.to(model.device)
     cache = DynamicCache(config=model.config)
@@ -269,6 +270,6 @@ def _context(
 
 
 def _states(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """Return the last hidden states of new tokens."""
+    """Return the last hidden states of the tokens `ids`."""
     found: Tensor = model.get_decoder()(ids, past_key_values=cache).last_hidden_state
     return found

@@ -1,4 +1,4 @@
-"""`ModelFile`: what was learned from one model for its caches, as a safetensors file that knows the model."""
+"""`ModelFile`: safetensors file with tensors for the KV cache of one model, and checks that it fits a model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,35 +17,36 @@ from dit_accel.tensor_files import digest, open_safetensors
 
 FORMAT_VERSION = 1
 ENTRY = "dit_accel"
-"""Key of the JSON in the header of a file."""
+"""Key of the JSON metadata in the safetensors header."""
 FINGERPRINT = "fingerprint"
 VALUES = 64
-"""Weights of each layer in a fingerprint."""
+"""Number of weights per layer in a fingerprint."""
 LEAST_SIMILARITY = 0.9
-"""Least cosine of two fingerprints of one model. Other dtypes and small changes stay far above it; others are near 0."""
+"""Smallest cosine similarity of two fingerprints of the same model. Other dtypes and light fine-tuning stay far above it;
+different models are near 0."""
 
 
 @dataclass(frozen=True, eq=False)
 class ModelFile:
-    """Tensors for one model."""
+    """Tensors that were made for one model."""
 
     kind: str
-    """Word for what the tensors are."""
+    """Kind of the content, such as "channel mask"."""
     tensors: Mapping[str, Tensor]
     sizes: ModelSizes
     fingerprint: Tensor
-    """See `fingerprint_of`."""
+    """Fingerprint of the model weights, see `fingerprint_of`."""
     model: str = ""
     """Name of the model."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Plain values."""
+    """Further metadata as plain values."""
 
     def save(self, path: Path, *, hashed: bool = True) -> None:
-        """Write the file; what stood there stays if that fails.
+        """Write the file. If writing fails, an existing file is left unchanged.
 
         Args:
-            path: name of the file.
-            hashed: also write a hash of all it holds, so that damage is found when it is read.
+            path: path of the file.
+            hashed: also write a hash of the content, so that reading detects damage.
         """
         entry = {
             "format_version": FORMAT_VERSION,
@@ -63,10 +64,14 @@ class ModelFile:
             save_file(tensors, temporary, metadata=header)
 
     def check_weights(self, argument: str, found: Tensor) -> None:
-        """Check that a model has the weights that this was made for; nothing is known of quantised ones.
+        """Check that the file was made for a model with these weights. Layers with quantised weights are not checked.
+
+        Args:
+            argument: argument that the error names.
+            found: fingerprint of the model, see `fingerprint_of`.
 
         Raises:
-            ValueError: it has other weights.
+            ValueError: the weights differ.
         """
         a, b = self.fingerprint.double(), found.double()
         known = a.any(1) & b.any(1) if a.shape == b.shape else torch.zeros(0, dtype=torch.bool)
@@ -75,47 +80,47 @@ class ModelFile:
             alike = float(a @ b / (a.norm() * b.norm()))
             if alike < LEAST_SIMILARITY:
                 raise ValueError(
-                    f"{argument}: made for {self.model or 'another model'}, similarity of the weights {alike:.2f}; "
-                    f"accepted from {LEAST_SIMILARITY}"
+                    f"{argument}: made for {self.model or 'another model'}; the similarity of the weights is {alike:.2f}, "
+                    f"must be at least {LEAST_SIMILARITY}"
                 )
 
 
 def load_model_file(path: str | Path, kind: str, argument: str) -> ModelFile:
-    """Return what a file holds.
+    """Read a file.
 
     Args:
-        path: the file.
-        kind: what it must be.
-        argument: name of the setting, for messages.
+        path: path of the file.
+        kind: expected kind of the content.
+        argument: argument that errors name.
 
     Raises:
-        ValueError: no such file, or it is damaged, or of another kind or version.
+        ValueError: the file is missing, damaged, or has another kind or version.
     """
     place = Path(path).expanduser()
     if not place.is_file():
-        raise ValueError(
-            f"{argument}={str(path)!r}: no such file; accepted is a file with a {kind}"
-        )
+        raise ValueError(f"{argument}={str(path)!r}: no such file; must be a file with a {kind}")
     try:
         return _load(place, kind)
     except (OSError, KeyError, TypeError, RecursionError, ValueError) as error:
-        raise ValueError(f"{argument}={str(path)!r}: is no file with a {kind} ({error})") from None
+        raise ValueError(
+            f"{argument}={str(path)!r}: is not a file with a {kind} ({error})"
+        ) from None
 
 
 def read_model_file(
     path: str | Path, kind: str, sizes: ModelSizes, argument: str, *, keep: bool = True
 ) -> ModelFile:
-    """Return what a file holds.
+    """Read a file and check that it fits the sizes of a model.
 
     Args:
-        path: the file.
-        kind: what it must be.
-        sizes: sizes of the model that it is for.
-        argument: name of the setting, for messages.
-        keep: whether to read it once for all layers of a model.
+        path: path of the file.
+        kind: expected kind of the content.
+        sizes: sizes of the model.
+        argument: argument that errors name.
+        keep: cache the content in memory, so that all layers of a model share it.
 
     Raises:
-        ValueError: no such file, a file of another kind or version, or one for a model of other sizes.
+        ValueError: the file is missing, damaged, has another kind or version, or was made for a model of other sizes.
     """
     place = Path(path).expanduser()
     if keep and place.is_file():
@@ -128,17 +133,17 @@ def read_model_file(
             mine, other = getattr(found.sizes, name), getattr(sizes, name)
             if mine != other:
                 raise ValueError(
-                    f"{argument}={str(path)!r}: made for a model with {name}={mine}; accepted for this model is {other}"
+                    f"{argument}={str(path)!r}: made for a model with {name}={mine}; must be {name}={other} for this model"
                 )
         raise ValueError(
-            f"{argument}={str(path)!r}: made for another model of the same sizes; accepted is a file of this one"
+            f"{argument}={str(path)!r}: made for another model of the same sizes; must be a file of this model"
         )
     return found
 
 
 @lru_cache(maxsize=8)
 def _kept(path: str, changed: int, size: int, kind: str, argument: str) -> ModelFile:
-    """Read a file once for all layers."""
+    """Call `load_model_file` once per version of a file, identified by its time and size."""
     return load_model_file(path, kind, argument)
 
 
@@ -146,7 +151,7 @@ def _load(path: Path, kind: str) -> ModelFile:
     with open_safetensors(path) as file:
         header = file.metadata() or {}
         if ENTRY not in header:
-            raise ValueError("it was not made here")
+            raise ValueError("not written by dit_accel")
         entry = json.loads(header[ENTRY])
         if entry["kind"] != kind:
             raise ValueError(f"its kind is {entry['kind']!r}")
@@ -154,7 +159,7 @@ def _load(path: Path, kind: str) -> ModelFile:
             raise ValueError(
                 f"format_version={entry['format_version']!r}; this dit_accel reads {FORMAT_VERSION}"
             )
-        # Copies: the file may change under a memory map.
+        # Clone, because the file may change while it is memory-mapped.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if "digest" in header and digest(header, tensors) != header["digest"]:
         raise ValueError("damaged or changed after it was written (digest does not match)")
@@ -164,7 +169,7 @@ def _load(path: Path, kind: str) -> ModelFile:
 
 
 def fingerprint_of(layers: Sequence[nn.Module]) -> Tensor:
-    """Return some weights of each attention layer `[layers, VALUES]`, fp32; zeros where there are none to read.
+    """Return a sample of the weights of each attention layer, `[layers, VALUES]` in fp32; zeros if they are not readable.
 
     Args:
         layers: attention layers of a model.
@@ -184,6 +189,6 @@ def fingerprint_of(layers: Sequence[nn.Module]) -> Tensor:
 
 
 def _alone(x: Tensor) -> Tensor:
-    """Return a tensor on the CPU that shares no memory: safetensors refuses those that do."""
+    """Return a copy on the CPU that shares no memory, because safetensors does not save views of shared memory."""
     x = x.detach().contiguous().cpu()
     return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x

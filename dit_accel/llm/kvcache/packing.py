@@ -1,4 +1,4 @@
-"""Integers of 1 to 8 bits in bytes, without spare bits."""
+"""Packing of integers of 1 to 8 bits into bytes without unused bits."""
 
 import math
 
@@ -8,19 +8,19 @@ from torch import Tensor
 
 
 def values_per_word(bits: int) -> int:
-    """Return the fewest integers of this many bits that fill whole bytes."""
+    """Return the smallest number of integers with `bits` bits that fill whole bytes."""
     return 8 // math.gcd(8, bits)
 
 
 def pack(x: UInt8[Tensor, "*lead n"], bits: int) -> UInt8[Tensor, "*lead bytes"]:
-    """Return integers in `n * bits / 8` bytes.
+    """Pack integers into `n * bits / 8` bytes.
 
-    Bytes are shared by integers that lie far apart (of 2 in a byte, the first of either half), so that vector
-    instructions put them in and take them out.
+    A byte holds integers from distant positions (for two per byte: positions i and i + n / 2), so that packing and
+    unpacking work on contiguous slices.
 
     Args:
         x: integers below `2**bits`; `n` is a multiple of `values_per_word(bits)`.
-        bits: bits of each of them, 1 to 8.
+        bits: number of bits per integer, 1 to 8.
     """
     if bits == 8:
         return x
@@ -34,7 +34,7 @@ def pack(x: UInt8[Tensor, "*lead n"], bits: int) -> UInt8[Tensor, "*lead bytes"]
 
 
 def unpack(x: UInt8[Tensor, "*lead bytes"], bits: int) -> UInt8[Tensor, "*lead n"]:
-    """Return the integers that `pack` put into bytes."""
+    """Return the integers from bytes of `pack`."""
     if bits == 8:
         return x
     count = values_per_word(bits)
@@ -48,5 +48,5 @@ def unpack(x: UInt8[Tensor, "*lead bytes"], bits: int) -> UInt8[Tensor, "*lead n
 
 
 def _word(size: int) -> torch.dtype:
-    """Return the cheapest dtype that holds so many bytes."""
+    """Return the fastest integer dtype with at least `size` bytes."""
     return torch.uint8 if size == 1 else torch.int32 if size < 4 else torch.int64

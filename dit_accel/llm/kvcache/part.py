@@ -1,4 +1,4 @@
-"""`Part`: tokens of a cache as tensors that are never changed in place, so that copies may share them."""
+"""`Part`: tokens of a KV cache as tensors that are not changed in place, so that copies can share them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,24 +8,24 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 TOKENS = 2
-"""Axis of the tokens."""
+"""Token axis of the tensors."""
 POSITIONS = "positions"
-"""Name of the tensor of positions `[B, 1 or H, rows]`."""
+"""Name of the tensor with the positions of the tokens, `[B, 1 or H, rows]`."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens, encoded or not.
+    """Tokens of a cache, exact or encoded by a store.
 
-    A tensor may hold several slots in one row of its axis of tokens, such as scales that 32 tokens share.
+    One row of a tensor may belong to several slots, such as a scale that 32 tokens share.
     """
 
     tensors: Mapping[str, Tensor]
-    """Tensors `[B, H, rows, ...]`."""
+    """Tensors `[B, H, rows, ...]` by name."""
     slots: int
-    """Places for tokens."""
+    """Number of token slots."""
     valid: Bool[Tensor, "b _h slots"] | None = None
-    """Slots that hold a real token, for all heads or for each; None: all of them."""
+    """True for slots with a real token (not padding), shared by the heads or per head; None if all are real."""
 
     @staticmethod
     def of(
@@ -34,7 +34,7 @@ class Part:
         valid: Bool[Tensor, "b _h slots"] | None = None,
         positions: Int[Tensor, "b _h slots"] | None = None,
     ) -> "Part":
-        """Return exact keys and values `[B, H, L, D]` as a part; positions go with them for stores that need them."""
+        """Return exact keys and values `[B, H, L, D]`, and positions for stores that need them, as a part."""
         tensors = {"k": k, "v": v}
         if positions is not None:
             tensors[POSITIONS] = positions
@@ -52,13 +52,13 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors. A view counts as if it owned what it shows."""
+        """Bytes of the tensors. A view counts with its own size."""
         return sum(x.nbytes for x in self.tensors.values()) + (
             0 if self.valid is None else self.valid.nbytes
         )
 
     def cut(self, start: int, stop: int | None = None) -> "Part":
-        """Return the slots from `start` to `stop`, which must lie at whole rows of every tensor."""
+        """Return the slots from `start` to `stop`. Both must be at row boundaries of every tensor."""
         stop = self.slots if stop is None else stop
 
         def rows(x: Tensor) -> Tensor:
@@ -71,14 +71,14 @@ class Part:
         return Part(tensors, stop - start, valid)
 
     def to(self, device: torch.device | None) -> "Part":
-        """Return the part on a device; None: as it is."""
+        """Return the part on a device; None returns it unchanged."""
         if device is None:
             return self
         tensors = {name: x.to(device, non_blocking=True) for name, x in self.tensors.items()}
         return replace(self, tensors=tensors)
 
     def own(self) -> "Part":
-        """Return the part without memory that it does not show."""
+        """Return the part with views of larger tensors copied, so that these can be freed."""
         tensors = {
             name: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
             for name, x in self.tensors.items()
@@ -86,13 +86,13 @@ class Part:
         return replace(self, tensors=tensors)
 
     def rows(self, index: Int[Tensor, " n"]) -> "Part":
-        """Return the rows of the batch at `index`, in this order."""
+        """Return the batch rows `index`, in this order."""
         tensors = {name: x.index_select(0, index.to(x.device)) for name, x in self.tensors.items()}
         valid = self.valid
         return Part(tensors, self.slots, None if valid is None else valid[index.to(valid.device)])
 
     def take(self, index: Int[Tensor, "b _h n"]) -> "Part":
-        """Return the slots at `index` of each row and head. Rows that several slots share are repeated for each."""
+        """Return the slots `index` of each batch row and head. A tensor row that several slots share is repeated per slot."""
 
         def one(x: Tensor) -> Tensor:
             shared = max(1, self.slots // max(1, x.shape[TOKENS]))
@@ -100,7 +100,7 @@ class Part:
                 x = x.expand(-1, index.shape[1], *x.shape[2:])
             rows, heads, length = x.shape[:3]
             at = index.to(x.device).expand(rows, heads, -1) // shared
-            # Whole rows of a flat tensor: several times as fast as `gather`, which looks up each number.
+            # index_select copies whole rows and is several times faster than gather, which indexes each element.
             first = torch.arange(rows * heads, device=x.device).view(rows, heads, 1) * length
             flat = x.flatten(0, 2).index_select(0, (first + at).flatten())
             return flat.view(rows, heads, -1, *x.shape[3:])
@@ -115,7 +115,7 @@ class Part:
 
 
 def joined(first: Part | None, second: Part) -> Part:
-    """Return two parts as one."""
+    """Return the concatenation of two parts."""
     if first is None or not first.slots:
         return second
     if not second.slots:
@@ -128,13 +128,13 @@ def joined(first: Part | None, second: Part) -> Part:
 
 
 def _same_heads(first: Tensor, second: Tensor) -> list[Tensor]:
-    """Return tensors for each head, if one of them is."""
+    """Expand tensors with one shared head to the number of heads of the other tensor."""
     heads = max(first.shape[1], second.shape[1])
     return [x.expand(-1, heads, *x.shape[2:]) for x in (first, second)]
 
 
 def joined_masks(parts: Sequence[Part]) -> Bool[Tensor, "b _h slots"] | None:
-    """Return the valid slots of all parts, one after the other; None: all of them."""
+    """Return the concatenated `valid` masks of parts; None if all slots are valid."""
     found = [x.valid for x in parts if x.valid is not None]
     if not found:
         return None
@@ -149,7 +149,7 @@ def joined_masks(parts: Sequence[Part]) -> Bool[Tensor, "b _h slots"] | None:
 
 
 def hidden(parts: Sequence[Part], gone: Bool[Tensor, "b _h slots"]) -> list[Part]:
-    """Return parts of which some slots are empty, and stay where they are."""
+    """Return parts with the slots in `gone` marked as invalid. The slots keep their places."""
     masks = (~gone).split([x.slots for x in parts], 2)
     return [
         replace(x, valid=mask if x.valid is None else x.valid & mask)

@@ -1,4 +1,4 @@
-"""Attention over some of the keys, with what is needed to merge it with attention over others."""
+"""Attention over a subset of the keys, with the log-sum-exp that is needed to merge it with other subsets."""
 
 import math
 from collections.abc import Iterable
@@ -11,19 +11,19 @@ from torch import Tensor
 from dit_accel.kernels import merge_lse
 
 SCORES = 2**24
-"""Scores that exist at a time: 64 MiB in fp32."""
+"""Largest number of scores in memory: 64 MiB in fp32."""
 
 
 class Partial(NamedTuple):
-    """Attention over some keys."""
+    """Attention output over a subset of the keys."""
 
     o: Float[Tensor, "b h_kv g l_q d_v"]
     lse: Float[Tensor, "b h_kv g l_q"]
-    """Natural log of the sum of exponentials of the scores; -inf where a query has no key here."""
+    """Natural log of the sum of exponentials of the scores; -inf for a query without a visible key."""
 
 
 def grouped(q: Float[Tensor, "b h_q l_q d"], kv_heads: int) -> Float[Tensor, "b h_kv g l_q d"]:
-    """Return queries by the head of keys that they read."""
+    """Return queries grouped by the KV head that they read."""
     return q.unflatten(1, (kv_heads, -1))
 
 
@@ -36,14 +36,14 @@ def attention_part(
     visible: Bool[Tensor, "b _h n"] | Bool[Tensor, "b h l_q n"] | None = None,
     causal: bool = False,
 ) -> Partial:
-    """Return softmax attention over these keys.
+    """Return softmax attention over the given keys, in chunks of queries to limit memory.
 
     Args:
-        q: queries of each head of keys.
+        q: queries, grouped by KV head.
         k, v: keys and values.
         scale: factor of the dot products.
-        visible: keys that may be read, by all queries or by each position. Default: all.
-        causal: the queries are the last positions of the keys, and read none after their own.
+        visible: True for keys that may be read, shared by all queries or per query position. Default: all.
+        causal: the queries are at the last positions of the keys, and do not read later keys.
     """
     length, keys = q.shape[3], k.shape[2]
     step = max(1, SCORES // max(1, q.shape[0] * q.shape[1] * q.shape[2] * keys))
@@ -65,11 +65,11 @@ def attention_part(
 
 
 def from_scores(scores: Float[Tensor, "b h g l_q n"], v: Float[Tensor, "b h n d_v"]) -> Partial:
-    """Return the attention of given scores, -inf where a key is not read."""
+    """Return attention with given scores, which are -inf for keys that are not read."""
     if not scores.shape[-1]:
         shape = scores.shape[:-1]
         return Partial(v.new_zeros(*shape, v.shape[-1]), scores.new_full(shape, -math.inf))
-    # Several times as fast on a CPU as `logsumexp` and the exponentials again.
+    # On a CPU several times faster than `logsumexp` followed by a second pass of exponentials.
     info = torch.finfo(scores.dtype)
     top = scores.detach().amax(-1, keepdim=True).clamp(min=info.min)
     weights = torch.exp(scores - top)
@@ -87,7 +87,7 @@ def by_query(
     scale: float,
     visible: Bool[Tensor, "b h l_q n"] | None = None,
 ) -> Partial:
-    """Return attention in which each query position has keys of its own; see `attention_part`."""
+    """Return attention in which each query position has different keys. Arguments as in `attention_part`."""
     heads, length = q.shape[1], q.shape[3]
     found = attention_part(
         q.transpose(2, 3).flatten(1, 2)[:, :, :, None],
@@ -101,12 +101,12 @@ def by_query(
 
 
 def merged(parts: Iterable[Partial]) -> Float[Tensor, "b h_q l_q d_v"]:
-    """Return attention over the keys of all parts, which share none."""
+    """Merge the attention over disjoint sets of keys into the full attention output."""
     return merge_lse(*((x.o.flatten(1, 2), x.lse.flatten(1, 2)) for x in parts))[0]
 
 
 def merged_part(parts: Iterable[Partial]) -> Partial:
-    """Return parts as one."""
+    """Merge the attention over disjoint sets of keys into one `Partial`."""
     each = list(parts)
     if len(each) == 1:
         return each[0]

@@ -1,4 +1,4 @@
-"""Graphs that link keys which answer the same queries (RetrievalAttention, arXiv 2409.10516), and the search in them."""
+"""Key graphs built from sample queries (RetrievalAttention, arXiv 2409.10516), and search in these graphs."""
 
 import math
 
@@ -9,31 +9,31 @@ from torch import Tensor
 from dit_accel.llm.kvcache.partial import SCORES
 
 ENTRIES = 32
-"""Keys that each search starts from."""
+"""Number of keys from which each search starts."""
 LINKED = 2
-"""Keys that a query links, over the neighbours of a key."""
+"""Number of best keys that a query links, as a multiple of `degree`."""
 LEAF = 512
-"""Keys among which near ones are looked for, at most."""
+"""Largest number of keys in a leaf of a random-projection tree."""
 TREES = 2
-"""Ways of dividing the keys into leaves."""
+"""Number of random-projection trees."""
 EXPANDED = 4
-"""Keys whose neighbours a search compares at a time."""
+"""Number of keys that a search expands per step."""
 
 
 def projected_graph(
     queries: Float[Tensor, "m d"], keys: Float[Tensor, "n d"], degree: int
 ) -> tuple[Int[Tensor, "n r"], Int[Tensor, " e"]]:
-    """Return the neighbours of each key, and the keys to start from.
+    """Return the neighbours of each key, and the entry keys of a search.
 
-    Queries of a model lie far from its keys, so that a graph of near keys leads a search astray. Here each query links
-    the key with the largest dot product to the next ones, and each of them to the one after it. Links that more queries
-    make come first. A quarter of the links is for near keys, in both directions, so that a search also reaches keys that
-    no query asked for. It starts from the keys that most queries rank first.
+    The queries of a model are far from its keys, so a nearest-neighbour graph of the keys misleads a search. Here each
+    sample query sorts its best keys by dot product, and links the best key to the others and each key to the next one.
+    Links made by more queries are preferred. A quarter of the links connect near keys, in both directions, so that a search
+    can also reach keys that no sample query ranked high. The entry keys are those that most queries rank first.
 
     Args:
-        queries: queries.
+        queries: sample queries.
         keys: keys, more than `degree + 1`.
-        degree: neighbours of each key.
+        degree: number of neighbours of each key.
     """
     queries, keys, n = queries.float(), keys.float(), len(keys)
     step = max(1, SCORES // n)
@@ -51,14 +51,14 @@ def projected_graph(
 
 
 def near_keys(keys: Float[Tensor, "n d"], count: int) -> Int[Tensor, "n r"]:
-    """Return keys near each key, nearest first, itself included.
+    """Return approximate nearest neighbours of each key, nearest first, including the key itself.
 
-    Each level of a tree divides the keys in halves along a random direction, so that near keys mostly end in the same
-    leaf. Only the keys of a leaf are compared with each other.
+    Each level of a random-projection tree splits the keys in halves along a random direction. Only the keys of the same
+    leaf are compared with each other.
 
     Args:
         keys: keys.
-        count: keys to return for each.
+        count: number of neighbours to return for each key.
     """
     n, generator = len(keys), torch.Generator(keys.device).manual_seed(0)
     levels = max(0, math.ceil(math.log2(n / LEAF)))
@@ -92,7 +92,7 @@ def near_keys(keys: Float[Tensor, "n d"], count: int) -> Int[Tensor, "n r"]:
 
 
 def _most_shared(best: Int[Tensor, "m k"], n: int, degree: int) -> Int[Tensor, "n r"]:
-    """Return the keys that most queries link to each key, -1 where there are fewer."""
+    """Return for each key the keys to which most queries link it, padded with -1."""
     pivot = best[:, :1].expand(-1, best.shape[1] - 1)
     first = torch.cat([pivot, best[:, :-1]], 1).flatten()
     second = torch.cat([best[:, 1:], best[:, 1:]], 1).flatten()
@@ -104,7 +104,7 @@ def _most_shared(best: Int[Tensor, "m k"], n: int, degree: int) -> Int[Tensor, "
 def _both_ways(
     near: Int[Tensor, "n m"], shared: Int[Tensor, "n r"], degree: int
 ) -> Int[Tensor, "n s"]:
-    """Return links to near keys and back, -1 where there are fewer; those to keys with few links come first."""
+    """Return links between near keys in both directions, padded with -1. Links to keys with few other links come first."""
     n = len(near)
     own = torch.arange(n, device=near.device)[:, None].expand_as(near).flatten()
     links = torch.cat([own * n + near.flatten(), near.flatten() * n + own]).unique()
@@ -113,7 +113,7 @@ def _both_ways(
 
 
 def _table(links: Int[Tensor, " e"], n: int, degree: int) -> Int[Tensor, "n r"]:
-    """Return the first links `source * n + target` of each key as a table of targets; -1 is none."""
+    """Return the first `degree` links (`source * n + target`) of each key as a table of targets, padded with -1."""
     links = links[(links // n).argsort(stable=True)]
     source = links // n
     rank = torch.arange(len(links), device=links.device) - torch.searchsorted(source, source)
@@ -130,17 +130,17 @@ def search_graph(
     entries: Int[Tensor, " e"],
     width: int,
 ) -> tuple[Int[Tensor, "l w"], Float[Tensor, "l w"], int]:
-    """Return keys with large dot products, best first, their products, and the number of products computed.
+    """Return keys with large dot products (best first), their dot products, and the number of dot products computed.
 
-    A search keeps the best `width` keys. It goes on from the best of them whose neighbours it has not seen, until there
-    is none.
+    The search keeps the best `width` keys found so far. It repeatedly expands the best of them that are not expanded yet,
+    until all are.
 
     Args:
         q: queries.
         keys: keys.
         graph: neighbours of each key.
-        entries: keys to start from.
-        width: keys that are kept, at most all.
+        entries: keys from which the search starts.
+        width: number of keys to keep, at most all.
     """
     ids = entries.expand(len(q), -1)
     seen = torch.zeros(len(q), len(keys), dtype=torch.bool, device=q.device)
@@ -168,7 +168,7 @@ def search_graph(
 
 
 def _new(near: Int[Tensor, "l m"], seen: Bool[Tensor, "l n"]) -> Bool[Tensor, "l m"]:
-    """Return which of the sorted neighbours were not seen before, each once; -1 is none."""
+    """Return the mask of sorted neighbours that were not seen before, without duplicates and padding (-1)."""
     again = torch.zeros_like(near, dtype=torch.bool)
     again[:, 1:] = near[:, 1:] == near[:, :-1]
     return (near >= 0) & ~again & ~seen.gather(1, near.clamp(min=0))

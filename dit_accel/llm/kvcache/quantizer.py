@@ -1,4 +1,4 @@
-"""`Quantizer`: vectors as codes of their sub-vectors."""
+"""`Quantizer`: product quantisation of vectors into codes of their sub-vectors."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,40 +11,40 @@ from torch.nn.functional import embedding_bag
 from dit_accel.llm.kvcache.packing import pack, unpack
 
 DISTANCES = 2**19
-"""Distances that exist at a time while vectors are encoded: they stay in the cache of a CPU."""
+"""Largest number of distances in memory while encoding, so that they stay in the CPU cache."""
 VIEWS = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
-"""Dtypes by their bytes. A centroid that is one element of such a dtype is gathered at once, four times as fast."""
+"""Dtypes by size in bytes. Viewing a centroid as one element of such a dtype makes gathering four times faster."""
 
 
 @dataclass(frozen=True, eq=False)
 class Quantizer:
-    """Codebooks of the keys or values of one layer (product quantisation).
+    """Product quantiser for the keys or the values of one layer.
 
-    The channels of a vector are put in order and divided into `m` sub-vectors of `w` channels. Each is stored as the
-    number of its nearest centroid.
+    The channels of a vector are reordered and divided into `m` sub-vectors of `w` channels. Each sub-vector is stored as
+    the index of its nearest centroid.
     """
 
     centroids: Float[Tensor, "_h m c w"]
-    """Centroids of each sub-vector, for all heads or for each."""
+    """Centroids of each sub-vector, shared by the heads (first size 1) or per head."""
     planes: bool = False
-    """Whether the first sub-vector holds channels 0, d / 2, 1, d / 2 + 1, ..., which RoPE rotates in pairs. Else it holds
-    the first channels."""
+    """True: channels are ordered 0, d / 2, 1, d / 2 + 1, ..., so that pairs rotated by RoPE are adjacent. False: original
+    order."""
     mean: Float[Tensor, "h d"] | None = None
-    """Mean of each head, which is subtracted first."""
+    """Mean of each head, subtracted before coding; None for no mean."""
 
     @cached_property
     def bits(self) -> int:
-        """Bits of a code."""
+        """Number of bits of a code."""
         return int(self.centroids.shape[2] - 1).bit_length()
 
     @cached_property
     def table(self) -> Float[Tensor, "rows w"]:
-        """Centroids of all heads and sub-vectors, one after another."""
+        """Centroids of all heads and sub-vectors in one table."""
         return self.centroids.flatten(0, 2).contiguous()
 
     @cached_property
     def whole(self) -> Float[Tensor, "_h m c w"]:
-        """Centroids with the means of their head."""
+        """Centroids plus the mean of their head."""
         if self.mean is None:
             return self.centroids
         parts, width = self.centroids.shape[1::2]
@@ -52,21 +52,21 @@ class Quantizer:
 
     @cached_property
     def offsets(self) -> Int[Tensor, "_h 1 m"]:
-        """Rows of the table at which sub-vectors begin."""
+        """First row of each sub-vector in `table`."""
         heads, parts, count = self.centroids.shape[:3]
         first = count * torch.arange(heads * parts, device=self.centroids.device)
         return first.view(heads, 1, parts).int()
 
     def grouped(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        """Return vectors with their channels in order of the sub-vectors."""
+        """Return vectors with channels in the order of the sub-vectors."""
         return x.unflatten(-1, (2, -1)).mT.flatten(-2) if self.planes else x
 
     def ungrouped(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        """Return vectors with their channels in the model's order."""
+        """Return vectors with channels in the original order."""
         return x.unflatten(-1, (-1, 2)).mT.flatten(-2) if self.planes else x
 
     def centred(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
-        """Return what is coded, channels in order, in fp32."""
+        """Return vectors in fp32 without their mean, with channels in the order of the sub-vectors."""
         x = x.float()
         return self.grouped(x if self.mean is None else x - self.mean[:, None])
 
@@ -85,11 +85,11 @@ class Quantizer:
         return pack(codes.to(torch.uint8), self.bits)
 
     def numbers(self, codes: UInt8[Tensor, "b h n bytes"]) -> UInt8[Tensor, "b h n m"]:
-        """Return the codes of the sub-vectors."""
+        """Return the unpacked code of each sub-vector."""
         return unpack(codes, self.bits)
 
     def rows(self, codes: UInt8[Tensor, "b h n bytes"]) -> Float[Tensor, "b h n d"]:
-        """Return vectors without their mean, channels in order."""
+        """Return decoded vectors without their mean, with channels in the order of the sub-vectors."""
         index = (self.numbers(codes).int() + self.offsets).flatten()
         table = self.table
         kind = VIEWS.get(table.shape[1] * table.element_size())
@@ -102,9 +102,9 @@ class Quantizer:
     def scores(
         self, q: Float[Tensor, "b h g l_q d"], codes: UInt8[Tensor, "b h n bytes"]
     ) -> Float[Tensor, "b h g l_q n"]:
-        """Return the dot products of queries, channels in order, with vectors without their mean.
+        """Return the dot products of queries (channels in the order of the sub-vectors) with decoded vectors without their mean.
 
-        The product of each sub-vector of a query with each centroid is made once and looked up for each code.
+        The dot product of each query sub-vector with each centroid is computed once and looked up for each code.
         """
         rows, heads, group, length, _ = q.shape
         shared, parts, count, width = self.centroids.shape
@@ -117,13 +117,13 @@ class Quantizer:
         return found.view(rows, heads, -1, group, length).movedim(2, -1)
 
     def decode(self, codes: UInt8[Tensor, "b h n bytes"]) -> Float[Tensor, "b h n d"]:
-        """Return vectors."""
+        """Return decoded vectors with channels in the original order."""
         found = self.ungrouped(self.rows(codes))
         return found if self.mean is None else found + self.mean[:, None]
 
 
 def nearest(x: Float[Tensor, "m n w"], centroids: Float[Tensor, "m c w"]) -> Int[Tensor, "m n"]:
-    """Return the number of the nearest centroid of each vector."""
+    """Return the index of the nearest centroid of each vector."""
     bias = centroids.square().sum(-1)[:, None] / -2
     step, x = max(1, DISTANCES // (centroids.shape[0] * centroids.shape[1])), x.contiguous()
     if not x.shape[1]:

@@ -1,4 +1,4 @@
-"""`Rotation`: RoPE (arXiv 2104.09864) of keys, put on and taken off."""
+"""`Rotation`: applies RoPE (arXiv 2104.09864) to keys and removes it."""
 
 from dataclasses import dataclass, field
 
@@ -9,17 +9,17 @@ from torch import Tensor
 from dit_accel.kernels.lut_attention import factors
 
 LEAST = 4096
-"""Positions of a table at least."""
+"""Smallest number of positions in the table of factors."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """Rotation of keys by their positions: channels i and i + d / 2 turn together."""
+    """Rotation of keys by their positions. Channels i and i + d / 2 form a pair."""
 
     frequencies: Float[Tensor, " half"]
-    """Radians from one position to the next, of each pair of channels."""
+    """Rotation angle per position in radians, for each pair of channels."""
     _table: list[Tensor] = field(default_factory=list, init=False, repr=False)
-    """Factors of the first positions. Computing them for each call would take longer than reading the keys."""
+    """Cached factors of the first positions (CPU only), because computing them per call takes longer than reading the keys."""
 
     def turned(
         self, x: Float[Tensor, "b h n d"], positions: Int[Tensor, "b _h n"]
@@ -34,7 +34,7 @@ class Rotation:
         return _times(x, self.factors(positions).conj())
 
     def factors(self, positions: Int[Tensor, "b _h n"]) -> Complex[Tensor, "b _h n half"]:
-        """Return what pairs of channels, as complex numbers, are multiplied by."""
+        """Return the complex factors that multiply the pairs of channels."""
         if positions.device.type != "cpu":
             return self._computed(positions)
         needed = int(positions.max()) + 1 if positions.numel() else 0

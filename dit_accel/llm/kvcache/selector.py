@@ -1,4 +1,4 @@
-"""`Selector`: which of the stored tokens a query reads."""
+"""`Selector`: chooses the stored tokens that a query reads."""
 
 from abc import ABC
 from copy import copy
@@ -17,11 +17,11 @@ PACKAGE = "dit_accel.llm.kvcache.selectors"
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Queries of a prompt and those of its tokens that stay exact."""
+class PromptQueries:
+    """Queries of a prompt, and the tokens of the prompt that stay exact."""
 
     q: Float[Tensor, "b h g l_q d"]
-    """Queries of all tokens of the prompt, by the head of keys that they read."""
+    """Queries of all tokens of the prompt, grouped by KV head."""
     first: Part
     """Tokens before the stored ones."""
     last: Part
@@ -30,24 +30,24 @@ class Prompt:
 
 @dataclass
 class Selector(ABC):
-    """Choice of tokens in one layer. The options of a selector are its fields.
+    """Base class of selectors: chooses tokens in one layer. The fields of a subclass are its options.
 
-    As it is, every query reads all tokens.
+    The methods of the base class let every query read all stored tokens.
     """
 
     name: ClassVar[str]
     settled: ClassVar[frozenset[str]] = frozenset()
-    """Fields that are no options and not saved with a cache: `restored` makes them again."""
+    """Non-option fields that are not saved with a cache. `restored` recomputes them."""
     forgets: ClassVar[bool] = False
-    """Whether tokens are dropped that a later `crop` cannot bring back into the window."""
+    """True if the selector drops tokens, so that a `crop` cannot restore them."""
 
-    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
-        """Take tokens in, and hand those that are kept to the store.
+    def append(self, store: Store, part: Part, prompt: PromptQueries | None, scale: float) -> None:
+        """Process new tokens and append those to keep to the store.
 
         Args:
-            store: the store.
-            part: exact tokens, a multiple of the store's granule.
-            prompt: the prompt that the tokens are part of; None: the tokens come later.
+            store: store of the layer.
+            part: exact tokens; their number is a multiple of `store.granule`.
+            prompt: the prompt that contains the tokens; None for tokens after the prompt.
             scale: factor of the dot products.
         """
         store.append(part)
@@ -55,42 +55,41 @@ class Selector(ABC):
     def attend(
         self, store: Store, q: Float[Tensor, "b h g l_q d"], scale: float
     ) -> tuple[list[Partial], float]:
-        """Return the attention of new queries over stored tokens in parts, and the share of the tokens that was read."""
+        """Return the attention of queries over stored tokens as mergeable parts, and the share of the tokens that was read."""
         return [store.attend(q, scale)], 1.0
 
     def crop(self, store: Store, count: int) -> Part | None:
-        """Remove the last `count` tokens that were taken in; see `Store.crop`."""
+        """Remove the last `count` tokens that were appended, see `Store.crop`."""
         return store.crop(count)
 
     def restored(self, store: Store) -> None:  # noqa: B027
-        """Make what is not saved again, after a cache was read from a file."""
+        """Recompute fields that are not saved, after a cache was read from a file."""
 
     def rows(self, index: Int[Tensor, " n"]) -> None:  # noqa: B027 (most hold nothing)
-        """Keep these rows of the batch, in this order."""
+        """Select the batch rows `index`, in this order."""
 
     def fork(self) -> "Selector":
-        """Return a selector with the same state, which both share until they change."""
+        """Return a copy that shares memory until one of the two changes."""
         return copy(self)
 
     def clear(self) -> None:  # noqa: B027
-        """Forget all tokens."""
+        """Remove all tokens."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what it knows of the tokens."""
+        """Bytes of the data of the selector."""
         return 0
 
 
-def selector_names() -> list[str]:
-    """Return the names of all selectors."""
-    return list(classes_in(PACKAGE, Selector))
-
-
 def selector_of(name: str, options: dict[str, Any] | None = None) -> Selector:
-    """Return a selector by its name, without tokens.
+    """Return a new selector.
+
+    Args:
+        name: name of the selector.
+        options: field values. Default: the defaults of the selector.
 
     Raises:
-        ValueError: no such selector or option, or a value that it does not accept.
+        ValueError: a name or an option does not exist, or a value is invalid.
     """
     kind = class_named("select", name, classes_in(PACKAGE, Selector))
     return with_options(kind, name, options, "select_options")

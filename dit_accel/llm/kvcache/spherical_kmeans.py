@@ -1,4 +1,4 @@
-"""Spherical k-means of keys in segments, as in RetroInfer (arXiv 2505.02922)."""
+"""Segmented spherical k-means clustering of keys, as in RetroInfer (arXiv 2505.02922)."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,7 +8,7 @@ from torch.nn import functional
 from dit_accel.llm.kvcache.partial import SCORES
 
 
-def labels_of(
+def cluster_keys(
     k: Float[Tensor, "b h n d"],
     valid: Bool[Tensor, "b _h n"] | None,
     *,
@@ -18,15 +18,15 @@ def labels_of(
 ) -> tuple[Int[Tensor, "b h n"], int]:
     """Return the cluster of each key, and the number of clusters.
 
-    The mean key is subtracted first. All rounds but the last one work within a segment of the sequence; in the last
-    one, keys choose among the clusters of all segments.
+    The mean key is subtracted first. All rounds except the last one work within segments of the sequence. In the last
+    round, keys choose among the clusters of all segments.
 
     Args:
         k: keys.
-        valid: keys that count; others get the number of clusters as their label. Default: all.
-        size: mean size of a cluster.
-        segment: keys that are clustered at a time.
-        rounds: assignments of keys to clusters.
+        valid: True for real keys; other keys get the number of clusters as their label. Default: all are real.
+        size: mean number of keys per cluster.
+        segment: number of keys per segment.
+        rounds: number of assignment rounds.
     """
     rows, heads, length, _ = k.shape
     x = k.float().flatten(0, 1)
@@ -53,14 +53,14 @@ def labels_of(
 def sums(
     x: Float[Tensor, "b n d"], labels: Int[Tensor, "b n"], clusters: int
 ) -> Float[Tensor, "b m d"]:
-    """Return the sum over the members of each cluster; labels outside of [0, clusters) belong to none."""
+    """Return the sum of the vectors of each cluster. Vectors with the label `clusters` belong to no cluster."""
     found = x.new_zeros(x.shape[0], clusters + 1, x.shape[2])
     found.scatter_add_(1, labels[..., None].expand_as(x), x)
     return found[:, :clusters]
 
 
 def _centres(x: Tensor, real: Tensor | None, clusters: int, rounds: int) -> Float[Tensor, "b m d"]:
-    """Return centres of norm 1, from evenly spaced keys on."""
+    """Return cluster centres of norm 1, initialised with evenly spaced keys."""
     at = torch.arange(clusters, device=x.device)
     if real is None:
         first = (at * x.shape[1] // clusters).expand(x.shape[0], -1)
@@ -76,7 +76,7 @@ def _centres(x: Tensor, real: Tensor | None, clusters: int, rounds: int) -> Floa
 
 
 def _nearest(x: Tensor, centres: Tensor, real: Tensor | None) -> Int[Tensor, "b n"]:
-    """Return the centre with the largest product with each key."""
+    """Return the index of the centre with the largest dot product with each key."""
     step = max(1, SCORES // (centres.shape[0] * centres.shape[1]))
     labels = torch.cat([(y @ centres.mT).argmax(-1) for y in x.split(step, 1)], 1)
     return labels if real is None else labels.masked_fill(~real, centres.shape[1])

@@ -1,4 +1,4 @@
-"""Layers of a cache as tensors and plain values, for files."""
+"""Conversion of cache layers to tensors and plain JSON values, for files."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -11,16 +11,16 @@ from dit_accel.llm.kvcache.clusters import Clusters
 from dit_accel.llm.kvcache.part import Part
 
 LAYER = ("exact", "length", "sinks", "positions", "stored", "calls", "read")
-"""Attributes of a `ZoneLayer` that change."""
+"""Attributes of a `ZoneLayer` that hold its state."""
 KINDS: dict[str, Any] = {"Part": Part, "Clusters": Clusters}
-"""Records that stores and selectors hold."""
+"""Dataclasses that stores and selectors may hold."""
 
 
 def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Return a value as JSON can hold it; its tensors go into `tensors`, by names that begin with `name`.
+    """Return a value in a form that JSON can hold, and add its tensors to `tensors` under names that start with `name`.
 
     Raises:
-        ValueError: a value of another kind.
+        ValueError: the type of the value is not supported.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -41,7 +41,7 @@ def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return what `packed` was given."""
+    """Return the original value from the output of `packed`."""
     if isinstance(value, list):
         return [unpacked(x, tensors) for x in value]
     if not isinstance(value, dict):
@@ -59,6 +59,6 @@ def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def changing(owner: Any) -> list[str]:
-    """Return the names of the fields of a store or selector that tell of its tokens."""
+    """Return the names of the fields of a store or selector that hold its state."""
     settled = {x for kind in type(owner).__mro__ for x in vars(kind).get("settled", ())}
     return [x.name for x in fields(owner) if not x.init and x.name not in settled]

@@ -1,4 +1,4 @@
-"""`Store`: how the tokens between the first and the last ones are stored."""
+"""`Store`: memory format of the tokens between the first and the last tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -17,76 +17,76 @@ from dit_accel.llm.plugins import class_named, classes_in, with_options
 
 PACKAGE = "dit_accel.llm.kvcache.stores"
 TAIL = 1024
-"""Slots that are added before they are put together with those that were there, at least."""
+"""Smallest number of new slots that are merged into the first part of a store."""
 VALUES = 2**24
-"""Decoded values that exist at a time."""
+"""Largest number of decoded values in memory."""
 CPU_VALUES = 2**19
-"""The same on a CPU, where they stay in its cache."""
+"""Largest number of decoded values on a CPU, chosen to stay in its cache."""
 
 
 @dataclass
 class Store(ABC):
-    """Tokens of one layer. The options of a store are its fields.
+    """Base class of stores: tokens of one layer. The fields of a subclass are its options.
 
-    The tokens lie in at most two parts. Forks share them; what one of them adds goes into a second part of its own.
+    The tokens are in at most two parts. Forks share the first part; new tokens go into a second part, not shared.
     """
 
     name: ClassVar[str]
     settled: ClassVar[frozenset[str]] = frozenset({"tier", "device"})
-    """Fields that are no options and that do not tell of the tokens."""
+    """Non-option fields that are not saved with a cache."""
     parts: list[Part] = field(default_factory=list, init=False, repr=False)
     tier: Tier = field(default_factory=Tier, init=False, repr=False)
-    """Memory in which the tokens lie."""
+    """Memory tier that holds the tokens."""
     device: torch.device | None = field(default=None, init=False, repr=False)
-    """Device of the model, on which tokens are decoded."""
+    """Device of the model, where tokens are decoded."""
 
     @abstractmethod
     def encode(self, part: Part) -> Mapping[str, Tensor]:
-        """Return exact keys and values as tensors with the axis of tokens at 2."""
+        """Return the encoded form of exact tokens: tensors with the token axis at 2."""
 
     @abstractmethod
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return keys and values `[B, H, n, D]` of encoded tokens."""
+        """Return the keys and values `[B, H, n, D]` of encoded tokens."""
 
     @property
     def needs_positions(self) -> bool:
-        """Whether exact tokens must come with their positions."""
+        """True if appended tokens must contain their positions."""
         return False
 
     @property
     def granule(self) -> int:
-        """Tokens come in multiples of this."""
+        """Tokens are appended in multiples of this number."""
         return 1
 
     def prepare(self, layer: int, model: "ModelSizes") -> None:  # noqa: B027 (most need nothing)
-        """Get ready for a layer of a model.
+        """Prepare the store for a layer of a model.
 
         Raises:
-            ValueError: the store is not made for this model.
+            ValueError: the store does not fit the model.
         """
 
     def check_weights(self, fingerprint: Tensor) -> None:  # noqa: B027
-        """Check that what was learned for the store is for this model; see `fingerprint_of`.
+        """Check that the files of the store were made for a model with this weight fingerprint, see `fingerprint_of`.
 
         Raises:
-            ValueError: it is for another one.
+            ValueError: a file was made for other weights.
         """
 
     @property
     def slots(self) -> int:
-        """Places for tokens."""
+        """Number of token slots."""
         return sum(x.slots for x in self.parts)
 
     def visible(self) -> Bool[Tensor, "b _h slots"] | None:
-        """Return the slots that hold a real token; None: all."""
+        """Return the mask of slots with a real token; None if all are real."""
         return joined_masks(self.parts)
 
     def append(self, part: Part) -> None:
-        """Add exact tokens, a multiple of `granule`."""
+        """Encode and append exact tokens; their number is a multiple of `granule`."""
         if not part.slots:
             return
         self.device = part.k.device
-        # Contiguous, so that single tokens can be read without a copy of all.
+        # Contiguous tensors allow reading single tokens without copying all of them.
         tensors = {name: x.contiguous() for name, x in self.encode(part).items()}
         new = self.tier.place(Part(tensors, part.slots, part.valid))
         if not self.parts:
@@ -100,7 +100,7 @@ class Store(ABC):
             self.parts = [base, self.tier.place(new)]
 
     def placed(self, device: torch.device) -> None:
-        """Put tokens that were read from a file into their tier.
+        """Move tokens that were read from a file to their memory tier.
 
         Args:
             device: device of the model.
@@ -110,11 +110,11 @@ class Store(ABC):
         self.device = device
 
     def attend(self, q: Float[Tensor, "b h g l_q d"], scale: float) -> Partial:
-        """Return attention over all tokens."""
+        """Return attention over all stored tokens."""
         return merged_part(self.attend_part(q, x.to(self.device), scale) for x in self.parts)
 
     def attend_part(self, q: Tensor, part: Part, scale: float) -> Partial:
-        """Return attention over the tokens of a part: by default over decoded ones, some at a time."""
+        """Return attention over the tokens of a part. The default decodes them in chunks."""
         found = []
         for some in self.pieces(q, part):
             k, v = self.decode(some.tensors)
@@ -122,7 +122,7 @@ class Store(ABC):
         return merged_part(found)
 
     def pieces(self, q: Float[Tensor, "b h g l_q d"], part: Part) -> Iterator[Part]:
-        """Yield the tokens of a part, as many at a time as should be decoded at a time."""
+        """Yield the tokens of a part in chunks of a size suitable for decoding."""
         values = CPU_VALUES if q.device.type == "cpu" else VALUES
         step = values // (q.shape[0] * q.shape[1] * q.shape[4])
         step = max(1, step // self.granule) * self.granule
@@ -136,7 +136,7 @@ class Store(ABC):
         visible: Bool[Tensor, "b h l_q n"] | None,
         scale: float,
     ) -> Partial:
-        """Return attention over the slots at `index`, of each query position its own."""
+        """Return attention over the slots in `index`, which differ between query positions."""
         flat = index.flatten(2, 3)
         chosen = self.take(flat)
         k, v = self.decode(chosen.tensors)
@@ -147,7 +147,7 @@ class Store(ABC):
         return by_query(q, k, v, scale=scale, visible=visible)
 
     def take(self, index: Int[Tensor, "b h n"]) -> Part:
-        """Return the encoded tokens of these slots, on the device of the model."""
+        """Return the encoded tokens of the slots `index`, on the device of the model."""
         return self._take(index).to(self.device)
 
     def _take(self, index: Int[Tensor, "b h n"]) -> Part:
@@ -175,22 +175,22 @@ class Store(ABC):
         return Part(tensors, index.shape[-1], valid)
 
     def take_part(self, part: Part, index: Int[Tensor, "b h n"]) -> Part:
-        """Return the encoded tokens of these slots of a part."""
+        """Return the encoded tokens of the slots `index` of a part."""
         return part.take(index)
 
     def heads_of(self, name: str) -> Int[Tensor, " h"] | None:
-        """Return the heads that a tensor of this name holds; None: all of them."""
+        """Return the heads that the tensor `name` contains; None for all heads."""
         return None
 
     def stored_heads(self) -> Bool[Tensor, " h"] | None:
-        """Return the heads that have stored tokens; None: all of them."""
+        """Return the mask of heads that have stored tokens; None for all heads."""
         return None
 
     def crop(self, count: int) -> Part | None:
-        """Remove the last tokens, at most all.
+        """Remove the last `count` tokens.
 
         Returns:
-            Decoded tokens that were to stay, but lay in one granule with tokens that had to go; None: there are none.
+            Decoded tokens that must stay but share a granule with removed tokens; None if there are none.
         """
         kept = max(0, self.slots - count)
         whole = kept // self.granule * self.granule
@@ -207,7 +207,7 @@ class Store(ABC):
         return rest
 
     def cut(self, start: int, stop: int) -> Part:
-        """Return encoded tokens between two multiples of `granule`, on the device of the model."""
+        """Return the encoded tokens from `start` to `stop`, multiples of `granule`, on the device of the model."""
         found, first = None, 0
         for part in self.parts:
             last = first + part.slots
@@ -219,12 +219,12 @@ class Store(ABC):
         return found.to(self.device)
 
     def rows(self, index: Int[Tensor, " n"]) -> None:
-        """Keep these rows of the batch, in this order."""
+        """Select the batch rows `index`, in this order."""
         places = (self.tier.place_base, self.tier.place)
         self.parts = [place(x.rows(index)) for place, x in zip(places, self.parts, strict=False)]
 
     def fork(self) -> "Store":
-        """Return a store with the same tokens, which both share until they change."""
+        """Return a copy that shares memory until one of the two changes."""
         return copy(self)
 
     def clear(self) -> None:
@@ -233,31 +233,30 @@ class Store(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tokens."""
+        """Bytes of the stored tokens."""
         return sum(x.nbytes for x in self.parts)
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model that files made for it must fit."""
+    """Sizes of a model, which files made for it are checked against."""
 
     layers: int
     kv_heads: int
     head_dim: int
     config: str = ""
-    """Hash of what tells the model from others of these sizes; empty: unknown."""
-
-
-def store_names() -> list[str]:
-    """Return the names of all stores."""
-    return list(classes_in(PACKAGE, Store))
+    """Hash of further config fields, see `config_hash`; empty if not known."""
 
 
 def store_of(name: str, options: dict[str, Any] | None = None) -> Store:
-    """Return an empty store by its name.
+    """Return a new empty store.
+
+    Args:
+        name: name of the store.
+        options: field values. Default: the defaults of the store.
 
     Raises:
-        ValueError: no such store or option, or a value that it does not accept.
+        ValueError: a name or an option does not exist, or a value is invalid.
     """
     kind = class_named("store", name, classes_in(PACKAGE, Store))
     return with_options(kind, name, options, "store_options")

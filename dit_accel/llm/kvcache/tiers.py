@@ -1,4 +1,4 @@
-"""Tiers: the memory in which stored tokens lie."""
+"""Memory tiers of stored tokens: device, CPU memory or disk."""
 
 import os
 import tempfile
@@ -13,24 +13,24 @@ from dit_accel.llm.kvcache.part import Part
 
 @dataclass(frozen=True)
 class Tier:
-    """Memory of the device."""
+    """Tier of the device memory, and base class of tiers."""
 
     def place(self, part: Part) -> Part:
-        """Return tokens of which there are few, or that came last, in their place."""
+        """Move a small or recent part of a store to the tier, and return it."""
         return part
 
     def place_base(self, part: Part) -> Part:
-        """Return the tokens that make up most of a store in their place.
+        """Move the first, large part of a store to the tier, and return it.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: the tokens cannot be written.
         """
         return self.place(part)
 
 
 @dataclass(frozen=True)
 class CPUTier(Tier):
-    """Memory of the CPU, from which only the tokens that a query reads move to the device."""
+    """Tier of the CPU memory. Only the tokens that a query reads are copied to the device."""
 
     def place(self, part: Part) -> Part:
         return replace(part, tensors={k: _on_cpu(x) for k, x in part.tensors.items()})
@@ -38,10 +38,10 @@ class CPUTier(Tier):
 
 @dataclass(frozen=True)
 class DiskTier(CPUTier):
-    """Files that are mapped into memory. The last tokens of a text, at most a third, stay in memory of the CPU.
+    """Tier of memory-mapped files. The last tokens, at most a third, stay in CPU memory.
 
-    A file has no name once it is mapped: its space is free as soon as no cache needs it, also after a crash. What was
-    stored stays readable when the folder is removed.
+    Each file is unlinked right after it is mapped, so that its disk space is freed when no cache uses it, also after a
+    crash. The tokens stay readable if the folder is removed.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class DiskTier(CPUTier):
         return replace(part, tensors=tensors)
 
     def _mapped(self, x: Tensor) -> Tensor:
-        """Return a tensor with the same values that lies in a file."""
+        """Return a copy of a tensor in a memory-mapped file."""
         if not x.numel():
             return x.cpu()
         try:
@@ -71,20 +71,20 @@ class DiskTier(CPUTier):
 
     def _error(self, x: Tensor, error: Exception) -> OSError:
         return OSError(
-            f"folder={str(self.folder)!r}: {x.nbytes:,} bytes of a KV cache could not be written ({error}); accepted is a "
-            "folder with room for them. What the cache held before is still there"
+            f"folder={str(self.folder)!r}: {x.nbytes:,} bytes of a KV cache could not be written ({error}); must be a folder "
+            "with enough free space. The cache is unchanged"
         )
 
 
 def tier_of(tier: str, folder: str | None) -> Tier:
-    """Return the memory in which tokens lie.
+    """Return a memory tier.
 
     Args:
         tier: "device", "cpu" or "disk".
-        folder: folder of the files of "disk". Default: that of temporary files.
+        folder: folder for the files of "disk". Default: the folder for temporary files.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: the folder does not exist or is not writable.
     """
     if tier == "device":
         return Tier()
@@ -92,12 +92,12 @@ def tier_of(tier: str, folder: str | None) -> Tier:
         return CPUTier()
     path = Path(folder or tempfile.gettempdir())
     if not path.is_dir() or not os.access(path, os.W_OK):
-        raise ValueError(f"folder={str(path)!r}: accepted is a folder that can be written to")
+        raise ValueError(f"folder={str(path)!r}: must be a writable folder")
     return DiskTier(path)
 
 
 def _on_cpu(x: Tensor) -> Tensor:
-    """Return a tensor in CPU memory, pinned where there is a GPU, so that copies to it are fast."""
+    """Return a tensor in CPU memory, pinned if there is a GPU to make copies to it fast."""
     found = x.cpu()
     if torch.cuda.is_available() and not found.is_pinned():
         found = found.pin_memory()

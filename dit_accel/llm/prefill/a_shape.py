@@ -1,4 +1,4 @@
-"""A-shape: the first keys and a window (StreamingLLM, arXiv 2309.17453), one pattern for all heads."""
+"""A-shape: the first keys and a sliding window, the same for all heads (StreamingLLM, arXiv 2309.17453)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,18 +12,18 @@ from dit_accel.llm.prefill.pattern import Pattern, Prompt
 
 @dataclass(frozen=True)
 class AShape(Pattern):
-    """Each query reads the first `sink` keys and the last `window` up to its own.
+    """Pattern in which each query reads the first `sink` keys and the last `window` keys up to its own position.
 
-    The mask is exact: key j is read by the query at position i if j < sink or i - j < window. The last queries of a
-    call are not special, so chunks of a prompt give what one call gives.
+    The query at position i reads key j <= i exactly if j < sink or i - j < window. The last queries of a call are treated
+    like all others, so a prompt in chunks gives the same result as in one call.
     """
 
     name: ClassVar[str] = "a_shape"
     joins: ClassVar[bool] = False
     sink: int = 64
-    """First keys."""
+    """Number of first keys."""
     window: int = 1024
-    """Last keys, the query's own position among them."""
+    """Number of last keys, including the query's own position."""
 
     def __post_init__(self) -> None:
         check("sink", self.sink, is_int(self.sink) and self.sink >= 0, "an int >= 0")

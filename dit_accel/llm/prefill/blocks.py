@@ -1,4 +1,4 @@
-"""Blocks by score: the best key blocks of each query block, as a cheap router ranks them."""
+"""Blocks: the key blocks with the highest estimated scores for each query block."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,29 +10,29 @@ from dit_accel.llm.prefill.pattern import Pattern, Prompt
 
 @dataclass(frozen=True)
 class Blocks(Pattern):
-    """Scores of block means, with the "spread" correction for keys that differ (see `block_scores`), or without it
-    (block-sparse of MInference, arXiv 2407.02490).
+    """Pattern that ranks key blocks by the scores of block means, with or without the "spread" correction for varying keys
+    (see `block_scores`). Without it this is the block-sparse pattern of MInference (arXiv 2407.02490).
 
-    With `top_p` each row keeps the fewest best blocks whose estimated mass reaches it; with `topk` a fixed share.
+    With `top_p`, each query block reads the fewest key blocks whose estimated softmax mass reaches `top_p`. With `topk` or
+    `count`, it reads a fixed share or number of key blocks.
     """
 
     name: ClassVar[str] = "blocks"
     top_p: float | int | None = 0.9
-    """Estimated softmax mass in (0, 1]; None: `topk` alone decides."""
+    """Estimated softmax mass in (0, 1]; None: use only `topk` or `count`."""
     topk: float | int | None = None
-    """Share of the key blocks in (0, 1]; with `top_p` the union of both."""
+    """Share of the key blocks in (0, 1]. Together with `top_p`, the union of both is read."""
     count: int | None = None
-    """Number of key blocks of each row, in place of `topk`."""
+    """Number of key blocks per query block, instead of `topk`."""
     spread: bool = True
+    """Use the "spread" correction in the scores."""
 
     def __post_init__(self) -> None:
         if self.top_p is None and self.topk is None and self.count is None:
-            raise ValueError(
-                "top_p=None, topk=None: accepted is a fraction in (0, 1] for one of them"
-            )
+            raise ValueError("top_p=None, topk=None, count=None: at least one must be given")
         if self.count is not None:
             check("count", self.count, is_int(self.count) and self.count >= 1, "an int >= 1")
-            check("topk", self.topk, self.topk is None, "None where count is given")
+            check("topk", self.topk, self.topk is None, "None if count is given")
         for name in ("top_p", "topk"):
             if (value := getattr(self, name)) is not None:
                 check_fraction(name, value)

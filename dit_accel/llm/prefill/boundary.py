@@ -1,4 +1,4 @@
-"""Boundary: budgets for each pair of modalities (Q-boundary and 2D-boundary of MMInference, arXiv 2504.16083)."""
+"""Boundary: separate budgets for pairs of modalities (Q-boundary and 2D-boundary of MMInference, arXiv 2504.16083)."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,31 +13,31 @@ from dit_accel.llm.prefill.pattern import Pattern, Prompt
 from dit_accel.llm.prefill.xattention import STRIDES, antidiagonal_mass
 
 TEXT = "text"
-"""Modality of tokens outside of the spans."""
+"""Modality of tokens outside of all spans."""
 FOUND = ["image", "video"]
-"""Modalities that are found in prompts."""
+"""Modalities that are found automatically in the prompts of multimodal models."""
 
 
 @dataclass(frozen=True)
 class Boundary(Pattern):
-    """Each query block reads, of the keys of each modality, the fewest blocks whose estimated attention reaches a share
-    of what the modality gets. The share depends on the modalities of the query and of the keys.
+    """Pattern with a share of the attention for each pair of query modality and key modality.
 
-    A block with tokens of several modalities counts as each of them. MMInference estimates from the last queries of
-    each modality; here every query block has an estimate of its own (see `XAttention`).
+    For each key modality, a query block reads the fewest blocks that reach this share of the estimated attention to the
+    modality. A block with tokens of several modalities counts as each of them. MMInference estimates attention from the
+    last queries of each modality; this pattern estimates it for every query block (see `XAttention`).
     """
 
     name: ClassVar[str] = "boundary"
     spans: tuple[Any, ...] | list[Any] = ()
-    """Token ranges of the prompt and their modalities: (start, stop, name), ascending. Other tokens are "text". Empty:
-    images and videos are found in the prompts of a multimodal model; there are none if it is not known."""
+    """Token ranges of the prompt with their modality, (start, stop, name), in ascending order. Other tokens are "text". If
+    empty, images and videos are found in the prompts of multimodal models; other prompts are all text."""
     share: float | int = 0.9
-    """Share in [0, 1] of pairs without one of their own."""
+    """Share in [0, 1] for pairs that are not in `shares`."""
     shares: dict[str, Any] = field(default_factory=dict)
-    """Shares by the modality of the query, then by that of the keys: {"video": {"video": 0.5}}. A number in place of
-    the inner mapping holds for the keys of all modalities."""
+    """Shares by query modality and key modality: {"video": {"video": 0.5}}. A number instead of the inner mapping applies to
+    all key modalities."""
     stride: int = 8
-    """Stride of the antidiagonals: 8 or 16."""
+    """Stride of the antidiagonals in the estimate: 8 or 16."""
 
     def __post_init__(self) -> None:
         check("spans", self.spans, isinstance(self.spans, list | tuple), "a list of spans")
@@ -66,12 +66,12 @@ class Boundary(Pattern):
 
     @property
     def modalities(self) -> list[str]:
-        """Names of all modalities."""
+        """Names of all modalities, starting with "text"."""
         names = [name for _, _, name in self.spans] or FOUND
         return list(dict.fromkeys([TEXT, *names]))
 
     def share_of(self, query: str, key: str) -> float:
-        """Return the share that queries of one modality read of the attention to another."""
+        """Return the attention share for a query modality and a key modality."""
         inner = self.shares.get(query, self.share)
         return float(inner.get(key, self.share) if isinstance(inner, dict) else inner)
 
@@ -85,7 +85,7 @@ class Boundary(Pattern):
         for n, key in enumerate(self.modalities):
             held = columns[:, n, None, None]
             shares = mass.new_tensor([self.share_of(query, key) for query in self.modalities])
-            # More is never less: a row of several modalities reads what any of them would.
+            # A query block with several modalities uses the largest of their shares.
             most = torch.where(rows, shares[:, None], 0.0).amax(1)
             mask |= held & fewest(mass * held, most[:, None, :, None])
         return self.from_blocks(prompt, mask)
@@ -93,9 +93,15 @@ class Boundary(Pattern):
     def members(
         self, prompt: Prompt, first: int, length: int
     ) -> Bool[Tensor, "b_spans n_names n_blocks"]:
-        """Return the blocks of so many tokens from position `first` on that hold each modality.
+        """Return the blocks that contain tokens of each modality.
 
-        The rows of the batch are one where they have the same spans.
+        Args:
+            prompt: the attention call.
+            first: position of the first token.
+            length: number of tokens.
+
+        Returns:
+            Mask with batch size 1 if all batch rows have the same spans.
         """
         names = self.modalities
         rows = [self.spans] if self.spans or not prompt.spans else prompt.spans
@@ -114,7 +120,9 @@ class Boundary(Pattern):
         known = self.modalities
         hint = suggest(str(name), known)
         if name not in known:
-            raise ValueError(f"shares: {name!r} is no modality{hint}; accepted: {', '.join(known)}")
+            raise ValueError(
+                f"shares: {name!r} is not a modality{hint}; must be one of {', '.join(known)}"
+            )
 
 
 def _check_share(name: str, value: Any) -> None:
@@ -124,7 +132,7 @@ def _check_share(name: str, value: Any) -> None:
 def fewest(
     mass: Float[Tensor, "b h n_q n_k"], share: Float[Tensor, "b_share 1 n_q 1"]
 ) -> Bool[Tensor, "b h n_q n_k"]:
-    """Return the fewest blocks of each row that hold a share of its mass; a share of 1 keeps all."""
+    """Return the mask of the fewest blocks of each row that reach a share of its total mass. A share of 1 keeps all blocks."""
     ordered, order = mass.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     kept = (before < share * ordered.sum(-1, keepdim=True)) | (share == 1)

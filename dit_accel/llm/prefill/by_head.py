@@ -1,4 +1,4 @@
-"""`ByHead`: patterns of single heads, or of the groups of heads that share keys, in one plan of the layer."""
+"""`ByHead`: a separate pattern for each head or each group of heads that share keys, in one plan for the layer."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -16,21 +16,20 @@ from dit_accel.llm.prefill.pattern import Pattern, Prompt, kind_of, pattern_name
 
 @dataclass(frozen=True)
 class ByHead(Pattern):
-    """Each head has a pattern of its own.
+    """Pattern that applies a separate pattern to each head.
 
-    A pattern makes the plan of all heads that have it at once. The plans are joined, so that one kernel call serves
-    the layer.
+    Each pattern plans all of its heads at once. The plans are joined, so that one kernel call computes the layer.
     """
 
     name: ClassVar[str] = "by_head"
     alone: ClassVar[bool] = False
     joins: ClassVar[bool] = False
     heads: tuple[str, ...] | list[str] = ()
-    """Pattern of each head: a name of `choices`, the name of a pattern with its default options, or "dense"."""
+    """Pattern of each head: a key of `choices`, the name of a pattern (with its default options), or "dense"."""
     choices: dict[str, Any] = field(default_factory=dict)
-    """Patterns with options, by names of your own: {"wide": {"pattern": "hybrid", "options": {"top_p": 0.95}}}."""
+    """Patterns with options by names of your choice: {"wide": {"pattern": "hybrid", "options": {"top_p": 0.95}}}."""
     by: str = "head"
-    """Meaning of an entry of `heads`: a query "head", or a "group" of query heads that share keys."""
+    """An entry of `heads` is for one query "head", or for a "group" of query heads that share keys."""
 
     def __post_init__(self) -> None:
         ok = isinstance(self.heads, list | tuple) and len(self.heads) > 0
@@ -45,7 +44,7 @@ class ByHead(Pattern):
                 known = [*self.choices, DENSE, *pattern_names()]
                 if name not in known:
                     raise ValueError(
-                        f"heads: {name!r} is no choice and no pattern{suggest(name, known)}; accepted are "
+                        f"heads: {name!r} is not in choices and not a pattern{suggest(name, known)}; must be one of "
                         f"{', '.join(known)}"
                     )
                 patterns[name] = _pattern(name, name)
@@ -55,8 +54,8 @@ class ByHead(Pattern):
         wanted, what = (heads, "query heads") if self.by == "head" else (kv_heads, "KV heads")
         if len(self.heads) != wanted:
             raise ValueError(
-                f"by_head: heads has {len(self.heads)} entries, but the model has {wanted} {what}; accepted with "
-                f"by={self.by!r} are {wanted}"
+                f"by_head: heads has {len(self.heads)} entries, but the model has {wanted} {what}; must have {wanted} "
+                f"entries with by={self.by!r}"
             )
 
     def plan(self, prompt: Prompt) -> SparsePlan:
@@ -82,7 +81,7 @@ class ByHead(Pattern):
 
 
 def _pattern(name: str, value: Any) -> Pattern | None:
-    """The pattern that a value of `choices` means; None: dense."""
+    """Return the pattern for a value of `choices`; None for dense."""
     ok = isinstance(name, str) and isinstance(value, str | dict)
     if isinstance(value, dict):
         ok = isinstance(value.get("pattern"), str) and set(value) <= {"pattern", "options"}
@@ -96,7 +95,7 @@ def _pattern(name: str, value: Any) -> Pattern | None:
     if not kind_of(pattern).joins:
         accepted = ", ".join(x for x in pattern_names() if kind_of(x).joins)
         raise ValueError(
-            f"choices[{name!r}]: {pattern} has rules for all heads of a layer; accepted for single heads are {accepted}, "
+            f"choices[{name!r}]: {pattern} applies to all heads of a layer; for single heads it must be one of {accepted}, "
             f"{DENSE}"
         )
     try:
@@ -106,14 +105,14 @@ def _pattern(name: str, value: Any) -> Pattern | None:
 
 
 def _dense(prompt: Prompt) -> SparsePlan:
-    """A plan that reads every key."""
+    """Return a plan that reads every key."""
     shape = 1, 1, prompt.num_q_blocks, prompt.num_k_blocks
     every = torch.ones(shape, dtype=torch.bool, device=prompt.q.device)
     return SparsePlan.from_block_mask(every, **prompt.rules)
 
 
 def _some(prompt: Prompt, heads: list[int]) -> Prompt:
-    """The call for some of its query heads. Keys are repeated where these heads are not whole groups."""
+    """Return the call for a subset of query heads. Keys are repeated if the heads are not complete groups."""
     group = prompt.q.shape[1] // prompt.k.shape[1]
     whole = sorted({h // group for h in heads})
     keys = whole if len(heads) == len(whole) * group else [h // group for h in heads]
@@ -121,7 +120,7 @@ def _some(prompt: Prompt, heads: list[int]) -> Prompt:
 
 
 def _picked(x: Tensor, heads: list[int]) -> Tensor:
-    """Some heads of `[B, H, L, D]`; a view where they are neighbours."""
+    """Return a subset of the heads of `[B, H, L, D]`; a view if they are adjacent."""
     if heads == list(range(heads[0], heads[0] + len(heads))):
         return x[:, heads[0] : heads[-1] + 1]
     return x[:, heads]

@@ -1,4 +1,4 @@
-"""Grid: every stride-th key, for heads that look at the same place of each video frame (MMInference, arXiv
+"""Grid: keys at a regular stride, for heads that attend to the same place in each video frame (MMInference, arXiv
 2504.16083)."""
 
 from dataclasses import dataclass
@@ -19,36 +19,39 @@ from dit_accel.llm.prefill.pattern import Pattern, Prompt
 __all__ = ["Grid", "detect"]
 
 LAST = 64
-"""Last queries whose attention tells the place of the grid in a frame."""
+"""Number of last queries whose attention determines the place of the grid in a frame."""
 
 
 @dataclass(frozen=True)
 class Grid(Pattern):
-    """Each query reads the first `sink` keys, the last `window`, and every key at `phase` plus a multiple of `stride`.
+    """Pattern in which each query reads the first `sink` keys, the last `window` keys, and the keys `phase + n * stride`.
 
-    Where the frames of a prompt's videos are known, the keys of a head lie at one place of every frame. The last `tail` queries read every key. With `rows` the queries at the positions of these keys do so too.
+    If the video frames of a prompt are known, the grid keys of a head are at one place of every frame. The last `tail`
+    queries read every key. With `rows`, the queries at the positions of the grid keys also read every key.
     """
 
     name: ClassVar[str] = "grid"
     stride: int | None = None
-    """Tokens from one key to the next, such as those of a video frame; None: the frames of the prompt's videos, or
-    without them found for each head from the attention of the last queries."""
+    """Distance between grid keys, such as the number of tokens per video frame. None: use the video frames of the prompt, or
+    without them detect a stride for each head from the attention of the last queries."""
     phase: int = 0
-    """Position of the first of these keys; has a meaning with `stride` only."""
+    """Position of the first grid key; only used with `stride`."""
     sink: int = 64
+    """Number of first keys."""
     window: int = 1024
+    """Number of last keys, including the query's own position."""
     rows: bool = False
-    """Whether queries at the positions of these keys read every key; needs `stride`."""
+    """Let queries at the positions of grid keys read every key; needs `stride`."""
     min_gain: float | int = 0.05
-    """Attention in [0, 1] that a grid must hold in excess of as many average keys; heads without one read the sink and
-    the window."""
+    """Attention in [0, 1] by which a grid must exceed the same number of average keys. Heads without such a grid read only the
+    sink and the window."""
 
     def __post_init__(self) -> None:
         stride, phase = self.stride, self.phase
         ok = stride is None or (is_int(stride) and stride >= 2)
         check("stride", stride, ok, "an int >= 2 or None")
         ok = is_int(phase) and 0 <= phase < (1 if stride is None else stride)
-        check("phase", phase, ok, "an int from 0 to stride - 1; without a stride 0")
+        check("phase", phase, ok, "an int from 0 to stride - 1, or 0 without a stride")
         check("sink", self.sink, is_int(self.sink) and self.sink >= 0, "an int >= 0")
         check("window", self.window, is_int(self.window) and self.window >= 1, "an int >= 1")
         check("rows", self.rows, isinstance(self.rows, bool), "True or False")
@@ -68,7 +71,7 @@ class Grid(Pattern):
         return self.from_blocks(prompt, self.band(prompt, at)[None, None], columns)
 
     def columns(self, prompt: Prompt) -> Int[Tensor, "b h n"]:
-        """Return the keys of the grid of each head, or of all heads."""
+        """Return the grid keys of each head, or one set for all heads."""
         if self.stride is not None:
             one = torch.ones(1, 1, dtype=torch.long, device=prompt.q.device)
             given = Grids(one * self.stride, one * self.phase, one.float())
@@ -87,7 +90,7 @@ class Grid(Pattern):
         return torch.cat(padded)
 
     def _detected(self, prompt: Prompt, rows: slice) -> Int[Tensor, "b h n"]:
-        """The keys of a grid that is found in some rows."""
+        """Return the keys of the grids detected in the batch rows `rows`."""
         found = detect(
             prompt.q[rows],
             prompt.k[rows],
@@ -101,16 +104,16 @@ class Grid(Pattern):
     def _of_frames(
         self, prompt: Prompt, row: int, frames: dict[int, list[int]]
     ) -> Int[Tensor, "1 h n"]:
-        """The keys at one place of every frame of a row's videos."""
+        """Return the keys at the best place of every video frame in one batch row."""
         q, k = prompt.q[row : row + 1], prompt.k[row : row + 1]
         sums = last_query_sums(q, k, scale=prompt.scale, last=LAST).columns[0]
         stop = prompt.kv_len - min(LAST, prompt.q_len) - self.window + 1
         return frame_columns(sums, frames, first=self.sink, stop=stop, min_gain=self.min_gain)[None]
 
     def band(self, prompt: Prompt, order: Int[Tensor, " l_q"]) -> Bool[Tensor, "n_q n_k"]:
-        """Return the blocks that hold sink or window of a query, for query blocks in this order.
+        """Return the mask of blocks with sink or window keys of a query, for queries in the given order.
 
-        The first block, that of the query and the one before are read in any case.
+        The first block, the block of the query and the block before it are always included.
         """
         block, device = prompt.block, order.device
         filled = torch.cat([order, order[-1:].expand(-len(order) % block)])
@@ -122,14 +125,14 @@ class Grid(Pattern):
         return near | (key < max(self.sink, 1))
 
     def _with_rows(self, prompt: Prompt, columns: Tensor) -> SparsePlan:
-        """A plan in which the queries that read every key come last, in blocks of their own."""
+        """Return a plan that reorders queries so that those that read every key come last, in separate blocks."""
         assert self.stride is not None
         at = torch.arange(prompt.q_len, device=prompt.q.device)
         dense = (at + prompt.offset) % self.stride == self.phase
         dense = dense | (at >= prompt.q_len - prompt.tail)
         order = dense.int().argsort(stable=True)
         others = int((~dense).sum())
-        # A block that holds queries of either kind reads every key.
+        # A block with both kinds of queries reads every key.
         start = prompt.num_q_blocks if others == prompt.q_len else others // prompt.block
         mask = self.band(prompt, order)
         mask[start:] = True

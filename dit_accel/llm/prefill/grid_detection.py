@@ -1,4 +1,4 @@
-"""Stride and phase of the keys that heads attend to at even distances, from the attention of the last queries."""
+"""Detection of grids: stride and phase of regularly spaced keys with high attention from the last queries."""
 
 from typing import NamedTuple
 
@@ -9,23 +9,23 @@ from torch import Tensor
 from dit_accel.llm.prefill.estimate import last_query_sums
 
 LAGS = 16
-"""Distances of the largest autocorrelations, which are compared as strides."""
+"""Number of lags with the largest autocorrelation that are tested as strides."""
 PERIODS = 8
-"""Keys of a grid, at least."""
+"""Smallest number of keys in a grid."""
 EVENNESS = 1 / 3
-"""Least ratio of (sum sqrt(w))^2 to n sum w for the weights w of the n keys of a grid; 1: all are equal."""
+"""Smallest ratio of (sum sqrt(w))^2 to n sum w for the weights w of the n keys of a grid; 1 means that all are equal."""
 SIGNIFICANCE = 6.0
-"""Least excess of a grid in standard deviations of as many random keys."""
+"""Smallest excess of a grid over random keys, in standard deviations."""
 
 
 class Grids(NamedTuple):
-    """Stride and phase of each head, 0 where it has none."""
+    """Stride and phase of the grid of each head; 0 for heads without a grid."""
 
     stride: Int[Tensor, "b h"]
     phase: Int[Tensor, "b h"]
-    """Position of the first key, below the stride."""
+    """Position of the first grid key, less than the stride."""
     gain: Float[Tensor, "b h"]
-    """Attention that the keys of the grid hold in excess of as many average keys."""
+    """Attention of the grid keys minus that of the same number of average keys."""
 
 
 @torch.no_grad()
@@ -39,19 +39,21 @@ def detect(
     last: int = 64,
     min_gain: float | int = 0.05,
 ) -> Grids:
-    """Find the grid of keys that the last queries of each head attend to.
+    """Detect the grid of keys that the last queries of each head attend to.
 
-    The best grid is the one whose keys hold most in excess of as many average keys. Half of the true stride holds the
-    same on twice as many keys, and twice the stride holds half of it. Strides are compared by square roots of the
-    weights, which a few strong keys disturb less; keys of very uneven weights are no grid.
+    The best grid has the largest excess of attention over the same number of average keys. This penalises half of the true
+    stride, which needs twice as many keys, and twice the true stride, which misses half of the attention. Strides are
+    compared by square roots of the attention weights, which are less sensitive to a few strong keys. Keys with very uneven
+    weights do not count as a grid.
 
     Args:
         q: queries at the last positions, `[B, Hq, Lq, D]`.
         k: keys `[B, Hkv, Lk, D]`.
         scale: factor of the dot products.
-        sink, window: first keys, and last keys of each query, that do not count.
-        last: number of queries.
-        min_gain: least gain of a grid, as a share of the attention of a query.
+        sink: number of first keys to ignore.
+        window: number of last keys of each query to ignore.
+        last: number of last queries to use.
+        min_gain: smallest gain of a grid, as a share of the attention of a query.
     """
     sums = last_query_sums(q, k, scale=scale, last=last).columns
     first, stop = sink, k.shape[2] - min(last, q.shape[2]) - window + 1
@@ -72,9 +74,9 @@ def detect(
 
 
 def _candidates(roots: Tensor, longest: int) -> Tensor:
-    """Strides up to `longest` to compare, `[B, H, n]`: distances of large autocorrelation and their common divisors.
+    """Return candidate strides up to `longest`, `[B, H, n]`: lags with large autocorrelation and their common divisors.
 
-    All multiples of a stride correlate about equally, so that the stride itself may not be among the best.
+    All multiples of a stride have about the same autocorrelation, so the stride itself may not be among the largest.
     """
     n = roots.shape[-1]
     spectrum = torch.fft.rfft(roots - roots.mean(-1, keepdim=True), 2 * n)
@@ -85,9 +87,10 @@ def _candidates(roots: Tensor, longest: int) -> Tensor:
 
 
 def _held(sums: Tensor, first: int, stride: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """Return the excess that the keys of each phase hold over average ones, `[B, H, longest]`: roots and weights.
+    """Return the excess of the keys of each phase over average keys, `[B, H, longest]`, in square roots and in weights.
 
-    Roots are 0 where the weights are too uneven or may be chance. `sums` begins with key `first`; a head has one stride.
+    The excess in square roots is 0 if the weights are too uneven or may be random. `sums` starts at key `first`. `stride`
+    holds one stride per head.
     """
     phase = (torch.arange(sums.shape[-1], device=sums.device) + first) % stride[..., None]
     empty = sums.new_zeros(*sums.shape[:2], longest)
@@ -102,7 +105,7 @@ def _held(sums: Tensor, first: int, stride: Tensor, longest: int) -> tuple[Tenso
 
 
 def grid_columns(grids: Grids, kv_len: int) -> Int[Tensor, "b h n"]:
-    """Return the keys of the grids as a plan's `columns`. Waits for the device."""
+    """Return the keys of grids as `columns` of a `SparsePlan`. Synchronizes with the device."""
     stride = grids.stride[..., None]
     counts = torch.where(stride > 0, -(-kv_len // stride.clamp(min=1)), 1)
     keys = grids.phase[..., None] + torch.arange(int(counts.max()), device=stride.device) * stride

@@ -1,4 +1,4 @@
-"""Grids over the frames of videos: one place of every frame, from the attention of the last queries."""
+"""Grids over video frames: the place in every frame with the highest attention from the last queries."""
 
 from collections import defaultdict
 
@@ -11,9 +11,9 @@ from dit_accel.llm.prefill.pattern import Spans
 
 
 def frame_starts(spans: Spans) -> dict[int, list[int]]:
-    """Return the first tokens of the video frames of each size, where there are two or more.
+    """Return the first tokens of all video frames by frame size, for sizes with at least two frames.
 
-    The distance of two frames is their size, or more where timestamps lie between them.
+    Frames may be separated by timestamp tokens, so their distance can be larger than their size.
     """
     starts: dict[int, list[int]] = defaultdict(list)
     for start, stop, name in spans:
@@ -30,16 +30,16 @@ def frame_columns(
     stop: int,
     min_gain: float | int = 0.05,
 ) -> Int[Tensor, "h n"]:
-    """Return the keys of each head's place in all frames, ascending, filled up with the number of keys.
+    """Return the keys at the best place of every frame for each head, in ascending order, padded with the number of keys.
 
-    The place is the one whose keys hold most attention, compared by square roots as in `detect`; keys of very uneven
-    weights are no grid.
+    The best place has the largest sum of square roots of the attention weights, as in `detect`. Keys with very uneven
+    weights do not count as a grid.
 
     Args:
         sums: mean attention of the last queries to each key.
-        frames: first tokens of the frames by size.
-        first, stop: range of the keys that count: frames outside of it are read as sink and window.
-        min_gain: least attention that a place must hold in excess of as many average keys of its frames.
+        frames: first tokens of the frames by frame size.
+        first, stop: range of keys to use. Frames outside of it are covered by the sink and the window.
+        min_gain: attention by which a place must exceed the same number of average keys in its frames.
     """
     kv_len = sums.shape[-1]
     found = [torch.full((len(sums), 1), kv_len, dtype=torch.int32, device=sums.device)]

@@ -1,4 +1,4 @@
-"""Hybrid: blocks by mass and single keys beside them, the default pattern."""
+"""Hybrid: blocks by estimated attention plus single keys. This is the default pattern."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,31 +13,32 @@ from dit_accel.llm.prefill.pattern import Pattern, Prompt
 from dit_accel.llm.prefill.xattention import STRIDES, antidiagonal_mass, blocks_of_mass
 
 QUERIES = 64
-"""Queries whose attention ranks the columns."""
+"""Number of queries whose attention ranks the single keys."""
 
 
 @dataclass(frozen=True)
 class Hybrid(Pattern):
-    """Each query block reads the fewest key blocks whose estimated attention reaches `top_p`; each head also reads
-    single keys (columns), those that hold most of the attention that its blocks leave out.
+    """Pattern that combines key blocks with single keys (columns).
 
-    Some heads attend to scattered single keys, which blocks alone cannot hold at a reasonable cost.
+    Each query block reads the fewest key blocks whose estimated attention reaches `top_p`. In addition, each head reads the
+    single keys with the most attention outside of these blocks, because some heads attend to scattered keys that blocks
+    cannot cover cheaply.
     """
 
     name: ClassVar[str] = "hybrid"
     top_p: float | int = 0.9
     """Estimated softmax mass of the blocks in (0, 1]; 1 reads every key."""
     columns: int | float = 128
-    """Single keys of each head, at most; a float is a share of the keys in (0, 1]."""
+    """Maximum number of single keys per head; a float is a share of the keys in (0, 1]."""
     scores: str = "xattention"
-    """Scores of the blocks: "xattention" (sums of antidiagonals), or "spread" (corrected means, see `block_scores`),
-    which is cheaper to compute and less exact."""
+    """Estimate of the block scores: "xattention" (sums of antidiagonals), or "spread" (corrected block means, see
+    `block_scores`), which is faster and less accurate."""
     stride: int = 8
     """Stride of the antidiagonals: 8 or 16."""
     queries: str = "spread"
-    """Queries that rank the columns: "spread" over the prompt, or the "last" ones."""
+    """Queries that rank the single keys: "spread" evenly over the prompt, or the "last" queries."""
     per_group: bool = False
-    """Whether the query heads that share keys share what they read: a little less exact, and faster on a CPU."""
+    """Use the same blocks and keys for all query heads that share keys: slightly less accurate, but faster on a CPU."""
 
     def __post_init__(self) -> None:
         check_fraction("top_p", self.top_p)
@@ -58,7 +59,7 @@ class Hybrid(Pattern):
         )
 
     def block_logits(self, prompt: Prompt) -> Float[Tensor, "b h n_q n_k"]:
-        """Return logarithms of the estimated attention of each block, for each head or each group."""
+        """Return the logarithm of the estimated attention of each block, per head or per group."""
         block, scale = prompt.block, prompt.scale
         if self.scores == "xattention":
             mass = antidiagonal_mass(
@@ -77,8 +78,8 @@ class Hybrid(Pattern):
     def column_worth(
         self, prompt: Prompt, read: Bool[Tensor, "b h n_q n_k"]
     ) -> Float[Tensor, "b h l_k"]:
-        """Return the attention to each key that these blocks leave out, for each head or each group."""
-        # The last rows read every key, so that columns are for the others.
+        """Return the attention to each key outside of the blocks `read`, per head or per group."""
+        # The last queries read every key, so only the other queries need single keys.
         others = max(0, prompt.q_len - prompt.tail)
         rows = spread_rows(others, QUERIES)
         if self.queries == "last":
@@ -89,5 +90,5 @@ class Hybrid(Pattern):
         return self._joined(prompt, worth)
 
     def _joined(self, prompt: Prompt, x: Tensor) -> Tensor:
-        """The mean over the query heads of each group, if they share what they read."""
+        """Return the mean over the query heads of each group with `per_group`; otherwise the input."""
         return x.unflatten(1, (prompt.k.shape[1], -1)).mean(2) if self.per_group else x

@@ -1,4 +1,4 @@
-"""`Pattern`: the contract of a sparse prefill pattern, and how one is found by its name."""
+"""`Pattern`: base class of sparse prefill patterns, and lookup of patterns by name."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,27 +13,27 @@ from dit_accel.kernels import Geometry, SparsePlan
 from dit_accel.llm.plugins import class_named, classes_in, with_options
 
 Spans = tuple[tuple[int, int, str], ...]
-"""Token ranges of images and video frames, ascending: (start, stop, "image" or "video"). Other tokens are text."""
+"""Token ranges of images and video frames in ascending order: (start, stop, "image" or "video"). Other tokens are text."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A call as patterns see it: queries at the last positions, keys from the first one on."""
+    """Attention call with queries at the last positions of the keys: the input of a pattern."""
 
     q: Tensor
-    """`[B, Hq, Lq, D]`."""
+    """Queries `[B, Hq, Lq, D]`."""
     k: Tensor
-    """`[B, Hkv, Lk, D]`."""
+    """Keys `[B, Hkv, Lk, D]`."""
     scale: float
     """Factor of the dot products."""
     block: int = 64
-    """Tokens per query block and per key block."""
+    """Number of tokens per query block and per key block."""
     tail: int = 128
-    """Last queries that read every key, at least."""
+    """Smallest number of last queries that read every key."""
     layer: int = 0
     """Index of the layer."""
     spans: Sequence[Spans] | None = None
-    """Spans of each row, by the positions of the keys; None: not known."""
+    """Image and video spans of each batch row, in key positions; None if not known."""
 
     @property
     def q_len(self) -> int:
@@ -58,7 +58,7 @@ class Prompt:
 
     @property
     def rules(self) -> dict[str, Any]:
-        """Lengths and blocks of the plans of this call, as arguments."""
+        """Keyword arguments with the lengths and block sizes for `SparsePlan` constructors."""
         return {
             "block_q": self.block,
             "block_k": self.block,
@@ -70,32 +70,32 @@ class Prompt:
 
     @property
     def geometry(self) -> Geometry:
-        """Lengths and blocks of the plans of this call, checked."""
+        """Validated `Geometry` of the plans of this call."""
         return Geometry.of(self.q.device, **self.rules)
 
     def block_distance(self) -> Int[Tensor, "n_q n_k"]:
-        """Key blocks between the last query of each query block and a key block; negative: all keys are later."""
+        """Return the distance in blocks from each key block to the last query of each query block; negative for later keys."""
         rows = torch.arange(1, self.num_q_blocks + 1, device=self.q.device) * self.block
         last = (rows.clamp(max=self.q_len) - 1 + self.offset) // self.block
         return last[:, None] - torch.arange(self.num_k_blocks, device=self.q.device)
 
     def always(self) -> Bool[Tensor, "n_q n_k"]:
-        """Blocks that every pattern reads: the first one, the diagonal, the one before, and all in the last rows.
+        """Return the mask of blocks that every pattern reads: those of `near`, and all blocks of the last queries.
 
-        Attention sinks lie in the first block; the last rows decide what is generated.
+        The first block contains the attention sinks. The last queries determine the generated tokens.
         """
         return self.near() | self.last_rows()[:, None]
 
     def near(self) -> Bool[Tensor, "n_q n_k"]:
-        """The first block, the diagonal and the block before it."""
+        """Return the mask of the first block, the diagonal block and the block before it."""
         distance = self.block_distance()
-        # A query block that begins inside of a key block reaches over three of them.
+        # A query block that starts inside a key block overlaps with two key blocks.
         near = (distance >= 0) & (distance <= 1 + (self.offset % self.block > 0))
         near[:, 0] = True
         return near
 
     def last_rows(self) -> Bool[Tensor, " n_q"]:
-        """Query blocks that hold one of the last `tail` queries."""
+        """Return the mask of query blocks that contain one of the last `tail` queries."""
         end = torch.arange(1, self.num_q_blocks + 1, device=self.q.device) * self.block
         if self.tail == 0:
             return torch.zeros_like(end, dtype=torch.bool)
@@ -103,28 +103,28 @@ class Prompt:
 
 
 class Pattern(ABC):
-    """Chooses the keys that each query of a call reads. Subclasses are frozen dataclasses of their options."""
+    """Base class of patterns: chooses the keys that each query reads. Subclasses are frozen dataclasses of their options."""
 
     name: ClassVar[str]
     alone: ClassVar[bool] = True
-    """Whether its name without options is a setting."""
+    """True if the pattern can be used by its name, without options."""
     joins: ClassVar[bool] = True
-    """Whether single heads of a layer can have it, beside other patterns: its plans have no rules but those of the call."""
+    """True if `ByHead` can use the pattern for single heads, because its plans have no rules beyond `Prompt.rules`."""
 
     @property
     def reads_spans(self) -> bool:
-        """Whether plans depend on the spans of images and videos."""
+        """True if plans depend on the spans of images and videos."""
         return False
 
     @abstractmethod
     def plan(self, prompt: Prompt) -> SparsePlan:
-        """Return the plan of a call."""
+        """Return the plan for a call."""
 
     def check_heads(self, heads: int, kv_heads: int) -> None:  # noqa: B027 (most fit any model)
-        """Check that the pattern fits a model with so many query heads and KV heads.
+        """Check that the pattern fits the numbers of query heads and KV heads of a model.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the pattern is for another number of heads.
         """
 
     def from_blocks(
@@ -133,7 +133,7 @@ class Pattern(ABC):
         mask: Bool[Tensor, "b h n_q n_k"],
         columns: Tensor | None = None,
     ) -> SparsePlan:
-        """Return the plan that reads these blocks, those that are always read, and single columns."""
+        """Return the plan that reads the blocks `mask`, the blocks of `Prompt.always`, and the single keys `columns`."""
         return SparsePlan.from_block_mask(
             mask | prompt.always(),
             **prompt.rules,
@@ -147,7 +147,7 @@ def _classes() -> dict[str, type[Pattern]]:
 
 
 def pattern_names(*, alone: bool = True) -> Sequence[str]:
-    """Return the names of all patterns; with `alone`, of those that need no options."""
+    """Return the names of all patterns; with `alone`, only of patterns that need no options."""
     return [name for name, kind in _classes().items() if kind.alone or not alone]
 
 
@@ -155,19 +155,19 @@ def kind_of(name: str) -> type[Pattern]:
     """Return the class of a pattern by its name.
 
     Raises:
-        ValueError: no such pattern.
+        ValueError: the pattern does not exist.
     """
     return class_named("pattern", name, _classes())
 
 
 def pattern_of(name: str, options: dict[str, Any] | None = None) -> Pattern:
-    """Return a pattern by its name.
+    """Return a pattern.
 
     Args:
-        name: see `pattern_names`; also "by_head".
-        options: fields of the pattern. Default: as they are.
+        name: name of the pattern, see `pattern_names`, or "by_head".
+        options: field values. Default: the defaults of the pattern.
 
     Raises:
-        ValueError: no such pattern or option, or a value that it does not accept.
+        ValueError: the pattern or an option does not exist, or a value is invalid.
     """
     return with_options(kind_of(name), name, options)

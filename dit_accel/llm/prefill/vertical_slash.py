@@ -1,4 +1,4 @@
-"""Vertical-slash: single keys and diagonals that the last queries attend to (MInference, arXiv 2407.02490)."""
+"""Vertical-slash: single keys and diagonals with high attention from the last queries (MInference, arXiv 2407.02490)."""
 
 import math
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ from dit_accel.llm.prefill.pattern import Pattern, Prompt
 
 @dataclass(frozen=True)
 class VerticalSlash(Pattern):
-    """Each head reads the keys (columns) and the distances (slashes) that hold most of the last queries' attention.
+    """Pattern of the keys (columns) and distances (slashes) with the highest attention from the last queries of each head.
 
-    Slashes are chosen in bands of `block` neighbouring distances, because a band costs hardly more than one slash of
-    it. Every pair at a chosen distance is read. Columns lie outside of the first block and the last two, which every
-    query that sees them reads anyway.
+    Slashes are selected in bands of `block` adjacent distances, because a band costs hardly more than a single slash. All
+    pairs at a selected distance are read. Columns are selected outside of the first block and the last two blocks, which
+    are always read.
     """
 
     name: ClassVar[str] = "vertical_slash"
     columns: float | int = 0.04
-    """Share of the keys that are columns, in (0, 1]."""
+    """Share of the keys to select as columns, in (0, 1]."""
     slashes: float | int = 0.1
-    """Share of the bands of distances that are read, in (0, 1]."""
+    """Share of the bands to select, in (0, 1]."""
     min_columns: int = 30
-    """Columns of a head at least."""
+    """Smallest number of columns per head."""
     min_slashes: int = 1
-    """Bands of a head at least."""
+    """Smallest number of bands per head."""
     last: int = 64
-    """Number of last queries whose attention is estimated."""
+    """Number of last queries whose attention is computed."""
 
     def __post_init__(self) -> None:
         check_fraction("columns", self.columns)
@@ -55,7 +55,7 @@ class VerticalSlash(Pattern):
 
 
 def by_block(sums: Float[Tensor, "b h n"], block: int) -> Float[Tensor, "b h n_blocks"]:
-    """Return the sums over blocks of neighbours."""
+    """Return the sums over blocks of `block` adjacent numbers."""
     short = -sums.shape[-1] % block
     return torch.nn.functional.pad(sums, (0, short)).unflatten(-1, (-1, block)).sum(-1)
 
@@ -63,16 +63,16 @@ def by_block(sums: Float[Tensor, "b h n"], block: int) -> Float[Tensor, "b h n_b
 def best_bands(
     worth: Float[Tensor, "b h n_bands"], count: int | Tensor
 ) -> Bool[Tensor, "b h n_bands"]:
-    """Return the mask of the `count` best bands of each head; `count` may be a number for each, `[B, H, 1]`."""
+    """Return the mask of the best bands of each head. `count` is one number for all heads, or a tensor `[B, H, 1]`."""
     return worth.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count
 
 
 def slash_blocks(prompt: Prompt, bands: Bool[Tensor, "b h n_bands"]) -> Bool[Tensor, "b h n_q n_k"]:
-    """Return the blocks that hold a pair whose distance lies in one of these bands.
+    """Return the mask of blocks that contain a pair at a distance in one of the bands.
 
     Args:
-        prompt: the call.
-        bands: `[B, H, T_k]`; band m holds the distances from `m * block` to `(m + 1) * block - 1`.
+        prompt: the attention call.
+        bands: mask `[B, H, T_k]`; band m holds the distances from `m * block` to `(m + 1) * block - 1`.
     """
     block, length = prompt.block, prompt.kv_len
     chosen = bands.repeat_interleave(block, -1)[..., :length]
@@ -81,7 +81,7 @@ def slash_blocks(prompt: Prompt, bands: Bool[Tensor, "b h n_bands"]) -> Bool[Ten
     first = torch.arange(prompt.num_q_blocks, device=device)[:, None] * block
     last = (first + block).clamp(max=prompt.q_len) - 1
     key = torch.arange(prompt.num_k_blocks, device=device) * block
-    # Distances in a block reach from its last key and first query to its first key and last query.
+    # The smallest distance in a block is from its last key to its first query, the largest from its first key to its last query.
     nearest = (first + prompt.offset - key - block + 1).clamp(0, length)
     farthest = (last + prompt.offset - key + 1).clamp(0, length)
     count = before[..., farthest] - before[..., nearest]

@@ -1,4 +1,4 @@
-"""XAttention: blocks by the sums of their antidiagonals (arXiv 2503.16428)."""
+"""XAttention: key blocks selected by sums over their antidiagonals (arXiv 2503.16428)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,18 +15,18 @@ from dit_accel.llm.prefill.pattern import Pattern, Prompt
 
 STRIDES = (8, 16)
 CHUNK_SCORES = 2**22
-"""Scores that are held at one time, over all batches and heads: 16 MiB in fp32."""
+"""Largest number of scores in memory, over all batch rows and heads: 16 MiB in fp32."""
 
 
 @dataclass(frozen=True)
 class XAttention(Pattern):
-    """Each query block reads the fewest key blocks whose estimated attention reaches `top_p`."""
+    """Pattern in which each query block reads the fewest key blocks whose estimated attention reaches `top_p`."""
 
     name: ClassVar[str] = "xattention"
     top_p: float | int = 0.9
     """Estimated softmax mass in (0, 1]; 1 reads every key."""
     stride: int = 8
-    """Tokens between the antidiagonals of a block: 8 or 16. The estimate costs about 1/stride of dense scores."""
+    """Distance between the antidiagonals of a block: 8 or 16. The estimate costs about 1 / stride of dense scores."""
 
     def __post_init__(self) -> None:
         check_fraction("top_p", self.top_p)
@@ -42,8 +42,8 @@ class XAttention(Pattern):
 def blocks_of_mass(
     prompt: Prompt, scores: Float[Tensor, "b h n_q n_k"], top_p: float | int
 ) -> Tensor:
-    """Return the fewest blocks of each row whose softmax weights reach `top_p`, `[B, H, T_q, T_k]`; 1: all."""
-    everything = top_p == 1  # a mass of 1 leaves out blocks whose weight rounds to 0
+    """Return the mask `[B, H, T_q, T_k]` of the fewest blocks per row whose softmax weights reach `top_p`."""
+    everything = top_p == 1  # otherwise blocks whose weight rounds to 0 would be left out
     plan = SparsePlan.from_scores(
         scores,
         topk=1.0 if everything else None,
@@ -62,17 +62,17 @@ def antidiagonal_mass(
     stride: int,
     scale: float,
 ) -> Float[Tensor, "b h_q n_q n_k"]:
-    """Return the estimated causal attention of query blocks over key blocks; each row adds up to 1.
+    """Return the estimated causal attention of query blocks over key blocks. Each row sums to 1.
 
-    The estimate joins `stride` neighbouring queries, and as many keys, into one: the score of a pair of groups is the
-    mean of `scale * q_i . k_j` over one antidiagonal, i + j = stride - 1. A softmax over all groups of keys that begin no
-    later than the group of queries is summed over blocks of keys and averaged over the queries' groups.
+    The estimate combines `stride` adjacent queries, and `stride` adjacent keys, into groups. The score of a query group and a
+    key group is the mean of `scale * q_i . k_j` over one antidiagonal, i + j = stride - 1. A softmax over all key groups
+    that start no later than the query group is summed over key blocks and averaged over the query groups of a block.
 
     Args:
         q: queries at the last positions, `[B, Hq, Lq, D]`.
         k: keys `[B, Hkv, Lk, D]`.
-        block: tokens per query block and per key block, a multiple of `stride`.
-        stride: tokens of a group.
+        block: number of tokens per query block and per key block, a multiple of `stride`.
+        stride: number of tokens per group.
         scale: factor of the dot products.
     """
     offset, size = k.shape[2] - q.shape[2], block // stride
@@ -85,7 +85,7 @@ def antidiagonal_mass(
     step = max(1, CHUNK_SCORES // (q.shape[0] * q.shape[1] * size * keys.shape[2]))
     for start in range(0, n_q, step):
         stop = min(start + step, n_q)
-        end = min(n_k, (stop * block - 1 + offset) // block + 1)  # key blocks seen
+        end = min(n_k, (stop * block - 1 + offset) // block + 1)  # number of visible key blocks
         rows = queries[:, :, start * size : stop * size]
         with no_autocast(q):
             joined = rows.unflatten(1, (heads, group)).flatten(2, 3)
@@ -96,13 +96,13 @@ def antidiagonal_mass(
         hidden = begins > first[:, None] + offset
         mass = torch.softmax(scores.masked_fill_(hidden, -torch.inf), -1)
         mass = mass.unflatten(-1, (end, size)).sum(-1)
-        real = (first < q.shape[2]).to(mass)  # groups without a query count nothing
+        real = (first < q.shape[2]).to(mass)  # ignore groups that contain only padding
         mass = (mass * real[:, None]).unflatten(2, (-1, size)).sum(3)
         out[:, :, start:stop, :end] = mass / real.unflatten(0, (-1, size)).sum(1)[:, None]
     return out
 
 
 def _groups(x: Tensor, stride: int, block: int, *, reverse: bool) -> Tensor:
-    """The tokens of each group side by side, `[B, H, L / stride, stride * D]`, with zeros up to whole blocks."""
+    """Return tokens concatenated in groups, `[B, H, L / stride, stride * D]`, padded with zeros to whole blocks."""
     x = pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, stride))
     return (x.flip(3) if reverse else x).flatten(3)

@@ -1,1 +1,1 @@
-"""Search: patterns of single heads at a total budget, and the layers that tolerate Triangle."""
+"""Search for a pattern for each head at a total budget, or for the layers that tolerate the Triangle pattern."""

@@ -1,28 +1,28 @@
-"""`allocate`: the candidates of all heads that lower the error most at a total cost."""
+"""`allocate`: chooses a candidate for each head so that the total error is small at a total cost."""
 
 import heapq
 from collections.abc import Sequence
 
 DENSE = -1
-"""Index of dense attention: cost 1, error 0."""
+"""Index of dense attention, which has cost 1 and error 0."""
 
 
 def allocate(
     costs: Sequence[Sequence[float]], errors: Sequence[Sequence[float]], budget: float
 ) -> list[int]:
-    """Return the index of the candidate of each head.
+    """Return the index of the chosen candidate of each head.
 
-    Each head starts with its cheapest candidate. The change that lowers the error most for its cost comes first, until the
-    budget is spent. Only candidates on the lower convex hull of a head are considered, so that a dear but good candidate is
-    not missed behind a poor one.
+    The algorithm is greedy. Each head starts with its cheapest candidate. Then the change with the largest error reduction
+    per cost is applied, until the budget is spent. Only candidates on the lower convex hull of a head are considered, so
+    that a poor candidate does not block the way to an expensive but good one.
 
     Args:
-        costs: cost of each candidate of each head, relative to dense.
+        costs: cost of each candidate of each head, relative to dense attention.
         errors: error of each candidate of each head. A head without candidates stays dense.
-        budget: mean cost over the heads.
+        budget: allowed mean cost over the heads.
 
     Returns:
-        Index into a head's candidates; `DENSE` for dense attention.
+        Index of a candidate for each head, or `DENSE` for dense attention.
 
     Raises:
         ValueError: the cheapest candidates cost more than the budget.
@@ -32,8 +32,8 @@ def allocate(
     limit = budget * len(hulls)
     if spent > limit + 1e-9:
         raise ValueError(
-            f"density={budget:g}: the cheapest candidates read {spent / len(hulls):.3f}; accepted is a number from there "
-            "to 1"
+            f"density={budget:g}: must be in [{spent / len(hulls):.3f}, 1], because the cheapest candidates already read "
+            "that much"
         )
     at = [0] * len(hulls)
     waiting: list[tuple[float, int]] = []
@@ -57,12 +57,12 @@ def allocate(
 
 
 def _hull(costs: Sequence[float], errors: Sequence[float]) -> list[tuple[float, float, int]]:
-    """Cost, error and index on the lower convex hull, cheapest first; dense is the last one."""
+    """Return cost, error and index of the candidates on the lower convex hull, cheapest first. Dense is the last one."""
     points = sorted([*((c, e, i) for i, (c, e) in enumerate(zip(costs, errors, strict=True))), (1.0, 0.0, DENSE)])  # fmt: skip
     hull: list[tuple[float, float, int]] = []
     for point in points:
         if hull and point[1] >= hull[-1][1]:
-            continue  # dearer and no better
+            continue  # more expensive and not better
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
             hull.pop()
         hull.append(point)
@@ -70,5 +70,5 @@ def _hull(costs: Sequence[float], errors: Sequence[float]) -> list[tuple[float, 
 
 
 def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
-    """Change of the error for the cost; negative."""
+    """Return the change of the error per cost, which is negative."""
     return (b[1] - a[1]) / max(b[0] - a[0], 1e-12)

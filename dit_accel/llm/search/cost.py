@@ -1,4 +1,4 @@
-"""`head_densities`: pairs that each head of a plan reads, counted from its lists."""
+"""`head_densities`: density of each head of a plan, counted from its block lists."""
 
 import torch
 from jaxtyping import Float
@@ -8,9 +8,9 @@ from dit_accel.kernels import SparsePlan
 
 
 def head_densities(plan: SparsePlan, heads: int) -> Float[Tensor, " heads"]:
-    """Return the query-key pairs of each head over those of a dense call, a mean over the batch.
+    """Return the number of query-key pairs of each head, divided by that of a dense call (mean over the batch).
 
-    The same as `SparsePlan.density` by head, without a mask of pairs, for causal plans without a window.
+    This is `SparsePlan.density` per head for causal plans without a window. It needs no memory for a mask of pairs.
 
     Args:
         plan: plan of a call.
@@ -21,7 +21,7 @@ def head_densities(plan: SparsePlan, heads: int) -> Float[Tensor, " heads"]:
     order = torch.arange(plan.q_len, device=device)[None]
     if plan.q_order is not None:
         order = plan.q_order.long()
-    # Keys that each query of a block sees; missing queries of the last block see none.
+    # Number of visible keys of each query of a block; 0 for the padding of the last block.
     last = order + plan.q_offset + 1
     missing = -plan.q_len % block
     seen = torch.nn.functional.pad(last, (0, missing)).unflatten(1, (-1, block))
@@ -37,7 +37,7 @@ def head_densities(plan: SparsePlan, heads: int) -> Float[Tensor, " heads"]:
 
 
 def _column_pairs(plan: SparsePlan, read: Tensor, seen: Tensor) -> Tensor:
-    """Pairs of single columns outside of the blocks that a row reads, `[B|1, Hq|1]`."""
+    """Return the number of pairs of single columns outside of the blocks that a row reads, `[B|1, Hq|1]`."""
     assert plan.columns is not None
     columns = plan.columns.long()
     real = columns < plan.kv_len
@@ -49,7 +49,7 @@ def _column_pairs(plan: SparsePlan, read: Tensor, seen: Tensor) -> Tensor:
         .mT
     )  # [B, H, T_q, C]
     total = torch.zeros(shape, dtype=torch.double, device=columns.device)
-    for i in range(seen.shape[1]):  # a row at a time: its queries times the columns
+    for i in range(seen.shape[1]):  # one query block at a time to limit memory
         visible = (seen[None, :, i, :, None] > columns[:, :, None]).sum(2)
         total += (visible * (real & ~covered[:, :, i])).sum(-1)
     return total

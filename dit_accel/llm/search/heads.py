@@ -1,4 +1,4 @@
-"""`measure_heads` and `choose_heads`: a pattern for each head, or each group of heads, at a total density."""
+"""`measure_heads` and `choose_heads`: choose a pattern for each head, or each group of heads, at a total density."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,14 +21,14 @@ def measure_heads(
     journal: Journal,
     on_step: Callable[[], None],
 ) -> None:
-    """Measure all candidates on all samples; what the journal has is kept.
+    """Measure all candidates on all samples, except for measurements that the journal contains.
 
     Args:
-        model: returns the model; called if something is missing.
-        samples: samples, held-out ones are left out.
-        settings: candidates and rules.
-        num_layers: layers of the model.
-        journal: see `measured`.
+        model: function that returns the model; called only if a measurement is missing.
+        samples: samples. Held-out samples are skipped.
+        settings: candidates, block size and tail.
+        num_layers: number of layers of the model.
+        journal: journal of the measurements; new ones are added.
         on_step: called after each layer of a sample.
     """
     patterns = [pattern_of(x["pattern"], x.get("options")) for x in settings.candidates.values()]
@@ -53,7 +53,7 @@ def measure_heads(
 
 
 def measured(samples: Sequence[Sample], num_layers: int, journal: Journal) -> int:
-    """Return the number of layers of samples that the journal has."""
+    """Return the number of pairs of sample and layer that the journal contains."""
     return sum(_key(x, i) in journal for x in samples if not x.held_out for i in range(num_layers))
 
 
@@ -64,14 +64,14 @@ def choose_heads(
     counts: Mapping[str, int],
     journal: Journal,
 ) -> dict[str, Any]:
-    """Return `chosen`, and the density and the error that the measurements promise.
+    """Return the chosen patterns (`chosen`), and the density and error expected from the measurements.
 
     Args:
-        samples: as measured.
-        settings: candidates and budget.
-        num_layers: layers of the model.
-        counts: heads of a layer: "head" and "group".
-        journal: complete measurements.
+        samples: samples of the measurements.
+        settings: candidates and density budget.
+        num_layers: number of layers of the model.
+        counts: number of entries per layer with `by="head"` and `by="group"`.
+        journal: journal with complete measurements.
 
     Raises:
         ValueError: the cheapest candidates cost more than the budget.
@@ -101,7 +101,7 @@ def choose_heads(
 def candidate_seconds(
     samples: Sequence[Sample], settings: SearchSettings, num_layers: int, journal: Journal
 ) -> dict[str, float]:
-    """Return the time of each candidate, plan and attention of all heads of a layer, over that of dense attention here."""
+    """Return the time of each candidate (plan and attention of all heads), divided by that of dense attention."""
     parts = [journal[_key(x, i)] for x in samples if not x.held_out for i in range(num_layers)]
     parts = [x for x in parts if x["seconds"]]
     dense = sum(x["dense_seconds"] for x in parts)
@@ -112,7 +112,7 @@ def candidate_seconds(
 
 
 def _mean(tables: Sequence[Any], candidate: int, entry: int, entries: int, kind: str) -> float:
-    """The value of one candidate in one head or group, a mean over samples. Errors of a group add up."""
+    """Return the cost or error of a candidate in one head or group (mean over samples). Errors in a group are summed."""
     total = 0.0
     for table in tables:
         row = table[candidate]

@@ -1,4 +1,4 @@
-"""`Journal`: measurements of a search in a file, so that a search that was stopped goes on."""
+"""`Journal`: file with the measurements of a search, from which an interrupted search resumes."""
 
 import json
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ KIND = "llm-search-journal"
 
 
 class Journal:
-    """Values by name, written to a JSON file after each one.
+    """Mapping from names to values that is written to a JSON file after each assignment.
 
     Args:
-        path: the file; it is read if it exists. None: nothing is written.
-        header: settings of the search; all but the machine must equal those of the file.
-        overwrite: whether a file with other settings is replaced.
+        path: path of the file, which is read if it exists. None: nothing is written.
+        header: settings of the search; all except the machine must equal those in the file.
+        overwrite: replace a file with other settings.
 
     Raises:
-        ValueError: the file is no journal, or of other settings.
+        ValueError: the file is not a journal, or has other settings.
     """
 
     def __init__(

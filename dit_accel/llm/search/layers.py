@@ -1,7 +1,7 @@
-"""`rank_layers` and `choose_layers`: the layers that tolerate one cheap pattern in all heads (TriangleMix, arXiv 2507.21526).
+"""`rank_layers` and `choose_layers`: find layers that tolerate a cheap pattern in all heads (TriangleMix, arXiv 2507.21526).
 
-TriangleMix ranks layers by a gradient. Here a layer's sensitivity is the KL divergence of the last positions when this
-layer alone has the pattern, a mean over samples; all chosen layers together are then checked on held-out samples.
+TriangleMix ranks layers by a gradient. Here the sensitivity of a layer is the KL divergence at the last positions when only
+this layer uses the pattern (mean over samples). The chosen layers together are then checked on held-out samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,14 +27,14 @@ def rank_layers(
     journal: Journal,
     on_step: Callable[[], None],
 ) -> list[float]:
-    """Return the sensitivity of each layer; what the journal has is kept.
+    """Return the sensitivity of each layer. Measurements that the journal contains are not repeated.
 
     Args:
-        model: returns the model; called if something is missing.
-        samples: samples, held-out ones are left out.
-        settings: the pattern and its rules.
-        num_layers: layers of the model.
-        journal: KL by sample and layer.
+        model: function that returns the model; called only if a measurement is missing.
+        samples: samples. Held-out samples are skipped.
+        settings: pattern, block size and tail.
+        num_layers: number of layers of the model.
+        journal: journal with the KL by sample and layer.
         on_step: called after each layer of a sample.
     """
     used = [x for x in samples if not x.held_out]
@@ -52,7 +52,7 @@ def rank_layers(
 
 
 def measured(samples: Sequence[Sample], num_layers: int, journal: Journal) -> int:
-    """Return the number of layers of samples that the journal has."""
+    """Return the number of pairs of sample and layer that the journal contains."""
     return sum(
         f"{x.name}/{i}" in journal for x in samples if not x.held_out for i in range(num_layers)
     )
@@ -65,14 +65,14 @@ def choose_layers(
     sensitivity: Sequence[float],
     journal: Journal,
 ) -> dict[str, Any]:
-    """Return `chosen` with the most layers that keep the KL on held-out samples within `max_kl`.
+    """Return the result with the largest number of layers whose KL on held-out samples is at most `max_kl`.
 
     Args:
-        model: returns the model; called if something is missing.
-        samples: samples; held-out ones are used.
-        settings: the pattern, and the bounds.
-        sensitivity: see `rank_layers`.
-        journal: KL of the least sensitive layers together, by their number and sample.
+        model: function that returns the model; called only if a measurement is missing.
+        samples: samples. Only held-out samples are used.
+        settings: pattern and bounds.
+        sensitivity: sensitivity of each layer, see `rank_layers`.
+        journal: journal with the KL of the n least sensitive layers together, by n and sample.
     """
     order = sorted(range(len(sensitivity)), key=lambda i: (sensitivity[i], i))
     most = len(order) // 3 if settings.max_layers is None else settings.max_layers
@@ -114,7 +114,7 @@ def last_log_probabilities(model: Any, ids: Tensor) -> Tensor:
 def _divergence(
     model: Any, sample: Sample, dense: Tensor, settings: SearchSettings, layers: Sequence[int]
 ) -> float:
-    """Mean KL(dense || sparse) when these layers have the pattern. The model is dense afterwards."""
+    """Return the mean KL(dense || sparse) with the pattern in the given layers. Afterwards the model is disabled."""
     (pattern,) = settings.candidates.values()
     config = PrefillConfig(
         pattern=DENSE,

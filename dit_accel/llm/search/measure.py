@@ -1,4 +1,4 @@
-"""`measure_sample`: error and cost of each candidate in each head, in one dense pass over a sample."""
+"""`measure_sample`: measures error and cost of each candidate in each head during one dense pass over a sample."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ from dit_accel.llm.search.cost import head_densities
 
 
 class Meter:
-    """Policy that attends densely and measures candidates on the way.
+    """Policy that computes dense attention and measures candidate patterns in the same call.
 
     Args:
-        candidates: patterns.
-        wanted: layers that are measured.
+        candidates: patterns to measure.
+        wanted: indices of the layers to measure.
         layers: attention layers of the model.
-        residuals: squared norm of each token before each layer, written during the pass.
+        residuals: squared norm of the hidden state of each token before each layer; filled during the pass.
         block, tail: settings of the plans.
         on_layer: called with the index and the measurement of each layer.
     """
@@ -59,7 +59,7 @@ class Meter:
         softcap: float | None,
         dropout: float,
     ) -> Tensor:
-        """Return dense attention; arguments are those of `Policy.attend`."""
+        """Return dense attention. Arguments as in `Policy.attend`."""
         start = time.perf_counter()
         out = dense_attention(
             q,
@@ -76,7 +76,7 @@ class Meter:
             return out
         sliding = window is not None and window < k.shape[2]
         if not causal or sliding or softcap is not None or mask is not None:
-            self.on_layer(layer, {"costs": [], "errors": [], "seconds": []})  # always dense
+            self.on_layer(layer, {"costs": [], "errors": [], "seconds": []})  # never sparse
             return out
         gram = output_gram(self.layers[layer], q.shape[1], v.shape[-1])
         prompt = Prompt(q, k, scale=scale, block=self.block, tail=self.tail, layer=layer)
@@ -102,9 +102,9 @@ class Meter:
 
 
 def output_gram(module: nn.Module, heads: int, value_dim: int) -> Float[Tensor, "heads d d"] | None:
-    """Return W_h^T W_h for the part W_h of the output projection that reads each head; None: no such projection.
+    """Return W_h^T W_h for the columns W_h of the output projection of each head; None without a suitable projection.
 
-    `x^T W_h^T W_h x` is the squared norm of what a change x of the head's output adds to the hidden states.
+    If the output of head h changes by x, the hidden states change by a vector of squared norm `x^T W_h^T W_h x`.
     """
     weight = getattr(getattr(module, "o_proj", None), "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -121,12 +121,13 @@ def contribution_errors(
     gram: Float[Tensor, "h d d"] | None,
     residual: Float[Tensor, "b l"] | None,
 ) -> Float[Tensor, " h"]:
-    """Return the squared error of each head's contribution to the hidden states, relative to these, a mean over tokens.
+    """Return the squared error of each head's contribution to the hidden states, relative to their squared norm (mean over
+    tokens).
 
     Args:
-        sparse, dense: outputs of the heads, before the output projection.
-        gram: see `output_gram`. Default: the error of the outputs themselves.
-        residual: squared norm of the hidden states of each token. Default: the squared norm of all dense outputs.
+        sparse, dense: outputs of the heads before the output projection.
+        gram: see `output_gram`; None: use the error of the outputs before the projection.
+        residual: squared norm of the hidden state of each token; None: use the squared norm of all dense outputs.
     """
     change = sparse.float() - dense.float()
     squares = change.square().sum(-1) if gram is None else ((change @ gram) * change).sum(-1)
@@ -146,17 +147,16 @@ def measure_sample(
     tail: int,
     on_layer: Callable[[int, dict[str, Any]], None],
 ) -> None:
-    """Measure candidates on a sample, layer by layer, on the inputs that dense attention gives. The model is dense
-    afterwards.
+    """Measure candidates on a sample. Every layer gets the inputs of a dense pass. Afterwards the model is disabled.
 
     Args:
         model: causal language model of transformers.
-        ids: tokens `[1, L]`.
-        candidates: patterns.
-        wanted: layers that are measured.
+        ids: token ids `[1, L]`.
+        candidates: patterns to measure.
+        wanted: indices of the layers to measure.
         block, tail: settings of the plans.
-        on_layer: called with the index of each layer and its measurement: `costs` and `errors`, a list over candidates of
-            lists over heads, and `seconds` of each candidate. The lists are empty in a layer that is never sparse.
+        on_layer: called with the index of each layer and its measurement: `costs` and `errors` (per candidate, a list over
+            heads) and `seconds` (per candidate). The lists are empty for layers that are never sparse.
     """
     layers = attention_layers(model)
     residuals: dict[int, Tensor] = {}
@@ -176,7 +176,7 @@ def measure_sample(
 
 
 def _decoder_layers(model: Any, layers: Sequence[nn.Module]) -> list[nn.Module | None]:
-    """The module around each attention layer, whose input is the hidden states."""
+    """Return the parent module of each attention layer, whose input is the hidden states."""
     names = {id(module): name for name, module in model.named_modules()}
     found: list[nn.Module | None] = []
     for layer in layers:
@@ -186,7 +186,7 @@ def _decoder_layers(model: Any, layers: Sequence[nn.Module]) -> list[nn.Module |
 
 
 def _remember(residuals: dict[int, Tensor], layer: int) -> Callable[..., None]:
-    """A hook that keeps the squared norm of each token's hidden state."""
+    """Return a hook that records the squared norm of the hidden state of each token."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")

@@ -1,4 +1,4 @@
-"""`Search`: measurements, choice, check and file."""
+"""`Search`: runs a pattern search, checks its result and writes it to a file."""
 
 import json
 from collections import Counter
@@ -14,9 +14,9 @@ from dit_accel.config.base import as_lists
 from dit_accel.config.prefill_file import FORMAT_VERSION, KIND, search_settings
 from dit_accel.environment import machine, versions
 from dit_accel.files import write_json
-from dit_accel.llm.bench.texts import fingerprint
+from dit_accel.llm.bench.texts import text_hash
 from dit_accel.llm.head_counts import head_counts
-from dit_accel.llm.loading import Source
+from dit_accel.llm.loading import ModelSource
 from dit_accel.llm.quality import compare
 from dit_accel.llm.search import heads, layers
 from dit_accel.llm.search.journal import Journal
@@ -24,29 +24,26 @@ from dit_accel.llm.search.samples import Sample, make_samples
 from dit_accel.llm.search.settings import SearchSettings
 
 RESULT_ONLY = ("density", "max_layers", "max_kl")
-"""Settings that change the choice and no measurement."""
+"""Settings that affect only the choice, so that measurements can be reused when they change."""
 
 
 class Search:
-    """A search that is checked and whose model is not loaded yet.
+    """Pattern search whose arguments are checked before the model is loaded.
 
     Args:
-        source: the model.
-        settings: what is searched.
-        dtype, device: those of the model, for the journal.
+        source: source of the model.
+        settings: settings of the search.
+        dtype, device: dtype and device of the model, for the journal.
 
     Raises:
-        ValueError: a text is too short, or the model does not accept the length.
+        ValueError: a text is too short, or the length is larger than the model supports.
     """
 
-    def __init__(self, source: Source, settings: SearchSettings, *, dtype: str, device: str) -> None:  # fmt: skip
+    def __init__(self, source: ModelSource, settings: SearchSettings, *, dtype: str, device: str) -> None:  # fmt: skip
         source.check_length("length", settings.length)
         counts = head_counts(source.config)
         if counts is None:
-            raise ValueError(
-                f"model={source.name!r}: its config does not name its heads; accepted are models with "
-                "num_attention_heads"
-            )
+            raise ValueError(f"model={source.name!r}: must have num_attention_heads in its config")
         self.source, self.settings = source, settings
         self.counts = {"head": counts.heads, "group": counts.kv_heads}
         self.samples: list[Sample] = make_samples(source.tokenizer, settings)
@@ -67,7 +64,7 @@ class Search:
         }
 
     def journal(self, output: Path | None, *, overwrite: bool = False) -> Journal:
-        """Return the journal beside a result file; arguments and errors are those of `run`."""
+        """Return the journal beside a result file. Arguments and errors as in `run`."""
         path = None if output is None else journal_path(output)
         return Journal(path, self.header, overwrite=overwrite)
 
@@ -79,16 +76,16 @@ class Search:
         overwrite: bool = False,
         show: bool = False,
     ) -> dict[str, Any]:
-        """Return the result; measurements that the journal has are kept.
+        """Run the search and return the result. Measurements that the journal contains are not repeated.
 
         Args:
-            load: loads the model; called at most once, if something is missing.
-            output: JSON file of the result. The journal lies beside it, see `journal_path`.
-            overwrite: whether a journal of other settings is replaced.
-            show: whether a progress bar is shown on stderr.
+            load: function that loads the model; called at most once, and only if a measurement is missing.
+            output: JSON file for the result. The journal is beside it, see `journal_path`.
+            overwrite: replace a journal with other settings.
+            show: show a progress bar on stderr.
 
         Raises:
-            ValueError: the journal is of other settings, or the budget is below the cheapest candidates.
+            ValueError: the journal has other settings, or the density is below that of the cheapest candidates.
         """
         journal = self.journal(output, overwrite=overwrite)
         loaded: list[Any] = []
@@ -106,7 +103,7 @@ class Search:
         return result
 
     def _chosen(self, model: Callable[[], Any], journal: Journal, show: bool) -> dict[str, Any]:
-        """The choice, with its figures."""
+        """Run the measurements and return the choice with its statistics."""
         number, settings = self.source.num_layers, self.settings
         used = sum(not x.held_out for x in self.samples)
         by_layer = settings.find == "layers"
@@ -129,7 +126,7 @@ class Search:
         }
 
     def _result(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """The file without checks."""
+        """Return the content of the result file without checks."""
         head = {k: x for k, x in self.header.items() if k not in ("versions", "machine")}
         return {
             "format_version": head.pop("format_version"),
@@ -150,13 +147,13 @@ class Search:
     def _checks(
         self, model: Callable[[], Any], journal: Journal, result: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        """Figures of the result on held-out samples."""
+        """Return the comparison with dense prefill on each held-out sample."""
         config = PrefillConfig(**search_settings(result), crossover=0)
         found = []
         for sample in self.samples:
             if not sample.held_out:
                 continue
-            key = f"check/{sample.name}/{fingerprint(json.dumps(result['chosen']))}"
+            key = f"check/{sample.name}/{text_hash(json.dumps(result['chosen']))}"
             if key not in journal:
                 journal[key] = asdict(compare(model(), sample.ids, config))
             found.append({"sample": sample.name, **journal[key]})
@@ -164,18 +161,18 @@ class Search:
 
 
 def journal_path(output: Path) -> Path:
-    """Return the file of measurements beside a result."""
+    """Return the path of the journal beside a result file."""
     return output.with_name(f"{output.stem}.journal.json")
 
 
 def check_files(output: Path) -> None:
-    """Check that a result may be written to `output`.
+    """Check that a result can be written to `output`.
 
     Raises:
-        ValueError: it is a folder, or a file that is no result of a search.
+        ValueError: the path does not end with .json, or is a folder or a file that is not the result of a search.
     """
     if output.suffix.lower() != ".json" or output.is_dir():
-        raise ValueError(f"output={str(output)!r}: accepted is the name of a .json file")
+        raise ValueError(f"output={str(output)!r}: must be the name of a .json file")
     if not output.exists():
         return
     try:
@@ -184,12 +181,12 @@ def check_files(output: Path) -> None:
         known = False
     if not known:
         raise ValueError(
-            f"output={str(output)!r}: is no result of llm search; accepted are a new file or --overwrite"
+            f"output={str(output)!r}: is not a result of llm search; pass a new file or --overwrite"
         )
 
 
 def result_lines(result: Mapping[str, Any]) -> list[str]:
-    """Return a result for people: what was chosen, and the figures on held-out samples."""
+    """Return the lines of a printed result: the choice, and the comparison with dense prefill on held-out samples."""
     lines = []
     if "layers_found" in result:
         found = ", ".join(map(str, result["layers_found"])) or "none"

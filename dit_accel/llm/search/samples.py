@@ -1,48 +1,49 @@
-"""`Sample`: a window of a text. Searches use other windows than the benchmark."""
+"""`Sample`: text window for a search or calibration. It never overlaps with the texts of the benchmark."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from dit_accel.llm.bench.texts import fingerprint, read_text
+from dit_accel.llm.bench.texts import read_text, text_hash
 from dit_accel.llm.search.settings import SearchSettings
 
 CHARACTERS = 12
-"""Characters of a token at most, on average."""
+"""Upper bound of the mean number of characters per token."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of a window."""
+    """Tokens of a text window."""
 
     text: str
     """Name of the text."""
     start: int
-    """First character."""
+    """Index of the first character."""
     hash: str
     ids: Tensor
-    """`[1, L]`."""
+    """Token ids `[1, L]`."""
     held_out: bool
-    """Whether the sample is for checks only."""
+    """True if the sample is only used to check results."""
 
     @property
     def name(self) -> str:
-        """Name that is unique in a search."""
+        """Unique name in a search."""
         return f"{self.text}:{self.start}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {"text": self.text, "start": self.start, "hash": self.hash, "held_out": self.held_out}  # fmt: skip
 
 
 def make_samples(tokenizer: Any, settings: SearchSettings) -> list[Sample]:
-    """Return windows spread over the second half of each text, which the benchmark does not reach; the last ones of a text
-    are held out.
+    """Return windows spread over the second half of each text, which the benchmark does not use.
+
+    The last windows of each text are held out.
 
     Args:
         tokenizer: tokenizer of transformers.
-        settings: texts, length and number of samples.
+        settings: texts, sample length and numbers of samples.
 
     Raises:
         ValueError: a text cannot be read or is too short.
@@ -59,8 +60,8 @@ def make_samples(tokenizer: Any, settings: SearchSettings) -> list[Sample]:
             ids = tokenizer(window, return_tensors="pt").input_ids[:, : settings.length].long()
             if ids.shape[1] < settings.length:
                 raise ValueError(
-                    f"length={settings.length}: half of the text {name!r} has room for {count} samples of about "
-                    f"{ids.shape[1]} tokens; accepted are shorter or fewer samples, or a longer text"
+                    f"length={settings.length}: half of the text {name!r} has {count} samples of only about {ids.shape[1]} "
+                    "tokens; pass shorter or fewer samples, or a longer text"
                 )
-            found.append(Sample(name, start, fingerprint(window), ids, i >= settings.samples))
+            found.append(Sample(name, start, text_hash(window), ids, i >= settings.samples))
     return found

@@ -1,4 +1,4 @@
-"""`SearchSettings`: what is searched, on which texts, at which budget."""
+"""`SearchSettings`: candidates, texts and budget of a pattern search."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,27 +17,28 @@ class SearchSettings:
     """Settings of `dit-accel llm search`."""
 
     find: str = "heads"
-    """"heads": a pattern for each query head; "groups": for the query heads that share keys; "layers": the layers that
-    tolerate one pattern in all heads (TriangleMix)."""
+    """"heads": find a pattern for each query head; "groups": for each group of query heads that share keys; "layers": find
+    the layers that tolerate one pattern in all heads (TriangleMix)."""
     candidates: dict[str, Any] = field(default_factory=dict)
-    """Patterns to choose from, by names of your own; empty: `default_candidates`. One for "layers"."""
+    """Candidate patterns by names of your choice; empty: `default_candidates`. Exactly one for "layers"."""
     density: float | int = 0.3
-    """Share of the query-key pairs that may be read, a mean over heads and layers; not for "layers"."""
+    """Mean share of the query-key pairs over heads and layers; not used with "layers"."""
     max_layers: int | None = None
-    """Layers with the pattern at most, for "layers"; None: a third of them."""
+    """Maximum number of layers with the pattern, for "layers"; None: a third of all layers."""
     max_kl: float | int = 0.01
-    """Largest mean KL on the held-out samples, in nats, for "layers"."""
+    """Largest mean KL on the held-out samples in nats, for "layers"."""
     length: int = 4096
-    """Tokens of a sample."""
+    """Number of tokens per sample."""
     texts: tuple[str, ...] = ("prose", "code")
-    """prose, code, or paths of text files."""
+    """Names of texts: prose, code, or paths of text files."""
     samples: int = 2
-    """Samples of each text that are measured."""
+    """Number of samples from each text for the measurements."""
     checks: int = 1
-    """Further samples of each text, on which the result is checked."""
+    """Number of further samples from each text on which the result is checked."""
     block: int = 64
+    """Number of tokens per block."""
     tail: int = 128
-    """Last queries that read every key, at least."""
+    """Smallest number of last queries that read every key."""
 
     def __post_init__(self) -> None:
         check_choice("find", self.find, FIND)
@@ -67,15 +68,15 @@ class SearchSettings:
 
     @property
     def by(self) -> str:
-        """Meaning of an entry of the result, as in `ByHead`."""
+        """Value of `ByHead.by` for the result."""
         return "group" if self.find == "groups" else "head"
 
 
 def default_candidates(find: str) -> dict[str, Any]:
-    """Return patterns to choose from, whose budgets grow with the prompt.
+    """Return the default candidates. Their budgets grow with the length of the prompt.
 
     Args:
-        find: see `SearchSettings`.
+        find: see `SearchSettings.find`.
     """
     if find == "layers":
         return {"triangle": {"pattern": "triangle", "options": {}}}
@@ -98,26 +99,24 @@ def default_candidates(find: str) -> dict[str, Any]:
 
 
 def read_candidates(path: Path) -> dict[str, Any]:
-    """Read patterns by name from a YAML or JSON file.
+    """Read candidate patterns by name from a YAML or JSON file.
 
     Raises:
-        ValueError: it is no mapping of patterns.
+        ValueError: the content is not a mapping from names to patterns.
     """
     data = read_yaml(path)
     if not isinstance(data, dict):
-        raise ValueError(f"candidates={str(path)!r}: accepted is a mapping from names to patterns")
+        raise ValueError(f"candidates={str(path)!r}: must be a mapping from names to patterns")
     _check_candidates(data)
     return data
 
 
 def _check_candidates(candidates: dict[str, Any]) -> None:
     if DENSE in candidates:
-        raise ValueError(
-            f"candidates: {DENSE!r} is one of them anyway; accepted are other names for patterns"
-        )
+        raise ValueError(f"candidates: {DENSE!r} is always a candidate; must be another name")
     for name, value in candidates.items():
         if not isinstance(value, dict):
             raise ValueError(
-                f"candidates: {name!r} is {value!r}; accepted is a mapping with pattern and options"
+                f"candidates: {name!r} is {value!r}; must be a mapping with pattern and options"
             )
     ByHead(heads=[DENSE], choices=candidates)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_generate_with_the_file(tmp_path):
     kv = {"store": "pq", "store_options": {"codebooks": str(path)}, "sink": 4, "recent": 8}
     want = model(ids).logits[:, -1]
     llm.enable(model, kv=kv)
-    with pytest.raises(ValueError, match="disable"):
+    with pytest.raises(ValueError, match=r"model: .*disable"):
         captured(model, samples, 4)
     cache = model(ids[:, :-1], use_cache=True).past_key_values
     found = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
@@ -164,9 +165,7 @@ def test_settings(values, message):
 
 def test_heads_that_cannot_be_divided():
     model = make("Llama", head_dim=12)
-    with pytest.raises(
-        ValueError, match="bits=2: heads of 12 channels; accepted are multiples of 8"
-    ):
+    with pytest.raises(ValueError, match=r"bits=2.*head_dim=12\b.*\b8\b"):
         calibrate(model, [], [], CalibrationSettings(bits=2))
 
 
@@ -179,7 +178,7 @@ def test_the_command_writes_codebooks(small_llama, tmp_path, capsys):
     path = tmp_path / "new" / "pq.safetensors"
     assert run(*command(small_llama, "--output", path, "--bits", 2)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("2 bits a value, relative error on held-out samples: keys 0.")
+    assert re.search(r"^2 bits.* keys 0\.\d+, values 0\.\d+$", lines[0])
     assert lines[1] == str(path)
     books = read_codebooks(path)
     assert (books.form.sub_vectors, books.form.bits, books.form.scope) == (4, 8, "model")
@@ -188,7 +187,7 @@ def test_the_command_writes_codebooks(small_llama, tmp_path, capsys):
         kv={"store": "pq", "store_options": {"codebooks": str(path)}},
     )
     assert run(*command(small_llama, "--output", path)) == 2
-    assert "exists; accepted are a new file or --overwrite" in capsys.readouterr().err
+    assert "--overwrite" in capsys.readouterr().err
     assert run(*command(small_llama, "--output", path, "--overwrite", "--format", "json")) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["settings"]["bits"] == 4
@@ -199,12 +198,12 @@ def test_the_command_writes_codebooks(small_llama, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--output", "x.json"), "output='x.json': accepted is the name of a .safetensors file"),
+        (("--output", "x.json"), "output='x.json'"),
         (("--length", 10), "length=10"),
-        (("--length", 600), "length: 600 tokens; "),
-        (("--texts", "none.txt", "--length", 300), "text='none.txt': cannot be read"),
+        (("--length", 600), "length: 600 tokens"),
+        (("--texts", "none.txt", "--length", 300), "text='none.txt'"),
         (("--device", "abacus"), "device='abacus'"),
-        (("--output", "taken.safetensors", "--overwrite"), "holds something else than codebooks"),
+        (("--output", "taken.safetensors", "--overwrite"), "output='taken.safetensors'"),
     ],
     ids=str,
 )
@@ -225,5 +224,5 @@ def test_codebooks_of_other_weights_are_refused(tmp_path):
     with torch.no_grad():
         for x in other.parameters():
             x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(7)))
-    with pytest.raises(ValueError, match="similarity of the weights"):
+    with pytest.raises(ValueError, match=r"codebooks=.*weights"):
         llm.enable(other, kv=kv)

@@ -119,7 +119,7 @@ def test_generate_goes_on(folder):
 
 
 def test_codes_that_do_not_fit_a_mask(folder):
-    with pytest.raises(ValueError, match="4 bits"):
+    with pytest.raises(ValueError, match=r"codebooks=.*4 bits"):
         store_of("channels_pq", options(folder, mask_of(8, 8), bits=4))
 
 

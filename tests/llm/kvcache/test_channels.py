@@ -48,7 +48,7 @@ def store_of(mask):
     return store
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     operations=OPERATIONS,
     widths=st.tuples(st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16])),
@@ -164,21 +164,21 @@ def test_files_know_their_model(tmp_path):
     with torch.no_grad():
         for x in other.parameters():
             x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
-    with pytest.raises(ValueError, match="similarity of the weights"):
+    with pytest.raises(ValueError, match=r"mask=.*weights"):
         llm.enable(other, kv=kv)
     llm.enable(make("Llama").bfloat16(), kv=kv)
     with pytest.raises(ValueError, match="layers=3"):
         llm.enable(make("Llama", num_hidden_layers=2), kv=kv)
     for wrong, message in (
         ({"mask": str(tmp_path / "missing.safetensors")}, "missing.safetensors"),
-        ({}, "learn-mask"),
-        ({"mask": __file__}, "is no file with a channel mask"),
+        ({}, "mask=None"),
+        ({"mask": __file__}, "mask=.*test_channels.py.*channel mask"),
     ):
         with pytest.raises(ValueError, match=message):
             llm.enable(model, kv={**kv, "store_options": wrong})
     sizes, print_ = model_sizes(model.config), fingerprint_of(attention_layers(model))
     ModelFile("codebooks", {}, sizes, print_).save(path)
-    with pytest.raises(ValueError, match="its kind is 'codebooks'"):
+    with pytest.raises(ValueError, match=r"mask=.*'codebooks'"):
         llm.enable(model, kv=kv)
 
 
@@ -273,7 +273,7 @@ def test_settings_are_checked(changes, message):
 
 def test_texts_are_checked():
     model = make("Llama")
-    with pytest.raises(ValueError, match="100 tokens"):
+    with pytest.raises(ValueError, match=r"texts: 100 tokens"):
         learn_mask(model, [prompt(rows=1, length=100)], MaskSettings(), follow=20)
     with pytest.raises(ValueError, match="multiple=5"):
         learn_mask(model, [prompt(rows=1)], MaskSettings(multiple=5, sink=2, recent=8), follow=20)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from dit_accel import llm
 from dit_accel.llm.kvcache.cache import KVCache, model_sizes
 from dit_accel.llm.kvcache.calibrate import frequencies_of
-from dit_accel.llm.kvcache.codebooks import Codebooks, Form, read_codebooks, write_codebooks
+from dit_accel.llm.kvcache.codebooks import CodebookForm, Codebooks, read_codebooks, write_codebooks
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.rotation import Rotation
 from dit_accel.llm.kvcache.store import ModelSizes, store_of
@@ -29,7 +29,7 @@ PAIRS = {"sub_vectors": 8, "bits": 8}
 
 def codebooks(sizes=SIZES, seed=0, **form):
     """Return random codebooks."""
-    form = Form(**{**PAIRS, **form})
+    form = CodebookForm(**{**PAIRS, **form})
     layers = tuple(range(sizes.layers))
     n = 1 if form.scope == "model" else sizes.layers
     heads = sizes.kv_heads if form.scope == "head" else 1
@@ -186,7 +186,7 @@ def exact(model, ids, file, **form):
     """Return a file of codebooks that hold every key and value of some tokens exactly."""
     sizes = model_sizes(model.config)
     cache = model(ids, use_cache=True).past_key_values
-    form = Form(**{**PAIRS, "scope": "layer", **form})
+    form = CodebookForm(**{**PAIRS, "scope": "layer", **form})
     tensors = {}
     rotation = None
     if form.rope == "before":
@@ -277,10 +277,10 @@ def test_a_file_comes_back(file):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 4}, r"made for a model \(a model\) with layers=3; .* is 4"),
+        ({"num_hidden_layers": 4}, r"a model.*layers=3.*layers=4"),
         ({"num_key_value_heads": 4}, "kv_heads=2"),
         ({"head_dim": 32}, "head_dim=16"),
-        ({"vocab_size": 98}, "another model"),
+        ({"vocab_size": 98}, "codebooks=.*another model"),
     ],
 )
 def test_another_model(changes, message, file):
@@ -306,9 +306,9 @@ def rewritten(path, tmp_path, header=(), tensors=()):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"kind": "mush"}, "its kind is 'mush'"),
-        ({"format_version": 2}, "format_version=2; this dit_accel reads 1"),
-        ({"model": "another"}, "damaged or changed"),
+        ({"kind": "mush"}, "'mush'"),
+        ({"format_version": 2}, r"format_version=2.*\b1\b"),
+        ({"model": "another"}, "digest"),
     ],
 )
 def test_files_of_another_kind(header, message, file, tmp_path):
@@ -318,22 +318,22 @@ def test_files_of_another_kind(header, message, file, tmp_path):
 
 
 def test_files_that_are_no_codebooks(tmp_path):
-    with pytest.raises(ValueError, match=r"codebooks=None: .*dit-accel llm calibrate"):
+    with pytest.raises(ValueError, match=r"codebooks=None.*dit-accel llm calibrate"):
         llm.enable(make("Llama"), kv={"store": "pq"})
-    with pytest.raises(ValueError, match=r"codebooks='.*none.safetensors': no such file"):
+    with pytest.raises(ValueError, match=r"codebooks='.*none.safetensors'"):
         store_of("pq", {"codebooks": str(tmp_path / "none.safetensors")})
     text = tmp_path / "text.safetensors"
     text.write_text("<html>")
-    with pytest.raises(ValueError, match="a web page"):
+    with pytest.raises(ValueError, match=r"codebooks='.*text\.safetensors'.*web page"):
         store_of("pq", {"codebooks": str(text)})
 
 
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ({"sub_vectors": 3}, "sub_vectors=3: accepted for heads of 16 channels"),
-        ({"sub_vectors": 2, "bits": 6}, "multiples of 4"),
-        ({"sub_vectors": 16, "pairing": "planes"}, "planes accept an even number"),
+        ({"sub_vectors": 3}, "sub_vectors=3.*head_dim=16"),
+        ({"sub_vectors": 2, "bits": 6}, r"sub_vectors=2\b.*multiple of 4"),
+        ({"sub_vectors": 16, "pairing": "planes"}, "sub_vectors=16.*even.*planes"),
         ({"bits": 9}, "bits=9"),
         ({"bits": 1}, "bits=1"),
         ({"scope": "mush"}, "scope='mush'"),
@@ -349,11 +349,11 @@ def test_forms(form, message):
 
 def test_tensors_that_do_not_fit():
     books = codebooks()
-    with pytest.raises(ValueError, match="k has shape"):
+    with pytest.raises(ValueError, match=r"codebooks: .*\bk\b.*shape"):
         dataclasses.replace(books, tensors={**books.tensors, "k": books.tensors["k"][:, :, :4]})
-    with pytest.raises(ValueError, match="missing: v"):
+    with pytest.raises(ValueError, match=r"codebooks: .*missing.*\bv\b"):
         dataclasses.replace(books, tensors={"k": books.tensors["k"]})
-    with pytest.raises(ValueError, match="finite fp32"):
+    with pytest.raises(ValueError, match=r"^v: .*fp32"):
         dataclasses.replace(books, tensors={**books.tensors, "v": books.tensors["v"] * torch.inf})
 
 
@@ -362,7 +362,7 @@ def test_layers_without_codebooks(file):
     tensors = {k: x[:2] for k, x in books.tensors.items()}
     path = file(dataclasses.replace(books, layers=(0, 2), tensors=tensors))
     store(path, 2)
-    with pytest.raises(ValueError, match="no codebooks of layer 1; accepted are layers 0, 2"):
+    with pytest.raises(ValueError, match=r"layer 1\b.*0, 2"):
         store(path, 1)
 
 

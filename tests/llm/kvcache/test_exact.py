@@ -52,9 +52,9 @@ def step(model, ids, cache, **more):
 )
 def test_generate_gives_the_tokens_of_dense_attention(family, name):
     model, ids, kv = make(family), prompt(length=80), EXACT[name]
-    want = model.generate(ids, max_new_tokens=16, do_sample=False)
+    want = model.generate(ids, max_new_tokens=10, do_sample=False)
     llm.enable(model, kv=kv)
-    found = model.generate(ids, max_new_tokens=16, do_sample=False, return_dict_in_generate=True)
+    found = model.generate(ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(found.sequences, want)
     assert isinstance(found.past_key_values, KVCache)
     assert found.past_key_values.read_share == pytest.approx(1.0)
@@ -99,24 +99,24 @@ def test_prompts_of_different_lengths_in_generate(model, kv):
     mask = torch.ones_like(ids)
     mask[0, :25] = 0
     ids[0, :25] = 0
-    want = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    want = model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False)
     llm.enable(model, kv=kv)
-    found = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False)
     assert torch.equal(found, want)
 
 
 def test_beams(model, kv):
     ids = prompt(length=40)
-    want = model.generate(ids, max_new_tokens=20, num_beams=3, do_sample=False)
+    want = model.generate(ids, max_new_tokens=10, num_beams=3, do_sample=False)
     llm.enable(model, kv=kv)
-    assert torch.equal(model.generate(ids, max_new_tokens=20, num_beams=3, do_sample=False), want)
+    assert torch.equal(model.generate(ids, max_new_tokens=10, num_beams=3, do_sample=False), want)
 
 
 def test_chunks_of_a_prompt(model, kv):
     ids = prompt(length=90)
-    want = model.generate(ids, max_new_tokens=10, do_sample=False)
+    want = model.generate(ids, max_new_tokens=5, do_sample=False)
     llm.enable(model, kv=kv)
-    found = model.generate(ids, max_new_tokens=10, do_sample=False, prefill_chunk_size=20)
+    found = model.generate(ids, max_new_tokens=5, do_sample=False, prefill_chunk_size=20)
     assert torch.equal(found, want)
 
 
@@ -140,7 +140,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(operations=OPERATIONS, name=st.sampled_from(sorted(EXACT)), first=st.integers(0, 12))
 def test_crops_rows_and_forks_in_any_order(operations, name, first):
     check_operations(operations, EXACT[name], first)
@@ -199,14 +199,12 @@ def test_requests_on_forks_through_generate(model, kv):
     """One document, two questions: each fork gives what a call of its own gives."""
     ids = prompt(rows=1, length=60)
     asked = [torch.cat([ids, prompt(rows=1, length=n, seed=n)], 1) for n in (1, 6)]
-    want = [model.generate(x, max_new_tokens=10, do_sample=False) for x in asked]
+    want = [model.generate(x, max_new_tokens=5, do_sample=False) for x in asked]
     llm.enable(model, kv=kv)
     cache = KVCache(model, kv)
     step(model, ids, cache)
     for one, tokens in zip(asked, want, strict=True):
-        found = model.generate(
-            one, past_key_values=cache.fork(), max_new_tokens=10, do_sample=False
-        )
+        found = model.generate(one, past_key_values=cache.fork(), max_new_tokens=5, do_sample=False)
         assert torch.equal(found, tokens)
     assert cache.get_seq_length() == 60
 

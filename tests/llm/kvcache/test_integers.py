@@ -84,7 +84,7 @@ def test_bytes_of_a_token(bits, expected):
     assert store.nbytes == 2 * 2 * 64 * expected
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     operations=OPERATIONS,
     bits=st.sampled_from([2, 3, 4, 8]),
@@ -152,8 +152,8 @@ def test_generate_with_beams_crops_and_turns():
     [
         ({"bits": 5}, "bits=5"),
         ({"group": 24}, "group=24"),
-        ({"group": 32}, "group=32: does not divide the head dimension 16 .*accepted are 8, 16"),
-        ({"mush": 1}, "'mush' is no option of int"),
+        ({"group": 32}, "group=32.*head_dim=16.* 8, 16"),
+        ({"mush": 1}, "int.*'mush'"),
     ],
 )
 def test_refusals(options, message):

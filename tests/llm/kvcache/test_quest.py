@@ -93,7 +93,7 @@ def test_pages_of_padding_are_read_last():
     assert not found.o.isnan().any()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(operations=OPERATIONS, first=st.integers(0, 12), page=st.sampled_from([1, 3, 16]))
 def test_choosing_all_pages_is_exact(operations, first, page):
     """The path of chosen tokens gives what dense attention gives, whatever is done to the cache."""

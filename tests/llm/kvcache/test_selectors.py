@@ -5,7 +5,8 @@ import torch
 
 from dit_accel import llm
 from dit_accel.llm.kvcache.cache import KVCache
-from dit_accel.llm.kvcache.selector import selector_names
+from dit_accel.llm.kvcache.selector import PACKAGE, Selector
+from dit_accel.llm.plugins import classes_in
 
 from ..models import make, prompt
 
@@ -24,7 +25,7 @@ CASES = [
 
 
 def test_every_selector_is_here():
-    assert {*CHOICES, "all", "none"} == set(selector_names())
+    assert {*CHOICES, "all", "none"} == set(classes_in(PACKAGE, Selector))
 
 
 @pytest.mark.parametrize("preset", ["snapkv", "quest", "retroinfer", "retrieval"])
@@ -38,12 +39,12 @@ def test_presets(preset):
 
 def read(kv, dtype):
     """Return the logits of turns after a padded prompt, and the share of the tokens that was read."""
-    model, ids = llm.enable(make("Llama").to(dtype), kv=kv), prompt(length=360)
+    model, ids = llm.enable(make("Llama").to(dtype), kv=kv), prompt(length=348)
     mask = torch.ones_like(ids)
     mask[1, :50] = 0
     position = (mask.cumsum(1) - 1).clamp(min=0)
     cache, found = KVCache(model, kv), []
-    for rows in torch.arange(360).split([340, 1, 1, 18]):
+    for rows in torch.arange(348).split([340, 1, 1, 6]):
         with torch.no_grad():
             out = model(
                 ids[:, rows],
@@ -55,20 +56,20 @@ def read(kv, dtype):
     return torch.cat(found[1:], 1), cache.read_share
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kv", CASES)
-def test_dtypes_turns_and_padding(kv, dtype):
+def test_dtypes_turns_and_padding(kv):
     """Half precision gives what fp32 gives, but for choices between tokens that score alike."""
-    found, share = read(kv, dtype)
     want, _ = read(kv, torch.float32)
-    assert found.dtype == dtype
-    error = (found.float() - want).norm() / want.norm()
-    assert error < 0.15
-    assert share < 0.6
+    for dtype in (torch.bfloat16, torch.float16):
+        found, share = read(kv, dtype)
+        assert found.dtype == dtype
+        error = (found.float() - want).norm() / want.norm()
+        assert error < 0.15
+        assert share < 0.6
 
 
 @pytest.mark.parametrize("kv", CASES)
 def test_beams(kv):
     model = llm.enable(make("Llama"), kv=kv)
-    found = model.generate(prompt(length=330), max_new_tokens=10, num_beams=3, do_sample=False)
-    assert found.shape == (2, 340)
+    found = model.generate(prompt(length=330), max_new_tokens=4, num_beams=3, do_sample=False)
+    assert found.shape == (2, 334)

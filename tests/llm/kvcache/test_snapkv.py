@@ -7,7 +7,7 @@ import torch
 
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import attention_part
-from dit_accel.llm.kvcache.selector import Prompt, selector_of
+from dit_accel.llm.kvcache.selector import PromptQueries, selector_of
 from dit_accel.llm.kvcache.store import store_of
 
 from .turns import answers, prompt_of, queries, read_by_query, tokens
@@ -63,7 +63,7 @@ def test_exact_tokens_of_the_prompt_take_their_part_of_the_attention():
         selector_of("snapkv", {"budget": 1, "kernel": 1, "window": 2}),
         store_of("dense"),
     )
-    selector.append(store, part, Prompt(q, first, last), 1.0)
+    selector.append(store, part, PromptQueries(q, first, last), 1.0)
     assert selector.positions.tolist() == [[[9]]]
 
 

@@ -54,7 +54,7 @@ def mapped_files(folder) -> int:
 
 @pytest.mark.parametrize("select", SELECTORS)
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(operations=OPERATIONS, first=st.integers(0, 12))
 def test_crops_rows_and_forks_in_any_order(tier, select, operations, first):
     kv = {**ZONES, "tier": tier, "select": select, "select_options": SELECTORS[select]}
@@ -109,7 +109,7 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_lost(tmp_path, what):
     length = cache.get_seq_length()
     assert length == 1050
     refused = no_room() if what == "full disk" else contextlib.nullcontext()
-    with refused, pytest.raises(OSError, match=r"folder=.*could not be written"):
+    with refused, pytest.raises(OSError, match=r"folder=.*bytes"):
         step(model, tail, cache)
     for layer in cache.layers:  # the first layer has read the new tokens, the others have not
         layer.crop(length - layer.length)
@@ -125,7 +125,7 @@ def test_folders_are_checked_before_anything_runs(tmp_path):
     model = make("Llama")
     for kv, message in (
         ({"tier": "mush"}, "tier='mush'"),
-        ({"tier": "disk", "folder": str(tmp_path / "none")}, "folder=.*can be written"),
+        ({"tier": "disk", "folder": str(tmp_path / "none")}, "folder=.*none"),
         ({"folder": str(tmp_path)}, 'folder=.*tier="disk"'),
         ({"select": "wave", "select_options": {"cached": 2.0}}, "cached=2.0"),
     ):
@@ -152,7 +152,7 @@ class Oracle:
             self.kept.popitem(last=False)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seeds=st.lists(st.integers(0, 5), min_size=1, max_size=12),
     cached=st.sampled_from([0.05, 0.2, 0.6, 1.0]),

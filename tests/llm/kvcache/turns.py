@@ -11,7 +11,7 @@ from dit_accel.llm.bench.wired import KEYS, wired_model
 from dit_accel.llm.kvcache.cache import KVCache
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import Partial, attention_part
-from dit_accel.llm.kvcache.selector import Prompt
+from dit_accel.llm.kvcache.selector import PromptQueries
 
 
 class Answers(NamedTuple):
@@ -24,7 +24,7 @@ class Answers(NamedTuple):
     read: float
 
 
-def answers(kv, length: int = 2_000, prompts: int = 3, asked: int = 12) -> Answers:
+def answers(kv, length: int = 2_000, prompts: int = 2, asked: int = 12) -> Answers:
     """Ask each prompt's own question again, and later ones for keys at its beginning, each in a fork of one cache."""
     model, first, later = llm.enable(wired_model(), kv=kv), [], []
     for seed in range(prompts):
@@ -62,9 +62,9 @@ def queries(count: int, rows: int = 2, heads: int = 2, group: int = 3, dim: int 
     return torch.randn(rows, heads, group, count, dim, generator=generator)
 
 
-def prompt_of(q, part: Part) -> Prompt:
+def prompt_of(q, part: Part) -> PromptQueries:
     """Return a prompt of which all tokens are stored."""
-    return Prompt(q, part.cut(0, 0), part.cut(part.slots))
+    return PromptQueries(q, part.cut(0, 0), part.cut(part.slots))
 
 
 def read_by_query(q, part: Part, seen, scale: float) -> Partial:

@@ -1,1 +1,1 @@
-"""Whole conversations on a cache of keys and values: right answers, times and bytes of each turn."""
+"""Quality benchmark of KV caches: perplexity, answers over whole conversations, times and bytes."""

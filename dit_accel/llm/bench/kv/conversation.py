@@ -1,4 +1,4 @@
-"""`converse`: a session on a cache, turn by turn, with answers, times and bytes."""
+"""`converse`: runs a session on a KV cache turn by turn, and measures answers, times and bytes."""
 
 import time
 from collections.abc import Callable
@@ -12,25 +12,26 @@ from dit_accel.llm.bench.kv.session import Session, Turn
 from dit_accel.llm.kvcache.cache import KVCache, copied, nbytes_of
 
 MODES = ("single", "multi_turn", "multi_request")
-"""single: each question is read with the context, on a cache of its own. multi_turn: a conversation; right answers go
-into the cache, whatever the model said. multi_request: the context is read alone and once, each question on a fork."""
+"""single: each question is processed together with the context, on a new cache. multi_turn: one conversation on one cache;
+expected answers go into the cache, whatever the model generated. multi_request: the context is processed once, and each
+question on a fork of the cache."""
 
 
 @dataclass(frozen=True)
-class TurnFigures:
-    """One answer and what it cost."""
+class TurnResult:
+    """Correctness, time and memory of one answer."""
 
     right: bool
     first_token_seconds: float
-    """Time from the question to the first token; in mode single the context is in it."""
+    """Seconds from the question to the first token; in mode single this includes the context."""
     token_seconds: float
-    """Time of each further token."""
+    """Seconds per further token."""
     cache_bytes: int
     """Bytes of the cache after the question."""
     tokens: int
-    """Tokens that it holds."""
+    """Number of tokens in the cache after the question."""
     read_share: float | None
-    """Share of the tokens that the calls of this answer read; None: the cache does not count it."""
+    """Mean share of the cached tokens that the calls of this answer read; None if the cache does not count reads."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,16 +46,16 @@ def converse(
     new_cache: Callable[[], Any],
     new_tokens: int = 8,
     decode: Callable[[list[int]], str] | None = None,
-) -> list[TurnFigures]:
-    """Return the figures of each turn.
+) -> list[TurnResult]:
+    """Run a session and return the result of each turn.
 
     Args:
-        model: causal language model, as it is set.
+        model: causal language model with its current settings.
         session: context and questions.
         mode: one of `MODES`.
-        new_cache: makes an empty cache.
-        new_tokens: tokens that are generated, at least as many as the answer has.
-        decode: turns tokens into text, for turns that have one.
+        new_cache: function that returns an empty cache.
+        new_tokens: number of generated tokens, raised to the length of the answer.
+        decode: function that decodes tokens to text, for turns with a text answer.
     """
     cache = new_cache()
     if mode == "multi_request":
@@ -82,8 +83,8 @@ def _answer(
     new_tokens: int,
     decode: Callable[[list[int]], str] | None,
     keep: bool = False,
-) -> TurnFigures:
-    """Return the figures of an answer; with `keep`, the cache holds the question afterwards, but not the answer."""
+) -> TurnResult:
+    """Return the result of one question. With `keep`, the cache contains the question afterwards, but not the answer."""
     start = time.perf_counter()
     said = [_read(model, question, cache)]
     first = time.perf_counter() - start
@@ -100,21 +101,21 @@ def _answer(
     else:
         right = turn.text in decode(said)
     calls, share = (b - a for a, b in zip(reads, _reads(working), strict=True))
-    return TurnFigures(right, first, each, size, tokens, share / calls if calls else None)
+    return TurnResult(right, first, each, size, tokens, share / calls if calls else None)
 
 
 def _read(model: Any, ids: list[int], cache: Any) -> int:
-    """Return the most likely token after these."""
+    """Process tokens and return the most likely next token."""
     tokens = torch.tensor([ids], device=model.device)
     logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return int(logits[0, -1].argmax())
 
 
 def _reads(cache: Any) -> tuple[int, float]:
-    """Return calls and shares of a cache so far, added up over layers."""
+    """Return the numbers of calls and the sum of read shares of a cache so far, over all layers."""
     return cache.reads if isinstance(cache, KVCache) else (0, 0.0)
 
 
 def own_cache(model: Any) -> DynamicCache:
-    """Return an empty cache of transformers."""
+    """Return an empty `DynamicCache` of transformers."""
     return DynamicCache(config=model.config)

@@ -1,4 +1,4 @@
-"""Sessions for the model with hand-written weights, whose questions are single tokens or chains of them."""
+"""Sessions for the handwritten model. Questions are single tokens; answers are tokens or chains of tokens."""
 
 import random
 
@@ -8,7 +8,7 @@ from dit_accel.llm.bench.wired import KEYS, START
 
 
 def key_value(length: int, turns: int, rng: random.Random) -> Session:
-    """Return a context of assignments in noise; each question is a key, the answer its value."""
+    """Return a context of assignments in noise. Each question is a key, and the answer is its value."""
     keys = rng.sample(range(KEYS), retrieval.PAIRS)
     values = [retrieval.noise(rng) for _ in keys]
     body = retrieval.scattered(list(zip(keys, values, strict=True)), length - 1, rng)
@@ -17,7 +17,7 @@ def key_value(length: int, turns: int, rng: random.Random) -> Session:
 
 
 def variable_tracing(length: int, turns: int, rng: random.Random) -> Session:
-    """Return a context of chains "a = ref b", ..., "d = value"; each question is a first name, the answer its chain."""
+    """Return a context of chains "a = ref b", ..., "d = value". Each question is a first name, and the answer is its chain."""
     hops, keys = retrieval.HOPS, rng.sample(range(KEYS), retrieval.PAIRS)
     pairs, chains = [], []
     for start in range(0, retrieval.PAIRS, hops):

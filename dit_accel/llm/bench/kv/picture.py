@@ -1,4 +1,4 @@
-"""`draw`: quality against bytes as a picture."""
+"""`draw`: plot of quality against memory and read tokens."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ MARKERS = "osD^v<>PX*"
 
 
 def draw(results: Mapping[str, Any], path: Path) -> bool:
-    """Draw the distance from transformers' own cache against bytes and the share of the tokens that is read.
+    """Plot the KL from transformers' own cache against the bytes of the cache and the share of tokens read.
 
     Args:
-        results: see `run_bench`.
-        path: PNG file.
+        results: results of `run_kv_bench`.
+        path: path of the PNG file.
 
     Returns:
-        Whether there was something to draw and matplotlib is installed.
+        True if the plot was written; False if there is nothing to plot or matplotlib is not installed.
     """
     rows = [x for x in results["rows"] if x["kv"] is not None and x.get("texts")]
     if not rows or importlib.util.find_spec("matplotlib") is None:
@@ -28,8 +28,8 @@ def draw(results: Mapping[str, Any], path: Path) -> bool:
     axes = figure.subplots(1, 2, sharey=True)
     colours = colormaps["tab20"]
     for axis, key, label in (
-        (axes[0], "bytes_share", "bytes, share of transformers' own cache"),
-        (axes[1], "read_share", "tokens that a query reads, share"),
+        (axes[0], "bytes_share", "bytes, relative to transformers' own cache"),
+        (axes[1], "read_share", "share of the tokens that a query reads"),
     ):
         for i, row in enumerate(rows):
             found = list(row["texts"].values())

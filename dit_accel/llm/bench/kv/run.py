@@ -1,4 +1,4 @@
-"""`run_bench`: a row for each setting of a cache, kept in a results file that a later run goes on from."""
+"""`run_kv_bench`: quality benchmark of KV caches, with one table row per cache setting."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -11,47 +11,49 @@ from dit_accel.config import KVConfig
 from dit_accel.config.base import as_lists, check, is_int
 from dit_accel.environment import machine, versions
 from dit_accel.llm.bench import retrieval
-from dit_accel.llm.bench.kv import lookups, words
+from dit_accel.llm.bench.kv import lookups, text_sessions
 from dit_accel.llm.bench.kv.conversation import MODES, converse, own_cache
 from dit_accel.llm.bench.kv.session import Session, read_sessions, tokenized
-from dit_accel.llm.bench.kv.text_quality import ReadOn, distance, read_on
+from dit_accel.llm.bench.kv.text_quality import RestPredictions, distance, predict_rest
 from dit_accel.llm.bench.rows import run_rows
 from dit_accel.llm.bench.texts import text_ids
 from dit_accel.llm.bench.wired import wired_model
 from dit_accel.llm.control import disable, enable
 from dit_accel.llm.kvcache.cache import KVCache, zone_layers
-from dit_accel.llm.loading import Source
+from dit_accel.llm.loading import ModelSource
 
 FORMAT_VERSION = 1
 OWN = "transformers"
-"""Name of the row of transformers' own cache, which the others are compared with."""
-MAX_TURNS = len(words.COLOURS)
+"""Name of the row of transformers' own cache, the reference of all other rows."""
+MAX_TURNS = len(text_sessions.COLOURS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVBenchSettings:
-    """Texts, tasks and modes of the table."""
+    """Texts, tasks and modes of the benchmark."""
 
     length: int = 4096
-    """Tokens of a text; the last quarter is read with the rest in the cache."""
+    """Number of tokens per text. The perplexity is that of the last quarter, with the first three quarters in the cache."""
     texts: tuple[str, ...] = ("prose", "code")
-    """prose, code, or paths of text files; none: no perplexity."""
+    """Names of texts: prose, code, or paths of text files. Empty: no perplexity."""
     tasks: tuple[str, ...] = ("passkey",)
-    """Tasks in words for the language model; none: only lookups."""
+    """Text tasks for the language model. Empty: only lookups."""
     sessions: Path | None = None
-    """JSONL file in the form of SCBench, whose sessions are one more task."""
+    """JSONL file in the format of SCBench, whose sessions are an additional task."""
     lookups: tuple[str, ...] = tuple(lookups.TASKS)
-    """Tasks of the model with hand-written weights; none: only the language model."""
+    """Tasks for the handwritten model. Empty: only the language model."""
     lookup_length: int = 6000
-    """Tokens of their contexts."""
+    """Number of tokens per context of the handwritten model."""
     modes: tuple[str, ...] = MODES
+    """Modes of a session, see `MODES`."""
     count: int = 4
-    """Sessions of each task."""
+    """Number of sessions per task."""
     turns: int = 4
-    """Questions of a session."""
+    """Number of questions per session."""
     new_tokens: int = 8
-    """Tokens that are generated for an answer, at least."""
+    """Smallest number of tokens to generate for an answer."""
     seed: int = 0
+    """Random seed of the sessions."""
 
     def __post_init__(self) -> None:
         for name, least in (("length", 256), ("count", 1), ("new_tokens", 1)):
@@ -68,7 +70,11 @@ class KVBenchSettings:
             is_int(long) and low <= long <= high,
             f"an int in [{low}, {high}]",
         )
-        for name, known in (("tasks", words.TASKS), ("lookups", lookups.TASKS), ("modes", MODES)):
+        for name, known in (
+            ("tasks", text_sessions.TASKS),
+            ("lookups", lookups.TASKS),
+            ("modes", MODES),
+        ):
             value = getattr(self, name)
             ok = len(set(value)) == len(value) and set(value) <= set(known)
             check(name, value, ok, f"different ones of {', '.join(known)}")
@@ -78,22 +84,29 @@ class KVBenchSettings:
 
 @dataclass(frozen=True)
 class KVBench:
-    """Texts and sessions of a run, and the header of its results."""
+    """Prepared inputs of a benchmark run, and the header of its results."""
 
     settings: KVBenchSettings
     ids: dict[str, Any]
-    """Tokens `[1, L]` of each text."""
+    """Token ids `[1, L]` of each text."""
     sessions: dict[str, list[Session]]
-    """Sessions in words of each task."""
+    """Sessions of each text task."""
     tokenizer: Any
     header: dict[str, Any]
 
 
-def prepare(source: Source, settings: KVBenchSettings, *, dtype: str, device: str) -> KVBench:
-    """Read texts and make sessions; the model is not loaded.
+def prepare_kv(
+    source: ModelSource, settings: KVBenchSettings, *, dtype: str, device: str
+) -> KVBench:
+    """Read texts and make sessions without loading the model.
+
+    Args:
+        source: source of the model.
+        settings: texts, tasks and modes.
+        dtype, device: dtype and device of the model, for the results.
 
     Raises:
-        ValueError: a text or a file that cannot be read or is too short, or a length that the model does not accept.
+        ValueError: a file cannot be read, a text is too short, or a length is larger than the model supports.
     """
     if settings.texts:
         source.check_length("length", settings.length)
@@ -128,7 +141,7 @@ def prepare(source: Source, settings: KVBenchSettings, *, dtype: str, device: st
     return KVBench(settings, ids, made, source.tokenizer, header)
 
 
-def run_bench(
+def run_kv_bench(
     model: Callable[[], Any],
     bench: KVBench,
     caches: Mapping[str, KVConfig],
@@ -137,36 +150,38 @@ def run_bench(
     rows: list[dict[str, Any]] | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Return the results of transformers' own cache, of each setting, and of rows that exist.
+    """Run the benchmark for transformers' own cache and for each cache setting, and return the results with all rows.
 
     Args:
-        model: loads the model; called if a row is missing and there is a text or a session in words.
-        bench: see `prepare`.
-        caches: settings by the name of their row.
-        output: JSON file, written after each row. Default: none.
-        rows: rows that exist.
-        on_row: called with each row that is new.
+        model: function that loads the model; called only if a row is missing and there is a text or a text task.
+        bench: prepared inputs, see `prepare_kv`.
+        caches: settings by row name.
+        output: JSON file, written after each row. Default: no file.
+        rows: existing rows.
+        on_row: called with each new row.
     """
     wanted: dict[str, KVConfig | None] = {OWN: None, **caches}
     before = 3 * bench.settings.length // 4
 
     @cache
-    def prepared() -> tuple[Any, dict[str, ReadOn], Any]:
-        """Return the model, how it reads on with transformers' own cache, and the hand-written model."""
+    def prepared() -> tuple[Any, dict[str, RestPredictions], Any]:
+        """Return the model, its predictions with transformers' own cache, and the handwritten model."""
         loaded = disable(model()) if bench.ids or bench.sessions else None
-        exact = {x: read_on(loaded, ids, before, own_cache(loaded)) for x, ids in bench.ids.items()}
+        exact = {
+            x: predict_rest(loaded, ids, before, own_cache(loaded)) for x, ids in bench.ids.items()
+        }
         return loaded, exact, wired_model() if bench.settings.lookups else None
 
-    def figures(name: str) -> dict[str, Any]:
+    def measure_row(name: str) -> dict[str, Any]:
         loaded, exact, wired = prepared()
-        return _figures(loaded, wired, bench, wanted[name], exact)
+        return _measure_row(loaded, wired, bench, wanted[name], exact)
 
     plain = {name: None if x is None else x.to_dict() for name, x in wanted.items()}
     return run_rows(
         bench.header,
         "kv",
         plain,
-        figures,
+        measure_row,
         prepare=prepared,
         output=output,
         rows=rows,
@@ -174,20 +189,20 @@ def run_bench(
     )
 
 
-def _figures(
+def _measure_row(
     model: Any,
     wired: Any,
     bench: KVBench,
     config: KVConfig | None,
-    exact: Mapping[str, ReadOn],
+    exact: Mapping[str, RestPredictions],
 ) -> dict[str, Any]:
-    """Return the figures of one row."""
+    """Return the measurements of one row."""
     settings, texts, tasks = bench.settings, {}, {}
     half = 3 * settings.length // 4
     if model is not None:
-        with _kept(model, config) as new_cache:
+        with _enabled_cache(model, config) as new_cache:
             for name, ids in bench.ids.items():
-                found = read_on(model, ids, half, new_cache())
+                found = predict_rest(model, ids, half, new_cache())
                 texts[name] = {
                     **distance(exact[name], found),
                     "cache_bytes": found.cache_bytes,
@@ -197,7 +212,7 @@ def _figures(
             for task, sessions in bench.sessions.items():
                 tasks[task] = _task(model, settings, sessions, new_cache, bench.tokenizer.decode)
     if wired is not None and (config is None or _fits(wired, config)):
-        with _kept(wired, config) as new_cache:
+        with _enabled_cache(wired, config) as new_cache:
             for task in settings.lookups:
                 rng = random.Random(f"{task} {settings.lookup_length} {settings.seed}")
                 sessions = [
@@ -215,7 +230,7 @@ def _task(
     new_cache: Callable[[], Any],
     decode: Callable[[list[int]], str] | None,
 ) -> dict[str, list[list[dict[str, Any]]]]:
-    """Return the turns of each session by the mode."""
+    """Return the results of each turn and session, by mode."""
     return {
         mode: [
             [
@@ -235,8 +250,8 @@ def _task(
     }
 
 
-class _kept:
-    """A model with a cache of these settings while the block runs; gives what makes such a cache."""
+class _enabled_cache:
+    """Context manager that enables a model with cache settings and returns a function that makes empty caches."""
 
     def __init__(self, model: Any, config: KVConfig | None) -> None:
         self.model, self.config = model, config
@@ -253,7 +268,7 @@ class _kept:
 
 
 def _fits(wired: Any, config: KVConfig) -> bool:
-    """Return whether the settings are none for the layers and sizes of one other model."""
+    """Return whether cache settings fit the handwritten model. Files for another model do not."""
     try:
         zone_layers(wired.config, config)
     except ValueError:
@@ -262,11 +277,11 @@ def _fits(wired: Any, config: KVConfig) -> bool:
 
 
 def _fitting(task: str, length: int, turns: int, rng: random.Random, tokenizer: Any) -> Session:
-    """Return a session whose context has about this many tokens, and with its questions no more."""
+    """Return a session of about `length` tokens, and not more."""
     state, size = rng.getstate(), 4 * length
     while True:
         rng.setstate(state)
-        session = tokenized(words.TASKS[task](size, turns, rng), tokenizer)
+        session = tokenized(text_sessions.TASKS[task](size, turns, rng), tokenizer)
         if session.length <= length:
             return session
         size = int(size * min(0.95, length / session.length * 0.98))

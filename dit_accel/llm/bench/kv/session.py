@@ -1,4 +1,4 @@
-"""`Session`: a context and questions about it, as tokens, and how they are read from files (SCBench, arXiv 2412.10319)."""
+"""`Session`: context and questions as tokens, and reading of sessions from files (SCBench, arXiv 2412.10319)."""
 
 import json
 from dataclasses import dataclass
@@ -8,56 +8,56 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer."""
+    """Question and expected answer, as tokens."""
 
     question: list[int]
     answer: list[int]
-    """Tokens that the model should say; later turns of a conversation read it, whatever the model said."""
+    """Expected tokens. Later turns of a conversation read them instead of the generated tokens."""
     text: str | None = None
-    """Text that an answer in words must contain; None: the tokens must be those of `answer`."""
+    """Text that the generated answer must contain; None: the generated tokens must equal `answer`."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """Questions about one context."""
+    """Context and questions about it, as tokens."""
 
     context: list[int]
     turns: list[Turn]
 
     @property
     def length(self) -> int:
-        """Tokens of the context, all questions and answers."""
+        """Number of tokens in the context, all questions and all answers."""
         return len(self.context) + sum(len(x.question) + len(x.answer) for x in self.turns)
 
 
 @dataclass(frozen=True)
-class Words:
-    """A session in words."""
+class TextSession:
+    """Context and questions about it, as text."""
 
     context: str
     turns: tuple[tuple[str, str], ...]
-    """Questions and answers."""
+    """Pairs of question and answer."""
 
 
-def tokenized(words: Words, tokenizer: Any) -> Session:
-    """Return a session in the tokens of a model."""
+def tokenized(text: TextSession, tokenizer: Any) -> Session:
+    """Return the tokenized session."""
 
     def ids(text: str) -> list[int]:
         found: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return found
 
-    turns = [Turn(ids(question), ids(answer), answer.strip()) for question, answer in words.turns]
-    return Session(ids(words.context), turns)
+    turns = [Turn(ids(question), ids(answer), answer.strip()) for question, answer in text.turns]
+    return Session(ids(text.context), turns)
 
 
-def read_sessions(path: Path) -> list[Words]:
-    """Return the sessions of a JSONL file in the form of SCBench.
+def read_sessions(path: Path) -> list[TextSession]:
+    """Return the sessions of a JSONL file in the format of SCBench.
 
-    Each line is `{"context": ..., "multi_turns": [{"input": ..., "answer": ...}, ...]}`. Of several answers that are
-    right the first one counts.
+    Each line is `{"context": ..., "multi_turns": [{"input": ..., "answer": ...}, ...]}`. If an answer is a list, its first
+    element is used.
 
     Raises:
-        ValueError: the file cannot be read or has another form; the message names the line.
+        ValueError: the file cannot be read, or a line has another format.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -67,10 +67,10 @@ def read_sessions(path: Path) -> list[Words]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append(_words(json.loads(line)))
+                found.append(_parsed(json.loads(line)))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"sessions={str(path)!r}, line {number}: {type(error).__name__} {error}; accepted is "
+                    f"sessions={str(path)!r}, line {number}: {type(error).__name__} {error}; must be "
                     '{"context": ..., "multi_turns": [{"input": ..., "answer": ...}]}'
                 ) from None
     if not found:
@@ -78,7 +78,7 @@ def read_sessions(path: Path) -> list[Words]:
     return found
 
 
-def _words(data: Any) -> Words:
+def _parsed(data: Any) -> TextSession:
     turns = []
     for turn in data["multi_turns"]:
         answer = turn["answer"]
@@ -86,4 +86,4 @@ def _words(data: Any) -> Words:
         turns.append((str(turn["input"]), str(answer)))
     if not turns:
         raise ValueError("multi_turns is empty")
-    return Words(str(data["context"]), tuple(turns))
+    return TextSession(str(data["context"]), tuple(turns))

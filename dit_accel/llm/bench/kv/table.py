@@ -1,4 +1,4 @@
-"""The results of `run_bench` as Markdown."""
+"""`table_lines`: Markdown tables of the results of `run_kv_bench`."""
 
 from collections.abc import Iterator, Mapping
 from statistics import mean
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def table_lines(results: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the tables: texts first, then a table for each task."""
+    """Return the lines of the tables: first a table of the texts, then a table for each task."""
     rows = [row for row in results["rows"] if "error" not in row]
     lines = [*_texts(rows), *(x for task in _tasks(rows) for x in _task(rows, task))]
     return lines + [f"{row['name']}: {row['error']}" for row in results["rows"] if "error" in row]
@@ -35,10 +35,10 @@ def _tasks(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _task(rows: list[dict[str, Any]], task: str) -> Iterator[str]:
-    """Yield a table: answers that are right by turn in each mode, then times and bytes of the conversation."""
+    """Yield the table of a task: share of right answers by turn in each mode, then times, bytes and read share."""
     first = next(row["tasks"][task] for row in rows if task in row["tasks"])
     modes = list(first)
-    yield from ["", f"{task}: answers that are right, by turn", ""]
+    yield from ["", f"{task}: share of right answers, by turn", ""]
     yield from _head(["cache", *modes, "first token, s", "token, ms", "MB", "read"])
     for row in rows:
         if task not in row["tasks"]:

@@ -1,4 +1,4 @@
-"""`read_on`: how well a model reads on when what came before lies in a cache."""
+"""`predict_rest`: predictions for the rest of a text whose first part is in a KV cache."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +9,17 @@ from torch.nn.functional import cross_entropy
 
 
 @dataclass(frozen=True)
-class ReadOn:
-    """Predictions of the second part of a text."""
+class RestPredictions:
+    """Predictions for the second part of a text."""
 
     nll: float
-    """Mean negative log-likelihood of its tokens."""
+    """Mean negative log-likelihood of the tokens."""
     log_probabilities: Tensor
-    """Log-probabilities of each next token, `[L, vocabulary]`, fp32."""
+    """Log-probabilities of the next token at each position, `[L, vocabulary]`, fp32."""
     cache_bytes: int
     """Bytes of the cache after the first part."""
     read_share: float | None
-    """Share of the tokens that the calls read."""
+    """Mean share of the cached tokens that a call read; None if the cache does not count reads."""
 
     @property
     def perplexity(self) -> float:
@@ -27,15 +27,17 @@ class ReadOn:
 
 
 @torch.inference_mode()
-def read_on(model: Any, ids: Tensor, before: int, cache: Any, step: int = 256) -> ReadOn:
-    """Return the predictions of the tokens after the first `before`.
+def predict_rest(
+    model: Any, ids: Tensor, before: int, cache: Any, step: int = 256
+) -> RestPredictions:
+    """Return the predictions for all tokens after the first `before` tokens.
 
     Args:
-        model: causal language model, as it is set.
-        ids: tokens `[1, L]`.
-        before: tokens that are read first, in one call.
-        cache: an empty cache.
-        step: tokens of each further call.
+        model: causal language model with its current settings.
+        ids: token ids `[1, L]`.
+        before: number of tokens that are processed first, in one call.
+        cache: empty cache.
+        step: number of tokens of each further call.
     """
     from dit_accel.llm.kvcache.cache import KVCache, nbytes_of
 
@@ -47,11 +49,11 @@ def read_on(model: Any, ids: Tensor, before: int, cache: Any, step: int = 256) -
     logits = torch.cat(found)[:-1].float()
     nll = float(cross_entropy(logits, ids[0, before:]))
     share = cache.read_share if isinstance(cache, KVCache) else None
-    return ReadOn(nll, logits.log_softmax(-1), size, share)
+    return RestPredictions(nll, logits.log_softmax(-1), size, share)
 
 
-def distance(exact: ReadOn, other: ReadOn) -> dict[str, float]:
-    """Return how far a run is from an exact one: perplexity in percent, mean KL(exact || other), same first choices."""
+def distance(exact: RestPredictions, other: RestPredictions) -> dict[str, float]:
+    """Compare predictions with exact ones: change of the perplexity in percent, mean KL(exact || other), top-1 agreement."""
     p, q = exact.log_probabilities, other.log_probabilities
     kl = (p.exp() * (p - q)).sum(-1).mean().clamp(min=0)
     return {

@@ -1,1 +1,1 @@
-"""Choices of the stored tokens that a query reads: one file each; a new file is a new choice."""
+"""Selectors of the KV cache, one per module. A new module with a `Selector` subclass adds a selector."""

@@ -1,4 +1,4 @@
-"""`All`: every token."""
+"""`All`: queries read all stored tokens."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,6 +8,6 @@ from dit_accel.llm.kvcache.selector import Selector
 
 @dataclass
 class All(Selector):
-    """Every query reads every token."""
+    """Selector that lets every query read all stored tokens."""
 
     name: ClassVar[str] = "all"

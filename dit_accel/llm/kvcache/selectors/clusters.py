@@ -1,4 +1,5 @@
-"""`Wave`: clusters of similar keys, the best read exactly, others by their means (RetroInfer, arXiv 2505.02922)."""
+"""`Wave`: queries read the best clusters of keys exactly and estimate others from their means (RetroInfer, arXiv
+2505.02922)."""
 
 import math
 from copy import copy
@@ -15,38 +16,37 @@ from dit_accel.llm.kvcache.chosen import attend_chosen
 from dit_accel.llm.kvcache.clusters import Clusters
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import SCORES, Partial, from_scores, merged_part
-from dit_accel.llm.kvcache.selector import Prompt, Selector
-from dit_accel.llm.kvcache.spherical_kmeans import labels_of
+from dit_accel.llm.kvcache.selector import PromptQueries, Selector
+from dit_accel.llm.kvcache.spherical_kmeans import cluster_keys
 from dit_accel.llm.kvcache.store import Store
 
 
 @dataclass
 class Wave(Selector):
-    """Read the clusters whose mean keys match a query, estimate the next ones, and leave out the rest.
+    """Selector that reads the clusters with the best mean keys, estimates the next best ones, and skips the rest.
 
-    Tokens that come together are clustered together: the prompt first, then `flush` tokens at a time. A cluster is
-    estimated as if each of its tokens had the mean key and the mean value: its weight is then at most the true one
-    (Jensen's inequality).
+    The prompt is clustered first, then every `flush` new tokens. The estimate of a cluster assumes that all of its tokens
+    have the mean key and the mean value, so its weight is at most the true weight (Jensen's inequality).
     """
 
     name: ClassVar[str] = "wave"
     settled: ClassVar[frozenset[str]] = frozenset({"blocks"})
     retrieve: float = 0.05
-    """Share of the clusters whose tokens are read, the best ones."""
+    """Share of the clusters whose tokens are read."""
     least: int = 0
-    """Clusters that are read at least, if any are: in a short context a small share is too few tokens."""
+    """Smallest number of clusters to read if `retrieve` > 0, because a small share of a short context is too few tokens."""
     estimate: float = 0.23
-    """Share of the clusters that are estimated, the next ones."""
+    """Share of the clusters that are estimated."""
     size: int = 16
-    """Mean number of tokens of a cluster."""
+    """Mean number of tokens per cluster."""
     segment: int = 8192
-    """Tokens that are clustered at a time."""
+    """Number of tokens that are clustered together."""
     rounds: int = 10
-    """Rounds of k-means."""
+    """Number of k-means rounds."""
     cached: float = 0.0
-    """Share of the clusters that stay on the device after a single query read them, for stores in slower memory."""
+    """Share of the clusters that stay in an LRU cache on the device during decoding, for stores in slower memory."""
     blocks: BlockCache = field(default_factory=BlockCache, init=False, repr=False)
-    """Those clusters. Its `hits` and `misses` count what single queries read."""
+    """LRU cache of clusters. Its `hits` and `misses` count the reads of decoding calls."""
     clusters: Clusters | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -54,15 +54,15 @@ class Wave(Selector):
         check_share("estimate", self.estimate)
         check_share("cached", self.cached)
         if not self.retrieve and not self.estimate:
-            raise ValueError("retrieve=0, estimate=0: accepted is one of them > 0")
+            raise ValueError("retrieve=0, estimate=0: must not both be 0")
         check_count("least", self.least, 0)
         for name in ("size", "segment", "rounds"):
             check_count(name, getattr(self, name))
 
-    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
+    def append(self, store: Store, part: Part, prompt: PromptQueries | None, scale: float) -> None:
         first = store.slots
         store.append(part)
-        labels, count = labels_of(
+        labels, count = cluster_keys(
             part.k, part.valid, size=self.size, segment=self.segment, rounds=self.rounds
         )
         new = Clusters.of(part.k, part.v, labels, count, first)
@@ -96,7 +96,7 @@ class Wave(Selector):
 
     @staticmethod
     def reads_all(count: int, total: int) -> bool:
-        """Return whether a query reads all clusters, which needs no choice."""
+        """Return whether a query reads all clusters, so that selection can be skipped."""
         return count >= total
 
     @staticmethod
@@ -106,7 +106,7 @@ class Wave(Selector):
     def _zones(
         self, q: Float[Tensor, "b h g l_q d"], read: int, guess: int, scale: float
     ) -> tuple[Int[Tensor, "b h l_q r"], list[Partial]]:
-        """Return the clusters that each query position reads, and the estimated attention over the next ones."""
+        """Return the clusters that each query position reads, and the estimated attention over the next best clusters."""
         clusters = self.clusters
         assert clusters is not None
         empty = (clusters.sizes == 0)[:, :, None]  # [B, H, 1, m]
@@ -127,7 +127,7 @@ class Wave(Selector):
             return rest
         kept = clusters.whole_runs(slots)
         first, before = (0, 0) if kept is None else kept.runs[-1]
-        if slots > first:  # a run lost its last tokens: new means of those that are left
+        if slots > first:  # the crop cut a run: recompute the means of its remaining tokens
             total = next(x[1] for x in clusters.runs if x[0] > slots) - before
             k, v = store.decode(store.cut(first, slots).tensors)
             new = Clusters.of(k, v, clusters.labels[:, :, first:slots], total, first)

@@ -1,4 +1,4 @@
-"""`Retrieval`: the keys with the largest scores, found by an index (RetrievalAttention, arXiv 2409.10516)."""
+"""`Retrieval`: queries read the keys with the largest scores, found by an index (RetrievalAttention, arXiv 2409.10516)."""
 
 import math
 from collections.abc import Iterator
@@ -14,64 +14,63 @@ from dit_accel.llm.kvcache.chosen import attend_chosen
 from dit_accel.llm.kvcache.graphs import LEAST, KeyIndex, check_faiss, index_of
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import SCORES, Partial
-from dit_accel.llm.kvcache.selector import Prompt, Selector
+from dit_accel.llm.kvcache.selector import PromptQueries, Selector
 from dit_accel.llm.kvcache.store import Store
 
 CHUNK = 4096
-"""Keys that are compared at a time."""
+"""Number of keys that are compared at a time."""
 INDEXES = ("flat", "graph", "hnsw", "nsg")
 SAMPLES = 4096
-"""Queries of the prompt that shape a graph, at most."""
+"""Largest number of prompt queries that a graph is built from."""
 
 
 @dataclass
 class Retrieval(Selector):
-    """Read the tokens whose keys have the largest dot products with a query, for each query head its own.
+    """Selector that reads the tokens with the largest dot products, separately for each query head.
 
-    A graph covers the tokens of the prompt. Tokens that come later are compared one by one, until there are as many of
-    them as the graph covers, and at least `rebuild`; then the graph is built anew. A crop into the graph drops it: all
-    tokens are compared one by one until then.
+    A graph covers the tokens of the prompt. Later tokens are searched exhaustively. When their number reaches both `rebuild`
+    and the size of the graph, the graph is rebuilt. A crop into the tokens of the graph drops the graph, and all tokens are
+    searched exhaustively until the next rebuild.
     """
 
     name: ClassVar[str] = "retrieval"
     settled: ClassVar[frozenset[str]] = frozenset({"graphs", "built"})
     index: str = "flat"
-    """How keys are found: "flat" compares all of them; "graph" searches a graph, as in the paper.
+    """Kind of index: "flat" compares all keys; "graph" searches a graph built from the queries of the prompt, as in the paper.
 
-    Queries of the prompt link the keys that they share. It compares few keys, which matters where keys lie in slow
-    memory; where they do not, "flat" is faster. "hnsw" and "nsg" are graphs of faiss, for comparison: they find less
-    where queries are unlike keys.
+    A graph search compares few keys, which helps if the keys are in slow memory; otherwise "flat" is faster. "hnsw" and
+    "nsg" are graphs of faiss for comparison; they find fewer of the best keys if queries and keys are distributed differently.
     """
     topk: float | int = 128
     """Tokens that a query head reads: a number (int), or a share (float) of the stored tokens."""
     degree: int = 32
-    """Neighbours of each key in a graph."""
+    """Number of neighbours of each key in a graph."""
     width: int = 128
-    """Candidates of a search in a graph; at least as many as tokens are read."""
+    """Number of candidates in a graph search; raised to the number of tokens to read if that is larger."""
     rebuild: int = 4096
-    """Tokens outside of the graph that have it built anew, at least."""
+    """Smallest number of tokens outside the graph that triggers a rebuild."""
     scanned: float | None = field(default=None, init=False, repr=False)
-    """Share of the keys that the last call compared with each query; None: the index does not tell."""
+    """Share of the keys that the last call compared with each query; None if the index does not count comparisons."""
     built: int = field(default=0, init=False, repr=False)
-    """Slots that the graphs cover."""
+    """Number of slots that the graphs cover."""
     graphs: list[list[KeyIndex]] = field(default_factory=list, init=False, repr=False)
-    """Indexes of each row and head."""
+    """Index of each batch row and head."""
     queries: Float[Tensor, "b h m d"] | None = field(default=None, init=False, repr=False)
-    """Queries that shape the graphs."""
+    """PromptQueries queries from which the graphs are built."""
 
     def __post_init__(self) -> None:
         if self.index not in INDEXES:
-            raise ValueError(f"index={self.index!r}: accepted are {', '.join(INDEXES)}")
+            raise ValueError(f"index={self.index!r}: must be one of {', '.join(INDEXES)}")
         check_budget("topk", self.topk)
         check_count("degree", self.degree, 4)
         if self.degree > LEAST // 2:
-            raise ValueError(f"degree={self.degree}: accepted is an int in [4, {LEAST // 2}]")
+            raise ValueError(f"degree={self.degree}: must be an int in [4, {LEAST // 2}]")
         check_count("width", self.width)
         check_count("rebuild", self.rebuild, LEAST)
         if self.index in ("hnsw", "nsg"):
             check_faiss(self.index)
 
-    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
+    def append(self, store: Store, part: Part, prompt: PromptQueries | None, scale: float) -> None:
         store.append(part)
         if self.index == "flat":
             return
@@ -121,13 +120,13 @@ class Retrieval(Selector):
 
     @staticmethod
     def reads_all(count: int, total: int) -> bool:
-        """Return whether a query reads all tokens, which needs no choice."""
+        """Return whether the budget covers all tokens, so that selection can be skipped."""
         return count >= total
 
     def _search(
         self, store: Store, q: Float[Tensor, "b h l d"], count: int, scale: float
     ) -> tuple[Int[Tensor, "b h l n"], Float[Tensor, "b h l n"], float | None]:
-        """Return slots, their scores, -inf where there are fewer, and the share of the keys that was compared."""
+        """Return slots, scores (-inf if too few were found), and the share of the keys that were compared."""
         index, scores, compared = self._in_graphs(q, count)
         scores, at, real = scores * scale, self.built, store.visible()
         for k in _keys(store, self.built):
@@ -146,7 +145,7 @@ class Retrieval(Selector):
     def _in_graphs(
         self, q: Float[Tensor, "b h l d"], count: int
     ) -> tuple[Int[Tensor, "b h l n"], Float[Tensor, "b h l n"], float | None]:
-        """Return what the graphs find: slots, dot products, and the share of their keys that was compared."""
+        """Return slots, dot products, and the share of compared keys from a search in the graphs."""
         count = min(count, self.built)
         index = torch.zeros(*q.shape[:3], count, dtype=torch.long, device=q.device)
         scores = torch.full(index.shape, -math.inf, device=q.device)
@@ -183,7 +182,7 @@ class Retrieval(Selector):
 
 
 def _keys(store: Store, start: int) -> Iterator[Float[Tensor, "b h n d"]]:
-    """Yield the keys from a slot on, some at a time."""
+    """Yield the decoded keys from slot `start` on, in chunks."""
     step = max(1, CHUNK // store.granule) * store.granule
     for at in range(start, store.slots, step):
         yield store.decode(store.cut(at, min(at + step, store.slots)).tensors)[0]

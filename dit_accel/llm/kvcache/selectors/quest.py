@@ -1,4 +1,4 @@
-"""`Quest`: pages of tokens whose keys may match a query (Quest, arXiv 2406.10774)."""
+"""`Quest`: queries read the pages with the largest upper bounds of the scores (Quest, arXiv 2406.10774)."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,36 +13,36 @@ from dit_accel.llm.kvcache.budget import check_budget, check_count, tokens_of
 from dit_accel.llm.kvcache.chosen import attend_chosen
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.partial import SCORES, Partial
-from dit_accel.llm.kvcache.selector import Prompt, Selector
+from dit_accel.llm.kvcache.selector import PromptQueries, Selector
 from dit_accel.llm.kvcache.store import Store
 
 
 @dataclass
 class Quest(Selector):
-    """Read the pages of tokens with the largest upper bounds of their scores.
+    """Selector that reads the pages of tokens with the largest upper bounds of their scores.
 
-    A page keeps the smallest and the largest value of each channel of its keys. They bound the score of every key:
-    `q k <= sum max(q min, q max)`. The query heads that share keys read the same pages: each turns its bounds into
-    weights by a softmax over pages, and the weights are added up.
+    Each page stores the minimum and the maximum of each key channel. They bound the score of every key in the page:
+    `q k <= sum max(q min, q max)`. Query heads that share keys read the same pages: the bounds of each head are turned into
+    weights by a softmax over pages, and the weights are summed over the heads.
 
-    A crop may leave the bounds of the last page wider than its tokens need; they stay bounds.
+    After a crop, the bounds of the last page may be wider than necessary, but they remain valid.
     """
 
     name: ClassVar[str] = "quest"
     budget: float | int = 0.1
-    """Tokens that a query reads: a share (float) of the stored tokens, or a number (int); whole pages, at least one."""
+    """Tokens that a query reads: a share (float) of the stored tokens, or a number (int). Rounded up to whole pages."""
     page: int = 16
-    """Tokens of a page."""
+    """Number of tokens per page."""
     low: Float[Tensor, "b h pages d"] | None = field(default=None, init=False, repr=False)
-    """Smallest value of each channel in each page; inf where a page has no token."""
+    """Minimum of each channel in each page; inf for a page without real tokens."""
     high: Float[Tensor, "b h pages d"] | None = field(default=None, init=False, repr=False)
-    """Largest value; -inf where a page has no token."""
+    """Maximum of each channel in each page; -inf for a page without real tokens."""
 
     def __post_init__(self) -> None:
         check_budget("budget", self.budget)
         check_count("page", self.page)
 
-    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
+    def append(self, store: Store, part: Part, prompt: PromptQueries | None, scale: float) -> None:
         before = store.slots % self.page
         store.append(part)
         padding = (0, 0, before, -(before + part.slots) % self.page)
@@ -76,7 +76,7 @@ class Quest(Selector):
 
     @staticmethod
     def reads_all(count: int, total: int) -> bool:
-        """Return whether a query reads all pages, which needs no choice."""
+        """Return whether the budget covers all pages, so that selection can be skipped."""
         return count >= total
 
     def _pages(

@@ -1,4 +1,4 @@
-"""`SnapKV`: tokens of the prompt that its last queries attend to (SnapKV, arXiv 2404.14469)."""
+"""`SnapKV`: keeps the prompt tokens that the last queries of the prompt attend to (SnapKV, arXiv 2404.14469)."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -11,17 +11,16 @@ from torch.nn import functional
 from dit_accel.llm.kvcache.budget import check_budget, check_count, tokens_of
 from dit_accel.llm.kvcache.part import Part, hidden, joined
 from dit_accel.llm.kvcache.partial import Partial
-from dit_accel.llm.kvcache.selector import Prompt, Selector
+from dit_accel.llm.kvcache.selector import PromptQueries, Selector
 from dit_accel.llm.kvcache.store import Store
 
 
 @dataclass
 class SnapKV(Selector):
-    """Drop tokens of the prompt that its last queries hardly attend to.
+    """Selector that drops prompt tokens with little attention from the last queries of the prompt.
 
-    Each head of keys keeps tokens of its own. Tokens after the prompt are all kept. A later question may ask for tokens
-    that the end of the prompt did not need; they are lost. In a prompt that is read in chunks, the first chunk counts
-    as the prompt.
+    Each KV head keeps different tokens. Tokens after the prompt are all kept. Dropped tokens are lost for later questions.
+    If a prompt is processed in chunks, the first chunk counts as the prompt.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -29,26 +28,26 @@ class SnapKV(Selector):
     budget: float | int = 0.1
     """Tokens that each head keeps: a share (float) of the stored tokens, or a number (int)."""
     window: int = 64
-    """Last queries of the prompt, whose attention decides."""
+    """Number of last queries of the prompt whose attention is used."""
     kernel: int = 7
-    """Width of the max pooling over tokens, an odd number: neighbours of an important token are kept with it."""
+    """Odd width of the max pooling over tokens, which also keeps the neighbours of important tokens."""
     positions: Int[Tensor, "b h kept"] | None = field(default=None, init=False, repr=False)
-    """Place of each kept token among those of the prompt that were handed over."""
+    """Index of each kept token among the appended prompt tokens."""
     prompt: int = field(default=0, init=False, repr=False)
-    """Tokens of the prompt that were handed over and not removed."""
+    """Number of appended prompt tokens, kept or dropped, without cropped ones."""
     later: int = field(default=0, init=False, repr=False)
-    """Tokens after the prompt."""
+    """Number of tokens after the prompt."""
     kept: float = field(default=0.0, init=False, repr=False)
-    """Tokens of the prompt that are left, a mean over rows and heads."""
+    """Mean number of kept prompt tokens over rows and heads."""
 
     def __post_init__(self) -> None:
         check_budget("budget", self.budget)
         check_count("window", self.window)
         check_count("kernel", self.kernel)
         if self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel}: accepted is an odd int")
+            raise ValueError(f"kernel={self.kernel}: must be an odd int")
 
-    def append(self, store: Store, part: Part, prompt: Prompt | None, scale: float) -> None:
+    def append(self, store: Store, part: Part, prompt: PromptQueries | None, scale: float) -> None:
         if prompt is None:
             store.append(part)
             self.later += part.slots
@@ -59,14 +58,14 @@ class SnapKV(Selector):
         store.append(part.take(positions))
         self.positions, self.prompt, self.kept = positions, part.slots, float(count)
 
-    def _scores(self, part: Part, prompt: Prompt, scale: float) -> Float[Tensor, "b h n"]:
-        """Return the attention that the last queries pay to each token of a part."""
+    def _scores(self, part: Part, prompt: PromptQueries, scale: float) -> Float[Tensor, "b h n"]:
+        """Return the pooled attention of the last queries to each token of a part."""
         whole = joined(joined(prompt.first, part), prompt.last)
         start, window = prompt.first.slots, min(self.window, prompt.q.shape[3])
         slots = torch.arange(whole.slots, device=part.k.device)
         hidden = slots > slots[-window:, None]
         found = []
-        for head in range(part.k.shape[1]):  # one at a time: scores of all heads would be large
+        for head in range(part.k.shape[1]):  # one head at a time to limit memory
             q, k = prompt.q[:, head, :, -window:], whole.k[:, None, head]
             scores = (q @ k.mT).float() * scale  # [B, g, window, n]
             low = torch.finfo(scores.dtype).min

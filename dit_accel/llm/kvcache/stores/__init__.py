@@ -1,1 +1,1 @@
-"""Forms in which tokens are stored: one file each; a new file is a new store."""
+"""Stores of the KV cache, one per module. A new module with a `Store` subclass adds a store."""

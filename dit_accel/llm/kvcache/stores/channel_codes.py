@@ -1,4 +1,4 @@
-"""`ChannelCodes`: codes of product quantisation without the channels of keys that hardly change a score."""
+"""`ChannelCodes`: product-quantised keys and values, with unimportant key channels removed."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -21,16 +21,16 @@ from dit_accel.llm.kvcache.stores.channels import Channels
 
 @dataclass
 class ChannelCodes(Channels):
-    """Keys and values as codes (MILLION, arXiv 2504.03661), of keys only those of channels that a mask keeps (LeanK, arXiv
+    """Store of product-quantised keys and values (MILLION, arXiv 2504.03661), with a mask of key channels (LeanK, arXiv
     2508.02215).
 
-    A sub-vector of a key is stored if the mask keeps one of its channels; it is stored whole then.
+    A sub-vector of a key is stored if the mask keeps at least one of its channels.
     """
 
     name: ClassVar[str] = "channels_pq"
     settled: ClassVar[frozenset[str]] = Channels.settled | {"books", "layer"}
     codebooks: str | None = None
-    """File of `dit-accel llm calibrate`, with codes of 8 bits."""
+    """File written by `dit-accel llm calibrate`, with codes of 8 bits."""
     books: Codebooks | None = field(default=None, init=False, repr=False)
     layer: int = field(default=0, init=False, repr=False)
     dtype: torch.dtype = field(default=torch.float32, init=False, repr=False)
@@ -40,13 +40,13 @@ class ChannelCodes(Channels):
         super().__post_init__()
         if self.codebooks is None:
             raise ValueError(
-                "codebooks=None: the store 'channels_pq' needs the file of a model; dit-accel llm calibrate makes one"
+                "codebooks=None: must be a file written by dit-accel llm calibrate for the store 'channels_pq'"
             )
         self.books = read_codebooks(self.codebooks)
         form = self.books.form
         if form.bits != 8:
             raise ValueError(
-                f"codebooks={self.codebooks!r}: codes of {form.bits} bits; accepted with a mask are codes of 8 bits"
+                f"codebooks={self.codebooks!r}: has codes of {form.bits} bits; must have codes of 8 bits with a mask"
             )
 
     def prepare(self, layer: int, sizes: ModelSizes) -> None:
@@ -77,7 +77,7 @@ class ChannelCodes(Channels):
     def encode(self, part: Part) -> Mapping[str, Tensor]:
         self.dtype = part.k.dtype
         keys, values = self._books(part.k.device)
-        # Keeps the number of rows and the device of a layer whose heads keep nothing.
+        # Empty tensor that carries the batch size and the device if no head keeps a channel.
         found = {"rows": part.k.new_empty(part.k.shape[0], 1, part.slots, 0)}
         k, rotation = part.k, self._rotation(part.k.device)
         if rotation is not None:
@@ -149,7 +149,7 @@ class ChannelCodes(Channels):
     def _quantizers(
         self, device: torch.device
     ) -> Iterator[tuple[int, Tensor, Tensor, Quantizer, Quantizer]]:
-        """Yield the groups of heads with the codebooks of what they keep, channels in order of the sub-vectors."""
+        """Yield the groups of heads with quantizers of their kept sub-vectors."""
         keys, values = self._books(device)
         for count, heads, chosen in self.groups(device):
             per_head = keys.centroids[heads] if len(keys.centroids) > 1 else keys.centroids
@@ -171,7 +171,7 @@ def _planes(
     chosen: Int[Tensor, "h parts"],
     planes: int,
 ) -> Complex[Tensor, "b h n kept"]:
-    """Return the factors of the planes of chosen sub-vectors, which have `planes` each."""
+    """Return the rotation factors of the selected sub-vectors, which have `planes` channel pairs each."""
     mine = factors[:, heads] if factors.shape[1] > 1 else factors.expand(-1, len(heads), -1, -1)
     at = (chosen[..., None] * planes + torch.arange(planes, device=chosen.device)).flatten(1)
     return mine.gather(3, at[None, :, None].expand(len(mine), -1, mine.shape[2], -1))

@@ -1,4 +1,4 @@
-"""`Channels`: keys without the channels that hardly change a score (LeanK, arXiv 2508.02215)."""
+"""`Channels`: keys with unimportant channels removed (LeanK, arXiv 2508.02215)."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -19,25 +19,23 @@ KIND = "channel mask"
 
 @dataclass
 class Channels(Store):
-    """Keys with the channels of a mask, values whole.
+    """Store of the key channels that a mask keeps, and of complete values.
 
-    Heads that keep the same number of channels lie in one tensor. A head that keeps none has no stored tokens at all: it
-    reads the first and the last ones only.
+    Heads that keep the same number of channels share a tensor. A head that keeps no channel has no stored tokens and reads
+    only the exact first and last tokens.
     """
 
     name: ClassVar[str] = "channels"
     settled: ClassVar[frozenset[str]] = frozenset({"kept", "file"})
     mask: str | None = None
-    """Safetensors file of `dit-accel llm learn-mask`."""
+    """File written by `dit-accel llm learn-mask`."""
     kept: Bool[Tensor, "h d"] | None = field(default=None, init=False, repr=False)
-    """Channels of this layer that are kept."""
+    """Mask of the kept channels of this layer."""
     file: ModelFile | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.mask is None:
-            raise ValueError(
-                "mask=None: the store 'channels' needs the file of a model; dit-accel llm learn-mask makes one"
-            )
+            raise ValueError("mask=None: must be a file written by dit-accel llm learn-mask")
 
     def prepare(self, layer: int, sizes: ModelSizes) -> None:
         assert self.mask is not None
@@ -49,7 +47,7 @@ class Channels(Store):
         self.file.check_weights(f"mask={self.mask!r}", fingerprint)
 
     def groups(self, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield the widths that heads have, with the heads of each and the channels `[heads, width]` that they keep."""
+        """Yield each number of kept channels, the heads with this number, and their channels `[heads, width]`."""
         assert self.kept is not None
         widths = self.kept.sum(1)
         for width in sorted(set(widths.tolist()) - {0}):
@@ -118,5 +116,5 @@ class Channels(Store):
 
 
 def _chosen(k: Tensor, channels: Int[Tensor, "h w"]) -> Tensor:
-    """Return some channels of keys `[B, h, L, D]`."""
+    """Return the selected channels of keys `[B, h, L, D]`."""
     return k.gather(3, channels[None, :, None].expand(k.shape[0], -1, k.shape[2], -1))

@@ -1,4 +1,4 @@
-"""`Codes`: tokens as codes of product quantisation."""
+"""`Codes`: product-quantised keys and values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,26 +20,24 @@ from dit_accel.llm.kvcache.store import ModelSizes, Store
 
 @dataclass
 class Codes(Store):
-    """Keys and values as the numbers of their nearest centroids, after MILLION (arXiv 2504.03661).
+    """Store of product-quantised keys and values, as in MILLION (arXiv 2504.03661).
 
-    Attention is computed on the codes: no decoded token is kept. Codebooks say whether keys are coded after RoPE or before
-    it. Keys before RoPE are rotated when they are read.
+    Attention is computed on the codes, and no decoded token is kept. The codebooks determine whether keys are coded before
+    or after RoPE. Keys coded before RoPE are rotated when they are read.
     """
 
     name: ClassVar[str] = "pq"
     settled: ClassVar[frozenset[str]] = frozenset({"layer"})
     codebooks: str | None = None
-    """File of `dit-accel llm calibrate`."""
+    """File written by `dit-accel llm calibrate`."""
     dtype: torch.dtype = field(default=torch.float32, init=False, repr=False)
-    """Dtype of the tokens that came in, and of decoded ones."""
+    """Dtype of appended and of decoded tokens."""
     layer: int = field(default=0, init=False, repr=False)
-    """Layer of the model."""
+    """Index of the layer."""
 
     def __post_init__(self) -> None:
         if self.codebooks is None:
-            raise ValueError(
-                "codebooks=None: accepted is a safetensors file; dit-accel llm calibrate makes one for a model"
-            )
+            raise ValueError("codebooks=None: must be a file written by dit-accel llm calibrate")
         self.books = read_codebooks(self.codebooks)
 
     def prepare(self, layer: int, model: ModelSizes) -> None:
@@ -78,7 +76,7 @@ class Codes(Store):
     def attend_part(self, q: Tensor, part: Part, scale: float) -> Partial:
         """Return attention over the tokens of a part.
 
-        Queries take the order of the codebooks' channels, so that keys need not.
+        The channels of the queries are reordered once, so that decoded keys need not be.
         """
         k, v = self._on(q.device)
         rotation = self.books.rotation(q.device)
@@ -100,14 +98,14 @@ class Codes(Store):
         return Partial(v.ungrouped(found.o).to(q.dtype), found.lse)
 
     def _on(self, device: torch.device) -> tuple[Quantizer, Quantizer]:
-        """Return the codebooks on a device."""
+        """Return the quantizers of keys and values on a device."""
         return self.books.quantizers(self.layer, device)
 
 
 def _looked_up(
     q: Tensor, part: Part, k: Quantizer, v: Quantizer, rotation: Rotation | None, scale: float
 ) -> Partial:
-    """Return attention by the kernel that looks up scores, channels in order."""
+    """Return attention from the lookup-table kernel. Channels are in the order of the sub-vectors."""
     o, lse = lut_attention(
         q.flatten(2, 3),
         k.numbers(part.k),

@@ -1,4 +1,4 @@
-"""`Dense`: tokens as they are."""
+"""`Dense`: uncompressed keys and values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dit_accel.llm.kvcache.store import Store
 
 @dataclass
 class Dense(Store):
-    """Keys and values in the dtype of the model."""
+    """Store of uncompressed keys and values in the dtype of the model."""
 
     name: ClassVar[str] = "dense"
 

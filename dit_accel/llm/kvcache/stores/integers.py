@@ -1,4 +1,4 @@
-"""`Integers`: tokens as integers of two to eight bits."""
+"""`Integers`: keys and values as integers of 2 to 8 bits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,25 +16,25 @@ from dit_accel.llm.kvcache.store import ModelSizes, Store
 BITS = (2, 3, 4, 8)
 GROUPS = (8, 16, 32, 64, 128)
 SCALE = torch.float16
-"""Dtype of scales and zero points. bf16 has 8 bits for a zero point, too few for channels whose mean is large; fp32 would
-add two bits to each value at a group of 32."""
+"""Dtype of scales and zero points. The 8-bit precision of bf16 is too low for zero points of channels with a large mean;
+fp32 would cost two more bits per value at a group of 32."""
 
 
 @dataclass
 class Integers(Store):
-    """Keys and values as integers with a scale and a zero point, after KIVI (arXiv 2402.02750).
+    """Store of keys and values as integers with scales and zero points, as in KIVI (arXiv 2402.02750).
 
-    Keys share both per channel, over `group` tokens: some channels of keys are large in every token. Values share them
-    per token, over `group` channels. A value takes `bits + 32 / group` bits in all.
+    In keys, `group` tokens share a scale and a zero point per channel, because some key channels are large in every token.
+    In values, `group` channels of a token share them. A number takes `bits + 32 / group` bits in total.
     """
 
     name: ClassVar[str] = "int"
     bits: int = 4
-    """Bits of each integer: 2, 3, 4 or 8."""
+    """Number of bits per integer: 2, 3, 4 or 8."""
     group: int = 32
-    """Tokens or channels that share a scale: 8, 16, 32, 64 or 128. Must divide the head dimension."""
+    """Number of tokens or channels that share a scale: 8, 16, 32, 64 or 128. Must divide the head dimension."""
     dtype: torch.dtype = field(default=torch.float32, init=False, repr=False)
-    """Dtype of the tokens that came in, and of decoded ones."""
+    """Dtype of appended and of decoded tokens."""
 
     def __post_init__(self) -> None:
         for name, choices in (("bits", BITS), ("group", GROUPS)):
@@ -50,8 +50,8 @@ class Integers(Store):
         if model.head_dim % self.group:
             fitting = [str(x) for x in GROUPS if model.head_dim % x == 0]
             raise ValueError(
-                f"group={self.group}: does not divide the head dimension {model.head_dim} of the model; accepted are "
-                f"{', '.join(fitting) or 'head dimensions that are multiples of 8'}"
+                f"group={self.group}: must divide head_dim={model.head_dim} of the model; possible are "
+                f"{', '.join(fitting) or 'only models whose head_dim is a multiple of 8'}"
             )
 
     def encode(self, part: Part) -> Mapping[str, Tensor]:
@@ -70,7 +70,7 @@ class Integers(Store):
         }
 
     def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return keys and values. A scale of keys belongs to `group` tokens, or to one if tokens were taken singly."""
+        """Return keys and values. The scale of keys is per `group` tokens, or per token after `Part.take`."""
         k, v = (unpack(tensors[x], self.bits) for x in ("k", "v"))
         scale, zero = tensors["k_scale"], tensors["k_zero"]
         k = k.unflatten(2, (scale.shape[2], -1)) if k.shape[2] else k[:, :, :, None]
@@ -83,13 +83,13 @@ class Integers(Store):
 def _integers(
     x: Float[Tensor, "..."], axis: int, bits: int, real: Bool[Tensor, "..."] | None = None
 ) -> tuple[UInt8[Tensor, "..."], Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """Return values as integers, and the scale and the zero point that those along an axis share.
+    """Quantise numbers to integers, with one scale and zero point per slice along an axis.
 
     Args:
-        x: values.
-        axis: axis of the values that share a scale.
-        bits: bits of each integer.
-        real: values that count. Others may get a large error. Default: all.
+        x: numbers to quantise.
+        axis: axis along which numbers share a scale.
+        bits: number of bits per integer.
+        real: True for numbers that determine the scale. Other numbers may get a large error. Default: all.
     """
     x = x.float()
     low, high = x, x
@@ -100,7 +100,7 @@ def _integers(
         some = real.any(axis, keepdim=True)
         low, high = (torch.where(some, y, torch.zeros_like(y)) for y in (low, high))
     levels, largest = 2**bits - 1, torch.finfo(SCALE).max
-    # Integers are chosen for the stored scale and zero point, so that their rounding costs little.
+    # Quantise with the rounded scale and zero point, so that their rounding errors do not add up.
     zero = low.clamp(-largest, largest).to(SCALE)
     scale = ((high - zero.float()) / levels).clamp(0, largest).to(SCALE)
     step = torch.where(scale == 0, torch.ones_like(scale), scale).float()
@@ -108,5 +108,5 @@ def _integers(
 
 
 def _values(x: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what `_integers` stored."""
+    """Return the numbers from the output of `_integers`."""
     return x.float().mul_(scale.float()).add_(zero.float()).to(dtype)

@@ -1,4 +1,4 @@
-"""`Beside`: work on a second stream of a GPU, while the model's own stream goes on."""
+"""`SideStream`: runs cache updates on a second CUDA stream, in parallel with the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,33 +9,33 @@ import torch
 from dit_accel.llm.kvcache.part import Part
 
 
-class Beside:
-    """Work for one layer of a cache that runs beside the model. On a CPU it runs at once.
+class SideStream:
+    """Runs the cache updates of one layer on a second CUDA stream. On a CPU they run immediately.
 
     Args:
-        on: whether a second stream is used where there is one.
+        on: use a second stream on CUDA devices.
     """
 
     def __init__(self, on: bool) -> None:
         self.on = on
         self.done: torch.cuda.Event | None = None
-        """End of the work that runs; None: nothing does."""
+        """Event at the end of the running work; None if no work is running."""
         self.device: torch.device | None = None
-        """Device that it runs on."""
+        """Device of the running work."""
 
     @contextmanager
     def work(self, part: Part) -> Iterator[None]:
-        """Run the block beside the model.
+        """Context manager that runs its block on the second stream.
 
         Args:
-            part: tokens that the block reads, which the model made.
+            part: tokens that the block reads. They were made on the stream of the model.
         """
         device = part.k.device
         if not self.on or device.type != "cuda":
             yield
             return
         side = _stream(device)
-        # What earlier work has freed may still be read by what the model has in its queue.
+        # Memory freed by earlier work may still be read by operations in the queue of the model's stream.
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             yield
@@ -44,7 +44,7 @@ class Beside:
             x.record_stream(side)
 
     def wait(self) -> None:
-        """Let what the model does next wait for the work."""
+        """Make the stream of the model wait for the running work."""
         if self.done is not None:
             torch.cuda.current_stream(self.device).wait_event(self.done)
             self.done = None

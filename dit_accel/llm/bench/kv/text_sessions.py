@@ -1,16 +1,16 @@
-"""Sessions in words for any language model, after the synthetic tasks of SCBench (arXiv 2412.10319)."""
+"""Text sessions for any language model, modelled on the synthetic tasks of SCBench (arXiv 2412.10319)."""
 
 import random
 import string
 from collections.abc import Callable
 from itertools import pairwise
 
-from dit_accel.llm.bench.kv.session import Words
+from dit_accel.llm.bench.kv.session import TextSession
 from dit_accel.llm.bench.texts import TEXTS, read_text
 
 
-def passkey(size: int, turns: int, rng: random.Random) -> Words:
-    """Return a real text with numbers hidden in it; each question names one of them."""
+def passkey(size: int, turns: int, rng: random.Random) -> TextSession:
+    """Return a text with hidden numbers. Each question asks for one of them."""
     text = read_text(rng.choice(sorted(TEXTS)))
     start = rng.randrange(max(1, len(text) - size))
     names = rng.sample(COLOURS, turns)
@@ -27,33 +27,33 @@ def passkey(size: int, turns: int, rng: random.Random) -> Words:
         for name in names
     ]
     rng.shuffle(asked)
-    return Words("".join(pieces), tuple(asked))
+    return TextSession("".join(pieces), tuple(asked))
 
 
-def key_value(size: int, turns: int, rng: random.Random) -> Words:
-    """Return lines of keys and values; each question is a key."""
+def key_value(size: int, turns: int, rng: random.Random) -> TextSession:
+    """Return lines of keys and values. Each question asks for the value of a key."""
     pairs = [(_word(rng, 8), _word(rng, 8)) for _ in range(max(turns, size // 24))]
     body = "\n".join(f"{key}: {value}" for key, value in pairs)
     asked = [
         (f"\n\nThe value of {key} is: {key}:", f" {value}")
         for key, value in rng.sample(pairs, turns)
     ]
-    return Words(f"Keys and their values:\n{body}\n", tuple(asked))
+    return TextSession(f"Keys and their values:\n{body}\n", tuple(asked))
 
 
-def prefix_suffix(size: int, turns: int, rng: random.Random) -> Words:
-    """Return lines of random letters; each question is the beginning and the end of a line, the answer its middle."""
+def prefix_suffix(size: int, turns: int, rng: random.Random) -> TextSession:
+    """Return lines of random letters. Each question gives the beginning and the end of a line; the answer is its middle."""
     lines = [[_word(rng, 6) for _ in range(3)] for _ in range(max(turns, size // 22))]
     body = "\n".join(" ".join(x) for x in lines)
     asked = [
         (f"\n\nThe line that begins with {a} and ends with {c} is: {a}", f" {b}")
         for a, b, c in rng.sample(lines, turns)
     ]
-    return Words(f"Lines:\n{body}\n", tuple(asked))
+    return TextSession(f"Lines:\n{body}\n", tuple(asked))
 
 
-def variable_tracing(size: int, turns: int, rng: random.Random) -> Words:
-    """Return assignments of variables to each other; each question is the number that a variable gets in the end."""
+def variable_tracing(size: int, turns: int, rng: random.Random) -> TextSession:
+    """Return assignments between variables. Each question asks for the number at the end of a chain."""
     names = [_word(rng, 4).upper() for _ in range(max(4 * turns, size // 20))]
     names = list(dict.fromkeys(names))
     chains = [names[i : i + 4] for i in range(0, len(names) - 3, 4)]
@@ -62,11 +62,11 @@ def variable_tracing(size: int, turns: int, rng: random.Random) -> Words:
         number = rng.randint(100, 999)
         lines += [f"VAR {chain[0]} = {number}", *(f"VAR {b} = VAR {a}" for a, b in pairwise(chain))]
         asked.append((f"\n\nThe number that VAR {chain[-1]} has is", f" {number}"))
-    return Words("\n".join(lines) + "\n", tuple(rng.sample(asked, turns)))
+    return TextSession("\n".join(lines) + "\n", tuple(rng.sample(asked, turns)))
 
 
-def math_find(size: int, turns: int, rng: random.Random) -> Words:
-    """Return a list of numbers; questions are its largest and smallest ones, the first and the last one."""
+def math_find(size: int, turns: int, rng: random.Random) -> TextSession:
+    """Return a list of numbers. Questions ask for the largest, smallest, first and last number."""
     numbers = rng.sample(range(1_000, 100_000), max(8, size // 7))
     asked = [
         ("\n\nThe largest number of the list is", f" {max(numbers)}"),
@@ -74,18 +74,18 @@ def math_find(size: int, turns: int, rng: random.Random) -> Words:
         ("\n\nThe first number of the list is", f" {numbers[0]}"),
         ("\n\nThe last number of the list is", f" {numbers[-1]}"),
     ]
-    return Words(f"A list: {', '.join(map(str, numbers))}\n", tuple((asked * turns)[:turns]))
+    return TextSession(f"A list: {', '.join(map(str, numbers))}\n", tuple((asked * turns)[:turns]))
 
 
-def many_shot(size: int, turns: int, rng: random.Random) -> Words:
-    """Return examples of words and their made-up classes; each question is a word that was there."""
+def many_shot(size: int, turns: int, rng: random.Random) -> TextSession:
+    """Return example words with made-up classes. Each question asks for the class of one of the words."""
     classes = [_word(rng, 5) for _ in range(6)]
     kinds = {_word(rng, 6): rng.choice(classes) for _ in range(max(turns, size // 28))}
     lines = [f"Word: {word} Class: {kind}" for word, kind in kinds.items()]
     asked = [
         (f"\nWord: {word} Class:", f" {kinds[word]}") for word in rng.sample(sorted(kinds), turns)
     ]
-    return Words("\n".join(lines) + "\n", tuple(asked))
+    return TextSession("\n".join(lines) + "\n", tuple(asked))
 
 
 COLOURS = [
@@ -106,7 +106,7 @@ COLOURS = [
     "crimson",
     "amber",
 ]
-TASKS: dict[str, Callable[[int, int, random.Random], Words]] = {
+TASKS: dict[str, Callable[[int, int, random.Random], TextSession]] = {
     "passkey": passkey,
     "key_value": key_value,
     "prefix_suffix": prefix_suffix,
@@ -114,7 +114,7 @@ TASKS: dict[str, Callable[[int, int, random.Random], Words]] = {
     "math_find": math_find,
     "many_shot": many_shot,
 }
-"""Each takes characters of the context, questions, and a source of randomness."""
+"""Functions of the context size in characters, the number of questions, and a random number generator."""
 
 
 def _word(rng: random.Random, length: int) -> str:

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import torch
 
-from dit_accel.llm.kvcache import beside
-from dit_accel.llm.kvcache.beside import Beside
+from dit_accel.llm.kvcache import side_stream
 from dit_accel.llm.kvcache.part import Part
+from dit_accel.llm.kvcache.side_stream import SideStream
 
 
 class Stream:
@@ -41,10 +41,10 @@ def test_the_streams_wait_for_each_other(monkeypatch):
         yield
         log.append("back")
 
-    monkeypatch.setattr(beside, "_stream", lambda device: side)
+    monkeypatch.setattr(side_stream, "_stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    x, work = torch.zeros(1, 1, 1, 1).as_subclass(OnGPU), Beside(True)
+    x, work = torch.zeros(1, 1, 1, 1).as_subclass(OnGPU), SideStream(True)
     with work.work(Part.of(x, x)):
         log.append("work")
     work.wait()
@@ -61,7 +61,7 @@ def test_the_streams_wait_for_each_other(monkeypatch):
 
 
 def test_a_cpu_works_at_once():
-    done, work = [], Beside(True)
+    done, work = [], SideStream(True)
     x = torch.zeros(1, 1, 1, 1)
     with work.work(Part.of(x, x)):
         done.append(1)
