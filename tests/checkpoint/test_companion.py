@@ -19,7 +19,7 @@ from dit_accel.checkpoint.companion import Companion
 from dit_accel.checkpoint.file import read_checkpoint, write_checkpoint
 from dit_accel.checkpoint.identity import identity_of
 from dit_accel.checkpoint.merge import merge
-from dit_accel.checkpoint.save_load import own_checkpoint
+from dit_accel.checkpoint.save_load import own_file
 from dit_accel.finetune.result import write_result
 from dit_accel.runtime.install import installation_of, method_of, original_weights
 from dit_accel.runtime.swap import WeightSwap
@@ -677,7 +677,10 @@ def test_a_hub_repository_brings_the_companion_of_the_same_commit(wan, tmp_path,
         raise EntryNotFoundError("404")
 
     monkeypatch.setattr("dit_accel.checkpoint.save_load.snapshot_download", fail)
-    for ask in (lambda: load_sla(pipe, "org/sla"), lambda: own_checkpoint("org/sla")):
+    for ask in (
+        lambda: load_sla(pipe, "org/sla"),
+        lambda: own_file("org/sla", "sla.safetensors", "sla"),
+    ):
         with pytest.raises(ValueError, match=rf"org/sla: {wan.companion}, which .*\(404\)"):
             ask()
 

@@ -414,7 +414,7 @@ def test_a_folder_stands_where_a_preset_could(repositories, checkpoint):
 
 
 def test_repositories_on_the_hub_may_bring_an_sla_checkpoint(repositories, checkpoint, monkeypatch):
-    from dit_accel.checkpoint.save_load import own_checkpoint
+    from dit_accel.checkpoint.save_load import own_file
 
     def download(repo_id, filename, **arguments):
         if repo_id == "org/plain":
@@ -422,15 +422,18 @@ def test_repositories_on_the_hub_may_bring_an_sla_checkpoint(repositories, check
         return str(checkpoint[0] / filename)
 
     monkeypatch.setattr("dit_accel.checkpoint.save_load.hf_hub_download", download)
-    assert own_checkpoint("org/tuned", revision="v1") == checkpoint[0] / "sla.safetensors"
-    assert own_checkpoint("org/plain") is None
-    assert own_checkpoint(repositories["wan"]) is None
+    assert (
+        own_file("org/tuned", "sla.safetensors", "sla", revision="v1")
+        == checkpoint[0] / "sla.safetensors"
+    )
+    assert own_file("org/plain", "sla.safetensors", "sla") is None
+    assert own_file(repositories["wan"], "sla.safetensors", "sla") is None
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known to be absent", "unknown"])
 def test_without_the_hub_a_possible_sla_checkpoint_is_not_passed_over_in_silence(known, tmp_path):
     """As the cache of huggingface_hub looks after a download of the other files."""
-    from dit_accel.checkpoint.save_load import own_checkpoint
+    from dit_accel.checkpoint.save_load import own_file
 
     commit = "0" * 40
     cache = tmp_path / "models--org--plain"
@@ -442,7 +445,12 @@ def test_without_the_hub_a_possible_sla_checkpoint_is_not_passed_over_in_silence
         (cache / ".no_exist" / commit / "sla.safetensors").touch()
     warned = contextlib.nullcontext() if known else pytest.warns(UserWarning, match="org/plain: .* sla.safetensors")  # fmt: skip
     with warned:
-        assert own_checkpoint("org/plain", cache_dir=tmp_path, local_files_only=True) is None
+        assert (
+            own_file(
+                "org/plain", "sla.safetensors", "sla", cache_dir=tmp_path, local_files_only=True
+            )
+            is None
+        )
 
 
 @pytest.mark.parametrize("wrong", ["mysla", "/no/such/folder", "a/b/c", "./here"])
