@@ -37,7 +37,7 @@ def read_index(
             return diffusers.DiffusionPipeline.load_config(str(source), **hub)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{name}: neither a folder nor a hub repository that can be reached; expected a diffusers repository (folder "
+                f"{name}: neither a folder nor a repository that can be reached; expected a diffusers repository (folder "
                 "or hub id)"
             ) from error
     try:

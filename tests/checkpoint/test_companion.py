@@ -489,7 +489,7 @@ def test_another_model_is_refused(wan):
     before, values = snapshot(pipe.transformer), values_of(pipe)
     with pytest.raises(ValueError, match="made for another base model"):
         load_sla(pipe, wan.folder)
-    with pytest.raises(ValueError, match="made for a WanTransformer3DModel, not SD3"):
+    with pytest.raises(ValueError, match=r"WanTransformer3DModel.*SD3"):
         load_sla(make("sd3"), wan.folder)
     assert same(snapshot(pipe.transformer), before)
     assert values_of(pipe) == values
@@ -618,7 +618,7 @@ def test_weights_of_another_architecture_are_refused(results, tmp_path):
         pipe = result.plain()
         if on:
             load_sla(pipe, result.folder)
-        with pytest.raises(ValueError, match=r"does not fit this transformer: missing: blocks\.0"):
+        with pytest.raises(ValueError, match=r"transformer: missing: blocks\.0"):
             load_sla(pipe, folder)
         if on:
             result.check_sparse(pipe)
@@ -636,7 +636,7 @@ def test_weights_in_several_files(results, tmp_path):
     load_sla(pipe, folder)
     result.check_sparse(pipe)
     next((folder / "transformer").glob("*-00002-of-*.safetensors")).unlink()
-    with pytest.raises(ValueError, match=r"00002-of.*: no such file"):
+    with pytest.raises(ValueError, match=r"00002-of.*: .*file"):
         load_sla(pipe, folder)
 
 
@@ -681,7 +681,7 @@ def test_a_hub_repository_brings_the_companion_of_the_same_commit(wan, tmp_path,
         lambda: load_sla(pipe, "org/sla"),
         lambda: own_file("org/sla", "sla.safetensors", "sla"),
     ):
-        with pytest.raises(ValueError, match=rf"org/sla: {wan.companion}, which .*\(404\)"):
+        with pytest.raises(ValueError, match=rf"org/sla: {wan.companion}.*\(404\)"):
             ask()
 
 
@@ -713,9 +713,7 @@ def test_a_saved_pipeline_has_the_tuned_weights(wan, tmp_path):
 def test_an_sla_checkpoint_without_the_tuned_weights_is_not_saved(wan, tmp_path):
     pipe = wan.plain()
     load_sla(pipe, wan.folder)
-    with pytest.raises(
-        ValueError, match=r"fine-tuned weights, which sla.safetensors does not hold"
-    ):
+    with pytest.raises(ValueError, match=r"^pipe: .*fine-tuned weights.*save_pretrained"):
         save_sla(pipe, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

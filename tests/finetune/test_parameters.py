@@ -162,11 +162,9 @@ def test_default_adapters_are_on_every_projection_of_attention():
 
 
 def test_what_cannot_train_is_refused():
-    with pytest.raises(
-        ValueError, match=r"^lora_layers='to_x,to_q': no linear layer .*'to_x'.*to_q"
-    ):
+    with pytest.raises(ValueError, match=r"^lora_layers='to_x,to_q': .*'to_x'.*to_q"):
         prepared_for("wan", train="lora", lora_layers="to_x,to_q")
-    with pytest.raises(ValueError, match=r"^train='sla': no parameter trains; sla.dense_layers=3"):
+    with pytest.raises(ValueError, match=r"^train='sla': no parameter trains.* sla.dense_layers=3"):
         prepared_for("wan", train="sla", sla={"dense_layers": 3})
     with pytest.raises(ValueError, match=r"^transformer: Linear cannot be fine-tuned"):
         prepare(torch.nn.Linear(2, 2), config())

@@ -67,16 +67,14 @@ def enabled(**changed):
 def test_errors_fall_in_every_mode_that_has_weights(combine, router):
     trainable, sla = enabled(combine=combine, router=router)
     if not sla.config.has_weights:
-        with pytest.warns(UserWarning, match="no layer has weights"):
+        with pytest.warns(UserWarning, match="regression: .*no weights"):
             result = regress(trainable, sla, batches, Settings(), progress=False)
         assert result.losses == []
         assert result.after == result.before
-        fixed = "no weights: the router is fixed, and nothing is projected or mixed in"
-        assert result.untrained == {
-            "blocks.0.attn1": "dense layer",
-            "blocks.1.attn1": fixed,
-            "blocks.2.attn1": fixed,
-        }
+        reasons = dict(result.untrained)
+        assert reasons.pop("blocks.0.attn1") == "dense layer"
+        assert set(reasons) == {"blocks.1.attn1", "blocks.2.attn1"}
+        assert all(x.startswith("no weights") for x in reasons.values())
         return
     result = regress(trainable, sla, batches, Settings(), progress=False)
     assert len(result.losses) == 12
@@ -238,22 +236,20 @@ def test_joint_attention_is_fitted_too(family):
 
 def test_samples_that_run_dense_are_refused():
     trainable, sla = enabled(combine="proj", crossover="auto")
-    with pytest.raises(
-        ValueError, match=r"no layer runs sparse on samples of shape \(4, 3, 8, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"regression: no layer runs sparse .*\(4, 3, 8, 8\)"):
         regress(trainable, sla, batches, Settings(), progress=False)
 
 
 @pytest.mark.parametrize(
     ("settings", "sparse", "message"),
     [
-        ({"regression_steps": -1}, {}, "regression_steps=-1: must be at least 0"),
+        ({"regression_steps": -1}, {}, "regression_steps=-1: .*0"),
         ({"regression_learning_rate": -0.1}, {}, "regression_learning_rate=-0.1"),
-        ({"regression_topk": [0.1, 2]}, {}, r"regression_topk=\[0.1, 2\]: must be fractions"),
+        ({"regression_topk": [0.1, 2]}, {}, r"regression_topk=\[0.1, 2\]: .*\(0, 1\]"),
         (
             {"regression_topk": [0.1]},
             {"topk": None, "top_p": 0.5},
-            r"regression_topk=\[0.1\]: accepted with a topk",
+            r"regression_topk=\[0.1\]: .*sla.topk",
         ),
     ],
 )

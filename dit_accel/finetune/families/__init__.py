@@ -35,11 +35,11 @@ def family_name(outline: Any, model: str) -> str:
     parent = outline.pipeline._parent
     if parent not in FAMILIES:
         raise ValueError(
-            f"{model}: is a {parent}, which cannot be fine-tuned; expected {', '.join(FAMILIES)}"
+            f"{model}: holds a {parent}, which cannot be fine-tuned; expected {', '.join(FAMILIES)}"
         )
     if outline.transformer_2 is not None:
         raise ValueError(
-            f"{model}: has a transformer_2 (Wan2.2) and cannot be fine-tuned; expected a model with one transformer"
+            f"{model}: has two transformers (Wan2.2) and cannot be fine-tuned; expected a model with one transformer"
         )
     if outline.expand_timesteps:
         raise ValueError(
