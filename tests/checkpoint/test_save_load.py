@@ -79,8 +79,14 @@ def checkpoint(tmp_path_factory):
     return folder, run(pipe, "wan", steps=STEPS)
 
 
-@pytest.mark.parametrize("combine", ["proj", "alpha", "shared_softmax", "none"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "combine"),
+    [
+        *((family, "proj") for family in FAMILIES),
+        *(("wan", combine) for combine in ("alpha", "shared_softmax", "none")),
+        ("lumina2", "alpha"),
+    ],
+)
 def test_saved_then_loaded_into_a_plain_pipeline_is_the_same(
     family, combine, repositories, tmp_path
 ):
@@ -303,8 +309,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("ras", [False, True], ids=["plain", "ras"])
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(
+    ("case", "ras"),
+    [*((case, False) for case in REFUSED), ("other base", True), ("truncated", True)],
+)
 def test_wrong_files_are_refused_and_leave_the_pipeline_as_it_was(case, ras, tmp_path):
     write, message = REFUSED[case]
     write(tmp_path)

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -166,16 +164,6 @@ def test_nothing_that_is_not_a_number_is_written_to_json(tmp_path):
 
 
 # Faults -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quick(tmp_path):
-    """A folder in memory, where syncing takes no time; on the disk if there is none."""
-    try:
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            yield Path(folder)
-    except OSError:
-        yield tmp_path
 
 
 def count_points(folder):

@@ -31,10 +31,12 @@ def backward(prepared, settings, family):
 
 
 @pytest.mark.parametrize(
-    ("family", "train"),
-    [(f, t) for f in FAMILIES for t in TRAIN if (f, t) != ("lumina", "lora")],
+    ("family", "train", "combine"),
+    [
+        *((f, t, "proj") for f in FAMILIES for t in TRAIN if (f, t) != ("lumina", "lora")),
+        *(("wan", t, "alpha") for t in TRAIN),
+    ],
 )
-@pytest.mark.parametrize("combine", ["proj", "alpha"])
 def test_every_parameter_that_trains_gets_a_gradient_and_no_other(family, train, combine):
     prepared, settings, trained = prepared_for(
         family, train=train, sla={"combine": combine, "dense_layers": 1}
