@@ -304,7 +304,7 @@ class FinetuneConfig:
         for key in values:
             if key not in names:
                 raise ValueError(
-                    f"unknown key {key!r}{suggest(str(key), names)}; accepted are the options of "
+                    f"unknown key {key!r}{suggest(str(key), names)}; expected an option of "
                     "`dit-accel finetune`"
                 )
         return cls(**{key: _typed(key, x) for key, x in values.items()})

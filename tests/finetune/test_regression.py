@@ -151,11 +151,11 @@ def test_each_step_takes_one_of_several_values_of_topk():
         trainable,
         sla,
         batches,
-        Settings(regression_topk=[0.5, 0.25, 1 / 12], regression_steps=6),
+        Settings(regression_topk=[0.5, 0.25, 1 / 12], regression_steps=9),
         progress=False,
         on_step=lambda step, scalars: steps.append((step, scalars)),
     )
-    assert [step for step, _ in steps] == list(range(6))
+    assert [step for step, _ in steps] == list(range(9))
     assert [scalars["loss"] for _, scalars in steps] == result.losses
     assert {scalars["topk"] for _, scalars in steps} == {0.5, 0.25, 1 / 12}
     assert sla.config.topk == 0.25
