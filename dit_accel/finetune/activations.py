@@ -77,6 +77,7 @@ class _SavedBytes:
         self._input_known = dict(self._known)
 
     def pack(self, x: Tensor) -> Tensor:
+        """Count a tensor that autograd saves (pack hook of `saved_tensors_hooks`)."""
         new = self._new(x, self._known)
         if self._inside:
             self.calls[-1] += new
@@ -92,6 +93,7 @@ class _SavedBytes:
         return storage.nbytes()
 
     def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Start the count of a block and count its inputs (forward pre-hook)."""
         self._inside = True
         self.calls.append(0)
         for x in (*args, *kwargs.values()):
@@ -99,6 +101,7 @@ class _SavedBytes:
                 self.inputs += self._new(x, self._input_known)
 
     def leave(self, block: nn.Module, args: tuple, output: Any) -> None:
+        """Stop the count of a block (forward hook)."""
         self._inside = False
 
 

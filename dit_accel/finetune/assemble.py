@@ -1,4 +1,4 @@
-"""Set up the optimizer, learning-rate schedule and moving average of the trained parameters."""
+"""Set up the optimiser, learning-rate schedule and moving average of the trained parameters."""
 
 from typing import Any
 

@@ -34,9 +34,9 @@ class Checkpoint:
     path: Path
     """Folder of the checkpoint."""
     step: int
-    """Number of finished optimizer steps."""
+    """Number of finished optimiser steps."""
     state: dict[str, Any]
-    """JSON values: counters, scalars of the optimizer, settings."""
+    """JSON values: counters, scalars of the optimiser, settings."""
     files: tuple[str, ...]
     """Names of the files in the folder."""
 
@@ -77,7 +77,7 @@ def save_checkpoint(
 
     Args:
         folder: output folder of the run, which holds the checkpoints.
-        step: number of finished optimizer steps.
+        step: number of finished optimiser steps.
         groups: tensors by group ("weights", "optimizer", "ema") and name.
         state: JSON values to store.
         processes: processes of the run. Default: a single process.

@@ -37,7 +37,7 @@ class FinetuneConfig:
     sla: dict[str, Any] = field(default_factory=dict)
     """Fields of `SLAConfig`. Defaults as in `SLAConfig`, except topk=0.1 and crossover="never"."""
     router: Literal["fixed", "learned"] = "fixed"
-    """How key blocks are ranked. "fixed": by the rule `sla.router`. "learned": each layer trains a matrix per head."""
+    """Ranking of key blocks. "fixed": by the rule `sla.router`. "learned": by a matrix per head that trains."""
 
     # Data: exactly one of three sources -------------------------------------------------------------
     instance_data_dir: str | None = None
@@ -92,7 +92,7 @@ class FinetuneConfig:
     diffusion_weight: float | None = None
     """Weight of the diffusion loss with loss="mix", in (0, 1). Default: 0.5."""
     targets: Literal["conditional", "mixed", "guided"] = "mixed"
-    """How captions are used. "conditional": every sample keeps its caption. "mixed": some captions are replaced by the empty
+    """Use of captions. "conditional": every sample keeps its caption. "mixed": some captions are replaced by the empty
     caption, so that both model calls of guided sampling are trained. "guided": the student learns the guided velocity of
     the teacher; sample such a model with guidance_scale=1."""
     guidance_scale: float | None = None
@@ -208,7 +208,7 @@ class FinetuneConfig:
 
     # Result -----------------------------------------------------------------------------------------
     merge: bool = False
-    """Also write a complete diffusers repository with the trained weights merged in."""
+    """Write a complete diffusers repository with the trained weights too."""
     push_to_hub: bool = False
     """Upload the result to the Hugging Face hub."""
     hub_model_id: str | None = None

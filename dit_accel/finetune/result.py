@@ -21,7 +21,8 @@ from dit_accel.finetune.shards import disk_errors
 LORA_FILE = "pytorch_lora_weights.safetensors"
 WEIGHTS, MERGED = "transformer", "merged"
 COMPANIONS = {"all": (WEIGHTS,), "lora": (LORA_FILE,)}
-"""Files or folders beside `sla.safetensors`, by the option `train`."""
+"""Names of the files or folders that belong to `sla.safetensors`, by the option `train`."""
+
 PUBLISHED = (
     FILE_NAME, LORA_FILE, f"{WEIGHTS}/*", f"{MERGED}/**", "README.md", "training_config.json", "log.jsonl", "curves.png",
     "validation/**",

@@ -87,11 +87,13 @@ class _Cache(Generic[K]):
         return key in self._entries
 
     def get(self, key: K) -> dict[str, Tensor] | None:
+        """Return the tensors of a key, or None if they are not in the cache."""
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
 
     def put(self, key: K, value: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Store tensors, remove the least recently used ones beyond the limit, and return the tensors."""
         self._entries[key] = value
         self._held += _size(value)
         while self._held > self._most and self._entries:
