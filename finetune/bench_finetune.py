@@ -1,11 +1,11 @@
-"""Measure the quality of the embedded model after each kind of fine-tuning, in one run.
+"""Compare the quality of the embedded model after each way of fine-tuning.
 
     python finetune/bench_finetune.py --data latents --output finetune/results/tiny_wan.json
 
-Rows at 90 and 95 % sparsity: top-k and shared_softmax without training; regression alone; distillation of all weights, of
-LoRA, and with a learned router; and the diffusion loss at equal cost. Then longer runs of the recipe (`--longer-steps`
-without numbers: none). A stopped run resumes; a finished run prints its table again. `make bench-finetune` also makes the
-data.
+At 90 and 95 % sparsity, the benchmark compares top-k and shared_softmax without training, the regression stage alone,
+distillation of all weights, of LoRA and with a learned router, and the diffusion loss at equal cost. Then it runs the
+recipe with more steps (`--longer-steps` without numbers skips this). An interrupted benchmark continues when it is
+started again. A finished benchmark prints its table again. `make bench-finetune` also makes the data.
 """
 
 import os

@@ -1,12 +1,12 @@
-"""Measure time and memory of a training step with sparse attention, against dense training, all rows in one run.
+"""Measure time and memory of a training step with sparse attention, compared with dense attention.
 
     python finetune/bench_training.py --output finetune/results/training_cpu.json
     python finetune/bench_training.py --device cuda --output finetune/results/training_gpu.json
 
-On a CPU: forward and backward pass of a one-layer Wan transformer with the width of Wan2.1 1.3B, of its block and of the
-block's self-attention, on 8,192 tokens in fp32. On a GPU: the whole Wan2.1 1.3B on 81 frames at 480p, in bf16 with
-fp32 weights and gradient checkpointing. Weights are random. A CPU run takes half an hour on two cores, and a third of it
-with `--heads 4 --ffn-dim 2986`.
+On a CPU, the benchmark runs forward and backward of a one-layer Wan transformer as wide as Wan2.1 1.3B, of its block,
+and of the self-attention of the block, on 8,192 tokens in fp32. On a GPU, it runs the complete Wan2.1 1.3B on 81 frames
+at 480p, in bf16 with fp32 weights and gradient checkpointing. Weights are random. The CPU benchmark takes half an hour
+on two cores; `--heads 4 --ffn-dim 2986` reduces it to a third.
 """
 
 import os

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tunes with a recipe on all GPUs of this machine, eight by default; started again, it goes on where it was.
+# Fine-tune with a recipe on several GPUs of this machine, eight by default. Run the same command again to resume.
+
 #   finetune/run_8gpu.sh wan2.1-14b-sla --precomputed-dir DATA
 #   GPUS=2 finetune/run_8gpu.sh wan2.1-1.3b-sla --precomputed-dir DATA
 set -euo pipefail

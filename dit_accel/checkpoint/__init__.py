@@ -1,1 +1,1 @@
-"""SLA checkpoints: their file, the fingerprint of the base model, saving and loading, merging, converting."""
+"""SLA checkpoints: file format, identity of the base model, saving, loading, merging and converting."""

@@ -1,4 +1,4 @@
-"""`convert`: write a TurboDiffusion checkpoint of Wan2.1 as a diffusers repository with an SLA checkpoint."""
+"""`convert`: convert a TurboDiffusion checkpoint of Wan2.1 to a diffusers repository with an SLA checkpoint."""
 
 import os
 import pickle
@@ -33,7 +33,7 @@ _ROOTS = (
     "time_embedding",
     "time_projection",
 )
-"""First components of the keys in Wan's original layout."""
+"""First components of the keys in the original layout of Wan."""
 
 
 def convert(
@@ -45,29 +45,28 @@ def convert(
     block_q: int = 128,
     block_k: int = 64,
 ) -> Path:
-    """Write a TurboDiffusion checkpoint (SLA) as a diffusers repository with `sla.safetensors`.
+    """Convert a TurboDiffusion checkpoint (SLA) to a diffusers repository with `sla.safetensors`.
 
-    A checkpoint does not record how its sparse attention runs, so the arguments say it. TurboDiffusion trains
-    with blocks of 64 x 64 tokens, and serves with blocks of 128 x 64, or 64 x 128 on Hopper GPUs. It takes
-    blocks in raster order, rounds topk * blocks down, and its linear branch reads every key; the settings that
-    are written do the same. Step-distilled checkpoints (rCM) also need their own few-step sampling, which is
-    not part of the weights.
+    A checkpoint does not store the settings of its sparse attention, so the arguments set them. TurboDiffusion trains
+    with blocks of 64 x 64 tokens, and samples with blocks of 128 x 64, or 64 x 128 on Hopper GPUs. It orders blocks
+    by raster, rounds topk * blocks down, and its linear branch reads all keys. The written settings do the same.
+    Step-distilled checkpoints (rCM) also need their own few-step sampler, which this function does not convert.
 
     Args:
-        checkpoint: a `.pth` file in Wan's original layout, with `proj_l` weights; not quantised. Prefixes that
-            DDP, FSDP, `torch.compile`, activation checkpointing and training loops put on the keys are removed.
-        model: folder of a diffusers repository of Wan2.1 of the same size. Everything but the transformer is
+        checkpoint: a `.pth` file in the original layout of Wan, with `proj_l` weights, not quantised. Key prefixes of
+            DDP, FSDP, `torch.compile`, activation checkpointing and training loops are removed.
+        model: folder of a diffusers repository of Wan2.1 of the same size. All files except the transformer are
             copied from it.
-        output_dir: folder to write; must not exist, or be empty.
+        output_dir: folder to write. It must be empty or not exist.
         topk: fraction of key blocks that each query block reads exactly, in (0, 1].
-        block_q: tokens per query block: 16, 32, 64 or 128.
-        block_k: tokens per key block: 16, 32, 64 or 128.
+        block_q: number of tokens per query block: 16, 32, 64 or 128.
+        block_k: number of tokens per key block: 16, 32, 64 or 128.
 
     Returns:
-        `output_dir`.
+        The path of `output_dir`.
 
     Raises:
-        ValueError: a bad argument, or a checkpoint that does not fit. Nothing is written.
+        ValueError: if an argument is invalid, or if the checkpoint does not fit the model. Nothing is written then.
     """
     output = check_output(output_dir)
     config = SLAConfig(
@@ -87,7 +86,7 @@ def convert(
     transformer = empty_transformer(model)
     if type(transformer).__name__ != "WanTransformer3DModel":
         raise ValueError(
-            f"model={str(model)!r}: its transformer is a {type(transformer).__name__}; accepted: WanTransformer3DModel"
+            f"model={str(model)!r}: its transformer is a {type(transformer).__name__}; expected WanTransformer3DModel"
         )
     name = f"checkpoint={str(checkpoint)!r}"
     weights = _read(Path(checkpoint), name)
@@ -97,7 +96,7 @@ def convert(
             projections[f"blocks.{match[1]}.attn1.{match[2]}"] = weights.pop(key).float()
     if not projections:
         raise ValueError(
-            f"{name}: no keys such as blocks.0.self_attn.attn_op.local_attn.proj_l.weight; accepted are checkpoints "
+            f"{name}: has no keys such as blocks.0.self_attn.attn_op.local_attn.proj_l.weight; expected a checkpoint "
             "trained with SLA"
         )
     fill(transformer, _to_diffusers(weights, transformer), name)
@@ -111,11 +110,11 @@ def convert(
 
 
 def _to_diffusers(weights: dict[str, Tensor], transformer: Any) -> dict[str, Tensor]:
-    # Imported here, because it is not a public function of diffusers.
+    # Imported here, because this function is not public in diffusers and may move.
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     converted = convert_wan_transformer_to_diffusers(dict(weights))
-    # The original has a linear layer on flattened patches, diffusers a convolution with the same numbers.
+    # The original uses a linear layer on flattened patches, diffusers a convolution with the same values.
     patch, key = transformer.patch_embedding.weight, "patch_embedding.weight"
     flat = converted.get(key)
     if flat is not None and flat.shape == patch.flatten(1).shape:
@@ -124,27 +123,27 @@ def _to_diffusers(weights: dict[str, Tensor], transformer: Any) -> dict[str, Ten
 
 
 def _read(path: Path, name: str) -> dict[str, Tensor]:
-    """Return the state dict, memory-mapped, under plain names."""
+    """Return the memory-mapped state dict with wrapper prefixes removed."""
     if not path.is_file():
-        raise ValueError(f"{name}: no such file; accepted is a .pth file")
+        raise ValueError(f"{name}: no such file; expected a .pth file")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{name}: a pickle with more than tensors, which cannot be read without running its code; accepted is a "
-            "state dict"
+            f"{name}: the pickle holds objects other than tensors and is not loaded, because that could run its code; "
+            "expected a state dict"
         ) from None
     except Exception as error:  # torch.load raises many kinds of errors on damaged files
         raise ValueError(
-            f"{name}: damaged, or not a checkpoint of torch ({str(error).splitlines()[0]})"
+            f"{name}: damaged, or not a torch checkpoint ({str(error).splitlines()[0]})"
         ) from None
     weights: dict[str, Tensor] = {}
     for plain, (key, x) in plain_names(find_state_dict(data, _ROOTS, name), _ROOTS, name).items():
         if plain.endswith(".int8_weight"):
             raise ValueError(
-                f"{name}: quantised ({key}); accepted is the checkpoint without -quant"
+                f"{name}: the weights are quantised ({key}); expected the checkpoint without -quant in its name"
             )
         if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
-            raise ValueError(f"{name}: {key} is not a plain tensor; accepted is a state dict")
+            raise ValueError(f"{name}: {key} is not a plain tensor; expected a state dict")
         weights[plain] = x.detach()
     return weights

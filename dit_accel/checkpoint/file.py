@@ -1,4 +1,4 @@
-"""`sla.safetensors`: the file of an SLA checkpoint, written and read without a model."""
+"""`sla.safetensors`: write and read the file of an SLA checkpoint without loading a model."""
 
 import json
 import os
@@ -26,20 +26,23 @@ from dit_accel.tensor_files import digest, mismatch, open_safetensors
 FILE_NAME = "sla.safetensors"
 FORMAT = "dit_accel.sla"
 FORMAT_VERSION, COMPANION_VERSION = "1", "2"
-"""Versions of a file without and with a companion: what reads version 1 alone must not run the base weights."""
+"""Format versions of files without and with a companion. Readers that know only version 1 must reject files with a
+companion, because they would run sparse attention with the base weights."""
 _HEADER = ("config", "layers", "transformer_class", "base_model", "base_revision", "digest")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SLACheckpoint:
-    """Settings and weights of sparse attention, and their base model. The weights are checked against both."""
+    """Settings and weights of sparse attention for a base model. The weights are checked against the settings and layers."""
 
     config: SLAConfig
+    """Settings of sparse attention."""
     base: BaseModel
+    """Base model of the checkpoint."""
     weights: dict[str, Tensor]
-    """fp32 tensors by `<layer>.<parameter>`; empty if `config.combine` has no weights."""
+    """Weights of sparse attention in fp32, by `<layer>.<parameter>`. Empty if the settings need no weights."""
     companion: Companion | None = None
-    """Values of the transformer that were trained with them. Default: none, they are for the base model as it is."""
+    """Weights or adapters of the transformer trained with the checkpoint. Default: none, for the unchanged base model."""
 
     def __post_init__(self) -> None:
         self.config.check_layers(len(self.base.layers))
@@ -48,10 +51,10 @@ class SLACheckpoint:
             raise ValueError(f"weights for combine={self.config.combine!r}: {problem}")
         for name, x in self.weights.items():
             if x.dtype != torch.float32 or not x.isfinite().all():
-                raise ValueError(f"{name}: accepted are finite fp32 values")
+                raise ValueError(f"{name}: must hold finite fp32 values")
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the weights that the settings require, by name."""
+        """Return the shapes of the weights that the settings need, by name."""
         layers = self.base.layers
         with torch.device("meta"):
             modules = {
@@ -65,7 +68,7 @@ class SLACheckpoint:
         }
 
     def layer_weights(self) -> dict[str, dict[str, Tensor]]:
-        """Return one state dict for each layer; empty without weights."""
+        """Return a state dict for each layer, or an empty dict without weights."""
         layers: dict[str, dict[str, Tensor]] = {}
         for layer in self.base.layers if self.weights else ():
             prefix = layer.name + "."
@@ -78,7 +81,7 @@ class SLACheckpoint:
 
 
 def write_checkpoint(path: str | os.PathLike, checkpoint: SLACheckpoint) -> None:
-    """Write the file atomically."""
+    """Write an SLA checkpoint to a file atomically."""
     base = checkpoint.base
     header = {
         "format": FORMAT,
@@ -104,42 +107,43 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: SLACheckpoint) -> None
 
 
 def read_checkpoint(path: str | os.PathLike) -> SLACheckpoint:
-    """Read the file, open its companion, and check everything that can be checked without the model.
+    """Read an SLA checkpoint, open its companion, and check both as far as possible without the model.
 
     Raises:
-        ValueError: the file or its companion is missing, has another format or version, is damaged, or contradicts
-            itself.
+        ValueError: if the file or its companion is missing, damaged, inconsistent, or of another format or version.
     """
     with open_safetensors(path) as file:
         header = file.metadata() or {}
         if header.get("format") != FORMAT:
             raise ValueError(
-                f"{path}: format={header.get('format')!r}; accepted is an SLA checkpoint ({FORMAT!r})"
+                f"{path}: format={header.get('format')!r}; expected an SLA checkpoint ({FORMAT!r})"
             )
         version = header.get("format_version")
         if version not in (FORMAT_VERSION, COMPANION_VERSION):
             raise ValueError(
-                f"{path}: format_version={version!r}; this dit_accel reads {FORMAT_VERSION!r} and "
+                f"{path}: format_version={version!r}; this version of dit_accel reads {FORMAT_VERSION!r} and "
                 f"{COMPANION_VERSION!r}"
             )
         expected = (*_HEADER, "companion") if version == COMPANION_VERSION else _HEADER
         if missing := [key for key in expected if key not in header]:
-            raise ValueError(f"{path}: no {missing[0]!r} in the header")
+            raise ValueError(f"{path}: the header has no {missing[0]!r}")
         if version == FORMAT_VERSION and "companion" in header:
-            raise ValueError(f"{path}: companion in a file of format_version={version!r}")
-        # Copies: the file may change under a memory map.
+            raise ValueError(
+                f"{path}: the header has a companion, which format_version={version!r} does not allow"
+            )
+        # Clone the tensors, because the file behind a memory map may change.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     for name, x in tensors.items():
         if x.dtype != torch.float32:
-            raise ValueError(f"{path}: {name} is {x.dtype}; accepted is float32")
+            raise ValueError(f"{path}: {name} is {x.dtype}; expected float32")
     if digest(header, tensors) != header["digest"]:
-        raise ValueError(f"{path}: damaged or changed after it was written (digest does not match)")
+        raise ValueError(f"{path}: damaged or changed (its digest does not match)")
     try:
         layers = tuple(LayerGeometry(*_layer(x)) for x in json.loads(header["layers"]))
         shape = (len(layers), FINGERPRINT_VALUES)
         fingerprint = tensors.pop(FINGERPRINT, torch.empty(0))
         if tuple(fingerprint.shape) != shape:
-            raise ValueError(f"{FINGERPRINT}: shape {tuple(fingerprint.shape)}; accepted: {shape}")
+            raise ValueError(f"{FINGERPRINT}: shape {tuple(fingerprint.shape)}; expected {shape}")
         base = BaseModel(
             transformer_class=header["transformer_class"],
             layers=layers,
@@ -149,7 +153,7 @@ def read_checkpoint(path: str | os.PathLike) -> SLACheckpoint:
         )
         values = json.loads(header["config"])
         if not isinstance(values, dict):
-            raise ValueError(f"config: {values!r}; accepted: the fields of SLAConfig")
+            raise ValueError(f"config: {values!r}; expected a mapping of fields of SLAConfig")
         config = SLAConfig.from_dict(values)
         companion = None
         if version == COMPANION_VERSION:
@@ -160,10 +164,10 @@ def read_checkpoint(path: str | os.PathLike) -> SLACheckpoint:
 
 
 def companion_name(path: str | os.PathLike) -> str | None:
-    """Return the name of the companion in the header of an SLA checkpoint; None: it has none.
+    """Return the name of the companion of an SLA checkpoint, or None if it has no companion.
 
     Raises:
-        ValueError: another file, or an entry that is not valid.
+        ValueError: if the file is not a safetensors file, or if the entry is invalid.
     """
     with open_safetensors(path) as file:
         entry = (file.metadata() or {}).get("companion")
@@ -171,24 +175,25 @@ def companion_name(path: str | os.PathLike) -> str | None:
 
 
 def component_files(folder: str | os.PathLike, file_name: str = FILE_NAME) -> dict[str, Path]:
-    """Return the files of this name in the sub-folders `transformer` and `transformer_2`, by the sub-folder."""
+    """Return the files named `file_name` in the subfolders `transformer` and `transformer_2`, by subfolder."""
     paths = {name: Path(folder) / name / file_name for name in TRANSFORMERS}
     return {name: path for name, path in paths.items() if path.is_file()}
 
 
 def settings_of(sla: Any) -> Any:
-    """Read what `sla=` of the public functions accepts for one transformer.
+    """Read the argument `sla` of the public functions.
 
     Args:
-        sla: an `SLACheckpoint`, a folder or file with one, or what `SLAConfig.load` reads: an `SLAConfig`, a
-            preset, a YAML file or a dict. None and "none" mean off. Or a folder with an SLA checkpoint for each of
-            two transformers, in the sub-folders `transformer` and `transformer_2`.
+        sla: an `SLACheckpoint`; the path of an SLA checkpoint or of its folder; an `SLAConfig`, preset name, YAML file
+            or dict (see `SLAConfig.load`); or a folder with one SLA checkpoint in each of the subfolders `transformer`
+            and `transformer_2`. None and "none" disable sparse attention.
 
     Returns:
-        An `SLAConfig` or `SLACheckpoint`; a dict of checkpoints by transformer for a folder with two; None: off.
+        An `SLAConfig` or `SLACheckpoint`, a dict of checkpoints by transformer for a folder with two checkpoints, or
+        None if sparse attention is disabled.
 
     Raises:
-        ValueError: none of these, or a file that cannot be read.
+        ValueError: if the argument has another form, or if a file cannot be read.
     """
     if sla is None or sla == OFF:
         return None
@@ -201,13 +206,11 @@ def settings_of(sla: Any) -> Any:
             if not path.exists():
                 if found := component_files(folder):
                     return {name: read_checkpoint(x) for name, x in found.items()}
-                raise ValueError(
-                    f"sla={str(sla)!r}: a folder without {FILE_NAME}; accepted is a folder that holds one"
-                )
+                raise ValueError(f"sla={str(sla)!r}: the folder holds no {FILE_NAME}")
         if not path.exists() and (path.name != str(sla) or path.suffix):
             raise ValueError(
-                f"sla={str(sla)!r}: no such file or folder; accepted are {', '.join(SLAConfig.PRESETS)}, none, a YAML "
-                f"file, a {FILE_NAME} or a folder with one, an SLAConfig or a dict (a hub repository: load_sla)"
+                f"sla={str(sla)!r}: no such file or folder; expected {', '.join(SLAConfig.PRESETS)}, none, a YAML file, a "
+                f"{FILE_NAME} or its folder, an SLAConfig or a dict (use load_sla for a hub repository)"
             )
         if path.is_file() and path.suffix not in (".yaml", ".yml"):
             return read_checkpoint(path)
@@ -217,5 +220,5 @@ def settings_of(sla: Any) -> Any:
 def _layer(entry: Any) -> tuple[str, int, int, int]:
     good = isinstance(entry, list) and len(entry) == 4 and isinstance(entry[0], str)
     if not good or any(type(size) is not int for size in entry[1:]):
-        raise ValueError(f"layers: {entry!r}; accepted: [name, heads, kv_heads, head_dim]")
+        raise ValueError(f"layers: {entry!r}; expected [name, heads, kv_heads, head_dim]")
     return tuple(entry)

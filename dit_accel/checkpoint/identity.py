@@ -1,4 +1,4 @@
-"""Read from a model what an SLA checkpoint holds: the base model's identity, and the weights of sparse attention."""
+"""Read the identity of the base model and the weights of sparse attention from a loaded model."""
 
 import contextlib
 import os
@@ -18,17 +18,17 @@ _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)[\\/]snapshots[\\/]([0-9a-
 
 
 def identity_of(transformer: nn.Module, pipe: Any = None, *, original: bool = False) -> BaseModel:
-    """Return geometry and fingerprint of a transformer, and with `pipe` the name of its model.
+    """Return the geometry and fingerprint of a transformer, and the name of its model if `pipe` is given.
 
     Args:
-        transformer: a transformer, or a wrapper of torch.compile around one.
-        pipe: its pipeline. Default: the model has no name.
-        original: take the fingerprint of the weights that were there before acceleration put others in.
+        transformer: a transformer, or a compiled transformer.
+        pipe: pipeline of the transformer. Default: leave the name empty.
+        original: compute the fingerprint of the original weights if an SLA checkpoint has replaced them.
 
     Raises:
-        ValueError: the transformer's class is not supported.
+        ValueError: if the class of the transformer is not supported.
     """
-    transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile wraps
+    transformer = getattr(transformer, "_orig_mod", transformer)  # unwrap torch.compile
     layers = family_of(transformer).self_attention(transformer)
     before = original_weights(transformer) if original else {}
     model, revision = origin_of(transformer, pipe) if pipe is not None else ("", "")
@@ -52,11 +52,11 @@ def identity_of(transformer: nn.Module, pipe: Any = None, *, original: bool = Fa
 
 
 def _values(layer: AttentionLayer) -> Tensor:
-    """Return evenly spaced values of the value projection; zeros where it cannot be read (quantised)."""
+    """Return evenly spaced values of the value projection, or zeros if it is quantised."""
     module: Any = layer.module
     fused = getattr(module, "fused_projections", False)
     projection = module.to_qkv if fused else module.to_v
-    while hasattr(projection, "base_layer"):  # a LoRA layer of peft wraps it
+    while hasattr(projection, "base_layer"):  # unwrap LoRA layers of peft
         projection = projection.base_layer
     with _readable(projection):
         weight: Any = getattr(projection, "weight", None)
@@ -67,7 +67,7 @@ def _values(layer: AttentionLayer) -> Tensor:
         )
         if not readable:
             return torch.zeros(FINGERPRINT_VALUES, dtype=torch.float32)
-        # Fused projections hold the values last.
+        # The value projection is the last part of a fused projection.
         return _spaced(weight.detach()[-layer.kv_heads * layer.head_dim :])
 
 
@@ -79,13 +79,13 @@ def _spaced(weight: Tensor) -> Tensor:
 
 
 def _readable(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Context manager in which the module's own parameters can be read, also if they are offloaded."""
+    """Context manager in which the module's own parameters can be read even if they are offloaded."""
     offloaded = any(x.device.type == "meta" for x in module.parameters(recurse=False))
     return align_module_device(module, "cpu") if offloaded else contextlib.nullcontext()
 
 
 def origin_of(transformer: Any, pipe: Any) -> tuple[str, str]:
-    """Return hub id or folder name, and commit; no paths, which would tell about this machine."""
+    """Return the hub id or folder name of a model, and its commit. The name never contains a local path."""
     names = [str(getattr(x, "config", {}).get("_name_or_path") or "") for x in (transformer, pipe)]
     for name in names:
         if snapshot := _SNAPSHOT.search(name):
@@ -95,18 +95,18 @@ def origin_of(transformer: Any, pipe: Any) -> tuple[str, str]:
 
 
 def snapshot_of(path: str | os.PathLike) -> str | None:
-    """Return the commit of a file in the cache of huggingface_hub; None: the path does not tell it."""
+    """Return the commit of a file in the cache of huggingface_hub, or None for other files."""
     found = _SNAPSHOT.search(str(path))
     return None if found is None else found[3]
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether the name has the form of a hub repository: owner/name."""
+    """Return True if the name has the form of a hub id: owner/name."""
     return _HUB_ID.fullmatch(name) is not None
 
 
 def public_name(source: str | os.PathLike) -> str:
-    """Return a hub id unchanged, and the last component of a path."""
+    """Return a hub id unchanged, or the last component of a path."""
     name = str(source)
     if not name or (is_hub_id(name) and not os.path.exists(name)):
         return name
@@ -114,7 +114,7 @@ def public_name(source: str | os.PathLike) -> str:
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the module's parameters on the CPU, also if they are offloaded."""
+    """Return copies of the parameters of a module on the CPU. The parameters may be offloaded."""
     weights = {}
     for prefix, part in module.named_modules():
         with _readable(part):

@@ -1,4 +1,4 @@
-"""`merge`: write tuned transformer weights as a diffusers repository, with their SLA checkpoint."""
+"""`merge`: write fine-tuned transformer weights and their SLA checkpoint as a diffusers repository."""
 
 import json
 import os
@@ -34,24 +34,24 @@ def merge(
     *,
     sla_checkpoint: str | os.PathLike | None = None,
 ) -> Path:
-    """Write a copy of the repository `model` with the tuned weights in its transformer.
+    """Write a copy of a diffusers repository with fine-tuned weights in its transformer.
 
     Args:
         model: folder of a diffusers repository of the same architecture.
-        transformer: the tuned weights: a folder that `save_pretrained` wrote (of the transformer or of the
-            whole pipeline), or a safetensors file with the transformer's state dict. Prefixes that DDP, FSDP,
-            `torch.compile` and training loops put on the keys are removed. If the weights of sparse attention
-            are among them (`*.sla.*`), `sla_checkpoint` is required, and its weights are the ones written.
-        output_dir: folder to write; must not exist, or be empty.
-        sla_checkpoint: folder or file that `save_sla` wrote. It is written beside the weights, which become
-            its base model. Default: none. An `sla.safetensors` in `model` belongs to the weights there and is
-            not copied.
+        transformer: the fine-tuned weights: a folder written by `save_pretrained` of the transformer or of the
+            pipeline, or a safetensors file with the state dict of the transformer. Key prefixes of DDP, FSDP,
+            `torch.compile` and training loops are removed. If the state dict contains weights of sparse attention
+            (`*.sla.*`), `sla_checkpoint` is required, and the weights of `sla_checkpoint` are written.
+        output_dir: folder to write. It must be empty or not exist.
+        sla_checkpoint: folder or file written by `save_sla`. It is written to the repository with the fine-tuned
+            weights as its base model. Default: none. An `sla.safetensors` in `model` is never copied, because it
+            belongs to the weights of `model`.
 
     Returns:
-        `output_dir`.
+        The path of `output_dir`.
 
     Raises:
-        ValueError: a bad argument, or weights that do not fit. Nothing is written.
+        ValueError: if an argument is invalid, or if the weights do not fit. Nothing is written then.
     """
     output = check_output(output_dir)
     tuned = empty_transformer(model)
@@ -80,7 +80,7 @@ def _file(sla_checkpoint: str | os.PathLike) -> Path:
 
 
 def _read(path: Path, transformer: Any, name: str) -> dict[str, Tensor]:
-    """Return the state dict, memory-mapped."""
+    """Return the memory-mapped state dict."""
     if (path / "model_index.json").is_file():
         path = path / "transformer"
     if path.is_dir():
@@ -88,40 +88,40 @@ def _read(path: Path, transformer: Any, name: str) -> dict[str, Tensor]:
     weights = read_weights(path, name)
     if any(".lora_A." in key for key in weights):
         raise ValueError(
-            f"{name}: holds adapters; accepted are whole weights: those of `dit-accel finetune --merge`, or of "
-            "save_pretrained after load_lora_weights, fuse_lora and unload_lora_weights"
+            f"{name}: holds adapters; expected full weights. Use `dit-accel finetune --merge`, or save_pretrained after "
+            "load_lora_weights, fuse_lora and unload_lora_weights"
         )
     return weights
 
 
 def _check_config(folder: Path, transformer: Any, name: str) -> None:
-    """Refuse tuned weights with another config: weights of equal shapes may still mean something else."""
+    """Check that the config of the fine-tuned weights is equal. Equal shapes alone do not prove equal models."""
     tuned = without_weights(type(transformer), folder, name)
     mine, other = (_plain(x.config) for x in (transformer, tuned))
     for key in sorted(mine.keys() | other.keys()):
         if mine.get(key) != other.get(key):
             raise ValueError(
-                f"{name}: its config has {key}={other.get(key)!r}; accepted, as in model: {mine.get(key)!r}"
+                f"{name}: its config has {key}={other.get(key)!r}; expected {mine.get(key)!r}, as in model"
             )
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """Return a config without private entries (its origin), and with lists for tuples, as JSON has them."""
+    """Return a config without private entries, and with tuples converted to lists as in JSON."""
     return {key: json.loads(json.dumps(x)) for key, x in config.items() if not key.startswith("_")}
 
 
 def _without_sla(
     weights: dict[str, Tensor], sla_checkpoint: SLACheckpoint | None, name: str
 ) -> dict[str, Tensor]:
-    """Return the plain model's weights, after comparing those of sparse attention with the SLA checkpoint."""
+    """Return the weights without those of sparse attention, after checking the latter against the SLA checkpoint."""
     own = {key.replace(".sla.", ".", 1): x for key, x in weights.items() if ".sla." in key}
     if own:
         if sla_checkpoint is None:
             raise ValueError(
-                f"{name}: holds weights of sparse attention (*.sla.*) but not its settings; accepted with "
-                "sla_checkpoint, which has both"
+                f"{name}: holds weights of sparse attention (*.sla.*) without settings; set sla_checkpoint, which holds "
+                "both"
             )
         found = {key: tuple(x.shape) for key, x in own.items()}
         if problem := mismatch(found, sla_checkpoint.weight_shapes()):
-            raise ValueError(f"{name}: *.sla.* and the SLA checkpoint differ: {problem}")
+            raise ValueError(f"{name}: its weights *.sla.* do not fit sla_checkpoint: {problem}")
     return {key: x for key, x in weights.items() if ".sla." not in key}

@@ -1,4 +1,4 @@
-"""`save_sla`: write the sparse attention of a transformer to an SLA checkpoint; find and read one again."""
+"""`save_sla`: write the sparse attention of a pipeline to an SLA checkpoint. Other functions find SLA checkpoints."""
 
 import contextlib
 import os
@@ -30,30 +30,30 @@ from dit_accel.runtime.target import transformer_of
 
 
 def save_sla(pipe: Any, save_directory: str | os.PathLike) -> Path:
-    """Write `sla.safetensors`: settings and weights of the sparse attention that is on.
+    """Write `sla.safetensors`: settings and weights of the enabled sparse attention.
 
-    Of a pipeline with two transformers, one file for each that has sparse attention, in the sub-folders `transformer`
-    and `transformer_2`.
+    For a pipeline with two transformers, the function writes one file per transformer with sparse attention, in the
+    subfolders `transformer` and `transformer_2`.
 
     Args:
         pipe: a pipeline or transformer with sparse attention.
-        save_directory: created if needed; an SLA checkpoint in it is replaced.
+        save_directory: folder to write. It is created if needed, and an existing SLA checkpoint in it is replaced.
 
     Returns:
-        The path of the file; of a pipeline with two transformers the folder.
+        The path of the file, or of the folder for a pipeline with two transformers.
 
     Raises:
-        ValueError: sparse attention is off or not calibrated yet; or the transformer has weights that an SLA
-            checkpoint brought, which this file does not hold; or the folder holds a file for another transformer, or
-            cannot be written.
+        ValueError: if sparse attention is disabled or not calibrated; if the transformer holds fine-tuned weights
+            loaded from an SLA checkpoint, which this file cannot store; or if the folder cannot be written or holds
+            an SLA checkpoint that would be loaded in addition.
     """
     parts = parts_of(pipe)
     on = {name: x for name, x in parts.items() if method_of(x, "sla") is not None}
     checkpoints = {name: checkpoint_of(x, pipe) for name, x in (on or parts).items()}
     if any(method_of(x, "sla").swap is not None for x in on.values()):
         raise ValueError(
-            f"pipe: its transformer has fine-tuned weights, which {FILE_NAME} does not hold; accepted are save_pretrained of "
-            "a Sparse pipeline, which writes them too, or a copy of the folder that they were loaded from"
+            f"pipe: its transformer has fine-tuned weights, which {FILE_NAME} does not store; use save_pretrained of a Sparse "
+            "pipeline, which writes them too, or copy the folder from which they were loaded"
         )
     folder = Path(save_directory)
     places = part_folders(pipe, folder)
@@ -66,17 +66,17 @@ def save_sla(pipe: Any, save_directory: str | os.PathLike) -> Path:
 
 
 def _check_no_others(folder: Path, written: list[Path]) -> None:
-    """Refuse a folder with SLA checkpoints beside those that are written, which would be loaded with them."""
+    """Raise ValueError if the folder holds other SLA checkpoints, which would be loaded with the written ones."""
     for path in (folder / FILE_NAME, *component_files(folder).values()):
         if path.exists() and path not in written:
             raise ValueError(
-                f"save_directory={str(folder)!r}: holds {path.relative_to(folder)}, which would be loaded with what is saved "
-                "now; accepted is a folder without it"
+                f"save_directory={str(folder)!r}: holds {path.relative_to(folder)}, which would be loaded in addition to the "
+                "saved files; remove it, or use another folder"
             )
 
 
 def part_folders(pipe: Any, folder: Path) -> dict[str, Path]:
-    """Return the folder for the files of each transformer: a sub-folder each, if the pipeline has a `transformer_2`."""
+    """Return the folder for the files of each transformer. With a `transformer_2`, each has its own subfolder."""
     parts = parts_of(pipe)
     if TRANSFORMERS[1] not in parts:
         return dict.fromkeys(parts, folder)
@@ -84,15 +84,18 @@ def part_folders(pipe: Any, folder: Path) -> dict[str, Path]:
 
 
 def find_settings(target: Any, dir_or_id: str | os.PathLike, **hub: Any) -> Any:
-    """Return the path of an SLA checkpoint; for a pipeline with two transformers, those of both by name.
+    """Return the path of an SLA checkpoint, or a dict of paths for a pipeline with two transformers.
 
     Args:
-        target: as in `dit_accel.enable`.
+        target: pipeline or transformer, as in `dit_accel.enable`.
         dir_or_id: a folder that holds the files, or a hub repository.
         **hub: arguments of `huggingface_hub.hf_hub_download`.
 
+    Returns:
+        The path of the file. For two transformers: a local folder, or the downloaded files by transformer.
+
     Raises:
-        ValueError: no file can be found.
+        ValueError: if no file is found.
     """
     parts = parts_of(target)
     if TRANSFORMERS[1] not in parts:
@@ -107,19 +110,22 @@ def find_settings(target: Any, dir_or_id: str | os.PathLike, **hub: Any) -> Any:
     found = {name: path for name, path in paths.items() if path is not None}
     if not found:
         raise ValueError(
-            f"dir_or_id={str(dir_or_id)!r}: no {FILE_NAME} in a sub-folder; accepted for a pipeline with two transformers is "
-            f"one in {' or '.join(parts)}"
+            f"dir_or_id={str(dir_or_id)!r}: no {FILE_NAME} in a subfolder; a pipeline with two transformers needs one in "
+            f"{' or '.join(parts)}"
         )
     return found
 
 
 def find_checkpoint(dir_or_id: str | os.PathLike, **hub: Any) -> Path:
-    """Return the path of an SLA checkpoint: a folder that holds one, the file, or a hub repository.
+    """Return the path of an SLA checkpoint.
 
-    From a hub repository its companion is downloaded too, from the same commit.
+    Args:
+        dir_or_id: the file, its folder, or a hub repository. From the hub, the companion of the same commit is
+            downloaded too.
+        **hub: arguments of `huggingface_hub.hf_hub_download`.
 
     Raises:
-        ValueError: the file or its companion cannot be found.
+        ValueError: if the file or its companion is not found.
     """
     path = Path(dir_or_id)
     if path.is_dir():
@@ -132,11 +138,11 @@ def find_checkpoint(dir_or_id: str | os.PathLike, **hub: Any) -> Path:
 
 
 def _download(repository: str, *, optional: bool = False, **hub: Any) -> Path | None:
-    """Return the path of a downloaded SLA checkpoint; None: the repository has none, if it is `optional`."""
+    """Download an SLA checkpoint, and return its path. With `optional`, return None if the repository has none."""
     if not is_hub_id(repository):
         raise ValueError(
-            f"dir_or_id={repository!r}: no such file or folder; accepted is a folder with a {FILE_NAME}, that file, "
-            "or a hub repository (owner/name)"
+            f"dir_or_id={repository!r}: no such file or folder; expected a {FILE_NAME}, its folder, or a hub repository "
+            "(owner/name)"
         )
     try:
         path = Path(hf_hub_download(repository, FILE_NAME, **hub))
@@ -145,15 +151,15 @@ def _download(repository: str, *, optional: bool = False, **hub: Any) -> Path | 
         if optional and known and not isinstance(error, LocalEntryNotFoundError):
             return None
         raise ValueError(
-            f"dir_or_id={repository!r}: neither a file, a folder nor a hub repository with a {FILE_NAME} that "
-            f"could be reached ({_reason(error)})"
+            f"dir_or_id={repository!r}: neither a file, a folder, nor a hub repository with a {FILE_NAME} that can be "
+            f"reached ({_reason(error)})"
         ) from None
     _download_companion(path, repository, hub)
     return path
 
 
 def _download_companion(path: Path, repository: str, hub: dict[str, Any]) -> None:
-    """Download the companion of an SLA checkpoint, if it has one, from the commit that the checkpoint is of."""
+    """Download the companion of an SLA checkpoint, if any, from the same commit."""
     name = companion_name(path)
     if name is None:
         return
@@ -166,7 +172,7 @@ def _download_companion(path: Path, repository: str, hub: dict[str, Any]) -> Non
         snapshot_download(repository, allow_patterns=[name, f"{name}/*"], **hub)
     except (EntryNotFoundError, OSError, ValueError) as error:
         raise ValueError(
-            f"{repository}: {name}, which belongs to its {FILE_NAME}, could not be downloaded ({_reason(error)})"
+            f"{repository}: {name}, which belongs to {FILE_NAME}, could not be downloaded ({_reason(error)})"
         ) from None
 
 
@@ -175,14 +181,15 @@ def _reason(error: Exception) -> str:
 
 
 def own_file(source: str | os.PathLike, file_name: str, argument: str, **hub: Any) -> Path | None:
-    """Return the path of a settings file in a diffusers repository; None: it has none.
+    """Return the path of a settings file in a diffusers repository, or None if the repository has none.
 
-    From the hub, the companion of an SLA checkpoint comes with it. Warns if the hub cannot be asked.
+    From the hub, the companion of an SLA checkpoint is downloaded too. The function warns if the hub cannot be
+    reached.
 
     Args:
-        source: folder, or hub id.
-        file_name: `sla.safetensors` or `ras.json`, or a path in the repository that ends so.
-        argument: the argument that chooses the settings instead of the file ("sla" or "ras").
+        source: folder or hub id.
+        file_name: `sla.safetensors` or `ras.json`, or the path of such a file in the repository.
+        argument: name of the argument that overrides the file ("sla" or "ras"), for the warning.
         **hub: arguments of `huggingface_hub.hf_hub_download`.
     """
     if Path(source).exists():
@@ -194,8 +201,8 @@ def own_file(source: str | os.PathLike, file_name: str, argument: str, **hub: An
         where = {key: hub[key] for key in ("cache_dir", "revision") if key in hub}
         if try_to_load_from_cache(str(source), file_name, **where) is not _CACHED_NO_EXIST:
             warnings.warn(
-                f"{source}: the hub cannot be asked whether this repository has a {file_name}; loading without one. "
-                f"Pass {argument}= to choose the settings.",
+                f"{source}: the hub cannot be reached to look for {file_name}, so it is ignored. Pass {argument}= to "
+                "choose the settings.",
                 stacklevel=3,
             )
         return None
@@ -207,11 +214,6 @@ def own_file(source: str | os.PathLike, file_name: str, argument: str, **hub: An
     return path
 
 
-def own_checkpoint(source: str | os.PathLike, **hub: Any) -> Path | None:
-    """Return the path of the SLA checkpoint in a diffusers repository; None: it has none. See `own_file`."""
-    return own_file(source, FILE_NAME, "sla", **hub)
-
-
 def own_settings(
     source: str | os.PathLike,
     file_name: str,
@@ -220,16 +222,18 @@ def own_settings(
     read: Any,
     **hub: Any,
 ) -> Any:
-    """Return the settings of a method that a diffusers repository holds; None: it holds none.
+    """Return the settings of a method that are stored in a diffusers repository, or None without settings.
 
     Args:
-        source, file_name, argument, **hub: as in `own_file`.
-        names: transformers of the repository. Of two, each has its file in its sub-folder, and one without a file has
-            the method off, where the other has one.
+        source: folder or hub id.
+        file_name: name of the settings file, see `own_file`.
+        argument: name of the argument that overrides the file, see `own_file`.
+        names: names of the transformers of the repository. With two transformers, each has its file in its subfolder.
         read: function that reads the file.
+        **hub: arguments of `huggingface_hub.hf_hub_download`.
 
     Returns:
-        What `read` returns; for two transformers a dict by name, with None where the method is off.
+        The result of `read`. For two transformers a dict by name, with None for a transformer without a file.
     """
     if TRANSFORMERS[1] not in names:
         path = own_file(source, file_name, argument, **hub)
@@ -241,24 +245,24 @@ def own_settings(
 
 
 def checkpoint_of(target: Any, pipe: Any = None) -> SLACheckpoint:
-    """Return the sparse attention of a transformer as an SLA checkpoint of the weights that it has.
+    """Return the sparse attention of a transformer as an SLA checkpoint with the current weights.
 
     Args:
         target: a pipeline with one transformer, or a transformer.
-        pipe: the pipeline, whose name the checkpoint gets. Default: the target.
+        pipe: the pipeline that provides the name of the model. Default: the target.
 
     Raises:
-        ValueError: sparse attention is off, or a layer has not measured its share of the exact branch yet.
+        ValueError: if sparse attention is disabled, or if a layer with combine="alpha" is not calibrated yet.
     """
     sla = method_of(target, "sla")
     if sla is None:
-        raise ValueError("pipe: sparse attention is off; accepted after enable(pipe, sla=...)")
+        raise ValueError("pipe: sparse attention is disabled; call enable(pipe, sla=...) first")
     weights = {}
     for name, layer in sla.layers.items():
         if layer.scheduled and not layer.module.calibrated:
             raise ValueError(
-                f"pipe: {name} has not measured its share of the exact branch (combine='alpha') yet; run the "
-                "pipeline once, at a size at which it runs sparse"
+                f"pipe: {name} is not calibrated yet (combine='alpha' measures the share of the exact branch in its first "
+                "call); run the pipeline once at a size at which it runs sparse"
             )
         for parameter, x in weights_of(layer.module).items():
             weights[f"{name}.{parameter}"] = x.float()
@@ -268,7 +272,7 @@ def checkpoint_of(target: Any, pipe: Any = None) -> SLACheckpoint:
 
 @contextlib.contextmanager
 def weights_left_out(pipe: Any) -> Iterator[None]:
-    """Context manager in which the state dicts of the transformers are those of the plain models."""
+    """Context manager in which the state dicts of the transformers do not contain weights of sparse attention."""
     methods = [method_of(part, "sla") for part in parts_of(pipe).values()]
     on = [x for x in methods if x is not None]
     for sla in on:

@@ -1,4 +1,4 @@
-"""Find one model's state dict in a checkpoint, and remove the prefixes that wrappers put on its keys."""
+"""Find the state dict of a model in a checkpoint, and remove key prefixes of wrappers."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -6,26 +6,26 @@ from typing import Any
 from torch import Tensor
 
 PREFIXES = ("diffusion_model", "dit", "ema", "generator", "model", "module", "net", "transformer")
-"""Names under which wrappers and training loops hold a model; they may stand in front, in any order."""
+"""Attribute names that wrappers and training loops use for a model. They may precede a key in any order."""
 WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
-"""Names that torch's wrappers give to the module inside; they may stand anywhere in a key."""
+"""Attribute names that torch wrappers use for the wrapped module. They may occur anywhere in a key."""
 OTHER_NETWORKS = ("critic", "discriminator", "fake_score", "optimizer", "real_score", "teacher")
-"""Keys of a checkpoint that never hold the model itself."""
+"""Keys of a checkpoint that hold other networks than the model."""
 _DEPTH = 5
 
 
 def find_state_dict(checkpoint: Any, roots: Collection[str], name: str) -> Mapping[Any, Any]:
-    """Return the state dict of a model from what `torch.load` returned.
+    """Return the state dict of a model in a loaded checkpoint.
 
     The checkpoint is the state dict itself, or holds it under a key such as "model" or "ema".
 
     Args:
-        checkpoint: the loaded object.
-        roots: first components of the model's own keys, such as "blocks".
-        name: how messages call the checkpoint.
+        checkpoint: result of `torch.load`.
+        roots: first components of the keys of the model, such as "blocks".
+        name: name of the checkpoint in messages.
 
     Raises:
-        ValueError: no dict with keys of the model, or several of them.
+        ValueError: if the checkpoint holds no state dict of the model, or several of them.
     """
     found: dict[tuple[str, ...], Mapping[Any, Any]] = {}
 
@@ -45,15 +45,14 @@ def find_state_dict(checkpoint: Any, roots: Collection[str], name: str) -> Mappi
     if len(found) > 1:
         places = ", ".join(repr(".".join(path)) for path in found)
         raise ValueError(
-            f"{name}: holds several state dicts of this model, under the keys {places}; accepted is a file with one "
-            "of them"
+            f"{name}: holds several state dicts of this model, under the keys {places}; expected a file with one of them"
         )
     if not found:
         keys = [str(key) for key in checkpoint][:3] if isinstance(checkpoint, Mapping) else []
         raise ValueError(
             f"{name}: holds no state dict of this model"
             + (f" (its first keys: {', '.join(keys)})" if keys else "")
-            + f"; accepted are keys that begin with {', '.join(sorted(roots))}"
+            + f"; expected keys that begin with {', '.join(sorted(roots))}"
         )
     return next(iter(found.values()))
 
@@ -61,18 +60,18 @@ def find_state_dict(checkpoint: Any, roots: Collection[str], name: str) -> Mappi
 def plain_names(
     weights: Mapping[Any, Any], roots: Collection[str], name: str
 ) -> dict[str, tuple[str, Any]]:
-    """Return the entries of a state dict under the names that the unwrapped model has.
+    """Remove the prefixes of wrappers from the keys of a state dict.
 
     Args:
-        weights: a state dict; its keys may have prefixes of wrappers.
-        roots: first components of the model's own keys.
-        name: how messages call the state dict.
+        weights: a state dict. Its keys may have prefixes of wrappers.
+        roots: first components of the keys of the model.
+        name: name of the state dict in messages.
 
     Returns:
-        By plain name: the key that the entry had, and the entry.
+        A dict from the plain key to the original key and the entry.
 
     Raises:
-        ValueError: a prefix is unknown, or two keys have the same plain name.
+        ValueError: if a prefix is unknown, or if two keys have the same plain key.
     """
     plain: dict[str, tuple[str, Any]] = {}
     for key, x in weights.items():
@@ -82,12 +81,12 @@ def plain_names(
         root = _root_of(parts, roots)
         if root:
             raise ValueError(
-                f"{name}: the prefix {'.'.join(parts[:root])!r} of {key} is unknown; accepted are {', '.join(PREFIXES)}, "
-                f"{', '.join(WRAPPERS)}, or none"
+                f"{name}: the prefix {'.'.join(parts[:root])!r} of {key} is unknown; expected {', '.join(PREFIXES)}, "
+                f"{', '.join(WRAPPERS)}, or no prefix"
             )
         short = ".".join(parts)
         if short in plain:
-            raise ValueError(f"{name}: {short} is there twice, as {plain[short][0]} and as {key}")
+            raise ValueError(f"{name}: {short} occurs twice, as {plain[short][0]} and as {key}")
         plain[short] = (str(key), x)
     return plain
 
@@ -95,10 +94,10 @@ def plain_names(
 def plain_tensors(
     weights: Mapping[str, Tensor], roots: Collection[str], name: str
 ) -> dict[str, Tensor]:
-    """Return the result of `plain_names` without the keys that the entries had."""
+    """Remove the prefixes of wrappers from the keys of a state dict of tensors. See `plain_names`."""
     return {key: x for key, (_, x) in plain_names(weights, roots, name).items()}
 
 
 def _root_of(parts: list[str], roots: Collection[str]) -> int | None:
-    """The index of the first component that begins a name of the model; None: none does."""
+    """Return the index of the first component that is in `roots`, or None."""
     return next((i for i, part in enumerate(parts) if part in roots), None)

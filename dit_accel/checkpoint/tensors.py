@@ -1,4 +1,4 @@
-"""Read the weights of a model in one file or in a folder with several."""
+"""Read the weights of a model from a file or from a folder with several files."""
 
 import json
 from pathlib import Path
@@ -8,18 +8,18 @@ from torch import Tensor
 from dit_accel.tensor_files import open_safetensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-"""File in which `save_pretrained` of a diffusers model writes weights that fit into one file."""
+"""Name of the file that `save_pretrained` of a diffusers model writes if the weights fit into one file."""
 
 
 def read_weights(path: Path, name: str) -> dict[str, Tensor]:
-    """Return a state dict, memory-mapped: of a file, or of a folder that `save_pretrained` of a model wrote.
+    """Return a memory-mapped state dict.
 
     Args:
-        path: the file or folder.
-        name: how messages about an index call the folder.
+        path: a safetensors file, or a folder that `save_pretrained` of a model wrote.
+        name: name of the folder in messages about its index.
 
     Raises:
-        ValueError: a file is missing, damaged or no safetensors file.
+        ValueError: if a file is missing, damaged or not a safetensors file.
     """
     if not path.is_dir():
         return _tensors([path])
@@ -32,7 +32,10 @@ def read_weights(path: Path, name: str) -> dict[str, Tensor]:
         raise ValueError(f"{name}: {index.name} is not readable ({error})") from None
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{name}: {index.name} names {shard!r}; accepted are files beside it")
+            raise ValueError(
+                f"{name}: {index.name} names {shard!r}; expected the name of a file in the same folder"
+            )
+
     return _tensors([path / shard for shard in sorted(shards)])
 
 

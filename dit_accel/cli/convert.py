@@ -1,4 +1,4 @@
-"""`dit-accel convert`."""
+"""Command `dit-accel convert`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,18 @@ from dit_accel.cli.printing import print_line
 
 @dataclass(kw_only=True)
 class Convert:
-    """Turn a TurboDiffusion checkpoint (Wan2.1 with SLA) into a diffusers repository with sla.safetensors."""
+    """Convert a TurboDiffusion checkpoint (Wan2.1 with SLA) to a diffusers repository with sla.safetensors."""
 
     checkpoint: Positional[Path]
-    """A .pth file, not quantised."""
+    """TurboDiffusion checkpoint: a .pth file, not quantised."""
     model: Path
-    """Folder of a diffusers repository of Wan2.1 of the same size; all but the transformer is copied."""
+    """Folder of a diffusers repository of Wan2.1 of the same size. All files except the transformer are copied from it."""
     output_dir: Path
-    """Must not exist yet, or be empty."""
+    """Folder to write. It must be empty or not exist."""
     topk: float = 0.1
-    """Share of key blocks that is read exactly, in (0, 1]."""
+    """Fraction of key blocks that each query block reads exactly, in (0, 1]."""
     block_q: int = 128
-    """Tokens per query block. TurboDiffusion trains with 64 x 64 and serves with 128 x 64 (Hopper: 64 x 128)."""
+    """Tokens per query block. TurboDiffusion trains with blocks of 64 x 64 and samples with 128 x 64 (Hopper: 64 x 128)."""
     block_k: int = 64
     """Tokens per key block."""
 

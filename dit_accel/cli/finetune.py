@@ -1,4 +1,4 @@
-"""`dit-accel finetune`."""
+"""Command `dit-accel finetune`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,15 +18,15 @@ DEFAULT_RECIPE = "tiny-wan-sla"
 
 @dataclass(frozen=True, kw_only=True)
 class SparseAttentionOptions(SLAConfig):
-    """Sparse attention that is trained."""
+    """Settings of the sparse attention to train."""
 
     def __post_init__(self) -> None:
-        pass  # checked when the command runs, whose errors are one line
+        pass  # checked in `Finetune.resolve`, so that the command prints errors in one line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(FinetuneConfig):
-    """Options of a run; defaults: those of the recipe."""
+    """Options of a run. The defaults come from the recipe."""
 
     sla: Suppress[dict[str, Any]] = field(default_factory=dict)
 
@@ -38,23 +38,23 @@ class Options(FinetuneConfig):
 class Finetune:
     """Fine-tune a model so that it keeps its quality with sparse attention.
 
-    Options are those of the training scripts of diffusers. What is not given comes from the recipe.
+    Options have the names of the training scripts of diffusers. Their defaults come from the recipe.
     """
 
     config: str = DEFAULT_RECIPE
     """Recipe: a name (tiny-wan-sla, wan2.1-1.3b-sla, wan2.1-14b-sla, sd3-sla, lumina2-sla) or a YAML file."""
     dry_run: bool = False
-    """Print the resolved options, what trains, memory and steps; load no weights and train nothing."""
+    """Print the resolved options, trained parameters, memory and steps. Loads no weights and trains nothing."""
     format: Format = "human"
-    """How the result is printed on stdout."""
+    """Format of the result on stdout."""
     options: OmitArgPrefixes[Options] = field(default_factory=Options)
     sla: SparseAttentionOptions = field(default_factory=SparseAttentionOptions)
 
     def resolve(self) -> FinetuneConfig:
-        """Return the checked config: the recipe with the options that were given.
+        """Return the config: the recipe with the options of the command line.
 
         Raises:
-            ValueError: a bad recipe or option.
+            ValueError: if the recipe or an option is invalid.
         """
         recipe = read_recipe(self.config)
         before = FinetuneConfig.from_dict(recipe)
@@ -84,17 +84,20 @@ class Finetune:
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that differ; 1 and 1.0, a number and a fraction of steps, do."""
+    """Return the values of `after` that differ from `before`. 1 and 1.0 differ: a number and a fraction of steps."""
     return {
         name: x for name, x in after.items() if repr(as_lists(x)) != repr(as_lists(before[name]))
     }
 
 
 def with_recipe(arguments: Sequence[str]) -> Finetune:
-    """Return the command with the options of the recipe that the arguments name as its defaults.
+    """Return the command whose defaults are the options of the recipe named in the arguments.
+
+    Args:
+        arguments: command-line arguments.
 
     Raises:
-        ValueError: a bad recipe.
+        ValueError: if the recipe is invalid.
     """
     source = DEFAULT_RECIPE
     for i, argument in enumerate(arguments):

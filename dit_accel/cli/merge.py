@@ -1,4 +1,4 @@
-"""`dit-accel merge`."""
+"""Command `dit-accel merge`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +8,16 @@ from dit_accel.cli.printing import print_line
 
 @dataclass(kw_only=True)
 class Merge:
-    """Write tuned weights as a diffusers repository, with their SLA checkpoint beside them."""
+    """Write fine-tuned weights and their SLA checkpoint as a diffusers repository."""
 
     model: Path
-    """Folder of the diffusers repository that was tuned."""
+    """Folder of the diffusers repository of the base model."""
     transformer: Path
-    """The tuned weights: a folder that save_pretrained wrote, or a safetensors file with the state dict."""
+    """Fine-tuned weights: a folder written by save_pretrained, or a safetensors file with the state dict."""
     output_dir: Path
-    """Must not exist yet, or be empty."""
+    """Folder to write. It must be empty or not exist."""
     sla_checkpoint: Path | None = None
-    """The sla.safetensors that was trained with the weights, or its folder."""
+    """The sla.safetensors that was trained with the weights, or its folder. Default: none."""
 
     def run(self) -> None:
         from dit_accel.checkpoint.merge import merge

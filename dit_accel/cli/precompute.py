@@ -1,4 +1,4 @@
-"""`dit-accel precompute`."""
+"""Command `dit-accel precompute`."""
 
 import os
 from dataclasses import dataclass, field
@@ -16,53 +16,54 @@ MOST_WORKERS = 256
 class Precompute:
     """Encode a folder of captioned videos or pictures once, for fine-tuning.
 
-    Captions come from metadata.jsonl (or .csv, .tsv) in the folder, or from a .txt file beside each file.
-    Started again after it was interrupted, it goes on.
+    Captions come from metadata.jsonl (or .csv, .tsv) in the folder, or from a .txt file next to each file.
+    An interrupted run continues when the command is run again with the same options.
     """
 
     data_dir: Path
     """Folder of videos or pictures with captions."""
     output_dir: Path
-    """Folder for latents and text embeddings: new, empty, or of an earlier run with the same options."""
+    """Folder for latents and text embeddings: a new or empty folder, or a folder of an earlier run with the same options."""
     model: str = EMBEDDED
-    """Repository of the model that will be trained: hub id, folder, or an embedded model."""
+    """Model to train later: hub id, folder, or an embedded model."""
     revision: str | None = None
-    """Branch, tag or commit of a hub repository."""
+    """Branch, tag or commit of a hub repository. Default: the main branch."""
     caption_column: str = "text"
     """Column of the table that holds captions."""
     video_column: str = "file_name"
-    """Column of the table that holds paths of videos or pictures below the folder."""
+    """Column of the table that holds paths of videos or pictures, relative to the folder."""
     height: int | None = None
-    """Pixels of every sample. Default: those of each file, rounded down to what the model accepts."""
+    """Height of every sample in pixels; requires `width`. Default: the height of each file, rounded down to a size that the
+    model supports."""
     width: int | None = None
-    """Width in pixels, with `height`: accepted are both or neither."""
+    """Width of every sample in pixels; requires `height`. Default: as for `height`."""
     num_frames: int | None = None
-    """Frames of every sample. Default: as many as each file has and the model accepts."""
+    """Number of frames of every sample. Default: the largest supported number that each file has."""
     buckets: str | None = None
-    """Several sizes, "frames,height,width;frames,height,width", of which each file gets the nearest one; instead of
-    height, width and num_frames."""
+    """Several sizes, "frames,height,width;frames,height,width", instead of height, width and num_frames. Each file uses
+    the nearest bucket."""
     fps: float | None = None
-    """Frames per second that videos are resampled to. Default: the frames of each file."""
+    """Frame rate to which videos are resampled. Default: keep the frames of each file."""
     max_sequence_length: int | None = None
-    """Text tokens. Default: those of the pipeline."""
+    """Number of text tokens. Default: the default of the pipeline."""
     batch_size: int = 1
-    """Samples that the model encodes at once."""
+    """Number of samples that the model encodes at once."""
     workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 8))
-    """Files that are decoded at once, while the model encodes."""
+    """Number of files that are decoded in parallel while the model encodes."""
     shard_samples: int = 64
-    """Most samples of a file of the folder."""
+    """Largest number of samples in a file of the output folder."""
     skip_broken: bool = False
-    """Leave out files that cannot be used, and list them in the manifest. Default: they are an error."""
+    """Skip files that cannot be used, and list them in the manifest. Default: stop with an error."""
     overwrite: bool = False
     """Replace samples that were made with other options, from other files or with another model."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """Device: auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "auto"
-    """Dtype of the text encoders; auto is bf16 on a GPU and fp32 on a CPU."""
+    """Dtype of the text encoders. auto is bf16 on a GPU and fp32 on a CPU."""
     vae_dtype: Dtype = "fp32"
-    """Dtype of the VAE. Latents are made once, so the default is the most exact one."""
+    """Dtype of the VAE. fp32 is the most exact."""
     format: Format = "human"
-    """How the result is printed on stdout."""
+    """Format of the result on stdout."""
 
     def run(self) -> None:
         from dit_accel.files import model_source
@@ -118,7 +119,7 @@ class Precompute:
             sources={x.item.id: source_record(x) for x in sources},
             overwrite=self.overwrite,
         )
-        # Encoding needs no transformer, which is most of the memory.
+        # Load no transformer: encoding does not need it, and it takes most of the memory.
         pipe = outline.pipeline.from_pretrained(
             source, sla=None, ras=None, dtype=dtypes, transformer=None, **hub
         ).to(device)
@@ -155,9 +156,9 @@ class Precompute:
             )
             return
         print_line(
-            f"{result.folder}: {result.samples} samples, {result.made} of them made now, {len(result.broken)} files left out"
+            f"{result.folder}: {result.samples} samples, {result.made} of them new, {len(result.broken)} files skipped"
         )
         for name, count in sorted(result.buckets.items()):
             print_line(f"  {name}: {count}")
         for reason in result.broken.values():
-            print_line(f"  left out: {reason}")
+            print_line(f"  skipped: {reason}")

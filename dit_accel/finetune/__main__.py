@@ -1,8 +1,8 @@
-"""`python -m dit_accel.finetune` is `dit-accel finetune`."""
+"""Run `dit-accel finetune` as `python -m dit_accel.finetune`, for launchers such as torchrun."""
 
 import runpy
 import sys
 
-# By name, because imports run from the command line to this package and never back.
+# Run by name: this package must not import the command line, which imports this package.
 sys.argv[1:1] = ["finetune"]
 runpy.run_module("dit_accel.cli", run_name="__main__")

@@ -1,4 +1,4 @@
-"""`measure_activations`: bytes that one training step keeps for its backward pass, found without computing anything."""
+"""`measure_activations`: memory that one training step keeps for its backward pass, measured on the meta device."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,16 +15,16 @@ from dit_accel.finetune.families.base import Trainable
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that are kept for the backward pass of one micro-batch."""
+    """Bytes of the activations that autograd keeps for the backward pass of one micro-batch."""
 
     all: int
-    """Without gradient checkpointing."""
+    """Bytes without gradient checkpointing."""
     checkpointed: int
-    """With gradient checkpointing: inputs of blocks, and everything of the largest call of a block."""
+    """Bytes with gradient checkpointing: the inputs of all blocks, and all activations of the largest block."""
 
 
 class _Attention(torch.autograd.Function):
-    """Attention as fused kernels do it: it keeps queries, keys, values, output and log-sum-exp, no matrix of weights."""
+    """Stand-in for fused attention: saves queries, keys, values, output and log-sum-exp, but no attention matrix."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -35,14 +35,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("sizes are measured in the forward pass alone")
+        raise RuntimeError("only the forward pass is measured")
 
 
-class _Shapes(TorchFunctionMode):
-    """Replaces what a tensor without values cannot do.
+class _MetaMode(TorchFunctionMode):
+    """Replace attention and `Tensor.tolist`, which meta tensors do not support.
 
     Args:
-        text_tokens: length of the texts, which Lumina-Image 2.0 reads from its mask.
+        text_tokens: number of text tokens, returned for `tolist` of the mask of Lumina-Image 2.0.
     """
 
     def __init__(self, text_tokens: int) -> None:
@@ -61,22 +61,23 @@ class _Shapes(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Saved:
-    """Storages that autograd saves, by the call of a block that saves them."""
+class _SavedBytes:
+    """Bytes that autograd saves in each call of a block and outside of blocks."""
 
     def __init__(self, model: nn.Module) -> None:
         parameters = (*model.parameters(), *model.buffers())
         self._known = {id(x.untyped_storage()): x.untyped_storage() for x in parameters}
         self.outside = 0
-        """Bytes that are saved outside of blocks."""
+        """Bytes saved outside of blocks."""
         self.calls: list[int] = []
-        """Bytes that each call of a block saves. A family may call its blocks once for each sample."""
+        """Bytes saved by each call of a block. Some families call each block once per sample."""
         self.inputs = 0
-        """Bytes of the inputs of blocks, each storage once."""
+        """Bytes of the inputs of all blocks. Each storage counts once."""
         self._inside = False
         self._input_known = dict(self._known)
 
     def pack(self, x: Tensor) -> Tensor:
+        """Count a tensor that autograd saves (pack hook of `saved_tensors_hooks`)."""
         new = self._new(x, self._known)
         if self._inside:
             self.calls[-1] += new
@@ -88,10 +89,11 @@ class _Saved:
         storage = x.untyped_storage()
         if id(storage) in known:
             return 0
-        known[id(storage)] = storage  # held, so that no other storage gets its id
+        known[id(storage)] = storage  # keep a reference, so that Python does not reuse the id
         return storage.nbytes()
 
     def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Start the count of a block and count its inputs (forward pre-hook)."""
         self._inside = True
         self.calls.append(0)
         for x in (*args, *kwargs.values()):
@@ -99,6 +101,7 @@ class _Saved:
                 self.inputs += self._new(x, self._input_known)
 
     def leave(self, block: nn.Module, args: tuple, output: Any) -> None:
+        """Stop the count of a block (forward hook)."""
         self._inside = False
 
 
@@ -109,22 +112,22 @@ def measure_activations(
     batch_size: int,
     device: str = "meta",
 ) -> Activations:
-    """Run the student's forward pass and add up what it keeps.
+    """Run the forward pass of the student and add up the activations that autograd saves.
 
     Args:
-        trainable: its transformer, prepared for training, is on `device`.
+        trainable: model whose transformer is prepared for training and is on `device`.
         latents: shape of the latents of one sample.
-        batch_size: samples of a forward pass.
-        device: "meta" computes nothing and needs no memory.
+        batch_size: number of samples in the forward pass.
+        device: device of the inputs. "meta" allocates no memory and computes no values.
     """
     model = trainable.transformer
-    saved = _Saved(model)
+    saved = _SavedBytes(model)
     noisy = torch.zeros(batch_size, *latents, device=device)
     sigmas = torch.zeros(batch_size, device=device)
     conditions = trainable.example_conditions(batch_size, device)
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x)
-    shapes = _Shapes(conditions["encoder_hidden_states"].shape[1])
-    with _blocks(model, trainable.checkpointed, saved), hooks, shapes:
+    meta = _MetaMode(conditions["encoder_hidden_states"].shape[1])
+    with _observed_blocks(model, trainable.checkpointed, saved), hooks, meta:
         velocity = trainable.velocity(model, noisy, sigmas, conditions)
         (velocity - torch.zeros_like(velocity)).square().mean()
     return Activations(
@@ -134,7 +137,9 @@ def measure_activations(
 
 
 @contextmanager
-def _blocks(model: nn.Module, names: tuple[str, ...], saved: _Saved) -> Iterator[None]:
+def _observed_blocks(
+    model: nn.Module, names: tuple[str, ...], saved: _SavedBytes
+) -> Iterator[None]:
     blocks = [block for name in names for block in model.get_submodule(name).children()]
     handles = []
     for block in blocks:

@@ -1,22 +1,22 @@
-"""`topk_at`: the share of key blocks that is read in each step while sparsity is annealed."""
+"""`topk_at`: schedule of `topk`, the fraction of key blocks that are read, during sparsity annealing."""
 
 from dit_accel.config.base import check_fraction
 
 
 def topk_at(step: int, *, start: float, end: float, steps: int) -> float:
-    """Return `topk` in a step of a geometric schedule from `start` to `end`.
+    """Return the value of `topk` at one step of a geometric schedule: `start * (end / start) ** (step / steps)`.
 
-    Each step changes `topk` by the same factor. A linear schedule would drop most of the blocks that are still read
-    in its last steps, where quality suffers most.
+    Each step multiplies `topk` by the same factor. A linear schedule would remove most of the remaining blocks in
+    its last steps, where quality suffers most.
 
     Args:
-        step: number of the step, from 0.
-        start: `topk` at step 0, in (0, 1]. It may be smaller than `end`.
+        step: index of the step, starting at 0.
+        start: `topk` at step 0, in (0, 1]. May be smaller than `end`.
         end: `topk` from step `steps` on, in (0, 1].
-        steps: number of steps that the schedule takes; 0: `end` from the first step on.
+        steps: length of the schedule in steps. 0 returns `end` at every step.
 
     Raises:
-        ValueError: a number out of range; it names the argument.
+        ValueError: if an argument is out of range. The message names the argument.
     """
     check_fraction("start", start)
     check_fraction("end", end)

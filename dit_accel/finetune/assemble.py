@@ -1,4 +1,4 @@
-"""Optimiser, schedule and average over the parameters that train, whether they are sharded or not."""
+"""Set up the optimiser, learning-rate schedule and moving average of the trained parameters."""
 
 from typing import Any
 
@@ -13,24 +13,24 @@ from dit_accel.finetune.state import TrainingState
 def wrap_student(
     engine: Engine, config: Any, transformer: nn.Module, trained: Any, blocks: tuple[str, ...]
 ) -> tuple[nn.Module, TrainingState]:
-    """Wrap the transformer for its processes, and make what trains it.
+    """Wrap the transformer for distributed training, and create its training state.
 
     Args:
-        engine: of the run.
+        engine: engine of the run.
         config: settings of the run (`FinetuneConfig`).
         transformer: the student.
-        trained: `Trained`, as `prepare` returns it.
+        trained: result of `prepare` (`Trained`).
         blocks: names of the transformer's lists of blocks.
 
     Returns:
-        The transformer as the loss calls it, and the state of the training.
+        The wrapped transformer, which the loss calls, and the training state.
     """
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
     names = {id(x): name for name, x in trained.named.items()}
     model = engine.wrap(transformer, blocks)
-    now = dict(transformer.named_parameters())  # sharding replaces parameters
+    now = dict(transformer.named_parameters())  # read after wrapping: sharding replaces parameters
     groups = [
         {**group, "params": [now[names[id(x)]] for x in group["params"]]}
         for group in trained.groups
@@ -48,22 +48,23 @@ def wrap_student(
 
 
 def mark_calibrated(sla: Any) -> None:
-    """Tell all layers that their weights are loaded, so that none of them measures its own in its first call."""
+    """Mark all layers as calibrated, so that their first call does not overwrite loaded weights."""
     for layer in sla.layers.values():
         layer.module.calibrated = True
 
 
 @torch.no_grad()
 def calibrate(sla: Any, objective: Any, transformer: nn.Module, batch: Any) -> None:
-    """Let layers measure what they measure in their first call.
+    """Calibrate the layers whose weights are initialised from the data of their first call.
 
-    Without this each process would measure it on a sample of its own, and their weights would differ.
+    All processes calibrate on the same sample. Otherwise each process would use its own samples, and the weights
+    of the processes would differ.
 
     Args:
         sla: installed sparse attention.
-        objective: `Objective`.
+        objective: loss of the run (`Objective`).
         transformer: the student, before it is wrapped.
-        batch: the first row of the first step, the same in all processes.
+        batch: first row of the first step, identical in all processes.
     """
     if not all(x.module.calibrated for x in sla.layers.values() if x.scheduled):
         objective(transformer, batch, step=0, first=0)

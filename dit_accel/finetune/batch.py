@@ -1,4 +1,4 @@
-"""`Batch`: clean latents with the conditions that the transformer takes beside them."""
+"""`Batch`: clean latents and text conditions of several training samples."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one size."""
+    """Training samples of equal size."""
 
     latents: Tensor
-    """`[B, C, (F,) H, W]`, clean, normalised as the transformer takes them, fp32."""
+    """Clean latents `[B, C, (F,) H, W]` in fp32, normalised as the transformer expects them."""
     conditions: dict[str, Tensor]
-    """One row for each sample, `[B, ...]`; the keys are keyword arguments of the transformer."""
+    """Conditions `[B, ...]` by keyword argument of the transformer."""
     ids: tuple[str, ...]
+    """Names of the samples."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch on a device."""
+        """Return a copy of the batch on another device."""
         conditions = {name: x.to(device) for name, x in self.conditions.items()}
         return Batch(self.latents.to(device), conditions, self.ids)

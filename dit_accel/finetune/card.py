@@ -1,4 +1,4 @@
-"""`write_card`: the model card of a result, with its figures."""
+"""`write_card`: write the model card of a fine-tuned model."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ METRICS = {
     "latent_error": ("relative latent error", "{:.4f}"),
     "density": ("realised density", "{:.3f}"),
 }
-"""Metrics of a validation: titles and formats."""
+"""Title and number format of each validation metric."""
 PRECISIONS = {"no": "fp32"}
 TRAINED = {
     "all": "all weights of the transformer",
@@ -27,14 +27,14 @@ TRAINED = {
 def write_card(
     folder: Path, config: Any, *, pipeline: str, base: str, counters: dict[str, Any]
 ) -> Path:
-    """Write README.md from the log of the run.
+    """Write the model card README.md from the log of the run.
 
     Args:
-        folder: output folder of the run, with its log and result.
+        folder: output folder of the run, which holds the log and the result.
         config: settings of the run (`FinetuneConfig`).
         pipeline: public class that loads the result, such as "SparseWanPipeline".
         base: hub id or name of the base model.
-        counters: of the run.
+        counters: counters of the run (`TrainingState.counters`).
 
     Returns:
         The path of the card.
@@ -57,7 +57,7 @@ def write_card(
             f"# {folder.resolve().name}",
             "",
             f"Sparse-linear attention (SLA) for {base}, fine-tuned with `dit-accel finetune`: {TRAINED[config.train]}, "
-            f"{_share(config.sla['topk'])} read exactly.",
+            f"{_density(config.sla['topk'])} are read exactly.",
             "",
             "## Use",
             "",
@@ -65,7 +65,7 @@ def write_card(
             *_usage(config, pipeline, base, folder),
             "```",
             "",
-            *_figures(records),
+            *_metrics_table(records),
             "## Training",
             "",
             f"![Training curves]({CURVES})",
@@ -79,8 +79,8 @@ def write_card(
     return folder / "README.md"
 
 
-def _share(topk: float | None) -> str:
-    chosen = "the key blocks that top_p chooses"
+def _density(topk: float | None) -> str:
+    chosen = "the key blocks selected by top_p"
     return chosen if topk is None else f"about {100 * topk:g} % of the key blocks"
 
 
@@ -93,20 +93,20 @@ def _usage(config: Any, pipeline: str, base: str, folder: Path) -> list[str]:
     ]
     if config.merge:
         merged = f'pipe = {pipeline}.from_pretrained("{name}/{MERGED}")'
-        lines += ["", "# or, with everything in one repository:", merged]
+        lines += ["", "# or load the merged repository:", merged]
     return lines
 
 
-def _figures(records: list[dict[str, Any]]) -> list[str]:
-    """Return a table of the first and the last validation."""
+def _metrics_table(records: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table with the first and the last validation; empty without validations."""
     rows = [x for x in records if "validation/psnr" in x]
     if not rows:
         return []
     names = [x for x in METRICS if any(f"validation/{x}" in row for row in rows)]
     lines = [
-        "## Figures",
+        "## Quality",
         "",
-        "Samples of the sparse model against those of the dense model before training, from the same seeds:",
+        "Samples of the sparse model compared with samples of the dense model before training, from the same seeds:",
         "",
         "| | " + " | ".join(METRICS[x][0] for x in names) + " |",
         "|---|" + "---|" * len(names),
@@ -137,20 +137,20 @@ def _training(config: Any, records: list[dict[str, Any]], counters: dict[str, An
         f"| stages | {', '.join(config.stages)} |",
         f"| loss | {config.loss}, targets {config.targets} |",
         f"| steps | {len(steps)} |",
-        f"| samples a step and process | {batch} |",
+        f"| samples per step and process | {batch} |",
         f"| learning rate | {config.learning_rate:g} ({config.lr_scheduler}) |",
         f"| precision | {PRECISIONS.get(config.mixed_precision, config.mixed_precision)} |",
         f"| seed | {config.seed} |",
-        f"| seconds of training | {counters.get('seconds', 0.0):.0f} |",
+        f"| training time, seconds | {counters.get('seconds', 0.0):.0f} |",
     ]
     if steps:
-        lines.append(f"| loss of the last step | {_number(steps[-1]['loss'])} |")
+        lines.append(f"| loss at the last step | {_number(steps[-1]['loss'])} |")
         if "density" in steps[-1]:
-            lines.append(f"| realised density in training | {steps[-1]['density']:.3f} |")
+            lines.append(f"| realised density at the last step | {steps[-1]['density']:.3f} |")
     if skipped := counters.get("skipped_steps"):
-        lines.append(f"| skipped steps (not finite) | {len(skipped)} |")
+        lines.append(f"| steps skipped because of non-finite values | {len(skipped)} |")
     return [
         *lines,
         "",
-        f"All settings are in `training_config.json`, those of sparse attention in `{FILE_NAME}`.",
+        f"`training_config.json` holds all settings, and `{FILE_NAME}` holds the settings of sparse attention.",
     ]

@@ -1,4 +1,4 @@
-"""Checks of the fields of `FinetuneConfig`, one by one."""
+"""Check each field of `FinetuneConfig` on its own."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,9 +9,9 @@ from dit_accel.finetune.families import FAMILIES
 from dit_accel.sampling.settings import LARGEST, check_count, check_fps, check_seed
 
 SECRETS = ("hub_token",)
-"""Fields that are never written to a file."""
+"""Fields that must never be written to a file."""
 SOURCES = ("instance_data_dir", "precomputed_dir", "prompts")
-"""The sources of data, of which a run has one."""
+"""Options that name a source of data. A run uses exactly one."""
 CHOICES = {
     "router": ("fixed", "learned"),
     "loss": ("distillation", "diffusion", "mix"),
@@ -50,7 +50,7 @@ COUNTS = (
     "num_validation_videos",
     "validation_num_inference_steps",
 )
-"""Whole numbers from 1 on."""
+"""Fields that hold an int >= 1."""
 COUNTS_OR_ZERO = ("lr_warmup_steps", "max_nonfinite")
 FLAGS = (
     "use_8bit_adam",
@@ -111,11 +111,11 @@ NUMBERS = {
 
 
 def check_fields(config: Any) -> None:
-    """Raise ValueError for a value that its field does not accept."""
+    """Raise ValueError for the first field with an invalid value."""
     optional = _optional(config)
 
     def given(names: Any) -> Iterator[tuple[str, Any]]:
-        """Yield name and value, without None where None is accepted."""
+        """Yield names and values. Skip optional fields that are None."""
         for name in names:
             value = getattr(config, name)
             if value is not None or name not in optional:
@@ -146,7 +146,7 @@ def check_fields(config: Any) -> None:
 
 
 def _optional(config: Any) -> set[str]:
-    """Return the names of the fields that accept None: those with this default."""
+    """Return the names of the fields that accept None: the fields whose default is None."""
     return {name for name, x in type(config).__dataclass_fields__.items() if x.default is None}
 
 
@@ -170,17 +170,23 @@ def _check_lists(config: Any) -> None:
 
 
 def bucket_sizes(text: Any, argument: str = "buckets") -> list[tuple[int, int, int]]:
-    """Return (frames, height, width) of each bucket of "F,H,W;F,H,W"; whether a model makes them is not checked.
+    """Parse buckets of the form "F,H,W;F,H,W" into (frames, height, width).
+
+    The function does not check whether a model supports the sizes.
+
+    Args:
+        text: value of the option.
+        argument: name of the option, for messages.
 
     Raises:
-        ValueError: text of another form, or a bucket that is given twice; the message names `argument`.
+        ValueError: if the text has another form or names a bucket twice.
     """
     largest = LARGEST["height"]
-    accepted = (
+    expected = (
         f"frames,height,width in [1, {largest}], separated by ';', such as '33,64,64;17,64,96'"
     )
     if not isinstance(text, str):
-        raise ValueError(f"{argument}={text!r}: accepted is text of {accepted}")
+        raise ValueError(f"{argument}={text!r}: expected {expected}")
     buckets: list[tuple[int, int, int]] = []
     for part in text.split(";"):
         numbers = [x.strip() for x in part.split(",")]
@@ -188,11 +194,11 @@ def bucket_sizes(text: Any, argument: str = "buckets") -> list[tuple[int, int, i
         frames, height, width = map(int, numbers) if ok else (0, 0, 0)
         if not all(1 <= x <= largest for x in (frames, height, width)):
             raise ValueError(
-                f"{argument}={text!r}: {part.strip()!r} is no bucket; accepted are {accepted}"
+                f"{argument}={text!r}: {part.strip()!r} is not a bucket; expected {expected}"
             )
         if (frames, height, width) in buckets:
             raise ValueError(
-                f"{argument}={text!r}: {frames}x{height}x{width} comes twice; accepted is once"
+                f"{argument}={text!r}: {frames}x{height}x{width} is given twice; each bucket must be unique"
             )
         buckets.append((frames, height, width))
     return buckets

@@ -1,4 +1,4 @@
-"""`draw_curves`: training curves as a picture, from the log."""
+"""`draw_curves`: plot the training curves of a log."""
 
 import math
 import os
@@ -11,14 +11,14 @@ from dit_accel.finetune.log import read_log
 
 FILE_NAME = "curves.png"
 WINDOW = 50
-"""Steps of the moving average that is drawn over a noisy curve."""
+"""Length of the moving average in steps."""
 NOISY = ("loss", "relative_error", "gradient_norm")
-"""Values that the average is drawn over."""
+"""Values for which a moving average is drawn."""
 STYLES = ("-", "--", ":", "-.")
 PANELS = (
     ("loss", "loss", True),
     ("relative_error", "squared relative error of the velocity", True),
-    ("probe_loss", "loss of the first batch", False),
+    ("probe_loss", "loss on the first batch", False),
     ("gradient_norm", "gradient norm", True),
     ("learning_rate", "learning rate", False),
     ("density", "realised density", False),
@@ -26,36 +26,36 @@ PANELS = (
     ("validation/ssim", "SSIM against dense", False),
     ("validation/latent_error", "latent error against dense", False),
 )
-"""Names of values, titles, and whether the axis is logarithmic. Values that the log lacks have no panel.
-"learning_rate" has a curve for each group of parameters, "learning_rate/..." in the log."""
+"""Panels of the figure: name of the value in the log, title, and True for a logarithmic axis. Values that the log lacks
+have no panel. "learning_rate" has one curve per parameter group ("learning_rate/..." in the log)."""
 Series = dict[tuple[str, str], list[tuple[int, float]]]
-"""(step, value) of a value by stage and group of parameters ("" where there are none)."""
+"""Points (step, value) by stage and parameter group. The group is "" for values without groups."""
 
 
 def check_matplotlib() -> None:
-    """Refuse a run that could not draw its curves at the end.
+    """Raise an error before a run starts if its curves could not be drawn at the end.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        ValueError: if matplotlib is not installed.
     """
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("training curves need matplotlib: pip install matplotlib")
+        raise ValueError("training curves need the package matplotlib (pip install matplotlib)")
 
 
 def draw_curves(log: str | os.PathLike, picture: str | os.PathLike) -> Path:
-    """Draw the curves of a log.
+    """Plot the training curves of a log into a PNG file.
 
     Args:
-        log: `log.jsonl` of a run.
-        picture: PNG file to write.
+        log: path of the `log.jsonl` of a run.
+        picture: path of the PNG file to write.
 
     Returns:
-        The path of the picture.
+        The path of the PNG file.
 
     Raises:
-        ValueError: matplotlib is not installed, or the log holds no values.
+        ValueError: if matplotlib is not installed, or if the log holds no values to plot.
     """
     check_matplotlib()
     from matplotlib.figure import Figure
@@ -64,10 +64,10 @@ def draw_curves(log: str | os.PathLike, picture: str | os.PathLike) -> Path:
     series = {name: points for name, *_ in PANELS if (points := points_of(records, name))}
     begins = _begins(records)
     if not series:
-        raise ValueError(f"log={str(log)!r}: holds no values to draw")
+        raise ValueError(f"log={str(log)!r}: holds no values to plot")
     columns = min(2, len(series))
     rows = -(-len(series) // columns)
-    # Fixed margins: laying out by the size of the text takes longer than drawing.
+    # Fixed margins, because matplotlib's automatic layout takes longer than drawing.
     figure = Figure(figsize=(6.4 * columns, 2.9 * rows))
     inch = 1 / (2.9 * rows)
     space = {"hspace": 0.5, "wspace": 0.2, "bottom": 0.5 * inch, "top": 1 - 0.4 * inch}
@@ -84,7 +84,7 @@ def draw_curves(log: str | os.PathLike, picture: str | os.PathLike) -> Path:
 
 
 def points_of(records: Sequence[dict[str, Any]], name: str) -> Series:
-    """Return the points of a value, without those that are not finite."""
+    """Return the finite points of a value in the log."""
     points: Series = {}
     for x in records:
         prefix = f"{name}/"
@@ -96,7 +96,7 @@ def points_of(records: Sequence[dict[str, Any]], name: str) -> Series:
 
 
 def _begins(records: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Return where each stage begins on the axis: after the last step of the stages before it."""
+    """Return the position on the x axis at which each stage begins: the last step of the previous stages."""
     begins: dict[str, int] = {}
     last: dict[str, int] = {}
     for x in records:
@@ -116,7 +116,7 @@ def _panel(
     logarithmic: bool,
     noisy: bool,
 ) -> None:
-    """Draw one value; the stages follow each other on the axis, each in its own colour, groups in their own style."""
+    """Plot one value. Stages follow each other on the x axis; each has a colour, and each group has a line style."""
     colours = {stage: f"C{i}" for i, stage in enumerate(begins)}
     groups = list(dict.fromkeys(group for _, group in series))
     for (stage, group), points in series.items():
@@ -138,7 +138,7 @@ def _panel(
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean of the last `window` values at each place; fewer at the beginning."""
+    """Return the mean of the last `window` values at each position, or of all previous values at the start."""
     total, means = 0.0, []
     for i, value in enumerate(values):
         total += value

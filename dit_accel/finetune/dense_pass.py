@@ -1,4 +1,4 @@
-"""`dense_pass`: one pass of the dense model on noisy samples, in which a function sees the inputs of each layer."""
+"""`dense_pass`: run the dense model on noisy samples and pass the attention inputs of each layer to a function."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,7 +14,7 @@ from dit_accel.sla import SparseAttention, SparseLinearAttention
 from dit_accel.sla.text import split_text, valid_keys
 
 Visit = Callable[..., None]
-"""`visit(name, module, q, k, v, text=..., text_tokens=..., scale=...)`, and `text_lengths` where texts are padded."""
+"""Function `visit(name, module, q, k, v, text=..., text_tokens=..., scale=...)`. Padded texts add `text_lengths=...`."""
 
 
 @torch.no_grad()
@@ -29,17 +29,19 @@ def dense_pass(
     step: int,
     rank: int = 0,
 ) -> None:
-    """Run the model with sparse attention paused, without gradients.
+    """Run the model without gradients and with sparse attention paused.
+
+    Noise and noise level of a sample depend on `seed`, `step` and its row in the global batch.
 
     Args:
-        trainable: `transformer`, `velocity` and `flow_shift` of the family.
-        sla: sparse attention that is on in that transformer.
+        trainable: model with `transformer`, `velocity` and `flow_shift`.
+        sla: sparse attention installed on that transformer.
         batch: clean latents and their conditions.
-        visit: called with the inputs of each call that would have run sparse.
-        names: layers to visit.
-        seed, step: noise and noise levels are a function of them and of the sample's place in the batch of all
-            processes.
-        rank: number of this process, each of which has as many samples.
+        visit: function called with the inputs of each attention call that would have run sparse.
+        names: names of the layers to visit.
+        seed: seed of the run.
+        step: index of the step.
+        rank: rank of this process. All processes have equally many samples.
     """
     transformer = trainable.transformer
     batch = batch.to(next(transformer.parameters()).device)
@@ -52,13 +54,14 @@ def dense_pass(
 def noisy_samples(
     latents: Float[Tensor, "b ..."], seed: int, step: int, shift: float, rank: int = 0
 ) -> tuple[Float[Tensor, "b ..."], Float[Tensor, " b"]]:
-    """Return noisy latents and their noise levels: uniform ones, shifted as in sampling.
+    """Return noisy latents and their noise levels. Levels are uniform in [0, 1), then shifted as in sampling.
 
     Args:
         latents: clean latents of this process.
-        seed, step: decide the noise, together with the sample's place in the batch of all processes.
-        shift: flow shift.
-        rank: number of this process, each of which has as many samples.
+        seed: seed of the run.
+        step: index of the step.
+        shift: flow shift s, u -> s u / (1 + (s - 1) u).
+        rank: rank of this process. All processes have equally many samples.
     """
     noise, levels = [], []
     for row in range(len(latents)):
@@ -72,7 +75,7 @@ def noisy_samples(
 
 
 def generator_of(seed: int, step: int, number: int) -> torch.Generator:
-    """Return a generator for one sample of one step."""
+    """Return a seeded generator for sample `number` of a step."""
     return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1_000_003 + number) % 2**63)
 
 
@@ -87,7 +90,7 @@ def squared_error(
     text_lengths: Int[Tensor, " b"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, " b"]:
-    """Return `|sparse - dense|^2 / |dense|^2` of each sample over its image queries; arguments as of the module."""
+    """Return `|sparse - dense|^2 / |dense|^2` per sample over its image queries. Arguments as in the module."""
 
     def image(x: Tensor) -> Tensor:
         return x if text == "none" else split_text(x, text, text_tokens)[1]

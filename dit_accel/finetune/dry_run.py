@@ -1,4 +1,4 @@
-"""`dry_run`: options, trained parameters, memory, steps and samples of a fine-tuning run. It reads no weights."""
+"""`dry_run`: report options, trained parameters, memory, steps and samples of a run without reading weights."""
 
 import os
 from collections.abc import Iterator
@@ -29,31 +29,33 @@ class DryRun:
     config: dict[str, Any]
     """Resolved options."""
     groups: list[dict[str, Any]]
-    """Groups of the optimiser: name, tensors, values, learning rate, weight decay."""
+    """Parameter groups of the optimiser: name, tensors, values, learning rate, weight decay."""
     parameters: int
-    """Values of the transformer, sparse attention and adapters included."""
+    """Number of values in the transformer, including sparse attention and adapters."""
     memory: MemoryEstimate
+    """Memory of one device."""
     sizes: list[Size]
-    """(frames, height, width) of the samples, in pixels. The largest decides on the memory."""
+    """Sizes (frames, height, width) of the samples in pixels. The memory is estimated for the largest size."""
     own_sizes: bool
-    """Whether each file keeps its own size, so that `sizes` is an example."""
+    """True if each file keeps its own size. `sizes` is then only an example."""
     samples: int | None
     """Number of samples; None without data."""
     processes: int
+    """Number of processes."""
 
     @property
     def batch(self) -> int:
-        """Samples of one optimiser step, over all processes."""
+        """Number of samples per optimiser step over all processes."""
         return global_batch(self.config, self.processes)
 
     @property
     def steps(self) -> dict[str, int]:
-        """Optimiser steps of each stage."""
+        """Number of optimiser steps of each stage."""
         counts = {"regression": "regression_steps", "distillation": "max_train_steps"}
         return {stage: self.config[counts[stage]] for stage in self.config["stages"]}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return all values as a dict for JSON."""
         return {
             "config": self.config,
             "groups": self.groups,
@@ -82,25 +84,25 @@ class DryRun:
         for x in self.groups:
             rates = f"{x['learning_rate']:>15g}{x['weight_decay']:>14g}"
             yield f"  {x['name']:13}{x['tensors']:>8}{x['values']:>16,}{rates}"
-        yield f"memory of each device, {self.processes} in all (estimate)"
+        yield f"estimated memory per device (number of devices: {self.processes})"
         for name, value in self.memory.to_dict().items():
             yield f"  {name:13}{value / 2**30:>10.3f} GiB"
         stages = ", ".join(f"{name} {count}" for name, count in self.steps.items())
         sizes = ", ".join("x".join(map(str, x)) for x in self.sizes)
-        yield f"steps: {stages}, of {self.batch} samples each"
+        yield f"steps: {stages}, with {self.batch} samples each"
         count = "none given" if self.samples is None else f"{self.samples:,} samples"
-        of = "of each file; the memory is that of" if self.own_sizes else ""
+        of = "vary by file; memory estimated for" if self.own_sizes else ""
         yield f"data: {count}, frames x height x width {of} {sizes}".replace("  ", " ")
 
 
 def dry_run(config: FinetuneConfig) -> DryRun:
-    """Return what a run with these options would do.
+    """Return a report of the run that these options describe.
 
     Args:
-        config: options.
+        config: options of the run.
 
     Raises:
-        ValueError: options that the model, the data or this machine does not accept.
+        ValueError: if the model, the data or this machine does not support an option.
     """
     from dit_accel.files import model_source
     from dit_accel.sampling.outline import read_outline
@@ -114,7 +116,7 @@ def dry_run(config: FinetuneConfig) -> DryRun:
     model = trainable.transformer
     trained = prepare(model, config)
     for layer in method_of(model, "sla").layers.values():
-        layer.module.calibrated = True  # there is nothing to measure
+        layer.module.calibrated = True  # meta tensors have no values to calibrate with
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     encodes = found is None or config.validation_prompts is not None
     memory = estimate_memory(
@@ -151,7 +153,7 @@ def _rows(trained: Trained) -> list[dict[str, Any]]:
 
 
 def complete_sizes(config: FinetuneConfig, outline: Any) -> list[Size]:
-    """Return the sizes of the samples, with the pipeline's own where the config has none."""
+    """Return the sizes of the samples. Unset sizes take the default of the pipeline."""
     from dit_accel.files import EMBEDDED_MODELS
     from dit_accel.finetune.data.open import default_size
 
@@ -165,7 +167,7 @@ def complete_sizes(config: FinetuneConfig, outline: Any) -> list[Size]:
 
 
 def empty_trainable(config: FinetuneConfig, outline: Any, source: Any) -> Trainable:
-    """Return the model of a repository without weights, on the device "meta"."""
+    """Return the model of a repository on the meta device, without weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.configuration_utils import FrozenDict
 
@@ -175,7 +177,7 @@ def empty_trainable(config: FinetuneConfig, outline: Any, source: Any) -> Traina
     with init_empty_weights(include_buffers=True):
         model = cls.from_config(cls.load_config(str(source), subfolder="transformer", **config.hub))
     cast_weights(model, DTYPES[config.weights_dtype])
-    # Any class reads the settings of any scheduler.
+    # `load_config` reads the settings of every scheduler class.
     scheduler = FlowMatchEulerDiscreteScheduler.load_config(
         str(source), subfolder="scheduler", **config.hub
     )
@@ -188,7 +190,7 @@ def empty_trainable(config: FinetuneConfig, outline: Any, source: Any) -> Traina
 
 
 def encoder_bytes(source: Any, config: FinetuneConfig) -> int:
-    """Return the bytes of text encoders, in the dtype of the computation, and of the VAE, in fp32."""
+    """Return the bytes of the text encoders in the dtype of the computation and of the VAE in fp32."""
     import diffusers
     import transformers
 
@@ -215,7 +217,7 @@ def encoder_bytes(source: Any, config: FinetuneConfig) -> int:
 
 
 def _precomputed(folder: str) -> tuple[int, list[Size]]:
-    """Return the number of samples of a precomputed folder, and their sizes."""
+    """Return the number of samples in a precomputed folder and their sizes."""
     from dit_accel.finetune.data.store import open_store
 
     buckets = open_store(folder).buckets

@@ -1,4 +1,4 @@
-"""`Engine`: accelerate set up for a run, and the transformer wrapped for one or several processes."""
+"""`Engine`: device, precision and processes of a run (accelerate), and wrapping of the transformer (DDP, FSDP2)."""
 
 import atexit
 import contextlib
@@ -19,7 +19,7 @@ from dit_accel.finetune.processes import Processes
 from dit_accel.sampling.devices import pick_device
 
 TIMEOUT = datetime.timedelta(hours=2)
-"""Time that processes wait for each other: validation and saving take longer than the default of torch."""
+"""Time that processes wait for each other. Validation and saving may exceed torch's default."""
 
 
 class Engine:
@@ -27,10 +27,10 @@ class Engine:
 
     Args:
         config: settings of the run (`FinetuneConfig`).
-        folder: output folder, which holds the trackers' folder.
+        folder: output folder of the run. The folder of the trackers is inside it.
 
     Raises:
-        ValueError: a device, precision or tracker that this machine does not have.
+        ValueError: if this machine does not support the device, precision or tracker.
     """
 
     def __init__(self, config: Any, folder: Path) -> None:
@@ -43,15 +43,17 @@ class Engine:
         )
 
         place = pick_device(config.device)
-        if config.mixed_precision == "fp16" and place.type == "cpu":  # accelerate would use fp32
+        if (
+            config.mixed_precision == "fp16" and place.type == "cpu"
+        ):  # accelerate silently uses fp32
             raise ValueError(
-                "mixed_precision='fp16': not available on a CPU; accepted are 'no' and 'bf16', or a GPU"
+                "mixed_precision='fp16': not available on a CPU; use 'no' or 'bf16', or a GPU"
             )
         ours = not torch.distributed.is_initialized()
-        # An earlier run of this process may have had another precision or device, which accelerate keeps for good.
+        # accelerate keeps precision and device in a global state. Reset it for a second run in this process.
         AcceleratorState._reset_state(reset_partial_state=ours)
         GradientState._reset_state()
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # else each process has a GPU of its own
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # torchrun assigns one GPU to each process
             os.environ["ACCELERATE_TORCH_DEVICE"] = str(place)
         report = None if config.report_to == "none" else config.report_to
         logs = folder / config.logging_dir
@@ -75,14 +77,14 @@ class Engine:
         self._tracked = None if report is None else config.tracker_name
 
     def start_trackers(self) -> Callable[..., None] | None:
-        """Start the trackers; return the function that logs to them, or None without any."""
+        """Start the trackers. Return the function that logs to them, or None without trackers."""
         if self._tracked is None:
             return None
         self.accelerator.init_trackers(self._tracked)
         return self.accelerator.log
 
     def log_picture(self, name: str, picture: UInt8[np.ndarray, "h w 3"], step: int) -> None:
-        """Send a picture to the trackers; nothing happens without any."""
+        """Send a picture to all trackers."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: picture[None]}, step=step, dataformats="NHWC")
@@ -90,30 +92,30 @@ class Engine:
                 tracker.log_images({name: [picture]}, step=step)
 
     def wrap(self, transformer: nn.Module, blocks: Sequence[str]) -> nn.Module:
-        """Return the transformer as the loss calls it: sharded, in DDP, or as it is.
+        """Shard the transformer or wrap it in DDP, as the run requires, and return the result.
 
-        Sharding replaces the parameters of the transformer by sharded ones.
+        Sharding replaces the parameters of the transformer by sharded parameters.
 
         Args:
-            transformer: on the device already.
-            blocks: names of its lists of blocks, which are sharded one by one.
+            transformer: transformer on the device of this process.
+            blocks: names of its lists of blocks. Each block is sharded on its own.
         """
         if self.is_sharded:
             shard(transformer, blocks, self.device, self.accelerator.mixed_precision)
             return transformer
         with warnings.catch_warnings():
-            # Buffers are constants, some of them large. The new name of the option would still send them once.
+            # Do not broadcast buffers: they are large constants. The new option would still broadcast them once.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return self.accelerator.prepare_model(transformer)
 
     def unwrap(self, model: nn.Module) -> None:
-        """Take from the transformer what `wrap` put on it, except sharding."""
+        """Remove the wrappers of `wrap` from the transformer. Sharding stays."""
         if not self.is_sharded:
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
     @contextlib.contextmanager
     def accumulating(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """Context manager of a micro-batch; gradients are exchanged in the last one of a step."""
+        """Context manager for one micro-batch. Only the last micro-batch of a step exchanges gradients."""
         if self.is_sharded:
             model.set_requires_gradient_sync(last)  # type: ignore[operator]
             yield
@@ -122,35 +124,36 @@ class Engine:
             yield
 
     def clip(self, parameters: list[nn.Parameter], largest: float) -> float:
-        """Scale gradients down to a norm; return the norm that they had over all processes.
+        """Clip the gradients to a norm, and return their norm before clipping over all processes.
 
         Args:
-            largest: 0 leaves them as they are.
+            parameters: parameters whose gradients are clipped.
+            largest: largest norm. 0 disables clipping.
         """
         norm = self.accelerator.clip_grad_norm_(parameters, largest or math.inf)
         return float(whole(norm))
 
     @property
     def loss_scale(self) -> float | None:
-        """Scale of the loss in fp16; None in other precisions."""
+        """Loss scale of fp16; None in other precisions."""
         scaler = self.accelerator.scaler
         return None if scaler is None else scaler.get_scale()
 
     def close(self) -> None:
-        """Finish the trackers. The process group stays for the next run of these processes."""
+        """Finish the trackers. The process group stays open for the next run in these processes."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.free_memory()
 
 
 def _leave() -> None:
-    """Leave the group of processes at the end of this one."""
+    """Destroy the process group when this process exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def whole(x: Tensor) -> Tensor:
-    """Return a sharded tensor as a plain one. All processes call it together."""
+    """Return a sharded tensor as a full tensor. All processes must call this function."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[operator]
 
 
@@ -159,18 +162,20 @@ def shard(
 ) -> None:
     """Shard a transformer over all processes with FSDP2, block by block.
 
-    It is torch's `fully_shard`, because the plugin of accelerate leaves the parameters whole on a CPU.
+    The function calls `fully_shard` of torch, because accelerate does not shard parameters on a CPU.
 
     Args:
+        transformer: transformer to shard in place.
         blocks: names of its lists of blocks.
-        precision: "bf16" gathers weights in bf16 and sums gradients in fp32; "no" has all in fp32.
+        device: device of this process.
+        precision: "bf16" gathers weights in bf16 and sums gradients in fp32. "no" uses fp32 for both.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (Processes(device).count,))
     dtype = torch.bfloat16 if precision == "bf16" else None
-    # Inputs keep their dtype: timesteps up to 1000 have no room in bf16.
+    # Keep the dtype of the inputs: bf16 cannot represent timesteps up to 1000 exactly.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -1,4 +1,4 @@
-"""`Feed`: the micro-batches of each step, as this process sees them."""
+"""`Feed`: load the micro-batches of this process for each step."""
 
 import hashlib
 import json
@@ -12,21 +12,23 @@ from dit_accel.finetune.batch import Batch
 
 
 class Feed:
-    """Micro-batches of the global batch of each step.
+    """Micro-batches of this process, taken from the global batch of each step.
 
-    Row r of the global batch goes to micro-batch r // (size * processes), and there to process r // size. What a
-    row is does not depend on the number of processes, so that neither does the gradient of a step.
+    Row r of the global batch belongs to micro-batch r // (size * processes), and within it to process
+    (r // size) % processes. The global batch does not depend on the number of processes, so the gradient of a step
+    does not depend on it either.
 
     Args:
-        samples: a `Samples` of `finetune.data`.
-        order: an `Order` of it, over global batches.
-        load: `load_batch`.
-        size: samples of a micro-batch of one process.
-        accumulation: micro-batches of a step.
-        rank, processes: this process among all.
-        device: where batches go.
-        ahead: load the next micro-batch in a thread while the current one trains. Only for samples that need no
-            network to be loaded.
+        samples: training samples (`finetune.data.samples.Samples`).
+        order: order of the global batches (`finetune.data.order.Order`).
+        load: function that loads a batch (`load_batch`).
+        size: number of samples in a micro-batch of one process.
+        accumulation: number of micro-batches per step.
+        rank: rank of this process.
+        processes: number of processes.
+        device: device of the returned batches.
+        ahead: load the next micro-batch in a thread while the current one trains. Use it only for samples that are
+            loaded without running a neural network.
     """
 
     def __init__(
@@ -50,11 +52,11 @@ class Feed:
         self._next: tuple[tuple[int, int], Future[Batch]] | None = None
 
     def first_row(self, micro: int) -> int:
-        """Return the row of the global batch that a micro-batch of this process begins with."""
+        """Return the index in the global batch of the first row of a micro-batch of this process."""
         return (micro * self.processes + self.rank) * self.size
 
     def rows(self, step: int, first: int, count: int) -> Batch:
-        """Return some rows of the global batch of a step, on the device."""
+        """Return `count` rows of the global batch of a step, starting at `first`, on the device."""
         indices = self.order.batch(step)[first : first + count]
         return self.load(self.samples, indices).to(self.device)
 
@@ -68,7 +70,7 @@ class Feed:
         else:
             batch = self.load(self.samples, self._indices(*wanted))
         follows = (step, micro + 1) if micro + 1 < self.accumulation else (step + 1, 0)
-        # The order is asked here: it is not made for two threads.
+        # Compute the indices in this thread, because `Order` is not thread-safe.
         indices = self._indices(*follows)
         self._next = (follows, self._pool.submit(self.load, self.samples, indices))
         return batch.to(self.device)
@@ -79,12 +81,12 @@ class Feed:
 
     @property
     def samples_sha256(self) -> str:
-        """Hash of names and buckets of the samples, in their order."""
+        """Hash of the names and buckets of all samples in order."""
         names = [list(self.samples.ids), list(self.samples.buckets)]
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the loader thread."""
         if self._pool is not None:
             self._next = None
             self._pool.shutdown(wait=True, cancel_futures=True)

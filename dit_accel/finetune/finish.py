@@ -1,4 +1,4 @@
-"""The end of a run: result, curves, card, upload."""
+"""Write the result, training curves and model card at the end of a run, and upload them."""
 
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,17 @@ from dit_accel.runtime.install import method_of
 
 
 def finish(pipe: Any, config: Any, folder: Path, engine: Engine, state: TrainingState) -> None:
-    """Write the result with averaged weights, if there are averages. Every process calls it.
+    """Write the result of a run. With `use_ema` it holds the averaged weights. Every process must call it.
 
     Args:
-        pipe: the pipeline that was trained.
+        pipe: the trained pipeline.
         config: settings of the run (`FinetuneConfig`).
         folder: output folder of the run.
+        engine: engine of the run.
+        state: training state with the trained weights and their averages.
 
     Raises:
-        RuntimeError: a file could not be written, or the hub refused the upload; in every process.
+        RuntimeError: in every process, if a file could not be written or the hub refused the upload.
     """
     with state.averaged():
         if engine.is_sharded:
@@ -38,7 +40,7 @@ def finish(pipe: Any, config: Any, folder: Path, engine: Engine, state: Training
 
 
 def write_all(pipe: Any, config: Any, folder: Path, counters: dict[str, Any]) -> None:
-    """Write weights, curves and card; upload them where asked."""
+    """Write weights, curves and model card, and upload them with `push_to_hub`."""
     write_result(pipe, config, folder)
     with naming_failures("the trained weights are written"):
         if (folder / LOG).stat().st_size:
@@ -55,14 +57,19 @@ def write_all(pipe: Any, config: Any, folder: Path, counters: dict[str, Any]) ->
 
 
 def whole_pipeline(config: Any, state: TrainingState, *, is_main: bool) -> Any:
-    """Return a pipeline on the CPU with the trained tensors in one piece; None but in the main process.
+    """Gather the sharded weights into a new pipeline on the CPU. Every process must call it.
 
     Args:
-        state: sharded; every process calls this together.
+        config: settings of the run (`FinetuneConfig`).
+        state: training state with sharded weights.
+        is_main: True in the main process.
+
+    Returns:
+        The pipeline in the main process, None in all other processes.
     """
     tensors = {}
     for name, x in state.named.items():
-        full = whole(x.detach())  # all processes take part
+        full = whole(x.detach())  # collective call of all processes
         if is_main:
             tensors[name] = full.cpu()
     if not is_main:

@@ -1,4 +1,4 @@
-"""`NonFiniteGuard`: steps whose loss or gradient is not finite are skipped, counted and, at last, fatal."""
+"""`NonFiniteGuard`: skip steps with a non-finite loss or gradient, and end the run after too many of them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,33 +14,36 @@ from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.shards import is_sharded, local_part
 
 MOST_NAMES = 20
-"""Parameters that a dump names."""
+"""Number of parameters that a dump names at most."""
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps had a loss or a gradient that is not finite."""
+    """Error raised after too many steps with a non-finite loss or gradient."""
 
 
 @dataclass
 class StepFacts:
-    """What a process knows about the micro-batches of a step, for the dump."""
+    """Facts about the micro-batches of one step in one process, for the dump."""
 
     ids: list[str] = field(default_factory=list)
+    """Names of the samples."""
     losses: list[float] = field(default_factory=list)
+    """Loss of each micro-batch."""
     noise_levels: list[float] = field(default_factory=list)
+    """Noise level of each sample."""
 
 
 class NonFiniteGuard:
-    """Decides in all processes alike whether a step counts.
+    """Decide whether a step may change the weights. All processes reach the same decision.
 
-    A value that is not finite is never replaced: the step changes no weight, the run counts it, and
-    goes on with the next batch. After more than `most` such steps the run ends with a dump.
+    A step with a non-finite loss or gradient changes no weight. It is counted, and the run continues with the next
+    batch. After more than `most` such steps the run ends and writes a dump.
 
     Args:
-        folder: where the dump is written.
-        most: steps that may be skipped over the whole run, >= 0.
-        processes: the processes of the run.
-        counters: of the run; `skipped_steps` and `overflows` are kept there.
+        folder: folder for the dump.
+        most: number of steps that may be skipped over the whole run, >= 0.
+        processes: processes of the run.
+        counters: counters of the run. The guard stores `skipped_steps` and `overflows` there.
     """
 
     def __init__(
@@ -62,20 +65,21 @@ class NonFiniteGuard:
         named: Mapping[str, Tensor],
         loss_scale: float | None = None,
     ) -> bool:
-        """Return whether the step must not change the weights.
+        """Return True if the step must not change the weights.
 
         Args:
             step: index of the optimiser step.
-            loss: mean over all processes.
-            finite: whether the losses of all processes are finite; all processes have agreed on it.
-            gradient_norm: of all trained tensors, over all processes.
-            facts: of this process.
-            groups: optimiser groups, with `name` and `params`, for the dump.
+            loss: mean loss over all processes.
+            finite: True if the losses of all processes are finite. The same value in all processes.
+            gradient_norm: norm of all gradients over all processes.
+            facts: facts about the step in this process.
+            groups: optimiser groups with `name` and `params`, for the dump.
             named: trained tensors by name, for the dump.
-            loss_scale: of fp16; a gradient that overflows under a large scale is no fault, and is counted apart.
+            loss_scale: loss scale of fp16. Overflows under a scale above 1 are expected, and are counted as
+                `overflows` instead.
 
         Raises:
-            NonFiniteError: in every process, once more than `most` steps were skipped.
+            NonFiniteError: in every process, if more than `most` steps have been skipped.
         """
         if finite and math.isfinite(gradient_norm):
             return False
@@ -86,9 +90,10 @@ class NonFiniteGuard:
         if len(self.counters["skipped_steps"]) > self.most:
             path = self._dump(step, loss, gradient_norm, facts, groups, named)
             raise NonFiniteError(
-                f"loss or gradient not finite in {len(self.counters['skipped_steps'])} steps, the last one {step} "
-                f"(loss {loss}, gradient norm {gradient_norm}); max_nonfinite={self.most}. {path} has the batch, the noise "
-                "levels and the norms. A lower learning_rate or max_grad_norm, mixed_precision='bf16', or other data may help"
+                f"loss or gradient was not finite in {len(self.counters['skipped_steps'])} steps, more than "
+                f"max_nonfinite={self.most}. Last step: {step} (loss {loss}, gradient norm {gradient_norm}). {path} lists the "
+                "batch, noise levels and norms. Try a lower learning_rate or max_grad_norm, mixed_precision='bf16', or other "
+                "data"
             )
         return True
 
@@ -130,7 +135,7 @@ class NonFiniteGuard:
 
 @torch.no_grad()
 def group_norm(tensors: Sequence[Tensor | None], processes: Processes) -> float:
-    """Return the norm of tensors together; those that are None count as zero."""
+    """Return the joint norm of tensors over all processes. None counts as zero."""
     total = torch.zeros((), dtype=torch.float64)
     whole = torch.zeros((), dtype=torch.float64)
     for x in tensors:
@@ -149,7 +154,7 @@ def _finite(x: Tensor | None) -> bool:
 
 
 def jsonable(value: Any) -> Any:
-    """Return the value with the names of numbers that JSON does not have: "nan", "inf", "-inf"."""
+    """Return the value with non-finite floats replaced by "nan", "inf" and "-inf", which JSON can store."""
     if isinstance(value, dict):
         return {key: jsonable(x) for key, x in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""`RunLock`: one training run at a time in an output folder."""
+"""`RunLock`: allow only one training run at a time in an output folder."""
 
 import fcntl
 import json
@@ -11,17 +11,16 @@ FILE_NAME = ".lock"
 
 
 class RunLock:
-    """Lock of an output folder, released when its process ends, however that happens.
+    """Lock of an output folder. The operating system releases it when the process ends for any reason.
 
-    It is a lock of the operating system (`flock`) on `FILE_NAME`, not the existence of a file, so that nothing
-    has to be cleaned up after a crash. The file tells who holds it. On a network file system it works
-    where `flock` does, as on NFS since Linux 2.6.12.
+    The lock is an `flock` on the file `FILE_NAME`, so nothing has to be cleaned up after a crash. The file names the
+    process that holds the lock. Network file systems must support `flock`, as NFS does since Linux 2.6.12.
 
     Args:
-        folder: output folder of the run; must exist.
+        folder: output folder of the run. It must exist.
 
     Raises:
-        ValueError: another run holds the lock; the message names its process and machine.
+        ValueError: if another run holds the lock. The message names its process and machine.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,13 +32,13 @@ class RunLock:
             holder = self._holder()
             self._close()
             raise ValueError(
-                f"output_dir={str(folder)!r}: another run is training there ({holder}); accepted is another folder, "
-                "or this one once that run has ended"
+                f"output_dir={str(folder)!r}: another run is using this folder ({holder}); use another folder, or wait "
+                "until that run has ended"
             ) from None
         self._file.truncate(0)
         self._file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         self._file.flush()
-        # A child process that outlives the run, such as the service of a tracker, must not keep the lock.
+        # Child processes may outlive the run, such as a tracker service. They must not keep the lock.
         os.register_at_fork(after_in_child=self._close)
 
     def _holder(self) -> str:
@@ -57,7 +56,7 @@ class RunLock:
             file.close()
 
     def release(self) -> None:
-        """Release the lock, also for child processes that still have the file open. Twice is harmless."""
+        """Release the lock, also in child processes that have the file open. May be called twice."""
         if self._file is not None:
             fcntl.flock(self._file, fcntl.LOCK_UN)
         self._close()

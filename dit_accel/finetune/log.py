@@ -1,4 +1,4 @@
-"""`RunLog`: the log of a run: a JSON line for each step and validation, and the trackers."""
+"""`RunLog`: write one JSON line per step and validation, and send the values to the trackers."""
 
 import json
 import os
@@ -13,10 +13,10 @@ FILE_NAME = "log.jsonl"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a log; a last line that a killed process left unfinished is left out.
+    """Return the records of a log. An incomplete last line, left by a killed process, is ignored.
 
     Raises:
-        ValueError: another line is damaged.
+        ValueError: if any other line is damaged.
     """
     return list(_records(path))
 
@@ -34,19 +34,18 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class RunLog:
-    """Log of a run; only the main process writes.
+    """Log of a run. Only the main process writes the file.
 
-    Lines that a killed run wrote after its last checkpoint are removed when it goes on, so that each
-    step is there once.
+    A resumed run removes the lines after its checkpoint, so that the log contains each step once.
 
     Args:
         folder: output folder of the run.
-        is_main: whether this process writes.
-        after: (stage, step) of the checkpoint that the run goes on from; None: a new run.
-        stages: names of the stages in their order.
+        is_main: True if this process writes.
+        after: stage and step of the checkpoint from which the run resumes. None starts a new log.
+        stages: names of the stages in order.
 
     Attributes:
-        validated: (stage, step) of the validations that the log holds.
+        validated: stage and step of each validation in the log.
     """
 
     def __init__(
@@ -72,27 +71,27 @@ class RunLog:
         self._file = self.path.open("a", encoding="utf-8")
 
     def start_tracker(self, tracker: Callable[..., None] | None) -> None:
-        """Also send lines to a tracker from now on.
+        """Send all following values to a tracker too.
 
         Args:
-            tracker: takes values and `step`, as `accelerator.log` does; None: there is none.
+            tracker: function that takes a dict of values and `step`, such as `accelerator.log`. None for no tracker.
         """
         self._tracker = tracker
 
     def write(self, stage: str, step: int, values: dict[str, Any]) -> None:
-        """Add a line.
+        """Append a line to the log.
 
         Args:
             stage: "regression" or "distillation".
-            step: finished steps of this stage.
-            values: numbers by name; "a/b" groups them. Values that are not finite are kept as their names.
+            step: number of finished steps of the stage.
+            values: numbers by name. Names such as "a/b" form groups. Non-finite numbers are stored as strings.
 
         Raises:
-            RuntimeError: the line could not be written.
+            RuntimeError: if the line could not be written.
         """
         if self._file is not None:
             record = jsonable({"stage": stage, "step": step, **values})
-            with naming_failures("the last checkpoint is unharmed"):
+            with naming_failures("the last checkpoint is unchanged"):
                 self._file.write(json.dumps(record, allow_nan=False) + "\n")
                 self._file.flush()
         if self._tracker is not None:
@@ -100,17 +99,17 @@ class RunLog:
             self._tracker({f"{stage}/{key}": x for key, x in numbers.items()}, step=step)
 
     def sync(self) -> None:
-        """Bring the lines to the disk, before a checkpoint counts on them.
+        """Sync the log to the disk. Call it before writing a checkpoint.
 
         Raises:
-            RuntimeError: they could not be written.
+            RuntimeError: if the log could not be written.
         """
         if self._file is not None:
-            with naming_failures("the last checkpoint is unharmed"):
+            with naming_failures("the last checkpoint is unchanged"):
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the log file."""
         if self._file is not None:
             self._file.close()
             self._file = None

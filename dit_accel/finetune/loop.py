@@ -1,4 +1,4 @@
-"""`Loop`: the optimiser steps of the distillation stage."""
+"""`Loop`: run the optimiser steps of the distillation stage."""
 
 import math
 import time
@@ -18,26 +18,26 @@ from dit_accel.summaries import summary_of
 
 STAGE = "distillation"
 DETAILS_EVERY = 10
-"""Steps between measurements of updates; the first ones are all measured."""
+"""Interval in steps at which parameter updates are measured. The first `DETAILS_EVERY` steps are all measured."""
 PROBE_EVERY = 100
-"""Steps between losses of the first batch."""
+"""Interval in steps at which the loss on the first batch is measured."""
 LOSS, FINITE, STOP, DUE, TOKENS = range(5)
-"""Places of what processes tell each other in a step."""
+"""Indices of the values that processes exchange in each step."""
 
 
 class Loop:
-    """Steps from `start` to `parts.steps`, with checkpoints, validation and guards.
+    """Run the steps from `start` to `parts.steps`, with checkpoints, validation and guards.
 
     Args:
-        parts: what the steps work with.
-        start: finished steps.
+        parts: components of the run.
+        start: number of finished steps.
     """
 
     def __init__(self, parts: Parts, start: int = 0) -> None:
         self.parts, self.start = parts, start
         config, engine = parts.config, parts.engine
         self.processes = engine.processes
-        # accelerate's wrapper leaves out steps that overflow in fp16.
+        # The wrapper of accelerate skips steps that overflow in fp16.
         self.optimizer = engine.accelerator.prepare_optimizer(parts.state.optimizer)
         self.groups = parts.state.optimizer.param_groups
         self.parameters = list(parts.state.named.values())
@@ -53,14 +53,14 @@ class Loop:
         self.saved_at = time.monotonic()
 
     def run(self) -> None:
-        """Make all steps.
+        """Run all steps.
 
         Raises:
-            Interrupted: a signal came; the checkpoint of the last step is saved.
-            RuntimeError: nothing trains, or a file could not be written.
+            Interrupted: if a signal was received. A checkpoint of the last step has been saved.
+            RuntimeError: if no parameter trains, or if a file could not be written.
         """
         parts, last = self.parts, self.parts.steps
-        if self.saved is not None:  # a killed run may not have come to that
+        if self.saved is not None:  # the run may have been killed before it removed old checkpoints
             limit = parts.config.checkpoints_total_limit
             kept = checkpoint_path(parts.folder, self.saved)
             self.processes.main_only(lambda: prune(parts.folder, limit, keep=kept))
@@ -91,7 +91,7 @@ class Loop:
         raise Interrupted(self.parts.stop.name or "a signal to another process", path)
 
     def save(self, done: int) -> None:
-        """Write the checkpoint of a number of finished steps, unless it was just written."""
+        """Write a checkpoint after `done` finished steps, unless it has just been written."""
         if self.saved == done:
             return
         parts = self.parts
@@ -113,7 +113,7 @@ class Loop:
         self.saved, self.saved_at = done, time.monotonic()
 
     def _step(self, step: int) -> tuple[bool, bool]:
-        """Make a step; return whether to stop, and whether minutes ask for a checkpoint."""
+        """Run a step. Return (stop requested, checkpoint due by `checkpointing_minutes`)."""
         parts, config = self.parts, self.parts.config
         parts.meter.begin()
         topk = parts.topk_at(step)
@@ -122,8 +122,8 @@ class Loop:
         parts.sla.set_learning_step(step)
         facts, scalars = self._backward(step)
         norm = parts.engine.clip(self.parameters, config.max_grad_norm)
-        told, scalars = self._tell(facts, scalars)
-        loss = float(told[LOSS]) / self.processes.count
+        sums, scalars = self._exchange(facts, scalars)
+        loss = float(sums[LOSS]) / self.processes.count
         values = {**scalars, "loss": loss, "gradient_norm": norm}
         if topk is not None:
             values["topk"] = topk
@@ -131,17 +131,17 @@ class Loop:
         if density is not None:
             values["density"] = density
         self.movement.check_density(calls, lambda: _dense_reasons(parts.model))
-        values |= self._update(step, loss, norm, bool(told[FINITE] == self.processes.count), facts)
+        values |= self._update(step, loss, norm, bool(sums[FINITE] == self.processes.count), facts)
         if (step + 1) % PROBE_EVERY == 0 or step + 1 == parts.steps:
             values["probe_loss"] = self.probe.measure(step + 1)
             self.density.reset()
-        values |= parts.meter.end(int(told[TOKENS]))
+        values |= parts.meter.end(int(sums[TOKENS]))
         parts.log.write(STAGE, step + 1, values)
         parts.meter.show(values)
-        return bool(told[STOP]), bool(told[DUE])
+        return bool(sums[STOP]), bool(sums[DUE])
 
     def _backward(self, step: int) -> tuple[StepFacts, dict[str, float]]:
-        """Add up the gradients of a step; return its losses and the means of the named scalars."""
+        """Accumulate the gradients of a step. Return the facts of the step and the means of the scalars."""
         parts, count = self.parts, self.parts.config.gradient_accumulation_steps
         engine, model = parts.engine, parts.model
         model.train()
@@ -162,8 +162,10 @@ class Loop:
             parts.meter.count(batch)
         return facts, sums
 
-    def _tell(self, facts: StepFacts, scalars: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
-        """Exchange in one message what all processes have to agree on; return sums, and means of the scalars."""
+    def _exchange(
+        self, facts: StepFacts, scalars: dict[str, float]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Sum the values of all processes in one collective call. Return the sums and the means of the scalars."""
         config, loss = self.parts.config, sum(facts.losses) / len(facts.losses)
         minutes = config.checkpointing_minutes
         due = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
@@ -179,7 +181,7 @@ class Loop:
     def _update(
         self, step: int, loss: float, norm: float, finite: bool, facts: StepFacts
     ) -> dict[str, Any]:
-        """Change the weights, unless the step is skipped; return values for the log."""
+        """Update the weights unless the step is skipped. Return values for the log."""
         parts = self.parts
         values: dict[str, Any] = {}
         if not (finite and math.isfinite(norm)):
@@ -200,7 +202,7 @@ class Loop:
         if measured:
             self.updates.begin()
         if not skipped or (scale is not None and not math.isfinite(norm)):
-            self.optimizer.step()  # in fp16 the scaler skips, and lowers its scale
+            self.optimizer.step()  # on an fp16 overflow the scaler skips the update and lowers its scale
         elif scale is not None:
             parts.engine.accelerator.scaler.update()
         if not skipped and parts.state.ema is not None:
@@ -210,7 +212,7 @@ class Loop:
             self.movement.check_updates(step, updates, rates)
             values |= {f"update/{name}": x for name, x in updates.items()}
         with warnings.catch_warnings():
-            if skipped:  # torch takes a schedule that moves before the first update for a slip
+            if skipped:  # torch warns if the schedule advances before the first optimiser step
                 warnings.simplefilter("ignore")
             parts.state.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -224,7 +226,7 @@ class Loop:
 
 
 def noise_levels(parts: Parts, step: int) -> list[float]:
-    """Return the noise levels of this process in a step, by drawing them again."""
+    """Recompute and return the noise levels of this process in a step."""
     levels = []
     for micro in range(parts.config.gradient_accumulation_steps):
         latents = parts.feed.micro(step, micro).latents
@@ -233,5 +235,5 @@ def noise_levels(parts: Parts, step: int) -> list[float]:
 
 
 def _dense_reasons(transformer: nn.Module) -> dict[str, int]:
-    """Return dense calls by reason over all layers."""
+    """Return the number of dense attention calls by reason, over all layers."""
     return summary_of(transformer).dense_calls

@@ -1,4 +1,4 @@
-"""`estimate_memory`: the memory that a fine-tuning run needs on each device, before anything is loaded."""
+"""`estimate_memory`: estimate the memory of a fine-tuning run on each device without loading weights."""
 
 import copy
 from dataclasses import asdict, dataclass
@@ -15,35 +15,39 @@ from dit_accel.runtime.install import method_of
 from dit_accel.sampling.devices import DTYPES
 
 STATE_BYTES = {"adamw": 8, "prodigy": 16}
-"""Bytes of optimiser state for each value that trains, fp32."""
+"""Bytes of fp32 optimiser state per trained value."""
 STATE_BYTES_8BIT = 2
+"""Bytes of 8-bit optimiser state per trained value."""
 HALF = 2
 """Bytes of a value in bf16 or fp16."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each device. The sum is what a step needs at most; caches of the allocator are not part of it."""
+    """Bytes on each device by purpose. The sum is the peak of a step without the cache of the allocator."""
 
     weights: int
     """Weights and buffers of the transformer; with mixed precision also their copies in half precision."""
     gradients: int
+    """Gradients of the trained parameters."""
     optimizer: int
+    """State of the optimiser."""
     ema: int
+    """Moving average of the trained parameters; 0 without `use_ema`."""
     teacher: int
-    """Frozen copy of the transformer; 0 where the teacher is the student's own transformer."""
+    """Frozen copy of the transformer; 0 if the teacher shares the transformer of the student."""
     activations: int
-    """Kept for the backward pass of one micro-batch."""
+    """Activations kept for the backward pass of one micro-batch."""
     encoders: int
-    """Text encoders and VAE, which data and validation need."""
+    """Text encoders and VAE, which encode the data and decode validation samples."""
 
     @property
     def total(self) -> int:
-        """Sum of all parts."""
+        """Sum of all fields."""
         return sum(asdict(self).values())
 
     def to_dict(self) -> dict[str, int]:
-        """Return the parts and their sum, in bytes."""
+        """Return all fields and their sum, in bytes."""
         return {**asdict(self), "total": self.total}
 
 
@@ -56,15 +60,15 @@ def estimate_memory(
     encoders: int = 0,
     processes: int = 1,
 ) -> MemoryEstimate:
-    """Return the memory of one device.
+    """Return the estimated memory of one device.
 
     Args:
-        trainable: its transformer is on the device "meta", and prepared for training.
+        trainable: model whose transformer is on the meta device and prepared for training.
         trained: result of `parameters.prepare`.
-        config: options.
-        size: (frames, height, width) of the largest samples, in pixels.
+        config: options of the run.
+        size: (frames, height, width) of the largest samples in pixels.
         encoders: bytes of text encoders and VAE.
-        processes: devices that share the weights with `config.fsdp`.
+        processes: number of devices that share the weights with `config.fsdp`.
     """
     model = trainable.transformer
     sparse = method_of(model, "sla")
@@ -76,7 +80,7 @@ def estimate_memory(
     state = STATE_BYTES_8BIT if config.use_8bit_adam else STATE_BYTES[config.optimizer]
     weights = _bytes(model) // shares
     if whole and mixed:
-        # Autocast keeps the copies until the backward pass; FSDP gathers those of one block at a time.
+        # Autocast keeps half-precision copies until the backward pass. FSDP gathers one block at a time.
         weights += HALF * (_largest_block(trainable) if config.fsdp else values)
     teacher = 0
     if whole and config.loss != "diffusion":
@@ -97,7 +101,7 @@ def estimate_memory(
 def _activations(trainable: Trainable, config: FinetuneConfig, size: tuple[int, int, int]) -> int:
     frames, height, width = size
     if config.train == "all" and config.mixed_precision != "no":
-        # Weights are fp32 here; what autocast computes is close to what half weights compute.
+        # Autocast is approximated by a copy of the model with half-precision weights.
         trainable = copy.copy(trainable)
         trainable.transformer = copy.deepcopy(trainable.transformer)
         cast_weights(trainable.transformer, DTYPES[config.mixed_precision])

@@ -1,4 +1,4 @@
-"""The pipeline that is fine-tuned, and where its parts are."""
+"""Load the pipeline to fine-tune, and move its encoders between devices."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,13 +13,14 @@ from dit_accel.sampling.load import pipeline_class
 
 
 def load_model(config: Any, device: torch.device) -> Any:
-    """Load the pipeline without acceleration, its transformer on a device and the rest on the CPU.
+    """Load the pipeline without acceleration, with its transformer on `device` and all other models on the CPU.
 
-    The VAE is loaded in fp32, text encoders in the dtype of the computation, and the transformer in that of its
-    weights (`config.weights_dtype`).
+    The VAE is loaded in fp32, the text encoders in the dtype of the computation, and the transformer in
+    `config.weights_dtype`.
 
     Args:
         config: settings of the run (`FinetuneConfig`).
+        device: device of the transformer.
     """
     compute = "fp32" if config.mixed_precision == "no" else config.mixed_precision
     source = model_source(config.pretrained_model_name_or_path)
@@ -41,12 +42,12 @@ def load_model(config: Any, device: torch.device) -> Any:
 
 
 class Helpers:
-    """Text encoders and VAE of a pipeline, which are on the device only while they are needed.
+    """Text encoders and VAE of a pipeline, moved to the device only while they are needed.
 
     Args:
-        pipe: a pipeline; its transformer stays where it is.
-        device: where they work.
-        stay: leave them there, because training samples are encoded in every step.
+        pipe: a pipeline. Its transformer is not moved.
+        device: device on which the encoders run.
+        stay: keep the encoders on the device, because every step encodes training samples.
     """
 
     def __init__(self, pipe: Any, device: torch.device, *, stay: bool) -> None:
@@ -65,7 +66,7 @@ class Helpers:
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """Context manager in which the whole pipeline can be called."""
+        """Context manager that moves the encoders to the device, so that the whole pipeline can be called."""
         self._move(self.device)
         try:
             yield

@@ -1,4 +1,4 @@
-"""`check_model`: what a `FinetuneConfig` asks of a model and of this machine, checked before weights are read."""
+"""`check_model`: check a `FinetuneConfig` against the model, data and machine before weights are read."""
 
 import importlib.util
 import os
@@ -16,25 +16,23 @@ OPTIONAL = {
     "use_8bit_adam=True": ("bitsandbytes", "pip install bitsandbytes"),
     "instance_data_dir": ("av", "pip install dit-accel[train]"),
 }
-"""Packages that options need, and how to get them."""
+"""Packages that options need, with the command that installs them."""
 
 
 def check_model(config: Any, outline: Any, *, dry_run: bool = False) -> None:
-    """Check a config against the outline of its model; see `FinetuneConfig.check_early`.
+    """Check a config against the outline of its model. See `FinetuneConfig.check_early`.
 
     Raises:
-        ValueError: an option that the model or the machine does not accept.
+        ValueError: if the model or the machine does not support an option.
     """
     model = f"pretrained_model_name_or_path={config.pretrained_model_name_or_path!r}"
     family = family_name(outline, model)
     if config.family not in (None, family):
-        raise ValueError(
-            f"family={config.family!r}: these settings are for another family than {model}, which is {family!r}"
-        )
+        raise ValueError(f"family={config.family!r}: {model} belongs to the family {family!r}")
     _check_data(config, dry_run)
     _check_packages(config)
     for frames, height, width in config.sizes if config.precomputed_dir is None else []:
-        still = family != "wan" and frames == 1  # a bucket of images
+        still = family != "wan" and frames == 1  # image models take no num_frames
         given = {"num_frames": None if still else frames, "height": height, "width": width}
         try:
             outline.check_sizes(**{k: x for k, x in given.items() if x is not None})
@@ -51,7 +49,7 @@ def check_model(config: Any, outline: Any, *, dry_run: bool = False) -> None:
 def _check_data(config: Any, dry_run: bool) -> None:
     if not dry_run and config.instance_data_dir is config.precomputed_dir is config.prompts is None:
         raise ValueError(
-            "instance_data_dir=None, precomputed_dir=None, prompts=None: no data; accepted is one of them"
+            "instance_data_dir=None, precomputed_dir=None, prompts=None: no data; set one of these options"
         )
     for name in ("instance_data_dir", "precomputed_dir"):
         folder = getattr(config, name)
@@ -64,10 +62,10 @@ def _check_data(config: Any, dry_run: bool) -> None:
     resumed = config.resume_from_checkpoint
     if resumed not in (None, "latest") and not Path(resumed).is_dir():
         raise ValueError(
-            f"resume_from_checkpoint={resumed!r}: no such folder; accepted is 'latest' or the folder of a checkpoint"
+            f"resume_from_checkpoint={resumed!r}: no such folder; expected 'latest' or the folder of a checkpoint"
         )
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
-        raise ValueError(f"output_dir={config.output_dir!r}: is a file; accepted is a folder")
+        raise ValueError(f"output_dir={config.output_dir!r}: is a file; expected a folder")
 
 
 def _check_packages(config: Any) -> None:
@@ -76,7 +74,7 @@ def _check_packages(config: Any) -> None:
         on = getattr(config, name)
         wanted = on is not None and (not value or repr(on) == value)
         if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{option}: needs the package {package} ({how})")
+            raise ValueError(f"{option}: requires the package {package} ({how})")
 
 
 def _check_layers(config: Any, outline: Any, family: str) -> None:
@@ -88,16 +86,17 @@ def _check_layers(config: Any, outline: Any, family: str) -> None:
         raise ValueError(f"sla.{error}") from None
     cls = outline.transformer_class
     if config.gradient_checkpointing and not cls._supports_gradient_checkpointing:
-        raise ValueError(f"gradient_checkpointing=True: {cls.__name__} of diffusers has none")
+        raise ValueError(
+            f"gradient_checkpointing=True: {cls.__name__} of diffusers does not support gradient checkpointing"
+        )
     if config.train == "lora" and not hasattr(cls, "add_adapter"):
         raise ValueError(
-            f"train='lora': {cls.__name__} of diffusers takes no adapters; accepted is 'all' or 'sla'"
+            f"train='lora': {cls.__name__} of diffusers does not support adapters; use 'all' or 'sla'"
         )
 
 
 def _check_processes(config: Any) -> None:
     if config.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise ValueError(
-            "fsdp=True: one process cannot shard weights; start several with torchrun, as in "
-            "finetune/run_8gpu.sh"
+            "fsdp=True: sharding needs several processes; start them with torchrun, as in finetune/run_8gpu.sh"
         )

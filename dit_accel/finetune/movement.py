@@ -1,4 +1,4 @@
-"""Checks that training changes something: updates of each group, realised density, the loss of the first batch."""
+"""Check that training has an effect: parameter updates, realised density and the loss on the first batch."""
 
 import math
 import warnings
@@ -12,20 +12,20 @@ from dit_accel.finetune.processes import Processes
 from dit_accel.finetune.shards import local_part
 
 SAMPLES = 4096
-"""Values of each tensor that the update norm is measured with."""
+"""Largest number of values per tensor that `UpdateMeter` compares."""
 LEAST_MOVEMENT = 1e-6
-"""Relative change of the first batch's loss below which it has not moved."""
+"""Smallest relative change of the loss on the first batch that counts as a change."""
 
 
 class UpdateMeter:
-    """Size of the last update of each parameter group, relative to its weights.
+    """Measure the size of an update of each parameter group, relative to its weights.
 
-    It compares evenly spaced values of each tensor, so that no second copy of a large model is needed; tensors of
-    up to `SAMPLES` values count whole.
+    The meter compares at most `SAMPLES` evenly spaced values of each tensor, so that it needs no second copy of a
+    large model.
 
     Args:
         groups: optimiser groups with `name` and `params`.
-        processes: the processes of the run.
+        processes: processes of the run.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], processes: Processes) -> None:
@@ -35,14 +35,14 @@ class UpdateMeter:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Note the weights before an update."""
+        """Record the weights before an update."""
         self._before = {
             name: [_sample(x).clone() for x in params] for name, params in self.groups.items()
         }
 
     @torch.no_grad()
     def end(self) -> dict[str, float]:
-        """Return by group: norm of the update since `begin`, over the norm of the weights before."""
+        """Return the norm of the update since `begin` divided by the norm of the weights, by group."""
         updates = {}
         for name, params in self.groups.items():
             sums = torch.zeros(2, dtype=torch.float64)
@@ -51,7 +51,7 @@ class UpdateMeter:
                 difference = (_sample(x).double() - before.double()).square().sum()
                 sums += share * torch.stack([difference, before.double().square().sum()]).cpu()
             update, weights = self.processes.sum(sums).sqrt().tolist()
-            # Weights that begin at zero have no relative update: the update itself tells.
+            # Weights that are all zero have no relative update. Report the absolute update instead.
             updates[name] = update / weights if weights else update
         self._before = {}
         return updates
@@ -63,10 +63,10 @@ def _sample(x: Tensor) -> Tensor:
 
 
 class DensityMeter:
-    """Realised density of sparse attention between two readings, from its own counts.
+    """Measure the realised density of sparse attention between two readings.
 
     Args:
-        sla: the installed `SparseAttention`.
+        sla: the installed `SparseAttention`, whose counters are read.
     """
 
     def __init__(self, sla: Any) -> None:
@@ -74,19 +74,17 @@ class DensityMeter:
         self._last: dict[str, tuple[Tensor, Tensor]] = {}
 
     def reset(self) -> None:
-        """Leave out what was counted until now, such as a validation run."""
+        """Ignore everything counted so far, such as the calls of a validation."""
         for name, layer in self.sla.layers.items():
             self._last[name] = (layer.tally, layer.tally.clone())
 
     def read(self, processes: Processes) -> tuple[int, float | None]:
-        """Return sparse calls since the last reading, and their density; None without any."""
+        """Return the number of sparse calls since the last reading, and their density, or None without calls."""
         new = []
         for name, layer in self.sla.layers.items():
             last = self._last.get(name)
             if last is None or last[0] is not layer.tally:
-                new.append(
-                    layer.tally
-                )  # counts of another run are another tensor, and begin at zero
+                new.append(layer.tally)  # the counter was replaced and restarted at zero
             else:
                 new.append(layer.tally - last[1])
         self.reset()
@@ -96,10 +94,10 @@ class DensityMeter:
 
 
 class MovementGuard:
-    """Ends a run in which nothing trains, with the reason.
+    """Raise an error if nothing trains or if no layer runs sparse.
 
     Args:
-        scheduled: whether some layer may run sparse.
+        scheduled: True if at least one layer may run sparse.
     """
 
     def __init__(self, *, scheduled: bool) -> None:
@@ -109,15 +107,15 @@ class MovementGuard:
     def check_updates(
         self, step: int, updates: Mapping[str, float], rates: Mapping[str, float]
     ) -> None:
-        """Check the first update at a learning rate above zero.
+        """Check the first update that has a learning rate above zero. Warn about groups that did not change.
 
         Args:
-            step: index of the step, for the message.
-            updates: as `UpdateMeter.end` returns them.
-            rates: learning rate of each group in that update.
+            step: index of the step, for messages.
+            updates: result of `UpdateMeter.end`.
+            rates: learning rate of each group in this update.
 
         Raises:
-            RuntimeError: no group changed although it has a learning rate.
+            RuntimeError: if no group with a learning rate above zero changed.
         """
         if self._checked_updates or not any(rates.values()):
             return
@@ -126,7 +124,7 @@ class MovementGuard:
         if len(still) == sum(1 for x in rates.values() if x):
             raise RuntimeError(
                 f"nothing trains: step {step} changed no parameter of the groups {', '.join(still)}. Their gradients are "
-                "zero or they do not take part in the loss"
+                "zero, or the loss does not depend on them"
             )
         for name in still:
             warnings.warn(
@@ -135,14 +133,14 @@ class MovementGuard:
             )
 
     def check_density(self, calls: int, reasons: Callable[[], Mapping[str, int]]) -> None:
-        """Check the first step.
+        """Check that sparse attention ran in the first step.
 
         Args:
-            calls: sparse attention calls of the step.
-            reasons: returns dense calls by reason.
+            calls: number of sparse attention calls in the step.
+            reasons: function that returns the number of dense calls by reason.
 
         Raises:
-            RuntimeError: every layer ran dense, so that the run would train dense attention.
+            RuntimeError: if every layer ran dense, because the run would train dense attention.
         """
         if self._checked_density:
             return
@@ -151,11 +149,12 @@ class MovementGuard:
             return
         why = ", ".join(f"{name} ({count} calls)" for name, count in reasons().items())
         raise RuntimeError(
-            f"sla: no layer ran sparse in the first step ({why or 'attention was not called'}), so that dense attention "
-            "would be trained; accepted with crossover='never', with longer samples, or with fewer dense_layers"
+            f"sla: no layer ran sparse in the first step ({why or 'attention was not called'}), so the run would train "
+            "dense attention; use crossover='never', longer samples, or fewer dense_layers"
         )
 
 
 def has_moved(first: float, now: float) -> bool:
-    """Whether the loss of the same batch and noise has changed since the run began."""
+    """Return True if the loss on the same batch and noise has changed since the start of the run."""
+
     return not math.isclose(first, now, rel_tol=LEAST_MOVEMENT, abs_tol=0.0)

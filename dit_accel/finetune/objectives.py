@@ -1,4 +1,4 @@
-"""`Objective`: noise levels, and the losses that a student is trained with."""
+"""`Objective`: draw noise levels and compute the training loss of the student."""
 
 from typing import Any
 
@@ -17,25 +17,25 @@ from dit_accel.finetune.families.base import Trainable
 from dit_accel.finetune.teacher import Teacher
 
 LOWEST_SIGMA = 1e-3
-"""Lowest noise level, the last but one of a scheduler with 1,000 timesteps."""
+"""Lowest noise level: the lowest level above 0 of a scheduler with 1,000 timesteps."""
 DROPOUT, DIFFUSION_WEIGHT = 0.1, 0.5
 """Defaults of `caption_dropout` and `diffusion_weight`."""
 
 
 class Objective:
-    """The loss of one micro-batch.
+    """Loss of one micro-batch.
 
-    Noise, noise level and dropout of row r depend on the seed, the step and the place of the row in the global
-    batch, and on nothing else: results do not change with the number of processes, with accumulation or with resuming.
+    Noise, noise level and caption dropout of a row depend only on the seed, the step and the index of the row in the
+    global batch. Results therefore do not change with the number of processes, gradient accumulation or resuming.
 
     Args:
-        config: options.
-        trainable: turns predictions into velocities.
-        teacher: the dense model. None: accepted with loss="diffusion".
+        config: options of the run.
+        trainable: model that predicts velocities.
+        teacher: the dense model. May be None with loss="diffusion".
         null_conditions: conditions of the empty caption, one row (`Trainable.encode_null`).
 
     Raises:
-        ValueError: a loss that needs a teacher, without one.
+        ValueError: if the loss needs a teacher and `teacher` is None.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Objective:
         null_conditions: dict[str, Tensor],
     ) -> None:
         if teacher is None and config.loss != "diffusion":
-            raise ValueError(f"teacher=None: loss={config.loss!r} needs one")
+            raise ValueError(f"teacher=None: loss={config.loss!r} requires a teacher")
         self.config = config
         self.trainable = trainable
         self.teacher = teacher
@@ -59,18 +59,18 @@ class Objective:
     def __call__(
         self, model: Any, batch: Batch, *, step: int, first: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean loss over the rows, and scalars for the log.
+        """Return the mean loss over all rows, and scalars for the log.
 
         Args:
-            model: the student: the transformer or a wrapper of it.
+            model: the student: the transformer, or a wrapper around it.
             batch: clean latents and conditions.
-            step: optimiser step.
-            first: place of the first row in the global batch of the step.
+            step: index of the optimiser step.
+            first: index of the first row in the global batch of the step.
 
         Returns:
-            The loss, and detached scalars: "loss", "sigma" (mean noise level), and of the losses that are used
-            "distillation" and "diffusion", each weighted as in the loss, and "relative_error" (squared error over
-            the square of the teacher's velocity).
+            The loss and a dict of detached scalars: "loss", "sigma" (mean noise level), the used terms "distillation"
+            and "diffusion" with the weights of the weighting scheme, and "relative_error" (squared error divided by
+            the squared velocity of the teacher).
         """
         sigmas, noise, dropped = self.draw(batch.latents, step, first)
         latents = batch.latents.float()
@@ -102,13 +102,13 @@ class Objective:
     def draw(
         self, latents: Float[Tensor, "b c *thw"], step: int, first: int
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b c *thw"], Tensor]:
-        """Return noise levels `[B]`, noise, and which captions are dropped, bool `[B]`."""
+        """Return noise levels `[B]`, noise, and a bool mask `[B]` of the captions to drop."""
         sigmas, noise, dropped = [], [], []
         for row in range(len(latents)):
             generator = row_generator(self.config.seed, step, first + row)
             sigmas.append(self._sigma(generator))
             dropped.append(torch.rand((), generator=generator) < self.dropout)
-            # On the CPU in fp32, so that it is the same on every device.
+            # Draw on the CPU in fp32, so that the noise is equal on all devices.
             noise.append(torch.randn(latents.shape[1:], generator=generator))
         device = latents.device
         return (
@@ -132,14 +132,14 @@ class Objective:
         return shifted.clamp(LOWEST_SIGMA, 1)
 
     def without_captions(self, conditions: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
-        """Return the conditions with those of the empty caption in the rows that are dropped.
+        """Return the conditions with the empty caption in the dropped rows.
 
         Args:
-            conditions: one row for each sample.
-            dropped: bool `[B]`.
+            conditions: conditions, one row per sample.
+            dropped: bool mask `[B]` of the rows to replace.
 
         Raises:
-            ValueError: conditions of another shape than those of the empty caption.
+            ValueError: if the shapes differ from the shapes of the empty caption.
         """
         if not self.dropout:
             return conditions
@@ -150,12 +150,12 @@ class Objective:
         }
 
     def _null_like(self, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the conditions of the empty caption on the device and in the dtype of others, one row each."""
+        """Return the conditions of the empty caption with the device and dtype of `conditions`."""
         shapes = {name: tuple(x.shape[1:]) for name, x in conditions.items()}
         null = {name: tuple(x.shape[1:]) for name, x in self.null_conditions.items()}
         if shapes != null:
             raise ValueError(
-                f"null_conditions: {null}; the captions have {shapes}. Both have to be encoded with the same "
+                f"null_conditions: shapes {null}; expected the shapes of the captions, {shapes}. Encode both with the same "
                 "max_sequence_length"
             )
         return {name: self.null_conditions[name].to(x) for name, x in conditions.items()}
@@ -166,7 +166,7 @@ class Objective:
         sigmas: Float[Tensor, " b"],
         conditions: dict[str, Tensor],
     ) -> Float[Tensor, "b c *thw"]:
-        """Return the teacher's velocity, guided with targets="guided"."""
+        """Return the velocity of the teacher. With targets="guided" it is the guided velocity."""
         assert self.teacher is not None
         velocity = self.teacher.velocity(self.trainable, noisy, sigmas, conditions)
         if self.config.targets != "guided":
@@ -181,7 +181,7 @@ class Objective:
 
 
 def row_generator(seed: int, step: int, row: int) -> torch.Generator:
-    """Return the generator of one row of the global batch of an optimiser step, on the CPU."""
+    """Return a seeded CPU generator for one row of the global batch of a step."""
     words = np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]) & (2**63 - 1))
 

@@ -1,4 +1,4 @@
-"""The optimiser of a run."""
+"""Create the optimiser of a run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,14 +7,14 @@ import torch
 
 
 def make_optimizer(config: Any, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return the optimiser that the settings ask for.
+    """Return the optimiser for the settings of a run.
 
     Args:
         config: settings of the run (`FinetuneConfig`).
         groups: parameter groups with `name`, `params`, `lr` and `weight_decay`.
 
     Raises:
-        ValueError: the optional package of the optimiser is not installed.
+        ValueError: if the package of the optimiser is not installed.
     """
     options: dict[str, Any] = {
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -36,5 +36,5 @@ def _imported(module: str, name: str, option: str) -> Any:
     except ImportError as error:
         package = module.partition(".")[0]
         raise ValueError(
-            f"{option}: needs the package {package} (pip install {package}), which cannot be imported ({error})"
+            f"{option}: requires the package {package} (pip install {package}), which cannot be imported ({error})"
         ) from None

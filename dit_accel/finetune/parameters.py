@@ -1,4 +1,4 @@
-"""`prepare`: install sparse attention on a transformer, and decide which of its parameters train."""
+"""`prepare`: install sparse attention on a transformer, and select the parameters to train."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,37 +16,36 @@ from dit_accel.runtime.install import method_of
 ADAPTER = "default"
 """Name of the adapter that train="lora" adds."""
 DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-"""Modules whose `weight` decays."""
+"""Modules whose `weight` has weight decay."""
 
 
 @dataclass
 class Trained:
-    """Parameters that train."""
+    """Parameters to train."""
 
     groups: list[dict[str, Any]]
-    """Groups for an optimiser, none of them empty: "name", "params", "lr", "weight_decay". The names are "weights"
-    (matrices of the model or of adapters), "biases_norms" (what else of the model trains) and "sla" (sparse
-    attention)."""
+    """Non-empty optimiser groups with "name", "params", "lr" and "weight_decay". The names are "weights" (matrices of the
+    model or of adapters), "biases_norms" (all other parameters of the model) and "sla" (sparse attention)."""
     named: dict[str, nn.Parameter]
     """The same parameters by their name in the transformer, in the order of the groups."""
 
 
 def prepare(transformer: Any, config: FinetuneConfig) -> Trained:
-    """Install sparse attention, add adapters where asked, and freeze every other parameter.
+    """Install sparse attention, add adapters with train="lora", and freeze all parameters that do not train.
 
-    Parameters that no loss reaches do not train, so that DistributedDataParallel needs no search for them: the
-    weights of sparse attention in dense layers, and those that the model never reads. What trains is cast to fp32.
+    Parameters that receive no gradient are frozen too, because DistributedDataParallel would wait for them: the
+    weights of sparse attention in dense layers, and parameters that the model never reads. Trained parameters are
+    cast to fp32.
 
     Args:
         transformer: the transformer of a pipeline, without acceleration.
-        config: options.
+        config: options of the run.
 
     Returns:
-        The parameters that train, in a fixed order.
+        The parameters to train, in a fixed order.
 
     Raises:
-        ValueError: a model that is not supported, modules of `lora_layers` that it does not have, or nothing to
-            train.
+        ValueError: if the model is not supported, if it lacks a module of `lora_layers`, or if no parameter trains.
     """
     family = trainable_class(transformer)
     control.enable(transformer, sla=config.sla_config)
@@ -63,28 +62,28 @@ def prepare(transformer: Any, config: FinetuneConfig) -> Trained:
     trained = _grouped(transformer, config)
     if not trained.named:
         raise ValueError(
-            f"train={config.train!r}: no parameter trains; sla.dense_layers={config.sla['dense_layers']} leaves no layer "
-            "sparse"
+            f"train={config.train!r}: no parameter trains, because sla.dense_layers={config.sla['dense_layers']} makes every "
+            "layer dense; use fewer dense layers"
         )
     return trained
 
 
 def add_adapters(transformer: Any, config: FinetuneConfig, default: tuple[str, ...]) -> None:
-    """Add low-rank adapters, which compute nothing at first.
+    """Add low-rank adapters. Their initial output is zero.
 
     Args:
-        transformer: a model of diffusers that takes adapters.
-        config: `rank`, `lora_alpha` and `lora_layers` are read; the seed decides the initial values.
-        default: names of modules for `lora_layers=None`.
+        transformer: a diffusers model that supports adapters.
+        config: options of the run: `rank`, `lora_alpha`, `lora_layers`, and `seed` for the initial values.
+        default: names of the modules that get adapters with `lora_layers=None`.
 
     Raises:
-        ValueError: no module has one of the names.
+        ValueError: if peft is not installed, or if no linear layer has one of the names.
     """
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError(
-            "train='lora': needs the package peft (pip install dit-accel[train])"
+            "train='lora': requires the package peft (pip install dit-accel[train])"
         ) from error
     names = default
     if config.lora_layers is not None:
@@ -104,7 +103,7 @@ def _check_adapted(transformer: nn.Module, names: tuple[str, ...], given: str) -
         if not any(x == name or x.endswith(f".{name}") for x in linear):
             ends = sorted({x.split(".")[-1] for x in linear if not x[-1].isdigit()})
             raise ValueError(
-                f"lora_layers={given!r}: no linear layer is called {name!r}; accepted are names or endings of names, "
+                f"lora_layers={given!r}: no linear layer is named {name!r}; expected full names or endings of names, "
                 f"such as {', '.join(ends)}"
             )
 
@@ -136,7 +135,7 @@ def _grouped(transformer: nn.Module, config: FinetuneConfig) -> Trained:
 
 
 def _parameters(transformer: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """Yield name and parameter, each parameter once, and whether it is a matrix that decays."""
+    """Yield (name, parameter, has weight decay) for each distinct parameter."""
     seen = set()
     for prefix, module in transformer.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):

@@ -1,4 +1,4 @@
-"""`Parts`: what the steps of training work with."""
+"""`Parts`: components of a training run that its steps use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from dit_accel.finetune.stop import StopRequest
 
 @dataclass
 class Parts:
-    """What the steps work with. Everything here is made before the first step."""
+    """Components of a training run. All of them are created before the first step."""
 
     config: Any
-    """`FinetuneConfig`."""
+    """Settings of the run (`FinetuneConfig`)."""
     folder: Path
     """Output folder of the run."""
     engine: Engine
     model: nn.Module
-    """The transformer as the loss calls it."""
+    """The wrapped transformer, which the loss calls."""
     objective: Any
-    """`Objective`."""
+    """Loss of the run (`Objective`)."""
     feed: Feed
     state: TrainingState
     log: RunLog
@@ -36,12 +36,12 @@ class Parts:
     sla: Any
     """Installed sparse attention."""
     topk_at: Callable[[int], float | None]
-    """topk of a step; None: as it is."""
+    """Function that returns topk for a step, or None without annealing."""
     saved_config: dict[str, Any]
-    """Settings in checkpoints, as plain values."""
+    """Settings that checkpoints store, as plain values."""
     samples_sha256: str
-    """Hash of the training samples' names, with which another folder of data is noticed."""
+    """Hash of the names of the training samples. A resumed run compares it with its own samples."""
     steps: int
-    """Steps of the whole stage."""
+    """Number of steps of the stage."""
     validate: Callable[[int], bool] | None = None
-    """Makes the validation samples after a number of steps, if they are due; returns False if a signal cut it short."""
+    """Function that validates after a number of steps if a validation is due. Returns False if a signal interrupted it."""

@@ -1,4 +1,4 @@
-"""`Processes`: the processes of a training run, and the values that they exchange."""
+"""`Processes`: collective operations over the processes of a training run."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,12 +11,12 @@ Answer = TypeVar("Answer")
 
 
 class Processes:
-    """Rank, number of processes, and the few collective calls that training needs.
+    """Rank, number of processes, and the collective operations of training.
 
-    Without `torch.distributed` there is one process and every call is local.
+    Without an initialised `torch.distributed` there is one process, and every operation is local.
 
     Args:
-        device: device of the tensors that are exchanged.
+        device: device of the exchanged tensors.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -27,11 +27,11 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files of the run."""
+        """True if this process writes the files of the run."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the value of every process, by rank. Plain Python values only."""
+        """Return the values of all processes, sorted by rank. The values must be plain Python objects."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -47,36 +47,36 @@ class Processes:
         return total
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over all processes; `values` itself if there is one."""
+        """Return the mean over all processes. A single process returns `values` itself."""
         return values if self.count == 1 else self.sum(values) / self.count
 
     @torch.no_grad()
     def copy_from_main(self, tensors: list[Tensor]) -> None:
-        """Overwrite tensors with those of the main process."""
+        """Overwrite tensors with the values of the main process."""
         if self.count > 1:
             for x in tensors:
                 dist.broadcast(x, src=0)
 
     def barrier(self) -> None:
-        """Wait for all processes."""
+        """Wait until all processes have reached this call."""
         if self.count > 1:
             dist.barrier()
 
     def together(self, action: Callable[[], Answer]) -> list[Answer]:
-        """Run an action in every process; return the results by rank.
+        """Run an action in every process, and return the results sorted by rank.
 
-        If it fails in one process it fails in all of them, so that none waits for the others forever.
+        An error in one process raises an error in all of them, so that no process waits forever.
 
         Raises:
             Exception: the error of this process.
-            OSError, ValueError, RuntimeError: the error of the first other process that failed. An error of another
-                class becomes a RuntimeError.
+            OSError, ValueError, RuntimeError: the error of the first other process that failed. Errors of other
+                classes are raised as RuntimeError.
         """
         error: Exception | None = None
         result: Any = None
         try:
             result = action()
-        except Exception as caught:  # whatever it is, the others wait for an answer
+        except Exception as caught:  # report every error, because other processes wait in `gather`
             error = caught
         found = self.gather((result, None if error is None else (type(error).__name__, str(error))))
         if error is not None:
@@ -90,9 +90,9 @@ class Processes:
         return [answer for answer, _ in found]
 
     def main_only(self, action: Callable[[], Answer]) -> Answer:
-        """Run an action in the main process; return its result in all of them.
+        """Run an action in the main process, and return its result in every process.
 
         Raises:
-            Exception: it failed, in every process; see `together`.
+            Exception: in every process, if the action fails. See `together`.
         """
         return self.together(lambda: action() if self.is_main else None)[0]  # type: ignore[return-value]

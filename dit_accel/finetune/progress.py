@@ -1,4 +1,4 @@
-"""`StepMeter`: time, tokens and memory of steps, and the progress bar."""
+"""`StepMeter`: measure time, tokens and memory of steps, and show a progress bar."""
 
 import math
 import time
@@ -15,18 +15,19 @@ SHOWN = {
     "density": "{:.3f}",
     "tokens_per_second": "{:.0f}",
 }
-"""Values of the progress bar, with their formats."""
+"""Values in the progress bar, with their formats."""
 
 
 class StepMeter:
-    """Measures steps and shows them.
+    """Measure the steps of a run, and show them in a progress bar.
 
     Args:
-        patch_size: latents a token, as the transformer's config has it: (t, h, w), or one number for h and w.
+        patch_size: patch size in the config of the transformer: (t, h, w), or one number for h and w.
         device: device whose memory is reported.
-        total, start: steps of the run, and those that are finished.
-        shown: whether to show a progress bar on stderr.
-        counters: of the run; `seconds` is kept there.
+        counters: counters of the run. The meter stores `seconds` there.
+        total: number of steps of the run.
+        start: number of finished steps.
+        shown: show a progress bar on stderr.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class StepMeter:
         self.bar = tqdm(total=total, initial=start, desc="training", unit="step", disable=not shown)
 
     def begin(self) -> None:
-        """Begin a step."""
+        """Start measuring a step."""
         self._began, self.tokens = time.perf_counter(), 0
 
     def count(self, batch: Batch) -> None:
@@ -58,13 +59,13 @@ class StepMeter:
         self.tokens += len(batch) * math.prod(batch.latents.shape[2:]) // self.patch
 
     def end(self, tokens: int) -> dict[str, float]:
-        """End a step.
+        """Finish measuring a step.
 
         Args:
-            tokens: image tokens of all processes in the step.
+            tokens: number of image tokens of all processes in the step.
 
         Returns:
-            `seconds` and `tokens_per_second` of the step, and `memory_gib`, the most memory of this process so far.
+            `seconds` and `tokens_per_second` of the step, and `memory_gib`, the peak memory of this process so far.
         """
         seconds = time.perf_counter() - self._began
         self.counters["seconds"] += seconds
@@ -73,7 +74,7 @@ class StepMeter:
         return values if memory is None else values | {"memory_gib": memory / 2**30}
 
     def show(self, values: dict[str, Any]) -> None:
-        """Advance the progress bar and show values of a step."""
+        """Advance the progress bar by one step, and show the values of the step."""
         shown = {
             name: form.format(values[name])
             for name, form in SHOWN.items()
@@ -90,15 +91,15 @@ class StepMeter:
 
 
 def memory_used(device: torch.device) -> int | None:
-    """Return the most bytes in use so far: of the GPU, or of this process; None where the system does not tell."""
+    """Return the peak memory in bytes of the GPU, or of this process on a CPU. None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:
         return None
-    # KiB on Linux, bytes on macOS.
     import sys
 
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,4 +1,4 @@
-"""Recipes: named YAML files with the options of a fine-tuning run, and options that override them."""
+"""Recipes: YAML files with the options of a fine-tuning run, and command-line options that override them."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ REPLACES = {
     "instance_data_dir": ("precomputed_dir", "prompts"),
     "precomputed_dir": (
         *("instance_data_dir", "prompts", *SIZES, "buckets"),
-        "max_sequence_length",  # the data has its own
+        "max_sequence_length",  # fixed by the precomputed data
     ),
     "prompts": ("instance_data_dir", "precomputed_dir"),
     "buckets": SIZES,
@@ -25,7 +25,7 @@ REPLACES = {
     "stages": ("regression_topk", "topk_start", "anneal_steps"),
     "lr_scheduler": ("lr_warmup_steps",),
 }
-"""An override of the first option discards what a recipe says about the others, which would contradict it."""
+"""An override of the key removes the listed options of a recipe, because they would contradict the override."""
 TEACHER_OPTIONS = ("num_teacher_samples", "teacher_num_inference_steps", "teacher_guidance_scale")
 """Options that need `prompts`."""
 AT_MOST_ALL_STEPS = ("lr_warmup_steps", "anneal_steps")
@@ -33,7 +33,7 @@ AT_MOST_ALL_STEPS = ("lr_warmup_steps", "anneal_steps")
 
 
 def recipe_folder() -> Path:
-    """Return the folder of the named recipes: among the assets of a wheel, else finetune/ of a checkout."""
+    """Return the folder of the named recipes: an asset of the wheel, or finetune/ in a checkout."""
     try:
         return asset("recipes")
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def recipe_folder() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the package."""
+    """Return the names of the recipes shipped with the package."""
     return sorted(x.stem for x in recipe_folder().glob("*.yaml"))
 
 
@@ -49,10 +49,11 @@ def find_recipe(source: str | os.PathLike) -> Path:
     """Return the path of a recipe.
 
     Args:
-        source: a name ("tiny-wan-sla"), or the path of a YAML file, which goes before a name.
+        source: path of a YAML file, or name of a shipped recipe such as "tiny-wan-sla". An existing file takes
+            precedence.
 
     Raises:
-        ValueError: neither.
+        ValueError: if there is no such file or recipe.
     """
     path = Path(source)
     if path.is_file():
@@ -61,7 +62,7 @@ def find_recipe(source: str | os.PathLike) -> Path:
     if str(source) in names:
         return recipe_folder() / f"{source}.yaml"
     raise ValueError(
-        f"config={str(source)!r}: no such recipe or file{suggest(str(source), names)}; accepted are "
+        f"config={str(source)!r}: no such recipe or file{suggest(str(source), names)}; expected "
         f"{', '.join(names)}, or the path of a YAML file"
     )
 
@@ -70,15 +71,15 @@ def read_recipe(source: str | os.PathLike) -> dict[str, Any]:
     """Return the options that a recipe sets.
 
     Args:
-        source: as in `find_recipe`.
+        source: name or path of the recipe, see `find_recipe`.
 
     Raises:
-        ValueError: no such recipe, or one with an unknown key or a value that is not accepted.
+        ValueError: if there is no such recipe, or if it has an unknown key or an invalid value.
     """
     path = find_recipe(source)
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: accepted is a mapping of options of `dit-accel finetune`")
+        raise ValueError(f"{path}: expected a mapping of options of `dit-accel finetune`")
     try:
         FinetuneConfig.from_dict(values)
     except ValueError as error:
@@ -87,14 +88,15 @@ def read_recipe(source: str | os.PathLike) -> dict[str, Any]:
 
 
 def override(recipe: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a recipe with others in their place.
+    """Return the options of a recipe after applying overrides.
 
-    An override discards options of the recipe that belong to what it replaces: another source of data, say,
-    discards that of the recipe. Fewer steps than the recipe's warm-up or annealing shorten these.
+    An override also removes options of the recipe that depend on the replaced value (`REPLACES`). For example, a new
+    source of data removes the source of the recipe. If `max_train_steps` is smaller than the warm-up or annealing of
+    the recipe, these are shortened.
 
     Args:
         recipe: result of `read_recipe`.
-        overrides: options by name; those of "sla" replace single fields.
+        overrides: options by name. Entries of "sla" replace single fields of `SLAConfig`.
     """
     merged = dict(recipe)
     for name in overrides:
@@ -117,13 +119,13 @@ def override(recipe: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any
 def load_config(
     source: str | os.PathLike, overrides: dict[str, Any] | None = None
 ) -> FinetuneConfig:
-    """Return the config of a recipe.
+    """Return the config of a recipe with overrides.
 
     Args:
-        source: as in `find_recipe`.
-        overrides: options that replace those of the recipe, as in `override`.
+        source: name or path of the recipe, see `find_recipe`.
+        overrides: options that replace options of the recipe, see `override`.
 
     Raises:
-        ValueError: a bad recipe or override.
+        ValueError: if the recipe or an override is invalid.
     """
     return FinetuneConfig.from_dict(override(read_recipe(source), overrides or {}))

@@ -1,4 +1,4 @@
-"""`regress`: stage (a) of fine-tuning, which fits the weights of sparse attention to dense attention, layer by layer."""
+"""`regress`: regression stage of fine-tuning, which fits sparse attention to the dense attention of each layer."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,23 +16,25 @@ from dit_accel.finetune.processes import Processes
 from dit_accel.sla import SparseAttention, SparseLinearAttention
 
 LOGIT_RATE = 10.0
-"""Factor of the learning rate of `alpha_logit`: logits move by whole units, entries of matrices by hundredths."""
+"""Factor of the learning rate of `alpha_logit`: logits change by whole units, entries of matrices by hundredths."""
 Batches = Callable[[int], Batch]
+"""Function that returns the batch of a step."""
 OnStep = Callable[[int, dict[str, float]], None]
+"""Function that is called with the index of a step and its scalars."""
 
 
 @dataclass
 class Regression:
-    """Outcome of the regression."""
+    """Result of the regression stage."""
 
     before: dict[str, float]
-    """Relative error of each layer's attention output before the first step, on samples that are not trained on."""
+    """Relative error of the attention output of each layer before the first step, on held-out samples."""
     after: dict[str, float]
-    """The same after the last step."""
+    """Relative error of each layer after the last step, on the same samples."""
     untrained: dict[str, str]
-    """Layers that were not trained, with the reason."""
+    """Reason for each layer that was not trained."""
     losses: list[float] = field(default_factory=list)
-    """Squared relative error of each step, mean over samples and layers."""
+    """Squared relative error of each step: mean over samples and layers."""
 
 
 def regress(
@@ -45,30 +47,29 @@ def regress(
     progress: bool = True,
     on_step: OnStep | None = None,
 ) -> Regression:
-    """Fit the weights of each layer's sparse attention to the dense attention of the frozen model.
+    """Fit the weights of sparse attention in each layer to the dense attention of the frozen model.
 
-    Every step is one dense pass of the model without gradients. As soon as a layer has its queries, keys and values,
-    the squared relative error of its sparse output is differentiated with respect to the weights of that layer's
-    sparse attention (`proj_l`, `alpha_logit`, `learned_router`), and its graph is freed. One step of Adam for all
-    layers follows. Layers get exact dense inputs, so they do not depend on each other, and training one after the
-    other would give the same weights. Nothing but these weights changes.
+    Each step runs the dense model once without gradients. In each layer, the squared relative error of the sparse
+    output is differentiated with respect to the weights of sparse attention (`proj_l`, `alpha_logit`,
+    `learned_router`) as soon as its queries, keys and values are known. Then one step of Adam updates all layers.
+    All layers receive dense inputs, so they are independent of each other. No other weights change.
 
-    Each process has samples of its own, and gradients are averaged over the processes.
+    Each process uses its own samples. Gradients are averaged over the processes.
 
     Args:
-        trainable: the family's view of the pipeline: `transformer`, `velocity` and `flow_shift`.
-        sla: sparse attention that is on in that transformer.
-        batches: returns the batch of a step. Batch number `regression_steps`, which is not trained on, measures the
-            errors before and after.
-        config: `regression_steps`; `regression_learning_rate`, which falls linearly to 0 (.01 is a good value;
-            `alpha_logit` takes ten times as much); `regression_topk`: values of `topk` of which each step takes one
-            at random (empty: the one in use); `seed`.
-        processes: the processes of the run. Default: this one alone.
-        progress: show a progress bar.
-        on_step: called after each step with its number and scalars for a log.
+        trainable: model with `transformer`, `velocity` and `flow_shift`.
+        sla: sparse attention installed on that transformer.
+        batches: function that returns the batch of a step. The batch of step `regression_steps` is not trained on and
+            measures the errors before and after.
+        config: `regression_steps`; `regression_learning_rate`, which falls linearly to 0 (0.01 is a good value;
+            `alpha_logit` uses ten times as much); `regression_topk`, values of topk from which each step draws one
+            (empty: the current topk); `seed`.
+        processes: processes of the run. Default: a single process.
+        progress: show a progress bar on stderr.
+        on_step: function called after each step with its index and scalars for the log.
 
     Raises:
-        ValueError: settings out of range, or no layer runs sparse on such samples.
+        ValueError: if a setting is out of range, or if no layer runs sparse on the samples.
     """
     topks = _check(config, sla)
     weights = {
@@ -76,15 +77,17 @@ def regress(
         for name, layer in sla.layers.items()
         if layer.scheduled and any(True for _ in layer.module.parameters())
     }
-    sla.set_learning_step(None)  # dense attention runs anyway, so every row may teach the router
+    sla.set_learning_step(
+        None
+    )  # train the router on all rows, because dense attention is computed anyway
     processes = processes or Processes(next(trainable.transformer.parameters()).device)
     fit = _Fit(trainable, sla, batches, config.seed, processes)
     before = fit.errors(config.regression_steps)
     result = Regression(before, dict(before), _untrained(sla, weights, before))
     if not weights:
         warnings.warn(
-            f"regression: no layer has weights (combine={sla.config.combine!r}, router={sla.config.router!r}); "
-            "combine='proj' or 'alpha' and router='learned' have some",
+            f"regression: sparse attention has no weights to train (combine={sla.config.combine!r}, "
+            f"router={sla.config.router!r}); use combine='proj' or 'alpha', or router='learned'",
             stacklevel=2,
         )
         return result
@@ -139,7 +142,7 @@ def _train(
 
 
 class _Fit:
-    """Passes of the dense model that compare each layer's sparse output with its dense one."""
+    """Compare the sparse with the dense attention output of each layer in passes of the dense model."""
 
     def __init__(
         self,
@@ -153,18 +156,18 @@ class _Fit:
         self.processes = processes
 
     def errors(self, step: int) -> dict[str, float]:
-        """Return the relative error of each layer that runs sparse, on the batch of this step."""
+        """Return the relative error of each sparse layer on the batch of a step."""
         found: dict[str, Tensor] = {}
 
         def measure(name: str, module: SparseLinearAttention, *qkv: Tensor, **options: Any) -> None:
             found[name] = squared_error(module, *qkv, **options).sqrt().mean()
-            module.keep_measured()  # else the next call of the model would write it again
+            module.keep_measured()  # keep the calibration, so that the next call does not repeat it
 
         self._pass(step, measure, self.sla.layers)
         return {name: float(self.processes.mean(x)) for name, x in found.items()}
 
     def gradients(self, step: int, weights: Mapping[str, list[nn.Parameter]]) -> float:
-        """Set the gradients of all weights; return the mean loss."""
+        """Set the gradients of all weights, and return the mean loss."""
         found: dict[str, Tensor] = {}
 
         def learn(name: str, module: SparseLinearAttention, *qkv: Tensor, **options: Any) -> None:
@@ -192,21 +195,21 @@ class _Fit:
         dense_pass(self.trainable, self.sla, batch, noting, names=names, **place)
         if not visited:
             raise ValueError(
-                f"regression: no layer runs sparse on samples of shape {tuple(batch.latents.shape[1:])}: too short, "
-                "masked, or in a dense layer (crossover='never' runs short ones sparse)"
+                f"regression: no layer runs sparse on samples of shape {tuple(batch.latents.shape[1:])}, because they are "
+                "too short or masked, or all layers are dense; crossover='never' makes short samples sparse"
             )
 
 
 def _check(config: Any, sla: SparseAttention) -> list[float]:
-    """Return the values of `topk` to train with; empty: the one in use."""
+    """Check the settings, and return the values of topk to draw from. Empty means the current topk."""
     for name in ("regression_steps", "regression_learning_rate"):
         value = getattr(config, name)
         if not value >= 0:
-            raise ValueError(f"{name}={value!r}: must be at least 0")
+            raise ValueError(f"{name}={value!r}: must be >= 0")
     topks = list(config.regression_topk or [])
     if topks and sla.config.topk is None:
         raise ValueError(
-            f"regression_topk={topks}: accepted with a topk; here top_p alone decides what is read"
+            f"regression_topk={topks}: requires sla.topk; here only sla.top_p selects key blocks"
         )
     if not all(0 < value <= 1 for value in topks):
         raise ValueError(f"regression_topk={topks}: must be fractions in (0, 1]")
@@ -214,7 +217,7 @@ def _check(config: Any, sla: SparseAttention) -> list[float]:
 
 
 def _one_of(values: Sequence[float], seed: int, step: int) -> float:
-    # A number that no sample of the batch has.
+    # This number differs from the row index of every sample, so the draw is independent of the noise.
     index = torch.randint(len(values), (), generator=generator_of(seed, step, 1_000_002))
     return values[int(index)]
 
@@ -229,13 +232,13 @@ def _untrained(
         elif name not in errors:
             reasons[name] = "dense on these samples"
         elif name not in weights:
-            reasons[name] = "no weights: the router is fixed, and nothing is projected or mixed in"
+            reasons[name] = "no weights: the router is fixed, and combine has no parameters"
     return reasons
 
 
 @torch.no_grad()
 def _average_shares(sla: SparseAttention, processes: Processes) -> None:
-    """Let all processes start from the same shares of the exact branch, which each has measured on its samples."""
+    """Average the calibrated share of the exact branch over all processes, so that their weights are equal."""
     if sla.config.combine == "alpha":
         for module in sla.attention.values():
             shares = processes.mean(module.alpha_logit.sigmoid())
@@ -244,7 +247,7 @@ def _average_shares(sla: SparseAttention, processes: Processes) -> None:
 
 @contextmanager
 def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Context manager in which these weights take gradients."""
+    """Context manager in which the parameters require gradients."""
     before = [x.requires_grad for x in parameters]
     for x in parameters:
         x.requires_grad_(True)

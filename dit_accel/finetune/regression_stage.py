@@ -1,4 +1,4 @@
-"""`run_regression`: the regression as the first stage of a run: logged, ended by signals, equal in all processes."""
+"""`run_regression`: run the regression stage with logging, signal handling and several processes."""
 
 from collections.abc import Callable
 from statistics import fmean
@@ -24,22 +24,28 @@ def run_regression(
     processes: Processes,
     progress: bool,
 ) -> None:
-    """Fit the weights of sparse attention to the dense attention outputs of each layer.
+    """Run the regression stage.
 
-    The stage writes no checkpoints: a run that ends in it begins it again, with the same result.
+    The stage writes no checkpoints. A run that is interrupted in this stage starts it again, with the same result.
 
     Args:
-        trainable, sla, config: as `regress` takes them.
-        batches: the samples of this process in a step.
+        trainable: model, see `regress`.
+        sla: sparse attention installed on its transformer.
+        batches: function that returns the samples of this process in a step.
+        config: settings of the run (`FinetuneConfig`).
+        log: log of the run.
+        stop: signal handler of the run.
+        processes: processes of the run.
+        progress: show a progress bar on stderr.
 
     Raises:
-        Interrupted: a signal came to any process.
+        Interrupted: in every process, if any process received a signal.
     """
 
     def on_step(step: int, values: dict[str, float]) -> None:
         log.write(STAGE, step + 1, values)
         asked = stop.name is not None
-        if any(processes.gather(asked)):  # all of them leave after the same step
+        if any(processes.gather(asked)):  # all processes stop after the same step
             raise Interrupted(stop.name or "a signal to another process", None)
 
     found = regress(

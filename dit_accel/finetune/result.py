@@ -1,4 +1,4 @@
-"""Files of the result: the SLA checkpoint, adapters or weights, a merged repository; and their upload."""
+"""Write the result of a run (SLA checkpoint, weights or adapters, merged repository), and upload it."""
 
 import os
 import shutil
@@ -21,36 +21,38 @@ from dit_accel.finetune.shards import disk_errors
 LORA_FILE = "pytorch_lora_weights.safetensors"
 WEIGHTS, MERGED = "transformer", "merged"
 COMPANIONS = {"all": (WEIGHTS,), "lora": (LORA_FILE,)}
-"""Files beside `sla.safetensors`, by what trains."""
+"""Names of the files or folders that belong to `sla.safetensors`, by the option `train`."""
+
 PUBLISHED = (
     FILE_NAME, LORA_FILE, f"{WEIGHTS}/*", f"{MERGED}/**", "README.md", "training_config.json", "log.jsonl", "curves.png",
     "validation/**",
 )  # fmt: skip
-"""What is uploaded: everything but checkpoints, trackers' folders and dumps."""
+"""Patterns of the uploaded files: everything except checkpoints, folders of trackers and dumps."""
 
 
 def write_result(pipe: Any, config: Any, folder: Path) -> list[str]:
-    """Write what was trained, each file complete or not at all.
+    """Write the trained weights. Each file is either complete or missing.
 
-    - `sla.safetensors`: settings and weights of sparse attention, for `from_pretrained(..., sla=folder)`. It names
-      what was trained with it, which loads with it, and has the fingerprint of the base model.
+    - `sla.safetensors`: settings and weights of sparse attention, for `from_pretrained(..., sla=folder)`. It also
+      names the weights or adapters below, which are loaded with it, and holds the fingerprint of the base model.
     - train="lora": `pytorch_lora_weights.safetensors`, adapters in the format of diffusers.
-    - train="all": `transformer/`, the weights as `save_pretrained` writes them.
-    - `merge`: `merged/`, a diffusers repository with the weights or adapters merged in, and the SLA checkpoint.
+    - train="all": `transformer/`, the weights in the format of `save_pretrained`.
+    - `merge`: `merged/`, a diffusers repository with merged weights or adapters, and the SLA checkpoint.
 
     Args:
-        pipe: the pipeline with the trained transformer, in one piece, sparse attention on.
+        pipe: pipeline with the trained, unsharded transformer and sparse attention enabled.
         config: settings of the run (`FinetuneConfig`).
-        folder: where the result goes; files of an earlier result are replaced.
+        folder: output folder. Files of an earlier result are replaced.
 
     Returns:
-        The names that were written.
+        The names of the written files and folders.
 
     Raises:
-        RuntimeError: a file could not be written, or the base model not be read. What was written before stays.
-        ValueError: the merged weights do not fit the repository.
+        RuntimeError: if a file could not be written, or if the base model could not be read. Files that were
+            written before the error stay.
+        ValueError: if the merged weights do not fit the base repository.
     """
-    with naming_failures("the checkpoints of the run are unharmed"), disk_errors(folder):
+    with naming_failures("the checkpoints of the run are unchanged"), disk_errors(folder):
         checkpoint = checkpoint_of(pipe)
         if config.train == "all":
             fingerprint = base_fingerprint(config, checkpoint.base.transformer_class)
@@ -76,7 +78,7 @@ def write_result(pipe: Any, config: Any, folder: Path) -> list[str]:
 
 @contextmanager
 def _replacing(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Yield a hidden folder; what it holds under each name is brought to the disk and then replaces, one by one."""
+    """Yield a hidden folder. On success its entries `names` are synced and replace those in `folder` one by one."""
     staging = folder / ".tmp-result"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -97,14 +99,14 @@ def _replacing(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def base_fingerprint(config: Any, transformer_class: str) -> Tensor:
-    """Return the fingerprint of the base model, read from its repository: every weight here may have trained.
+    """Return the fingerprint of the base model. It is read from the base repository, because all weights have trained.
 
     Args:
         config: settings of the run (`FinetuneConfig`).
-        transformer_class: class of the transformer in diffusers.
+        transformer_class: name of the transformer class in diffusers.
 
     Raises:
-        RuntimeError: the repository cannot be read any more.
+        RuntimeError: if the repository can no longer be read.
     """
     import diffusers
 
@@ -117,22 +119,23 @@ def base_fingerprint(config: Any, transformer_class: str) -> Tensor:
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(
-            f"{source}: the base model cannot be read any more ({reason}), and the result names it; the checkpoints of "
-            "the run are unharmed: resume_from_checkpoint='latest' writes the result once it can be read"
+            f"{source}: the base model can no longer be read ({reason}), but the result needs its fingerprint. The "
+            "checkpoints of the run are unchanged; make the model readable, then use resume_from_checkpoint='latest' to "
+            "write the result"
         ) from None
     return identity_of(base).fingerprint
 
 
 def save_weights(pipe: Any, folder: Path) -> None:
-    """Write the weights of the plain transformer as `save_pretrained` does, in safetensors."""
+    """Write the weights of the transformer without sparse attention, in the format of `save_pretrained`."""
     with weights_left_out(pipe):
         pipe.transformer.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
+        file.chmod(0o644)  # safetensors creates files with mode 0600
 
 
 def save_lora(pipe: Any, folder: Path) -> None:
-    """Write the adapters in the format of diffusers, with their rank and scale."""
+    """Write the adapters with their rank and scale in the format of diffusers."""
     from peft import get_peft_model_state_dict
 
     transformer = pipe.transformer
@@ -146,15 +149,20 @@ def save_lora(pipe: Any, folder: Path) -> None:
 
 
 def merge_result(pipe: Any, config: Any, folder: Path) -> Path:
-    """Write `merged/`: a copy of the base repository with the trained weights in it.
+    """Write `merged/`: a copy of the base repository with the trained weights.
 
-    Adapters become part of the weights of `pipe`, which has none afterwards.
+    Adapters are merged into the weights of `pipe` and removed from it.
 
     Args:
-        folder: where `merged/` goes.
+        pipe: pipeline with the trained transformer.
+        config: settings of the run (`FinetuneConfig`).
+        folder: folder in which `merged/` is created.
+
+    Returns:
+        The path of `merged/`.
 
     Raises:
-        ValueError: the base repository is not on this machine.
+        ValueError: if the base repository is not on this machine.
     """
     base = base_folder(config)
     transformer = pipe.transformer
@@ -167,10 +175,10 @@ def merge_result(pipe: Any, config: Any, folder: Path) -> Path:
 
 
 def base_folder(config: Any) -> Path:
-    """Return the folder of the base repository: the given one, or the snapshot of a hub repository.
+    """Return the folder of the base repository: a local folder, or the cached snapshot of a hub repository.
 
     Raises:
-        ValueError: a hub repository that is not in the cache.
+        ValueError: if a hub repository is not completely in the cache.
     """
     source = model_source(config.pretrained_model_name_or_path)
     if Path(source).is_dir():
@@ -188,16 +196,15 @@ def base_folder(config: Any) -> Path:
         )
     except OSError as error:
         raise ValueError(
-            f"merge=True: the repository {source} is not in the cache ({error}); accepted is one that was downloaded "
-            "whole"
+            f"merge=True: the repository {source} is not in the cache ({error}); download the whole repository first"
         ) from None
 
 
 def check_hub(config: Any) -> None:
-    """Refuse an upload that could not work, before training.
+    """Check before training that the hub accepts the token.
 
     Raises:
-        ValueError: no token, one that is not valid, or a hub that cannot be reached.
+        ValueError: if there is no token, if it is invalid, or if the hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -207,17 +214,18 @@ def check_hub(config: Any) -> None:
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"push_to_hub=True: the hub does not accept this ({reason}); accepted after `hf auth login` or with hub_token"
+            f"push_to_hub=True: the hub rejected the token or cannot be reached ({reason}); run `hf auth login`, or set "
+            "hub_token"
         ) from None
 
 
 def push_result(folder: Path, config: Any) -> str:
-    """Upload the result; return the address of the repository.
+    """Upload the result, and return the URL of the repository.
 
-    Checkpoints, folders of trackers and hidden files stay here.
+    Checkpoints, folders of trackers and hidden files are not uploaded.
 
     Raises:
-        RuntimeError: the hub refused it or could not be reached. The result stays in its folder.
+        RuntimeError: if the hub rejected the upload or could not be reached. The result stays in its folder.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -236,7 +244,7 @@ def push_result(folder: Path, config: Any) -> str:
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(
-            f"push_to_hub: {name} could not be uploaded ({reason}); the result is in {folder}, and "
-            f"`hf upload {name} {folder}` uploads it"
+            f"push_to_hub=True: {name} could not be uploaded ({reason}). The result is in {folder}; upload it with "
+            f"`hf upload {name} {folder}`"
         ) from error
     return f"https://huggingface.co/{repository}"

@@ -1,4 +1,4 @@
-"""Which checkpoint a run begins from, and whether its settings allow to go on from there."""
+"""Choose the checkpoint from which a run resumes, and check that the settings of the run match it."""
 
 import sys
 from collections.abc import Sequence
@@ -18,68 +18,71 @@ FREE = frozenset(
         "validation_steps",
     }
 )  # fmt: skip
-"""Settings that may change when a run goes on, because the weights do not depend on them. The batch size, the
-accumulation and the number of processes may change together, and `max_train_steps` where the schedule allows it."""
+"""Settings that may change when a run resumes, because the weights do not depend on them. Batch size, accumulation and
+number of processes may change if their product stays the same. `max_train_steps` may change with a constant schedule."""
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
-"""Schedules whose learning rates do not depend on the number of steps."""
+"""Schedules that do not depend on `max_train_steps`."""
 
 
 def choose_checkpoint(output_dir: Path, resume_from: str | None) -> Checkpoint | None:
-    """Return the checkpoint to go on from; None for a new run.
+    """Return the checkpoint from which the run resumes, or None for a new run.
 
-    Says on stderr which checkpoints were skipped, and why.
+    Invalid checkpoints that are skipped are reported on stderr.
 
     Args:
-        output_dir: folder of the run; may not exist yet.
-        resume_from: None for a new run, "latest", or the folder of a checkpoint. "latest" begins a new run if
-            there is no checkpoint at all.
+        output_dir: folder of the run. It need not exist yet.
+        resume_from: None for a new run, "latest", or the folder of a checkpoint. "latest" starts a new run if the
+            folder holds no checkpoint.
 
     Raises:
-        ValueError: a new run in a folder that holds checkpoints; a checkpoint that is damaged or not there; a
-            folder that holds newer ones than the named one.
+        ValueError: if a new run would use a folder with checkpoints, if the checkpoint is damaged or missing, or if
+            the folder holds newer checkpoints than the named one.
     """
     present = checkpoints(output_dir) if output_dir.is_dir() else []
     if resume_from is None:
         if present:
             raise ValueError(
-                f"output_dir={str(output_dir)!r}: holds {present[-1][1].name} of an earlier run; accepted is a folder "
-                "without checkpoints, or resume_from_checkpoint='latest' to go on with that run"
+                f"output_dir={str(output_dir)!r}: holds {present[-1][1].name} of an earlier run; use another folder, or "
+                "resume_from_checkpoint='latest' to continue that run"
             )
         return None
     if resume_from == LATEST:
         found, skipped = find_latest(output_dir, note=lambda line: sys.stderr.write(f"{line}\n"))
         if found is None and skipped:
             raise ValueError(
-                f"resume_from_checkpoint='latest': no checkpoint of {str(output_dir)!r} can be used "
-                f"({'; '.join(skipped)}); accepted is a folder with a valid one, or with none at all"
+                f"resume_from_checkpoint='latest': no checkpoint in {str(output_dir)!r} is valid ({'; '.join(skipped)}); "
+                "expected a folder with a valid checkpoint, or without checkpoints"
             )
         return found
     path = Path(resume_from)
     argument = f"resume_from_checkpoint={resume_from!r}"
     if not path.is_dir():
-        raise ValueError(f"{argument}: no such folder; accepted are 'latest' and a checkpoint")
+        raise ValueError(
+            f"{argument}: no such folder; expected 'latest' or the folder of a checkpoint"
+        )
     try:
         chosen = read_checkpoint(path)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{argument}: {error}; accepted is a valid checkpoint") from None
+        raise ValueError(f"{argument}: {error}; expected a valid checkpoint") from None
     newer = [x.name for step, x in present if step > chosen.step]
     if newer:
         raise ValueError(
-            f"{argument}: {str(output_dir)!r} holds newer checkpoints ({', '.join(newer)}), which 'latest' would choose "
-            "next time; accepted once they are moved away, or with another output_dir"
+            f"{argument}: {str(output_dir)!r} holds newer checkpoints ({', '.join(newer)}), which 'latest' would use next "
+            "time; move them away, or use another output_dir"
         )
     return chosen
 
 
 def check_settings(checkpoint: Checkpoint, config: dict[str, Any], processes: int) -> None:
-    """Refuse to go on with other settings than those that the run began with.
+    """Check that the settings of this run match those of a checkpoint.
 
     Args:
-        config: the resolved settings of this run, as plain values for JSON.
-        processes: the number of processes of this run.
+        checkpoint: checkpoint from which the run resumes.
+        config: resolved settings of this run, as plain values.
+        processes: number of processes of this run.
 
     Raises:
-        ValueError: a setting differs that changes the result; the message names it and both values.
+        ValueError: if a setting that affects the result differs. The message names it and both values.
     """
     before: dict[str, Any] = checkpoint.state["config"]
     where = f"resume_from_checkpoint: {checkpoint.path.name} was trained with"
@@ -88,53 +91,54 @@ def check_settings(checkpoint: Checkpoint, config: dict[str, Any], processes: in
         if name not in FREE and old != new:
             old, new = _shortest_difference(old, new)
             raise ValueError(
-                f"{name}={new!r}: {where} {name}={old!r}; accepted is that value, or another output_dir for a new run"
+                f"{name}={new!r}: {where} {name}={old!r}; use that value, or another output_dir for a new run"
             )
     old, new = before.get("max_train_steps"), config.get("max_train_steps")
     schedule = config.get("lr_scheduler", "constant")
     if old != new and schedule not in CONSTANT_SCHEDULES:
         raise ValueError(
-            f"max_train_steps={new!r}: {where} {old!r}, which lr_scheduler={schedule!r} depends on; accepted is that "
-            f"value (other ones with {' or '.join(map(repr, CONSTANT_SCHEDULES))})"
+            f"max_train_steps={new!r}: {where} {old!r}, and lr_scheduler={schedule!r} depends on it; use that value "
+            f"(only {' and '.join(map(repr, CONSTANT_SCHEDULES))} allow another one)"
         )
     if new is not None and new < checkpoint.step:
         raise ValueError(
-            f"max_train_steps={new}: {checkpoint.path.name} has more steps already; accepted is at least {checkpoint.step}"
+            f"max_train_steps={new}: must be at least {checkpoint.step}, the number of steps of {checkpoint.path.name}"
         )
     old_batch = global_batch(before, checkpoint.state["processes"])
     new_batch = global_batch(config, processes)
     if old_batch != new_batch:
         raise ValueError(
             f"train_batch_size={config['train_batch_size']}, gradient_accumulation_steps="
-            f"{config['gradient_accumulation_steps']}, {processes} processes: {new_batch} samples a step; {where} "
-            f"{old_batch} ({checkpoint.state['processes']} processes); accepted are values whose product is {old_batch}"
+            f"{config['gradient_accumulation_steps']}, {processes} processes: {new_batch} samples per step; {where} "
+            f"{old_batch} ({checkpoint.state['processes']} processes); the product of the three must be {old_batch}"
         )
 
 
 def check_samples(checkpoint: Checkpoint, samples_sha256: str, names: Sequence[str]) -> None:
-    """Refuse to go on with other samples than those that the run began with, wherever their folder is now.
+    """Check that the training samples are those of the checkpoint. Their folder may have moved.
 
     Args:
-        samples_sha256: of the samples of this run (`Feed.samples_sha256`).
-        names: names of the options that may name the data, for the message.
+        checkpoint: checkpoint from which the run resumes.
+        samples_sha256: hash of the samples of this run (`Feed.samples_sha256`).
+        names: names of the options that select the data, for the message.
 
     Raises:
-        ValueError: they are other samples, or in another order.
+        ValueError: if the samples or their order differ.
     """
     if checkpoint.state["samples"] != samples_sha256:
         raise ValueError(
-            f"{', '.join(names)}: the samples are other ones than those that {checkpoint.path.name} was trained with; "
-            "accepted are the same, or another output_dir for a new run"
+            f"{', '.join(names)}: the samples differ from those that {checkpoint.path.name} was trained with; use the same "
+            "samples, or another output_dir for a new run"
         )
 
 
 def global_batch(config: dict[str, Any], processes: int) -> int:
-    """Return the samples of an optimiser step, over all processes and micro-batches."""
+    """Return the number of samples per optimiser step over all processes and micro-batches."""
     return config["train_batch_size"] * config["gradient_accumulation_steps"] * processes
 
 
 def _shortest_difference(old: Any, new: Any) -> tuple[Any, Any]:
-    """Return the differing entries only, where both are mappings."""
+    """Return only the entries that differ if both values are dicts, otherwise both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
         return {k: old.get(k) for k in sorted(keys)}, {k: new.get(k) for k in sorted(keys)}

@@ -1,4 +1,4 @@
-"""Safetensors files of which each process writes its part of the tensors, and reads any part again."""
+"""Save sharded tensors: each process writes its rows to a safetensors file, and any process can read any rows."""
 
 import contextlib
 import errno
@@ -14,42 +14,47 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 _PARTS = "parts"
-"""Header entry of a file: by tensor, its first row and its number of rows in the whole."""
+"""Key in the header of a file. Its value maps each tensor to its first row and the number of rows of the full tensor."""
 
 
 def local_part(x: Tensor) -> tuple[Tensor, int]:
-    """Return the rows of a tensor that this process holds, and the index of the first one.
+    """Return the rows of a tensor that this process holds, and the index of the first row.
 
-    A tensor that is not sharded is held whole.
+    A tensor that is not sharded is returned in full.
 
     Raises:
-        ValueError: it is sharded in another way than by rows over one group of processes.
+        ValueError: if the tensor is not sharded by rows over one group of processes.
     """
     if not isinstance(x, DTensor):
         return x.detach(), 0
     placements = tuple(x.placements)
     if len(placements) != 1 or not (placements[0].is_shard(0) or placements[0].is_replicate()):
-        raise ValueError(f"placements={placements}: accepted is one group, sharded by rows")
+        raise ValueError(f"placements={placements}: expected one group, sharded by rows")
     if not isinstance(placements[0], Shard):
         return x.to_local().detach(), 0
-    # As torch.chunk: all but the last processes with rows hold equally many.
+    # Rows are split as by torch.chunk: all chunks except the last have this size.
     size = -(-x.shape[0] // x.device_mesh.size())
     return x.to_local().detach(), min(x.device_mesh.get_local_rank() * size, x.shape[0])
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether each process holds only some rows."""
+    """Return True if each process holds only some rows of the tensor."""
     return isinstance(x, DTensor) and any(isinstance(p, Shard) for p in x.placements)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], *, rank: int) -> bool:
-    """Write the part of this process; the first process also writes what is not sharded.
+    """Write the rows that this process holds. Rank 0 also writes the tensors that are not sharded.
+
+    Args:
+        path: file to write.
+        tensors: tensors by name.
+        rank: rank of this process.
 
     Returns:
-        Whether there was anything to write. If not, there is no file.
+        False if there was nothing to write. No file is created then.
 
     Raises:
-        OSError: the file could not be written.
+        OSError: if the file could not be written.
     """
     parts: dict[str, tuple[int, int]] = {}
     local: dict[str, Tensor] = {}
@@ -61,7 +66,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], *, rank: int) -> bool
             continue
         if x.ndim:
             parts[name] = (first, x.shape[0])
-        # safetensors refuses views of shared memory.
+        # safetensors does not save views of shared storage.
         local[name] = part.cpu().contiguous().clone() if _is_view(part) else part.cpu()
     if not local and rank:
         return False
@@ -72,7 +77,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], *, rank: int) -> bool
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Context manager that raises OSError where safetensors cannot write: it has an error class of its own for that."""
+    """Context manager that turns the SafetensorError of a failed write into an OSError."""
     try:
         yield
     except SafetensorError as error:
@@ -84,13 +89,13 @@ def _is_view(x: Tensor) -> bool:
 
 
 class ShardReader:
-    """Tensors of a group of shard files, whatever number of processes wrote them.
+    """Read the tensors of a group of shard files. Any number of processes may have written them.
 
     Args:
-        files: the files of the group.
+        files: all files of the group.
 
     Raises:
-        ValueError: a file is damaged, or rows of a tensor are missing.
+        ValueError: if rows of a tensor are missing.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -100,7 +105,7 @@ class ShardReader:
         for path in files:
             file = self._stack.enter_context(safe_open(path, framework="pt"))
             parts = json.loads((file.metadata() or {}).get(_PARTS, "{}"))
-            for name in file.keys():  # noqa: SIM118  # no mapping
+            for name in file.keys():  # noqa: SIM118  # `file` is not a mapping
                 shape = file.get_slice(name).get_shape()
                 first, whole = parts.get(name, (0, shape[0] if shape else 1))
                 rows[name] = whole
@@ -128,7 +133,13 @@ class ShardReader:
         return list(self._parts)
 
     def read(self, name: str, like: Tensor | None = None) -> Tensor:
-        """Return a tensor on the CPU: whole, or the rows that this process holds of `like`."""
+        """Return a tensor on the CPU.
+
+        Args:
+            name: name of the tensor.
+            like: sharded tensor of the same shape. Only the rows that this process holds of it are read. Default:
+                read all rows.
+        """
         found = self._parts[name]
         if like is None or not is_sharded(like):
             return (
@@ -146,7 +157,7 @@ class ShardReader:
         return torch.cat(pieces) if pieces else torch.zeros_like(part, device="cpu")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of the whole tensor."""
+        """Return the shape of the full tensor."""
         _, last, file = self._parts[name][-1]
         shape = tuple(file.get_slice(name).get_shape())
         return (last, *shape[1:]) if shape else ()

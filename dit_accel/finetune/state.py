@@ -1,4 +1,4 @@
-"""`TrainingState`: everything that a step changes, as tensors and plain values for a checkpoint."""
+"""`TrainingState`: everything that training steps change and checkpoints store."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,26 +14,26 @@ from dit_accel.finetune.shards import ShardReader, is_sharded, local_part
 
 @dataclass
 class TrainingState:
-    """The trained tensors with their optimiser, schedule and average, and the counters of the run.
+    """Trained parameters with their optimiser, schedule and moving average, and the counters of the run.
 
-    Batches and noise are functions of seed and step, so that nothing else is needed to go on.
+    Batches and noise are functions of the seed and the step, so a checkpoint needs nothing else.
     """
 
     named: dict[str, nn.Parameter]
-    """Trained tensors by name, in a fixed order. fp32."""
+    """Trained parameters in fp32 by name, in a fixed order."""
     optimizer: torch.optim.Optimizer
-    """The optimiser itself, without accelerate's wrapper."""
+    """Optimiser without the wrapper of accelerate."""
     scheduler: Any
     """Learning-rate schedule of diffusers (`get_scheduler`)."""
     ema: Any = None
-    """`EMAModel` over the trained tensors; None: no average is kept."""
+    """Moving average of the trained parameters (`EMAModel`); None without `use_ema`."""
     scaler: Any = None
-    """Gradient scaler of fp16; None: none."""
+    """Gradient scaler; None unless the precision is fp16."""
     counters: dict[str, Any] = field(default_factory=dict)
-    """Plain values: skipped steps, seconds, first loss, ..."""
+    """Counters as plain values: skipped steps, seconds, first loss, ..."""
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of a checkpoint, by group and name."""
+        """Return the tensors to store in a checkpoint, by group and name."""
         tensors: dict[str, Tensor] = {}
         for name, values in self._optimizer_state().items():
             tensors |= {f"{name}/{key}": x for key, x in values.items() if isinstance(x, Tensor)}
@@ -43,7 +43,7 @@ class TrainingState:
         return groups
 
     def numbers(self) -> dict[str, Any]:
-        """Return the plain values of a checkpoint."""
+        """Return the plain values to store in a checkpoint."""
         own: dict[str, dict[str, Any]] = {}
         for name, values in self._optimizer_state().items():
             if plain := {key: x for key, x in values.items() if not isinstance(x, Tensor)}:
@@ -60,10 +60,10 @@ class TrainingState:
         }
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take everything from a checkpoint, whatever number of processes wrote it.
+        """Restore the state from a checkpoint. Any number of processes may have written it.
 
         Raises:
-            ValueError: its tensors are not those of this run.
+            ValueError: if the checkpoint has other tensors than this run.
         """
         numbers = checkpoint.state["numbers"]
         with checkpoint.reader("weights") as reader:
@@ -75,7 +75,7 @@ class TrainingState:
             self.ema.optimization_step = numbers["ema"]["steps"]
         with checkpoint.reader("optimizer") as reader:
             self._load_optimizer(reader, numbers["optimizer"])
-        # Its functions are not stored, and come from the settings.
+        # Checkpoints do not store the schedule functions. `get_scheduler` has created them from the settings.
         lambdas = [None] * len(self.optimizer.param_groups)
         self.scheduler.load_state_dict({**numbers["scheduler"], "lr_lambdas": lambdas})
         if self.scaler is not None:
@@ -84,7 +84,7 @@ class TrainingState:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Context manager in which the trained tensors have their averages, if there are any."""
+        """Context manager in which the parameters hold their moving averages, if there are any."""
         if self.ema is None:
             yield
             return
@@ -99,7 +99,7 @@ class TrainingState:
                     x.copy_(before)
 
     def _names(self) -> list[str]:
-        """Names in the order in which the optimiser numbers the tensors."""
+        """Return the parameter names in the order of the indices in the optimiser state."""
         names = {id(x): name for name, x in self.named.items()}
         return [names[id(x)] for group in self.optimizer.param_groups for x in group["params"]]
 
@@ -116,12 +116,12 @@ class TrainingState:
         for full in reader.names:
             name, key = full.rsplit("/", 1)
             if name not in index:
-                raise ValueError(f"optimizer: {name} is not trained in this run")
+                raise ValueError(f"optimizer: this run does not train {name}")
             state.setdefault(index[name], {})[key] = self._like(reader, full, self.named[name])
         groups = self.optimizer.state_dict()["param_groups"]
         if len(groups) != len(numbers["groups"]):
             raise ValueError(
-                f"optimizer: {len(numbers['groups'])} groups; this run has {len(groups)}"
+                f"optimizer: the checkpoint has {len(numbers['groups'])} groups, but this run has {len(groups)}"
             )
         for group, saved in zip(groups, numbers["groups"], strict=True):
             group |= {
@@ -132,7 +132,7 @@ class TrainingState:
 
     @staticmethod
     def _like(reader: ShardReader, name: str, parameter: Tensor) -> Tensor:
-        """A tensor of the optimiser, sharded as the parameter is if it has its shape."""
+        """Read a tensor of the optimiser state. Shard it like the parameter if the shapes are equal."""
         if not is_sharded(parameter) or reader.shape(name) != tuple(parameter.shape):
             return reader.read(name)
         made = torch.zeros_like(parameter)
@@ -142,21 +142,23 @@ class TrainingState:
 
 @torch.no_grad()
 def _fill(reader: ShardReader, tensors: dict[str, Any], where: str) -> None:
-    """Copy values into tensors; names and shapes must be the same."""
+    """Copy the tensors of a reader into `tensors`. Names and shapes must be equal."""
     missing, extra = tensors.keys() - set(reader.names), set(reader.names) - tensors.keys()
     if missing or extra:
         name, what = (min(missing), "is missing") if missing else (min(extra), "is not expected")
-        raise ValueError(f"{where}: {name} {what}; the checkpoint belongs to another model or run")
+        raise ValueError(
+            f"{where}: {name} {what}; the checkpoint belongs to another model or another run"
+        )
     for name, x in tensors.items():
         if reader.shape(name) != tuple(x.shape):
             raise ValueError(
-                f"{where}: {name} has shape {reader.shape(name)}; accepted: {tuple(x.shape)}"
+                f"{where}: {name} has shape {reader.shape(name)}; expected {tuple(x.shape)}"
             )
         local_part(x)[0].copy_(reader.read(name, like=x))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Return what JSON can hold: no parameters, no functions."""
+    """Return the entries that JSON can store, without parameters and functions."""
     kinds = bool | int | float | str | None
 
     def good(x: Any) -> bool:

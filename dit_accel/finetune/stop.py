@@ -1,5 +1,4 @@
-"""`StopRequest`: a signal asks the run to save and end; `Interrupted` ends it with exit code 0, `CutShort` the making of
-samples."""
+"""`StopRequest`: handle SIGTERM and SIGINT during a run, so that it saves a checkpoint and exits with code 0."""
 
 import signal
 import threading
@@ -11,38 +10,42 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class CutShort(Exception):
-    """A signal asked the run to end while samples were made."""
+    """Exception that stops sampling after a signal was received."""
 
 
 class Interrupted(SystemExit):
-    """The run was asked to end, and has saved what it can go on from.
+    """Exception that ends a run after a signal was received and the run was saved.
 
-    It is a `SystemExit` with code 0: a program that does not catch it ends as one that has finished.
+    It is a `SystemExit` with code 0, so a program that does not catch it exits successfully.
+
+    Args:
+        signal_name: name of the signal, such as "SIGTERM".
+        checkpoint: folder of the checkpoint from which the run can resume. None if there is no checkpoint yet.
     """
 
     def __init__(self, signal_name: str, checkpoint: Path | None) -> None:
         super().__init__(0)
         self.signal_name = signal_name
         self.checkpoint = checkpoint
-        """Where the run goes on from; None: from its beginning."""
+        """Folder of the checkpoint from which the run can resume; None if it restarts from the beginning."""
 
     def __str__(self) -> str:
         if self.checkpoint is None:
-            return f"ended by {self.signal_name} before the first checkpoint; started again, the run begins anew"
-        return f"ended by {self.signal_name}; resume_from_checkpoint='latest' goes on from {self.checkpoint}"
+            return f"stopped by {self.signal_name} before the first checkpoint; the next start begins from step 0"
+        return f"stopped by {self.signal_name}; resume_from_checkpoint='latest' continues from {self.checkpoint}"
 
 
 class StopRequest:
-    """Context manager that notes SIGTERM and SIGINT instead of dying of them.
+    """Context manager that records SIGTERM and SIGINT instead of ending the process.
 
-    A second SIGINT interrupts at once, as without it. A signal that the process ignores, as SIGINT in a
-    background job of a shell, stays ignored. Outside of the main thread, where Python handles no signals, it notes
-    nothing.
+    A second SIGINT raises KeyboardInterrupt at once. A signal that the process already ignores stays ignored, such
+    as SIGINT in a background job of a shell. Outside of the main thread signals are not recorded, because Python
+    handles signals only there.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        """Name of the signal that has come; None: none."""
+        """Name of the received signal; None before a signal is received."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":

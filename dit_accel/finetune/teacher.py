@@ -1,4 +1,4 @@
-"""`Teacher`: the dense model as it was before training, whose velocity the student learns."""
+"""`Teacher`: the frozen dense model, whose velocity is the training target of the student."""
 
 import contextlib
 import copy
@@ -17,11 +17,11 @@ from dit_accel.sampling.devices import DTYPES
 
 
 class Teacher:
-    """The dense model before training.
+    """Dense model with the weights from before training.
 
-    Attributes:
-        model: frozen copy of the transformer where its weights train. None: the student's own transformer with
-            sparse attention paused and adapters off, which costs no memory.
+    Args:
+        model: frozen copy of the transformer, needed if all weights train. None: use the transformer of the student
+            with sparse attention paused and adapters disabled, which needs no extra memory.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -35,7 +35,7 @@ class Teacher:
         sigmas: Float[Tensor, " b"],
         conditions: Mapping[str, Tensor],
     ) -> Float[Tensor, "b c *thw"]:
-        """Return the velocity of dense attention; see `Trainable.velocity`."""
+        """Return the velocity of the dense model. See `Trainable.velocity`."""
         if self.model is not None:
             return trainable.velocity(self.model, noisy_latents, sigmas, conditions)
         with dense(trainable.transformer):
@@ -43,11 +43,11 @@ class Teacher:
 
 
 def make_teacher(trainable: Trainable, config: FinetuneConfig) -> Teacher:
-    """Make the teacher. Call it before any weight is trained or loaded from a checkpoint.
+    """Create the teacher. Call this function before weights are trained or loaded from a checkpoint.
 
     Args:
-        trainable: its transformer may have sparse attention already, or not.
-        config: with train="all" the transformer is copied, in the dtype of the computation.
+        trainable: model to copy or share. Sparse attention may be installed on its transformer.
+        config: options of the run. With train="all" the transformer is copied in the dtype of the computation.
     """
     if config.train != "all":
         return Teacher()
@@ -59,7 +59,7 @@ def make_teacher(trainable: Trainable, config: FinetuneConfig) -> Teacher:
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:
-    """Cast weights in place as `from_pretrained(dtype=...)` does: some modules and rotary tables stay in fp32."""
+    """Cast weights in place like `from_pretrained(dtype=...)`, which keeps some modules and rotary tables in fp32."""
     kept = set(model._keep_in_fp32_modules or ())
     for name, x in model.state_dict(keep_vars=True).items():
         if x.is_floating_point() and kept.isdisjoint(name.split(".")):
@@ -68,9 +68,9 @@ def cast_weights(model: Any, dtype: torch.dtype) -> None:
 
 @contextlib.contextmanager
 def dense(transformer: Any) -> Iterator[None]:
-    """Context manager in which a transformer with frozen weights computes what it did before training.
+    """Context manager that pauses sparse attention and disables adapters.
 
-    Sparse attention is paused and adapters are off.
+    A transformer with frozen weights then computes the same output as before training.
     """
     sla = method_of(transformer, "sla")
     with contextlib.nullcontext() if sla is None else sla.paused(), adapters_off(transformer):
@@ -79,11 +79,11 @@ def dense(transformer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def adapters_off(transformer: Any) -> Iterator[None]:
-    """Context manager in which adapters compute nothing."""
+    """Context manager that disables the adapters of a transformer."""
     if not getattr(transformer, "peft_config", None):
         yield
         return
-    # PEFT changes `requires_grad` when it switches adapters, also of those that we froze.
+    # PEFT changes `requires_grad` of all adapter weights when it switches adapters. Restore it afterwards.
     trains = [(x, x.requires_grad) for x in transformer.parameters()]
     transformer.disable_adapters()
     try:

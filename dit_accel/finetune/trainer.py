@@ -1,4 +1,4 @@
-"""`finetune`: a whole fine-tuning run, from the settings to the files of the result."""
+"""`finetune`: run fine-tuning from the settings to the files of the result."""
 
 import contextlib
 import sys
@@ -45,24 +45,23 @@ SETTINGS = "training_config.json"
 
 
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> Path:
-    """Fine-tune sparse attention, and write the result.
+    """Fine-tune a model with sparse attention, and write the result.
 
-    Several processes started by torchrun share the work. A run that was killed goes on with
-    `resume_from_checkpoint="latest"`, and then gives what it would have given uninterrupted, bit for bit on a CPU.
+    Several processes started by torchrun share the work. A killed run resumes with
+    `resume_from_checkpoint="latest"`. On a CPU the result is then bit-identical to an uninterrupted run.
 
     Args:
-        config: all settings.
+        config: settings of the run.
         progress: show progress bars on stderr.
 
     Returns:
-        The folder of the result, `config.output_dir`: `sla.safetensors`, adapters or weights, README.md, curves.png,
+        The folder of the result, `config.output_dir`: `sla.safetensors`, weights or adapters, README.md, curves.png,
         log.jsonl, validation samples and checkpoints.
 
     Raises:
-        ValueError: bad settings, before any work starts.
-        RuntimeError: the run cannot go on: nothing trains, too many steps are not finite, or a file could not be
-            written.
-        Interrupted: SIGTERM or SIGINT came; the run is saved and the exit code is 0.
+        ValueError: if a setting is invalid, before any work starts.
+        RuntimeError: if no parameter trains, if too many steps are not finite, or if a file could not be written.
+        Interrupted: if SIGTERM or SIGINT was received. The run has been saved, and the exit code is 0.
     """
     check_before_loading(config)
     folder = check_writable(config.output_dir, "output_dir")
@@ -78,7 +77,9 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> Path:
             _train(config, folder, engine, stop, found, shown, stack)
         except Interrupted as interrupted:
             if processes.is_main:
-                tqdm.write(str(interrupted), file=sys.stderr)  # not behind the bar of an open line
+                tqdm.write(
+                    str(interrupted), file=sys.stderr
+                )  # on a line of its own below the progress bar
             raise
     return folder
 
@@ -88,10 +89,10 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
 
 
 def check_before_loading(config: FinetuneConfig) -> None:
-    """Check everything that can be known before a weight is read.
+    """Check the settings as far as possible before weights are read.
 
     Raises:
-        ValueError: the first thing that is wrong.
+        ValueError: if a setting is invalid.
     """
     source = model_source(config.pretrained_model_name_or_path)
     config.check_early(read_outline(source, **config.hub))
@@ -103,11 +104,19 @@ def check_before_loading(config: FinetuneConfig) -> None:
 
 
 def begin(config: FinetuneConfig, folder: Path, processes: int) -> Checkpoint | None:
-    """Choose the checkpoint to go on from, check that its settings allow it, and write the settings.
+    """Choose the checkpoint to resume from, check that the settings match it, and write the settings to a file.
+
+    Args:
+        config: settings of the run.
+        folder: output folder of the run.
+        processes: number of processes.
+
+    Returns:
+        The checkpoint, or None for a new run.
 
     Raises:
         ValueError: see `choose_checkpoint` and `check_settings`.
-        RuntimeError: the settings could not be written.
+        RuntimeError: if the settings could not be written.
     """
     settings = config.to_dict()
     found = choose_checkpoint(folder, config.resume_from_checkpoint)
@@ -127,7 +136,17 @@ def _train(
     shown: bool,
     stack: contextlib.ExitStack,
 ) -> None:
-    """Load, train and write. `found`: checkpoint to go on from; `shown`: whether bars are shown."""
+    """Load the model and data, train, and write the result.
+
+    Args:
+        config: settings of the run.
+        folder: output folder of the run.
+        engine: engine of the run.
+        stop: signal handler of the run.
+        found: checkpoint to resume from. None for a new run.
+        shown: show progress bars on stderr.
+        stack: exit stack that closes files and threads at the end of the run.
+    """
     processes, settings = engine.processes, config.to_dict()
     pipe = load_model(config, engine.device)
     transformer = pipe.transformer
@@ -139,7 +158,7 @@ def _train(
         stages=(regression_stage.STAGE, STAGE),
     )
     stack.callback(log.close)
-    # Pipelines expect one dtype everywhere; autocast stands in for it where weights are fp32.
+    # Pipelines expect all models in one dtype. With fp32 weights, autocast provides the dtype of the computation.
     with helpers.on_device(), engine.accelerator.autocast():
         trainable = trainable_of(pipe, max_sequence_length=config.max_sequence_length)
         samples = _opened(config, trainable, stop, processes, shown)
@@ -165,7 +184,7 @@ def _train(
 
     trained = prepare(transformer, config)
     sla = method_of(transformer, "sla")
-    # It copies the weights where they train, so it comes before those of a checkpoint.
+    # The teacher copies the weights if they train, so it must be created before a checkpoint is loaded.
     teacher = None if config.loss == "diffusion" else make_teacher(trainable, config)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -227,7 +246,7 @@ def _train(
         0 if found is None else found.step,
     )
     if regresses:
-        loop.save(0)  # the boundary of the stages
+        loop.save(0)  # a resumed run starts after the regression stage
     loop.run()
     meter.close()
     log.sync()
@@ -240,10 +259,10 @@ def _train(
 def _opened(
     config: FinetuneConfig, trainable: Any, stop: StopRequest, processes: Processes, shown: bool
 ) -> Any:
-    """Return the training samples.
+    """Open the training samples.
 
     Raises:
-        Interrupted: a signal came to any process while samples were made; in all of them.
+        Interrupted: in every process, if any process received a signal while samples were made.
     """
     samples = None
     with contextlib.suppress(CutShort):
@@ -256,7 +275,7 @@ def _opened(
 
 
 def _text_tokens(samples: Any) -> int | None:
-    """Return the text tokens that stored samples were encoded with; None: they are encoded in this run."""
+    """Return the number of text tokens of stored samples; None if this run encodes the samples."""
     contents = getattr(samples, "contents", None)
     return None if contents is None else contents.settings["max_sequence_length"]
 
@@ -278,7 +297,7 @@ def _feed(config: FinetuneConfig, samples: Any, engine: Engine) -> Feed:
 
 
 def _topk(config: FinetuneConfig, step: int) -> float | None:
-    """Return the topk of a step; None without annealing."""
+    """Return topk for a step; None without annealing."""
     if config.topk_start is None or config.anneal_steps is None:
         return None
     return topk_at(step, start=config.topk_start, end=config.sla["topk"], steps=config.anneal_steps)

@@ -1,4 +1,4 @@
-"""`Validator`: clips or images of the sparse model beside those of the dense one, from the same seeds."""
+"""`Validator`: compare samples of the sparse model with samples of the dense model from the same seeds."""
 
 import contextlib
 import json
@@ -32,23 +32,22 @@ DEFAULT_FPS = 16.0
 
 
 class Validator:
-    """Samples the sparse model and compares with the dense one.
+    """Sample the sparse model during training, and compare with samples of the dense model.
 
-    The dense samples are made once, by the model as it was before training, and kept as files, so that a run that
-    goes on compares with the same ones.
+    The dense samples are made once, before training, and stored as files. A resumed run uses the stored samples.
 
     Args:
-        pipe: the pipeline that trains; dense until `make_references` was called.
+        pipe: the pipeline to train. It must be dense until `make_references` has been called.
         config: settings of the run (`FinetuneConfig`).
         folder: output folder of the run.
-        size: frames, height and width in pixels; images have one frame.
-        text_tokens: of a prompt, as in training.
-        processes: the processes of the run, which share the samples.
-        together: every process makes every sample, as a sharded transformer needs it.
-        stopping: whether a signal asks the run to end; a validation is then cut short.
+        size: frames, height and width in pixels. Images have one frame.
+        text_tokens: number of text tokens of a prompt, as in training.
+        processes: processes of the run, which share the samples. Default: a single process.
+        together: every process makes every sample, as a sharded transformer requires.
+        stopping: function that returns True if a signal was received. The validation then stops early.
 
     Raises:
-        ValueError: prompts or sizes that cannot be sampled.
+        ValueError: if a prompt or size cannot be sampled.
     """
 
     def __init__(
@@ -70,20 +69,20 @@ class Validator:
         self.fps = config.fps or DEFAULT_FPS
         self.samples = validation_samples(pipe, config, size, text_tokens)
         self.sheet: np.ndarray | None = None
-        """Frames of the first sample of the last validation, dense above sparse, `[H, W, 3]` in bytes."""
+        """Frames of the first sample of the last validation, dense above sparse, as a uint8 array `[H, W, 3]`."""
         self._references: dict[str, Made] = {}
 
     def _each(self, action: Callable[[Sample], None]) -> None:
-        """Run an action for each sample that this process makes.
+        """Run an action for each sample of this process.
 
         Raises:
-            CutShort: a signal came to any process; in all of them.
-            OSError, ValueError, RuntimeError: the action failed in any process; in all of them.
+            CutShort: in every process, if any process received a signal.
+            OSError, ValueError, RuntimeError: in every process, if the action failed in any process.
         """
         share = 1 if self.together else self.processes.count
         own = self.samples if self.together else self.samples[self.processes.rank :: share]
         for i in range(-(-len(self.samples) // share)):
-            # All processes ask equally often, also those that have a sample less.
+            # Collective call: processes with one sample less take part too.
             if self.processes.sum(torch.tensor(float(self.stopping()))) > 0:
                 raise CutShort
             self.processes.together(partial(_run_all, action, own[i : i + 1]))
@@ -93,20 +92,20 @@ class Validator:
         return not self.together or self.processes.is_main
 
     def make_references(self) -> None:
-        """Make the dense samples, or read those of an earlier run with the same settings.
+        """Make the dense samples, or read the samples of an earlier run with the same settings.
 
-        Call it before sparse attention is installed and before any weight changes.
+        Call this method before sparse attention is installed and before any weight changes.
 
         Raises:
-            RuntimeError: a file could not be written.
-            CutShort: a signal came.
+            RuntimeError: if a file could not be written.
+            CutShort: if a signal was received.
         """
         folder = self.folder / REFERENCE
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"weights": weights_sha256(self.pipe), "config": self._settings()}
         record = folder / "settings.json"
         known = _read_json(record) == settings
-        # All processes look before one of them writes.
+        # All processes must read the record before the main process overwrites it.
         self.processes.barrier()
 
         def reference(sample: Sample) -> None:
@@ -128,18 +127,18 @@ class Validator:
         return [[x.id, x.record.prompt, x.seed, x.sampling.call_arguments()] for x in self.samples]
 
     def run(self, name: str) -> dict[str, float]:
-        """Make the sparse samples, write them beside the dense ones, and return the mean metrics.
+        """Make the sparse samples, write them next to the dense samples, and return the mean metrics.
 
         Args:
-            name: of the folder of this validation, such as "distillation-000500".
+            name: name of the folder of this validation, such as "distillation-000500".
 
         Returns:
-            `psnr` (dB), `ssim`, `latent_error` (relative) and `density`, as means over all samples. The density is
-            left out if nothing ran sparse.
+            Means of `psnr` (dB), `ssim`, `latent_error` (relative) and `density` over all samples. `density` is
+            missing if no layer ran sparse.
 
         Raises:
-            RuntimeError: a file could not be written, or the model returned values that are not finite.
-            CutShort: a signal came.
+            RuntimeError: if a file could not be written, or if the model returned non-finite values.
+            CutShort: if a signal was received.
         """
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +170,7 @@ class Validator:
         return means
 
     def _make(self, sample: Sample) -> Made:
-        # Processes that make a sample together have to make the same steps.
+        # Processes that make a sample together must run the same steps, so none of them may stop early.
         return make_sample(self.pipe, sample, lambda: not self.together and self.stopping())
 
     def _write_pictures(self, stem: Path, pictures: UInt8[np.ndarray, "t h w 3"]) -> None:
@@ -185,9 +184,7 @@ def _run_all(action: Callable[[Sample], None], samples: Sequence[Sample]) -> Non
 
 
 def _title(sparse: Made) -> str:
-    return (
-        "dense (nothing ran sparse)" if sparse.density is None else f"sparse, {sparse.density:.2f}"
-    )
+    return "dense (no layer sparse)" if sparse.density is None else f"sparse, {sparse.density:.2f}"
 
 
 def _read_json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""`ValidationPlan`: when a run validates, with which weights, and where that is logged."""
+"""`ValidationPlan`: schedule the validations of a run and log their metrics."""
 
 import collections
 import contextlib
@@ -19,22 +19,25 @@ DEFAULT_STEPS = 500
 
 
 class ValidationPlan:
-    """Validations of a run: before the first step, every `validation_steps` steps, and after the last one.
+    """Run validations before the first step, every `validation_steps` steps, and after the last step.
 
-    Making it samples the dense clips, so that it is made before sparse attention is installed and before any
+    The constructor makes the dense samples. Create the plan before sparse attention is installed and before any
     weight changes.
 
     Args:
-        pipe: the pipeline that trains, without acceleration.
+        pipe: the pipeline to train, without acceleration.
         config: settings of the run (`FinetuneConfig`).
         folder: output folder of the run.
-        buckets: buckets of the training samples; the most frequent one has the size of the validation samples.
-        text_tokens: of a prompt, as in training.
+        buckets: buckets of the training samples. Validation samples have the size of the most frequent bucket.
+        text_tokens: number of text tokens of a prompt, as in training.
+        engine: engine of the run.
         helpers: text encoders and VAE of the pipeline.
+        log: log of the run.
+        stop: signal handler of the run.
 
     Raises:
-        ValueError: prompts or sizes that cannot be sampled.
-        Interrupted: a signal came.
+        ValueError: if a prompt or size cannot be sampled.
+        Interrupted: if a signal was received.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class ValidationPlan:
         self.helpers, self.log, self.stop = helpers, log, stop
         self.every = config.validation_steps or DEFAULT_STEPS
         self.state: TrainingState | None = None
-        """Whose averages are validated; None: the weights as they are."""
+        """Training state whose averaged weights are validated; None validates the current weights."""
         self.validator: Validator | None = None
         if config.validation_prompts is None:
             return
@@ -74,18 +77,18 @@ class ValidationPlan:
             self._interrupt()
 
     def run(self, stage: str, done: int, *, last: bool = False) -> bool:
-        """Validate if it is due and was not done before a resume; log the means.
+        """Run and log a validation if it is due and the log does not have it yet.
 
         Args:
             stage: name of the stage.
-            done: finished steps of the stage.
-            last: whether there are no further steps.
+            done: number of finished steps of the stage.
+            last: True if the stage has no further steps.
 
         Returns:
-            False if a signal cut it short in the last stage, whose state has to be saved then.
+            False if a signal interrupted the validation. The caller must then save a checkpoint.
 
         Raises:
-            Interrupted: a signal cut it short before anything can be saved.
+            Interrupted: if a signal interrupted the validation and there is no state to save yet.
         """
         if self.validator is None or (stage, done) in self.log.validated:
             return True
@@ -111,7 +114,7 @@ class ValidationPlan:
 
 
 def most_frequent_size(buckets: Sequence[str]) -> tuple[int, int, int]:
-    """Return frames, height and width of the bucket that most samples are in, such as "33x64x64"."""
+    """Return (frames, height, width) of the most frequent bucket, given names such as "33x64x64"."""
     [(bucket, _)] = collections.Counter(buckets).most_common(1)
     frames, height, width = map(int, bucket.split("x"))
     return frames, height, width

@@ -1,4 +1,4 @@
-"""The samples of a validation: planned, made, compared, kept."""
+"""Plan, make, compare and store the samples of a validation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,32 +22,36 @@ from dit_accel.sampling.prompts import SUFFIXES, PromptRecord, number_prompts
 from dit_accel.sampling.settings import Sampling, with_steps
 
 PSNR_OF_EQUAL = 100.0
-"""PSNR that stands for equal pictures, whose PSNR is infinite, in means and curves."""
+"""PSNR of identical pictures. The real value is infinite, which means and curves cannot use."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """One sample as the pipeline made it."""
+    """Output of the pipeline for one sample."""
 
     pictures: UInt8[np.ndarray, "t h w 3"]
+    """Frames of the clip. Images have one frame."""
     latents: Tensor
-    """Latents of the last step, `[C, (F,) H, W]`, fp32 on the CPU."""
+    """Latents of the last step, `[C, (F,) H, W]`, in fp32 on the CPU."""
     density: float | None
-    """Realised density of sparse attention; None: dense."""
+    """Realised density of sparse attention; None if the sample is dense."""
 
 
 def validation_prompts(text: str) -> list[PromptRecord]:
-    """Return the prompts of `--validation_prompts`: separated by ":::", a prompts file, or a shipped set.
+    """Return the prompts of the option `validation_prompts`.
+
+    Args:
+        text: prompts separated by ":::", the path of a prompts file, or the name of a shipped prompt set.
 
     Raises:
-        ValueError: a file that cannot be read, or an empty prompt.
+        ValueError: if a file cannot be read, or if a prompt is empty.
     """
     if text in SETS or Path(text).suffix.lower() in SUFFIXES:
         return load_prompts(text)
     prompts = [x.strip() for x in text.split(":::")]
     if not all(prompts):
         raise ValueError(
-            f"validation_prompts={text!r}: an empty prompt; accepted are texts separated by ':::', or a prompts file"
+            f"validation_prompts={text!r}: a prompt is empty; expected texts separated by ':::', or a prompts file"
         )
     return number_prompts(prompts)
 
@@ -55,16 +59,16 @@ def validation_prompts(text: str) -> list[PromptRecord]:
 def validation_samples(
     pipe: Any, config: Any, size: tuple[int, int, int], text_tokens: int
 ) -> list[Sample]:
-    """Return the samples that `config` asks for.
+    """Return the validation samples to make.
 
     Args:
-        pipe: the pipeline that will make them.
+        pipe: the pipeline that will make the samples.
         config: settings of the run (`FinetuneConfig`).
-        size: frames, height and width in pixels; images have one frame.
-        text_tokens: of a prompt.
+        size: frames, height and width in pixels. Images have one frame.
+        text_tokens: number of text tokens of a prompt.
 
     Raises:
-        ValueError: prompts or sizes that cannot be sampled.
+        ValueError: if a prompt or size cannot be sampled.
     """
     frames, height, width = size
     guidance = config.validation_guidance_scale
@@ -91,13 +95,16 @@ def validation_samples(
 
 
 def make_sample(pipe: Any, sample: Sample, stopping: Callable[[], bool] = lambda: False) -> Made:
-    """Make one sample with the pipeline as it is.
+    """Make one sample with the current state of the pipeline.
 
     Args:
-        stopping: asked after each step; True ends the call early, with a result that is of no use.
+        pipe: a pipeline, dense or sparse.
+        sample: the sample to make.
+        stopping: function called after each step. If it returns True, the call stops early, and its result must not
+            be used.
 
     Raises:
-        RuntimeError: the model returned values that are not finite, or the memory does not suffice.
+        RuntimeError: if the model returned non-finite values, or if the memory does not suffice.
     """
     watched = _Watched(pipe, stopping)
     training = pipe.transformer.training
@@ -112,7 +119,7 @@ def make_sample(pipe: Any, sample: Sample, stopping: Callable[[], bool] = lambda
 
 
 class _Watched:
-    """A pipeline whose calls note their last latents, and end early when asked to."""
+    """Wrapper of a pipeline that records the last latents of a call, and can stop the call early."""
 
     def __init__(self, pipe: Any, stopping: Callable[[], bool]) -> None:
         self._pipe, self._stopping = pipe, stopping
@@ -127,12 +134,12 @@ class _Watched:
     def _note(self, pipe: Any, _step: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         self.latents = tensors["latents"]
         if self._stopping():
-            pipe._interrupt = True  # it then leaves out its remaining steps
+            pipe._interrupt = True  # diffusers then skips the remaining steps
         return {}
 
 
 def compared(dense: Made, sparse: Made) -> dict[str, float]:
-    """Return PSNR, SSIM and relative latent error of a sample, and its density where it ran sparse."""
+    """Return PSNR, SSIM and relative latent error of a sparse sample, and its density if a layer ran sparse."""
     values = {
         "psnr": min(PSNR_OF_EQUAL, psnr(dense.pictures, sparse.pictures)),
         "ssim": ssim(dense.pictures, sparse.pictures),
@@ -142,10 +149,10 @@ def compared(dense: Made, sparse: Made) -> dict[str, float]:
 
 
 def write_made(path: Path, made: Made) -> None:
-    """Write a sample, complete or not at all.
+    """Write a sample to a file atomically.
 
     Raises:
-        OSError: it could not be written.
+        OSError: if the file could not be written.
     """
     tensors = {
         "pictures": torch.from_numpy(np.ascontiguousarray(made.pictures)),
@@ -156,9 +163,9 @@ def write_made(path: Path, made: Made) -> None:
 
 
 def read_made(path: Path) -> Made | None:
-    """Return a stored sample; None if it is not there or cannot be read."""
+    """Return a stored sample, or None if the file is missing or cannot be read."""
     try:
         tensors = load_file(path)
         return Made(tensors["pictures"].numpy(), tensors["latents"], None)
-    except Exception:  # safetensors has an error class of its own; a sample is simply made again
+    except Exception:  # any unreadable file: the sample is made again
         return None

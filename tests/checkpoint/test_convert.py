@@ -127,10 +127,14 @@ def test_the_converted_pipeline_is_the_original_one(wrapper, model, tmp_path):
     for i, module in enumerate(method_of(pipe, "sla").attention.values()):
         parts = {x: weights[PROJECTION.format(i) + x] for x in ("weight", "bias")}
         module.proj_l.load_state_dict(parts)
-    expected = run(pipe, "wan", steps=STEPS)
-    assert torch.equal(run(converted, "wan", steps=STEPS), expected)
+    if wrapper in ("plain", "distilled"):
+        expected = run(pipe, "wan", steps=STEPS)
+        assert torch.equal(run(converted, "wan", steps=STEPS), expected)
+        assert converted.summary(strict=True).sparse_calls
     assert method_of(converted, "sla").config == method_of(pipe, "sla").config
-    assert converted.summary(strict=True).sparse_calls
+    for name, module in method_of(pipe, "sla").attention.items():
+        found = method_of(converted, "sla").attention[name].state_dict()
+        assert all(torch.equal(found[x], y) for x, y in module.state_dict().items())
     assert read_checkpoint(out / "sla.safetensors").base.model == "TurboWan"
     vanilla = diffusers.WanPipeline.from_pretrained(out, **absent("wan"))
     ours = pipe.transformer.state_dict()
@@ -186,8 +190,17 @@ class PublishedAttention:
         return (exact + F.linear(linear, weight, bias)).transpose(1, 2)
 
 
-@pytest.mark.parametrize("topk", [0.3, 0.6])
-@pytest.mark.parametrize("blocks", [(128, 64), (64, 128), (64, 64), (128, 128), (32, 16), (16, 64)])
+@pytest.mark.parametrize(
+    ("blocks", "topk"),
+    [
+        ((128, 64), 0.3),
+        ((64, 128), 0.6),
+        ((64, 64), 0.3),
+        ((128, 128), 0.6),
+        ((32, 16), 0.3),
+        ((16, 64), 0.6),
+    ],
+)
 def test_the_output_is_that_of_the_checkpoint(blocks, topk, model, tmp_path, monkeypatch):
     """On a grid of 3 x 14 x 10 tokens, where raster blocks and tiles differ and no block divides the length."""
     transformer = make("wan").transformer
@@ -226,34 +239,40 @@ def changed(**changes):
 
 FFN, PROJ = "blocks.0.ffn.0.weight", PROJECTION.format(2) + "bias"
 REFUSED = {
-    "code": (lambda: {"model": Harmful()}, "a pickle with more than tensors"),
-    "no dict": (lambda: [torch.ones(1)], "holds no state dict"),
-    "empty": (dict, "holds no state dict"),
-    "no tensor": (lambda: changed(step=3), "step is not a plain tensor"),
+    "code": (lambda: {"model": Harmful()}, "pickle"),
+    "no dict": (lambda: [torch.ones(1)], "no state dict"),
+    "empty": (dict, "no state dict"),
+    "no tensor": (lambda: changed(step=3), "step .*tensor"),
     "quantised": (
         lambda: changed(**{"blocks.0.ffn.0.int8_weight": torch.ones(1)}),
-        "quantised .* accepted is the checkpoint without -quant",
+        r"quantised .*int8_weight.*-quant",
     ),
     "missing": (lambda: changed(**{FFN: None}), r"missing: blocks\.0\.ffn\.net\.0\.proj\.weight"),
     "extra": (lambda: changed(more=torch.ones(1)), "not expected: more"),
-    "shape": (lambda: changed(**{FFN: torch.ones(2, 2)}), r"has shape \(2, 2\); accepted: "),
-    "huge": (lambda: changed(**{FFN: torch.ones(1).expand(10**9)}), r"has shape \(1000000000,\)"),
+    "shape": (lambda: changed(**{FFN: torch.ones(2, 2)}), r"proj\.weight .*\(2, 2\)"),
+    "huge": (
+        lambda: changed(**{FFN: torch.ones(1).expand(10**9)}),
+        r"proj\.weight .*\(1000000000,\)",
+    ),
     "prefix": (
         lambda: {f"teacher.{name}": x for name, x in changed().items()},
         r"prefix 'teacher' of teacher\.",
     ),
     "several": (lambda: {"model": changed(), "ema": changed()}, "several .*'model', 'ema'"),
-    "twice": (lambda: changed(**{f"net.{FFN}": torch.ones(1)}), f"{FFN} is there twice"),
+    "twice": (lambda: changed(**{f"net.{FFN}": torch.ones(1)}), rf"{FFN} .*net\.{FFN}"),
     "no proj_l": (
         lambda: {name: x for name, x in changed().items() if "proj_l" not in name},
-        "proj_l.*accepted are checkpoints trained with SLA",
+        "proj_l.*SLA",
     ),
     "one proj_l": (lambda: changed(**{PROJ: None}), r"missing: blocks\.2\.attn1\.proj_l\.bias"),
     "layers": (
         lambda: changed(**{PROJECTION.format(3) + "bias": torch.ones(12)}),
         r"not expected: blocks\.3\.attn1\.proj_l\.bias",
     ),
-    "nan": (lambda: changed(**{PROJ: torch.full((12,), torch.nan)}), "accepted are finite"),
+    "nan": (
+        lambda: changed(**{PROJ: torch.full((12,), torch.nan)}),
+        r"blocks\.2\.attn1\.proj_l\.bias.*finite",
+    ),
 }
 
 
@@ -271,16 +290,14 @@ def test_damaged_files_and_other_models_are_refused(model, checkpoint, tmp_path)
     content = checkpoint.read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"nonsense", pickle.dumps(Harmful())):
         checkpoint.write_bytes(damaged)
-        with pytest.raises(
-            ValueError, match=r"damaged, or not a checkpoint of torch|a pickle with more"
-        ):
+        with pytest.raises(ValueError, match=r"checkpoint=.*(damaged|pickle)"):
             convert(checkpoint, model, out)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match=r"checkpoint=.*no\.pth"):
         convert(tmp_path / "no.pth", model, out)
     make("lumina").save_pretrained(tmp_path / "lumina")
-    with pytest.raises(ValueError, match="LuminaNextDiT2DModel; accepted: WanTransformer3DModel"):
+    with pytest.raises(ValueError, match=r"model=.*LuminaNextDiT2DModel.*WanTransformer3DModel"):
         convert(checkpoint, tmp_path / "lumina", out)
-    with pytest.raises(ValueError, match="block_q=100: accepted"):
+    with pytest.raises(ValueError, match="block_q=100"):
         convert(checkpoint, model, out, block_q=100)
     assert not out.exists()
 
@@ -293,9 +310,9 @@ def test_the_command_line(model, checkpoint, tmp_path, capsys):
     config = read_checkpoint(out / "sla.safetensors").config
     assert (config.topk, config.block_q, config.block_k) == (0.15, 64, 64)
     assert cli(*command, "--output-dir", out) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert f"output_dir='{out}'" in capsys.readouterr().err
     assert cli(*command, "--output-dir", tmp_path / "new", "--topk", "2") == 2
-    assert "topk=2.0: accepted" in capsys.readouterr().err
+    assert "topk=2.0" in capsys.readouterr().err
     checkpoint.write_bytes(b"")
     assert cli(*command, "--output-dir", tmp_path / "new") == 2
     assert not (tmp_path / "new").exists()

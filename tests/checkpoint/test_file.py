@@ -115,12 +115,12 @@ class Harmful:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps(Harmful(), protocol=4), "a pickle; accepted is a safetensors file"),
-        (b"PK\3\4" + bytes(40), "a zip archive, as torch.save writes it"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-lfs"),
-        (b"<!DOCTYPE html><html></html>", "a web page"),
+        (pickle.dumps(Harmful(), protocol=4), "pickle"),
+        (b"PK\3\4" + bytes(40), "zip.*torch.save"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
         (b"", "empty"),
-        (b"\xff" * 64, "truncated, damaged or something else"),
+        (b"\xff" * 64, "truncated|damaged"),
     ],
     ids=["pickle", "zip", "git-lfs", "html", "empty", "noise"],
 )
@@ -134,13 +134,13 @@ def test_other_files_are_named(tmp_path, content, message):
 @pytest.mark.parametrize("size", [4, 8, 100, -1, -100])
 def test_truncated_files_are_refused(path, size):
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match="truncated, damaged"):
+    with pytest.raises(ValueError, match=r"sla\.safetensors: .*damaged"):
         read_checkpoint(path)
 
 
 def test_appended_bytes_are_refused(path):
     path.write_bytes(path.read_bytes() + b"\0" * 8)
-    with pytest.raises(ValueError, match="truncated, damaged"):
+    with pytest.raises(ValueError, match=r"sla\.safetensors: .*damaged"):
         read_checkpoint(path)
 
 
@@ -156,7 +156,7 @@ def test_every_changed_byte_is_noticed(path):
 def test_a_changed_header_is_noticed(path, field):
     other = {"config": json.dumps(SLAConfig(combine="proj", topk=0.5).to_dict()), "layers": "[]"}
     forge(path, {field: other.get(field, "other")}, seal=False)
-    with pytest.raises(ValueError, match="damaged or changed after it was written"):
+    with pytest.raises(ValueError, match=r"sla\.safetensors: .*digest"):
         read_checkpoint(path)
 
 
@@ -174,34 +174,34 @@ WEIGHT = "blocks.1.attn1.proj_l.weight"
 @pytest.mark.parametrize(
     ("header", "tensors", "message"),
     [
-        ({"format": "pt"}, {}, "format='pt'; accepted is an SLA checkpoint"),
-        ({"format": None}, {}, "format=None; accepted is an SLA checkpoint"),
-        ({"format_version": "3"}, {}, "format_version='3'; this dit_accel reads '1' and '2'"),
-        ({"format_version": "2"}, {}, "no 'companion' in the header"),
-        ({"companion": "{}"}, {}, "companion in a file of format_version='1'"),
-        ({"layers": None}, {}, "no 'layers' in the header"),
+        ({"format": "pt"}, {}, "format='pt'"),
+        ({"format": None}, {}, "format=None"),
+        ({"format_version": "3"}, {}, "format_version='3'.*'1'.*'2'"),
+        ({"format_version": "2"}, {}, "no 'companion'"),
+        ({"companion": "{}"}, {}, "companion.*format_version='1'"),
+        ({"layers": None}, {}, "no 'layers'"),
         ({"config": "nonsense"}, {}, "Expecting value"),
         ({"config": "[]"}, {}, r"config: \[\]"),
         (_config(topc=0.5), {}, "unknown key 'topc'"),
-        (_config(topk=2), {}, "topk=2: accepted"),
+        (_config(topk=2), {}, "topk=2"),
         (_config(topk=[]), {}, "topk="),
-        (_config(dense_layers=3), {}, "dense_layers=3: accepted: at most 2"),
-        (_config(combine="alpha"), {}, "weights for combine='alpha': missing: blocks.0.attn1.alpha"),
-        (_config(combine="none"), {}, "not expected: blocks.0.attn1.proj_l.bias"),
-        ({"layers": "[[0, 1]]"}, {}, r"accepted: \[name, heads, kv_heads, head_dim\]"),
-        (_layers("blocks.0.attn1", 2, 2, 16), {}, "the same name"),
-        (_layers("blocks.1.attn1", 2, 2, 10**9), {}, "accepted are 1 to 1024"),
-        (_layers("blocks.1.attn1", 3, 2, 16), {}, "multiple of kv_heads"),
-        (_layers("blocks.1.attn1", 2, True, 16), {}, "accepted: "),
-        (_layers("blocks.1.attn1", 2, 2, 1000), {}, r"accepted: \(1000, 1000\)|accepted: \(1000,\)"),
+        (_config(dense_layers=3), {}, "dense_layers=3.* 2"),
+        (_config(combine="alpha"), {}, "combine='alpha'.* blocks.0.attn1.alpha"),
+        (_config(combine="none"), {}, "combine='none'.* blocks.0.attn1.proj_l.bias"),
+        ({"layers": "[[0, 1]]"}, {}, r"layers: \[0, 1\].*\[name, heads, kv_heads, head_dim\]"),
+        (_layers("blocks.0.attn1", 2, 2, 16), {}, "layers: .*same name"),
+        (_layers("blocks.1.attn1", 2, 2, 10**9), {}, r"blocks.1.attn1: .*1000000000.*\[1, 1024\]"),
+        (_layers("blocks.1.attn1", 3, 2, 16), {}, "blocks.1.attn1: .*3, 2, 16.*kv_heads"),
+        (_layers("blocks.1.attn1", 2, True, 16), {}, "layers: .*True"),
+        (_layers("blocks.1.attn1", 2, 2, 1000), {}, r"blocks.1.attn1.*\(1000,"),
         ({}, {WEIGHT: None}, f"missing: {WEIGHT}"),
         ({}, {"blocks.2.attn1.proj_l.bias": torch.zeros(16)}, "not expected: blocks.2"),
-        ({}, {WEIGHT: torch.zeros(16, 8)}, r"has shape \(16, 8\); accepted: \(16, 16\)"),
-        ({}, {WEIGHT: torch.zeros(16, 16).half()}, "accepted is float32"),
-        ({}, {WEIGHT: torch.full((16, 16), torch.nan)}, f"{WEIGHT}: accepted are finite"),
+        ({}, {WEIGHT: torch.zeros(16, 8)}, rf"{WEIGHT} .*\(16, 8\).*\(16, 16\)"),
+        ({}, {WEIGHT: torch.zeros(16, 16).half()}, f"{WEIGHT} .*float16.*float32"),
+        ({}, {WEIGHT: torch.full((16, 16), torch.nan)}, f"{WEIGHT}: .*finite"),
         ({}, {FINGERPRINT: None}, "base.fingerprint: shape"),
         ({}, {FINGERPRINT: torch.zeros(3, 64)}, "base.fingerprint: shape"),
-        ({}, {FINGERPRINT: torch.full((2, 64), torch.inf)}, "base.fingerprint: not finite"),
+        ({}, {FINGERPRINT: torch.full((2, 64), torch.inf)}, "base.fingerprint: .*finite"),
     ],
 )  # fmt: skip
 def test_contradictions_are_named(unchecked, path, header, tensors, message):
@@ -219,7 +219,7 @@ def test_a_wrong_sla_checkpoint_cannot_even_be_made():
 def test_bases_are_compared_by_geometry_and_weights():
     base, other = make().base, make(seed=1).base
     base.check(base)
-    with pytest.raises(ValueError, match=r"another base model \(org/model\): similarity"):
+    with pytest.raises(ValueError, match=r"another base model \(org/model\): .*0\.9"):
         base.check(other)
 
     def changed(**fields):
@@ -230,12 +230,12 @@ def test_bases_are_compared_by_geometry_and_weights():
         base.check(changed(fingerprint=torch.zeros(2, 64)))  # unreadable there
     half = torch.stack([base.fingerprint[0], torch.zeros(64)])
     assert base.similarity(changed(fingerprint=half)) == pytest.approx(1)
-    with pytest.raises(ValueError, match="made for a WanTransformer3DModel, not SD3"):
+    with pytest.raises(ValueError, match=r"WanTransformer3DModel.*SD3"):
         base.check(changed(transformer_class="SD3"))
-    with pytest.raises(ValueError, match="made for 2 attention layers; this transformer has 1"):
+    with pytest.raises(ValueError, match=r"2 attention layers.* 1"):
         base.check(changed(layers=LAYERS[:1], fingerprint=base.fingerprint[:1]))
     wider = (LAYERS[0], LAYERS[1]._replace(head_dim=32))
-    with pytest.raises(ValueError, match=r"head_dim 16; this transformer has .* head_dim 32"):
+    with pytest.raises(ValueError, match=r"head_dim 16.*head_dim 32"):
         base.check(changed(layers=wider))
 
 
@@ -250,7 +250,7 @@ def test_settings_are_a_preset_first_then_a_path(path, tmp_path, monkeypatch):
     (tmp_path / "fast").mkdir()
     monkeypatch.chdir(tmp_path)
     assert settings_of("fast") == SLAConfig.load("fast")
-    with pytest.raises(ValueError, match=r"a folder without sla\.safetensors"):
+    with pytest.raises(ValueError, match=r"sla='.*fast': .*sla\.safetensors"):
         settings_of(tmp_path / "fast")
-    with pytest.raises(ValueError, match="did you mean 'fast'"):
+    with pytest.raises(ValueError, match=r"sla='fats': .*'fast'"):
         settings_of("fats")

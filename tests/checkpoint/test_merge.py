@@ -67,13 +67,22 @@ def trained(tmp_path_factory):
 def test_the_merged_repository_is_the_tuned_pipeline(form, model, trained, tmp_path):
     folder, expected = trained
     out = merge(model, folder / form, tmp_path / "new" / "tuned-wan", sla_checkpoint=folder)
-    pipe = SparseWanPipeline.from_pretrained(out, **absent("wan"))
-    pipe.set_progress_bar_config(disable=True)
-    assert torch.equal(run(pipe, "wan", steps=STEPS), expected)
-    vanilla = diffusers.DiffusionPipeline.from_pretrained(out, **absent("wan"))
-    vanilla.set_progress_bar_config(disable=True)
-    load_sla(vanilla, out)
-    assert torch.equal(run(vanilla, "wan", steps=STEPS), expected)
+    if form in ("with-sla.safetensors", "pipeline"):
+        pipe = SparseWanPipeline.from_pretrained(out, **absent("wan"))
+        pipe.set_progress_bar_config(disable=True)
+        assert torch.equal(run(pipe, "wan", steps=STEPS), expected)
+        vanilla = diffusers.DiffusionPipeline.from_pretrained(out, **absent("wan"))
+        vanilla.set_progress_bar_config(disable=True)
+        load_sla(vanilla, out)
+        assert torch.equal(run(vanilla, "wan", steps=STEPS), expected)
+    # The other forms give the same weights, and so the same pipeline.
+    merged = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    plain = load_file(folder / "plain.safetensors")
+    assert merged.keys() == plain.keys()
+    assert all(torch.equal(merged[name], x) for name, x in plain.items())
+    stored, saved = (read_checkpoint(x / "sla.safetensors").weights for x in (out, folder))
+    assert stored.keys() == saved.keys()
+    assert all(torch.equal(stored[name], x) for name, x in saved.items())
     assert {p.name for p in out.iterdir()} == {p.name for p in model.iterdir()} - {".cache"}
     assert (out / "README.md").read_text() == "About this model."
     assert "_name_or_path" not in json.loads((out / "transformer" / "config.json").read_text())
@@ -136,11 +145,11 @@ REFUSED = {
     ),
     "twice": (
         lambda t, p: changed(t, p / "x", **{f"module.{BIAS}": torch.ones(16)}),
-        f"{BIAS} is there twice, as .*module.{BIAS}",
+        f"{BIAS} .*twice.*module.{BIAS}",
     ),
     "shape": (
         lambda t, p: changed(t, p / "x", **{BIAS: torch.ones(3)}),
-        r"proj_out.bias has shape \(3,\); accepted: \(16,\)",
+        r"proj_out.bias .*\(3,\).*\(16,\)",
     ),
     "integers": (
         lambda t, p: changed(t, p / "x", **{BIAS: torch.ones(16, dtype=torch.int8)}),
@@ -148,22 +157,22 @@ REFUSED = {
     ),
     "sla missing": (
         lambda t, p: changed(t, p / "x", **{SLA: None}),
-        r"the SLA checkpoint differ: missing: blocks\.0\.attn1\.proj_l\.bias",
+        r"sla_checkpoint: missing: blocks\.0\.attn1\.proj_l\.bias",
     ),
     "sla extra": (
         lambda t, p: changed(t, p / "x", **{"blocks.0.attn1.sla.more": torch.ones(1)}),
-        r"the SLA checkpoint differ: not expected: blocks\.0\.attn1\.more",
+        r"sla_checkpoint: .*blocks\.0\.attn1\.more",
     ),
     "adapters": (
         lambda t, p: changed(t, p / "x", **{"proj_out.lora_A.weight": torch.ones(2, 16)}),
-        "holds adapters; accepted are whole weights",
+        "transformer=.*adapters",
     ),
-    "config": (_other_config, "its config has eps=0.5; accepted, as in model: 1e-06"),
-    "class": (_other_class, "holds a SD3Transformer2DModel; accepted: WanTransformer3DModel"),
-    "index": (_index, "names '../plain.safetensors'; accepted are files beside it"),
-    "pickle": (_pickle, "a zip archive, as torch.save writes it"),
-    "nothing": (lambda t, p: p / "no", "no such file"),
-    "no weights": (lambda t, p: p, "no readable config"),
+    "config": (_other_config, "transformer=.*eps=0.5.*1e-06"),
+    "class": (_other_class, "transformer=.*SD3Transformer2DModel.*WanTransformer3DModel"),
+    "index": (_index, "transformer=.*'../plain.safetensors'"),
+    "pickle": (_pickle, "weights.safetensors: .*zip"),
+    "nothing": (lambda t, p: p / "no", "no: .*file"),
+    "no weights": (lambda t, p: p, "transformer=.*config"),
 }
 
 
@@ -180,22 +189,20 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_written(case, model, t
 def test_the_other_arguments_are_checked_too(model, trained, tmp_path):
     folder, out = trained[0], tmp_path / "out"
     weights = folder / "plain.safetensors"
-    with pytest.raises(ValueError, match=r"output_dir=.*: exists already"):
+    with pytest.raises(ValueError, match=r"^output_dir="):
         merge(model, weights, model)
-    with pytest.raises(ValueError, match=r"model=.*: no such folder"):
+    with pytest.raises(ValueError, match=r"^model='org/model'"):
         merge("org/model", weights, out)
-    with pytest.raises(ValueError, match=r"model=.*: no model_index\.json"):
+    with pytest.raises(ValueError, match=r"^model=.*model_index\.json"):
         merge(folder, weights, out)
-    with pytest.raises(
-        ValueError, match=r"holds weights of sparse attention .* accepted with sla_checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"^transformer=.*\*\.sla\.\*.*sla_checkpoint"):
         merge(model, folder / "with-sla.safetensors", out)
-    with pytest.raises(ValueError, match=r"sla\.safetensors: truncated"):
+    with pytest.raises(ValueError, match=r"sla\.safetensors: .*truncated"):
         merge(model, weights, out, sla_checkpoint=model)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match=r"sla\.safetensors: no such file"):
         merge(model, weights, out, sla_checkpoint=tmp_path)
     save_sla(tuned("lumina"), tmp_path / "lumina")
-    with pytest.raises(ValueError, match=r"sla_checkpoint=.*: made for a LuminaNextDiT2DModel"):
+    with pytest.raises(ValueError, match=r"^sla_checkpoint=.*LuminaNextDiT2DModel"):
         merge(model, weights, out, sla_checkpoint=tmp_path / "lumina")
     for entry, value, message in (
         ("transformer_2", ["diffusers", "WanTransformer3DModel"], "has a transformer_2"),
@@ -217,6 +224,6 @@ def test_the_command_line(model, trained, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}\n"
     assert (out / "sla.safetensors").is_file()
     assert cli(*command, "--sla-checkpoint", folder, "--output-dir", out) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert f"output_dir='{out}'" in capsys.readouterr().err
     assert cli(*command, "--sla-checkpoint", model, "--output-dir", tmp_path / "new") == 2
     assert not (tmp_path / "new").exists()

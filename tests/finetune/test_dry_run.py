@@ -117,9 +117,9 @@ def test_samples_of_a_folder(tmp_path):
     )
     found = dry_run(config)
     assert found.samples == 2
-    assert "2 samples, frames x height x width of each file; the memory is that of 1x64x64" in str(
-        found
-    )
+    assert "data: 2 samples, " in str(found)
+    assert "1x64x64" in str(found)
+    assert found.own_sizes
 
 
 def test_samples_and_sizes_of_precomputed_data(tmp_path, monkeypatch):

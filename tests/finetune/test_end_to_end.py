@@ -2,11 +2,8 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,14 +21,13 @@ from dit_accel.finetune.stop import Interrupted
 from dit_accel.sampling.load import load_pipeline
 from dit_accel.sampling.pictures import read_image
 
-from .faults import in_child, kill
+from .faults import begin_child, end_child, in_child, in_children, kill
 
 for needed in ("config", "families", "objectives", "data.open", "regression", "annealing"):
     pytest.importorskip(f"dit_accel.finetune.{needed}")
 FinetuneConfig = pytest.importorskip("dit_accel.finetune.config").FinetuneConfig
 finetune = pytest.importorskip("dit_accel.finetune.trainer").finetune
 
-ROOT = Path(__file__).parents[2]
 SPARSE = {
     "combine": "proj",
     "topk": 0.2,
@@ -115,6 +111,19 @@ def losses(folder):
     return [x["loss"] for x in records if x["stage"] == "distillation" and "loss" in x]
 
 
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """`whole(train)`: the folder of an uninterrupted run, made once for each way of training. Tests only read it."""
+    folders = {}
+
+    def make(train):
+        if train not in folders:
+            folders[train] = run(settings, tmp_path_factory.mktemp(train) / "run", **TRAIN[train])
+        return folders[train]
+
+    return make
+
+
 REGRESSION = {"stages": ("regression", "distillation"), "regression_steps": 3}
 TRAIN = {
     "sla": {"train": "sla", **REGRESSION},
@@ -131,8 +140,8 @@ def test_curves_and_card(settings, tmp_path):
 
 
 @pytest.mark.parametrize("train", TRAIN)
-def test_run(settings, wan_repository, call, tmp_path, train):
-    folder = run(settings, tmp_path / "run", **TRAIN[train])
+def test_run(whole, wan_repository, call, train):
+    folder = whole(train)
     names = {x.name for x in folder.iterdir()}
     assert {
         "README.md",
@@ -165,8 +174,8 @@ def test_run(settings, wan_repository, call, tmp_path, train):
 
 
 @pytest.mark.parametrize("train", ["router", "lora", "all"])
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(settings, tmp_path, train):
-    whole = run(settings, tmp_path / "whole", **TRAIN[train])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(settings, whole, tmp_path, train):
+    expected = whole(train)
 
     def killed():
         from dit_accel.finetune.loop import Loop
@@ -182,15 +191,15 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(settings, tmp_path,
     assert in_child(killed) == ("killed", signal.SIGKILL)
     assert not (tmp_path / "killed/sla.safetensors").exists()
     resumed = run(settings, tmp_path / "killed", **TRAIN[train], resume_from_checkpoint="latest")
-    assert_same(result_of(whole), result_of(resumed))
-    assert losses(whole) == losses(resumed)
+    assert_same(result_of(expected), result_of(resumed))
+    assert losses(expected) == losses(resumed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda x: x.name)
 def test_run_that_ends_in_the_regression_begins_it_again_with_the_same_result(
-    settings, tmp_path, number
+    settings, whole, tmp_path, number
 ):
-    whole = run(settings, tmp_path / "whole", **TRAIN["sla"])
+    expected = whole("sla")
 
     def ended():
         from dit_accel.finetune.regression import _Fit
@@ -209,8 +218,8 @@ def test_run_that_ends_in_the_regression_begins_it_again_with_the_same_result(
     assert in_child(ended) == (("killed", number) if killed else ("exited", 0))
     assert checkpoints(tmp_path / "ended") == []
     resumed = run(settings, tmp_path / "ended", **TRAIN["sla"], resume_from_checkpoint="latest")
-    assert_same(result_of(whole), result_of(resumed))
-    first, second = (read_log(x / "log.jsonl") for x in (whole, resumed))
+    assert_same(result_of(expected), result_of(resumed))
+    first, second = (read_log(x / "log.jsonl") for x in (expected, resumed))
     assert [(x["stage"], x["step"], x.get("loss")) for x in first] == [
         (x["stage"], x["step"], x.get("loss")) for x in second
     ]
@@ -246,11 +255,11 @@ def test_signal_while_samples_of_prompts_are_made(settings, tmp_path):
     assert len(losses(tmp_path)) == 1
 
 
-def test_validation(settings, tmp_path):
+def test_validation(settings, whole, tmp_path):
     options = {
         "validation_prompts": "a red circle moving right",
         "validation_steps": 3,
-        "validation_num_inference_steps": 2,
+        "validation_num_inference_steps": 1,
         **TRAIN["sla"],
     }
     folder = run(settings, tmp_path / "run", **options)
@@ -260,8 +269,7 @@ def test_validation(settings, tmp_path):
     ]  # fmt: skip
     assert all(0 < x["validation/latent_error"] < 2 for x in found)
     assert "| before training |" in (folder / "README.md").read_text()
-    plain = run(settings, tmp_path / "plain", **TRAIN["sla"])
-    assert_same(result_of(folder), result_of(plain))  # looking changes nothing
+    assert_same(result_of(folder), result_of(whole("sla")))  # looking changes nothing
 
 
 @pytest.mark.parametrize("combine", ["alpha", "shared_softmax"])
@@ -306,24 +314,25 @@ def test_tensorboard(settings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "prompts", "precision"),
+    ("model", "prompts", "precision", "frames"),
     [
-        ("tiny-wan", "demo", "no"),
-        ("tiny-sd3", "demo-images", "bf16"),
-        ("tiny-lumina2", "demo-images", "no"),
+        ("tiny-wan", "demo", "no", 9),
+        ("tiny-sd3", "demo-images", "bf16", None),
+        ("tiny-lumina2", "demo-images", "no", None),
     ],
 )
-def test_embedded_models(tmp_path, model, prompts, precision):
+def test_embedded_models(tmp_path, model, prompts, precision, frames):
     config = FinetuneConfig(
         pretrained_model_name_or_path=model,
         output_dir=str(tmp_path / "run"),
         prompts=prompts,
+        num_frames=frames,
         num_teacher_samples=2,
-        teacher_num_inference_steps=2,
+        teacher_num_inference_steps=1,
         sla=SPARSE | {"block_q": 16, "block_k": 16, "combine": "alpha"},
         train="all",
         stages=("distillation",),
-        max_train_steps=2,
+        max_train_steps=1,
         mixed_precision=precision,
         validation_prompts="a red circle",
         validation_num_inference_steps=1,
@@ -333,7 +342,7 @@ def test_embedded_models(tmp_path, model, prompts, precision):
     folder = finetune(config, progress=False)
     pipe = load_pipeline(model, sla=str(folder), device="cpu")
     assert dit_accel.summary(pipe).enabled
-    assert len(losses(folder)) == 2
+    assert len(losses(folder)) == 1
 
 
 # Refusals ---------------------------------------------------------------------------------------------
@@ -341,11 +350,13 @@ def test_embedded_models(tmp_path, model, prompts, precision):
 
 def test_folder_of_another_run_is_refused(settings, tmp_path):
     run(settings, tmp_path, train="sla", max_train_steps=2)
-    with pytest.raises(ValueError, match="holds checkpoint-2 of an earlier run"):
+    with pytest.raises(ValueError, match=r"output_dir=.*checkpoint-2.*'latest'"):
         run(settings, tmp_path, train="sla")
     with pytest.raises(ValueError, match=r"^learning_rate="):
         run(settings, tmp_path, train="sla", learning_rate=5e-3, resume_from_checkpoint="latest")
-    with pytest.raises(ValueError, match="samples a step"):
+    with pytest.raises(
+        ValueError, match=r"^train_batch_size=1, gradient_accumulation_steps=1, .*: 1 samples"
+    ):
         run(settings, tmp_path, train="sla", train_batch_size=1, resume_from_checkpoint="latest")
     other = {"train_batch_size": 1, "gradient_accumulation_steps": 2}
     run(settings, tmp_path, train="sla", **other, resume_from_checkpoint="latest")
@@ -353,32 +364,11 @@ def test_folder_of_another_run_is_refused(settings, tmp_path):
 
 
 def test_dense_by_mistake(settings, tmp_path):
-    with pytest.raises(RuntimeError, match=r"no layer ran sparse .*crossover='auto'"):
+    with pytest.raises(RuntimeError, match=r"sla: no layer ran sparse .*crossover='auto'"):
         run(settings, tmp_path, train="all", sla=SPARSE | {"crossover": "auto"})
 
 
 # Processes --------------------------------------------------------------------------------------------
-
-WORKER = """
-import json, sys
-from dit_accel.finetune.config import FinetuneConfig
-from dit_accel.finetune.trainer import finetune
-for values in json.loads(sys.argv[1]):
-    finetune(FinetuneConfig.from_dict(values), progress=False)
-"""
-
-
-def worker(tmp_path, configs, *, processes=None):
-    """A process, or several of torchrun, that make runs one after the other."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [
-        *(sys.executable, *(torchrun if processes else ()), str(script)),
-        json.dumps([x.to_dict() for x in configs]),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_processes(settings, tmp_path):
@@ -396,9 +386,8 @@ def test_two_processes(settings, tmp_path):
             **common,
         ),
     ]
-    process = worker(tmp_path, configs, processes=2)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors[-4000:]
+    found = in_children(lambda: [str(finetune(x, progress=False)) for x in configs], 2)
+    assert found == [("returned", [x.output_dir for x in configs])] * 2
     for kind in ("ddp", "fsdp"):
         assert losses(tmp_path / kind) == pytest.approx(losses(one), rel=1e-5), kind
         for name, x in result_of(one).items():
@@ -416,22 +405,21 @@ def test_sigterm_saves_and_exits_with_0_and_nobody_else_may_train_there(settings
         max_train_steps=100_000,
         checkpointing_steps=100_000,
     )
-    process = worker(tmp_path, [endless])
+    process, outcome = begin_child(lambda: finetune(endless, progress=False))
     try:
         deadline = time.monotonic() + 120
         while not _steps(folder):
-            assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
-            time.sleep(0.1)
-        with pytest.raises(
-            ValueError, match=f"another run is training there .process {process.pid} "
-        ):
+            time.sleep(0.05)
+        with pytest.raises(ValueError, match=f"output_dir=.*process {process} "):
             run(endless, folder)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        os.kill(process, signal.SIGTERM)
+    except BaseException:
+        os.kill(process, signal.SIGKILL)
+        raise
     finally:
-        process.kill()
-    assert process.returncode == 0, errors
+        ended = end_child(process, outcome)
+    assert ended == ("exited", 0)
     [(step, _)] = checkpoints(folder)
     assert step == len(losses(folder))
     run(endless, folder, max_train_steps=step + 1, resume_from_checkpoint="latest")
@@ -451,7 +439,7 @@ def test_the_message_of_a_signal_does_not_stand_behind_the_bar(
         with pytest.raises(Interrupted):
             run(settings, tmp_path / "run")
     lines = capsys.readouterr().err.splitlines()
-    assert any(x.strip().startswith("ended by SIGTERM; ") for x in lines), lines
+    assert any(x.strip().startswith("stopped by SIGTERM") for x in lines), lines
 
 
 def _steps(folder):

@@ -215,7 +215,9 @@ def test_skipped_step_changes_no_weight_and_no_average(tmp_path):
 
 def test_too_many_end_the_run_with_a_dump(tmp_path):
     loop = make_loop(CONFIG, tmp_path, spoil={1: math.nan, 3: math.nan, 4: math.nan})
-    with pytest.raises(NonFiniteError, match=r"in 3 steps, the last one 4 .*max_nonfinite=2"):
+    with pytest.raises(
+        NonFiniteError, match=r"not finite in 3 steps.*max_nonfinite=2.* 4 .*nonfinite-4.json"
+    ):
         loop.run()
     dump = json.loads((tmp_path / "nonfinite-4.json").read_text())
     assert dump["step"] == 4
@@ -251,7 +253,7 @@ def test_nothing_trains_is_an_error(tmp_path):
         group["weight_decay"] = 0.0
     with pytest.raises(
         RuntimeError,
-        match="nothing trains: step 1 changed no parameter of the groups weights, others",
+        match=r"nothing trains: step 1 .*weights, others",
     ):
         loop.run()
 
@@ -276,7 +278,7 @@ def test_group_that_does_not_train_is_named(tmp_path):
     loop = make_loop(config, tmp_path, change=cut)
     for group in loop.groups:
         group["weight_decay"] = 0.0
-    with pytest.warns(UserWarning, match="the parameter group 'others' does not train: step 0"):
+    with pytest.warns(UserWarning, match="parameter group 'others' .*step 0"):
         loop.run()
 
 
@@ -284,14 +286,14 @@ def test_dense_by_mistake_is_an_error(tmp_path):
     def dense(model):
         model.sla.sparse = False
 
-    with pytest.raises(RuntimeError, match="no layer ran sparse in the first step"):
+    with pytest.raises(RuntimeError, match="sla: no layer ran sparse"):
         make_loop(CONFIG, tmp_path, change=dense).run()
 
 
 @pytest.mark.filterwarnings("ignore:the parameter group")
 def test_loss_that_does_not_move_is_noticed(tmp_path):
     config = dataclasses.replace(CONFIG, learning_rate=1e-12, max_train_steps=3)
-    with pytest.warns(UserWarning, match="the loss of the first batch has not moved in 3 steps"):
+    with pytest.warns(UserWarning, match="loss on the first batch .* 3 steps"):
         make_loop(config, tmp_path).run()
 
 

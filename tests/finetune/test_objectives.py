@@ -10,7 +10,7 @@ from dit_accel.finetune.parameters import prepare
 from dit_accel.finetune.teacher import make_teacher
 
 from ..random_pipelines import relative
-from .cases import batch, calibrate, config, null_conditions, rows_of
+from .cases import batch, calibrate, config, null_conditions, rows_of, sparse_attention
 from .families.cases import FAMILIES, trainable
 
 
@@ -197,20 +197,15 @@ def test_guided_targets_are_what_the_pipeline_samples_with(family):
         target = plain.guide(conditional, unconditional, 4.0)
     assert relative(target, conditional) > 1e-3
     torch.testing.assert_close(loss.detach(), mean_square(student - target).mean())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_student_that_reads_everything_has_no_error(family):
-    prepared = trainable(family)
-    prepare(prepared.transformer, config(train="sla", sla={"combine": "proj", "topk": 1.0}))
-    made = objective(prepared, family)
-    _, logged = loss_of(made, batch(prepared, family))
+    # A student that reads everything has no error.
+    sparse_attention(prepared.transformer).set_topk(1.0)
+    _, logged = loss_of(objective(prepared, family), given)
     assert float(logged["relative_error"]) < 1e-9
 
 
 def test_what_does_not_fit_is_refused(wan):
     settings = config(train="sla")
-    with pytest.raises(ValueError, match=r"^teacher=None: loss='distillation' needs one"):
+    with pytest.raises(ValueError, match=r"^teacher=None: loss='distillation'"):
         Objective(settings, wan, None, null_conditions("wan"))
     null = {"encoder_hidden_states": torch.zeros(1, 7, 24)}
     teacher = make_teacher(wan, settings)
@@ -225,13 +220,13 @@ def test_what_does_not_fit_is_refused(wan):
 
 def test_training_on_the_loss_lowers_it():
     prepared = trainable("wan")
-    settings = config(sla={"combine": "alpha"}, targets="conditional", learning_rate=1e-3)
+    settings = config(sla={"combine": "alpha"}, targets="conditional", learning_rate=3e-3)
     trained = prepare(prepared.transformer, settings)
     made = Objective(settings, prepared, make_teacher(prepared, settings), {})
     given = batch(prepared, "wan")
     optimizer = torch.optim.AdamW(trained.groups)
     errors = []
-    for step in range(14):
+    for step in range(8):
         loss, logged = made(prepared.transformer, given, step=step % 2, first=0)
         loss.backward()
         optimizer.step()

@@ -31,10 +31,12 @@ def backward(prepared, settings, family):
 
 
 @pytest.mark.parametrize(
-    ("family", "train"),
-    [(f, t) for f in FAMILIES for t in TRAIN if (f, t) != ("lumina", "lora")],
+    ("family", "train", "combine"),
+    [
+        *((f, t, "proj") for f in FAMILIES for t in TRAIN if (f, t) != ("lumina", "lora")),
+        *(("wan", t, "alpha") for t in TRAIN),
+    ],
 )
-@pytest.mark.parametrize("combine", ["proj", "alpha"])
 def test_every_parameter_that_trains_gets_a_gradient_and_no_other(family, train, combine):
     prepared, settings, trained = prepared_for(
         family, train=train, sla={"combine": combine, "dense_layers": 1}
@@ -162,11 +164,9 @@ def test_default_adapters_are_on_every_projection_of_attention():
 
 
 def test_what_cannot_train_is_refused():
-    with pytest.raises(
-        ValueError, match=r"^lora_layers='to_x,to_q': no linear layer .*'to_x'.*to_q"
-    ):
+    with pytest.raises(ValueError, match=r"^lora_layers='to_x,to_q': .*'to_x'.*to_q"):
         prepared_for("wan", train="lora", lora_layers="to_x,to_q")
-    with pytest.raises(ValueError, match=r"^train='sla': no parameter trains; sla.dense_layers=3"):
+    with pytest.raises(ValueError, match=r"^train='sla': no parameter trains.* sla.dense_layers=3"):
         prepared_for("wan", train="sla", sla={"dense_layers": 3})
     with pytest.raises(ValueError, match=r"^transformer: Linear cannot be fine-tuned"):
         prepare(torch.nn.Linear(2, 2), config())

@@ -91,21 +91,21 @@ def test_a_file_goes_before_a_name_and_unknown_names_get_a_suggestion(write, mon
     monkeypatch.chdir(path.parent)
     path.rename(path.parent / "sd3-sla")
     assert load_config("sd3-sla").seed == 3
-    with pytest.raises(ValueError, match=r"^config='sd3_sla': .*\(did you mean 'sd3-sla'\?\)"):
+    with pytest.raises(ValueError, match=r"^config='sd3_sla': .*'sd3-sla'"):
         find_recipe("sd3_sla")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rte: 1e-4\n", r"mine.yaml: unknown key 'learning_rte' \(did you mean 'learning_rate'\?\)"),
-        ("sla:\n  topkk: 0.1\n", r"mine.yaml: sla: unknown key 'topkk' \(did you mean 'topk'\?\)"),
-        ("seed: 1\nseed: 2\n", r"mine.yaml: key 'seed' is given twice \(line 2\)"),
-        ("learning_rate: fast\n", r"mine.yaml: learning_rate='fast': accepted"),
-        ("sla: balanced\n", r"mine.yaml: sla='balanced': accepted: fields of SLAConfig"),
-        ("- seed\n", r"mine.yaml: accepted is a mapping"),
-        ("seed: [\n", r"mine.yaml: not a readable YAML file"),
-        ("train: sla\nsla: {combine: none}\nstages: [distillation]\n", r"mine.yaml: train='sla': nothing"),
+        ("learning_rte: 1e-4\n", r"mine.yaml: .*'learning_rte' .*'learning_rate'"),
+        ("sla:\n  topkk: 0.1\n", r"mine.yaml: sla: .*'topkk' .*'topk'"),
+        ("seed: 1\nseed: 2\n", r"mine.yaml: .*'seed' .*line 2"),
+        ("learning_rate: fast\n", r"mine.yaml: learning_rate='fast'"),
+        ("sla: balanced\n", r"mine.yaml: sla='balanced': .*SLAConfig"),
+        ("- seed\n", r"mine.yaml: .*mapping"),
+        ("seed: [\n", r"mine.yaml: .*YAML"),
+        ("train: sla\nsla: {combine: none}\nstages: [distillation]\n", r"mine.yaml: train='sla': .*sla.combine='none'"),
     ],
 )  # fmt: skip
 def test_bad_recipes_name_file_and_key(text, message, write, unchecked):
@@ -194,7 +194,7 @@ def test_fewer_steps_shorten_warmup_and_annealing_of_the_recipe():
     assert (merged["lr_warmup_steps"], merged["anneal_steps"]) == (2, 2)
     FinetuneConfig.from_dict(merged)
     assert override(RECIPE, {"max_train_steps": 100})["anneal_steps"] == 10
-    with pytest.raises(ValueError, match="lr_warmup_steps=5: accepted are at most"):
+    with pytest.raises(ValueError, match=r"lr_warmup_steps=5: .*max_train_steps=2"):
         FinetuneConfig.from_dict(override(RECIPE, {"max_train_steps": 2, "lr_warmup_steps": 5}))
     with pytest.raises(ValueError, match="max_train_steps=0"):
         FinetuneConfig.from_dict(override(RECIPE, {"max_train_steps": 0}))

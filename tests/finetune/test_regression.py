@@ -62,21 +62,28 @@ def enabled(**changed):
     return Trainable(transformer), method_of(transformer, "sla")
 
 
-@pytest.mark.parametrize("router", ["spread", "learned"])
-@pytest.mark.parametrize("combine", ["none", "shared_softmax", "proj", "alpha"])
+@pytest.mark.parametrize(
+    ("combine", "router"),
+    [
+        ("none", "spread"),
+        ("none", "learned"),
+        ("shared_softmax", "learned"),
+        ("proj", "spread"),
+        ("alpha", "spread"),
+        ("alpha", "learned"),
+    ],
+)
 def test_errors_fall_in_every_mode_that_has_weights(combine, router):
     trainable, sla = enabled(combine=combine, router=router)
     if not sla.config.has_weights:
-        with pytest.warns(UserWarning, match="no layer has weights"):
+        with pytest.warns(UserWarning, match="regression: .*no weights"):
             result = regress(trainable, sla, batches, Settings(), progress=False)
         assert result.losses == []
         assert result.after == result.before
-        fixed = "no weights: the router is fixed, and nothing is projected or mixed in"
-        assert result.untrained == {
-            "blocks.0.attn1": "dense layer",
-            "blocks.1.attn1": fixed,
-            "blocks.2.attn1": fixed,
-        }
+        reasons = dict(result.untrained)
+        assert reasons.pop("blocks.0.attn1") == "dense layer"
+        assert set(reasons) == {"blocks.1.attn1", "blocks.2.attn1"}
+        assert all(x.startswith("no weights") for x in reasons.values())
         return
     result = regress(trainable, sla, batches, Settings(), progress=False)
     assert len(result.losses) == 12
@@ -129,7 +136,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not():
     found = []
     for seed in (3, 3, 4):
         trainable, sla = enabled(combine="proj", router="learned")
-        settings = Settings(regression_steps=3, seed=seed)
+        settings = Settings(regression_steps=1, seed=seed)
         result = regress(trainable, sla, batches, settings, progress=False)
         found.append((result.losses, sla.attention["blocks.2.attn1"].proj_l.weight.detach()))
     assert found[0][0] == found[1][0]
@@ -144,11 +151,11 @@ def test_each_step_takes_one_of_several_values_of_topk():
         trainable,
         sla,
         batches,
-        Settings(regression_topk=[0.5, 0.25, 1 / 12], regression_steps=12),
+        Settings(regression_topk=[0.5, 0.25, 1 / 12], regression_steps=9),
         progress=False,
         on_step=lambda step, scalars: steps.append((step, scalars)),
     )
-    assert [step for step, _ in steps] == list(range(12))
+    assert [step for step, _ in steps] == list(range(9))
     assert [scalars["loss"] for _, scalars in steps] == result.losses
     assert {scalars["topk"] for _, scalars in steps} == {0.5, 0.25, 1 / 12}
     assert sla.config.topk == 0.25
@@ -230,7 +237,7 @@ def test_joint_attention_is_fitted_too(family):
         return Batch(given["hidden_states"], {}, ("a", "b"))
 
     sla = method_of(pipe.transformer, "sla")
-    settings = Settings(regression_steps=6, regression_learning_rate=0.01)
+    settings = Settings(regression_steps=4, regression_learning_rate=0.01)
     result = regress(Joint(pipe.transformer), sla, joint, settings, progress=False)
     assert result.losses
     assert sum(result.after.values()) < sum(result.before.values())
@@ -238,22 +245,20 @@ def test_joint_attention_is_fitted_too(family):
 
 def test_samples_that_run_dense_are_refused():
     trainable, sla = enabled(combine="proj", crossover="auto")
-    with pytest.raises(
-        ValueError, match=r"no layer runs sparse on samples of shape \(4, 3, 8, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"regression: no layer runs sparse .*\(4, 3, 8, 8\)"):
         regress(trainable, sla, batches, Settings(), progress=False)
 
 
 @pytest.mark.parametrize(
     ("settings", "sparse", "message"),
     [
-        ({"regression_steps": -1}, {}, "regression_steps=-1: must be at least 0"),
+        ({"regression_steps": -1}, {}, "regression_steps=-1: .*0"),
         ({"regression_learning_rate": -0.1}, {}, "regression_learning_rate=-0.1"),
-        ({"regression_topk": [0.1, 2]}, {}, r"regression_topk=\[0.1, 2\]: must be fractions"),
+        ({"regression_topk": [0.1, 2]}, {}, r"regression_topk=\[0.1, 2\]: .*\(0, 1\]"),
         (
             {"regression_topk": [0.1]},
             {"topk": None, "top_p": 0.5},
-            r"regression_topk=\[0.1\]: accepted with a topk",
+            r"regression_topk=\[0.1\]: .*sla.topk",
         ),
     ],
 )

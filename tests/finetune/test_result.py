@@ -110,7 +110,7 @@ def test_a_base_model_that_is_gone_leaves_the_earlier_result(sparse_wan, wan_rep
     pipe = trained(sparse_wan, "all")
     write_result(pipe, settings(wan_repository, "all"), tmp_path)
     before = {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()}
-    with pytest.raises(RuntimeError, match=r"gone: the base model cannot be read any more"):
+    with pytest.raises(RuntimeError, match=r"gone: the base model .*'latest'"):
         write_result(pipe, settings(tmp_path / "gone", "all"), tmp_path)
     assert {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()} == before
 
@@ -148,9 +148,7 @@ def test_full_disk_leaves_the_earlier_result(sparse_wan, wan_repository, tmp_pat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
 
     monkeypatch.setattr(pipe.transformer, "save_pretrained", full)
-    with pytest.raises(
-        RuntimeError, match=r"No space left on device.*checkpoints of the run are unharmed"
-    ):
+    with pytest.raises(RuntimeError, match=r"No space left on device.*checkpoints of the run"):
         write_result(pipe, config, tmp_path)
     assert {x: x.read_bytes() for x in tmp_path.rglob("*") if x.is_file()} == before
 
@@ -264,7 +262,7 @@ def test_failed_upload_says_where_the_result_is(tmp_path, monkeypatch):
 
 
 def test_upload_without_hub_is_refused_before_training():
-    with pytest.raises(ValueError, match=r"push_to_hub=True: .*accepted after `hf auth login`"):
+    with pytest.raises(ValueError, match=r"push_to_hub=True: .*`hf auth login`"):
         check_hub(settings("x", "sla"))  # tests run offline
 
 
@@ -295,7 +293,7 @@ def test_card(tmp_path, train):
     assert "sla" in card.data.tags
     assert "| before training | 20.00 | 0.5000 | 0.4000 | 0.100 |" in card.text
     assert "| after 10 steps | 30.00 | 0.7500 | 0.6000 | 0.150 |" in card.text
-    assert "| loss of the last step | 0.125 |" in card.text
+    assert "| loss at the last step | 0.125 |" in card.text
     use = 'pipe = SparseWanPipeline.from_pretrained("owner/model", sla="my-sla")'
     assert use in card.text
     assert ("my-sla/merged" in card.text) == (train == "all")
@@ -334,8 +332,8 @@ def test_full_disk_leaves_the_earlier_card(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("topk", "text"),
     [
-        (0.05, "about 5 % of the key blocks read exactly"),
-        (None, "the key blocks that top_p chooses read exactly"),
+        (0.05, "about 5 % of the key blocks"),
+        (None, "the key blocks selected by top_p"),
     ],
 )
 def test_card_without_validation(tmp_path, topk, text):
@@ -349,5 +347,5 @@ def test_card_without_validation(tmp_path, topk, text):
     )
     card = (tmp_path / "README.md").read_text()
     assert text in card
-    assert "## Figures" not in card
+    assert "## Quality" not in card
     assert ModelCard(card).data.base_model is None

@@ -31,7 +31,7 @@ def test_new_run(tmp_path):
 
 def test_new_run_in_the_folder_of_another_is_refused(tmp_path):
     save(tmp_path, 5)
-    with pytest.raises(ValueError, match=r"holds checkpoint-5 of an earlier run.*'latest'"):
+    with pytest.raises(ValueError, match=r"^output_dir='.*checkpoint-5.*'latest'"):
         choose_checkpoint(tmp_path, None)
 
 
@@ -39,13 +39,16 @@ def test_latest_valid_one_and_what_was_skipped(tmp_path, capsys):
     save(tmp_path, 5)
     (save(tmp_path, 9) / MANIFEST).unlink()
     assert choose_checkpoint(tmp_path, "latest").step == 5
-    assert capsys.readouterr().err == f"skipped checkpoint-9: no {MANIFEST}\n"
+    line = capsys.readouterr().err
+    assert line.startswith("skipped checkpoint-9: ")
+    assert MANIFEST in line
 
 
 def test_no_valid_one_is_refused(tmp_path):
     (save(tmp_path, 9) / MANIFEST).unlink()
     with pytest.raises(
-        ValueError, match=rf"no checkpoint .* can be used \(checkpoint-9: no {MANIFEST}\)"
+        ValueError,
+        match=rf"^resume_from_checkpoint='latest': .*\(checkpoint-9: {MANIFEST} is missing\)",
     ):
         choose_checkpoint(tmp_path, "latest")
 
@@ -53,17 +56,17 @@ def test_no_valid_one_is_refused(tmp_path):
 def test_named_one(tmp_path):
     path = save(tmp_path / "a" if (tmp_path / "a").mkdir() is None else None, 5)
     assert choose_checkpoint(tmp_path / "b", str(path)).step == 5
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint='.*/c'"):
         choose_checkpoint(tmp_path, str(tmp_path / "c"))
     (path / MANIFEST).unlink()
-    with pytest.raises(ValueError, match=f"no {MANIFEST}; accepted is a valid checkpoint"):
+    with pytest.raises(ValueError, match=f"^resume_from_checkpoint='.*{MANIFEST} is missing"):
         choose_checkpoint(tmp_path, str(path))
 
 
 def test_named_one_beside_newer_ones_is_refused(tmp_path):
     path = save(tmp_path, 5)
     save(tmp_path, 9)
-    with pytest.raises(ValueError, match=r"newer checkpoints \(checkpoint-9\)"):
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint='.*\(checkpoint-9\)"):
         choose_checkpoint(tmp_path, str(path))
 
 
@@ -90,7 +93,7 @@ def test_same_settings(tmp_path):
 def test_other_settings_are_refused_by_name(tmp_path, name, value):
     with pytest.raises(
         ValueError,
-        match=f"^{name}=.*: resume_from_checkpoint: checkpoint-3 was trained with {name}=",
+        match=f"^{name}=.*: .*checkpoint-3 .*{name}=",
     ):
         checked(tmp_path, **{name: value})
 
@@ -124,11 +127,11 @@ def test_other_global_batches_are_refused(tmp_path):
 
 def test_more_steps(tmp_path):
     checked(tmp_path, max_train_steps=100)
-    with pytest.raises(ValueError, match="max_train_steps=2: checkpoint-3 has more steps already"):
+    with pytest.raises(ValueError, match=r"max_train_steps=2: .* 3, .*checkpoint-3"):
         checked(tmp_path, max_train_steps=2)
     falling = dataclasses.replace(FakeConfig(), lr_scheduler="cosine").to_dict()
     checkpoint = read_checkpoint(save(tmp_path, 4, config=falling))
-    with pytest.raises(ValueError, match="which lr_scheduler='cosine' depends on"):
+    with pytest.raises(ValueError, match=r"^max_train_steps=100: .*lr_scheduler='cosine'"):
         check_settings(checkpoint, falling | {"max_train_steps": 100}, 2)
 
 
@@ -137,6 +140,6 @@ def test_other_samples_are_refused(tmp_path):
     check_samples(checkpoint, "abc", ["precomputed_dir"])
     with pytest.raises(
         ValueError,
-        match=r"^precomputed_dir: the samples are other ones than those that checkpoint-3",
+        match=r"^precomputed_dir: .*checkpoint-3",
     ):
         check_samples(checkpoint, "abd", ["precomputed_dir"])

@@ -47,10 +47,10 @@ def test_round_trip(tmp_path, optimizer):
     [
         (
             {"a": (2, 2)},
-            r"weights: b is not expected; the checkpoint belongs to another model or run",
+            r"weights: b is not expected",
         ),
         ({"a": (2, 2), "b": (3,), "c": (1,)}, "weights: c is missing"),
-        ({"a": (2, 2), "b": (4,)}, r"weights: b has shape \(3,\); accepted: \(4,\)"),
+        ({"a": (2, 2), "b": (4,)}, r"weights: b .*\(3,\).*\(4,\)"),
     ],
 )
 def test_weights_of_another_run_are_refused(tmp_path, shapes, message):
@@ -81,7 +81,7 @@ def test_adamw():
 def test_optional_optimizers(monkeypatch, changed, package, name):
     root = package.partition(".")[0]
     monkeypatch.setitem(sys.modules, root, None)
-    with pytest.raises(ValueError, match=rf"needs the package {root} \(pip install {root}\)"):
+    with pytest.raises(ValueError, match=rf"^\w+=.*: .*pip install {root}\b"):
         make_optimizer(FakeConfig(**changed), GROUPS)
     made = SimpleNamespace(**{name: torch.optim.AdamW})
     monkeypatch.setitem(sys.modules, root, SimpleNamespace(optim=made))

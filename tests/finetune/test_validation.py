@@ -36,7 +36,7 @@ SPARSE = {
 class Config:
     validation_prompts: str = "a red circle:::a blue square"
     num_validation_videos: int = 1
-    validation_num_inference_steps: int | None = 2
+    validation_num_inference_steps: int | None = 1
     validation_guidance_scale: float | None = 2.0
     targets: str = "mixed"
     fps: float | None = None
@@ -145,7 +145,8 @@ def test_guided_targets_are_sampled_without_guidance(pipe, tmp_path):
 
 def test_signal_cuts_it_short(pipe, tmp_path):
     stopped = []
-    validator = Validator(pipe, Config(), tmp_path, **SIZE, stopping=lambda: bool(stopped))
+    config = Config(validation_num_inference_steps=2)
+    validator = Validator(pipe, config, tmp_path, **SIZE, stopping=lambda: bool(stopped))
     validator.make_references()
     run = pipe.transformer.register_forward_hook(lambda *_: stopped.append(1))
     with pytest.raises(CutShort):
@@ -200,9 +201,9 @@ def test_prompts(tmp_path):
     path.write_text("one\ntwo\n")
     assert [x.prompt for x in validation_prompts(str(path))] == ["one", "two"]
     assert [x.prompt for x in validation_prompts(" one ::: two")] == ["one", "two"]
-    with pytest.raises(ValueError, match="an empty prompt"):
+    with pytest.raises(ValueError, match=r"validation_prompts='one:::': .*empty"):
         validation_prompts("one:::")
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match=r"'missing.txt'"):
         validation_prompts("missing.txt")
 
 

@@ -1,1 +1,1 @@
-"""Data of fine-tuning: captions, decoding, buckets, precomputed folders, and the order of batches."""
+"""Training data: captions, decoding, buckets, precomputed folders, and the order of batches."""

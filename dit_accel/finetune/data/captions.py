@@ -1,4 +1,4 @@
-"""`read_captions`: the videos and pictures of a folder, with their captions."""
+"""`read_captions`: find the videos and pictures of a folder and their captions."""
 
 import math
 import os
@@ -16,32 +16,34 @@ VIDEO_SUFFIXES = (
     *_VIDEO_SUFFIXES,
     *(".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".ogv", ".3gp", ".y4m"),
 )
-"""Suffixes of videos that are read; ".gif" and ".webp" may be animated pictures."""
+"""Suffixes of supported videos. Files with ".gif" and ".webp" may be animated pictures."""
 RANGE = ("start_seconds", "end_seconds")
-"""Columns of a table that choose a part of a video; both may be left out."""
+"""Optional columns of a table that select a part of a video."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One captioned video, part of a video, or picture."""
+    """Video, part of a video, or picture, with its caption."""
 
     id: str
-    """Path below the folder, with slashes; for a part of a video followed by "@start-end"."""
+    """Path relative to the folder, with slashes. A part of a video has the suffix "@start-end"."""
     path: Path
+    """Path of the file."""
     caption: str
+    """Caption of the file."""
     start: float = 0.0
-    """Seconds into the video at which the part begins."""
+    """Start of the part in seconds."""
     end: float | None = None
-    """Seconds into the video at which the part ends. None: with the video."""
+    """End of the part in seconds; None: the end of the video."""
 
     @property
     def is_picture(self) -> bool:
-        """Whether Pillow reads the file."""
+        """True if the file is read with Pillow, False if it is a video."""
         return is_picture(self.path)
 
 
 def is_picture(path: PurePath) -> bool:
-    """Return whether the suffix is that of a picture; it may be an animated one."""
+    """Return True if the suffix belongs to a picture, which may be animated."""
     return path.suffix.lower() in (*IMAGE_SUFFIXES, ".gif")
 
 
@@ -54,28 +56,28 @@ def read_captions(
 ) -> list[Item]:
     """Read a folder of videos and pictures with captions.
 
-    Captions come from one table in the folder: metadata or captions with the suffix .jsonl, .csv or .tsv,
-    else the only file with such a suffix. A row names a file below the folder (symbolic links are
-    followed) and its caption; `start_seconds` and `end_seconds` choose a part of a video. Further columns
-    are ignored. Without a table each file needs a caption in a .txt file of the same name beside it.
+    Captions come from a table in the folder with the suffix .jsonl, .csv or .tsv. It is named metadata or captions,
+    or is the only file with such a suffix. Each row names a file in the folder (symbolic links are followed) and its
+    caption. The columns `start_seconds` and `end_seconds` select a part of a video. Other columns are ignored.
+    Without a table, each file needs a caption in a .txt file of the same name.
 
     Args:
-        folder: its subfolders count; files and folders whose name begins with a dot do not.
+        folder: folder to read, including subfolders. Names that begin with a dot are ignored.
         caption_column: column of the table that holds captions.
         video_column: column of the table that holds file names.
-        argument: name of the option that gave `folder`, for messages.
+        argument: name of the option for `folder`, for messages.
 
     Returns:
-        The items, in the order of the table, or sorted by name.
+        The items in the order of the table, or sorted by name without a table.
 
     Raises:
-        ValueError: no captioned file, several tables, a missing or empty caption, a file that is missing,
-            outside of the folder, of an unknown kind or there twice.
+        ValueError: if there is no captioned file or more than one table, if a caption is missing or empty, or if a
+            file is missing, outside of the folder, of an unknown type or listed twice.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(
-            f"{argument}={str(folder)!r}: no such folder; accepted is a folder of videos or pictures"
+            f"{argument}={str(folder)!r}: no such folder; expected a folder of videos or pictures"
         )
     files = _media_files(root)
     table = find_table(root, argument)
@@ -86,20 +88,20 @@ def read_captions(
     unnamed = [x for x in files if x not in named]
     if unnamed:
         raise ValueError(
-            f"{table}: no row for {some(unnamed)}; each video and picture of the folder needs a caption"
+            f"{table}: no row for {some(unnamed)}; each video and picture in the folder needs a caption"
         )
     return items
 
 
 def some(names: Iterable[str], most: int = 5) -> str:
-    """Return the first names in one line, and how many more there are."""
+    """Return the first `most` names in one line, followed by the number of further names."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def _media_files(root: Path) -> list[str]:
-    """Return the videos and pictures below the folder, as relative paths with slashes, sorted."""
+    """Return the sorted relative paths of all videos and pictures in the folder, with slashes."""
     suffixes = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
     return sorted(x for x in _files(root) if PurePosixPath(x).suffix.lower() in suffixes)
 
@@ -130,8 +132,8 @@ def _from_text_files(root: Path, files: list[str], argument: str) -> list[Item]:
             missing.append(file)
     if missing:
         raise ValueError(
-            f"{where}: no caption for {some(missing)}; accepted are a .txt file of the same name beside each file, "
-            f"or one table such as metadata.jsonl"
+            f"{where}: no caption for {some(missing)}; expected a .txt file of the same name for each file, or one table "
+            "such as metadata.jsonl"
         )
     alone = [f"{stem}.txt" for stem, found in texts.items() if not found]
     if alone:
@@ -139,7 +141,7 @@ def _from_text_files(root: Path, files: list[str], argument: str) -> list[Item]:
     for stem, found in texts.items():
         if len(found) > 1:
             raise ValueError(
-                f"{where}: {stem}.txt is the caption of {some(found)}; accepted is one"
+                f"{where}: {stem}.txt is the caption of several files: {some(found)}; expected one file per caption"
             )
     items = []
     for file in files:
@@ -150,7 +152,7 @@ def _from_text_files(root: Path, files: list[str], argument: str) -> list[Item]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{text}: not a readable text file ({error})") from None
         if not caption:
-            raise ValueError(f"{text}: empty; accepted is a caption")
+            raise ValueError(f"{text}: the file is empty; expected a caption")
         items.append(Item(file, path, caption))
     return items
 
@@ -163,12 +165,12 @@ def _from_table(root: Path, table: Path, caption_column: str, video_column: str)
             item = _item(root, row, caption_column, video_column)
             first = lines.setdefault(item.id, line)
             if first != line:
-                raise ValueError(f"{item.id!r} is in line {first} too; accepted is one row each")
+                raise ValueError(f"{item.id!r} is also in line {first}; expected one row per file")
         except ValueError as error:
             raise ValueError(f"{table}, line {line}: {error}") from None
         items.append(item)
     if not items:
-        raise ValueError(f"{table}: holds no row")
+        raise ValueError(f"{table}: holds no rows")
     missing = [x.id for x in items if not x.path.is_file()]
     if missing:
         raise ValueError(f"{table}: no such file in the folder: {some(missing)}")
@@ -180,26 +182,26 @@ def _item(root: Path, row: dict[str, Any], caption_column: str, video_column: st
     for option, column in options.items():
         if column not in row:
             raise ValueError(
-                f"no {column!r}{suggest(column, list(row))}, only {', '.join(map(repr, row))}; give --{option}"
+                f"no column {column!r}{suggest(column, list(row))}; the columns are {', '.join(map(repr, row))}; set --{option}"
             )
         if not isinstance(row[column], str) or not row[column].strip():
-            raise ValueError(f"{column}={row[column]!r}: accepted is text that is not empty")
+            raise ValueError(f"{column}={row[column]!r}: must be non-empty text")
     name = row[video_column].strip()
     file = PurePosixPath(name)
     if file.is_absolute() or ".." in file.parts or "\\" in name or "\0" in name:
         raise ValueError(
-            f"{video_column}={name!r}: outside of the folder; accepted is a path below it, with slashes"
+            f"{video_column}={name!r}: outside of the folder; expected a relative path with slashes"
         )
     if file.suffix.lower() not in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
         raise ValueError(
-            f"{video_column}={name!r}: unknown suffix; accepted are {', '.join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))}"
+            f"{video_column}={name!r}: unknown suffix; expected {', '.join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))}"
         )
     start, end = (_seconds(row, column) for column in RANGE)
     begin = 0.0 if start is None else start
     if (start is not None or end is not None) and is_picture(file):
-        raise ValueError(f"{' and '.join(RANGE)} of {name!r}: accepted for videos")
+        raise ValueError(f"{' and '.join(RANGE)} of {name!r}: supported only for videos")
     if end is not None and end <= begin:
-        raise ValueError(f"end_seconds={end:g}: accepted is more than start_seconds={begin:g}")
+        raise ValueError(f"end_seconds={end:g}: must be greater than start_seconds={begin:g}")
     part = "" if start is end is None else f"@{begin:g}-{'' if end is None else f'{end:g}'}"
     return Item(f"{file}{part}", root / file, row[caption_column].strip(), begin, end)
 
@@ -213,5 +215,5 @@ def _seconds(row: dict[str, Any], column: str) -> float | None:
     except ValueError:
         number = math.nan
     if not (0 <= number < math.inf):
-        raise ValueError(f"{column}={value!r}: accepted is a number of seconds >= 0")
+        raise ValueError(f"{column}={value!r}: must be a number of seconds >= 0")
     return number

@@ -1,4 +1,4 @@
-"""`resample`: frames with times of their own to frames of a constant rate."""
+"""`resample`: convert frames with timestamps to a constant frame rate."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -9,26 +9,27 @@ T = TypeVar("T")
 
 
 class Timed(NamedTuple):
-    """Time of a frame in a video."""
+    """Timestamp of a frame in a video."""
 
     time: Fraction
-    """Seconds since the part of the video that is read begins; negative before it."""
+    """Seconds since the start of the part that is read. Negative for earlier frames."""
     duration: Fraction
-    """Seconds until the next frame; 0: unknown."""
+    """Seconds until the next frame; 0 if unknown."""
 
 
 def resample(
     frames: Iterable[tuple[Timed, T]], fps: float | int | None, end: float | int | None = None
 ) -> Iterator[T]:
-    """Yield the frames of a constant frame rate.
+    """Yield frames at a constant frame rate by repeating and dropping frames.
 
-    An output frame is the last frame whose time has come, so frames are repeated or left out. Because files round
-    times, a frame may be early by a quarter of the shorter interval. The first frame is repeated up to its time.
+    Each output frame is the last input frame whose time has been reached. Files round their timestamps, so an input
+    frame may appear early, by up to a quarter of the shorter of the two frame intervals. Before the time of the first
+    input frame, that frame is shown.
 
     Args:
-        frames: frames by rising time.
-        fps: frames per second. None: every frame once, as it comes.
-        end: seconds at which to stop. Default: with the last frame.
+        frames: input frames with ascending timestamps.
+        fps: output frames per second. None yields every input frame once.
+        end: time in seconds at which to stop. Default: the end of the last frame.
     """
     last_time = None if end is None else Fraction(end)
     if fps is None:
@@ -55,18 +56,18 @@ def resample(
     (time, duration), frame = held
     until = time + duration if last_time is None else min(last_time, time + duration)
     if time < 0 and until <= 0:
-        return  # the part that is read begins behind the last frame
-    # A video of one frame often has no duration.
+        return  # the part that is read begins after the last frame
+    # A video of one frame often has no duration. Yield its frame at least once.
     for _ in range(made, max(_first_output(until, duration, rate), 1)):
         yield frame
 
 
 def _first_output(time: Fraction, gap: Fraction, rate: Fraction) -> int:
-    """Return the number of the first output frame that may show a frame.
+    """Return the index of the first output frame that may show an input frame.
 
     Args:
-        time: seconds at which the frame begins.
-        gap: seconds since the frame before began.
+        time: time of the input frame in seconds.
+        gap: seconds since the previous input frame.
         rate: output frames per second.
     """
     return math.ceil(time * rate - min(gap * rate, Fraction(1)) / 4)

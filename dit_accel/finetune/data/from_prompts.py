@@ -1,4 +1,4 @@
-"""`teacher_samples`: training data from prompts alone, sampled by the dense model and kept in a folder."""
+"""`teacher_samples`: sample training data from prompts with the dense model, and store it in a folder."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -32,32 +32,36 @@ def teacher_samples(
     progress: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> PrecomputedSamples:
-    """Sample latents that are not in the folder yet, and open the folder.
+    """Sample the latents that the folder does not hold yet, and open the folder.
 
-    Started again after a kill, it goes on. Of several processes one samples, and the others wait for it.
+    A call after a kill continues with the missing samples. If several processes call this function, one of them
+    samples and the others wait.
 
     Args:
         trainable: the model, without acceleration.
-        prompts: their own sizes and seeds win over the other arguments.
-        output_dir: new, empty, or a folder of an earlier call.
-        sampling: arguments of the pipeline calls; height, width and for clips num_frames are needed unless
-            `buckets` gives them.
-        buckets: sizes that the samples take in turn.
-        num_samples: number of samples; prompts are repeated with other seeds. Default: one a prompt.
-        seed: sample i has `seed + i`.
-        batch_size: samples a pipeline call.
-        progress: show a bar on stderr.
-        stopping: asked before each pipeline call; True ends the sampling.
+        prompts: prompts to sample. Their own sizes and seeds take precedence over the other arguments.
+        output_dir: a new or empty folder, or the folder of an earlier call.
+        sampling: arguments of the pipeline calls. Height, width and, for clips, num_frames are required unless
+            `buckets` is given.
+        buckets: sizes that the samples use in turn.
+        num_samples: number of samples. Prompts are repeated with other seeds. Default: one sample per prompt.
+        seed: seed of the run. Sample i uses `seed + i`.
+        batch_size: number of samples per pipeline call.
+        progress: show a progress bar on stderr.
+        stopping: function called before each pipeline call. If it returns True, sampling stops.
+
+    Returns:
+        The samples of the folder.
 
     Raises:
-        CutShort: `stopping` returned True. Samples that were made are in the folder.
-        ValueError: no size, or one that the model cannot make; an output_dir that holds something else.
-        RuntimeError: acceleration is enabled, or a sample could not be made or written.
+        CutShort: if `stopping` returned True. Finished samples are in the folder.
+        ValueError: if a size is missing or not supported, or if output_dir holds other data.
+        RuntimeError: if acceleration is enabled, or if a sample could not be made or written.
     """
     pipe = trainable.pipe
     if installations_of(pipe):
         raise RuntimeError(
-            "the teacher samples dense, but acceleration is enabled on the pipeline; call dit_accel.disable first"
+            "pipe: the teacher must be dense, but acceleration is enabled; call dit_accel.disable(pipe) first"
         )
     base = with_steps(pipe, sampling)
     samples = _planned(trainable, prompts, base, buckets, num_samples or len(prompts), seed)
@@ -100,9 +104,9 @@ def _planned(
     count: int,
     seed: int,
 ) -> list[Sample]:
-    """Return the samples, with sizes that the model can make."""
+    """Return the samples to make, and check that the model supports their sizes."""
     if not prompts:
-        raise ValueError("prompts=[]: accepted is at least one")
+        raise ValueError("prompts=[]: must hold at least one prompt")
     check_seed(seed, count)
     rules = size_rules(trainable)
     samples = []
@@ -111,7 +115,7 @@ def _planned(
         record = prompts[place]
         sized = sampling
         if buckets:
-            # Another one in each turn, so that no prompt keeps to one bucket.
+            # Shift the buckets in each turn, so that a prompt is sampled in different buckets.
             bucket = buckets[(i + turn) % len(buckets)]
             frames = bucket.frames if rules.frame_step else None
             sized = sampling.overridden(num_frames=frames, height=bucket.height, width=bucket.width)
@@ -129,16 +133,16 @@ def _bucket(trainable: Encoder, sampling: Sampling) -> Bucket:
     sizes = {"height": sampling.height, "width": sampling.width, "num_frames": frames}
     for name, value in sizes.items():
         if value is None:
-            raise ValueError(f"{name}=None: needed to sample from prompts")
+            raise ValueError(f"{name}=None: required to sample from prompts")
     if not clips and sampling.num_frames is not None:
         raise ValueError(
-            f"num_frames={sampling.num_frames}: this model makes images; accepted is None"
+            f"num_frames={sampling.num_frames}: must be None, because this model makes images"
         )
     return Bucket(sizes["num_frames"], sizes["height"], sizes["width"])  # type: ignore[arg-type]
 
 
 def _settings(sampling: Sampling) -> dict[str, Any]:
-    """Return what decides what is sampled from a prompt; its size and seed are noted for each sample."""
+    """Return the settings that all samples share. Size and seed are stored with each sample."""
     names = ("num_inference_steps", "guidance_scale", "max_sequence_length")
     return {"made_from": "prompts"} | {x: getattr(sampling, x) for x in names}
 

@@ -1,4 +1,4 @@
-"""Files of a precomputed folder besides its shards: manifest.json, and the journal while it is made."""
+"""Read and write the manifest of a precomputed folder, and the journal that replaces it while samples are added."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 JOURNAL = "manifest.partial.jsonl"
-"""Shards that are complete while the folder is made: a header, and a line for each shard."""
+"""File that lists the complete shards while samples are added: a header, then one line per shard."""
 LOCK = ".lock"
 _SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 Record = dict[str, Any]
@@ -22,7 +22,7 @@ def shard_name(number: int) -> str:
 
 
 def is_shard(name: str) -> bool:
-    """Return whether a file has the name of a shard."""
+    """Return True if a file name is the name of a shard."""
     return _SHARD.fullmatch(name) is not None
 
 
@@ -32,7 +32,7 @@ def shard_number(name: str) -> int:
 
 
 def key_of(tensor: str, sample: str) -> str:
-    """Return the name of a tensor of a sample in its shard."""
+    """Return the key of a tensor of a sample in its shard."""
     return f"{tensor}/{sample}"
 
 
@@ -41,28 +41,30 @@ class Contents:
     """Contents of a manifest or journal."""
 
     header: Record
-    """format_version, model, settings, versions."""
+    """Entries format_version, model, settings and versions."""
     shards: dict[str, Record] = field(default_factory=dict)
-    """bytes and sha256 by file name."""
+    """Size (bytes) and sha256 of each shard, by file name."""
     samples: dict[str, Record] = field(default_factory=dict)
-    """bucket, shard, shapes and source by id."""
+    """Bucket, shard, shapes and source of each sample, by id."""
     broken: dict[str, str] = field(default_factory=dict)
-    """What is wrong with each file that was left out, by id."""
+    """Error message for each file that was skipped, by id."""
 
     @property
     def settings(self) -> Record:
+        """Settings with which the samples were made."""
         return self.header["settings"]
 
     @property
     def model(self) -> Record:
+        """Identity of the model that made the samples."""
         return self.header["model"]
 
 
 def read_manifest(folder: Path) -> Contents | None:
-    """Return the contents of manifest.json; None: there is none.
+    """Return the contents of manifest.json, or None if there is no manifest.
 
     Raises:
-        ValueError: it is damaged or of another version.
+        ValueError: if the manifest is damaged or of another format version.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -86,12 +88,12 @@ def read_manifest(folder: Path) -> Contents | None:
 
 
 def read_journal(folder: Path) -> Contents | None:
-    """Return the contents of the journal; None: there is none.
+    """Return the contents of the journal, or None if there is no journal.
 
-    What a killed process left half-written at its end does not count.
+    An incomplete line at the end, left by a killed process, is ignored.
 
     Raises:
-        ValueError: its header is damaged or of another version.
+        ValueError: if the header is damaged or of another format version.
     """
     path = folder / JOURNAL
     if not path.exists():
@@ -109,14 +111,14 @@ def read_journal(folder: Path) -> Contents | None:
             samples = {str(x): dict(y) for x, y in entry["samples"].items()}
             _check(Contents(header, shards, samples))
         except (KeyError, TypeError, ValueError, AttributeError):
-            break  # a disk that lost power; what follows is made again
+            break  # damaged by a power failure; the remaining samples are made again
         contents.shards.update(shards)
         contents.samples.update(samples)
     return contents
 
 
 def journal_line(shard: str, record: Mapping[str, Any], samples: Mapping[str, Record]) -> str:
-    """Return the line of a complete shard."""
+    """Return the journal line of a complete shard."""
     return json.dumps({"shard": shard, **record, "samples": samples}, ensure_ascii=False) + "\n"
 
 
@@ -124,20 +126,20 @@ def _checked_header(path: Path, data: Any) -> Record:
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format_version={version!r}; accepted is {FORMAT_VERSION}, so make the folder again with this "
-            "version of dit-accel"
+            f"{path}: format_version={version!r}; expected {FORMAT_VERSION}; make the folder again with this version of "
+            "dit-accel"
         )
     names = ("format_version", "model", "settings", "versions")
     missing = [x for x in names if x not in data]
     if missing or not isinstance(data["settings"], dict) or not isinstance(data["model"], dict):
         raise ValueError(
-            f"{path}: damaged (no {', '.join(missing) or 'settings'}); make the folder again"
+            f"{path}: damaged (missing or invalid: {', '.join(missing) or 'settings, model'}); make the folder again"
         )
     return {x: data[x] for x in names}
 
 
 def _check(contents: Contents) -> None:
-    """Raise ValueError, KeyError or TypeError for records that lack something."""
+    """Raise ValueError, KeyError or TypeError if a record is incomplete."""
     for name, shard in contents.shards.items():
         if not is_shard(name):
             raise ValueError(f"shard {name!r}")

@@ -1,4 +1,4 @@
-"""Identity of the model that latents and text embeddings were made with: names, and values of weights."""
+"""Identify the model that made latents and text embeddings, by its name and some values of its weights."""
 
 import hashlib
 import json
@@ -11,17 +11,17 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 _VALUES = 64
-"""Values of each part that are compared."""
+"""Number of values that are compared for each part of a model."""
 _CLOSE, _CLOSE_8_BIT = 0.005, 0.06
-"""Largest relative difference of the values of one model: rounding to bf16, or to a dtype of 8 bits."""
+"""Largest relative difference that rounding to bf16, or to an 8-bit dtype, can cause."""
 
 
 def model_identity(pipe: Any, *, transformer: bool = False) -> dict[str, Any]:
-    """Return what identifies VAE and text encoders of a pipeline, as plain values.
+    """Return the identity of the VAE and text encoders of a pipeline, as plain values.
 
     Args:
         pipe: loaded pipeline.
-        transformer: identify the transformer too, where it made the latents.
+        transformer: identify the transformer too. Use it if the transformer sampled the latents.
     """
     from dit_accel.checkpoint.identity import origin_of
 
@@ -37,7 +37,7 @@ def model_identity(pipe: Any, *, transformer: bool = False) -> dict[str, Any]:
 
 
 def model_differences(made: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Return in words how two models differ. Parts that only one of them has are not compared.
+    """Return descriptions of the differences of two models. Parts that only one model has are not compared.
 
     Args:
         made: identity of the model that made the files.
@@ -59,7 +59,7 @@ def model_differences(made: Mapping[str, Any], found: Mapping[str, Any]) -> list
 
 
 def model_label(identity: Mapping[str, Any]) -> str:
-    """Return the name of a model for messages."""
+    """Return the name and revision of a model, for messages."""
     revision = identity.get("revision")
     return f"{identity.get('model') or 'unnamed model'}{f' at {revision[:12]}' if revision else ''}"
 
@@ -75,7 +75,7 @@ def _part(name: str, module: Any) -> dict[str, Any]:
     values = [_value(module, key, i) for i, (key, _) in enumerate(chosen)]
     return {
         "class": type(module).__name__,
-        # Latents are normalised with numbers of the configuration.
+        # The configuration of the VAE holds the values that normalise latents.
         "config": _config_sha256(module.config) if name == "vae" else None,
         "bits": bits,
         "values": values,
@@ -83,13 +83,13 @@ def _part(name: str, module: Any) -> dict[str, Any]:
 
 
 def _value(module: nn.Module, key: str, number: int) -> float:
-    """Return one value of a weight, also if it is offloaded."""
+    """Return one value of a weight. The weight may be offloaded."""
     owner_name, _, name = key.rpartition(".")
     owner = module.get_submodule(owner_name)
     on_meta = getattr(owner, name).device.type == "meta"
     with align_module_device(owner, "cpu") if on_meta else torch.no_grad():
         weight = getattr(owner, name).detach().flatten()
-        # Another place in each weight, because the first and last values are often alike.
+        # Read a different position of each weight. First and last values are often equal in different models.
         return float(weight[(number + 1) * weight.numel() // (_VALUES + 2)].float())
 
 
@@ -101,7 +101,7 @@ def _config_sha256(config: Mapping[str, Any]) -> str:
 
 def _close(made: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
     a, b = made["values"], found["values"]
-    if not a or not b:  # quantised: nothing to compare
+    if not a or not b:  # quantised weights cannot be compared
         return True
     if len(a) != len(b):
         return False

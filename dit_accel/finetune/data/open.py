@@ -1,4 +1,4 @@
-"""`open_samples`: the training data that a `FinetuneConfig` names."""
+"""`open_samples`: open the training data of a `FinetuneConfig`."""
 
 import inspect
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from dit_accel.finetune.data.store import PrecomputedSamples, open_store
 from dit_accel.sampling.settings import Sampling
 
 TEACHER_FOLDER = "teacher-samples"
-"""Folder below the output folder for latents that are sampled from prompts."""
+"""Subfolder of the output folder for latents that are sampled from prompts."""
 
 
 def open_samples(
@@ -28,26 +28,27 @@ def open_samples(
 ) -> Samples:
     """Open the training data of a run. Acceleration must not be enabled on the pipeline yet.
 
-    Everything is checked that can be checked without decoding: captions, sizes, hashes of the model.
+    The function checks everything that does not require decoding: captions, sizes, and the identity of the model.
 
     Args:
-        config: `FinetuneConfig`; read are its options of data, `seed`, `train_batch_size` and `output_dir`.
+        config: settings of the run (`FinetuneConfig`).
         trainable: the model.
-        progress: show bars on stderr.
-        stopping: whether a signal asks the run to end, which sampling from `prompts` then does.
+        progress: show progress bars on stderr.
+        stopping: function that returns True if a signal was received. Sampling from `prompts` then stops.
 
     Returns:
-        Samples of `precomputed_dir`, of the files of `instance_data_dir`, or sampled from `prompts`.
+        The samples of `precomputed_dir` or `instance_data_dir`, or samples made from `prompts`.
 
     Raises:
-        ValueError: no source of data or several, or data that cannot be used; the message names the option.
-        RuntimeError: samples of `prompts` could not be made or written.
-        CutShort: `stopping` returned True while samples were made.
+        ValueError: if the number of data sources is not one, or if the data cannot be used. The message names the
+            option.
+        RuntimeError: if samples of `prompts` could not be made or written.
+        CutShort: if `stopping` returned True while samples were made.
     """
     given = [x for x in SOURCES if getattr(config, x) is not None]
     if len(given) != 1:
         shown = ", ".join(f"{x}={getattr(config, x)!r}" for x in SOURCES)
-        raise ValueError(f"{shown}: accepted is one of them")
+        raise ValueError(f"{shown}: set exactly one of them")
     if config.precomputed_dir is not None:
         return _precomputed(config.precomputed_dir, trainable, config.max_sequence_length)
     if config.instance_data_dir is not None:
@@ -60,8 +61,8 @@ def _precomputed(folder: str, trainable: Encoder, tokens: int | None) -> Precomp
     stored = store.contents.settings["max_sequence_length"]
     if tokens not in (None, stored):
         raise ValueError(
-            f"max_sequence_length={tokens}: the samples of precomputed_dir={folder!r} have {stored} text tokens; accepted "
-            "is that number, or none given"
+            f"max_sequence_length={tokens}: the samples of precomputed_dir={folder!r} have {stored} text tokens; use that "
+            "number, or do not set the option"
         )
     rules = size_rules(trainable)
     found = {(x["bucket"], tuple(x["shapes"]["latents"])) for x in store.contents.samples.values()}
@@ -71,8 +72,8 @@ def _precomputed(folder: str, trainable: Encoder, tokens: int | None) -> Precomp
         accepted = tuple(trainable.latent_shape(bucket.height, bucket.width, bucket.frames))
         if shape != accepted:
             raise ValueError(
-                f"precomputed_dir={str(folder)!r}: latents of {bucket} have the shape {list(shape)}, this model takes "
-                f"{list(accepted)}; accepted is a folder that was made with it"
+                f"precomputed_dir={str(folder)!r}: latents of {bucket} have the shape {list(shape)}, but this model "
+                f"expects {list(accepted)}; use a folder that was made with this model"
             )
     return store
 
@@ -134,12 +135,12 @@ def _from_prompts(
 
 
 def default_size(pipeline: type, pipe: Any, *, embedded: bool) -> dict[str, Any]:
-    """Return height, width and, for clips, num_frames of samples for which none are given.
+    """Return the default height, width and, for clips, num_frames of samples.
 
     Args:
         pipeline: class of the pipeline.
         pipe: the pipeline or its outline.
-        embedded: whether it is an embedded model; the demo's sizes are returned.
+        embedded: True for an embedded model. The sizes of the demo are returned then.
     """
     from dit_accel import demo
 
@@ -151,5 +152,5 @@ def default_size(pipeline: type, pipe: Any, *, embedded: bool) -> dict[str, Any]
         return {name: own[name] for name in names}
     if clips:
         return {name: parameters[name].default for name in names}
-    # Pipelines of images compute theirs.
+    # Image pipelines compute their default size from the config.
     return dict.fromkeys(names, pipe.transformer.config.sample_size * pipe.vae_scale_factor)

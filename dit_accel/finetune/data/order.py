@@ -1,4 +1,4 @@
-"""`Order`: which samples make which batch."""
+"""`Order`: assign samples to batches."""
 
 import bisect
 import hashlib
@@ -9,10 +9,10 @@ import torch
 
 
 class Order:
-    """Batches as a function of seed and step, without any state that a checkpoint would have to hold.
+    """Order of the samples as a function of seed and step, so that checkpoints need not store its state.
 
-    An epoch has every sample at least once. Each batch is of one bucket. The last batch of a bucket is filled
-    by samples of that bucket from the same epoch. Every epoch shuffles samples and batches anew.
+    An epoch contains every sample at least once. All samples of a batch belong to one bucket. The last batch of a
+    bucket is filled with samples of that bucket from the same epoch. Each epoch shuffles samples and batches again.
     """
 
     def __init__(self, buckets: Sequence[str], batch_size: int, seed: int) -> None:
@@ -20,16 +20,16 @@ class Order:
 
         Args:
             buckets: bucket of each sample.
-            batch_size: samples of one optimiser step, on all processes together.
-            seed: of the shuffling.
+            batch_size: number of samples per optimiser step over all processes.
+            seed: seed of the shuffling.
 
         Raises:
-            ValueError: no sample, or a batch_size below 1.
+            ValueError: if there are no samples, or if batch_size is below 1.
         """
         if not buckets:
-            raise ValueError("buckets=[]: accepted is at least one sample")
+            raise ValueError("buckets=[]: must hold at least one sample")
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: accepted is an int >= 1")
+            raise ValueError(f"batch_size={batch_size}: must be an int >= 1")
         self._batch_size, self._seed = batch_size, seed
         members: dict[str, list[int]] = {}
         for index, bucket in enumerate(buckets):
@@ -41,17 +41,20 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in which every sample is used."""
+        """Number of optimiser steps in an epoch."""
         return self._first[-1]
 
     def batch(self, step: int) -> list[int]:
-        """Return the indices of the samples of optimiser step `step`, counted from 0; all of one bucket.
+        """Return the indices of the samples of an optimiser step. All of them belong to one bucket.
+
+        Args:
+            step: index of the optimiser step, starting at 0.
 
         Raises:
-            ValueError: a negative step.
+            ValueError: if the step is negative.
         """
         if step < 0:
-            raise ValueError(f"step={step}: accepted is an int >= 0")
+            raise ValueError(f"step={step}: must be an int >= 0")
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = epoch, *self._shuffled(epoch)
@@ -63,7 +66,7 @@ class Order:
         return [int(members[i % len(members)]) for i in range(begin, begin + self._batch_size)]
 
     def _shuffled(self, epoch: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the order of the batches, and of the samples of each bucket."""
+        """Return the order of the batches, and the order of the samples of each bucket."""
         digest = hashlib.sha256(f"order {self._seed} {epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         batches = torch.randperm(self.steps_per_epoch, generator=generator)

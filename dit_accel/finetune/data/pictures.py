@@ -1,4 +1,4 @@
-"""Decoding of picture files with Pillow: stills, and animated GIF, WebP, PNG and AVIF files."""
+"""Decode picture files with Pillow: still pictures, and animated GIF, WebP, PNG and AVIF files."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -16,31 +16,31 @@ Frame = UInt8[np.ndarray, "h w 3"]
 
 _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 _ORIENTATION = 0x0112
-"""EXIF tag that says how a camera was held."""
+"""EXIF tag of the orientation of the camera."""
 _SHORTEST = 10
 _USUAL = 100
-"""Milliseconds that browsers show a frame whose duration is below the shortest one."""
+"""Durations in milliseconds. Like browsers, a frame with a duration below `_SHORTEST` is shown for `_USUAL`."""
 
 
 def probe_picture(path: Path, *, fps: float | int | None) -> tuple[int, int, int]:
-    """Return height and width as shown, and the number of frames.
+    """Return height and width after rotation, and the number of frames.
 
     Raises:
-        BrokenFileError: it is not a readable picture of 8 bits a channel.
+        BrokenFileError: if the file is not a readable picture with 8 bits per channel.
     """
     frames = list(picture_frames(path, fps=fps))
     return frames[0].shape[0], frames[0].shape[1], len(frames)
 
 
 def picture_frames(path: Path, *, fps: float | int | None) -> Iterator[Frame]:
-    """Yield the frame of a still, or the frames of an animated picture, as 8-bit RGB.
+    """Yield the frames of a picture as 8-bit RGB. A still picture has one frame.
 
     Args:
-        path: picture file. The orientation that a camera wrote into it is applied.
-        fps: frames per second that an animated picture is resampled to. None: its frames.
+        path: picture file. Its EXIF orientation is applied.
+        fps: frame rate to which an animated picture is resampled. None yields its own frames.
 
     Raises:
-        BrokenFileError: it is not a readable picture of 8 bits a channel.
+        BrokenFileError: if the file is not a readable picture with 8 bits per channel.
     """
     from PIL import Image, ImageOps
 
@@ -48,7 +48,7 @@ def picture_frames(path: Path, *, fps: float | int | None) -> Iterator[Frame]:
         with Image.open(path) as image:
             animated = image.format in _ANIMATED and getattr(image, "n_frames", 1) > 1
             orientation = image.getexif().get(_ORIENTATION, 1)
-    # What Pillow raises depends on where a damaged file breaks off.
+    # Pillow raises different errors, depending on where a file is damaged.
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenFileError(f"{path}: not a readable picture ({error})") from None
     if animated:
@@ -81,5 +81,5 @@ def _animation(path: Path) -> Iterator[tuple[Timed, Frame]]:
 
 def _opaque(path: Path, frame: Any) -> Frame:
     if frame.has_transparency_data and np.array(frame.convert("RGBA"))[..., 3].min() < 255:
-        raise BrokenFileError(f"{path}: has transparent pixels; accepted are opaque pictures")
+        raise BrokenFileError(f"{path}: has transparent pixels; expected an opaque picture")
     return np.array(frame.convert("RGB"))

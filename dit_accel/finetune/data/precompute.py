@@ -1,4 +1,4 @@
-"""`precompute`: encodes a data set once, into a folder that training reads."""
+"""`precompute`: encode a data set once into a folder that training reads."""
 
 import os
 from collections import deque
@@ -23,14 +23,15 @@ class Precomputed:
     """Result of `precompute`."""
 
     folder: Path
+    """The precomputed folder."""
     samples: int
-    """Samples in the folder."""
+    """Number of samples in the folder."""
     made: int
-    """Samples that this run made; the others were there."""
+    """Number of samples that this run encoded. Earlier runs encoded all others."""
     buckets: dict[str, int]
-    """Samples by bucket."""
+    """Number of samples by bucket."""
     broken: dict[str, str]
-    """What is wrong with each file that was left out, by id."""
+    """Error message for each file that was skipped, by id."""
 
 
 def precompute(
@@ -47,24 +48,24 @@ def precompute(
     shard_samples: int = SHARD_SAMPLES,
     progress: bool = False,
 ) -> Precomputed:
-    """Encode what is not encoded yet. Started again after a kill, it goes on.
+    """Encode the files that are not encoded yet. A call after a kill continues with the missing files.
 
     Args:
         trainable: the model.
         sources: files and their buckets, from `find_sources`.
-        sizes: how they were chosen.
-        output_dir: new, empty, or a folder of an earlier run with the same options.
-        batch_size: clips that the model encodes at once.
-        workers: files that are decoded at once, while the model encodes.
-        skip_broken: leave out files that cannot be decoded. Default: they are an error.
-        broken: files that `find_sources` left out, for the manifest.
+        sizes: settings from which the buckets were chosen.
+        output_dir: a new or empty folder, or a folder of an earlier run with the same options.
+        batch_size: number of clips that the model encodes at once.
+        workers: number of files that are decoded in parallel while the model encodes.
+        skip_broken: skip files that cannot be decoded. Default: raise an error.
+        broken: files that `find_sources` skipped, for the manifest.
         overwrite: replace samples that were made with other options, from other files or with another model.
-        shard_samples: most samples of a shard, and so most that a kill can lose.
-        progress: show a bar on stderr.
+        shard_samples: largest number of samples in a shard. A kill loses at most one shard.
+        progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: a file that cannot be decoded, or an output_dir that holds something else.
-        RuntimeError: the memory does not suffice, another process writes there, or a write failed.
+        ValueError: if a file cannot be decoded, or if output_dir holds other data.
+        RuntimeError: if the memory does not suffice, if another process writes to the folder, or if a write failed.
     """
     from tqdm import tqdm
 
@@ -92,7 +93,7 @@ def precompute(
                 for source, clip in batch:
                     if isinstance(clip, BrokenFileError):
                         if not skip_broken:
-                            raise BrokenFileError(f"{clip}; --skip_broken leaves such files out")
+                            raise BrokenFileError(f"{clip}; use --skip-broken to skip such files")
                         left_out[source.item.id] = str(clip)
                     else:
                         clips.append(clip)
@@ -106,7 +107,7 @@ def precompute(
         ids = [x.item.id for x in sources if x.item.id not in left_out]
         if not ids:
             raise ValueError(
-                f"none of {len(sources)} files could be decoded: {next(iter(left_out.values()))}"
+                f"none of the {len(sources)} files could be decoded: {next(iter(left_out.values()))}"
             )
         writer.finish(ids, left_out)
     found: dict[str, int] = {}
@@ -117,13 +118,13 @@ def precompute(
 
 
 def data_settings(trainable: Encoder, sizes: SizeChoice) -> dict[str, Any]:
-    """Return what decides how files become samples, as plain values."""
+    """Return the settings that affect how files are encoded, as plain values."""
     tokens = getattr(trainable, "text_tokens", None)
     return {"made_from": "files", **sizes.settings(), "max_sequence_length": tokens}
 
 
 def source_record(source: Source) -> dict[str, Any]:
-    """Return what a sample is made from, as plain values."""
+    """Return a description of the source of a sample, as plain values."""
     item = source.item
     return {
         "bytes": item.path.stat().st_size,
@@ -136,7 +137,7 @@ def source_record(source: Source) -> dict[str, Any]:
 def _decoded(
     sources: Sequence[Source], fps: float | int | None, batch_size: int, workers: int
 ) -> Iterator[list[tuple[Source, np.ndarray | BrokenFileError]]]:
-    """Yield batches of one bucket, decoded ahead in threads (PyAV and torch work without the interpreter's lock)."""
+    """Yield decoded batches, each of one bucket. Threads decode ahead (PyAV and torch release the GIL)."""
     batches = list(_batches(sources, batch_size))
     waiting: deque[Future[Any]] = deque()
     queue = iter([x for batch in batches for x in batch])
@@ -145,7 +146,7 @@ def _decoded(
             for batch in batches:
                 result = []
                 for source in batch:
-                    # What is decoded ahead takes memory: the next batch, and what the workers hold.
+                    # Limit the decoded clips in memory to one batch plus one clip per worker.
                     while len(waiting) < batch_size + workers:
                         following = next(queue, None)
                         if following is None:
@@ -158,7 +159,7 @@ def _decoded(
 
 
 def _batches(sources: Sequence[Source], batch_size: int) -> Iterator[list[Source]]:
-    """Yield batches of one bucket; buckets in the order of their first source."""
+    """Yield batches, each of one bucket, with the buckets in the order of their first source."""
     groups: dict[Bucket, list[Source]] = {}
     for source in sources:
         groups.setdefault(source.bucket, []).append(source)
@@ -172,5 +173,5 @@ def _clip_or_error(source: Source, fps: float | int | None) -> np.ndarray | Brok
         return read_clip(source, fps)
     except BrokenFileError as error:
         return error
-    except OSError as error:  # the file went away, or a network file system did
+    except OSError as error:  # the file was removed, or a network file system failed
         return BrokenFileError(f"{source.item.path}: cannot be read ({error.strerror or error})")

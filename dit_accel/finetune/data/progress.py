@@ -1,4 +1,4 @@
-"""What earlier runs left in a precomputed folder: what of it is kept, and what it contradicts."""
+"""Find the samples of earlier runs in a precomputed folder, and check that they match the current run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ from dit_accel.finetune.data.store import shard_problem
 from dit_accel.sampling.manifest import differences
 
 Sources = Mapping[str, Mapping[str, Any]]
-"""What each sample is made from, by id; plain values."""
+"""Descriptions of the source of each sample as plain values, by id."""
 
 
 def kept_contents(
@@ -31,21 +31,21 @@ def kept_contents(
     overwrite: bool = False,
     argument: str = "output_dir",
 ) -> Contents | None:
-    """Return the samples of earlier runs that are kept; None: there are none.
+    """Return the samples of earlier runs that can be kept, or None if there are none.
 
-    Samples of a shard that is missing or has another size are left out.
+    Samples of a shard that is missing or has another size are removed from the result.
 
     Args:
-        folder: new, empty, or a precomputed folder, finished or not.
-        settings: what decides how samples are made.
-        sources: what each sample is made from. Default: not compared.
-        model: identity of the model. Default: not compared.
-        overwrite: return None where the folder holds samples of something else.
-        argument: name of the option that gave `folder`, for messages.
+        folder: a new or empty folder, or a precomputed folder, complete or not.
+        settings: settings with which samples are made.
+        sources: source of each sample. Default: do not compare.
+        model: identity of the model. Default: do not compare.
+        overwrite: return None instead of raising an error if the folder holds other samples.
+        argument: name of the option for `folder`, for messages.
 
     Raises:
-        ValueError: the folder holds other files; or, without `overwrite`, samples of other settings, models or
-            sources, or files of another format version.
+        ValueError: if the folder holds unrelated files; or, without `overwrite`, if it holds samples of other
+            settings, models or sources, or of another format version.
     """
     where = f"{argument}={str(folder)!r}"
     found = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
@@ -56,21 +56,21 @@ def kept_contents(
     ]
     if others:
         raise ValueError(
-            f"{where}: holds other files ({some(others)}); accepted is a new folder or one of the same command"
+            f"{where}: holds other files ({some(others)}); expected a new folder, or a folder of the same command"
         )
     try:
-        # While it is there, the journal has all that the manifest has.
+        # The journal includes all entries of the manifest while it exists.
         contents = read_journal(folder) or read_manifest(folder)
     except ValueError as error:
         if overwrite:
             return None
-        raise ValueError(f"{error}; overwrite, or choose another folder") from None
+        raise ValueError(f"{error}; use overwrite, or another folder") from None
     if contents is None:
         return None
     different = _differences(contents, settings, sources, model)
     if different and not overwrite:
         raise ValueError(
-            f"{where}: holds samples of other {'; '.join(different[:6])}; overwrite, or choose another folder"
+            f"{where}: holds samples of other {'; '.join(different[:6])}; use overwrite, or another folder"
         )
     return None if different else _intact(folder, contents)
 
@@ -89,19 +89,20 @@ def _differences(
     if sources is None:
         return found
     if gone := [x for x in contents.samples if x not in sources]:
-        found.append(f"data: {some(gone)} not among the samples now")
+        found.append(f"data: {some(gone)} not among the current samples")
     changed = [
         f"{id_} ({', '.join(differences(record['source'], sources[id_]))})"
         for id_, record in contents.samples.items()
         if id_ in sources and record["source"] != dict(sources[id_])
     ]
     if changed:
-        found.append(f"data: changed is {some(changed, 3)}")
+        found.append(f"data: changed {some(changed, 3)}")
     return found
 
 
 def _intact(folder: Path, contents: Contents) -> Contents:
-    """Return the contents without shards that are missing or have another size."""
+    """Return the contents without the samples of missing or resized shards."""
+
     shards = {k: x for k, x in contents.shards.items() if shard_problem(folder / k, x) is None}
     samples = {k: x for k, x in contents.samples.items() if x["shard"] in shards}
     return Contents(contents.header, shards, samples, contents.broken)

@@ -1,4 +1,4 @@
-"""`RawSamples`: files that are decoded and encoded while training runs."""
+"""`RawSamples`: decode and encode files during training."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ from dit_accel.finetune.data.samples import Sample, Samples
 from dit_accel.finetune.data.sources import Source, read_clip
 
 CACHE_BYTES = 1 << 30
-"""Memory for encoded samples. A data set that fits is encoded once."""
+"""Size of the cache for encoded samples. A data set that fits is encoded only once."""
 K = TypeVar("K")
 
 
 class RawSamples(Samples):
-    """Files of a folder, encoded when they are asked for.
+    """Files of a folder, encoded on demand.
 
-    Each sample is encoded alone, so that it does not depend on the other samples of its batch.
+    Each sample is encoded on its own, so that it does not depend on the other samples of its batch.
 
     Args:
         sources: files and their buckets, from `find_sources`.
         trainable: the model.
-        fps: frames per second to resample to. None: the frames of each file.
-        workers: files that are decoded at once.
-        cache_bytes: memory for encoded samples.
+        fps: frame rate to which videos are resampled. None keeps the frames of each file.
+        workers: number of files that are decoded in parallel.
+        cache_bytes: size of the cache for encoded samples.
     """
 
     def __init__(
@@ -48,16 +48,16 @@ class RawSamples(Samples):
         self._conditions: _Cache[str] = _Cache(cache_bytes // 2)
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Begin to decode samples in the background."""
+        """Start decoding samples in the background."""
         for i in indices:
             if i not in self._latents and i not in self._decoding:
                 self._decoding[i] = self._pool.submit(read_clip, self._sources[i], self._fps)
 
     def sample(self, index: int) -> Sample:
-        """Return one sample, encoded now or earlier.
+        """Return one sample, from the cache if possible.
 
         Raises:
-            ValueError: the file cannot be decoded, or its latents are not finite.
+            ValueError: if the file cannot be decoded, or if its latents are not finite.
         """
         source = self._sources[index]
         latents = self._latents.get(index)
@@ -77,7 +77,7 @@ class RawSamples(Samples):
 
 
 class _Cache(Generic[K]):
-    """Tensors that were used last, up to a number of bytes."""
+    """Least-recently-used cache of tensors with a limit in bytes."""
 
     def __init__(self, most: int) -> None:
         self._most, self._held = most, 0
@@ -87,11 +87,13 @@ class _Cache(Generic[K]):
         return key in self._entries
 
     def get(self, key: K) -> dict[str, Tensor] | None:
+        """Return the tensors of a key, or None if they are not in the cache."""
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
 
     def put(self, key: K, value: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Store tensors, remove the least recently used ones beyond the limit, and return the tensors."""
         self._entries[key] = value
         self._held += _size(value)
         while self._held > self._most and self._entries:

@@ -1,4 +1,4 @@
-"""`opened`: the packets and frames of one video file with their times, up to the first damage."""
+"""`opened`: read the frames and timestamps of a video file up to its first damaged frame."""
 
 import contextlib
 import itertools
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from av.packet import Packet
 
 _FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,asf,flv,ogg,mxf,nut,gif,h264,hevc,av1,obu,ivf,yuv4mpegpipe"
-"""Containers that are opened. Playlists are not: they make ffmpeg read other files and the network."""
+"""Supported containers. Playlists are excluded, because ffmpeg would read other files and the network."""
 _WITHOUT_TIMES = ("avi", "h264", "hevc", "m4v", "mpegvideo", "obu", "yuv4mpegpipe")
-"""Containers that store no times; ffmpeg guesses those of AVI, wrongly where frames are reordered."""
+"""Containers without timestamps. ffmpeg guesses them for AVI, but incorrectly if frames are reordered."""
 
 
 class BrokenFileError(ValueError):
-    """A file of the data set cannot be used; the message names it."""
+    """Error for a file of the data set that cannot be used. The message names the file."""
 
 
 class Reader:
-    """One opened video."""
+    """Reader of one open video stream."""
 
     def __init__(self, stream: Any, packets: Iterator["Packet"], start: float | int) -> None:
-        """Read from the packets of a stream.
+        """Create a reader.
 
         Args:
             stream: the video stream.
-            packets: its packets; the first one is at or before `start`.
-            start: seconds in the stream that times count from.
+            packets: packets of the stream. The first packet is at or before `start`.
+            start: time in seconds that becomes time 0 of the returned frames.
         """
         self._stream, self._start = stream, Fraction(start)
         first = next(packets, None)
@@ -45,13 +45,13 @@ class Reader:
 
     @property
     def pixel_aspect(self) -> Fraction:
-        """Width of a pixel divided by its height."""
+        """Aspect ratio of a pixel: width divided by height."""
         return self._stream.sample_aspect_ratio or Fraction(1)
 
     def frames(self) -> Iterator[tuple[Timed, "av.VideoFrame"]]:
-        """Yield the frames with their times, up to the first damage.
+        """Yield the frames with their timestamps, up to the first damaged frame.
 
-        Damaged frames at the beginning are left out: a recording may begin between two key frames.
+        Damaged frames at the start are skipped, because a recording may start between two key frames.
         """
         gaps = _Gaps(self._interval)
         intact = False
@@ -66,17 +66,17 @@ class Reader:
                 return
 
     def packet_times(self, until: float | int | None) -> list[Timed]:
-        """Return the times of the frames, read from their packets, in order.
+        """Return the sorted timestamps of the frames, read from their packets without decoding.
 
         Args:
-            until: seconds; later frames may be missing. None: all frames.
+            until: time in seconds after which frames may be missing. None returns all frames.
         """
         times: list[Timed] = []
         decoded = Fraction(0)
         for index, packet in enumerate(self._intact_packets()):
             if not packet.is_discard:
                 times.append(self._time(packet.pts, packet.duration, index))
-            # A frame is never shown before it is decoded.
+            # A frame is never shown before it is decoded, so all frames up to this time are known.
             decoded = self._time(packet.dts, 0, index).time
             if until is not None and decoded > until:
                 return sorted(times)
@@ -87,7 +87,7 @@ class Reader:
         return list(complete)
 
     def _decoded(self) -> Iterator[tuple["av.VideoFrame", bool]]:
-        """Yield each frame, and whether the decoder held it back until the packets ended."""
+        """Yield each frame with a flag that is True if the decoder returned it only after the last packet."""
         import av
 
         begun = False
@@ -108,7 +108,9 @@ class Reader:
 
         with contextlib.suppress(av.FFmpegError):
             for packet in self._packets:
-                end = packet.size == 0 and packet.dts is None  # PyAV marks it by an empty packet
+                end = (
+                    packet.size == 0 and packet.dts is None
+                )  # PyAV marks the end by an empty packet
                 if end or packet.is_corrupt:
                     return
                 yield packet
@@ -122,10 +124,10 @@ class Reader:
 
 
 class _Gaps:
-    """Notices frames that are missing at the end of a file that was cut off.
+    """Detect missing frames at the end of a truncated file.
 
-    Frames are not stored in the order in which they are shown, so that the last frames that are left can be
-    later ones than frames that are gone.
+    Frames are not stored in display order. The last stored frames of a truncated file may therefore be later in the
+    video than some missing frames.
     """
 
     def __init__(self, interval: Fraction) -> None:
@@ -133,7 +135,12 @@ class _Gaps:
         self._largest = interval
 
     def one_before(self, timed: Timed, *, at_end: bool) -> bool:
-        """Return whether frames are missing before this one, which is known at the end alone."""
+        """Return True if frames are missing before this frame. Gaps are detected only at the end of the file.
+
+        Args:
+            timed: timestamp of the frame.
+            at_end: True if the frame was returned after the last packet.
+        """
         gap = timed.time - (timed.time if self._before is None else self._before)
         if at_end and gap > self._largest * Fraction(3, 2):
             return True
@@ -147,12 +154,12 @@ def opened(path: Path, start: float | int = 0.0) -> Iterator[Reader]:
 
     Args:
         path: video file.
-        start: seconds that times count from. Files with an index are read from the key frame before.
+        start: time in seconds that becomes time 0. Files with an index are read from the key frame before it.
 
     Raises:
-        BrokenFileError: the file cannot be opened, or has no video that can be decoded.
+        BrokenFileError: if the file cannot be opened, or if it has no video that can be decoded.
     """
-    # First by the index. If that fails, or leads behind the start: from the beginning.
+    # Seek by the index first. If that fails, or ends after `start`, read from the beginning.
     for seek in (True, False) if start > 0 else (False,):
         with _stream(path) as stream:
             packets = stream.container.demux(stream)
@@ -166,7 +173,7 @@ def opened(path: Path, start: float | int = 0.0) -> Iterator[Reader]:
 
 
 def _sought(stream: Any, packets: Iterator["Packet"], start: float | int) -> Any:
-    """Return the first packet after seeking; None: it is not the one of a frame at or before the start."""
+    """Seek, and return the first packet. Return None if its frame is not at or before the start."""
     import av
 
     base = stream.time_base
@@ -184,7 +191,7 @@ def _sought(stream: Any, packets: Iterator["Packet"], start: float | int) -> Any
 
 
 def _has_times(stream: Any) -> bool:
-    """Return whether the container stores times. The frames of others are counted."""
+    """Return True if the container stores timestamps. Otherwise they are derived from the frame index."""
     return stream.container.format.name not in _WITHOUT_TIMES
 
 
@@ -194,10 +201,10 @@ def _stream(path: Path) -> Iterator[Any]:
         import av
     except ImportError:
         raise ImportError(
-            "videos are read with PyAV, which is not installed: pip install dit-accel[train]"
+            "reading videos requires the package av (pip install dit-accel[train])"
         ) from None
     try:
-        # "file:" because ffmpeg takes a name such as "a:b.mp4" for a protocol.
+        # Prefix "file:", because ffmpeg would read "a" of a name such as "a:b.mp4" as a protocol.
         container = av.open(
             f"file:{path}",
             options={"format_whitelist": _FORMATS},
@@ -208,17 +215,19 @@ def _stream(path: Path) -> Iterator[Any]:
     with container:
         stream = container.streams.best("video")
         if stream is None:
-            raise BrokenFileError(f"{path}: has no video, only {_kinds(container)}")
+            raise BrokenFileError(
+                f"{path}: has no video stream; its streams are: {_kinds(container)}"
+            )
         if stream.codec_context is None:
-            raise BrokenFileError(f"{path}: the codec of its video is not supported by this PyAV")
-        # One thread: several files are decoded at once, and threads of a decoder hide which frame is damaged.
+            raise BrokenFileError(f"{path}: the installed PyAV does not support its video codec")
+        # One thread: files are decoded in parallel, and decoder threads hide which frame is damaged.
         stream.codec_context.thread_count = 1
         stream.codec_context.thread_type = "NONE"
         yield stream
 
 
 def _kinds(container: Any) -> str:
-    return ", ".join(sorted({x.type for x in container.streams})) or "nothing"
+    return ", ".join(sorted({x.type for x in container.streams})) or "none"
 
 
 def _reason(error: Exception) -> str:

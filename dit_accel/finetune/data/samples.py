@@ -1,4 +1,4 @@
-"""`Samples`: what training reads, whatever it comes from; and batches of them."""
+"""`Samples`: common interface of all sources of training samples. `load_batch` loads several samples as a batch."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -9,44 +9,45 @@ from torch import Tensor
 from dit_accel.finetune.batch import Batch
 
 Sample = tuple[Tensor, dict[str, Tensor]]
-"""Latents `[C, (F,) H, W]` in fp32, and conditions without batch dimension."""
+"""Pair of latents `[C, (F,) H, W]` in fp32 and conditions without batch dimension."""
 
 
 @runtime_checkable
 class Samples(Protocol):
     """Training samples by index.
 
-    Where there is a method `prefetch(indices)`, `load_batch` calls it first, so that files are read at once.
+    If a subclass has a method `prefetch(indices)`, `load_batch` calls it first, so that files are read in parallel.
     """
 
     buckets: Sequence[str]
     """Bucket of each sample, such as "33x64x64" (frames x height x width in pixels). Samples of one bucket have
     equal shapes."""
     ids: Sequence[str]
+    """Name of each sample."""
 
     def sample(self, index: int) -> Sample:
         """Return one sample.
 
         Raises:
-            ValueError: it cannot be read; the message names its file.
+            ValueError: if the sample cannot be read. The message names its file.
         """
         ...
 
 
 def load_batch(samples: Samples, indices: Sequence[int]) -> Batch:
-    """Return samples of one bucket as a batch.
+    """Load samples of one bucket as a batch.
 
     Args:
-        samples: where they come from.
-        indices: at least one; all of one bucket.
+        samples: the training samples.
+        indices: indices of the samples, at least one. All samples must belong to one bucket.
 
     Raises:
-        ValueError: no index, several buckets, or a sample that cannot be read.
+        ValueError: if there is no index, if there are several buckets, or if a sample cannot be read.
     """
     names = {samples.buckets[i] for i in indices}
     if len(names) != 1:
         raise ValueError(
-            f"indices={list(indices)}: of the buckets {sorted(names)}; accepted is one bucket"
+            f"indices={list(indices)}: belong to the buckets {sorted(names)}; expected exactly one bucket"
         )
     if hasattr(samples, "prefetch"):
         samples.prefetch(indices)
@@ -61,7 +62,7 @@ def _stacked(name: str, rows: Sequence[Tensor], ids: Sequence[str]) -> Tensor:
     for row, id_ in zip(rows, ids, strict=True):
         if row.shape != rows[0].shape:
             raise ValueError(
-                f"{name} of {id_!r} are {list(row.shape)}, of {ids[0]!r} {list(rows[0].shape)}; accepted is one shape in a "
-                "bucket"
+                f"{name}: shape {list(row.shape)} of {id_!r} differs from shape {list(rows[0].shape)} of {ids[0]!r}; samples "
+                "of one bucket must have equal shapes"
             )
     return torch.stack(list(rows))

@@ -1,4 +1,4 @@
-"""Files of a data set with their buckets, and their clips."""
+"""Choose a bucket for each file of a data set, and read files as clips of that size."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -16,26 +16,28 @@ from dit_accel.finetune.data.reader import BrokenFileError
 from dit_accel.finetune.data.video import probe_video, video_frames
 
 MOST_FRAMES = 1024
-"""Frames of a clip whose number of frames was not chosen. A longer one would exhaust the memory."""
+"""Largest number of frames of a clip if num_frames is not set. A longer clip would exhaust the memory."""
 
 
 @dataclass(frozen=True)
 class SizeChoice:
-    """How files get their buckets."""
+    """Settings that determine the bucket of each file."""
 
     rules: SizeRules
+    """Sizes that the model supports."""
     buckets: tuple[Bucket, ...] = ()
-    """Buckets to choose from; each file gets the nearest one. Empty: height, width and num_frames decide."""
+    """Buckets to choose from. Each file uses the nearest bucket. Empty: height, width and num_frames apply."""
     height: int | None = None
-    """Pixels of every sample. None: those of the file, rounded down to what the model accepts."""
+    """Height of every sample in pixels. None: the height of the file, rounded down to a supported size."""
     width: int | None = None
+    """Width of every sample in pixels. None: the width of the file, rounded down to a supported size."""
     num_frames: int | None = None
-    """Frames of every sample. None: as many as the file has and the model accepts."""
+    """Number of frames of every sample. None: the largest supported number that the file has."""
     fps: float | int | None = None
-    """Frames per second to resample to. None: the frames of the file."""
+    """Frame rate to which videos are resampled. None keeps the frames of each file."""
 
     def bucket(self, frames: int, height: int, width: int) -> Bucket | None:
-        """Return the bucket of a file; None: it has too few frames or pixels."""
+        """Return the bucket of a file, or None if the file has too few frames or pixels."""
         if self.buckets:
             return nearest_bucket(frames, height, width, self.buckets)
         if self.num_frames is not None and frames < self.num_frames:
@@ -45,7 +47,7 @@ class SizeChoice:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides which pixels a sample has, as plain values."""
+        """Return all settings that affect the pixels of a sample, as plain values."""
         return {
             "buckets": [str(x) for x in self.buckets],
             "height": self.height,
@@ -57,7 +59,7 @@ class SizeChoice:
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or part of a file, and the bucket that it is cut to."""
+    """File, or part of a file, with the bucket to which it is cropped."""
 
     item: Item
     bucket: Bucket
@@ -72,23 +74,25 @@ def size_choice(
     num_frames: int | None = None,
     fps: float | int | None = None,
 ) -> SizeChoice:
-    """Check the options that choose sizes.
+    """Check the options that set sizes, and return them as a `SizeChoice`.
 
     Args:
-        rules: sizes that the model accepts.
-        buckets: "frames,height,width;..." of which each file gets the nearest one.
-        height, width, num_frames: size of every sample, without `buckets`.
-        fps: frames per second. Default: the frames of each file.
+        rules: sizes that the model supports.
+        buckets: buckets of the form "frames,height,width;...". Each file uses the nearest bucket.
+        height: height of every sample in pixels. Cannot be combined with `buckets`.
+        width: width of every sample in pixels. Cannot be combined with `buckets`.
+        num_frames: number of frames of every sample. Cannot be combined with `buckets`.
+        fps: frame rate to which videos are resampled. Default: keep the frames of each file.
 
     Raises:
-        ValueError: a value that the model does not accept, or options that contradict each other.
+        ValueError: if the model does not support a size, or if options contradict each other.
     """
     given = {"height": height, "width": width, "num_frames": num_frames}
     if buckets is not None and any(x is not None for x in given.values()):
         names = ", ".join(f"{k}={x}" for k, x in given.items() if x is not None)
-        raise ValueError(f"buckets={buckets!r}, {names}: accepted are either buckets or one size")
+        raise ValueError(f"buckets={buckets!r}, {names}: set either buckets or one size, not both")
     if (height is None) != (width is None):
-        raise ValueError(f"height={height}, width={width}: accepted are both or neither")
+        raise ValueError(f"height={height}, width={width}: set both or neither")
     if fps is not None:
         from dit_accel.sampling.settings import check_fps
 
@@ -112,20 +116,21 @@ def find_sources(
 
     Args:
         items: captioned files.
-        sizes: how buckets are chosen.
-        workers: files that are opened at once.
-        skip_broken: leave out files that cannot be used.
-        progress: show a bar on stderr.
+        sizes: settings that determine the buckets.
+        workers: number of files that are opened in parallel.
+        skip_broken: skip files that cannot be used. Default: raise an error.
+        progress: show a progress bar on stderr.
 
     Returns:
-        The sources in the order of the items, and what is wrong with each file that was left out, by id.
+        The sources in the order of the items, and the error message of each skipped file by id.
 
     Raises:
-        ValueError: files that cannot be used, without `skip_broken`; a bucket without a file; no file at all.
+        ValueError: if a file cannot be used and `skip_broken` is False, if a bucket has no file, or if no file can be
+            used.
     """
     from tqdm import tqdm
 
-    # Not shown for a moment's work.
+    # The delay hides the bar of short checks.
     bar: dict[str, Any] = {"disable": not progress, "unit": "file", "delay": 1.0, "leave": False}
     sources: list[Source] = []
     broken: dict[str, str] = {}
@@ -142,26 +147,26 @@ def find_sources(
                 broken[item.id] = str(result)
     if broken and not skip_broken:
         raise ValueError(
-            f"{len(broken)} of {len(items)} files cannot be used: {some(broken.values(), 3)}; repair or remove them; "
-            "dit-accel precompute leaves them out with --skip_broken"
+            f"{len(broken)} of {len(items)} files cannot be used: {some(broken.values(), 3)}; repair or remove them, or skip "
+            "them with `dit-accel precompute --skip-broken`"
         )
     if not sources:
-        raise ValueError(f"none of {len(items)} files can be used: {some(broken.values(), 3)}")
+        raise ValueError(f"none of the {len(items)} files can be used: {some(broken.values(), 3)}")
     taken = {x.bucket for x in sources}
     empty = [str(x) for x in sizes.buckets if x not in taken]
     if empty:
         raise ValueError(
-            f"buckets: no sample for {', '.join(empty)} (frames x height x width); the files fall into "
+            f"buckets: no file uses {', '.join(empty)} (frames x height x width); remove unused buckets. The files use "
             f"{', '.join(map(str, sorted(taken)))}"
         )
     return sources, broken
 
 
 def read_clip(source: Source, fps: float | int | None) -> UInt8[np.ndarray, "f h w 3"]:
-    """Decode a file and cut it to its bucket.
+    """Decode a file, and crop it to its bucket.
 
     Raises:
-        BrokenFileError: it cannot be decoded, or ends before the bucket is full.
+        BrokenFileError: if the file cannot be decoded, or if it has too few frames for its bucket.
     """
     bucket = source.bucket
     pictures: list[np.ndarray] = []
@@ -173,7 +178,7 @@ def read_clip(source: Source, fps: float | int | None) -> UInt8[np.ndarray, "f h
         if len(pictures) == bucket.frames:
             return np.stack(pictures)
     raise BrokenFileError(
-        f"{source.item.path}: only {len(pictures)} of {bucket.frames} frames could be decoded; is the file damaged?"
+        f"{source.item.path}: only {len(pictures)} of {bucket.frames} frames could be decoded; the file may be damaged"
     )
 
 
@@ -210,9 +215,9 @@ def _source(sizes: SizeChoice, item: Item) -> Source:
             else f"at least {sizes.rules.multiple} pixels a side"
         )
         rate = "" if sizes.fps is None else f" at {sizes.fps:g} frames per second"
-        raise BrokenFileError(f"{item.path}: {size}{rate}; accepted are {reason}")
+        raise BrokenFileError(f"{item.path}: {size}{rate}; expected {reason}")
     if bucket.frames > MOST_FRAMES and not sizes.buckets and sizes.num_frames is None:
         raise BrokenFileError(
-            f"{item.path}: more than {MOST_FRAMES} frames; choose a number with --num_frames or --buckets"
+            f"{item.path}: more than {MOST_FRAMES} frames; set --num-frames or --buckets"
         )
     return Source(item, bucket)

@@ -1,4 +1,4 @@
-"""`PrecomputedSamples`: reads a folder of latents and text embeddings, and refuses what does not fit."""
+"""`PrecomputedSamples`: read a folder of latents and text embeddings, and check its integrity."""
 
 import hashlib
 import os
@@ -21,25 +21,28 @@ from dit_accel.finetune.data.manifest import (
 from dit_accel.finetune.data.model_identity import model_differences, model_label
 from dit_accel.finetune.data.samples import Sample, Samples
 
-_REPAIR = "run the command that made the folder again, which makes what is missing"
+_REPAIR = "run the command that made the folder again to make the missing samples"
 _MOST_OPEN = 128
-"""Shards that are kept open: systems limit the open files of a process."""
+"""Largest number of open shards. Operating systems limit the number of open files per process."""
 
 
 class PrecomputedSamples(Samples):
-    """Samples of a precomputed folder, memory-mapped.
+    """Memory-mapped samples of a precomputed folder.
 
-    Sizes of the shards and names and shapes of their tensors are checked at once, their hashes when a shard
-    is read for the first time.
+    `open_store` checks the sizes of the shards and the names and shapes of their tensors. The hash of a shard is
+    checked when it is first read.
+
+    Args:
+        folder: the precomputed folder.
+        contents: contents of its manifest, checked by `open_store`.
     """
 
     def __init__(self, folder: Path, contents: Contents) -> None:
-        """Read samples that `open_store` has checked."""
         self.folder = folder
         self.contents = contents
         self.ids: Sequence[str] = list(contents.samples)
         self.buckets: Sequence[str] = [x["bucket"] for x in contents.samples.values()]
-        # The next batch may be read while the current one trains.
+        # A thread may read the next batch while the main thread reads the current one.
         self._lock = threading.Lock()
         self._intact: set[str] = set()
         self._opened: OrderedDict[str, Any] = OrderedDict()
@@ -48,7 +51,7 @@ class PrecomputedSamples(Samples):
         """Return one sample. Its tensors are views of the file.
 
         Raises:
-            ValueError: the shard is damaged.
+            ValueError: if the shard is damaged.
         """
         id_ = self.ids[index]
         record = self.contents.samples[id_]
@@ -80,25 +83,25 @@ def open_store(
     """Open a precomputed folder.
 
     Args:
-        folder: made by `dit-accel precompute`.
-        model: identity of the model that will be trained (`model_identity`). Default: not compared.
-        argument: name of the option that gave `folder`, for messages.
+        folder: folder made by `dit-accel precompute`.
+        model: identity of the model that will be trained (`model_identity`). Default: do not compare.
+        argument: name of the option for `folder`, for messages.
 
     Raises:
-        ValueError: no such folder, not finished, of another format version, made with another model; or a
-            shard or tensor is missing, truncated or of another shape.
+        ValueError: if the folder is missing, incomplete, of another format version or made with another model; or if
+            a shard or tensor is missing, truncated or of another shape.
     """
     root = Path(folder)
     where = f"{argument}={str(folder)!r}"
     contents = read_manifest(root)
     if contents is None:
         if (root / JOURNAL).exists():
-            raise ValueError(f"{where}: was not finished; {_REPAIR}")
+            raise ValueError(f"{where}: the folder is incomplete; {_REPAIR}")
         raise ValueError(
-            f"{where}: no {MANIFEST} there; accepted is a folder of dit-accel precompute"
+            f"{where}: has no {MANIFEST}; expected a folder made by dit-accel precompute"
         )
     if not contents.samples:
-        raise ValueError(f"{where}: holds no sample")
+        raise ValueError(f"{where}: holds no samples")
     different = [] if model is None else model_differences(contents.model, model)
     if model is not None and different:
         raise ValueError(
@@ -114,7 +117,7 @@ def open_store(
 
 
 def shard_problem(path: Path, record: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a shard at first sight: it is missing or has another size. None: nothing."""
+    """Return a message if a shard is missing or has another size than in the manifest, otherwise None."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -132,12 +135,12 @@ def _check_hash(path: Path, expected: str) -> None:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); {_REPAIR}") from None
     if found != expected:
         raise ValueError(
-            f"{path}: damaged (sha256 {found[:12]}..., written was {expected[:12]}...); delete it and {_REPAIR}"
+            f"{path}: damaged (sha256 is {found[:12]}..., expected {expected[:12]}...); delete it and {_REPAIR}"
         )
 
 
 def _check_tensors(root: Path, contents: Contents) -> None:
-    """Check that every sample has its tensors, by the headers of the shards."""
+    """Check in the headers of the shards that each sample has all of its tensors."""
     by_shard: dict[str, list[str]] = {}
     for id_, record in contents.samples.items():
         by_shard.setdefault(record["shard"], []).append(id_)
@@ -155,12 +158,12 @@ def _check_tensors(root: Path, contents: Contents) -> None:
                 missing = [x for x in shapes if key_of(x, id_) not in keys]
                 if missing:
                     raise ValueError(
-                        f"{root / name}: no {some(missing)} of sample {id_!r}; delete the file and {_REPAIR}"
+                        f"{root / name}: sample {id_!r} has no {some(missing)}; delete the file and {_REPAIR}"
                     )
                 for tensor, shape in shapes.items():
                     found = shard.get_slice(key_of(tensor, id_)).get_shape()
                     if list(found) != list(shape):
                         raise ValueError(
-                            f"{root / name}: {tensor} of sample {id_!r} have the shape {list(found)}, written were "
+                            f"{root / name}: {tensor} of sample {id_!r} have the shape {list(found)}, expected "
                             f"{list(shape)}; delete the file and {_REPAIR}"
                         )

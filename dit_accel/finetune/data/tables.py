@@ -1,4 +1,4 @@
-"""Tables of captions: JSON lines, CSV and TSV files, as rows with their line numbers."""
+"""Read tables of captions (JSON lines, CSV and TSV files) as rows with line numbers."""
 
 import csv
 import io
@@ -9,14 +9,14 @@ from typing import Any
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
 _NAMES = ("metadata", "captions")
-"""Names of a table that is read although other tables lie beside it; the first one goes first."""
+"""Names of a table that is used even if the folder holds other tables, in order of precedence."""
 
 
 def find_table(folder: Path, argument: str) -> Path | None:
-    """Return the table of captions of a folder; None: it has none.
+    """Return the table of captions of a folder, or None if there is no table.
 
     Raises:
-        ValueError: several files could be the table.
+        ValueError: if several files could be the table.
     """
     tables = sorted(
         x
@@ -29,8 +29,8 @@ def find_table(folder: Path, argument: str) -> Path | None:
             return tables[0]
     if tables:
         raise ValueError(
-            f"{argument}={str(folder)!r}: several tables of captions: {', '.join(x.name for x in tables)}; accepted is "
-            "one, or one of them with the name metadata"
+            f"{argument}={str(folder)!r}: several tables of captions: {', '.join(x.name for x in tables)}; keep one of them, "
+            "or name one of them metadata"
         )
     return None
 
@@ -39,10 +39,10 @@ def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line number and the columns of each row.
 
     Raises:
-        ValueError: not a readable table of that kind; the message names the line.
+        ValueError: if the table cannot be read. The message names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin their files with a mark
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheet programs write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable text file ({error})") from None
     suffix = path.suffix.lower()
@@ -50,7 +50,7 @@ def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Not splitlines, which also splits at characters that JSON strings may hold.
+    # `splitlines` would also split at characters that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -59,13 +59,13 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: accepted is a JSON object")
+            raise ValueError(f"{path}, line {number}: expected a JSON object")
         yield number, row
 
 
 def _cell_rows(path: Path, text: str, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
     tabs = suffix == ".tsv"
-    # Cells of a tsv file stand as they are: captions may begin with a quotation mark.
+    # TSV files have no quoting: captions may begin with a quotation mark.
     reader = csv.reader(
         io.StringIO(text),
         delimiter="\t" if tabs else ",",
@@ -80,10 +80,10 @@ def _cell_rows(path: Path, text: str, suffix: str) -> Iterator[tuple[int, dict[s
             if not header:
                 header = [x.strip() for x in cells]
                 if len(set(header)) != len(header):
-                    raise ValueError(f"two columns have one name: {', '.join(header)}")
+                    raise ValueError(f"column names must be unique: {', '.join(header)}")
                 continue
             if len(cells) != len(header):
-                raise ValueError(f"{len(cells)} cells; the header has {len(header)}")
+                raise ValueError(f"{len(cells)} cells, but the header has {len(header)}")
             yield reader.line_num, dict(zip(header, cells, strict=True))
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None

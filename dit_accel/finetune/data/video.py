@@ -1,4 +1,4 @@
-"""Decoding of video files with PyAV: frames as they are to be shown, at a constant frame rate."""
+"""Decode video files with PyAV into upright RGB frames at a constant frame rate."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 Frame = UInt8[np.ndarray, "h w 3"]
 
 _HDR = {16: "PQ", 18: "HLG"}
-"""Transfer characteristics whose colours 8-bit RGB would show washed out."""
+"""Transfer characteristics of HDR videos. 8-bit RGB would show their colours washed out."""
 _ONE = 1 << 16
-"""The number 1 in a display matrix."""
+"""Fixed-point value of 1 in a display matrix."""
 
 
 def probe_video(
@@ -30,26 +30,27 @@ def probe_video(
     end: float | int | None,
     most: int | None,
 ) -> tuple[int, int, int]:
-    """Return height and width as shown, and the number of frames.
+    """Return height and width after rotation, and the number of frames.
 
-    One frame is decoded. The others are counted by their packets, so that a file that was cut off has only
-    the frames that are left.
+    Only one frame is decoded. All other frames are counted by their packets. Missing frames of a truncated file are
+    not counted.
 
     Args:
         path: video file.
-        fps: frames per second to resample to. None: the frames of the file.
-        start, end: seconds of the part that is read. None: to the end of the file.
-        most: number of frames at which to stop counting. None: count all.
+        fps: frame rate to which the video is resampled. None keeps the frames of the file.
+        start: start of the part that is read, in seconds.
+        end: end of the part that is read, in seconds. None: the end of the file.
+        most: number of frames at which to stop counting. None counts all frames.
 
     Raises:
-        BrokenFileError: the file cannot be opened, or no frame can be decoded.
+        BrokenFileError: if the file cannot be opened, or if no frame can be decoded.
     """
     first = next(video_frames(path, fps=fps, start=start, end=end), None)
     if first is None:
-        part = f" from {start:g} s on" if start else ""
+        part = f" after {start:g} s" if start else ""
         raise BrokenFileError(f"{path}: no frame{part} can be decoded")
     length = _length(start, end)
-    # Counting ends at the end of the part, or once there are enough frames.
+    # Stop counting at the end of the part, or when there are enough frames.
     limits = [] if length is None else [length]
     if most is not None and fps is not None:
         limits.append((most + 1) / fps)
@@ -62,12 +63,18 @@ def probe_video(
 def video_frames(
     path: Path, *, fps: float | int | None, start: float | int = 0.0, end: float | int | None = None
 ) -> Iterator[Frame]:
-    """Yield the frames of a video as 8-bit RGB, turned as its display matrix says, with square pixels.
+    """Yield the frames of a video as 8-bit RGB with square pixels, rotated by its display matrix.
 
-    The frames end where the file is damaged.
+    The frames end at the first damaged frame.
+
+    Args:
+        path: video file.
+        fps: frame rate to which the video is resampled. None keeps the frames of the file.
+        start: start of the part that is read, in seconds.
+        end: end of the part that is read, in seconds. None: the end of the file.
 
     Raises:
-        BrokenFileError: the file cannot be opened, or 8-bit RGB cannot show it.
+        BrokenFileError: if the file cannot be opened, or if it cannot be converted to 8-bit RGB.
     """
     shown: av.VideoFrame | None = None
     picture: Frame | None = None
@@ -77,9 +84,9 @@ def video_frames(
             if picture is None or shown is not frame:
                 if frame.color_trc in _HDR:
                     raise BrokenFileError(
-                        f"{path}: HDR video ({_HDR[frame.color_trc]}); accepted is SDR, so convert it first"
+                        f"{path}: HDR video ({_HDR[frame.color_trc]}); expected SDR, so convert it first"
                     )
-                # Some files change their size on the way.
+                # Some files change their size in the middle. Keep the size of the first frame.
                 size = size or (frame.height, max(1, round(frame.width * reader.pixel_aspect)))
                 shown, picture = frame, _upright(path, frame, _rgb(path, frame, *size))
             yield picture
@@ -89,7 +96,7 @@ def _rgb(path: Path, frame: "av.VideoFrame", height: int, width: int) -> Frame:
     import av
 
     try:
-        # One thread: several files are decoded at once.
+        # One thread, because several files are decoded in parallel.
         return frame.reformat(width=width, height=height, format="rgb24", threads=1).to_ndarray()
     except av.FFmpegError as error:
         raise BrokenFileError(
@@ -98,17 +105,17 @@ def _rgb(path: Path, frame: "av.VideoFrame", height: int, width: int) -> Frame:
 
 
 def _upright(path: Path, frame: "av.VideoFrame", picture: Frame) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Turn and flip a picture as the display matrix of its frame says."""
+    """Rotate and flip a picture according to the display matrix of its frame."""
     data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return picture
-    # (x, y) of the picture is shown at (a x + c y, b x + d y).
+    # The matrix maps position (x, y) of the picture to (a x + c y, b x + d y) on the display.
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5] / _ONE
     straight, turned = (abs(a), abs(d)), (abs(b), abs(c))
     if not (np.allclose(straight, 1) and np.allclose(turned, 0)):
         if not (np.allclose(straight, 0) and np.allclose(turned, 1)):
             raise BrokenFileError(
-                f"{path}: turned by {frame.rotation} degrees; accepted are multiples of 90"
+                f"{path}: rotated by {frame.rotation} degrees; expected a multiple of 90"
             )
         picture = picture.transpose(1, 0, 2)
     if a + c < 0:

@@ -1,4 +1,4 @@
-"""`store_writer`: writes a precomputed folder so that a kill at any moment loses at most one shard."""
+"""`store_writer`: write a precomputed folder. A kill at any moment loses at most one shard."""
 
 import contextlib
 import hashlib
@@ -33,14 +33,14 @@ from dit_accel.finetune.data.samples import Sample
 SHARD_SAMPLES = 64
 SHARD_BYTES = 256 << 20
 SHARD_SECONDS = 120.0
-"""A shard is written once it has this many samples or bytes, or is this old: what a kill can lose."""
-_ADVICE = "what is finished stays; run it again to go on"
+"""Limits of a shard. It is written when it reaches this number of samples or bytes, or this age."""
+_ADVICE = "finished samples are kept; run the command again to continue"
 
 
 class StoreWriter:
-    """Adds samples to a precomputed folder. Made by `store_writer`.
+    """Writer that adds samples to a precomputed folder. Create it with `store_writer`.
 
-    A shard is complete on disk before the journal names it, and the manifest is written last.
+    A shard is complete on the disk before the journal lists it. The manifest is written last.
     """
 
     def __init__(self, folder: Path, contents: Contents, shard_samples: int) -> None:
@@ -52,29 +52,27 @@ class StoreWriter:
 
     @property
     def done(self) -> Mapping[str, Record]:
-        """Records of the samples that are on disk, by id."""
+        """Records of the samples on the disk, by id."""
         return self._contents.samples
 
     def add(self, id_: str, bucket: str, sample: Sample, source: Mapping[str, Any]) -> None:
-        """Add a sample. It is on disk once its shard is full, or after `flush`.
+        """Add a sample. It is written to the disk when its shard is full, or by `flush`.
 
         Args:
-            id_: unique name.
-            bucket: frames x height x width.
+            id_: unique name of the sample.
+            bucket: bucket of the sample, such as "33x64x64".
             sample: latents, and conditions without batch dimension.
-            source: what the sample was made from, as plain values.
+            source: description of the source of the sample, as plain values.
 
         Raises:
-            ValueError: latents that are not finite.
-            RuntimeError: a shard could not be written.
+            ValueError: if the latents are not finite.
+            RuntimeError: if a shard could not be written.
         """
         latents, conditions = sample
         if not latents.isfinite().all():
-            raise ValueError(
-                f"{id_}: its latents are not finite; does the model need another dtype?"
-            )
+            raise ValueError(f"{id_}: its latents are not finite; the model may need another dtype")
         tensors = {"latents": latents.float(), **conditions}
-        # A copy, because a row of a batch would keep the whole batch.
+        # Copy, because a view of one row would keep the whole batch in memory.
         tensors = {k: x.detach().to("cpu", copy=True).contiguous() for k, x in tensors.items()}
         if not self._pending:
             self._since = time.monotonic()
@@ -85,10 +83,10 @@ class StoreWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the samples that are not on disk yet as a shard.
+        """Write all pending samples to a shard.
 
         Raises:
-            RuntimeError: it could not be written.
+            RuntimeError: if the shard could not be written.
         """
         if not self._pending:
             return
@@ -114,19 +112,19 @@ class StoreWriter:
         self._pending, self._number = {}, self._number + 1
 
     def finish(self, ids: Sequence[str], broken: Mapping[str, str] | None = None) -> None:
-        """Write the manifest, unless it says the same already.
+        """Write the manifest, unless it is already up to date.
 
         Args:
-            ids: all samples, in the order that readers see.
-            broken: what is wrong with each file that was left out, by id.
+            ids: names of all samples, in the order in which readers return them.
+            broken: error message of each skipped file, by id.
 
         Raises:
-            RuntimeError: a sample is missing, or the manifest could not be written.
+            RuntimeError: if a sample is missing, or if the manifest could not be written.
         """
         self.flush()
         missing = [x for x in ids if x not in self.done]
         if missing:
-            raise RuntimeError(f"{self._folder}: no sample {some(missing)}")
+            raise RuntimeError(f"{self._folder}: missing samples: {some(missing)}")
         broken, old = dict(broken or {}), self._contents
         journal = self._folder / JOURNAL
         same = list(old.samples) == list(ids) and old.broken == broken
@@ -140,7 +138,7 @@ class StoreWriter:
             journal.unlink(missing_ok=True)
 
     def _begin(self) -> None:
-        """Start the journal with the shards that are there."""
+        """Write the journal with all existing shards before the first new shard."""
         if self._begun:
             return
         by_shard: dict[str, dict[str, Record]] = {x: {} for x in self._contents.shards}
@@ -166,23 +164,23 @@ def store_writer(
     wait: bool = False,
     argument: str = "output_dir",
 ) -> Iterator[StoreWriter]:
-    """Open a precomputed folder for writing. Samples that are there already are kept.
+    """Open a precomputed folder for writing. Existing samples are kept.
 
-    Where the block fails, the samples that were added are written.
+    If the block raises an error, the samples added so far are written.
 
     Args:
-        folder: new, empty, or a precomputed folder, finished or not.
-        settings: what decides how samples are made; plain values.
+        folder: a new or empty folder, or a precomputed folder, complete or not.
+        settings: settings with which samples are made, as plain values.
         model: identity of the model (`model_identity`).
-        sources: what each sample is made from, by id.
+        sources: source of each sample, by id.
         overwrite: replace samples of other settings, models or sources.
-        shard_samples: most samples of a shard.
-        wait: wait for another process that writes there. Default: that is an error.
-        argument: name of the option that gave `folder`, for messages.
+        shard_samples: largest number of samples in a shard.
+        wait: wait if another process writes to the folder. Default: raise an error.
+        argument: name of the option for `folder`, for messages.
 
     Raises:
-        ValueError: the folder holds something else, or samples of other settings, models or sources.
-        RuntimeError: another process writes there, or a file could not be written.
+        ValueError: if the folder holds unrelated files, or samples of other settings, models or sources.
+        RuntimeError: if another process writes to the folder, or if a file could not be written.
     """
     root = Path(folder)
     with _locked(root, argument, wait=wait):
@@ -219,7 +217,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def _sweep(folder: Path, kept: Contents | None) -> None:
-    """Remove what is not kept, and what killed runs left half-written."""
+    """Remove the shards that are not kept, and incomplete files of killed runs."""
     if kept is None:
         for name in (MANIFEST, JOURNAL):
             (folder / name).unlink(missing_ok=True)
@@ -231,7 +229,7 @@ def _sweep(folder: Path, kept: Contents | None) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path, argument: str, *, wait: bool) -> Iterator[None]:
-    """Hold the folder, so that no other process writes there. The lock of a killed process is free."""
+    """Lock the folder against other writers. The lock of a killed process is released by the system."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +238,7 @@ def _locked(folder: Path, argument: str, *, wait: bool) -> Iterator[None]:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise RuntimeError(
-            f"{argument}={str(folder)!r}: another process writes there; wait for it, or choose another folder"
+            f"{argument}={str(folder)!r}: another process is writing to this folder; wait for it, or use another folder"
         ) from None
     try:
         yield

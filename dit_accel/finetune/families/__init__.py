@@ -1,4 +1,4 @@
-"""`Trainable`: what fine-tuning asks of a model family; one subclass per file."""
+"""Model families that can be fine-tuned. Each file defines a subclass of `Trainable` for one family."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,14 @@ FAMILIES = {
     "LuminaPipeline": "lumina",
     "Lumina2Pipeline": "lumina2",
 }
-"""Names of families by the class name of the diffusers pipeline."""
+"""Names of the families, by class name of the diffusers pipeline."""
 CLASSES = {
     "WanTransformer3DModel": "wan.WanTrainable",
     "SD3Transformer2DModel": "sd3.StableDiffusion3Trainable",
     "LuminaNextDiT2DModel": "lumina.LuminaTrainable",
     "Lumina2Transformer2DModel": "lumina2.Lumina2Trainable",
 }
-"""Subclasses of `Trainable` by the class name of the transformer."""
+"""Module and class name of the `Trainable` subclasses, by class name of the transformer."""
 
 
 def family_name(outline: Any, model: str) -> str:
@@ -27,24 +27,24 @@ def family_name(outline: Any, model: str) -> str:
 
     Args:
         outline: result of `dit_accel.sampling.outline.read_outline`.
-        model: how messages call the model.
+        model: name of the model in messages.
 
     Raises:
-        ValueError: its models cannot be fine-tuned.
+        ValueError: if the model cannot be fine-tuned.
     """
     parent = outline.pipeline._parent
     if parent not in FAMILIES:
         raise ValueError(
-            f"{model}: holds a {parent}, which cannot be fine-tuned; accepted are {', '.join(FAMILIES)}"
+            f"{model}: holds a {parent}, which cannot be fine-tuned; expected {', '.join(FAMILIES)}"
         )
     if outline.transformer_2 is not None:
         raise ValueError(
-            f"{model}: has two transformers (Wan2.2), and cannot be fine-tuned; accepted are models with one"
+            f"{model}: has two transformers (Wan2.2) and cannot be fine-tuned; expected a model with one transformer"
         )
     if outline.expand_timesteps:
         raise ValueError(
-            f"{model}: has one timestep for each token (Wan2.2 TI2V), and cannot be fine-tuned; accepted are models with "
-            "one for each sample"
+            f"{model}: has expand_timesteps=True (Wan2.2 TI2V) and cannot be fine-tuned; expected a model with one timestep "
+            "per sample"
         )
     return FAMILIES[parent]
 
@@ -53,7 +53,7 @@ def trainable_class(transformer: Any) -> "type[Trainable]":
     """Return the subclass of `Trainable` for a transformer.
 
     Raises:
-        ValueError: its models cannot be fine-tuned.
+        ValueError: if the model cannot be fine-tuned.
     """
     for cls in type(transformer).__mro__:
         if cls.__name__ in CLASSES:
@@ -62,27 +62,27 @@ def trainable_class(transformer: Any) -> "type[Trainable]":
             found.check(transformer)
             return found
     raise ValueError(
-        f"transformer: {type(transformer).__name__} cannot be fine-tuned; accepted are {', '.join(CLASSES)}"
+        f"transformer: {type(transformer).__name__} cannot be fine-tuned; expected {', '.join(CLASSES)}"
     )
 
 
 def trainable_of(pipe: Any, *, max_sequence_length: int | None = None) -> "Trainable":
-    """Return what fine-tuning needs of a pipeline.
+    """Create the `Trainable` of a pipeline.
 
     Args:
         pipe: a text-to-image or text-to-video pipeline of diffusers or of this package.
-        max_sequence_length: text tokens of a prompt. Default: that of the pipeline's call.
+        max_sequence_length: number of text tokens of a prompt. Default: the default of the pipeline call.
 
     Raises:
-        ValueError: a pipeline that cannot be fine-tuned.
+        ValueError: if the pipeline cannot be fine-tuned.
     """
     if getattr(pipe, "transformer_2", None) is not None:
         raise ValueError(
-            "pipe.transformer_2: a pipeline with two transformers (Wan2.2) cannot be fine-tuned; accepted: None"
+            "pipe.transformer_2: a pipeline with two transformers (Wan2.2) cannot be fine-tuned; expected None"
         )
     if getattr(getattr(pipe, "config", None), "expand_timesteps", False):
         raise ValueError(
-            "pipe.config.expand_timesteps=True: a model with one timestep for each token (Wan2.2 TI2V) cannot be "
-            "fine-tuned; accepted: False"
+            "pipe.config.expand_timesteps=True: a model with one timestep per token (Wan2.2 TI2V) cannot be fine-tuned; "
+            "expected False"
         )
     return trainable_class(pipe.transformer)(pipe, max_sequence_length=max_sequence_length)

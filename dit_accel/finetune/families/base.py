@@ -1,4 +1,4 @@
-"""`Trainable`: a pipeline as fine-tuning sees it. Velocities have one sign and one scale of noise in every family."""
+"""`Trainable`: common interface of all model families for fine-tuning: encoding, sizes and velocity."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -12,33 +12,33 @@ from dit_accel.models import family_of
 from dit_accel.runtime.target import transformer_of
 
 Conditions = dict[str, Tensor]
-"""Keyword arguments of the transformer beside latents and noise level, one row for each sample."""
+"""Keyword arguments of the transformer except latents and noise level. Each tensor has one row per sample."""
 
 
 class Trainable:
-    """A pipeline as fine-tuning sees it.
+    """Interface between fine-tuning and a pipeline. Subclasses implement it for one model family.
 
-    Noisy latents are `(1 - sigma) * latents + sigma * noise`, with sigma in (0, 1]. The velocity is what predicts
-    `noise - latents`. Families that count time from noise to image, or predict the other sign, are turned.
+    Noisy latents are `(1 - sigma) * latents + sigma * noise`, with sigma in (0, 1]. The velocity is the prediction of
+    `noise - latents`. Subclasses convert models that use another direction of time or another sign.
 
     Args:
-        pipe: the pipeline, or its outline where nothing is encoded.
-        transformer: Default: that of the pipeline.
-        max_sequence_length: text tokens of a prompt. Default: that of the pipeline's call.
+        pipe: the pipeline. Its outline is sufficient if nothing is encoded.
+        transformer: transformer to train. Default: the transformer of the pipeline.
+        max_sequence_length: number of text tokens of a prompt. Default: the default of the pipeline call.
     """
 
     name: ClassVar[str]
     """Name of the family in configs."""
     frames_rule: tuple[int, int] = (0, 1)
-    """(a, b): clips have a k + b frames. Images: (0, 1)."""
+    """Pair (a, b): clips have a k + b frames. (0, 1) for images."""
     default_text_tokens: ClassVar[int]
-    """Text tokens of a prompt in the pipeline's call."""
+    """Default number of text tokens of a prompt in the pipeline call."""
     adapted: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names of the modules that get adapters by default."""
     blocks: ClassVar[tuple[str, ...]]
-    """Names of the lists of transformer blocks, which are sharded one by one."""
+    """Names of the lists of transformer blocks. Each block is sharded on its own."""
     checkpointed: ClassVar[tuple[str, ...]]
-    """Those whose blocks gradient checkpointing computes again; empty: diffusers has none for this model."""
+    """Lists of `blocks` that use gradient checkpointing. Empty if diffusers does not support it for this model."""
 
     def __init__(
         self, pipe: Any, *, transformer: Any = None, max_sequence_length: int | None = None
@@ -51,38 +51,39 @@ class Trainable:
 
     @classmethod
     def check(cls, transformer: Any) -> None:
-        """Refuse a transformer of the family that cannot be fine-tuned.
+        """Check that a transformer of the family can be fine-tuned.
 
         Raises:
-            ValueError: it needs conditions beside text.
+            ValueError: if the transformer needs other conditions than text.
         """
 
     @classmethod
     def without_gradient(cls, transformer: Any) -> Collection[str]:
-        """Return prefixes of the names of parameters that no loss reaches."""
+        """Return prefixes of the names of parameters that receive no gradient."""
         return ()
 
     # Sizes ------------------------------------------------------------------------------------------
 
     @property
     def size_multiple(self) -> int:
-        """Height and width in pixels are multiples of this."""
+        """Number of pixels of which height and width must be multiples."""
         return self.pipe.vae_scale_factor * self.transformer.config.patch_size
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         """Return the shape of the latents of one sample, `[C, (F,) H, W]`.
 
         Args:
-            height, width: pixels.
-            num_frames: frames of a clip, 1 for an image.
+            height: height in pixels.
+            width: width in pixels.
+            num_frames: number of frames of a clip, 1 for an image.
         """
         family = family_of(self.transformer)
         return family.latent_shape(self.pipe, height, width, num_frames)[1:]
 
     @property
     def flow_shift(self) -> float:
-        """Shift of the noise levels of the model's scheduler. Where it depends on the size of the sample, that in
-        the middle of its range."""
+        """Shift of the noise levels in the scheduler of the model. If it depends on the sample size: the shift in the
+        middle of the range."""
         config = self.pipe.scheduler.config
         if config.get("use_dynamic_shifting"):
             return math.exp((config["base_shift"] + config["max_shift"]) / 2)
@@ -93,10 +94,10 @@ class Trainable:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
-        """Return the conditions of prompts, as the pipeline makes them, without guidance. All rows have one length.
+        """Return the conditions of prompts, encoded as in the pipeline without guidance. All rows have equal length.
 
         Raises:
-            ValueError: the pipeline was loaded without text encoder.
+            ValueError: if the pipeline has no text encoder.
         """
         self._need("text_encoder")
         with self._own_dtypes():
@@ -104,26 +105,26 @@ class Trainable:
 
     @torch.no_grad()
     def encode_null(self) -> Conditions:
-        """Return the conditions that the pipeline guides away from if there is no negative prompt; one row."""
+        """Return the unconditional conditions of guidance without a negative prompt, one row."""
         self._need("text_encoder")
         with self._own_dtypes():
             return self._encode_null()
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Float[Tensor, "b 3 f h w"]) -> Tensor:
-        """Return clean latents, `[B, C, (F,) H, W]` in fp32, normalised as the transformer takes them.
+        """Encode pixels into clean latents `[B, C, (F,) H, W]` in fp32, normalised as the transformer expects them.
 
         Args:
-            pixels: in [-1, 1]; images have one frame.
+            pixels: pixels in [-1, 1]. Images have one frame.
 
         Raises:
-            ValueError: several frames for a model of images, or a pipeline that was loaded without VAE.
+            ValueError: if an image model gets several frames, or if the pipeline has no VAE.
         """
         self._need("vae")
         vae, scale = self.pipe.vae, self.frames_rule[0]
         if scale == 0 and pixels.shape[2] != 1:
             raise ValueError(
-                f"pixels: {pixels.shape[2]} frames; this model makes images, accepted is 1"
+                f"pixels: {pixels.shape[2]} frames; expected 1, because this model makes images"
             )
         pixels = pixels.to(self.pipe._execution_device, vae.dtype)
         with self._own_dtypes():
@@ -131,16 +132,16 @@ class Trainable:
         return self._normalise(encoded.float())
 
     def _own_dtypes(self) -> torch.autocast:
-        """Context manager in which text encoders and VAE compute in the dtype of their weights.
+        """Context manager that disables autocast, so that text encoders and VAE compute in the dtype of their weights.
 
-        Training may encode inside of autocast, `dit-accel precompute` never does; both have to give the same samples.
+        Training may encode inside of autocast. Its samples must equal those of `dit-accel precompute`.
         """
         return torch.autocast(self.pipe._execution_device.type, enabled=False)
 
     def _need(self, part: str) -> None:
         if getattr(self.pipe, part, None) is None:
             raise ValueError(
-                f"pipe.{part}=None: nothing can be encoded without it; load the pipeline with it"
+                f"pipe.{part}=None: encoding requires it; load the pipeline with this component"
             )
 
     def _encode_prompts(self, prompts: list[str]) -> Conditions:
@@ -162,13 +163,13 @@ class Trainable:
         sigmas: Float[Tensor, " b"],
         conditions: Mapping[str, Tensor],
     ) -> Float[Tensor, "b c *thw"]:
-        """Return the model's prediction of `noise - latents`, in fp32.
+        """Return the prediction of `noise - latents` in fp32.
 
         Args:
-            model: the transformer, a wrapper of it, or a copy.
+            model: the transformer, a wrapper around it, or a copy.
             noisy_latents: `(1 - sigma) * latents + sigma * noise`.
             sigmas: noise levels in (0, 1].
-            conditions: see `encode_prompts`.
+            conditions: result of `encode_prompts`.
         """
         dtype = transformer_of(model).dtype
         cast = {name: _cast(x, dtype) for name, x in conditions.items()}
@@ -188,11 +189,11 @@ class Trainable:
         unconditional: Float[Tensor, "b c *thw"],
         scale: float,
     ) -> Float[Tensor, "b c *thw"]:
-        """Return the velocity that the pipeline samples with at this guidance scale."""
+        """Return the guided velocity that the pipeline uses at this guidance scale."""
         return unconditional + scale * (conditional - unconditional)
 
     def example_conditions(self, batch_size: int, device: str = "meta") -> Conditions:
-        """Return conditions of the right shapes without values."""
+        """Return conditions with the correct shapes and undefined values."""
         raise NotImplementedError
 
 

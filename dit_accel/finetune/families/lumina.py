@@ -13,11 +13,11 @@ from torch.nn.functional import pad
 from dit_accel.finetune.families.base import Conditions, Trainable
 
 GUIDED_CHANNELS = 3
-"""Channels that the pipeline guides; the others stay conditional."""
+"""Number of channels to which the pipeline applies guidance. Further channels stay conditional."""
 
 
 class LuminaTrainable(Trainable):
-    """Lumina-Next; see `Trainable`. Its time runs from noise (0) to image (1), and its output has the other sign."""
+    """Interface for Lumina-Next. Its time runs from noise (0) to image (1), and its output has the opposite sign."""
 
     name = "lumina"
     default_text_tokens = 256
@@ -26,7 +26,7 @@ class LuminaTrainable(Trainable):
 
     @classmethod
     def without_gradient(cls, transformer: Any) -> Collection[str]:
-        return ("pad_token",)  # diffusers never reads it
+        return ("pad_token",)  # diffusers never uses this parameter
 
     def _encode_prompts(self, prompts: list[str]) -> Conditions:
         return self._padded(*self._encoded(prompts, guidance=False)[:2])
@@ -35,12 +35,13 @@ class LuminaTrainable(Trainable):
         return self._padded(*self._encoded([""], guidance=True)[2:])
 
     def _encoded(self, prompts: list[str], *, guidance: bool) -> Any:
-        # The pipeline reads its attribute and ignores the argument of that name.
+        # The pipeline uses this attribute and ignores the argument of the same name.
         self.pipe.max_sequence_length = self.text_tokens
         return self.pipe.encode_prompt(prompts, guidance, clean_caption=True)
 
     def _padded(self, text: Tensor, mask: Tensor) -> Conditions:
-        # The pipeline pads to the longest prompt of a call, in steps of 8; masked tokens change nothing.
+        # The pipeline pads to the longest prompt of a call, rounded up to 8. Pad to a constant length instead:
+        # masked tokens do not affect the output.
         missing = -(-self.text_tokens // 8) * 8 - text.shape[1]
         return {
             "encoder_hidden_states": pad(text, (0, 0, 0, missing)),
@@ -48,7 +49,7 @@ class LuminaTrainable(Trainable):
         }
 
     def _normalise(self, latents: Tensor) -> Tensor:
-        return latents * self.pipe.vae.config.scaling_factor  # the pipeline knows no shift
+        return latents * self.pipe.vae.config.scaling_factor  # the pipeline applies no shift
 
     def _velocity(
         self, model: Any, noisy_latents: Tensor, sigmas: Tensor, conditions: Conditions
@@ -65,7 +66,9 @@ class LuminaTrainable(Trainable):
             return_dict=False,
             **conditions,
         )[0]
-        return -output.chunk(2, dim=1)[0]  # the other half is a variance that nothing reads
+        return -output.chunk(2, dim=1)[
+            0
+        ]  # the second half is a variance, which the pipeline ignores
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         guided = super().guide(conditional, unconditional, scale)
@@ -82,5 +85,5 @@ class LuminaTrainable(Trainable):
 
 @functools.lru_cache(maxsize=8)
 def _rotary_table(head_dim: int, scaling: float) -> Tensor:
-    """Return the table that the pipeline makes at times below its `scaling_watershed` of 1, so for every sigma."""
+    """Return the rotary table that the pipeline uses for every sigma (times below its `scaling_watershed` of 1)."""
     return get_2d_rotary_pos_embed_lumina(head_dim, 384, 384, linear_factor=scaling, ntk_factor=1.0)

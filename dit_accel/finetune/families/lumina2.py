@@ -9,8 +9,7 @@ from dit_accel.finetune.families.base import Conditions, Trainable
 
 
 class Lumina2Trainable(Trainable):
-    """Lumina-Image 2.0; see `Trainable`. Its time runs from noise (0) to image (1), and its output has the other
-    sign."""
+    """Interface for Lumina-Image 2.0. Its time runs from noise (0) to image (1), and its output has the opposite sign."""
 
     name = "lumina2"
     default_text_tokens = 256
@@ -21,7 +20,7 @@ class Lumina2Trainable(Trainable):
         return _conditions(*self._encoded(prompts, guidance=False)[:2])
 
     def _encode_null(self) -> Conditions:
-        # Without the system prompt, which the pipeline puts before prompts only.
+        # The pipeline prepends its system prompt only to prompts, not to the empty negative prompt.
         return _conditions(*self._encoded([""], guidance=True)[2:])
 
     def _encoded(self, prompts: list[str], *, guidance: bool) -> Any:
@@ -30,8 +29,8 @@ class Lumina2Trainable(Trainable):
     def _velocity(
         self, model: Any, noisy_latents: Tensor, sigmas: Tensor, conditions: Conditions
     ) -> Tensor:
-        # Row by row: texts of different lengths in one call need a mask, with which dense attention (the teacher's)
-        # has no flash kernel. It is the same number of calls in every process, which sharded weights rely on.
+        # Call the model once per row. Texts of different lengths in one call would need a mask, and dense attention
+        # with a mask has no flash kernel. The number of calls is equal in all processes, as sharding requires.
         rows = [
             model(
                 hidden_states=noisy_latents[i : i + 1],
@@ -45,7 +44,7 @@ class Lumina2Trainable(Trainable):
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         guided = super().guide(conditional, unconditional, scale)
-        # The pipeline's cfg_normalization, on by default.
+        # `cfg_normalization` of the pipeline, which is enabled by default.
         return guided * (_norm(conditional) / _norm(guided))
 
     def example_conditions(self, batch_size: int, device: str = "meta") -> Conditions:

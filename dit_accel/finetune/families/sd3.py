@@ -8,11 +8,11 @@ import torch
 from dit_accel.finetune.families.base import Conditions, Trainable
 
 CLIP_TOKENS = 77
-"""Text tokens of the CLIP encoders, before those of T5, where the pipeline does not tell."""
+"""Number of text tokens of the CLIP encoders if the pipeline does not define it. T5 tokens follow them."""
 
 
 class StableDiffusion3Trainable(Trainable):
-    """Stable Diffusion 3 and 3.5; see `Trainable`."""
+    """Interface for Stable Diffusion 3 and 3.5."""
 
     name = "sd3"
     default_text_tokens = 256
@@ -22,7 +22,7 @@ class StableDiffusion3Trainable(Trainable):
 
     @classmethod
     def without_gradient(cls, transformer: Any) -> Collection[str]:
-        # The last block drops the text that it computes: its text queries reach no loss.
+        # The last block discards its text output, so its text queries receive no gradient.
         attn = f"transformer_blocks.{transformer.config.num_layers - 1}.attn"
         return f"{attn}.add_q_proj.", f"{attn}.norm_added_q."
 

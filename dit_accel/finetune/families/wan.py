@@ -1,4 +1,4 @@
-"""Fine-tuning of Wan2.1, text to video."""
+"""Fine-tuning of Wan2.1 text-to-video."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from dit_accel.finetune.families.base import Conditions, Trainable
 
 
 class WanTrainable(Trainable):
-    """Wan2.1; see `Trainable`."""
+    """Interface for Wan2.1 text-to-video."""
 
     name = "wan"
     default_text_tokens = 512
@@ -26,14 +26,15 @@ class WanTrainable(Trainable):
         config = transformer.config
         if config.in_channels != config.out_channels:
             raise ValueError(
-                f"transformer: takes {config.in_channels} channels and returns {config.out_channels}, so it continues "
-                "pictures or clips; accepted is text-to-video"
+                f"transformer: has in_channels={config.in_channels} and out_channels={config.out_channels}, as for "
+                "image-to-video; expected a text-to-video model"
             )
 
     @property
     def size_multiple(self) -> int:
         _, *patch = self.transformer.config.patch_size
-        # The pipeline itself insists on 16.
+        # The pipeline requires multiples of 16.
+
         return math.lcm(16, *(self.pipe.vae_scale_factor_spatial * p for p in patch))
 
     def _encode_prompts(self, prompts: list[str]) -> Conditions:

@@ -66,13 +66,9 @@ def test_columns_have_other_names(folder):
     root = folder(["a.mp4"], {"metadata.jsonl": table})
     (item,) = read_captions(root, caption_column="caption", video_column="video_path")
     assert item.caption == "x"
-    with pytest.raises(
-        ValueError, match=r"line 1: no 'file_name', only 'video_path'.*--video_column"
-    ):
+    with pytest.raises(ValueError, match=r"line 1: .*'file_name'.*'video_path'.*--video_column"):
         read_captions(root)
-    with pytest.raises(
-        ValueError, match=r"no 'captoin' \(did you mean 'caption'\?\).*--caption_column"
-    ):
+    with pytest.raises(ValueError, match=r"'captoin' .*'caption'.*--caption_column"):
         read_captions(root, caption_column="captoin", video_column="video_path")
 
 
@@ -115,107 +111,111 @@ def test_metadata_goes_before_captions_and_other_tables(folder):
 
 A = {"file_name": "a.mp4", "text": "x"}
 BAD = {
-    "no such folder": (None, {}, r"instance_data_dir='.*none': no such folder"),
-    "empty folder": ([], {}, r"holds neither a table of captions .* nor videos or pictures"),
+    "no such folder": (None, {}, r"instance_data_dir='.*none'"),
+    "empty folder": ([], {}, r"instance_data_dir='.*data': .*\.jsonl"),
     "no captions": (
         ["a.mp4", "b.mp4"],
         {},
-        r"no caption for a.mp4, b.mp4; accepted are a .txt file",
+        r"instance_data_dir=.* a.mp4, b.mp4; .*\.txt",
     ),
-    "one caption missing": (["a.mp4", "b.mp4"], {"a.txt": "x"}, r"no caption for b.mp4"),
+    "one caption missing": (
+        ["a.mp4", "b.mp4"],
+        {"a.txt": "x"},
+        r"instance_data_dir='.*data': .* b.mp4; .*\.txt",
+    ),
     "caption without file": (
         ["a.mp4"],
         {"a.txt": "x", "v/b.txt": "y"},
-        r"no video .* captions v/b.txt",
+        r"instance_data_dir='.*data': .* v/b.txt",
     ),
     "one caption of two files": (
         ["a.mp4", "a.png"],
         {"a.txt": "x"},
-        r"a.txt is the caption of a.mp4, a.png",
+        r"a.txt .*: a.mp4, a.png",
     ),
-    "empty text file": (["a.mp4"], {"a.txt": " \n"}, r"a.txt: empty; accepted is a caption"),
+    "empty text file": (["a.mp4"], {"a.txt": " \n"}, r"a.txt: .*empty"),
     "row missing": (
         ["a.mp4", "b.mp4"],
         {"metadata.jsonl": lines(A)},
         r"metadata.jsonl: no row for b.mp4",
     ),
-    "file missing": ([], {"metadata.jsonl": lines(A)}, r"no such file in the folder: a.mp4"),
-    "empty table": (["a.mp4"], {"metadata.jsonl": "\n"}, r"metadata.jsonl: holds no row"),
+    "file missing": ([], {"metadata.jsonl": lines(A)}, r"metadata.jsonl: .*: a.mp4"),
+    "empty table": (["a.mp4"], {"metadata.jsonl": "\n"}, r"metadata.jsonl: .*no rows"),
     "empty caption": (
         ["a.mp4"],
         {"m.jsonl": lines({**A, "text": " "})},
-        r"line 1: text=' ': accepted is text",
+        r"line 1: text=' ': .*text",
     ),
     "number as caption": (["a.mp4"], {"m.jsonl": lines({**A, "text": 3})}, r"line 1: text=3"),
     "null caption": (["a.mp4"], {"m.jsonl": lines({**A, "text": None})}, r"line 1: text=None"),
-    "twice": (["a.mp4"], {"m.jsonl": lines(A, A)}, r"m.jsonl, line 2: 'a.mp4' is in line 1 too"),
+    "twice": (["a.mp4"], {"m.jsonl": lines(A, A)}, r"m.jsonl, line 2: 'a.mp4' .*line 1"),
     "twice, other spelling": (
         ["a.mp4"],
         {"m.jsonl": lines(A, {**A, "file_name": "./a.mp4"})},
-        r"line 2: 'a.mp4' is in line 1 too",
+        r"line 2: 'a.mp4' .*line 1",
     ),
     "up": (
         ["a.mp4"],
         {"m.jsonl": lines({**A, "file_name": "../x.mp4"})},
-        r"'../x.mp4': outside of the folder",
+        r"file_name='../x.mp4': outside",
     ),
     "up inside": (
         ["a.mp4"],
         {"m.jsonl": lines({**A, "file_name": "v/../a.mp4"})},
-        r"outside of the folder",
+        r"file_name='v/../a.mp4': outside",
     ),
     "absolute": (
         ["a.mp4"],
         {"m.jsonl": lines({**A, "file_name": "/etc/x.mp4"})},
-        r"outside of the folder",
+        r"file_name='/etc/x.mp4': outside",
     ),
     "backslash": (
         ["a.mp4"],
         {"m.jsonl": lines({**A, "file_name": "..\\x.mp4"})},
-        r"outside of the folder",
+        r"x.mp4': outside",
     ),
     "null byte": (
         ["a.mp4"],
         {"m.jsonl": lines({**A, "file_name": "a\0.mp4"})},
-        r"outside of the folder",
+        r"mp4': outside",
     ),
     "unknown suffix": (
         ["a.mp4"],
         {"m.jsonl": lines({**A, "file_name": "x.doc"})},
-        r"unknown suffix; accepted are .mp4",
+        r"file_name='x.doc': .*suffix.*\.mp4",
     ),
     "not JSON": (["a.mp4"], {"m.jsonl": lines(A) + "{"}, r"m.jsonl, line 2: not JSON"),
-    "a list": (["a.mp4"], {"m.jsonl": "[]"}, r"line 1: accepted is a JSON object"),
+    "a list": (["a.mp4"], {"m.jsonl": "[]"}, r"line 1: .*JSON object"),
     "cells": (
         ["a.mp4"],
         {"m.csv": "file_name,text\na.mp4,x,y\n"},
-        r"m.csv, line 2: 3 cells; the header has 2",
+        r"m.csv, line 2: 3 cells.* 2",
     ),
     "two columns": (
         ["a.mp4"],
         {"m.csv": "text,text\na,b\n"},
-        r"m.csv, line 1: two columns have one name",
+        r"m.csv, line 1: column.*text, text",
     ),
     "two tables": (
         ["a.mp4"],
         {"m.csv": "", "n.csv": ""},
-        r"several tables of captions: m.csv, n.csv",
+        r"instance_data_dir=.*: m.csv, n.csv",
     ),
     "start": (
         ["a.mp4"],
         {"m.jsonl": lines({**A, "start_seconds": -1})},
-        r"start_seconds=-1: accepted",
+        r"start_seconds=-1: .*>= 0",
     ),
     "clock": (["a.mp4"], {"m.jsonl": lines({**A, "end_seconds": "00:12"})}, r"end_seconds='00:12'"),
     "part of a picture": (
         ["a.png"],
         {"m.jsonl": lines({"file_name": "a.png", "text": "x", "end_seconds": 1})},
-        r"line 1: start_seconds and end_seconds of 'a.png': accepted for videos",
+        r"line 1: start_seconds and end_seconds of 'a.png'",
     ),
     "backwards": (
         ["a.mp4"],
         {"m.jsonl": lines({**A, "start_seconds": 2, "end_seconds": 1})},
-        r"end_seconds=1: accepted is more than start_seconds=2",
+        r"end_seconds=1: .*start_seconds=2",
     ),
 }
 
@@ -231,19 +231,17 @@ def test_bad_folders_are_refused_in_one_line(folder, tmp_path, case):
 
 def test_long_lists_are_cut(folder):
     root = folder([f"{i}.mp4" for i in range(9)])
-    with pytest.raises(
-        ValueError, match=r"no caption for 0.mp4, 1.mp4, 2.mp4, 3.mp4, 4.mp4 and 4 more"
-    ):
+    with pytest.raises(ValueError, match=r" 0.mp4, 1.mp4, 2.mp4, 3.mp4, 4.mp4 and 4 more"):
         read_captions(root)
 
 
 def test_text_that_is_no_utf8_is_named(folder):
     root = folder(["a.mp4"])
     (root / "a.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ValueError, match=r"a.txt: not a readable text file"):
+    with pytest.raises(ValueError, match=r"a.txt: .*utf-8"):
         read_captions(root)
     (root / "m.csv").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ValueError, match=r"m.csv: not a readable text file"):
+    with pytest.raises(ValueError, match=r"m.csv: .*utf-8"):
         read_captions(root)
 
 

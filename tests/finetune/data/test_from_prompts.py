@@ -187,7 +187,7 @@ def test_other_settings_or_weights_need_another_folder(tmp_path, model, wan):
         teacher_samples(
             model, PROMPTS, tmp_path / "t", sampling=SMALL.overridden(num_inference_steps=1)
         )
-    with pytest.raises(ValueError, match=r"changed is 00000/0 \(seed was 0 and is 5\)"):
+    with pytest.raises(ValueError, match=r"00000/0 \(seed was 0 and is 5\)"):
         teacher_samples(model, PROMPTS, tmp_path / "t", sampling=SMALL, seed=5)
     weight = wan.transformer.blocks[0].ffn.net[2].weight
     before = weight.detach().clone()
@@ -195,7 +195,7 @@ def test_other_settings_or_weights_need_another_folder(tmp_path, model, wan):
         with torch.no_grad():
             for parameter in wan.transformer.parameters():
                 parameter.mul_(1.1)
-        with pytest.raises(ValueError, match=r"transformer has other weights"):
+        with pytest.raises(ValueError, match=r"models .*transformer has other weights"):
             teacher_samples(model, PROMPTS, tmp_path / "t", sampling=SMALL)
     finally:
         with torch.no_grad():
@@ -207,7 +207,7 @@ def test_other_settings_or_weights_need_another_folder(tmp_path, model, wan):
 def test_the_teacher_is_dense(tmp_path, model, wan):
     dit_accel.enable(wan, sla={"crossover": "never", "block_q": 16, "block_k": 16})
     try:
-        with pytest.raises(RuntimeError, match="acceleration is enabled on the pipeline"):
+        with pytest.raises(RuntimeError, match=r"pipe: .*acceleration is enabled"):
             teacher_samples(model, PROMPTS, tmp_path / "t", sampling=SMALL)
     finally:
         dit_accel.disable(wan)
@@ -217,10 +217,10 @@ def test_the_teacher_is_dense(tmp_path, model, wan):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"height": None}, "height=None: needed to sample from prompts"),
+        ({"height": None}, "height=None"),
         ({"num_frames": None}, "num_frames=None"),
-        ({"height": 40}, r"prompt '00000': height 40 of 5x40x32; accepted are multiples of 16"),
-        ({"num_frames": 6}, r"prompt '00000': 6 frames"),
+        ({"height": 40}, r"prompt '00000': height 40 of 5x40x32 .*16"),
+        ({"num_frames": 6}, r"prompt '00000': .*frames 6 "),
     ],
 )
 def test_bad_sizes_are_refused_before_sampling(tmp_path, model, calls, changes, message):

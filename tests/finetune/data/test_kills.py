@@ -71,12 +71,12 @@ def killed_at(monkeypatch):
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("start", ["new", "growing"])
-def test_a_killed_run_goes_on(tmp_path, killed_at, start, after):
+def test_a_killed_run_goes_on(quick, killed_at, start, after):
     number = 0
     made_again = []
     while True:
         number += 1
-        folder = tmp_path / f"{number}"
+        folder = quick / f"{number}"
         if start == "growing":
             write(folder, 4)
         if not killed_at(number, lambda folder=folder: write(folder), after=after):
@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on(tmp_path, killed_at, start, after):
         elif (folder / "manifest.json").exists():
             check(folder)
         else:
-            with pytest.raises(ValueError, match=r"was not finished|no manifest.json there"):
+            with pytest.raises(ValueError, match=r"incomplete|no manifest.json"):
                 open_store(folder)
         made_again.append(write(folder))
         check(folder)
@@ -101,11 +101,11 @@ def test_a_killed_run_goes_on(tmp_path, killed_at, start, after):
 
 
 @pytest.mark.parametrize("operation", ["fsync", "replace", "write_bytes"])
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, operation):
+def test_a_full_disk_loses_nothing(quick, monkeypatch, operation):
     number = 0
     while True:
         number += 1
-        folder = tmp_path / f"{number}"
+        folder = quick / f"{number}"
         calls = 0
         owner = Path if operation == "write_bytes" else os
         real = getattr(owner, operation)
@@ -126,8 +126,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, operation):
                 failure = str(error)
         if failure is None:
             break
-        assert "could not be written (No space left on device)" in failure
-        assert "what is finished stays" in failure
+        assert "No space left on device" in failure
         write(folder)
         check(folder)
     assert number >= 3

@@ -72,9 +72,9 @@ def test_options_reach_the_files(tmp_path, dataset, model):
         "video_column": "path",
     }
     assert opened(tmp_path, model, **options, buckets="5,32,32").buckets == ["5x32x32"] * 2
-    with pytest.raises(ValueError, match=r"no 'text'.*--caption_column"):
+    with pytest.raises(ValueError, match=r"'text'.*--caption_column"):
         opened(tmp_path, model, instance_data_dir=str(folder), video_column="path")
-    with pytest.raises(ValueError, match="instance_data_dir='none': no such folder"):
+    with pytest.raises(ValueError, match="instance_data_dir='none'"):
         opened(tmp_path, model, instance_data_dir="none")
 
 
@@ -82,21 +82,19 @@ def test_a_precomputed_folder(tmp_path, model, precomputed):
     samples = opened(tmp_path, model, precomputed_dir=precomputed)
     assert isinstance(samples, Samples)
     assert samples.buckets == ["9x48x64"] * 2
-    with pytest.raises(ValueError, match=r"max_sequence_length=7: .* have None text tokens"):
+    with pytest.raises(ValueError, match=r"max_sequence_length=7: .* None text tokens"):
         opened(tmp_path, model, precomputed_dir=precomputed, max_sequence_length=7)
-    with pytest.raises(ValueError, match="made with another model"):
+    with pytest.raises(ValueError, match=r"precomputed_dir=.*another model .*text_encoder"):
         opened(tmp_path, FakeModel(seed=4), precomputed_dir=precomputed)
 
 
 def test_latents_of_another_geometry_are_refused(tmp_path, model, precomputed):
     model.latent_shape = lambda *_: (16, 3, 6, 8)
-    message = r"latents of 9x48x64 have the shape \[3, 3, 6, 8\], this model takes \[16, 3, 6, 8\]"
+    message = r"precomputed_dir=.*latents of 9x48x64 .*\[3, 3, 6, 8\].*\[16, 3, 6, 8\]"
     with pytest.raises(ValueError, match=message):
         opened(tmp_path, model, precomputed_dir=precomputed)
     model.frames_rule = (0, 1)
-    with pytest.raises(
-        ValueError, match=r"precomputed_dir='.*': 9 frames of 9x48x64; accepted is 1"
-    ):
+    with pytest.raises(ValueError, match=r"precomputed_dir='.*': .*frames 9 of 9x48x64 must be 1"):
         opened(tmp_path, model, precomputed_dir=precomputed)
 
 
@@ -105,7 +103,7 @@ def test_latents_of_another_geometry_are_refused(tmp_path, model, precomputed):
 )
 def test_one_source_is_needed(tmp_path, model, given):
     with pytest.raises(
-        ValueError, match=r"instance_data_dir=.*, precomputed_dir=None, prompts=.*: accepted is one"
+        ValueError, match=r"instance_data_dir=.*, precomputed_dir=None, prompts=.*one"
     ):
         opened(tmp_path, model, **given)
 

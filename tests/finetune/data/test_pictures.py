@@ -58,12 +58,10 @@ def test_damaged_pictures_are_refused_by_name(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(
-        BrokenFileError, match=r"still.png: not a readable picture \(image file is truncated"
-    ):
+    with pytest.raises(BrokenFileError, match=r"still.png: .*truncated"):
         probe_picture(path, fps=None)
     path.write_text("hello")
-    with pytest.raises(BrokenFileError, match=r"still.png: not a readable picture"):
+    with pytest.raises(BrokenFileError, match=r"still.png: .*picture"):
         probe_picture(path, fps=None)
 
 
@@ -87,5 +85,5 @@ def test_what_8_bits_cannot_show_is_refused(tmp_path):
     moving = tmp_path / "clear.webp"
     images = [Image.fromarray(np.full((8, 8, 4), i, np.uint8)) for i in (9, 90)]
     images[0].save(moving, save_all=True, append_images=images[1:], duration=100, lossless=True)
-    with pytest.raises(BrokenFileError, match=r"clear.webp: has transparent pixels"):
+    with pytest.raises(BrokenFileError, match=r"clear.webp: .*transparent"):
         probe_picture(moving, fps=None)

@@ -114,9 +114,9 @@ def test_a_file_that_cannot_be_decoded_is_an_error(tmp_path, dataset):
     """It keeps what was encoded before, so that the next run goes on."""
     folder = dataset(6, frames=37)
     break_tail(folder / "videos/00003.mp4")
-    with pytest.raises(BrokenFileError, match=r"00003.mp4: only \d+ of 37 .*--skip_broken"):
+    with pytest.raises(BrokenFileError, match=r"00003.mp4: .*\d+ of 37 .*--skip-broken"):
         run(folder, tmp_path / "out", workers=1)
-    with pytest.raises(ValueError, match="was not finished"):
+    with pytest.raises(ValueError, match=r"precomputed_dir='.*out': .*incomplete"):
         open_store(tmp_path / "out")
     write_clip(folder / "videos/00003.mp4", 37)
     result = run(folder, tmp_path / "out")
@@ -134,7 +134,7 @@ def test_broken_files_are_left_out_and_listed(tmp_path, dataset):
     store = open_store(tmp_path / "out")
     assert [x[7:12] for x in store.ids] == ["00000", "00001", "00002", "00005"]
     assert store.contents.broken == result.broken
-    assert "not a readable video" in store.contents.broken["videos/00004.mp4"]
+    assert "videos/00004.mp4: " in store.contents.broken["videos/00004.mp4"]
     # The file was repaired: a second run makes it.
     write_clip(folder / "videos/00003.mp4", 37)
     write_clip(folder / "videos/00004.mp4", 37)
@@ -145,7 +145,7 @@ def test_broken_files_are_left_out_and_listed(tmp_path, dataset):
 def test_nothing_that_can_be_decoded_is_an_error(tmp_path, dataset):
     folder = dataset(1, frames=37)
     break_tail(folder / "videos/00000.mp4")
-    with pytest.raises(ValueError, match=r"none of 1 files could be decoded: .*00000.mp4"):
+    with pytest.raises(ValueError, match=r"none of the 1 files .*00000.mp4"):
         run(folder, tmp_path / "out", skip_broken=True)
 
 
@@ -193,7 +193,7 @@ def test_a_run_that_failed_goes_on(tmp_path, dataset):
 def test_other_options_need_another_folder(tmp_path, dataset, sizes, message):
     folder = dataset(2)
     run(folder, tmp_path / "out")
-    with pytest.raises(ValueError, match=f"holds samples of other settings: .*{message}"):
+    with pytest.raises(ValueError, match=f"output_dir=.* settings: .*{message}"):
         run(folder, tmp_path / "out", sizes=sizes)
     assert run(folder, tmp_path / "out", sizes=sizes, overwrite=True).made == 2
 
@@ -204,7 +204,7 @@ def test_changed_captions_and_files_are_noticed(tmp_path, dataset):
     table = folder / "captions.jsonl"
     table.write_text(table.read_text().replace("clip 1", "other"))
     with pytest.raises(
-        ValueError, match=r'changed is videos/00001.mp4 \(caption was "clip 1" and is "other"\)'
+        ValueError, match=r'data: .*videos/00001.mp4 \(caption was "clip 1" and is "other"\)'
     ):
         run(folder, tmp_path / "out")
 
@@ -214,7 +214,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path, dataset):
         def encode_pixels(self, pixels):
             return super().encode_pixels(pixels) + float("inf")
 
-    with pytest.raises(ValueError, match=r"videos/00000.mp4: its latents are not finite"):
+    with pytest.raises(ValueError, match=r"videos/00000.mp4: .*not finite"):
         run(dataset(1), tmp_path / "out", Overflowing())
 
 
@@ -224,7 +224,7 @@ def test_too_little_memory_is_one_line(tmp_path, dataset):
             raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
     with pytest.raises(
-        RuntimeError, match=r"out of memory with 2 clips of \[9, 48, 64\].*batch_size"
+        RuntimeError, match=r"out of memory .*batch_size=2 .*\[9, 48, 64\]"
     ) as error:
         run(dataset(2), tmp_path / "out", Large(), batch_size=2)
     assert "\n" not in str(error.value)

@@ -77,7 +77,7 @@ def test_a_file_that_turns_out_broken_is_named(dataset, model):
     break_tail(folder / "videos/00000.mp4")
     samples, _, _ = raw(folder, model)
     for _ in range(2):
-        with pytest.raises(BrokenFileError, match=r"00000.mp4: only \d+ of 37"):
+        with pytest.raises(BrokenFileError, match=r"00000.mp4: .*\d+ of 37"):
             samples.sample(0)
 
 
@@ -85,5 +85,5 @@ def test_latents_that_are_not_finite_are_refused(dataset, model):
     samples, _, _ = raw(dataset(1), model)
     real = model.encode_pixels
     model.encode_pixels = lambda x: real(x) * float("nan")
-    with pytest.raises(ValueError, match=r"00000.mp4: its latents are not finite"):
+    with pytest.raises(ValueError, match=r"00000.mp4: .*not finite"):
         samples.sample(0)

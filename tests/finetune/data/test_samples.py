@@ -34,9 +34,9 @@ def test_rows_are_the_samples_in_order():
 
 def test_batches_of_several_shapes_are_refused():
     samples = Memory([(3, 4), (4, 3), (3, 4)], ["a", "a", "b"])
-    with pytest.raises(ValueError, match=r"of the buckets \['a', 'b'\]; accepted is one bucket"):
+    with pytest.raises(ValueError, match=r"indices=\[0, 2\]: .*\['a', 'b'\]"):
         load_batch(samples, [0, 2])
-    with pytest.raises(ValueError, match=r"indices=.*accepted is one bucket"):
+    with pytest.raises(ValueError, match=r"indices=\[\]: .*bucket"):
         load_batch(samples, [])
-    with pytest.raises(ValueError, match=r"latents of 's1' are \[2, 4, 3\], of 's0' \[2, 3, 4\]"):
+    with pytest.raises(ValueError, match=r"latents: .*\[2, 4, 3\] of 's1' .*\[2, 3, 4\] of 's0'"):
         load_batch(samples, [0, 1])

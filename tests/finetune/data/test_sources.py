@@ -96,30 +96,28 @@ def test_what_cannot_be_used_is_an_error_or_listed(mixed):
     Image.fromarray(picture(0, 8, 8)).save(mixed / "small.png")
     with pytest.raises(
         ValueError,
-        match=r"3 of 8 files cannot be used: .*small.png: 1 frames of 8 x 8; accepted are at least 16 pixels a side.*--skip_broken",
+        match=r"3 of 8 files .*small.png: 1 frames of 8 x 8; .*16 pixels.*--skip-broken",
     ) as error:
         find_sources(items_of(mixed), size_choice(WAN))
     assert "\n" not in str(error.value)
     sources, broken = find_sources(items_of(mixed), size_choice(WAN), skip_broken=True)
     assert len(sources) == 5
     assert list(broken) == ["small.png", "text.mp4", "tiny.png"]
-    assert "text.mp4: not a readable video" in broken["text.mp4"]
+    assert "text.mp4: " in broken["text.mp4"]
 
 
 def test_clips_that_are_too_short_are_named(mixed):
-    message = r"short.webm: 10 frames of 64 x 48; accepted are at least 13 frames"
+    message = r"short.webm: 10 frames of 64 x 48; .*13 frames"
     with pytest.raises(ValueError, match=message):
         find_sources(items_of(mixed), size_choice(WAN, num_frames=13))
-    with pytest.raises(
-        ValueError, match=r"long.mp4: .* at 1 frames per second; accepted are at least 9"
-    ):
+    with pytest.raises(ValueError, match=r"long.mp4: .* 1 frames per second; .*9 frames"):
         find_sources(items_of(mixed), size_choice(WAN, buckets="9,48,64", fps=1))
-    with pytest.raises(ValueError, match=r"none of 5 files can be used"):
+    with pytest.raises(ValueError, match=r"none of the 5 files"):
         find_sources(items_of(mixed), size_choice(WAN, num_frames=81), skip_broken=True)
 
 
 def test_a_bucket_without_samples_is_an_error(mixed):
-    message = r"buckets: no sample for 5x640x16 \(frames x height x width\); the files fall into 1x48x64, 5x48x64"
+    message = r"buckets: .* 5x640x16 .* 1x48x64, 5x48x64"
     with pytest.raises(ValueError, match=message):
         find_sources(items_of(mixed), size_choice(WAN, buckets="1,48,64;5,640,16;5,48,64"))
 
@@ -127,7 +125,7 @@ def test_a_bucket_without_samples_is_an_error(mixed):
 def test_long_videos_need_a_number_of_frames(tmp_path, monkeypatch):
     monkeypatch.setattr("dit_accel.finetune.data.sources.MOST_FRAMES", 16)
     write_clip(tmp_path / "clip.mp4", 30)
-    with pytest.raises(ValueError, match=r"clip.mp4: more than 16 frames; choose .* --num_frames"):
+    with pytest.raises(ValueError, match=r"clip.mp4: .*16 frames.*--num-frames"):
         find_sources(items_of(tmp_path), size_choice(WAN))
     assert found(tmp_path, num_frames=29) == {"clip.mp4": "29x48x64"}
 
@@ -140,7 +138,7 @@ def test_damage_behind_the_first_frames_is_noticed_when_decoding(tmp_path):
     data[at : at + 30] = bytes(30)
     path.write_bytes(data)
     (source,), _ = find_sources(items_of(tmp_path), size_choice(WAN, num_frames=37))
-    with pytest.raises(BrokenFileError, match=r"clip.mp4: only \d+ of 37 frames could be decoded"):
+    with pytest.raises(BrokenFileError, match=r"clip.mp4: .*\d+ of 37 frames"):
         read_clip(source, None)
     assert len(read_clip(Source(source.item, Bucket(5, 16, 16)), None)) == 5
 
@@ -159,12 +157,12 @@ def test_parts_of_one_file(tmp_path):
     [
         (
             {"buckets": "5,48,64", "height": 48, "width": 64},
-            "buckets='5,48,64', height=48, width=64: accepted",
+            "buckets='5,48,64', height=48, width=64",
         ),
-        ({"buckets": "5,48,64", "num_frames": 5}, "num_frames=5: accepted are either"),
-        ({"height": 48}, "height=48, width=None: accepted are both or neither"),
-        ({"height": 40, "width": 64}, "height 40 of 1x40x64; accepted are multiples of 16"),
-        ({"num_frames": 6}, r"6 frames of .*; accepted is 4k \+ 1, such as 5"),
+        ({"buckets": "5,48,64", "num_frames": 5}, "buckets='5,48,64', num_frames=5"),
+        ({"height": 48}, "height=48, width=None"),
+        ({"height": 40, "width": 64}, "height 40 of 1x40x64 .*16"),
+        ({"num_frames": 6}, r"num_frames: .*frames 6 of .*4k \+ 1, such as 5"),
         ({"fps": 0}, "fps=0"),
         ({"fps": float("nan")}, "fps=nan"),
     ],

@@ -102,13 +102,13 @@ def test_a_folder_grows(tmp_path):
     [
         (
             {"settings": SETTINGS | {"fps": 8}},
-            r"holds samples of other settings: fps was 16 and is 8; overwrite",
+            r"settings: fps was 16 and is 8; .*overwrite",
         ),
         (
             {"model": FakeModel(seed=3)},
-            r"of other models \(unnamed model\): text_encoder has other weights",
+            r"models \(unnamed model\): text_encoder .*; .*overwrite",
         ),
-        ({"count": 5}, r"of other data: v/5.mp4, v/6.mp4 not among the samples now"),
+        ({"count": 5}, r"data: v/5.mp4, v/6.mp4 .*; .*overwrite"),
     ],
     ids=["settings", "model", "fewer"],
 )
@@ -131,16 +131,14 @@ def test_a_changed_caption_is_noticed(tmp_path, monkeypatch):
     changed = {**sources(2), "v/1.mp4": {"bytes": 1, "caption": "other"}}
     monkeypatch.setitem(globals(), "sources", lambda count: changed)
     with pytest.raises(
-        ValueError, match=r'data: changed is v/1.mp4 \(caption was "clip 1" and is "other"\)'
+        ValueError, match=r'data: .*v/1.mp4 \(caption was "clip 1" and is "other"\)'
     ):
         write(tmp_path / "store", 2)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "photo.png").touch()
-    with pytest.raises(
-        ValueError, match=r"holds other files \(photo.png\); accepted is a new folder"
-    ):
+    with pytest.raises(ValueError, match=r"output_dir=.*\(photo.png\)"):
         write(tmp_path, overwrite=True)
 
 
@@ -153,7 +151,7 @@ def test_two_writers_do_not_meet(tmp_path):
     }
     with (
         store_writer(folder, **arguments),
-        pytest.raises(RuntimeError, match="another process writes there"),
+        pytest.raises(RuntimeError, match=r"output_dir=.*another process"),
         store_writer(folder, **arguments),
     ):
         pass
@@ -196,7 +194,7 @@ def test_latents_that_are_not_finite_are_refused_by_name(tmp_path):
         "sources": {"x": {}},
     }
     with (
-        pytest.raises(ValueError, match="x: its latents are not finite"),
+        pytest.raises(ValueError, match=r"x: .*not finite"),
         store_writer(tmp_path / "store", **arguments) as writer,
     ):
         writer.add("x", "1x8x8", (torch.tensor([[[float("nan")]]]), {}), {})
@@ -209,7 +207,7 @@ def test_finish_needs_every_sample(tmp_path):
         "sources": sources(2),
     }
     with (
-        pytest.raises(RuntimeError, match=r"no sample v/0.mp4, v/1.mp4"),
+        pytest.raises(RuntimeError, match=r"store: .*v/0.mp4, v/1.mp4"),
         store_writer(tmp_path / "store", **arguments) as writer,
     ):
         writer.finish(list(sources(2)))
@@ -249,21 +247,21 @@ FIRST = "shard-00000.safetensors"
 DAMAGE = {
     "no folder": (
         shutil.rmtree,
-        r"no manifest.json there; accepted is a folder of dit-accel precompute",
+        r"precomputed_dir='.*store': .*no manifest.json; .*dit-accel precompute",
     ),
-    "no manifest": (lambda x: (x / MANIFEST).unlink(), r"no manifest.json there"),
+    "no manifest": (lambda x: (x / MANIFEST).unlink(), r"store': .*no manifest.json"),
     "manifest cut off": (
         lambda x: truncate(x / MANIFEST),
-        r"manifest.json: not a readable JSON file",
+        r"manifest.json: .*JSON",
     ),
     "manifest of nothing": (lambda x: (x / MANIFEST).write_text("[]"), r"format_version=None"),
     "other version": (
         lambda x: edit_manifest(x, lambda y: y.update(format_version=FORMAT_VERSION + 1)),
-        rf"manifest.json: format_version={FORMAT_VERSION + 1}; accepted is {FORMAT_VERSION}",
+        rf"manifest.json: format_version={FORMAT_VERSION + 1}; .*{FORMAT_VERSION}",
     ),
     "no settings": (
         lambda x: edit_manifest(x, lambda y: y.pop("settings")),
-        r"damaged \(no settings\)",
+        r"manifest.json: damaged .*settings",
     ),
     "no shards": (
         lambda x: edit_manifest(x, lambda y: y["shards"].clear()),
@@ -275,25 +273,28 @@ DAMAGE = {
         ),
         r"manifest.json: damaged .*passwd",
     ),
-    "no sample": (lambda x: edit_manifest(x, lambda y: y["samples"].clear()), r"holds no sample"),
-    "shard missing": (lambda x: (x / FIRST).unlink(), rf"{FIRST}: cannot be read \(No such file"),
+    "no sample": (
+        lambda x: edit_manifest(x, lambda y: y["samples"].clear()),
+        r"precomputed_dir='.*store': .*no samples",
+    ),
+    "shard missing": (lambda x: (x / FIRST).unlink(), rf"{FIRST}: .*\(No such file"),
     "shard cut off": (
         lambda x: truncate(x / FIRST),
-        rf"{FIRST}: truncated \(\d+ of \d+ bytes\); run the command",
+        rf"{FIRST}: truncated \(\d+ of \d+ bytes\)",
     ),
     "latents missing": (
         lambda x: drop(x / FIRST),
-        rf"{FIRST}: no latents of sample 'v/0.mp4'; delete the file",
+        rf"{FIRST}: .*'v/0.mp4' .*no latents",
     ),
     "text missing": (
         lambda x: drop(x / FIRST, "mask/v/2.mp4"),
-        rf"{FIRST}: no mask of sample 'v/2.mp4'",
+        rf"{FIRST}: .*'v/2.mp4' .*no mask",
     ),
     "other shape": (
         lambda x: edit_manifest(
             x, lambda y: y["samples"]["v/0.mp4"]["shapes"].update(latents=[3, 9, 9, 9])
         ),
-        r"latents of sample 'v/0.mp4' have the shape \[3, 2, 2, 2\], written were \[3, 9, 9, 9\]",
+        rf"{FIRST}: latents .*'v/0.mp4' .*\[3, 2, 2, 2\].*\[3, 9, 9, 9\]",
     ),
 }
 
@@ -313,7 +314,7 @@ def test_a_changed_byte_is_noticed_when_the_shard_is_read(tmp_path):
     write(tmp_path / "store")
     flip(tmp_path / "store" / FIRST)
     store = open_store(tmp_path / "store")
-    with pytest.raises(ValueError, match=rf"{FIRST}: damaged \(sha256"):
+    with pytest.raises(ValueError, match=rf"{FIRST}: damaged .*sha256"):
         store.sample(0)
     store.sample(5)
 
@@ -322,7 +323,7 @@ def test_another_model_is_refused_by_name(tmp_path):
     write(tmp_path / "store")
     pipe = FakeModel(seed=3).pipe
     pipe.config = {"_name_or_path": "/models/other-wan"}
-    message = r"precomputed_dir='.*': made with another model \(unnamed model, not other-wan\): text_encoder has"
+    message = r"precomputed_dir='.*': .*\(unnamed model, not other-wan\): text_encoder"
     with pytest.raises(ValueError, match=message):
         open_store(tmp_path / "store", model=model_identity(pipe))
 

@@ -80,7 +80,7 @@ def test_rotation_is_that_of_ffmpeg(tmp_path, rotation, hflip):
 
 def test_other_angles_are_refused(tmp_path):
     path = write_clip(tmp_path / "clip.mp4", 1, rotation=30)
-    with pytest.raises(BrokenFileError, match=r"clip.mp4: turned by .*multiples of 90"):
+    with pytest.raises(BrokenFileError, match=r"clip.mp4: .*degrees.* 90"):
         facts(path)
 
 
@@ -133,7 +133,7 @@ def test_parts(tmp_path, suffix, codec):
     assert facts(path, 10, 2.0, 3.0)[2] == 10
     assert numbers(path, 5, 2.0) == list(range(20, 45, 2))
     assert numbers(path, 10, 2.6, 2.9) == [26, 27, 28]
-    with pytest.raises(BrokenFileError, match=r"no frame from 9 s on"):
+    with pytest.raises(BrokenFileError, match=r"no frame .*9 s"):
         facts(path, 10, 9.0)
 
 
@@ -189,9 +189,9 @@ def test_files_that_are_no_video_are_refused_by_name(tmp_path):
     }
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(BrokenFileError, match=rf"{name}: not a readable video"):
+        with pytest.raises(BrokenFileError, match=rf"{name}: .*video"):
             facts(tmp_path / name)
-    with pytest.raises(BrokenFileError, match=r"none.mp4: not a readable video \(No such file"):
+    with pytest.raises(BrokenFileError, match=r"none.mp4: .*\(No such file"):
         facts(tmp_path / "none.mp4")
 
 
@@ -205,14 +205,14 @@ def test_a_sound_file_has_no_video(tmp_path):
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    with pytest.raises(BrokenFileError, match=r"sound.mp4: has no video, only audio"):
+    with pytest.raises(BrokenFileError, match=r"sound.mp4: .*no video.*audio"):
         facts(path)
 
 
 @pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
 def test_hdr_is_refused(tmp_path, transfer, name):
     path = write_clip(tmp_path / "clip.mp4", 2, color_trc=transfer)
-    with pytest.raises(BrokenFileError, match=rf"HDR video \({name}\)"):
+    with pytest.raises(BrokenFileError, match=rf"HDR .*\({name}\)"):
         facts(path)
 
 

@@ -137,7 +137,7 @@ def test_flow_shift_of_other_schedulers():
 
 def test_what_cannot_be_encoded_is_refused():
     prepared = trainable("sd3")
-    with pytest.raises(ValueError, match=r"^pixels: 2 frames; .* accepted is 1"):
+    with pytest.raises(ValueError, match=r"^pixels: 2 frames; .*1"):
         prepared.encode_pixels(torch.zeros(1, 3, 2, 64, 64))
     with pytest.raises(ValueError, match=r"^pipe.text_encoder=None"):
         prepared.encode_prompts(["a"])
@@ -155,13 +155,11 @@ def test_models_that_cannot_be_tuned_are_refused():
 
     parts = random_wan(image_to_video=True)
     image_to_video = WanImageToVideoPipeline(**parts, image_processor=None, image_encoder=None)
-    with pytest.raises(ValueError, match=r"^transformer: takes 12 channels and returns 4"):
+    with pytest.raises(ValueError, match=r"^transformer: .*in_channels=12.*out_channels=4"):
         trainable_of(image_to_video)
     pipe = pipeline("wan")
     pipe.transformer = torch.nn.Linear(2, 2)
-    with pytest.raises(
-        ValueError, match=r"^transformer: Linear cannot be fine-tuned; accepted are Wan"
-    ):
+    with pytest.raises(ValueError, match=r"^transformer: Linear .*WanTransformer3DModel"):
         trainable_of(pipe)
     pipe.register_to_config(expand_timesteps=True)
     with pytest.raises(ValueError, match="expand_timesteps"):
