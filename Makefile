@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Kernels cannot be rewritten with run-time shape checks, nor traced through them.
 PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
 
-.PHONY: install combinations chromium demo test test-long lint bench bench-ras bench-sla bench-parallel bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
+.PHONY: install combinations chromium demo docs test test-long lint bench bench-ras bench-sla bench-parallel bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
 	gpu-check-ras gpu-check-sla gpu-check-eval clean
 
 install: $(STAMP)
@@ -59,6 +59,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Writes site/; the build itself needs no network.
+docs: install
+	$(BIN)/python -c "import material, mkdocstrings_handlers.python" 2> /dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet
 
 bench: install
 	$(BIN)/python kernels/bench_attention.py --output kernels/results/cpu.json
@@ -173,4 +179,4 @@ gpu-check-eval:
 	$$python -m dit_accel.cli eval run --preset demo --device cuda --overwrite --output-dir $(DEMO_OUT)/eval
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) $(GPU_OUT)
+	rm -rf $(VENV) $(DEMO_OUT) $(GPU_OUT) site
