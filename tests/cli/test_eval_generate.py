@@ -1,4 +1,4 @@
-"""`dit-accel eval generate`."""
+"""Command `dit-accel eval generate`."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_generate_makes_a_set_and_goes_on(wan_repository, prompts, tmp_path, cap
     assert generate(wan_repository, prompts, out, "--limit", 1) == 0
     assert capsys.readouterr().out == f"{out}: 1 clips\n"
     assert generate(wan_repository, prompts, out) == 2  # other prompts are other settings
-    assert "the prompts are others" in capsys.readouterr().err
+    assert "output_dir=" in capsys.readouterr().err
     cache = ["--cache", "first_block_cache:0.2", "--overwrite", "--format", "json"]
     assert generate(wan_repository, prompts, out, *cache) == 0
     done = printed(capsys)
@@ -78,7 +78,7 @@ def test_generate_in_two_processes_makes_the_same_set(wan_repository, prompts, t
         (["--cache", "teacache"], "cache='teacache'"),
         (["--cache", "sea_cache:x"], "'sea_cache:x'"),
         (["--cache", "sea_cache", "--batch-size", "2"], "batch_size=2"),
-        (["--cache", "pab"], "cache='pab': diffusers keeps one state for both calls of guidance"),
+        (["--cache", "pab"], "cache='pab'"),
         (
             ["--cache", "mag_cache"],
             "cache='mag_cache': it needs a calibration, which `eval run` makes",
@@ -111,7 +111,7 @@ def test_a_bad_value_is_refused_before_the_model_is_loaded(
         (["--layout", "vbench"], "layout='vbench'"),
         (
             ["--cache", "faster_cache", "--guidance-scale", "1"],
-            "cache='faster_cache': needs guidance",
+            "cache='faster_cache'",
         ),
         (["--num-frames", "5"], "num_frames=5"),
     ],

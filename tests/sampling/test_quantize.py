@@ -1,4 +1,4 @@
-"""Quantised transformers: near the plain one, with sparse attention, with region-adaptive sampling and with both."""
+"""Quantised transformers, alone and with sparse attention, region-adaptive sampling and both."""
 
 import importlib
 import json
@@ -42,7 +42,7 @@ def psnr(a, b):
 
 @pytest.fixture(scope="module", params=["tiny-sd3", "tiny-wan"])
 def pipes(request):
-    """The plain pipeline, and how to load it quantised."""
+    """The plain pipeline, and a function that loads it quantised."""
     model = request.param
     return load_pipeline(model, sla=None), lambda name: load_pipeline(
         model, sla=None, **loading_arguments(name)
@@ -161,7 +161,8 @@ def test_other_names_are_refused_before_loading(command, tmp_path, capsys, monke
     for name in ("torchao:int4", "int8", "bitsandbytes:nf4", ""):
         assert run(*command, *small(tmp_path / "out", "--quantize", name)) == 2
         error = capsys.readouterr().err
-        assert f"error: quantize={name!r}: accepted are none, torchao:int8, " in error
+        assert f"error: quantize={name!r}: " in error
+        assert "torchao:int8, " in error
     assert not (tmp_path / "out").exists()
 
 
