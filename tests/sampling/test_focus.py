@@ -31,7 +31,7 @@ def test_heat_runs_from_dark_to_light():
     assert (np.diff(light) > 0).all()
 
 
-@pytest.mark.parametrize(("frames", "count"), [(1, 1), (1, 11), (3, 11), (9, 1)])
+@pytest.mark.parametrize(("frames", "count"), [(1, 1), (1, 11), (3, 11), (5, 1)])
 def test_files_have_the_size_of_the_clip(frames, count, tmp_path):
     from PIL import Image
 

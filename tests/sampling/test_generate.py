@@ -387,8 +387,11 @@ def test_ranks_that_replace_a_set_at_once_leave_each_other_alone(sd3, drawn, tmp
     assert drawn == [["b"], ["d"], ["a"], ["c"]]
 
 
-@pytest.mark.parametrize("old", ["finished", "unfinished"])
-@pytest.mark.parametrize("ranks", [[0], [1, 0]], ids=["alone", "two"])
+@pytest.mark.parametrize(
+    ("old", "ranks"),
+    [("finished", [0]), ("finished", [1, 0]), ("unfinished", [1, 0])],
+    ids=["finished-alone", "finished-two", "unfinished-two"],
+)
 def test_a_kill_before_any_removal_of_an_old_set_goes_on(
     sd3, drawn, tmp_path, monkeypatch, old, ranks
 ):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -179,19 +180,6 @@ def test_a_model_that_workers_lack_is_one_error(tmp_path):
     assert not (tmp_path / "set").exists()
 
 
-def test_workers_that_die_again_and_again_end_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_engine, "RESTARTS", 1)
-
-    def load(device):
-        import os
-        import signal
-
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    with pytest.raises(RuntimeError, match=r"workers died 2 times"):
-        make(tmp_path, load, workers=1)
-
-
 def actor(folder, load, *, token=None, expected=None, **options):
     """Return an actor in this process, without Ray."""
     folder.mkdir(exist_ok=True)
@@ -228,6 +216,17 @@ def test_errors_of_nodes_are_returned_with_the_name_of_the_node(sd3, tmp_path):
         raise OSError("disk full")
 
     assert failure(actor(tmp_path / "c", full)) == ("run", f"node {platform.node()}: disk full")
+
+
+def test_workers_that_die_again_and_again_end_the_run(tmp_path):
+    (tmp_path / "token").write_bytes(b"." * 5)  # starts of one worker; four restarts are allowed
+    kind, text = failure(actor(tmp_path, loader()))
+    assert kind == "run"
+    assert re.search(r"^node [^:]*: workers died 5 times", text)
+    batch = {"kind": [kind], "error": [text], "notes": [""]}
+    data = SimpleNamespace(iter_batches=lambda **_: [batch])
+    with pytest.raises(RuntimeError, match="workers died 5 times"):
+        ray_engine._consume(ray, data)
 
 
 def command(folder, *more):
