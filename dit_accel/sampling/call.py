@@ -1,4 +1,4 @@
-"""One pipeline call for the samples of a batch, with the seconds of each phase."""
+"""Pipeline call for the samples of a batch, with the seconds of each phase."""
 
 import contextlib
 import inspect

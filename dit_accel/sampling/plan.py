@@ -19,7 +19,7 @@ _VIDEO_NAME_BYTES = 250
 
 @dataclass(frozen=True)
 class Sample:
-    """One image or clip to generate."""
+    """Image or clip to generate."""
 
     id: str
     record: PromptRecord

@@ -23,7 +23,7 @@ _NUMBERS = ("seed", "height", "width", "num_frames")
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt and its own settings. None keeps the setting of the run."""
+    """Prompt with its own settings. None keeps the setting of the run."""
 
     id: str
     """Name of the sample; must be a safe file name."""
