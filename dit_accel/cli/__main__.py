@@ -1,4 +1,4 @@
-"""`python -m dit_accel.cli` is `dit-accel`."""
+"""Runs `dit-accel` as `python -m dit_accel.cli`."""
 
 from dit_accel.cli import main
 

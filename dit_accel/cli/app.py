@@ -1,8 +1,8 @@
-"""`dit-accel`: accelerated diffusion transformers and language models on the command line.
+"""Accelerated diffusion transformers and language models on the command line.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed while running,
-2 bad input (nothing was written) or a --fail-if that cannot be decided, 3 a --fail-if condition
-holds or a bound of llm verify is exceeded, 130 interrupted. --version prints the version.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 success, 1 error while running,
+2 invalid input (nothing was written) or a --fail-if condition without a value, 3 a --fail-if
+condition holds or a bound of llm verify is exceeded, 130 interrupted. --version prints the version.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ from dit_accel.cli.printing import print_line
 
 @dataclass(kw_only=True)
 class Eval:
-    """Evaluation of acceleration: samples, metrics, one table and one page."""
+    """Evaluate acceleration: sample sets, metrics, a table and a report page."""
 
     command: (
         Annotated[eval_generate.Generate, subcommand("generate")]
@@ -62,7 +62,7 @@ class Eval:
 
 @dataclass(kw_only=True)
 class Demo:
-    """The procedural data set, the tiny models trained on it, and their judge."""
+    """Create the procedural data set, train the embedded models on it, and judge their samples."""
 
     command: (
         Annotated[demo.MakeData, subcommand("make-data")]
@@ -76,7 +76,7 @@ class Demo:
 
 @dataclass(kw_only=True)
 class Llm:
-    """Language models: sparse attention while prompts are read, and caches of keys and values."""
+    """Run language models with sparse prefill and with compressed caches of keys and values."""
 
     command: (
         Annotated[llm_generate.Generate, subcommand("generate")]
@@ -94,10 +94,10 @@ class Llm:
 
 
 def _commands(recipe: Finetune | None = None) -> Any:
-    """Return the type of all commands.
+    """Return the union type of all commands.
 
     Args:
-        recipe: default options of `dit-accel finetune`. Default: those of the class.
+        recipe: default options of `dit-accel finetune`. Default: the defaults of its class.
     """
     finetune = subcommand("finetune") if recipe is None else subcommand("finetune", default=recipe)
     return (
@@ -115,7 +115,14 @@ def _commands(recipe: Finetune | None = None) -> Any:
 
 
 def run(argv: list[str] | None = None) -> None:
-    """Parse the arguments, run the command, and turn its errors into one line and an exit code."""
+    """Parse the arguments and run the command. Errors become one line on stderr and an exit code.
+
+    Args:
+        argv: command line arguments. Default: `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: the exit code is not 0.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if arguments == ["--version"]:
         from dit_accel import __version__
@@ -131,7 +138,7 @@ def run(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
-    except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
+    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RuntimeError, OSError, ImportError, MemoryError) as error:
         sys.stderr.write(f"failed: {str(error) or type(error).__name__}\n")
@@ -141,7 +148,7 @@ def run(argv: list[str] | None = None) -> None:
 def _show_warning(
     usual: Any, message: Warning | str, category: type, filename: str, *args: Any, **kwargs: Any
 ) -> None:
-    """Print a warning of ours as one line, without the place in our files that gave it."""
+    """Print a warning of dit_accel as one line without file and line number; pass others on to `usual`."""
     if "dit_accel" in Path(filename).parts:
         sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
     else:
@@ -149,13 +156,14 @@ def _show_warning(
 
 
 def _parsed(arguments: Sequence[str]) -> Any:
-    """Return the command that the arguments name.
+    """Return the command object for the arguments.
 
-    tyro explains a value of the wrong type in a box of many lines. Such a value is reported in one line, as
-    other values that are refused; messages about unknown or missing options stay as they are.
+    tyro prints a box of many lines for a value of the wrong type. Such an error is shortened to one line, like errors of
+    other invalid values. Messages about unknown or missing options are not changed.
 
     Raises:
-        ValueError: a bad recipe of `dit-accel finetune`, whose options are the defaults of that command.
+        ValueError: the recipe of `dit-accel finetune`, which gives the defaults of its options, is invalid.
+        SystemExit: the arguments are invalid, or --help is given.
     """
     shown = io.StringIO()
     recipe = with_recipe(arguments) if arguments[:1] == ["finetune"] else None
@@ -172,7 +180,7 @@ def _parsed(arguments: Sequence[str]) -> Any:
         text = shown.getvalue()
         if stop.code == 2 and "Error parsing" in text:
             lines = [x.strip("│| ") for x in text[text.index("Error parsing") :].splitlines()]
-            # The first paragraph, up to an empty line or a rule.
+            # The first paragraph ends at an empty line or a horizontal rule.
             first = itertools.takewhile(lambda x: x.strip("─-"), lines)
             text = f"error: {' '.join(first)}\n"
         sys.stderr.write(text)

@@ -1,4 +1,4 @@
-"""`dit-accel env`."""
+"""Command `dit-accel env`."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from dit_accel.cli.printing import print_json, print_line
 
 @dataclass(kw_only=True)
 class Env:
-    """Versions and hardware, for bug reports."""
+    """Print versions and hardware for bug reports."""
 
     format: Format = "human"
-    """How the result is printed on stdout."""
+    """Format of the result on stdout."""
 
     def run(self) -> None:
         from dit_accel.environment import machine, versions

@@ -1,4 +1,4 @@
-"""`dit-accel generate`."""
+"""Command `dit-accel generate`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,35 +12,33 @@ from dit_accel.cli.printing import print_json, print_line
 
 @dataclass(kw_only=True)
 class Generate(AccelerationOptions):
-    """Generate clips or images, accelerated; each gets a sidecar JSON."""
+    """Generate clips or images with acceleration, each with a sidecar JSON file."""
 
     prompt: Positional[str | None] = None
-    """What to show. Leave it out with --prompts-file."""
+    """Text prompt. Omit it with --prompts-file."""
     prompts_file: Path | None = None
-    """.txt with a prompt a line, or .jsonl, .csv, .tsv with prompt and, where wanted, negative_prompt, seed,
-    height, width, num_frames."""
+    """Text file with one prompt per line, or a .jsonl, .csv or .tsv file with the field prompt and optional fields
+    negative_prompt, seed, height, width, num_frames."""
     kind: Literal["auto", "mp4", "gif", "png"] = "auto"
-    """auto: mp4 for clips, png for images."""
+    """File format. auto is mp4 for clips and png for images."""
     save_focus: bool = False
-    """Also write where the steps on some of the tokens worked: a heat map and their masks. Needs a --ras with a ratio,
-    such as partial. Nothing is written for a run of dense steps only."""
+    """Also write images that show which tokens ran in the partial steps. Needs --ras settings with a ratio, such as
+    partial. Writes nothing if all steps were dense."""
     scheduler: str | None = None
-    """Scheduler of diffusers by its class name, such as UniPCMultistepScheduler; default: that of the model."""
+    """Class name of a diffusers scheduler, such as UniPCMultistepScheduler. Default: scheduler of the model."""
     lora: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """LoRA weights: a .safetensors file, a folder with one, or a hub id, with an optional scale as in
-    style.safetensors:0.8; may be given several times."""
-
+    """LoRA weights: a .safetensors file, a folder with one, or a hub id, with an optional scale such as
+    style.safetensors:0.8. Can be given several times."""
     parallel: str = "none"
-    """Processes that make each sample together: ulysses:2 under torchrun --nproc-per-node 2 -m dit_accel.cli generate;
-    ulysses_anything:2 for heads that 2 does not divide. The first process writes."""
+    """Number of processes that compute each sample together: ulysses:2 with torchrun --nproc-per-node 2 -m dit_accel.cli
+    generate, or ulysses_anything:2 for an odd number of heads. The first process writes the files."""
 
     def run(self) -> None:
         prompts = self._prompts()
         sla, ras = self.sla_config(), self.ras_config()
         if self.save_focus and (ras is None or not ras.has_partial_steps):
             raise ValueError(
-                f"save_focus=True: --ras {self.ras} has no steps on some of the tokens; accepted with settings that have "
-                "a ratio, such as --ras partial"
+                f"save_focus=True: ras={self.ras!r} has no partial steps; needs settings with a ratio, such as --ras partial"
             )
         from dit_accel.sampling.parallel import processes, read_parallel
 
@@ -85,6 +83,7 @@ class Generate(AccelerationOptions):
         print_line(str(pipe.summary()))
 
     def _prompts(self) -> list[Any]:
+        """Return the records of the prompt or of the prompts file."""
         from dit_accel.sampling.prompts import number_prompts, read_prompts
 
         if self.prompt is not None and self.prompts_file is None:
@@ -98,7 +97,7 @@ class Generate(AccelerationOptions):
 
 
 def _line(record: dict[str, Any]) -> str:
-    """Return one line about a sample: files, what was saved, seconds, prompt."""
+    """Return one line about a sample: its files, density, cost, seconds and prompt."""
     seconds, spared = record["seconds"], record["acceleration"]
     what = [] if spared["density"] is None else [f"density {spared['density']:.2f}"]
     if ras := spared["ras"]:

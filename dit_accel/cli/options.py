@@ -1,4 +1,4 @@
-"""Option groups that commands share: a model, how it is sampled, and its acceleration."""
+"""Options that several commands share: model, sampling and acceleration."""
 
 import contextlib
 import os
@@ -15,50 +15,53 @@ from dit_accel.sampling.settings import Dtype, Sampling, check_fps, check_seed
 
 EMBEDDED = "tiny-wan"
 FailIf = Annotated[tuple[str, ...], UseAppendAction]
-"""`--fail-if`, which may be given several times."""
+"""Type of the option `--fail-if`, which can be given several times."""
 Format = Literal["human", "json"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(Sampling):
-    """Arguments of the pipeline call; default: those of the pipeline."""
+    """Arguments of the pipeline call. Default: the defaults of the pipeline."""
 
     def __post_init__(self) -> None:
-        pass  # checked when the command runs, whose errors are one line
+        pass  # checked by `ModelOptions.resolve`, whose errors are printed as one line
 
 
 @dataclass(kw_only=True)
 class ModelOptions:
-    """The model, how it is sampled, and where results go."""
+    """Options for the model, the sampling arguments and the output."""
 
     model: str = EMBEDDED
-    """Repository of Wan2.1 or 2.2, Stable Diffusion 3, Lumina-Next or Lumina-Image 2.0: hub id or folder;
-    "tiny-wan", "tiny-sd3" and "tiny-lumina2" are the embedded demo models."""
+    """Hub id or folder of a diffusers repository, or one of the embedded models tiny-wan, tiny-sd3 and tiny-lumina2."""
     sampling: OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
     seed: int = 0
-    """Seed of the first sample, in [0, 2**63); later samples count up from it."""
+    """Seed of the first sample, in [0, 2**63). Later samples count up from it."""
     output_dir: Path = Path("outputs")
-    """Folder for results; created when there is something to write."""
+    """Folder for the results. It is created when there is something to write."""
     fps: float = 16.0
-    """Frames per second of written clips."""
+    """Frame rate of written clips."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """Device: auto, cpu, cuda, cuda:1, ... auto is the GPU if there is one, else the CPU."""
     dtype: Dtype = "auto"
-    """auto is bf16 on a GPU and fp32 on a CPU."""
+    """Dtype of the weights. auto is bf16 on a GPU and fp32 on a CPU."""
     revision: str | None = None
-    """Branch, tag or commit of a hub repository."""
+    """Branch, tag or commit of the hub repository."""
     cpu_offload: bool = False
-    """Keep on the GPU only the part that works (enable_model_cpu_offload)."""
+    """Keep only the component that is running on the GPU (enable_model_cpu_offload)."""
     format: Format = "human"
-    """How the result is printed on stdout."""
+    """Format of the result on stdout."""
 
     @property
     def hub(self) -> dict[str, Any]:
-        """Arguments for the hub."""
+        """Arguments of hub downloads."""
         return {} if self.revision is None else {"revision": self.revision}
 
     def resolve(self) -> tuple[str | os.PathLike, Sampling]:
-        """Return where the model is, and checked sampling arguments with the defaults of embedded models."""
+        """Return the repository of the model, and the checked sampling arguments with the defaults of embedded models.
+
+        Raises:
+            ValueError: a sampling argument is invalid.
+        """
         sampling = Sampling(**asdict(self.sampling))
         if self.model not in EMBEDDED_MODELS:
             return self.model, sampling
@@ -71,35 +74,31 @@ class ModelOptions:
     def check(
         self, prompts: Sequence[Any] = (), *, samples: int | None = None
     ) -> tuple[Any, Sampling]:
-        """Check everything that can be checked before the model is loaded.
+        """Check the options before the model is loaded.
 
         Args:
-            prompts: the prompts, whose sizes replace those of the options.
+            prompts: prompt records. Their sizes replace those of the options.
             samples: number of samples. Default: one for each prompt.
 
         Returns:
             The outline of the pipeline (see `sampling.outline`), and the sampling arguments.
 
         Raises:
-            ValueError: an option that this model or this machine does not accept.
+            ValueError: an option is invalid, or the model or this machine does not support it.
         """
         source, sampling = self.resolve()
         check_fps(self.fps)
         check_seed(self.seed, max(1, len(prompts) if samples is None else samples))
         from dit_accel.sampling.devices import pick_device
+        from dit_accel.sampling.input_image import read_input_image, size_for_image
         from dit_accel.sampling.outline import read_outline
-        from dit_accel.sampling.picture import picture_size, read_picture
 
         pick_device(self.device)
-        picture = None if sampling.image is None else read_picture(sampling.image)
+        image = None if sampling.image is None else read_input_image(sampling.image)
         outline = read_outline(source, **self.hub)
         sized = sampling
-        if (
-            picture is not None
-            and outline.takes_image
-            and sampling.height is sampling.width is None
-        ):
-            sized = sampling.filled(picture_size(picture, outline))
+        if image is not None and outline.takes_image and sampling.height is sampling.width is None:
+            sized = sampling.filled(size_for_image(image, outline))
         outline.check(sized)
         for record in prompts:
             outline.check(sized.overridden(**record.sampling_arguments()))
@@ -107,7 +106,7 @@ class ModelOptions:
         return outline, sized
 
     def load(self, sla: Any = None, ras: RASConfig | None = None) -> Any:
-        """Load the pipeline; `check` comes first."""
+        """Load the pipeline. Call `check` first."""
         from dit_accel.sampling.load import load_pipeline
 
         return load_pipeline(
@@ -122,33 +121,34 @@ class ModelOptions:
         )
 
     def loading(self) -> dict[str, Any]:
-        """Return further arguments of `from_pretrained`."""
+        """Return additional arguments of `from_pretrained`."""
         return {}
 
 
 @dataclass(kw_only=True)
 class AccelerationOptions(ModelOptions):
-    """The same, and what accelerates it."""
+    """Options of `ModelOptions`, and options for the acceleration."""
 
     sla: str = "auto"
-    """Sparse attention: quality, balanced, fast, few-step, a YAML file, a folder with sla.safetensors, or none;
-    auto is the model's own sla.safetensors, and balanced without one."""
+    """Sparse attention: quality, balanced, fast, few-step, a YAML file, a folder with sla.safetensors, or none.
+    auto is the sla.safetensors of the model, or balanced if it has none."""
     ras: str = "none"
     """Region-adaptive sampling: quality, balanced, fast, forecast, partial, few-step, paper, a YAML file, or none."""
     topk: float | None = None
-    """Overrides the share of key blocks that is read exactly, in (0, 1]; not with sla.safetensors."""
+    """Fraction of key blocks that are read exactly, in (0, 1]. Overrides the setting of --sla; not with sla.safetensors."""
     crossover: Literal["auto", "never"] | None = None
-    """Overrides crossover: auto = dense where sparse was measured to lose, never = always sparse."""
+    """auto: dense attention for sequences where sparse attention was measured to be slower. never: always sparse.
+    Overrides the setting of --sla."""
     compile: bool = False
-    """Compile the repeated blocks of the transformer (torch.compile). The first call of each shape then takes longer."""
+    """Compile the repeated blocks of the transformer (torch.compile). The first call with each shape takes longer."""
     quantize: str = "none"
-    """Quantise the transformer's weights while they are loaded: torchao:int8, torchao:int8_dynamic (inputs of layers too)
-    or torchao:float8 (pip install 'dit-accel[quant]')."""
+    """Quantise the weights of the transformer while loading: torchao:int8, torchao:int8_dynamic (also layer inputs) or
+    torchao:float8. Needs pip install 'dit-accel[quant]'."""
 
     def check(
         self, prompts: Sequence[Any] = (), *, samples: int | None = None
     ) -> tuple[Any, Sampling]:
-        """See `ModelOptions.check`."""
+        """Check the options before the model is loaded, see `ModelOptions.check`."""
         from dit_accel.sampling.quantize import check_quantize
 
         check_quantize(self.quantize)
@@ -160,13 +160,13 @@ class AccelerationOptions(ModelOptions):
         return outline, sampling
 
     def loading(self) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained` for quantised weights."""
+        """Return the arguments of `from_pretrained` that quantise the weights."""
         from dit_accel.sampling.quantize import loading_arguments
 
         return loading_arguments(self.quantize)
 
     def load_compiled(self) -> Any:
-        """Load the pipeline, dense, and compile it if that is wanted; `check` comes first."""
+        """Load the pipeline without acceleration, and compile it if `compile` is set. Call `check` first."""
         from dit_accel.sampling.extras import compile_blocks
 
         pipe = self.load()
@@ -175,12 +175,12 @@ class AccelerationOptions(ModelOptions):
         return pipe
 
     def sla_config(self) -> Any:
-        """Return the settings or checkpoint of sparse attention, overrides applied; None for dense."""
+        """Return the settings or checkpoint of sparse attention with overrides applied, or None for dense attention."""
         source, _ = self.resolve()
         return sla_settings(self.sla, source, self.hub, topk=self.topk, crossover=self.crossover)
 
     def ras_config(self) -> RASConfig | None:
-        """Return the settings of region-adaptive sampling; None for all tokens in each step."""
+        """Return the settings of region-adaptive sampling, or None if it is off."""
         return RASConfig.load(self.ras)
 
 
@@ -192,13 +192,26 @@ def sla_settings(
     topk: float | None = None,
     crossover: Literal["auto", "never"] | None = None,
 ) -> Any:
-    """Return what `--sla`, `--topk` and `--crossover` mean: an SLAConfig, an SLACheckpoint, or None for dense."""
+    """Return the settings of the options `--sla`, `--topk` and `--crossover`.
+
+    Args:
+        sla: value of `--sla`.
+        model: folder or hub id of the model, for "auto".
+        hub: arguments of hub downloads.
+        topk, crossover: overrides. None: no override.
+
+    Returns:
+        An `SLAConfig`, an `SLACheckpoint`, a dict of them by transformer, or None for dense attention.
+
+    Raises:
+        ValueError: the settings are invalid, or the overrides do not fit them.
+    """
     from dit_accel.checkpoint.file import settings_of
 
     overrides: dict[str, Any] = {"topk": topk, "crossover": crossover}
     overrides = {k: x for k, x in overrides.items() if x is not None}
     if sla == "none" and overrides:
-        raise ValueError("sla='none': dense; accepted without topk and crossover")
+        raise ValueError(f"sla='none': dense attention takes no {' and no '.join(overrides)}")
     settings = _own_settings(model, hub) if sla == "auto" else settings_of(sla)
     if settings is None or not overrides:
         return settings
@@ -206,7 +219,7 @@ def sla_settings(
         return replace(settings, **overrides)
     if topk is not None:
         raise ValueError(
-            f"topk={topk}: part of what the SLA checkpoint was trained for; accepted with a preset or a YAML file"
+            f"topk={topk}: the SLA checkpoint was trained for its own topk; topk needs a preset or a YAML file"
         )
 
     def overridden(x: Any) -> Any:
@@ -218,7 +231,7 @@ def sla_settings(
 
 
 def _own_settings(model: str | os.PathLike, hub: dict[str, Any]) -> Any:
-    """Return the SLA checkpoint of the repository (of two transformers a dict), or the preset "balanced" where there is none."""
+    """Return the SLA checkpoint of the repository, a dict for two transformers, or the preset "balanced" if there is none."""
     from dit_accel.checkpoint.file import FILE_NAME, read_checkpoint
     from dit_accel.checkpoint.repository import read_index, transformers_in
     from dit_accel.checkpoint.save_load import own_settings
@@ -229,10 +242,14 @@ def _own_settings(model: str | os.PathLike, hub: dict[str, Any]) -> Any:
 
 
 def check_output(folder: Path, argument: str) -> None:
-    """Check that a folder can be written to; a folder that was not there is not left behind.
+    """Check that a folder can be written to. A folder that does not exist is not left behind.
+
+    Args:
+        folder: folder to check.
+        argument: name of the argument, for the message.
 
     Raises:
-        ValueError: it cannot; the message names `argument`.
+        ValueError: the folder cannot be written to.
     """
     from dit_accel.files import check_writable
 

@@ -1,4 +1,4 @@
-"""Results on stdout, and the exit code of a --fail-if condition."""
+"""Output of results on stdout, and the exit code of --fail-if conditions."""
 
 import json
 import sys
@@ -6,20 +6,20 @@ from typing import Any
 
 
 def print_line(text: str) -> None:
-    """Print a line on stdout."""
+    """Print a line to stdout."""
     sys.stdout.write(text + "\n")
 
 
 def print_json(data: Any) -> None:
-    """Print `data` as JSON, for programs."""
+    """Print `data` to stdout as JSON."""
     print_line(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def print_results(found: dict[str, Any], format_: str) -> None:
-    """Print results of evaluations.
+    """Print the results of evaluations.
 
     Args:
-        found: results by folder.
+        found: results of each folder.
         format_: "json" or "human".
     """
     from dit_accel.eval.view.terminal import results_lines
@@ -33,11 +33,11 @@ def print_results(found: dict[str, Any], format_: str) -> None:
 
 
 def fail_on(reasons: list[str], label: str = "fail_if") -> None:
-    """Exit with 3 if a --fail-if condition holds, or a bound is exceeded.
+    """Exit with code 3 if there are reasons, and print them to stderr.
 
     Args:
-        reasons: one for each condition that holds.
-        label: first word of each line.
+        reasons: one line for each condition that holds or bound that is exceeded.
+        label: prefix of each line.
     """
     if reasons:
         for reason in reasons:

@@ -1,5 +1,5 @@
-"""From prompts to files: prompts, settings, device, resumable generation, sidecars, media.
+"""Generation of images and clips from prompts: prompts files, settings, devices, resumable runs, files.
 
-`plan` turns prompts into samples, `batches` makes them in pipeline calls, and two writers keep them: `numbered`
-(numbered files with sidecars) and `generate` (sample sets by id, with a journal).
+`plan` turns prompts into samples and `batches` runs the pipeline calls. Two modules write the results: `numbered` writes
+numbered files with sidecars, and `generate` writes sample sets that are named by id and can be resumed.
 """

@@ -1,4 +1,4 @@
-"""`accelerated`: context manager that enables acceleration for one run; and its settings for records."""
+"""Context manager that enables acceleration for one run, and the settings of that acceleration as plain values."""
 
 import contextlib
 import dataclasses
@@ -27,16 +27,19 @@ def accelerated(
     ras: RASConfig | dict | str | None = None,
     cache: Any = None,
 ) -> Iterator[None]:
-    """Enable sparse attention, region-adaptive sampling or a step cache of diffusers; disable it at the end.
+    """Enable sparse attention, region-adaptive sampling or a step cache of diffusers, and disable it on exit.
 
-    An argument of None leaves that method as it was.
+    Args:
+        pipe: a loaded pipeline.
+        sla, ras: settings, as in `dit_accel.enable`. None leaves the method as it is.
+        cache: a cache config of diffusers. None leaves the pipeline without a cache.
 
     Raises:
-        ValueError: bad settings, something that is on already, or a cache for a model that diffusers has
-            none for.
+        ValueError: the settings are invalid, acceleration is already enabled, or diffusers has no step cache for
+            this model.
     """
     if (sla is not None or ras is not None) and installations_of(pipe):
-        raise ValueError("sla, ras: acceleration is on already; call pipe.disable() first")
+        raise ValueError("sla, ras: acceleration is already enabled; call pipe.disable() first")
     with contextlib.ExitStack() as on:
         if sla is not None or ras is not None:
             on.callback(control.disable, pipe)
@@ -47,10 +50,11 @@ def accelerated(
 
 
 def acceleration_settings(pipe: Any) -> dict[str, Any]:
-    """Return the settings of what is on: `sla`, `ras` and `cache`, each None or plain values for JSON. A
-    quantised transformer also has "quantize".
+    """Return the settings of the enabled methods as plain values for JSON.
 
-    Two transformers with different settings have them as a dict by transformer.
+    Returns:
+        The keys "sla", "ras" and "cache", each with its settings or None, and "quantize" for a quantised transformer.
+        If a pipeline has two transformers with different settings, the value is a dict by transformer.
     """
     each = {name: _settings(getattr(pipe, name, x)) for name, x in parts_of(pipe).items()}
     if len(each) == 1:
@@ -90,11 +94,11 @@ def _settings(transformer: Any) -> dict[str, Any]:
 
 
 _OPAQUE: Any = object()
-"""Stands for a callback and the like, which JSON cannot hold."""
+"""Marker for a value that JSON cannot hold, such as a callback."""
 
 
 def _plain(value: Any) -> Any:
-    """Return a field of a cache config for JSON."""
+    """Return a value of a cache config as plain values for JSON, or `_OPAQUE`."""
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if isinstance(value, list | tuple):
@@ -103,6 +107,6 @@ def _plain(value: Any) -> Any:
 
 
 def weights_sha256(pipe: Any) -> str:
-    """Return the hash of the transformers' fingerprint: some weights of each layer, whatever their dtype."""
+    """Return a hash of some weights of each layer of the transformers. It does not depend on their dtype."""
     fingerprint = torch.cat([identity_of(x).fingerprint for x in transformers_of(pipe)])
     return hashlib.sha256(fingerprint.to(torch.float32).numpy().tobytes()).hexdigest()

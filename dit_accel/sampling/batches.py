@@ -1,4 +1,4 @@
-"""`run_batches`: the pipeline calls of a run, one after the other; everything that makes samples uses it."""
+"""Pipeline calls of a run, one batch after the other, with warm-up and progress bars."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -9,18 +9,19 @@ from dit_accel.sampling.call import BatchResult, run_batch
 from dit_accel.sampling.plan import Sample
 
 WARM_UP_STEPS = 2
-"""Steps of a warm-up call without acceleration, where all steps are of one kind."""
+"""Number of steps of a warm-up call without acceleration."""
 
 
 def run_batches(
     pipe: Any, batches: Sequence[Sequence[Sample]], *, warm_up: bool = False
 ) -> Iterator[BatchResult]:
-    """Make one batch after the other.
+    """Generate one batch after the other and yield the result of each.
 
     Args:
         pipe: a loaded pipeline.
-        batches: see `plan.plan_batches`.
-        warm_up: make one call more before the first one, so that its seconds are like the others'.
+        batches: samples of each call, see `plan.plan_batches`.
+        warm_up: run one additional call first, so that one-time work such as compilation is not part of the time of the
+            first batch.
     """
     if warm_up and batches:
         run_warm_up(pipe, batches[0])
@@ -29,14 +30,14 @@ def run_batches(
 
 
 def run_warm_up(pipe: Any, batch: Sequence[Sample]) -> None:
-    """Make a call that does not count: compiling a kernel, say, happens in the first call only."""
-    # With acceleration a late step may be the first of its kind, so the call has all its steps.
+    """Run a call whose result is dropped, so that one-time work such as compiling kernels is done."""
+    # Accelerated runs have several kinds of steps, which may need different kernels. Only a full call runs them all.
     plain = not installations_of(pipe)
     run_batch(pipe, batch, **({"num_inference_steps": WARM_UP_STEPS} if plain else {}))
 
 
 def progress_bar(**options: Any) -> Any:
-    """Return a tqdm bar of samples on stderr."""
+    """Return a tqdm progress bar on stderr that counts samples."""
     from tqdm import tqdm
 
     return tqdm(**{"unit": "sample"} | options)
@@ -44,7 +45,7 @@ def progress_bar(**options: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet(pipe: Any) -> Iterator[None]:
-    """Switch the pipeline's own progress bar off, which would be one a batch."""
+    """Switch off the progress bar of the pipeline, which would show one bar for each batch."""
     before = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**before | {"disable": True})
     try:

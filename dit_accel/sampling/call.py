@@ -1,4 +1,4 @@
-"""`run_batch` and `run_latents`: one pipeline call for the samples of a batch, with its seconds by phase."""
+"""Pipeline call for the samples of a batch, with the seconds of each phase."""
 
 import contextlib
 import inspect
@@ -14,12 +14,12 @@ from jaxtyping import Float, UInt8
 from dit_accel import control
 from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling import media
-from dit_accel.sampling.picture import read_picture
+from dit_accel.sampling.input_image import read_input_image
 from dit_accel.sampling.plan import Sample
 from dit_accel.sampling.settings import FRAMES, Kind
 
 ONE_PROMPT = ("WanVACEPipeline",)
-"""Pipelines of diffusers that take one prompt in a call, as a string, with one generator."""
+"""Class names of diffusers pipelines that take one prompt per call, as a string, with one generator."""
 
 
 @dataclass(frozen=True)
@@ -28,35 +28,33 @@ class BatchResult:
 
     samples: tuple[Sample, ...]
     frames: Float[np.ndarray, "b t h w 3"]
-    """Raw frames of each sample, in [0, 1]."""
+    """Frames of each sample, with values in [0, 1]."""
     seconds: dict[str, float]
-    """Seconds of the call: text, denoise, decode, total."""
+    """Seconds of the phases "text", "denoise" and "decode", and "total"."""
     summary: control.Summary
 
     def pictures(self, i: int) -> UInt8[np.ndarray, "t h w 3"]:
-        """Return the frames of sample `i` as pictures.
+        """Return the frames of sample `i` as 8-bit RGB.
 
         Raises:
-            RuntimeError: values that are not finite.
+            RuntimeError: the frames have values that are not finite.
         """
         if not np.isfinite(self.frames[i]).all():
             raise RuntimeError(
-                f"sample {self.samples[i].id!r}: the model returned values that are not finite (does it need "
-                "another dtype?)"
+                f"sample {self.samples[i].id!r}: the model returned values that are not finite; try another dtype"
             )
         return media.to_uint8(self.frames[i])
 
 
 def media_kind(pipe: Any) -> Kind:
-    """Return whether the pipeline makes images or clips."""
+    """Return "clips" if the pipeline generates video, else "images"."""
     return "clips" if any(hasattr(pipe, name) for name in FRAMES) else "images"
 
 
 @contextlib.contextmanager
 def phase_timer(pipe: Any) -> Iterator[dict[str, float]]:
-    """Measure seconds for text, denoise and decode of the pipeline calls inside; filled in at the end."""
+    """Measure the phases of the pipeline call inside the block. The yielded dict is filled on exit, see `BatchResult.seconds`."""
     marks: list[float] = []
-
     device = torch.device(pipe._execution_device)
 
     def now() -> float:
@@ -86,17 +84,17 @@ def phase_timer(pipe: Any) -> Iterator[dict[str, float]]:
 
 
 def run_batch(pipe: Any, samples: Sequence[Sample], **overrides: Any) -> BatchResult:
-    """Make the samples of one batch in one pipeline call.
+    """Generate the samples of one batch in one pipeline call.
 
-    Each sample has a generator of its own, so that its noise does not depend on the others.
+    Each sample has its own generator, so its noise does not depend on the other samples.
 
     Args:
         pipe: a loaded pipeline.
-        samples: samples of one size, with a negative prompt each or none (see `plan.plan_batches`).
+        samples: samples of one size; either all have a negative prompt or none has one (see `plan.plan_batches`).
         overrides: fields of `Sampling` that replace those of the samples.
 
     Raises:
-        RuntimeError: the memory does not suffice.
+        RuntimeError: out of memory.
     """
     result, seconds = _called(pipe, samples, "np", overrides)
     frames = result.frames if hasattr(result, "frames") else result.images[:, None]
@@ -104,13 +102,13 @@ def run_batch(pipe: Any, samples: Sequence[Sample], **overrides: Any) -> BatchRe
 
 
 def run_latents(pipe: Any, samples: Sequence[Sample]) -> Float[torch.Tensor, "b c *thw"]:
-    """Return the latents of a batch, as the transformer makes them and before the VAE decodes them.
+    """Return the latents of a batch before the VAE decodes them.
 
     Args:
         pipe, samples: as in `run_batch`.
 
     Raises:
-        RuntimeError: the memory does not suffice.
+        RuntimeError: out of memory.
     """
     result, _ = _called(pipe, samples, "latent", {})
     return result.frames if hasattr(result, "frames") else result.images
@@ -119,7 +117,7 @@ def run_latents(pipe: Any, samples: Sequence[Sample]) -> Float[torch.Tensor, "b 
 def _called(
     pipe: Any, samples: Sequence[Sample], output_type: str, overrides: dict[str, Any]
 ) -> tuple[Any, dict[str, float]]:
-    """Return the result of one pipeline call, and its seconds by phase."""
+    """Return the output of one pipeline call, and the seconds of each phase."""
     arguments = samples[0].sampling.overridden(**overrides).call_arguments()
     negative = [x.sampling.negative_prompt for x in samples]
     if negative[0] is not None:
@@ -127,8 +125,8 @@ def _called(
     if "guidance_scale" in arguments and _has_true_guidance(pipe):
         arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
     if "image" in arguments:
-        arguments["image"] = read_picture(arguments["image"])
-    # Generators live on the CPU: the same noise on every device.
+        arguments["image"] = read_input_image(arguments["image"])
+    # CPU generators draw the same noise for every device.
     generators: Any = [torch.Generator("cpu").manual_seed(x.seed) for x in samples]
     prompts: Any = [x.record.prompt for x in samples]
     if type(pipe).__name__ in ONE_PROMPT:
@@ -142,15 +140,17 @@ def _called(
             )
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
-            f"out of memory with {len(samples)} samples in a call ({str(error).splitlines()[0]}); what is "
-            "finished stays, run it again with a smaller batch_size or size"
+            f"out of memory with {len(samples)} samples in a call ({str(error).splitlines()[0]}); finished samples are "
+            "kept, run it again with a smaller batch_size or size"
         ) from error
     return result, seconds
 
 
 def _has_true_guidance(pipe: Any) -> bool:
-    """Return whether the scale of classifier-free guidance has a name of its own, as in Qwen-Image. `guidance_scale` is
-    then for models that guidance was distilled into, which get it as an input."""
+    """Return whether the pipeline names the scale of classifier-free guidance `true_cfg_scale`, as Qwen-Image does.
+
+    In such pipelines `guidance_scale` is an input of models that were distilled for guidance.
+    """
     config = getattr(pipe.transformer, "config", None)
     distilled = getattr(config, "guidance_embeds", False)
     return not distilled and "true_cfg_scale" in inspect.signature(type(pipe).__call__).parameters

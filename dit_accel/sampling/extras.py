@@ -1,4 +1,4 @@
-"""Optional additions to a run: a scheduler by name, LoRA weights, compiled blocks."""
+"""Optional changes to a loaded pipeline: another scheduler, LoRA weights, compiled blocks."""
 
 import difflib
 import importlib.util
@@ -28,27 +28,27 @@ NEEDED = {
     "FluxPipeline": {"mu"},
     "QwenImagePipeline": {"sigmas", "mu"},
 }
-"""Arguments that a pipeline of diffusers passes to `set_timesteps`, by its class name."""
+"""Arguments that a diffusers pipeline passes to `set_timesteps`, by class name of the pipeline."""
 PREDICTS_V = ("CogVideoXPipeline",)
-"""Pipelines of diffusers, by class name, whose models predict v: no scheduler of flow matching drives them."""
+"""Class names of diffusers pipelines whose models predict v. Flow-matching schedulers cannot run them."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Lora:
-    """One set of LoRA weights."""
+    """LoRA weights and their scale."""
 
     source: str
-    """Safetensors file, or hub id."""
+    """Path of a safetensors file, or hub id."""
     scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """Checked additions to a run."""
+    """Checked changes to a pipeline."""
 
     scheduler: Any = None
-    """Scheduler class of diffusers; None: that of the repository."""
+    """Scheduler class of diffusers. None: scheduler of the repository."""
     loras: tuple[Lora, ...] = ()
     compile: bool = False
 
@@ -61,19 +61,19 @@ def check_extras(
     compile: bool = False,  # noqa: A002  # the name of the option
     device: str = "auto",
 ) -> Extras:
-    """Check additions before a model is loaded.
+    """Check the changes before the model is loaded.
 
     Args:
-        outline: the repository that will be loaded.
-        scheduler: class name of a scheduler of diffusers that supports flow matching.
-        loras: safetensors files, folders with one, or hub ids, each with an optional `:scale`.
-        compile: whether `torch.compile` compiles the repeated blocks of the transformer.
+        outline: outline of the repository that will be loaded.
+        scheduler: class name of a diffusers scheduler that supports flow matching.
+        loras: safetensors files, folders with one safetensors file, or hub ids, each with an optional `:scale`.
+        compile: compile the repeated blocks of the transformer with `torch.compile`.
         device: device of the run, see `devices.pick_device`.
 
     Raises:
-        ValueError: an unknown scheduler, LoRA weights that cannot be read or are for another model, or a
-            transformer whose blocks are not known, or no C++ compiler for it.
-        ImportError: LoRA without PEFT.
+        ValueError: the scheduler is unknown or does not fit the model, LoRA weights cannot be read or belong to another
+            model, or the blocks cannot be compiled (see `check_compile`).
+        ImportError: LoRA weights are given and PEFT is not installed.
     """
     if compile:
         check_compile(outline, device)
@@ -86,10 +86,10 @@ def check_extras(
 
 
 def prepare(pipe: Any, extras: Extras) -> dict[str, Any]:
-    """Put additions on a loaded pipeline.
+    """Apply checked changes to a loaded pipeline.
 
     Returns:
-        What was put on, as plain values for a sidecar.
+        The applied changes as plain values for a sidecar, with "quantize" if the transformer is quantised.
     """
     done: dict[str, Any] = {}
     if extras.scheduler is not None:
@@ -110,46 +110,51 @@ def prepare(pipe: Any, extras: Extras) -> dict[str, Any]:
 
 
 def check_compile(outline: Outline, device: str = "auto") -> None:
-    """Raise ValueError unless the blocks of the transformer are known and, on a CPU, a C++ compiler is there."""
+    """Check that the blocks of the transformer can be compiled.
+
+    Raises:
+        ValueError: the repeated blocks of the transformer class are unknown, or the device is a CPU and there is no C++
+            compiler.
+    """
     cls = outline.transformer_class
     if not family_of(outline.transformer).blocks_of(cls):
-        raise ValueError(f"compile=True: the repeated blocks of {cls.__name__} are not known")
+        raise ValueError(f"compile=True: the repeated blocks of {cls.__name__} are unknown")
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if pick_device(device).type == "cpu" and shutil.which(compiler) is None:
         raise ValueError(
-            f"compile=True: torch.compile needs a C++ compiler on a CPU, and {compiler} is not there; install it or set CXX"
+            f"compile=True: torch.compile needs a C++ compiler on a CPU, and {compiler} was not found; install it or set CXX"
         )
 
 
 def compile_blocks(pipe: Any) -> None:
-    """Compile the repeated blocks of each transformer, one by one, with `torch.compile`."""
+    """Compile each repeated block of the transformers with `torch.compile`."""
     for transformer in transformers_of(pipe):
         for block in family_of(transformer).blocks(transformer):
             block.compile()
 
 
 def scheduler_class(name: str, outline: Outline) -> Any:
-    """Return the scheduler class of diffusers with this name.
+    """Return the diffusers scheduler class with this name.
 
     Raises:
-        ValueError: there is none, it has no flow matching, the model does not predict flow (CogVideoX), or the
-            pipeline passes arguments that the scheduler does not take.
+        ValueError: diffusers has no such scheduler, it does not support flow matching, the model does not predict flow
+            (CogVideoX), or its `set_timesteps` does not take the arguments that the pipeline passes.
     """
     import diffusers
 
     parent = outline.pipeline._parent
     if parent in PREDICTS_V:
         raise ValueError(
-            f"scheduler={name!r}: the model of a {parent} predicts v and has no flow matching; accepted is None, for the "
-            "scheduler of the repository"
+            f"scheduler={name!r}: the model of {parent} predicts v and supports no flow-matching scheduler; must be None, which "
+            "keeps the scheduler of the repository"
         )
     names = [x for x in dir(diffusers) if x.endswith("Scheduler")]
     accepted = [x for x in names if _is_flow(getattr(diffusers, x))]
     if name not in accepted:
         close = difflib.get_close_matches(name, accepted, n=1)
-        why = "supports no flow matching" if name in names else "no such scheduler in diffusers"
+        why = "does not support flow matching" if name in names else "not a scheduler of diffusers"
         hint = f" (did you mean {close[0]!r}?)" if close and name not in names else ""
-        raise ValueError(f"scheduler={name!r}: {why}{hint}; accepted are {', '.join(accepted)}")
+        raise ValueError(f"scheduler={name!r}: {why}{hint}; must be one of {', '.join(accepted)}")
     needed = NEEDED.get(parent, set())
     missing = {
         x: needed - {*inspect.signature(getattr(diffusers, x).set_timesteps).parameters}
@@ -157,14 +162,14 @@ def scheduler_class(name: str, outline: Outline) -> Any:
     }
     if missing[name]:
         raise ValueError(
-            f"scheduler={name!r}: takes no {', '.join(sorted(missing[name]))}, which a {parent} passes; accepted are "
+            f"scheduler={name!r}: does not take {', '.join(sorted(missing[name]))}, which {parent} passes; must be one of "
             f"{', '.join(x for x in accepted if not missing[x])}"
         )
     return getattr(diffusers, name)
 
 
 def _is_flow(cls: Any) -> bool:
-    """Whether a scheduler can drive a flow-matching model from noise to picture in one stage."""
+    """Return whether a scheduler can run a flow-matching model from noise to image in one stage."""
     if re.search(r"Inverse|^Helios", cls.__name__):
         return False
     return (
@@ -174,7 +179,7 @@ def _is_flow(cls: Any) -> bool:
 
 
 def _flow_scheduler(cls: Any, config: Any) -> Any:
-    """Build a scheduler from the configuration of another; flow matching has two spellings in diffusers."""
+    """Build a scheduler from the config of another one. diffusers names the shift `shift` or `flow_shift`."""
     shift = config.get("flow_shift", config.get("shift", 1.0))
     if "use_flow_sigmas" in inspect.signature(cls.__init__).parameters:
         flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -183,7 +188,7 @@ def _flow_scheduler(cls: Any, config: Any) -> Any:
 
 
 def _checked_lora(text: str, outline: Outline) -> Lora:
-    """Read LoRA weights once, so that an unusable file is refused before a model is loaded."""
+    """Read LoRA weights, so that an unusable file is rejected before the model is loaded."""
     where = f"lora={text!r}"
     source, scale = _split_scale(text)
     if not math.isfinite(scale):
@@ -191,43 +196,47 @@ def _checked_lora(text: str, outline: Outline) -> Lora:
     cls = outline.pipeline
     if len(outline.transformers) > 1:
         raise ValueError(
-            f"{where}: the model has two transformers (Wan2.2), and LoRA weights belong to one of them; accepted is "
-            "pipe.load_lora_weights(..., load_into_transformer_2=True or False) in Python"
+            f"{where}: the model has two transformers (Wan2.2), and LoRA weights belong to one of them; load them in Python with "
+            "pipe.load_lora_weights(..., load_into_transformer_2=True or False)"
         )
     if not hasattr(cls, "lora_state_dict"):
-        raise ValueError(f"{where}: diffusers loads no LoRA into a {cls._parent}")
+        raise ValueError(f"{where}: diffusers does not support LoRA for {cls._parent}")
     if importlib.util.find_spec("peft") is None:
-        raise ImportError(f"{where}: LoRA needs the package peft; pip install peft")
+        raise ImportError(f"{where}: needs the package peft; pip install peft")
     source = _lora_file(source, where)
     try:
         weights = cls.lora_state_dict(source, use_safetensors=True)
-    except Exception as error:  # safetensors, hub and format converters have errors of their own
+    except Exception as error:  # safetensors, the hub and the format converters raise many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{where}: no readable LoRA weights ({reason})") from None
+        raise ValueError(f"{where}: cannot read LoRA weights ({reason})") from None
     if not weights or not all("lora" in x for x in weights):
-        raise ValueError(f"{where}: holds weights that are not LoRA")
+        raise ValueError(f"{where}: contains weights that are not LoRA weights")
     if not any(x.startswith("transformer.") for x in weights):
-        raise ValueError(f"{where}: holds no LoRA weights of a transformer")
+        raise ValueError(f"{where}: contains no LoRA weights of a transformer")
     return Lora(source, scale)
 
 
 def _split_scale(text: str) -> tuple[str, float]:
-    """Split `source:scale`; the scale is 1 where none is given."""
+    """Split `source:scale`. The scale is 1 if it is not given."""
     source, colon, scale = text.rpartition(":")
     if colon and source and not Path(text).exists():
         try:
             return source, float(scale)
         except ValueError:
-            pass  # a colon of the name
+            pass  # the colon is part of the name
     return text, 1.0
 
 
 def _lora_file(source: str, where: str) -> str:
-    """Return the safetensors file that a path means, or the hub id."""
+    """Return the path of the safetensors file of a file or folder, or the hub id.
+
+    Raises:
+        ValueError: there is no such file, or the folder has several; the message begins with `where`.
+    """
     path = Path(source)
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise ValueError(f"{where}: accepted is a .safetensors file")
+            raise ValueError(f"{where}: must be a .safetensors file")
         return source
     if path.is_dir():
         found = sorted(path.glob("*.safetensors"))
@@ -236,13 +245,12 @@ def _lora_file(source: str, where: str) -> str:
         if len(found) != 1:
             names = ", ".join(x.name for x in found) or "none"
             raise ValueError(
-                f"{where}: a folder with these safetensors files: {names}; accepted is a folder with {LORA_FILE} or "
-                "with one file"
+                f"{where}: folder with these safetensors files: {names}; must contain {LORA_FILE} or exactly one file"
             )
         return str(found[0])
     if not _HUB_ID.fullmatch(source) or path.suffix == ".safetensors":
         raise ValueError(
-            f"{where}: no such file or folder; accepted are a .safetensors file, a folder with one, or a hub id, "
+            f"{where}: no such file or folder; must be a .safetensors file, a folder with one, or a hub id, "
             "with an optional :scale"
         )
     return source

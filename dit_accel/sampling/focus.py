@@ -1,4 +1,4 @@
-"""`write_focus`: pictures of where region-adaptive sampling worked, how often each token ran, and when."""
+"""Images and clips that show which tokens region-adaptive sampling ran in each step."""
 
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,27 @@ from dit_accel.sampling import media
 
 COLUMNS = 4
 SIDE = 256
-"""Large pictures are thinned out to about this height in a focus picture."""
-# Dark blue for rarely, over orange, to pale yellow for often.
+"""Approximate side in pixels to which large frames are subsampled."""
+# From dark blue (few steps) over orange to pale yellow (many steps).
 _COLOURS = np.array([[13, 22, 66], [128, 37, 110], [222, 92, 60], [252, 190, 90], [252, 253, 191]])
 
 
 def focus_masks(pipe: Any, sample: int = 0) -> dict[int, Bool[np.ndarray, "t h w"]]:
-    """Return which tokens ran, in each step of the last run that left some out; empty if none did.
+    """Return the masks of the tokens that ran in each partial step of the last run.
+
+    Args:
+        pipe: a pipeline with region-adaptive sampling, after a run.
+        sample: index of the sample in the batch.
+
+    Returns:
+        Masks by step. Empty if the run had no partial steps.
 
     Raises:
         ValueError: region-adaptive sampling is off.
     """
     parts = summarise(pipe)
     if not any("ras" in x.methods for x in parts.values()):
-        raise ValueError("save_focus: region-adaptive sampling is off; accepted with ras=...")
+        raise ValueError("save_focus=True: region-adaptive sampling is off; enable it with ras=...")
     masks: dict[int, np.ndarray] = {}
     begin = 0
     for part, transformer in zip(parts.values(), transformers_of(pipe), strict=True):
@@ -38,7 +45,7 @@ def focus_masks(pipe: Any, sample: int = 0) -> dict[int, Bool[np.ndarray, "t h w
 
 
 def heat(values: Float[np.ndarray, "t h w"]) -> UInt8[np.ndarray, "t h w 3"]:
-    """Return values in [0, 1] as colours."""
+    """Map values in [0, 1] to colours."""
     place = np.clip(values, 0, 1) * (len(_COLOURS) - 1)
     low = np.minimum(place.astype(int), len(_COLOURS) - 2)
     share = (place - low)[..., None]
@@ -48,7 +55,7 @@ def heat(values: Float[np.ndarray, "t h w"]) -> UInt8[np.ndarray, "t h w 3"]:
 def _stretch(
     cells: UInt8[np.ndarray, "t h w 3"], size: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "t2 h2 w2 3"]:
-    """Enlarge to the size of the clip (nearest neighbour)."""
+    """Resize to the frames, height and width of `size` by nearest neighbour."""
     for axis, length in enumerate(size):
         index = np.arange(length) * cells.shape[axis] // length
         cells = np.take(cells, index, axis=axis)
@@ -62,11 +69,19 @@ def write_focus(
     *,
     fps: int | float,
 ) -> list[Path]:
-    """Write `stem-focus.png`: the result, how often each token ran, and who ran in some of the steps; of a
-    video also `stem-focus.mp4`, the clip beside its heat map. Returns the files.
+    """Write `stem-focus.png`, and `stem-focus.mp4` for a clip.
+
+    The image shows the result, the share of steps in which each token ran, and the masks of some steps. The clip shows
+    the result beside that share.
 
     Args:
-        masks: see `focus_masks`; at least one.
+        stem: path of the files without suffix.
+        frames: the generated frames.
+        masks: masks by step (see `focus_masks`), at least one.
+        fps: frame rate of the clip.
+
+    Returns:
+        The paths of the files.
     """
     every = max(1, min(frames.shape[1:3]) // SIDE)
     frames = frames[:, ::every, ::every]
@@ -98,12 +113,12 @@ def write_focus(
 
 
 def _spread(length: int, count: int) -> list[int]:
-    """Return at most `count` evenly spaced indices."""
+    """Return at most `count` evenly spaced indices below `length`."""
     return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
 
 
 def _grid(cells: list[tuple[str, np.ndarray]]) -> UInt8[np.ndarray, "h w 3"]:
-    """Return titled pictures in rows of `COLUMNS`."""
+    """Arrange titled images in rows of `COLUMNS`."""
     blank = ("", np.full_like(cells[0][1], media.BACKGROUND))
     cells = cells + [blank] * (-len(cells) % COLUMNS)
     rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]

@@ -1,4 +1,4 @@
-"""`generate`: prompts to a sample set, in batches and shards; a run that was killed goes on."""
+"""Generation of a sample set in batches and shards. An interrupted run can be resumed."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ from dit_accel.sampling.sets import SampleSet
 from dit_accel.sampling.settings import Sampling
 
 _DISTURBED = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
-"""Errors where another process, started for the same samples, has swept temporary files or was faster."""
+"""Errors that occur if another process for the same samples removes our temporary files or writes the files first."""
 
 
 def generate(
@@ -50,39 +50,41 @@ def generate(
     warm_up: bool = False,
     progress: bool = True,
 ) -> SampleSet | None:
-    """Generate the samples that are not there yet; started again after a kill, it goes on.
+    """Generate the samples of a set that do not exist yet. A second call with the same arguments resumes an interrupted run.
 
-    A sample depends on its prompt, its seed and the settings. Neither the rank nor the other samples of
-    its batch change its noise; another batch size only changes how sums are rounded.
+    A sample depends on its prompt, its seed and the settings. Its noise does not depend on the rank or on the other
+    samples of its batch. Another batch size changes only the rounding of sums.
 
     Args:
         pipe: a loaded pipeline (see `load.load_pipeline`).
-        prompts: see `prompts.read_prompts`; their sizes and negative prompts win over `sampling`.
-        output_dir: gets `<id>.png` of an image, and of a clip `<id>/0000.png, ...` (what metrics read) and
-            `<id>.mp4` (for looking).
-        model, revision: name of the model for the manifest, and its commit.
-        sampling: arguments of the pipeline calls; the pipeline's own number of steps where none is given.
-        seed: sample i of all of them has `seed + i`; one with a seed of its own keeps that.
-        batch_size: samples a pipeline call; only samples of one size share a call.
-        samples_per_prompt: with more than one the ids get "-0", "-1", ... Default: 1, for VBench 5.
-        fps: frame rate of the mp4.
-        layout: "vbench" puts the mp4 files into `vbench/<prompt>-<i>.mp4`, where VBench finds them.
-        sla, ras: acceleration for this run only; None leaves the pipeline as it is.
+        prompts: prompt records (see `prompts.read_prompts`). Their sizes and negative prompts override `sampling`.
+        output_dir: folder for the samples: `<id>.png` for an image; `<id>/0000.png, ...` (read by metrics) and
+            `<id>.mp4` for a clip.
+        model, revision: name and commit of the model, recorded in the manifest.
+        sampling: arguments of the pipeline calls. Default number of steps: that of the pipeline.
+        seed: seed of the first sample. Sample i has `seed + i`, unless its prompt has its own seed.
+        batch_size: number of samples per pipeline call. Only samples of one size share a call.
+        samples_per_prompt: number of samples of each prompt. With more than one, "-0", "-1", ... is appended to the id.
+            Default: 5 with the layout "vbench", else 1.
+        fps: frame rate of the mp4 files.
+        layout: "ids" names files by id. "vbench" writes the mp4 files to `vbench/<prompt>-<i>.mp4`, where VBench reads
+            them.
+        sla, ras: acceleration for this run only. None leaves the pipeline as it is.
         cache: a cache config of diffusers for this run only, such as `FirstBlockCacheConfig`.
-        rank, world_size: which share of the batches to make: b with b % world_size == rank. Default:
-            RANK and WORLD_SIZE of the environment, as torchrun sets them.
-        overwrite: replace samples that were made with other settings; without it they are an error.
-            Samples of the same settings are kept either way.
-        warm_up: one call before the first one, so that its seconds are like the others'.
-        progress: show bars on stderr.
+        rank, world_size: share of this process: the batches b with b % world_size == rank. Default: RANK and WORLD_SIZE
+            of the environment, as torchrun sets them.
+        overwrite: replace samples that were generated with other settings. Otherwise such samples raise ValueError.
+            Samples with the same settings are always kept.
+        warm_up: run one additional call first, so that one-time work is not part of the measured seconds.
+        progress: show progress bars on stderr.
 
     Returns:
-        The set, or None while other ranks have samples to make.
+        The sample set, or None if other ranks are not finished.
 
     Raises:
-        ValueError: bad input, before anything is written.
-        RuntimeError: a sample could not be written, or came out as something that is no picture. What is
-            finished stays; run it again to go on.
+        ValueError: an argument is invalid; nothing is written.
+        RuntimeError: a sample could not be written, or its values are not finite. Finished samples are kept; run the call
+            again to resume.
     """
     with planned(
         pipe,
@@ -127,13 +129,13 @@ def generate(
 
 
 def check_generate(pipe: Any, prompts: Sequence[PromptRecord], **options: Any) -> None:
-    """Raise what `generate` would raise before its first write; nothing is sampled, and nothing stays.
+    """Check the arguments of `generate` without sampling. Nothing is written.
 
     Args:
-        options: as in `generate`.
+        pipe, prompts, options: as in `generate`.
 
     Raises:
-        ValueError: bad input, or an output_dir that holds something else.
+        ValueError: an argument is invalid, or output_dir contains other files.
     """
     arguments = inspect.signature(generate).bind(pipe, prompts, **options)
     arguments.apply_defaults()
@@ -145,7 +147,7 @@ def check_generate(pipe: Any, prompts: Sequence[PromptRecord], **options: Any) -
         with planned(**arguments.arguments):
             pass
     finally:
-        for place in new:  # where a file can be written shows only in a folder that is there
+        for place in new:  # the check for write access creates the folder
             with contextlib.suppress(OSError):
                 place.rmdir()
 
@@ -159,10 +161,10 @@ def _make(
     warm_up: bool,
     bar: dict[str, Any],
 ) -> None:
-    """Make every batch with a sample that is missing, and write the missing samples.
+    """Run every batch that has a missing sample, and write the missing samples.
 
-    A batch runs as a whole: the company of the missing samples, and with it the last bits of the result,
-    are then those of a run that was never killed.
+    A batch always runs with all its samples, because the rounding of a sample depends on the batch size. The result is
+    then bit-identical to that of an uninterrupted run.
     """
     batches = plan.own_batches
     total = sum(len(batch) for batch in batches)
@@ -177,9 +179,11 @@ def _make(
 
 
 def _write(plan: SetPlan, made: BatchResult, i: int) -> Record:
-    """Write the files of one sample; return its entry in the manifest."""
+    """Write the files of one sample and return its entry for the manifest."""
     sample, pictures, summary = made.samples[i], made.pictures(i), made.summary
-    advice = f"sample {sample.id!r} is unfinished, what is finished stays; run it again to go on"
+    advice = (
+        f"sample {sample.id!r} is unfinished, finished samples are kept; run it again to resume"
+    )
     options: dict[str, Any] = {"kind": plan.kind, "fps": plan.settings["fps"]}
     with naming_failures(advice):
         try:
@@ -205,8 +209,9 @@ def _write(plan: SetPlan, made: BatchResult, i: int) -> Record:
 
 
 def _note_renamed(samples: Sequence[Sample]) -> None:
+    """Write a note to stderr about clips that VBench cannot find by their prompt."""
     if samples:
         sys.stderr.write(
-            f"note: {len(samples)} clips cannot have their prompt as a file name, and VBench will not find "
+            f"note: {len(samples)} clips have prompts that are not valid file names, and VBench will not find "
             f"them; the first is {samples[0].record.prompt!r}\n"
         )

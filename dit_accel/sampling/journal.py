@@ -1,9 +1,9 @@
-"""Progress of a sample set on disk: a journal a rank while it runs, one manifest at the end.
+"""Progress of a sample set on disk: one journal per rank during the run, one manifest at the end.
 
-Ranks share nothing but the folder. A rank appends a line to its journal once the files of a sample are
-complete; when it has finished it merges all journals, if together they hold every sample. Two ranks that
-finish at once both merge, and write the same manifest. A journal goes only after the manifest stands.
-What is left of other settings goes after the files that it lists, and never by the hand of two ranks.
+Ranks communicate through the folder only. A rank appends a line to its journal when the files of a sample are complete.
+When a rank has finished and the journals together list every sample, it merges them into the manifest. If two ranks finish
+at the same time, both merge and write the same manifest. Journals are removed after the manifest is written. Journals and
+manifests of other settings are removed after the files that they list, each by one rank only.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from dit_accel.sampling.plan import VBENCH_FOLDER
 
 Record = dict[str, Any]
 _ATTEMPTS = 10
-"""To read the journals while other ranks merge."""
+"""Number of attempts to read the journals while other ranks merge them."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Ranks of a run, and which rank makes which sample."""
+    """Assignment of samples to the ranks of a run."""
 
     owner: dict[str, int]
-    """Rank by id, for all samples, in the order of the manifest."""
+    """Rank of each sample by id, in the order of the manifest."""
     rank: int
     world_size: int
 
@@ -50,19 +50,19 @@ class _Progress:
 
 
 @dataclass(frozen=True)
-class Found:
+class EarlierRuns:
     """Samples and files of earlier runs in a folder."""
 
     samples: dict[str, Record] | None
-    """Made with the same settings; None: nobody has begun."""
+    """Samples with the same settings. None: no run with these settings has started."""
     old_files: list[str]
-    """Of samples made with other settings, without those that `samples` have too."""
+    """Files of samples with other settings, without files that also belong to `samples`."""
     stale: list[Path]
-    """Journals and manifest that hold none of `samples`."""
+    """Journals and manifest that list none of `samples`."""
 
 
 class Journal:
-    """Journal of one rank: a line for each finished sample."""
+    """Journal of one rank, with one line for each finished sample."""
 
     def __init__(
         self,
@@ -72,7 +72,15 @@ class Journal:
         samples: Mapping[str, Record],
         redo: Iterable[str] = (),
     ) -> None:
-        """Start the file with the known samples; `redo` are ids that others may still believe to be intact."""
+        """Write the file with the samples that exist already.
+
+        Args:
+            folder: folder of the sample set.
+            shards: assignment of samples to ranks.
+            header: settings and environment of the run.
+            samples: samples that exist already, by id.
+            redo: ids of damaged samples, which other journals may still list as finished.
+        """
         self._path = folder / JOURNAL.format(shards.rank)
         first = header | {"world_size": shards.world_size, "rank": shards.rank, "redo": [*redo]}
         lines = [first, *({"id": name} | record for name, record in samples.items())]
@@ -81,7 +89,7 @@ class Journal:
         self._file = self._path.open("a", encoding="utf-8")
 
     def append(self, name: str, record: Record) -> None:
-        """Add a sample whose files are complete; the line is on disk when this returns."""
+        """Append a sample whose files are complete, and flush the line to disk."""
         self._file.write(_line({"id": name} | record))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -93,11 +101,11 @@ class Journal:
         self._file.close()
 
 
-def known_samples(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Found:
-    """Return the samples of earlier runs that were made with these settings, and the files of others.
+def known_samples(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> EarlierRuns:
+    """Return the samples of earlier runs with these settings, and the files of runs with other settings.
 
     Raises:
-        ValueError: samples made with other settings, or a damaged file, without `overwrite`.
+        ValueError: there are samples with other settings or damaged files, and `overwrite` is False.
     """
     samples: dict[str, Record] | None = None
     old_files: list[str] = []
@@ -105,28 +113,29 @@ def known_samples(folder: Path, settings: Mapping[str, Any], *, overwrite: bool)
     for path, progress in _read_all(folder).items():
         if isinstance(progress, ValueError):
             if not overwrite:
-                raise ValueError(f"{progress}; overwrite, or choose another folder")
+                raise ValueError(f"{progress}; set overwrite, or choose another folder")
             stale.append(path)
         elif different := differences(_settings(progress, settings), settings):
             if not overwrite:
                 raise ValueError(
-                    f"output_dir={str(folder)!r}: holds samples of other settings: {'; '.join(different[:6])}; "
-                    "overwrite, or choose another folder"
+                    f"output_dir={str(folder)!r}: contains samples with other settings: {'; '.join(different[:6])}; "
+                    "set overwrite, or choose another folder"
                 )
             old_files += [file for x in progress.samples.values() for file in x.get("files", [])]
             stale.append(path)
         else:
             samples = (samples or {}) | progress.samples
-    # A journal of another rank that has not begun yet can list files that this set has replaced since.
+    # The old journal of a rank that has not started yet can list files that this run has already replaced.
     own = {file for x in (samples or {}).values() for file in x.get("files", [])}
-    return Found(samples, [x for x in old_files if is_inside(x) and x not in own], stale)
+    return EarlierRuns(samples, [x for x in old_files if is_inside(x) and x not in own], stale)
 
 
-def remove_stale(folder: Path, found: Found, shards: Shards) -> None:
-    """Remove journals and manifest of other settings, once their files are gone.
+def remove_stale(folder: Path, found: EarlierRuns, shards: Shards) -> None:
+    """Remove journals and the manifest of other settings, after their files were removed.
 
-    Where another rank writes, its new journal may stand by now: that place is left to it. What no rank
-    writes is left to rank 0, which always has samples, so that there is no new manifest before.
+    Each rank removes its own old journal only, because another rank may already have written a new one. Rank 0 removes
+    the manifest and journals of ranks that this run does not have. Rank 0 always has samples, so no new manifest can
+    exist before it does so.
     """
     own = JOURNAL.format(shards.rank)
     written = {JOURNAL.format(rank) for rank in range(shards.world_size)}
@@ -136,15 +145,15 @@ def remove_stale(folder: Path, found: Found, shards: Shards) -> None:
 
 
 def merge(folder: Path, settings: Mapping[str, Any], shards: Shards) -> bool:
-    """Write the manifest if all samples are there; return whether it stands then."""
+    """Write the manifest and remove the journals if all samples are finished. Return whether they are."""
     journals: list[_Progress] = []
     for path in _progress_files(folder):
         with contextlib.suppress(
             OSError, ValueError
-        ):  # merged this very moment; or of an older set
+        ):  # another rank has just merged it, or it is damaged
             if path.name != MANIFEST:
                 journals.append(_read(path))
-    # After the journals: where one has gone, the manifest stands.
+    # Read after the journals: if a journal was removed meanwhile, the manifest exists.
     manifest: list[_Progress] = []
     with contextlib.suppress(OSError, ValueError):
         manifest.append(_read(folder / MANIFEST))
@@ -157,7 +166,7 @@ def merge(folder: Path, settings: Mapping[str, Any], shards: Shards) -> bool:
     samples: dict[str, Record] = {}
     for progress in [*manifest, *journals]:
         samples |= progress.samples
-    for rank, progress in current.items():  # each rank knows its own samples best
+    for rank, progress in current.items():  # the journal of a rank is newest for its own samples
         if any(name not in progress.samples for name in progress.header["redo"]):
             return False
         samples |= {k: x for k, x in progress.samples.items() if shards.owner.get(k) == rank}
@@ -182,10 +191,10 @@ def merge(folder: Path, settings: Mapping[str, Any], shards: Shards) -> bool:
 
 
 def finished(folder: Path, like: Mapping[str, Any]) -> int:
-    """Return how many samples the journals list whose first line has these values."""
+    """Return the number of samples in the journals whose header has the values of `like`."""
     names: set[str] = set()
     for path in folder.glob(JOURNAL.format("*")):
-        with contextlib.suppress(OSError, ValueError):  # merged, or begun, this very moment
+        with contextlib.suppress(OSError, ValueError):  # merged or being written at this moment
             progress = _read(path)
             if not differences(_settings(progress, like), like):
                 names |= progress.samples.keys()
@@ -193,20 +202,25 @@ def finished(folder: Path, like: Mapping[str, Any]) -> int:
 
 
 def _progress_files(folder: Path) -> list[Path]:
+    """Return the manifest, if it exists, and the journals."""
     journals = sorted(folder.glob(JOURNAL.format("*")))
-    manifest = folder / MANIFEST  # after the journals: where one has gone, it stands
+    manifest = (
+        folder / MANIFEST
+    )  # listed after the journals: if one was removed meanwhile, the manifest exists
     return [*([manifest] if manifest.is_file() else []), *journals]
 
 
 def _read_all(folder: Path) -> dict[Path, _Progress | ValueError]:
-    """Return the content of each journal and of the manifest, or what is wrong with them."""
+    """Return the content of each journal and of the manifest, or the error of a damaged file."""
     found: dict[Path, _Progress | ValueError] = {}
     for _ in range(_ATTEMPTS):
         found, paths = {}, _progress_files(folder)
         for path in paths:
             try:
                 found[path] = _read(path)
-            except FileNotFoundError:  # merged this very moment: the manifest has its samples
+            except (
+                FileNotFoundError
+            ):  # merged at this moment: read again, the manifest has its samples
                 continue
             except ValueError as error:
                 found[path] = error
@@ -216,18 +230,24 @@ def _read_all(folder: Path) -> dict[Path, _Progress | ValueError]:
 
 
 def _settings(progress: _Progress, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the header values of the keys of `like`."""
     return {key: progress.header.get(key) for key in like}
 
 
 def _read(path: Path) -> _Progress:
-    """Read one; raise FileNotFoundError, or ValueError if it is damaged."""
+    """Return the content of a journal or of the manifest.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged.
+    """
     if path.name == MANIFEST:
         header = read_manifest(path.parent)
         return _Progress(header, header.pop("samples"))
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     samples: dict[str, Record] = {}
     header = {}
-    for number, line in enumerate(lines[:-1]):  # what comes after the last line break was cut off
+    for number, line in enumerate(lines[:-1]):  # an incomplete last line is ignored
         try:
             entry = json.loads(line)
             if number == 0:
@@ -242,14 +262,14 @@ def _read(path: Path) -> _Progress:
                 raise ValueError(
                     f"{path}: not a journal of format {FORMAT_VERSION} ({error})"
                 ) from None
-            break  # a disk that lost power; what follows is made again
+            break  # damaged by a power loss; the samples after it are generated again
     if not header:
-        raise ValueError(f"{path}: empty")
+        raise ValueError(f"{path}: empty file")
     return _Progress(header, samples)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove half-written samples of killed runs; all samples are complete now, so nobody writes one."""
+    """Remove temporary files of killed runs. All samples are complete, so no process uses them."""
     for place in (folder, folder / VBENCH_FOLDER):
         for path in place.glob(".tmp-*"):
             if path.is_dir() and not path.is_symlink():
@@ -259,4 +279,5 @@ def _sweep(folder: Path) -> None:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
+    """Return an entry as a line of JSON."""
     return json.dumps(entry, ensure_ascii=False) + "\n"

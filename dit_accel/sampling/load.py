@@ -1,4 +1,4 @@
-"""`load_pipeline`: from the name of a model to a sparse pipeline on a device."""
+"""Loading of a sparse pipeline by the name of its repository."""
 
 import importlib
 import os
@@ -25,21 +25,25 @@ PIPELINES = {
     "FluxPipeline": "flux.SparseFluxPipeline",
     "QwenImagePipeline": "qwenimage.SparseQwenImagePipeline",
 }
-"""Sparse pipelines by the class name in model_index.json."""
+"""Module and class of the sparse pipeline, by the class name in model_index.json."""
 
 
 def pipeline_class(model: str | os.PathLike, **hub: Any) -> Any:
-    """Return the sparse pipeline that runs this repository.
+    """Return the sparse pipeline class of a repository.
+
+    Args:
+        model: folder or hub id of a diffusers repository, or the name of an embedded model.
+        hub: arguments for the hub, such as `revision`.
 
     Raises:
-        ValueError: the repository cannot be reached, or holds another kind of pipeline.
+        ValueError: the repository cannot be read, or its pipeline is not supported.
     """
     from dit_accel.checkpoint.repository import read_index
 
     found = read_index(model_source(model), "model", **hub).get("_class_name")
     if found not in PIPELINES:
         raise ValueError(
-            f"model={str(model)!r}: holds a {found}; accepted are {', '.join(PIPELINES)}"
+            f"model={str(model)!r}: contains a {found}; must be one of {', '.join(PIPELINES)}"
         )
     module, name = PIPELINES[found].split(".")
     return getattr(importlib.import_module(f"dit_accel.pipelines.{module}"), name)
@@ -62,11 +66,11 @@ def load_pipeline(
             "tiny-lumina2".
         sla, ras: acceleration to enable, as in `from_pretrained`.
         device, dtype: see `devices.pick_device` and `devices.pick_dtype`.
-        cpu_offload: keep on the device only the part that works (`enable_model_cpu_offload`).
+        cpu_offload: keep only the component that is running on the device (`enable_model_cpu_offload`).
         kwargs: further arguments of `from_pretrained`, such as `revision`.
 
     Raises:
-        ValueError: a bad argument, before any weight is read.
+        ValueError: an argument is invalid; no weights are read.
     """
     place = pick_device(device)
     source = model_source(model)

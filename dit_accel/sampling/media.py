@@ -1,6 +1,6 @@
-"""Clips to files: mp4, gif, png frames, side-by-side clips and contact sheets.
+"""Video and image files: mp4, gif, png frames, side-by-side clips and contact sheets.
 
-Frames are uint8 `[T, H, W, 3]` here; everything is written atomically.
+Frames are uint8 `[T, H, W, 3]`. All files are written atomically.
 """
 
 import errno
@@ -14,26 +14,26 @@ from jaxtyping import Float, UInt8
 from dit_accel.files import atomic_path
 
 BACKGROUND = 24
-"""Grey level between pictures."""
+"""Grey level of the space between images."""
 Frames = UInt8[np.ndarray, "t h w 3"]
 
 
 def to_uint8(frames: Float[np.ndarray, "t h w 3"]) -> Frames:
-    """Return frames in [0, 1] as 8-bit pictures, rounded."""
+    """Convert frames in [0, 1] to 8 bits, rounded and clipped."""
     return np.rint(np.clip(frames, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
 def enlarge(frames: Frames, smallest_side: int = 256) -> UInt8[np.ndarray, "t h_large w_large 3"]:
-    """Enlarge by a whole number (nearest neighbour), so that tiny clips can be looked at."""
+    """Enlarge tiny frames by an integer factor (nearest neighbour), up to about `smallest_side` pixels."""
     factor = max(1, smallest_side // min(frames.shape[1:3]))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def write_video(path: str | os.PathLike, frames: Frames, *, fps: int | float) -> None:
-    """Write an H.264 mp4 that plays everywhere (yuv420p), at visually lossless quality (CRF 12).
+    """Write an H.264 mp4 (yuv420p, CRF 12, visually lossless).
 
     Raises:
-        OSError: it could not be written, or is shorter than the clip.
+        OSError: the file could not be written, or has fewer frames than the clip.
     """
     import imageio.v2 as imageio
     import imageio_ffmpeg
@@ -49,7 +49,7 @@ def write_video(path: str | os.PathLike, frames: Frames, *, fps: int | float) ->
         ) as writer:
             for frame in frames:
                 writer.append_data(frame)  # type: ignore[attr-defined]
-        # imageio does not pass on that ffmpeg failed at the end, as it does on a full disk.
+        # imageio ignores errors of ffmpeg at the end, such as those of a full disk.
         temporary.stat()
         try:
             count, _ = imageio_ffmpeg.count_frames_and_secs(str(temporary))
@@ -62,7 +62,7 @@ def write_video(path: str | os.PathLike, frames: Frames, *, fps: int | float) ->
 
 
 def write_gif(path: str | os.PathLike, frames: Frames, *, fps: int | float) -> None:
-    """Write an endless GIF; GIF counts hundredths of a second, so `fps` is approximate."""
+    """Write an endless GIF. `fps` is approximate, because GIF stores durations in hundredths of a second."""
     from PIL import Image
 
     images = [Image.fromarray(frame) for frame in frames]
@@ -73,7 +73,7 @@ def write_gif(path: str | os.PathLike, frames: Frames, *, fps: int | float) -> N
 
 
 def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Write one picture."""
+    """Write one image as PNG."""
     from PIL import Image
 
     with atomic_path(path) as temporary:
@@ -81,10 +81,21 @@ def write_png(path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"]) -> Non
 
 
 def write_clip(stem: Path, frames: Frames, *, kind: str, fps: int | float) -> list[Path]:
-    """Write `stem.mp4`, `stem.gif`, `stem.png` of one frame, or `stem-000.png` and so on; returns the
-    files."""
+    """Write a clip or an image.
+
+    Args:
+        stem: path of the files without suffix.
+        frames: frames of the clip; an image has one.
+        kind: "mp4" or "gif" for one file, "png" for `stem.png` of one frame or `stem-000.png`, `stem-001.png`, ...
+        fps: frame rate.
+
+    Returns:
+        The paths of the files.
+    """
     if kind in ("mp4", "gif"):
-        path = stem.with_name(f"{stem.name}.{kind}")  # a stem may hold dots
+        path = stem.with_name(
+            f"{stem.name}.{kind}"
+        )  # `with_suffix` would cut a stem that contains a dot
         (write_video if kind == "mp4" else write_gif)(path, frames, fps=fps)
         return [path]
     if len(frames) == 1:
@@ -99,7 +110,7 @@ def write_clip(stem: Path, frames: Frames, *, kind: str, fps: int | float) -> li
 def titled(
     image: UInt8[np.ndarray, "h w 3"], title: str, height: int = 22
 ) -> UInt8[np.ndarray, "h2 w 3"]:
-    """Return the image under a dark strip with a title."""
+    """Add a dark strip with a title above an image."""
     from PIL import Image, ImageDraw
 
     strip = Image.new("RGB", (image.shape[1], height), (BACKGROUND,) * 3)
@@ -110,7 +121,7 @@ def titled(
 def side_by_side(
     clips: Sequence[tuple[str, Frames]], gap: int = 8
 ) -> UInt8[np.ndarray, "t h_all w_all 3"]:
-    """Return titled clips beside each other, enlarged if tiny."""
+    """Join titled clips side by side; tiny clips are enlarged."""
     rows = []
     for i in range(len(clips[0][1])):
         parts: list[np.ndarray] = []
@@ -124,7 +135,7 @@ def side_by_side(
 def contact_sheet(
     clips: Sequence[tuple[str, Frames]], columns: int = 8, tile: int = 128, gap: int = 4
 ) -> UInt8[np.ndarray, "h_all w_all 3"]:
-    """Return a picture with one row of evenly spaced frames per clip."""
+    """Return an image with one row of evenly spaced frames per clip."""
     rows = []
     for title, frames in clips:
         chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)

@@ -1,30 +1,30 @@
-"""Text to file names that are safe on every system."""
+"""Conversion of text to file names that are safe on every operating system."""
 
 import re
 import unicodedata
 from collections.abc import Iterable
 
 MAX_BYTES = 180
-"""Of a name in UTF-8: file systems stop at 255, and suffixes and temporary names need room."""
+"""Maximum length of a name in UTF-8. File systems allow 255 bytes; the rest is for suffixes and temporary names."""
 _FORBIDDEN = re.compile(r'[/\\:*?"<>|]')
 _DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\s*\..*)?", re.IGNORECASE)
 _END = re.compile(r"[\s.]+$")
-"""Windows drops dots and spaces at the end."""
+"""Dots and spaces at the end of a name, which Windows drops."""
 _SUFFIX = re.compile(r"\.(?=(png|jpe?g|webp|gif|mp4|jsonl?|tmp)$)", re.IGNORECASE)
 
 
 def name_key(name: str) -> str:
-    """Return a key that is equal for names that some file system takes for one: case, and how accents are stored."""
+    """Return a key that is equal for names that some file systems do not distinguish: case and Unicode normal form."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def safe_name(text: str, *, ending: str = "", max_bytes: int = MAX_BYTES) -> str:
-    """Return a file name that reads like `text` + `ending`; what is safe already stays as it is.
+    """Return `text` + `ending` as a safe file name. A name that is already safe is not changed.
 
-    No separators, control or invisible characters, no leading dot or trailing dot or space (of any
-    kind), no device name of Windows, no suffix of a media file (`x.mp4` would meet the clip of `x`), at
-    most `max_bytes` bytes, never empty; where the text is cut, `ending` stays. A safe name has itself as
-    its safe name. Different texts can get one name: see `unique_names`.
+    The result has no separators, control characters or invisible characters, no leading dot, and no trailing dot or space.
+    It is not a device name of Windows and has no suffix of a media file (`x.mp4` would collide with the clip of `x`). It
+    has 1 to `max_bytes` bytes; if the text is too long, the text is cut and `ending` is kept. Different texts can give
+    the same name, see `unique_names`.
     """
     name = unicodedata.normalize("NFC", text)
     # Cc control, Cf format (direction overrides), Cs lone surrogates, Zl and Zp line separators.
@@ -36,7 +36,7 @@ def safe_name(text: str, *, ending: str = "", max_bytes: int = MAX_BYTES) -> str
         name = "_" + name[1:]
     room = max_bytes - len(ending.encode())
     name = _cut(name, room)
-    if _DEVICES.fullmatch(_END.sub("", name + ending)):  # cutting can uncover one
+    if _DEVICES.fullmatch(_END.sub("", name + ending)):  # the cut can leave a device name
         name = _cut("_" + name, room)
     return _SUFFIX.sub("_", _END.sub("", name + ending)) or "_"
 
@@ -48,10 +48,13 @@ def unique_names(
     max_bytes: int = MAX_BYTES,
     fold_case: bool = True,
 ) -> list[str]:
-    """Return their `safe_name`s; where two would be one file, the later one gets "-2", "-3", ... before `ending`.
+    """Return a different `safe_name` for each text. Duplicates get "-2", "-3", ... before `ending`.
 
     Args:
-        fold_case: names that differ in case only count as one, as they do on Windows and macOS.
+        texts: texts of the names.
+        ending: end of every name.
+        max_bytes: maximum length of a name in UTF-8.
+        fold_case: treat names that differ only in case as duplicates, as Windows and macOS do.
     """
     key = name_key if fold_case else str
     taken: set[str] = set()
@@ -70,5 +73,5 @@ def unique_names(
 
 
 def _cut(name: str, max_bytes: int) -> str:
-    """Cut to at most that many bytes, at the end of a character."""
+    """Cut the name to at most `max_bytes` bytes of UTF-8 without splitting a character."""
     return name.encode()[:max_bytes].decode(errors="ignore")

@@ -1,4 +1,4 @@
-"""`generate_numbered`: prompts to numbered files, each with a sidecar JSON (`dit-accel generate`)."""
+"""Generation of numbered files with sidecar JSON files, as `dit-accel generate` does."""
 
 import os
 from collections.abc import Sequence
@@ -36,37 +36,38 @@ def generate_numbered(
     extras: dict[str, Any] | None = None,
     writes: bool = True,
 ) -> list[dict[str, Any]]:
-    """Generate one clip or image per prompt; each gets a numbered file and a sidecar JSON.
+    """Generate one clip or image per prompt, with a numbered file and a sidecar JSON for each.
 
-    Any number of processes may write into one folder: each number belongs to one of them.
+    Several processes may write into one folder. Each number is used by one of them.
 
     Args:
         pipe: a loaded pipeline (see `load.load_pipeline`).
-        prompts: prompt i uses its own seed, or `seed + i`.
-        output_dir: created if needed; numbering goes on after what is there.
+        prompts: prompt records (see `prompts.read_prompts`). Their sizes and negative prompts override `sampling`.
+        output_dir: folder for the files, created if needed. Numbers continue after the existing ones.
         model: name of the model in the sidecars.
-        sampling: arguments of the pipeline call; sizes and negative prompts of the prompts win.
-        kind: "mp4", "gif" or "png" (frames); "auto" is png for images and mp4 for clips.
-        fps: frame rate of the written clips.
-        save_focus: also write where region-adaptive sampling worked, see `write_focus`.
-        extras: what else was put on the pipeline, for the sidecars (see `extras.prepare`).
-        writes: whether this process writes; else another one does, which makes each sample together with it.
+        sampling: arguments of the pipeline calls.
+        seed: seed of the first sample. Sample i has `seed + i`, unless its prompt has its own seed.
+        kind: "mp4", "gif" or "png" (frames). "auto" is png for images and mp4 for clips.
+        fps: frame rate of the clips.
+        save_focus: also write images of the tokens that region-adaptive sampling ran, see `write_focus`.
+        extras: further entries of the sidecars (see `extras.prepare`).
+        writes: False for a process that computes the samples together with another process, which writes the files.
 
     Returns:
-        The sidecar records, with `files` and `sidecar` as paths.
+        The content of each sidecar, with "files" as paths and "sidecar", the path of the sidecar.
 
     Raises:
-        ValueError: bad input, before anything is generated.
-        RuntimeError: a file could not be written; samples that are finished stay.
+        ValueError: an argument is invalid; nothing is generated.
+        RuntimeError: a file could not be written. Finished samples are kept.
     """
     if kind not in ("auto", *CLIP_KINDS):
-        raise ValueError(f"kind={kind!r}: accepted are auto, {', '.join(CLIP_KINDS)}")
+        raise ValueError(f"kind={kind!r}: must be one of auto, {', '.join(CLIP_KINDS)}")
     found = [method_of(x, "ras") for x in transformers_of(pipe)]
     on_some = [x for x in found if x is not None]
     if save_focus and not any(x.config.has_partial_steps for x in on_some):
-        on = "on without steps on some of the tokens" if on_some else "off"
+        on = "on, but without partial steps" if on_some else "off"
         raise ValueError(
-            f"save_focus: region-adaptive sampling is {on}; accepted with a ras that has a ratio, such as 'partial'"
+            f"save_focus=True: region-adaptive sampling is {on}; needs ras settings with a ratio, such as 'partial'"
         )
     check_fps(fps)
     samples = plan_samples(prompts, sampling, seed=seed, count=1, layout="ids")
@@ -86,7 +87,7 @@ def generate_numbered(
 
 
 def _record(pipe: Any, made: BatchResult, about: dict[str, Any]) -> dict[str, Any]:
-    """Return the sidecar, without the names of the files."""
+    """Return the content of the sidecar without the file names."""
     [sample], [frames] = made.samples, made.frames
     return {
         "format_version": FORMAT_VERSION,
@@ -109,11 +110,11 @@ def _record(pipe: Any, made: BatchResult, about: dict[str, Any]) -> dict[str, An
 def _write(
     folder: Path, made: BatchResult, record: dict[str, Any], *, kind: str, masks: dict[int, Any]
 ) -> dict[str, Any]:
-    """Write the files of one sample, the sidecar last; return its record with paths."""
+    """Write the files of one sample, with the sidecar last, and return its record with paths."""
     pictures = made.pictures(0)
     if kind == "auto":
         kind = "png" if len(pictures) == 1 else "mp4"
-    with naming_failures("samples that are finished stay"), claimed_stem(folder) as stem:
+    with naming_failures("finished samples are kept"), claimed_stem(folder) as stem:
         files = media.write_clip(stem, pictures, kind=kind, fps=record["fps"])
         if masks:
             files += write_focus(stem, pictures, masks, fps=record["fps"])

@@ -1,4 +1,4 @@
-"""`read_outline`: what the configuration files of a repository say about its pipeline, before weights are read."""
+"""Facts about the pipeline of a repository, read from its configuration files without loading weights."""
 
 import inspect
 import os
@@ -15,28 +15,29 @@ MAX_TEXT_TOKENS = {
     "FluxPipeline": 512,
     "QwenImagePipeline": 1024,
 }
-"""Most text tokens that the diffusers pipeline accepts, by its class name."""
+"""Maximum number of text tokens of a diffusers pipeline, by its class name."""
 
 
 @dataclass(frozen=True)
 class Outline:
     """Facts about a pipeline that is not loaded.
 
-    It has those attributes of a pipeline that checks of arguments read: `check_sizes`, `transformer.config`,
-    the scale factors of the VAE.
+    Has the attributes of a pipeline that argument checks need: `check_sizes`, `transformer.config` and the scale factors of
+    the VAE.
     """
 
     pipeline: Any
-    """The sparse pipeline class."""
+    """Sparse pipeline class."""
     transformer: Any
-    """`config`, and `enable_cache` if the class of the transformer has it."""
+    """Object with the attribute `config`, and `enable_cache` if the class of the transformer has it."""
     transformer_class: Any
+    """Class of the transformer in diffusers."""
     facts: dict[str, int]
-    """Scale factors of the VAE, under their names as attributes of the pipeline."""
+    """Scale factors of the VAE, by the attribute name of the pipeline."""
     transformers: tuple[str, ...] = ("transformer",)
-    """Names of the transformers that the pipeline has."""
+    """Names of the transformers of the pipeline."""
     expand_timesteps: bool = False
-    """Whether the transformer gets one timestep for each token (Wan2.2 TI2V)."""
+    """True if the transformer takes one timestep for each token (Wan2.2 TI2V)."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -46,57 +47,59 @@ class Outline:
 
     @property
     def transformer_2(self) -> Any:
-        """The second transformer, which has the configuration of the first one; None: there is none."""
+        """Second transformer, with the config of the first one; None if there is none."""
         return self.transformer if len(self.transformers) > 1 else None
 
     @property
     def makes_clips(self) -> bool:
-        """Whether the pipeline makes clips rather than images."""
+        """True if the pipeline generates clips, False for images."""
         return any(name in self.facts for name in FRAMES)
 
     @property
     def takes_image(self) -> bool:
-        """Whether the pipeline begins with a picture."""
+        """True if the pipeline takes an input image."""
         return self.pipeline._parent == "WanImageToVideoPipeline"
 
     def steps(self, sampling: Sampling) -> int:
-        """Return the number of steps: that of `sampling`, or the pipeline's default."""
+        """Return the number of steps of `sampling`, or the default of the pipeline."""
         default = (
             inspect.signature(self.pipeline.__call__).parameters["num_inference_steps"].default
         )
         return sampling.num_inference_steps or default
 
     def check_sizes(self, **arguments: Any) -> None:
-        """Raise ValueError for a size that the pipeline cannot make."""
+        """Raise ValueError if the pipeline does not support these sizes."""
         self.pipeline.check_sizes(self, **arguments)
 
     def check(self, sampling: Sampling) -> None:
-        """Raise ValueError for call arguments that this pipeline does not accept."""
+        """Raise ValueError if the pipeline does not accept these call arguments."""
         self.check_sizes(**sampling.call_arguments())
         most = MAX_TEXT_TOKENS.get(self.pipeline._parent)
         tokens = sampling.max_sequence_length
         if most is not None and tokens is not None and tokens > most:
             raise ValueError(
-                f"max_sequence_length={tokens}: {self.pipeline._parent} accepts at most {most}"
+                f"max_sequence_length={tokens}: must be at most {most} for {self.pipeline._parent}"
             )
         if self.takes_image and sampling.image is None:
-            raise ValueError("image=None: an image-to-video model needs a picture; give --image")
+            raise ValueError(
+                "image=None: an image-to-video model needs an input image; pass --image"
+            )
         if sampling.image is not None and not self.takes_image:
             raise ValueError(
-                f"image={sampling.image!r}: a {self.pipeline._parent} takes no picture; accepted is an "
+                f"image={sampling.image!r}: {self.pipeline._parent} takes no input image; needs an "
                 "image-to-video model (WanImageToVideoPipeline)"
             )
 
 
 def read_outline(model: str | os.PathLike, **hub: Any) -> Outline:
-    """Read model_index.json and the configurations of transformer and VAE.
+    """Return the outline of a repository, from model_index.json and the configs of transformer and VAE.
 
     Args:
         model: folder or hub id of a diffusers repository.
-        hub: `revision`, where one is wanted.
+        hub: arguments for the hub, such as `revision`.
 
     Raises:
-        ValueError: the repository cannot be reached or read, or its pipeline is not supported.
+        ValueError: the repository cannot be read, or its pipeline is not supported.
     """
     import diffusers
 
@@ -107,19 +110,19 @@ def read_outline(model: str | os.PathLike, **hub: Any) -> Outline:
     held = transformers_in(index)
     parts = {}
     for part in ("transformer", "vae"):
-        # A pipeline may have its second transformer alone.
+        # A pipeline may have `transformer_2` without `transformer`.
         name = held[0] if part == "transformer" and held else part
         cls = getattr(diffusers, (index.get(name) or [None, ""])[1] or "", None)
         if cls is None:
             raise ValueError(
-                f"model={str(model)!r}: {name}={index.get(name)!r} in model_index.json; accepted is a class of "
+                f"model={str(model)!r}: {name}={index.get(name)!r} in model_index.json; must be a class of "
                 "diffusers"
             )
         try:
             config = cls.load_config(str(model), subfolder=name, **hub)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"model={str(model)!r}: the configuration of {name} is not readable "
+                f"model={str(model)!r}: cannot read the config of {name} "
                 f"({str(error).splitlines()[0]})"
             ) from None
         parameters = inspect.signature(cls.__init__).parameters.values()
@@ -127,7 +130,7 @@ def read_outline(model: str | os.PathLike, **hub: Any) -> Outline:
         parts[part] = cls, SimpleNamespace(**(defaults | config))
     (cls, config), (_, vae) = parts["transformer"], parts["vae"]
     methods = {"enable_cache": cls.enable_cache} if hasattr(cls, "enable_cache") else {}
-    # Messages name the type of a transformer.
+    # Error messages name the type of the transformer.
     transformer = type(cls.__name__, (), {"config": config, **methods})()
     return Outline(
         pipeline,
@@ -140,7 +143,7 @@ def read_outline(model: str | os.PathLike, **hub: Any) -> Outline:
 
 
 def _scale_factors(pipeline: Any, vae: Any) -> dict[str, int]:
-    """Return the scale factors of the VAE as pipelines of diffusers compute them."""
+    """Return the scale factors of the VAE, computed as the diffusers pipeline does."""
     if pipeline._parent.startswith("Lumina"):
         return {"vae_scale_factor": 8}
     if hasattr(vae, "scale_factor_temporal"):
@@ -162,7 +165,7 @@ def _scale_factors(pipeline: Any, vae: Any) -> dict[str, int]:
     if hasattr(vae, "temporal_compression_ratio"):
         return {
             "vae_scale_factor_temporal": vae.temporal_compression_ratio,
-            # CogVideoX has no number for it.
+            # The config of CogVideoX has no such entry.
             "vae_scale_factor_spatial": getattr(vae, "spatial_compression_ratio", scale),
         }
     return {"vae_scale_factor": scale}

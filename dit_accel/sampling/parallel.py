@@ -1,4 +1,4 @@
-"""`Parallel`: the option `--parallel`, by which several processes compute one sample."""
+"""The option `--parallel`: several processes compute each sample together."""
 
 import contextlib
 import os
@@ -12,31 +12,31 @@ import torch
 
 @dataclass(frozen=True)
 class Parallel:
-    """Context parallelism of a command: processes that make each sample together."""
+    """Settings of context parallelism for a command."""
 
     degree: int
     """Number of processes."""
     anything: bool = False
-    """Whether heads may be shared unevenly."""
+    """True if the number of heads need not be divisible by `degree`."""
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes files and prints; only the first one does."""
+        """True if this process writes files and prints; only the first process does."""
         return int(os.environ.get("RANK", "0")) == 0
 
     @property
     def record(self) -> dict[str, Any]:
-        """Entry of the sidecar."""
+        """Entry for the sidecar."""
         return {"parallel": {"ulysses_anything" if self.anything else "ulysses": self.degree}}
 
     def check(self, outline: Any) -> None:
-        """Check a pipeline that is not loaded yet.
+        """Check a pipeline before it is loaded.
 
         Args:
-            outline: see `sampling.outline`.
+            outline: outline of the pipeline, see `sampling.outline`.
 
         Raises:
-            ValueError: its heads cannot be shared.
+            ValueError: the heads cannot be divided among the processes.
         """
         from accelerate import init_empty_weights
 
@@ -50,7 +50,7 @@ class Parallel:
             group.check_heads(name, layer.kv_heads)
 
     def enable(self, pipe: Any) -> None:
-        """Enable context parallelism on a loaded pipeline, within `processes`."""
+        """Enable context parallelism on a loaded pipeline, inside the context manager `processes`."""
         from diffusers import ContextParallelConfig
 
         from dit_accel.runtime.parallel.enable import enable_parallelism
@@ -62,30 +62,28 @@ class Parallel:
 
 
 def read_parallel(text: str) -> Parallel | None:
-    """Read the value of `--parallel`; None: each process works alone.
+    """Return the settings of the value of `--parallel`, or None for "none".
 
     Args:
-        text: "none", "ulysses:N", or "ulysses_anything:N" for heads that N does not divide.
+        text: "none", "ulysses:N", or "ulysses_anything:N" for a number of heads that N does not divide.
 
     Raises:
-        ValueError: another text, or there are not N processes.
+        ValueError: the value is invalid, or the number of processes is not N.
     """
     if text == "none":
         return None
-    accepted = (
-        "accepted are none, ulysses:N, and ulysses_anything:N for heads that N does not divide"
-    )
+    accepted = "must be none, ulysses:N, or ulysses_anything:N for a number of heads that N does not divide"
     if text.startswith("ring"):
         raise ValueError(
-            f"parallel={text!r}: in ring attention no process sees all keys of a head, which acceleration needs; {accepted}"
+            f"parallel={text!r}: ring attention is not supported, because acceleration needs all keys of a head in one process; {accepted}"
         )
     found = re.fullmatch(r"(ulysses|ulysses_anything):(\d+)", text)
     if found is None or int(found[2]) < 2:
-        raise ValueError(f"parallel={text!r}: {accepted}, with N of 2 or more")
+        raise ValueError(f"parallel={text!r}: {accepted}, with N >= 2")
     degree, world = int(found[2]), int(os.environ.get("WORLD_SIZE", "1"))
     if world != degree:
         raise ValueError(
-            f"parallel={text!r}: there {'is' if world == 1 else 'are'} {world} process{'es' * (world > 1)}; accepted is "
+            f"parallel={text!r}: WORLD_SIZE is {world}, must be {degree}; run "
             f"torchrun --nproc-per-node {degree} -m dit_accel.cli ... --parallel {text}"
         )
     return Parallel(degree, found[1] == "ulysses_anything")
@@ -93,11 +91,11 @@ def read_parallel(text: str) -> Parallel | None:
 
 @contextlib.contextmanager
 def processes(parallel: Parallel | None, device: str) -> Iterator[None]:
-    """Context manager in which the processes of torchrun can send each other tensors.
+    """Context manager that initialises `torch.distributed` for the processes of torchrun.
 
     Args:
-        parallel: None: nothing happens.
-        device: as in `devices.device_name`.
+        parallel: settings of context parallelism. None: do nothing.
+        device: device of this process, as in `devices.device_name`.
     """
     if parallel is None:
         yield

@@ -1,4 +1,4 @@
-"""`plan_samples` and `plan_batches`: the samples of a run, their names and seeds, and who shares a call."""
+"""Samples of a run with their ids, seeds and file names, and their division into batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,29 +10,29 @@ from dit_accel.sampling.settings import Sampling, check_seed
 
 Layout = Literal["ids", "vbench"]
 VBENCH_SAMPLES = 5
-"""Clips a prompt that the suite asks for; 25 for its dimension temporal_flickering."""
+"""Clips per prompt that VBench requires. Its dimension temporal_flickering requires 25."""
 VBENCH_FOLDER = "vbench"
-"""Holds nothing but mp4 files: VBench takes the suffix of its videos from the first file that it sees."""
+"""Folder for mp4 files only, because VBench takes the suffix of all videos from the first file that it finds."""
 _VIDEO_NAME_BYTES = 250
-"""VBench has prompts of 213 bytes, and finds a clip by the whole of them."""
+"""Longer than `names.MAX_BYTES`, because VBench finds a clip by its whole prompt, and has prompts of 213 bytes."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image or clip to make."""
+    """Image or clip to generate."""
 
     id: str
     record: PromptRecord
     seed: int
     sampling: Sampling
     video: str
-    """Where the mp4 of a clip goes, relative to the folder."""
+    """Path of the mp4 file of a clip, relative to the folder."""
     renamed: bool = False
-    """Whether VBench would look for the mp4 under another name, which no file can have."""
+    """True if VBench cannot find the mp4 file, because its prompt is not a valid file name."""
 
     @property
     def call(self) -> tuple:
-        """Equal for samples that one pipeline call can make."""
+        """Key that is equal for samples that one pipeline call can generate."""
         x = self.sampling
         return x.height, x.width, x.num_frames, x.negative_prompt is None
 
@@ -40,14 +40,21 @@ class Sample:
 def plan_samples(
     prompts: Sequence[PromptRecord], sampling: Sampling, *, seed: int, count: int, layout: Layout
 ) -> list[Sample]:
-    """Plan `count` samples of each prompt, prompt by prompt; sample i has `seed + i`, or its prompt's own seed.
+    """Return `count` samples of each prompt, prompt by prompt.
+
+    Args:
+        prompts: prompt records.
+        sampling: arguments of the pipeline calls. Sizes and negative prompts of the prompts override them.
+        seed: seed of the first sample. Sample i has `seed + i`, unless its prompt has its own seed.
+        count: number of samples per prompt.
+        layout: "ids" or "vbench", see `generate.generate`.
 
     Raises:
-        ValueError: no prompts, or two of them with one id (with layout "vbench": or one text); a seed out of
-            range.
+        ValueError: there are no prompts, two prompts have the same id (or the same text with the layout "vbench"), or a
+            seed is out of range.
     """
     if not prompts:
-        raise ValueError("prompts=[]: accepted is at least one")
+        raise ValueError("prompts=[]: must have at least one prompt")
     check_seed(seed, len(prompts) * count)
     for record in prompts:
         if record.seed is not None:
@@ -55,7 +62,7 @@ def plan_samples(
     texts = [x.prompt for x in prompts]
     _check_unique("id", [name_key(x.id) for x in prompts], [x.id for x in prompts], "")
     if layout == "vbench":
-        why = " with layout='vbench', where a clip is found by its prompt"
+        why = " with layout='vbench', which finds clips by their prompt"
         _check_unique("prompt", texts, texts, why)
     samples: list[list[Sample]] = [[] for _ in prompts]
     for j in range(count):
@@ -65,7 +72,7 @@ def plan_samples(
             ids = unique_names(ids, ending=ending)
         videos = ids
         if layout == "vbench":
-            # Not by case: the suite has both "a fantasy landscape" and "A fantasy landscape".
+            # Case matters: VBench has both "a fantasy landscape" and "A fantasy landscape".
             videos = unique_names(
                 texts, ending=ending, max_bytes=_VIDEO_NAME_BYTES, fold_case=False
             )
@@ -85,7 +92,7 @@ def plan_samples(
 
 
 def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[list[Sample]]:
-    """Return batches in the order of their first samples; only samples that one call can make share one."""
+    """Divide samples into batches of samples that one call can generate, in the order of their first samples."""
     unfinished: dict[tuple, list[Sample]] = {}
     batches: list[list[Sample]] = []
     for sample in samples:
@@ -98,11 +105,19 @@ def plan_batches(samples: Sequence[Sample], batch_size: int) -> list[list[Sample
 
 
 def _check_unique(what: str, keys: list[str], values: list[str], why: str) -> None:
+    """Raise ValueError if two keys are equal.
+
+    Args:
+        what: field name of the values, for the message.
+        keys: keys to compare.
+        values: values of the prompts, for the message.
+        why: end of the message.
+    """
     seen: dict[str, int] = {}
     for i, key in enumerate(keys):
         first = seen.setdefault(key, i)
         if first != i:
             raise ValueError(
-                f"prompts[{i}]: has the {what} {values[i]!r}, and prompts[{first}] has {values[first]!r}; "
-                f"accepted is one each{why}"
+                f"prompts[{i}]: {what}={values[i]!r} is also the {what} of prompts[{first}] ({values[first]!r}); "
+                f"must be unique{why}"
             )

@@ -1,4 +1,4 @@
-"""Quantised weights of the transformer, for `--quantize`."""
+"""The option `--quantize`: quantised weights of the transformers."""
 
 import importlib.util
 from typing import Any
@@ -10,24 +10,24 @@ QUANTIZED = {
     "torchao:int8_dynamic": "Int8DynamicActivationInt8WeightConfig",
     "torchao:float8": "Float8WeightOnlyConfig",
 }
-"""Config classes of torchao by name: weights in 8-bit integers; weights and inputs of layers in 8-bit integers; weights in
-8-bit floats. All run on a CPU too."""
+"""Config class of torchao for each name: 8-bit integer weights, 8-bit integer weights and layer inputs, 8-bit float weights.
+All of them also run on a CPU."""
 
 
 def check_quantize(name: str) -> None:
-    """Check a name before a model is loaded.
+    """Check a name before the model is loaded.
 
     Args:
         name: "none" or a key of `QUANTIZED`.
 
     Raises:
-        ValueError: another name.
+        ValueError: the name is unknown.
         ImportError: torchao is not installed.
     """
     if name == "none":
         return
     if name not in QUANTIZED:
-        raise ValueError(f"quantize={name!r}: accepted are none, {', '.join(QUANTIZED)}")
+        raise ValueError(f"quantize={name!r}: must be one of none, {', '.join(QUANTIZED)}")
     if importlib.util.find_spec("torchao") is None:
         raise ImportError(
             f"quantize={name!r}: needs the package torchao; pip install 'dit-accel[quant]'"
@@ -35,10 +35,10 @@ def check_quantize(name: str) -> None:
 
 
 def loading_arguments(name: str) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` with which the transformers are loaded quantised.
+    """Return the arguments of `from_pretrained` that load the transformers quantised.
 
     Args:
-        name: as in `check_quantize`, which comes first.
+        name: a name that `check_quantize` accepts.
     """
     if name == "none":
         return {}
@@ -51,7 +51,7 @@ def loading_arguments(name: str) -> dict[str, Any]:
 
 
 def quantized_as(transformer: Any) -> str | None:
-    """Return how a transformer is quantised: a key of `QUANTIZED`, or the name of another method; None if it is not."""
+    """Return the quantisation of a transformer: a key of `QUANTIZED`, or the name of another method. None: not quantised."""
     config = getattr(getattr(transformer, "hf_quantizer", None), "quantization_config", None)
     if config is None:
         return None

@@ -1,8 +1,8 @@
-"""`generate_on_ray`: a sample set made by workers of Ray Data, on one machine or on a cluster.
+"""Generation of a sample set with workers of Ray Data, on one machine or on a cluster.
 
-A shard of the samples is a row of a Ray dataset. Each worker is an actor that loads the pipeline once and calls
-`generate` for one shard after the other, into a folder that all workers share. Where a worker dies, Ray starts another
-one, which goes on from the journal of the shard. Ray is imported in this file only.
+Each row of a Ray dataset is a shard of the samples. Each worker is an actor that loads the pipeline once and calls
+`generate` for one shard after the other, into a folder that all workers share. If a worker dies, Ray starts a new one, which
+resumes from the journal of the shard. Only this file imports Ray.
 """
 
 import contextlib
@@ -31,58 +31,57 @@ from dit_accel.sampling.sets import SampleSet
 from dit_accel.sampling.settings import check_count
 
 SHARDS_PER_WORKER = 4
-"""More shards than workers: quick workers make more of them."""
+"""Number of shards per worker. With several, fast workers process more of them."""
 RESTARTS = 4
-"""Restarts per worker, on average, after which the run fails. Ray itself has no limit."""
+"""Average number of restarts per worker after which the run fails. Ray itself has no limit."""
 CONNECT_S = 10.0
-"""Seconds to wait for the head of a cluster."""
+"""Seconds to wait for a connection to the head node of a cluster."""
 STOP_S = 60.0
 """Seconds to wait for the threads of Ray Data at the end."""
 THREADS = ("StreamingExecutor", "ray-data-", "iter_threaded")
-"""How the names of these threads begin."""
+"""Prefixes of the names of these threads."""
 POLL_S = 1.0
-"""Seconds between two looks at the journals, for the progress bar."""
+"""Seconds between two updates of the progress bar from the journals."""
 ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # no reports over the network
+    "RAY_USAGE_STATS_ENABLED": "0",  # send no usage reports
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its new default, which it would warn about
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; Ray warns if it is not set
 }
-"""Environment variables for a Ray that is started here; values that are set already stay."""
+"""Environment variables for a Ray that this process starts. Variables that are already set are not changed."""
 NOTE = "note: "
 """Prefix of the lines on stderr that are about the samples."""
 SAME = ("dit-accel", "torch", "diffusers", "transformers")
-"""Packages that must have one version on all nodes, because samples depend on them."""
+"""Packages that must have the same version on all nodes, because samples depend on them."""
 
 
 def check_ray(device: str = "auto", workers: int | None = None, address: str | None = None) -> None:
-    """Check what can be checked before Ray starts.
+    """Check the arguments before Ray starts.
 
     Args:
         device, workers, address: as in `generate_on_ray`.
 
     Raises:
-        ValueError: a bad value, or this is a process of torchrun.
+        ValueError: an argument is invalid, or this is a process of torchrun.
         ImportError: Ray is not installed.
     """
     if workers is not None:
         check_count("workers", workers)
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(
-            f"device={device!r}: Ray gives each worker a GPU of its own; accepted with engine='ray' are auto, cpu, cuda"
+            f"device={device!r}: must be one of auto, cpu, cuda with engine='ray', because Ray assigns a GPU to each worker"
         )
     if address is not None:
         _split_address(address, "ray_address")
     if "WORLD_SIZE" in os.environ or "RANK" in os.environ:
         raise ValueError(
-            "engine='ray': this is a process of torchrun, which shares the samples out itself; accepted under "
-            "torchrun is engine='local'"
+            "engine='ray': must be engine='local' in a process of torchrun, whose processes divide the samples themselves"
         )
     try:
-        import pyarrow  # noqa: F401  # a part of ray[data]
+        import pyarrow  # noqa: F401  # needed by ray.data
         import ray  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"engine='ray': needs Ray, which cannot be imported ({error}); pip install 'dit-accel[ray]'"
+            f"engine='ray': cannot import Ray ({error}); pip install 'dit-accel[ray]'"
         ) from None
 
 
@@ -99,28 +98,31 @@ def generate_on_ray(
     progress: bool = True,
     **options: Any,
 ) -> SampleSet:
-    """Generate a sample set on the workers of Ray Data; started again after a kill, it goes on.
+    """Generate a sample set with workers of Ray Data. A second call with the same arguments resumes an interrupted run.
 
-    Files and pixels are those of `generate` in one process. A worker that dies is started again and keeps the samples
-    that it has finished. Ray is started on this machine unless it runs already or `address` names a cluster, whose nodes
-    need this package, the model, and the same folder at `output_dir`.
+    Files and pixels equal those of `generate` in one process. A worker that dies is restarted, and its finished samples are
+    kept. Ray is started on this machine unless it is already running or `address` names a cluster. The nodes of a cluster
+    need this package, the model and the same folder at `output_dir`.
 
     Args:
-        load: loads the pipeline on a device in a worker. It is pickled.
+        load: function that loads the pipeline on a device in a worker. It is pickled.
         prompts: as in `generate`.
         output_dir: as in `generate`; a folder that all nodes share.
         samples: number of samples of the set.
-        device: "auto", "cpu" or "cuda". "auto" is a GPU for each worker where Ray has GPUs, else the CPU.
-        workers: number of workers, each with a GPU or a CPU. Default: the GPUs that Ray has, or 1 without GPUs.
+        device: "auto", "cpu" or "cuda". "auto" gives each worker a GPU if Ray has GPUs, else the CPU.
+        workers: number of workers, each with one GPU or one CPU. Default: number of GPUs of Ray, or 1 without GPUs.
         address: address of a Ray cluster. Default: RAY_ADDRESS of the environment, else this machine alone.
-        make_cache: makes the cache config of diffusers from a loaded pipeline; None for no cache. It is pickled.
-        progress: show a bar on stderr.
-        options: further arguments of `generate`, but for those that shard.
+        make_cache: function that returns the cache config of diffusers for a loaded pipeline; None: no cache. It is pickled.
+        progress: show a progress bar on stderr.
+        options: further arguments of `generate`, except `rank` and `world_size`.
+
+    Returns:
+        The sample set.
 
     Raises:
-        ValueError: bad input, or nodes that cannot make samples.
+        ValueError: an argument is invalid, or a node cannot generate samples.
         ImportError: Ray is not installed.
-        RuntimeError: a worker failed or died too often. What is finished stays; run it again to go on.
+        RuntimeError: a worker failed or died too often. Finished samples are kept; run the call again to resume.
     """
     check_ray(device, workers, address)
     import ray
@@ -155,38 +157,38 @@ def generate_on_ray(
             bar.update(bar.total - bar.n)
         if not (folder / MANIFEST).is_file():
             raise RuntimeError(
-                f"output_dir={str(output_dir)!r}: no {MANIFEST} after all workers have finished; run it again to go on"
+                f"output_dir={str(output_dir)!r}: no {MANIFEST} after all workers have finished; run it again to resume"
             )
         return SampleSet.open(output_dir)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Arguments of all workers, which are pickled."""
+    """Pickled arguments of all workers."""
 
     load: Callable[[str], Any]
-    """Loads the pipeline on a device."""
+    """Function that loads the pipeline on a device."""
     device: str
     make_cache: Callable[[Any], Any] | None
     prompts: list[PromptRecord]
     options: dict[str, Any]
-    """Arguments of `generate`."""
+    """Further arguments of `generate`."""
     cwd: str
-    """Current folder of the program, for relative paths."""
+    """Working directory of the main program, for relative paths."""
 
 
 class Worker:
-    """Worker with one pipeline, which makes the shards that it is given.
+    """Worker that loads one pipeline and generates shards with it.
 
     Args:
         job: a pickled `Job`.
-        expected: versions of packages.
-        token: file in the shared folder; each worker that starts appends a byte.
+        expected: required versions of packages.
+        token: file in the shared folder, to which each worker appends one byte when it starts.
         workers: number of workers.
-        restarts: number of further starts that are accepted.
+        restarts: maximum number of restarts of all workers together.
 
     Raises:
-        ValueError: this node cannot make the samples of the run.
+        ValueError: this node does not see the shared folder, or has other versions of packages.
         RuntimeError: too many workers have died.
     """
 
@@ -197,21 +199,20 @@ class Worker:
 
         if not token.exists():
             raise ValueError(
-                f"output_dir={str(token.parent)!r}: is not the folder of the machine that the run was started on; "
-                "accepted is a folder that all nodes share"
+                f"output_dir={str(token.parent)!r}: must be a folder that all nodes share, and is not shared with the "
+                "machine that started the run"
             )
         with token.open("ab") as starts:
             starts.write(b".")
         if (deaths := token.stat().st_size - workers) > restarts:
             raise RuntimeError(
-                f"workers died {deaths} times in this run; what is finished stays, run it again to go on"
+                f"workers died {deaths} times in this run; finished samples are kept, run it again to resume"
             )
         found = installed()
         for name, version in expected.items():
             if found.get(name) != version:
                 raise ValueError(
-                    f"{name} {found.get(name)} is installed and the run was started with {version}; accepted is one "
-                    "version on all nodes"
+                    f"{name}={found.get(name)}: must be {version}, as on the machine that started the run"
                 )
         self.job: Job = ray.cloudpickle.loads(job)
         if os.path.isdir(self.job.cwd):
@@ -221,7 +222,7 @@ class Worker:
         self.calls = 0
 
     def __call__(self, rank: int) -> list[str]:
-        """Make a shard; return warnings and notes."""
+        """Generate the shard with this rank, and return warnings and notes."""
         with (
             warnings.catch_warnings(record=True) as caught,
             contextlib.redirect_stderr(io.StringIO()) as printed,
@@ -244,18 +245,18 @@ class Worker:
 
 
 def installed() -> dict[str, str]:
-    """Return the versions that all nodes must have, without the build for a device ("+cu128")."""
+    """Return the versions of the packages in `SAME`, without the local part such as "+cu128"."""
     return {k: x.split("+")[0] for k, x in versions().items() if k in SAME}
 
 
 def _actor(*arguments: Any) -> Any:
-    """Return the class of the actors, which keep a `Worker` made with these arguments.
+    """Return the actor class, whose instances hold a `Worker` with these arguments.
 
-    It is pickled by value, because it is local, and imports this package inside of its functions: where a node lacks
-    something, its error is data that the run ends with, and not a failure of Ray.
+    The class is local, so it is pickled by value, and it imports this package inside its functions. If a node lacks a
+    package, the error is then returned as data with a clear message and is not a failure of Ray.
     """
 
-    @no_type_check  # for jaxtyping too, whose checks cannot be pickled
+    @no_type_check  # also stops jaxtyping, whose checks cannot be pickled
     class GenerateSamples:
         def __init__(self):
             self.failure = None
@@ -278,7 +279,7 @@ def _actor(*arguments: Any) -> Any:
 
         @staticmethod
         def described(error):
-            """Return the kind of an error, and its text with the node where it happened."""
+            """Return the kind of an error, and its text with the name of the node."""
             import platform
 
             text = " ".join(str(error).split())
@@ -291,8 +292,8 @@ def _actor(*arguments: Any) -> Any:
 
 
 def _consume(ray: Any, data: Any) -> None:
-    """Wait for all shards; raise the first error of a worker, and repeat each of their notes once."""
-    advice = "what is finished stays; run it again to go on"
+    """Wait for all shards, raise the first error of a worker, and show each warning and note once."""
+    advice = "finished samples are kept; run it again to resume"
     said = set()
     batches = iter(data.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"))
     try:
@@ -317,15 +318,18 @@ def _consume(ray: Any, data: Any) -> None:
     except ray.exceptions.RayError as failure:
         raise RuntimeError(f"engine='ray': {_first_line(failure)}; {advice}") from failure
     finally:
-        del rows, batches  # Ray Data ends its workers with it, which a traceback would keep
+        del (
+            rows,
+            batches,
+        )  # Ray Data stops its workers when these are freed, and a traceback would keep them
         _wait_for_executors()
 
 
 def _wait_for_executors() -> None:
     """Wait until the threads that ran datasets have ended.
 
-    Ray Data itself waits for two seconds. On a busy machine that is too short, and a thread that asks a Ray that was shut
-    down meanwhile aborts the whole program.
+    Ray Data itself waits for two seconds only. On a busy machine a thread can then call a Ray that is already shut down,
+    which aborts the whole program.
     """
     deadline = time.monotonic() + STOP_S
     for thread in threading.enumerate():
@@ -335,7 +339,7 @@ def _wait_for_executors() -> None:
 
 @contextlib.contextmanager
 def _running_ray(ray: Any, address: str | None) -> Iterator[None]:
-    """Start Ray or connect to a cluster, unless the program has done so, and end that at the end."""
+    """Start Ray or connect to a cluster inside the block, unless Ray is already initialised."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():
         import ray.data
@@ -351,9 +355,12 @@ def _running_ray(ray: Any, address: str | None) -> Iterator[None]:
     name = "ray_address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     host = _split_address(address, name)
-    own = {"include_dashboard": False, "object_store_memory": 100 * 2**20}  # samples go to files
+    own = {
+        "include_dashboard": False,
+        "object_store_memory": 100 * 2**20,
+    }  # samples are written to files
     try:
-        if host is not None:  # Ray itself would try for minutes
+        if host is not None:  # fail quickly; Ray itself tries for minutes
             socket.create_connection(host, timeout=CONNECT_S).close()
         with _native_errors_dropped():
             ray.init(
@@ -362,15 +369,15 @@ def _running_ray(ray: Any, address: str | None) -> Iterator[None]:
                 logging_level=logging.ERROR,
                 **(own if address == "local" else {}),
             )
-    except Exception as error:  # Ray raises Exception itself where a node does not start in time
+    except Exception as error:  # Ray raises a bare Exception if a node does not start in time
         reason = _first_line(error)
         if address == "local":
             raise RuntimeError(
-                f"engine='ray': Ray does not start on this machine ({reason})"
+                f"engine='ray': cannot start Ray on this machine ({reason})"
             ) from error
         raise ValueError(
-            f"{name}={address!r}: no connection ({reason}); accepted are auto on a node of a Ray cluster, or host:port of "
-            "its head"
+            f"{name}={address!r}: no connection ({reason}); must be auto on a node of a Ray cluster, or host:port of "
+            "its head node"
         ) from None
     try:
         yield
@@ -379,26 +386,34 @@ def _running_ray(ray: Any, address: str | None) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of a message that says something."""
+    """Return the first non-empty line of an error message, or the type of the error."""
     lines = (x.strip() for x in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
 
 
 def _split_address(address: str, name: str) -> tuple[str, int] | None:
-    """Return host and port of a cluster's address; None for "auto" and "local"."""
+    """Return the host and the port of a cluster address, or None for "auto" and "local".
+
+    Args:
+        address: address of a cluster.
+        name: name of the argument, for the message.
+
+    Raises:
+        ValueError: the address is invalid.
+    """
     if address in ("auto", "local"):
         return None
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal() or int(port) > 65_535:
         raise ValueError(
-            f"{name}={address!r}: accepted are auto on a node of a Ray cluster, host:port of its head, or local"
+            f"{name}={address!r}: must be auto on a node of a Ray cluster, host:port of its head node, or local"
         )
     return host.strip("[]"), int(port)
 
 
 @contextlib.contextmanager
 def _native_errors_dropped() -> Iterator[None]:
-    """Drop what native code writes to stderr, where Ray notes its log level. Exceptions of Python are not affected."""
+    """Discard output of native code to stderr, such as the log level of Ray. Python exceptions are not affected."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
@@ -410,31 +425,35 @@ def _native_errors_dropped() -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """Keep Ray Data's notes about its execution off the terminal; its own log file has them."""
+    """Hide messages of Ray Data about its execution. They are still written to its log file."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _resources(ray: Any, device: str, workers: int | None) -> tuple[bool, int]:
-    """Return whether workers run on GPUs, and how many workers there are."""
+    """Return whether workers run on GPUs, and the number of workers.
+
+    Raises:
+        ValueError: Ray has no GPU or too few resources.
+    """
     found = ray.cluster_resources()
     gpus, cpus = int(found.get("GPU", 0)), int(found.get("CPU", 0))
     if device == "cuda" and not gpus:
-        raise ValueError("device='cuda': Ray has no GPU; accepted are auto, cpu")
+        raise ValueError("device='cuda': Ray has no GPU; must be auto or cpu")
     gpu = device != "cpu" and gpus > 0
     most, what = (gpus, "GPUs") if gpu else (cpus, "CPUs")
     count = workers or (gpus if gpu else 1)
     if count > most:
         raise ValueError(
-            f"workers={count}: Ray has {most} {what}, and each worker takes one; accepted are at most {most}"
+            f"workers={count}: must be at most {most}, because Ray has {most} {what} and each worker uses one"
         )
     return gpu, count
 
 
 @contextlib.contextmanager
 def _shared_folder(folder: Path) -> Iterator[Path]:
-    """Make the folder, and yield a file in it, by which workers check that they see the same folder.
+    """Create the folder and yield a new file in it. Workers check the file to verify that they see the same folder.
 
-    At the end the file is removed, and so is the folder if it is new and empty.
+    On exit the file is removed, and the folder too if it is new and empty.
     """
     new = [x for x in (folder, *folder.parents) if not x.exists()]
     try:
@@ -452,7 +471,13 @@ def _shared_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _followed(folder: Path, like: dict[str, Any], bar: Any) -> Iterator[None]:
-    """Move the bar as samples are finished, which the journals tell."""
+    """Update the progress bar from the journals while the block runs.
+
+    Args:
+        folder: folder of the sample set.
+        like: header values of the journals of this run.
+        bar: progress bar.
+    """
     done = threading.Event()
 
     def update() -> None:

@@ -1,4 +1,4 @@
-"""Files of the samples of a set: written whole, checked, and removed where a set is replaced."""
+"""Files of the samples of a set: writing, checking, and removing those of a replaced set."""
 
 import contextlib
 import hashlib
@@ -12,9 +12,9 @@ from jaxtyping import UInt8
 
 from dit_accel.files import atomic_directory
 from dit_accel.sampling import media
-from dit_accel.sampling.journal import Found, Shards, remove_stale
+from dit_accel.sampling.image_files import is_image_file, read_image
+from dit_accel.sampling.journal import EarlierRuns, Shards, remove_stale
 from dit_accel.sampling.manifest import is_inside
-from dit_accel.sampling.pictures import is_picture, read_image
 from dit_accel.sampling.plan import Sample
 from dit_accel.sampling.settings import Kind
 
@@ -24,7 +24,14 @@ Pictures = UInt8[np.ndarray, "t h w 3"]
 def write_sample(
     folder: Path, sample: Sample, pictures: Pictures, *, kind: Kind, fps: float | int
 ) -> list[str]:
-    """Write `<id>.png`, or the frames and the mp4 of a clip; each is complete under its name or not there.
+    """Write `<id>.png` of an image, or the frames and the mp4 file of a clip. Each is written atomically.
+
+    Args:
+        folder: folder of the sample set.
+        sample: sample whose files are written.
+        pictures: frames of the sample; an image has one.
+        kind: "images" or "clips".
+        fps: frame rate of the mp4 file.
 
     Returns:
         The paths of the files, relative to the folder.
@@ -37,7 +44,7 @@ def write_sample(
     video.parent.mkdir(exist_ok=True)
     media.write_video(video, pictures, fps=fps)
     place = folder / sample.id
-    if _is_clip(place):  # of a run that was killed before it could note the sample
+    if _is_clip(place):  # left by a run that was killed before it wrote its journal
         shutil.rmtree(place)
     names = [f"{i:04d}.png" for i in range(len(pictures))]
     with atomic_directory(place) as temporary:
@@ -47,15 +54,15 @@ def write_sample(
 
 
 def frames_sha256(frames: Pictures) -> str:
-    """Return the hash of the pixels, row by row; the same whatever the file format."""
+    """Return a hash of the pixels. It does not depend on the file format."""
     return hashlib.sha256(np.ascontiguousarray(frames).tobytes()).hexdigest()
 
 
 def is_intact(folder: Path, record: dict[str, Any]) -> bool:
-    """Return whether the files are there and hold the pixels of the record."""
+    """Return whether the files of a record exist and have the recorded pixels."""
     try:
         files = [folder / file for file in record["files"] if is_inside(file)]
-        frames = [read_image(x) for x in files if is_picture(x)]
+        frames = [read_image(x) for x in files if is_image_file(x)]
         if any(x.stat().st_size == 0 for x in files):
             return False
         return frames_sha256(np.stack(frames)) == record["sha256"]
@@ -64,36 +71,45 @@ def is_intact(folder: Path, record: dict[str, Any]) -> bool:
 
 
 def check_free(folder: Path, own: Sequence[Sample], samples: Sequence[Sample], kind: Kind) -> None:
-    """Check that no file of somebody else is in the way, in a folder that holds no earlier run.
+    """Check that a folder without earlier runs has no files that the samples would replace or hide.
 
     Args:
+        folder: folder of the sample set.
         own: samples of this rank.
-        samples: samples of all ranks; another rank may have begun this very moment.
+        samples: samples of all ranks, because another rank may already have written files.
+        kind: "images" or "clips".
 
     Raises:
-        ValueError: something is in the way.
+        ValueError: the folder has a file of the same name, or other images.
     """
     for sample in own:
         for name in _places(sample, kind):
             if (folder / name).exists():
                 raise ValueError(
-                    f"output_dir={str(folder)!r}: already holds {name}; choose another or overwrite"
+                    f"output_dir={str(folder)!r}: already contains {name}; choose another folder or set overwrite"
                 )
-    # A manifest would hide them from whoever opens the folder as the set that it was.
+    # With a manifest, `SampleSet.open` would no longer find these images.
     planned = {name for sample in samples for name in _places(sample, kind)}
     for path in sorted(folder.iterdir()):
         strange = path.name not in planned and not path.name.startswith(".")
-        if strange and is_picture(path):
+        if strange and is_image_file(path):
             raise ValueError(
-                f"output_dir={str(folder)!r}: holds pictures of another origin, such as {path.name}; choose "
-                "another folder"
+                f"output_dir={str(folder)!r}: contains other images, such as {path.name}; choose another folder"
             )
 
 
 def remove_old(
-    folder: Path, found: Found, samples: Sequence[Sample], shards: Shards, kind: Kind
+    folder: Path, found: EarlierRuns, samples: Sequence[Sample], shards: Shards, kind: Kind
 ) -> None:
-    """Remove the set that is replaced. Files where another rank writes are left to that rank."""
+    """Remove the files of samples with other settings. Files that another rank will write are left to that rank.
+
+    Args:
+        folder: folder of the sample set.
+        found: samples and files of earlier runs.
+        samples: samples of all ranks.
+        shards: assignment of samples to ranks.
+        kind: "images" or "clips".
+    """
     foreign = [x for x in samples if shards.owner[x.id] != shards.rank]
     spared = {place for x in foreign for place in _places(x, kind)}
     for file in found.old_files:
@@ -107,12 +123,12 @@ def remove_old(
 
 
 def _places(sample: Sample, kind: Kind) -> list[str]:
-    """Return the names of the sample's files and folders."""
+    """Return the names of the files and folders of a sample."""
     return [f"{sample.id}.png"] if kind == "images" else [sample.id, sample.video]
 
 
 def _is_clip(place: Path) -> bool:
-    """Return whether a folder holds frames only, so that nobody's pictures are taken for a leftover."""
+    """Return whether a folder contains only numbered frames, so that removing it deletes no other images."""
     return (
         place.is_dir()
         and not place.is_symlink()

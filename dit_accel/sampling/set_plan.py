@@ -1,4 +1,4 @@
-"""`planned`: what a run of a sample set has to make, checked before anything is made."""
+"""Plan of a sample set: checked arguments, samples, batches and the share of each rank."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from dit_accel.files import check_writable
 from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.acceleration import accelerated, acceleration_settings, weights_sha256
 from dit_accel.sampling.call import ONE_PROMPT, media_kind
-from dit_accel.sampling.journal import Found, Shards, known_samples
+from dit_accel.sampling.journal import EarlierRuns, Shards, known_samples
 from dit_accel.sampling.plan import VBENCH_SAMPLES, Layout, Sample, plan_batches, plan_samples
 from dit_accel.sampling.prompts import PromptRecord, prompts_sha256
 from dit_accel.sampling.sample_files import check_free
@@ -22,23 +22,23 @@ from dit_accel.sampling.sets import SampleSet
 from dit_accel.sampling.settings import Kind, Sampling, check_count, check_fps, with_steps
 
 _CLIP = 81
-"""Frames that video pipelines make by default."""
+"""Default number of frames of video pipelines."""
 
 
 @dataclass(frozen=True)
 class SetPlan:
-    """Work of one process on a sample set."""
+    """Work of one rank on a sample set."""
 
     folder: Path
     kind: Kind
     settings: dict[str, Any]
-    """Everything that the samples depend on."""
+    """Settings that the samples depend on, as in the manifest."""
     samples: list[Sample]
     """Samples of all ranks."""
     batches: list[list[Sample]]
     """Batches of all ranks."""
     shards: Shards
-    found: Found
+    found: EarlierRuns
     """Samples of earlier runs."""
 
     @property
@@ -73,10 +73,13 @@ def planned(
     world_size: int | None,
     overwrite: bool,
 ) -> Iterator[SetPlan]:
-    """Check everything, enable the acceleration, and yield the plan; arguments as in `generate`.
+    """Check the arguments, enable acceleration inside the block, and yield the plan.
+
+    Args:
+        pipe, prompts: as in `generate.generate`, and so are all other arguments.
 
     Raises:
-        ValueError: bad input, or a folder that holds something else.
+        ValueError: an argument is invalid, or the folder contains other files.
     """
     check_fps(fps)
     check_count("batch_size", batch_size)
@@ -85,17 +88,19 @@ def planned(
     rank, world_size = shard_of(rank, world_size)
     kind = media_kind(pipe)
     if layout not in ("ids", "vbench"):
-        raise ValueError(f"layout={layout!r}: accepted are ids, vbench")
+        raise ValueError(f"layout={layout!r}: must be ids or vbench")
     if layout == "vbench" and kind == "images":
-        raise ValueError("layout='vbench': VBench judges clips, and this model makes images")
+        raise ValueError(
+            "layout='vbench': needs a model that generates clips, and this model generates images"
+        )
     if cache is not None and batch_size > 1:
         raise ValueError(
-            f"batch_size={batch_size}: a step cache decides for all samples of a call at once, so they would "
-            "depend on each other; accepted with cache is 1"
+            f"batch_size={batch_size}: must be 1 with cache, because a step cache makes one decision for all samples of a "
+            "call, so that the samples would depend on each other"
         )
     if batch_size > 1 and type(pipe).__name__ in ONE_PROMPT:
         raise ValueError(
-            f"batch_size={batch_size}: a {type(pipe).__name__} of diffusers takes one prompt in a call; accepted is 1"
+            f"batch_size={batch_size}: must be 1, because {type(pipe).__name__} of diffusers takes one prompt per call"
         )
     count = samples_per_prompt or (VBENCH_SAMPLES if layout == "vbench" else 1)
     sampling = with_steps(pipe, sampling)
@@ -129,7 +134,7 @@ def planned(
 
 
 def planned_set(pipe: Any, samples: Sequence[Sample]) -> SampleSet:
-    """Return the set that is going to be made of these samples, to ask what can be measured of it."""
+    """Return the future sample set of these samples without files. Metrics use it to check what they can measure."""
     kind = media_kind(pipe)
     frames = {x.id: (x.sampling.num_frames or _CLIP) if kind == "clips" else 1 for x in samples}
     return SampleSet(
@@ -141,17 +146,24 @@ def planned_set(pipe: Any, samples: Sequence[Sample]) -> SampleSet:
 
 
 def shard_of(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
-    """Return rank and number of ranks: as given, else those of torchrun, else one process."""
+    """Return the rank and the number of ranks.
+
+    Args:
+        rank, world_size: values to use. Default: RANK and WORLD_SIZE of the environment, else 0 and 1.
+
+    Raises:
+        ValueError: only one argument is given, a variable is not a number, or the rank is out of range.
+    """
     if (rank is None) != (world_size is None):
-        raise ValueError(f"rank={rank}, world_size={world_size}: accepted are both or neither")
+        raise ValueError(f"rank={rank}, world_size={world_size}: must be given together")
     if rank is None or world_size is None:
         values = [os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")]
         try:
             rank, world_size = map(int, values)
         except ValueError:
-            raise ValueError(f"RANK={values[0]!r}, WORLD_SIZE={values[1]!r}: no numbers") from None
+            raise ValueError(
+                f"RANK={values[0]!r}, WORLD_SIZE={values[1]!r}: must be ints"
+            ) from None
     if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(
-            f"rank={rank}, world_size={world_size}: accepted is 0 <= rank < world_size"
-        )
+        raise ValueError(f"rank={rank}, world_size={world_size}: must have 0 <= rank < world_size")
     return rank, world_size

@@ -1,4 +1,4 @@
-"""Sample sets: folders of images or clips, matched by id, read as raw frames."""
+"""Sample sets: folders of images or clips that are read as raw frames and compared by id."""
 
 import os
 import sys
@@ -8,27 +8,29 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from dit_accel.sampling.image_files import VIDEO_SUFFIXES, read_image
 from dit_accel.sampling.manifest import JOURNAL, MANIFEST, listed_frames, read_manifest
-from dit_accel.sampling.pictures import VIDEO_SUFFIXES, read_image
 from dit_accel.sampling.scan import scan_folder, some_names
 from dit_accel.sampling.settings import Kind
 
 
 class SampleSet:
-    """A folder of images or of clips.
+    """Folder of images or of clips.
 
-    With manifest.json: what `eval.generate` wrote. Without: each picture (`pictures.IMAGE_SUFFIXES`) is an
-    image and its id is its path without the suffix; a sub-folder of pictures named by numbers is a clip. Other
-    pictures are left out with a note on stderr. Nothing but names is read before `frames`.
+    If the folder has a manifest.json, which `eval.generate` writes, the set has the samples of the manifest. Otherwise each
+    image file (`image_files.IMAGE_SUFFIXES`) is an image whose id is its path without the suffix, and each sub-folder of
+    image files named by numbers is a clip. Other image formats are ignored with a note on stderr. Only file names are
+    read until `frames` is called.
     """
 
     path: Path
     kind: Kind
     ids: tuple[str, ...]
-    """Sorted."""
+    """Ids of the samples, sorted."""
     prompts: dict[str, str]
-    """By id; empty where the folder does not tell."""
+    """Prompt of each sample by id. Empty without a manifest."""
     manifest: dict[str, Any] | None
+    """Content of manifest.json, or None."""
 
     def __init__(
         self,
@@ -47,15 +49,15 @@ class SampleSet:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "SampleSet":
-        """Return the set in this folder.
+        """Open a folder as a sample set.
 
         Raises:
-            ValueError: no folder, nothing in it, a manifest that is damaged or names missing files, an
-                unfinished run, images beside clips, or videos without frames.
+            ValueError: the folder does not exist, has no samples, has a damaged manifest or an unfinished run, lacks files
+                of the manifest, has both images and clips, or has videos without frames.
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise ValueError(f"path={str(path)!r}: accepted is a folder of images or clips")
+            raise ValueError(f"path={str(path)!r}: must be a folder of images or clips")
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
             files = {
@@ -70,8 +72,8 @@ class SampleSet:
             return cls(folder, manifest["kind"], files, prompts, manifest)
         if unfinished := sorted(p.name for p in folder.glob(JOURNAL.format("*"))):
             raise ValueError(
-                f"path={str(path)!r}: holds {unfinished[0]} and no {MANIFEST}, so generation has not "
-                "finished; run it again to go on"
+                f"path={str(path)!r}: contains {unfinished[0]} and no {MANIFEST}, so generation is not finished; run it "
+                "again to resume"
             )
         kind, files = scan_folder(folder)
         return cls(folder, kind, files)
@@ -82,15 +84,15 @@ class SampleSet:
     def __repr__(self) -> str:
         return f"SampleSet({str(self.path)!r}, {len(self)} {self.kind})"
 
-    def files(self, id: str) -> tuple[Path, ...]:  # noqa: A002  # it is called id everywhere
-        """Return the files of the frames in order; an image has one."""
+    def files(self, id: str) -> tuple[Path, ...]:  # noqa: A002  # the manifest and the prompts use this name
+        """Return the files of the frames of a sample in order. An image has one file."""
         try:
             return self._files[id]
         except KeyError:
-            raise ValueError(f"id={id!r}: not in {self.path}") from None
+            raise ValueError(f"id={id!r}: not a sample of {self.path}") from None
 
     def media(self, id: str) -> Path:  # noqa: A002
-        """Return the file to look at: the picture, or the mp4 of a clip (the first frame without one)."""
+        """Return the file to show: an image, the mp4 file of a clip, or the first frame of a clip without mp4 file."""
         first = self.files(id)[0]
         if self.kind == "images":
             return first
@@ -100,10 +102,10 @@ class SampleSet:
         return next((x for x in videos if x.is_file()), first)
 
     def frames(self, id: str) -> UInt8[np.ndarray, "t h w 3"]:  # noqa: A002
-        """Return the raw frames; an image has one.
+        """Return the raw frames of a sample. An image has one frame.
 
         Raises:
-            ValueError: no such id; a file that is unreadable or truncated; frames of different sizes.
+            ValueError: there is no such id, a file is unreadable or truncated, or the frames have different sizes.
         """
         files = self.files(id)
         first = read_image(files[0])
@@ -113,25 +115,26 @@ class SampleSet:
             image = read_image(file)
             if image.shape != first.shape:
                 raise ValueError(
-                    f"{file}: {_size(image)} pixels, and {files[0].name} of the same clip has {_size(first)}; "
-                    "accepted are frames of one size"
+                    f"{file}: {_size(image)} pixels, and {files[0].name} of the same clip has {_size(first)}; all frames "
+                    "must have the same size"
                 )
             frames[i] = image
         return frames
 
 
 def pair_ids(a: SampleSet, b: SampleSet, *, allow_partial: bool = False) -> tuple[str, ...]:
-    """Return the ids of the samples to compare, sorted.
+    """Return the ids that two sets have in common, sorted.
 
     Args:
-        allow_partial: leave out what only one of them has, with a note on stderr.
+        a, b: the two sets.
+        allow_partial: ignore samples that only one set has, with a note on stderr.
 
     Raises:
-        ValueError: images against clips, no id in common, or ids that only one has.
+        ValueError: the sets have different kinds or no common ids, or one set has further ids and `allow_partial` is False.
     """
     if a.kind != b.kind:
         raise ValueError(
-            f"{a.path} holds {a.kind} and {b.path} holds {b.kind}; accepted are two of one kind"
+            f"{a.path} contains {a.kind} and {b.path} contains {b.kind}; both must be of the same kind"
         )
     common = sorted(set(a.ids) & set(b.ids))
     left_out = []
@@ -139,14 +142,13 @@ def pair_ids(a: SampleSet, b: SampleSet, *, allow_partial: bool = False) -> tupl
         if alone := sorted(set(own.ids) - set(other.ids)):
             left_out.append(f"{len(alone)} only in {own.path} ({some_names(alone)})")
     if not common:
-        raise ValueError(f"the two sets have no id in common: {'; '.join(left_out)}")
+        raise ValueError(f"the two sets have no common ids: {'; '.join(left_out)}")
     if left_out and not allow_partial:
         raise ValueError(
-            f"the ids of the two sets differ: {'; '.join(left_out)}; give both the same ids, or allow "
-            "partial pairs"
+            f"the ids of the two sets differ: {'; '.join(left_out)}; ids must be the same unless allow_partial is set"
         )
     if left_out:
-        sys.stderr.write(f"note: {len(common)} pairs; left out: {'; '.join(left_out)}\n")
+        sys.stderr.write(f"note: {len(common)} pairs; ignored: {'; '.join(left_out)}\n")
     return tuple(common)
 
 

@@ -1,4 +1,4 @@
-"""`Sampling`: the arguments of one pipeline call, and checks of the numbers that a run starts from."""
+"""Arguments of one pipeline call, and checks of counts, seeds and frame rates."""
 
 import inspect
 import math
@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Kind = Literal["images", "clips"]
-"""What a pipeline makes."""
+"""Kind of the samples of a pipeline."""
 FRAMES = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
-"""Names that pipelines of clips have for the frames of a latent frame."""
+"""Attribute names of video pipelines for the number of frames per latent frame."""
 SEEDS = 2**63
-"""Seeds are in [0, SEEDS): what `torch.Generator.manual_seed` takes without a sign."""
+"""Seeds must be in [0, SEEDS), the non-negative range of `torch.Generator.manual_seed`."""
 FPS = (0.01, 1000.0)
-"""Frame rates that both mp4 and GIF can hold."""
+"""Smallest and largest frame rate that mp4 and GIF files support."""
 LARGEST = {
     "height": 65_536,
     "width": 65_536,
@@ -21,29 +21,33 @@ LARGEST = {
     "num_inference_steps": 10_000,
     "max_sequence_length": 8_192,
 }
-"""Largest accepted value of each whole number. A larger one is a slip that would exhaust the memory."""
+"""Maximum of each integer argument, so that a typing error does not exhaust the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Arguments of one pipeline call; None leaves the pipeline's own default.
+    """Arguments of one pipeline call. None keeps the default of the pipeline.
 
     Raises:
         ValueError: a value that no pipeline accepts.
     """
 
     height: int | None = None
-    """Pixels; must be divisible by the model's step."""
+    """Height in pixels. The model requires a multiple of its scale factor."""
     width: int | None = None
+    """Width in pixels, likewise."""
     num_frames: int | None = None
-    """Temporal factor * k + 1 (4k+1 for Wan2.1)."""
+    """Number of frames of a clip, temporal scale factor * k + 1 (4k + 1 for Wan2.1)."""
     num_inference_steps: int | None = None
+    """Number of denoising steps."""
     guidance_scale: float | None = None
+    """Scale of classifier-free guidance."""
     negative_prompt: str | None = None
+    """Negative prompt of classifier-free guidance."""
     max_sequence_length: int | None = None
-    """Text tokens."""
+    """Maximum number of text tokens."""
     image: str | None = None
-    """Picture file that a clip begins with, for image-to-video models."""
+    """Input image file of an image-to-video model."""
 
     def __post_init__(self) -> None:
         for name, largest in LARGEST.items():
@@ -54,23 +58,23 @@ class Sampling:
         if scale is not None and not _is_finite(scale):
             raise ValueError(f"guidance_scale={scale!r}: must be a finite number")
         if not isinstance(self.negative_prompt, str | None):
-            raise ValueError(f"negative_prompt={self.negative_prompt!r}: must be text")
+            raise ValueError(f"negative_prompt={self.negative_prompt!r}: must be a str")
 
     def call_arguments(self) -> dict[str, Any]:
-        """Return the given arguments under the pipeline's names."""
+        """Return the arguments that are not None, under the names of the pipeline."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def filled(self, defaults: dict[str, Any]) -> "Sampling":
-        """Return a copy with `defaults` where no value was given."""
+        """Return a copy with `defaults` in place of None."""
         return Sampling(**{**defaults, **self.call_arguments()})
 
     def overridden(self, **own: Any) -> "Sampling":
-        """Return a copy with `own` in place of the values here."""
+        """Return a copy in which `own` replaces values."""
         return Sampling(**{**asdict(self), **own})
 
 
 def with_steps(pipe: Any, sampling: Sampling) -> Sampling:
-    """Return `sampling` with the pipeline's default number of steps where none is given."""
+    """Return `sampling` with the default number of steps of the pipeline if it has none."""
     default = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
     return sampling.filled({"num_inference_steps": default})
 
@@ -79,24 +83,23 @@ def check_count(name: str, value: Any, *, least: int = 1, largest: int | None = 
     """Raise ValueError unless `value` is an int in [least, largest]."""
     if type(value) is not int or value < least or (largest is not None and value > largest):
         valid = f"an int >= {least}" if largest is None else f"an int in [{least}, {largest}]"
-        raise ValueError(f"{name}={value!r}: accepted is {valid}")
+        raise ValueError(f"{name}={value!r}: must be {valid}")
 
 
 def check_seed(seed: Any, count: int = 1) -> None:
-    """Raise ValueError unless `seed` to `seed + count - 1` are seeds."""
+    """Raise ValueError unless the seeds `seed` to `seed + count - 1` are valid."""
     if type(seed) is not int or not 0 <= seed < SEEDS:
-        raise ValueError(f"seed={seed!r}: accepted is an int >= 0 and below 2**63")
+        raise ValueError(f"seed={seed!r}: must be an int in [0, 2**63)")
     if seed + count > SEEDS:
         raise ValueError(
-            f"seed={seed}: with {count} samples the last seed would be above 2**63 - 1; accepted is a smaller "
-            "seed"
+            f"seed={seed}: must be at most 2**63 - {count} with {count} samples, because later seeds count up from it"
         )
 
 
 def check_fps(fps: Any) -> None:
-    """Raise ValueError unless `fps` is a frame rate that files can hold."""
+    """Raise ValueError unless `fps` is a frame rate that mp4 and GIF files support."""
     if not (_is_finite(fps) and FPS[0] <= fps <= FPS[1]):
-        raise ValueError(f"fps={fps!r}: accepted is a number in [{FPS[0]}, {FPS[1]:g}]")
+        raise ValueError(f"fps={fps!r}: must be a number in [{FPS[0]}, {FPS[1]:g}]")
 
 
 def _is_finite(value: Any) -> bool:

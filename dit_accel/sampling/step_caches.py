@@ -1,4 +1,4 @@
-"""`step_cache`: context manager that puts a step cache of diffusers on the transformer of a pipeline."""
+"""Context manager that enables a step cache of diffusers on the transformer of a pipeline."""
 
 import contextlib
 import functools
@@ -9,48 +9,48 @@ import torch
 
 from dit_accel.runtime.components import transformers_of
 
-LENT = ("SD3Transformer2DModel",)
-"""Transformers without `enable_cache` whose blocks diffusers' hooks know. They get the methods of `CacheMixin` while
-a cache is on."""
+WITHOUT_CACHE_MIXIN = ("SD3Transformer2DModel",)
+"""Class names of transformers without `enable_cache` whose blocks the cache hooks of diffusers support. The methods of
+`CacheMixin` are added to them while a cache is on."""
 
-
-TWO_TRANSFORMERS = (
-    "not for two transformers (Wan2.2): diffusers' caches count the steps of one transformer"
-)
+TWO_TRANSFORMERS = "does not support two transformers (Wan2.2), because caches of diffusers count the steps of one transformer"
 
 
 def takes_cache(transformer: Any) -> bool:
-    """Return whether step caches of diffusers can be put on this transformer."""
-    return hasattr(transformer, "enable_cache") or type(transformer).__name__ in LENT
+    """Return whether step caches of diffusers support this transformer."""
+    return hasattr(transformer, "enable_cache") or type(transformer).__name__ in WITHOUT_CACHE_MIXIN
 
 
 def scheduler_step(pipe: Any) -> int:
-    """Return the number of the step that the scheduler of a pipeline is at."""
+    """Return the index of the current step of the scheduler of a pipeline."""
     return pipe.scheduler.step_index or 0
 
 
 @contextlib.contextmanager
 def step_cache(pipe: Any, config: Any) -> Iterator[None]:
-    """Put a step cache on; take it off at the end.
+    """Enable a step cache inside the block.
 
     Args:
+        pipe: a loaded pipeline.
         config: a cache config of diffusers, such as `FirstBlockCacheConfig`.
 
     Raises:
-        ValueError: a cache is on already, or diffusers has none for this model.
+        ValueError: a cache is already enabled, or diffusers has no step cache for this model.
     """
     held, *others = transformers_of(pipe)
     if others:
-        raise ValueError(f"cache: {TWO_TRANSFORMERS}")
-    transformer = getattr(held, "_orig_mod", held)  # torch.compile wraps
+        raise ValueError(f"cache={type(config).__name__}: {TWO_TRANSFORMERS}")
+    transformer = getattr(held, "_orig_mod", held)  # the model inside the wrapper of torch.compile
     if not takes_cache(transformer):
         raise ValueError(
-            f"cache: step caches are not available in diffusers for {type(transformer).__name__}"
+            f"cache={type(config).__name__}: diffusers has no step cache for {type(transformer).__name__}"
         )
     if getattr(transformer, "is_cache_enabled", False):
-        raise ValueError("cache: a step cache is on already; call disable_cache() first")
+        raise ValueError(
+            f"cache={type(config).__name__}: a step cache is already enabled; call disable_cache() first"
+        )
     if not hasattr(transformer, "enable_cache"):
-        with _lent_methods(pipe, transformer, config):
+        with _cache_on_sd3(pipe, transformer, config):
             yield
         return
     transformer.enable_cache(config)
@@ -62,11 +62,11 @@ def step_cache(pipe: Any, config: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lent_methods(pipe: Any, transformer: Any, config: Any) -> Iterator[None]:
-    """Put a step cache on Stable Diffusion 3, whose pipeline has no cache context either.
+def _cache_on_sd3(pipe: Any, transformer: Any, config: Any) -> Iterator[None]:
+    """Enable a step cache on Stable Diffusion 3, whose transformer and pipeline do not support caches in diffusers.
 
-    Its last block returns no text, where diffusers' hooks compute a residual of it. The text that comes in
-    takes its place; nothing reads it.
+    The last block returns no text, but the hooks of diffusers compute a residual of the text. The block returns its input
+    text instead, which nothing reads.
     """
     from diffusers import CacheMixin
 
@@ -80,7 +80,7 @@ def _lent_methods(pipe: Any, transformer: Any, config: Any) -> Iterator[None]:
 
     def enter(*_: Any) -> None:
         step, scheduler = scheduler_step(pipe), pipe.scheduler
-        # Guidance is in the batch, so that one context holds all of a step.
+        # Both halves of guidance are in one batch, so a step needs one context only.
         place = {
             "step_index": step,
             "sigma": float(scheduler.sigmas[step]),

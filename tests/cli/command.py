@@ -1,4 +1,4 @@
-"""The command line, called in this process; and small sizes for it."""
+"""Calls of the command line in this process, and options for small samples."""
 
 from dit_accel.cli import main
 
@@ -7,7 +7,7 @@ SMALL += ["--guidance-scale", "1", "--max-sequence-length", "16"]
 
 
 def run(*arguments):
-    """Exit code of the command line."""
+    """Run the command line and return its exit code."""
     try:
         main([str(a) for a in arguments])
     except SystemExit as stop:

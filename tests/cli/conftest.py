@@ -1,4 +1,4 @@
-"""Prompts, pictures and settings for commands."""
+"""Fixtures for tests of commands: prompts, images and settings."""
 
 import json
 
@@ -27,7 +27,7 @@ def prompts(tmp_path):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """`pictures(name, noise)`: a folder of four pictures, noisier ones of the same."""
+    """Return a function that writes a folder of images: the same ones for each folder, with added noise."""
 
     def write(name, noise=0, count=4):
         folder = tmp_path / name
@@ -44,9 +44,10 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def refused(tmp_path, capsys, monkeypatch, unchecked):
-    """`refused(*arguments)`: a command is refused in one line before a model is loaded, and writes nothing.
+    """Return a function that runs a command which must be refused.
 
-    Returns the line. Runs in a folder of its own, where relative paths lead.
+    The function checks that no model is loaded, that nothing is written and that the error is one line, and returns the
+    line. The current directory is `tmp_path`.
     """
 
     def loaded(*_, **__):

@@ -1,4 +1,4 @@
-"""`dit-accel env`."""
+"""Command `dit-accel env`."""
 
 import json
 

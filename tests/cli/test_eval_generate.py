@@ -1,9 +1,6 @@
-"""`dit-accel eval generate`."""
+"""Command `dit-accel eval generate`."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -29,7 +26,7 @@ def test_generate_makes_a_set_and_goes_on(wan_repository, prompts, tmp_path, cap
     assert generate(wan_repository, prompts, out, "--limit", 1) == 0
     assert capsys.readouterr().out == f"{out}: 1 clips\n"
     assert generate(wan_repository, prompts, out) == 2  # other prompts are other settings
-    assert "the prompts are others" in capsys.readouterr().err
+    assert "output_dir=" in capsys.readouterr().err
     cache = ["--cache", "first_block_cache:0.2", "--overwrite", "--format", "json"]
     assert generate(wan_repository, prompts, out, *cache) == 0
     done = printed(capsys)
@@ -40,26 +37,18 @@ def test_generate_makes_a_set_and_goes_on(wan_repository, prompts, tmp_path, cap
     assert [x["seed"] for x in manifest["samples"].values()] == [0, 9]
 
 
-def test_generate_in_two_processes_makes_the_same_set(wan_repository, prompts, tmp_path):
+def test_two_ranks_make_the_same_set(wan_repository, prompts, tmp_path, capsys, monkeypatch):
     assert generate(wan_repository, prompts, tmp_path / "one", "--format", "json") == 0
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    command += ["-m", "dit_accel.cli", "eval", "generate", "--model", str(wan_repository), *SMALL]
-    command += ["--prompts", str(prompts), "--output-dir", str(tmp_path / "two"), "--fps", "8"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    capsys.readouterr()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)  # as torchrun does
+        assert generate(wan_repository, prompts, tmp_path / "two") == 0
+    out = tmp_path / "two"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{out}: ")
+    assert not first.endswith("2 clips")
+    assert second == f"{out}: 2 clips"
     one, two = (SampleSet.open(tmp_path / x) for x in ("one", "two"))
     assert one.manifest["shards"] == 1
     assert two.manifest["shards"] == 2
@@ -78,7 +67,7 @@ def test_generate_in_two_processes_makes_the_same_set(wan_repository, prompts, t
         (["--cache", "teacache"], "cache='teacache'"),
         (["--cache", "sea_cache:x"], "'sea_cache:x'"),
         (["--cache", "sea_cache", "--batch-size", "2"], "batch_size=2"),
-        (["--cache", "pab"], "cache='pab': diffusers keeps one state for both calls of guidance"),
+        (["--cache", "pab"], "cache='pab'"),
         (
             ["--cache", "mag_cache"],
             "cache='mag_cache': it needs a calibration, which `eval run` makes",
@@ -111,7 +100,7 @@ def test_a_bad_value_is_refused_before_the_model_is_loaded(
         (["--layout", "vbench"], "layout='vbench'"),
         (
             ["--cache", "faster_cache", "--guidance-scale", "1"],
-            "cache='faster_cache': needs guidance",
+            "cache='faster_cache'",
         ),
         (["--num-frames", "5"], "num_frames=5"),
     ],

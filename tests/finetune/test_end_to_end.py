@@ -18,8 +18,8 @@ from dit_accel.checkpoint.file import read_checkpoint
 from dit_accel.finetune.checkpoints import checkpoints
 from dit_accel.finetune.log import read_log
 from dit_accel.finetune.stop import Interrupted
+from dit_accel.sampling.image_files import read_image
 from dit_accel.sampling.load import load_pipeline
-from dit_accel.sampling.pictures import read_image
 
 from .faults import begin_child, end_child, in_child, in_children, kill
 

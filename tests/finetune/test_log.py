@@ -6,7 +6,7 @@ import pytest
 
 from dit_accel.finetune.curves import draw_curves, moving_average, points_of
 from dit_accel.finetune.log import RunLog, read_log
-from dit_accel.sampling.pictures import read_image
+from dit_accel.sampling.image_files import read_image
 
 STAGES = ("regression", "distillation")
 

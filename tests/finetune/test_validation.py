@@ -18,7 +18,7 @@ from dit_accel.finetune.validation_samples import (
     compared,
     validation_prompts,
 )
-from dit_accel.sampling.pictures import read_image
+from dit_accel.sampling.image_files import read_image
 
 SIZE = {"size": (9, 64, 64), "text_tokens": 16}
 SPARSE = {

@@ -26,7 +26,7 @@ class Pipe:
 
 @pytest.mark.parametrize(("distilled", "scales"), [(True, (2.0, 4.0)), (False, (None, 2.0))])
 def test_guidance_has_another_name_where_it_was_not_distilled_into_the_model(distilled, scales):
-    """Guidance as FLUX.1-dev and Qwen-Image have it."""
+    """The model is distilled for guidance, as FLUX.1-dev, or not, as Qwen-Image."""
     pipe, sampling = Pipe(distilled), Sampling(guidance_scale=2.0)
     run_latents(pipe, plan_samples(number_prompts(["a"]), sampling, seed=0, count=1, layout="ids"))
     assert pipe.scales == scales

@@ -1,4 +1,4 @@
-"""Numbers of files that many processes claim in one folder."""
+"""Numbered file names that several processes claim in one folder."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def names(folder):
 
 
 def take(folder, text="x"):
-    """The number of the next claim, used for one file."""
+    """Claim the next number, write one file, and return the number."""
     with claimed_stem(folder) as stem:
         stem.with_suffix(".json").write_text(text)
     return stem.name

@@ -1,4 +1,4 @@
-"""Where a command computes, and in which precision."""
+"""Device and dtype of a command."""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Schedulers by name, LoRA weights, compiled blocks."""
+"""Changes to a pipeline: schedulers by name, LoRA weights, compiled blocks."""
+
+import re
 
 import diffusers
 import numpy as np
@@ -33,7 +35,7 @@ def outline(wan_repository):
 
 @pytest.fixture
 def lora(wan_repository, tmp_path):
-    """`lora(name, scale)`: a file of LoRA weights for the tiny Wan."""
+    """Return a function that writes LoRA weights for the tiny Wan."""
 
     def write(name="style.safetensors", rank=2):
         generator = torch.Generator().manual_seed(0)
@@ -53,41 +55,51 @@ def lora(wan_repository, tmp_path):
 def sample(pipe, steps):
     pipe.set_progress_bar_config(disable=True)
     return pipe(
-        prompt="a red circle moving right", height=64, width=64, num_frames=9, guidance_scale=2.0,
+        prompt="a red circle moving right", height=32, width=32, num_frames=5, guidance_scale=2.0,
         num_inference_steps=steps, max_sequence_length=16, output_type="np",
         generator=torch.Generator().manual_seed(0),
     ).frames  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return sample(load_pipeline(asset("tiny-wan"), sla=None), 16)
+def trained():
+    return load_pipeline(asset("tiny-wan"), sla=None)
+
+
+@pytest.fixture(scope="module")
+def reference(trained):
+    return sample(trained, 16)
+
+
+def restored(monkeypatch, pipe):
+    """Restore the scheduler of a pipeline at the end of the test."""
+    monkeypatch.setitem(pipe.config, "scheduler", pipe.config["scheduler"])
+    monkeypatch.setattr(pipe, "scheduler", pipe.scheduler)
 
 
 @pytest.mark.parametrize("name", [*FLOW, *NOISY])
-def test_schedulers_follow_the_same_flow(name, reference):
+def test_schedulers_follow_the_same_flow(name, reference, trained, monkeypatch):
     # Solvers differ in their error, which vanishes with many steps; a wrong flow or shift does not.
-    model = asset("tiny-wan")
-    pipe = load_pipeline(model, sla=None)
-    done = prepare(pipe, check_extras(read_outline(model), scheduler=name))
+    pipe = trained
+    restored(monkeypatch, pipe)
+    done = prepare(pipe, check_extras(read_outline(asset("tiny-wan")), scheduler=name))
     assert done == {"scheduler": name}
     assert type(pipe.scheduler).__name__ == name
     if name in NOISY:
-        assert np.isfinite(sample(pipe, 4)).all()
+        assert np.isfinite(sample(pipe, 2)).all()
         return
     error = np.square(sample(pipe, 16) - reference).mean()
     assert error < 1e-3
 
 
 @pytest.mark.parametrize("name", FLOW)
-def test_an_image_model_changes_its_scheduler_too(name):
-    model = asset("tiny-sd3")
-    pipe = load_pipeline(model, sla=None)
-    prepare(pipe, check_extras(read_outline(model), scheduler=name))
+def test_an_image_model_changes_its_scheduler_too(name, sd3, monkeypatch):
+    pipe = sd3
+    restored(monkeypatch, pipe)
+    prepare(pipe, check_extras(read_outline(asset("tiny-sd3")), scheduler=name))
     assert getattr(pipe.scheduler.config, "flow_shift", pipe.scheduler.config.get("shift")) == 3.0
-    pipe.set_progress_bar_config(disable=True)
     images = pipe(
-        "a red circle", height=64, width=64, num_inference_steps=4, output_type="np"
+        "a red circle", height=32, width=32, num_inference_steps=2, output_type="np"
     ).images
     assert np.isfinite(images).all()
 
@@ -128,19 +140,21 @@ def test_other_schedulers_are_refused_with_those_that_are_accepted(outline, name
 
 def test_a_model_that_predicts_v_keeps_its_scheduler(tmp_path):
     random_pipelines.make("cogvideox").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"a CogVideoXPipeline predicts v.*accepted is None"):
+    with pytest.raises(ValueError, match=r"scheduler='UniPC.*CogVideoXPipeline.*None"):
         scheduler_class("UniPCMultistepScheduler", read_outline(tmp_path))
 
 
 def test_a_misspelt_scheduler_gets_a_suggestion(outline):
-    with pytest.raises(ValueError, match=r"did you mean 'UniPCMultistepScheduler'"):
+    with pytest.raises(
+        ValueError, match=r"scheduler='UniPcMultiStep.*mean 'UniPCMultistepScheduler'"
+    ):
         scheduler_class("UniPcMultiStepScheduler", outline)
 
 
 def test_every_accepted_scheduler_is_tested_here(outline):
-    with pytest.raises(ValueError, match="accepted are ") as error:
+    with pytest.raises(ValueError, match="scheduler='x'") as error:
         scheduler_class("x", outline)
-    named = str(error.value).partition("accepted are ")[2].split(", ")
+    named = re.findall(r"\w+Scheduler", str(error.value))
     assert {x for x in named if hasattr(diffusers, x)} == {*FLOW, *NOISY}
 
 
@@ -182,7 +196,7 @@ def test_a_folder_holds_one_file_or_one_of_the_usual_name(outline, lora, tmp_pat
     usual = lora("many/pytorch_lora_weights.safetensors")
     assert check_extras(outline, loras=[str(tmp_path / "many")]).loras[0].source == str(usual)
     colon = lora("odd:0.5")  # a file of that name comes before a scale
-    with pytest.raises(ValueError, match="safetensors file"):
+    with pytest.raises(ValueError, match=r"lora=.*safetensors"):
         check_extras(outline, loras=[str(colon)])
 
 
@@ -231,11 +245,11 @@ def test_every_family_has_repeated_blocks(name):
 
 def test_blocks_that_are_not_known_are_refused(outline, monkeypatch):
     monkeypatch.setattr(Family, "blocks_of", lambda *_: ())
-    with pytest.raises(ValueError, match=r"compile=True: the repeated blocks of WanTransformer3DM"):
+    with pytest.raises(ValueError, match=r"compile=True: .*WanTransformer3DModel"):
         check_extras(outline, compile=True)
 
 
 def test_compiling_on_a_cpu_needs_a_compiler(outline, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match=r"compile=True: .* no-such-compiler is not there"):
+    with pytest.raises(ValueError, match=r"compile=True: .*no-such-compiler"):
         check_extras(outline, compile=True, device="cpu")

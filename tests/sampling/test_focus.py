@@ -1,4 +1,4 @@
-"""Pictures of where region-adaptive sampling worked."""
+"""Images of the tokens that region-adaptive sampling ran."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from ..random_pipelines import make, run
 
 def test_masks_are_those_of_the_steps():
     pipe = make("wan")
-    with pytest.raises(ValueError, match="save_focus: region-adaptive sampling is off"):
+    with pytest.raises(ValueError, match="save_focus=True"):
         focus_masks(pipe)
     dit_accel.enable(pipe, ras={"ratio": 0.5, "warmup": 2})
     run(pipe, "wan")
@@ -31,7 +31,7 @@ def test_heat_runs_from_dark_to_light():
     assert (np.diff(light) > 0).all()
 
 
-@pytest.mark.parametrize(("frames", "count"), [(1, 1), (1, 11), (3, 11), (9, 1)])
+@pytest.mark.parametrize(("frames", "count"), [(1, 1), (1, 11), (3, 11), (5, 1)])
 def test_files_have_the_size_of_the_clip(frames, count, tmp_path):
     from PIL import Image
 

@@ -1,16 +1,16 @@
-"""Prompts to sample sets: kills, shards, batches, layouts, bad input.
+"""Generation of sample sets: interrupted runs, shards, batches, layouts, invalid input.
 
-`wan` and `sd3` are real pipelines; `drawn` replaces their calls by noise of the seeds where a test is
-about files.
+`wan` and `sd3` are real pipelines. The fixture `drawn` replaces their calls by random frames in tests of files.
 """
 
 import contextlib
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -36,14 +36,26 @@ from dit_accel.sampling.set_plan import shard_of
 from dit_accel.sampling.sets import SampleSet
 from dit_accel.sampling.settings import Sampling
 
-from .generate_worker import PROMPTS, SAMPLING
-
+PROMPTS = [
+    PromptRecord("00000", "a red circle moving right"),
+    PromptRecord("00001", "a blue square", seed=11),
+    PromptRecord("00002", "a white cross", negative_prompt="a green triangle"),
+    PromptRecord("00003", "a cyan circle moving down on a navy background"),
+]
+SAMPLING = Sampling(
+    height=32,
+    width=32,
+    num_frames=5,
+    num_inference_steps=2,
+    guidance_scale=2.0,
+    max_sequence_length=16,
+)
 IMAGE = Sampling(height=64, width=64, num_inference_steps=2, guidance_scale=2.0)
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Pipeline calls that draw noise of the seeds, and no video encoder; the prompts of each call."""
+    """Replace pipeline calls by random frames and the video encoder by a stub. Return the list of the prompts of each call."""
     calls = []
 
     def draw(pipe, samples, **_):
@@ -61,7 +73,7 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The prompts of each pipeline call."""
+    """Return the list of the prompts of each pipeline call."""
     calls = []
 
     def count(pipe, samples, **overrides):
@@ -79,7 +91,7 @@ def make(pipe, folder, prompts=PROMPTS, *, act=generate, **changed):
 
 
 def pictures(folder):
-    """Every frame by its path, as bytes of the file."""
+    """Return the bytes of each frame file by its path."""
     found = sorted(folder.rglob("*.png"))
     return {x.relative_to(folder).as_posix(): x.read_bytes() for x in found}
 
@@ -90,20 +102,40 @@ def names(folder):
 
 @pytest.fixture(scope="module")
 def whole(wan, tmp_path_factory):
-    """Never interrupted, one process, one sample a call."""
+    """Sample set of one process without interruption, with one sample per call."""
     folder = tmp_path_factory.mktemp("whole")
     assert make(wan, folder).ids == ("00000", "00001", "00002", "00003")
     return folder
 
 
-def worker(repository, folder, batch_size=1, **environment):
-    command = [sys.executable, str(Path(__file__).with_name("generate_worker.py"))]
-    return subprocess.Popen(
-        [*command, str(repository), str(folder), str(batch_size)],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(pipe, folder, *, die_at=0, printed=os.devnull, environment=None, **changed):
+    """Start a process that calls `make` and kills itself while it writes frame number `die_at`.
+
+    Args:
+        printed: file for its stderr.
+        environment: environment variables of the process.
+        changed: arguments of `make`.
+    """
+
+    def run():
+        write_png, written = media.write_png, []
+
+        def dying(path, image):
+            written.append(path)
+            if len(written) == die_at:
+                path.write_bytes(b"half an image")
+                os.kill(os.getpid(), signal.SIGKILL)
+            write_png(path, image)
+
+        os.environ.update(environment or {})
+        media.write_png = dying
+        with open(printed, "w") as sys.stderr:
+            make(pipe, folder, progress=True, **changed)
+
+    # A forked process has the loaded pipeline already.
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 def test_a_clip_is_frames_a_video_and_a_record(whole):
@@ -125,12 +157,13 @@ def test_a_clip_is_frames_a_video_and_a_record(whole):
     assert names(whole) == sorted([*clips.ids, *(f"{x}.mp4" for x in clips.ids), "manifest.json"])
 
 
-def test_a_killed_process_goes_on_bit_for_bit(wan, wan_repository, whole, tmp_path, counted):
-    process = worker(wan_repository, tmp_path, DIE_AT="8")
-    _, error = process.communicate()
-    assert process.returncode == -9, error
-    assert "1/4" in error
-    with pytest.raises(ValueError, match=r"holds manifest\.rank0\.jsonl and no manifest\.json"):
+def test_a_killed_process_goes_on_bit_for_bit(wan, whole, tmp_path, tmp_path_factory, counted):
+    printed = tmp_path_factory.mktemp("stderr") / "stderr.txt"
+    process = start(wan, tmp_path, die_at=8, printed=printed)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert "1/4" in printed.read_text()
+    with pytest.raises(ValueError, match=r"path=.*manifest\.rank0\.jsonl"):
         SampleSet.open(tmp_path)
     assert len(list(tmp_path.glob(".tmp-*"))) == 1
     assert make(wan, tmp_path).ids == SampleSet.open(whole).ids
@@ -139,14 +172,20 @@ def test_a_killed_process_goes_on_bit_for_bit(wan, wan_repository, whole, tmp_pa
     assert names(tmp_path) == names(whole)
 
 
-def test_two_processes_make_what_one_makes(wan, wan_repository, tmp_path):
+def test_two_processes_make_what_one_makes(wan, tmp_path):
     make(wan, tmp_path / "one", batch_size=2)
-    ranks = [
-        worker(wan_repository, tmp_path / "two", 2, RANK=str(i), WORLD_SIZE="2") for i in range(2)
+    processes = [
+        start(
+            wan,
+            tmp_path / "two",
+            batch_size=2,
+            environment={"RANK": str(rank), "WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
     ]
-    for process in ranks:
-        _, error = process.communicate()
-        assert process.returncode == 0, error
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
     assert pictures(tmp_path / "two") == pictures(tmp_path / "one")
     assert names(tmp_path / "two") == names(tmp_path / "one")
     one, two = (SampleSet.open(tmp_path / x).manifest for x in ("one", "two"))
@@ -167,7 +206,7 @@ def test_the_batch_size_changes_rounding_only(wan, whole, tmp_path, counted):
         # fp32 sums of other shapes: some 1e-7 a layer; other noise would differ by 0.1 and more.
         np.testing.assert_allclose(both.frames[i], alone.frames[0], atol=1e-5)
     batched = make(wan, tmp_path, batch_size=3)
-    # The one with a negative prompt cannot share a call with those that leave it to the model.
+    # A prompt with a negative prompt cannot share a call with prompts without one.
     assert counted == [[PROMPTS[i].prompt for i in (0, 1, 3)], [PROMPTS[2].prompt]]
     single = SampleSet.open(whole)
     for name in single.ids:
@@ -224,7 +263,7 @@ def test_whatever_is_interrupted_goes_on(wan, drawn, tmp_path, monkeypatch, wher
     lines = (tmp_path / "cut" / "manifest.rank0.jsonl").read_text().splitlines()
     assert len(lines) == 1 + done
     make(wan, tmp_path / "cut", batch_size=3)
-    # The batch that was cut off runs as a whole again, with the same company.
+    # The interrupted batch runs again with all its samples.
     assert drawn == [drawn[0]] * 2 + [[PROMPTS[2].prompt]]
     assert pictures(tmp_path / "cut") == pictures(tmp_path / "whole")
     assert names(tmp_path / "cut") == names(tmp_path / "whole")
@@ -281,9 +320,9 @@ def test_other_settings_are_refused_with_what_differs(wan, drawn, tmp_path):
         ValueError, match=r"sampling\.num_inference_steps was 2 and is 3; seed was 0 and is 1"
     ):
         make(wan, tmp_path, sampling=other, seed=1)
-    with pytest.raises(ValueError, match="the prompts are others"):
+    with pytest.raises(ValueError, match=r"output_dir=.*prompts"):
         make(wan, tmp_path, PROMPTS[:3])
-    with pytest.raises(ValueError, match=r"acceleration\.sla was null and is"):
+    with pytest.raises(ValueError, match=r"acceleration\.sla was null"):
         make(wan, tmp_path, sla="balanced")
     assert pictures(tmp_path) == before
     (tmp_path / "mine.txt").write_text("x")
@@ -300,7 +339,7 @@ def test_what_is_new_stays_when_an_unfinished_set_is_replaced(sd3, drawn, tmp_pa
     new = {"prompts": prompts, "seed": 9, "overwrite": True, "batch_size": 2, "world_size": 2}
     make(sd3, tmp_path, prompts, rank=1, world_size=2)
     assert make(sd3, tmp_path, rank=0, **new) is None
-    # Of the old set: it lists 00001.png, which is new by now, and goes when rank 1 begins.
+    # This journal of the old set lists 00001.png, which is new now. Rank 1 removes the journal when it starts.
     assert "manifest.rank1.jsonl" in names(tmp_path)
     before = pictures(tmp_path)
     drawn.clear()
@@ -348,8 +387,11 @@ def test_ranks_that_replace_a_set_at_once_leave_each_other_alone(sd3, drawn, tmp
     assert drawn == [["b"], ["d"], ["a"], ["c"]]
 
 
-@pytest.mark.parametrize("old", ["finished", "unfinished"])
-@pytest.mark.parametrize("ranks", [[0], [1, 0]], ids=["alone", "two"])
+@pytest.mark.parametrize(
+    ("old", "ranks"),
+    [("finished", [0]), ("finished", [1, 0]), ("unfinished", [1, 0])],
+    ids=["finished-alone", "finished-two", "unfinished-two"],
+)
 def test_a_kill_before_any_removal_of_an_old_set_goes_on(
     sd3, drawn, tmp_path, monkeypatch, old, ranks
 ):
@@ -404,7 +446,7 @@ def test_other_weights_under_the_same_name_are_refused(wan, drawn, tmp_path):
     kept = weight.clone()
     try:
         weight.mul_(2)
-        with pytest.raises(ValueError, match="weights was"):
+        with pytest.raises(ValueError, match=r"output_dir=.*weights was"):
             make(wan, tmp_path)
     finally:
         weight.copy_(kept)
@@ -413,10 +455,10 @@ def test_other_weights_under_the_same_name_are_refused(wan, drawn, tmp_path):
 def test_files_of_somebody_else_are_not_touched(wan, drawn, tmp_path):
     (tmp_path / "00002").mkdir()
     (tmp_path / "00002" / "holiday.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match="already holds 00002; choose another or overwrite"):
+    with pytest.raises(ValueError, match=r"output_dir=.*00002"):
         make(wan, tmp_path)
     assert drawn == []
-    with pytest.raises(RuntimeError, match=r"00002: could not be written .*'00002' is unfinished"):
+    with pytest.raises(RuntimeError, match=r"00002: .*sample '00002'"):
         make(wan, tmp_path, overwrite=True)
     assert (tmp_path / "00002" / "holiday.png").exists()
 
@@ -432,7 +474,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_later(wan, drawn, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(media, "write_png", full)
-        with pytest.raises(RuntimeError, match=r"could not be written \(No space left.*'00001'"):
+        with pytest.raises(RuntimeError, match=r"No space left.*'00001'"):
             make(wan, tmp_path)
     assert [x for x in names(tmp_path) if x.startswith(".tmp")] == []
     drawn.clear()
@@ -444,7 +486,7 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_later(wan, drawn, tmp_path
 def test_a_second_process_for_the_same_samples_does_no_harm(
     wan, drawn, tmp_path, monkeypatch, where
 ):
-    """It has swept our temporary files when it finished, or has put the same clip there first."""
+    """It removes our temporary files when it finishes, or writes the same clip first."""
     real, disturbed = sample_files.atomic_directory, []
 
     @contextlib.contextmanager
@@ -473,9 +515,7 @@ def test_values_that_are_not_finite_are_no_picture(wan, tmp_path, monkeypatch):
         return BatchResult(tuple(samples), frames, {"total": 1.0}, control.summary(pipe))
 
     monkeypatch.setattr(module, "run_batch", broken)
-    with pytest.raises(
-        RuntimeError, match="sample '00000': the model returned values that are not"
-    ):
+    with pytest.raises(RuntimeError, match=r"sample '00000': .*not finite"):
         make(wan, tmp_path)
     assert pictures(tmp_path) == {}
 
@@ -485,7 +525,7 @@ def test_too_large_a_batch_says_what_to_do(wan, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr(wan.transformer, "forward", fail)
-    with pytest.raises(RuntimeError, match=r"with 2 samples in a call \(CUDA out of memory\.\)"):
+    with pytest.raises(RuntimeError, match=r"2 samples.*CUDA out of memory.*batch_size"):
         make(wan, tmp_path, batch_size=2)
 
 
@@ -538,7 +578,7 @@ def test_a_damaged_sample_is_not_merged_while_its_rank_makes_it_again(wan, drawn
 
 @pytest.fixture
 def journals(tmp_path):
-    """Two ranks that have just finished two samples each."""
+    """Folder with the journals of two ranks with two finished samples each, its settings and the shards."""
     settings = {"kind": "images", "seed": 0}
     shards = [Shards({x: i % 2 for i, x in enumerate("abcd")}, rank, 2) for rank in range(2)]
     for rank, own in enumerate(("ac", "bd")):
@@ -553,7 +593,7 @@ def test_ranks_that_finish_at_once_write_one_manifest(journals):
     folder, settings, shards = journals
     saved = {x.name: x.read_bytes() for x in folder.iterdir()}
     manifests = set()
-    for _ in range(30):
+    for _ in range(10):
         for path in folder.iterdir():
             path.unlink()
         for name, data in saved.items():
@@ -577,7 +617,7 @@ def test_ranks_that_finish_at_once_write_one_manifest(journals):
 
 
 def merge_meanwhile(monkeypatch, owner, name, moment, *arguments):
-    """Another rank merges just before a call of this function."""
+    """Let another rank merge just before call number `moment` of a function."""
     real, calls = getattr(owner, name), []
 
     def call(*own):
@@ -622,7 +662,7 @@ def test_journals_that_never_can_be_read_end_in_nothing_known(journals, monkeypa
 
 
 def test_each_rank_knows_its_own_samples_best(journals):
-    """Rank 1 took over what it found of rank 0, which has made that sample again since."""
+    """Rank 1 lists a sample that it found at its start, and rank 0 has generated it again since."""
     folder, settings, shards = journals
     stale = {"files": ["a.png"], "prompt": "stale"}
     with Journal(folder, shards[1], {"format_version": 1, **settings}, {"a": stale}) as journal:
@@ -650,10 +690,10 @@ def test_vbench_finds_its_clips(wan, drawn, tmp_path, capsys):
         assert f"{record.prompt}-0.mp4" in videos
         assert f"{record.prompt}-1.mp4" in videos
     assert "_._.._a_b_ c_-1.mp4" in videos
-    assert len(videos) == 12  # and nothing else: VBench looks at the first file for the suffix
+    assert len(videos) == 12  # and no other file: VBench takes the suffix from the first file
     assert max(len(x.encode()) for x in videos) <= 255
     assert names(tmp_path) == ["out"]
-    assert "note: 4 clips cannot have their prompt as a file name" in capsys.readouterr().err
+    assert "note: 4 clips" in capsys.readouterr().err
     assert clips.ids == tuple(f"{i}-{j}" for i in range(6) for j in range(2))
     assert clips.frames("3-1").shape == (5, 32, 32, 3)
     assert clips.media("2-0") == tmp_path / "out" / "vbench" / "Fireworks.-0.mp4"
@@ -732,7 +772,7 @@ def test_what_is_on_already_is_noted(wan, drawn, tmp_path):
     try:
         clips = make(wan, tmp_path, PROMPTS[:1])
         assert clips.manifest["acceleration"]["sla"]["topk"] > 0
-        with pytest.raises(ValueError, match="acceleration is on already"):
+        with pytest.raises(ValueError, match=r"sla, ras: .*disable\(\)"):
             make(wan, tmp_path, PROMPTS[:1], sla="fast")
         assert installation_of(wan) is not None
     finally:
@@ -745,7 +785,7 @@ def test_what_is_on_already_is_noted(wan, drawn, tmp_path):
     ids=["dense", "sla", "ras"],
 )
 def test_a_warm_up_is_one_call_more(wan, tmp_path, monkeypatch, acceleration, first):
-    """Short where all steps are of one kind."""
+    """The warm-up call is short without acceleration."""
     steps = []
 
     def count(pipe, samples, **overrides):
@@ -764,24 +804,24 @@ def test_a_warm_up_is_one_call_more(wan, tmp_path, monkeypatch, acceleration, fi
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"prompts": []}, "accepted is at least one"),
-        ({"prompts": [PromptRecord("a", "x"), PromptRecord("A", "y")]}, r"prompts\[1\]: has the id 'A'"),
-        ({"prompts": [PromptRecord("a", "x", height=60)]}, "height=60: accepted are multiples of 16"),
-        ({"prompts": [PromptRecord("a", "x", num_frames=6)]}, "num_frames=6: accepted is 4k"),
+        ({"prompts": []}, r"prompts=\[\]"),
+        ({"prompts": [PromptRecord("a", "x"), PromptRecord("A", "y")]}, r"prompts\[1\]: id='A'"),
+        ({"prompts": [PromptRecord("a", "x", height=60)]}, "height=60.*16"),
+        ({"prompts": [PromptRecord("a", "x", num_frames=6)]}, "num_frames=6.*4k"),
         (
             {"prompts": [PromptRecord("a", "x"), PromptRecord("b", "x")], "layout": "vbench"},
-            r"has the prompt 'x', and prompts\[0\] has 'x'; accepted is one each with layout",
+            r"prompts\[1\]: prompt='x'.*prompts\[0\].*layout='vbench'",
         ),
-        ({"batch_size": 0}, "batch_size=0: accepted is an int >= 1"),
+        ({"batch_size": 0}, "batch_size=0: .*>= 1"),
         ({"samples_per_prompt": 0}, "samples_per_prompt=0"),
-        ({"fps": 0}, "fps=0: accepted is a number"),
-        ({"seed": -1}, "seed=-1: accepted is an int >= 0"),
-        ({"layout": "tree"}, "layout='tree': accepted are ids, vbench"),
-        ({"rank": 2, "world_size": 2}, "accepted is 0 <= rank < world_size"),
-        ({"rank": 0}, "rank=0, world_size=None: accepted are both or neither"),
-        ({"cache": object(), "batch_size": 2}, "accepted with cache is 1"),
-        ({"sla": "fats"}, "did you mean 'fast'"),
-        ({"output_dir": "/proc/none/out"}, "output_dir='/proc/none/out': cannot write there"),
+        ({"fps": 0}, r"fps=0: .*\[0\.01, 1000\]"),
+        ({"seed": -1}, r"seed=-1: .*\[0, 2"),
+        ({"layout": "tree"}, "layout='tree': .*ids.*vbench"),
+        ({"rank": 2, "world_size": 2}, "rank=2, world_size=2"),
+        ({"rank": 0}, "rank=0, world_size=None"),
+        ({"cache": object(), "batch_size": 2}, "batch_size=2: .*1 with cache"),
+        ({"sla": "fats"}, "sla='fats'.*'fast'"),
+        ({"output_dir": "/proc/none/out"}, "output_dir='/proc/none/out'"),
     ],
     ids=lambda x: "" if isinstance(x, str) else "-".join(x),
 )  # fmt: skip
@@ -814,8 +854,8 @@ def test_a_check_says_what_a_run_would_and_leaves_no_trace(wan, drawn, tmp_path)
     check(tmp_path / "old")
     for folder, changed, message in (
         ("old", {"seed": 1}, "seed was 0 and is 1"),
-        ("begun", {}, "not a journal"),
-        ("foreign", {}, "already holds 00002"),
+        ("begun", {}, r"manifest\.rank1\.jsonl.*format 1"),
+        ("foreign", {}, "output_dir=.*00002"),
     ):
         with pytest.raises(ValueError, match=message):
             check(tmp_path / folder, **changed)
@@ -827,7 +867,7 @@ def test_a_check_says_what_a_run_would_and_leaves_no_trace(wan, drawn, tmp_path)
 
 
 def test_what_images_cannot_have(sd3, drawn, tmp_path):
-    with pytest.raises(ValueError, match="VBench judges clips"):
+    with pytest.raises(ValueError, match="layout='vbench'"):
         make(sd3, tmp_path, layout="vbench")
     assert names(tmp_path) == []
 
@@ -835,9 +875,7 @@ def test_what_images_cannot_have(sd3, drawn, tmp_path):
 def test_a_damaged_manifest_needs_overwrite(wan, drawn, tmp_path):
     make(wan, tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(
-        ValueError, match=r"manifest\.json: not a readable JSON file .*; overwrite, or"
-    ):
+    with pytest.raises(ValueError, match=r"manifest\.json: .*JSON.*overwrite"):
         make(wan, tmp_path)
     assert len(make(wan, tmp_path, overwrite=True)) == 4
 
@@ -856,12 +894,12 @@ def test_torchrun_says_who_we_are(monkeypatch):
     assert device_name("cuda:3") == "cuda:3"
     assert device_name("cpu") == "cpu"
     monkeypatch.setenv("RANK", "x")
-    with pytest.raises(ValueError, match="RANK='x', WORLD_SIZE='8': no numbers"):
+    with pytest.raises(ValueError, match="RANK='x', WORLD_SIZE='8'"):
         shard_of()
 
 
 def test_a_folder_of_somebodys_pictures_is_not_taken_over(sd3, tmp_path, drawn):
     media.write_png(tmp_path / "mine.png", np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"holds pictures of another origin, such as mine\.png"):
+    with pytest.raises(ValueError, match=r"output_dir=.*mine\.png"):
         make(sd3, tmp_path, PROMPTS)
     assert [x.name for x in tmp_path.iterdir()] == ["mine.png"]

@@ -1,4 +1,4 @@
-"""Clips written can be read back."""
+"""Video and image files: written frames are read back."""
 
 import subprocess
 import sys
@@ -53,7 +53,7 @@ def test_tiny_clips_are_enlarged_by_whole_pixels(frames):
 
 
 def test_a_video_that_is_cut_off_is_an_error_and_no_file(tmp_path):
-    """ffmpeg fails at the end only, as on a full disk."""
+    """ffmpeg fails only at the end of the file, as on a full disk."""
     code = """
 import resource, sys
 import subprocess

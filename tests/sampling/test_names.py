@@ -1,4 +1,4 @@
-"""File names from any text."""
+"""Safe file names for arbitrary text."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Numbered files with sidecars: several processes, kills, full disks, values that are refused."""
+"""Numbered files with sidecars: several processes, kills, full disks, invalid values."""
 
 import errno
 import json
@@ -12,8 +12,8 @@ import pytest
 from dit_accel import control
 from dit_accel.sampling import batches, media
 from dit_accel.sampling.call import BatchResult
+from dit_accel.sampling.image_files import read_image
 from dit_accel.sampling.numbered import generate_numbered
-from dit_accel.sampling.pictures import read_image
 from dit_accel.sampling.prompts import PromptRecord, number_prompts
 from dit_accel.sampling.settings import Sampling
 
@@ -27,7 +27,7 @@ def frames_of(seed):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Pipeline calls that draw noise of the seed."""
+    """Replace pipeline calls by random frames. Return the list of the seeds."""
     calls = []
 
     def draw(pipe, samples, **_):
@@ -46,7 +46,7 @@ def make(pipe, folder, prompts=PROMPTS, **changed):
 
 
 def start(*arguments, die_at=0, **changed):
-    """A process of its own that makes them; it kills itself before it renames file `die_at`."""
+    """Start a process that calls `make` and kills itself before it renames file `die_at`."""
 
     def run():
         replace, count = os.replace, []
@@ -60,14 +60,14 @@ def start(*arguments, die_at=0, **changed):
         os.replace = dying
         make(*arguments, **changed)
 
-    # Forked, since what is patched must be patched there too.
+    # A forked process inherits the patched functions.
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     return process
 
 
 def check_sidecars(folder):
-    """Every sidecar is whole and stands beside the frames of its own seed; the seeds."""
+    """Check that each sidecar is complete and lists the frames of its seed. Return the seeds."""
     seeds = []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
@@ -90,7 +90,7 @@ def test_processes_that_write_into_one_folder_keep_everything(wan, drawn, tmp_pa
 
 @pytest.mark.parametrize("die_at", [1, 3, 6, 7, 12])
 def test_a_kill_does_no_harm(wan, drawn, tmp_path, die_at):
-    """Each sample is five frames and a sidecar: the kill comes in the frames, or at the sidecar."""
+    """A sample has five frames and a sidecar. The process is killed at a frame or at a sidecar."""
     process = start(wan, tmp_path, die_at=die_at)
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""An outline of a repository against the pipeline that is loaded from it."""
+"""Outline of a repository, compared with the pipeline that is loaded from it."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ from .. import random_pipelines, tiny_wan
     params=["wan", "i2v", "lumina", "lumina2", "sd3", *random_pipelines.MORE, *EMBEDDED_MODELS]
 )
 def saved(request, tmp_path):
-    """A repository, and the plain pipeline of it."""
+    """A repository and its diffusers pipeline."""
     if request.param.startswith("tiny"):
         model = asset(request.param)
         return model, diffusers.DiffusionPipeline.from_pretrained(model)
@@ -33,8 +33,8 @@ def saved(request, tmp_path):
 
 SIZES = [
     {"height": h, "width": w, "num_frames": n}
-    for h in (None, 8, 16, 24, 32, 50, 64)
-    for w in (None, 32, 40)
+    for h in (None, 8, 24, 32, 50)
+    for w in (None, 40)
     for n in (None, 1, 4, 5)
 ]
 
@@ -118,7 +118,7 @@ def test_lumina_makes_no_size_that_diffusers_refuses():
     outline = read_outline(asset("tiny-lumina2"))
     pipe = diffusers.Lumina2Pipeline.from_pretrained(asset("tiny-lumina2"))
     outline.check_sizes(height=48, width=32)
-    with pytest.raises(ValueError, match=r"height=40: accepted are multiples of 16"):
+    with pytest.raises(ValueError, match=r"height=40.*16"):
         outline.check_sizes(height=40, width=32)
     with pytest.raises(ValueError, match="divisible by 16"):
         pipe("a red circle", height=40, width=32, num_inference_steps=1)

@@ -1,4 +1,4 @@
-"""The reader of prompts files."""
+"""Reading of prompts files."""
 
 import json
 
@@ -66,35 +66,35 @@ def test_what_json_lines_hold_comes_back(tmp_path_factory, texts):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.txt", "\n  \n", "holds no prompt"),
-        ("p.json", "[]", r"accepted are \.txt, \.jsonl, \.csv, \.tsv"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', "line 2: not JSON"),
-        ("p.jsonl", '{"prompt": "a"}\n\n["b"]', "line 3: accepted is a JSON object"),
-        ("p.jsonl", '{"prompt": "  "}', "line 1: prompt='': accepted is text that is not empty"),
+        ("p.txt", "\n  \n", r"prompts_file=.*p\.txt"),
+        ("p.json", "[]", r"prompts_file=.*p\.json.*\.txt, \.jsonl, \.csv, \.tsv"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', "line 2: .*JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n\n["b"]', "line 3: .*JSON object"),
+        ("p.jsonl", '{"prompt": "  "}', "line 1: prompt=''"),
         ("p.jsonl", '{"prompt": 3}', "line 1: prompt=3"),
-        ("p.jsonl", '{"prompt": "a\\ud800"}', "accepted is text of whole characters"),
+        ("p.jsonl", '{"prompt": "a\\ud800"}', r"line 1: prompt=.*\\ud800"),
         ("p.jsonl", '{"seed": 3}', "line 1: prompt=''"),
-        ("p.jsonl", '{"prompt": "a", "seed": 1.5}', r"seed=1\.5: accepted is an int >= 0"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1.5}', r"seed=1\.5"),
         ("p.jsonl", '{"prompt": "a", "seed": -1}', "seed=-1"),
-        ("p.jsonl", '{"prompt": "a", "height": true}', "height=True: accepted is an int >= 1"),
+        ("p.jsonl", '{"prompt": "a", "height": true}', "height=True"),
         (
             "p.jsonl",
             '{"prompt": "a", "negativ_prompt": ""}',
-            "unknown field 'negativ_prompt' .did you mean 'negative_prompt'",
+            "'negativ_prompt'.*mean 'negative_prompt'",
         ),
-        ("p.jsonl", '{"prompt": "a", "text": "b"}', "a second 'prompt'"),
+        ("p.jsonl", '{"prompt": "a", "text": "b"}', "line 1: 'text': 'prompt'"),
         (
             "p.jsonl",
             '{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}',
-            "line 2: id='x': line 1",
+            "line 2: id='x': .*line 1",
         ),
         ("p.jsonl", '{"prompt": "a", "id": "00001"}\n{"prompt": "b"}', "line 2: id='00001'"),
         ("p.jsonl", '{"prompt": "a", "id": ""}', "id=''"),
-        ("p.csv", "seed\n3\n", "line 1: the header has no column prompt, only seed"),
-        ("p.csv", "prompt,sead\na,3\n", "line 1: unknown field 'sead' .did you mean 'seed'"),
-        ("p.csv", "prompt,Prompt\na,b\n", "line 1: two columns have one name"),
-        ("p.csv", "prompt,seed\na,3\nb,x\n", "line 3: seed='x': accepted is a whole number"),
-        ("p.csv", "prompt,seed\na,3,4\n", "line 2: 3 cells; the header has 2"),
+        ("p.csv", "seed\n3\n", "line 1: header=seed: .*prompt"),
+        ("p.csv", "prompt,sead\na,3\n", "line 1: .*'sead'.*mean 'seed'"),
+        ("p.csv", "prompt,Prompt\na,b\n", "line 1: header=prompt, Prompt"),
+        ("p.csv", "prompt,seed\na,3\nb,x\n", "line 3: seed='x'"),
+        ("p.csv", "prompt,seed\na,3,4\n", "line 2: 3 cells.* 2"),
         ("p.csv", "prompt,seed\n,3\n", "line 2: prompt=''"),
     ],
 )
@@ -105,17 +105,17 @@ def test_bad_files_are_one_error_with_the_line(tmp_path, name, text, message):
 
 
 def test_unreadable_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"prompts_file='.*none\.txt': not a readable text file"):
+    with pytest.raises(ValueError, match=r"prompts_file='.*none\.txt'"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not a readable text file"):
+    with pytest.raises(ValueError, match=r"prompts_file='.*p\.txt'"):
         read_prompts(tmp_path / "p.txt")
 
 
 def test_ids_become_safe_file_names(tmp_path):
     records = read(tmp_path, "p.jsonl", '{"prompt": "a", "id": "../a/b"}\n{"prompt": "b", "id": 7}')
     assert [x.id for x in records] == ["_._a_b", "7"]
-    with pytest.raises(ValueError, match=r"id='\.\./x': accepted is a safe file name"):
+    with pytest.raises(ValueError, match=r"id='\.\./x'"):
         PromptRecord("../x", "a")
 
 
@@ -143,7 +143,7 @@ def test_shipped_sets():
 
 
 def test_load_prompts_names_what_is_accepted(tmp_path):
-    with pytest.raises(ValueError, match="accepted are smoke, demo, demo-images or a prompts file"):
+    with pytest.raises(ValueError, match=r"prompts=.*none\.txt.*smoke, demo, demo-images"):
         load_prompts(tmp_path / "none.txt")
     with pytest.raises(ValueError, match="limit=0"):
         load_prompts("smoke", limit=0)

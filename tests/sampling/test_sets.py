@@ -1,4 +1,4 @@
-"""Sample sets on disk: what is read, what is refused, which samples are pairs."""
+"""Sample sets on disk: reading, invalid folders, and pairs of samples."""
 
 import json
 import struct
@@ -12,7 +12,7 @@ from dit_accel.sampling.sets import SampleSet, pair_ids
 
 
 def picture(path, value=0, size=(6, 4), mode="RGB"):
-    """A noisy picture of this width and height; returns its pixels."""
+    """Write a noisy image of this width and height, and return its pixels."""
     rng = np.random.default_rng(value)
     pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def test_other_kinds_of_pictures_are_read_as_rgb(tmp_path, mode):
 
 
 def deep_rgb(path):
-    """A PNG of 16 bits a channel, which Pillow reads but does not write."""
+    """Write a PNG file with 16 bits per channel, which Pillow cannot write."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", 6, 4, 16, 2, 0, 0, 0))]
     chunks += [(b"IDAT", zlib.compress((b"\0" + b"\x12\x34" * 18) * 4)), (b"IEND", b"")]
     data = b"\x89PNG\r\n\x1a\n"
@@ -80,8 +80,8 @@ LOST = {
 @pytest.mark.parametrize("what", LOST)
 def test_pictures_that_rgb_cannot_hold_are_refused(tmp_path, what):
     LOST[what](tmp_path / "a.png")
-    lost = "more than 8 bits a channel" if "bits" in what or what == "floats" else "transparent"
-    message = rf"a\.png: a picture .*{lost}.* \(mode \w+.*\); accepted are 8 bits a channel, opaque"
+    lost = "8 bits per channel" if "bits" in what or what == "floats" else "transparent"
+    message = rf"a\.png: .*{lost}.* \(mode \w+.*\)"
     with pytest.raises(ValueError, match=message):
         SampleSet.open(tmp_path).frames("a")
 
@@ -133,13 +133,13 @@ def broken(tmp_path, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("empty", "holds no .png"),
-        ("video", "a video without its frames; metrics read raw frames"),
-        ("gap", "frames of a clip, and 1 is missing"),
-        ("twice", "frames of a clip, and 1 comes twice"),
-        ("both kinds", r"images \('a'\) beside clips \('x'\)"),
-        ("one id", "has the id 'a'"),
-        ("unfinished", "holds manifest.rank0.jsonl and no manifest.json"),
+        ("empty", r"no \.png"),
+        ("video", r"a\.mp4: .*0000\.png"),
+        ("gap", "x: .* 1 is missing"),
+        ("twice", "x: .* 1 occurs twice"),
+        ("both kinds", r"images \('a'\).* clips \('x'\)"),
+        ("one id", r"a\.(png|jpg): .*id 'a'"),
+        ("unfinished", r"path=.*manifest\.rank0\.jsonl"),
     ],
 )
 def test_folders_that_are_no_sample_set(tmp_path, what, message):
@@ -149,7 +149,7 @@ def test_folders_that_are_no_sample_set(tmp_path, what, message):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(ValueError, match="none': accepted is a folder"):
+    with pytest.raises(ValueError, match=r"path='.*none'"):
         SampleSet.open(tmp_path / "none")
 
 
@@ -162,18 +162,16 @@ def test_damaged_pictures_are_named(tmp_path, damage):
     path.write_bytes({"truncated": data[:-200], "text": b"hello"}.get(damage, b""))
     if damage == "gone":
         path.unlink()
-    with pytest.raises(ValueError, match=r"x/0001\.png: not a readable image"):
+    with pytest.raises(ValueError, match=r"x/0001\.png"):
         clips.frames("x")
 
 
 def test_mixed_sizes_inside_a_clip(tmp_path):
     clip(tmp_path / "x")
     picture(tmp_path / "x" / "0002.png", size=(8, 4))
-    with pytest.raises(
-        ValueError, match=r"0002\.png: 8x4 pixels, and 0000\.png of the same clip has 6x4"
-    ):
+    with pytest.raises(ValueError, match=r"0002\.png: 8x4 .*0000\.png .*6x4"):
         SampleSet.open(tmp_path).frames("x")
-    with pytest.raises(ValueError, match="id='y': not in"):
+    with pytest.raises(ValueError, match="id='y'"):
         SampleSet.open(tmp_path).frames("y")
 
 
@@ -190,14 +188,14 @@ def test_manifests_say_what_belongs(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"format_version": 2}, "format_version=2; accepted is 1"),
-        ({"kind": "sounds"}, "kind='sounds'; accepted are images, clips"),
-        ({"samples": {}}, "at least one sample"),
-        ({"samples": {"a": {"files": "a.png"}}}, "sample 'a' has no list of files"),
-        ({"samples": {"a": {"files": ["a.mp4"]}}}, "sample 'a' has no frames"),
-        ({"samples": {"a": {"files": ["b.png"]}}}, "b.png: named in manifest.json but missing"),
-        ({"samples": {"a": {"files": ["../a.png"]}}}, "is outside the folder"),
-        ({"samples": {"a": {"files": ["/etc/a.png"]}}}, "is outside the folder"),
+        ({"format_version": 2}, "format_version=2; .* 1"),
+        ({"kind": "sounds"}, "kind='sounds'; .*images.*clips"),
+        ({"samples": {}}, r"samples=\{\}"),
+        ({"samples": {"a": {"files": "a.png"}}}, "sample 'a' .*list"),
+        ({"samples": {"a": {"files": ["a.mp4"]}}}, "sample 'a' .*frames"),
+        ({"samples": {"a": {"files": ["b.png"]}}}, r"b\.png: .*missing"),
+        ({"samples": {"a": {"files": ["../a.png"]}}}, r"'\.\./a\.png' of 'a'"),
+        ({"samples": {"a": {"files": ["/etc/a.png"]}}}, "'/etc/a.png' of 'a'"),
     ],
     ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
 )
@@ -209,7 +207,7 @@ def test_bad_manifests(tmp_path, changed, message):
 
 def test_a_manifest_that_is_not_json(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format_version": 1')
-    with pytest.raises(ValueError, match="not a readable JSON file"):
+    with pytest.raises(ValueError, match=r"manifest\.json: .*JSON"):
         SampleSet.open(tmp_path)
 
 
@@ -230,17 +228,18 @@ def test_pairs_are_matched_by_id(tmp_path, capsys):
 def test_missing_and_extra_ids_are_errors_unless_allowed(tmp_path, capsys):
     a, b = sets(tmp_path, "abc", "bcdefghi")
     with pytest.raises(
-        ValueError, match=r"1 only in .*0 \('a'\); 6 only in .*1 \('d', .*'h', and 1 more\)"
+        ValueError,
+        match=r"1 only in .*0 \('a'\); 6 only in .*1 \('d', .*'h', and 1 more\).*allow_partial",
     ):
         pair_ids(a, b)
     assert pair_ids(a, b, allow_partial=True) == ("b", "c")
-    assert "note: 2 pairs; left out: 1 only in" in capsys.readouterr().err
+    assert "note: 2 pairs; ignored: 1 only in" in capsys.readouterr().err
 
 
 def test_sets_that_cannot_be_paired(tmp_path):
     a, b = sets(tmp_path, "a", "b")
-    with pytest.raises(ValueError, match="no id in common"):
+    with pytest.raises(ValueError, match=r"no common ids.*'a'.*'b'"):
         pair_ids(a, b, allow_partial=True)
     clip(tmp_path / "clips" / "a")
-    with pytest.raises(ValueError, match=r"holds images and .* holds clips"):
+    with pytest.raises(ValueError, match=r"images.*clips"):
         pair_ids(a, SampleSet.open(tmp_path / "clips"))

@@ -1,4 +1,4 @@
-"""Sampling and evaluation with a Wan2.2 repository, and with VACE: what looks at both transformers, and what is refused."""
+"""Sampling and evaluation of pipelines with two transformers (Wan2.2) and of VACE."""
 
 import copy
 import json
@@ -114,13 +114,13 @@ def test_records_tell_the_settings_of_both(pipe):
         assert found["sla"]["transformer_2"] is None
         assert found["ras"] is None
         with (
-            pytest.raises(ValueError, match="acceleration is on already"),
+            pytest.raises(ValueError, match="sla, ras: "),
             accelerated(pipe, sla="fast"),
         ):
             pass
     with (
         accelerated(pipe, sla={"transformer_2": "fast"}),
-        pytest.raises(ValueError, match="acceleration is on already"),
+        pytest.raises(ValueError, match="sla, ras: "),
         accelerated(pipe, ras="fast"),
     ):
         pass
@@ -168,13 +168,13 @@ def test_step_caches_and_lora_are_refused_by_name(repository, pipe, tmp_path, ca
         pass
     call = ["generate", "a red circle", "--model", repository, "--output-dir", tmp_path / "out"]
     assert run(*call, "--lora", tmp_path / "x.safetensors") == 2
-    assert "two transformers (Wan2.2), and LoRA weights belong to one" in capsys.readouterr().err
+    assert "two transformers (Wan2.2)" in capsys.readouterr().err
 
 
 def test_fine_tuning_is_refused_by_name(repository, pipe, tmp_path):
-    with pytest.raises(ValueError, match="has two transformers"):
+    with pytest.raises(ValueError, match=r"model.*two transformers"):
         family_name(read_outline(repository), "model")
-    with pytest.raises(ValueError, match="transformer_2: a pipeline with two transformers"):
+    with pytest.raises(ValueError, match=r"transformer_2.*two transformers"):
         trainable_of(pipe)
     index = json.loads((repository / "model_index.json").read_text())
     for name in ("vae", "transformer"):
@@ -186,7 +186,7 @@ def test_fine_tuning_is_refused_by_name(repository, pipe, tmp_path):
     (tmp_path / "model_index.json").write_text(
         json.dumps(index | {"_class_name": "WanVACEPipeline"})
     )
-    with pytest.raises(ValueError, match="holds a WanVACEPipeline, which cannot be fine-tuned"):
+    with pytest.raises(ValueError, match=r"model.*WanVACEPipeline"):
         family_name(read_outline(tmp_path), "model")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from dit_accel.config.base import is_number, suggest
 from dit_accel.finetune.data.tables import TABLE_SUFFIXES, find_table, table_rows
-from dit_accel.sampling.pictures import IMAGE_SUFFIXES
-from dit_accel.sampling.pictures import VIDEO_SUFFIXES as _VIDEO_SUFFIXES
+from dit_accel.sampling.image_files import IMAGE_SUFFIXES
+from dit_accel.sampling.image_files import VIDEO_SUFFIXES as _VIDEO_SUFFIXES
 
 VIDEO_SUFFIXES = (
     *_VIDEO_SUFFIXES,

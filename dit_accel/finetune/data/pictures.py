@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 from dit_accel.finetune.data.frame_rate import Timed, resample
 from dit_accel.finetune.data.reader import BrokenFileError
-from dit_accel.sampling.pictures import read_image
+from dit_accel.sampling.image_files import read_image
 
 Frame = UInt8[np.ndarray, "h w 3"]
 

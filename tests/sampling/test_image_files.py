@@ -1,10 +1,10 @@
-"""Picture files of every common format: read as they are, or named."""
+"""Image files of common formats: read without loss, or refused by name."""
 
 import numpy as np
 import pytest
 from PIL import Image, features
 
-from dit_accel.sampling.pictures import IMAGE_SUFFIXES, read_image
+from dit_accel.sampling.image_files import IMAGE_SUFFIXES, read_image
 from dit_accel.sampling.sets import SampleSet
 
 FORMATS = {".jfif": "JPEG", ".jpe": "JPEG", ".dib": "DIB", ".avifs": "AVIF", ".pbm": "PPM"}
@@ -12,7 +12,7 @@ LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".avif", ".avifs")
 
 
 def smooth(size=(16, 24)):
-    """A picture that lossy formats keep nearly."""
+    """Return a smooth image, which lossy formats change little."""
     y, x = np.mgrid[: size[0], : size[1]]
     return np.stack([x * 10, y * 15, 128 + 0 * x], axis=-1).astype(np.uint8)
 
@@ -110,7 +110,7 @@ LOSSES = [(deep_ppm, "ppm"), (deep_pgm, "pgm"), (deep_text, "ppm"), (deep_tiff, 
 def test_what_rgb_would_lose_is_refused(tmp_path, draw, suffix):
     path = tmp_path / f"a.{suffix}"
     draw(path)
-    with pytest.raises(ValueError, match=rf"a\.{suffix}: .*accepted"):
+    with pytest.raises(ValueError, match=rf"a\.{suffix}: .*must be"):
         read_image(path)
 
 
