@@ -17,8 +17,8 @@ from tqdm import trange
 
 from dit_accel.demo.clips import RADIUS, centres, coverage
 from dit_accel.demo.image.stills import ANYWHERE, draw_stills
+from dit_accel.demo.tiny_extractor import ASSET, FEATURES, SIZE, TinyExtractor
 from dit_accel.demo.vocabulary import BACKGROUND_RGB, COLOUR_RGB
-from dit_accel.eval.metrics.features import TINY_ASSET, TINY_FEATURES, TINY_SIZE, TinyExtractor
 from dit_accel.files import atomic_path
 
 SHAPES = 4
@@ -32,7 +32,7 @@ FLOOR = 0.3  # share of the mean variance that is added to each direction's
 class Args:
     """Command line."""
 
-    output: Path = Path("assets") / TINY_ASSET
+    output: Path = Path("assets") / ASSET
     seed: int = 0
     steps: int = 3000
     batch_size: int = 64
@@ -53,7 +53,7 @@ def training_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tens
         return torch.where(uniform(count, 1) < 0.5, near.clamp(0, 1), uniform(count, 3))
 
     stills = draw_stills(count, generator, split="all", placement=ANYWHERE)
-    mask = coverage(stills, 1, TINY_SIZE, TINY_SIZE)  # [n, 1, s, s]
+    mask = coverage(stills, 1, SIZE, SIZE)  # [n, 1, s, s]
     colour = colours(COLOUR_RGB, stills.colour)
     background = colours(BACKGROUND_RGB, stills.background)
     images = torch.lerp(background[:, :, None, None], colour[:, :, None, None], mask)
@@ -66,7 +66,7 @@ def training_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tens
         [
             2 * colour - 1,
             2 * background - 1,
-            centres(stills, 1, TINY_SIZE, TINY_SIZE)[:, 0] * 4 / TINY_SIZE - 2,
+            centres(stills, 1, SIZE, SIZE)[:, 0] * 4 / SIZE - 2,
             (RADIUS * stills.size * 20 - 4)[:, None],
             3 * blur[:, None] - 1,
             3 * noise[:, None] - 1,
@@ -78,7 +78,7 @@ def training_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tens
 
 def blurred(images: Tensor, sigma: Tensor) -> Tensor:
     """Blur each picture with its own Gaussian, which is cut off and renormalised at the borders."""
-    place = torch.arange(TINY_SIZE)
+    place = torch.arange(SIZE)
     kernel = torch.exp(
         -0.5 * ((place[:, None] - place) / sigma.clamp_min(1e-3)[:, None, None]) ** 2
     )
@@ -97,7 +97,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         extractor = TinyExtractor()
-        heads = nn.Linear(TINY_FEATURES, SHAPES + MEASURES)
+        heads = nn.Linear(FEATURES, SHAPES + MEASURES)
     optimizer = torch.optim.AdamW([*extractor.parameters(), *heads.parameters()], 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     with trange(steps, desc="training", disable=not progress, mininterval=2.0) as bar:

@@ -11,7 +11,6 @@ from dit_accel.eval.metrics.distances import (
     FeatureSet,
     compare_features,
     frechet_distance,
-    gaussian_distance,
     kernel_distances,
     precision_recall,
 )
@@ -84,7 +83,7 @@ def test_frechet_distance_is_that_of_torchmetrics(rows):
 def test_fewer_samples_than_features(counts, rows):
     """The covariances have no full rank, so scipy's root is inexact there."""
     a, b = (x[:count] for x, count in zip(rows, counts, strict=True))
-    found = compare_features("frechet", *map(feature_set, (a, b)))
+    found = compare_features("frechet", *map(feature_set, (a, b)), [])
     assert found["value"] == pytest.approx(by_scipy(a, b), rel=1e-3)
     assert found["flags"] == ["rank-deficient"]
 
@@ -96,11 +95,14 @@ def test_a_constant_feature_changes_nothing(rows):
 
 
 def test_known_gaussians():
-    """Of commuting covariances: the squared distance of means and of standard deviations."""
-    means = torch.tensor([1.0, 2.0]).double(), torch.tensor([4.0, -2.0]).double()
-    stds = torch.tensor([1.0, 3.0]).double(), torch.tensor([2.0, 0.5]).double()
-    found = gaussian_distance(means[0], stds[0].square().diag(), means[1], stds[1].square().diag())
-    assert found == pytest.approx(25 + 1 + 2.5**2, rel=1e-12)
+    """With commuting covariances: the squared distance of means and of standard deviations."""
+
+    def corners(mean, stds):
+        signs = torch.tensor([[x, y] for x in (-1.0, 1.0) for y in (-1.0, 1.0)]) * 0.75**0.5
+        return feature_set(torch.tensor(mean) + signs * torch.tensor(stds))
+
+    found = frechet_distance(corners([1.0, 2.0], [1.0, 3.0]), corners([4.0, -2.0], [2.0, 0.5]))
+    assert found == pytest.approx(25 + 1 + 2.5**2, rel=1e-6)
 
 
 @settings(max_examples=25)
@@ -129,7 +131,7 @@ def test_features_of_two_networks_are_refused(rows):
     other.add(rows[1][:5], list("abcde"))
     for distance in ("frechet", "kernel", "precision"):
         with pytest.raises(ValueError, match=r"0000.*1111.*sha256"):
-            compare_features(distance, feature_set(rows[0]), other)
+            compare_features(distance, feature_set(rows[0]), other, [])
 
 
 def test_kernel_distance_is_that_of_torch_fidelity(rows):
@@ -157,8 +159,8 @@ def test_kernel_distance_of_subsets_is_that_of_torch_fidelity(rows, monkeypatch)
         verbose=False,
         rng_seed=2020,
     )
-    monkeypatch.setattr(np.random, "default_rng", np.random.RandomState)
-    values = kernel_distances(*rows, subsets=20, subset_size=50, seed=2020)
+    monkeypatch.setattr(np.random, "default_rng", lambda _: np.random.RandomState(2020))
+    values = kernel_distances(*rows, subsets=20, size=50)
     assert values.mean() == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
     assert values.std() == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-5)
 
@@ -171,14 +173,14 @@ def test_kernel_distance_of_a_set_to_itself_is_small(rows):
 
 def test_kernel_distance_has_a_spread_only_over_subsets(rows, monkeypatch):
     sets = [feature_set(x) for x in rows]
-    few = compare_features("kernel", *sets)
+    few = compare_features("kernel", *sets, [])
     assert (few["n"], few["subsets"], few["subset_size"]) == (300, 100, 260)
     assert few["flags"] == ["subsets of 260"]
     assert few["std"] > 0
-    equal = compare_features("kernel", sets[1], sets[1])
+    equal = compare_features("kernel", sets[1], sets[1], [])
     assert (equal["subsets"], equal["std"]) == (1, None)
     monkeypatch.setattr(distances, "SUBSET_SIZE", 260)
-    assert "flags" not in compare_features("kernel", *sets)
+    assert "flags" not in compare_features("kernel", *sets, [])
 
 
 @pytest.mark.parametrize("neighbours", [1, 3, 5])

@@ -35,8 +35,8 @@ def test_mean_and_covariance_are_those_of_numpy(rows):
 def test_many_parts_are_the_whole(rows):
     whole = filled(rows, keep=50)
     parts = [filled(rows, i, 3, batch=5, keep=50) for i in range(3)]
-    parts[0].merge(parts[2])
-    parts[0].merge(parts[1])
+    parts[0].merged(parts[2])
+    parts[0].merged(parts[1])
     assert parts[0].count == whole.count == 200
     torch.testing.assert_close(parts[0].covariance(), whole.covariance(), rtol=1e-9, atol=1e-12)
     assert torch.equal(parts[0].rows(), whole.rows())  # to the last bit, in the same order
@@ -70,7 +70,7 @@ def test_none_are_kept_for_sums_alone(rows):
 
 def test_state_gives_the_set_back(rows):
     whole = filled(rows, keep=40)
-    again = FeatureSet.from_state(whole.state(), EXTRACTOR, keep=40)
+    again = FeatureSet.from_state(whole.state(), EXTRACTOR, 40)
     assert again.count == 200
     assert torch.equal(again.covariance(), whole.covariance())
     assert torch.equal(again.rows(), whole.rows())
@@ -84,4 +84,4 @@ def test_features_that_are_not_finite_are_refused(rows):
 
 def test_features_of_another_number_are_refused(rows):
     with pytest.raises(ValueError, match=r"12 features.*7 features"):
-        filled(rows).merge(FeatureSet(EXTRACTOR, 7))
+        filled(rows).merged(FeatureSet(EXTRACTOR, 7))

@@ -15,44 +15,38 @@ from dit_accel.sampling.settings import Sampling
 SCRIPT = Path(__file__).parents[2] / "eval" / "fid_clip.py"
 
 
-def run(*args):
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, timeout=300
-    )
-
-
-def test_a_folder_against_a_folder(stills, write_images, tmp_path):
-    images, _ = stills(8)
-    a, b = write_images(tmp_path / "a", images), write_images(tmp_path / "b", images[::-1] // 2)
-    done = run(a, "--reference", b, "--output", tmp_path / "out.json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out.json").read_text())["figures"]
-    value = found["fd_tiny"]["value"]
-    assert value > 1
-    assert done.stdout.startswith(f"fd_tiny  {value:.3f} squared")
-    assert "(n = 8 against 8, dit-accel-tiny:64, resize clean" in done.stdout
-    assert "rank-deficient" in done.stdout
-
-
-def test_bad_input_is_one_line_and_code_2(write_images, tmp_path):
-    folder = write_images(tmp_path / "a", np.zeros((2, 64, 64, 3), np.uint8))
-    done = run(folder)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: reference, clip")
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    done = run(tmp_path / "prompts.txt", "--reference", folder)
-    assert done.returncode == 2
-    assert "source=" in done.stderr
-    assert "--model" in done.stderr
-
-
 @pytest.fixture(scope="module")
 def script():
     spec = importlib.util.spec_from_file_location("fid_clip", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_folder_against_a_folder(script, stills, write_images, tmp_path, capsys):
+    images, _ = stills(8)
+    a, b = write_images(tmp_path / "a", images), write_images(tmp_path / "b", images[::-1] // 2)
+    script.main(script.Args(a, reference=b, output=tmp_path / "out.json", device="cpu"))
+    found = json.loads((tmp_path / "out.json").read_text())["figures"]
+    value = found["fd_tiny"]["value"]
+    assert value > 1
+    out = capsys.readouterr().out
+    for text in (f"fd_tiny  {value:.3f}", "n = 8 against 8", "dit-accel-tiny:64", "clean"):
+        assert text in out
+    assert "rank-deficient" in out
+
+
+def test_bad_input_is_one_line_and_code_2(script, write_images, tmp_path):
+    """In a process of its own, as users run it."""
+    folder = write_images(tmp_path / "a", np.zeros((2, 64, 64, 3), np.uint8))
+    call = [sys.executable, SCRIPT, str(folder)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: reference, clip")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    with pytest.raises(ValueError, match=r"source=.*prompts.txt.*--model"):
+        script.main(script.Args(tmp_path / "prompts.txt", reference=folder))
 
 
 @pytest.fixture

@@ -232,25 +232,22 @@ def same(a, b):
 PART = """
 import json, sys
 from dit_accel.eval.metrics.score import measure
-a, b, prompts, path, i = json.loads(sys.argv[1])
-measure(a, reference=b, prompts=prompts, shard=(i, 2), progress=False).save(path)
+a, b, prompts, path = json.loads(sys.argv[1])
+measure(a, reference=b, prompts=prompts, shard=(0, 2), progress=False).save(path)
 """
 
 
 def test_two_processes_measure_what_one_does(sets, tmp_path):
+    """One part is measured in another process, with the names' hashes of that process."""
     a, b, prompts = sets
     whole = score(a, reference=b, prompts=prompts, **QUIET)
-    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PART, json.dumps([str(a), str(b), prompts, str(path), i])]
-        )
-        for i, path in enumerate(paths)
-    ]
-    assert [x.wait(300) for x in running] == [0, 0]
-    parts = [Measurement.load(x) for x in paths]
-    parts[1].merge(parts[0])
-    same(whole, parts[1].metric_values())
+    path = tmp_path / "0.safetensors"
+    call = [sys.executable, "-c", PART, json.dumps([str(a), str(b), prompts, str(path)])]
+    other = subprocess.Popen(call)
+    part = measure(a, reference=b, prompts=prompts, shard=(1, 2), **QUIET)
+    assert other.wait(300) == 0
+    part.merge(Measurement.load(path))
+    same(whole, part.metric_values())
 
 
 @pytest.mark.parametrize("count", [3, 25])  # of 25 parts some have nothing to do
@@ -389,7 +386,7 @@ def test_too_few_samples_are_refused_before_any_work(sets, write_images, tmp_pat
     ("options", "message"),
     [
         ({"metrics": ("pnsr",)}, "metric.*'pnsr'.*psnr"),
-        ({"metrics": ()}, r"metrics=\[\]"),
+        ({"metrics": ()}, r"metrics=\(\)"),
         ({"metrics": ("fid",)}, "'fid'.*inception="),
         ({"metrics": ("lpips",)}, "'lpips'.*lpips="),
         ({"metrics": ("clip_score",)}, "'clip_score'.*clip="),
@@ -425,3 +422,8 @@ def test_measurements_do_not_depend_on_batches_and_threads(sets):
     same(
         score(a, batch_size=32, workers=1, **options), score(a, batch_size=3, workers=3, **options)
     )
+
+
+def test_unknown_arguments_are_refused(sets):
+    with pytest.raises(TypeError, match="refrence"):
+        score(sets[0], metrics=("judge",), prompts=sets[2], refrence=sets[1], **QUIET)

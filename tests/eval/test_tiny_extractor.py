@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dit_accel.demo.tiny_extractor import ASSET, FEATURES, SIZE
 from dit_accel.eval.metrics.distances import FeatureSet, frechet_distance
-from dit_accel.eval.metrics.features import TINY_ASSET, TINY_FEATURES, TINY_SIZE, tiny_extractor
+from dit_accel.eval.metrics.features import tiny_extractor
 from dit_accel.files import asset
 
-COUNT = 400
+COUNT = 300
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def distance(extractor, stills):
     """Of changed pictures to others of the demo."""
 
     def features(images):
-        out = FeatureSet(extractor.record(), TINY_FEATURES, keep=0)
+        out = FeatureSet(extractor.record(), FEATURES, keep=0)
         for i in range(0, len(images), 100):
             batch = [extractor.prepare(x) for x in images[i : i + 100]]
             out.add(extractor(batch)[""], [str(i + j) for j in range(len(batch))])
@@ -105,7 +106,7 @@ def test_features_are_uncorrelated_on_what_they_were_trained_on(extractor, scrip
 
 def test_training_batches_are_blurred_and_noisy_by_what_they_say(script):
     images, shapes, measures = script.training_batch(64, torch.Generator().manual_seed(0))
-    assert images.shape == (64, 3, TINY_SIZE, TINY_SIZE)
+    assert images.shape == (64, 3, SIZE, SIZE)
     assert (images.min(), images.max()) == (0, 1)
     assert set(shapes.tolist()) == {0, 1, 2, 3}
     corner = images[:, :, :6, :6].std((2, 3)).amax(1)  # nothing but background is there
@@ -122,8 +123,8 @@ def test_training_is_repeatable_and_small(script, tmp_path):
         assert torch.equal(x, y)
     script.save(a, tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").stat().st_size < 1_000_000
-    assert asset(TINY_ASSET).stat().st_size < 1_000_000
-    image = np.zeros((TINY_SIZE, TINY_SIZE, 3), np.uint8)
+    assert asset(ASSET).stat().st_size < 1_000_000
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
     loaded = tiny_extractor(tmp_path / "a.safetensors")
-    expected = a(torch.zeros(1, 3, TINY_SIZE, TINY_SIZE))
+    expected = a(torch.zeros(1, 3, SIZE, SIZE))
     torch.testing.assert_close(loaded([loaded.prepare(image)])[""], expected, rtol=2e-2, atol=2e-2)

@@ -1,4 +1,4 @@
-"""Names of metrics, what each one needs, and whether the given sets, prompts and networks suffice."""
+"""Names of metrics, their needs, and whether the given sets, prompts and networks suffice."""
 
 import sys
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from dit_accel.demo.caption_judge import unknown_prompt
 from dit_accel.eval.metrics.distances import NEIGHBOURS
 from dit_accel.eval.metrics.features import TINY
-from dit_accel.eval.metrics.judge import unknown_prompt
 from dit_accel.eval.metrics.measurement import Comparison, Measurement
 from dit_accel.sampling.sets import SampleSet, pair_ids
 
@@ -17,41 +17,33 @@ PAIRED = ("psnr", "ssim", "lpips")
 ALONE = ("flicker", "clip_score", "judge")
 """Metrics that need no reference."""
 INCEPTION = {
-    "fid": Comparison("frechet", "inception:2048"),
-    "fid_768": Comparison("frechet", "inception:768"),
-    "fid_192": Comparison("frechet", "inception:192"),
-    "fid_64": Comparison("frechet", "inception:64"),
-    "sfid": Comparison("frechet", "inception:spatial"),
-    "kid": Comparison("kernel", "inception:2048"),
-    "precision": Comparison("precision", "inception:2048"),
-    "recall": Comparison("recall", "inception:2048"),
+    "fid": Comparison("frechet", "inception", "2048"),
+    "sfid": Comparison("frechet", "inception", "spatial"),
+    "kid": Comparison("kernel", "inception", "2048"),
+    "precision": Comparison("precision", "inception", "2048"),
+    "recall": Comparison("recall", "inception", "2048"),
+    "fid_768": Comparison("frechet", "inception", "768"),
+    "fid_192": Comparison("frechet", "inception", "192"),
+    "fid_64": Comparison("frechet", "inception", "64"),
 }
-"""Metrics of FID's network; no other network's metrics have these names."""
-_USUAL = ("fid", "sfid", "kid", "precision", "recall")
+"""Metrics of FID's network; no other network's metrics have these names. The first five are the default."""
 _DISTANCES = {"fd": "frechet", "kd": "kernel", "precision": "precision", "recall": "recall"}
 """Distances of other networks by prefix: fd_tiny, kd_tiny, ..."""
-_WEIGHTS = {
-    "inception": "FID's local Inception weights",
-    "lpips": "the backbone's weights",
-    "clip": "a CLIP model",
-}
 
 
 @dataclass(frozen=True)
 class Given:
-    """Sets, prompts and networks that a caller passes."""
+    """Sets, prompts by sample id, and networks that a caller passes."""
 
     samples: SampleSet
     reference: SampleSet | Measurement | None
     prompts: dict[str, str]
-    """Prompts by sample id."""
     networks: tuple[str, ...]
-    """Networks with weights: "inception", "lpips", "clip"."""
+    """Networks with weights, of `networks.NAMES`."""
     extractor: str | None = None
     """Name of the caller's own extractor."""
     allow_partial: bool = False
     need_reference: bool = True
-    """Refuse metrics that compare features when there is no reference yet."""
 
     def choose(self, metrics: Sequence[str] | None) -> dict[str, Comparison | None]:
         """Return the metrics to measure, with the comparison of those that compare features.
@@ -65,13 +57,11 @@ class Given:
         names = self._default() if metrics is None else list(dict.fromkeys(metrics))
         if not names:
             raise ValueError(
-                "metrics: nothing can be measured of this set alone; give a reference, prompts of the demo, or a "
-                "CLIP model"
-                if metrics is None
-                else "metrics=[]: accepted is at least one name"
+                f"metrics={metrics}: nothing can be measured; accepted is at least one name, or a reference, prompts "
+                "of the demo, or a CLIP model"
             )
         for name in names:
-            if (missing := self._missing(name)) is not None:
+            if missing := self._missing(name):
                 raise ValueError(f"metric {name!r} {missing}")
         if set(names) & set(PAIRED):
             _ = self.pairs
@@ -82,16 +72,15 @@ class Given:
         paired = [x for x in PAIRED if x != "lpips" or "lpips" in self.networks]
         if unpaired := self._unpaired():
             sys.stderr.write(f"note: {', '.join(paired)} left out: {unpaired}\n")
+        if unpaired or not isinstance(self.reference, SampleSet):
             paired = []
-        alone = [x for x in ALONE if x == "clip_score" or self._missing(x) is None]
-        if "clip" not in self.networks:
-            alone.remove("clip_score")
-        comparing = [*_USUAL] if "inception" in self.networks else []
+        clip = "clip" in self.networks
+        alone = [x for x in ALONE if not self._missing(x) or (x == "clip_score" and clip)]
+        comparing = list(INCEPTION)[:5] if "inception" in self.networks else []
         # The shipped network knows the demo's pictures only.
         if self.extractor is not None or not comparing:
             comparing += [f"{prefix}_{self.extractor or TINY}" for prefix in _DISTANCES]
-        possible = [x for x in comparing if self._missing(x) is None]
-        return [*(paired if isinstance(self.reference, SampleSet) else []), *alone, *possible]
+        return [*paired, *alone, *(x for x in comparing if not self._missing(x))]
 
     def _unpaired(self) -> str | None:
         """Return why the reference set holds other pictures instead of pairs."""
@@ -110,11 +99,7 @@ class Given:
 
     @cached_property
     def pairs(self) -> tuple[str, ...]:
-        """Ids of the samples to compare one by one.
-
-        Raises:
-            ValueError: ids differ, or the samples of a pair differ in length or in the size of the first frame.
-        """
+        """Ids of the samples to compare one by one; a ValueError says where ids or sizes differ."""
         assert isinstance(self.reference, SampleSet)
         ids = pair_ids(self.samples, self.reference, allow_partial=self.allow_partial)
         for name in ids:
@@ -130,39 +115,35 @@ class Given:
     @cached_property
     def _comparisons(self) -> dict[str, Comparison]:
         """All metrics that compare features."""
-        out = dict(INCEPTION)
-        for name in (self.extractor, TINY):
-            if name is not None:
-                out |= {f"{k}_{name}": Comparison(x, name) for k, x in _DISTANCES.items()}
-        return out
+        own = [x for x in (self.extractor, TINY) if x is not None]
+        others = {f"{k}_{name}": Comparison(x, name) for name in own for k, x in _DISTANCES.items()}
+        return {**INCEPTION, **others}
 
     def _missing(self, metric: str) -> str | None:
         """Return why a metric cannot be measured, as the end of a sentence; None if it can."""
-        comparison = self._comparisons.get(metric)
-        if metric not in (*PAIRED, *ALONE) and comparison is None:
-            accepted = ", ".join([*PAIRED, *ALONE, *self._comparisons])
-            return f"is unknown; accepted are {accepted}"
-        network = {"lpips": "lpips", "clip_score": "clip"}.get(metric)
-        if comparison is not None and metric in INCEPTION:
-            network = "inception"
+        networks = {"lpips": "lpips", "clip_score": "clip"} | dict.fromkeys(INCEPTION, "inception")
+        network = networks.get(metric)
+        if metric not in (*PAIRED, *ALONE, *self._comparisons):
+            return f"is unknown; accepted are {', '.join([*PAIRED, *ALONE, *self._comparisons])}"
         if metric in PAIRED and not isinstance(self.reference, SampleSet):
             found = "a saved measurement" if self.reference else "none"
             return f"needs a reference set with the same ids; reference is {found}"
         if network is not None and network not in self.networks:
-            return f"needs {network}=: {_WEIGHTS[network]}"
+            return f"needs {network}=, its model or weights"
+        if metric in self._comparisons:
+            return self._too_few(self._comparisons[metric])
+        still = self.samples.kind == "images"
         if metric == "flicker":
-            if self.samples.kind == "images":
-                return "needs clips; images do not flicker"
             short = [x for x in self.samples.ids if len(self.samples.files(x)) < 2]
-            return f"needs two frames; clip {short[0]!r} has one" if short else None
+            found = "these are images" if still else f"{short[:1]} has one"
+            return f"needs clips of two frames; {found}" if still or short else None
         if metric == "clip_score":
             without = [x for x in self.samples.ids if x not in self.prompts]
             return f"needs prompts; sample {without[0]!r} has none" if without else None
         if metric == "judge":
-            still = self.samples.kind == "images"
             unknown = unknown_prompt(self.prompts, self.samples.ids, still=still)
             return f"needs prompts of the demo; {unknown}" if unknown else None
-        return None if comparison is None else self._too_few(comparison)
+        return None
 
     def _too_few(self, comparison: Comparison) -> str | None:
         """Return why the sets do not suffice for comparing features."""
@@ -175,12 +156,12 @@ class Given:
                 if count < least:
                     return f"accepts at least {least} pictures; {argument}={str(one.path)!r} has {count}"
         if isinstance(self.reference, Measurement):
-            saved = self.reference.features.get("samples", {})
-            if comparison.source not in saved:
-                return f"needs {comparison.source!r} features; the saved reference has {', '.join(saved) or 'none'}"
-            rows = len(saved[comparison.source].rows())
+            saved, source = self.reference.features.get("samples", {}), comparison.source
+            if source not in saved:
+                return f"needs {source!r} features; reference has {', '.join(saved) or 'none'}"
+            rows = len(saved[source].rows())
             if comparison.distance != "frechet" and rows < least:
-                return f"needs at least {least} rows of features; the saved reference has {rows}"
+                return f"needs at least {least} rows of features; reference has {rows}"
         return None
 
 

@@ -28,10 +28,6 @@ class ClipScore:
     Args:
         model: a local folder, or a model id on the Hub. Weights are read from safetensors only.
         revision: branch, tag or commit of a model id.
-        device: device of the model.
-
-    Raises:
-        ValueError: there is no CLIP model with safetensors weights.
     """
 
     def __init__(
@@ -41,27 +37,22 @@ class ClipScore:
         revision: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        import transformers
+        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         source = str(model)
         local, revision = Path(source).is_dir(), revision or "main"
+        at: dict[str, Any] = {"revision": revision}
         try:
             with quiet():
-                loaded = transformers.CLIPModel.from_pretrained(
-                    source, use_safetensors=True, revision=revision
-                )
-                tokenizer = transformers.CLIPTokenizer.from_pretrained(source, revision=revision)
+                loaded: Any = CLIPModel.from_pretrained(source, use_safetensors=True, **at)
+                self.tokenizer: Any = CLIPTokenizer.from_pretrained(source, **at)
                 # The default processor needs torchvision and resizes in another way.
-                processor = transformers.CLIPImageProcessorPil.from_pretrained(
-                    source, revision=revision
-                )
+                self.processor: Any = CLIPImageProcessorPil.from_pretrained(source, **at)
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"clip={source!r}: no CLIP model with safetensors weights ({error}); accepted is a local folder "
                 "with model, tokenizer and preprocessor_config.json, or a model id on the Hub"
             ) from None
-        self.tokenizer: Any = tokenizer
-        self.processor: Any = processor
         self.device = torch.device(device)
         # float32, because transformers keeps the checkpoint's precision, which would change the score.
         self.model: Any = loaded.float().requires_grad_(False).eval().to(self.device)
@@ -71,7 +62,6 @@ class ClipScore:
             sha256=_sha256(source, revision),
             resize="clip-processor",
         )
-        self.flags: list[str] = []
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """Return for each prompt whether it has more tokens than the model reads."""

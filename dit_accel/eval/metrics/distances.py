@@ -36,20 +36,13 @@ class FeatureSet:
     """
 
     def __init__(self, extractor: Extractor, dims: int, *, keep: int = KEEP) -> None:
-        self.extractor = extractor
-        self.dims = dims
-        self.keep = keep
-        self.count = 0
+        self.extractor, self.dims, self.keep, self.count = extractor, dims, keep, 0
         self._sum = torch.zeros(dims, dtype=torch.float64)
         self._products = torch.zeros(dims, dims, dtype=torch.float64)
         self._kept = [(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dims))]
 
     def add(self, features: Float[Tensor, "n d"], names: Sequence[str]) -> None:
-        """Add a batch of rows, with one name per row that is unique in the set.
-
-        Raises:
-            ValueError: a feature is not finite.
-        """
+        """Add a batch of rows, with one name per row that is unique in the set."""
         if wrong := (~features.isfinite().all(1)).nonzero()[:, 0].tolist():
             raise ValueError(
                 f"features: {len(wrong)} of {len(names)} samples, {names[wrong[0]]!r} the first, have values "
@@ -62,8 +55,8 @@ class FeatureSet:
         if self.keep:
             self._put(torch.tensor([_key(x) for x in names], dtype=torch.int64), wide.float())
 
-    def merge(self, other: "FeatureSet") -> None:
-        """Add another part of the set."""
+    def merged(self, other: "FeatureSet") -> "FeatureSet":
+        """Add another part of the set, and return this one."""
         check_same_extractor(self, other)
         self.count += other.count
         self._sum += other._sum
@@ -71,13 +64,13 @@ class FeatureSet:
         self.keep = min(self.keep, other.keep)
         for keys, rows in other._kept:
             self._put(keys, rows)
+        return self
 
     def mean(self) -> Float64[Tensor, " d"]:
-        """Return the mean of every sample's features."""
         return self._sum / self.count
 
     def covariance(self) -> Float64[Tensor, "d d"]:
-        """Return the unbiased covariance of every sample's features."""
+        """Return the unbiased covariance."""
         mean = self.mean()
         return (self._products - self.count * mean[:, None] * mean) / (self.count - 1)
 
@@ -92,14 +85,11 @@ class FeatureSet:
         return {"count": torch.tensor(self.count), **sums, "keys": keys, "rows": rows}
 
     @classmethod
-    def from_state(
-        cls, state: dict[str, Tensor], extractor: Extractor, *, keep: int
-    ) -> "FeatureSet":
+    def from_state(cls, state: dict[str, Tensor], extractor: Extractor, keep: int) -> "FeatureSet":
         """Return the set that gave this state."""
         out = cls(extractor, len(state["sum"]), keep=keep)
-        out.count = int(state["count"])
+        out.count, out._kept = int(state["count"]), [(state["keys"], state["rows"])]
         out._sum, out._products = state["sum"], state["products"]
-        out._kept = [(state["keys"], state["rows"])]
         return out
 
     def _put(self, keys: Int64[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
@@ -117,7 +107,7 @@ class FeatureSet:
 
 
 def check_same_extractor(a: FeatureSet, b: FeatureSet) -> None:
-    """Raise ValueError unless both sets are features of one network."""
+    """Raise ValueError unless both sets have features of one network."""
     said = [f"{x.dims} features of {x.extractor}" for x in (a, b)]
     if said[0] != said[1]:
         raise ValueError(
@@ -132,27 +122,15 @@ def _key(name: str) -> int:
 
 
 def compare_features(
-    distance: str,
-    samples: FeatureSet,
-    reference: FeatureSet,
-    *,
-    flags: Sequence[str] = (),
-    **extras: Any,
+    distance: str, samples: FeatureSet, reference: FeatureSet, flags: Sequence[str], **extras: Any
 ) -> MetricValue:
-    """Return a distance of two sets with everything that a reader must know.
+    """Return a distance of two sets: "frechet", "kernel", "precision" or "recall".
 
-    Args:
-        distance: "frechet", "kernel", "precision" or "recall".
-        flags: flags of the network. Added are "rank-deficient", for a Fréchet distance of no more samples than
-            features, which depends mostly on their number, and "subsets of n" for smaller kernel subsets.
-
-    Raises:
-        ValueError: the sets have features of different networks.
+    To the flags of the network it adds "rank-deficient" for a Fréchet distance of no more samples than features,
+    which depends mostly on their number, and "subsets of n" for smaller kernel subsets.
     """
     check_same_extractor(samples, reference)
-    flags = list(flags)
-    counts = samples.count, reference.count
-    unit = "share"
+    flags, counts, unit = list(flags), (samples.count, reference.count), "share"
     if distance == "frechet":
         value, unit = frechet_distance(samples, reference), "squared feature distance"
         extras["features"] = samples.dims
@@ -171,35 +149,24 @@ def compare_features(
         else:
             value = precision_recall(*rows)[0 if distance == "precision" else 1]
             extras["neighbours"] = NEIGHBOURS
-    if flags:
-        extras["flags"] = flags
-    return metric_value(
-        value, counts[0], unit, extractor=samples.extractor, n_reference=counts[1], **extras
-    )
+    extras |= {"flags": flags} if flags else {}
+    extras |= {"extractor": samples.extractor, "n_reference": counts[1]}
+    return metric_value(float(value), counts[0], unit, **extras)
 
 
 def frechet_distance(a: FeatureSet, b: FeatureSet) -> float:
-    """Return the distance of the Gaussians of mean and covariance of the two sets."""
-    return gaussian_distance(a.mean(), a.covariance(), b.mean(), b.covariance())
-
-
-def gaussian_distance(
-    mean_a: Float64[Tensor, " d"],
-    covariance_a: Float64[Tensor, "d d"],
-    mean_b: Float64[Tensor, " d"],
-    covariance_b: Float64[Tensor, "d d"],
-) -> float:
-    """Return |m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½).
+    """Return |m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) of the sets' means and covariances.
 
     With C_a = R Rᵀ, C_a C_b has the eigenvalues of the symmetric RᵀC_bR. They are real, and computed in less
     time than those of the product, which torchmetrics takes.
     """
+    covariance_a, covariance_b = a.covariance(), b.covariance()
     root, failed = torch.linalg.cholesky_ex(covariance_a)
     if failed:  # no full rank: fewer samples than features, or constant features
         values, vectors = torch.linalg.eigh(covariance_a)
         root = vectors * values.clamp_min(0).sqrt()
     overlap = torch.linalg.eigvalsh(root.mT @ covariance_b @ root).clamp_min(0).sqrt().sum()
-    means = (mean_a - mean_b).square().sum()
+    means = (a.mean() - b.mean()).square().sum()
     distance = means + covariance_a.trace() + covariance_b.trace() - 2 * overlap
     return max(0.0, distance.item())  # rounding can make it negative
 
@@ -207,10 +174,8 @@ def gaussian_distance(
 def kernel_distances(
     a: Float[Tensor, "n d"],
     b: Float[Tensor, "m d"],
-    *,
     subsets: int = SUBSETS,
-    subset_size: int = SUBSET_SIZE,
-    seed: int = 0,
+    size: int = SUBSET_SIZE,
 ) -> Float64[np.ndarray, " s"]:
     """Return unbiased squared maximum mean discrepancies under (x·y / d + 1)³ of random subsets.
 
@@ -218,14 +183,14 @@ def kernel_distances(
     """
     from torchmetrics.image.kid import poly_mmd
 
-    size = min(subset_size, len(a), len(b))
+    size = min(size, len(a), len(b))
     if size == len(a) == len(b):
         subsets = 1
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     values = []
     for _ in range(subsets):
-        chosen = [rows[rng.choice(len(rows), size, replace=False)].double() for rows in (a, b)]
-        values.append(poly_mmd(*chosen).item())
+        x, y = (rows[rng.choice(len(rows), size, replace=False)].double() for rows in (a, b))
+        values.append(poly_mmd(x, y).item())
     return np.array(values)
 
 

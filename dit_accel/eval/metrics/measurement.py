@@ -4,24 +4,20 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dit_accel.eval.metrics.distances import FeatureSet, compare_features
-from dit_accel.eval.metrics.judge import judge_values
-from dit_accel.eval.metrics.values import mean_value
+from dit_accel.eval.metrics.values import judge_values, mean_value
 from dit_accel.eval.results.types import Extractor, MetricValue
 from dit_accel.files import atomic_path
 from dit_accel.sampling.sets import SampleSet
 from dit_accel.tensor_files import open_safetensors
 
 _UNITS = {"psnr": "dB", "clip_score": "points of 100"}
-SIDES = ("samples", "reference")
-FORMAT_VERSION = 1
-_KEY = "measurement"
+FORMAT_VERSION = 2
 _SETTINGS = ("kind", "metrics", "comparisons", "sets", "extractors", "flags")
 """Fields that all parts of a measurement share."""
 
@@ -31,16 +27,14 @@ class Comparison(NamedTuple):
 
     distance: str
     """"frechet", "kernel", "precision" or "recall"."""
-    source: str
-    """Key in `Measurement.features`: name of the extractor, and the kind of features after a colon."""
+    extractor: str
+    kind: str = ""
+    """Kind of the extractor's features, where it has several."""
 
     @property
-    def extractor(self) -> str:
-        return self.source.partition(":")[0]
-
-    @property
-    def kind(self) -> str:
-        return self.source.partition(":")[2]
+    def source(self) -> str:
+        """Key in `Measurement.features`."""
+        return f"{self.extractor}:{self.kind}" if self.kind else self.extractor
 
 
 def fingerprint(samples: SampleSet) -> str:
@@ -65,7 +59,7 @@ class Measurement:
     ids: dict[str, list[str]] = field(default_factory=dict)
     """Ids of the samples that were read, by side."""
     values: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Values by metric, then by sample id. The judge has an entry for each property."""
+    """Values by metric, then by sample id; for the judge by property, as "judge_shape"."""
     extractors: dict[str, Extractor] = field(default_factory=dict)
     """Networks behind `values`, by metric."""
     features: dict[str, dict[str, FeatureSet]] = field(default_factory=dict)
@@ -78,27 +72,24 @@ class Measurement:
     """Parts that are merged: (i, n) is the i-th of n."""
 
     def metric_values(self) -> dict[str, MetricValue]:
-        """Return all metrics in the order of `metrics`. The judge adds one metric for each property.
-
-        Raises:
-            ValueError: a metric has too few samples, or a part of the set is missing.
-        """
+        """Return all metrics in the order of `metrics`. The judge adds one metric for each property."""
         self.check_whole()
         out: dict[str, MetricValue] = {}
         for metric in self.metrics:
             if metric == "judge":
-                out |= judge_values(self._judgements())
+                out |= judge_values(self.values)
             elif metric in self.comparisons:
-                distance, source = self.comparisons[metric]
-                sides = [self.features[side][source] for side in SIDES]
+                distance, source = (
+                    self.comparisons[metric].distance,
+                    self.comparisons[metric].source,
+                )
+                a, b = (self.features[side][source] for side in ("samples", "reference"))
                 extras: dict[str, Any] = {"of": "frames"} if self.kind == "clips" else {}
-                flags = self.flags.get(source, ())
-                out[metric] = compare_features(distance, *sides, flags=flags, **extras)
+                out[metric] = compare_features(distance, a, b, self.flags.get(source, []), **extras)
             else:
                 values = [value for _, value in sorted(self.values[metric].items())]
                 extras = {"truncated": self.truncated} if metric == "clip_score" else {}
-                if metric in self.flags:
-                    extras["flags"] = self.flags[metric]
+                extras |= {"flags": self.flags[metric]} if metric in self.flags else {}
                 unit, extractor = _UNITS.get(metric, ""), self.extractors.get(metric)
                 out[metric] = mean_value(values, unit, extractor, **extras)
         for name, found in out.items():
@@ -107,14 +98,6 @@ class Measurement:
                     key: x if math.isfinite(x) else None for key, x in sorted(single.items())
                 }
         return out
-
-    def _judgements(self) -> list[dict[str, bool | None]]:
-        names = {k.removeprefix("judge_"): v for k, v in self.values.items() if k[:6] == "judge_"}
-        # A background that the prompt does not name has no value.
-        return [
-            {name: bool(x[i]) if i in x else None for name, x in names.items()}
-            for i in sorted(names["all"])
-        ]
 
     def check_whole(self) -> None:
         """Raise ValueError if a part is missing, because distances depend on the number of samples."""
@@ -131,9 +114,7 @@ class Measurement:
         """
         counts = self.shards[0][1], other.shards[0][1]
         if counts[0] != counts[1]:
-            raise ValueError(
-                f"parts: some are of {counts[0]}, some of {counts[1]}; accepted is one division"
-            )
+            raise ValueError(f"parts: of {counts[0]} and of {counts[1]}; accepted is one division")
         for name in _SETTINGS:
             if (mine := getattr(self, name)) != (theirs := getattr(other, name)):
                 raise ValueError(f"parts measured differently: {name} is {mine!r} and {theirs!r}")
@@ -146,11 +127,9 @@ class Measurement:
         for metric, values in other.values.items():
             self.values.setdefault(metric, {}).update(values)
         for side, sets in other.features.items():
+            own = self.features.setdefault(side, {})
             for source, features in sets.items():
-                if source in self.features.setdefault(side, {}):
-                    self.features[side][source].merge(features)
-                else:
-                    self.features[side][source] = features
+                own[source] = own[source].merged(features) if source in own else features
         self.truncated += other.truncated
         self.shards += other.shards
 
@@ -158,55 +137,36 @@ class Measurement:
         """Write the measurement as safetensors, atomically."""
         from safetensors.torch import save_file
 
-        values = {metric: sorted(by_id) for metric, by_id in self.values.items()}
-        tensors = {
-            f"values/{metric}": torch.tensor(
-                [self.values[metric][x] for x in ids], dtype=torch.float64
-            )
-            for metric, ids in values.items()
-        }
-        features: list[dict[str, Any]] = []
-        for side, sets in self.features.items():
-            for source, one in sets.items():
-                place = f"features/{len(features)}"
-                tensors |= {f"{place}/{k}": v for k, v in one.state().items()}
-                identity = {"extractor": one.extractor, "keep": one.keep}
-                features.append({"side": side, "source": source, **identity})
-        shared = {name: getattr(self, name) for name in (*_SETTINGS, "truncated", "shards", "ids")}
-        about = {"format_version": FORMAT_VERSION, **shared, "values": values, "features": features}
+        tensors: dict[str, Tensor] = {}
+        sets: list[Any] = []
+        for side, found in self.features.items():
+            for source, one in found.items():
+                tensors |= {f"{side}/{source}/{k}": v for k, v in one.state().items()}
+                sets.append([side, source, one.extractor, one.keep])
+        rest = {name: getattr(self, name) for name in _SAVED}
+        about = {"format_version": FORMAT_VERSION, "features": sets, **rest}
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={_KEY: json.dumps(about)})
+            save_file(tensors, temporary, metadata={"measurement": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Measurement":
-        """Read a file of `save`.
-
-        Raises:
-            ValueError: the file is something else.
-        """
+        """Read a file of `save`; a ValueError says what is wrong with another file."""
         with open_safetensors(path) as file:
-            about = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads((file.metadata() or {}).get("measurement", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if (version := about.get("format_version")) != FORMAT_VERSION:
             raise ValueError(
                 f"{path}: format_version={version!r} of a measurement; accepted is {FORMAT_VERSION}"
             )
-        try:
-            out = cls(**{name: about[name] for name in (*_SETTINGS, "truncated", "ids")})
-            out.metrics = tuple(out.metrics)
-            out.comparisons = {k: Comparison(*x) for k, x in out.comparisons.items()}
-            out.shards = [(int(i), int(n)) for i, n in about["shards"]]
-            for metric, ids in about["values"].items():
-                values = tensors[f"values/{metric}"].tolist()
-                out.values[metric] = dict(zip(ids, values, strict=True))
-            for i, one in enumerate(about["features"]):
-                place = f"features/{i}/"
-                state = {
-                    k.removeprefix(place): x for k, x in tensors.items() if k.startswith(place)
-                }
-                out.features.setdefault(one["side"], {})[one["source"]] = FeatureSet.from_state(
-                    state, one["extractor"], keep=one["keep"]
-                )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path}: not of a measurement ({error!r})") from None
+        about["metrics"], about["shards"] = tuple(about["metrics"]), [*map(tuple, about["shards"])]
+        about["comparisons"] = {k: Comparison(*x) for k, x in about["comparisons"].items()}
+        out = cls(**{name: about[name] for name in _SAVED})
+        for side, source, extractor, keep in about["features"]:
+            place = f"{side}/{source}/"
+            state = {k.removeprefix(place): x for k, x in tensors.items() if k.startswith(place)}
+            one = FeatureSet.from_state(state, extractor, keep)
+            out.features.setdefault(side, {})[source] = one
         return out
+
+
+_SAVED = [x.name for x in fields(Measurement) if x.name != "features"]

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+NAMES = ("inception", "lpips", "clip")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
@@ -38,26 +40,14 @@ class Networks:
     @property
     def given(self) -> tuple[str, ...]:
         """Names of the networks that have weights."""
-        return given_networks(asdict(self))
+        return tuple(x for x in NAMES if getattr(self, x) is not None)
 
     def loaded(self, metrics: Sequence[str], device: str = "cpu") -> dict[str, Any]:
         """Return the arguments of `score` with the networks loaded that `metrics` need.
 
         Use it to read each network once for several sets, or to check the files before sampling.
-
-        Args:
-            metrics: names of the metrics that need the networks.
-
-        Raises:
-            ValueError: a file or folder does not hold its network.
-            ImportError: a library is missing.
         """
         return load_networks(asdict(self), metrics, device)
-
-
-def given_networks(arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the networks among fields of `Networks` that have weights."""
-    return tuple(x for x in ("inception", "lpips", "clip") if arguments.get(x) is not None)
 
 
 def load_networks(
@@ -69,7 +59,10 @@ def load_networks(
     from dit_accel.eval.metrics.features import load_inception
     from dit_accel.eval.metrics.pairs import Lpips
 
-    out = {**asdict(Networks()), **arguments}
+    usual = asdict(Networks())
+    if unknown := sorted(set(arguments) - set(usual)):
+        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+    out = {**usual, **arguments}
     kinds = sorted({INCEPTION[x].kind for x in metrics if x in INCEPTION})
     other, paths = out["allow_other_weights"], (str, os.PathLike)
     if kinds and isinstance(weights := out["inception"], paths):
@@ -85,18 +78,13 @@ def load_networks(
 
 
 def file_sha256(path: str | os.PathLike, argument: str) -> str:
-    """Return the sha256 of a file.
-
-    Raises:
-        ValueError: it cannot be read; the message names `argument`.
-    """
+    """Return the sha256 of a file; the message of a ValueError names `argument`."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(
-            f"{argument}={str(path)!r}: cannot be read ({error.strerror or error}); accepted is the path "
-            "of a local weights file"
+            f"{argument}={str(path)!r}: cannot be read ({error.strerror or error}); accepted is a local file"
         ) from None
 
 
@@ -111,42 +99,31 @@ def module_sha256(module: nn.Module) -> str:
 
 
 def load_weights(
-    argument: str,
-    path: str | os.PathLike,
-    *,
-    known: str = "",
-    what: str = "",
-    allow_other_weights: bool = False,
+    argument: str, path: str | os.PathLike, known: str = "", what: str = "", allow: bool = False
 ) -> tuple[dict[str, Tensor], str, list[str]]:
     """Read the tensors of a safetensors or torch file without running code in it.
 
     Args:
-        argument: name of the argument, for messages.
+        argument, what: names of the argument and of the published file, for messages.
         known: start of the published file's sha256. Default: every file is accepted.
-        what: name of the published file, for messages.
-        allow_other_weights: accept a file with another sha256.
+        allow: accept other files too.
 
     Returns:
         The tensors by name, the file's sha256, and the flags of values that rest on it.
-
-    Raises:
-        ValueError: the file has another sha256, or holds something other than tensors by name.
     """
     from safetensors.torch import load_file
 
     sha256 = file_sha256(path, argument)
     named = f"{argument}={str(path)!r}"
     other = not sha256.startswith(known)
-    if other and not allow_other_weights:
+    if other and not allow:
         raise ValueError(
             f"{named}: sha256 {sha256}; accepted are {what} (sha256 {known}), or other weights that you "
             "trust, with allow_other_weights"
         )
+    safe = Path(path).suffix == ".safetensors"
     try:
-        if Path(path).suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
     # The type of torch's error depends on where a damaged file breaks off, and its message recommends to
     # load the file with weights_only=False, which would run code in it.
     except Exception as error:
@@ -160,11 +137,7 @@ def load_weights(
 
 
 def import_library(module: str, package: str) -> Any:
-    """Import a module of an optional library.
-
-    Raises:
-        ImportError: the library is missing or broken; the message says how to install it.
-    """
+    """Import a module of an optional library, or raise ImportError with how to install it."""
     try:
         return importlib.import_module(module)
     # A torchvision built for another torch fails with RuntimeError.

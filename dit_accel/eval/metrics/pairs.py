@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from dit_accel.eval.results.types import Extractor
 
 Frames = UInt8[np.ndarray, "t h w 3"] | Float[np.ndarray, "t h w 3"]
 """Bytes, or values in [0, 1]."""
-_SSIM_SIDE = 6  # torchmetrics reflects 5 pixels at each border
 LPIPS_BACKBONES = {"alex": "7be5be79", "vgg": "397923af", "squeeze": "b8a52dc0"}
 """Start of the sha256 of torchvision's ImageNet weights, which is part of the file's name."""
 
@@ -38,15 +38,11 @@ def ssim(a: Frames, b: Frames) -> float:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     check_sizes(a, b)
-    if min(a.shape[1:3]) < _SSIM_SIDE:
-        raise ValueError(
-            f"frames of {a.shape[2]}x{a.shape[1]}: SSIM accepts at least {_SSIM_SIDE}x{_SSIM_SIDE} pixels"
-        )
-    values = [
-        structural_similarity_index_measure(_tensor(x)[None], _tensor(y)[None], data_range=1.0)
-        for x, y in zip(a, b, strict=True)
-    ]
-    return float(np.mean([x.item() for x in values]))  # type: ignore[union-attr]  # no full image
+    if min(a.shape[1:3]) < 6:  # torchmetrics reflects 5 pixels at each border
+        raise ValueError(f"frames of {a.shape[2]}x{a.shape[1]}: SSIM accepts at least 6x6 pixels")
+    frames = [(_tensor(x)[None], _tensor(y)[None]) for x, y in zip(a, b, strict=True)]
+    values: list[Any] = [structural_similarity_index_measure(*x, data_range=1.0) for x in frames]
+    return float(np.mean([x.item() for x in values]))
 
 
 def flicker(frames: UInt8[np.ndarray, "t h w 3"]) -> float:
@@ -65,10 +61,6 @@ class Lpips:
             linear layers are part of the lpips package.
         net: "alex", "vgg" or "squeeze".
         allow_other_weights: accept a file with another sha256.
-        device: device of the network.
-
-    Raises:
-        ValueError: `net` is not valid, or the file does not hold its weights.
     """
 
     def __init__(
@@ -81,13 +73,8 @@ class Lpips:
     ) -> None:
         if net not in LPIPS_BACKBONES:
             raise ValueError(f"net={net!r}: accepted are {', '.join(LPIPS_BACKBONES)}")
-        state, sha256, self.flags = load_weights(
-            "lpips",
-            weights,
-            known=LPIPS_BACKBONES[net],
-            what=f"torchvision's {net}",
-            allow_other_weights=allow_other_weights,
-        )
+        known, what = LPIPS_BACKBONES[net], f"torchvision's {net}"
+        state, sha256, self.flags = load_weights("lpips", weights, known, what, allow_other_weights)
         # Not torchmetrics, whose module downloads the backbone's weights.
         lpips = import_library("lpips", "lpips")
         with warnings.catch_warnings():
@@ -98,9 +85,8 @@ class Lpips:
         try:
             model.net.load_state_dict({k: state[name] for k, name in wanted.items()})
         except (KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"lpips={str(weights)!r}: does not hold the weights of {net} ({error})"
-            ) from None
+            named = f"lpips={str(weights)!r}"
+            raise ValueError(f"{named}: does not hold the weights of {net} ({error})") from None
         self.device = torch.device(device)
         self.model = model.requires_grad_(False).eval().to(self.device)
         self.record = Extractor(id=f"lpips-{net}-v0.1", sha256=sha256, resize=None)
@@ -110,12 +96,8 @@ class Lpips:
         """Return the mean over frames; 0 for equal clips."""
         check_sizes(a, b)
         try:
-            values = [
-                self.model(
-                    *(_tensor(z)[None].float().to(self.device) for z in pair), normalize=True
-                )
-                for pair in zip(a, b, strict=True)
-            ]
+            pairs = [[_tensor(z)[None].float() for z in pair] for pair in zip(a, b, strict=True)]
+            values = [self.model(*(z.to(self.device) for z in x), normalize=True) for x in pairs]
         except RuntimeError as error:
             raise ValueError(
                 f"frames of {a.shape[2]}x{a.shape[1]}: LPIPS cannot compare them ({error})"

@@ -12,16 +12,20 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
+from dit_accel.demo.caption_judge import judge_captions
 from dit_accel.eval.metrics.choices import PAIRED, Given
 from dit_accel.eval.metrics.distances import KEEP, FeatureSet
 from dit_accel.eval.metrics.features import TINY, Extractor, check_resize, tiny_extractor
-from dit_accel.eval.metrics.judge import judge
-from dit_accel.eval.metrics.measurement import Measurement, fingerprint
-from dit_accel.eval.metrics.networks import given_networks, load_networks
+from dit_accel.eval.metrics.measurement import Comparison, Measurement, fingerprint
+from dit_accel.eval.metrics.networks import NAMES, load_networks
 from dit_accel.eval.metrics.pairs import flicker, psnr, ssim
 from dit_accel.eval.results.types import MetricValue
+from dit_accel.sampling.devices import pick_device
+from dit_accel.sampling.prompt_sets import load_prompts
 from dit_accel.sampling.sets import SampleSet
+from dit_accel.sampling.settings import check_count
 
 Source = SampleSet | str | os.PathLike
 Item = TypeVar("Item")
@@ -31,17 +35,7 @@ Result = TypeVar("Result")
 def score(
     images: Source, *, reference: Source | Measurement | None = None, **options: Any
 ) -> dict[str, MetricValue]:
-    """Return the metrics of a set of samples by name.
-
-    Args:
-        images: the set, or its folder.
-        reference: the set to compare with, or its folder; for metrics that compare features also a saved
-            measurement of that set.
-        options: further arguments of `measure`.
-
-    Raises:
-        ValueError: bad input; raised before any work where possible.
-    """
+    """Return the metrics of a set of samples by name; for the arguments see `measure`."""
     return measure(images, reference=reference, need_reference=True, **options).metric_values()
 
 
@@ -64,163 +58,114 @@ def measure(
     """Measure a set of samples, or a part of it, for saving, merging, or `Measurement.metric_values`.
 
     Args:
-        images, reference: see `score`. Without a reference only the features of `images` are computed, to be
-            saved as a reference.
-        prompts: prompts by id, or a prompts file or shipped set whose ids are the samples'. Default: the
-            prompts in the set's manifest.
+        images: the set, or its folder.
+        reference: the set to compare with, or its folder; for metrics that compare features also a saved
+            measurement. Without it only the features of `images` are computed, to be saved as a reference.
+        prompts: prompts by id, or a prompts file or shipped set with the samples' ids. Default: those in the
+            set's manifest.
         metrics: names. Default: all that the arguments allow. "psnr", "ssim" and "lpips" need reference samples
             of the same ids, "flicker" needs clips, "clip_score" a CLIP model, "judge" prompts of the demo.
             "fid", "fid_768", "fid_192", "fid_64", "sfid", "kid", "precision" and "recall" need Inception.
             "fd_", "kd_", "precision_" and "recall_" take the name of `extractor`, or "tiny".
         extractor: any other network.
         allow_partial: compare only the ids that both sets have.
-        batch_size: pictures per forward pass of a network.
-        workers: threads that read and resize.
+        batch_size, workers: pictures per forward pass of a network, and threads that read and resize.
         device: "auto", "cpu", "cuda", ...
         progress: show a progress bar on stderr.
-        shard: (i, n) measures every n-th sample from the i-th on. The merged n parts are the whole measurement.
+        shard: (i, n) measures every n-th sample from the i-th on. The n parts, merged, are the whole.
         need_reference: refuse metrics that compare features when there is no reference.
         networks: fields of `Networks`, as `inception`, `clip`, `lpips`; or the result of `Networks.loaded`.
 
     Raises:
         ValueError: bad input; raised before any work where possible.
     """
-    from dit_accel.sampling.devices import pick_device
-    from dit_accel.sampling.settings import check_count
-
     check_resize(networks.get("resize", "clean"))
     check_count("batch_size", batch_size)
     check_count("workers", workers)
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard={shard}: accepted is (i, n) with 0 <= i < n")
-    if extractor is not None and extractor.name in (TINY, "inception"):
-        raise ValueError(f"extractor: name={extractor.name!r} is taken; accepted is another")
+    name = None if extractor is None else extractor.name
+    if name in (TINY, "inception"):
+        raise ValueError(f"extractor: name={name!r} is taken; accepted is another")
     place = pick_device(device)
     samples = images if isinstance(images, SampleSet) else SampleSet.open(images)
-    given = Given(
-        samples,
-        open_reference(reference),
-        _prompts(samples, prompts),
-        given_networks(networks),
-        None if extractor is None else extractor.name,
-        allow_partial,
-        need_reference,
-    )
+    saved = open_reference(reference)
+    if prompts is None:
+        prompts = samples.prompts
+    elif not isinstance(prompts, Mapping):
+        prompts = {record.id: record.prompt for record in load_prompts(prompts)}
+    usable = tuple(x for x in NAMES if networks.get(x) is not None)
+    given = Given(samples, saved, dict(prompts), usable, name, allow_partial, need_reference)
     choices = given.choose(metrics)
     loaded = load_networks(networks, list(choices), place)
-    keep: dict[str, dict[str, int]] = {}  # rows by extractor and kind of features
-    for comparison in choices.values():
-        if comparison is not None:
-            rows = keep.setdefault(comparison.extractor, {})
-            needed = 0 if comparison.distance == "frechet" else KEEP
-            rows[comparison.kind] = max(rows.get(comparison.kind, 0), needed)
-    extractors: dict[str, Extractor] = {"inception": loaded.get("inception")}
-    if TINY in keep:
-        extractors[TINY] = tiny_extractor(device=place)
-    if extractor is not None:
-        extractors[extractor.name] = extractor
-    used = [(extractors[name], kinds) for name, kinds in keep.items()]
-    measurement = Measurement(
-        samples.kind,
-        tuple(choices),
-        {name: x for name, x in choices.items() if x is not None},
-        sets={"samples": fingerprint(samples)},
-        shards=[shard],
-    )
+    comparisons = {name: x for name, x in choices.items() if x is not None}
+    measurement = Measurement(samples.kind, tuple(choices), comparisons, shards=[shard])
+    measurement.sets["samples"] = fingerprint(samples)
     for metric, network in (("lpips", "lpips"), ("clip_score", "clip")):
         if metric in choices:
             measurement.extractors[metric] = loaded[network].record
-            measurement.flags |= {metric: x} if (x := loaded[network].flags) else {}
-    for one, kinds in used:
-        measurement.flags |= {one.source(x): one.flags for x in kinds if one.flags}
-    saved = given.reference
+            measurement.flags |= {metric: x} if (x := getattr(loaded[network], "flags", [])) else {}
+    extractors: dict[str, tuple[Extractor, dict[str, int]]] = {}
+    for x in comparisons.values():
+        if x.extractor not in extractors:
+            found = extractor if x.extractor == name else loaded.get(x.extractor)
+            extractors[x.extractor] = (found or tiny_extractor(device=place), {})
+        one, keep = extractors[x.extractor]
+        keep[x.kind] = max(keep.get(x.kind, 0), 0 if x.distance == "frechet" else KEEP)
+        measurement.flags |= {x.source: one.flags} if one.flags else {}
+        if isinstance(saved, Measurement):
+            features, record = saved.features["samples"][x.source], one.record(x.kind)
+            if features.extractor != record:
+                raise ValueError(
+                    f"reference: measured with {features.extractor}; accepted is the network {record}"
+                )
+            if shard[0] == 0:  # the other parts leave the reference to this one
+                measurement.ids["reference"] = list(saved.ids["samples"])
+                measurement.features.setdefault("reference", {})[x.source] = features
     if isinstance(saved, SampleSet):
         measurement.sets["reference"] = fingerprint(saved)
     elif saved is not None:
-        _use_saved(saved, measurement, used)
+        measurement.sets["reference"] = saved.sets["samples"]
+    used = list(extractors.values())
     Pass(given, measurement, used, loaded, batch_size).run(shard, workers, progress)
     return measurement
 
 
-def _use_saved(
-    saved: Measurement, measurement: Measurement, used: list[tuple[Extractor, dict[str, int]]]
-) -> None:
-    """Take the features of a saved measurement as the reference's, in the first part only.
-
-    Raises:
-        ValueError: they are of other networks.
-    """
-    measurement.sets["reference"] = saved.sets["samples"]
-    features = saved.features["samples"]
-    for one, kinds in used:
-        for kind in kinds:
-            found, record = features[one.source(kind)], one.record(kind)
-            if found.extractor != record:
-                raise ValueError(
-                    f"reference: measured with {found.extractor}; accepted is {record}: the same network, weights "
-                    "and way of resizing"
-                )
-            if measurement.shards[0][0] == 0:
-                measurement.ids["reference"] = list(saved.ids["samples"])
-                measurement.features.setdefault("reference", {})[one.source(kind)] = found
-
-
 def open_reference(source: Source | Measurement | None) -> SampleSet | Measurement | None:
-    """Return the set in a folder, or the measurement in a .safetensors file.
-
-    Raises:
-        ValueError: the path holds neither, or only a part of a measurement.
-    """
-    if source is None or isinstance(source, SampleSet):
-        return source
-    if isinstance(source, Measurement) or Path(source).suffix == ".safetensors":
-        saved = source if isinstance(source, Measurement) else Measurement.load(source)
-        saved.check_whole()
-        return saved
-    return SampleSet.open(source)
-
-
-def _prompts(
-    samples: SampleSet, prompts: Mapping[str, str] | str | os.PathLike | None
-) -> dict[str, str]:
-    if prompts is None:
-        return samples.prompts
-    if isinstance(prompts, Mapping):
-        return dict(prompts)
-    from dit_accel.sampling.prompt_sets import load_prompts
-
-    return {record.id: record.prompt for record in load_prompts(prompts)}
+    """Return the set in a folder, or the whole measurement in a .safetensors file."""
+    if isinstance(source, str | os.PathLike):
+        saved = Path(source).suffix == ".safetensors"
+        source = Measurement.load(source) if saved else SampleSet.open(source)
+    if isinstance(source, Measurement):
+        source.check_whole()
+    return source
 
 
 class Sample(NamedTuple):
-    """A sample that was read and prepared for the networks."""
+    """A sample with the reference's frames of the same id, and its pictures for each network."""
 
     id: str
     frames: np.ndarray
     pair: np.ndarray | None
-    """The reference's frames of the same id."""
     prepared: list[list[Tensor]]
-    """Pictures by extractor, then by frame."""
     for_clip: list[Tensor]
-    """Pictures for CLIP by frame."""
 
 
 @dataclass
 class Pass:
-    """Metrics and networks of one pass over the files; `measurement` gets what they measure."""
+    """Metrics and networks of one pass over the files, which fills `measurement`.
+
+    `extractors` come with the number of rows to keep for each kind of features.
+    """
 
     given: Given
     measurement: Measurement
     extractors: list[tuple[Extractor, dict[str, int]]]
-    """Networks, with the number of rows to keep for each kind of features."""
     networks: dict[str, Any]
-    """Loaded "lpips" and "clip", where their metrics are measured."""
     batch_size: int
 
     def run(self, shard: tuple[int, int], workers: int, progress: bool) -> None:
         """Measure every n-th sample and reference from the i-th on, for the shard (i, n)."""
-        from tqdm import tqdm
-
         sets = {"samples": self.given.samples}
         if self.extractors and isinstance(self.given.reference, SampleSet):
             sets["reference"] = self.given.reference
@@ -241,7 +186,7 @@ class Pass:
         frames = samples.frames(name)
         prepared = [[x.prepare(frame) for frame in frames] for x, _ in self.extractors]
         pair, for_clip, reference = None, [], self.given.reference
-        if side == "samples" and "clip" in self.networks:
+        if side == "samples" and "clip_score" in self.measurement.metrics:
             for_clip = [self.networks["clip"].prepare(x) for x in frames]
         if side == "samples" and set(PAIRED) & set(self.measurement.metrics):
             assert isinstance(reference, SampleSet)
@@ -249,7 +194,7 @@ class Pass:
         return Sample(name, frames, pair, prepared, for_clip)
 
     def _measure(self, side: str, batch: list[Sample]) -> None:
-        """Measure samples; of references only the features."""
+        """Measure samples, or only the features of references."""
         self.measurement.ids.setdefault(side, []).extend(x.id for x in batch)
         sets = self.measurement.features.setdefault(side, {})
         for place, (extractor, keep) in enumerate(self.extractors):
@@ -257,7 +202,7 @@ class Pass:
             for part in _chunks(frames, self.batch_size):
                 found = extractor([image for _, _, image in part])
                 for kind, rows in keep.items():
-                    source, features = extractor.source(kind), found[kind]
+                    source, features = Comparison("", extractor.name, kind).source, found[kind]
                     if source not in sets:
                         record = extractor.record(kind)
                         sets[source] = FeatureSet(record, features.shape[1], keep=rows)
@@ -265,13 +210,12 @@ class Pass:
         if side == "reference":
             return
         metrics = self.measurement.metrics
+        paired: dict[str, Any] = {"psnr": psnr, "ssim": ssim, "lpips": self.networks.get("lpips")}
         for x in batch:
             if "flicker" in metrics:
                 self._put("flicker", x.id, flicker(x.frames))
-            if x.pair is not None:
-                paired = {"psnr": psnr, "ssim": ssim, "lpips": self.networks.get("lpips")}
-                for name in set(paired) & set(metrics):
-                    self._put(name, x.id, paired[name](x.frames, x.pair))
+            for name in set(paired) & set(metrics) if x.pair is not None else ():
+                self._put(name, x.id, paired[name](x.frames, x.pair))
         if "clip_score" in metrics:
             self._measure_clip(batch)
         if "judge" in metrics:
@@ -293,7 +237,7 @@ class Pass:
         for _, group in groupby(batch, key=lambda x: x.frames.shape):
             same = list(group)
             prompts = [self.given.prompts[x.id] for x in same]
-            rights = judge([x.frames for x in same], prompts, still=still)
+            rights = judge_captions([x.frames for x in same], prompts, still=still)
             for x, right in zip(same, rights, strict=True):
                 for part, value in right.items():
                     if value is not None:

@@ -1,7 +1,7 @@
 """Metric values: a number, its sample size, its 95 % interval and the network behind it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -9,6 +9,8 @@ import numpy as np
 from dit_accel.eval.results.types import Extractor, MetricValue
 
 DRAWS = 2000
+PARTS = ("all", "shape", "colour", "motion", "background")
+"""Properties that the demo's judge checks."""
 _AT_ONCE = 1 << 19  # values drawn at a time; changing it changes the draws of large samples
 
 
@@ -40,7 +42,7 @@ def metric_value(
     n: int,
     unit: str,
     *,
-    interval_95: Sequence[float] | None = None,
+    interval_95: list[float] | None = None,
     extractor: Extractor | None = None,
     **extras: Any,
 ) -> MetricValue:
@@ -48,52 +50,45 @@ def metric_value(
 
     Args:
         value: finite number; None with the reason in `why`.
-        extras: further fields of the record, such as `flags`, `infinite`, `truncated`.
-
-    Raises:
-        ValueError: `value` is NaN or infinite.
+        extras: further fields, such as `flags`, `infinite`, `truncated`.
     """
     if value is not None and not math.isfinite(value):
         raise ValueError(f"value={value}: accepted is a finite number")
-    known = {
-        "value": None if value is None else float(value),
-        "n": n,
-        "interval_95": None if interval_95 is None else [float(x) for x in interval_95],
-        "unit": unit,
-        "extractor": extractor,
-    }
+    known = dict(value=value, n=n, interval_95=interval_95, unit=unit, extractor=extractor)
     return cast(MetricValue, {**known, **extras})
 
 
 def mean_value(
-    values: Sequence[float] | np.ndarray,
-    unit: str,
-    extractor: Extractor | None = None,
-    **extras: Any,
+    values: Sequence[float], unit: str, extractor: Extractor | None = None, **extras: Any
 ) -> MetricValue:
     """Return the mean with its bootstrap interval.
 
     Infinite values (PSNR of identical pairs) are left out of the mean. `infinite` and `n` count them.
-
-    Raises:
-        ValueError: a value is NaN.
     """
     sample = np.asarray(values, np.float64)
     finite = sample[~np.isinf(sample)]
-    mean, interval = None, None
-    if len(finite):
-        mean, interval = float(finite.mean()), bootstrap_interval(finite)
-    else:
-        extras["why"] = "all pairs are identical" if len(sample) else "there are no values"
     if len(finite) < len(sample):
         extras["infinite"] = len(sample) - len(finite)
-    return metric_value(
-        mean, len(sample), unit, interval_95=interval, extractor=extractor, **extras
-    )
+    extras |= {"n": len(sample), "unit": unit, "extractor": extractor}
+    if not len(finite):
+        why = "all pairs are identical" if len(sample) else "there are no values"
+        return metric_value(None, why=why, **extras)
+    return metric_value(float(finite.mean()), interval_95=bootstrap_interval(finite), **extras)
 
 
 def share_value(right: int, n: int) -> MetricValue:
     """Return the share `right / n` with Wilson's interval, which also holds near 0 and 1."""
     from dit_accel.demo.report import wilson_interval
 
-    return metric_value(right / n, n, "share", interval_95=wilson_interval(right, n))
+    return metric_value(right / n, n, "share", interval_95=list(wilson_interval(right, n)))
+
+
+def judge_values(values: Mapping[str, Mapping[str, float]]) -> dict[str, MetricValue]:
+    """Return `judge` (everything right), `judge_shape` and so on, each over the samples that it applies to.
+
+    Args:
+        values: 1 or 0 by "judge_all", "judge_shape" and so on, then by sample id.
+    """
+    names = {"judge" if x == "all" else f"judge_{x}": f"judge_{x}" for x in PARTS}
+    found = {k: list(values[x].values()) for k, x in names.items() if values.get(x)}
+    return {key: share_value(round(sum(x)), len(x)) for key, x in found.items()}

@@ -2,32 +2,14 @@
 
 import json
 import os
+import typing
 from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    NotRequired,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-    is_typeddict,
-)
+from typing import Any
 
 from dit_accel.environment import machine, versions
-from dit_accel.eval.results.types import (
-    FORMAT_VERSION,
-    PHASES,
-    PLAIN,
-    RESULTS,
-    SPEEDUPS,
-    Results,
-    identical,
-    one_of,
-)
+from dit_accel.eval.results import types
+from dit_accel.eval.results.types import PHASES, RESULTS, SPEEDUPS, Results
 from dit_accel.files import write_json
 
 
@@ -41,36 +23,30 @@ def build_results(*, reference: str = "dense", **content: Any) -> Results:
     Raises:
         ValueError: see `validate`.
     """
-    head = {"format_version": FORMAT_VERSION, "kind": "eval", "reference": reference}
+    head = {"format_version": types.FORMAT_VERSION, "kind": "eval", "reference": reference}
     return validate({**head, **content, "versions": versions(), "machine": machine()})
 
 
 def write_results(folder: str | os.PathLike, results: Results) -> Path:
     """Check the results, write `folder`/results.json atomically, and return its path."""
     path = Path(folder) / RESULTS
-    write_json(path, cast(dict[str, Any], validate(results)))
+    write_json(path, typing.cast(dict[str, Any], validate(results)))
     return path
 
 
 def read_results(path: str | os.PathLike) -> Results:
-    """Read and check a results.json.
-
-    Args:
-        path: the file, or its folder.
+    """Read and check a results.json, given as the file or its folder.
 
     Raises:
-        ValueError: the file is missing, is not JSON, has another version, or has a value that
-            `validate` refuses.
+        ValueError: the file is missing, is not JSON, has another version, or has a bad value.
     """
     path = Path(path)
     file = path / RESULTS if path.is_dir() else path
     try:
         return validate(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
-        raise ValueError(
-            f"path={str(path)!r}: cannot read {file.name} ({error.strerror or error}); accepted is "
-            "a results.json or its folder"
-        ) from None
+        why = f"cannot read {file.name} ({error.strerror or error})"
+        raise ValueError(f"path={str(path)!r}: {why}; accepted is a results.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"path={str(path)!r}: {file.name} is not JSON ({error})") from None
     except ValueError as error:
@@ -78,88 +54,80 @@ def read_results(path: str | os.PathLike) -> Results:
 
 
 def validate(data: Any) -> Results:
-    """Check the content of a results.json. Keys that the types do not name are let through.
-
-    Returns:
-        `data` itself.
+    """Check the content of a results.json and return it. Keys that the types do not name are let through.
 
     Raises:
-        ValueError: a value is missing or not valid; the message names the place, as in
-            `rows[2].metrics.psnr.n=-1`.
+        ValueError: naming the place, the value and valid values, as in `rows[2].metrics.psnr.n=-1`.
     """
     _require(isinstance(data, dict), "results", data, "an object")
-    version = data.get("format_version")
-    known = f"{FORMAT_VERSION}; another version of dit-accel wrote this file"
-    _require(version == FORMAT_VERSION, "format_version", version, known)
-    _require(data.get("kind") == "eval", "kind", data.get("kind"), '"eval"')
+    known = f"{types.FORMAT_VERSION}; another version of dit-accel wrote this file"
+    version, kind = data.get("format_version"), data.get("kind")
+    _require(version == types.FORMAT_VERSION, "format_version", version, known)
+    _require(kind == "eval", "kind", kind, '"eval"')
     _check("", data, Results)
     rows, samples, reference = data["rows"], data["samples"], data["reference"]
     _require(len(rows) > 0, "rows", rows, "at least one row")
     names = _unique("rows", rows, "name")
     quoted = ", ".join(map(repr, names))
     found = reference in names or any(row["method"] == reference for row in rows)
-    expected = f"the name or the method of a row; the names are {quoted}"
-    _require(found, "reference", reference, expected)
+    accepted = f"the name or the method of a row; the names are {quoted}"
+    _require(found, "reference", reference, accepted)
     for i, row in enumerate(rows):
         _check_row(f"rows[{i}]", row)
+    _unique("samples", samples, "id")
     for i, sample in enumerate(samples):
         for name in sample["media"]:
             _require(name in names, f"samples[{i}].media: row", name, f"one of {quoted}")
-    _unique("samples", samples, "id")
-    return cast(Results, data)
+    return typing.cast(Results, data)
 
 
 def _check_row(place: str, row: dict[str, Any]) -> None:
-    """Check what depends on more than one field of a row."""
+    """Check the fields of a row that depend on each other."""
     if not row["available"]:
-        _require(row["why"] is not None, f"{place}.why", None, "a text that is not empty")
+        _check(f"{place}.why", row["why"], types.Text)
     for phase in row["seconds"]:
-        _require(phase in PHASES, f"{place}.seconds: phase", phase, one_of(PHASES).accepted)
-    if row["speedup"] is not None:
-        for key in SPEEDUPS:
-            _present(f"{place}.speedup", row["speedup"], key)
+        _require(phase in PHASES, f"{place}.seconds: phase", phase, types.one_of(PHASES).accepted)
+    for key in SPEEDUPS if row["speedup"] is not None else ():
+        _present(f"{place}.speedup", row["speedup"], key)
     if row["peak_memory_bytes"] is not None:
-        measured, of = ("gpu", "process"), row["peak_memory_of"]
-        _require(of in measured, f"{place}.peak_memory_of", of, one_of(measured).accepted)
+        rule, value = types.one_of(("gpu", "process")), row["peak_memory_of"]
+        _require(rule.holds(value), f"{place}.peak_memory_of", value, rule.accepted)
     for name, metric in row["metrics"].items():
-        if metric["value"] is None and not identical(metric):
+        if metric["value"] is None and not types.identical(metric):
             _present(f"{place}.metrics.{name}", metric, "why")
 
 
 def _check(place: str, value: Any, kind: Any, null: str = "") -> None:
-    """Check a value against a type: a TypedDict, or what its fields are made of.
-
-    Args:
-        null: addition to the message where null is valid too.
-    """
-    origin, arguments = get_origin(kind), get_args(kind)
-    for rule in arguments[1:] if origin is Annotated else PLAIN.get(kind, ()):
+    """Check a value against a TypedDict or the type of a field; `null` is an addition to the message."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    plain = (types.PLAIN[kind],) if kind in types.PLAIN else ()
+    for rule in arguments[1:] if origin is typing.Annotated else plain:
         try:
             ok = rule.holds(value)
         except (TypeError, AttributeError):  # a value of another type
             ok = False
         _require(ok, place, value, rule.accepted + null)
-    if origin in (Union, UnionType):  # X | None
+    if type(None) in arguments:
         if value is not None:
             _check(place, value, arguments[0], " or null")
-    elif origin in (Annotated, NotRequired):
+    elif origin in (typing.Annotated, typing.NotRequired):
         _check(place, value, arguments[0], null)
-    elif is_typeddict(kind):
-        _require(isinstance(value, dict), place, value, "an object" + null)
-        for key, field in get_type_hints(kind, include_extras=True).items():
-            if key in kind.__required_keys__:
-                _present(place, value, key)
-            if key in value:
-                _check(f"{place}.{key}".lstrip("."), value[key], field)
     elif origin is list:
         items = "texts" if arguments[0] is str else "objects"
         _require(isinstance(value, list), place, value, f"a list of {items}" + null)
         for i, item in enumerate(value):
             _check(f"{place}[{i}]", item, arguments[0])
-    elif origin is dict:
+    elif origin is dict or typing.is_typeddict(kind):
         _require(isinstance(value, dict), place, value, "an object" + null)
-        for key, item in value.items():
-            _check(f"{place}.{key}", item, arguments[1])
+        if origin is dict:
+            fields = dict.fromkeys(value, arguments[1])
+        else:
+            fields = typing.get_type_hints(kind, include_extras=True)
+        for key, field in fields.items():
+            if typing.get_origin(field) is not typing.NotRequired:
+                _present(place, value, key)
+            if key in value:
+                _check(f"{place}.{key}".lstrip("."), value[key], field)
 
 
 def _present(place: str, value: dict[str, Any], key: str) -> None:

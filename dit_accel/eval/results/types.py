@@ -1,6 +1,6 @@
 """Types of results.json, format version 1.
 
-A field's type says what the file may hold. `store.validate` checks a file against these types.
+The type of a field says what the file may hold. `store.validate` checks a file against these types.
 """
 
 import math
@@ -11,32 +11,20 @@ from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 FORMAT_VERSION = 1
 RESULTS = "results.json"
 METHODS = ("dense", "fewer_steps", "cache", "ras", "sla", "ras_sla")
-"""The first two are the reference and the free baseline; the others accelerate."""
+"""The reference, the free baseline, and the accelerations."""
 ACCELERATED = METHODS[2:]
 PHASES = ("text", "denoise", "decode", "total")
 SPEEDUPS = ("denoise", "total")
-MEDIA = {
-    ".mp4": "video/mp4",
-    ".png": "image/png",
-    ".jpg": "image/jpeg",
-    ".jpeg": "image/jpeg",
-    ".webp": "image/webp",
-    ".gif": "image/gif",
-}
+MEDIA = {".mp4": "video/mp4", ".jpg": "image/jpeg"}
+MEDIA |= {f".{x}": f"image/{x}" for x in ("png", "jpeg", "webp", "gif")}
 """MIME types of the files that a browser shows, by suffix."""
 
 
 class Rule(NamedTuple):
-    """Condition on a field's value, next to its type."""
+    """Condition on a field's value: the valid values in words, and the check."""
 
     accepted: str
-    """Valid values, for the error message."""
     holds: Callable[[Any], bool]
-
-
-def finite(value: Any) -> bool:
-    """Return whether `value` is a number other than NaN and infinity."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def one_of(names: Sequence[str]) -> Rule:
@@ -44,16 +32,12 @@ def one_of(names: Sequence[str]) -> Rule:
     return Rule(f"one of {', '.join(names)}", lambda x: x in names)
 
 
-def _at_least(least: int) -> Rule:
-    return Rule(f"a whole number >= {least}", lambda x: type(x) is int and x >= least)
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def _in_range(accepted: str, highest: float) -> Rule:
-    return Rule(f"a finite number {accepted}", lambda x: finite(x) and 0 <= x <= highest)
-
-
-def _ordered(pair: Any) -> bool:
-    return len(pair) == 2 and all(map(finite, pair)) and pair[0] <= pair[1]
+def _ordered(x: Any) -> bool:
+    return len(x) == 2 and all(map(_number, x)) and x[0] <= x[1]
 
 
 def _inside(path: str) -> bool:
@@ -63,30 +47,25 @@ def _inside(path: str) -> bool:
     return path not in ("", ".") and "\\" not in path and "\0" not in path and not outside
 
 
-def _shown(path: str) -> bool:
-    return PurePosixPath(path).suffix.lower() in MEDIA
-
-
 Text = Annotated[str, Rule("a text that is not empty", lambda x: x.strip() != "")]
-Count = Annotated[int, _at_least(0)]
-PositiveCount = Annotated[int, _at_least(1)]
-NonNegative = Annotated[float, _in_range(">= 0", math.inf)]
-Share = Annotated[float, _in_range(">= 0 and <= 1", 1.0)]
+Count = Annotated[int, Rule("a whole number >= 0", lambda x: type(x) is int and x >= 0)]
+PositiveCount = Annotated[int, Rule("a whole number >= 1", lambda x: type(x) is int and x >= 1)]
+NonNegative = Annotated[float, Rule("a finite number >= 0", lambda x: _number(x) and x >= 0)]
+Share = Annotated[float, Rule("a number >= 0 and <= 1", lambda x: _number(x) and 0 <= x <= 1)]
 Interval = Annotated[list[float], Rule("[lower, upper], finite and in order", _ordered)]
 FolderPath = Annotated[str, Rule("a path inside the folder, with forward slashes", _inside)]
-MediaPath = Annotated[FolderPath, Rule(f"a path that ends in {', '.join(MEDIA)}", _shown)]
+_SHOWN = Rule(
+    f"a path that ends in {', '.join(MEDIA)}", lambda x: PurePosixPath(x).suffix.lower() in MEDIA
+)
+MediaPath = Annotated[FolderPath, _SHOWN]
 PLAIN = {
-    bool: (Rule("true or false", lambda x: isinstance(x, bool)),),
-    float: (Rule("a finite number", finite),),
-    str: (
-        Rule("a text", lambda x: isinstance(x, str)),
-        Rule(
-            "a text without lone surrogates, which UTF-8 cannot write",
-            lambda x: x.encode("utf-8", errors="replace").decode() == x,
-        ),
+    bool: Rule("true or false", lambda x: isinstance(x, bool)),
+    float: Rule("a finite number", _number),
+    str: Rule(
+        "a text without lone surrogates, which UTF-8 cannot write",
+        lambda x: x.encode("utf-8", errors="replace").decode() == x,
     ),
 }
-"""Rules of the types that have no rules next to them."""
 
 
 class Extractor(TypedDict):
@@ -114,7 +93,6 @@ class MetricValue(TypedDict):
     of: NotRequired[Text]
     """Unit of `n` where it does not count samples: "frames"."""
     n_reference: NotRequired[Count]
-    """Size of the set that the samples are compared with."""
     truncated: NotRequired[Count]
     """Number of prompts that are longer than CLIP's limit."""
     values: NotRequired[dict[str, float | None]]
@@ -122,11 +100,10 @@ class MetricValue(TypedDict):
 
 
 class Phase(TypedDict):
-    """Seconds of one phase of a call over `n` measured runs."""
+    """Seconds of one phase of a call over `n` measured runs; `iqr` are the quartiles."""
 
     median: NonNegative
     iqr: Interval
-    """First and third quartile."""
     n: PositiveCount
 
 
@@ -155,12 +132,11 @@ class Row(TypedDict):
 
 
 class Sample(TypedDict):
-    """Files that the rows made from one prompt."""
+    """Files that the rows made from one prompt, by row name, relative to results.json."""
 
     id: Text
     prompt: str
     media: dict[str, MediaPath]
-    """Picture or mp4 by row name, relative to results.json."""
 
 
 class Fine(TypedDict):

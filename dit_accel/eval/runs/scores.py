@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dit_accel.eval.metrics.choices import ALONE, PAIRED, TINY, Given
-from dit_accel.eval.metrics.judge import PARTS
 from dit_accel.eval.metrics.measurement import Measurement
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import measure, score
+from dit_accel.eval.metrics.values import PARTS
 from dit_accel.eval.results.types import MetricValue
 from dit_accel.eval.view.definitions import FINE, TO_DENSE
 from dit_accel.sampling.sets import SampleSet

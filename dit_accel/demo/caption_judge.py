@@ -1,4 +1,4 @@
-"""Judge accuracy: share of samples of the demo's prompts that show what the prompt names."""
+"""Judging samples by their prompts: whether they show what a caption of the demo data names."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -8,18 +8,15 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from dit_accel.eval.metrics.values import share_value
-from dit_accel.eval.results.types import MetricValue
-
-PARTS = ("all", "shape", "colour", "motion", "background")
-"""Properties that a sample can have right."""
+from .clips import Clips
+from .report import score_clips
+from .shape_judge import load_shape_judge
+from .vocabulary import BACKGROUNDS, TEMPLATES, caption, combinations
 
 
 @cache
 def _vocabulary(still: bool) -> dict[str, tuple[int, int, int, int, int]]:
     """Return shape, colour, motion, background and template of every caption of the demo data."""
-    from dit_accel.demo.vocabulary import BACKGROUNDS, TEMPLATES, caption, combinations
-
     out: dict[str, tuple[int, int, int, int, int]] = {}
     for combination in combinations():
         for background in range(len(BACKGROUNDS)):
@@ -41,34 +38,30 @@ def unknown_prompt(prompts: Mapping[str, str], ids: Sequence[str], *, still: boo
     return None
 
 
-def judge(
+def judge_captions(
     clips: Sequence[UInt8[np.ndarray, "t h w 3"]], prompts: Sequence[str], *, still: bool
 ) -> list[dict[str, bool | None]]:
-    """Return for each sample which of `PARTS` are right: None for a background that the prompt leaves open.
+    """Return for each sample which properties are right; None for a background that the prompt leaves open.
 
     Args:
         clips: samples of one length and size.
         prompts: captions of the demo data, one per sample.
         still: samples are images, which have no motion.
     """
-    from dit_accel.demo.clips import Clips
-    from dit_accel.demo.report import score_clips
-    from dit_accel.demo.shape_judge import load_shape_judge
-
     labels = torch.tensor([_vocabulary(still)[x] for x in prompts])
     open_ = torch.zeros(len(prompts), dtype=torch.float32)  # not named by a caption
-    expected = Clips(*labels.unbind(1), open_, open_, open_[:, None].expand(-1, 2), open_)
+    shape, colour, motion, background, template = labels.unbind(1)
+    expected = Clips(
+        shape,
+        colour,
+        motion,
+        background,
+        template,
+        open_,
+        open_,
+        open_[:, None].expand(-1, 2),
+        open_,
+    )
     video = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     records: list[dict[str, Any]] = score_clips(video, expected, load_shape_judge(), still)
     return [record["right"] for record in records]
-
-
-def judge_values(rights: Sequence[Mapping[str, bool | None]]) -> dict[str, MetricValue]:
-    """Return `judge` (everything right), `judge_shape` and so on, each over the samples that it applies to."""
-    out: dict[str, MetricValue] = {}
-    for part in PARTS:
-        known = [x for right in rights if (x := right.get(part)) is not None]
-        if known:
-            key = "judge" if part == "all" else f"judge_{part}"
-            out[key] = share_value(sum(known), len(known))
-    return out
