@@ -124,7 +124,7 @@ class Given:
         networks = {"lpips": "lpips", "clip_score": "clip"} | dict.fromkeys(INCEPTION, "inception")
         network = networks.get(metric)
         if metric not in (*PAIRED, *ALONE, *self._comparisons):
-            return f"is unknown; accepted are {', '.join([*PAIRED, *ALONE, *self._comparisons])}"
+            return f"is none of {', '.join([*PAIRED, *ALONE, *self._comparisons])}"
         if metric in PAIRED and not isinstance(self.reference, SampleSet):
             found = "a saved measurement" if self.reference else "none"
             return f"needs a reference set with the same ids; reference is {found}"
