@@ -55,7 +55,8 @@ Share = Annotated[float, Rule("a number >= 0 and <= 1", lambda x: _number(x) and
 Interval = Annotated[list[float], Rule("[lower, upper], finite and in order", _ordered)]
 FolderPath = Annotated[str, Rule("a path inside the folder, with forward slashes", _inside)]
 _SHOWN = Rule(
-    f"a path that ends in {', '.join(MEDIA)}", lambda x: PurePosixPath(x).suffix.lower() in MEDIA
+    f"a path inside the folder that ends in {', '.join(MEDIA)}",
+    lambda x: PurePosixPath(x).suffix.lower() in MEDIA,
 )
 MediaPath = Annotated[FolderPath, _SHOWN]
 PLAIN = {
@@ -118,7 +119,7 @@ class Row(TypedDict):
     settings: dict[str, Any]
     num_inference_steps: Count
     metrics: dict[str, MetricValue]
-    seconds: dict[str, Phase]
+    seconds: dict[Annotated[str, one_of(PHASES)], Phase]
     speedup: dict[str, NonNegative] | None
     peak_memory_bytes: Count | None
     peak_memory_of: str | None
