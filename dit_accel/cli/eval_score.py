@@ -51,8 +51,8 @@ class Score:
 
     def run(self) -> None:
         from dit_accel.environment import machine, versions
-        from dit_accel.eval.metrics.judge import PARTS
         from dit_accel.eval.metrics.measurement import Measurement
+        from dit_accel.eval.metrics.values import PARTS
         from dit_accel.eval.view.conditions import check_early, check_figures
         from dit_accel.files import write_json
         from dit_accel.sampling.devices import pick_device
@@ -108,7 +108,7 @@ class Score:
                 )
             print_line(str(self.save))
             return
-        figures = measurement.figures()
+        figures = measurement.metric_values()
         record = {"format_version": 1, "versions": versions(), "machine": machine()}
         record |= {"images": str(self.images), "reference": str(self.reference), "figures": figures}
         if self.output is not None:

@@ -15,42 +15,38 @@ from dit_accel.sampling.settings import Sampling
 SCRIPT = Path(__file__).parents[2] / "eval" / "fid_clip.py"
 
 
-def run(*args):
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, timeout=300
-    )
-
-
-def test_a_folder_against_a_folder(stills, write_images, tmp_path):
-    images, _ = stills(8)
-    a, b = write_images(tmp_path / "a", images), write_images(tmp_path / "b", images[::-1] // 2)
-    done = run(a, "--reference", b, "--output", tmp_path / "out.json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out.json").read_text())["figures"]
-    value = found["fd_tiny"]["value"]
-    assert value > 1
-    assert done.stdout.startswith(f"fd_tiny  {value:.3f} squared")
-    assert "(n = 8 against 8, dit-accel-tiny:64, resize clean" in done.stdout
-    assert "rank-deficient" in done.stdout
-
-
-def test_bad_input_is_one_line_and_code_2(write_images, tmp_path):
-    folder = write_images(tmp_path / "a", np.zeros((2, 64, 64, 3), np.uint8))
-    done = run(folder)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: reference, clip: none; accepted is at least one of the two\n"
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    done = run(tmp_path / "prompts.txt", "--reference", folder)
-    assert done.returncode == 2
-    assert "a prompts file needs --model and --output-dir" in done.stderr
-
-
 @pytest.fixture(scope="module")
 def script():
     spec = importlib.util.spec_from_file_location("fid_clip", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_folder_against_a_folder(script, stills, write_images, tmp_path, capsys):
+    images, _ = stills(8)
+    a, b = write_images(tmp_path / "a", images), write_images(tmp_path / "b", images[::-1] // 2)
+    script.main(script.Args(a, reference=b, output=tmp_path / "out.json", device="cpu"))
+    found = json.loads((tmp_path / "out.json").read_text())["figures"]
+    value = found["fd_tiny"]["value"]
+    assert value > 1
+    out = capsys.readouterr().out
+    for text in (f"fd_tiny  {value:.3f}", "n = 8 against 8", "dit-accel-tiny:64", "clean"):
+        assert text in out
+    assert "rank-deficient" in out
+
+
+def test_bad_input_is_one_line_and_code_2(script, write_images, tmp_path):
+    """In a process of its own, as users run it."""
+    folder = write_images(tmp_path / "a", np.zeros((2, 64, 64, 3), np.uint8))
+    call = [sys.executable, SCRIPT, str(folder)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: reference, clip")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    with pytest.raises(ValueError, match=r"source=.*prompts.txt.*--model"):
+        script.main(script.Args(tmp_path / "prompts.txt", reference=folder))
 
 
 @pytest.fixture
@@ -82,11 +78,11 @@ def test_a_clip_is_drawn_and_its_frames_are_compared(
 @pytest.mark.parametrize(
     ("prompts", "changed", "message"),
     [
-        ("ab", {"reference": Path("none")}, "path='none': accepted is a folder"),
-        ("ab", {"prompts": Path("none.txt")}, "prompts='none.txt': no such file"),
-        ("ab", {"output": Path("/proc/none/out.json")}, "output='/proc/none': cannot write there"),
+        ("ab", {"reference": Path("none")}, "path='none'"),
+        ("ab", {"prompts": Path("none.txt")}, "prompts='none.txt'"),
+        ("ab", {"output": Path("/proc/none/out.json")}, "output='/proc/none'"),
         ("ab", {"inception": Path("none.pth")}, "none.pth"),
-        ("a", {}, "1 pictures; metric 'fd_tiny' accepts at least 2"),
+        ("a", {}, "'fd_tiny'.* 2 pictures.* has 1"),
     ],
     ids=["reference", "prompts", "output", "inception", "one prompt"],
 )
@@ -101,5 +97,5 @@ def test_what_would_stop_the_figures_stops_the_drawing(
 def test_under_torchrun_it_names_what_draws_there(script, args, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE=2: .* under torchrun is `dit-accel eval gen"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2.*eval generate"):
         script.main(args("a", "b"))

@@ -12,10 +12,10 @@ import numpy as np
 from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.environment import machine, versions
-from dit_accel.eval.metrics.figures import mean_figure
 from dit_accel.eval.metrics.pairs import psnr, ssim
+from dit_accel.eval.metrics.values import mean_value
 from dit_accel.eval.results.store import build_results
-from dit_accel.eval.results.types import PHASES, Figure, Results, Row
+from dit_accel.eval.results.types import PHASES, MetricValue, Results, Row
 from dit_accel.eval.runs.lineup import line_up
 from dit_accel.eval.runs.measured import MeasuredCalls
 from dit_accel.eval.runs.methods import DENSE, Crossover, Method
@@ -159,10 +159,10 @@ def _row(method: Method, measured: MeasuredCalls, calls: Mapping[str, BatchResul
     if method.why is not None:
         return measured.missing_row(method)
     call, dense = calls[method.name], calls[DENSE.name].frames[0]
-    metrics: dict[str, Figure] = {}
+    metrics: dict[str, MetricValue] = {}
     if method.name != DENSE.name:
-        metrics["psnr"] = mean_figure([psnr(dense, call.frames[0])], "dB")
-        metrics["ssim"] = mean_figure([ssim(dense, call.frames[0])], "")
+        metrics["psnr"] = mean_value([psnr(dense, call.frames[0])], "dB")
+        metrics["ssim"] = mean_value([ssim(dense, call.frames[0])], "")
     row = measured.row(
         method,
         metrics=metrics,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_accel.eval.results.types import Figure, Row
+from dit_accel.eval.results.types import MetricValue, Row
 from dit_accel.eval.runs.fewer_steps import measure_all
 from dit_accel.eval.runs.lineup import Lineup
 from dit_accel.eval.runs.methods import DENSE, Method, dense_with
@@ -64,7 +64,7 @@ class MeasuredCalls:
         self,
         method: Method,
         *,
-        metrics: Mapping[str, Figure],
+        metrics: Mapping[str, MetricValue],
         density: float | None,
         cost: float | None,
         folder: str | None = None,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_accel.eval.results.types import PHASES, SPEEDUPS, Figure, Phase, Row
+from dit_accel.eval.results.types import PHASES, SPEEDUPS, MetricValue, Phase, Row
 from dit_accel.eval.runs.methods import Method
 
 
@@ -16,7 +16,7 @@ def build_row(
     calls: Sequence[Mapping[str, Any]],
     reference: Mapping[str, Phase] | None = None,
     settings: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, Figure] | None = None,
+    metrics: Mapping[str, MetricValue] | None = None,
     density: float | None = None,
     cost: float | None = None,
     folder: str | None = None,

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dit_accel.eval.metrics.choices import ALONE, PAIRED, TINY, Given
-from dit_accel.eval.metrics.judge import PARTS
 from dit_accel.eval.metrics.measurement import Measurement
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import measure, score
-from dit_accel.eval.results.types import Figure
+from dit_accel.eval.metrics.values import PARTS
+from dit_accel.eval.results.types import MetricValue
 from dit_accel.eval.view.definitions import FINE, TO_DENSE
 from dit_accel.sampling.sets import SampleSet
 
@@ -67,7 +67,7 @@ def choose_metrics(
 
     def checked(names: Sequence[str], other: Reference | None) -> tuple[str, ...]:
         given = Given(planned, other, planned.prompts, networks.given)
-        return tuple(x.metric for x in given.choose(names)) if names else ()
+        return tuple(given.choose(names)) if names else ()
 
     if metrics is None:
         metrics = _default(planned, networks)
@@ -134,11 +134,11 @@ class Scorer:
     """For `measure` and `score`."""
     _measured: dict[str, Measurement] = field(default_factory=dict)
 
-    def figures(self, samples: SampleSet) -> dict[str, Figure]:
+    def figures(self, samples: SampleSet) -> dict[str, MetricValue]:
         """Of a set; of the dense set what does not compare with itself."""
         own = samples.path == self.dense.path
         plain = [*([] if own else self.metrics.paired), *self.metrics.alone]
-        found: dict[str, Figure] = {}
+        found: dict[str, MetricValue] = {}
         if plain:
             found |= score(
                 samples, reference=None if own else self.dense, metrics=plain, **self.options

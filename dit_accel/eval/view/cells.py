@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
-from dit_accel.eval.results.types import Figure, Phase, identical
+from dit_accel.eval.results.types import MetricValue, Phase, identical
 from dit_accel.eval.view.definitions import COST, DENSITY, MEMORY, SPEEDUP, Definition
 
 MINUS, TIMES, DASH = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
@@ -29,7 +29,9 @@ class Cell:
     best: bool = False
 
 
-def figure_cell(figure: Figure | None, about: Definition, reference: Figure | None = None) -> Cell:
+def figure_cell(
+    figure: MetricValue | None, about: Definition, reference: MetricValue | None = None
+) -> Cell:
     """A metric, with its interval and its difference to the reference row's."""
     if figure is None:
         return Cell(note="not measured")
@@ -53,13 +55,13 @@ def figure_cell(figure: Figure | None, about: Definition, reference: Figure | No
     )
 
 
-def sample_size(figure: Figure) -> str:
+def sample_size(figure: MetricValue) -> str:
     """The number of samples; of frames, where each frame of a clip counts."""
     extras = cast(dict[str, Any], figure)
     return f"{figure['n']} {extras['of']}" if "of" in extras else str(figure["n"])
 
 
-def figure_notes(figure: Figure) -> list[str]:
+def figure_notes(figure: MetricValue) -> list[str]:
     """What a reader must know about the figure."""
     extras = cast(dict[str, Any], figure)
     notes = [str(flag) for flag in extras.get("flags") or []]

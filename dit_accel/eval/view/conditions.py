@@ -10,7 +10,7 @@ from dit_accel.eval.results.types import (
     ACCELERATED,
     PHASES,
     SPEEDUPS,
-    Figure,
+    MetricValue,
     Results,
     Row,
     identical,
@@ -144,7 +144,7 @@ def check(results: Results, conditions: Sequence[str]) -> list[str]:
     return breached
 
 
-def check_figures(figures: Mapping[str, Figure], conditions: Sequence[str]) -> list[str]:
+def check_figures(figures: Mapping[str, MetricValue], conditions: Sequence[str]) -> list[str]:
     """The same for the figures of one set; a condition that names a row is an error."""
     breached = []
     for condition in map(parse, conditions):
@@ -194,7 +194,7 @@ def _value(row: Row, metric: str, condition: str) -> float:
     return _known(value, f"{metric} of row {row['name']!r}", "it was not measured", condition)
 
 
-def _figure(figure: Figure, name: str, condition: str) -> float:
+def _figure(figure: MetricValue, name: str, condition: str) -> float:
     value = math.inf if identical(figure) else figure["value"]
     return _known(value, name, figure.get("why", "it was not measured"), condition)
 

@@ -13,8 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dit_accel.eval.metrics.figures import bootstrap_interval
-from dit_accel.eval.results.types import ACCELERATED, Figure, Phase, Results, Row, reference_row
+from dit_accel.eval.metrics.values import bootstrap_interval
+from dit_accel.eval.results.types import (
+    ACCELERATED,
+    MetricValue,
+    Phase,
+    Results,
+    Row,
+    reference_row,
+)
 from dit_accel.eval.view.cells import Cell, figure_cell, number, places, seconds_cell, short
 from dit_accel.eval.view.definitions import Definition, definition
 
@@ -193,7 +200,7 @@ def _paired(
     return Comparison(*who, verdict, text, basis, f"[{low}, {high}]")
 
 
-def _single(figure: Figure) -> dict[str, float] | None:
+def _single(figure: MetricValue) -> dict[str, float] | None:
     """The values of all samples; None where they are not known or not all finite."""
     values = {key: x for key, x in figure.get("values", {}).items() if x is not None}
     return values if values and len(values) == figure["n"] else None

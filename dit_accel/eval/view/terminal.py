@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from dit_accel.eval.results.types import Figure, Results
+from dit_accel.eval.results.types import MetricValue, Results
 from dit_accel.eval.view.cells import figure_cell
 from dit_accel.eval.view.definitions import definition
 from dit_accel.eval.view.table import build_table
@@ -36,7 +36,7 @@ def results_lines(results: Results, *, parts: bool = False) -> list[str]:
     return out
 
 
-def figures_lines(figures: Mapping[str, Figure]) -> list[str]:
+def figures_lines(figures: Mapping[str, MetricValue]) -> list[str]:
     """A figure a line, with its interval, size and network."""
     out, width = [], max(map(len, figures), default=0) + 2
     for metric, figure in figures.items():
