@@ -14,8 +14,8 @@ from dit_accel.eval.metrics.networks import Networks
 
 @dataclass(kw_only=True)
 class Run(ModelOptions):
-    """Dense sampling, dense sampling with fewer steps at equal time, step caches, RAS and SLA in one table
-    and one page. Started again after a kill, it goes on.
+    """Compare dense sampling, dense sampling with fewer steps at equal time, step caches, RAS and SLA in one table and one
+    page. A run that was killed goes on when it is started again.
 
     Exit codes: 0 done, 1 failed while running (what is finished stays), 2 bad input or a --fail-if that
     cannot be decided, 3 a --fail-if condition holds, 130 interrupted.
@@ -61,12 +61,7 @@ class Run(ModelOptions):
         from dit_accel.sampling.settings import check_count
 
         check_early(self.fail_if)
-        check_count("batch_size", self.batch_size)
         check_count("repeats", self.repeats)
-        if self.fine_steps:
-            check_count("fine_steps", self.fine_steps)
-        if self.shown < 0:
-            raise ValueError(f"shown={self.shown}: accepted is an int >= 0")
         for name in ("inception", "lpips"):
             path = getattr(self.networks, name)
             if path is not None and not path.is_file():
@@ -92,21 +87,18 @@ class Run(ModelOptions):
         fail_on([reason for results in found.values() for reason in check(results, self.fail_if)])
 
     def _preset(self, common: dict[str, Any]) -> dict[str, Any]:
+        """Evaluate the embedded models."""
         plain = Run(sampling=SamplingOptions(num_inference_steps=self.sampling.num_inference_steps))
         for name in ("model", "sampling", "prompts", "methods", "crossover", "dtype", "revision",
                      "cpu_offload", "title"):  # fmt: skip
             if getattr(self, name) != getattr(plain, name):
-                raise ValueError(f"preset='demo': decides on {name} itself; accepted without it")
-        steps = self.sampling.num_inference_steps
-        if steps == 1:
-            raise ValueError(
-                "num_inference_steps=1: dense sampling is compared with fewer steps; accepted is an int >= 2"
-            )
+                raise ValueError(f"{name}: not accepted with preset='demo'")
         self.check()
         if self.fine_steps is None:
             del common["fine_steps"]
-        from dit_accel.eval.runs.presets import run_demo
+        from dit_accel.eval.runs.run import run_demo
 
+        steps = self.sampling.num_inference_steps
         found = run_demo(
             self.output_dir,
             limit=self.limit,
@@ -117,62 +109,26 @@ class Run(ModelOptions):
         return {str(self.output_dir / name): results for name, results in found.items()}
 
     def _one(self, common: dict[str, Any]) -> dict[str, Any]:
+        """Evaluate one model."""
         from dit_accel.sampling.prompt_sets import load_prompts
 
         prompts = load_prompts(self.prompts, self.limit)
-        rest = load_prompts(self.prompts)[len(prompts) :]
         own = sla_settings("auto", self.resolve()[0], self.hub)
         outline, sampling = self.check(prompts)
         from dit_accel.eval.runs.methods import DEFAULT
-        from dit_accel.eval.runs.run import run_evaluation
+        from dit_accel.eval.runs.run import Evaluation, run_evaluation
 
-        sla = "balanced" if isinstance(own, SLAConfig) else own
-        methods = self.methods or DEFAULT
-        self._check_measured(outline, sampling, prompts, methods, sla)
-        results = run_evaluation(
-            self.load(),
-            prompts,
-            output_dir=self.output_dir,
-            model=self.model,
-            sampling=sampling,
-            methods=methods,
-            sla=sla,
-            crossover=self.crossover,
-            revision=self.revision,
-            title=self.title,
-            probes=rest,
+        settings = {
+            "output_dir": self.output_dir,
+            "model": self.model,
+            "sampling": sampling.filled({"num_inference_steps": outline.steps(sampling)}),
+            "methods": self.methods or DEFAULT,
+            "sla": "balanced" if isinstance(own, SLAConfig) else own,
+            "crossover": self.crossover,
+            "revision": self.revision,
+            "title": self.title,
+            "probes": load_prompts(self.prompts)[len(prompts) :],
             **common,
-        )
-        return {str(self.output_dir): results}
-
-    def _check_measured(
-        self, outline: Any, sampling: Any, prompts: Any, methods: Any, sla: Any
-    ) -> None:
-        """Check methods, metrics and conditions as the evaluation will, before the model is loaded."""
-        from dit_accel.eval.metrics.score import open_reference
-        from dit_accel.eval.runs.methods import check_fewer, read_methods
-        from dit_accel.eval.runs.run import check_fine
-        from dit_accel.eval.runs.scores import choose_metrics
-        from dit_accel.eval.view.conditions import check_early
-        from dit_accel.sampling.plan import plan_samples
-        from dit_accel.sampling.set_plan import planned_set
-
-        chosen = read_methods(methods, outline, sla=sla, crossover=self.crossover)
-        check_fewer(chosen, outline.steps(sampling))
-        if self.fine_steps:
-            check_fine(self.fine_steps, outline.steps(sampling))
-        planned = planned_set(
-            outline, plan_samples(prompts, sampling, seed=self.seed, count=1, layout="ids")
-        )
-        reference = open_reference(self.reference)
-        names = choose_metrics(
-            planned,
-            self.metrics or None,
-            networks=self.networks,
-            reference=reference,
-            fine=bool(self.fine_steps),
-        )
-        rows = [x for x in chosen if x.why is None and x.kind != "fewer_steps"]
-        check_early(
-            self.fail_if, metrics=names.figures, rows=[y for x in rows for y in (x.name, x.kind)]
-        )
+        }
+        Evaluation(prompts=prompts, **settings).plan(outline)
+        return {str(self.output_dir): run_evaluation(self.load(), prompts, **settings)}

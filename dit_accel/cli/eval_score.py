@@ -117,7 +117,7 @@ class Score:
         if self.format == "json":
             print_json(record)
         else:
-            from dit_accel.eval.view.terminal import figures_lines
+            from dit_accel.eval.view.table import figures_lines
 
             print_line("\n".join(figures_lines(figures)))
         fail_on(check_figures(figures, self.fail_if))

@@ -8,7 +8,7 @@ import torch
 
 import dit_accel
 from dit_accel.eval.runs.caches import CACHES
-from dit_accel.eval.runs.cost import counted_cost
+from dit_accel.eval.runs.match import counted_cost
 from dit_accel.finetune.families import family_name, trainable_of
 from dit_accel.sampling.acceleration import accelerated, acceleration_settings, weights_sha256
 from dit_accel.sampling.load import load_pipeline

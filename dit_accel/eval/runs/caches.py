@@ -1,4 +1,4 @@
-"""Step caches of diffusers as data: the setting that decides the cost of each, and the models that it does not work for."""
+"""Step caches of diffusers: the setting that decides the cost of each, and the models that it does not work for."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.step_caches import TWO_TRANSFORMERS, scheduler_step, takes_cache
 
 WAN, SD3 = "WanTransformer3DModel", "SD3Transformer2DModel"
-_TWO_CALLS = "diffusers keeps one state for both calls of guidance, which this model makes one after the other"
+_TWO_CALLS = "diffusers keeps one state for the two calls of guidance that this model makes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,25 +21,25 @@ class StepCache:
     settings: str
     """Name of the class of its settings in diffusers."""
     setting: str
-    """Setting that is searched: the field of the config, or the part of it that `fields` sets."""
+    """Setting that is searched: a field of the config, or a description of the part that `fields` sets."""
     span: Callable[[int], tuple[float, float]]
-    """From the number of steps: the value that leaves nothing out, and the one that costs least."""
+    """Function from the number of steps to the value that skips nothing and the value that costs least."""
     whole: bool = False
     """Whether only whole numbers are accepted."""
     fields: Callable[[float], dict[str, Any]]
-    """Config fields from a value of the setting."""
+    """Function from a value of the setting to config fields."""
     options: Callable[[Any, int], dict[str, Any]] = lambda pipe, steps: {}
-    """Config fields from a loaded pipeline and its number of steps."""
+    """Function from a loaded pipeline and its number of steps to further config fields."""
     stages: Sequence[Mapping[str, Any]] = ({},)
-    """Further config fields. Where the setting alone does not reach a cost, the next stage is tried."""
+    """Further config fields. If the setting alone does not reach a cost, the next stage is tried."""
     calibrated: bool = False
     """Whether the config needs `mag_ratios` of the model and the steps."""
     guided: bool = False
-    """Whether it needs guidance."""
+    """Whether the cache needs guidance."""
     alike: bool = False
     """Whether the model's input and output must have equally many channels."""
     unfit: Mapping[str, str] = field(default_factory=dict)
-    """Why it does not work, by class of the transformer."""
+    """Reason why the cache does not work, by class of the transformer."""
 
     def why_not(self, transformer: Any, guidance_scale: float | None = None) -> str | None:
         """Return why this cache cannot run on a transformer; None if it can.
@@ -108,7 +108,7 @@ class StepCache:
             value = math.nan
         if not math.isfinite(value) or value < 0 or (self.whole and value != round(value)):
             kind = "a whole number" if self.whole else "a number"
-            raise ValueError(f"accepted is a {self.setting}, {kind} >= 0")
+            raise ValueError(f"{self.setting} must be {kind} >= 0")
         return value
 
 
@@ -221,7 +221,7 @@ CACHES: dict[str, StepCache] = {
 
 
 def read_cache(text: str) -> tuple[StepCache, float | None]:
-    """Return the cache of a name such as `sea_cache:0.3`, and the value of its setting; None where none is given.
+    """Return the cache of a name such as `sea_cache:0.3`, and the value of its setting, or None without a value.
 
     Raises:
         ValueError: an unknown name or a bad value.

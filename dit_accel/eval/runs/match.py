@@ -1,22 +1,65 @@
-"""`match_cost`: the setting of a step cache with which it costs as much as another method."""
+"""`counted_cost`: FLOPs of a run. `match_cost`: the setting of a step cache with which it costs as much as a target."""
 
 import ast
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dit_accel.eval.runs.caches import StepCache
-from dit_accel.eval.runs.cost import counted_cost
+from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.step_caches import step_cache
 
 SLACK = 0.02
 """Share of the target by which a cost may exceed it, and within which the search ends."""
 PROBES = 8
 """Most values that are tried in a stage."""
+_UNLISTED = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+"""Operators of `scaled_dot_product_attention` that torch's counter does not list."""
+
+
+def counted_cost(pipe: Any, call: Callable[[], Any]) -> int:
+    """Return the FLOPs of matrix products, convolutions and attention in the transformers while `call` runs.
+
+    Operators that torch does not know, such as ours, count nothing. A compiled transformer runs eagerly meanwhile.
+
+    Args:
+        pipe: a diffusers pipeline.
+        call: makes samples with it.
+    """
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)  # from the shapes
+
+    mapping: dict[Any, Any] = {getattr(torch.ops.aten, name): attention for name in _UNLISTED}
+    total, counting = 0, contextlib.ExitStack()
+    counter: FlopCounterMode | None = None
+
+    def begin(*_: Any) -> None:
+        nonlocal counter
+        counter = counting.enter_context(FlopCounterMode(display=False, custom_mapping=mapping))
+
+    def end(*_: Any) -> None:
+        nonlocal total
+        counting.close()
+        total += 0 if counter is None else counter.get_total_flops()
+
+    with contextlib.ExitStack() as hooks:
+        for transformer in transformers_of(pipe):
+            hooks.callback(transformer.register_forward_pre_hook(begin, prepend=True).remove)
+            # A failed call too must leave torch's dispatch as it was.
+            hooks.callback(transformer.register_forward_hook(end, always_call=True).remove)
+        with torch.compiler.set_stance("force_eager"):
+            call()
+    return total
 
 
 @dataclass(frozen=True)
@@ -28,12 +71,13 @@ class Match:
     value: float
     """Value of the setting."""
     cost: float
-    """Counted FLOPs of the transformer calls over those of dense sampling, mean over the rows."""
+    """Counted FLOPs of the transformer calls over those of dense sampling, mean over the samples."""
     stage: int = 0
+    """Index of the stage, see `StepCache.stages`."""
     ratios: list[float] | None = None
-    """Result of the calibration, where the cache needs one."""
+    """Result of the calibration, if the cache needs one."""
     note: str | None = None
-    """Says so where the target is not reached."""
+    """Message if the target is not reached."""
 
 
 @dataclass
@@ -43,7 +87,7 @@ class Probes:
     Args:
         pipe: a loaded pipeline without acceleration.
         sample: makes the samples of these rows with the pipeline.
-        rows: numbers of the samples. A step cache decides for all samples of a call at once, so each is made alone.
+        rows: numbers of the samples. Each is made alone, because a step cache decides for all samples of a call at once.
     """
 
     pipe: Any
@@ -53,21 +97,26 @@ class Probes:
     _steps: int = 0
 
     def cost(self, on: Callable[[], Any] = contextlib.nullcontext) -> float:
-        """Return the cost of sampling inside of the context manager that `on` makes, as a share of dense sampling.
+        """Return the cost of sampling inside the context manager that `on` makes, as a share of dense sampling.
 
         Raises:
             RuntimeError: no FLOPs are counted.
         """
+        from diffusers.utils import logging
+
         if not self._dense:
             self._dense = self._count()
             if not all(self._dense):
-                raise RuntimeError(
-                    "pipe: torch counts no FLOPs of its transformer; accepted is one of torch's operators"
-                )
+                raise RuntimeError("pipe: torch counts no FLOPs of its transformer")
             # A solver of second order makes more calls than it has steps.
             self._steps = len(self.pipe.scheduler.timesteps)
-        with _no_warnings(), on():
-            counts = self._count()
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # FasterCache warns each time that it is enabled
+        try:
+            with on():
+                counts = self._count()
+        finally:
+            logging.set_verbosity(before)
         return float(np.mean([x / y for x, y in zip(counts, self._dense, strict=True)]))
 
     def _count(self) -> list[int]:
@@ -84,11 +133,11 @@ class Probes:
         return self._steps
 
     def calibrate(self) -> list[float]:
-        """Return the ratios that MagCache needs: means over rows and over both calls of guidance."""
+        """Return the ratios that MagCache needs: means over the samples and over both calls of guidance."""
         import diffusers
 
         config = diffusers.MagCacheConfig(calibrate=True, num_inference_steps=self.steps)
-        printed = io.StringIO()  # the only place where diffusers leaves them
+        printed = io.StringIO()  # diffusers only prints them
         with step_cache(self.pipe, config), contextlib.redirect_stdout(printed):
             for i in self.rows:
                 self.sample(range(i, i + 1))
@@ -96,50 +145,34 @@ class Probes:
         return np.mean([ast.literal_eval(x) for x in lines], axis=0).round(5).tolist()
 
 
-@contextlib.contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Silence diffusers: it warns of FasterCache each time that it is put on."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def match_cost(
     probes: Probes,
     cache: StepCache,
     target: float,
     *,
-    slack: float = SLACK,
     value: float | None = None,
 ) -> Match:
-    """Return the setting of a step cache whose cost is nearest to `target` and at most `target * (1 + slack)`.
+    """Return the setting of a step cache whose cost is nearest to `target` and exceeds it by at most `SLACK`.
 
     Costs are step functions of the setting: a step runs or it does not.
 
     Args:
+        probes: samples on which costs are counted.
         cache: one of `caches.CACHES`.
-        target: cost as a share of dense sampling.
-        slack: share of the target by which the cost may exceed it.
+        target: cost as a share of dense sampling, in (0, 1].
         value: keep this value of the setting, and only count its cost.
 
     Raises:
-        ValueError: a target or slack out of range, or a cache that does not work for the model.
+        ValueError: a target out of range, or a cache that does not work for the model.
     """
     from scipy.optimize import bisect
 
     if not 0 < target <= 1:
-        raise ValueError(f"target={target}: accepted is a share of dense sampling in (0, 1]")
-    if not 0 <= slack < 1:
-        raise ValueError(f"slack={slack}: accepted is a share in [0, 1)")
+        raise ValueError(f"target={target}: must be in (0, 1], a share of dense sampling")
     why = cache.why_not_on(probes.pipe)
     if why is not None:
         raise ValueError(f"cache: {cache.shown}: {why}")
-    steps, most = probes.steps, target * (1 + slack)
+    steps, most = probes.steps, target * (1 + SLACK)
     ratios = probes.calibrate() if cache.calibrated else None
     counted: dict[tuple[int, float], float] = {}
 
@@ -162,7 +195,7 @@ def match_cost(
     def excess(x: float, stage: int) -> float:
         """Return 0 where the search may end."""
         over = 1 - target if x == dearest else cost(stage, x) - target
-        return 0.0 if abs(over) <= slack * target else over
+        return 0.0 if abs(over) <= SLACK * target else over
 
     for stage in range(len(cache.stages)):
         if cost(stage, cheapest) > most:

@@ -1,4 +1,4 @@
-"""grid.png: samples below each other, methods side by side."""
+"""grid.png: one row of pictures for each sample, one column for each method."""
 
 from pathlib import Path
 
@@ -9,33 +9,28 @@ from dit_accel.eval.results.types import Results
 from dit_accel.sampling.media import BACKGROUND, enlarge
 
 TILE, GAP, HEAD, PROMPT = 192, 8, 30, 26
-"""Pixels: side of a picture, space between, height of the titles and of the prompts."""
-INK, FAINT = (235, 235, 235), (150, 156, 164)
+"""Pixels: side of a picture, space between pictures, height of titles and of prompts."""
 
 
 def grid(results: Results, folder: Path, samples: int) -> UInt8[np.ndarray, "h w 3"] | None:
-    """One picture of every row for the first `samples` samples, the middle frame of clips; None
-    where there are no media."""
+    """Return a picture of the first samples, with the middle frame of clips; None without media."""
     from PIL import Image, ImageDraw
 
     chosen = [sample for sample in results["samples"] if sample["media"]][:samples]
-    names = [
-        row["name"] for row in results["rows"] if any(row["name"] in x["media"] for x in chosen)
-    ]
+    used = {name for sample in chosen for name in sample["media"]}
+    names = [row["name"] for row in results["rows"] if row["name"] in used]
     if not names:
         return None
-    width = GAP + len(names) * (TILE + GAP)
-    height = HEAD + len(chosen) * (PROMPT + TILE + GAP)
+    width, height = GAP + len(names) * (TILE + GAP), HEAD + len(chosen) * (PROMPT + TILE + GAP)
     sheet = Image.new("RGB", (width, height), (BACKGROUND,) * 3)
     draw = ImageDraw.Draw(sheet)
     for i, name in enumerate(names):
-        x = GAP + i * (TILE + GAP)
-        draw.text((x, 9), fitting(name, TILE, 13), fill=INK, font=font(13))
+        place = GAP + i * (TILE + GAP), 9
+        draw.text(place, fitting(name, TILE, 13), fill=(235, 235, 235), font=font(13))
     for j, sample in enumerate(chosen):
         y = HEAD + j * (PROMPT + TILE + GAP)
-        draw.text(
-            (GAP, y + 5), fitting(sample["prompt"], width - 2 * GAP, 12), fill=FAINT, font=font(12)
-        )
+        prompt = fitting(sample["prompt"], width - 2 * GAP, 12)
+        draw.text((GAP, y + 5), prompt, fill=(150, 156, 164), font=font(12))
         for i, name in enumerate(names):
             if name in sample["media"]:
                 picture = Image.fromarray(_tile(folder / sample["media"][name]))
@@ -45,7 +40,7 @@ def grid(results: Results, folder: Path, samples: int) -> UInt8[np.ndarray, "h w
 
 
 def _tile(path: Path) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture, or a clip's middle frame, no larger than a tile."""
+    """Return a picture, or the middle frame of a clip, in the size of a tile."""
     from PIL import Image
 
     try:
@@ -59,7 +54,7 @@ def _tile(path: Path) -> UInt8[np.ndarray, "h w 3"]:
                 frame = np.asarray(image.convert("RGB"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable picture or clip ({error})") from None
-    # Small pictures keep their pixels; whole-number enlargement must not overshoot the tile.
+    # Small pictures keep their pixels. The enlarged picture must not exceed the tile.
     frame = enlarge(frame[None], TILE * min(frame.shape[:2]) // max(frame.shape[:2]))[0]
     picture = Image.fromarray(frame)
     picture.thumbnail((TILE, TILE))
@@ -67,7 +62,7 @@ def _tile(path: Path) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def font(size: int):
-    """matplotlib's DejaVu Sans: it comes with the package and knows many scripts."""
+    """Return DejaVu Sans, which comes with matplotlib and covers many scripts."""
     import matplotlib
     from PIL import ImageFont
 
@@ -76,7 +71,7 @@ def font(size: int):
 
 
 def fitting(text: str, width: int, size: int) -> str:
-    """One line of `text`, cut to `width` pixels."""
+    """Return one line of text, cut to a width in pixels."""
     text = " ".join(text.encode("utf-8", errors="replace").decode().split())[:400]
     letters = font(size)
     if letters.getlength(text) <= width:
