@@ -217,7 +217,7 @@ class Quality:
         self, subject: Subject, setting: Setting, name: str, budget: float
     ) -> tuple[torch.Tensor, float, dict[str, Any]] | None:
         cache = CACHES[name]
-        if cache.why_not(subject.pipe.transformer) is not None:
+        if cache.why_not(subject.pipe) is not None:
             return None
         subject.set_solver(setting.solver)
 

@@ -1,6 +1,6 @@
 """`dit-accel eval run`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,13 @@ from dit_accel.cli.options import FailIf, ModelOptions, SamplingOptions, sla_set
 from dit_accel.cli.printing import fail_on, print_line, print_results
 from dit_accel.config import SLAConfig
 from dit_accel.eval.metrics.networks import Networks
+
+DEMO = {
+    "tiny-wan": ("demo", 6, (9, 6)),
+    "tiny-sd3": ("demo-images", 8, (15, 10)),
+    "tiny-lumina2": ("demo-images", 8, (15, 10)),
+}
+"""Prompt set, number of prompts, and numbers of dense steps besides those at equal time, by embedded model."""
 
 
 @dataclass(kw_only=True)
@@ -87,26 +94,44 @@ class Run(ModelOptions):
         fail_on([reason for results in found.values() for reason in check(results, self.fail_if)])
 
     def _preset(self, common: dict[str, Any]) -> dict[str, Any]:
-        """Evaluate the embedded models."""
+        """Evaluate the embedded models, each in a sub-folder with its own page.
+
+        Sequences of these models are shorter than the crossover, so sparse attention runs with crossover="never": it
+        costs time here, and only its quality is of interest.
+        """
         plain = Run(sampling=SamplingOptions(num_inference_steps=self.sampling.num_inference_steps))
         for name in ("model", "sampling", "prompts", "methods", "crossover", "dtype", "revision",
                      "cpu_offload", "title"):  # fmt: skip
             if getattr(self, name) != getattr(plain, name):
                 raise ValueError(f"{name}: not accepted with preset='demo'")
-        self.check()
         if self.fine_steps is None:
-            del common["fine_steps"]
-        from dit_accel.eval.runs.run import run_demo
+            common["fine_steps"] = 100
+        from dit_accel.eval.runs.caches import CACHES
+        from dit_accel.eval.runs.run import Evaluation
+        from dit_accel.sampling.prompt_sets import load_prompts
 
-        steps = self.sampling.num_inference_steps
-        found = run_demo(
-            self.output_dir,
-            limit=self.limit,
-            num_inference_steps=steps,
-            device=self.device,
-            **common,
-        )
-        return {str(self.output_dir / name): results for name, results in found.items()}
+        runs = []
+        for model, (prompts, few, more) in DEMO.items():
+            one = replace(self, model=model, prompts=prompts, output_dir=self.output_dir / model)
+            compared = load_prompts(prompts, few if self.limit is None else self.limit)
+            outline, sampling = one.check(compared)
+            steps = outline.steps(sampling)
+            evaluation = Evaluation(
+                prompts=compared,
+                output_dir=one.output_dir,
+                model=model,
+                sampling=sampling,
+                methods=(
+                    *("fewer_steps", *(f"fewer_steps:{n}" for n in more if n < steps)),
+                    *(*CACHES, "ras", "sla", "ras_sla"),
+                ),
+                sla=SLAConfig(block_q=16, block_k=16, crossover="never"),
+                probes=load_prompts(prompts)[len(compared) :],
+                **common,
+            )
+            evaluation.check(outline)
+            runs.append((one, evaluation))
+        return {str(x.output_dir): y.run(x.load()) for x, y in runs}
 
     def _one(self, common: dict[str, Any]) -> dict[str, Any]:
         """Evaluate one model."""
@@ -130,5 +155,5 @@ class Run(ModelOptions):
             "probes": load_prompts(self.prompts)[len(prompts) :],
             **common,
         }
-        Evaluation(prompts=prompts, **settings).plan(outline)
+        Evaluation(prompts=prompts, **settings).check(outline)
         return {str(self.output_dir): run_evaluation(self.load(), prompts, **settings)}

@@ -5,7 +5,8 @@ import numpy as np
 from dit_accel.demo.clips import render
 from dit_accel.demo.dataset import ShapesDataset
 from dit_accel.eval.results.types import FORMAT_VERSION
-from dit_accel.eval.runs.rows import speedup, unavailable_row
+from dit_accel.eval.runs.methods import Method
+from dit_accel.eval.runs.rows import build_row, speedup
 from dit_accel.sampling import media
 
 EXTRACTOR = {"id": "tiny-shapes-v1", "sha256": "5f" * 32, "resize": "64x64 bilinear"}
@@ -116,7 +117,7 @@ def example_results(samples=()):
             row("Dense, 15 steps", "fewer_steps", 15, 2.70, quality(26.1, 0.925, 4.2, 0.875)),
             row("Dense, 12 steps", "fewer_steps", 12, 2.21, quality(24.4, 0.903, 5.1, 0.833)),
             cached,
-            unavailable_row("SeaCache", "cache", "not in diffusers 0.42.1", num_inference_steps=24),
+            build_row(Method(name="SeaCache", kind="cache", why="not in diffusers 0.42.1"), 24),
             ras,
             sla,
             both,

@@ -63,7 +63,7 @@ def test_caches_that_do_not_work_for_a_model_say_why(wan, sd3):
     assert "one state for both calls of guidance" in whys["PAB"]
     assert "guidance in one batch" in whys["FasterCache"]
     assert [x.why for x in read_methods(list(CACHES), sd3)[1:]] == [None] * len(CACHES)
-    guided = CACHES["faster_cache"].why_not(sd3.transformer, 1.0)
+    guided = CACHES["faster_cache"].why_not(sd3, 1.0)
     assert guided == "needs guidance, which guidance_scale=1.0 switches off"
 
 

@@ -162,7 +162,7 @@ def test_step_caches_and_lora_are_refused_by_name(repository, pipe, tmp_path, ca
     outline = read_outline(repository)
     for cache in CACHES.values():
         for target in (pipe, outline):
-            assert "two transformers" in cache.why_not_on(target)
+            assert "two transformers" in cache.why_not(target)
     config = FirstBlockCacheConfig(threshold=0.1)
     with pytest.raises(ValueError, match="two transformers"), step_cache(pipe, config):
         pass

@@ -41,15 +41,19 @@ class StepCache:
     unfit: Mapping[str, str] = field(default_factory=dict)
     """Reason why the cache does not work, by class of the transformer."""
 
-    def why_not(self, transformer: Any, guidance_scale: float | None = None) -> str | None:
-        """Return why this cache cannot run on a transformer; None if it can.
+    def why_not(self, pipe: Any, guidance_scale: float | None = None) -> str | None:
+        """Return the reason why this cache cannot run; None if it can.
 
         Args:
-            guidance_scale: argument of the pipeline calls; None: not known, or the pipeline's default.
+            pipe: a pipeline or its outline.
+            guidance_scale: argument of the pipeline calls. Default: not known.
         """
         import diffusers
 
-        transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile wraps
+        held = transformers_of(pipe)
+        if len(held) > 1:
+            return TWO_TRANSFORMERS
+        transformer = getattr(held[0], "_orig_mod", held[0])  # torch.compile wraps
         model = type(transformer).__name__
         if not hasattr(diffusers, self.settings):
             return f"not in diffusers {diffusers.__version__}"
@@ -64,11 +68,6 @@ class StepCache:
             return f"needs guidance, which guidance_scale={guidance_scale} switches off"
         return None
 
-    def why_not_on(self, pipe: Any, guidance_scale: float | None = None) -> str | None:
-        """Return why this cache cannot run on a pipeline, or on its outline; None if it can."""
-        held = transformers_of(pipe)
-        return TWO_TRANSFORMERS if len(held) > 1 else self.why_not(held[0], guidance_scale)
-
     def config(
         self,
         pipe: Any,
@@ -76,7 +75,7 @@ class StepCache:
         value: float | None = None,
         *,
         stage: int = 0,
-        ratios: Sequence[float] | None = None,
+        ratios: Any = None,
     ) -> Any:
         """Return the config of diffusers.
 
@@ -84,8 +83,8 @@ class StepCache:
             pipe: a loaded pipeline.
             steps: number of calls that the solver makes in a run.
             value: value of the setting. Default: that of diffusers.
-            stage: place in `stages`.
-            ratios: result of a calibration, where one is needed.
+            stage: index in `stages`.
+            ratios: result of a calibration, if the cache needs one.
         """
         import diffusers
 
@@ -96,36 +95,20 @@ class StepCache:
             given["mag_ratios"] = [1.0] * steps if ratios is None else list(ratios)
         return getattr(diffusers, self.settings)(**given)
 
-    def read(self, text: str) -> float:
-        """Return the value of the setting that a method's name gives after the colon.
-
-        Raises:
-            ValueError: not a number, or a negative one.
-        """
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < 0 or (self.whole and value != round(value)):
-            kind = "a whole number" if self.whole else "a number"
-            raise ValueError(f"{self.setting} must be {kind} >= 0")
-        return value
-
 
 def _threshold(largest: float) -> dict[str, Any]:
-    """Return the arguments of a `StepCache` with a field `threshold`."""
-    return {
-        "setting": "threshold",
-        "span": lambda steps: (0.0, largest),
-        "fields": lambda value: {"threshold": value},
-    }
+    """Return the arguments of a `StepCache` whose setting is `threshold`."""
+    span, fields = (lambda steps: (0.0, largest)), (lambda value: {"threshold": value})
+    return {"setting": "threshold", "span": span, "fields": fields}
 
 
 def _timestep(pipe: Any) -> dict[str, Any]:
-    """Return a config's callback for the timestep of the step that runs; not every pipeline keeps it."""
-    return {
-        "current_timestep_callback": lambda: float(pipe.scheduler.timesteps[scheduler_step(pipe)])
-    }
+    """Return the callback for the timestep of the current step; not every pipeline keeps it."""
+
+    def timestep() -> float:
+        return float(pipe.scheduler.timesteps[scheduler_step(pipe)])
+
+    return {"current_timestep_callback": timestep}
 
 
 def _sea(pipe: Any, steps: int) -> dict[str, Any]:
@@ -147,19 +130,15 @@ def _taylorseer(pipe: Any, steps: int) -> dict[str, Any]:
 
 
 def _faster(pipe: Any, steps: int) -> dict[str, Any]:
-    names = (
-        "hidden_states",
-        "encoder_hidden_states",
-        "timestep",
-        "pooled_projections",
-        "attention_mask",
-        "encoder_attention_mask",
-    )
+    names = "hidden_states encoder_hidden_states timestep pooled_projections attention_mask"
     return {
         **_timestep(pipe),
         "tensor_format": "BCHW",
-        "attention_weight_callback": lambda module: 0.5,  # its default, which comes with a warning
-        "_unconditional_conditional_input_kwargs_identifiers": names,
+        "attention_weight_callback": lambda module: 0.5,  # the default, without its warning
+        "_unconditional_conditional_input_kwargs_identifiers": (
+            *names.split(),
+            "encoder_attention_mask",
+        ),
     }
 
 
@@ -224,12 +203,19 @@ def read_cache(text: str) -> tuple[StepCache, float | None]:
     """Return the cache of a name such as `sea_cache:0.3`, and the value of its setting, or None without a value.
 
     Raises:
-        ValueError: an unknown name or a bad value.
+        ValueError: an unknown name, or a value that is no number >= 0.
     """
-    name, _, value = text.partition(":")
+    name, _, given = text.partition(":")
     if name not in CACHES:
         raise ValueError(f"cache={text!r}: accepted are none, {', '.join(CACHES)}")
+    cache = CACHES[name]
+    if not given:
+        return cache, None
     try:
-        return CACHES[name], CACHES[name].read(value) if value else None
-    except ValueError as error:
-        raise ValueError(f"methods: {text!r}: {error}") from None
+        value = float(given)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf or (cache.whole and value != round(value)):
+        kind = "a whole number" if cache.whole else "a number"
+        raise ValueError(f"methods: {text!r}: {cache.setting} must be {kind} >= 0")
+    return cache, value

@@ -16,7 +16,7 @@ from dit_accel.eval.metrics.figures import mean_figure
 from dit_accel.eval.metrics.pairs import psnr, ssim
 from dit_accel.eval.results.store import build_results, write_results
 from dit_accel.eval.results.types import RESULTS, Results, Row
-from dit_accel.eval.runs.methods import DENSE, Crossover, Method, read_methods, with_settings
+from dit_accel.eval.runs.methods import DENSE, Crossover, Method, read_methods
 from dit_accel.eval.runs.rivals import choose_settings
 from dit_accel.eval.runs.rows import build_row
 from dit_accel.eval.runs.timing import MeasuredCalls
@@ -104,7 +104,7 @@ def compare(
     steps = sampling.num_inference_steps
     assert steps is not None
     given = compared_methods(methods, pipe, steps=steps, sla=sla, ras=ras, crossover=crossover)
-    tried = with_settings(pipe, given, steps)
+    tried = [x.tried(pipe, steps) for x in given]
     folder = check_writable(output_dir, "output_dir")
     earlier = _earlier(folder, overwrite)
     chosen = choose_settings(tried, pipe, samples, count=1)  # as many samples as are compared
@@ -155,7 +155,7 @@ def _earlier(folder: Path, overwrite: bool) -> set[str]:
 def _row(method: Method, calls: MeasuredCalls, last: dict[str, BatchResult]) -> Row:
     """Return the row of a method, with metrics of raw frames against dense sampling."""
     if method.why is not None:
-        return build_row(method, calls.steps)
+        return build_row(method, calls)
     made, dense = last[method.name], last[DENSE.name].frames[0]
     metrics = {}
     if method.name != DENSE.name:
@@ -163,9 +163,7 @@ def _row(method: Method, calls: MeasuredCalls, last: dict[str, BatchResult]) -> 
         metrics["ssim"] = mean_figure([ssim(dense, made.frames[0])], "")
     row = build_row(
         method,
-        calls.steps,
-        calls.calls[method.name],
-        dense=calls.calls[DENSE.name],
+        calls,
         metrics=metrics,
         density=made.summary.overall_density,
         cost=None if made.summary.ras is None else made.summary.ras.cost,

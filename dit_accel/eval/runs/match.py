@@ -19,10 +19,7 @@ SLACK = 0.02
 """Share of the target by which a cost may exceed it, and within which the search ends."""
 PROBES = 8
 """Most values that are tried in a stage."""
-_UNLISTED = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
+_ATTENTION = ("flash_attention_for_cpu", "fused_attention_overrideable")
 """Operators of `scaled_dot_product_attention` that torch's counter does not list."""
 
 
@@ -39,7 +36,8 @@ def counted_cost(pipe: Any, call: Callable[[], Any]) -> int:
     def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(q, k, v)  # from the shapes
 
-    mapping: dict[Any, Any] = {getattr(torch.ops.aten, name): attention for name in _UNLISTED}
+    operators = [getattr(torch.ops.aten, f"_scaled_dot_product_{x}") for x in _ATTENTION]
+    mapping: dict[Any, Any] = dict.fromkeys(operators, attention)
     total, counting = 0, contextlib.ExitStack()
     counter: FlopCounterMode | None = None
 
@@ -146,11 +144,7 @@ class Probes:
 
 
 def match_cost(
-    probes: Probes,
-    cache: StepCache,
-    target: float,
-    *,
-    value: float | None = None,
+    probes: Probes, cache: StepCache, target: float, *, value: float | None = None
 ) -> Match:
     """Return the setting of a step cache whose cost is nearest to `target` and exceeds it by at most `SLACK`.
 
@@ -160,32 +154,33 @@ def match_cost(
         probes: samples on which costs are counted.
         cache: one of `caches.CACHES`.
         target: cost as a share of dense sampling, in (0, 1].
-        value: keep this value of the setting, and only count its cost.
+        value: keep this value of the setting, and only count its cost. Default: search.
 
     Raises:
-        ValueError: a target out of range, or a cache that does not work for the model.
+        ValueError: a target out of range, or a cache that cannot run on the model.
     """
     from scipy.optimize import bisect
 
     if not 0 < target <= 1:
         raise ValueError(f"target={target}: must be in (0, 1], a share of dense sampling")
-    why = cache.why_not_on(probes.pipe)
+    why = cache.why_not(probes.pipe)
     if why is not None:
         raise ValueError(f"cache: {cache.shown}: {why}")
     steps, most = probes.steps, target * (1 + SLACK)
     ratios = probes.calibrate() if cache.calibrated else None
     counted: dict[tuple[int, float], float] = {}
 
+    def config(stage: int, x: float) -> Any:
+        return cache.config(probes.pipe, steps, x, stage=stage, ratios=ratios)
+
     def cost(stage: int, x: float) -> float:
         key = stage, float(round(x) if cache.whole else x)
         if key not in counted:
-            config = cache.config(probes.pipe, steps, x, stage=stage, ratios=ratios)
-            counted[key] = probes.cost(lambda: step_cache(probes.pipe, config))
+            counted[key] = probes.cost(lambda: step_cache(probes.pipe, config(*key)))
         return counted[key]
 
     def found(key: tuple[int, float], note: str | None = None) -> Match:
-        config = cache.config(probes.pipe, steps, key[1], stage=key[0], ratios=ratios)
-        return Match(config, key[1], counted[key], key[0], ratios, note)
+        return Match(config(*key), key[1], counted[key], key[0], ratios, note)
 
     if value is not None:
         cost(0, value)
@@ -193,7 +188,7 @@ def match_cost(
     dearest, cheapest = cache.span(steps)
 
     def excess(x: float, stage: int) -> float:
-        """Return 0 where the search may end."""
+        """Return the cost above the target; 0 where the search may end."""
         over = 1 - target if x == dearest else cost(stage, x) - target
         return 0.0 if abs(over) <= SLACK * target else over
 
@@ -203,15 +198,12 @@ def match_cost(
         if excess(dearest, stage) == 0:
             cost(stage, dearest)
         elif excess(cheapest, stage) < 0:
-            width = abs(cheapest - dearest)
-            tolerance = 0.5 if cache.whole else width / 2**PROBES
-            bisect(
-                excess, dearest, cheapest, args=(stage,), xtol=tolerance, maxiter=PROBES, disp=False
-            )
+            xtol = 0.5 if cache.whole else abs(cheapest - dearest) / 2**PROBES
+            bisect(excess, dearest, cheapest, (stage,), xtol=xtol, maxiter=PROBES, disp=False)
         break
     within = {key: x for key, x in counted.items() if x <= most}
-    if not within:
-        key = min(counted, key=lambda x: counted[x])
-        reached = f"its cheapest setting costs {counted[key]:.3f}"
-        return found(key, f"cannot reach the cost {target:.3f} of dense sampling: {reached}")
-    return found(min(within, key=lambda x: abs(within[x] - target)))
+    if within:
+        return found(min(within, key=lambda x: abs(within[x] - target)))
+    key = min(counted, key=lambda x: counted[x])
+    cheapest_cost = f"its cheapest setting costs {counted[key]:.3f}"
+    return found(key, f"cannot reach the cost {target:.3f} of dense sampling: {cheapest_cost}")

@@ -57,19 +57,50 @@ class Method:
         """Whether this is dense sampling with fewer steps."""
         return self.kind == "fewer_steps"
 
+    @property
+    def at_equal_time(self) -> bool:
+        """Whether this is dense sampling with as many steps as take the time of each other method."""
+        return self.fewer and self.num_inference_steps is None
+
+    @property
+    def runs(self) -> bool:
+        """Whether this is dense sampling or an accelerated method that can run here."""
+        return self.why is None and not self.fewer
+
+    def tried(self, pipe: Any, steps: int) -> "Method":
+        """Enable the method once if it can run, and return it with its settings.
+
+        Args:
+            pipe: a loaded pipeline without acceleration.
+            steps: number of steps of dense sampling.
+
+        Raises:
+            ValueError: acceleration is on already, or the method cannot be enabled.
+        """
+        on = [key for key, x in acceleration_settings(pipe).items() if x is not None]
+        if on:
+            raise ValueError(
+                f"pipe: {', '.join(on)} is on; must be a pipeline without acceleration"
+            )
+        if self.why is not None:
+            return self
+        enabled = self.acceleration
+        if self.tuned is not None:  # any setting shows whether the cache can be enabled
+            enabled["cache"] = self.tuned.config(pipe, steps, self.value)
+        with accelerated(pipe, **enabled):
+            found = acceleration_settings(pipe)
+        return replace(self, settings={k: x for k, x in found.items() if x is not None})
+
 
 DENSE = Method(name="Dense", kind="dense")
+AT_EQUAL_TIME = Method(name="Dense, fewer steps", kind="fewer_steps")
+"""Dense sampling with as many steps as take the time of each other method."""
 
 
 def dense_with(steps: int, **settings: Any) -> Method:
     """Return dense sampling with a number of steps."""
     name = f"Dense, {steps} {'step' if steps == 1 else 'steps'}"
     return Method(name=name, kind="fewer_steps", num_inference_steps=steps, settings=settings)
-
-
-def runnable(methods: Sequence[Method]) -> list[Method]:
-    """Return dense sampling and the accelerated methods that can run here."""
-    return [x for x in methods if x.why is None and not x.fewer]
 
 
 def read_methods(
@@ -100,42 +131,35 @@ def read_methods(
         ValueError: an unknown name or setting, two methods of one name, or `fewer_steps` with no fewer steps.
     """
 
-    def sparse(setting: str) -> tuple[str, SLAConfig | SLACheckpoint | dict]:
-        chosen = settings_of(setting or sla)
-        if chosen is None:
-            raise ValueError("methods: 'sla:none' is dense sampling; accepted is dense")
-        if crossover is not None:
-            chosen = _with_crossover(chosen, crossover)
-        return _label(setting or sla), chosen
-
-    def regions(setting: str) -> tuple[str, RASConfig]:
-        chosen = RASConfig.load(setting or ras)
-        if chosen is None:
-            raise ValueError("methods: 'ras:none' is dense sampling; accepted is dense")
-        return _label(setting or ras), chosen
-
     methods = [DENSE]
     for name in names:
         what, _, setting = name.partition(":")
         if what == "dense" and not setting:
             continue
         if what == "fewer_steps":
-            methods.append(_fewer(setting))
+            if setting and (not setting.isdecimal() or int(setting) < 1):
+                raise ValueError(f"methods: {name!r}: must be a number of steps >= 1")
+            methods.append(dense_with(int(setting)) if setting else AT_EQUAL_TIME)
         elif what in CACHES:
             cache, value = read_cache(name)
-            shown, why = f"{cache.shown} {setting}".strip(), cache.why_not_on(pipe)
+            shown, why = f"{cache.shown} {setting}".strip(), cache.why_not(pipe)
             methods.append(Method(name=shown, kind="cache", tuned=cache, value=value, why=why))
-        elif what == "ras":
-            label, chosen = regions(setting)
-            methods.append(Method(name=f"RAS{label}", kind="ras", ras=chosen))
-        elif what == "sla":
-            label, attention = sparse(setting)
-            methods.append(Method(name=f"SLA{label}", kind="sla", sla=attention))
-        elif what == "ras_sla":
-            first, plus, second = setting.partition("+")
-            (label, chosen), (other, attention) = regions(first), sparse(second if plus else first)
-            shown = f"RAS + SLA{label}" if label == other else f"RAS{label} + SLA{other}"
-            methods.append(Method(name=shown, kind="ras_sla", ras=chosen, sla=attention))
+        elif what in ("ras", "sla", "ras_sla"):
+            kinds = what.split("_")
+            first, plus, second = setting.partition("+") if len(kinds) > 1 else (setting, "", "")
+            given = {"ras": first or ras, "sla": (second if plus else first) or sla}
+            chosen: dict[str, Any] = {
+                x: RASConfig.load(given[x]) if x == "ras" else settings_of(given[x]) for x in kinds
+            }
+            if None in chosen.values():
+                raise ValueError(f"methods: {name!r} is dense sampling; accepted is dense")
+            if crossover is not None and "sla" in chosen:
+                chosen["sla"] = _with_crossover(chosen["sla"], crossover)
+            labels = [_label(given[x]) for x in kinds]
+            if labels[0] == labels[-1]:  # one name for both
+                labels = [*[""] * (len(kinds) - 1), labels[0]]
+            shown = " + ".join(f"{x.upper()}{y}" for x, y in zip(kinds, labels, strict=True))
+            methods.append(Method(name=shown, kind=what, **chosen))
         else:
             accepted = ", ".join(dict.fromkeys(["dense", *DEFAULT, *CACHES]))
             raise ValueError(
@@ -150,44 +174,6 @@ def read_methods(
                 f"methods: {method.name!r}: must be fewer than num_inference_steps={steps} of dense sampling"
             )
     return methods
-
-
-def with_settings(pipe: Any, methods: Sequence[Method], steps: int) -> list[Method]:
-    """Enable each method once, and return the methods with their settings.
-
-    Args:
-        pipe: a loaded pipeline without acceleration.
-        methods: methods to try, except those that cannot run here.
-        steps: number of steps of dense sampling.
-
-    Raises:
-        ValueError: acceleration is on already, or a method cannot be enabled.
-    """
-    on = [key for key, x in acceleration_settings(pipe).items() if x is not None]
-    if on:
-        raise ValueError(
-            f"pipe: {', '.join(on)} is on; accepted is a pipeline without acceleration"
-        )
-    out = []
-    for method in methods:
-        found: dict[str, Any] = {}
-        if method.why is None:
-            tried = method.acceleration
-            if method.tuned is not None:  # any setting shows whether the cache can be enabled
-                tried["cache"] = method.tuned.config(pipe, steps, method.value)
-            with accelerated(pipe, **tried):
-                found = acceleration_settings(pipe)
-        shown = {k: x for k, x in found.items() if x is not None}
-        out.append(replace(method, settings=shown))
-    return out
-
-
-def _fewer(setting: str) -> Method:
-    if not setting:
-        return Method(name="Dense, fewer steps", kind="fewer_steps")
-    if not setting.isdecimal() or int(setting) < 1:
-        raise ValueError(f"methods: 'fewer_steps:{setting}': must be a number of steps >= 1")
-    return dense_with(int(setting))
 
 
 def _with_crossover(settings: Any, crossover: Crossover) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dit_accel.environment import versions
 from dit_accel.eval.runs.match import Probes, match_cost
-from dit_accel.eval.runs.methods import Method, runnable
+from dit_accel.eval.runs.methods import Method
 from dit_accel.eval.runs.timing import Log
 from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.acceleration import accelerated, acceleration_settings, weights_sha256
@@ -38,19 +38,18 @@ def choose_settings(
     """Return the methods with the configs of their step caches. Costs are counted on samples that are not compared.
 
     Args:
-        methods: methods with settings, see `methods.with_settings`.
+        methods: methods with settings, see `methods.Method.tried`.
         pipe: a loaded pipeline without acceleration.
         samples: samples that are compared.
-        prompts: prompts to count costs with. Prompts that are compared are left out; those of the shipped set "smoke"
-            follow.
+        prompts: prompts to count costs with, before those of the shipped set "smoke".
         count: number of samples on which costs are counted.
         folder: folder of matches.json, so that a run that goes on does not search again. Default: not kept.
         progress: name each cache on stderr.
     """
-    if not any(x.tuned for x in runnable(methods)):
+    if not any(x.tuned and x.runs for x in methods):
         return list(methods)
     scale = samples[0].sampling.guidance_scale
-    whys = {x.name: x.why or x.tuned.why_not_on(pipe, scale) for x in methods if x.tuned}
+    whys = {x.name: x.why or x.tuned.why_not(pipe, scale) for x in methods if x.tuned}
     ours = next((x for x in methods if x.kind == "ras"), None)
     others = probe_samples(samples, prompts, count)
     probes = Probes(

@@ -6,49 +6,47 @@ from typing import Any
 import numpy as np
 
 from dit_accel.eval.results.types import PHASES, SPEEDUPS, Figure, Phase, Row
-from dit_accel.eval.runs.methods import Method
+from dit_accel.eval.runs.methods import DENSE, Method
+from dit_accel.eval.runs.timing import MeasuredCalls
 
 
 def build_row(
     method: Method,
-    steps: int,
-    calls: Sequence[Mapping[str, Any]] = (),
+    measured: MeasuredCalls,
     *,
-    dense: Sequence[Mapping[str, Any]] = (),
     metrics: Mapping[str, Figure] | None = None,
     density: float | None = None,
     cost: float | None = None,
     folder: str | None = None,
 ) -> Row:
-    """Return the row of a method; without measured calls if it cannot run here.
+    """Return the row of a method; without values if it cannot run here.
 
     Args:
         method: the method, with the settings that the row shows.
-        steps: number of steps of dense sampling.
-        calls: records of its measured calls, see `timing.MeasuredCalls`.
-        dense: records of dense sampling, for the speed-up.
+        measured: measured calls of all methods.
         metrics: metrics of its samples.
         density: attended share of all (query, key) pairs, as the summary of a run counts it.
         cost: cost in dense steps, as the summary of a run counts it.
         folder: folder of its samples.
     """
+    calls, dense = (measured.calls.get(x, []) for x in (method.name, DENSE.name))
     shown, seconds = dict(method.settings), timing([x["seconds"] for x in calls])
     if calls and calls[-1]["dense_calls"]:
         shown["dense_calls"] = calls[-1]["dense_calls"]
-    own_steps = method.num_inference_steps or steps
-    if calls and method.kind in ("dense", "fewer_steps"):
-        density, cost = 1.0, float(own_steps)
+    steps = method.num_inference_steps or measured.steps
     if method.cost is not None:
-        cost = method.cost * steps
-    measured_of = {x["peak_of"] for x in calls}
-    of = measured_of.pop() if len(measured_of) == 1 else None
+        cost = method.cost * measured.steps
+    if calls and method.kind in ("dense", "fewer_steps"):
+        density, cost = 1.0, float(steps)
+    sources = {x["peak_of"] for x in calls}
+    of = sources.pop() if len(sources) == 1 else None
     return {
         "name": method.name,
         "method": method.kind,
         "available": method.why is None,
         "why": method.why,
         "settings": shown,
-        "num_inference_steps": own_steps,
+        "num_inference_steps": steps,
         "metrics": dict(metrics or {}),
         "seconds": seconds,
         "speedup": speedup(timing([x["seconds"] for x in dense]), seconds),

@@ -8,33 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dit_accel import environment
 from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.checkpoint.identity import public_name
 from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics.measurement import Measurement
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import open_reference
 from dit_accel.eval.results.store import build_results, write_results
 from dit_accel.eval.results.types import Results, Row
-from dit_accel.eval.runs.caches import CACHES
-from dit_accel.eval.runs.methods import (
-    DEFAULT,
-    DENSE,
-    Crossover,
-    Method,
-    dense_with,
-    read_methods,
-    runnable,
-    with_settings,
-)
+from dit_accel.eval.runs.methods import DEFAULT, DENSE, Crossover, Method, dense_with, read_methods
 from dit_accel.eval.runs.rivals import choose_settings
 from dit_accel.eval.runs.rows import build_row, mean_of
 from dit_accel.eval.runs.scores import Metrics, Reference, Scorer, choose_metrics
 from dit_accel.eval.runs.timing import Log, MeasuredCalls
 from dit_accel.eval.view.conditions import check_early
 from dit_accel.eval.view.report import check_libraries, report
-from dit_accel.files import asset
 from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.acceleration import weights_sha256
 from dit_accel.sampling.generate import check_generate, generate
@@ -43,23 +32,6 @@ from dit_accel.sampling.prompts import PromptRecord
 from dit_accel.sampling.set_plan import planned_set, shard_of
 from dit_accel.sampling.sets import SampleSet
 from dit_accel.sampling.settings import Sampling, check_count, with_steps
-
-DEMO = {
-    "tiny-wan": ("demo", 6, (9, 6)),
-    "tiny-sd3": ("demo-images", 8, (15, 10)),
-    "tiny-lumina2": ("demo-images", 8, (15, 10)),
-}
-"""Prompt set, number of prompts, and numbers of dense steps besides those at equal time, by embedded model."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an evaluation is going to make, known before any work."""
-
-    samples: list[Sample]
-    methods: list[Method]
-    metrics: Metrics
-    reference: Reference | None
 
 
 @dataclass(kw_only=True)
@@ -72,7 +44,7 @@ class Evaluation:
     model: str | os.PathLike
     """Name of the model for the records."""
     sampling: Sampling
-    """Arguments of the pipeline calls."""
+    """Arguments of the pipeline calls, with a number of steps."""
     methods: Sequence[str] = DEFAULT
     """Names of methods, see `methods.read_methods`. Dense sampling is always compared."""
     sla: SLAConfig | SLACheckpoint | dict | str = "balanced"
@@ -112,8 +84,8 @@ class Evaluation:
     progress: bool = True
     """Show bars and notes on stderr."""
 
-    def plan(self, pipe: Any) -> Plan:
-        """Check everything that needs no weights.
+    def check(self, pipe: Any) -> tuple[list[Sample], list[Method], Metrics, Reference | None]:
+        """Check everything that needs no weights, and return samples, methods, metrics and reference.
 
         Args:
             pipe: a pipeline, or its outline.
@@ -121,106 +93,89 @@ class Evaluation:
         Raises:
             ValueError: bad input.
         """
-        steps = self.sampling.num_inference_steps
-        assert steps is not None
         check_count("batch_size", self.batch_size)
         check_count("repeats", self.repeats)
         if self.shown < 0:
             raise ValueError(f"shown={self.shown}: must be an int >= 0")
         if self.fine_steps is not None:
-            check_fine(self.fine_steps, steps)
+            check_count("fine_steps", self.fine_steps)
+            if self.fine_steps <= self.steps:
+                raise ValueError(f"fine_steps={self.fine_steps}: must be more than {self.steps}")
         samples = plan_samples(self.prompts, self.sampling, seed=self.seed, count=1, layout="ids")
         for sample in samples:
             pipe.check_sizes(**sample.sampling.call_arguments())
         settings: dict[str, Any] = {"sla": self.sla, "ras": self.ras, "crossover": self.crossover}
-        methods = read_methods(self.methods, pipe, steps=steps, **settings)
-        reference = open_reference(self.reference)
-        metrics = choose_metrics(
-            planned_set(pipe, samples),
-            self.metrics,
-            networks=self.networks,
-            reference=reference,
-            fine=self.fine_steps is not None,
-        )
-        rows = [y for x in runnable(methods) for y in (x.name, x.kind)]
+        methods = read_methods(self.methods, pipe, steps=self.steps, **settings)
+        planned, reference = planned_set(pipe, samples), open_reference(self.reference)
+        options: dict[str, Any] = {"networks": self.networks, "reference": reference}
+        options["fine"] = self.fine_steps is not None
+        metrics = choose_metrics(planned, self.metrics, **options)
+        rows = [y for x in methods if x.runs for y in (x.name, x.kind)]
         check_early(self.fail_if, metrics=metrics.figures, rows=rows)
-        return Plan(samples, methods, metrics, reference)
+        return samples, methods, metrics, reference
 
     def run(self, pipe: Any) -> Results:
         """Evaluate a loaded pipeline without acceleration; see `run_evaluation`."""
         check_libraries()
-        plan, steps, folder = (
-            self.plan(pipe),
-            self.sampling.num_inference_steps,
-            Path(self.output_dir),
-        )
-        assert steps is not None
-        methods = with_settings(pipe, plan.methods, steps)
-        self.networks.loaded(plan.metrics.needed)  # weights that cannot be read end the run here
+        samples, methods, metrics, reference = self.check(pipe)
+        methods = [x.tried(pipe, self.steps) for x in methods]
+        self.networks.loaded(metrics.needed)  # weights that cannot be read end the run here
         fine = [] if self.fine_steps is None else [dense_with(self.fine_steps)]
-        given = [x for x in methods if x.fewer and x.num_inference_steps is not None]
-        for method in (*(x for x in runnable(methods) if x.tuned is None), *given, *fine):
-            check_generate(pipe, self.prompts, **self._generated(method))
+        for method in (*methods, *fine):
+            if method.why is None and method.tuned is None and not method.at_equal_time:
+                check_generate(pipe, self.prompts, **self._generated(method))
+        folder = Path(self.output_dir)
         options: dict[str, Any] = {"prompts": self.probes, "progress": self.progress}
-        methods = choose_settings(methods, pipe, plan.samples, folder=folder, **options)
-        for method in runnable(methods):
+        methods = choose_settings(methods, pipe, samples, folder=folder, **options)
+        runnable = [x for x in methods if x.runs]
+        for method in runnable:
             check_generate(pipe, self.prompts, **self._generated(method))
-        sets = {x.name: self._make(pipe, x) for x in (*runnable(methods), *fine)}
+        sets = {x.name: self._make(pipe, x) for x in (*runnable, *fine)}
         finest = sets.pop(fine[0].name) if fine else None
-        log = Log(folder / "timings.json", self._about(pipe, plan, methods), "calls")
+        log = Log(folder / "timings.json", self._about(pipe, samples, methods), "calls")
         # Samples of the first one's size, so that seconds can be compared.
-        like = [x for x in plan.samples if x.call == plan.samples[0].call][: self.repeats]
-        calls = MeasuredCalls(
-            pipe, like, steps=steps, calls=log.results, on_call=lambda *_: log.write()
-        )
+        like = [x for x in samples if x.call == samples[0].call][: self.repeats]
+        options = {"calls": log.results, "on_call": lambda *_: log.write()}
+        calls = MeasuredCalls(pipe, like, steps=self.steps, **options)
         fewer = calls.measure(methods, self.repeats, progress=self.progress)
         sets |= {x.name: self._make(pipe, x) for x in fewer}
         device = str(pipe._execution_device)
-        options = {**self.networks.loaded(plan.metrics.needed, device), "device": device}
-        options |= {"progress": False}
-        scorer = Scorer(plan.metrics, sets[DENSE.name], finest, plan.reference, options)
-        rows = [DENSE, *fewer, *(x for x in methods if x.kind not in ("dense", "fewer_steps"))]
-        name = public_name(self.model)
+        options = {**self.networks.loaded(metrics.needed, device), "device": device}
+        scorer = Scorer(metrics, sets[DENSE.name], finest, reference, options | {"progress": False})
+        accelerated = [x for x in methods if x.kind not in ("dense", "fewer_steps")]
+        name, steps = public_name(self.model), self.fine_steps
         results = build_results(
             title=self.title or f"{name}: what acceleration costs",
             model=name,
             sampling=self.sampling.call_arguments() | {"seed": self.seed},
-            prompts=len(plan.samples),
+            prompts=len(samples),
             repeats=self.repeats,
-            rows=[self._row(x, sets, calls, scorer) for x in rows],
+            rows=[self._row(x, sets, calls, scorer) for x in (DENSE, *fewer, *accelerated)],
             samples=[
-                {
-                    "id": x.id,
-                    "prompt": x.record.prompt,
-                    "media": {
-                        name: made.media(x.id).relative_to(folder).as_posix()
-                        for name, made in sets.items()
-                    },
-                }
-                for x in plan.samples
+                {"id": x.id, "prompt": x.record.prompt, "media": _media(folder, sets, x.id)}
+                for x in samples
             ],
-            fine=finest and {"num_inference_steps": self.fine_steps, "folder": finest.path.name},
+            fine=finest and {"num_inference_steps": steps, "folder": finest.path.name},
         )
         write_results(folder, results)
         report(folder, samples=self.shown)
         return results
 
+    @property
+    def steps(self) -> int:
+        """Number of steps of dense sampling."""
+        assert self.sampling.num_inference_steps is not None
+        return self.sampling.num_inference_steps
+
     def _generated(self, method: Method) -> dict[str, Any]:
         """Return the arguments of `generate`."""
-        sampling = self.sampling
-        if method.num_inference_steps is not None:
-            sampling = sampling.overridden(num_inference_steps=method.num_inference_steps)
+        steps = method.num_inference_steps or self.steps
         return {
             "output_dir": Path(self.output_dir) / method.folder,
-            "sampling": sampling,
+            "sampling": self.sampling.overridden(num_inference_steps=steps),
             "batch_size": 1 if method.cache is not None else self.batch_size,
-            "rank": 0,
-            "world_size": 1,
-            "model": self.model,
-            "revision": self.revision,
-            "seed": self.seed,
-            "fps": self.fps,
-            "overwrite": self.overwrite,
+            **{"rank": 0, "world_size": 1, "seed": self.seed, "fps": self.fps},
+            **{"model": self.model, "revision": self.revision, "overwrite": self.overwrite},
             **method.acceleration,
         }
 
@@ -236,34 +191,37 @@ class Evaluation:
         self, method: Method, sets: dict[str, SampleSet], calls: MeasuredCalls, scorer: Scorer
     ) -> Row:
         if method.why is not None:
-            return build_row(method, calls.steps)
+            return build_row(method, calls)
         made = sets[method.name]
-        assert made.manifest is not None
-        records = list(made.manifest["samples"].values())
+        records = list(made.manifest["samples"].values()) if made.manifest else []
         return build_row(
             method,
-            calls.steps,
-            calls.calls[method.name],
-            dense=calls.calls[DENSE.name],
+            calls,
             metrics=scorer.figures(made),
             density=mean_of(records, "density"),
             cost=mean_of(records, "cost"),
             folder=method.folder,
         )
 
-    def _about(self, pipe: Any, plan: Plan, methods: Sequence[Method]) -> dict[str, Any]:
+    def _about(
+        self, pipe: Any, samples: Sequence[Sample], methods: Sequence[Method]
+    ) -> dict[str, Any]:
         """Return everything that the seconds depend on."""
-        samples = [(x.record.prompt, x.seed, x.sampling.call_arguments()) for x in plan.samples]
+        calls = [(x.record.prompt, x.seed, x.sampling.call_arguments()) for x in samples]
         return {
             "weights": weights_sha256(pipe),
             "dtype": str(transformers_of(pipe)[0].dtype),
             "device": str(pipe._execution_device),
-            "machine": machine(),
-            "versions": versions(),
-            "samples_sha256": hashlib.sha256(repr(samples).encode()).hexdigest(),
+            "machine": environment.machine(),
+            "versions": environment.versions(),
+            "samples_sha256": hashlib.sha256(repr(calls).encode()).hexdigest(),
             "methods": [[x.name, x.settings] for x in methods if x.why is None],
             "repeats": self.repeats,
         }
+
+
+def _media(folder: Path, sets: dict[str, SampleSet], sample: str) -> dict[str, str]:
+    return {name: x.media(sample).relative_to(folder).as_posix() for name, x in sets.items()}
 
 
 def run_evaluation(pipe: Any, prompts: Sequence[PromptRecord], **settings: Any) -> Results:
@@ -287,70 +245,5 @@ def run_evaluation(pipe: Any, prompts: Sequence[PromptRecord], **settings: Any) 
         raise ValueError(
             "WORLD_SIZE: an evaluation runs in one process; under torchrun, fill its sub-folders with `eval generate`"
         )
-    evaluation = Evaluation(prompts=prompts, **settings)
-    evaluation.sampling = with_steps(pipe, evaluation.sampling)
-    return evaluation.run(pipe)
-
-
-def check_fine(fine_steps: int, steps: int) -> None:
-    """Raise ValueError for a fine run without more steps than dense sampling."""
-    check_count("fine_steps", fine_steps)
-    if fine_steps <= steps:
-        raise ValueError(
-            f"fine_steps={fine_steps}: must be more than the {steps} steps of dense sampling"
-        )
-
-
-def run_demo(
-    output_dir: str | os.PathLike,
-    *,
-    models: Sequence[str] = tuple(DEMO),
-    limit: int | None = None,
-    num_inference_steps: int | None = None,
-    fine_steps: int | None = 100,
-    device: str = "auto",
-    **settings: Any,
-) -> dict[str, Results]:
-    """Evaluate the embedded models, each in a sub-folder with its own page.
-
-    Sequences of these models are shorter than the crossover, so sparse attention runs with `crossover="never"`: it costs
-    time here, and only its quality is of interest.
-
-    Args:
-        output_dir: folder of the sub-folders.
-        models: names in `DEMO`.
-        limit: number of prompts. Default: as many as take some minutes on two cores.
-        num_inference_steps: steps of dense sampling. Default: those of the model.
-        fine_steps: steps of the fine run, see `Evaluation`.
-        device: "auto", "cpu", "cuda", ...
-        **settings: further fields of `Evaluation`.
-    """
-    from dit_accel.demo import default_sampling
-    from dit_accel.sampling.load import load_pipeline
-    from dit_accel.sampling.outline import read_outline
-    from dit_accel.sampling.prompt_sets import load_prompts
-
-    own = Sampling(num_inference_steps=num_inference_steps)
-    evaluations = {}
-    for model in models:
-        name, few, more = DEMO[model]
-        outline, prompts = read_outline(asset(model)), load_prompts(name)
-        sampling = own.filled(default_sampling(outline))
-        compared = load_prompts(name, few if limit is None else limit)
-        dense = [f"fewer_steps:{n}" for n in more if n < outline.steps(sampling)]
-        evaluations[model] = Evaluation(
-            prompts=compared,
-            output_dir=Path(output_dir) / model,
-            model=model,
-            sampling=sampling,
-            methods=("fewer_steps", *dense, *CACHES, "ras", "sla", "ras_sla"),
-            sla=SLAConfig(block_q=16, block_k=16, crossover="never"),
-            fine_steps=fine_steps,
-            probes=prompts[len(compared) :],
-            **settings,
-        )
-        evaluations[model].plan(outline)
-    results = {}
-    for model, evaluation in evaluations.items():
-        results[model] = evaluation.run(load_pipeline(asset(model), sla=None, device=device))
-    return results
+    settings["sampling"] = with_steps(pipe, settings["sampling"])
+    return Evaluation(prompts=prompts, **settings).run(pipe)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_accel.eval.runs.methods import DENSE, Method, dense_with, runnable
+from dit_accel.eval.runs.methods import DENSE, Method, dense_with
 from dit_accel.files import write_json
 from dit_accel.sampling.acceleration import accelerated
 from dit_accel.sampling.batches import progress_bar, quiet, run_warm_up
@@ -40,11 +40,7 @@ class Peak:
 
 @contextlib.contextmanager
 def peak_memory(device: Any) -> Iterator[Peak]:
-    """Measure the peak memory of a block.
-
-    Only Linux can reset the peak of a process. On other systems a method would inherit the peak of the methods before
-    it, so nothing is measured.
-    """
+    """Measure the peak memory of a block. Only Linux can reset the peak of a process; other systems measure nothing."""
     peak, device = Peak(), torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -104,16 +100,15 @@ class MeasuredCalls:
         Returns:
             The dense methods with fewer steps, the most steps first.
         """
-        compared = runnable(methods)
-        given = [x for x in methods if x.fewer and x.num_inference_steps is not None]
-        open_ = any(x.fewer and x.num_inference_steps is None for x in methods)
+        compared = [x for x in methods if x.runs]
+        given = [x for x in methods if x.fewer and not x.at_equal_time]
         found: dict[str, int] = {}
         with (
             progress_bar(desc="timing", unit="call", disable=not progress) as bar,
             quiet(self._pipe),
         ):
             self._bar = bar
-            if open_ and len(compared) > 1:
+            if any(x.at_equal_time for x in methods) and len(compared) > 1:
                 found = self._equal_time(compared, given, repeats)
             else:
                 self.run([*compared, *given], repeats)
@@ -162,10 +157,9 @@ class MeasuredCalls:
     def _equal_time(
         self, compared: Sequence[Method], given: Sequence[Method], repeats: int
     ) -> dict[str, int]:
-        """Measure all methods, and return the numbers of dense steps that take the time of accelerated methods.
+        """Measure all methods, and return the number of dense steps in the time of each that is faster than dense.
 
-        After one round the numbers of steps are roughly known, and these dense runs take turns with the other methods.
-        Methods that take at least the time of dense sampling have no number.
+        After one round the numbers are roughly known, and these dense runs take turns with the other methods.
         """
         most = self.steps - 1
         self.run([*compared, *given], 1)
@@ -194,12 +188,7 @@ class MeasuredCalls:
 
 
 def seconds_of(measured: Mapping[int, float], steps: int) -> float:
-    """Return the seconds of dense sampling with `steps` steps, on straight lines through the measurements.
-
-    Args:
-        measured: measured seconds by number of steps. A single measurement has a line through zero.
-        steps: at most the largest number in `measured`.
-    """
+    """Return the seconds of `steps` dense steps, on straight lines through the measurements; one has a line through 0."""
     points = dict(sorted(measured.items())) if len(measured) > 1 else {0: 0.0, **measured}
     (x0, y0), (x1, y1), *_ = points.items()
     points = {0: y0 - x0 * (y1 - y0) / (x1 - x0)} | points
@@ -217,13 +206,9 @@ def equal_time_steps(
     most: int,
     measure: Callable[[list[int]], Mapping[int, float]],
 ) -> list[int]:
-    """Return, for each target, the measured number of steps whose seconds are nearest.
+    """Return the number of steps in [1, most] whose measured seconds are nearest to each target.
 
-    Args:
-        measured: seconds of dense sampling by number of steps, at least one.
-        targets: seconds to meet.
-        most: largest number of steps; dense sampling itself has `most + 1`.
-        measure: measures the seconds of further numbers of steps.
+    `measured` has seconds by number of steps, at least those of `most + 1`; `measure` adds further numbers.
     """
     known = dict(measured)
     for _ in range(ATTEMPTS):
@@ -239,11 +224,7 @@ class Log:
     """File of results by method, so that a killed run goes on. Results of other settings are dropped with a note."""
 
     def __init__(self, path: Path, about: Mapping[str, Any], kind: str) -> None:
-        """Args:
-        path: the file.
-        about: everything that the results depend on, for JSON.
-        kind: key of the results in the file, for the note too.
-        """
+        """`about` is everything that the results depend on; `kind` is the key of the results in the file."""
         self._path, self._kind = path, kind
         self._about = json.loads(json.dumps({"format_version": 1, **about}))
         self.results: dict[str, Any] = {}

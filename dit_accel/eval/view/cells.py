@@ -4,11 +4,10 @@ import math
 from dataclasses import dataclass
 
 from dit_accel.eval.results.types import Figure, Phase, identical
-from dit_accel.eval.view.definitions import MEMORY, SPEEDUP, Definition
+from dit_accel.eval.view.definitions import SPEEDUP, Definition
 
-MINUS, TIMES, DASH, SPACE = (
-    "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{EN DASH}", "\N{NARROW NO-BREAK SPACE}"
-)  # fmt: skip
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+DASH, SPACE = "\N{EN DASH}", "\N{NARROW NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -92,29 +91,23 @@ def speedup_cell(value: int | float | None, row: Phase | None, reference: Phase 
     """Return the cell of a ratio of medians, with the range that the quartiles of both allow."""
     if value is None:
         return Cell(note="not timed")
-    digits, between = SPEEDUP.digits or 0, ""
-    timed = row is not None and reference is not None and row is not reference
-    if timed and row["iqr"][0] > 0 and min(row["n"], reference["n"]) > 1:  # type: ignore[index]
-        low, high = reference["iqr"][0] / row["iqr"][1], reference["iqr"][1] / row["iqr"][0]  # type: ignore[index]
-        between = f"({number(low, digits)}{DASH}{number(high, digits)})"
+    digits, between = places(value, SPEEDUP), ""
+    several = row and reference and min(row["n"], reference["n"]) > 1
+    if several and row is not reference and row["iqr"][0] > 0:  # type: ignore[index]
+        (slow, fast), (low, high) = row["iqr"], reference["iqr"]  # type: ignore[index]
+        between = f"({number(low / fast, digits)}{DASH}{number(high / slow, digits)})"
     n = "" if row is None else str(row["n"])
     return Cell(number(value, digits) + TIMES, between, n=n, value=float(value))
 
 
-def memory_cell(size: int | None, reference: int | None) -> Cell:
-    """Return the cell of a number of bytes as MiB, with the difference to the reference row."""
-    if size is None:
-        return Cell(note="not measured")
-    mebi, other = size / 2**20, None if reference is None else reference / 2**20
-    digits = MEMORY.digits or 0
-    return Cell(number(mebi, digits), delta=_difference(mebi, other, digits), value=float(size))
-
-
-def plain_cell(value: int | float | None, about: Definition) -> Cell:
-    """Return the cell of a counted number, which has no interval."""
+def plain_cell(
+    value: int | float | None, about: Definition, reference: int | float | None = None
+) -> Cell:
+    """Return the cell of a counted number, with the difference to the reference row if that is given."""
     if value is None:
-        return Cell(note="not counted")
-    return Cell(number(value, places(value, about)), value=float(value))
+        return Cell(note="not measured")
+    digits = places(value, about)
+    return Cell(number(value, digits), delta=_difference(value, reference, digits), value=value)
 
 
 def number(value: int | float, digits: int, signed: bool = False) -> str:

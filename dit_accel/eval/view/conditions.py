@@ -5,28 +5,19 @@ import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from dit_accel.eval.results.types import (
-    ACCELERATED,
-    PHASES,
-    SPEEDUPS,
-    Figure,
-    Results,
-    Row,
-    identical,
-    reference_row,
-)
+from dit_accel.eval.results import types
+from dit_accel.eval.results.types import Figure, Results, Row, identical, reference_row
 from dit_accel.eval.view.cells import number
 from dit_accel.eval.view.definitions import METRICS, definition
 from dit_accel.eval.view.table import metric_keys
 
 OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 COUNTED = (
-    *(f"seconds_{phase}" for phase in PHASES),
-    *(f"speedup_{phase}" for phase in SPEEDUPS),
-    "peak_memory_bytes",
-    "density",
-    "cost",
+    *(f"seconds_{phase}" for phase in types.PHASES),
+    *(f"speedup_{phase}" for phase in types.SPEEDUPS),
+    *("peak_memory_bytes", "density", "cost"),
 )
 """Measurements that a condition may name, besides metrics."""
 _FAMILIES = {x.partition("_")[0] for x in METRICS}
@@ -52,19 +43,15 @@ class Condition:
         """Return the error for a condition that cannot be decided."""
         return ValueError(f"fail_if={self.text!r}: {why}")
 
-    def breach(self, value: float | None, why: str, of: str = "") -> str | None:
-        """Return a line of text if the condition holds.
-
-        Raises:
-            ValueError: there is no value. A missing value is never a pass.
-        """
+    def breach(self, value: float | None, why: str, of: str = "") -> list[str]:
+        """Return a line of text if the condition holds. A missing value is an error, never a pass."""
         if value is None:
             raise self.error(f"{self.metric}{of} has no value ({why})")
         if not OPERATORS[self.sign](value, float(self.limit)):
-            return None
+            return []
         shown = f"{value:.6g}" if abs(value) < 1e6 else number(value, 0)
         shown = "identical" if math.isinf(value) else shown
-        return f"{self.metric} is {shown}, fails {self.sign} {self.limit}"
+        return [f"{self.metric} is {shown}, fails {self.sign} {self.limit}"]
 
 
 def parse(condition: str) -> Condition:
@@ -72,11 +59,9 @@ def parse(condition: str) -> Condition:
     found = _GRAMMAR.fullmatch(condition)
     if found is None:
         raise ValueError(
-            f"fail_if={condition!r}: must be [row:]metric, one of <, <=, >, >=, and a number, as in "
-            '"psnr<25"'
+            f"fail_if={condition!r}: must be [row:]metric, one of <, <=, >, >=, and a number"
         )
-    row = found["row"]
-    row = None if row is None else row.strip()
+    row = found["row"] and found["row"].strip()
     return Condition(condition, row, found["metric"], found["sign"], found["limit"])
 
 
@@ -100,8 +85,8 @@ def check_early(
     for condition in map(parse, conditions):
         metric, row = condition.metric, condition.row
         known = [*(["psnr"] if metrics is None else metrics), *COUNTED]
-        found = metric in known or (metrics is None and metric.partition("_")[0] in _FAMILIES)
-        if not found:
+        family = metrics is None and metric.partition("_")[0] in _FAMILIES
+        if metric not in known and not family:
             raise condition.error(f"{metric!r} is not measured; accepted are {', '.join(known)}")
         if rows is not None and row is not None and row not in rows and not _FEWER.fullmatch(row):
             raise condition.error(f"no row {row!r} has values; accepted are {', '.join(rows)}")
@@ -121,13 +106,12 @@ def check(results: Results, conditions: Sequence[str]) -> list[str]:
     known = [*metric_keys(results), *COUNTED]
     for condition in map(parse, conditions):
         if condition.metric not in known:
-            accepted = f"accepted are {', '.join(known)}"
-            raise condition.error(f"{condition.metric!r} is not in the results; {accepted}")
+            raise condition.error(f"unknown {condition.metric!r}; accepted are {', '.join(known)}")
         for row in _rows(results, condition):
             if row is reference_row(results) and definition(condition.metric).of_reference:
                 raise condition.error(f"{condition.metric} compares with the row {row['name']!r}")
-            breach = condition.breach(*_value(row, condition.metric), f" of row {row['name']!r}")
-            breaches += [] if breach is None else [f"{row['name']}: {breach}"]
+            found = condition.breach(*_value(row, condition.metric), f" of row {row['name']!r}")
+            breaches += [f"{row['name']}: {x}" for x in found]
     return breaches
 
 
@@ -137,22 +121,20 @@ def check_figures(figures: Mapping[str, Figure], conditions: Sequence[str]) -> l
     for condition in map(parse, conditions):
         if condition.row is not None or condition.metric not in figures:
             raise condition.error(f"accepted are conditions on {', '.join(figures)}")
-        breaches.append(condition.breach(*_figure_value(figures[condition.metric])))
-    return [x for x in breaches if x is not None]
+        breaches += condition.breach(*_figure_value(figures[condition.metric]))
+    return breaches
 
 
 def _rows(results: Results, condition: Condition) -> list[Row]:
     rows, name = results["rows"], condition.row
     if name is None:
-        chosen = [row for row in rows if row["method"] in ACCELERATED and row["available"]]
-        if not chosen:
-            raise condition.error("no accelerated row is available; name another row")
-        return chosen
-    chosen = [row for row in rows if row["name"] == name]
-    chosen = chosen or [row for row in rows if row["method"] == name]
+        chosen = [row for row in rows if row["method"] in types.ACCELERATED and row["available"]]
+    else:
+        chosen = [row for row in rows if row["name"] == name]
+        chosen = chosen or [row for row in rows if row["method"] == name]
     if not chosen:
         accepted = ", ".join(repr(row["name"]) for row in rows)
-        raise condition.error(f"no row {name!r}; accepted are {accepted}")
+        raise condition.error(f"no row {name or 'of acceleration'!r}; accepted are {accepted}")
     for row in chosen:
         if not row["available"]:
             raise condition.error(f"row {row['name']!r} is not available ({row['why']})")
@@ -164,13 +146,11 @@ def _value(row: Row, metric: str) -> tuple[float | None, str]:
     if metric in row["metrics"]:
         return _figure_value(row["metrics"][metric])
     kind, _, part = metric.partition("_")
-    value: float | None
+    value: Any = row.get(metric)
     if kind == "seconds":
         value = row["seconds"][part]["median"] if part in row["seconds"] else None
     elif kind == "speedup":
-        value = row["speedup"] and row["speedup"][part]  # type: ignore[assignment]
-    else:
-        value = row.get(metric)  # type: ignore[assignment]
+        value = row["speedup"] and row["speedup"][part]
     return value, "not measured"
 
 

@@ -2,7 +2,7 @@
 
 Fewer steps are the free way to a faster run. Each accelerated row is therefore compared with the line through the dense
 runs, interpolated at the row's own time, or with a quicker dense run if that one is better. All rows have the same
-prompts and noise, so values of single samples are compared in pairs where they are known.
+prompts and noise, so the values of single samples are compared in pairs.
 """
 
 import itertools
@@ -11,14 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dit_accel.eval.metrics.figures import bootstrap_interval
-from dit_accel.eval.results.types import (
-    ACCELERATED,
-    Figure,
-    Phase,
-    Results,
-    identical,
-    reference_row,
-)
+from dit_accel.eval.results import types
+from dit_accel.eval.results.types import Figure, Phase, Results
 from dit_accel.eval.view.cells import number, places, seconds_cell, short
 from dit_accel.eval.view.definitions import Definition, definition
 
@@ -26,15 +20,14 @@ NEAR = 0.1
 """Largest share by which the seconds of a dense run may differ if it stands in for the line."""
 PAIRS = 6
 """Fewest differences that decide: 5 differences have one sign by chance in 1 of 16 cases."""
-Verdict = Literal["better", "worse", "undecided", "few", "mixed", "overlap", "open", "unknown"]
+Verdict = Literal["better", "worse", "undecided", "few", "mixed", "open", "unknown"]
 VERDICTS: dict[Verdict, str] = {
     "better": "better",
     "worse": "worse",
     "undecided": "not decided",  # the interval holds 0, or the seconds differ by less than their quartiles
     "few": "too few samples to tell",
     "mixed": "identical pairs have no finite value",
-    "overlap": "intervals overlap",  # values of single samples are not known
-    "open": "no interval",
+    "open": "no interval",  # no values of single samples
     "unknown": "not comparable",  # no dense run took about this time
 }
 """Text of each verdict."""
@@ -61,41 +54,47 @@ class DensePoint:
 
     seconds: float
     value: float
-    interval: list[float] | None
     steps: str
-    values: Mapping[str, float] | None = None
+    values: Mapping[str, float] | None
     """Values by sample; None if a sample has none."""
-    mixed: bool = False
+    mixed: bool
     """Whether the value leaves identical pairs out."""
 
 
 def equal_time(results: Results, metric: str, phase: str) -> list[Comparison]:
-    """Compare each available accelerated row that has a value.
-
-    Args:
-        results: content of results.json.
-        metric: name of a metric.
-        phase: seconds to compare at: "denoise" or "total".
-    """
+    """Compare each available accelerated row that has a value of `metric`, by the seconds of `phase`."""
     about, line = definition(metric), dense_line(results, metric, phase)
-    reference = reference_row(results)["seconds"].get(phase)
+    reference = types.reference_row(results)["seconds"].get(phase)
     out = []
     for row in results["rows"]:
         figure, took = row["metrics"].get(metric), row["seconds"].get(phase)
-        if row["method"] not in ACCELERATED or figure is None or took is None:
+        if row["method"] not in types.ACCELERATED or figure is None or took is None:
             continue
-        who, same = (row["name"], row["method"]), identical(figure)
+        who, same = (row["name"], row["method"]), types.identical(figure)
         if figure["value"] is None and not same:
             continue
         slower = reference is not None and took["median"] >= reference["median"]
         if same or (about.of_reference and slower):  # the seconds decide
             out.append(Comparison(*who, *_by_time(took, reference, same)))
         else:
-            seconds = float(took["median"])
             limit = None if reference is None else float(reference["median"])
-            dense, basis = _dense_at(line, seconds, limit, about)
+            dense, basis = _dense_at(line, float(took["median"]), limit, about)
             out.append(Comparison(*who, *_by_quality(figure, dense, basis, about)))
     return out
+
+
+def dense_line(results: Results, metric: str, phase: str) -> list[DensePoint]:
+    """Return the dense runs with a finite value, by seconds."""
+    points = []
+    for row in results["rows"]:
+        figure, took = row["metrics"].get(metric), row["seconds"].get(phase)
+        if row["method"] in types.ACCELERATED or not figure or not took:
+            continue
+        if figure["value"] is not None:
+            seconds, value = float(took["median"]), float(figure["value"])
+            steps, mixed = str(row["num_inference_steps"]), bool(figure.get("infinite"))
+            points.append(DensePoint(seconds, value, steps, _single(figure), mixed))
+    return sorted(points, key=lambda point: point.seconds)
 
 
 def _by_time(took: Phase, reference: Phase | None, same: bool) -> tuple[Verdict, str, str]:
@@ -113,116 +112,76 @@ def _by_time(took: Phase, reference: Phase | None, same: bool) -> tuple[Verdict,
     return verdict, f"the reference itself takes {_took(reference['median'])}", difference
 
 
-def dense_line(results: Results, metric: str, phase: str) -> list[DensePoint]:
-    """Return the dense runs with a finite value, by seconds."""
-    points = []
-    for row in results["rows"]:
-        figure, took = row["metrics"].get(metric), row["seconds"].get(phase)
-        if row["method"] in ACCELERATED or figure is None or took is None:
-            continue
-        if figure["value"] is not None:
-            points.append(
-                DensePoint(
-                    float(took["median"]),
-                    float(figure["value"]),
-                    figure["interval_95"],
-                    str(row["num_inference_steps"]),
-                    _single(figure),
-                    bool(figure.get("infinite")),
-                )
-            )
-    return sorted(points, key=lambda point: point.seconds)
-
-
 def _dense_at(
     line: list[DensePoint], seconds: float, limit: float | None, about: Definition
 ) -> tuple[DensePoint | None, str]:
-    """Return the dense point to compare with, and its description.
+    """Return the dense point to compare with at a row's seconds, and its description.
 
-    Args:
-        line: dense runs by seconds.
-        seconds: seconds of the row.
-        limit: seconds of the reference. A slower row is compared with the slowest dense run.
-        about: definition of the metric.
+    A row that is slower than `limit`, the seconds of the reference, is compared with the slowest dense run.
     """
-    dense, basis = None, f"no dense run takes about {_took(seconds)}"
+    if not line:
+        return None, "no dense run with fewer steps has this metric"
+
+    def ran(x: DensePoint) -> tuple[DensePoint, str]:
+        took = f"in {_took(x.seconds)}, this row in {_took(seconds)}"
+        return x, f"dense with {x.steps} steps {took}"
+
     for a, b in itertools.pairwise(line):
         if a.seconds <= seconds <= b.seconds and a.seconds < b.seconds:
             dense = _between(a, b, seconds)
             basis = f"dense with {dense.steps} steps, interpolated"
             break
     else:
-        if not line:
-            return None, "no dense run with fewer steps has this figure"
-        nearest = min(line, key=lambda point: abs(point.seconds - seconds))
+        dense, basis = ran(min(line, key=lambda point: abs(point.seconds - seconds)))
         slower = limit is not None and seconds >= line[-1].seconds >= limit
-        if slower or abs(nearest.seconds - seconds) <= NEAR * seconds:
-            dense, basis = nearest, _ran(nearest, seconds)
+        if not slower and abs(dense.seconds - seconds) > NEAR * seconds:
+            return None, f"no dense run takes about {_took(seconds)}"
     # More steps are not always better, and nobody must use up the time.
     sign = {"higher": 1, "lower": -1, None: 0}[about.better]
     quicker = [x for x in line if x.seconds <= seconds and not x.mixed]
-    best = max(quicker, key=lambda x: sign * x.value, default=None)
-    if best is None or dense is None or dense.mixed or sign * best.value <= sign * dense.value:
-        return dense, basis
-    return best, _ran(best, seconds)
+    best = max(quicker, key=lambda x: sign * x.value, default=dense)
+    return (dense, basis) if dense.mixed or sign * best.value <= sign * dense.value else ran(best)
 
 
 def _between(a: DensePoint, b: DensePoint, seconds: float) -> DensePoint:
     """Return the point on the line from `a` to `b` at a time."""
     share = (seconds - a.seconds) / (b.seconds - a.seconds)
-
-    def mix(x: float, y: float) -> float:
-        return x + share * (y - x)
-
-    interval, values = None, None
-    if a.interval is not None and b.interval is not None:
-        interval = [mix(x, y) for x, y in zip(a.interval, b.interval, strict=True)]
+    values = None
     if a.values and b.values and a.values.keys() == b.values.keys():
-        values = {key: mix(x, b.values[key]) for key, x in a.values.items()}
-    steps = f"{a.steps} to {b.steps}"
-    return DensePoint(seconds, mix(a.value, b.value), interval, steps, values, a.mixed or b.mixed)
+        values = {key: x + share * (b.values[key] - x) for key, x in a.values.items()}
+    value, steps = a.value + share * (b.value - a.value), f"{a.steps} to {b.steps}"
+    return DensePoint(seconds, value, steps, values, a.mixed or b.mixed)
 
 
 def _by_quality(
     figure: Figure, dense: DensePoint | None, basis: str, about: Definition
 ) -> tuple[Verdict, str, str, str]:
-    """Compare by samples in pairs, or by the intervals of both where single values are not known."""
-    value = figure["value"]
+    """Compare the values of single samples in pairs."""
+    value, single = figure["value"], _single(figure)
     if dense is None or value is None:
         return "unknown", basis, "", ""
     if dense.mixed or figure.get("infinite"):
         return "mixed", basis, "", ""
     text = number(value - dense.value, places(value, about), signed=True)
     text = f"{text} {short(figure['unit'])}".strip()
-    single, shown = _single(figure), ""
-    if about.better and single and dense.values and single.keys() == dense.values.keys():
-        differences = [single[key] - dense.values[key] for key in sorted(single)]
-        interval = bootstrap_interval(differences) if len(differences) >= PAIRS else None
-        if interval is None:
-            return "few", basis, text, ""
-        low, high = interval
-        digits = places(sum(differences) / len(differences), about)
-        shown = f"[{number(low, digits, signed=True)}, {number(high, digits, signed=True)}]"
-        if low <= 0 <= high:
-            return "undecided", basis, text, shown
-    else:
-        mine, other = figure["interval_95"], dense.interval
-        if about.better is None or mine is None or other is None:
-            return "open", basis, text, ""
-        low, high = mine[0] - other[1], mine[1] - other[0]
-        if low <= 0 <= high:
-            return "overlap", basis, text, ""
-    return "better" if (low > 0) == (about.better == "higher") else "worse", basis, text, shown
+    if not (about.better and single and dense.values and single.keys() == dense.values.keys()):
+        return "open", basis, text, ""
+    differences = [single[key] - dense.values[key] for key in sorted(single)]
+    interval = bootstrap_interval(differences) if len(differences) >= PAIRS else None
+    if interval is None:
+        return "few", basis, text, ""
+    digits = places(sum(differences) / len(differences), about)
+    shown = "[{}, {}]".format(*(number(x, digits, signed=True) for x in interval))
+    if interval[0] <= 0 <= interval[1]:
+        return "undecided", basis, text, shown
+    wins = (interval[0] > 0) == (about.better == "higher")
+    return "better" if wins else "worse", basis, text, shown
 
 
 def _single(figure: Figure) -> dict[str, float] | None:
     """Return the values of all samples; None if they are not known or not all finite."""
     values = {key: x for key, x in figure.get("values", {}).items() if x is not None}
     return values if values and len(values) == figure["n"] else None
-
-
-def _ran(dense: DensePoint, seconds: float) -> str:
-    return f"dense with {dense.steps} steps in {_took(dense.seconds)}, this row in {_took(seconds)}"
 
 
 def _took(seconds: float) -> str:

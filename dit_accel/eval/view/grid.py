@@ -1,6 +1,7 @@
 """grid.png: one row of pictures for each sample, one column for each method."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -33,41 +34,39 @@ def grid(results: Results, folder: Path, samples: int) -> UInt8[np.ndarray, "h w
         draw.text((GAP, y + 5), prompt, fill=(150, 156, 164), font=font(12))
         for i, name in enumerate(names):
             if name in sample["media"]:
-                picture = Image.fromarray(_tile(folder / sample["media"][name]))
+                picture = _tile(folder / sample["media"][name])
                 x = GAP + i * (TILE + GAP) + (TILE - picture.width) // 2
                 sheet.paste(picture, (x, y + PROMPT + (TILE - picture.height) // 2))
     return np.asarray(sheet)
 
 
-def _tile(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+def _tile(path: Path) -> Any:
     """Return a picture, or the middle frame of a clip, in the size of a tile."""
+    import imageio.v3 as iio
     from PIL import Image
 
     try:
         if path.suffix.lower() == ".mp4":
-            import imageio.v3 as iio
-
             frames = iio.imread(path, plugin="FFMPEG")
-            frame = frames[len(frames) // 2]
+            picture = Image.fromarray(frames[len(frames) // 2])
         else:
             with Image.open(path) as image:
-                frame = np.asarray(image.convert("RGB"))
+                picture = image.convert("RGB")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable picture or clip ({error})") from None
     # Small pictures keep their pixels. The enlarged picture must not exceed the tile.
-    frame = enlarge(frame[None], TILE * min(frame.shape[:2]) // max(frame.shape[:2]))[0]
-    picture = Image.fromarray(frame)
+    smallest = TILE * min(picture.size) // max(picture.size)
+    picture = Image.fromarray(enlarge(np.asarray(picture)[None], smallest)[0])
     picture.thumbnail((TILE, TILE))
-    return np.asarray(picture)
+    return picture
 
 
-def font(size: int):
+def font(size: int) -> Any:
     """Return DejaVu Sans, which comes with matplotlib and covers many scripts."""
-    import matplotlib
+    from matplotlib import font_manager
     from PIL import ImageFont
 
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(str(path), size)
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
 
 
 def fitting(text: str, width: int, size: int) -> str:

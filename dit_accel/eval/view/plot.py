@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 from dit_accel.eval.results.types import Results, Row, reference_row
-from dit_accel.eval.view.cells import seconds_cell, short
+from dit_accel.eval.view.cells import seconds_cell
 from dit_accel.eval.view.definitions import definition
 from dit_accel.eval.view.equal_time import dense_line
 from dit_accel.eval.view.table import metric_unit
@@ -78,7 +78,7 @@ def quality_plot(results: Results, metric: str, phase: str) -> Any:
         axes.text(0, 1.03, "identical", transform=axes.transAxes, fontsize=9, va="center")
     axes.set_xlim(0, None)
     axes.set_xlabel(f"{phase} seconds per call (median)")
-    unit = short(metric_unit(results, metric))
+    unit = metric_unit(results, metric)
     way = "" if about.better is None else f", {about.better} is better"
     axes.set_ylabel(about.label + (f" ({unit})" if unit else "") + way)
     axes.grid(color="#eef0f3")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.eval.results.store import read_results
-from dit_accel.eval.results.types import FORMAT_VERSION, MEDIA, Results, Sample
+from dit_accel.eval.results.types import FORMAT_VERSION, MEDIA, Results
 from dit_accel.eval.view.cells import figure_notes, sample_size
 from dit_accel.eval.view.definitions import definition
 from dit_accel.eval.view.equal_time import VERDICTS, equal_time
@@ -87,14 +87,7 @@ def check_libraries() -> None:
 def render_page(
     results: Results, folder: Path, *, title: str | None = None, samples: int = 8
 ) -> str:
-    """Return the page: one HTML file that needs no network, and works from a file:// address.
-
-    Args:
-        results: content of results.json.
-        folder: folder of the media.
-        title: title of the page. Default: that of the results.
-        samples: number of samples whose media are in the page.
-    """
+    """Return the page: one HTML file that needs no network and works from the disk; arguments as in `report`."""
     import jinja2
 
     style, script = ((TEMPLATES / name).read_text("utf-8") for name in ("page.css", "page.js"))
@@ -121,13 +114,9 @@ def render_page(
     ]
     used = {name for sample in shown for name in sample["media"]}
     player_rows = [
-        {
-            "name": row["name"],
-            "method": row["method"],
-            "note": f"{row['num_inference_steps']} steps",
-        }
-        for row in results["rows"]
-        if row["name"] in used
+        {"name": x["name"], "method": x["method"], "note": f"{x['num_inference_steps']} steps"}
+        for x in results["rows"]
+        if x["name"] in used
     ]
     return environment.get_template("page.html.j2").render(
         title=title or results["title"],
@@ -140,9 +129,9 @@ def render_page(
         phases=list(dict.fromkeys(view["phase"] for view in views)),
         verdicts=VERDICTS,
         definitions={x.about.text: x.label for x in reversed(table.columns)},
-        extractors=_extractors(results, metrics),
+        sources=_sources(results, metrics),
         media_note=note,
-        player={"rows": player_rows, "samples": shown, "fps": _fps(folder, results["samples"])},
+        player={"rows": player_rows, "samples": shown, "fps": _fps(folder, results)},
         style=style,
         script=script,
         style_hash=_hash(style),
@@ -154,23 +143,16 @@ def render_page(
 def page_samples(
     results: Results, folder: Path, samples: int, *, page_bytes: int = PAGE_BYTES
 ) -> tuple[list[dict[str, Any]], str]:
-    """Return the first samples that fit into the page, and a note about the others.
-
-    Args:
-        results: content of results.json.
-        folder: folder of the media.
-        samples: most samples.
-        page_bytes: most bytes of media.
-
-    Raises:
-        ValueError: a file that results.json names is missing.
-    """
+    """Return the first samples whose media fit into `page_bytes`, and a note about the others."""
     present = [sample for sample in results["samples"] if sample["media"]]
     chosen: list[dict[str, Any]] = []
     size, why = 0, ""
     for sample in present[:samples]:
-        files = {name: _file(folder, sample, name) for name in sample["media"]}
-        size += sum(path.stat().st_size for path in files.values())
+        files = {name: folder / file for name, file in sample["media"].items()}
+        for path in files.values():
+            if not path.is_file():
+                raise ValueError(f"{path}: missing, but sample {sample['id']!r} has it")
+            size += path.stat().st_size
         if size > page_bytes:
             why = f" (a page holds at most {page_bytes // 2**20} MiB of media)"
             break
@@ -185,49 +167,26 @@ def page_samples(
     return chosen, note + "folders beside it."
 
 
-def _file(folder: Path, sample: Sample, name: str) -> Path:
-    path = folder / sample["media"][name]
-    if not path.is_file():
-        raise ValueError(
-            f"folder={str(folder)!r}: {sample['media'][name]!r} of sample {sample['id']!r} is missing"
-        )
-    return path
-
-
-def _fps(folder: Path, samples: list[Sample]) -> float:
+def _fps(folder: Path, results: Results) -> float:
     """Return the frame rate of the first clip."""
-    for sample in samples:
-        for file in sample["media"].values():
-            if file.lower().endswith(".mp4"):
-                import imageio.v3 as iio
+    files = [file for sample in results["samples"] for file in sample["media"].values()]
+    clip = next((x for x in files if x.lower().endswith(".mp4")), None)
+    if clip is None:
+        return 16.0
+    import imageio.v3 as iio
 
-                return float(iio.immeta(folder / file, plugin="FFMPEG")["fps"])
-    return 16.0
+    return float(iio.immeta(folder / clip, plugin="FFMPEG")["fps"])
 
 
-def _extractors(results: Results, metrics: list[str]) -> list[dict[str, Any]]:
-    """Return network, unit, size and notes of each metric; rows that agree share an entry."""
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
+def _sources(results: Results, metrics: list[str]) -> list[dict[str, Any]]:
+    """Return network, size and notes of each metric, as in the first row that has it."""
+    found = []
     for key in metrics:
-        for row in results["rows"]:
-            figure = row["metrics"].get(key)
-            if figure is None:
-                continue
-            extractor = figure["extractor"] or {"id": "", "sha256": ""}
-            about = {
-                "metric": definition(key).label,
-                "unit": figure["unit"],
-                "id": extractor["id"],
-                "sha256": extractor["sha256"],
-                "resize": extractor.get("resize") or "",
-            }
-            empty: dict[str, Any] = {**about, "n": [], "notes": []}
-            entry = found.setdefault((key, *about.values()), empty)
-            against = figure.get("n_reference")
-            size = sample_size(figure) + (f" against {against}" if against else "")
-            entry["n"] += [size] if size not in entry["n"] else []
-            entry["notes"] += [x for x in figure_notes(figure) if x not in entry["notes"]]
-    return list(found.values())
+        figure = next(row["metrics"][key] for row in results["rows"] if key in row["metrics"])
+        against = f" against {figure['n_reference']}" if "n_reference" in figure else ""
+        texts = {"label": definition(key).label, "n": sample_size(figure) + against}
+        found.append({**figure, **texts, "notes": ", ".join(figure_notes(figure))})
+    return found
 
 
 def _hash(text: str) -> str:

@@ -6,25 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from dit_accel.eval.results.types import Figure, Results, Row, reference_row
-from dit_accel.eval.view.cells import (
-    Cell,
-    figure_cell,
-    memory_cell,
-    plain_cell,
-    seconds_cell,
-    short,
-    speedup_cell,
-)
-from dit_accel.eval.view.definitions import (
-    COST,
-    DENSITY,
-    MEMORY,
-    SECONDS,
-    SPEEDUP,
-    Definition,
-    definition,
-    usual_order,
-)
+from dit_accel.eval.view import cells, definitions
+from dit_accel.eval.view.cells import Cell
+from dit_accel.eval.view.definitions import Definition, definition
 from dit_accel.eval.view.equal_time import VERDICTS, equal_time
 
 READING = (
@@ -78,93 +62,96 @@ class Table:
 
 def metric_keys(results: Results) -> list[str]:
     """Return the metrics that any row has, in their usual order."""
-    return sorted({key for row in results["rows"] for key in row["metrics"]}, key=usual_order)
+    found = {key for row in results["rows"] for key in row["metrics"]}
+    return sorted(found, key=definitions.usual_order)
 
 
 def metric_unit(results: Results, key: str) -> str:
-    """Return the unit of a metric."""
+    """Return the unit of a metric if it is short; the details of the page name the others."""
     units = {row["metrics"][key]["unit"] for row in results["rows"] if key in row["metrics"]}
-    return " / ".join(sorted(units))
+    return cells.short(" / ".join(sorted(units)))
 
 
 def build_table(results: Results) -> Table:
     """Return the cells of every row. The best value of a column is marked, unless most rows have it."""
     rows, reference = results["rows"], reference_row(results)
-    columns, cells = [], []
+    columns, made = [], []
     for column, cell in _columns(results, reference):
-        made = [cell(row) if row["available"] else Cell() for row in rows]
-        sizes = {x.n for x in made if x.n and x.value is not None}
-        notes = {x.note for x in made if x.value is not None}
-        columns.append(replace(column, n=_only(sizes), note=_only(notes)))
-        values = [x.value for x in made if x.value is not None]
-        if column.about.better and values:
+        own = [cell(row) if row["available"] else Cell() for row in rows]
+        known = [x for x in own if x.value is not None]
+        sizes, notes = {x.n for x in known if x.n}, {x.note for x in known}
+        n, note = (x.pop() if len(x) == 1 else "" for x in (sizes, notes))
+        columns.append(replace(column, n=n, note=note))
+        if column.about.better and known:
+            values = [x.value for x in known if x.value is not None]
             best = (max if column.about.better == "higher" else min)(values)
             if 2 * values.count(best) <= len(values):
-                made = [replace(x, best=x.value == best) for x in made]
-        cells.append(made)
-    lines = [Line(row, row is reference, tuple(x[i] for x in cells)) for i, row in enumerate(rows)]
+                own = [replace(x, best=x.value == best) for x in own]
+        made.append(own)
+    lines = [Line(row, row is reference, tuple(x[i] for x in made)) for i, row in enumerate(rows)]
     return Table(tuple(columns), tuple(lines))
 
 
-def _only(texts: set[str]) -> str:
-    return next(iter(texts)) if len(texts) == 1 else ""
+_Made = tuple[Column, Callable[[Row], Cell]]
 
 
-def _columns(results: Results, reference: Row) -> Iterator[tuple[Column, Callable[[Row], Cell]]]:
+def _columns(results: Results, reference: Row) -> Iterator[_Made]:
     """Yield columns, and the function from a row to the cell. Cost and quality of the whole call come first."""
     rows = results["rows"]
-    timed = {phase for row in rows for phase in row["seconds"]}
 
-    def seconds(group: str, label: str, phase: str) -> Iterator[tuple[Column, Callable]]:
-        if phase in timed:
-            column = Column(f"seconds_{phase}", group, label, "s", SECONDS)
-            yield column, lambda row: seconds_cell(row["seconds"].get(phase))
+    def seconds(group: str, label: str, phase: str) -> Iterator[_Made]:
+        if any(phase in row["seconds"] for row in rows):
+            column = Column(f"seconds_{phase}", group, label, "s", definitions.SECONDS)
+            yield column, lambda row: cells.seconds_cell(row["seconds"].get(phase))
 
-    def speedup(group: str, label: str, phase: str) -> Iterator[tuple[Column, Callable]]:
+    def speedup(group: str, label: str, phase: str) -> Iterator[_Made]:
+        def cell(row: Row) -> Cell:
+            value, took = row["speedup"] and row["speedup"][phase], row["seconds"].get(phase)
+            return cells.speedup_cell(value, took, reference["seconds"].get(phase))
+
         if any(row["speedup"] for row in rows):
-            yield (
-                Column(f"speedup_{phase}", group, label, "", SPEEDUP),
-                lambda row: speedup_cell(
-                    row["speedup"] and row["speedup"][phase],
-                    row["seconds"].get(phase),
-                    reference["seconds"].get(phase),
-                ),
-            )
+            yield Column(f"speedup_{phase}", group, label, "", definitions.SPEEDUP), cell
+
+    def counted(key: str, unit: str, about: Definition, cell: Callable) -> Iterator[_Made]:
+        if any(row[key] is not None for row in rows):  # type: ignore[literal-required]
+            yield Column(key, "Resources", about.label, unit, about), cell
+
+    def mebi(row: Row) -> float | None:
+        return None if row["peak_memory_bytes"] is None else row["peak_memory_bytes"] / 2**20
+
+    def memory(row: Row) -> Cell:
+        other = None if row is reference else mebi(reference)
+        return cells.plain_cell(mebi(row), definitions.MEMORY, other)
 
     yield from seconds("Whole call", "Seconds", "total")
     yield from speedup("Whole call", "Speed-up", "total")
     for key in metric_keys(results):
         about = definition(key)
-        column = Column(key, "Quality", about.label, short(metric_unit(results, key)), about)
+        column = Column(key, "Quality", about.label, metric_unit(results, key), about)
         yield column, lambda row, key=key: _quality(row, key, reference)  # type: ignore[misc]
     yield from speedup("Parts of a call", "Denoise speed-up", "denoise")
     for phase in ("text", "denoise", "decode"):
         yield from seconds("Parts of a call", phase.capitalize(), phase)
-    kinds = {str(row["peak_memory_of"]) for row in rows if row["peak_memory_bytes"] is not None}
-    if kinds:
-        unit, size = f"MiB, {' or '.join(sorted(kinds))}", reference["peak_memory_bytes"]
-        yield (
-            Column("peak_memory_bytes", "Resources", MEMORY.label, unit, MEMORY),
-            lambda row: memory_cell(row["peak_memory_bytes"], None if row is reference else size),
-        )
-    if any(row["density"] is not None for row in rows):
-        yield Column("density", "Resources", DENSITY.label, "", DENSITY), _density
-    if any(row["cost"] is not None for row in rows):
-        column = Column("cost", "Resources", COST.label, "dense steps", COST)
-        yield column, lambda row: plain_cell(row["cost"], COST)
+    kinds = sorted({str(row["peak_memory_of"]) for row in rows if row["peak_memory_of"]})
+    unit = f"MiB, {' or '.join(kinds)}"
+    yield from counted("peak_memory_bytes", unit, definitions.MEMORY, memory)
+    yield from counted("density", "", definitions.DENSITY, _density)
+    cost = definitions.COST
+    yield from counted("cost", "dense steps", cost, lambda x: cells.plain_cell(x["cost"], cost))
 
 
 def _quality(row: Row, key: str, reference: Row) -> Cell:
     figure, about = row["metrics"].get(key), definition(key)
     if row is not reference:
-        return figure_cell(figure, about, reference["metrics"].get(key))
+        return cells.figure_cell(figure, about, reference["metrics"].get(key))
     if figure is None and about.of_reference:
         return Cell("reference", note="the other rows are compared with this row")
-    return figure_cell(figure, about)
+    return cells.figure_cell(figure, about)
 
 
 def _density(row: Row) -> Cell:
-    cell, dense = plain_cell(row["density"], DENSITY), row["settings"].get("dense_calls")
+    cell = cells.plain_cell(row["density"], definitions.DENSITY)
+    dense = row["settings"].get("dense_calls")
     if row["density"] == 1 and isinstance(dense, dict) and dense:  # say why nothing ran sparse
         return replace(cell, note=f"ran dense: {', '.join(dense)}")
     return cell
@@ -197,8 +184,8 @@ def markdown(results: Results, title: str | None = None) -> str:
 
 
 def _markdown_table(table: Table) -> Iterator[str]:
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
+    def line(texts: Iterable[str]) -> str:
+        return "| " + " | ".join(texts) + " |"
 
     def heading(column: Column) -> str:
         extra = [x for x in (column.unit, column.n and f"n = {column.n}", column.note) if x]
@@ -208,13 +195,10 @@ def _markdown_table(table: Table) -> Iterator[str]:
     def shown(cell: Cell, column: Column) -> str:
         if cell.value is None:
             return escape(cell.text)
-        parts = [
-            f"**{cell.text}**" if cell.best else cell.text,
-            cell.range,
-            cell.delta and f"Δ {cell.delta}",
-            f"n = {cell.n}" if cell.n and not column.n else "",
-            cell.note if not column.note and math.isfinite(cell.value) else "",
-        ]
+        text = f"**{cell.text}**" if cell.best else cell.text
+        n = f"n = {cell.n}" if cell.n and not column.n else ""
+        note = cell.note if not column.note and math.isfinite(cell.value) else ""
+        parts = (text, cell.range, cell.delta and f"Δ {cell.delta}", n, note)
         return " ".join(part for part in parts if part)
 
     width = len(table.columns)
@@ -222,10 +206,10 @@ def _markdown_table(table: Table) -> Iterator[str]:
     yield line(["---", *["---:"] * (width + 1)])
     for entry in table.lines:
         row = entry.row
-        cells = [shown(*pair) for pair in zip(entry.cells, table.columns, strict=True)]
+        texts = [shown(*pair) for pair in zip(entry.cells, table.columns, strict=True)]
         if not row["available"]:
-            cells = [f"not available: {escape(row['why'] or '')}", *[""] * (width - 1)][:width]
-        yield line([escape(row["name"]), str(row["num_inference_steps"]), *cells])
+            texts = [f"not available: {escape(row['why'] or '')}", *[""] * (width - 1)][:width]
+        yield line([escape(row["name"]), str(row["num_inference_steps"]), *texts])
 
 
 def escape(text: str) -> str:
@@ -236,25 +220,24 @@ def escape(text: str) -> str:
 def results_lines(results: Results, *, parts: bool = False) -> list[str]:
     """Return the table for a terminal: values only, and the parts of a call only with `parts`."""
     table = build_table(results)
-    shown = [
-        i
-        for i, column in enumerate(table.columns)
-        if (parts or column.group != "Parts of a call") and not column.key.startswith("judge_")
-    ]
-    heads = [f"{x.label} {x.unit}".strip() for x in (table.columns[i] for i in shown)]
-    rows = [["", "steps", *heads]]
+    shown = {
+        i: f"{x.label} {x.unit}".strip()
+        for i, x in enumerate(table.columns)
+        if (parts or x.group != "Parts of a call") and not x.key.startswith("judge_")
+    }
+    rows = [["", "steps", *shown.values()]]
     for line in table.lines:
         row = line.row
-        cells = [line.cells[i].text for i in shown] if row["available"] else [row["why"] or ""]
-        rows.append([row["name"], str(row["num_inference_steps"]), *cells])
-    full = [row for row in rows if len(row) == len(heads) + 2]
-    widths = [max(len(row[i]) for row in full) for i in range(len(heads) + 2)]
-    widths[0] = max(len(row[0]) for row in rows)
+        texts = [line.cells[i].text for i in shown] if row["available"] else [row["why"] or ""]
+        rows.append([row["name"], str(row["num_inference_steps"]), *texts])
+    full = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(len(row[i]) for row in full) for i in range(1, len(rows[0]))]
+    first = max(len(row[0]) for row in rows)
     out = []
-    for first, *others in rows:
-        if len(others) == len(heads) + 1:
-            others = [x.rjust(n) for x, n in zip(others, widths[1:], strict=True)]
-        out.append("  ".join([first.ljust(widths[0]), *others]).rstrip())
+    for name, *others in rows:
+        if len(others) == len(widths):
+            others = [x.rjust(n) for x, n in zip(others, widths, strict=True)]
+        out.append("  ".join([name.ljust(first), *others]).rstrip())
     return out
 
 
@@ -262,13 +245,10 @@ def figures_lines(figures: Mapping[str, Figure]) -> list[str]:
     """Return one line for each metric of a sample set, with interval, size and network."""
     out, width = [], max(map(len, figures), default=0) + 2
     for metric, figure in figures.items():
-        cell, extractor = figure_cell(figure, definition(metric)), figure["extractor"]
+        cell, network = cells.figure_cell(figure, definition(metric)), figure["extractor"]
         size = f" against {figure['n_reference']}" if "n_reference" in figure else ""
-        notes = [f"n = {cell.n}{size}"]
-        if extractor is not None:
-            resize = extractor.get("resize")
-            notes += [extractor["id"], *([f"resize {resize}"] if resize else [])]
-        notes += [cell.note] if cell.note else []
+        resize = network and network.get("resize") and f"resize {network['resize']}"
+        notes = [f"n = {cell.n}{size}", network and network["id"], resize, cell.note]
         text = " ".join(x for x in (cell.text, figure["unit"], cell.range) if x)
-        out.append(f"{metric:{width}}{text}  ({', '.join(notes)})")
+        out.append(f"{metric:{width}}{text}  ({', '.join(x for x in notes if x)})")
     return out
