@@ -8,7 +8,7 @@ from typing import Any
 from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.step_caches import TWO_TRANSFORMERS, scheduler_step, takes_cache
 
-WAN, SD3 = "WanTransformer3DModel", "SD3Transformer2DModel"
+WAN = "WanTransformer3DModel"
 _TWO_CALLS = "diffusers keeps one state for the two calls of guidance that this model makes"
 
 
@@ -42,12 +42,7 @@ class StepCache:
     """Reason why the cache does not work, by class of the transformer."""
 
     def why_not(self, pipe: Any, guidance_scale: float | None = None) -> str | None:
-        """Return the reason why this cache cannot run; None if it can.
-
-        Args:
-            pipe: a pipeline or its outline.
-            guidance_scale: argument of the pipeline calls. Default: not known.
-        """
+        """Return the reason why this cache cannot run on a pipeline or its outline; None if it can."""
         import diffusers
 
         held = transformers_of(pipe)
@@ -69,13 +64,7 @@ class StepCache:
         return None
 
     def config(
-        self,
-        pipe: Any,
-        steps: int,
-        value: float | None = None,
-        *,
-        stage: int = 0,
-        ratios: Any = None,
+        self, pipe: Any, steps: int, value: float | None = None, stage: int = 0, ratios: Any = None
     ) -> Any:
         """Return the config of diffusers.
 
@@ -84,7 +73,7 @@ class StepCache:
             steps: number of calls that the solver makes in a run.
             value: value of the setting. Default: that of diffusers.
             stage: index in `stages`.
-            ratios: result of a calibration, if the cache needs one.
+            ratios: result of a calibration, if there was one.
         """
         import diffusers
 
@@ -147,11 +136,7 @@ CACHES: dict[str, StepCache] = {
         shown="FirstBlockCache", settings="FirstBlockCacheConfig", **_threshold(1.0)
     ),
     "sea_cache": StepCache(
-        shown="SeaCache",
-        settings="SeaCacheConfig",
-        **_threshold(1.0),
-        options=_sea,
-        alike=True,
+        shown="SeaCache", settings="SeaCacheConfig", **_threshold(1.0), options=_sea, alike=True
     ),
     "mag_cache": StepCache(
         shown="MagCache",
@@ -191,9 +176,7 @@ CACHES: dict[str, StepCache] = {
         },
         options=_faster,
         guided=True,
-        unfit={
-            WAN: "diffusers' FasterCache needs guidance in one batch; this model makes two calls"
-        },
+        unfit={WAN: "diffusers needs guidance in one batch; this model makes two calls"},
     ),
 }
 """Step caches by name."""

@@ -1,7 +1,6 @@
 """`compare`: an evaluation of one prompt without sample sets, with clips beside each other."""
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,20 +11,19 @@ import numpy as np
 from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.checkpoint.identity import public_name
 from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.eval.metrics import pairs
 from dit_accel.eval.metrics.figures import mean_figure
-from dit_accel.eval.metrics.pairs import psnr, ssim
-from dit_accel.eval.results.store import build_results, write_results
+from dit_accel.eval.results.store import build_results, read_results, write_results
 from dit_accel.eval.results.types import RESULTS, Results, Row
 from dit_accel.eval.runs.methods import DENSE, Crossover, Method, read_methods
 from dit_accel.eval.runs.rivals import choose_settings
 from dit_accel.eval.runs.rows import build_row
 from dit_accel.eval.runs.timing import MeasuredCalls
 from dit_accel.files import atomic_files, check_writable, naming_failures
-from dit_accel.sampling import media
+from dit_accel.sampling import media, settings
 from dit_accel.sampling.call import BatchResult
 from dit_accel.sampling.plan import plan_samples
 from dit_accel.sampling.prompts import number_prompts
-from dit_accel.sampling.settings import Sampling, check_count, check_fps, with_steps
 
 SHEET = "contact_sheet.png"
 COMPARED = ("psnr", "ssim")
@@ -40,16 +38,11 @@ def compared_methods(
     Raises:
         ValueError: no acceleration, or a bad method.
     """
-    if sla is None and ras is None:
+    kinds = [name for name, x in (("ras", ras), ("sla", sla)) if x is not None]
+    if not kinds:
         raise ValueError("sla=None, ras=None: needs at least one of the two")
-    kind, shown = (
-        ("sla", "SLA")
-        if ras is None
-        else ("ras", "RAS")
-        if sla is None
-        else ("ras_sla", "RAS + SLA")
-    )
-    accelerated = Method(name=shown, kind=kind, sla=sla, ras=ras)
+    name = " + ".join(kinds).upper()
+    accelerated = Method(name=name, kind="_".join(kinds), sla=sla, ras=ras)
     return [*read_methods(names, pipe, steps=steps, crossover=crossover), accelerated]
 
 
@@ -63,17 +56,17 @@ def compare(
     crossover: Crossover | None = None,
     output_dir: str | os.PathLike,
     model: str,
-    sampling: Sampling,
+    sampling: settings.Sampling,
     seed: int = 0,
     repeats: int = 1,
     fps: float | int = 16.0,
     overwrite: bool = False,
 ) -> Results:
-    """Run dense and accelerated sampling from the same noise; write a clip or image of each and results.json.
+    """Run dense and accelerated sampling from the same noise; write a clip or image of each, and results.json.
 
-    The files are `dense.mp4`, `sparse.mp4` (the accelerated run), one for each further method, `side_by_side.mp4` (or
-    png for images) and contact_sheet.png. Methods take turns, after an unmeasured warm-up each. Seconds are medians. PSNR
-    and SSIM compare raw frames, before video coding.
+    The files are `dense.mp4`, `sparse.mp4` (the accelerated run), one for each further method, `side_by_side.mp4` (png
+    for images) and contact_sheet.png. Methods take turns, after an unmeasured warm-up each; seconds are medians. PSNR and
+    SSIM compare raw frames, before video coding.
 
     Args:
         pipe: a loaded pipeline without acceleration.
@@ -96,9 +89,9 @@ def compare(
         ValueError: bad input, before any work.
         RuntimeError: a file could not be written; the folder is then as it was.
     """
-    check_count("repeats", repeats)
-    check_fps(fps)
-    sampling = with_steps(pipe, sampling)
+    settings.check_count("repeats", repeats)
+    settings.check_fps(fps)
+    sampling = settings.with_steps(pipe, sampling)
     samples = plan_samples(number_prompts([prompt]), sampling, seed=seed, count=1, layout="ids")
     pipe.check_sizes(**sampling.call_arguments())
     steps = sampling.num_inference_steps
@@ -106,17 +99,24 @@ def compare(
     given = compared_methods(methods, pipe, steps=steps, sla=sla, ras=ras, crossover=crossover)
     tried = [x.tried(pipe, steps) for x in given]
     folder = check_writable(output_dir, "output_dir")
-    earlier = _earlier(folder, overwrite)
+    names = [f"{x}.{kind}" for x in ("dense", "sparse", "side_by_side") for kind in ("mp4", "png")]
+    earlier = {name for name in (*names, SHEET, RESULTS) if (folder / name).exists()}
+    if earlier and not overwrite:
+        raise ValueError(
+            f"output_dir={str(folder)!r}: already holds {min(earlier)}; choose another or overwrite"
+        )
+    with contextlib.suppress(ValueError):
+        files = [x for sample in read_results(folder)["samples"] for x in sample["media"].values()]
+        earlier |= {x for x in files if "/" not in x}
     chosen = choose_settings(tried, pipe, samples, count=1)  # as many samples as are compared
     last: dict[str, BatchResult] = {}
-    calls = MeasuredCalls(
-        pipe, samples, steps=steps, on_call=lambda method, made: last.update({method.name: made})
-    )
+    calls = MeasuredCalls(pipe, samples, steps)
+    calls.on_call = lambda method, made: last.update({method.name: made})
     fewer = calls.measure(chosen, repeats)
     shown = [DENSE, *fewer, *(x for x in chosen if x.kind not in ("dense", "fewer_steps"))]
     stems = {x.name: x.folder for x in shown if x.why is None} | {shown[-1].name: "sparse"}
     with naming_failures("nothing of this comparison is kept"), atomic_files(folder) as staging:
-        files = _write(staging, stems, last, fps)
+        written = _write(staging, stems, last, fps)
         results = build_results(
             title="comparison",
             model=public_name(model),
@@ -124,32 +124,13 @@ def compare(
             prompts=1,
             repeats=repeats,
             rows=[_row(x, calls, last) for x in shown],
-            samples=[{"id": samples[0].id, "prompt": prompt, "media": files}],
+            samples=[{"id": samples[0].id, "prompt": prompt, "media": written}],
         )
         write_results(staging, results)
-        kept = {path.name for path in staging.iterdir()}
-    for name in earlier - kept:
+        earlier -= {path.name for path in staging.iterdir()}
+    for name in earlier:
         (folder / name).unlink(missing_ok=True)
     return results
-
-
-def _earlier(folder: Path, overwrite: bool) -> set[str]:
-    """Return the files of an earlier comparison, which are removed when the new one is written.
-
-    Raises:
-        ValueError: there is one, and it must stay.
-    """
-    names = [f"{x}.{kind}" for x in ("dense", "sparse", "side_by_side") for kind in ("mp4", "png")]
-    present = {name for name in (*names, SHEET, RESULTS) if (folder / name).exists()}
-    if present and not overwrite:
-        raise ValueError(
-            f"output_dir={str(folder)!r}: already holds {min(present)}; choose another or overwrite"
-        )
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-        [sample] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["samples"]
-        files = sample["media"].values()
-        present |= {x for x in files if Path(x).name == x and (folder / x).is_file()}
-    return present
 
 
 def _row(method: Method, calls: MeasuredCalls, last: dict[str, BatchResult]) -> Row:
@@ -159,15 +140,11 @@ def _row(method: Method, calls: MeasuredCalls, last: dict[str, BatchResult]) -> 
     made, dense = last[method.name], last[DENSE.name].frames[0]
     metrics = {}
     if method.name != DENSE.name:
-        metrics["psnr"] = mean_figure([psnr(dense, made.frames[0])], "dB")
-        metrics["ssim"] = mean_figure([ssim(dense, made.frames[0])], "")
-    row = build_row(
-        method,
-        calls,
-        metrics=metrics,
-        density=made.summary.overall_density,
-        cost=None if made.summary.ras is None else made.summary.ras.cost,
-    )
+        metrics["psnr"] = mean_figure([pairs.psnr(dense, made.frames[0])], "dB")
+        metrics["ssim"] = mean_figure([pairs.ssim(dense, made.frames[0])], "")
+    cost = None if made.summary.ras is None else made.summary.ras.cost
+    density = made.summary.overall_density
+    row = build_row(method, calls, metrics=metrics, density=density, cost=cost)
     if row["peak_memory_of"] == "process":  # it also holds the frames of the other runs
         row |= {"peak_memory_bytes": None, "peak_memory_of": None}
     return row

@@ -1,7 +1,6 @@
 """Rows of results.json from measured calls and metrics."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -21,13 +20,7 @@ def build_row(
 ) -> Row:
     """Return the row of a method; without values if it cannot run here.
 
-    Args:
-        method: the method, with the settings that the row shows.
-        measured: measured calls of all methods.
-        metrics: metrics of its samples.
-        density: attended share of all (query, key) pairs, as the summary of a run counts it.
-        cost: cost in dense steps, as the summary of a run counts it.
-        folder: folder of its samples.
+    `density` and `cost` (in dense steps) are those of the summary of an accelerated run.
     """
     calls, dense = (measured.calls.get(x, []) for x in (method.name, DENSE.name))
     shown, seconds = dict(method.settings), timing([x["seconds"] for x in calls])
@@ -56,12 +49,6 @@ def build_row(
         "cost": cost,
         "folder": folder,
     }
-
-
-def mean_of(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """Return the mean over the records that have a value."""
-    values = [x[key] for x in records if x.get(key) is not None]
-    return sum(values) / len(values) if values else None
 
 
 def timing(runs: Sequence[Mapping[str, float]]) -> dict[str, Phase]:

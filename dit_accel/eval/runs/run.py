@@ -19,7 +19,7 @@ from dit_accel.eval.results.store import build_results, write_results
 from dit_accel.eval.results.types import Results, Row
 from dit_accel.eval.runs.methods import DEFAULT, DENSE, Crossover, Method, dense_with, read_methods
 from dit_accel.eval.runs.rivals import choose_settings
-from dit_accel.eval.runs.rows import build_row, mean_of
+from dit_accel.eval.runs.rows import build_row
 from dit_accel.eval.runs.scores import Metrics, Reference, Scorer, choose_metrics
 from dit_accel.eval.runs.timing import Log, MeasuredCalls
 from dit_accel.eval.view.conditions import check_early
@@ -135,8 +135,7 @@ class Evaluation:
         log = Log(folder / "timings.json", self._about(pipe, samples, methods), "calls")
         # Samples of the first one's size, so that seconds can be compared.
         like = [x for x in samples if x.call == samples[0].call][: self.repeats]
-        options = {"calls": log.results, "on_call": lambda *_: log.write()}
-        calls = MeasuredCalls(pipe, like, steps=self.steps, **options)
+        calls = MeasuredCalls(pipe, like, self.steps, log.results, lambda *_: log.write())
         fewer = calls.measure(methods, self.repeats, progress=self.progress)
         sets |= {x.name: self._make(pipe, x) for x in fewer}
         device = str(pipe._execution_device)
@@ -192,16 +191,13 @@ class Evaluation:
     ) -> Row:
         if method.why is not None:
             return build_row(method, calls)
-        made = sets[method.name]
-        records = list(made.manifest["samples"].values()) if made.manifest else []
-        return build_row(
-            method,
-            calls,
-            metrics=scorer.figures(made),
-            density=mean_of(records, "density"),
-            cost=mean_of(records, "cost"),
-            folder=method.folder,
-        )
+        made, means = sets[method.name], {}
+        for key in ("density", "cost"):
+            records = made.manifest["samples"].values() if made.manifest else []
+            values = [x[key] for x in records if x.get(key) is not None]
+            means[key] = sum(values) / len(values) if values else None
+        metrics = scorer.figures(made)
+        return build_row(method, calls, metrics=metrics, folder=method.folder, **means)
 
     def _about(
         self, pipe: Any, samples: Sequence[Sample], methods: Sequence[Method]

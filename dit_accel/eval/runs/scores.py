@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dit_accel.eval.metrics.choices import ALONE, PAIRED, TINY, Given
@@ -62,7 +63,7 @@ def choose_metrics(
             reference or if the name ends in "_to_dense". Default: PSNR, SSIM, metrics that the networks allow, flicker of
             clips, and for prompts of the demo the judge and fd_tiny.
         networks: weights that metrics need.
-        reference: set or measurement of real pictures.
+        reference: real pictures.
         fine: whether there is a fine run.
 
     Raises:
@@ -123,34 +124,30 @@ class Scorer:
     reference: Reference | None
     options: dict[str, Any]
     """Further arguments of `score`."""
-    _measured: dict[str, Measurement] = field(default_factory=dict)
+    _measured: dict[Path, Measurement] = field(default_factory=dict)
 
     def figures(self, samples: SampleSet) -> dict[str, Figure]:
         """Return the metrics of a set. The dense set is not compared with itself."""
         names, own = self.metrics, samples.path == self.dense.path
-        found: dict[str, Figure] = {}
-        if plain := [*(() if own else names.paired), *names.alone]:
-            found |= self._score(samples, plain, None if own else self.dense)
+        plain = (*(() if own else names.paired), *names.alone)
+        wanted: list[tuple[Sequence[str], Reference | None, str]]
+        wanted = [(plain, None if own else self.dense, "")]
         if self.fine is not None:
-            found |= self._score(samples, names.paired, self.fine, FINE)
-        if names.to_dense and not own:
-            other = self._features("dense", self.dense, names.to_dense)
-            found |= self._score(samples, names.to_dense, other, TO_DENSE)
-        if names.to_reference and self.reference is not None:
-            other = self._features("reference", self.reference, names.to_reference)
-            found |= self._score(samples, names.to_reference, other)
+            wanted.append((names.paired, self.fine, FINE))
+        if not own:
+            wanted.append((names.to_dense, self._features(self.dense, names.to_dense), TO_DENSE))
+        other = self._features(self.reference, names.to_reference)
+        found: dict[str, Figure] = {}
+        for metrics, reference, end in (*wanted, (names.to_reference, other, "")):
+            if metrics:
+                made = score(samples, reference=reference, metrics=metrics, **self.options)
+                found |= {f"{name}{end}": x for name, x in made.items()}
         return found
 
-    def _score(
-        self, samples: SampleSet, metrics: Sequence[str], other: Reference | None, end: str = ""
-    ) -> dict[str, Figure]:
-        found = score(samples, reference=other, metrics=metrics, **self.options)
-        return {f"{name}{end}": x for name, x in found.items()}
-
-    def _features(self, key: str, of: Reference, metrics: Sequence[str]) -> Measurement:
+    def _features(self, of: Reference | None, metrics: Sequence[str]) -> Reference | None:
         """Return the features of a set that every row is compared with, computed once."""
-        if isinstance(of, Measurement):
+        if not metrics or not isinstance(of, SampleSet):
             return of
-        if key not in self._measured:
-            self._measured[key] = measure(of, metrics=metrics, **self.options)
-        return self._measured[key]
+        if of.path not in self._measured:
+            self._measured[of.path] = measure(of, metrics=metrics, **self.options)
+        return self._measured[of.path]

@@ -8,7 +8,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,62 +51,42 @@ def peak_memory(device: Any) -> Iterator[Peak]:
     with contextlib.suppress(OSError, AttributeError):  # memory that malloc keeps would count
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
-        if device.type == "cpu":
-            (_PROC / "clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
-            peak.of = "process"
+        (_PROC / "clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
+        peak.of = "process" if device.type == "cpu" else None
     yield peak
     if peak.of is not None:
-        found = re.search(r"VmHWM:\s*(\d+)", (_PROC / "status").read_text())
-        peak.size = None if found is None else int(found[1]) * 1024
+        [kibi] = re.findall(r"VmHWM:\s*(\d+)", (_PROC / "status").read_text())
+        peak.size = int(kibi) * 1024
 
 
+@dataclass
 class MeasuredCalls:
-    """Calls of one sample, measured one at a time. Methods take turns, so that a machine that slows down slows all."""
+    """Calls of one sample, measured one at a time. Methods take turns, so that a machine that slows down slows all.
 
-    def __init__(
-        self,
-        pipe: Any,
-        samples: Sequence[Sample],
-        *,
-        steps: int,
-        calls: dict[str, list[dict[str, Any]]] | None = None,
-        on_call: Callable[[Method, BatchResult], None] = lambda method, made: None,
-    ) -> None:
-        """Args:
+    Args:
         pipe: a loaded pipeline without acceleration.
         samples: samples of one size. Round i makes sample i, and starts again from the first one.
         steps: number of steps of dense sampling.
-        calls: records of earlier calls by name of the method, which are not measured again.
+        calls: records by name of the method, one for each round. Records of earlier calls are not measured again.
         on_call: called after each measured call.
-        """
-        self._pipe, self._samples, self._on_call = pipe, samples, on_call
-        self.steps = steps
-        self.calls = {} if calls is None else calls
-        """Records by name of the method, one for each round."""
-        self._warm: set[str] = set()
-        self._bar = progress_bar(disable=True)
+    """
+
+    pipe: Any
+    samples: Sequence[Sample]
+    steps: int
+    calls: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    on_call: Callable[[Method, BatchResult], None] = lambda method, made: None
+    _warm: set[str] = field(default_factory=set)
+    _bar: Any = None
 
     def measure(
         self, methods: Sequence[Method], repeats: int, *, progress: bool = False
     ) -> list[Method]:
-        """Measure every method that can run, and dense sampling with fewer steps.
-
-        Args:
-            methods: result of `read_methods`. `fewer_steps` without a number is dense sampling with as many steps as take
-                the time of each accelerated method.
-            repeats: measured calls of each method.
-            progress: show a bar on stderr.
-
-        Returns:
-            The dense methods with fewer steps, the most steps first.
-        """
+        """Measure each method `repeats` times, and return the dense ones with fewer steps, the most steps first."""
         compared = [x for x in methods if x.runs]
         given = [x for x in methods if x.fewer and not x.at_equal_time]
         found: dict[str, int] = {}
-        with (
-            progress_bar(desc="timing", unit="call", disable=not progress) as bar,
-            quiet(self._pipe),
-        ):
+        with progress_bar(desc="timing", unit="call", disable=not progress) as bar:
             self._bar = bar
             if any(x.at_equal_time for x in methods) and len(compared) > 1:
                 found = self._equal_time(compared, given, repeats)
@@ -121,33 +101,29 @@ class MeasuredCalls:
     def run(self, methods: Sequence[Method], rounds: int) -> None:
         """Measure until each method has been measured `rounds` times."""
         missing = [x for x in methods if len(self.calls.get(x.name, [])) < rounds]
-        for method in missing:
-            if method.name not in self._warm:
-                with accelerated(self._pipe, **method.acceleration):
-                    run_warm_up(self._pipe, self._samples[:1])
-                self._warm.add(method.name)
-        for i in range(rounds if missing else 0):
-            first = i % len(missing)  # no method always runs after the same one
-            for method in [*missing[first:], *missing[:first]]:
-                records = self.calls.setdefault(method.name, [])
-                if len(records) == i:
-                    made, record = self._call(method, self._samples[i % len(self._samples)])
-                    records.append(record)
-                    self._on_call(method, made)
-                    self._bar.update()
+        with quiet(self.pipe):
+            for method in missing:
+                if method.name not in self._warm:
+                    with accelerated(self.pipe, **method.acceleration):
+                        run_warm_up(self.pipe, self.samples[:1])
+                    self._warm.add(method.name)
+            for i in range(rounds if missing else 0):
+                first = i % len(missing)  # no method always runs after the same one
+                for method in [*missing[first:], *missing[:first]]:
+                    if len(self.calls.setdefault(method.name, [])) == i:
+                        self._call(method, self.samples[i % len(self.samples)])
 
-    def _call(self, method: Method, sample: Sample) -> tuple[BatchResult, dict[str, Any]]:
-        """Make one sample; return it and the record of the call."""
-        steps = method.num_inference_steps
+    def _call(self, method: Method, sample: Sample) -> None:
+        """Make one sample, and keep the record of the call."""
+        steps, on = method.num_inference_steps, accelerated(self.pipe, **method.acceleration)
         changed = {} if steps is None else {"num_inference_steps": steps}
-        with (
-            accelerated(self._pipe, **method.acceleration),
-            peak_memory(self._pipe._execution_device) as peak,
-        ):
-            made = run_batch(self._pipe, [sample], **changed)
-        dense_calls = made.summary.dense_calls
+        with on, peak_memory(self.pipe._execution_device) as peak:
+            made = run_batch(self.pipe, [sample], **changed)
         record = {"seconds": made.seconds, "peak_bytes": peak.size, "peak_of": peak.of}
-        return made, record | {"dense_calls": dense_calls}
+        self.calls[method.name].append(record | {"dense_calls": made.summary.dense_calls})
+        self.on_call(method, made)
+        if self._bar is not None:
+            self._bar.update()
 
     def seconds(self, method: Method, rounds: int | None = None) -> float:
         """Return the median seconds of denoising of the first `rounds` calls."""
@@ -166,18 +142,15 @@ class MeasuredCalls:
         # Seconds of the first round only: a run that goes on must guess as it did at first.
         first = {x.name: self.seconds(x, 1) for x in compared}
         dense = {self.steps: first[DENSE.name]}
-        guesses = [
-            dense_with(nearest_steps(dense, x, most))
-            for x in first.values()
-            if x < dense[self.steps]
-        ]
+        quick = [x for x in first.values() if x < dense[self.steps]]
+        guesses = [dense_with(nearest_steps(dense, x, most)) for x in quick]
         fewer = list({x.name: x for x in [*given, *guesses]}.values())
         self.run([*compared, *fewer], repeats)
 
         def measure(numbers: list[int]) -> dict[int, float]:
-            more = [dense_with(n) for n in numbers]
-            self.run(more, repeats)
-            return {n: self.seconds(x) for n, x in zip(numbers, more, strict=True)}
+            more = {n: dense_with(n) for n in numbers}
+            self.run(list(more.values()), repeats)
+            return {n: self.seconds(x) for n, x in more.items()}
 
         measured = {x.num_inference_steps or 0: self.seconds(x) for x in fewer}
         measured[self.steps] = self.seconds(DENSE)
@@ -236,11 +209,9 @@ class Log:
             if not different:
                 self.results = dict(saved[kind].items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            different = [f"{path.name} is damaged ({error!r})"]
+            different = [f"the file is damaged ({error!r})"]
         if different:
-            sys.stderr.write(
-                f"note: {path.name}: {kind} are made again: {'; '.join(different[:3])}\n"
-            )
+            sys.stderr.write(f"note: {path.name} is not used: {'; '.join(different[:3])}\n")
 
     def write(self) -> None:
         """Write the file atomically."""
