@@ -154,7 +154,7 @@ class Evaluation:
                 {"id": x.id, "prompt": x.record.prompt, "media": _media(folder, sets, x.id)}
                 for x in samples
             ],
-            fine=finest and {"num_inference_steps": steps, "folder": finest.path.name},
+            fine={"num_inference_steps": steps, "folder": finest.path.name} if finest else None,
         )
         write_results(folder, results)
         report(folder, samples=self.shown)

@@ -8,7 +8,7 @@ prompts and noise, so the values of single samples are compared in pairs.
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dit_accel.eval.metrics.figures import bootstrap_interval
 from dit_accel.eval.results import types
@@ -97,8 +97,8 @@ def dense_line(results: Results, metric: str, phase: str) -> list[DensePoint]:
     return sorted(points, key=lambda point: point.seconds)
 
 
-def _by_time(took: Phase, reference: Phase | None, same: bool) -> tuple[Verdict, str, str]:
-    """Compare a row with the reference itself: its samples are identical, or it takes longer."""
+def _by_time(took: Phase, reference: Phase | None, same: bool) -> tuple[Any, ...]:
+    """Compare a row with the reference itself (identical samples, or a longer time); return fields of `Comparison`."""
     difference = "identical to the reference" if same else ""
     if reference is None:
         return "unknown", "its seconds are not known", difference
@@ -155,8 +155,8 @@ def _between(a: DensePoint, b: DensePoint, seconds: float) -> DensePoint:
 
 def _by_quality(
     figure: Figure, dense: DensePoint | None, basis: str, about: Definition
-) -> tuple[Verdict, str, str, str]:
-    """Compare the values of single samples in pairs."""
+) -> tuple[Any, ...]:
+    """Compare the values of single samples in pairs; return fields of `Comparison`."""
     value, single = figure["value"], _single(figure)
     if dense is None or value is None:
         return "unknown", basis, "", ""

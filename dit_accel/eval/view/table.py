@@ -106,7 +106,7 @@ def _columns(results: Results, reference: Row) -> Iterator[_Made]:
 
     def speedup(group: str, label: str, phase: str) -> Iterator[_Made]:
         def cell(row: Row) -> Cell:
-            value, took = row["speedup"] and row["speedup"][phase], row["seconds"].get(phase)
+            took, value = row["seconds"].get(phase), (row["speedup"] or {}).get(phase)
             return cells.speedup_cell(value, took, reference["seconds"].get(phase))
 
         if any(row["speedup"] for row in rows):
