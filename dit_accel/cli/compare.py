@@ -37,7 +37,7 @@ class Compare(AccelerationOptions):
         settings["crossover"] = self.crossover
         outline, sampling = self.check(prompts)
         from dit_accel.eval.results.types import RESULTS
-        from dit_accel.eval.runs.compare import COMPARED, compare, compared_methods
+        from dit_accel.eval.runs.compare import COMPARED, SHEET, compare, compared_methods
 
         check_early(self.fail_if, metrics=COMPARED)
         compared_methods(self.methods, outline, steps=outline.steps(sampling), **settings)
@@ -63,7 +63,8 @@ class Compare(AccelerationOptions):
             for row in results["rows"]:
                 for reason, n in row["settings"].get("dense_calls", {}).items():
                     print_line(f"{row['name']}: {n} calls dense: {reason}")
-            files = results["samples"][0]["media"].values()
+            files = {*results["samples"][0]["media"].values(), SHEET, RESULTS}
+            files |= {"side_by_side.mp4", "side_by_side.png"}
             for path in sorted(x for x in self.output_dir.iterdir() if x.name in files):
                 print_line(str(path))
         fail_on(check(results, self.fail_if))

@@ -10,17 +10,14 @@ from pathlib import Path
 import pytest
 
 from dit_accel import control
-from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.config import RASConfig
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import score
 from dit_accel.eval.results.store import read_results
-from dit_accel.eval.runs import measured
 from dit_accel.eval.runs import timing as timing_module
 from dit_accel.eval.runs.caches import read_cache
-from dit_accel.eval.runs.methods import Method, dense_with
-from dit_accel.eval.runs.presets import DEMO, run_demo
+from dit_accel.eval.runs.methods import dense_with
 from dit_accel.eval.runs.scores import choose_metrics
-from dit_accel.files import EMBEDDED_MODELS
 from dit_accel.runtime.install import installation_of
 from dit_accel.sampling.generate import generate
 from dit_accel.sampling.prompts import PromptRecord, number_prompts
@@ -34,7 +31,7 @@ from .run_worker import PROMPTS, SAMPLING, evaluate
 def _no_garbage_collection():
     """It takes long in a process full of tests, and comes before each measured call."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_accel.eval.runs.peak_memory.gc.collect", lambda: 0)
+        patch.setattr("dit_accel.eval.runs.timing.gc.collect", lambda: 0)
         yield
 
 
@@ -197,8 +194,8 @@ def test_what_diffusers_lacks_is_a_row_that_says_so(sd3, tmp_path):
     )
     rows = rows_of(results)
     assert not rows["FasterCache"]["available"]
-    assert rows["FasterCache"]["why"] == "needs guidance, which guidance_scale=1.0 switches off"
-    assert "needs guidance" in (tmp_path / "table.md").read_text()
+    assert "guidance_scale=1.0" in rows["FasterCache"]["why"]
+    assert "not available" in (tmp_path / "table.md").read_text()
     # Prompts of the demo: the judge looks at them, and features are compared with dense ones.
     assert rows["Dense"]["metrics"]["judge"]["n"] == 2
     assert "fd_tiny_to_dense" not in rows["Dense"]["metrics"]
@@ -226,9 +223,7 @@ def test_a_reference_of_real_pictures_is_what_distances_mean(sd3, tmp_path, writ
     assert dense["metrics"]["fd_tiny"] == expected["fd_tiny"]
     assert dense["metrics"]["fd_tiny"]["n_reference"] == 6
     assert set(ras["metrics"]) == {"psnr", "fd_tiny", "fd_tiny_to_dense"}
-    with pytest.raises(
-        ValueError, match=r"reference: nothing compares with it; accepted with incep"
-    ):
+    with pytest.raises(ValueError, match="reference.*inception"):
         evaluate(sd3, tmp_path / "none", metrics=["psnr"], **options)
     assert not (tmp_path / "none").exists()
 
@@ -279,13 +274,13 @@ def test_metrics_fit_what_is_sampled():
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ([], "metrics=.*at least one name"),
-        (["pnsr"], "'pnsr' is none"),
-        (["fid"], "needs inception"),
-        (["lpips"], "'lpips' needs lpips="),
-        (["clip_score"], "needs clip"),
-        (["psnr_to_dense"], "'psnr_to_dense' is none; accepted is 'psnr'"),
-        (["recall_tiny"], "accepts at least 4"),
+        ([], r"metrics=\[\]"),
+        (["pnsr"], "'pnsr'.*psnr"),
+        (["fid"], "'fid'.*inception"),
+        (["lpips"], "'lpips'.*lpips="),
+        (["clip_score"], "'clip_score'.*clip"),
+        (["psnr_to_dense"], "'psnr_to_dense'.*'psnr'"),
+        (["recall_tiny"], "'recall_tiny'.*4"),
     ],
     ids=str,
 )
@@ -294,22 +289,19 @@ def test_metrics_that_cannot_be_measured_are_refused_early(metrics, message):
         choose_metrics(planned(["a", "b"]), metrics, networks=Networks())
 
 
-EIGHT_BIT = Method(
-    name="x", kind="ras_sla", ras=RASConfig(ratio=0.5, kv_cache="fp8"), sla=SLAConfig()
-)
 BAD = {
     "repeats": ({"repeats": 0}, "repeats=0"),
     "shown": ({"shown": -1}, "shown=-1"),
     "prompts": ({"prompts": []}, "prompts="),
-    "ids": ({"prompts": PROMPTS[:1] * 2}, "has the id"),
+    "ids": ({"prompts": PROMPTS[:1] * 2}, "prompts.*id"),
     "size": ({"sampling": SAMPLING.overridden(height=33)}, "height=33"),
-    "method": ({"methods": ["slaa"]}, "'slaa' is none"),
-    "steps": (
-        {"methods": ["fewer_steps:3"]},
-        "num_inference_steps=3 of dense sampling are no more",
+    "method": ({"methods": ["slaa"]}, "methods.*'slaa'"),
+    "steps": ({"methods": ["fewer_steps:3"]}, "'Dense, 3 steps'.*num_inference_steps=3"),
+    "setting": (
+        {"methods": ["ras_sla"], "ras": RASConfig(ratio=0.5, kv_cache="fp8")},
+        "kv_cache='fp8'",
     ),
-    "setting": ({"methods": [EIGHT_BIT]}, "kv_cache='fp8'"),
-    "metric": ({"metrics": ["pnsr"]}, "'pnsr' is none"),
+    "metric": ({"metrics": ["pnsr"]}, "'pnsr'.*psnr"),
     "reference": ({"reference": "none/here"}, "path='none/here'"),
     "weights": ({"networks": Networks(inception=Path("no.pth"))}, "inception='no.pth'"),
     "folder": ({"output_dir": "/proc/none/out"}, "output_dir='/proc/none"),
@@ -322,8 +314,7 @@ BAD = {
 def test_bad_input_is_refused_before_any_work(
     wan, tmp_path, changed, message, monkeypatch, unchecked
 ):
-    for module, name in ((timing_module, "run_batch"), (measured, "progress_bar")):
-        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it worked"))
+    monkeypatch.setattr(timing_module, "run_batch", lambda *_: pytest.fail("it worked"))
     monkeypatch.setattr("dit_accel.sampling.batches.run_batch", lambda *_: pytest.fail("it worked"))
     with pytest.raises(ValueError, match=message):
         evaluate(wan, changed.pop("output_dir", tmp_path), **changed)
@@ -334,7 +325,7 @@ def test_bad_input_is_refused_before_any_work(
 def test_it_is_no_job_for_several_processes(wan, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"one process.*eval generate"):
+    with pytest.raises(ValueError, match="WORLD_SIZE.*eval generate"):
         evaluate(wan, tmp_path)
 
 
@@ -349,28 +340,6 @@ def test_a_pipeline_that_is_accelerated_already_is_refused(wan, tmp_path):
 
 def test_samples_of_other_settings_are_not_mixed(wan, folder, results):
     before = (folder / "results.json").read_bytes()
-    with pytest.raises(ValueError, match=r"other settings: sampling\.guidance_scale was 1\.0"):
+    with pytest.raises(ValueError, match=r"guidance_scale.*1\.0"):
         evaluate(wan, folder, sampling=SAMPLING.overridden(guidance_scale=2.0))
     assert (folder / "results.json").read_bytes() == before
-
-
-@pytest.mark.parametrize("model", ["tiny-sd3", "tiny-lumina2"])
-def test_the_demo_evaluates_the_embedded_models(tmp_path, model):
-    assert set(DEMO) == set(EMBEDDED_MODELS)
-    found = run_demo(
-        tmp_path,
-        models=[model],
-        limit=2,
-        repeats=1,
-        num_inference_steps=2,
-        fine_steps=4,
-        progress=False,
-    )
-    rows = rows_of(found[model])
-    assert found[model]["fine"] == {"num_inference_steps": 4, "folder": "dense-4-steps"}
-    if model == "tiny-sd3":  # diffusers has no step caches for the other
-        assert {"SeaCache", "MagCache", "TaylorSeer", "PAB", "FasterCache"} < set(rows)
-    note = rows["SLA, blocks of 16"]["settings"]
-    assert note["sla"]["crossover"] == "never"
-    assert "below the length" in note["note"]
-    assert (tmp_path / model / "report.html").stat().st_size > 10_000
