@@ -214,7 +214,7 @@ def test_bad_targets_are_refused(stairs, changed, message):
 
 def test_a_transformer_without_flops_is_refused():
     pipe = types.SimpleNamespace(transformer=nn.Identity(), scheduler=None)
-    with pytest.raises(RuntimeError, match="pipe.*FLOPs"):
+    with pytest.raises(RuntimeError, match=r"pipe.*FLOPs"):
         Probes(pipe, lambda rows: pipe.transformer(1)).cost()
 
 

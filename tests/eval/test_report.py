@@ -463,11 +463,11 @@ def test_what_cannot_be_judged_is_no_pass(results, condition, message):
 
 def test_a_figure_without_a_value_is_no_pass(results):
     results["rows"][6]["metrics"]["psnr"] = figure(None, None, "dB", n=0, why="no pairs")
-    with pytest.raises(ValueError, match="'RAS balanced'.*no value.*no pairs"):
+    with pytest.raises(ValueError, match=r"'RAS balanced'.*no value.*no pairs"):
         check(results, ["psnr<25"])
     for row in results["rows"]:
         row["available"] = row["method"] == "dense"
-    with pytest.raises(ValueError, match="fail_if='psnr<25'.*no row"):
+    with pytest.raises(ValueError, match=r"fail_if='psnr<25'.*no row"):
         check(results, ["psnr<25"])
 
 
@@ -570,10 +570,10 @@ def test_missing_and_broken_media_leave_the_old_report(folder):
     broken = folder / "sla-balanced" / "0001.png"
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="0001.png.*picture"):
+    with pytest.raises(ValueError, match=r"0001.png.*picture"):
         report(folder)
     broken.unlink()
-    with pytest.raises(ValueError, match="0001.png.*sample '0001'"):
+    with pytest.raises(ValueError, match=r"0001.png.*sample '0001'"):
         report(folder)
     assert (folder / "report.html").read_bytes() == before
     assert not list(folder.glob(".tmp-*"))

@@ -223,7 +223,7 @@ def test_a_reference_of_real_pictures_is_what_distances_mean(sd3, tmp_path, writ
     assert dense["metrics"]["fd_tiny"] == expected["fd_tiny"]
     assert dense["metrics"]["fd_tiny"]["n_reference"] == 6
     assert set(ras["metrics"]) == {"psnr", "fd_tiny", "fd_tiny_to_dense"}
-    with pytest.raises(ValueError, match="reference.*inception"):
+    with pytest.raises(ValueError, match=r"reference.*inception"):
         evaluate(sd3, tmp_path / "none", metrics=["psnr"], **options)
     assert not (tmp_path / "none").exists()
 
@@ -325,7 +325,7 @@ def test_bad_input_is_refused_before_any_work(
 def test_it_is_no_job_for_several_processes(wan, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE.*eval generate"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE.*eval generate"):
         evaluate(wan, tmp_path)
 
 
