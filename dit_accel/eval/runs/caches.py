@@ -9,7 +9,7 @@ from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.step_caches import TWO_TRANSFORMERS, scheduler_step, takes_cache
 
 WAN = "WanTransformer3DModel"
-_TWO_CALLS = "diffusers keeps one state for the two calls of guidance that this model makes"
+_TWO_CALLS = "diffusers keeps one state for both calls of guidance that this model makes"
 
 
 @dataclass(frozen=True, kw_only=True)
