@@ -1,10 +1,10 @@
-"""What scoring costs beside torchmetrics' own path: seconds and memory, all in one run.
+"""Measure seconds and memory of scoring, next to torchmetrics.
 
 python eval/bench_score.py --output eval/results/score_cpu.json
 
-Images: demo stills and noisy copies as png files, both with the shipped extractor; torchmetrics reads them
-with Pillow in the same batches. Fréchet: the step from statistics of 2048 features to the distance. Every
-part runs in a process of its own, ours and theirs in turn; times are medians.
+Images: demo stills and noisy copies as png files. Both use the shipped extractor; torchmetrics reads the files
+with Pillow in the same batches. Fréchet: the step from statistics of 2,048 features to the distance. Every
+part runs in its own process, the parts in turn. Times are medians.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from dit_accel.environment import machine, versions
-from dit_accel.eval.metrics.feature_set import FeatureSet
+from dit_accel.eval.metrics.distances import FeatureSet, frechet_distance
 from dit_accel.eval.metrics.features import tiny_extractor
 from dit_accel.eval.metrics.score import score
 from dit_accel.files import write_json
@@ -42,15 +42,15 @@ class Args:
     images: int = 2000
     features: int = 2048
     samples: int = 5000
-    """Of each set of features; more than there are features."""
+    """Samples in each set of features; more than features."""
     repeats: int = 3
     threads: int = 2
 
 
 def torchmetrics_fid(feature: Any) -> Any:
-    """Their metric."""
-    # Where `make install` puts a torchvision that may be built for another torch; torchmetrics cannot be
-    # imported without the names of two of its operators, which nothing here calls.
+    """Return torchmetrics' FID of a network."""
+    # `make install` puts torchvision into its own folder, because it may be built for another torch. Without
+    # the names of two of its operators, which nothing here calls, torchmetrics cannot be imported next to it.
     sys.path.append(str(Path(sys.prefix) / "torchvision"))
     try:
         import torchvision  # noqa: F401
@@ -66,7 +66,7 @@ def torchmetrics_fid(feature: Any) -> Any:
 
 
 def draw(folder: Path, count: int) -> None:
-    """Stills, and the same under a little noise."""
+    """Write stills, and the same stills with a little noise."""
     from PIL import Image
 
     from dit_accel.demo.image.stills import draw_stills, render_stills
@@ -84,7 +84,7 @@ def draw(folder: Path, count: int) -> None:
 
 
 def ours(folder: Path, metrics: tuple[str, ...] | None) -> Callable[[], float]:
-    """Score the folders; gives fd_tiny."""
+    """Return a function that scores the folders and returns fd_tiny."""
     tiny_extractor()
 
     def run() -> float:
@@ -101,7 +101,7 @@ def ours(folder: Path, metrics: tuple[str, ...] | None) -> Callable[[], float]:
 
 
 def theirs(folder: Path) -> Callable[[], float]:
-    """torchmetrics over the same files."""
+    """Return a function that scores the same files with torchmetrics."""
     from PIL import Image
 
     class Features(torch.nn.Module):
@@ -129,7 +129,7 @@ def theirs(folder: Path) -> Callable[[], float]:
 
 
 def random_features(args: Args, which: int) -> torch.Tensor:
-    """Correlated rows with a spectrum as steep as Inception's."""
+    """Return correlated rows with a spectrum as steep as Inception's."""
     generator = torch.Generator().manual_seed(7)
     mixing = torch.randn(args.features, args.features, generator=generator)
     mixing *= torch.logspace(0, -2, args.features)[:, None] / args.features**0.5
@@ -138,9 +138,7 @@ def random_features(args: Args, which: int) -> torch.Tensor:
 
 
 def our_distance(args: Args) -> Callable[[], float]:
-    """From sums to the distance."""
-    from dit_accel.eval.metrics.distances import frechet_distance
-
+    """Return a function that computes the distance from our sums."""
     sets = []
     for which in (0, 1):
         sets.append(FeatureSet(RECORD, args.features, keep=0))
@@ -150,7 +148,7 @@ def our_distance(args: Args) -> Callable[[], float]:
 
 
 def their_distance(args: Args) -> Callable[[], float]:
-    """The same step of torchmetrics."""
+    """Return a function that computes the distance from torchmetrics' sums."""
 
     class Same(torch.nn.Module):
         num_features = args.features
@@ -166,7 +164,7 @@ def their_distance(args: Args) -> Callable[[], float]:
 
 
 def measured(prepare: Callable[..., Callable[[], float]], threads: int, *args: Any) -> dict:
-    """Seconds, value and growth of the process's peak memory of what `prepare` gives."""
+    """Return seconds, value and memory of the function that `prepare` returns."""
     torch.set_num_threads(threads)
     run = prepare(*args)
     for first in (torch.linalg.cholesky, torch.linalg.eigvalsh, torch.linalg.eigvals):
@@ -186,14 +184,14 @@ def measured(prepare: Callable[..., Callable[[], float]], threads: int, *args: A
 
 
 def alone(prepare: Callable[..., Callable[[], float]], threads: int, *args: Any) -> dict:
-    """`measured` in a fresh process."""
+    """Run `measured` in a new process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(measured, prepare, threads, *args).result()
 
 
 def summary(runs: list[dict]) -> dict[str, Any]:
-    """Medians, and every run's seconds."""
+    """Return medians, and the seconds of every run."""
     names = ("seconds", "cpu_seconds", "value", "peak_bytes", "growth_bytes")
     return {
         **{name: statistics.median(run[name] for run in runs) for name in names},
@@ -202,7 +200,7 @@ def summary(runs: list[dict]) -> dict[str, Any]:
 
 
 def compared(parts: dict[str, tuple], args: Args) -> dict[str, dict[str, Any]]:
-    """Each part `repeats` times, in turn."""
+    """Run each part `repeats` times, the parts in turn."""
     runs: dict[str, list[dict]] = {name: [] for name in parts}
     for i in range(args.repeats):
         for name, part in parts.items():

@@ -1,12 +1,12 @@
-"""FID and CLIP score of a folder of images or clips, or of a prompts file that a model draws first.
+"""Compute FID and CLIP score of a folder of images or clips, or of a prompts file that a model samples first.
 
 python eval/fid_clip.py samples/ --reference coco/ --inception weights-inception-2015-12-05-6726825d.pth \\
     --clip openai/clip-vit-large-patch14 --prompts captions.jsonl
 python eval/fid_clip.py eval/demo_images.jsonl --model tiny-sd3 --output-dir samples/ \\
     --reference dense/
 
-Without --inception the shipped extractor stands in, which knows the demo's pictures only; its distance is
-called fd_tiny, never FID. Without --clip there is no CLIP score, without --reference no distance.
+Without --inception the distance is fd_tiny, of the shipped extractor, which knows the demo's pictures only.
+Without --clip there is no CLIP score, without --reference no distance.
 """
 
 import sys
@@ -39,39 +39,38 @@ class Args:
     source: tyro.conf.Positional[Path]
     """Folder of images or of clips (as frames), or a prompts file."""
     reference: Path | None = None
-    """Folder of the real or dense images, or a saved measurement of it (.safetensors)."""
+    """Folder of real images or of dense samples, or its saved measurement (.safetensors)."""
     inception: Path | None = None
     """FID's Inception weights."""
     clip: str | None = None
     """A CLIP model's folder or id on the Hub."""
     clip_revision: str | None = None
     prompts: Path | None = None
-    """Of the images, by id; default: what their manifest says."""
+    """Prompts file with the ids of the images. Default: the prompts in their manifest."""
     resize: Literal["clean", "tf-legacy", "torch-antialias"] = "clean"
     allow_other_weights: bool = False
     """Take Inception weights of another sha256."""
     model: str | None = None
-    """What draws the prompts: a pipeline's folder or id on the Hub."""
+    """Pipeline that samples the prompts: a folder or id on the Hub."""
     output_dir: Path | None = None
-    """Where the drawn samples go; a run that was killed goes on."""
+    """Folder of the new samples; a run that was killed continues."""
     sla: str | None = None
-    """Sparse attention: a preset or a YAML file; default: dense."""
+    """Sparse attention: a preset or a YAML file. Default: dense."""
     ras: str | None = None
-    """Region-adaptive sampling: likewise."""
+    """Region-adaptive sampling: a preset or a YAML file. Default: none."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
     seed: int = 0
     batch_size: int = 8
     device: str = "auto"
     output: Path | None = None
-    """JSON with both figures and all that belongs to them."""
+    """JSON file for the metrics, versions and machine."""
 
 
 def draw(args: Args, metrics: Sequence[str], networks: Networks) -> SampleSet:
-    """The images of a prompts file, once nothing can stop the figures that they are for."""
+    """Sample a prompts file, after checking everything that the metrics will need."""
     if args.model is None or args.output_dir is None:
         raise ValueError(
-            f"source={str(args.source)!r}: a prompts file needs --model and --output-dir; accepted without "
-            "them is a folder"
+            f"source={str(args.source)!r}: accepted is a folder, or a prompts file with --model and --output-dir"
         )
     drawn, named = load_prompts(args.source), load_prompts(args.prompts or args.source)
     options = ModelOptions(model=args.model, sampling=SamplingOptions(**asdict(args.sampling)))
@@ -99,8 +98,8 @@ def main(args: Args) -> None:
     _, ranks = shard_of()
     if ranks > 1:
         raise ValueError(
-            f"WORLD_SIZE={ranks}: this script is one process; accepted under torchrun is `dit-accel eval "
-            "generate`, and then this script on its folder"
+            f"WORLD_SIZE={ranks}: accepted is one process; under torchrun run `dit-accel eval generate`, then "
+            "this script on its folder"
         )
     metrics = []
     if args.reference is not None:
@@ -123,7 +122,7 @@ def main(args: Args) -> None:
         reference=args.reference,
         prompts=args.prompts,
         metrics=metrics,
-        **asdict(networks),
+        **networks.arguments(),
         batch_size=args.batch_size,
         device=args.device,
     )

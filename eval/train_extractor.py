@@ -1,34 +1,149 @@
-"""Trains the shipped feature extractor from nothing; about three minutes on one CPU core.
+"""Train the shipped feature extractor from scratch; about three minutes on one CPU core.
 
 python eval/train_extractor.py --output assets/tiny-extractor.safetensors
 """
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import trange
 
-from dit_accel.eval.metrics.tiny_extractor import ASSET, save_tiny_extractor, train_tiny_extractor
+from dit_accel.demo.clips import RADIUS, centres, coverage
+from dit_accel.demo.image.stills import ANYWHERE, draw_stills
+from dit_accel.demo.vocabulary import BACKGROUND_RGB, COLOUR_RGB
+from dit_accel.eval.metrics.features import TINY_ASSET, TINY_FEATURES, TINY_SIZE, TinyExtractor
+from dit_accel.files import atomic_path
+
+SHAPES = 4
+MEASURES = 11  # object RGB, background RGB, centre, radius, blur, noise
+MOST_BLUR = 2.5  # standard deviation in pixels
+MOST_NOISE = 0.2  # standard deviation of values in [0, 1]
+FLOOR = 0.3  # share of the mean variance that is added to each direction's
 
 
 @dataclass
 class Args:
     """Command line."""
 
-    output: Path = Path("assets") / ASSET
+    output: Path = Path("assets") / TINY_ASSET
     seed: int = 0
     steps: int = 3000
     batch_size: int = 64
     threads: int = 1
 
 
+def training_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return drawings, their shapes, and measures of them that are scaled to about unit size.
+
+    Half of the colours are random, the others are near the vocabulary's. 60 % are blurred, 60 % are noisy.
+    """
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float32)
+
+    def colours(palette: tuple[tuple[float, ...], ...], chosen: Tensor) -> Tensor:
+        near = torch.tensor(palette, dtype=torch.float32)[chosen] + 0.1 * (uniform(count, 3) - 0.5)
+        return torch.where(uniform(count, 1) < 0.5, near.clamp(0, 1), uniform(count, 3))
+
+    stills = draw_stills(count, generator, split="all", placement=ANYWHERE)
+    mask = coverage(stills, 1, TINY_SIZE, TINY_SIZE)  # [n, 1, s, s]
+    colour = colours(COLOUR_RGB, stills.colour)
+    background = colours(BACKGROUND_RGB, stills.background)
+    images = torch.lerp(background[:, :, None, None], colour[:, :, None, None], mask)
+    # The network learns square roots of blur and noise, drawn evenly, because small amounts matter most.
+    blur, noise = (uniform(count) * (uniform(count) < 0.6) for _ in range(2))
+    images = blurred(images, MOST_BLUR * blur.square())
+    grain = torch.randn(images.shape, generator=generator, dtype=torch.float32)
+    images = (images + (MOST_NOISE * noise.square())[:, None, None, None] * grain).clamp(0, 1)
+    measures = torch.cat(
+        [
+            2 * colour - 1,
+            2 * background - 1,
+            centres(stills, 1, TINY_SIZE, TINY_SIZE)[:, 0] * 4 / TINY_SIZE - 2,
+            (RADIUS * stills.size * 20 - 4)[:, None],
+            3 * blur[:, None] - 1,
+            3 * noise[:, None] - 1,
+        ],
+        1,
+    )
+    return images, stills.shape, measures
+
+
+def blurred(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur each picture with its own Gaussian, which is cut off and renormalised at the borders."""
+    place = torch.arange(TINY_SIZE)
+    kernel = torch.exp(
+        -0.5 * ((place[:, None] - place) / sigma.clamp_min(1e-3)[:, None, None]) ** 2
+    )
+    kernel = (kernel / kernel.sum(2, keepdim=True))[:, None]  # [n, 1, s, s]
+    return kernel @ images @ kernel.mT
+
+
+def train(
+    seed: int = 0, steps: int = 3000, batch_size: int = 64, progress: bool = True
+) -> TinyExtractor:
+    """Train the network, in about three minutes on a CPU core. Equal arguments give equal weights.
+
+    The features are uncorrelated over the training pictures, and the largest have unit variance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        extractor = TinyExtractor()
+        heads = nn.Linear(TINY_FEATURES, SHAPES + MEASURES)
+    optimizer = torch.optim.AdamW([*extractor.parameters(), *heads.parameters()], 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    with trange(steps, desc="training", disable=not progress, mininterval=2.0) as bar:
+        for _ in bar:
+            images, shape, measures = training_batch(batch_size, generator)
+            told = heads(extractor(images))
+            naming = F.cross_entropy(told[:, :SHAPES], shape)
+            measuring = (told[:, SHAPES:] - measures).square().mean()
+            loss = naming + 4 * measuring
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(naming=f"{naming:.3f}", measuring=f"{measuring:.4f}", refresh=False)
+    whiten(extractor, [training_batch(256, generator)[0] for _ in range(8)])
+    return extractor.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def whiten(extractor: TinyExtractor, batches: list[Tensor]) -> None:
+    """Decorrelate and scale the features, by changing the last layer.
+
+    Otherwise the shape would dominate every distance, because its logits grow without bound in training.
+    Directions of little variance stay small, because they would be noise at unit variance.
+    """
+    features = torch.cat([extractor(images) for images in batches]).double()
+    values, vectors = torch.linalg.eigh(torch.cov(features.mT))
+    scale = (values + FLOOR * values.mean()).rsqrt()
+    turn = scale[:, None] * vectors.mT
+    last = extractor.layers[-1]
+    assert isinstance(last, nn.Linear)
+    bias = turn @ (last.bias.double() - features.mean(0))
+    last.weight.copy_(turn @ last.weight.double())
+    last.bias.copy_(bias)
+
+
+def save(extractor: TinyExtractor, path: str | os.PathLike) -> None:
+    """Write the weights as safetensors in fp16, atomically."""
+    with atomic_path(path) as temporary:
+        save_file({k: v.half().contiguous() for k, v in extractor.state_dict().items()}, temporary)
+
+
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     began, busy = time.perf_counter(), time.process_time()
-    extractor = train_tiny_extractor(args.seed, args.steps, args.batch_size)
-    save_tiny_extractor(extractor, args.output)
+    save(train(args.seed, args.steps, args.batch_size), args.output)
     seconds = f"{time.perf_counter() - began:.0f} s, {time.process_time() - busy:.0f} s of CPU"
     print(f"{args.output}: {args.output.stat().st_size} bytes, {seconds}")
 

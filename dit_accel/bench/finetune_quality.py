@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dit_accel.bench.finetune_rows import RECIPE, UNTRAINED, Row, learned, rows_of
 from dit_accel.bench.subjects import METRICS, Subject, mean_interval
 from dit_accel.environment import machine, versions
-from dit_accel.eval.metrics.figures import DRAWS
+from dit_accel.eval.metrics.values import DRAWS
 from dit_accel.files import atomic_path, write_json
 from dit_accel.finetune.config import FinetuneConfig
 from dit_accel.finetune.data.manifest import MANIFEST, read_manifest

@@ -13,8 +13,8 @@ from dit_accel import control, demo
 from dit_accel.demo.clips import describe_clips
 from dit_accel.demo.report import judged_clips, judged_stills, score_clips
 from dit_accel.demo.vocabulary import Combination
-from dit_accel.eval.metrics.figures import bootstrap_interval
 from dit_accel.eval.metrics.pairs import ssim
+from dit_accel.eval.metrics.values import bootstrap_interval
 from dit_accel.files import asset
 from dit_accel.runtime.install import installation_of
 

@@ -108,7 +108,7 @@ class Score:
                 )
             print_line(str(self.save))
             return
-        figures = measurement.figures()
+        figures = measurement.metric_values()
         record = {"format_version": 1, "versions": versions(), "machine": machine()}
         record |= {"images": str(self.images), "reference": str(self.reference), "figures": figures}
         if self.output is not None:

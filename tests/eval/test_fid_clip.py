@@ -38,11 +38,13 @@ def test_bad_input_is_one_line_and_code_2(write_images, tmp_path):
     folder = write_images(tmp_path / "a", np.zeros((2, 64, 64, 3), np.uint8))
     done = run(folder)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: reference, clip: none; accepted is at least one of the two\n"
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: reference, clip")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     done = run(tmp_path / "prompts.txt", "--reference", folder)
     assert done.returncode == 2
-    assert "a prompts file needs --model and --output-dir" in done.stderr
+    assert "source=" in done.stderr
+    assert "--model" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +84,11 @@ def test_a_clip_is_drawn_and_its_frames_are_compared(
 @pytest.mark.parametrize(
     ("prompts", "changed", "message"),
     [
-        ("ab", {"reference": Path("none")}, "path='none': accepted is a folder"),
-        ("ab", {"prompts": Path("none.txt")}, "prompts='none.txt': no such file"),
-        ("ab", {"output": Path("/proc/none/out.json")}, "output='/proc/none': cannot write there"),
+        ("ab", {"reference": Path("none")}, "path='none'"),
+        ("ab", {"prompts": Path("none.txt")}, "prompts='none.txt'"),
+        ("ab", {"output": Path("/proc/none/out.json")}, "output='/proc/none'"),
         ("ab", {"inception": Path("none.pth")}, "none.pth"),
-        ("a", {}, "1 pictures; metric 'fd_tiny' accepts at least 2"),
+        ("a", {}, "'fd_tiny'.* 2 pictures.* has 1"),
     ],
     ids=["reference", "prompts", "output", "inception", "one prompt"],
 )
@@ -101,5 +103,5 @@ def test_what_would_stop_the_figures_stops_the_drawing(
 def test_under_torchrun_it_names_what_draws_there(script, args, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"WORLD_SIZE=2: .* under torchrun is `dit-accel eval gen"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2.*eval generate"):
         script.main(args("a", "b"))

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dit_accel.config import RASConfig
-from dit_accel.eval.results.schema import validate
-from dit_accel.eval.results.store import read_results
+from dit_accel.eval.results.store import read_results, validate
 from dit_accel.eval.runs import rivals
 from dit_accel.eval.runs.caches import CACHES, StepCache
 from dit_accel.eval.runs.match import Probes, counted_cost, match_cost

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and LPIPS against their definitions and against other implementations."""
+"""PSNR, SSIM, LPIPS and flicker against their definitions and against other implementations."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit_accel.eval.metrics.pairs import LPIPS_BACKBONES, Lpips, psnr, ssim
+from dit_accel.eval.metrics.pairs import LPIPS_BACKBONES, Lpips, flicker, psnr, ssim
 
 
 @pytest.fixture
@@ -80,15 +80,15 @@ def test_ssim_falls_with_noise(clip):
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("metric", [psnr, ssim])
 def test_clips_of_different_shape_are_refused(metric, clip):
-    with pytest.raises(ValueError, match=r"3 frames of 40x32 .* against 2 frames of 40x32"):
+    with pytest.raises(ValueError, match=r"3 frames.*2 frames"):
         metric(clip, clip[:2])
-    with pytest.raises(ValueError, match=r"float32.*uint8.*accepted are two clips of one length"):
+    with pytest.raises(ValueError, match=r"float32.*uint8"):
         metric(clip, to_bytes(clip))
 
 
 def test_frames_below_the_window_are_refused():
     tiny = np.zeros((1, 5, 20, 3), np.uint8)
-    with pytest.raises(ValueError, match="20x5: SSIM accepts at least 6x6"):
+    with pytest.raises(ValueError, match=r"20x5.*6x6"):
         ssim(tiny, tiny)
 
 
@@ -140,13 +140,29 @@ def test_unknown_backbone_weights_are_refused(alexnet):
 
 
 def test_weights_of_another_backbone_are_refused(alexnet):
-    with pytest.raises(ValueError, match="does not hold the weights of squeeze"):
+    with pytest.raises(ValueError, match=r"lpips=.*alexnet.*squeeze"):
         Lpips(alexnet, net="squeeze", allow_other_weights=True)
-    with pytest.raises(ValueError, match="net='resnet': accepted are alex, vgg, squeeze"):
+    with pytest.raises(ValueError, match="net='resnet'"):
         Lpips(alexnet, net="resnet")
 
 
 def test_pictures_too_small_for_the_backbone_are_refused(lpips):
     small = np.zeros((1, 16, 16, 3), np.uint8)
-    with pytest.raises(ValueError, match="16x16: LPIPS cannot compare them"):
+    with pytest.raises(ValueError, match=r"16x16.*LPIPS"):
         lpips(small, small)
+
+
+def test_flicker_is_the_mean_absolute_difference(rng):
+    frames = rng.integers(0, 256, (5, 12, 10, 3), dtype=np.uint8)
+    differences = np.abs(np.diff(frames.astype(float), axis=0))
+    assert flicker(frames) == pytest.approx((255 - differences.mean()) / 255, rel=1e-9)
+
+
+def test_a_still_clip_does_not_flicker():
+    assert flicker(np.full((4, 8, 8, 3), 77, np.uint8)) == 1
+
+
+def test_black_and_white_in_turn_is_the_worst():
+    frames = np.zeros((4, 8, 8, 3), np.uint8)
+    frames[1::2] = 255
+    assert flicker(frames) == 0

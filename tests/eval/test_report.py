@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_accel.eval.results.schema import validate
-from dit_accel.eval.results.store import build_results, read_results, write_results
+from dit_accel.eval.results.store import build_results, read_results, validate, write_results
 from dit_accel.eval.results.types import reference_row
 from dit_accel.eval.runs.rows import speedup, timing
 from dit_accel.eval.view.cells import figure_cell, number, seconds_cell, speedup_cell

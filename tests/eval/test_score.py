@@ -146,7 +146,7 @@ def test_other_peoples_networks(sets, inception_weights, alexnet, clip_folder):
     ours, theirs = SampleSet.open(a), SampleSet.open(b)
     lpips, clip = Lpips(alexnet, allow_other_weights=True), ClipScore(clip_folder)
     distances = [lpips(ours.frames(x), theirs.frames(x)) for x in ours.ids]
-    scores = [clip([ours.frames(x)[0]], [prompts[x]])[0] for x in ours.ids]
+    scores = [clip([clip.prepare(ours.frames(x)[0])], [prompts[x]])[0] for x in ours.ids]
     assert found["lpips"]["value"] == pytest.approx(np.mean(distances), rel=1e-6)
     assert found["clip_score"]["value"] == pytest.approx(np.mean(scores), rel=1e-4)
 
@@ -166,7 +166,7 @@ def test_one_pass_gives_every_kind_of_inceptions_features(
     assert {k: x.dims for k, x in sets.items()} == dims
     kept = {k: len(x.rows()) for k, x in sets.items()}
     assert kept == {"inception:2048": 4, "inception:spatial": 0, "inception:192": 0}
-    sources = {k: (x.what, x.source.split(":")[1]) for k, x in found.comparisons.items()}
+    sources = {k: (x.distance, x.kind) for k, x in found.comparisons.items()}
     assert sources == {
         "fid": ("frechet", "2048"),
         "sfid": ("frechet", "spatial"),
@@ -188,9 +188,9 @@ def test_what_does_not_apply_says_why(sets):
     a, _, prompts = sets
     others = {**prompts, "00007": "a cat"}
     for metric, given, why in (
-        ("judge", others, "metric 'judge': prompt 'a cat' is not a caption of the demo's stills"),
-        ("judge", None, "metric 'judge': sample '00000' has no prompt"),
-        ("flicker", None, "metric 'flicker': images do not flicker"),
+        ("judge", others, "'judge'.*'a cat'"),
+        ("judge", None, "'judge'.*'00000'"),
+        ("flicker", None, "'flicker'.*images"),
     ):
         with pytest.raises(ValueError, match=why):
             score(a, prompts=given, metrics=(metric,), **QUIET)
@@ -213,7 +213,9 @@ def test_a_reference_of_other_pictures_makes_no_pairs(
     ):
         found = score(a, reference=reference, **QUIET)
         assert set(found) == {"fd_tiny", "kd_tiny", "precision_tiny", "recall_tiny"}
-        assert f"note: psnr, ssim left out: {why}" in capsys.readouterr().err
+        note = capsys.readouterr().err
+        assert "psnr, ssim" in note
+        assert why in note
 
 
 def same(a, b):
@@ -248,7 +250,7 @@ def test_two_processes_measure_what_one_does(sets, tmp_path):
     assert [x.wait(300) for x in running] == [0, 0]
     parts = [Measurement.load(x) for x in paths]
     parts[1].merge(parts[0])
-    same(whole, parts[1].figures())
+    same(whole, parts[1].metric_values())
 
 
 @pytest.mark.parametrize("count", [3, 25])  # of 25 parts some have nothing to do
@@ -260,34 +262,34 @@ def test_any_parts_are_the_whole(sets, clips, count):
         ]
         for part in parts[1:]:
             parts[0].merge(part)
-        same(whole, parts[0].figures())
+        same(whole, parts[0].metric_values())
 
 
 def test_a_part_cannot_be_added_twice_nor_one_of_another_run(sets):
     a, b, _ = sets
     part = measure(a, reference=b, metrics=("fd_tiny",), shard=(0, 2), **QUIET)
-    with pytest.raises(ValueError, match="samples: '00000' is in two parts"):
+    with pytest.raises(ValueError, match=r"samples.*'00000'"):
         part.merge(measure(a, reference=b, metrics=("fd_tiny",), shard=(0, 2), **QUIET))
-    with pytest.raises(ValueError, match="measured differently: metrics"):
+    with pytest.raises(ValueError, match=r"metrics.*fd_tiny.*kd_tiny"):
         part.merge(measure(a, reference=b, metrics=("kd_tiny",), shard=(1, 2), **QUIET))
     for images, reference, side in ((b, b, "samples"), (a, a, "reference")):
         other = measure(images, reference=reference, metrics=("fd_tiny",), shard=(1, 2), **QUIET)
-        with pytest.raises(ValueError, match=f"measured differently: sets is .*{side}"):
+        with pytest.raises(ValueError, match=f"sets.*{side}"):
             part.merge(other)
 
 
 def test_a_part_does_not_pass_for_the_set(sets, tmp_path):
     a, b, _ = sets
     part = measure(a, reference=b, metrics=("fd_tiny",), shard=(0, 3), **QUIET)
-    with pytest.raises(ValueError, match="parts: 1/3, 2/3 of the measurement missing"):
-        part.figures()
+    with pytest.raises(ValueError, match=r"parts.* 1/3, 2/3"):
+        part.metric_values()
     part.merge(measure(a, reference=b, metrics=("fd_tiny",), shard=(2, 3), **QUIET))
     part.save(tmp_path / "part.safetensors")
-    with pytest.raises(ValueError, match="parts: 1/3 of the measurement missing"):
-        Measurement.load(tmp_path / "part.safetensors").figures()
-    with pytest.raises(ValueError, match="parts: 1/3 of the measurement missing"):
+    with pytest.raises(ValueError, match=r"parts.* 1/3"):
+        Measurement.load(tmp_path / "part.safetensors").metric_values()
+    with pytest.raises(ValueError, match=r"parts.* 1/3"):
         score(b, reference=tmp_path / "part.safetensors", metrics=("fd_tiny",), **QUIET)
-    with pytest.raises(ValueError, match="some are of 3, some of 4; accepted is one division"):
+    with pytest.raises(ValueError, match=r"parts.* 3.* 4"):
         part.merge(measure(a, reference=b, metrics=("fd_tiny",), shard=(1, 4), **QUIET))
 
 
@@ -302,16 +304,16 @@ def test_a_saved_measurement_serves_as_reference(sets, tmp_path):
         for i in range(2)
     ]
     parts[0].merge(parts[1])
-    same(saved, parts[0].figures())
+    same(saved, parts[0].metric_values())
 
 
 def test_unfit_saved_measurements_are_refused(sets, tmp_path):
     a, b, _ = sets
     path = tmp_path / "b.safetensors"
     measure(b, metrics=("fd_tiny",), **QUIET).save(path)
-    with pytest.raises(ValueError, match=r"kept 0 rows of features.*'kd_tiny'"):
+    with pytest.raises(ValueError, match=r"'kd_tiny'.* 2 rows.* 0"):
         score(a, reference=path, metrics=("kd_tiny",), **QUIET)
-    with pytest.raises(ValueError, match=r"'psnr' needs a reference set .*a saved measurement"):
+    with pytest.raises(ValueError, match=r"'psnr'.*reference.*saved"):
         score(a, reference=path, metrics=("psnr",), **QUIET)
     torch.manual_seed(0)
     one, other = (
@@ -319,12 +321,12 @@ def test_unfit_saved_measurements_are_refused(sets, tmp_path):
         for _ in range(2)
     )
     measure(b, metrics=("fd_x",), extractor=one, **QUIET).save(path)
-    with pytest.raises(ValueError, match="accepted is the same network"):
+    with pytest.raises(ValueError, match=r"reference.*linear|reference.*'x'"):
         score(a, reference=path, metrics=("fd_x",), extractor=other, **QUIET)
-    with pytest.raises(ValueError, match="has no 'tiny' features"):
+    with pytest.raises(ValueError, match=r"'fd_tiny'.*'tiny'.* x"):
         score(a, reference=path, metrics=("fd_tiny",), **QUIET)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
+    with pytest.raises(ValueError, match=r"b\.safetensors"):
         score(a, reference=path, metrics=("fd_x",), extractor=one, **QUIET)
 
 
@@ -365,10 +367,10 @@ def test_pairs_that_differ_in_size_are_named_before_any_work(sets, clips, monkey
     found = score(a, reference=b, metrics=("fd_tiny",), **QUIET)  # features are resized
     assert found["fd_tiny"]["n"] == 20
     monkeypatch.setattr(SampleSet, "frames", lambda *_: pytest.fail("read a picture"))
-    with pytest.raises(ValueError, match=r"sample '00002': 1 of 32x64 in .* and 1 of 64x64 in"):
+    with pytest.raises(ValueError, match=r"'00002'.*1 of 32x64.*1 of 64x64"):
         score(a, reference=b, metrics=("psnr",), **QUIET)
     (clips[1] / "clip-1" / "00004.png").unlink()
-    with pytest.raises(ValueError, match=r"sample 'clip-1': 5 of 24x32 in .* and 4 of 24x32 in"):
+    with pytest.raises(ValueError, match=r"'clip-1'.*5 of 24x32.*4 of 24x32"):
         score(clips[0], reference=clips[1], **QUIET)
 
 
@@ -376,9 +378,9 @@ def test_too_few_samples_are_refused_before_any_work(sets, write_images, tmp_pat
     a, b, _ = sets
     one = write_images(tmp_path / "one", np.zeros((1, 64, 64, 3), np.uint8))
     monkeypatch.setattr(SampleSet, "frames", lambda *_: pytest.fail("read a picture"))
-    with pytest.raises(ValueError, match="1 pictures; metric 'fd_tiny' accepts at least 2"):
+    with pytest.raises(ValueError, match=r"'fd_tiny'.* 2 pictures; images=.* has 1"):
         score(one, reference=b, metrics=("fd_tiny",), **QUIET)
-    with pytest.raises(ValueError, match=r"reference=.*1 pictures; metric 'recall_tiny' .* 4"):
+    with pytest.raises(ValueError, match=r"'recall_tiny'.* 4 pictures; reference=.* has 1"):
         score(a, reference=one, metrics=("recall_tiny",), **QUIET)
 
 
@@ -386,19 +388,19 @@ def test_too_few_samples_are_refused_before_any_work(sets, write_images, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metrics": ("pnsr",)}, "metrics: 'pnsr' is none; accepted are psnr"),
-        ({"metrics": ()}, "accepted is at least one name"),
-        ({"metrics": ("fid",)}, "'fid' needs inception=: FID's local Inception weights"),
-        ({"metrics": ("lpips",)}, "'lpips' needs lpips=: the backbone's weights"),
-        ({"metrics": ("clip_score",)}, "'clip_score' needs clip=: a CLIP model"),
-        ({"metrics": ("clip_score",), "clip": "x"}, "needs a prompt of each sample; 20 have none"),
-        ({"metrics": ("fd_other",)}, "'fd_other' is none"),
-        ({"metrics": ("psnr",), "reference": None}, "'psnr' needs a reference set"),
-        ({"metrics": ("fd_tiny",), "reference": None}, "'fd_tiny' needs a reference"),
+        ({"metrics": ("pnsr",)}, "metric.*'pnsr'.*psnr"),
+        ({"metrics": ()}, r"metrics=\[\]"),
+        ({"metrics": ("fid",)}, "'fid'.*inception="),
+        ({"metrics": ("lpips",)}, "'lpips'.*lpips="),
+        ({"metrics": ("clip_score",)}, "'clip_score'.*clip="),
+        ({"metrics": ("clip_score",), "clip": "x"}, "'clip_score'.*prompts.*'00000'"),
+        ({"metrics": ("fd_other",)}, "'fd_other'"),
+        ({"metrics": ("psnr",), "reference": None}, "'psnr'.*reference"),
+        ({"metrics": ("fd_tiny",), "reference": None}, "'fd_tiny'.*reference"),
         ({"resize": "nearest"}, "resize='nearest'"),
-        ({"batch_size": 0}, "batch_size must be an integer >= 1"),
+        ({"batch_size": 0}, "batch_size=0"),
         ({"device": "abacus"}, "device='abacus'"),
-        ({"shard": (2, 2)}, r"shard=\(2, 2\): accepted is"),
+        ({"shard": (2, 2)}, r"shard=\(2, 2\)"),
         ({"reference": "nowhere"}, "nowhere"),
         ({"prompts": "nowhere.txt"}, "nowhere.txt"),
     ],

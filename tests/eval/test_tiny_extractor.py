@@ -1,23 +1,28 @@
 """The shipped extractor sees what goes wrong in the demo's pictures, more of it the more goes wrong."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from dit_accel.eval.metrics.distances import frechet_distance
-from dit_accel.eval.metrics.feature_set import FeatureSet
-from dit_accel.eval.metrics.features import tiny_extractor
-from dit_accel.eval.metrics.tiny_extractor import (
-    FEATURES,
-    SIZE,
-    save_tiny_extractor,
-    tiny_extractor_path,
-    train_tiny_extractor,
-    training_batch,
-)
+from dit_accel.eval.metrics.distances import FeatureSet, frechet_distance
+from dit_accel.eval.metrics.features import TINY_ASSET, TINY_FEATURES, TINY_SIZE, tiny_extractor
+from dit_accel.files import asset
 
 COUNT = 400
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script that trains the extractor."""
+    path = Path(__file__).parents[2] / "eval" / "train_extractor.py"
+    spec = importlib.util.spec_from_file_location("train_extractor", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,7 @@ def distance(extractor, stills):
     """Of changed pictures to others of the demo."""
 
     def features(images):
-        out = FeatureSet(extractor.record(), FEATURES, keep=0)
+        out = FeatureSet(extractor.record(), TINY_FEATURES, keep=0)
         for i in range(0, len(images), 100):
             batch = [extractor.prepare(x) for x in images[i : i + 100]]
             out.add(extractor(batch)[""], [str(i + j) for j in range(len(batch))])
@@ -89,8 +94,8 @@ def test_distance_grows_with_missing_shapes(distance, stills):
     assert values[-1] > 5 * values[0]
 
 
-def test_features_are_uncorrelated_on_what_they_were_trained_on(extractor):
-    images = training_batch(1000, torch.Generator().manual_seed(7))[0]
+def test_features_are_uncorrelated_on_what_they_were_trained_on(extractor, script):
+    images = script.training_batch(1000, torch.Generator().manual_seed(7))[0]
     features = extractor.module(images)
     assert features.mean(0).abs().max() < 0.2
     covariance = torch.cov(features.mT)
@@ -98,9 +103,9 @@ def test_features_are_uncorrelated_on_what_they_were_trained_on(extractor):
     assert (covariance - covariance.diag().diag()).abs().max() < 0.2
 
 
-def test_training_batches_are_blurred_and_noisy_by_what_they_say():
-    images, shapes, measures = training_batch(64, torch.Generator().manual_seed(0))
-    assert images.shape == (64, 3, SIZE, SIZE)
+def test_training_batches_are_blurred_and_noisy_by_what_they_say(script):
+    images, shapes, measures = script.training_batch(64, torch.Generator().manual_seed(0))
+    assert images.shape == (64, 3, TINY_SIZE, TINY_SIZE)
     assert (images.min(), images.max()) == (0, 1)
     assert set(shapes.tolist()) == {0, 1, 2, 3}
     corner = images[:, :, :6, :6].std((2, 3)).amax(1)  # nothing but background is there
@@ -111,14 +116,14 @@ def test_training_batches_are_blurred_and_noisy_by_what_they_say():
     assert sharpest[clean & (blur > 1)].mean() < 0.7 * sharpest[clean & (blur == -1)].mean()
 
 
-def test_training_is_repeatable_and_small(tmp_path):
-    a, b = (train_tiny_extractor(steps=3, batch_size=8, progress=False) for _ in range(2))
+def test_training_is_repeatable_and_small(script, tmp_path):
+    a, b = (script.train(steps=3, batch_size=8, progress=False) for _ in range(2))
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(x, y)
-    save_tiny_extractor(a, tmp_path / "a.safetensors")
+    script.save(a, tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").stat().st_size < 1_000_000
-    assert tiny_extractor_path().stat().st_size < 1_000_000
-    image = np.zeros((SIZE, SIZE, 3), np.uint8)
+    assert asset(TINY_ASSET).stat().st_size < 1_000_000
+    image = np.zeros((TINY_SIZE, TINY_SIZE, 3), np.uint8)
     loaded = tiny_extractor(tmp_path / "a.safetensors")
-    expected = a(torch.zeros(1, 3, SIZE, SIZE))
+    expected = a(torch.zeros(1, 3, TINY_SIZE, TINY_SIZE))
     torch.testing.assert_close(loaded([loaded.prepare(image)])[""], expected, rtol=2e-2, atol=2e-2)

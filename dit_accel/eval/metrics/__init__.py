@@ -1,1 +1,1 @@
-"""What is measured of sample sets."""
+"""Metrics of sample sets."""

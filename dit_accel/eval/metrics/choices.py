@@ -1,96 +1,66 @@
-"""Names of metrics, and whether what is at hand suffices for them."""
+"""Names of metrics, what each one needs, and whether the given sets, prompts and networks suffice."""
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from dit_accel.eval.metrics.distances import NEIGHBOURS
+from dit_accel.eval.metrics.features import TINY
 from dit_accel.eval.metrics.judge import unknown_prompt
-from dit_accel.eval.metrics.measurement import Comparison, Measurement, source_of
+from dit_accel.eval.metrics.measurement import Comparison, Measurement
 from dit_accel.sampling.sets import SampleSet, pair_ids
 
 PAIRED = ("psnr", "ssim", "lpips")
-"""Compare a sample with the reference's of the same id."""
+"""Metrics that compare a sample with the reference's sample of the same id."""
 ALONE = ("flicker", "clip_score", "judge")
+"""Metrics that need no reference."""
 INCEPTION = {
-    "fid": ("frechet", "2048"),
-    "fid_768": ("frechet", "768"),
-    "fid_192": ("frechet", "192"),
-    "fid_64": ("frechet", "64"),
-    "sfid": ("frechet", "spatial"),
-    "kid": ("kernel", "2048"),
-    "precision": ("precision", "2048"),
-    "recall": ("recall", "2048"),
+    "fid": Comparison("frechet", "inception:2048"),
+    "fid_768": Comparison("frechet", "inception:768"),
+    "fid_192": Comparison("frechet", "inception:192"),
+    "fid_64": Comparison("frechet", "inception:64"),
+    "sfid": Comparison("frechet", "inception:spatial"),
+    "kid": Comparison("kernel", "inception:2048"),
+    "precision": Comparison("precision", "inception:2048"),
+    "recall": Comparison("recall", "inception:2048"),
 }
-"""What is computed of which features of FID's network; no other network's figures have these names."""
+"""Metrics of FID's network; no other network's metrics have these names."""
 _USUAL = ("fid", "sfid", "kid", "precision", "recall")
-OTHERS = {"fd": "frechet", "kd": "kernel", "precision": "precision", "recall": "recall"}
-"""Before the name of another network: fd_tiny, kd_tiny, ..."""
-TINY = "tiny"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A metric to measure."""
-
-    metric: str
-    extractor: str | None = None
-    """The network whose features it compares."""
-    kind: str = ""
-    """Which features of the network."""
-    what: str = ""
-    """What is computed of them."""
-
-    @property
-    def comparison(self) -> Comparison | None:
-        """As a measurement stores it."""
-        if self.extractor is None:
-            return None
-        return Comparison(self.what, source_of(self.extractor, self.kind))
-
-
-def header_size(path: Path) -> tuple[int, int]:
-    """Width and height of a picture, without decoding it.
-
-    Raises:
-        ValueError: it is no picture.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
+_DISTANCES = {"fd": "frechet", "kd": "kernel", "precision": "precision", "recall": "recall"}
+"""Distances of other networks by prefix: fd_tiny, kd_tiny, ..."""
+_WEIGHTS = {
+    "inception": "FID's local Inception weights",
+    "lpips": "the backbone's weights",
+    "clip": "a CLIP model",
+}
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is at hand."""
+    """Sets, prompts and networks that a caller passes."""
 
     samples: SampleSet
     reference: SampleSet | Measurement | None
     prompts: dict[str, str]
-    """By id."""
+    """Prompts by sample id."""
     networks: tuple[str, ...]
-    """Of "inception", "lpips", "clip"."""
+    """Networks with weights: "inception", "lpips", "clip"."""
     extractor: str | None = None
-    """Name of the caller's own."""
+    """Name of the caller's own extractor."""
     allow_partial: bool = False
     need_reference: bool = True
-    """Whether metrics that compare features need something to compare with already."""
-    neighbours: int = 3
+    """Refuse metrics that compare features when there is no reference yet."""
 
-    def choose(self, metrics: Sequence[str] | None) -> list[Choice]:
-        """What to measure.
+    def choose(self, metrics: Sequence[str] | None) -> dict[str, Comparison | None]:
+        """Return the metrics to measure, with the comparison of those that compare features.
 
         Args:
-            metrics: names; None for all that can be measured.
+            metrics: names. None: all metrics that can be measured.
 
         Raises:
-            ValueError: an unknown name, or one whose needs are not met.
+            ValueError: a name is unknown, or its needs are not met.
         """
         names = self._default() if metrics is None else list(dict.fromkeys(metrics))
         if not names:
@@ -100,38 +70,31 @@ class Given:
                 if metrics is None
                 else "metrics=[]: accepted is at least one name"
             )
-        return [self._choice(metric) for metric in names]
+        for name in names:
+            if (missing := self._missing(name)) is not None:
+                raise ValueError(f"metric {name!r} {missing}")
+        if set(names) & set(PAIRED):
+            _ = self.pairs
+        return {name: self._comparisons.get(name) for name in names}
 
     def _default(self) -> list[str]:
-        """What these arguments were given for, and what needs nothing else."""
-        names: list[str] = []
+        """Return the metrics that the arguments were given for, and those that need nothing else."""
         paired = [x for x in PAIRED if x != "lpips" or "lpips" in self.networks]
-        unpaired = self._unpaired()
-        if unpaired:
+        if unpaired := self._unpaired():
             sys.stderr.write(f"note: {', '.join(paired)} left out: {unpaired}\n")
-        elif isinstance(self.reference, SampleSet):
-            names += paired
-        if self._no_flicker() is None:
-            names.append("flicker")
-        if "clip" in self.networks:
-            names.append("clip_score")
-        if self._no_judge() is None:
-            names.append("judge")
-        comparing: list[str] = []
-        if "inception" in self.networks:
-            comparing += _USUAL
-        if self.extractor is not None:
-            comparing += [f"{start}_{self.extractor}" for start in OTHERS]
-        if not comparing:  # the shipped network knows the demo's pictures only
-            comparing += [f"{start}_{TINY}" for start in OTHERS]
-        for metric in comparing:
-            with contextlib.suppress(ValueError):  # no reference, or few samples
-                self._choice(metric)
-                names.append(metric)
-        return names
+            paired = []
+        alone = [x for x in ALONE if x == "clip_score" or self._missing(x) is None]
+        if "clip" not in self.networks:
+            alone.remove("clip_score")
+        comparing = [*_USUAL] if "inception" in self.networks else []
+        # The shipped network knows the demo's pictures only.
+        if self.extractor is not None or not comparing:
+            comparing += [f"{prefix}_{self.extractor or TINY}" for prefix in _DISTANCES]
+        possible = [x for x in comparing if self._missing(x) is None]
+        return [*(paired if isinstance(self.reference, SampleSet) else []), *alone, *possible]
 
     def _unpaired(self) -> str | None:
-        """Why the reference set is not one of pairs, but of other pictures."""
+        """Return why the reference set holds other pictures instead of pairs."""
         other = self.reference
         if not isinstance(other, SampleSet):
             return None
@@ -140,120 +103,93 @@ class Given:
         common = sorted(set(self.samples.ids) & set(other.ids))
         if not common:
             return "no id is in both sets"
-        sizes = [header_size(x.files(common[0])[0]) for x in (self.samples, other)]
+        sizes = [_size(x.files(common[0])[0]) for x in (self.samples, other)]
         if sizes[0] != sizes[1]:
-            said = [f"{width}x{height}" for width, height in sizes]
-            return f"sample {common[0]!r} is {said[0]}, and {said[1]} in the reference"
+            return f"sample {common[0]!r} is {sizes[0]}, and {sizes[1]} in the reference"
         return None
-
-    def _choice(self, metric: str) -> Choice:
-        if metric in PAIRED:
-            self._check_pairs(metric)
-            if metric == "lpips":
-                self._check_network(metric, "lpips", "the backbone's weights")
-            return Choice(metric)
-        if metric == "flicker":
-            return self._possible(metric, self._no_flicker())
-        if metric == "clip_score":
-            self._check_network(metric, "clip", "a CLIP model")
-            missing = [x for x in self.samples.ids if x not in self.prompts]
-            if missing:
-                raise ValueError(
-                    f"metric 'clip_score' needs a prompt of each sample; {len(missing)} have none, {missing[0]!r} "
-                    "the first"
-                )
-            return Choice(metric)
-        if metric == "judge":
-            return self._possible(metric, self._no_judge())
-        choice = self._comparing(metric)
-        self._check_comparison(choice)
-        return choice
-
-    def _possible(self, metric: str, why_not: str | None) -> Choice:
-        if why_not is not None:
-            raise ValueError(f"metric {metric!r}: {why_not}")
-        return Choice(metric)
-
-    def _comparing(self, metric: str) -> Choice:
-        if metric in INCEPTION:
-            self._check_network(metric, "inception", "FID's local Inception weights")
-            what, kind = INCEPTION[metric]
-            return Choice(metric, "inception", kind, what)
-        start, _, name = metric.partition("_")
-        own = [x for x in (self.extractor, TINY) if x is not None]
-        if start in OTHERS and name in own:
-            return Choice(metric, name, "", OTHERS[start])
-        named = [f"{start}_{name}" for name in own for start in OTHERS]
-        accepted = ", ".join([*PAIRED, *ALONE, *INCEPTION, *named])
-        raise ValueError(f"metrics: {metric!r} is none; accepted are {accepted}")
-
-    def _check_network(self, metric: str, network: str, what: str) -> None:
-        if network not in self.networks:
-            raise ValueError(f"metric {metric!r} needs {network}=: {what}")
-
-    def _check_pairs(self, metric: str) -> None:
-        if not isinstance(self.reference, SampleSet):
-            found = "a saved measurement" if self.reference else "none"
-            raise ValueError(
-                f"metric {metric!r} needs a reference set with the same ids; reference is {found}"
-            )
-        _ = self.pairs
 
     @cached_property
     def pairs(self) -> tuple[str, ...]:
-        """Ids to compare one by one.
+        """Ids of the samples to compare one by one.
 
         Raises:
-            ValueError: ids that differ, or pairs that differ in length or, by their first frames, in size.
+            ValueError: ids differ, or the samples of a pair differ in length or in the size of the first frame.
         """
-        if not isinstance(self.reference, SampleSet):
-            return ()
+        assert isinstance(self.reference, SampleSet)
         ids = pair_ids(self.samples, self.reference, allow_partial=self.allow_partial)
         for name in ids:
-            files = self.samples.files(name), self.reference.files(name)
-            shapes = [(len(x), *header_size(x[0])) for x in files]
-            if shapes[0] != shapes[1]:
-                said = [f"{count} of {width}x{height}" for count, width, height in shapes]
+            files = [x.files(name) for x in (self.samples, self.reference)]
+            found = [f"{len(x)} of {_size(x[0])}" for x in files]
+            if found[0] != found[1]:
                 raise ValueError(
-                    f"sample {name!r}: {said[0]} in {self.samples.path} and {said[1]} in {self.reference.path}; "
-                    "accepted are as many frames of the same size"
+                    f"sample {name!r}: {found[0]} in {self.samples.path} and {found[1]} in "
+                    f"{self.reference.path}; accepted are as many frames of the same size"
                 )
         return ids
 
-    def _no_judge(self) -> str | None:
-        still = self.samples.kind == "images"
-        return unknown_prompt(self.prompts, self.samples.ids, still=still)
+    @cached_property
+    def _comparisons(self) -> dict[str, Comparison]:
+        """All metrics that compare features."""
+        out = dict(INCEPTION)
+        for name in (self.extractor, TINY):
+            if name is not None:
+                out |= {f"{k}_{name}": Comparison(x, name) for k, x in _DISTANCES.items()}
+        return out
 
-    def _no_flicker(self) -> str | None:
-        if self.samples.kind == "images":
-            return "images do not flicker"
-        short = [x for x in self.samples.ids if len(self.samples.files(x)) < 2]
-        return f"clip {short[0]!r} has a single frame" if short else None
+    def _missing(self, metric: str) -> str | None:
+        """Return why a metric cannot be measured, as the end of a sentence; None if it can."""
+        comparison = self._comparisons.get(metric)
+        if metric not in (*PAIRED, *ALONE) and comparison is None:
+            accepted = ", ".join([*PAIRED, *ALONE, *self._comparisons])
+            return f"is unknown; accepted are {accepted}"
+        network = {"lpips": "lpips", "clip_score": "clip"}.get(metric)
+        if comparison is not None and metric in INCEPTION:
+            network = "inception"
+        if metric in PAIRED and not isinstance(self.reference, SampleSet):
+            found = "a saved measurement" if self.reference else "none"
+            return f"needs a reference set with the same ids; reference is {found}"
+        if network is not None and network not in self.networks:
+            return f"needs {network}=: {_WEIGHTS[network]}"
+        if metric == "flicker":
+            if self.samples.kind == "images":
+                return "needs clips; images do not flicker"
+            short = [x for x in self.samples.ids if len(self.samples.files(x)) < 2]
+            return f"needs two frames; clip {short[0]!r} has one" if short else None
+        if metric == "clip_score":
+            without = [x for x in self.samples.ids if x not in self.prompts]
+            return f"needs prompts; sample {without[0]!r} has none" if without else None
+        if metric == "judge":
+            still = self.samples.kind == "images"
+            unknown = unknown_prompt(self.prompts, self.samples.ids, still=still)
+            return f"needs prompts of the demo; {unknown}" if unknown else None
+        return None if comparison is None else self._too_few(comparison)
 
-    def _check_comparison(self, choice: Choice) -> None:
-        least = self.neighbours + 1 if choice.what in ("precision", "recall") else 2
-        sets = {"images": self.samples, "reference": self.reference}
-        for argument, one in sets.items():
+    def _too_few(self, comparison: Comparison) -> str | None:
+        """Return why the sets do not suffice for comparing features."""
+        if self.reference is None and self.need_reference:
+            return "needs a reference"
+        least = NEIGHBOURS + 1 if comparison.distance in ("precision", "recall") else 2
+        for argument, one in (("images", self.samples), ("reference", self.reference)):
             if isinstance(one, SampleSet):
                 count = sum(len(one.files(x)) for x in one.ids[:least])
                 if count < least:
-                    raise ValueError(
-                        f"{argument}={str(one.path)!r}: {count} pictures; metric {choice.metric!r} accepts at "
-                        f"least {least}"
-                    )
-        if self.reference is None and self.need_reference:
-            raise ValueError(f"metric {choice.metric!r} needs a reference")
-        assert choice.comparison is not None
+                    return f"accepts at least {least} pictures; {argument}={str(one.path)!r} has {count}"
         if isinstance(self.reference, Measurement):
             saved = self.reference.features.get("samples", {})
-            if choice.comparison.source not in saved:
-                raise ValueError(
-                    f"reference: the saved measurement has no {choice.comparison.source!r} features for metric "
-                    f"{choice.metric!r}; it has {', '.join(saved) or 'none'}"
-                )
-            rows = len(saved[choice.comparison.source].rows())
-            if choice.what != "frechet" and rows < least:
-                raise ValueError(
-                    f"reference: the saved measurement kept {rows} rows of features, and metric "
-                    f"{choice.metric!r} accepts at least {least}; measure it with that metric"
-                )
+            if comparison.source not in saved:
+                return f"needs {comparison.source!r} features; the saved reference has {', '.join(saved) or 'none'}"
+            rows = len(saved[comparison.source].rows())
+            if comparison.distance != "frechet" and rows < least:
+                return f"needs at least {least} rows of features; the saved reference has {rows}"
+        return None
+
+
+def _size(path: Path) -> str:
+    """Return width x height of a picture without decoding it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return f"{image.width}x{image.height}"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None

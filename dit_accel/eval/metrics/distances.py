@@ -1,30 +1,185 @@
-"""Distances of two sets of features: Fréchet, kernel (KID), precision and recall."""
+"""Features of a set, and distances of two such sets: Fréchet, kernel (KID), precision and recall.
 
-import contextlib
-from collections.abc import Iterator
+`FeatureSet` is our own because torchmetrics' FID holds both sets in one object, which cannot be saved for one
+set and merged from parts, and because its KID keeps every feature, so that memory grows with the set.
+"""
+
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from dit_accel.eval.metrics.feature_set import FeatureSet, check_same_extractor
-from dit_accel.eval.metrics.figures import figure
-from dit_accel.eval.results.types import Figure
+from dit_accel.eval.metrics.values import metric_value
+from dit_accel.eval.results.types import Extractor, MetricValue
 
+KEEP = 10_000
+"""Rows kept for kernel distances, precision and recall: 80 MB of 2,048 features."""
 NEIGHBOURS = 3
 SUBSETS, SUBSET_SIZE = 100, 1000
 _BLOCK = 256  # rows compared at a time
 
 
-def frechet_distance(a: FeatureSet, b: FeatureSet) -> float:
-    """Between the Gaussians of mean and covariance of the two sets.
+class FeatureSet:
+    """Sums and some rows of a set's features; memory does not grow beyond the kept rows.
+
+    Parts of a set can be merged. The sums are then equal to rounding in double precision. The kept rows are
+    equal to the last bit, because a hash of the samples' names chooses them.
+
+    Args:
+        extractor: identity of the network. Only features of one network can be merged or compared.
+        dims: features of a sample.
+        keep: number of rows to keep; 0 for the Fréchet distance, which needs the sums alone.
+    """
+
+    def __init__(self, extractor: Extractor, dims: int, *, keep: int = KEEP) -> None:
+        self.extractor = extractor
+        self.dims = dims
+        self.keep = keep
+        self.count = 0
+        self._sum = torch.zeros(dims, dtype=torch.float64)
+        self._products = torch.zeros(dims, dims, dtype=torch.float64)
+        self._kept = [(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dims))]
+
+    def add(self, features: Float[Tensor, "n d"], names: Sequence[str]) -> None:
+        """Add a batch of rows, with one name per row that is unique in the set.
+
+        Raises:
+            ValueError: a feature is not finite.
+        """
+        if wrong := (~features.isfinite().all(1)).nonzero()[:, 0].tolist():
+            raise ValueError(
+                f"features: {len(wrong)} of {len(names)} samples, {names[wrong[0]]!r} the first, have values "
+                "that are not finite; accepted are finite numbers"
+            )
+        wide = features.detach().double().cpu()
+        self.count += len(wide)
+        self._sum += wide.sum(0)
+        self._products.addmm_(wide.mT, wide)
+        if self.keep:
+            self._put(torch.tensor([_key(x) for x in names], dtype=torch.int64), wide.float())
+
+    def merge(self, other: "FeatureSet") -> None:
+        """Add another part of the set."""
+        check_same_extractor(self, other)
+        self.count += other.count
+        self._sum += other._sum
+        self._products += other._products
+        self.keep = min(self.keep, other.keep)
+        for keys, rows in other._kept:
+            self._put(keys, rows)
+
+    def mean(self) -> Float64[Tensor, " d"]:
+        """Return the mean of every sample's features."""
+        return self._sum / self.count
+
+    def covariance(self) -> Float64[Tensor, "d d"]:
+        """Return the unbiased covariance of every sample's features."""
+        mean = self.mean()
+        return (self._products - self.count * mean[:, None] * mean) / (self.count - 1)
+
+    def rows(self) -> Float[Tensor, "k d"]:
+        """Return the kept rows, in an order that depends on the samples' names alone."""
+        return self._trimmed()[1]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all tensors; with `extractor` and `keep` they describe the set."""
+        keys, rows = self._trimmed()
+        sums = {"sum": self._sum, "products": self._products}
+        return {"count": torch.tensor(self.count), **sums, "keys": keys, "rows": rows}
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, Tensor], extractor: Extractor, *, keep: int
+    ) -> "FeatureSet":
+        """Return the set that gave this state."""
+        out = cls(extractor, len(state["sum"]), keep=keep)
+        out.count = int(state["count"])
+        out._sum, out._products = state["sum"], state["products"]
+        out._kept = [(state["keys"], state["rows"])]
+        return out
+
+    def _put(self, keys: Int64[Tensor, " n"], rows: Float[Tensor, "n d"]) -> None:
+        self._kept.append((keys, rows))
+        # Sorting and copying the rows after every batch would be slow.
+        if sum(len(x) for x, _ in self._kept) > self.keep + max(256, self.keep // 4):
+            self._trimmed()
+
+    def _trimmed(self) -> tuple[Int64[Tensor, " k"], Float[Tensor, "k d"]]:
+        """Keep the rows with the smallest hashes, sorted by them."""
+        keys, rows = (torch.cat(x) for x in zip(*self._kept, strict=True))
+        order = keys.argsort()[: self.keep]
+        self._kept = [(keys[order], rows[order])]
+        return self._kept[0]
+
+
+def check_same_extractor(a: FeatureSet, b: FeatureSet) -> None:
+    """Raise ValueError unless both sets are features of one network."""
+    said = [f"{x.dims} features of {x.extractor}" for x in (a, b)]
+    if said[0] != said[1]:
+        raise ValueError(
+            f"{said[0]} against {said[1]}: accepted is one extractor, with one sha256 and one way of resizing"
+        )
+
+
+def _key(name: str) -> int:
+    """Return a hash of the name as a 64-bit integer."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int(np.frombuffer(digest, np.int64)[0])
+
+
+def compare_features(
+    distance: str,
+    samples: FeatureSet,
+    reference: FeatureSet,
+    *,
+    flags: Sequence[str] = (),
+    **extras: Any,
+) -> MetricValue:
+    """Return a distance of two sets with everything that a reader must know.
+
+    Args:
+        distance: "frechet", "kernel", "precision" or "recall".
+        flags: flags of the network. Added are "rank-deficient", for a Fréchet distance of no more samples than
+            features, which depends mostly on their number, and "subsets of n" for smaller kernel subsets.
 
     Raises:
-        ValueError: fewer than two samples, or different extractors.
+        ValueError: the sets have features of different networks.
     """
-    check_same_extractor(a, b)
+    check_same_extractor(samples, reference)
+    flags = list(flags)
+    counts = samples.count, reference.count
+    unit = "share"
+    if distance == "frechet":
+        value, unit = frechet_distance(samples, reference), "squared feature distance"
+        extras["features"] = samples.dims
+        if min(counts) <= samples.dims:
+            flags.append("rank-deficient")
+    else:
+        rows = samples.rows(), reference.rows()
+        counts = len(rows[0]), len(rows[1])
+        if distance == "kernel":
+            values, unit = kernel_distances(*rows), "squared kernel distance"
+            value, size = values.mean(), min(SUBSET_SIZE, *counts)
+            extras["std"] = float(values.std()) if len(values) > 1 else None
+            extras |= {"subsets": len(values), "subset_size": size}
+            if size < SUBSET_SIZE:
+                flags.append(f"subsets of {size}")
+        else:
+            value = precision_recall(*rows)[0 if distance == "precision" else 1]
+            extras["neighbours"] = NEIGHBOURS
+    if flags:
+        extras["flags"] = flags
+    return metric_value(
+        value, counts[0], unit, extractor=samples.extractor, n_reference=counts[1], **extras
+    )
+
+
+def frechet_distance(a: FeatureSet, b: FeatureSet) -> float:
+    """Return the distance of the Gaussians of mean and covariance of the two sets."""
     return gaussian_distance(a.mean(), a.covariance(), b.mean(), b.covariance())
 
 
@@ -34,66 +189,19 @@ def gaussian_distance(
     mean_b: Float64[Tensor, " d"],
     covariance_b: Float64[Tensor, "d d"],
 ) -> float:
-    """|m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½), exactly, by symmetric eigenvalues.
+    """Return |m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½).
 
-    C_a C_b has the eigenvalues of the symmetric LᵀC_bL with C_a = LLᵀ: several times faster than
-    those of the product itself, or than its square root, and always real.
+    With C_a = R Rᵀ, C_a C_b has the eigenvalues of the symmetric RᵀC_bR. They are real, and computed in less
+    time than those of the product, which torchmetrics takes.
     """
-    with _one_thread():
-        triangle, info = torch.linalg.cholesky_ex(covariance_a)
-        if info == 0:
-            product = _lower_product(triangle, covariance_b)
-        else:  # fewer samples than features, or features that never change: the symmetric root, then
-            values, vectors = torch.linalg.eigh(covariance_a)
-            root = vectors * values.clamp_min(0).sqrt()
-            product = root.mT @ covariance_b @ root
-        overlap = torch.linalg.eigvalsh(product).clamp_min(0).sqrt().sum()
-    distance = (
-        (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * overlap
-    )
-    return max(0.0, distance.item())  # rounding can leave it a little below
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Eigenvalue routines wait for all threads after every column; on cores that are not free, as on shared
-    machines, several threads are slower than one (2048 features: 1.5 to 5 s against .6 s)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _lower_product(
-    triangle: Float64[Tensor, "d d"], matrix: Float64[Tensor, "d d"], block: int = 256
-) -> Float64[Tensor, "d d"]:
-    """The lower triangle of LᵀML, all that `eigvalsh` reads, without multiplying the zeros of L: a third of
-    the operations."""
-    out = torch.zeros_like(matrix)
-    for i in range(0, len(triangle), block):
-        right = matrix[i:, i:] @ triangle[i:, i : i + block]
-        out[i:, i : i + block] = triangle[i:, i:].mT @ right
-    return out
-
-
-def frechet_figure(samples: FeatureSet, reference: FeatureSet, **extras: Any) -> Figure:
-    """The Fréchet distance; flagged "rank-deficient" where a set has no more samples than features,
-    because then it depends on the number of samples above all."""
-    flags = list(extras.pop("flags", []))
-    if min(samples.count, reference.count) <= samples.dims:
-        flags.append("rank-deficient")
-    return figure(
-        frechet_distance(samples, reference),
-        samples.count,
-        "squared feature distance",
-        extractor=samples.extractor,
-        n_reference=reference.count,
-        features=samples.dims,
-        **({"flags": flags} if flags else {}),
-        **extras,
-    )
+    root, failed = torch.linalg.cholesky_ex(covariance_a)
+    if failed:  # no full rank: fewer samples than features, or constant features
+        values, vectors = torch.linalg.eigh(covariance_a)
+        root = vectors * values.clamp_min(0).sqrt()
+    overlap = torch.linalg.eigvalsh(root.mT @ covariance_b @ root).clamp_min(0).sqrt().sum()
+    means = (mean_a - mean_b).square().sum()
+    distance = means + covariance_a.trace() + covariance_b.trace() - 2 * overlap
+    return max(0.0, distance.item())  # rounding can make it negative
 
 
 def kernel_distances(
@@ -104,108 +212,41 @@ def kernel_distances(
     subset_size: int = SUBSET_SIZE,
     seed: int = 0,
 ) -> Float64[np.ndarray, " s"]:
-    """Unbiased squared maximum mean discrepancies under (x·y / d + 1)³, one a random subset.
+    """Return unbiased squared maximum mean discrepancies under (x·y / d + 1)³ of random subsets.
 
-    Where a set has no more rows than `subset_size`, the smaller set's number is the subset's size, and
-    where that takes all rows of both there is one subset.
-
-    Raises:
-        ValueError: fewer than two rows.
+    A subset has at most as many rows as the smaller set. There is one subset if it has all rows of both.
     """
+    from torchmetrics.image.kid import poly_mmd
+
     size = min(subset_size, len(a), len(b))
-    if size < 2:
-        raise ValueError(
-            f"subset_size={subset_size}, {len(a)} and {len(b)} samples: accepted are at least 2"
-        )
     if size == len(a) == len(b):
         subsets = 1
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
-        x, y = (rows[rng.choice(len(rows), size, replace=False)].double() for rows in (a, b))
-        within = _kernel_sum(x, x) + _kernel_sum(y, y)
-        for rows in (x, y):
-            within -= ((rows.square().sum(1) / rows.shape[1] + 1) ** 3).sum().item()
-        values.append(within / (size * (size - 1)) - 2 * _kernel_sum(x, y) / size**2)
+        chosen = [rows[rng.choice(len(rows), size, replace=False)].double() for rows in (a, b)]
+        values.append(poly_mmd(*chosen).item())
     return np.array(values)
-
-
-def _kernel_sum(x: Float64[Tensor, "n d"], y: Float64[Tensor, "m d"]) -> float:
-    dims = x.shape[1]
-    return sum(((block @ y.mT / dims + 1) ** 3).sum().item() for block in x.split(_BLOCK))
-
-
-def kernel_figure(
-    samples: FeatureSet,
-    reference: FeatureSet,
-    *,
-    subsets: int = SUBSETS,
-    subset_size: int = SUBSET_SIZE,
-    seed: int = 0,
-    **extras: Any,
-) -> Figure:
-    """Mean over the subsets, of the rows that were kept; `std` is None where there is one subset."""
-    check_same_extractor(samples, reference)
-    a, b = samples.rows(), reference.rows()
-    values = kernel_distances(a, b, subsets=subsets, subset_size=subset_size, seed=seed)
-    size = min(subset_size, len(a), len(b))
-    if size < subset_size:
-        extras["flags"] = [*extras.get("flags", []), f"subsets of {size}"]
-    return figure(
-        values.mean(),
-        len(a),
-        "squared kernel distance",
-        extractor=samples.extractor,
-        n_reference=len(b),
-        std=float(values.std()) if len(values) > 1 else None,
-        subsets=len(values),
-        subset_size=size,
-        **extras,
-    )
 
 
 def precision_recall(
     samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], *, neighbours: int = NEIGHBOURS
 ) -> tuple[float, float]:
-    """Share of samples inside the reference's balls, and of the reference inside the samples'.
+    """Return the shares of samples inside the reference's balls, and of the reference inside the samples'.
 
-    A row's ball reaches to its `neighbours`-th nearest other row of the same set.
-
-    Raises:
-        ValueError: a set has no more rows than `neighbours`.
+    The ball of a row reaches to its `neighbours`-th nearest other row of the same set.
     """
-    if not 0 < neighbours < min(len(samples), len(reference)):
-        raise ValueError(
-            f"neighbours={neighbours}, {len(samples)} and {len(reference)} samples: accepted is a number "
-            "from 1 to less than the samples of both"
-        )
     a, b = samples.double(), reference.double()
-    inside = _covered(a, b, neighbours), _covered(b, a, neighbours)
-    return inside[0].double().mean().item(), inside[1].double().mean().item()
+    shares = [_covered(*x, neighbours).double().mean().item() for x in ((a, b), (b, a))]
+    return shares[0], shares[1]
 
 
 def _covered(
     points: Float64[Tensor, "n d"], centres: Float64[Tensor, "m d"], neighbours: int
 ) -> Bool[Tensor, " n"]:
-    # The nearest row of its own set is the row itself.
-    reach = torch.cat(
-        [
-            torch.cdist(block, centres).kthvalue(neighbours + 1).values
-            for block in centres.split(_BLOCK)
-        ]
-    )
-    return torch.cat([(torch.cdist(x, centres) <= reach).any(1) for x in points.split(_BLOCK)])
-
-
-def precision_recall_figures(
-    samples: FeatureSet, reference: FeatureSet, *, neighbours: int = NEIGHBOURS, **extras: Any
-) -> tuple[Figure, Figure]:
-    """Both, of the rows that were kept."""
-    check_same_extractor(samples, reference)
-    a, b = samples.rows(), reference.rows()
-    precision, recall = precision_recall(a, b, neighbours=neighbours)
-    about: dict[str, Any] = {"extractor": samples.extractor, "neighbours": neighbours, **extras}
-    return (
-        figure(precision, len(a), "share", n_reference=len(b), **about),
-        figure(recall, len(a), "share", n_reference=len(b), **about),
-    )
+    """Return which points lie in the ball of a centre, `_BLOCK` rows at a time."""
+    reach = [  # + 1, because the nearest row of a set is the row itself
+        torch.cdist(x, centres).kthvalue(neighbours + 1).values for x in centres.split(_BLOCK)
+    ]
+    radii = torch.cat(reach)
+    return torch.cat([(torch.cdist(x, centres) <= radii).any(1) for x in points.split(_BLOCK)])

@@ -1,9 +1,15 @@
-"""Other people's networks that metrics need: where they lie, and whether they are what they should be."""
+"""Networks of other projects: where their weights are, and how weights are checked and read."""
 
-from collections.abc import Sequence
+import hashlib
+import importlib
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,60 +17,159 @@ class Networks:
     """Weights for FID, LPIPS and the CLIP score; without them these metrics are left out."""
 
     inception: Path | None = None
-    """FID's Inception weights, a local file."""
+    """Inception weights of FID, a local file."""
     clip: str | None = None
-    """A CLIP model: folder or hub id."""
+    """CLIP model: a folder or hub id."""
     clip_revision: str | None = None
     """Branch, tag or commit of the CLIP model."""
     lpips: Path | None = None
-    """torchvision's weights of LPIPS' backbone, a local file."""
+    """torchvision's weights of the LPIPS backbone, a local file."""
     lpips_net: Literal["alex", "vgg", "squeeze"] = "alex"
-    """Which backbone that is."""
+    """Backbone of LPIPS."""
     resize: Literal["clean", "tf-legacy", "torch-antialias"] = "clean"
-    """How pictures are brought to Inception's size."""
+    """Way to resize pictures for Inception."""
     allow_other_weights: bool = False
     """Take Inception or LPIPS weights whose sha256 is not the known one."""
 
     def arguments(self) -> dict[str, Any]:
-        """As `score` takes them."""
+        """Return the arguments of `score`."""
         return asdict(self)
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Those that are there."""
-        names = ("inception", "lpips", "clip")
-        return tuple(name for name in names if getattr(self, name) is not None)
+        """Names of the networks that have weights."""
+        return given_networks(asdict(self))
 
-    def loaded(self, metrics: Sequence[str] = (), device: str = "cpu") -> dict[str, Any]:
-        """As `score` takes them, each read once, for several sets; or to know that they can be read before
-        hours of sampling.
+    def loaded(self, metrics: Sequence[str], device: str = "cpu") -> dict[str, Any]:
+        """Return the arguments of `score` with the networks loaded that `metrics` need.
+
+        Use it to read each network once for several sets, or to check the files before sampling.
 
         Args:
-            metrics: what Inception is needed for.
+            metrics: names of the metrics that need the networks.
 
         Raises:
-            ValueError: a file or folder that does not hold its network.
+            ValueError: a file or folder does not hold its network.
             ImportError: a library is missing.
         """
-        from dit_accel.eval.metrics.choices import INCEPTION
-        from dit_accel.eval.metrics.clip_score import ClipScore
-        from dit_accel.eval.metrics.inception import load_inception
-        from dit_accel.eval.metrics.pairs import Lpips
+        return load_networks(asdict(self), metrics, device)
 
-        out, other = asdict(self), self.allow_other_weights
-        if self.inception is not None:
-            kinds = sorted({INCEPTION[x][1] for x in metrics if x in INCEPTION}) or ["2048"]
-            out["inception"] = load_inception(
-                self.inception,
-                kinds=kinds,
-                resize=self.resize,
-                allow_other_weights=other,
-                device=device,
-            )
-        if self.lpips is not None:
-            out["lpips"] = Lpips(
-                self.lpips, net=self.lpips_net, allow_other_weights=other, device=device
-            )
-        if self.clip is not None:
-            out["clip"] = ClipScore(self.clip, revision=self.clip_revision, device=device)
-        return out
+
+def given_networks(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the networks among fields of `Networks` that have weights."""
+    return tuple(x for x in ("inception", "lpips", "clip") if arguments.get(x) is not None)
+
+
+def load_networks(
+    arguments: Mapping[str, Any], metrics: Sequence[str], device: str | torch.device
+) -> dict[str, Any]:
+    """Return fields of `Networks` in which the networks that `metrics` need are loaded."""
+    from dit_accel.eval.metrics.choices import INCEPTION
+    from dit_accel.eval.metrics.clip_score import ClipScore
+    from dit_accel.eval.metrics.features import load_inception
+    from dit_accel.eval.metrics.pairs import Lpips
+
+    out = {**asdict(Networks()), **arguments}
+    kinds = sorted({INCEPTION[x].kind for x in metrics if x in INCEPTION})
+    other, paths = out["allow_other_weights"], (str, os.PathLike)
+    if kinds and isinstance(weights := out["inception"], paths):
+        out["inception"] = load_inception(
+            weights, kinds=kinds, resize=out["resize"], allow_other_weights=other, device=device
+        )
+    if "lpips" in metrics and isinstance(weights := out["lpips"], paths):
+        net = out["lpips_net"]
+        out["lpips"] = Lpips(weights, net=net, allow_other_weights=other, device=device)
+    if "clip_score" in metrics and isinstance(weights := out["clip"], paths):
+        out["clip"] = ClipScore(weights, revision=out["clip_revision"], device=device)
+    return out
+
+
+def file_sha256(path: str | os.PathLike, argument: str) -> str:
+    """Return the sha256 of a file.
+
+    Raises:
+        ValueError: it cannot be read; the message names `argument`.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(
+            f"{argument}={str(path)!r}: cannot be read ({error.strerror or error}); accepted is the path "
+            "of a local weights file"
+        ) from None
+
+
+def module_sha256(module: nn.Module) -> str:
+    """Return a hash of a module's class name and of its tensors' names, shapes and values."""
+    digest = hashlib.sha256(type(module).__name__.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_weights(
+    argument: str,
+    path: str | os.PathLike,
+    *,
+    known: str = "",
+    what: str = "",
+    allow_other_weights: bool = False,
+) -> tuple[dict[str, Tensor], str, list[str]]:
+    """Read the tensors of a safetensors or torch file without running code in it.
+
+    Args:
+        argument: name of the argument, for messages.
+        known: start of the published file's sha256. Default: every file is accepted.
+        what: name of the published file, for messages.
+        allow_other_weights: accept a file with another sha256.
+
+    Returns:
+        The tensors by name, the file's sha256, and the flags of values that rest on it.
+
+    Raises:
+        ValueError: the file has another sha256, or holds something other than tensors by name.
+    """
+    from safetensors.torch import load_file
+
+    sha256 = file_sha256(path, argument)
+    named = f"{argument}={str(path)!r}"
+    other = not sha256.startswith(known)
+    if other and not allow_other_weights:
+        raise ValueError(
+            f"{named}: sha256 {sha256}; accepted are {what} (sha256 {known}), or other weights that you "
+            "trust, with allow_other_weights"
+        )
+    try:
+        if Path(path).suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    # The type of torch's error depends on where a damaged file breaks off, and its message recommends to
+    # load the file with weights_only=False, which would run code in it.
+    except Exception as error:
+        raise ValueError(
+            f"{named}: not a weights file ({type(error).__name__}); accepted are a .safetensors file or a .pth "
+            "of tensors by name"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise ValueError(f"{named}: holds no tensors by name; accepted is a state dict")
+    return dict(state), sha256, ["other-weights"] if other else []
+
+
+def import_library(module: str, package: str) -> Any:
+    """Import a module of an optional library.
+
+    Raises:
+        ImportError: the library is missing or broken; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    # A torchvision built for another torch fails with RuntimeError.
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ImportError(
+            f"{package} cannot be imported ({error}); install it with `pip install 'dit-accel[eval]'`, and "
+            "torchvision in the build for your torch (https://pytorch.org/get-started)"
+        ) from error

@@ -1,41 +1,48 @@
-"""`score`: every metric of a set of samples in one pass over its files."""
+"""`score` and `measure`: every metric of a set of samples in one pass over its files."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from dit_accel.eval.metrics.choices import TINY, Choice, Given
-from dit_accel.eval.metrics.clip_score import ClipScore
-from dit_accel.eval.metrics.distances import NEIGHBOURS, SUBSET_SIZE, SUBSETS
-from dit_accel.eval.metrics.feature_set import KEEP
-from dit_accel.eval.metrics.features import Extractor, Resize, check_resize, tiny_extractor
-from dit_accel.eval.metrics.inception import load_inception
+import numpy as np
+from torch import Tensor
+
+from dit_accel.eval.metrics.choices import PAIRED, Given
+from dit_accel.eval.metrics.distances import KEEP, FeatureSet
+from dit_accel.eval.metrics.features import TINY, Extractor, check_resize, tiny_extractor
+from dit_accel.eval.metrics.judge import judge
 from dit_accel.eval.metrics.measurement import Measurement, fingerprint
-from dit_accel.eval.metrics.meters import ClipMeter, FeatureMeter, FrameMeter, JudgeMeter
-from dit_accel.eval.metrics.pairs import Lpips
-from dit_accel.eval.metrics.reading import Meters, check_reference, read_all
-from dit_accel.eval.results.types import Figure
+from dit_accel.eval.metrics.networks import given_networks, load_networks
+from dit_accel.eval.metrics.pairs import flicker, psnr, ssim
+from dit_accel.eval.results.types import MetricValue
 from dit_accel.sampling.sets import SampleSet
 
 Source = SampleSet | str | os.PathLike
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def score(
     images: Source, *, reference: Source | Measurement | None = None, **options: Any
-) -> dict[str, Figure]:
-    """Figures of a set of samples by metric.
+) -> dict[str, MetricValue]:
+    """Return the metrics of a set of samples by name.
 
     Args:
         images: the set, or its folder.
-        reference: the set it is compared with, or its folder; or, for metrics that compare features,
-            the file of a saved measurement of that set.
-        options: as in `measure`.
+        reference: the set to compare with, or its folder; for metrics that compare features also a saved
+            measurement of that set.
+        options: further arguments of `measure`.
 
     Raises:
-        ValueError: bad input, before any work where it can be known by then.
+        ValueError: bad input; raised before any work where possible.
     """
-    return measure(images, reference=reference, need_reference=True, **options).figures()
+    return measure(images, reference=reference, need_reference=True, **options).metric_values()
 
 
 def measure(
@@ -44,172 +51,125 @@ def measure(
     reference: Source | Measurement | None = None,
     prompts: Mapping[str, str] | str | os.PathLike | None = None,
     metrics: Sequence[str] | None = None,
-    inception: str | os.PathLike | Extractor | None = None,
     extractor: Extractor | None = None,
-    clip: str | os.PathLike | ClipScore | None = None,
-    clip_revision: str | None = None,
-    lpips: str | os.PathLike | Lpips | None = None,
-    lpips_net: str = "alex",
-    resize: Resize = "clean",
-    allow_other_weights: bool = False,
     allow_partial: bool = False,
     batch_size: int = 32,
     workers: int = 2,
     device: str = "auto",
     progress: bool = True,
-    keep: int = KEEP,
-    kid_subsets: int = SUBSETS,
-    kid_subset_size: int = SUBSET_SIZE,
-    neighbours: int = NEIGHBOURS,
     shard: tuple[int, int] = (0, 1),
     need_reference: bool = False,
+    **networks: Any,
 ) -> Measurement:
-    """What `score` makes figures of: to save, or to measure a set in parts and merge them.
+    """Measure a set of samples, or a part of it, for saving, merging, or `Measurement.metric_values`.
 
     Args:
-        images, reference: as in `score`. Without a reference the features of `images` alone are taken,
-            to be saved as somebody else's reference.
-        prompts: by id, or a prompts file or shipped set whose ids are the samples'; default: the set's
-            own.
-        metrics: names; default: all that the arguments allow. "psnr", "ssim", "lpips" (need the
-            reference's samples of the same ids), "flicker" (clips), "clip_score", "judge" (prompts of
-            the demo), "fid", "fid_768", "fid_192", "fid_64", "sfid", "kid", "precision", "recall"
-            (need `inception`), and "fd_", "kd_", "precision_", "recall_" with the name of `extractor`,
-            or "tiny".
-        inception: local weights of FID's Inception. This, `clip` and `lpips` can also be what
-            `Networks.loaded` gives, to read them once for several sets.
+        images, reference: see `score`. Without a reference only the features of `images` are computed, to be
+            saved as a reference.
+        prompts: prompts by id, or a prompts file or shipped set whose ids are the samples'. Default: the
+            prompts in the set's manifest.
+        metrics: names. Default: all that the arguments allow. "psnr", "ssim" and "lpips" need reference samples
+            of the same ids, "flicker" needs clips, "clip_score" a CLIP model, "judge" prompts of the demo.
+            "fid", "fid_768", "fid_192", "fid_64", "sfid", "kid", "precision" and "recall" need Inception.
+            "fd_", "kd_", "precision_" and "recall_" take the name of `extractor`, or "tiny".
         extractor: any other network.
-        clip, clip_revision: a CLIP model's folder or id on the Hub.
-        lpips, lpips_net: torchvision's weights of LPIPS' backbone, and which.
-        resize: how pictures are brought to Inception's size: "clean", "tf-legacy" or "torch-antialias".
-        allow_other_weights: take Inception or LPIPS weights whose sha256 is not the known one.
-        allow_partial: compare the ids that both sets have.
-        batch_size: pictures a network sees at once.
-        workers: threads that read and resize ahead.
+        allow_partial: compare only the ids that both sets have.
+        batch_size: pictures per forward pass of a network.
+        workers: threads that read and resize.
         device: "auto", "cpu", "cuda", ...
-        progress: whether to show a bar on stderr.
-        keep: rows of features kept for kernel distances, precision and recall, evenly by id.
-        kid_subsets, kid_subset_size: of the kernel distance.
-        neighbours: whose distance is the radius in precision and recall.
-        shard: (i, n) measures every n-th sample from the i-th on. Merged, the n measurements are those
-            of one process.
-        need_reference: refuse metrics that compare features with nothing yet.
+        progress: show a progress bar on stderr.
+        shard: (i, n) measures every n-th sample from the i-th on. The merged n parts are the whole measurement.
+        need_reference: refuse metrics that compare features when there is no reference.
+        networks: fields of `Networks`, as `inception`, `clip`, `lpips`; or the result of `Networks.loaded`.
 
     Raises:
-        ValueError: bad input, before any work where it can be known by then.
+        ValueError: bad input; raised before any work where possible.
     """
-    from dit_accel.demo.checks import check_count
     from dit_accel.sampling.devices import pick_device
+    from dit_accel.sampling.settings import check_count
 
-    check_resize(resize)
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("workers", workers, 1),
-        ("keep", keep, 2),
-        ("kid_subsets", kid_subsets, 1),
-        ("kid_subset_size", kid_subset_size, 2),
-        ("neighbours", neighbours, 1),
-    ):
-        check_count(name, value, least)
+    check_resize(networks.get("resize", "clean"))
+    check_count("batch_size", batch_size)
+    check_count("workers", workers)
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard={shard}: accepted is (i, n) with 0 <= i < n")
     if extractor is not None and extractor.name in (TINY, "inception"):
         raise ValueError(f"extractor: name={extractor.name!r} is taken; accepted is another")
     place = pick_device(device)
-    samples = _opened(images)
+    samples = images if isinstance(images, SampleSet) else SampleSet.open(images)
     given = Given(
         samples,
         open_reference(reference),
         _prompts(samples, prompts),
-        tuple(
-            name
-            for name, at_hand in (("inception", inception), ("lpips", lpips), ("clip", clip))
-            if at_hand is not None
-        ),
+        given_networks(networks),
         None if extractor is None else extractor.name,
         allow_partial,
         need_reference,
-        neighbours,
     )
     choices = given.choose(metrics)
+    loaded = load_networks(networks, list(choices), place)
+    keep: dict[str, dict[str, int]] = {}  # rows by extractor and kind of features
+    for comparison in choices.values():
+        if comparison is not None:
+            rows = keep.setdefault(comparison.extractor, {})
+            needed = 0 if comparison.distance == "frechet" else KEEP
+            rows[comparison.kind] = max(rows.get(comparison.kind, 0), needed)
+    extractors: dict[str, Extractor] = {"inception": loaded.get("inception")}
+    if TINY in keep:
+        extractors[TINY] = tiny_extractor(device=place)
+    if extractor is not None:
+        extractors[extractor.name] = extractor
+    used = [(extractors[name], kinds) for name, kinds in keep.items()]
     measurement = Measurement(
         samples.kind,
-        tuple(x.metric for x in choices),
-        {x.metric: x.comparison for x in choices if x.comparison},
-        sets=_sets(samples, given.reference),
+        tuple(choices),
+        {name: x for name, x in choices.items() if x is not None},
+        sets={"samples": fingerprint(samples)},
         shards=[shard],
-        kid_subsets=kid_subsets,
-        kid_subset_size=kid_subset_size,
-        neighbours=neighbours,
     )
-    wanted = {x.metric for x in choices}
-
-    def network(name: str, kinds: list[str]) -> Extractor:
-        if name == "inception":
-            assert inception is not None
-            if isinstance(inception, Extractor):
-                return inception
-            return load_inception(
-                inception,
-                kinds=kinds,
-                resize=resize,
-                allow_other_weights=allow_other_weights,
-                device=place,
-            )
-        return extractor if extractor and name == extractor.name else tiny_extractor(device=place)
-
-    if lpips is not None and "lpips" in wanted and not isinstance(lpips, Lpips):
-        lpips = Lpips(lpips, net=lpips_net, allow_other_weights=allow_other_weights, device=place)
-    if clip is not None and "clip_score" in wanted and not isinstance(clip, ClipScore):
-        clip = ClipScore(clip, revision=clip_revision, device=place)
-    meters = Meters(
-        measurement,
-        FrameMeter(wanted, lpips if isinstance(lpips, Lpips) else None, measurement),
-        [
-            FeatureMeter(network(name, list(keeps)), keeps, measurement, batch_size)
-            for name, keeps in _kept(choices, keep).items()
-        ],
-        ClipMeter(clip, given.prompts, measurement, batch_size)
-        if isinstance(clip, ClipScore) and "clip_score" in wanted
-        else None,
-        JudgeMeter(given.prompts, samples.kind == "images", measurement, batch_size)
-        if "judge" in wanted
-        else None,
-    )
-    check_reference(given.reference, meters.features)
-    read_all(given, meters, shard, workers, progress)
+    for metric, network in (("lpips", "lpips"), ("clip_score", "clip")):
+        if metric in choices:
+            measurement.extractors[metric] = loaded[network].record
+            measurement.flags |= {metric: x} if (x := loaded[network].flags) else {}
+    for one, kinds in used:
+        measurement.flags |= {one.source(x): one.flags for x in kinds if one.flags}
+    saved = given.reference
+    if isinstance(saved, SampleSet):
+        measurement.sets["reference"] = fingerprint(saved)
+    elif saved is not None:
+        _use_saved(saved, measurement, used)
+    Pass(given, measurement, used, loaded, batch_size).run(shard, workers, progress)
     return measurement
 
 
-def _kept(choices: Sequence[Choice], keep: int) -> dict[str, dict[str, int]]:
-    """Rows to keep, by extractor and kind: the Fréchet distance needs none."""
-    out: dict[str, dict[str, int]] = {}
-    for choice in choices:
-        if choice.extractor is not None:
-            rows = out.setdefault(choice.extractor, {})
-            needed = 0 if choice.what == "frechet" else keep
-            rows[choice.kind] = max(rows.get(choice.kind, 0), needed)
-    return out
+def _use_saved(
+    saved: Measurement, measurement: Measurement, used: list[tuple[Extractor, dict[str, int]]]
+) -> None:
+    """Take the features of a saved measurement as the reference's, in the first part only.
 
-
-def _sets(samples: SampleSet, reference: SampleSet | Measurement | None) -> dict[str, str]:
-    out = {"samples": fingerprint(samples)}
-    if isinstance(reference, SampleSet):
-        out["reference"] = fingerprint(reference)
-    elif reference is not None:
-        out["reference"] = reference.sets["samples"]
-    return out
-
-
-def _opened(source: Source) -> SampleSet:
-    return source if isinstance(source, SampleSet) else SampleSet.open(source)
+    Raises:
+        ValueError: they are of other networks.
+    """
+    measurement.sets["reference"] = saved.sets["samples"]
+    features = saved.features["samples"]
+    for one, kinds in used:
+        for kind in kinds:
+            found, record = features[one.source(kind)], one.record(kind)
+            if found.extractor != record:
+                raise ValueError(
+                    f"reference: measured with {found.extractor}; accepted is {record}: the same network, weights "
+                    "and way of resizing"
+                )
+            if measurement.shards[0][0] == 0:
+                measurement.ids["reference"] = list(saved.ids["samples"])
+                measurement.features.setdefault("reference", {})[one.source(kind)] = found
 
 
 def open_reference(source: Source | Measurement | None) -> SampleSet | Measurement | None:
-    """A set, or the measurement that a .safetensors file holds.
+    """Return the set in a folder, or the measurement in a .safetensors file.
 
     Raises:
-        ValueError: it is neither, or only a part of one.
+        ValueError: the path holds neither, or only a part of a measurement.
     """
     if source is None or isinstance(source, SampleSet):
         return source
@@ -230,3 +190,134 @@ def _prompts(
     from dit_accel.sampling.prompt_sets import load_prompts
 
     return {record.id: record.prompt for record in load_prompts(prompts)}
+
+
+class Sample(NamedTuple):
+    """A sample that was read and prepared for the networks."""
+
+    id: str
+    frames: np.ndarray
+    pair: np.ndarray | None
+    """The reference's frames of the same id."""
+    prepared: list[list[Tensor]]
+    """Pictures by extractor, then by frame."""
+    for_clip: list[Tensor]
+    """Pictures for CLIP by frame."""
+
+
+@dataclass
+class Pass:
+    """Metrics and networks of one pass over the files; `measurement` gets what they measure."""
+
+    given: Given
+    measurement: Measurement
+    extractors: list[tuple[Extractor, dict[str, int]]]
+    """Networks, with the number of rows to keep for each kind of features."""
+    networks: dict[str, Any]
+    """Loaded "lpips" and "clip", where their metrics are measured."""
+    batch_size: int
+
+    def run(self, shard: tuple[int, int], workers: int, progress: bool) -> None:
+        """Measure every n-th sample and reference from the i-th on, for the shard (i, n)."""
+        from tqdm import tqdm
+
+        sets = {"samples": self.given.samples}
+        if self.extractors and isinstance(self.given.reference, SampleSet):
+            sets["reference"] = self.given.reference
+        ids = {side: x.ids[shard[0] :: shard[1]] for side, x in sets.items()}
+        total = sum(map(len, ids.values()))
+        with tqdm(total=total, desc="scoring", disable=not progress, mininterval=1.0) as bar:
+            for side, samples in sets.items():
+                batch: list[Sample] = []
+                for sample in _ahead(partial(self._read, side, samples), ids[side], workers):
+                    batch.append(sample)
+                    if sum(len(x.frames) for x in batch) >= self.batch_size:
+                        self._measure(side, batch)
+                        batch = []
+                    bar.update()
+                self._measure(side, batch)
+
+    def _read(self, side: str, samples: SampleSet, name: str) -> Sample:
+        frames = samples.frames(name)
+        prepared = [[x.prepare(frame) for frame in frames] for x, _ in self.extractors]
+        pair, for_clip, reference = None, [], self.given.reference
+        if side == "samples" and "clip" in self.networks:
+            for_clip = [self.networks["clip"].prepare(x) for x in frames]
+        if side == "samples" and set(PAIRED) & set(self.measurement.metrics):
+            assert isinstance(reference, SampleSet)
+            pair = reference.frames(name) if name in self.given.pairs else None
+        return Sample(name, frames, pair, prepared, for_clip)
+
+    def _measure(self, side: str, batch: list[Sample]) -> None:
+        """Measure samples; of references only the features."""
+        self.measurement.ids.setdefault(side, []).extend(x.id for x in batch)
+        sets = self.measurement.features.setdefault(side, {})
+        for place, (extractor, keep) in enumerate(self.extractors):
+            frames = [(x.id, i, y) for x in batch for i, y in enumerate(x.prepared[place])]
+            for part in _chunks(frames, self.batch_size):
+                found = extractor([image for _, _, image in part])
+                for kind, rows in keep.items():
+                    source, features = extractor.source(kind), found[kind]
+                    if source not in sets:
+                        record = extractor.record(kind)
+                        sets[source] = FeatureSet(record, features.shape[1], keep=rows)
+                    sets[source].add(features, [f"{name}/{i}" for name, i, _ in part])
+        if side == "reference":
+            return
+        metrics = self.measurement.metrics
+        for x in batch:
+            if "flicker" in metrics:
+                self._put("flicker", x.id, flicker(x.frames))
+            if x.pair is not None:
+                paired = {"psnr": psnr, "ssim": ssim, "lpips": self.networks.get("lpips")}
+                for name in set(paired) & set(metrics):
+                    self._put(name, x.id, paired[name](x.frames, x.pair))
+        if "clip_score" in metrics:
+            self._measure_clip(batch)
+        if "judge" in metrics:
+            self._measure_judge(batch)
+
+    def _measure_clip(self, batch: list[Sample]) -> None:
+        clip, prompts = self.networks["clip"], self.given.prompts
+        self.measurement.truncated += sum(clip.truncated([prompts[x.id] for x in batch]))
+        sums: dict[str, float] = defaultdict(float)
+        for part in _chunks([(x.id, y) for x in batch for y in x.for_clip], self.batch_size):
+            scores = clip([image for _, image in part], [prompts[name] for name, _ in part])
+            for (name, _), score in zip(part, scores, strict=True):
+                sums[name] += score
+        for x in batch:
+            self._put("clip_score", x.id, sums[x.id] / len(x.frames))
+
+    def _measure_judge(self, batch: list[Sample]) -> None:
+        still = self.given.samples.kind == "images"
+        for _, group in groupby(batch, key=lambda x: x.frames.shape):
+            same = list(group)
+            prompts = [self.given.prompts[x.id] for x in same]
+            rights = judge([x.frames for x in same], prompts, still=still)
+            for x, right in zip(same, rights, strict=True):
+                for part, value in right.items():
+                    if value is not None:
+                        self._put(f"judge_{part}", x.id, float(value))
+
+    def _put(self, metric: str, name: str, value: float) -> None:
+        self.measurement.values.setdefault(metric, {})[name] = value
+
+
+def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _ahead(read: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+    """Yield results in order, with `workers` items being read at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(read, item))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # after an error the others are not needed
+            for future in waiting:
+                future.cancel()

@@ -1,1 +1,1 @@
-"""results.json: its types, its checks, reading and writing."""
+"""Types, checks, reading and writing of results.json."""

@@ -12,7 +12,7 @@ from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.checkpoint.identity import public_name
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.eval.metrics import pairs
-from dit_accel.eval.metrics.figures import mean_figure
+from dit_accel.eval.metrics.values import mean_value
 from dit_accel.eval.results.store import build_results, read_results, write_results
 from dit_accel.eval.results.types import RESULTS, Results, Row
 from dit_accel.eval.runs.methods import DENSE, Crossover, Method, read_methods
@@ -140,8 +140,8 @@ def _row(method: Method, calls: MeasuredCalls, last: dict[str, BatchResult]) -> 
     made, dense = last[method.name], last[DENSE.name].frames[0]
     metrics = {}
     if method.name != DENSE.name:
-        metrics["psnr"] = mean_figure([pairs.psnr(dense, made.frames[0])], "dB")
-        metrics["ssim"] = mean_figure([pairs.ssim(dense, made.frames[0])], "")
+        metrics["psnr"] = mean_value([pairs.psnr(dense, made.frames[0])], "dB")
+        metrics["ssim"] = mean_value([pairs.ssim(dense, made.frames[0])], "")
     cost = None if made.summary.ras is None else made.summary.ras.cost
     density = made.summary.overall_density
     row = build_row(method, calls, metrics=metrics, density=density, cost=cost)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dit_accel.eval.results.types import PHASES, SPEEDUPS, Figure, Phase, Row
+from dit_accel.eval.results.types import PHASES, SPEEDUPS, MetricValue, Phase, Row
 from dit_accel.eval.runs.methods import DENSE, Method
 from dit_accel.eval.runs.timing import MeasuredCalls
 
@@ -13,7 +13,7 @@ def build_row(
     method: Method,
     measured: MeasuredCalls,
     *,
-    metrics: Mapping[str, Figure] | None = None,
+    metrics: Mapping[str, MetricValue] | None = None,
     density: float | None = None,
     cost: float | None = None,
     folder: str | None = None,

@@ -11,7 +11,7 @@ from dit_accel.eval.metrics.judge import PARTS
 from dit_accel.eval.metrics.measurement import Measurement
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import measure, score
-from dit_accel.eval.results.types import Figure
+from dit_accel.eval.results.types import MetricValue
 from dit_accel.eval.view.definitions import FINE, TO_DENSE
 from dit_accel.sampling.sets import SampleSet
 
@@ -72,7 +72,7 @@ def choose_metrics(
 
     def checked(names: Sequence[str], other: Reference | None) -> tuple[str, ...]:
         given = Given(planned, other, planned.prompts, networks.given)
-        return tuple(x.metric for x in given.choose(names)) if names else ()
+        return tuple(given.choose(names)) if names else ()
 
     def default() -> list[str]:
         names = ["psnr", "ssim", *(["lpips"] if "lpips" in networks.given else [])]
@@ -126,7 +126,7 @@ class Scorer:
     """Further arguments of `score`."""
     _measured: dict[Path, Measurement] = field(default_factory=dict)
 
-    def figures(self, samples: SampleSet) -> dict[str, Figure]:
+    def figures(self, samples: SampleSet) -> dict[str, MetricValue]:
         """Return the metrics of a set. The dense set is not compared with itself."""
         names, own = self.metrics, samples.path == self.dense.path
         plain = (*(() if own else names.paired), *names.alone)
@@ -137,7 +137,7 @@ class Scorer:
         if not own:
             wanted.append((names.to_dense, self._features(self.dense, names.to_dense), TO_DENSE))
         other = self._features(self.reference, names.to_reference)
-        found: dict[str, Figure] = {}
+        found: dict[str, MetricValue] = {}
         for metrics, reference, end in (*wanted, (names.to_reference, other, "")):
             if metrics:
                 made = score(samples, reference=reference, metrics=metrics, **self.options)

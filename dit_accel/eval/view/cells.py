@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from dit_accel.eval.results.types import Figure, Phase, identical
+from dit_accel.eval.results.types import MetricValue, Phase, identical
 from dit_accel.eval.view.definitions import SPEEDUP, Definition
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
@@ -30,7 +30,9 @@ class Cell:
     """Whether this is the best value of the column."""
 
 
-def figure_cell(figure: Figure | None, about: Definition, reference: Figure | None = None) -> Cell:
+def figure_cell(
+    figure: MetricValue | None, about: Definition, reference: MetricValue | None = None
+) -> Cell:
     """Return the cell of a metric, with its interval and its difference to the reference row."""
     if figure is None:
         return Cell(note="not measured")
@@ -51,12 +53,12 @@ def figure_cell(figure: Figure | None, about: Definition, reference: Figure | No
     )
 
 
-def sample_size(figure: Figure) -> str:
+def sample_size(figure: MetricValue) -> str:
     """Return the number of samples, or of frames where every frame counts."""
     return f"{figure['n']} {figure['of']}" if "of" in figure else str(figure["n"])
 
 
-def figure_notes(figure: Figure) -> list[str]:
+def figure_notes(figure: MetricValue) -> list[str]:
     """Return the limits of a value."""
     notes = [str(flag) for flag in figure.get("flags") or []]
     if figure.get("infinite"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dit_accel.eval.results import types
-from dit_accel.eval.results.types import Figure, Results, Row, identical, reference_row
+from dit_accel.eval.results.types import MetricValue, Results, Row, identical, reference_row
 from dit_accel.eval.view.cells import number
 from dit_accel.eval.view.definitions import METRICS, definition
 from dit_accel.eval.view.table import metric_keys
@@ -115,7 +115,7 @@ def check(results: Results, conditions: Sequence[str]) -> list[str]:
     return breaches
 
 
-def check_figures(figures: Mapping[str, Figure], conditions: Sequence[str]) -> list[str]:
+def check_figures(figures: Mapping[str, MetricValue], conditions: Sequence[str]) -> list[str]:
     """Return a line for each condition that holds for the metrics of one sample set; a row is an error."""
     breaches = []
     for condition in map(parse, conditions):
@@ -154,5 +154,5 @@ def _value(row: Row, metric: str) -> tuple[float | None, str]:
     return value, "not measured"
 
 
-def _figure_value(figure: Figure) -> tuple[float | None, str]:
+def _figure_value(figure: MetricValue) -> tuple[float | None, str]:
     return math.inf if identical(figure) else figure["value"], figure.get("why", "not measured")

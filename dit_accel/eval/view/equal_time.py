@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dit_accel.eval.metrics.figures import bootstrap_interval
+from dit_accel.eval.metrics.values import bootstrap_interval
 from dit_accel.eval.results import types
-from dit_accel.eval.results.types import Figure, Phase, Results
+from dit_accel.eval.results.types import MetricValue, Phase, Results
 from dit_accel.eval.view.cells import number, places, seconds_cell, short
 from dit_accel.eval.view.definitions import Definition, definition
 
@@ -154,7 +154,7 @@ def _between(a: DensePoint, b: DensePoint, seconds: float) -> DensePoint:
 
 
 def _by_quality(
-    figure: Figure, dense: DensePoint | None, basis: str, about: Definition
+    figure: MetricValue, dense: DensePoint | None, basis: str, about: Definition
 ) -> tuple[Any, ...]:
     """Compare the values of single samples in pairs; return fields of `Comparison`."""
     value, single = figure["value"], _single(figure)
@@ -178,7 +178,7 @@ def _by_quality(
     return "better" if wins else "worse", basis, text, shown
 
 
-def _single(figure: Figure) -> dict[str, float] | None:
+def _single(figure: MetricValue) -> dict[str, float] | None:
     """Return the values of all samples; None if they are not known or not all finite."""
     values = {key: x for key, x in figure.get("values", {}).items() if x is not None}
     return values if values and len(values) == figure["n"] else None

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from dit_accel.eval.results.types import Figure, Results, Row, reference_row
+from dit_accel.eval.results.types import MetricValue, Results, Row, reference_row
 from dit_accel.eval.view import cells, definitions
 from dit_accel.eval.view.cells import Cell
 from dit_accel.eval.view.definitions import Definition, definition
@@ -241,7 +241,7 @@ def results_lines(results: Results, *, parts: bool = False) -> list[str]:
     return out
 
 
-def figures_lines(figures: Mapping[str, Figure]) -> list[str]:
+def figures_lines(figures: Mapping[str, MetricValue]) -> list[str]:
     """Return one line for each metric of a sample set, with interval, size and network."""
     out, width = [], max(map(len, figures), default=0) + 2
     for metric, figure in figures.items():
