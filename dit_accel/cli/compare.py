@@ -22,7 +22,7 @@ class Compare(AccelerationOptions):
     as sea_cache, ras, sla, ras_sla, with a setting after a colon. A step cache without a setting gets one with which it
     costs as much as ras."""
     fail_if: FailIf = ()
-    """Exit with 3 if this holds, as in "psnr<25" or "speedup_total<1.5"; may be given several times."""
+    """Exit with 3 if this condition holds, as in "psnr<25" or "speedup_total<1.5". Can be repeated."""
     overwrite: bool = False
     """Replace an earlier comparison in the folder."""
 

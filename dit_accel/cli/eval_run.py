@@ -29,37 +29,36 @@ class Run(ModelOptions):
     """
 
     preset: Literal["none", "demo"] = "none"
-    """demo: both embedded models, each in a sub-folder with a page of its own; a quarter of an hour on two cores."""
+    """demo: the embedded models, each in a sub-folder with its own page; a quarter of an hour on two cores."""
     prompts: str = "smoke"
-    """A file (.txt, .jsonl, .csv, .tsv), or a shipped set: smoke, demo, demo-images."""
+    """Prompts: a file (.txt, .jsonl, .csv, .tsv), or a shipped set: smoke, demo, demo-images."""
     limit: int | None = None
-    """Only so many prompts."""
+    """Number of prompts. Default: all."""
     methods: tuple[str, ...] = ()
     """fewer_steps, ras, sla, ras_sla, and step caches: first_block_cache, sea_cache, mag_cache, taylorseer, pab,
     faster_cache; with a setting after a colon: fewer_steps:8, first_block_cache:0.1, ras:fast, sla:my.yaml,
-    ras_sla:fast+quality. A step cache without a setting gets one with which it costs what ras costs. Default:
+    ras_sla:fast+quality. A step cache without a setting gets one with which it costs as much as ras. Default:
     fewer_steps, first_block_cache, sea_cache, ras, sla, ras_sla."""
     fine_steps: int | None = None
-    """Steps of a second reference, dense sampling from the same noise. Default: 100 with the preset demo, else no
-    such reference; 0: none."""
+    """Steps of a second reference, dense sampling from the same noise. 0: none. Default: 100 with the preset demo,
+    otherwise none."""
     crossover: Literal["auto", "never"] | None = None
-    """Overrides that of all sparse attention."""
+    """Replaces the crossover of all sparse attention."""
     batch_size: int = 1
-    """Samples a pipeline call when sets are made. Seconds are always measured with one."""
+    """Samples per call when sets are made. Seconds are always measured with one."""
     repeats: int = 5
     """Measured calls of each method."""
     metrics: tuple[str, ...] = ()
-    """Default: PSNR, SSIM, what the networks allow, flicker of clips, the judge of demo prompts."""
+    """Names of metrics. Default: PSNR, SSIM, metrics that the networks allow, flicker of clips, the judge of demo prompts."""
     reference: Path | None = None
-    """Real pictures that FID and its like compare with; default: the dense samples, and the names say so."""
+    """Real pictures for FID and similar metrics. Default: the dense samples; the names of the metrics then say so."""
     networks: OmitArgPrefixes[Networks] = field(default_factory=Networks)
     title: str | None = None
     """Title of the report."""
     shown: int = 8
-    """Samples in page and picture."""
+    """Number of samples in page and picture."""
     fail_if: FailIf = ()
-    """Exit with 3 if this holds, as in "psnr<25" or "SLA balanced: speedup_total<1"; may be given several
-    times."""
+    """Exit with 3 if this condition holds, as in "psnr<25" or "SLA balanced: speedup_total<1". Can be repeated."""
     overwrite: bool = False
     """Replace samples that were made with other settings."""
 

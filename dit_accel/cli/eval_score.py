@@ -45,7 +45,7 @@ class Score:
     output: Path | None = None
     """The figures as JSON."""
     fail_if: FailIf = ()
-    """Exit with 3 if this holds, as in "fid>30"; may be given several times."""
+    """Exit with 3 if this condition holds, as in "fid>30". Can be repeated."""
     format: Format = "human"
     """How the result is printed on stdout."""
 

@@ -19,7 +19,7 @@ from dit_accel.eval.view.cells import figure_cell, number, seconds_cell, speedup
 from dit_accel.eval.view.conditions import check
 from dit_accel.eval.view.definitions import definition, usual_order
 from dit_accel.eval.view.equal_time import equal_time
-from dit_accel.eval.view.grid import fitting, font, grid
+from dit_accel.eval.view.grid import grid
 from dit_accel.eval.view.plot import plotted_rows, quality_plot
 from dit_accel.eval.view.report import page_samples, report
 from dit_accel.eval.view.table import build_table, escape, markdown
@@ -541,11 +541,9 @@ def test_a_machine_that_says_nothing_of_itself_is_no_obstacle(folder, results):
     assert "<title>" in report(folder)["page"].read_text(encoding="utf-8")
 
 
-def test_titles_and_overwriting(folder):
+def test_title_and_number_of_samples(folder):
     page = report(folder, title="Another <title>", samples=1)["page"]
     assert "<title>Another &lt;title&gt;</title>" in page.read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match=r"folder.*table\.md"):
-        report(folder, overwrite=False)
     with pytest.raises(ValueError, match="samples=-1"):
         report(folder, samples=-1)
 
@@ -589,19 +587,20 @@ def test_a_page_does_not_grow_without_bound(folder, results):
 
 
 def test_the_grid_shows_samples_below_and_methods_beside_each_other(folder, results):
-    sheet = grid(results, folder, 2)
+    results["rows"][3]["name"] = "Dense with a very long name\nand $math$ in a second line"
+    results["samples"][0]["prompt"] = "\ud800"  # a lone surrogate
+    for sample in results["samples"]:
+        sample["media"][results["rows"][3]["name"]] = sample["media"].pop("Dense, 12 steps")
+    drawn = grid(results, folder, 2)
+    drawn.canvas.draw()
+    sheet = np.asarray(drawn.canvas.buffer_rgba())[..., :3]
     own = np.asarray(Image.open(folder / results["samples"][1]["media"]["RAS + SLA"]))
     top, left = 30 + 226 + 26, 8 + 3 * 200
     np.testing.assert_array_equal(sheet[top + 3 : top + 192 : 6, left + 3 : left + 192 : 6], own)
+    texts = [x.get_text() for x in drawn.texts]
+    assert "?" in texts
+    assert any(x.startswith("Dense with") and x.endswith("…") for x in texts)
     assert grid(results, folder, 0) is None
-
-
-def test_long_titles_are_cut_to_their_tile():
-    text = fitting("SLA with a very long name\nand a second line", 120, 13)
-    assert text.startswith("SLA with")
-    assert text.endswith("…")
-    assert font(13).getlength(text) <= 120
-    assert fitting("\ud800", 100, 12) == "?"
 
 
 class _Tags(html.parser.HTMLParser):

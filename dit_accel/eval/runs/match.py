@@ -24,13 +24,9 @@ _ATTENTION = ("flash_attention_for_cpu", "fused_attention_overrideable")
 
 
 def counted_cost(pipe: Any, call: Callable[[], Any]) -> int:
-    """Return the FLOPs of matrix products, convolutions and attention in the transformers while `call` runs.
+    """Return the FLOPs of matrix products, convolutions and attention in the transformers of `pipe` while `call` runs.
 
     Operators that torch does not know, such as ours, count nothing. A compiled transformer runs eagerly meanwhile.
-
-    Args:
-        pipe: a diffusers pipeline.
-        call: makes samples with it.
     """
 
     def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -80,17 +76,14 @@ class Match:
 
 @dataclass
 class Probes:
-    """Samples on which costs are counted. They must not be those that are compared afterwards.
-
-    Args:
-        pipe: a loaded pipeline without acceleration.
-        sample: makes the samples of these rows with the pipeline.
-        rows: numbers of the samples. Each is made alone, because a step cache decides for all samples of a call at once.
-    """
+    """Samples on which costs are counted. They must not be those that are compared afterwards."""
 
     pipe: Any
+    """A loaded pipeline without acceleration."""
     sample: Callable[[range], Any]
+    """Function that makes the samples of these numbers with the pipeline."""
     rows: range = range(2)
+    """Numbers of the samples. Each is made alone, because a step cache decides for all samples of a call at once."""
     _dense: list[int] = field(default_factory=list)
     _steps: int = 0
 

@@ -68,20 +68,14 @@ class Method:
         return self.why is None and not self.fewer
 
     def tried(self, pipe: Any, steps: int) -> "Method":
-        """Enable the method once if it can run, and return it with its settings.
-
-        Args:
-            pipe: a loaded pipeline without acceleration.
-            steps: number of steps of dense sampling.
+        """Enable the method once, and return it with its settings.
 
         Raises:
             ValueError: acceleration is on already, or the method cannot be enabled.
         """
         on = [key for key, x in acceleration_settings(pipe).items() if x is not None]
         if on:
-            raise ValueError(
-                f"pipe: {', '.join(on)} is on; must be a pipeline without acceleration"
-            )
+            raise ValueError(f"pipe: {', '.join(on)} is on; disable it first")
         if self.why is not None:
             return self
         enabled = self.acceleration

@@ -13,9 +13,9 @@ TILE, GAP, HEAD, PROMPT = 192, 8, 30, 26
 """Pixels: side of a picture, space between pictures, height of titles and of prompts."""
 
 
-def grid(results: Results, folder: Path, samples: int) -> UInt8[np.ndarray, "h w 3"] | None:
-    """Return a picture of the first samples, with the middle frame of clips; None without media."""
-    from PIL import Image, ImageDraw
+def grid(results: Results, folder: Path, samples: int) -> Any:
+    """Return a matplotlib figure of the first samples, with the middle frame of clips; None without media."""
+    from matplotlib.figure import Figure
 
     chosen = [sample for sample in results["samples"] if sample["media"]][:samples]
     used = {name for sample in chosen for name in sample["media"]}
@@ -23,24 +23,30 @@ def grid(results: Results, folder: Path, samples: int) -> UInt8[np.ndarray, "h w
     if not names:
         return None
     width, height = GAP + len(names) * (TILE + GAP), HEAD + len(chosen) * (PROMPT + TILE + GAP)
-    sheet = Image.new("RGB", (width, height), (BACKGROUND,) * 3)
-    draw = ImageDraw.Draw(sheet)
+    figure = Figure((width / 100, height / 100), dpi=100, facecolor=f"{BACKGROUND / 255:.3f}")
+
+    def write(text: str, x: int, y: int, room: int, colour: str) -> None:
+        text = " ".join(text.encode("utf-8", errors="replace").decode().split())
+        most = room // 7  # pixels of a letter
+        text = text if len(text) <= most else text[: most - 1] + "…"
+        place = {"color": colour, "fontsize": 9, "va": "top", "parse_math": False}
+        figure.text(x / width, 1 - y / height, text, **place)
+
     for i, name in enumerate(names):
-        place = GAP + i * (TILE + GAP), 9
-        draw.text(place, fitting(name, TILE, 13), fill=(235, 235, 235), font=font(13))
+        write(name, GAP + i * (TILE + GAP), 9, TILE, "#ebebeb")
     for j, sample in enumerate(chosen):
-        y = HEAD + j * (PROMPT + TILE + GAP)
-        prompt = fitting(sample["prompt"], width - 2 * GAP, 12)
-        draw.text((GAP, y + 5), prompt, fill=(150, 156, 164), font=font(12))
+        top = HEAD + j * (PROMPT + TILE + GAP)
+        write(sample["prompt"], GAP, top + 5, width - GAP, "#969ca4")
         for i, name in enumerate(names):
             if name in sample["media"]:
-                picture = _tile(folder / sample["media"][name])
-                x = GAP + i * (TILE + GAP) + (TILE - picture.width) // 2
-                sheet.paste(picture, (x, y + PROMPT + (TILE - picture.height) // 2))
-    return np.asarray(sheet)
+                tile = _tile(folder / sample["media"][name])
+                x = GAP + i * (TILE + GAP) + (TILE - tile.shape[1]) // 2
+                y = top + PROMPT + (TILE - tile.shape[0]) // 2
+                figure.figimage(tile, x, height - y - tile.shape[0])
+    return figure
 
 
-def _tile(path: Path) -> Any:
+def _tile(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     """Return a picture, or the middle frame of a clip, in the size of a tile."""
     import imageio.v3 as iio
     from PIL import Image
@@ -58,23 +64,4 @@ def _tile(path: Path) -> Any:
     smallest = TILE * min(picture.size) // max(picture.size)
     picture = Image.fromarray(enlarge(np.asarray(picture)[None], smallest)[0])
     picture.thumbnail((TILE, TILE))
-    return picture
-
-
-def font(size: int) -> Any:
-    """Return DejaVu Sans, which comes with matplotlib and covers many scripts."""
-    from matplotlib import font_manager
-    from PIL import ImageFont
-
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
-
-
-def fitting(text: str, width: int, size: int) -> str:
-    """Return one line of text, cut to a width in pixels."""
-    text = " ".join(text.encode("utf-8", errors="replace").decode().split())[:400]
-    letters = font(size)
-    if letters.getlength(text) <= width:
-        return text
-    while text and letters.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    return np.asarray(picture)

@@ -1,6 +1,7 @@
 """The plot of quality against seconds, drawn by matplotlib."""
 
 import io
+import warnings
 from typing import Any
 
 from dit_accel.eval.results.types import ACCELERATED, Results, Row, reference_row
@@ -92,7 +93,8 @@ def plot_svg(results: Results, metric: str, phase: str) -> bytes | None:
     import matplotlib
 
     out = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font lacks
         figure = quality_plot(results, metric, phase)
         if figure is None:
             return None

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +27,27 @@ PAGE_BYTES = 64 * 2**20
 
 
 def report(
-    folder: str | os.PathLike,
-    *,
-    title: str | None = None,
-    samples: int = 8,
-    overwrite: bool = True,
+    folder: str | os.PathLike, *, title: str | None = None, samples: int = 8
 ) -> dict[str, Path]:
-    """Write the report beside results.json.
+    """Write the report beside results.json; an earlier report is replaced.
 
     Args:
         folder: folder with results.json and the media that it names.
         title: title of page and table. Default: that of results.json.
         samples: number of samples in the page and the grid, >= 0.
-        overwrite: replace an earlier report.
 
     Returns:
         Paths by "table", "page" and, if there are media, "grid".
 
     Raises:
-        ValueError: bad results.json, missing media, `samples` < 0, or an earlier report that must stay. Nothing is
-            written then.
+        ValueError: bad results.json, missing media, or `samples` < 0. Nothing is written then.
         ImportError: jinja2 or matplotlib is missing.
     """
-    from dit_accel.sampling.media import write_png
-
     check_libraries()
     if samples < 0:
         raise ValueError(f"samples={samples}: must be an int >= 0")
     results = read_results(folder)
     folder = check_writable(folder, "folder")
-    present = [name for name in (TABLE, GRID, PAGE) if (folder / name).exists()]
-    if present and not overwrite:
-        raise ValueError(
-            f"folder={str(folder)!r}: already holds {present[0]}; choose another or overwrite"
-        )
     written = {"table": folder / TABLE, "page": folder / PAGE}
     texts = markdown(results, title), render_page(results, folder, title=title, samples=samples)
     picture = grid(results, folder, samples)
@@ -71,7 +59,9 @@ def report(
         (folder / GRID).unlink(missing_ok=True)  # from an earlier report
     else:
         written["grid"] = folder / GRID
-        write_png(folder / GRID, picture)
+        with atomic_path(folder / GRID) as temporary, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # letters that the font lacks
+            picture.savefig(temporary)
     return written
 
 
