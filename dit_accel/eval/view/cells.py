@@ -109,7 +109,9 @@ def plain_cell(
     if value is None:
         return Cell(note="not measured")
     digits = places(value, about)
-    return Cell(number(value, digits), delta=_difference(value, reference, digits), value=value)
+    return Cell(
+        number(value, digits), delta=_difference(value, reference, digits), value=float(value)
+    )
 
 
 def number(value: int | float, digits: int, signed: bool = False) -> str:

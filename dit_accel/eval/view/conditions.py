@@ -43,7 +43,7 @@ class Condition:
         """Return the error for a condition that cannot be decided."""
         return ValueError(f"fail_if={self.text!r}: {why}")
 
-    def breach(self, value: float | None, why: str, of: str = "") -> list[str]:
+    def breach(self, value: float | int | None, why: str, of: str = "") -> list[str]:
         """Return a line of text if the condition holds. A missing value is an error, never a pass."""
         if value is None:
             raise self.error(f"{self.metric}{of} has no value ({why})")
@@ -141,7 +141,7 @@ def _rows(results: Results, condition: Condition) -> list[Row]:
     return chosen
 
 
-def _value(row: Row, metric: str) -> tuple[float | None, str]:
+def _value(row: Row, metric: str) -> tuple[Any, str]:
     """Return a value of a row, and the reason if it is missing."""
     if metric in row["metrics"]:
         return _figure_value(row["metrics"][metric])
@@ -154,5 +154,5 @@ def _value(row: Row, metric: str) -> tuple[float | None, str]:
     return value, "not measured"
 
 
-def _figure_value(figure: MetricValue) -> tuple[float | None, str]:
+def _figure_value(figure: MetricValue) -> tuple[Any, str]:
     return math.inf if identical(figure) else figure["value"], figure.get("why", "not measured")

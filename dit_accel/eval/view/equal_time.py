@@ -27,7 +27,7 @@ VERDICTS: dict[Verdict, str] = {
     "undecided": "not decided",  # the interval holds 0, or the seconds differ by less than their quartiles
     "few": "too few samples to tell",
     "mixed": "identical pairs have no finite value",
-    "open": "no interval",  # no values of single samples
+    "open": "no interval of the difference",  # no values of single samples
     "unknown": "not comparable",  # no dense run took about this time
 }
 """Text of each verdict."""
@@ -184,5 +184,5 @@ def _single(figure: MetricValue) -> dict[str, float] | None:
     return values if values and len(values) == figure["n"] else None
 
 
-def _took(seconds: float) -> str:
+def _took(seconds: int | float) -> str:
     return seconds_cell({"median": seconds, "iqr": [seconds, seconds], "n": 1}).text + " s"
