@@ -80,9 +80,7 @@ DENSITY = Definition(
     "Density", None, 3,
     "Attended share of all (query, key) pairs over every self-attention call, dense steps and layers included.",
 )  # fmt: skip
-COST = Definition(
-    "Cost", None, 2, "Number of dense steps that would cost as much, by counted FLOPs."
-)  # fmt: skip
+COST = Definition("Cost", None, 2, "Number of dense steps of equal cost, by counted FLOPs.")
 
 
 def definition(metric: str) -> Definition:
