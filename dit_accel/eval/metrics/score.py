@@ -241,7 +241,7 @@ class Pass:
         frames = samples.frames(name)
         prepared = [[x.prepare(frame) for frame in frames] for x, _ in self.extractors]
         pair, for_clip, reference = None, [], self.given.reference
-        if side == "samples" and "clip" in self.networks:
+        if side == "samples" and "clip_score" in self.measurement.metrics:
             for_clip = [self.networks["clip"].prepare(x) for x in frames]
         if side == "samples" and set(PAIRED) & set(self.measurement.metrics):
             assert isinstance(reference, SampleSet)
