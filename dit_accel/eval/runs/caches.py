@@ -16,28 +16,20 @@ _TWO_CALLS = "diffusers keeps one state for both calls of guidance that this mod
 class StepCache:
     """One step cache of diffusers."""
 
-    shown: str
-    """Name in tables."""
-    settings: str
-    """Name of the class of its settings in diffusers."""
-    setting: str
-    """Setting that is searched: a field of the config, or a description of the part that `fields` sets."""
+    shown: str  # name in tables
+    settings: str  # name of the class of its settings in diffusers
+    setting: str  # setting that is searched: a field of the config, or a description of the part that `fields` sets
     span: Callable[[int], tuple[float, float]]
     """Function from the number of steps to the value that skips nothing and the value that costs least."""
-    whole: bool = False
-    """Whether only whole numbers are accepted."""
-    fields: Callable[[float], dict[str, Any]]
-    """Function from a value of the setting to config fields."""
+    whole: bool = False  # whether only whole numbers are accepted
+    fields: Callable[[float], dict[str, Any]]  # from a value of the setting to config fields
     options: Callable[[Any, int], dict[str, Any]] = lambda pipe, steps: {}
     """Function from a loaded pipeline and its number of steps to further config fields."""
     stages: Sequence[Mapping[str, Any]] = ({},)
     """Further config fields. If the setting alone does not reach a cost, the next stage is tried."""
-    calibrated: bool = False
-    """Whether the config needs `mag_ratios` of the model and the steps."""
-    guided: bool = False
-    """Whether the cache needs guidance."""
-    alike: bool = False
-    """Whether the model's input and output must have equally many channels."""
+    calibrated: bool = False  # whether the config needs `mag_ratios` of the model and the steps
+    guided: bool = False  # whether the cache needs guidance
+    alike: bool = False  # whether the model's input and output must have equally many channels
     unfit: Mapping[str, str] = field(default_factory=dict)
     """Reason why the cache does not work, by class of the transformer."""
 

@@ -48,18 +48,12 @@ def counted_cost(pipe: Any, call: Callable[[], Any]) -> int:
 class Match:
     """Setting of a step cache, and its cost."""
 
-    config: Any
-    """A cache config of diffusers."""
-    value: float
-    """Value of the setting."""
-    cost: float
-    """Counted FLOPs of the transformer calls over those of dense sampling, mean over the samples."""
-    stage: int = 0
-    """Index of the stage, see `StepCache.stages`."""
-    ratios: list[float] | None = None
-    """Result of the calibration, if the cache needs one."""
-    note: str | None = None
-    """Message if the target is not reached."""
+    config: Any  # a cache config of diffusers
+    value: float  # value of the setting
+    cost: float  # counted FLOPs of the transformer calls over those of dense sampling, mean over the samples
+    stage: int = 0  # index of the stage, see `StepCache.stages`
+    ratios: list[float] | None = None  # result of the calibration, if the cache needs one
+    note: str | None = None  # message if the target is not reached
 
 
 @dataclass

@@ -21,26 +21,19 @@ Crossover = Literal["auto", "never"]
 class Method:
     """One way to sample, and the settings of its row in the table."""
 
-    name: str
-    """Name of the row."""
-    kind: str
-    """One of `results.types.METHODS`."""
+    name: str  # name of the row
+    kind: str  # one of `results.types.METHODS`
     sla: SLAConfig | SLACheckpoint | dict | None = None
     ras: RASConfig | None = None
-    cache: Any = None
-    """A cache config of diffusers."""
-    tuned: StepCache | None = None
-    """Step cache whose config `rivals.choose_settings` makes."""
+    cache: Any = None  # a cache config of diffusers
+    tuned: StepCache | None = None  # step cache whose config `rivals.choose_settings` makes
     value: float | None = None
     """Value of the setting of `tuned`. None: the value with which it costs as much as region-adaptive sampling."""
-    cost: float | None = None
-    """Counted FLOPs of the transformer over those of dense sampling. None: not counted."""
+    cost: float | None = None  # counted FLOPs of the transformer over those of dense sampling
     num_inference_steps: int | None = None
     """None: as many as dense sampling; for `fewer_steps`: as many as take the time of each other method."""
-    why: str | None = None
-    """Reason why the method cannot run here."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Settings that the row shows."""
+    why: str | None = None  # reason why the method cannot run here
+    settings: dict[str, Any] = field(default_factory=dict)  # settings that the row shows
 
     @property
     def folder(self) -> str:

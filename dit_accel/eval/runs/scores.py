@@ -22,16 +22,11 @@ Reference = SampleSet | Measurement
 class Metrics:
     """Names of metrics by the set that they compare with."""
 
-    paired: tuple[str, ...]
-    """Metrics that compare a sample with the dense sample of the same id."""
-    alone: tuple[str, ...]
-    """Metrics of a sample alone."""
-    to_dense: tuple[str, ...]
-    """Distances to the dense set, without the suffix `TO_DENSE`."""
-    to_reference: tuple[str, ...]
-    """Distances to the reference of the caller."""
-    fine: bool = False
-    """Whether the paired metrics also compare with a fine run."""
+    paired: tuple[str, ...]  # metrics that compare a sample with the dense sample of the same id
+    alone: tuple[str, ...]  # metrics of a sample alone
+    to_dense: tuple[str, ...]  # distances to the dense set, without the suffix `TO_DENSE`
+    to_reference: tuple[str, ...]  # distances to the reference of the caller
+    fine: bool = False  # whether the paired metrics also compare with a fine run
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -119,11 +114,9 @@ class Scorer:
 
     metrics: Metrics
     dense: SampleSet
-    fine: SampleSet | None
-    """Dense samples of many more steps."""
+    fine: SampleSet | None  # dense samples of many more steps
     reference: Reference | None
-    options: dict[str, Any]
-    """Further arguments of `score`."""
+    options: dict[str, Any]  # further arguments of `score`
     _measured: dict[Path, Measurement] = field(default_factory=dict)
 
     def figures(self, samples: SampleSet) -> dict[str, MetricValue]:

@@ -14,20 +14,13 @@ DASH, SPACE = "\N{EN DASH}", "\N{NARROW NO-BREAK SPACE}"
 class Cell:
     """One value of the table."""
 
-    text: str = DASH
-    """The value; without one a dash, or the reason."""
-    range: str = ""
-    """Interval or quartiles."""
-    delta: str = ""
-    """Signed difference to the reference row."""
-    n: str = ""
-    """Number of samples or calls behind the value."""
-    value: float | None = None
-    """Sort key: infinite for identical pairs, None without a value."""
-    note: str = ""
-    """Limits of the value."""
-    best: bool = False
-    """Whether this is the best value of the column."""
+    text: str = DASH  # the value; without one a dash, or the reason
+    range: str = ""  # interval or quartiles
+    delta: str = ""  # signed difference to the reference row
+    n: str = ""  # number of samples or calls behind the value
+    value: float | None = None  # sort key: infinite for identical pairs, None without a value
+    note: str = ""  # limits of the value
+    best: bool = False  # whether this is the best value of the column
 
 
 def figure_cell(

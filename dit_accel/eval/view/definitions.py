@@ -16,12 +16,11 @@ class Definition:
 
     label: str
     better: Better | None
-    digits: int | None
-    """Digits after the point. None: four significant digits."""
-    text: str
-    """One or two sentences for readers of the report."""
-    of_reference: bool = False
-    """Whether the metric compares with the reference row, which then has no value itself."""
+    digits: int | None  # digits after the point. None: four significant digits
+    text: str  # one or two sentences for readers of the report
+    of_reference: bool = (
+        False  # whether it compares with the reference row, which has no value then
+    )
 
 
 _PAIRED = "between a sample and the sample of the reference row with the same prompt and seed"

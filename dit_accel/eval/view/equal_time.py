@@ -40,12 +40,9 @@ class Comparison:
     name: str
     method: str
     verdict: Verdict
-    basis: str
-    """The dense run, or the reason why there is none."""
-    difference: str = ""
-    """Signed difference with its unit; empty if none can be given."""
-    interval: str = ""
-    """95 % interval of the difference."""
+    basis: str  # the dense run, or the reason why there is none
+    difference: str = ""  # signed difference with its unit; empty if none can be given
+    interval: str = ""  # 95 % interval of the difference
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,8 @@ class DensePoint:
     seconds: float
     value: float
     steps: str
-    values: Mapping[str, float] | None
-    """Values by sample; None if a sample has none."""
-    mixed: bool
-    """Whether the value leaves identical pairs out."""
+    values: Mapping[str, float] | None  # values by sample; None if a sample has none
+    mixed: bool  # whether the value leaves identical pairs out
 
 
 def equal_time(results: Results, metric: str, phase: str) -> list[Comparison]:

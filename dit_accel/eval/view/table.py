@@ -26,10 +26,8 @@ class Column:
     label: str
     unit: str
     about: Definition
-    n: str = ""
-    """Number of samples or calls, if all rows have the same."""
-    note: str = ""
-    """Limits of the values, if all rows have the same."""
+    n: str = ""  # number of samples or calls, if all rows have the same
+    note: str = ""  # limits of the values, if all rows have the same
 
     @property
     def arrow(self) -> str:
