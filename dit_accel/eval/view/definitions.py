@@ -18,9 +18,7 @@ class Definition:
     better: Better | None
     digits: int | None  # digits after the point. None: four significant digits
     text: str  # one or two sentences for readers of the report
-    of_reference: bool = (
-        False  # whether it compares with the reference row, which has no value then
-    )
+    of_reference: bool = False  # compares with the reference row, which has no value itself
 
 
 _PAIRED = "between a sample and the sample of the reference row with the same prompt and seed"
