@@ -29,7 +29,7 @@ def grid(results: Results, folder: Path, samples: int) -> Any:
         text = " ".join(text.encode("utf-8", errors="replace").decode().split())
         most = room // 7  # pixels of a letter
         text = text if len(text) <= most else text[: most - 1] + "…"
-        place = {"color": colour, "fontsize": 9, "va": "top", "parse_math": False}
+        place: Any = {"color": colour, "fontsize": 9, "va": "top", "parse_math": False}
         figure.text(x / width, 1 - y / height, text, **place)
 
     for i, name in enumerate(names):
