@@ -22,7 +22,7 @@ from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics.choices import TINY, Given
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import open_reference, score
-from dit_accel.eval.view.terminal import figures_lines
+from dit_accel.eval.view.table import figures_lines
 from dit_accel.files import check_writable, write_json
 from dit_accel.sampling.generate import generate
 from dit_accel.sampling.load import load_pipeline

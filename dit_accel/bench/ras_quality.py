@@ -16,8 +16,7 @@ from dit_accel.bench.subjects import METRICS, Subject, mean_interval
 from dit_accel.config import RASConfig
 from dit_accel.environment import machine, versions
 from dit_accel.eval.runs.caches import CACHES
-from dit_accel.eval.runs.cost import counted_cost
-from dit_accel.eval.runs.match import Probes, match_cost
+from dit_accel.eval.runs.match import Probes, counted_cost, match_cost
 from dit_accel.files import write_json
 from dit_accel.sampling.step_caches import step_cache
 
@@ -220,7 +219,7 @@ class Quality:
         self, subject: Subject, setting: Setting, name: str, budget: float
     ) -> tuple[torch.Tensor, float, dict[str, Any]] | None:
         cache = CACHES[name]
-        if cache.why_not(subject.pipe.transformer) is not None:
+        if cache.why_not(subject.pipe) is not None:
             return None
         subject.set_solver(setting.solver)
 

@@ -1,28 +1,28 @@
 """`dit-accel compare`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
 from dit_accel.cli.options import AccelerationOptions, FailIf
-from dit_accel.cli.printing import fail_on, print_json, print_line
+from dit_accel.cli.printing import fail_on, print_line, print_results
 
 
 @dataclass(kw_only=True)
 class Compare(AccelerationOptions):
-    """Same seed dense and accelerated: side-by-side clip, contact sheet, PSNR, SSIM, seconds, density."""
+    """Compare dense and accelerated sampling of one prompt from the same noise: clips, contact sheet, PSNR, SSIM,
+    seconds, density. `eval report` makes a page of the folder."""
 
     prompt: Positional[str]
     repeats: int = 1
-    """Measured runs of each kind; the median counts."""
+    """Measured calls of each method; seconds are medians."""
     methods: tuple[str, ...] = ()
-    """Further methods to run, as in `eval run`: fewer_steps (dense sampling in the time of the others),
-    step caches such as sea_cache, ras, sla, ras_sla, with a setting after a colon. A step cache without a setting gets
-    one with which it costs what ras costs."""
+    """Further methods, as in `eval run`: fewer_steps (dense sampling in the time of each other method), step caches such
+    as sea_cache, ras, sla, ras_sla, with a setting after a colon. A step cache without a setting gets one with which it
+    costs as much as ras."""
     fail_if: FailIf = ()
-    """Exit with 3 if this holds, as in "psnr<25" or "speedup_total<1.5"; may be given several times."""
+    """Exit with 3 if this condition holds, as in "psnr<25" or "speedup_total<1.5". Can be repeated."""
     overwrite: bool = False
     """Replace an earlier comparison in the folder."""
 
@@ -33,51 +33,38 @@ class Compare(AccelerationOptions):
 
         prompts = number_prompts([self.prompt])
         check_count("repeats", self.repeats)
-        sla, ras = self.sla_config(), self.ras_config()
-        if sla is None and ras is None:
-            raise ValueError(
-                "sla='none', ras='none': nothing to compare; accepted is at least one preset or YAML file"
-            )
+        settings: dict[str, Any] = {"sla": self.sla_config(), "ras": self.ras_config()}
+        settings["crossover"] = self.crossover
         outline, sampling = self.check(prompts)
-        from dit_accel.eval.runs.compare import COMPARED, RECORD, as_results, compare
-        from dit_accel.eval.runs.methods import check_fewer, read_methods
+        from dit_accel.eval.results.types import RESULTS
+        from dit_accel.eval.runs.compare import COMPARED, SHEET, compare, compared_methods
 
         check_early(self.fail_if, metrics=COMPARED)
-        chosen = read_methods(self.methods, outline, crossover=self.crossover)
-        check_fewer(chosen, outline.steps(sampling))
-        if (self.output_dir / RECORD).exists() and not self.overwrite:
+        compared_methods(self.methods, outline, steps=outline.steps(sampling), **settings)
+        if (self.output_dir / RESULTS).exists() and not self.overwrite:
             raise ValueError(
-                f"output_dir={str(self.output_dir)!r}: already holds {RECORD}; choose another or pass --overwrite"
+                f"output_dir={str(self.output_dir)!r}: already holds {RESULTS}; choose another or pass --overwrite"
             )
-        pipe = self.load_compiled()
-        result = compare(
-            pipe,
+        results = compare(
+            self.load_compiled(),
             self.prompt,
-            sla=sla,
-            ras=ras,
             output_dir=self.output_dir,
             model=self.model,
             sampling=sampling,
             seed=self.seed,
             repeats=self.repeats,
             methods=self.methods,
-            crossover=self.crossover,
             fps=self.fps,
             overwrite=self.overwrite,
+            **settings,
         )
-        print_json(result) if self.format == "json" else _print_comparison(result)
-        fail_on(check(as_results(result), self.fail_if))
-
-
-def _print_comparison(result: dict[str, Any]) -> None:
-    from dit_accel.eval.runs.compare import as_results
-    from dit_accel.eval.view.terminal import results_lines
-
-    print_line("\n".join(results_lines(as_results(result), parts=True)))
-    density = result["density"]
-    shown = "no sparse call" if density is None else f"{density:.3f}"
-    print_line(f"\ndensity of sparse calls: {shown}")
-    for reason, n in result["acceleration"]["dense_calls"].items():
-        print_line(f"  {n} calls dense: {reason}")
-    for name in result["files"]:
-        print_line(str(Path(result["output_dir"]) / name))
+        print_results({str(self.output_dir): results}, self.format, parts=True)
+        if self.format == "human":
+            for row in results["rows"]:
+                for reason, n in row["settings"].get("dense_calls", {}).items():
+                    print_line(f"{row['name']}: {n} calls dense: {reason}")
+            files = {*results["samples"][0]["media"].values(), SHEET, RESULTS}
+            files |= {"side_by_side.mp4", "side_by_side.png"}
+            for path in sorted(x for x in self.output_dir.iterdir() if x.name in files):
+                print_line(str(path))
+        fail_on(check(results, self.fail_if))

@@ -122,7 +122,7 @@ class Generate(AccelerationOptions):
         if self.cache == "none":
             return None
         cache, value = read_cache(self.cache)
-        why = cache.why_not_on(outline, sampling.guidance_scale)
+        why = cache.why_not(outline, sampling.guidance_scale)
         if cache.calibrated:
             why = "it needs a calibration, which `eval run` makes"
         if why is not None:

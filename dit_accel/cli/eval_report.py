@@ -11,23 +11,20 @@ from dit_accel.cli.printing import fail_on, print_line, print_results
 
 @dataclass(kw_only=True)
 class Report:
-    """Table, picture and page anew from the results.json of a folder.
+    """Make table, picture and page again from the results.json of a folder.
 
     Exit codes: 0 done, 1 failed while running, 2 bad input or a --fail-if that cannot be decided, 3 a
     --fail-if condition holds, 130 interrupted.
     """
 
     folder: Positional[Path]
-    """Holds results.json and the samples that it names."""
+    """Folder with results.json and the samples that it names."""
     title: str | None = None
-    """Default: that of the results."""
+    """Title of the report. Default: that of the results."""
     shown: int = 8
-    """Samples in page and picture."""
-    overwrite: bool = True
-    """Replace an earlier report."""
+    """Number of samples in page and picture."""
     fail_if: FailIf = ()
-    """Exit with 3 if this holds, as in "psnr<25" or "SLA balanced: seconds_total>4"; may be given several
-    times."""
+    """Exit with 3 if this condition holds, as in "psnr<25" or "SLA balanced: seconds_total>4". Can be repeated."""
     format: Format = "human"
     """How the result is printed on stdout."""
 
@@ -37,11 +34,9 @@ class Report:
         from dit_accel.eval.view.report import report
 
         if self.shown < 0:
-            raise ValueError(f"shown={self.shown}: accepted is an int >= 0")
+            raise ValueError(f"shown={self.shown}: must be an int >= 0")
         reasons = check(read_results(self.folder), self.fail_if)
-        written = report(
-            self.folder, title=self.title, samples=self.shown, overwrite=self.overwrite
-        )
+        written = report(self.folder, title=self.title, samples=self.shown)
         results = read_results(self.folder)
         print_results({str(self.folder): results}, self.format)
         if self.format == "human":

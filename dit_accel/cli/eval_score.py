@@ -45,7 +45,7 @@ class Score:
     output: Path | None = None
     """The figures as JSON."""
     fail_if: FailIf = ()
-    """Exit with 3 if this holds, as in "fid>30"; may be given several times."""
+    """Exit with 3 if this condition holds, as in "fid>30". Can be repeated."""
     format: Format = "human"
     """How the result is printed on stdout."""
 
@@ -117,7 +117,7 @@ class Score:
         if self.format == "json":
             print_json(record)
         else:
-            from dit_accel.eval.view.terminal import figures_lines
+            from dit_accel.eval.view.table import figures_lines
 
             print_line("\n".join(figures_lines(figures)))
         fail_on(check_figures(figures, self.fail_if))

@@ -15,21 +15,22 @@ def print_json(data: Any) -> None:
     print_line(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def print_results(found: dict[str, Any], format_: str) -> None:
-    """Print the results of evaluations.
+def print_results(found: dict[str, Any], format_: str, *, parts: bool = False) -> None:
+    """Print results of evaluations.
 
     Args:
         found: results of each folder.
         format_: "json" or "human".
+        parts: also print the seconds of the parts of a call.
     """
-    from dit_accel.eval.view.terminal import results_lines
+    from dit_accel.eval.view.table import results_lines
 
     if format_ == "json":
         print_json(found if len(found) > 1 else next(iter(found.values())))
         return
     for folder, results in found.items():
         print_line(f"{results['title']} ({folder})")
-        print_line("\n".join(results_lines(results)) + "\n")
+        print_line("\n".join(results_lines(results, parts=parts)) + "\n")
 
 
 def fail_on(reasons: list[str], label: str = "fail_if") -> None:

@@ -106,7 +106,7 @@ def test_images_of_the_embedded_models(tmp_path, capsys, model, side):
     compared = tmp_path / "compared"
     options = ["--num-inference-steps", "8", "--ras", "partial", "--output-dir", compared]
     assert run("compare", *call[1:4], *options) == 0
-    names = ["comparison.json", "contact_sheet.png", "dense.png", "side_by_side.png", "sparse.png"]
+    names = ["contact_sheet.png", "dense.png", "results.json", "side_by_side.png", "sparse.png"]
     assert sorted(p.name for p in compared.iterdir()) == names
 
 

@@ -14,9 +14,8 @@ from dit_accel.config import RASConfig
 from dit_accel.eval.results.store import read_results, validate
 from dit_accel.eval.runs import rivals
 from dit_accel.eval.runs.caches import CACHES, StepCache
-from dit_accel.eval.runs.cost import counted_cost
-from dit_accel.eval.runs.lineup import line_up
-from dit_accel.eval.runs.match import Probes, match_cost
+from dit_accel.eval.runs.match import Probes, counted_cost, match_cost
+from dit_accel.eval.runs.methods import read_methods
 from dit_accel.eval.runs.rivals import MATCHES, TARGET, choose_settings, probe_samples
 from dit_accel.sampling.plan import plan_samples
 from dit_accel.sampling.prompts import PromptRecord
@@ -80,12 +79,12 @@ def test_a_compiled_transformer_costs_what_it_costs_eagerly(wrap):
 @pytest.mark.parametrize("family", ["wan", "sd3"])
 def test_a_wrapped_transformer_takes_the_same_caches(family):
     pipe = make(family)
-    whys = [x.why_not(pipe.transformer) for x in CACHES.values()]
+    whys = [x.why_not(pipe) for x in CACHES.values()]
     cache = CACHES["taylorseer"].config(pipe, STEPS, 3.0)
     with step_cache(pipe, cache):
         expected = run(pipe, family, steps=STEPS)
     pipe.transformer = torch.compile(pipe.transformer)
-    assert [x.why_not(pipe.transformer) for x in CACHES.values()] == whys
+    assert [x.why_not(pipe) for x in CACHES.values()] == whys
     with torch.compiler.set_stance("force_eager"), step_cache(pipe, cache):
         assert torch.equal(run(pipe, family, steps=STEPS), expected)
 
@@ -95,8 +94,8 @@ def test_a_wrapped_transformer_takes_the_same_caches(family):
 def test_a_cache_is_found_that_costs_no_more_than_the_target(family, name):
     probes, pipe = probes_of(family)
     cache, before = CACHES[name], run(pipe, family, steps=STEPS)
-    if cache.why_not(pipe.transformer) is not None:
-        with pytest.raises(ValueError, match=cache.why_not(pipe.transformer)):
+    if cache.why_not(pipe) is not None:
+        with pytest.raises(ValueError, match=cache.why_not(pipe)):
             match_cost(probes, cache, 0.8)
         return
     found = match_cost(probes, cache, 0.8)
@@ -179,9 +178,8 @@ def test_the_nearest_cost_below_the_target_is_found(stairs, target, cost):
 def test_a_target_that_no_setting_reaches_is_noted(stairs):
     found = match_cost(stairs(steps_down), CACHES["sea_cache"], 0.4)
     assert found.cost == pytest.approx(0.5)
-    assert found.note == (
-        "cannot reach the cost 0.400 of dense sampling: its cheapest setting costs 0.500"
-    )
+    assert "0.400" in found.note
+    assert "0.500" in found.note
 
 
 def test_a_target_close_to_dense_sampling_caches_nothing(stairs):
@@ -204,9 +202,8 @@ def test_the_next_stage_is_taken_where_one_does_not_suffice(stairs):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"target": 0.0}, r"target=0.0: accepted is a share of dense sampling in \(0, 1\]"),
-        ({"target": 1.5}, "target=1.5"),
-        ({"target": 0.5, "slack": -1.0}, r"slack=-1.0: accepted is a share in \[0, 1\)"),
+        ({"target": 0.0}, r"target=0\.0.*\(0, 1\]"),
+        ({"target": 1.5}, r"target=1\.5.*\(0, 1\]"),
     ],
 )
 def test_bad_targets_are_refused(stairs, changed, message):
@@ -216,7 +213,7 @@ def test_bad_targets_are_refused(stairs, changed, message):
 
 def test_a_transformer_without_flops_is_refused():
     pipe = types.SimpleNamespace(transformer=nn.Identity(), scheduler=None)
-    with pytest.raises(RuntimeError, match="torch counts no FLOPs of its transformer"):
+    with pytest.raises(RuntimeError, match=r"pipe.*FLOPs"):
         Probes(pipe, lambda rows: pipe.transformer(1)).cost()
 
 
@@ -235,39 +232,36 @@ def test_a_cache_on_stable_diffusion_3_leaves_no_trace():
     assert not pipe.transformer._forward_hooks
 
 
-def chosen(pipe, methods, folder=None, prompts=PROMPTS, **options):
+def chosen(pipe, names, folder=None, prompts=PROMPTS, **options):
+    """Methods with settings, by name."""
     samples = plan_samples(prompts, SAMPLING, seed=3, count=1, layout="ids")
     ras = RASConfig(warmup=1, tail=1, resets=())
-    lineup = line_up(methods, pipe, steps=SAMPLING.num_inference_steps, ras=ras)
-    return choose_settings(lineup, pipe, samples, folder=folder, **options)
+    steps = SAMPLING.num_inference_steps
+    methods = [x.tried(pipe, steps) for x in read_methods(names, pipe, steps=steps, ras=ras)]
+    return {x.name: x for x in choose_settings(methods, pipe, samples, folder=folder, **options)}
 
 
 def test_found_settings_are_kept(wan, tmp_path, monkeypatch):
-    methods = ["sea_cache", "taylorseer", "first_block_cache:0.3", "ras"]
-    lineup = chosen(wan, methods, tmp_path / "new")
-    rows = {x.name: x for x in lineup.runnable}
+    names = ["sea_cache", "taylorseer", "first_block_cache:0.3", "ras"]
+    rows = chosen(wan, names, tmp_path / "new")
     sea, fixed = rows["SeaCache"], rows["FirstBlockCache 0.3"]
-    matched = lineup.settings["SeaCache"]["matched"]
+    matched = sea.settings["matched"]
     assert (sea.tuned, sea.value, sea.cost) == (None, matched["value"], matched["cost"])
     assert sea.cache.threshold == sea.value
-    assert sea.note.startswith(
-        f"threshold {sea.value:.4g} found by search, costs {sea.cost:.3f} of "
-    )
+    assert f"threshold {sea.value:.4g}" in sea.settings["note"]
+    assert f"{sea.cost:.3f}" in sea.settings["note"]
     assert fixed.cache.threshold == 0.3
-    assert fixed.note == f"costs {fixed.cost:.3f} of dense sampling by counted FLOPs"
-    assert lineup.settings["TaylorSeer"]["cache"]["cache_interval"] >= 2
+    assert f"{fixed.cost:.3f}" in fixed.settings["note"]
+    assert rows["TaylorSeer"].settings["cache"]["cache_interval"] >= 2
     assert 0.3 < matched["target"] < 1  # what region-adaptive sampling costs
     monkeypatch.setattr(rivals, "match_cost", lambda *_, **__: pytest.fail("searched again"))
     monkeypatch.setattr(rivals, "run_latents", lambda *_: pytest.fail("sampled again"))
-    again = chosen(wan, methods, tmp_path / "new")
-    assert again.runnable == lineup.runnable
-    assert again.settings == lineup.settings
+    assert chosen(wan, names, tmp_path / "new") == rows
     assert (tmp_path / "new" / MATCHES).is_file()
 
 
 def test_without_a_row_of_ours_the_target_is_the_usual_cost(wan):
-    lineup = chosen(wan, ["sea_cache"])
-    assert lineup.settings["SeaCache"]["matched"]["target"] == TARGET
+    assert chosen(wan, ["sea_cache"])["SeaCache"].settings["matched"]["target"] == TARGET
 
 
 def test_costs_are_counted_on_samples_that_are_not_compared():
@@ -300,9 +294,9 @@ def test_a_fine_run_is_a_second_reference(wan, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"fine_steps": 3}, "fine_steps=3: accepted are more steps than the 3 of dense sampling"),
+        ({"fine_steps": 3}, "fine_steps=3.*more than 3"),
         ({"fine_steps": 0}, "fine_steps=0"),
-        ({"fine_steps": 5, "metrics": ["flicker"]}, "fine_steps: no metric compares with it"),
+        ({"fine_steps": 5, "metrics": ["flicker"]}, "fine_steps.*psnr"),
     ],
 )
 def test_a_bad_fine_run_is_refused(wan, tmp_path, changed, message):

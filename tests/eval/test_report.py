@@ -15,17 +15,14 @@ from PIL import Image
 from dit_accel.eval.results.store import build_results, read_results, validate, write_results
 from dit_accel.eval.results.types import reference_row
 from dit_accel.eval.runs.rows import speedup, timing
-from dit_accel.eval.view import inline
 from dit_accel.eval.view.cells import figure_cell, number, seconds_cell, speedup_cell
 from dit_accel.eval.view.conditions import check
 from dit_accel.eval.view.definitions import definition, usual_order
 from dit_accel.eval.view.equal_time import equal_time
-from dit_accel.eval.view.grid import fitting, font, grid
-from dit_accel.eval.view.labels import RADIUS, around, overlap
-from dit_accel.eval.view.markdown import escape, markdown
-from dit_accel.eval.view.plot import quality_plot
-from dit_accel.eval.view.report import report
-from dit_accel.eval.view.table import build_table
+from dit_accel.eval.view.grid import grid
+from dit_accel.eval.view.plot import plotted_rows, quality_plot
+from dit_accel.eval.view.report import page_samples, report
+from dit_accel.eval.view.table import build_table, escape, markdown
 
 from .example_report import example_results, figure, write_media
 
@@ -80,7 +77,7 @@ def test_build_adds_versions_and_machine_and_checks(results):
     assert built["versions"]["torch"]
     assert built["machine"]["cores"] >= 1
     assert validate(built) is built
-    with pytest.raises(ValueError, match="prompts=0: accepted is a whole number >= 1"):
+    with pytest.raises(ValueError, match="prompts=0"):
         build_results(**{**{key: results[key] for key in keys}, "prompts": 0})
 
 
@@ -91,34 +88,34 @@ PSNR = (*ROW, "metrics", "psnr")
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format_version",), 2, r"format_version=2: accepted is 1; another version of dit-accel"),
-        (("kind",), "compare", r'kind=\'compare\': accepted is "eval"'),
+        (("format_version",), 2, r"format_version=2"),
+        (("kind",), "compare", r"kind='compare'"),
         (("title",), ..., r"title is missing"),
-        (("title",), " ", r"title=' ': accepted is a text that is not empty"),
-        (("title",), "a\ud800", r"title='a.*': accepted is a text without lone surrogates"),
-        (("repeats",), True, r"repeats=True: accepted is a whole number >= 1"),
-        (("rows",), {}, r"rows=\{\}: accepted is a list of objects"),
-        (("rows",), [], r"rows=\[\]: accepted is at least one row"),
-        (("rows", 0), "dense", r"rows\[0\]='dense': accepted is an object"),
-        (("reference",), "teacher", r"reference='teacher': accepted is the name or the method"),
-        ((*ROW, "name"), "Dense", r"rows\[7\].name='Dense': accepted is a name used once"),
-        ((*ROW, "method"), "magic", r"rows\[7\].method='magic': accepted is one of dense, fewer_"),
-        ((*ROW, "available"), 1, r"rows\[7\].available=1: accepted is true or false"),
-        ((*ROW, "available"), False, r"rows\[7\].why=None: accepted is a text"),
-        ((*ROW, "density"), 1.5, r"rows\[7\].density=1.5: accepted is .* >= 0 and <= 1 or null"),
-        ((*ROW, "folder"), "../up", r"rows\[7\].folder='../up': accepted is a path inside"),
-        ((*ROW, "peak_memory_of"), None, r"peak_memory_of=None: accepted is one of gpu, process"),
+        (("title",), " ", r"title=' '"),
+        (("title",), "a\ud800", r"title='a.*'"),
+        (("repeats",), True, r"repeats=True"),
+        (("rows",), {}, r"rows=\{\}"),
+        (("rows",), [], r"rows=\[\]"),
+        (("rows", 0), "dense", r"rows\[0\]='dense'"),
+        (("reference",), "teacher", r"reference='teacher'"),
+        ((*ROW, "name"), "Dense", r"rows\[7\].name='Dense'"),
+        ((*ROW, "method"), "magic", r"rows\[7\].method='magic'"),
+        ((*ROW, "available"), 1, r"rows\[7\].available=1"),
+        ((*ROW, "available"), False, r"rows\[7\].why=None"),
+        ((*ROW, "density"), 1.5, r"rows\[7\].density=1.5"),
+        ((*ROW, "folder"), "../up", r"rows\[7\].folder='../up'"),
+        ((*ROW, "peak_memory_of"), None, r"peak_memory_of=None"),
         ((*ROW, "speedup", "total"), ..., r"rows\[7\].speedup.total is missing"),
-        ((*ROW, "seconds", "warm_up"), {}, r"rows\[7\].seconds: phase='warm_up': accepted is one"),
-        ((*ROW, "seconds", "text", "iqr"), [2, 1], r"seconds.text.iqr=\[2, 1\]: accepted is \[low"),
-        ((*PSNR, "value"), math.nan, r"rows\[7\].metrics.psnr.value=nan: accepted is a finite"),
+        ((*ROW, "seconds", "warm_up"), {}, r"rows\[7\].seconds.*'warm_up'"),
+        ((*ROW, "seconds", "text", "iqr"), [2, 1], r"seconds.text.iqr=\[2, 1\]"),
+        ((*PSNR, "value"), math.nan, r"rows\[7\].metrics.psnr.value=nan"),
         ((*PSNR, "value"), None, r"rows\[7\].metrics.psnr.why is missing"),
-        ((*PSNR, "n"), -1, r"rows\[7\].metrics.psnr.n=-1: accepted is a whole number >= 0"),
-        ((*PSNR, "interval_95"), [1.0, math.inf], r"interval_95=\[1.0, inf\]: accepted is \[lower"),
+        ((*PSNR, "n"), -1, r"rows\[7\].metrics.psnr.n=-1"),
+        ((*PSNR, "interval_95"), [1.0, math.inf], r"interval_95=\[1.0, inf\]"),
         ((*PSNR, "extractor"), {"id": "x"}, r"metrics.psnr.extractor.sha256 is missing"),
-        ((*PSNR, "flags"), "few", r"metrics.psnr.flags='few': accepted is a list of texts"),
-        ((*PSNR, "truncated"), "x", r"metrics.psnr.truncated='x': accepted is a whole number"),
-        ((*PSNR, "values"), {"a": "x"}, r"metrics.psnr.values.a='x': accepted is a finite number"),
+        ((*PSNR, "flags"), "few", r"metrics.psnr.flags='few'"),
+        ((*PSNR, "truncated"), "x", r"metrics.psnr.truncated='x'"),
+        ((*PSNR, "values"), {"a": "x"}, r"metrics.psnr.values.a='x'"),
     ],
 )
 def test_a_bad_place_is_named(results, path, value, message):
@@ -133,11 +130,9 @@ def test_a_bad_place_is_named(results, path, value, message):
 def test_media_stay_inside_the_folder(results, path):
     results["samples"] = [{"id": "0", "prompt": "", "media": {"Dense": "dense/0.png"}}]
     validate(results)
-    with pytest.raises(ValueError, match=r"samples\[0\].media.Dense=.*accepted is a path inside"):
+    with pytest.raises(ValueError, match=r"samples\[0\].media.Dense="):
         validate(change(results, ("samples", 0, "media", "Dense"), path))
-    with pytest.raises(
-        ValueError, match=r"samples\[0\].media: row='x': accepted is one of 'Dense'"
-    ):
+    with pytest.raises(ValueError, match=r"samples\[0\].media: row='x'"):
         validate(change(results, ("samples", 0, "media"), {"x": "x.png"}))
 
 
@@ -169,8 +164,7 @@ def test_timing_takes_median_and_quartiles_of_common_phases():
     }
     assert speedup(timing(runs), timing(runs[1:2])) == {"denoise": 3.0, "total": 3.0}
     assert speedup(timing(runs), {}) is None
-    with pytest.raises(ValueError, match="at least one measured run"):
-        timing([])
+    assert timing([]) == {}
 
 
 def test_the_reference_is_found_by_name_before_method(results):
@@ -235,7 +229,7 @@ def test_table_md_is_as_it_was_looked_at(results):
 def test_the_best_is_marked_unless_most_rows_have_it(results):
     table = build_table(results)
     best = {
-        column.key: [line.name for line in table.lines if line.cells[i].best]
+        column.key: [line.row["name"] for line in table.lines if line.cells[i].best]
         for i, column in enumerate(table.columns)
     }
     assert best["psnr"] == ["SLA, every key"]  # identical beats every finite value
@@ -278,6 +272,11 @@ def test_a_run_without_timing_or_samples_has_a_table(results):
 # At equal time
 
 
+def around(value, spread=0.1, n=24):
+    """Values of single samples, of this mean."""
+    return {str(i): value + spread * (1 if i % 2 else -1) for i in range(n)}
+
+
 def dense_and_one(method="sla", seconds=3.0, value=25.0, spread=0.5):
     """Dense with 10 and 20 steps at 2 s and 4 s, 20 dB and 24 dB; one accelerated row."""
     data = example_results()
@@ -287,7 +286,7 @@ def dense_and_one(method="sla", seconds=3.0, value=25.0, spread=0.5):
     ):
         row["seconds"]["total"] = {"median": at, "iqr": [at, at], "n": 5}
         if psnr is not None:
-            row["metrics"]["psnr"] = figure(psnr, spread, "dB")
+            row["metrics"]["psnr"] = figure(psnr, spread, "dB", values=around(psnr))
     rows[3]["method"] = method
     return {**data, "rows": rows}
 
@@ -296,9 +295,7 @@ def dense_and_one(method="sla", seconds=3.0, value=25.0, spread=0.5):
     ("changed", "verdict", "difference", "basis"),
     [
         ({}, "better", "+3.00 dB", "interpolated"),
-        ({"value": 22.8}, "overlap", "+0.80 dB", "interpolated"),
         ({"value": 19.0}, "worse", "\N{MINUS SIGN}3.00 dB", "interpolated"),
-        ({"spread": None}, "open", "+3.00 dB", "interpolated"),
         ({"seconds": 1.9}, "better", "+5.00 dB", "15 steps in 2.00 s, this row in 1.90 s"),
         ({"seconds": 1.0}, "unknown", "", "no dense run takes about 1.00 s"),
         ({"seconds": 6.0}, "unknown", "", "no dense run takes about 6.00 s"),
@@ -309,6 +306,13 @@ def test_acceleration_is_held_against_fewer_steps(changed, verdict, difference, 
     [found] = equal_time(dense_and_one(**changed), "psnr", "total")
     assert (found.verdict, found.difference) == (verdict, difference)
     assert basis in found.basis
+
+
+def test_without_values_of_single_samples_nothing_is_claimed():
+    data = dense_and_one()
+    del data["rows"][3]["metrics"]["psnr"]["values"]
+    [found] = equal_time(data, "psnr", "total")
+    assert (found.verdict, found.difference) == ("open", "+3.00 dB")
 
 
 @pytest.mark.parametrize(
@@ -343,7 +347,7 @@ def test_the_same_prompts_are_compared_one_by_one(values, verdict, interval):
     else:
         assert found.interval == interval
     own.popitem()  # one pair is identical: its value is none, and the means are all there is
-    assert equal_time(data, "psnr", "total")[0].verdict == "overlap"
+    assert equal_time(data, "psnr", "total")[0].verdict == "open"
 
 
 def identical_row(data, same=10, of=10):
@@ -394,18 +398,13 @@ def test_a_little_longer_than_the_reference_is_not_slower():
 def test_a_row_slower_than_the_reference_is_held_against_it():
     data = dense_and_one(seconds=20.0)
     [found] = [x for x in equal_time(data, "judge", "total") if x.name == "SLA balanced"]
-    assert (found.verdict, found.basis) == (
-        "overlap",
-        "dense with 24 steps in 8.00 s, this row in 20.0 s",
-    )
+    assert found.basis == "dense with 24 steps in 8.00 s, this row in 20.0 s"
 
 
 def test_a_quicker_dense_run_that_is_better_counts_instead_of_the_line():
     data = dense_and_one(value=25.0)
-    data["rows"][2]["metrics"]["psnr"] |= {
-        "value": 27.0,
-        "interval_95": [26.5, 27.5],
-    }  # at 2 s; 24 dB at 4 s
+    # At 2 s; 24 dB at 4 s.
+    data["rows"][2]["metrics"]["psnr"] |= {"value": 27.0, "values": around(27.0)}
     [found] = equal_time(data, "psnr", "total")
     assert (found.verdict, found.difference) == ("worse", "\N{MINUS SIGN}2.00 dB")
     assert found.basis == "dense with 15 steps in 2.00 s, this row in 3.00 s"
@@ -444,17 +443,14 @@ def test_a_breach_tells_value_and_limit(results):
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        ("psnr", r"accepted is \[row:\]metric"),
-        ("psnr = 25", r"accepted is \[row:\]metric"),
-        ("psnr < nan", r"accepted is \[row:\]metric"),
-        ("psnrr < 25", r"no figure 'psnrr' here; accepted are psnr, ssim"),
-        (
-            "density < 1",
-            r"density of row 'FirstBlockCache 0.1' has no value \(it was not measured\)",
-        ),
-        ("Dense: psnr < 25", r"row 'Dense' is what psnr compares with"),
-        ("nobody: psnr < 25", r"no row 'nobody'; accepted are 'Dense'"),
-        ("SeaCache: psnr < 25", r"row 'SeaCache' is not available \(not in diffusers"),
+        ("psnr", r"fail_if='psnr'"),
+        ("psnr = 25", r"fail_if='psnr = 25'"),
+        ("psnr < nan", r"fail_if='psnr < nan'"),
+        ("psnrr < 25", r"'psnrr'.*psnr, ssim"),
+        ("density < 1", r"density.*'FirstBlockCache 0.1'.*no value"),
+        ("Dense: psnr < 25", r"psnr.*'Dense'"),
+        ("nobody: psnr < 25", r"'nobody'.*'Dense'"),
+        ("SeaCache: psnr < 25", r"'SeaCache'.*not available"),
     ],
 )
 def test_what_cannot_be_judged_is_no_pass(results, condition, message):
@@ -464,55 +460,48 @@ def test_what_cannot_be_judged_is_no_pass(results, condition, message):
 
 def test_a_figure_without_a_value_is_no_pass(results):
     results["rows"][6]["metrics"]["psnr"] = figure(None, None, "dB", n=0, why="no pairs")
-    with pytest.raises(ValueError, match=r"row 'RAS balanced' has no value \(no pairs\)"):
+    with pytest.raises(ValueError, match=r"'RAS balanced'.*no value.*no pairs"):
         check(results, ["psnr<25"])
     for row in results["rows"]:
         row["available"] = row["method"] == "dense"
-    with pytest.raises(ValueError, match="no accelerated row is available"):
+    with pytest.raises(ValueError, match=r"fail_if='psnr<25'.*no row"):
         check(results, ["psnr<25"])
 
 
 # The plot
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("metric", ["psnr", "fd_tiny", "judge"])
-def test_points_lie_where_their_figures_say(results, metric, narrow):
-    drawn = quality_plot(results, metric, "total", narrow=narrow)
-    rows = {row["name"]: row for row in results["rows"]}
-    left, top, right, bottom = drawn.frame
-    finite = [p for p in drawn.points if rows[p.name]["metrics"][metric]["value"] is not None]
-    seconds = [rows[p.name]["seconds"]["total"]["median"] for p in finite]
-    values = [rows[p.name]["metrics"][metric]["value"] for p in finite]
-    assert np.corrcoef(seconds, [p.x for p in finite])[0, 1] == pytest.approx(1)
-    assert np.corrcoef(values, [p.y for p in finite])[0, 1] == pytest.approx(-1)
-    assert all(left <= p.x <= right and top <= p.y <= bottom for p in finite)
-    ticks = [(float(t.text.replace("\N{MINUS SIGN}", "-")), t.at) for t in drawn.y_ticks]
-    slope = np.polyfit([t[1] for t in ticks], [t[0] for t in ticks], 1)
-    np.testing.assert_allclose(np.polyval(slope, [p.y for p in finite]), values, rtol=1e-3)
-    assert len(ticks) >= 3
+def points_of(drawn):
+    """The marker of each row by name: x, y."""
+    lines = drawn.axes[0].lines
+    return {x.get_label(): x for x in lines if not x.get_label().startswith("_")}
 
 
-def test_identical_rows_stand_above_the_frame_and_the_reference_is_a_line(results):
+@pytest.mark.parametrize("metric", ["psnr", "fd_tiny"])
+def test_points_lie_where_their_values_say(results, metric):
+    found = points_of(quality_plot(results, metric, "total"))
+    for label, row in plotted_rows(results, metric, "total"):
+        value = row["metrics"][metric]["value"]
+        point, seconds = found.pop(row["name"]), row["seconds"]["total"]["median"]
+        if value is not None:
+            assert point.get_xydata().tolist() == [[seconds, value]]
+        if row["method"] not in ("dense", "fewer_steps"):
+            assert label.isdecimal()
+    assert not found
+
+
+def test_identical_rows_stand_above_the_axes_and_the_reference_is_a_line(results):
     drawn = quality_plot(results, "psnr", "total")
-    [same] = [p for p in drawn.points if p.name == "SLA, every key"]
-    assert drawn.band
-    assert same.y < drawn.frame[1]
-    assert same.y_bar is None
-    assert drawn.reference.text == "Dense: 4.12 s"
-    assert len(drawn.line) == 3
-    assert quality_plot(results, "judge", "total").reference is None
-
-
-def test_labels_overlap_neither_each_other_nor_points(results):
-    for metric in ("psnr", "judge"):
-        drawn = quality_plot(results, metric, "denoise", narrow=True)
-        boxes = [around(p.x, p.y, RADIUS) for p in drawn.points]
-        assert len(drawn.labels) >= len(drawn.points) // 2
-        for label in drawn.labels:
-            assert 0 <= label.box[0] < label.box[2] <= drawn.width
-            assert not any(overlap(label.box, other) for other in boxes)
-            boxes.append(label.box)
+    same = points_of(drawn)["SLA, every key"]
+    assert same.get_transform() == drawn.axes[0].get_xaxis_transform()
+    assert same.get_ydata()[0] > 1
+    texts = [x.get_text() for x in drawn.axes[0].texts]
+    assert "identical" in texts
+    assert "Dense: 4.12 s" in texts
+    assert "18 steps" in texts
+    assert len(drawn.axes[0].lines[0].get_xdata()) == 3  # dense with fewer steps
+    texts = [x.get_text() for x in quality_plot(results, "judge", "total").axes[0].texts]
+    assert not {"identical", "Dense: 4.12 s"} & set(texts)
 
 
 def test_one_point_is_no_plot(results):
@@ -537,7 +526,10 @@ def test_a_report_has_table_grid_and_page(folder, results):
         for cell in line.cells:
             assert cell.text in page
             assert cell.range in page
-    assert "3 of 10 samples are in this page; the others" in page
+    assert "3 of 10 samples are in this page" in page
+    assert (
+        page.count("data:image/svg+xml;base64,") == 12
+    )  # six metrics, total and denoising seconds
     with Image.open(written["grid"]) as image:
         assert image.size == (8 + 4 * 200, 30 + 3 * 226)
 
@@ -547,20 +539,16 @@ def test_a_machine_that_says_nothing_of_itself_is_no_obstacle(folder, results):
     assert "<title>" in report(folder)["page"].read_text(encoding="utf-8")
 
 
-def test_titles_and_overwriting(folder):
+def test_title_and_number_of_samples(folder):
     page = report(folder, title="Another <title>", samples=1)["page"]
     assert "<title>Another &lt;title&gt;</title>" in page.read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match=r"already holds table.md"):
-        report(folder, overwrite=False)
-    with pytest.raises(ValueError, match=r"samples=-1: accepted is a whole number >= 0"):
+    with pytest.raises(ValueError, match="samples=-1"):
         report(folder, samples=-1)
 
 
 def test_missing_libraries_are_named_before_any_work(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ImportError, match=r"a report needs jinja2; install it with .*dit-accel\[eval\]"
-    ):
+    with pytest.raises(ImportError, match=r"jinja2.*dit-accel\[eval\]"):
         report(folder)
     assert not (folder / "table.md").exists()
 
@@ -577,10 +565,10 @@ def test_missing_and_broken_media_leave_the_old_report(folder):
     broken = folder / "sla-balanced" / "0001.png"
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"0001.png: not a readable picture"):
+    with pytest.raises(ValueError, match=r"0001.png.*picture"):
         report(folder)
     broken.unlink()
-    with pytest.raises(ValueError, match=r"'sla-balanced/0001.png' of sample '0001' is not there"):
+    with pytest.raises(ValueError, match=r"0001.png.*sample '0001'"):
         report(folder)
     assert (folder / "report.html").read_bytes() == before
     assert not list(folder.glob(".tmp-*"))
@@ -588,27 +576,29 @@ def test_missing_and_broken_media_leave_the_old_report(folder):
 
 def test_a_page_does_not_grow_without_bound(folder, results):
     size = sum((folder / file).stat().st_size for file in results["samples"][0]["media"].values())
-    found = inline.inline_media(results, folder, 8, page_bytes=round(size * 2.5))
-    assert 1 <= len(found.samples) < 8
-    assert "a page holds at most" in found.note
-    kept = sum(len(x[1]) for sample in found.samples for x in sample["media"].values())
+    found, note = page_samples(results, folder, 8, page_bytes=round(size * 2.5))
+    assert 1 <= len(found) < 8
+    assert f"{len(found)} of 10 samples" in note
+    assert "MiB" in note
+    kept = sum(len(x[1]) for sample in found for x in sample["media"].values())
     assert kept * 0.75 <= size * 2.5
 
 
 def test_the_grid_shows_samples_below_and_methods_beside_each_other(folder, results):
-    sheet = grid(results, folder, 2)
+    results["rows"][3]["name"] = "Dense with a very long name\nand $math$ in a second line"
+    results["samples"][0]["prompt"] = "\ud800"  # a lone surrogate
+    for sample in results["samples"]:
+        sample["media"][results["rows"][3]["name"]] = sample["media"].pop("Dense, 12 steps")
+    drawn = grid(results, folder, 2)
+    drawn.canvas.draw()
+    sheet = np.asarray(drawn.canvas.buffer_rgba())[..., :3]
     own = np.asarray(Image.open(folder / results["samples"][1]["media"]["RAS + SLA"]))
     top, left = 30 + 226 + 26, 8 + 3 * 200
     np.testing.assert_array_equal(sheet[top + 3 : top + 192 : 6, left + 3 : left + 192 : 6], own)
+    texts = [x.get_text() for x in drawn.texts]
+    assert "?" in texts
+    assert any(x.startswith("Dense with") and x.endswith("…") for x in texts)
     assert grid(results, folder, 0) is None
-
-
-def test_long_titles_are_cut_to_their_tile():
-    text = fitting("SLA with a very long name\nand a second line", 120, 13)
-    assert text.startswith("SLA with")
-    assert text.endswith("…")
-    assert font(13).getlength(text) <= 120
-    assert fitting("\ud800", 100, 12) == "?"
 
 
 class _Tags(html.parser.HTMLParser):
@@ -644,12 +634,11 @@ def test_hostile_text_stays_text(folder, results):
     found = _Tags()
     found.feed(report(folder)["page"].read_text(encoding="utf-8"))
     assert [tag for tag, _ in found.tags].count("script") == 2
-    assert [tag for tag, _ in found.tags].count("img") == 0
     for _, attributes in found.tags:
         assert not [key for key in attributes if key.startswith("on")]
         assert "style" not in attributes  # the policy would block it
         assert attributes.get("href", "#").startswith(("#", "data:,"))
-        assert "src" not in attributes
+        assert attributes.get("src", "data:image/svg+xml;base64,").startswith("data:image/svg+xml;")
     data, script = found.scripts
     assert [x["prompt"] for x in json.loads(data)["samples"][:5]] == list(HOSTILE)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -10,31 +10,28 @@ from pathlib import Path
 import pytest
 
 from dit_accel import control
-from dit_accel.config import RASConfig, SLAConfig
+from dit_accel.config import RASConfig
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import score
 from dit_accel.eval.results.store import read_results
-from dit_accel.eval.runs import measured
 from dit_accel.eval.runs import timing as timing_module
 from dit_accel.eval.runs.caches import read_cache
-from dit_accel.eval.runs.methods import Method, dense_with
-from dit_accel.eval.runs.presets import DEMO, run_demo
+from dit_accel.eval.runs.methods import dense_with
 from dit_accel.eval.runs.scores import choose_metrics
-from dit_accel.files import EMBEDDED_MODELS
 from dit_accel.runtime.install import installation_of
 from dit_accel.sampling.generate import generate
 from dit_accel.sampling.prompts import PromptRecord, number_prompts
 from dit_accel.sampling.sets import SampleSet
 from dit_accel.sampling.settings import Sampling
 
-from .run_worker import PROMPTS, SAMPLING, evaluate
+from .run_worker import FEW, PROMPTS, SAMPLING, evaluate
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_garbage_collection():
     """It takes long in a process full of tests, and comes before each measured call."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_accel.eval.runs.peak_memory.gc.collect", lambda: 0)
+        patch.setattr("dit_accel.eval.runs.timing.gc.collect", lambda: 0)
         yield
 
 
@@ -158,11 +155,11 @@ def test_run_again_it_makes_nothing_and_says_the_same(wan, folder, results, monk
 
 
 def test_a_killed_run_goes_on(wan, wan_repository, tmp_path, results):
-    """12 calls make the samples of 6 methods, 7 are warm-ups; it dies in the third that is measured."""
+    """6 calls make the samples of 3 methods, 4 are warm-ups; it dies in the third that is measured."""
     command = [sys.executable, str(Path(__file__).with_name("run_worker.py"))]
     done = subprocess.run(
         [*command, str(wan_repository), str(tmp_path)],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "DIE_AT": "22"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "DIE_AT": "13"},
         stderr=subprocess.PIPE,
         text=True,
         check=False,
@@ -174,14 +171,15 @@ def test_a_killed_run_goes_on(wan, wan_repository, tmp_path, results):
     log = tmp_path / "timings.json"
     kept = json.loads(log.read_text())["calls"]
     assert sum(map(len, kept.values())) == 2
-    again = evaluate(wan, tmp_path)
+    again = evaluate(wan, tmp_path, methods=FEW)
     assert {x: x.stat().st_mtime_ns for x in made} == made
     after = json.loads(log.read_text())["calls"]
     for name, earlier in kept.items():
         assert after[name][: len(earlier)] == earlier
     figures = {name: x["metrics"] for name, x in rows_of(again).items()}
     whole = {name: x["metrics"] for name, x in rows_of(results).items()}
-    for name in set(figures) & set(whole):  # fewer steps depend on the seconds
+    assert set(figures) == {"Dense", "Dense, 1 step", "RAS", "SLA"}
+    for name in figures:
         assert figures[name] == whole[name]
 
 
@@ -197,8 +195,8 @@ def test_what_diffusers_lacks_is_a_row_that_says_so(sd3, tmp_path):
     )
     rows = rows_of(results)
     assert not rows["FasterCache"]["available"]
-    assert rows["FasterCache"]["why"] == "needs guidance, which guidance_scale=1.0 switches off"
-    assert "needs guidance" in (tmp_path / "table.md").read_text()
+    assert "guidance_scale=1.0" in rows["FasterCache"]["why"]
+    assert "not available" in (tmp_path / "table.md").read_text()
     # Prompts of the demo: the judge looks at them, and features are compared with dense ones.
     assert rows["Dense"]["metrics"]["judge"]["n"] == 2
     assert "fd_tiny_to_dense" not in rows["Dense"]["metrics"]
@@ -226,9 +224,7 @@ def test_a_reference_of_real_pictures_is_what_distances_mean(sd3, tmp_path, writ
     assert dense["metrics"]["fd_tiny"] == expected["fd_tiny"]
     assert dense["metrics"]["fd_tiny"]["n_reference"] == 6
     assert set(ras["metrics"]) == {"psnr", "fd_tiny", "fd_tiny_to_dense"}
-    with pytest.raises(
-        ValueError, match=r"reference: nothing compares with it; accepted with incep"
-    ):
+    with pytest.raises(ValueError, match=r"reference.*inception"):
         evaluate(sd3, tmp_path / "none", metrics=["psnr"], **options)
     assert not (tmp_path / "none").exists()
 
@@ -279,13 +275,13 @@ def test_metrics_fit_what_is_sampled():
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ([], "metrics=.*at least one name"),
-        (["pnsr"], "'pnsr' is none"),
-        (["fid"], "needs inception"),
-        (["lpips"], "'lpips' needs lpips="),
-        (["clip_score"], "needs clip"),
-        (["psnr_to_dense"], "'psnr_to_dense' is none; accepted is 'psnr'"),
-        (["recall_tiny"], "accepts at least 4"),
+        ([], r"metrics=\[\]"),
+        (["pnsr"], "'pnsr'.*psnr"),
+        (["fid"], "'fid'.*inception"),
+        (["lpips"], "'lpips'.*lpips="),
+        (["clip_score"], "'clip_score'.*clip"),
+        (["psnr_to_dense"], "'psnr_to_dense'.*'psnr'"),
+        (["recall_tiny"], "'recall_tiny'.*4"),
     ],
     ids=str,
 )
@@ -294,22 +290,19 @@ def test_metrics_that_cannot_be_measured_are_refused_early(metrics, message):
         choose_metrics(planned(["a", "b"]), metrics, networks=Networks())
 
 
-EIGHT_BIT = Method(
-    name="x", kind="ras_sla", ras=RASConfig(ratio=0.5, kv_cache="fp8"), sla=SLAConfig()
-)
 BAD = {
     "repeats": ({"repeats": 0}, "repeats=0"),
     "shown": ({"shown": -1}, "shown=-1"),
     "prompts": ({"prompts": []}, "prompts="),
     "ids": ({"prompts": PROMPTS[:1] * 2}, "prompts.*id"),
     "size": ({"sampling": SAMPLING.overridden(height=33)}, "height=33"),
-    "method": ({"methods": ["slaa"]}, "'slaa' is none"),
-    "steps": (
-        {"methods": ["fewer_steps:3"]},
-        "num_inference_steps=3 of dense sampling are no more",
+    "method": ({"methods": ["slaa"]}, "methods.*'slaa'"),
+    "steps": ({"methods": ["fewer_steps:3"]}, "'Dense, 3 steps'.*num_inference_steps=3"),
+    "setting": (
+        {"methods": ["ras_sla"], "ras": RASConfig(ratio=0.5, kv_cache="fp8")},
+        "kv_cache='fp8'",
     ),
-    "setting": ({"methods": [EIGHT_BIT]}, "kv_cache='fp8'"),
-    "metric": ({"metrics": ["pnsr"]}, "'pnsr' is none"),
+    "metric": ({"metrics": ["pnsr"]}, "'pnsr'.*psnr"),
     "reference": ({"reference": "none/here"}, "path='none/here'"),
     "weights": ({"networks": Networks(inception=Path("no.pth"))}, "inception='no.pth'"),
     "folder": ({"output_dir": "/proc/none/out"}, "output_dir='/proc/none"),
@@ -322,8 +315,7 @@ BAD = {
 def test_bad_input_is_refused_before_any_work(
     wan, tmp_path, changed, message, monkeypatch, unchecked
 ):
-    for module, name in ((timing_module, "run_batch"), (measured, "progress_bar")):
-        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it worked"))
+    monkeypatch.setattr(timing_module, "run_batch", lambda *_: pytest.fail("it worked"))
     monkeypatch.setattr("dit_accel.sampling.batches.run_batch", lambda *_: pytest.fail("it worked"))
     with pytest.raises(ValueError, match=message):
         evaluate(wan, changed.pop("output_dir", tmp_path), **changed)
@@ -334,7 +326,7 @@ def test_bad_input_is_refused_before_any_work(
 def test_it_is_no_job_for_several_processes(wan, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"one process.*eval generate"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE.*eval generate"):
         evaluate(wan, tmp_path)
 
 
@@ -349,28 +341,6 @@ def test_a_pipeline_that_is_accelerated_already_is_refused(wan, tmp_path):
 
 def test_samples_of_other_settings_are_not_mixed(wan, folder, results):
     before = (folder / "results.json").read_bytes()
-    with pytest.raises(ValueError, match=r"other settings: sampling\.guidance_scale was 1\.0"):
+    with pytest.raises(ValueError, match=r"guidance_scale.*1\.0"):
         evaluate(wan, folder, sampling=SAMPLING.overridden(guidance_scale=2.0))
     assert (folder / "results.json").read_bytes() == before
-
-
-@pytest.mark.parametrize("model", ["tiny-sd3", "tiny-lumina2"])
-def test_the_demo_evaluates_the_embedded_models(tmp_path, model):
-    assert set(DEMO) == set(EMBEDDED_MODELS)
-    found = run_demo(
-        tmp_path,
-        models=[model],
-        limit=2,
-        repeats=1,
-        num_inference_steps=2,
-        fine_steps=4,
-        progress=False,
-    )
-    rows = rows_of(found[model])
-    assert found[model]["fine"] == {"num_inference_steps": 4, "folder": "dense-4-steps"}
-    if model == "tiny-sd3":  # diffusers has no step caches for the other
-        assert {"SeaCache", "MagCache", "TaylorSeer", "PAB", "FasterCache"} < set(rows)
-    note = rows["SLA, blocks of 16"]["settings"]
-    assert note["sla"]["crossover"] == "never"
-    assert "below the length" in note["note"]
-    assert (tmp_path / model / "report.html").stat().st_size > 10_000

@@ -11,18 +11,16 @@ from hypothesis import strategies as st
 from dit_accel import control
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.eval.runs import timing as module
-from dit_accel.eval.runs.fewer_steps import (
+from dit_accel.eval.runs.methods import AT_EQUAL_TIME, DENSE, Method, dense_with
+from dit_accel.eval.runs.rows import build_row
+from dit_accel.eval.runs.timing import (
+    Log,
+    MeasuredCalls,
     equal_time_steps,
-    measure_all,
-    measure_equal_time,
     nearest_steps,
+    peak_memory,
     seconds_of,
 )
-from dit_accel.eval.runs.log import timing_log
-from dit_accel.eval.runs.methods import DENSE, Method, dense_with
-from dit_accel.eval.runs.peak_memory import peak_memory
-from dit_accel.eval.runs.rows import build_row, unavailable_row
-from dit_accel.eval.runs.timing import Stopwatch
 from dit_accel.runtime.install import installation_of
 from dit_accel.sampling.batches import WARM_UP_STEPS
 from dit_accel.sampling.call import BatchResult, phase_timer
@@ -36,7 +34,6 @@ SAMPLES = plan_samples(
     number_prompts(["a", "b"]), Sampling(num_inference_steps=10), seed=0, count=1, layout="ids"
 )
 RAS = Method(name="RAS", kind="ras", ras=RASConfig())
-FEWER = Method(name="Dense, fewer steps", kind="fewer_steps")
 CACHE = Method(name="Cache", kind="cache")
 
 
@@ -74,36 +71,40 @@ def clock(monkeypatch):
     monkeypatch.setattr(module, "run_batch", run_batch)
     monkeypatch.setattr("dit_accel.sampling.batches.run_batch", run_batch)
     # Collecting garbage takes long in a process full of tests.
-    monkeypatch.setattr("dit_accel.eval.runs.peak_memory.gc.collect", lambda: 0)
+    monkeypatch.setattr("dit_accel.eval.runs.timing.gc.collect", lambda: 0)
     return clock
 
 
-def denoise(watch, method):
-    return [x["seconds"]["denoise"] for x in watch.calls[method.name]]
+def calls_of(pipe, steps=10, **options):
+    return MeasuredCalls(pipe, SAMPLES, steps, **options)
+
+
+def denoise(calls, method):
+    return [x["seconds"]["denoise"] for x in calls.calls[method.name]]
 
 
 def test_methods_take_turns_and_warm_up_does_not_count(pipe, clock):
     seen = []
-    watch = Stopwatch(pipe, SAMPLES, on_call=lambda method, call: seen.append(method.name))
-    watch.run([DENSE, RAS, CACHE], 3)
+    calls = calls_of(pipe, on_call=lambda method, made: seen.append(method.name))
+    calls.run([DENSE, RAS, CACHE], 3)
     assert clock.calls[:3] == [("a", 2, 0, False), ("a", 10, 0, True), ("a", 2, 0, False)]
     # Each round begins with the next method, and has the next prompt.
     assert seen == ["Dense", "RAS", "Cache", "RAS", "Cache", "Dense", "Cache", "Dense", "RAS"]
     assert [x[0] for x in clock.calls[3:]] == ["a"] * 3 + ["b"] * 3 + ["a"] * 3
-    assert denoise(watch, DENSE) == [10.0] * 3
-    assert denoise(watch, RAS) == [5.0] * 3
-    assert watch.seconds(RAS) == 5.0
-    assert watch.calls["RAS"][0]["seconds"]["total"] == 5.5
+    assert denoise(calls, DENSE) == [10.0] * 3
+    assert denoise(calls, RAS) == [5.0] * 3
+    assert calls.seconds(RAS) == 5.0
+    assert calls.calls["RAS"][0]["seconds"]["total"] == 5.5
     assert installation_of(pipe) is None
 
 
 def test_what_is_measured_already_is_not_measured_again(pipe, clock):
-    watch = Stopwatch(pipe, SAMPLES)
-    watch.run([DENSE, RAS], 2)
+    calls = calls_of(pipe)
+    calls.run([DENSE, RAS], 2)
     before = len(clock.calls)
-    watch.run([DENSE, RAS], 2)
+    calls.run([DENSE, RAS], 2)
     assert len(clock.calls) == before
-    again = Stopwatch(pipe, SAMPLES, calls=watch.calls)
+    again = calls_of(pipe, calls=calls.calls)
     again.calls["RAS"].pop()
     again.run([DENSE, RAS], 2)
     # Its warm-up, and the one call that is missing, with the prompt of that round.
@@ -113,15 +114,15 @@ def test_what_is_measured_already_is_not_measured_again(pipe, clock):
 def test_the_median_counts(pipe, clock):
     took = iter([9.0, 1.0, 5.0])
     clock.seconds = lambda steps, on: next(took) if steps == 10 else 0.0
-    watch = Stopwatch(pipe, SAMPLES)
-    watch.run([DENSE], 3)
-    assert watch.seconds(DENSE) == 5.0
+    calls = calls_of(pipe)
+    calls.run([DENSE], 3)
+    assert calls.seconds(DENSE) == 5.0
 
 
 def test_fewer_steps_take_the_time_of_the_accelerated_run(pipe, clock):
-    watch = Stopwatch(pipe, SAMPLES)
-    assert measure_equal_time(watch, [DENSE, RAS], 3, steps=10) == {"RAS": 5}
-    assert {name: len(x) for name, x in watch.calls.items()} == {
+    calls = calls_of(pipe)
+    assert calls.measure([DENSE, AT_EQUAL_TIME, RAS], 3) == [dense_with(5, equal_time_to=["RAS"])]
+    assert {name: len(x) for name, x in calls.calls.items()} == {
         "Dense": 3,
         "RAS": 3,
         "Dense, 5 steps": 3,
@@ -136,31 +137,27 @@ def test_fewer_steps_take_the_time_of_the_accelerated_run(pipe, clock):
 def test_a_wrong_first_guess_is_mended(pipe, clock):
     """Where part of the time is the same for any number of steps."""
     clock.seconds = lambda steps, on: 5.2 if on else 3.0 + 0.7 * steps
-    watch = Stopwatch(pipe, SAMPLES)
-    assert measure_equal_time(watch, [DENSE, RAS], 1, steps=10) == {"RAS": 3}
-    assert "Dense, 5 steps" in watch.calls  # the guess
+    calls = calls_of(pipe)
+    assert [x.name for x in calls.measure([DENSE, AT_EQUAL_TIME, RAS], 1)] == ["Dense, 3 steps"]
+    assert "Dense, 5 steps" in calls.calls  # the guess
 
 
 def test_fewer_steps_never_take_the_time_of_methods_slower_than_dense_sampling(pipe, clock):
     clock.seconds = lambda steps, on: 3.0 * steps if on else 1.0 * steps
-    watch = Stopwatch(pipe, SAMPLES)
-    assert measure_all(watch, [DENSE, RAS], [FEWER], 1, steps=10) == ([], {})
-    assert set(watch.calls) == {"Dense", "RAS"}
-    assert measure_all(watch, [DENSE, RAS], [FEWER, dense_with(4)], 1, steps=10) == (
-        [dense_with(4)],
-        {},
-    )
+    calls = calls_of(pipe)
+    assert calls.measure([DENSE, AT_EQUAL_TIME, RAS], 1) == []
+    assert set(calls.calls) == {"Dense", "RAS"}
+    assert calls.measure([DENSE, AT_EQUAL_TIME, dense_with(4), RAS], 1) == [dense_with(4)]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_what_was_measured_is_not_measured_again_on_a_noisy_machine(pipe, clock, seed):
     rng = np.random.default_rng(seed)
     clock.seconds = lambda steps, on: steps * (0.5 if on else 1.0) * rng.normal(1, 0.05)
-    watch = Stopwatch(pipe, SAMPLES)
-    found = measure_all(watch, [DENSE, RAS], [FEWER], 3, steps=30)
+    calls, methods = calls_of(pipe, 30), [DENSE, AT_EQUAL_TIME, RAS]
+    found = calls.measure(methods, 3)
     before = len(clock.calls)
-    again = Stopwatch(pipe, SAMPLES, calls=watch.calls)
-    assert measure_all(again, [DENSE, RAS], [FEWER], 3, steps=30) == found
+    assert calls_of(pipe, 30, calls=calls.calls).measure(methods, 3) == found
     assert len(clock.calls) == before
 
 
@@ -201,18 +198,18 @@ def test_seconds_between_measurements_lie_on_the_line():
 
 def test_a_log_keeps_calls_of_the_same_settings_only(tmp_path, capsys):
     about = {"machine": {"cores": 2}, "methods": [["Dense", {"a": (1, 2)}]]}
-    log = timing_log(tmp_path, about)
+    path = tmp_path / "timings.json"
+    log = Log(path, about, "calls")
     assert log.results == {}
     log.results["Dense"] = [{"seconds": {"total": 1.5}}]
     log.write()
-    assert timing_log(tmp_path, about).results == log.results
+    assert Log(path, about, "calls").results == log.results
     assert capsys.readouterr().err == ""
-    other = about | {"machine": {"cores": 8}}
-    assert timing_log(tmp_path, other).results == {}
-    assert "measured anew: machine.cores was 2 and is 8" in capsys.readouterr().err
-    (tmp_path / "timings.json").write_text(json.dumps({"about": 3})[:-2])
-    assert timing_log(tmp_path, about).results == {}
-    assert "timings.json is damaged" in capsys.readouterr().err
+    assert Log(path, about | {"machine": {"cores": 8}}, "calls").results == {}
+    assert "timings.json is not used: machine.cores was 2 and is 8" in capsys.readouterr().err
+    path.write_text(json.dumps({"about": 3})[:-2])
+    assert Log(path, about, "calls").results == {}
+    assert "timings.json is not used: the file is damaged" in capsys.readouterr().err
 
 
 def test_the_peak_of_one_block_is_not_that_of_another():
@@ -227,7 +224,7 @@ def test_the_peak_of_one_block_is_not_that_of_another():
 
 
 def test_where_the_system_does_not_tell_nothing_is_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr("dit_accel.eval.runs.peak_memory._PROC", tmp_path / "none")
+    monkeypatch.setattr("dit_accel.eval.runs.timing._PROC", tmp_path / "none")
     with peak_memory("cpu") as peak:
         pass
     assert (peak.size, peak.of) == (None, None)
@@ -238,32 +235,27 @@ def record(took, peak=100, of="process", dense=()):
     return {"seconds": seconds, "peak_bytes": peak, "peak_of": of, "dense_calls": dict(dense)}
 
 
-def test_rows_hold_medians_ratios_and_the_highest_peak():
-    dense = build_row(DENSE, steps=10, calls=[record(4.0), record(8.0), record(5.0)])
+def test_rows_hold_medians_ratios_and_the_highest_peak(pipe):
+    calls = {
+        "Dense": [record(4.0), record(8.0), record(5.0)],
+        "RAS": [record(2.0, 300), record(2.5, 700), record(3.0, 200, dense={"dense step": 3})],
+        "Dense, 5 steps": [record(1.0, None, None)],
+    }
+    measured = calls_of(pipe, calls=calls)
+    dense = build_row(DENSE, measured)
     assert (dense["density"], dense["cost"]) == (1.0, 10.0)
     assert dense["speedup"] == {"denoise": 1.0, "total": 1.0}
-    calls = [record(2.0, 300), record(2.5, 700), record(3.0, 200, dense={"dense step": 3})]
-    method = Method(name="RAS", kind="ras", note="look")
-    row = build_row(
-        method,
-        steps=10,
-        calls=calls,
-        reference=dense["seconds"],
-        settings={"ras": {}},
-        cost=7.5,
-    )
+    method = Method(name="RAS", kind="ras", settings={"ras": {}})
+    row = build_row(method, measured, cost=7.5)
     assert row["seconds"]["denoise"] == {"median": 2.5, "iqr": [2.25, 2.75], "n": 3}
     assert row["speedup"]["denoise"] == 2.0
     assert (row["peak_memory_bytes"], row["peak_memory_of"]) == (700, "process")
-    assert row["settings"] == {"ras": {}, "dense_calls": {"dense step": 3}, "note": "look"}
+    assert row["settings"] == {"ras": {}, "dense_calls": {"dense step": 3}}
     assert (row["density"], row["cost"]) == (None, 7.5)
-    unknown = build_row(dense_with(5), steps=5, calls=[record(1.0, None, None)])
+    unknown = build_row(dense_with(5), measured)
     assert (unknown["peak_memory_bytes"], unknown["peak_memory_of"]) == (None, None)
     assert (unknown["density"], unknown["cost"]) == (1.0, 5.0)
-
-
-def test_rows_of_what_cannot_run_say_why():
-    row = unavailable_row("SeaCache", "cache", "not here", num_inference_steps=10)
+    row = build_row(Method(name="SeaCache", kind="cache", why="not here"), measured)
     assert (row["available"], row["why"], row["seconds"]) == (False, "not here", {})
 
 
@@ -281,5 +273,5 @@ def test_seconds_wait_for_the_device_that_works(pipe, monkeypatch):
 def test_what_is_accelerated_is_warmed_up_whole(pipe, clock):
     """Its first step of a kind can be a late one."""
     sla = Method(name="SLA", kind="sla", sla=SLAConfig(dense_steps=3, crossover="never"))
-    Stopwatch(pipe, SAMPLES).run([DENSE, sla], 1)
+    calls_of(pipe).run([DENSE, sla], 1)
     assert [x[1] for x in clock.calls[:2]] == [2, 10]

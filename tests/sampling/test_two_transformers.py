@@ -8,7 +8,7 @@ import torch
 
 import dit_accel
 from dit_accel.eval.runs.caches import CACHES
-from dit_accel.eval.runs.cost import counted_cost
+from dit_accel.eval.runs.match import counted_cost
 from dit_accel.finetune.families import family_name, trainable_of
 from dit_accel.sampling.acceleration import accelerated, acceleration_settings, weights_sha256
 from dit_accel.sampling.load import load_pipeline
@@ -162,7 +162,7 @@ def test_step_caches_and_lora_are_refused_by_name(repository, pipe, tmp_path, ca
     outline = read_outline(repository)
     for cache in CACHES.values():
         for target in (pipe, outline):
-            assert "two transformers" in cache.why_not_on(target)
+            assert "two transformers" in cache.why_not(target)
     config = FirstBlockCacheConfig(threshold=0.1)
     with pytest.raises(ValueError, match="two transformers"), step_cache(pipe, config):
         pass

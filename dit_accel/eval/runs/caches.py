@@ -1,4 +1,4 @@
-"""Step caches of diffusers as data: the setting that decides the cost of each, and the models that it does not work for."""
+"""Step caches of diffusers: the setting that decides the cost of each, and the models that it does not work for."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,48 +8,39 @@ from typing import Any
 from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.step_caches import TWO_TRANSFORMERS, scheduler_step, takes_cache
 
-WAN, SD3 = "WanTransformer3DModel", "SD3Transformer2DModel"
-_TWO_CALLS = "diffusers keeps one state for both calls of guidance, which this model makes one after the other"
+WAN = "WanTransformer3DModel"
+_TWO_CALLS = "diffusers keeps one state for both calls of guidance that this model makes"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCache:
     """One step cache of diffusers."""
 
-    shown: str
-    """Name in tables."""
-    settings: str
-    """Name of the class of its settings in diffusers."""
-    setting: str
-    """Setting that is searched: the field of the config, or the part of it that `fields` sets."""
+    shown: str  # name in tables
+    settings: str  # name of the class of its settings in diffusers
+    setting: str  # setting that is searched: a field of the config, or a description of the part that `fields` sets
     span: Callable[[int], tuple[float, float]]
-    """From the number of steps: the value that leaves nothing out, and the one that costs least."""
-    whole: bool = False
-    """Whether only whole numbers are accepted."""
-    fields: Callable[[float], dict[str, Any]]
-    """Config fields from a value of the setting."""
+    """Function from the number of steps to the value that skips nothing and the value that costs least."""
+    whole: bool = False  # whether only whole numbers are accepted
+    fields: Callable[[float], dict[str, Any]]  # from a value of the setting to config fields
     options: Callable[[Any, int], dict[str, Any]] = lambda pipe, steps: {}
-    """Config fields from a loaded pipeline and its number of steps."""
+    """Function from a loaded pipeline and its number of steps to further config fields."""
     stages: Sequence[Mapping[str, Any]] = ({},)
-    """Further config fields. Where the setting alone does not reach a cost, the next stage is tried."""
-    calibrated: bool = False
-    """Whether the config needs `mag_ratios` of the model and the steps."""
-    guided: bool = False
-    """Whether it needs guidance."""
-    alike: bool = False
-    """Whether the model's input and output must have equally many channels."""
+    """Further config fields. If the setting alone does not reach a cost, the next stage is tried."""
+    calibrated: bool = False  # whether the config needs `mag_ratios` of the model and the steps
+    guided: bool = False  # whether the cache needs guidance
+    alike: bool = False  # whether the model's input and output must have equally many channels
     unfit: Mapping[str, str] = field(default_factory=dict)
-    """Why it does not work, by class of the transformer."""
+    """Reason why the cache does not work, by class of the transformer."""
 
-    def why_not(self, transformer: Any, guidance_scale: float | None = None) -> str | None:
-        """Return why this cache cannot run on a transformer; None if it can.
-
-        Args:
-            guidance_scale: argument of the pipeline calls; None: not known, or the pipeline's default.
-        """
+    def why_not(self, pipe: Any, guidance_scale: float | None = None) -> str | None:
+        """Return the reason why this cache cannot run on a pipeline or its outline; None if it can."""
         import diffusers
 
-        transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile wraps
+        held = transformers_of(pipe)
+        if len(held) > 1:
+            return TWO_TRANSFORMERS
+        transformer = getattr(held[0], "_orig_mod", held[0])  # torch.compile wraps
         model = type(transformer).__name__
         if not hasattr(diffusers, self.settings):
             return f"not in diffusers {diffusers.__version__}"
@@ -64,19 +55,8 @@ class StepCache:
             return f"needs guidance, which guidance_scale={guidance_scale} switches off"
         return None
 
-    def why_not_on(self, pipe: Any, guidance_scale: float | None = None) -> str | None:
-        """Return why this cache cannot run on a pipeline, or on its outline; None if it can."""
-        held = transformers_of(pipe)
-        return TWO_TRANSFORMERS if len(held) > 1 else self.why_not(held[0], guidance_scale)
-
     def config(
-        self,
-        pipe: Any,
-        steps: int,
-        value: float | None = None,
-        *,
-        stage: int = 0,
-        ratios: Sequence[float] | None = None,
+        self, pipe: Any, steps: int, value: float | None = None, stage: int = 0, ratios: Any = None
     ) -> Any:
         """Return the config of diffusers.
 
@@ -84,8 +64,8 @@ class StepCache:
             pipe: a loaded pipeline.
             steps: number of calls that the solver makes in a run.
             value: value of the setting. Default: that of diffusers.
-            stage: place in `stages`.
-            ratios: result of a calibration, where one is needed.
+            stage: index in `stages`.
+            ratios: result of a calibration, if there was one.
         """
         import diffusers
 
@@ -96,36 +76,20 @@ class StepCache:
             given["mag_ratios"] = [1.0] * steps if ratios is None else list(ratios)
         return getattr(diffusers, self.settings)(**given)
 
-    def read(self, text: str) -> float:
-        """Return the value of the setting that a method's name gives after the colon.
-
-        Raises:
-            ValueError: not a number, or a negative one.
-        """
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < 0 or (self.whole and value != round(value)):
-            kind = "a whole number" if self.whole else "a number"
-            raise ValueError(f"accepted is a {self.setting}, {kind} >= 0")
-        return value
-
 
 def _threshold(largest: float) -> dict[str, Any]:
-    """Return the arguments of a `StepCache` with a field `threshold`."""
-    return {
-        "setting": "threshold",
-        "span": lambda steps: (0.0, largest),
-        "fields": lambda value: {"threshold": value},
-    }
+    """Return the arguments of a `StepCache` whose setting is `threshold`."""
+    span, fields = (lambda steps: (0.0, largest)), (lambda value: {"threshold": value})
+    return {"setting": "threshold", "span": span, "fields": fields}
 
 
 def _timestep(pipe: Any) -> dict[str, Any]:
-    """Return a config's callback for the timestep of the step that runs; not every pipeline keeps it."""
-    return {
-        "current_timestep_callback": lambda: float(pipe.scheduler.timesteps[scheduler_step(pipe)])
-    }
+    """Return the callback for the timestep of the current step; not every pipeline keeps it."""
+
+    def timestep() -> float:
+        return float(pipe.scheduler.timesteps[scheduler_step(pipe)])
+
+    return {"current_timestep_callback": timestep}
 
 
 def _sea(pipe: Any, steps: int) -> dict[str, Any]:
@@ -147,19 +111,15 @@ def _taylorseer(pipe: Any, steps: int) -> dict[str, Any]:
 
 
 def _faster(pipe: Any, steps: int) -> dict[str, Any]:
-    names = (
-        "hidden_states",
-        "encoder_hidden_states",
-        "timestep",
-        "pooled_projections",
-        "attention_mask",
-        "encoder_attention_mask",
-    )
+    names = "hidden_states encoder_hidden_states timestep pooled_projections attention_mask"
     return {
         **_timestep(pipe),
         "tensor_format": "BCHW",
-        "attention_weight_callback": lambda module: 0.5,  # its default, which comes with a warning
-        "_unconditional_conditional_input_kwargs_identifiers": names,
+        "attention_weight_callback": lambda module: 0.5,  # the default, without its warning
+        "_unconditional_conditional_input_kwargs_identifiers": (
+            *names.split(),
+            "encoder_attention_mask",
+        ),
     }
 
 
@@ -168,11 +128,7 @@ CACHES: dict[str, StepCache] = {
         shown="FirstBlockCache", settings="FirstBlockCacheConfig", **_threshold(1.0)
     ),
     "sea_cache": StepCache(
-        shown="SeaCache",
-        settings="SeaCacheConfig",
-        **_threshold(1.0),
-        options=_sea,
-        alike=True,
+        shown="SeaCache", settings="SeaCacheConfig", **_threshold(1.0), options=_sea, alike=True
     ),
     "mag_cache": StepCache(
         shown="MagCache",
@@ -212,24 +168,29 @@ CACHES: dict[str, StepCache] = {
         },
         options=_faster,
         guided=True,
-        unfit={
-            WAN: "diffusers' FasterCache needs guidance in one batch; this model makes two calls"
-        },
+        unfit={WAN: "diffusers needs guidance in one batch; this model makes two calls"},
     ),
 }
 """Step caches by name."""
 
 
 def read_cache(text: str) -> tuple[StepCache, float | None]:
-    """Return the cache of a name such as `sea_cache:0.3`, and the value of its setting; None where none is given.
+    """Return the cache of a name such as `sea_cache:0.3`, and the value of its setting, or None without a value.
 
     Raises:
-        ValueError: an unknown name or a bad value.
+        ValueError: an unknown name, or a value that is no number >= 0.
     """
-    name, _, value = text.partition(":")
+    name, _, given = text.partition(":")
     if name not in CACHES:
         raise ValueError(f"cache={text!r}: accepted are none, {', '.join(CACHES)}")
+    cache = CACHES[name]
+    if not given:
+        return cache, None
     try:
-        return CACHES[name], CACHES[name].read(value) if value else None
-    except ValueError as error:
-        raise ValueError(f"methods: {text!r}: {error}") from None
+        value = float(given)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf or (cache.whole and value != round(value)):
+        kind = "a whole number" if cache.whole else "a number"
+        raise ValueError(f"methods: {text!r}: {cache.setting} must be {kind} >= 0")
+    return cache, value

@@ -1,38 +1,49 @@
-"""`compare`: an evaluation of one prompt, dense and accelerated, with clips and pictures to look at."""
+"""`compare`: an evaluation of one prompt without sample sets, with clips beside each other."""
 
 import contextlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dit_accel.checkpoint.file import SLACheckpoint
+from dit_accel.checkpoint.identity import public_name
 from dit_accel.config import RASConfig, SLAConfig
-from dit_accel.environment import machine, versions
-from dit_accel.eval.metrics.pairs import psnr, ssim
+from dit_accel.eval.metrics import pairs
 from dit_accel.eval.metrics.values import mean_value
-from dit_accel.eval.results.store import build_results
-from dit_accel.eval.results.types import PHASES, MetricValue, Results, Row
-from dit_accel.eval.runs.lineup import line_up
-from dit_accel.eval.runs.measured import MeasuredCalls
-from dit_accel.eval.runs.methods import DENSE, Crossover, Method
+from dit_accel.eval.results.store import build_results, read_results, write_results
+from dit_accel.eval.results.types import RESULTS, Results, Row
+from dit_accel.eval.runs.methods import DENSE, Crossover, Method, read_methods
 from dit_accel.eval.runs.rivals import choose_settings
-from dit_accel.files import atomic_files, check_writable, naming_failures, write_json
-from dit_accel.runtime.components import transformers_of
-from dit_accel.sampling import media
+from dit_accel.eval.runs.rows import build_row
+from dit_accel.eval.runs.timing import MeasuredCalls
+from dit_accel.files import atomic_files, check_writable, naming_failures
+from dit_accel.sampling import media, settings
 from dit_accel.sampling.call import BatchResult
 from dit_accel.sampling.plan import plan_samples
 from dit_accel.sampling.prompts import number_prompts
-from dit_accel.sampling.settings import Sampling, check_count, check_fps, with_steps
 
-FORMAT_VERSION = 1
-SHEET, RECORD = "contact_sheet.png", "comparison.json"
+SHEET = "contact_sheet.png"
 COMPARED = ("psnr", "ssim")
 """Metrics of a comparison."""
-_NAMES = {"sla": "SLA", "ras": "RAS", "ras_sla": "RAS + SLA"}
+
+
+def compared_methods(
+    names: Sequence[str], pipe: Any, *, steps: int, sla: Any, ras: Any, crossover: Crossover | None
+) -> list[Method]:
+    """Return dense sampling, the methods of these names, and last the accelerated run of a comparison.
+
+    Raises:
+        ValueError: no acceleration, or a bad method.
+    """
+    kinds = [name for name, x in (("ras", ras), ("sla", sla)) if x is not None]
+    if not kinds:
+        raise ValueError("sla=None, ras=None: needs at least one of the two")
+    name = " + ".join(kinds).upper()
+    accelerated = Method(name=name, kind="_".join(kinds), sla=sla, ras=ras)
+    return [*read_methods(names, pipe, steps=steps, crossover=crossover), accelerated]
 
 
 def compare(
@@ -41,185 +52,116 @@ def compare(
     *,
     sla: SLAConfig | SLACheckpoint | dict | None = None,
     ras: RASConfig | None = None,
-    methods: Sequence[str | Method] = (),
+    methods: Sequence[str] = (),
     crossover: Crossover | None = None,
     output_dir: str | os.PathLike,
     model: str,
-    sampling: Sampling,
+    sampling: settings.Sampling,
     seed: int = 0,
     repeats: int = 1,
     fps: float | int = 16.0,
     overwrite: bool = False,
-) -> dict[str, Any]:
-    """Run dense and sparse from the same noise; write a clip (mp4) or image (png) of each, both
-    `side_by_side`, `SHEET` and `RECORD`.
+) -> Results:
+    """Run dense and accelerated sampling from the same noise; write a clip or image of each, and results.json.
 
-    The runs alternate, after a short unmeasured warm-up each; the seconds are medians over `repeats`. PSNR
-    and SSIM compare raw frames, before any video coding.
+    The files are `dense.mp4`, `sparse.mp4` (the accelerated run), one for each further method, `side_by_side.mp4` (png
+    for images) and contact_sheet.png. Methods take turns, after an unmeasured warm-up each; seconds are medians. PSNR and
+    SSIM compare raw frames, before video coding.
 
     Args:
-        pipe: a loaded pipeline without acceleration (see `load.load_pipeline`, `sla=None`).
+        pipe: a loaded pipeline without acceleration.
+        prompt: the prompt.
         sla, ras: settings of the accelerated run; at least one of the two.
-        methods: further methods to run, as in `methods.read_methods`: "fewer_steps" is dense sampling with the
-            number of steps whose denoising takes the time of an accelerated run, what it has to beat.
-        crossover: overrides that of sparse attention in `methods`.
-        output_dir: created if needed; existing results are an error unless `overwrite`.
-        repeats: measured runs of each kind, >= 1.
+        methods: names of further methods, see `methods.read_methods`.
+        crossover: replaces the crossover of sparse attention in `methods`.
+        output_dir: folder of the files, created if needed.
+        model: name of the model for the records.
+        sampling: arguments of the pipeline calls.
+        seed: seed of the noise.
+        repeats: measured calls of each method, >= 1.
+        fps: frame rate of the clips.
+        overwrite: replace an earlier comparison. Without it, an earlier one is an error.
 
     Returns:
-        The comparison as written to comparison.json. Its `rows` are those of an evaluation's results.json,
-        the accelerated run last.
+        The results as in results.json. The last row is the accelerated run.
 
     Raises:
         ValueError: bad input, before any work.
-        RuntimeError: a file could not be written; then the folder is as it was.
+        RuntimeError: a file could not be written; the folder is then as it was.
     """
-    if sla is None and ras is None:
-        raise ValueError(
-            "sla=None, ras=None: nothing to compare; accepted is at least one of the two"
-        )
-    check_count("repeats", repeats)
-    check_fps(fps)
-    sampling = with_steps(pipe, sampling)
+    settings.check_count("repeats", repeats)
+    settings.check_fps(fps)
+    sampling = settings.with_steps(pipe, sampling)
     samples = plan_samples(number_prompts([prompt]), sampling, seed=seed, count=1, layout="ids")
     pipe.check_sizes(**sampling.call_arguments())
-    assert sampling.num_inference_steps is not None
-    kind = "sla" if ras is None else "ras" if sla is None else "ras_sla"
-    sparse = Method(name=_NAMES[kind], kind=kind, sla=sla, ras=ras)
-    lineup = line_up(
-        [*methods, sparse], pipe, steps=sampling.num_inference_steps, crossover=crossover
-    )
+    steps = sampling.num_inference_steps
+    assert steps is not None
+    given = compared_methods(methods, pipe, steps=steps, sla=sla, ras=ras, crossover=crossover)
+    tried = [x.tried(pipe, steps) for x in given]
     folder = check_writable(output_dir, "output_dir")
-    earlier = _earlier(folder, overwrite)
-    lineup = choose_settings(lineup, pipe, samples, count=1)  # as many samples as are compared
-    last: dict[str, BatchResult] = {}
-    measured = MeasuredCalls(pipe, samples, lineup)
-    measured.measure(repeats, on_call=lambda method, call: last.update({method.name: call.made}))
-    shown = lineup.rows(measured.fewer)
-    calls = {x.name: last[x.name] for x in shown if x.why is None}
-    rows = [_row(x, measured, calls) for x in shown]
-    result = _record(rows, calls[sparse.name]) | {
-        "prompt": prompt,
-        "seed": seed,
-        "model": model,
-        "sampling": sampling.call_arguments(),
-        "frames": list(calls[sparse.name].frames[0].shape),
-        "repeats": repeats,
-        "dtype": str(transformers_of(pipe)[0].dtype).removeprefix("torch."),
-        "device": str(transformers_of(pipe)[0].device),
-        "versions": versions(),
-        "machine": machine(),
-    }
-    pictures = {name: call.pictures(0) for name, call in calls.items()}
-    stems = {x.name: x.folder for x in shown} | {sparse.name: "sparse"}
-    with naming_failures("nothing of this comparison is kept"), atomic_files(folder) as staging:
-        files = _write(staging, pictures, stems, result, fps)
-        result["files"] = [*files, SHEET, RECORD]
-        write_json(staging / RECORD, result)
-    for name in earlier - set(result["files"]):
-        (folder / name).unlink(missing_ok=True)
-    return {**result, "output_dir": str(folder)}
-
-
-def _earlier(folder: Path, overwrite: bool) -> set[str]:
-    """Return the files of an earlier comparison, which go when the new one is written.
-
-    Raises:
-        ValueError: there is one, and it must stay.
-    """
-    pictures = [
-        f"{x}.{kind}" for x in ("dense", "sparse", "side_by_side") for kind in ("mp4", "png")
-    ]
-    present = {name for name in (*pictures, SHEET, RECORD) if (folder / name).exists()}
-    if present and not overwrite:
+    names = [f"{x}.{kind}" for x in ("dense", "sparse", "side_by_side") for kind in ("mp4", "png")]
+    earlier = {name for name in (*names, SHEET, RESULTS) if (folder / name).exists()}
+    if earlier and not overwrite:
         raise ValueError(
-            f"output_dir={str(folder)!r}: already holds {min(present)}; choose another or overwrite"
+            f"output_dir={str(folder)!r}: already holds {min(earlier)}; choose another or overwrite"
         )
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        files = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
-        present |= {x for x in files if Path(x).name == x and (folder / x).is_file()}
-    return present
+    with contextlib.suppress(ValueError):
+        files = [x for sample in read_results(folder)["samples"] for x in sample["media"].values()]
+        earlier |= {x for x in files if "/" not in x}
+    chosen = choose_settings(tried, pipe, samples, count=1)  # as many samples as are compared
+    last: dict[str, BatchResult] = {}
+    calls = MeasuredCalls(pipe, samples, steps)
+    calls.on_call = lambda method, made: last.update({method.name: made})
+    fewer = calls.measure(chosen, repeats)
+    shown = [DENSE, *fewer, *(x for x in chosen if x.kind not in ("dense", "fewer_steps"))]
+    stems = {x.name: x.folder for x in shown if x.why is None} | {shown[-1].name: "sparse"}
+    with naming_failures("nothing of this comparison is kept"), atomic_files(folder) as staging:
+        written = _write(staging, stems, last, fps)
+        results = build_results(
+            title="comparison",
+            model=public_name(model),
+            sampling=sampling.call_arguments() | {"seed": seed},
+            prompts=1,
+            repeats=repeats,
+            rows=[_row(x, calls, last) for x in shown],
+            samples=[{"id": samples[0].id, "prompt": prompt, "media": written}],
+        )
+        write_results(staging, results)
+        earlier -= {path.name for path in staging.iterdir()}
+    for name in earlier:
+        (folder / name).unlink(missing_ok=True)
+    return results
 
 
-def as_results(comparison: Mapping[str, Any]) -> Results:
-    """Return the comparison in the form of an evaluation, for its table and conditions."""
-    return build_results(
-        title="comparison",
-        model=comparison["model"],
-        sampling=comparison["sampling"],
-        prompts=1,
-        repeats=comparison["repeats"],
-        rows=comparison["rows"],
-        samples=[],
-    )
-
-
-def _row(method: Method, measured: MeasuredCalls, calls: Mapping[str, BatchResult]) -> Row:
-    """Return the row of a method, with PSNR and SSIM of raw frames against dense sampling."""
+def _row(method: Method, calls: MeasuredCalls, last: dict[str, BatchResult]) -> Row:
+    """Return the row of a method, with metrics of raw frames against dense sampling."""
     if method.why is not None:
-        return measured.missing_row(method)
-    call, dense = calls[method.name], calls[DENSE.name].frames[0]
-    metrics: dict[str, MetricValue] = {}
+        return build_row(method, calls)
+    made, dense = last[method.name], last[DENSE.name].frames[0]
+    metrics = {}
     if method.name != DENSE.name:
-        metrics["psnr"] = mean_value([psnr(dense, call.frames[0])], "dB")
-        metrics["ssim"] = mean_value([ssim(dense, call.frames[0])], "")
-    row = measured.row(
-        method,
-        metrics=metrics,
-        density=call.summary.overall_density,
-        cost=None if call.summary.ras is None else call.summary.ras.cost,
-    )
-    if row["peak_memory_of"] == "process":  # which also holds the frames of the other runs
+        metrics["psnr"] = mean_value([pairs.psnr(dense, made.frames[0])], "dB")
+        metrics["ssim"] = mean_value([pairs.ssim(dense, made.frames[0])], "")
+    cost = None if made.summary.ras is None else made.summary.ras.cost
+    density = made.summary.overall_density
+    row = build_row(method, calls, metrics=metrics, density=density, cost=cost)
+    if row["peak_memory_of"] == "process":  # it also holds the frames of the other runs
         row |= {"peak_memory_bytes": None, "peak_memory_of": None}
     return row
 
 
-def _record(rows: Sequence[Row], sparse: BatchResult) -> dict[str, Any]:
-    """Return the figures by name, and all rows."""
-    last = rows[-1]
-    assert last["speedup"] is not None
-    return {
-        "format_version": FORMAT_VERSION,
-        "psnr_db": last["metrics"]["psnr"]["value"],  # None for equal clips
-        "ssim": last["metrics"]["ssim"]["value"],
-        "density": sparse.summary.density,
-        "overall_density": sparse.summary.overall_density,
-        "seconds": {
-            key: {phase: row["seconds"][phase]["median"] for phase in PHASES}
-            for key, row in (("dense", rows[0]), ("sparse", last))
-        },
-        "speedup_denoise": last["speedup"]["denoise"],
-        "speedup_total": last["speedup"]["total"],
-        "acceleration": sparse.summary.to_dict(),
-        "rows": rows,
-    }
-
-
 def _write(
-    folder: Path,
-    shown: Mapping[str, np.ndarray],
-    stems: Mapping[str, str],
-    result: dict[str, Any],
-    fps: float | int,
-) -> list[str]:
-    """Write the pictures of each method, the accelerated one last; return their names."""
-    ras, parts = result["acceleration"]["ras"], []
-    if result["density"] is not None:
-        parts.append(f"sparse, density {result['density']:.2f}")
-    if ras is not None:
-        parts.append(f"ras, cost of {ras['cost']:.1f} of {len(ras['steps'])} steps")
-    kept = ", ".join(parts) or "dense (below crossover)"
-    *others, last = shown
-    clips = [*((x.lower(), shown[x]) for x in others), (kept, shown[last])]
-    difference = np.abs(clips[0][1].astype(np.int16) - shown[last]).astype(np.uint8)
+    folder: Path, stems: dict[str, str], last: dict[str, BatchResult], fps: float | int
+) -> dict[str, str]:
+    """Write the pictures of each method, the accelerated run last; return the files by method."""
+    clips = [(name, last[name].pictures(0)) for name in stems]
+    dense, accelerated = clips[0][1], clips[-1][1]
+    difference = np.abs(dense.astype(np.int16) - accelerated).astype(np.uint8)
     kind = "png" if len(difference) == 1 else "mp4"
-    written = []
-    for stem, pictures in (
-        *((stems[name], x) for name, x in shown.items()),
-        ("side_by_side", media.side_by_side(clips)),
-    ):
-        written += media.write_clip(folder / stem, pictures, kind=kind, fps=fps)
-    media.write_png(
-        folder / SHEET, media.contact_sheet([*clips, ("absolute difference", difference)])
-    )
-    return [path.name for path in written]
+    written = {}
+    for name, pictures in clips:
+        [path] = media.write_clip(folder / stems[name], pictures, kind=kind, fps=fps)
+        written[name] = path.name
+    media.write_clip(folder / "side_by_side", media.side_by_side(clips), kind=kind, fps=fps)
+    media.write_png(folder / SHEET, media.contact_sheet([*clips, ("difference", difference)]))
+    return written

@@ -1,73 +1,95 @@
-"""`match_cost`: the setting of a step cache with which it costs as much as another method."""
+"""`counted_cost`: FLOPs of a run. `match_cost`: the setting of a step cache with which it costs as much as a target."""
 
 import ast
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dit_accel.eval.runs.caches import StepCache
-from dit_accel.eval.runs.cost import counted_cost
+from dit_accel.runtime.components import transformers_of
 from dit_accel.sampling.step_caches import step_cache
 
 SLACK = 0.02
 """Share of the target by which a cost may exceed it, and within which the search ends."""
 PROBES = 8
 """Most values that are tried in a stage."""
+_ATTENTION = ("flash_attention_for_cpu", "fused_attention_overrideable")
+"""Operators of `scaled_dot_product_attention` that torch's counter does not list."""
+
+
+def counted_cost(pipe: Any, call: Callable[[], Any]) -> int:
+    """Return the FLOPs of matrix products, convolutions and attention in the transformers of `pipe` while `call` runs.
+
+    Operators that torch does not know, such as ours, count nothing. A compiled transformer runs eagerly meanwhile.
+    """
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)  # from the shapes
+
+    operators = [getattr(torch.ops.aten, f"_scaled_dot_product_{x}") for x in _ATTENTION]
+    mapping: dict[Any, Any] = dict.fromkeys(operators, attention)
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings(), counter:
+        warnings.filterwarnings("ignore", "Using `torch.compile")  # the counter's hooks run twice
+        call()
+    counts = counter.get_flop_counts()  # by module
+    names = {type(x).__name__ for x in transformers_of(pipe)}
+    return sum(sum(counts.get(name, {}).values()) for name in names)
 
 
 @dataclass(frozen=True)
 class Match:
     """Setting of a step cache, and its cost."""
 
-    config: Any
-    """A cache config of diffusers."""
-    value: float
-    """Value of the setting."""
-    cost: float
-    """Counted FLOPs of the transformer calls over those of dense sampling, mean over the rows."""
-    stage: int = 0
-    ratios: list[float] | None = None
-    """Result of the calibration, where the cache needs one."""
-    note: str | None = None
-    """Says so where the target is not reached."""
+    config: Any  # a cache config of diffusers
+    value: float  # value of the setting
+    cost: float  # counted FLOPs of the transformer calls over those of dense sampling, mean over the samples
+    stage: int = 0  # index of the stage, see `StepCache.stages`
+    ratios: list[float] | None = None  # result of the calibration, if the cache needs one
+    note: str | None = None  # message if the target is not reached
 
 
 @dataclass
 class Probes:
-    """Samples on which costs are counted. They must not be those that are compared afterwards.
-
-    Args:
-        pipe: a loaded pipeline without acceleration.
-        sample: makes the samples of these rows with the pipeline.
-        rows: numbers of the samples. A step cache decides for all samples of a call at once, so each is made alone.
-    """
+    """Samples on which costs are counted. They must not be those that are compared afterwards."""
 
     pipe: Any
+    """A loaded pipeline without acceleration."""
     sample: Callable[[range], Any]
+    """Function that makes the samples of these numbers with the pipeline."""
     rows: range = range(2)
+    """Numbers of the samples. Each is made alone, because a step cache decides for all samples of a call at once."""
     _dense: list[int] = field(default_factory=list)
     _steps: int = 0
 
     def cost(self, on: Callable[[], Any] = contextlib.nullcontext) -> float:
-        """Return the cost of sampling inside of the context manager that `on` makes, as a share of dense sampling.
+        """Return the cost of sampling inside the context manager that `on` makes, as a share of dense sampling.
 
         Raises:
             RuntimeError: no FLOPs are counted.
         """
+        from diffusers.utils import logging
+
         if not self._dense:
             self._dense = self._count()
             if not all(self._dense):
-                raise RuntimeError(
-                    "pipe: torch counts no FLOPs of its transformer; accepted is one of torch's operators"
-                )
+                raise RuntimeError("pipe: torch counts no FLOPs of its transformer")
             # A solver of second order makes more calls than it has steps.
             self._steps = len(self.pipe.scheduler.timesteps)
-        with _no_warnings(), on():
-            counts = self._count()
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # FasterCache warns each time that it is enabled
+        try:
+            with on():
+                counts = self._count()
+        finally:
+            logging.set_verbosity(before)
         return float(np.mean([x / y for x, y in zip(counts, self._dense, strict=True)]))
 
     def _count(self) -> list[int]:
@@ -84,11 +106,11 @@ class Probes:
         return self._steps
 
     def calibrate(self) -> list[float]:
-        """Return the ratios that MagCache needs: means over rows and over both calls of guidance."""
+        """Return the ratios that MagCache needs: means over the samples and over both calls of guidance."""
         import diffusers
 
         config = diffusers.MagCacheConfig(calibrate=True, num_inference_steps=self.steps)
-        printed = io.StringIO()  # the only place where diffusers leaves them
+        printed = io.StringIO()  # diffusers only prints them
         with step_cache(self.pipe, config), contextlib.redirect_stdout(printed):
             for i in self.rows:
                 self.sample(range(i, i + 1))
@@ -96,63 +118,44 @@ class Probes:
         return np.mean([ast.literal_eval(x) for x in lines], axis=0).round(5).tolist()
 
 
-@contextlib.contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Silence diffusers: it warns of FasterCache each time that it is put on."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def match_cost(
-    probes: Probes,
-    cache: StepCache,
-    target: float,
-    *,
-    slack: float = SLACK,
-    value: float | None = None,
+    probes: Probes, cache: StepCache, target: float, *, value: float | None = None
 ) -> Match:
-    """Return the setting of a step cache whose cost is nearest to `target` and at most `target * (1 + slack)`.
+    """Return the setting of a step cache whose cost is nearest to `target` and exceeds it by at most `SLACK`.
 
     Costs are step functions of the setting: a step runs or it does not.
 
     Args:
+        probes: samples on which costs are counted.
         cache: one of `caches.CACHES`.
-        target: cost as a share of dense sampling.
-        slack: share of the target by which the cost may exceed it.
-        value: keep this value of the setting, and only count its cost.
+        target: cost as a share of dense sampling, in (0, 1].
+        value: keep this value of the setting, and only count its cost. Default: search.
 
     Raises:
-        ValueError: a target or slack out of range, or a cache that does not work for the model.
+        ValueError: a target out of range, or a cache that cannot run on the model.
     """
     from scipy.optimize import bisect
 
     if not 0 < target <= 1:
-        raise ValueError(f"target={target}: accepted is a share of dense sampling in (0, 1]")
-    if not 0 <= slack < 1:
-        raise ValueError(f"slack={slack}: accepted is a share in [0, 1)")
-    why = cache.why_not_on(probes.pipe)
+        raise ValueError(f"target={target}: must be in (0, 1], a share of dense sampling")
+    why = cache.why_not(probes.pipe)
     if why is not None:
         raise ValueError(f"cache: {cache.shown}: {why}")
-    steps, most = probes.steps, target * (1 + slack)
+    steps, most = probes.steps, target * (1 + SLACK)
     ratios = probes.calibrate() if cache.calibrated else None
     counted: dict[tuple[int, float], float] = {}
+
+    def config(stage: int, x: float) -> Any:
+        return cache.config(probes.pipe, steps, x, stage=stage, ratios=ratios)
 
     def cost(stage: int, x: float) -> float:
         key = stage, float(round(x) if cache.whole else x)
         if key not in counted:
-            config = cache.config(probes.pipe, steps, x, stage=stage, ratios=ratios)
-            counted[key] = probes.cost(lambda: step_cache(probes.pipe, config))
+            counted[key] = probes.cost(lambda: step_cache(probes.pipe, config(*key)))
         return counted[key]
 
     def found(key: tuple[int, float], note: str | None = None) -> Match:
-        config = cache.config(probes.pipe, steps, key[1], stage=key[0], ratios=ratios)
-        return Match(config, key[1], counted[key], key[0], ratios, note)
+        return Match(config(*key), key[1], counted[key], key[0], ratios, note)
 
     if value is not None:
         cost(0, value)
@@ -160,9 +163,9 @@ def match_cost(
     dearest, cheapest = cache.span(steps)
 
     def excess(x: float, stage: int) -> float:
-        """Return 0 where the search may end."""
+        """Return the cost above the target; 0 where the search may end."""
         over = 1 - target if x == dearest else cost(stage, x) - target
-        return 0.0 if abs(over) <= slack * target else over
+        return 0.0 if abs(over) <= SLACK * target else over
 
     for stage in range(len(cache.stages)):
         if cost(stage, cheapest) > most:
@@ -170,15 +173,12 @@ def match_cost(
         if excess(dearest, stage) == 0:
             cost(stage, dearest)
         elif excess(cheapest, stage) < 0:
-            width = abs(cheapest - dearest)
-            tolerance = 0.5 if cache.whole else width / 2**PROBES
-            bisect(
-                excess, dearest, cheapest, args=(stage,), xtol=tolerance, maxiter=PROBES, disp=False
-            )
+            xtol = 0.5 if cache.whole else abs(cheapest - dearest) / 2**PROBES
+            bisect(excess, dearest, cheapest, (stage,), xtol=xtol, maxiter=PROBES, disp=False)
         break
     within = {key: x for key, x in counted.items() if x <= most}
-    if not within:
-        key = min(counted, key=lambda x: counted[x])
-        reached = f"its cheapest setting costs {counted[key]:.3f}"
-        return found(key, f"cannot reach the cost {target:.3f} of dense sampling: {reached}")
-    return found(min(within, key=lambda x: abs(within[x] - target)))
+    if within:
+        return found(min(within, key=lambda x: abs(within[x] - target)))
+    key = min(counted, key=lambda x: counted[x])
+    cheapest_cost = f"its cheapest setting costs {counted[key]:.3f}"
+    return found(key, f"cannot reach the cost {target:.3f} of dense sampling: {cheapest_cost}")

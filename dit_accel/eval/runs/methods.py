@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,38 +13,31 @@ from dit_accel.sampling.acceleration import accelerated, acceleration_settings
 from dit_accel.sampling.names import safe_name
 
 DEFAULT = ("fewer_steps", "first_block_cache", "sea_cache", "ras", "sla", "ras_sla")
-"""What is compared with dense sampling unless the caller says otherwise."""
+"""Methods that are compared with dense sampling by default."""
 Crossover = Literal["auto", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to sample: a row of the table."""
+    """One way to sample, and the settings of its row in the table."""
 
-    name: str
-    """Of the row."""
-    kind: str
-    """One of `results.types.METHODS`."""
+    name: str  # name of the row
+    kind: str  # one of `results.types.METHODS`
     sla: SLAConfig | SLACheckpoint | dict | None = None
     ras: RASConfig | None = None
-    cache: Any = None
-    """A cache config of diffusers."""
-    tuned: StepCache | None = None
-    """Step cache that `rivals.choose_settings` makes `cache` of, with the setting `value`."""
+    cache: Any = None  # a cache config of diffusers
+    tuned: StepCache | None = None  # step cache whose config `rivals.choose_settings` makes
     value: float | None = None
-    """None: the value with which the cache costs as much as our row."""
-    cost: float | None = None
-    """Counted FLOPs of the transformer over those of dense sampling, where they were counted."""
+    """Value of the setting of `tuned`. None: the value with which it costs as much as region-adaptive sampling."""
+    cost: float | None = None  # counted FLOPs of the transformer over those of dense sampling
     num_inference_steps: int | None = None
-    """None: as many as dense sampling; of `fewer_steps`: as many as take the time of another row."""
-    why: str | None = None
-    """Why it cannot run here."""
-    note: str | None = None
-    """What a reader of the row must know."""
+    """None: as many as dense sampling; for `fewer_steps`: as many as take the time of each other method."""
+    why: str | None = None  # reason why the method cannot run here
+    settings: dict[str, Any] = field(default_factory=dict)  # settings that the row shows
 
     @property
     def folder(self) -> str:
-        """Of its samples: the name in plain letters."""
+        """Name of the folder of its samples."""
         return safe_name(re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-."))
 
     @property
@@ -52,148 +45,126 @@ class Method:
         """Arguments of `acceleration.accelerated`."""
         return {"sla": self.sla, "ras": self.ras, "cache": self.cache}
 
+    @property
+    def fewer(self) -> bool:
+        """Whether this is dense sampling with fewer steps."""
+        return self.kind == "fewer_steps"
+
+    @property
+    def at_equal_time(self) -> bool:
+        """Whether this is dense sampling with as many steps as take the time of each other method."""
+        return self.fewer and self.num_inference_steps is None
+
+    @property
+    def runs(self) -> bool:
+        """Whether this is dense sampling or an accelerated method that can run here."""
+        return self.why is None and not self.fewer
+
+    def tried(self, pipe: Any, steps: int) -> "Method":
+        """Enable the method once, and return it with its settings.
+
+        Raises:
+            ValueError: acceleration is on already, or the method cannot be enabled.
+        """
+        on = [key for key, x in acceleration_settings(pipe).items() if x is not None]
+        if on:
+            raise ValueError(f"pipe: {', '.join(on)} is on; disable it first")
+        if self.why is not None:
+            return self
+        enabled = self.acceleration
+        if self.tuned is not None:  # any setting shows whether the cache can be enabled
+            enabled["cache"] = self.tuned.config(pipe, steps, self.value)
+        with accelerated(pipe, **enabled):
+            found = acceleration_settings(pipe)
+        return replace(self, settings={k: x for k, x in found.items() if x is not None})
+
 
 DENSE = Method(name="Dense", kind="dense")
+AT_EQUAL_TIME = Method(name="Dense, fewer steps", kind="fewer_steps")
+"""Dense sampling with as many steps as take the time of each other method."""
 
 
-def dense_with(steps: int) -> Method:
-    """Dense sampling with so many steps."""
-    word = "step" if steps == 1 else "steps"
-    return Method(name=f"Dense, {steps} {word}", kind="fewer_steps", num_inference_steps=steps)
+def dense_with(steps: int, **settings: Any) -> Method:
+    """Return dense sampling with a number of steps."""
+    name = f"Dense, {steps} {'step' if steps == 1 else 'steps'}"
+    return Method(name=name, kind="fewer_steps", num_inference_steps=steps, settings=settings)
 
 
 def read_methods(
-    names: Sequence[str | Method],
+    names: Sequence[str],
     pipe: Any,
     *,
+    steps: int,
     sla: SLAConfig | SLACheckpoint | dict | str = "balanced",
     ras: RASConfig | str = "balanced",
     crossover: Crossover | None = None,
 ) -> list[Method]:
-    """Methods from their names; dense sampling comes first, whatever the names.
+    """Return dense sampling and the methods of these names.
 
-    - `fewer_steps`: dense sampling at the time of each of the others; `fewer_steps:8` with 8 steps.
+    - `fewer_steps`: dense sampling in the time of each other method; `fewer_steps:8` takes 8 steps.
     - `first_block_cache`, `sea_cache`, `mag_cache`, `taylorseer`, `pab`, `faster_cache`: step caches of diffusers at
-      the cost of our row; `first_block_cache:0.1` sets the threshold.
+      the cost of region-adaptive sampling; `first_block_cache:0.1` sets the threshold.
     - `ras`, `sla`: `ras:fast` takes a preset or a YAML file, `sla:` also a folder with sla.safetensors.
-    - `ras_sla`: both; `ras_sla:fast+quality` takes one setting each, `ras_sla:fast` one for both.
+    - `ras_sla`: both; `ras_sla:fast+quality` takes one setting for each, `ras_sla:fast` one for both.
 
     Args:
-        pipe: what decides whether a step cache is available.
-        sla, ras: settings where the name gives none.
-        crossover: overrides that of all sparse attention.
+        names: names of the methods.
+        pipe: a pipeline or its outline, which decides whether a step cache can run.
+        steps: number of steps of dense sampling.
+        sla, ras: settings of names without a setting.
+        crossover: replaces the crossover of all sparse attention.
 
     Raises:
-        ValueError: an unknown name or setting, or two methods of one name.
+        ValueError: an unknown name or setting, two methods of one name, or `fewer_steps` with no fewer steps.
     """
-
-    def sparse(setting: str) -> tuple[str, SLAConfig | SLACheckpoint | dict]:
-        chosen = settings_of(setting or sla)
-        if chosen is None:
-            raise ValueError("methods: 'sla:none' is dense sampling; accepted is dense")
-        if crossover is not None:
-            chosen = _with_crossover(chosen, crossover)
-        return _label(setting or sla), chosen
-
-    def regions(setting: str) -> tuple[str, RASConfig]:
-        chosen = RASConfig.load(setting or ras)
-        if chosen is None:
-            raise ValueError("methods: 'ras:none' is dense sampling; accepted is dense")
-        return _label(setting or ras), chosen
 
     methods = [DENSE]
     for name in names:
-        if isinstance(name, Method):
-            steps = name.num_inference_steps if name.kind == "fewer_steps" else None
-            methods.append(name if steps is None else dense_with(steps))
-            continue
         what, _, setting = name.partition(":")
         if what == "dense" and not setting:
             continue
         if what == "fewer_steps":
-            methods.append(_fewer(setting))
+            if setting and (not setting.isdecimal() or int(setting) < 1):
+                raise ValueError(f"methods: {name!r}: must be a number of steps >= 1")
+            methods.append(dense_with(int(setting)) if setting else AT_EQUAL_TIME)
         elif what in CACHES:
-            methods.append(_cached(name, pipe))
-        elif what == "ras":
-            label, chosen = regions(setting)
-            methods.append(Method(name=f"RAS{label}", kind="ras", ras=chosen))
-        elif what == "sla":
-            label, attention = sparse(setting)
-            methods.append(Method(name=f"SLA{label}", kind="sla", sla=attention))
-        elif what == "ras_sla":
-            first, plus, second = setting.partition("+")
-            (label, chosen), (other, attention) = regions(first), sparse(second if plus else first)
-            shown = f"RAS + SLA{label}" if label == other else f"RAS{label} + SLA{other}"
-            methods.append(Method(name=shown, kind="ras_sla", ras=chosen, sla=attention))
+            cache, value = read_cache(name)
+            shown, why = f"{cache.shown} {setting}".strip(), cache.why_not(pipe)
+            methods.append(Method(name=shown, kind="cache", tuned=cache, value=value, why=why))
+        elif what in ("ras", "sla", "ras_sla"):
+            kinds = what.split("_")
+            first, plus, second = setting.partition("+") if len(kinds) > 1 else (setting, "", "")
+            given = {"ras": first or ras, "sla": (second if plus else first) or sla}
+            chosen: dict[str, Any] = {
+                x: RASConfig.load(given[x]) if x == "ras" else settings_of(given[x]) for x in kinds
+            }
+            if None in chosen.values():
+                raise ValueError(f"methods: {name!r} is dense sampling; accepted is dense")
+            if crossover is not None and "sla" in chosen:
+                chosen["sla"] = _with_crossover(chosen["sla"], crossover)
+            labels = [_label(given[x]) for x in kinds]
+            if labels[0] == labels[-1]:  # one name for both
+                labels = [*[""] * (len(kinds) - 1), labels[0]]
+            shown = " + ".join(f"{x.upper()}{y}" for x, y in zip(kinds, labels, strict=True))
+            methods.append(Method(name=shown, kind=what, **chosen))
         else:
+            accepted = ", ".join(dict.fromkeys(["dense", *DEFAULT, *CACHES]))
             raise ValueError(
-                f"methods: {name!r} is none; accepted are dense, {', '.join(dict.fromkeys([*DEFAULT, *CACHES]))}, "
-                "with a setting after a colon"
+                f"methods: unknown {name!r}; accepted are {accepted}, with a setting after a colon"
             )
     folders = [x.folder for x in methods]
     for i, method in enumerate(methods):
         if method.folder in folders[:i]:
-            raise ValueError(f"methods: {method.name!r} comes twice; accepted are different names")
+            raise ValueError(f"methods: {method.name!r} comes twice; give each method once")
+        if method.fewer and steps <= (method.num_inference_steps or 1):
+            raise ValueError(
+                f"methods: {method.name!r}: must be fewer than num_inference_steps={steps} of dense sampling"
+            )
     return methods
 
 
-def check_methods(pipe: Any, methods: Sequence[Method], steps: int) -> dict[str, dict[str, Any]]:
-    """Put each method on once.
-
-    Args:
-        methods: that can run here.
-        steps: of dense sampling.
-
-    Returns:
-        By name what is shown of their settings.
-
-    Raises:
-        ValueError: something is on already, or one cannot be put on, or takes no fewer steps than dense
-            sampling.
-    """
-    found = acceleration_settings(pipe)
-    if any(x is not None for x in found.values()):
-        on = ", ".join(key for key, x in found.items() if x is not None)
-        raise ValueError(f"pipe: {on} is on; accepted is a pipeline without acceleration")
-    check_fewer(methods, steps)
-    out: dict[str, dict[str, Any]] = {}
-    for method in methods:
-        tried = method.acceleration
-        if method.tuned is not None:  # whether it can be put on does not depend on the setting
-            tried["cache"] = method.tuned.config(pipe, steps, method.value)
-        with accelerated(pipe, **tried):
-            settings = acceleration_settings(pipe)
-        out[method.name] = {k: x for k, x in settings.items() if x is not None}
-    return out
-
-
-def check_fewer(methods: Sequence[Method], steps: int) -> None:
-    """Raise ValueError for dense sampling with fewer steps that takes no fewer than dense sampling's `steps`."""
-    for method in methods:
-        if method.kind == "fewer_steps" and steps <= (method.num_inference_steps or 1):
-            raise ValueError(
-                f"methods: {method.name!r}: num_inference_steps={steps} of dense sampling are no more; "
-                "accepted are fewer steps than those"
-            )
-
-
-def _fewer(setting: str) -> Method:
-    if not setting:
-        return Method(name="Dense, fewer steps", kind="fewer_steps")
-    if not setting.isdecimal() or int(setting) < 1:
-        raise ValueError(f"methods: 'fewer_steps:{setting}': accepted is a number of steps >= 1")
-    return dense_with(int(setting))
-
-
-def _cached(name: str, pipe: Any) -> Method:
-    cache, value = read_cache(name)
-    shown = f"{cache.shown} {name.partition(':')[2]}".strip()
-    why = cache.why_not_on(pipe)
-    return Method(name=shown, kind="cache", tuned=cache, value=value, why=why)
-
-
 def _with_crossover(settings: Any, crossover: Crossover) -> Any:
-    if isinstance(settings, dict):  # by transformer
+    if isinstance(settings, dict):  # settings by transformer
         return {name: _with_crossover(x, crossover) for name, x in settings.items()}
     if isinstance(settings, SLACheckpoint):
         return replace(settings, config=replace(settings.config, crossover=crossover))
@@ -201,7 +172,7 @@ def _with_crossover(settings: Any, crossover: Crossover) -> Any:
 
 
 def _label(settings: Any) -> str:
-    """What tells the settings apart, with a space before it; nothing where only their fields could."""
+    """Return the name of a preset or file, after a space; nothing for other settings."""
     if isinstance(settings, SLACheckpoint):
         return " with its weights"
     return f" {Path(settings).stem}" if isinstance(settings, str) else ""

@@ -1,110 +1,68 @@
-"""Rows of results.json from what was measured."""
+"""Rows of results.json from measured calls and metrics."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from dit_accel.eval.results.types import PHASES, SPEEDUPS, MetricValue, Phase, Row
-from dit_accel.eval.runs.methods import Method
+from dit_accel.eval.runs.methods import DENSE, Method
+from dit_accel.eval.runs.timing import MeasuredCalls
 
 
 def build_row(
     method: Method,
+    measured: MeasuredCalls,
     *,
-    steps: int,
-    calls: Sequence[Mapping[str, Any]],
-    reference: Mapping[str, Phase] | None = None,
-    settings: Mapping[str, Any] | None = None,
     metrics: Mapping[str, MetricValue] | None = None,
     density: float | None = None,
     cost: float | None = None,
     folder: str | None = None,
 ) -> Row:
-    """What a method made and took.
+    """Return the row of a method; without values if it cannot run here.
 
-    Args:
-        steps: of denoising.
-        calls: records of measured calls (see `timing.Call.record`), at least one.
-        reference: seconds of dense sampling; None for dense sampling itself.
-        settings: what is shown of them; what ran dense under sparse attention is added.
-        density, cost: of an accelerated run, as its summary counts them.
-        folder: of the samples.
+    `density` and `cost` (in dense steps) are those of the summary of an accelerated run.
     """
-    seconds = timing([x["seconds"] for x in calls])
-    peaks = {x["peak_of"] for x in calls}
-    of = peaks.pop() if len(peaks) == 1 else None
-    shown = dict(settings or {})
-    dense_calls = calls[-1]["dense_calls"]
-    if dense_calls:
-        shown["dense_calls"] = dense_calls
-    if method.note is not None:
-        shown["note"] = method.note
-    plain = method.kind in ("dense", "fewer_steps")
+    calls, dense = (measured.calls.get(x, []) for x in (method.name, DENSE.name))
+    shown, seconds = dict(method.settings), timing([x["seconds"] for x in calls])
+    if calls and calls[-1]["dense_calls"]:
+        shown["dense_calls"] = calls[-1]["dense_calls"]
+    steps = method.num_inference_steps or measured.steps
+    if method.cost is not None:
+        cost = method.cost * measured.steps
+    if calls and method.kind in ("dense", "fewer_steps"):
+        density, cost = 1.0, float(steps)
+    sources = {x["peak_of"] for x in calls}
+    of = sources.pop() if len(sources) == 1 else None
     return {
         "name": method.name,
         "method": method.kind,
-        "available": True,
-        "why": None,
+        "available": method.why is None,
+        "why": method.why,
         "settings": shown,
         "num_inference_steps": steps,
         "metrics": dict(metrics or {}),
         "seconds": seconds,
-        "speedup": speedup(seconds if reference is None else reference, seconds),
+        "speedup": speedup(timing([x["seconds"] for x in dense]), seconds),
         "peak_memory_bytes": None if of is None else max(x["peak_bytes"] for x in calls),
         "peak_memory_of": of,
-        "density": 1.0 if plain else density,
-        "cost": float(steps) if plain else cost,
+        "density": density,
+        "cost": cost,
         "folder": folder,
     }
 
 
-def mean_of(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """Over the samples that have it."""
-    values = [x[key] for x in records if x.get(key) is not None]
-    return sum(values) / len(values) if values else None
-
-
-def unavailable_row(
-    name: str, method: str, why: str, *, num_inference_steps: int, **settings: Any
-) -> Row:
-    """A row that could not run, and the reason."""
-    return {
-        "name": name,
-        "method": method,
-        "available": False,
-        "why": why,
-        "settings": settings,
-        "num_inference_steps": num_inference_steps,
-        "metrics": {},
-        "seconds": {},
-        "speedup": None,
-        "peak_memory_bytes": None,
-        "peak_memory_of": None,
-        "density": None,
-        "cost": None,
-        "folder": None,
-    }
-
-
 def timing(runs: Sequence[Mapping[str, float]]) -> dict[str, Phase]:
-    """Median and quartiles of each of `PHASES` that all measured runs have; warm-up runs stay out.
-
-    Args:
-        runs: seconds by phase, one mapping a run, at least one.
-    """
-    if not runs:
-        raise ValueError("runs=[]: accepted is at least one measured run")
+    """Return median and quartiles of each phase that all runs have."""
     out: dict[str, Phase] = {}
     for phase in PHASES:
-        if all(phase in run for run in runs):
+        if runs and all(phase in run for run in runs):
             q1, median, q3 = np.percentile([run[phase] for run in runs], (25, 50, 75)).tolist()
             out[phase] = {"median": median, "iqr": [q1, q3], "n": len(runs)}
     return out
 
 
 def speedup(reference: Mapping[str, Phase], row: Mapping[str, Phase]) -> dict[str, float] | None:
-    """How often the row runs in the time of the reference, by medians; None if a phase is missing."""
+    """Return the ratios of the median seconds; None if a phase is missing."""
     if any(phase not in reference or phase not in row for phase in SPEEDUPS):
         return None
     return {phase: reference[phase]["median"] / row[phase]["median"] for phase in SPEEDUPS}

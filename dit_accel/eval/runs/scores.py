@@ -1,8 +1,9 @@
-"""Which metrics an evaluation measures, and their figures for each of its sample sets."""
+"""The metrics of an evaluation, and their values for each of its sample sets."""
 
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dit_accel.eval.metrics.choices import ALONE, PAIRED, TINY, Given
@@ -19,30 +20,26 @@ Reference = SampleSet | Measurement
 
 @dataclass(frozen=True)
 class Metrics:
-    """Names by what they need."""
+    """Names of metrics by the set that they compare with."""
 
-    paired: tuple[str, ...]
-    """Compare a sample with the dense one of the same id."""
-    alone: tuple[str, ...]
-    to_dense: tuple[str, ...]
-    """Compare the features of a set with those of the dense set; without the suffix of their keys."""
-    to_reference: tuple[str, ...]
-    """Compare them with the caller's reference."""
-    fine: bool = False
-    """Whether the paired ones compare with a fine run too."""
+    paired: tuple[str, ...]  # metrics that compare a sample with the dense sample of the same id
+    alone: tuple[str, ...]  # metrics of a sample alone
+    to_dense: tuple[str, ...]  # distances to the dense set, without the suffix `TO_DENSE`
+    to_reference: tuple[str, ...]  # distances to the reference of the caller
+    fine: bool = False  # whether the paired metrics also compare with a fine run
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """All of them."""
+        """All names, as `score` takes them."""
         return (*self.paired, *self.alone, *self.to_dense, *self.to_reference)
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """Names of the figures."""
+        """All names in results.json."""
         fine = [f"{x}{FINE}" for x in self.paired] if self.fine else []
-        own = [*self.paired, *fine, *self.alone, *(f"{x}{TO_DENSE}" for x in self.to_dense)]
+        dense = [f"{x}{TO_DENSE}" for x in self.to_dense]
         judged = [f"judge_{x}" for x in PARTS[1:]] if "judge" in self.alone else []
-        return (*own, *self.to_reference, *judged)
+        return (*self.paired, *fine, *self.alone, *dense, *self.to_reference, *judged)
 
 
 def choose_metrics(
@@ -53,27 +50,43 @@ def choose_metrics(
     reference: Reference | None = None,
     fine: bool = False,
 ) -> Metrics:
-    """What to measure of each set, checked before there is one.
+    """Return the metrics of each sample set, checked before samples are made.
 
     Args:
-        planned: ids, prompts and numbers of frames as they will be.
-        metrics: names as `score` takes them; those that compare features do so with `reference`, and
-            with the dense set where there is none or where the name ends in "_to_dense". None: PSNR, SSIM,
-            what the networks allow, flicker of clips, and for prompts of the demo the judge and fd_tiny.
+        planned: ids, prompts and numbers of frames of the samples.
+        metrics: names as `score` takes them. Distances compare with `reference`, and with the dense set without a
+            reference or if the name ends in "_to_dense". Default: PSNR, SSIM, metrics that the networks allow, flicker of
+            clips, and for prompts of the demo the judge and fd_tiny.
+        networks: weights that metrics need.
+        reference: real pictures.
+        fine: whether there is a fine run.
 
     Raises:
-        ValueError: an unknown name, or one whose needs are not met.
+        ValueError: an unknown name, or a metric whose needs are not met.
     """
 
     def checked(names: Sequence[str], other: Reference | None) -> tuple[str, ...]:
         given = Given(planned, other, planned.prompts, networks.given)
         return tuple(given.choose(names)) if names else ()
 
-    if metrics is None:
-        metrics = _default(planned, networks)
-    names = list(dict.fromkeys(metrics))
+    def default() -> list[str]:
+        names = ["psnr", "ssim", *(["lpips"] if "lpips" in networks.given else [])]
+
+        def add(name: str, other: Reference | None) -> None:
+            with contextlib.suppress(ValueError):  # not for these samples, or too few samples
+                names.extend(checked([name], other))
+
+        for name in ALONE:
+            add(name, None)
+        if "inception" in networks.given:
+            add("fid", planned)
+        elif "judge" in names:
+            add(f"fd_{TINY}", planned)
+        return names
+
+    names = list(dict.fromkeys(default() if metrics is None else metrics))
     if not names:
-        raise ValueError("metrics=[]: accepted is at least one name")
+        raise ValueError("metrics=[]: must have at least one name")
     plain = [x for x in names if x in (*PAIRED, *ALONE)]
     to_dense = [x.removesuffix(TO_DENSE) for x in names if x.endswith(TO_DENSE)]
     rest = [x for x in names if x not in plain and not x.endswith(TO_DENSE)]
@@ -81,89 +94,53 @@ def choose_metrics(
         to_dense, rest = list(dict.fromkeys([*to_dense, *rest])), []
     for name in to_dense:
         if name in (*PAIRED, *ALONE):
-            raise ValueError(f"metrics: {name + TO_DENSE!r} is none; accepted is {name!r}")
+            raise ValueError(f"metrics: unknown {name + TO_DENSE!r}; accepted is {name!r}")
     if "lpips" in plain and "lpips" not in networks.given:
-        raise ValueError("metric 'lpips' needs lpips=: the backbone's weights")
-    to_reference = checked(rest, reference)
-    if reference is not None and not to_reference:
+        raise ValueError("metric 'lpips' needs lpips=, the weights of the backbone")
+    if reference is not None and not rest:
         raise ValueError(
-            "reference: nothing compares with it; accepted with inception, or with metrics such as "
-            f"'fd_{TINY}'"
+            f"reference: no metric compares with it; accepted with inception, or metrics such as 'fd_{TINY}'"
         )
     paired = tuple(x for x in plain if x in PAIRED)  # two sets of one plan always make pairs
     if fine and not paired:
-        raise ValueError(
-            f"fine_steps: no metric compares with it; accepted with {', '.join(PAIRED)}"
-        )
-    return Metrics(
-        paired=paired,
-        alone=checked([x for x in plain if x in ALONE], None),
-        to_dense=checked(to_dense, planned),
-        to_reference=to_reference,
-        fine=fine,
-    )
-
-
-def _default(planned: SampleSet, networks: Networks) -> list[str]:
-    names = ["psnr", "ssim", *(["lpips"] if "lpips" in networks.given else [])]
-    given = Given(planned, planned, planned.prompts, networks.given)
-    demo = False
-    for name in ALONE:
-        with contextlib.suppress(ValueError):
-            given.choose([name])
-            names.append(name)
-            demo = demo or name == "judge"
-    distance = "fid" if "inception" in networks.given else f"fd_{TINY}" if demo else None
-    if distance is not None:
-        with contextlib.suppress(ValueError):  # too few samples
-            given.choose([distance])
-            names.append(distance)
-    return names
+        raise ValueError(f"fine_steps: needs a paired metric, one of {', '.join(PAIRED)}")
+    alone = checked([x for x in plain if x in ALONE], None)
+    return Metrics(paired, alone, checked(to_dense, planned), checked(rest, reference), fine)
 
 
 @dataclass
 class Scorer:
-    """Figures of the sample sets of one evaluation."""
+    """Computes the metrics of the sample sets of one evaluation."""
 
     metrics: Metrics
     dense: SampleSet
-    fine: SampleSet | None
-    """Dense samples of many more steps."""
+    fine: SampleSet | None  # dense samples of many more steps
     reference: Reference | None
-    options: dict[str, Any]
-    """For `measure` and `score`."""
-    _measured: dict[str, Measurement] = field(default_factory=dict)
+    options: dict[str, Any]  # further arguments of `score`
+    _measured: dict[Path, Measurement] = field(default_factory=dict)
 
     def figures(self, samples: SampleSet) -> dict[str, MetricValue]:
-        """Of a set; of the dense set what does not compare with itself."""
-        own = samples.path == self.dense.path
-        plain = [*([] if own else self.metrics.paired), *self.metrics.alone]
-        found: dict[str, MetricValue] = {}
-        if plain:
-            found |= score(
-                samples, reference=None if own else self.dense, metrics=plain, **self.options
-            )
+        """Return the metrics of a set. The dense set is not compared with itself."""
+        names, own = self.metrics, samples.path == self.dense.path
+        plain = (*(() if own else names.paired), *names.alone)
+        wanted: list[tuple[Sequence[str], Reference | None, str]]
+        wanted = [(plain, None if own else self.dense, "")]
         if self.fine is not None:
-            paired = score(
-                samples, reference=self.fine, metrics=self.metrics.paired, **self.options
-            )
-            found |= {f"{name}{FINE}": x for name, x in paired.items()}
-        if self.metrics.to_dense and not own:
-            names = self.metrics.to_dense
-            other = self._features("dense", self.dense, names)
-            figures = score(samples, reference=other, metrics=names, **self.options)
-            found |= {f"{name}{TO_DENSE}": x for name, x in figures.items()}
-        if self.metrics.to_reference:
-            assert self.reference is not None
-            names = self.metrics.to_reference
-            other = self._features("reference", self.reference, names)
-            found |= score(samples, reference=other, metrics=names, **self.options)
+            wanted.append((names.paired, self.fine, FINE))
+        if not own:
+            wanted.append((names.to_dense, self._features(self.dense, names.to_dense), TO_DENSE))
+        other = self._features(self.reference, names.to_reference)
+        found: dict[str, MetricValue] = {}
+        for metrics, reference, end in (*wanted, (names.to_reference, other, "")):
+            if metrics:
+                made = score(samples, reference=reference, metrics=metrics, **self.options)
+                found |= {f"{name}{end}": x for name, x in made.items()}
         return found
 
-    def _features(self, key: str, of: Reference, names: Sequence[str]) -> Measurement:
-        """Of a set that every row is compared with: taken once."""
-        if isinstance(of, Measurement):
+    def _features(self, of: Reference | None, metrics: Sequence[str]) -> Reference | None:
+        """Return the features of a set that every row is compared with, computed once."""
+        if not metrics or not isinstance(of, SampleSet):
             return of
-        if key not in self._measured:
-            self._measured[key] = measure(of, metrics=names, **self.options)
-        return self._measured[key]
+        if of.path not in self._measured:
+            self._measured[of.path] = measure(of, metrics=metrics, **self.options)
+        return self._measured[of.path]

@@ -1,94 +1,218 @@
-"""`Stopwatch`: calls that are measured one at a time: seconds by phase, memory, density."""
+"""Measured calls: seconds by phase, peak memory, and dense sampling with fewer steps in the same time."""
 
+import contextlib
+import ctypes
+import gc
+import json
+import re
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from dit_accel.eval.runs.methods import Method
-from dit_accel.eval.runs.peak_memory import Peak, peak_memory
+import numpy as np
+import torch
+
+from dit_accel.eval.runs.methods import DENSE, Method, dense_with
+from dit_accel.files import write_json
 from dit_accel.sampling.acceleration import accelerated
-from dit_accel.sampling.batches import run_warm_up
+from dit_accel.sampling.batches import progress_bar, quiet, run_warm_up
 from dit_accel.sampling.call import BatchResult, run_batch
+from dit_accel.sampling.manifest import differences
 from dit_accel.sampling.plan import Sample
 
-
-@dataclass(frozen=True)
-class Call:
-    """Result and cost of one measured call."""
-
-    made: BatchResult
-    """One sample."""
-    peak: Peak
-
-    def record(self) -> dict[str, Any]:
-        """Return the measurements, for JSON."""
-        return {
-            "seconds": self.made.seconds,
-            "peak_bytes": self.peak.size,
-            "peak_of": self.peak.of,
-            "dense_calls": self.made.summary.dense_calls,
-        }
+ATTEMPTS = 3
+"""Searches for a nearer number of steps. On a machine under load the search might never end."""
+_PROC = Path("/proc/self")
 
 
-def measured_call(pipe: Any, method: Method, sample: Sample) -> Call:
-    """Make one call for one sample, with the acceleration on for it alone."""
-    steps = method.num_inference_steps
-    changed = {} if steps is None else {"num_inference_steps": steps}
-    with (
-        accelerated(pipe, **method.acceleration),
-        peak_memory(pipe._execution_device) as peak,
-    ):
-        made = run_batch(pipe, [sample], **changed)
-    return Call(made, peak)
+@dataclass
+class Peak:
+    """Peak memory of a block of code; filled in when the block ends."""
+
+    size: int | None = None
+    """Bytes, weights included; None if the system does not tell."""
+    of: str | None = None
+    """"gpu": memory that torch allocated there. "process": resident memory, Python and libraries included."""
 
 
-class Stopwatch:
-    """Measures methods in turns, so that a machine that slows down slows all of them."""
+@contextlib.contextmanager
+def peak_memory(device: Any) -> Iterator[Peak]:
+    """Measure the peak memory of a block. Only Linux can reset the peak of a process; other systems measure nothing."""
+    peak, device = Peak(), torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.size, peak.of = torch.cuda.max_memory_allocated(device), "gpu"
+        return
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # memory that malloc keeps would count
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        (_PROC / "clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
+        peak.of = "process" if device.type == "cpu" else None
+    yield peak
+    if peak.of is not None:
+        [kibi] = re.findall(r"VmHWM:\s*(\d+)", (_PROC / "status").read_text())
+        peak.size = int(kibi) * 1024
 
-    def __init__(
-        self,
-        pipe: Any,
-        samples: Sequence[Sample],
-        *,
-        calls: dict[str, list[dict[str, Any]]] | None = None,
-        on_call: Callable[[Method, Call], None] = lambda method, call: None,
-    ) -> None:
-        """Args:
-        samples: round i makes sample i, and again from the first one.
-        calls: records of earlier measurements, by name of the method.
+
+@dataclass
+class MeasuredCalls:
+    """Calls of one sample, measured one at a time. Methods take turns, so that a machine that slows down slows all.
+
+    Args:
+        pipe: a loaded pipeline without acceleration.
+        samples: samples of one size. Round i makes sample i, and starts again from the first one.
+        steps: number of steps of dense sampling.
+        calls: records by name of the method, one for each round. Records of earlier calls are not measured again.
         on_call: called after each measured call.
-        """
-        self._pipe = pipe
-        self._samples = samples
-        self._on_call = on_call
-        self.calls = {} if calls is None else calls
-        """Records by name of the method, a round each."""
-        self._warm: set[str] = set()
+    """
+
+    pipe: Any
+    samples: Sequence[Sample]
+    steps: int
+    calls: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    on_call: Callable[[Method, BatchResult], None] = lambda method, made: None
+    _warm: set[str] = field(default_factory=set)
+    _bar: Any = None
+
+    def measure(
+        self, methods: Sequence[Method], repeats: int, *, progress: bool = False
+    ) -> list[Method]:
+        """Measure each method `repeats` times, and return the dense ones with fewer steps, the most steps first."""
+        compared = [x for x in methods if x.runs]
+        given = [x for x in methods if x.fewer and not x.at_equal_time]
+        found: dict[str, int] = {}
+        with progress_bar(desc="timing", unit="call", disable=not progress) as bar:
+            self._bar = bar
+            if any(x.at_equal_time for x in methods) and len(compared) > 1:
+                found = self._equal_time(compared, given, repeats)
+            else:
+                self.run([*compared, *given], repeats)
+        fewer = []
+        for steps in sorted({*found.values(), *(x.num_inference_steps or 0 for x in given)})[::-1]:
+            names = [name for name, n in found.items() if n == steps]
+            fewer.append(dense_with(steps, **({"equal_time_to": names} if names else {})))
+        return fewer
 
     def run(self, methods: Sequence[Method], rounds: int) -> None:
         """Measure until each method has been measured `rounds` times."""
         missing = [x for x in methods if len(self.calls.get(x.name, [])) < rounds]
-        for method in missing:
-            if method.name not in self._warm:
-                self._warm_up(method)
-                self._warm.add(method.name)
-        for i in range(rounds if missing else 0):
-            first = i % len(missing)  # none always runs after the same one
-            for method in [*missing[first:], *missing[:first]]:
-                records = self.calls.setdefault(method.name, [])
-                if len(records) == i:
-                    sample = self._samples[i % len(self._samples)]
-                    call = measured_call(self._pipe, method, sample)
-                    records.append(call.record())
-                    self._on_call(method, call)
+        with quiet(self.pipe):
+            for method in missing:
+                if method.name not in self._warm:
+                    with accelerated(self.pipe, **method.acceleration):
+                        run_warm_up(self.pipe, self.samples[:1])
+                    self._warm.add(method.name)
+            for i in range(rounds if missing else 0):
+                first = i % len(missing)  # no method always runs after the same one
+                for method in [*missing[first:], *missing[:first]]:
+                    if len(self.calls.setdefault(method.name, [])) == i:
+                        self._call(method, self.samples[i % len(self.samples)])
+
+    def _call(self, method: Method, sample: Sample) -> None:
+        """Make one sample, and keep the record of the call."""
+        steps, on = method.num_inference_steps, accelerated(self.pipe, **method.acceleration)
+        changed = {} if steps is None else {"num_inference_steps": steps}
+        with on, peak_memory(self.pipe._execution_device) as peak:
+            made = run_batch(self.pipe, [sample], **changed)
+        record = {"seconds": made.seconds, "peak_bytes": peak.size, "peak_of": peak.of}
+        self.calls[method.name].append(record | {"dense_calls": made.summary.dense_calls})
+        self.on_call(method, made)
+        if self._bar is not None:
+            self._bar.update()
 
     def seconds(self, method: Method, rounds: int | None = None) -> float:
-        """Return the median of denoising, of the first `rounds`."""
+        """Return the median seconds of denoising of the first `rounds` calls."""
         calls = self.calls[method.name][:rounds]
         return statistics.median(x["seconds"]["denoise"] for x in calls)
 
-    def _warm_up(self, method: Method) -> None:
-        """Make a call that is not measured."""
-        with accelerated(self._pipe, **method.acceleration):
-            run_warm_up(self._pipe, self._samples[:1])
+    def _equal_time(
+        self, compared: Sequence[Method], given: Sequence[Method], repeats: int
+    ) -> dict[str, int]:
+        """Measure all methods, and return the number of dense steps in the time of each that is faster than dense.
+
+        After one round the numbers are roughly known, and these dense runs take turns with the other methods.
+        """
+        most = self.steps - 1
+        self.run([*compared, *given], 1)
+        # Seconds of the first round only: a run that goes on must guess as it did at first.
+        first = {x.name: self.seconds(x, 1) for x in compared}
+        dense = {self.steps: first[DENSE.name]}
+        quick = [x for x in first.values() if x < dense[self.steps]]
+        guesses = [dense_with(nearest_steps(dense, x, most)) for x in quick]
+        fewer = list({x.name: x for x in [*given, *guesses]}.values())
+        self.run([*compared, *fewer], repeats)
+
+        def measure(numbers: list[int]) -> dict[int, float]:
+            more = {n: dense_with(n) for n in numbers}
+            self.run(list(more.values()), repeats)
+            return {n: self.seconds(x) for n, x in more.items()}
+
+        measured = {x.num_inference_steps or 0: self.seconds(x) for x in fewer}
+        measured[self.steps] = self.seconds(DENSE)
+        times = {x.name: self.seconds(x) for x in compared}
+        targets = {name: x for name, x in times.items() if x < measured[self.steps]}
+        found = equal_time_steps(measured, list(targets.values()), most, measure)
+        return dict(zip(targets, found, strict=True))
+
+
+def seconds_of(measured: Mapping[int, float], steps: int) -> float:
+    """Return the seconds of `steps` dense steps, on straight lines through the measurements; one has a line through 0."""
+    points = dict(sorted(measured.items())) if len(measured) > 1 else {0: 0.0, **measured}
+    (x0, y0), (x1, y1), *_ = points.items()
+    points = {0: y0 - x0 * (y1 - y0) / (x1 - x0)} | points
+    return float(np.interp(steps, list(points), list(points.values())))
+
+
+def nearest_steps(measured: Mapping[int, float], seconds: float, most: int) -> int:
+    """Return the number of steps in [1, most] whose seconds are nearest; the smaller one of two equally near."""
+    return min(range(1, most + 1), key=lambda n: (abs(seconds_of(measured, n) - seconds), n))
+
+
+def equal_time_steps(
+    measured: Mapping[int, float],
+    targets: Sequence[float],
+    most: int,
+    measure: Callable[[list[int]], Mapping[int, float]],
+) -> list[int]:
+    """Return the number of steps in [1, most] whose measured seconds are nearest to each target.
+
+    `measured` has seconds by number of steps, at least those of `most + 1`; `measure` adds further numbers.
+    """
+    known = dict(measured)
+    for _ in range(ATTEMPTS):
+        wanted = {nearest_steps(known, x, most) for x in targets} - set(known)
+        if not wanted:
+            break
+        known |= measure(sorted(wanted))
+    candidates = [n for n in sorted(known) if n <= most]
+    return [min(candidates, key=lambda n: (abs(known[n] - x), n)) for x in targets]
+
+
+class Log:
+    """File of results by method, so that a killed run goes on. Results of other settings are dropped with a note."""
+
+    def __init__(self, path: Path, about: Mapping[str, Any], kind: str) -> None:
+        """`about` is everything that the results depend on; `kind` is the key of the results in the file."""
+        self._path, self._kind = path, kind
+        self._about = json.loads(json.dumps({"format_version": 1, **about}))
+        self.results: dict[str, Any] = {}
+        if not path.is_file():
+            return
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            different = differences(saved["about"], self._about)
+            if not different:
+                self.results = dict(saved[kind].items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            different = [f"the file is damaged ({error!r})"]
+        if different:
+            sys.stderr.write(f"note: {path.name} is not used: {'; '.join(different[:3])}\n")
+
+    def write(self) -> None:
+        """Write the file atomically."""
+        write_json(self._path, {"about": self._about, self._kind: self.results})

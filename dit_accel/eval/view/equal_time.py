@@ -1,250 +1,183 @@
-"""Against dense sampling with fewer steps in the same time: the comparison that decides.
+"""Comparison with dense sampling with fewer steps in the same time.
 
-Whoever wants a faster run can always take fewer steps. So each accelerated row is held against the
-line through the dense runs with fewer steps (and the reference, where the metric has a value for
-it), interpolated at the row's own time, or against a quicker dense run where that is better. Prompts
-and seeds are the same in all rows, so where figures carry the values of single samples it is their
-differences that are judged.
+Fewer steps are the free way to a faster run. Each accelerated row is therefore compared with the line through the dense
+runs, interpolated at the row's own time, or with a quicker dense run if that one is better. All rows have the same
+prompts and noise, so the values of single samples are compared in pairs.
 """
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dit_accel.eval.metrics.values import bootstrap_interval
-from dit_accel.eval.results.types import (
-    ACCELERATED,
-    MetricValue,
-    Phase,
-    Results,
-    Row,
-    reference_row,
-)
-from dit_accel.eval.view.cells import Cell, figure_cell, number, places, seconds_cell, short
+from dit_accel.eval.results import types
+from dit_accel.eval.results.types import MetricValue, Phase, Results
+from dit_accel.eval.view.cells import number, places, seconds_cell, short
 from dit_accel.eval.view.definitions import Definition, definition
 
 NEAR = 0.1
-"""Off the line, a dense run whose seconds differ by this share at most stands in for it."""
+"""Largest share by which the seconds of a dense run may differ if it stands in for the line."""
 PAIRS = 6
-"""Fewer cannot decide: chance alone makes 5 differences of one sign in 1 of 16 cases."""
-Verdict = Literal["better", "worse", "undecided", "few", "mixed", "overlap", "open", "unknown"]
+"""Fewest differences that decide: 5 differences have one sign by chance in 1 of 16 cases."""
+Verdict = Literal["better", "worse", "undecided", "few", "mixed", "open", "unknown"]
+VERDICTS: dict[Verdict, str] = {
+    "better": "better",
+    "worse": "worse",
+    "undecided": "not decided",  # the interval holds 0, or the seconds differ by less than their quartiles
+    "few": "too few samples to tell",
+    "mixed": "identical pairs have no finite value",
+    "open": "no interval of the difference",  # no values of single samples
+    "unknown": "not comparable",  # no dense run took about this time
+}
+"""Text of each verdict."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One accelerated row at its own time."""
+    """An accelerated row against dense sampling in the same time."""
 
     name: str
     method: str
     verdict: Verdict
-    """"undecided" where the 95 % interval of the differences holds 0, or seconds are those of the reference
-    to within their spread; "few" with fewer than `PAIRS` differences; "mixed" where means leave identical pairs
-    out; of figures without values of single samples "overlap" where their own intervals do, and "open" where
-    they have none; "unknown" where no dense run took this time."""
-    difference: str
-    """Signed, in the metric's unit; empty where nothing can be said."""
-    basis: str
-    """What it was compared with, or why it could not be."""
-    interval: str = ""
-    """Of the difference."""
+    basis: str  # the dense run, or the reason why there is none
+    difference: str = ""  # signed difference with its unit; empty if none can be given
+    interval: str = ""  # 95 % interval of the difference
 
 
 @dataclass(frozen=True)
 class DensePoint:
-    """A dense run with a value."""
+    """A dense run, or a point on the line between two."""
 
     seconds: float
     value: float
-    interval: tuple[float, float] | None
     steps: str
-    values: Mapping[str, float] | None = None
-    """By sample; None if one has none."""
-    mixed: bool = False
-    """Whether the value leaves identical pairs out: it then says little about the run."""
+    values: Mapping[str, float] | None  # values by sample; None if a sample has none
+    mixed: bool  # whether the value leaves identical pairs out
 
 
 def equal_time(results: Results, metric: str, phase: str) -> list[Comparison]:
-    """Each available accelerated row that has a value, against dense sampling in the same time.
-
-    Args:
-        metric: a key of `metrics`.
-        phase: of the seconds, "denoise" or "total".
-    """
-    line = dense_line(results, metric, phase)
-    reference = reference_row(results)["seconds"].get(phase)
-    limit = None if reference is None else float(reference["median"])
+    """Compare each available accelerated row that has a value of `metric`, by the seconds of `phase`."""
+    about, line = definition(metric), dense_line(results, metric, phase)
+    reference = types.reference_row(results)["seconds"].get(phase)
     out = []
     for row in results["rows"]:
         figure, took = row["metrics"].get(metric), row["seconds"].get(phase)
-        if row["method"] not in ACCELERATED or figure is None or took is None:
+        if row["method"] not in types.ACCELERATED or figure is None or took is None:
             continue
-        cell = figure_cell(figure, definition(metric))
-        if cell.value is None:
+        who, same = (row["name"], row["method"]), types.identical(figure)
+        if figure["value"] is None and not same:
             continue
-        seconds, who = float(took["median"]), (row["name"], row["method"])
-        if math.isinf(cell.value):
-            out.append(_identical(row, took, reference))
-        elif (
-            definition(metric).of_reference
-            and reference is not None
-            and seconds >= reference["median"]
-        ):
-            basis = f"the reference itself takes {_took(float(reference['median']))}"
-            out.append(
-                Comparison(*who, "worse" if _longer(took, reference) else "undecided", "", basis)
-            )
+        slower = reference is not None and took["median"] >= reference["median"]
+        if same or (about.of_reference and slower):  # the seconds decide
+            out.append(Comparison(*who, *_by_time(took, reference, same)))
         else:
-            dense, basis = _best(line, *_at(line, seconds, limit), seconds, metric)
-            out.append(_compare(row, cell, dense, basis, metric))
+            limit = None if reference is None else float(reference["median"])
+            dense, basis = _dense_at(line, float(took["median"]), limit, about)
+            out.append(Comparison(*who, *_by_quality(figure, dense, basis, about)))
     return out
 
 
-def _best(
-    line: list[DensePoint], dense: DensePoint | None, basis: str, seconds: float, metric: str
-) -> tuple[DensePoint | None, str]:
-    """The line at a time, or a dense run that takes less and is better: more steps are not always better, and
-    nobody has to use up the time."""
-    sign = {"higher": 1, "lower": -1, None: 0}[definition(metric).better]
-    quicker = [x for x in line if x.seconds <= seconds and not x.mixed]
-    best = max(quicker, key=lambda x: sign * x.value, default=None)
-    if best is None or dense is None or dense.mixed or sign * best.value <= sign * dense.value:
-        return dense, basis
-    return best, _ran(best, seconds)
-
-
-def _identical(row: Row, took: Phase, reference: Phase | None) -> Comparison:
-    """A row that made the reference's very samples: time decides."""
-    who, same = (row["name"], row["method"]), "identical to the reference"
-    if reference is None:
-        return Comparison(*who, "unknown", same, "its seconds are not known")
-    verdict: Verdict = "undecided"
-    if _longer(reference, took):
-        verdict = "better"
-    elif _longer(took, reference):
-        verdict = "worse"
-    basis = f"the reference itself takes {_took(float(reference['median']))}"
-    return Comparison(*who, verdict, same, basis)
-
-
-def _longer(a: Phase, b: Phase) -> bool:
-    """Whether a takes longer than b by more than the spread of both; one call has none, and tells nothing."""
-    return min(a["n"], b["n"]) > 1 and a["iqr"][0] > b["iqr"][1]
-
-
 def dense_line(results: Results, metric: str, phase: str) -> list[DensePoint]:
-    """Dense runs with a finite value, by seconds."""
+    """Return the dense runs with a finite value, by seconds."""
     points = []
     for row in results["rows"]:
-        figure = row["metrics"].get(metric)
-        if row["method"] in ACCELERATED or figure is None or phase not in row["seconds"]:
+        figure, took = row["metrics"].get(metric), row["seconds"].get(phase)
+        if row["method"] in types.ACCELERATED or not figure or not took:
             continue
         if figure["value"] is not None:
-            interval = figure["interval_95"]
-            points.append(
-                DensePoint(
-                    float(row["seconds"][phase]["median"]),
-                    float(figure["value"]),
-                    None if interval is None else (float(interval[0]), float(interval[1])),
-                    str(row["num_inference_steps"]),
-                    _single(figure),
-                    bool(figure.get("infinite")),
-                )
-            )
+            seconds, value = float(took["median"]), float(figure["value"])
+            steps, mixed = str(row["num_inference_steps"]), bool(figure.get("infinite"))
+            points.append(DensePoint(seconds, value, steps, _single(figure), mixed))
     return sorted(points, key=lambda point: point.seconds)
 
 
-def _compare(row: Row, cell: Cell, dense: DensePoint | None, basis: str, metric: str) -> Comparison:
-    about, figure = definition(metric), row["metrics"][metric]
-    who = row["name"], row["method"]
-    if dense is None or cell.value is None:
-        return Comparison(*who, "unknown", "", basis)
+def _by_time(took: Phase, reference: Phase | None, same: bool) -> tuple[Any, ...]:
+    """Compare a row with the reference itself (identical samples, or a longer time); return fields of `Comparison`."""
+    difference = "identical to the reference" if same else ""
+    if reference is None:
+        return "unknown", "its seconds are not known", difference
+
+    def longer(a: Phase, b: Phase) -> bool:
+        # Beyond the spread of both. A single call has no spread and decides nothing.
+        return min(a["n"], b["n"]) > 1 and a["iqr"][0] > b["iqr"][1]
+
+    verdict: Verdict = "worse" if longer(took, reference) else "undecided"
+    verdict = "better" if same and longer(reference, took) else verdict
+    return verdict, f"the reference itself takes {_took(reference['median'])}", difference
+
+
+def _dense_at(
+    line: list[DensePoint], seconds: float, limit: float | None, about: Definition
+) -> tuple[DensePoint | None, str]:
+    """Return the dense point to compare with at a row's seconds, and its description.
+
+    A row that is slower than `limit`, the seconds of the reference, is compared with the slowest dense run.
+    """
+    if not line:
+        return None, "no dense run with fewer steps has this metric"
+
+    def ran(x: DensePoint) -> tuple[DensePoint, str]:
+        took = f"in {_took(x.seconds)}, this row in {_took(seconds)}"
+        return x, f"dense with {x.steps} steps {took}"
+
+    for a, b in itertools.pairwise(line):
+        if a.seconds <= seconds <= b.seconds and a.seconds < b.seconds:
+            dense = _between(a, b, seconds)
+            basis = f"dense with {dense.steps} steps, interpolated"
+            break
+    else:
+        dense, basis = ran(min(line, key=lambda point: abs(point.seconds - seconds)))
+        slower = limit is not None and seconds >= line[-1].seconds >= limit
+        if not slower and abs(dense.seconds - seconds) > NEAR * seconds:
+            return None, f"no dense run takes about {_took(seconds)}"
+    # More steps are not always better, and nobody must use up the time.
+    sign = {"higher": 1, "lower": -1, None: 0}[about.better]
+    quicker = [x for x in line if x.seconds <= seconds and not x.mixed]
+    best = max(quicker, key=lambda x: sign * x.value, default=dense)
+    return (dense, basis) if dense.mixed or sign * best.value <= sign * dense.value else ran(best)
+
+
+def _between(a: DensePoint, b: DensePoint, seconds: float) -> DensePoint:
+    """Return the point on the line from `a` to `b` at a time."""
+    share = (seconds - a.seconds) / (b.seconds - a.seconds)
+    values = None
+    if a.values and b.values and a.values.keys() == b.values.keys():
+        values = {key: x + share * (b.values[key] - x) for key, x in a.values.items()}
+    value, steps = a.value + share * (b.value - a.value), f"{a.steps} to {b.steps}"
+    return DensePoint(seconds, value, steps, values, a.mixed or b.mixed)
+
+
+def _by_quality(
+    figure: MetricValue, dense: DensePoint | None, basis: str, about: Definition
+) -> tuple[Any, ...]:
+    """Compare the values of single samples in pairs; return fields of `Comparison`."""
+    value, single = figure["value"], _single(figure)
+    if dense is None or value is None:
+        return "unknown", basis, "", ""
     if dense.mixed or figure.get("infinite"):
-        return Comparison(*who, "mixed", "", basis)
-    difference = cell.value - dense.value
-    text = number(difference, places(cell.value, about), signed=True)
+        return "mixed", basis, "", ""
+    text = number(value - dense.value, places(value, about), signed=True)
     text = f"{text} {short(figure['unit'])}".strip()
-    single = _single(figure)
-    if about.better and single and dense.values and single.keys() == dense.values.keys():
-        return _paired(row, single, dense.values, about, text, basis)
-    mine, other = figure["interval_95"], dense.interval
-    if about.better is None or mine is None or other is None:
-        return Comparison(*who, "open", text, basis)
-    if mine[0] <= other[1] and other[0] <= mine[1]:
-        return Comparison(*who, "overlap", text, basis)
-    wins = (difference > 0) == (about.better == "higher")
-    return Comparison(*who, "better" if wins else "worse", text, basis)
-
-
-def _paired(
-    row: Row,
-    single: Mapping[str, float],
-    dense: Mapping[str, float],
-    about: Definition,
-    text: str,
-    basis: str,
-) -> Comparison:
-    """By the differences of single samples."""
-    who = row["name"], row["method"]
-    differences = [single[key] - dense[key] for key in sorted(single)]
+    if not (about.better and single and dense.values and single.keys() == dense.values.keys()):
+        return "open", basis, text, ""
+    differences = [single[key] - dense.values[key] for key in sorted(single)]
     interval = bootstrap_interval(differences) if len(differences) >= PAIRS else None
     if interval is None:
-        return Comparison(*who, "few", text, basis)
+        return "few", basis, text, ""
     digits = places(sum(differences) / len(differences), about)
-    low, high = (number(x, digits, signed=True) for x in interval)
-    verdict: Verdict = "undecided"
-    if not interval[0] <= 0 <= interval[1]:
-        wins = (interval[0] > 0) == (about.better == "higher")
-        verdict = "better" if wins else "worse"
-    return Comparison(*who, verdict, text, basis, f"[{low}, {high}]")
+    shown = "[{}, {}]".format(*(number(x, digits, signed=True) for x in interval))
+    if interval[0] <= 0 <= interval[1]:
+        return "undecided", basis, text, shown
+    wins = (interval[0] > 0) == (about.better == "higher")
+    return "better" if wins else "worse", basis, text, shown
 
 
 def _single(figure: MetricValue) -> dict[str, float] | None:
-    """The values of all samples; None where they are not known or not all finite."""
+    """Return the values of all samples; None if they are not known or not all finite."""
     values = {key: x for key, x in figure.get("values", {}).items() if x is not None}
     return values if values and len(values) == figure["n"] else None
 
 
-def _at(
-    line: list[DensePoint], seconds: float, limit: float | None
-) -> tuple[DensePoint | None, str]:
-    """The line at a time, and how it was found."""
-    for a, b in itertools.pairwise(line):
-        if a.seconds <= seconds <= b.seconds and a.seconds < b.seconds:
-            share = (seconds - a.seconds) / (b.seconds - a.seconds)
-            interval = None
-            if a.interval is not None and b.interval is not None:
-                interval = (
-                    _mix(a.interval[0], b.interval[0], share),
-                    _mix(a.interval[1], b.interval[1], share),
-                )
-            values = None
-            if a.values and b.values and a.values.keys() == b.values.keys():
-                values = {key: _mix(x, b.values[key], share) for key, x in a.values.items()}
-            steps = f"{a.steps} to {b.steps}"
-            point = DensePoint(
-                seconds, _mix(a.value, b.value, share), interval, steps, values, a.mixed or b.mixed
-            )
-            return point, f"dense with {steps} steps, interpolated"
-    if not line:
-        return None, "no dense run with fewer steps has this figure"
-    nearest = min(line, key=lambda point: abs(point.seconds - seconds))
-    # Who has more time than the reference needs can still take the reference.
-    slower = limit is not None and seconds >= line[-1].seconds >= limit
-    if slower or abs(nearest.seconds - seconds) <= NEAR * seconds:
-        return nearest, _ran(nearest, seconds)
-    return None, f"no dense run takes about {_took(seconds)}"
-
-
-def _ran(dense: DensePoint, seconds: float) -> str:
-    took = f"in {_took(dense.seconds)}, this row in {_took(seconds)}"
-    return f"dense with {dense.steps} steps {took}"
-
-
-def _mix(a: float, b: float, share: float) -> float:
-    return a + share * (b - a)
-
-
-def _took(seconds: float) -> str:
+def _took(seconds: int | float) -> str:
     return seconds_cell({"median": seconds, "iqr": [seconds, seconds], "n": 1}).text + " s"

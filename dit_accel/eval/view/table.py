@@ -1,215 +1,252 @@
-"""The table of methods: the same cells for table.md and for the page."""
+"""The table of an evaluation: its cells, as Markdown and as lines for a terminal."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
-from dit_accel.eval.results.types import Results, Row, reference_row
-from dit_accel.eval.view.cells import (
-    Cell,
-    figure_cell,
-    memory_cell,
-    plain_cell,
-    seconds_cell,
-    short,
-    speedup_cell,
-)
-from dit_accel.eval.view.definitions import (
-    COST,
-    DENSITY,
-    MEMORY,
-    SECONDS,
-    SPEEDUP,
-    Better,
-    definition,
-    usual_order,
+from dit_accel.eval.results.types import MetricValue, Results, Row, reference_row
+from dit_accel.eval.view import cells, definitions
+from dit_accel.eval.view.cells import Cell
+from dit_accel.eval.view.definitions import Definition, definition
+from dit_accel.eval.view.equal_time import VERDICTS, equal_time
+
+READING = (
+    "Quality: value [95 % interval] Δ difference to the reference. Seconds: median "
+    "(quartiles) of measured calls. Bold: best of the column."
 )
 
 
 @dataclass(frozen=True)
 class Column:
-    """What the cells below a heading are."""
+    """Heading of a column, and what all of its cells share."""
 
     key: str
     group: str
     label: str
     unit: str
-    better: Better | None
-    text: str
-    """The definition."""
-    n: str = ""
-    note: str = ""
-    """What each figure rests on, and what to know about it, where that is the same in all rows."""
+    about: Definition
+    n: str = ""  # number of samples or calls, if all rows have the same
+    note: str = ""  # limits of the values, if all rows have the same
 
     @property
     def arrow(self) -> str:
-        """Which way is better."""
-        return "" if self.better is None else "↑" if self.better == "higher" else "↓"
+        """Arrow in the direction of better values."""
+        return {None: "", "higher": "↑", "lower": "↓"}[self.about.better]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table."""
+    """A row of results.json with its cells."""
 
-    name: str
-    method: str
-    steps: int
-    available: bool
-    why: str
+    row: Row
     reference: bool
     cells: tuple[Cell, ...]
 
 
 @dataclass(frozen=True)
 class Table:
-    """All of it, in the order of results.json."""
+    """All columns and lines, in the order of results.json."""
 
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """Headings over neighbouring columns, with how many."""
-        out: list[tuple[str, int]] = []
-        for column in self.columns:
-            if out and out[-1][0] == column.group:
-                out[-1] = (column.group, out[-1][1] + 1)
-            else:
-                out.append((column.group, 1))
-        return out
+        """Headings over neighbouring columns, with the number of columns."""
+        names = [x.group for x in self.columns]
+        return [(name, names.count(name)) for name in dict.fromkeys(names)]
 
 
 def metric_keys(results: Results) -> list[str]:
-    """Metrics that any row has, in their usual order."""
+    """Return the metrics that any row has, in their usual order."""
     found = {key for row in results["rows"] for key in row["metrics"]}
-    return sorted(found, key=usual_order)
+    return sorted(found, key=definitions.usual_order)
 
 
 def metric_unit(results: Results, key: str) -> str:
-    """The unit of a metric."""
+    """Return the unit of a metric if it is short; the details of the page name the others."""
     units = {row["metrics"][key]["unit"] for row in results["rows"] if key in row["metrics"]}
-    return " / ".join(sorted(units))
+    return cells.short(" / ".join(sorted(units)))
 
 
 def build_table(results: Results) -> Table:
-    """Cells of every row; the best value of a column is marked unless most rows have it."""
+    """Return the cells of every row. The best value of a column is marked, unless most rows have it."""
     rows, reference = results["rows"], reference_row(results)
-    columns, columns_of_cells = [], []
-    for column, cell in _columns(results):
-        cells = [cell(row) if row["available"] else Cell() for row in rows]
-        columns.append(
-            replace(
-                column,
-                n=_common(x.n for x in cells if x.n and x.value is not None),
-                note=_common(x.note for x in cells if x.value is not None),
-            )
-        )
-        columns_of_cells.append(_mark(cells, column.better))
-    lines = [
-        Line(
-            row["name"],
-            row["method"],
-            row["num_inference_steps"],
-            row["available"],
-            row["why"] or "",
-            row is reference,
-            tuple(cells[i] for cells in columns_of_cells),
-        )
-        for i, row in enumerate(rows)
-    ]
+    columns, made = [], []
+    for column, cell in _columns(results, reference):
+        own = [cell(row) if row["available"] else Cell() for row in rows]
+        known = [x for x in own if x.value is not None]
+        sizes, notes = {x.n for x in known if x.n}, {x.note for x in known}
+        n, note = (x.pop() if len(x) == 1 else "" for x in (sizes, notes))
+        columns.append(replace(column, n=n, note=note))
+        if column.about.better and known:
+            values = [x.value for x in known if x.value is not None]
+            best = (max if column.about.better == "higher" else min)(values)
+            if 2 * values.count(best) <= len(values):
+                own = [replace(x, best=x.value == best) for x in own]
+        made.append(own)
+    lines = [Line(row, row is reference, tuple(x[i] for x in made)) for i, row in enumerate(rows)]
     return Table(tuple(columns), tuple(lines))
 
 
 _Made = tuple[Column, Callable[[Row], Cell]]
 
 
-def _columns(results: Results) -> Iterator[_Made]:
-    rows, reference = results["rows"], reference_row(results)
-    timed = {phase for row in rows for phase in row["seconds"]}
-    fast = any(row["speedup"] for row in rows)
+def _columns(results: Results, reference: Row) -> Iterator[_Made]:
+    """Yield columns, and the function from a row to the cell. Cost and quality of the whole call come first."""
+    rows = results["rows"]
 
     def seconds(group: str, label: str, phase: str) -> Iterator[_Made]:
-        if phase in timed:
-            column = Column(f"seconds_{phase}", group, label, "s", SECONDS.better, SECONDS.text)
-            yield column, partial(_seconds, phase)
+        if any(phase in row["seconds"] for row in rows):
+            column = Column(f"seconds_{phase}", group, label, "s", definitions.SECONDS)
+            yield column, lambda row: cells.seconds_cell(row["seconds"].get(phase))
 
     def speedup(group: str, label: str, phase: str) -> Iterator[_Made]:
-        if fast:
-            column = Column(f"speedup_{phase}", group, label, "", SPEEDUP.better, SPEEDUP.text)
-            yield column, partial(_speedup, phase, reference)
+        def cell(row: Row) -> Cell:
+            took, value = row["seconds"].get(phase), (row["speedup"] or {}).get(phase)
+            return cells.speedup_cell(value, took, reference["seconds"].get(phase))
 
-    # What a reader looks for comes first: what it costs and what it is worth.
+        if any(row["speedup"] for row in rows):
+            yield Column(f"speedup_{phase}", group, label, "", definitions.SPEEDUP), cell
+
+    def counted(key: str, unit: str, about: Definition, cell: Callable) -> Iterator[_Made]:
+        if any(row[key] is not None for row in rows):  # type: ignore[literal-required]
+            yield Column(key, "Resources", about.label, unit, about), cell
+
+    def mebi(row: Row) -> float | None:
+        return None if row["peak_memory_bytes"] is None else row["peak_memory_bytes"] / 2**20
+
+    def memory(row: Row) -> Cell:
+        other = None if row is reference else mebi(reference)
+        return cells.plain_cell(mebi(row), definitions.MEMORY, other)
+
     yield from seconds("Whole call", "Seconds", "total")
     yield from speedup("Whole call", "Speed-up", "total")
     for key in metric_keys(results):
-        about, unit = definition(key), short(metric_unit(results, key))
-        column = Column(key, "Quality", about.label, unit, about.better, about.text)
-        yield column, partial(_quality, key, reference)
+        about = definition(key)
+        column = Column(key, "Quality", about.label, metric_unit(results, key), about)
+        yield column, lambda row, key=key: _quality(row, key, reference)  # type: ignore[misc]
     yield from speedup("Parts of a call", "Denoise speed-up", "denoise")
     for phase in ("text", "denoise", "decode"):
         yield from seconds("Parts of a call", phase.capitalize(), phase)
-    kinds = {row["peak_memory_of"] for row in rows if row["peak_memory_bytes"] is not None}
-    if kinds:
-        unit = f"MiB, {' or '.join(sorted(map(str, kinds)))}"
-        key = "peak_memory_bytes"
-        yield (
-            Column(key, "Resources", MEMORY.label, unit, MEMORY.better, MEMORY.text),
-            partial(_memory, reference),
-        )
-    if any(row["density"] is not None for row in rows):
-        yield (
-            Column("density", "Resources", DENSITY.label, "", None, DENSITY.text),
-            _density,
-        )
-    if any(row["cost"] is not None for row in rows):
-        yield (
-            Column("cost", "Resources", COST.label, "dense steps", None, COST.text),
-            lambda row: plain_cell(row["cost"], COST),
-        )
+    kinds = sorted({str(row["peak_memory_of"]) for row in rows if row["peak_memory_of"]})
+    unit = f"MiB, {' or '.join(kinds)}"
+    yield from counted("peak_memory_bytes", unit, definitions.MEMORY, memory)
+    yield from counted("density", "", definitions.DENSITY, _density)
+    cost = definitions.COST
+    yield from counted("cost", "dense steps", cost, lambda x: cells.plain_cell(x["cost"], cost))
 
 
-def _quality(key: str, reference: Row, row: Row) -> Cell:
+def _quality(row: Row, key: str, reference: Row) -> Cell:
     figure, about = row["metrics"].get(key), definition(key)
-    if row is reference:
-        if figure is None and about.of_reference:
-            return Cell("reference", note="the others are compared with this row")
-        return figure_cell(figure, about)
-    return figure_cell(figure, about, reference["metrics"].get(key))
-
-
-def _seconds(phase: str, row: Row) -> Cell:
-    return seconds_cell(row["seconds"].get(phase))
-
-
-def _speedup(phase: str, reference: Row, row: Row) -> Cell:
-    value = None if row["speedup"] is None else row["speedup"][phase]
-    return speedup_cell(value, row["seconds"].get(phase), reference["seconds"].get(phase))
+    if row is not reference:
+        return cells.figure_cell(figure, about, reference["metrics"].get(key))
+    if figure is None and about.of_reference:
+        return Cell("reference", note="the other rows are compared with this row")
+    return cells.figure_cell(figure, about)
 
 
 def _density(row: Row) -> Cell:
-    cell, dense = plain_cell(row["density"], DENSITY), row["settings"].get("dense_calls")
-    if (
-        row["density"] == 1 and isinstance(dense, dict) and dense
-    ):  # or a reader wonders what was tested
+    cell = cells.plain_cell(row["density"], definitions.DENSITY)
+    dense = row["settings"].get("dense_calls")
+    if row["density"] == 1 and isinstance(dense, dict) and dense:  # say why nothing ran sparse
         return replace(cell, note=f"ran dense: {', '.join(dense)}")
     return cell
 
 
-def _memory(reference: Row, row: Row) -> Cell:
-    other = None if row is reference else reference["peak_memory_bytes"]
-    return memory_cell(row["peak_memory_bytes"], other)
+def markdown(results: Results, title: str | None = None) -> str:
+    """Return table.md: the table, and the comparison at equal time."""
+    fine = results.get("fine")
+    about = f", fine run of {fine['num_inference_steps']} steps" if fine else ""
+    lines = [
+        f"# {escape(title or results['title'])}",
+        "",
+        f"Model {escape(results['model'])}, {results['prompts']} prompts, "
+        f"measured calls: {results['repeats']}, reference {escape(results['reference'])}{about}. {READING}",
+        "",
+        *_markdown_table(build_table(results)),
+    ]
+    found = {key: equal_time(results, key, "total") for key in metric_keys(results)}
+    if any(found.values()):
+        lines += ["", "## At equal time", ""]
+        lines += ["Compared with dense sampling with fewer steps, by total seconds."]
+    for key, comparisons in found.items():
+        if comparisons:
+            lines += ["", f"{escape(definition(key).label)}:", ""]
+        for x in comparisons:
+            difference = " ".join(y for y in (x.difference, escape(x.interval)) if y)
+            said = ", ".join(y for y in (difference, VERDICTS[x.verdict]) if y)
+            lines.append(f"- {escape(x.name)}: {said} ({x.basis})")
+    return "\n".join(lines) + "\n"
 
 
-def _common(texts: Iterable[str]) -> str:
-    found = set(texts)
-    return found.pop() if len(found) == 1 else ""
+def _markdown_table(table: Table) -> Iterator[str]:
+    def line(texts: Iterable[str]) -> str:
+        return "| " + " | ".join(texts) + " |"
+
+    def heading(column: Column) -> str:
+        extra = [x for x in (column.unit, column.n and f"n = {column.n}", column.note) if x]
+        text = f"{escape(column.label)} {column.arrow}".strip()
+        return f"{text} ({escape(', '.join(extra))})" if extra else text
+
+    def shown(cell: Cell, column: Column) -> str:
+        if cell.value is None:
+            return escape(cell.text)
+        text = f"**{cell.text}**" if cell.best else cell.text
+        n = f"n = {cell.n}" if cell.n and not column.n else ""
+        note = cell.note if not column.note and math.isfinite(cell.value) else ""
+        parts = (text, cell.range, cell.delta and f"Δ {cell.delta}", n, note)
+        return " ".join(part for part in parts if part)
+
+    width = len(table.columns)
+    yield line(["method", "steps", *map(heading, table.columns)])
+    yield line(["---", *["---:"] * (width + 1)])
+    for entry in table.lines:
+        row = entry.row
+        texts = [shown(*pair) for pair in zip(entry.cells, table.columns, strict=True)]
+        if not row["available"]:
+            texts = [f"not available: {escape(row['why'] or '')}", *[""] * (width - 1)][:width]
+        yield line([escape(row["name"]), str(row["num_inference_steps"]), *texts])
 
 
-def _mark(column: list[Cell], better: Better | None) -> list[Cell]:
-    values = [cell.value for cell in column if cell.value is not None]
-    if better is None or not values:
-        return column
-    best = (max if better == "higher" else min)(values)
-    if 2 * values.count(best) > len(values):  # what most rows reach distinguishes none
-        return column
-    return [replace(cell, best=cell.value == best) for cell in column]
+def escape(text: str) -> str:
+    """Return one line that Markdown shows as plain text: names and reasons may hold anything."""
+    return re.sub(r"([\\`*_|<\[\]~])", r"\\\1", " ".join(text.split()))
+
+
+def results_lines(results: Results, *, parts: bool = False) -> list[str]:
+    """Return the table for a terminal: values only, and the parts of a call only with `parts`."""
+    table = build_table(results)
+    shown = {
+        i: f"{x.label} {x.unit}".strip()
+        for i, x in enumerate(table.columns)
+        if (parts or x.group != "Parts of a call") and not x.key.startswith("judge_")
+    }
+    rows = [["", "steps", *shown.values()]]
+    for line in table.lines:
+        row = line.row
+        texts = [line.cells[i].text for i in shown] if row["available"] else [row["why"] or ""]
+        rows.append([row["name"], str(row["num_inference_steps"]), *texts])
+    full = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(len(row[i]) for row in full) for i in range(1, len(rows[0]))]
+    first = max(len(row[0]) for row in rows)
+    out = []
+    for name, *others in rows:
+        if len(others) == len(widths):
+            others = [x.rjust(n) for x, n in zip(others, widths, strict=True)]
+        out.append("  ".join([name.ljust(first), *others]).rstrip())
+    return out
+
+
+def figures_lines(figures: Mapping[str, MetricValue]) -> list[str]:
+    """Return one line for each metric of a sample set, with interval, size and network."""
+    out, width = [], max(map(len, figures), default=0) + 2
+    for metric, figure in figures.items():
+        cell, network = cells.figure_cell(figure, definition(metric)), figure["extractor"]
+        size = f" against {figure['n_reference']}" if "n_reference" in figure else ""
+        resize = network and network.get("resize") and f"resize {network['resize']}"
+        notes = [f"n = {cell.n}{size}", network and network["id"], resize, cell.note]
+        text = " ".join(x for x in (cell.text, figure["unit"], cell.range) if x)
+        out.append(f"{metric:{width}}{text}  ({', '.join(x for x in notes if x)})")
+    return out

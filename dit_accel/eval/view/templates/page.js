@@ -34,13 +34,12 @@ const byId = (id) => document.getElementById(id);
   });
 })();
 
-// The plot: one picture for each metric and kind of seconds; tooltips by mouse, touch and keyboard.
+// The plot: one picture for each metric and kind of seconds.
 (function choosePlot() {
   const box = byId("plots");
   if (!box) return;
-  const metric = byId("metric"), phase = byId("phase"), tip = byId("tip");
+  const metric = byId("metric"), phase = byId("phase");
   const show = () => {
-    tip.hidden = true;
     for (const view of box.querySelectorAll(".view")) {
       view.hidden = view.dataset.metric !== metric.value || view.dataset.phase !== phase.value;
     }
@@ -48,22 +47,6 @@ const byId = (id) => document.getElementById(id);
   metric.addEventListener("change", show);
   phase.addEventListener("change", show);
   show();
-  const tell = (point) => {
-    tip.textContent = point.getAttribute("aria-label");
-    tip.hidden = false;
-    const at = point.querySelector(".hit").getBoundingClientRect(), around = box.getBoundingClientRect();
-    const left = at.left + at.width / 2 - around.left - tip.offsetWidth / 2;
-    const above = at.top - around.top - tip.offsetHeight - 6;
-    tip.style.left = `${Math.max(4, Math.min(left, around.width - tip.offsetWidth - 6))}px`;
-    tip.style.top = `${above > 0 ? above : at.bottom - around.top + 6}px`;
-  };
-  const hide = () => { tip.hidden = true; };
-  for (const point of box.querySelectorAll(".point")) {
-    point.querySelector("title").remove();  // the browser's own tooltip would come on top
-    for (const event of ["mouseenter", "focus", "click"]) point.addEventListener(event, () => tell(point));
-    for (const event of ["mouseleave", "blur"]) point.addEventListener(event, hide);
-  }
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
 })();
 
 // The players: clips of one sample under one clock.
