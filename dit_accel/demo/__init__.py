@@ -1,7 +1,5 @@
 """Procedural clips and stills, training of the embedded models on them, and a judge of generated samples."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from dit_accel.lazy import lazy_names
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from .dataset import ShapesDataset as ShapesDataset
     from .dataset import make_data as make_data
     from .judge import judge_clips as judge_clips
-    from .judge import train_shape_judge as train_shape_judge
     from .report import check_judged as check_judged
     from .report import judge_pipeline as judge_pipeline
     from .trainer import train as train
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "config": "IMAGE_SAMPLING SAMPLING ImageTrainConfig Lumina2TrainConfig TrainConfig default_sampling",
     "dataset": "ShapesDataset make_data",
-    "judge": "judge_clips train_shape_judge",
+    "judge": "judge_clips",
     "report": "check_judged judge_pipeline",
     "trainer": "train",
 }

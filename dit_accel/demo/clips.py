@@ -6,8 +6,6 @@ the (shape, colour, motion) combinations. Stills hold out a tenth of the (shape,
 combinations by the same rule: there are as many backgrounds as motions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -78,7 +76,7 @@ class Clips:
     def __len__(self) -> int:
         return len(self.shape)
 
-    def __getitem__(self, rows: slice) -> Clips:
+    def __getitem__(self, rows: slice) -> "Clips":
         return Clips(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def captions(self, with_motion: bool = True) -> list[str]:

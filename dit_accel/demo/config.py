@@ -1,7 +1,5 @@
 """Training recipes of the embedded models, and the sampling arguments that suit them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from typing import Any

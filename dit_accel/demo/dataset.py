@@ -1,7 +1,5 @@
 """The procedural clips as a torch `Dataset`, and as a folder of mp4 files with captions."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

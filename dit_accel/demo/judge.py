@@ -4,8 +4,6 @@ A judgement is an index into the vocabulary, or -1 where the clip shows none of 
 trained on clean drawings and never sees generated clips.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -16,7 +14,7 @@ from torch.nn import functional as F
 
 from dit_accel.files import asset
 
-from .clips import FP32, HALF_PATH, ORBIT, SLOWEST_TURNS, coverage, describe_clips
+from .clips import FP32, HALF_PATH, ORBIT, SLOWEST_TURNS
 from .vocabulary import BACKGROUND_RGB, COLOUR_RGB, SHAPES
 
 UNKNOWN = -1
@@ -61,42 +59,6 @@ def crop_objects(mask: Float[Tensor, "n h w"]) -> Float[Tensor, "n 1 c c"]:
     theta[:, :, 2] = centroids(mask) * 2 / size - 1
     grid = F.affine_grid(theta, [len(mask), 1, _CROP, _CROP], align_corners=False)
     return F.grid_sample(mask[:, None], grid, align_corners=False)
-
-
-def _blur(mask: Float[Tensor, "n h w"], sigma: float) -> Float[Tensor, "n h w"]:
-    kernel = torch.exp(-0.5 * (torch.arange(-3.0, 4.0) / max(sigma, 1e-3)) ** 2)
-    kernel = kernel / kernel.sum()
-    mask = F.conv2d(mask[:, None], kernel[None, None, :, None], padding=(3, 0))
-    return F.conv2d(mask, kernel[None, None, None, :], padding=(0, 3))[:, 0]
-
-
-def _training_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return crops of drawings and their shapes. Blur and noise imitate the output of a decoder."""
-    shape = torch.randint(len(SHAPES), (count,), generator=generator)
-    clips = describe_clips([(s, 0, 0) for s in shape.tolist()], generator)
-    side = int(torch.randint(48, 97, (), generator=generator))
-    mask = coverage(clips, 1, side, side)[:, 0]
-    mask = _blur(mask, 1.6 * torch.rand((), generator=generator, dtype=FP32).item())
-    noise = torch.randn(mask.shape, generator=generator, dtype=FP32) * (mask > 0.05)
-    amount = 0.12 * torch.rand((), generator=generator, dtype=FP32)
-    return crop_objects((mask + amount * noise).clamp(0, 1)), shape
-
-
-def train_shape_judge(seed: int = 0, steps: int = 300, batch_size: int = 64) -> ShapeJudge:
-    """Train the CNN, which takes a few seconds on a CPU core. Equal arguments give equal weights."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        judge = ShapeJudge()
-    optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
-    for _ in range(steps):
-        crops, shape = _training_batch(batch_size, generator)
-        optimizer.zero_grad()
-        F.cross_entropy(judge(crops), shape).backward()
-        optimizer.step()
-        schedule.step()
-    return judge.eval().requires_grad_(False)
 
 
 def load_shape_judge() -> ShapeJudge:

@@ -1,7 +1,5 @@
 """Training loop of one stage: seeded steps, learning-rate schedule, Muon and AdamW, checkpoints, progress bar."""
 
-from __future__ import annotations
-
 import json
 import time
 import zlib

@@ -1,8 +1,5 @@
 """Judgement of the samples that a pipeline generates: accuracy of each label, with intervals."""
 
-from __future__ import annotations
-
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -22,16 +19,6 @@ from .clips import CENTRAL, STILL, Clips, describe_clips
 from .dataset import check_frame
 from .judge import UNKNOWN, ShapeJudge, judge_clips, load_shape_judge
 from .vocabulary import LABELS, TEMPLATES, combinations
-
-
-def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a proportion."""
-    if count == 0:
-        return 0.0, 1.0
-    rate, spread = right / count, z * z / count
-    half = z * math.sqrt(rate * (1 - rate) / count + spread / (4 * count))
-    low, high = ((rate + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
 
 
 def judged_clips(split: str, count: int, seed: int = 0, still: bool = False) -> Clips:
@@ -85,12 +72,15 @@ def score_clips(
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return count of right answers, count, rate and 95 % interval of each label."""
+    from scipy.stats import binomtest
+
     summary = {}
     for name in records[0]["right"]:
         results = [x["right"][name] for x in records if x["right"][name] is not None]
         right, count = sum(results), len(results)
         rate = round(right / count, 4) if count else None
-        interval = [round(x, 4) for x in wilson_interval(right, count)]
+        bounds = binomtest(right, count).proportion_ci(method="wilson") if count else (0.0, 1.0)
+        interval = [round(float(x), 4) for x in bounds]
         summary[name] = {"right": right, "count": count, "rate": rate, "interval_95": interval}
     return summary
 

@@ -5,8 +5,6 @@ one layer of random weights and are never trained, so each word has almost the s
 That is why transformers understand combinations of words that training never showed.
 """
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import asdict

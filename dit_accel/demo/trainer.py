@@ -4,8 +4,6 @@ Transformers have one token per latent position. Their outputs start at zero and
 all blocks learn from the first step.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -90,9 +88,7 @@ class StableDiffusion3(Trainer):
             for linear in (block.norm1.linear, block.norm1_context.linear):
                 _zero(linear)
                 if len(linear.bias) == 6 * width:  # not in the last block's context
-                    linear.bias.data.view(6, width)[[2, 5]] = (
-                        1.0  # gates of attention, feed-forward
-                    )
+                    linear.bias.data.view(6, width)[[2, 5]] = 1.0  # gates
         return model
 
     def encode(self, captions: list[str], length: int) -> list[Tensor]:
@@ -120,10 +116,8 @@ class Lumina2(Trainer):
         return vae
 
     def initial_transformer(self) -> Any:
-        heads, names = (
-            self.config["num_heads"],
-            ("num_layers", "num_refiner_layers", "num_kv_heads"),
-        )
+        heads = self.config["num_heads"]
+        names = ("num_layers", "num_refiner_layers", "num_kv_heads")
         sizes = {name: self.config[name] for name in names} | {"num_attention_heads": heads}
         width = HEAD_DIM * heads
         model = self.new_part("transformer", hidden_size=width, **sizes)
@@ -188,9 +182,7 @@ def _spread_times(linear: nn.Linear, seed: int) -> None:
     constant or linear. A layer with the usual weights would hardly tell one time from another.
     """
     generator = torch.Generator().manual_seed(seed + 1)  # independent of the weights
-    sine = (
-        linear.in_features // 2
-    )  # cosines come first; this channel is the sine of the time itself
+    sine = linear.in_features // 2  # the sine of the time itself; cosines come first
     slope = 8 * torch.randn(linear.out_features, generator=generator)
     linear.weight[:, sine] += slope
     linear.bias.copy_(-slope * torch.rand(linear.out_features, generator=generator).sin())

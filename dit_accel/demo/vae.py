@@ -1,7 +1,5 @@
 """Autoencoders in training: whole clips at once, a further level, and normalised latents."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

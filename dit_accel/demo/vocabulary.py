@@ -1,7 +1,5 @@
 """Vocabulary of the procedural data set: labels, colours, captions and held-out combinations."""
 
-from __future__ import annotations
-
 from itertools import product
 from typing import NamedTuple
 

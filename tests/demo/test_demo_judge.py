@@ -1,3 +1,5 @@
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +12,17 @@ from dit_accel.demo.judge import (
     judge_clips,
     judge_motion,
     load_shape_judge,
-    train_shape_judge,
 )
-from dit_accel.demo.report import judge_pipeline, judged_clips, score_clips, wilson_interval
+from dit_accel.demo.report import judge_pipeline, judged_clips, score_clips, summarise
 from dit_accel.demo.vocabulary import MOTIONS, combinations
 from dit_accel.sampling.settings import Sampling
+
+
+@pytest.fixture(scope="module")
+def train_shape_judge():
+    """The function of the script that trains the judge."""
+    path = Path(__file__).parents[2] / "eval" / "train_judge.py"
+    return runpy.run_path(str(path))["train_shape_judge"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,7 @@ def shape_judge() -> ShapeJudge:
     ids=["17x64x64, committed", "9x64x96, trained now"],
 )
 def test_every_combination_is_recognised_on_clean_clips(
-    shape_judge, frames, height, width, trained
+    shape_judge, train_shape_judge, frames, height, width, trained
 ):
     clips = describe_clips(combinations("all"), torch.Generator().manual_seed(2))
     judge = train_shape_judge(seed=0, steps=120) if trained else shape_judge
@@ -38,7 +46,7 @@ def test_every_combination_is_recognised_on_clean_clips(
     assert (judgement.shape == clips.shape).float().mean() >= (0.98 if trained else 1.0)
 
 
-def test_training_of_the_shape_judge_is_reproducible():
+def test_training_of_the_shape_judge_is_reproducible(train_shape_judge):
     first, second = (train_shape_judge(seed=1, steps=3, batch_size=4) for _ in range(2))
     other = train_shape_judge(seed=2, steps=3, batch_size=4)
     crops = torch.rand(8, 1, 24, 24, generator=torch.Generator().manual_seed(0))
@@ -79,12 +87,12 @@ def test_too_little_movement_is_no_motion():
     assert MOTIONS[judge_motion((path - 32) * 4, 64).item()] == "moving right"
 
 
-def test_wilson_interval_against_a_table():
-    low, high = wilson_interval(81, 263)  # Newcombe 1998, table I, method 3
-    assert (low, high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
-    assert wilson_interval(0, 20)[0] == 0.0
-    assert wilson_interval(20, 20)[1] == pytest.approx(1.0)
-    assert wilson_interval(0, 0) == (0.0, 1.0)
+def test_shares_have_wilson_intervals():
+    records = [{"right": {"shape": i < 81, "background": None}} for i in range(263)]
+    found = summarise(records)
+    # Newcombe 1998, table I, method 3
+    assert found["shape"]["interval_95"] == pytest.approx([0.2553, 0.3662], abs=1e-4)
+    assert found["background"] == {"right": 0, "count": 0, "rate": None, "interval_95": [0, 1]}
 
 
 def test_judged_clips_cover_every_combination():

@@ -78,9 +78,14 @@ def mean_value(
 
 def share_value(right: int, n: int) -> MetricValue:
     """Return the share `right / n` with Wilson's interval, which also holds near 0 and 1."""
-    from dit_accel.demo.report import wilson_interval
+    from scipy.stats import binomtest
 
-    return metric_value(right / n, n, "share", interval_95=list(wilson_interval(right, n)))
+    return metric_value(
+        right / n,
+        n,
+        "share",
+        interval_95=[float(x) for x in binomtest(right, n).proportion_ci(method="wilson")],
+    )
 
 
 def judge_values(values: Mapping[str, Mapping[str, float]]) -> dict[str, MetricValue]:
