@@ -56,8 +56,8 @@ def write_card(
         [
             f"# {folder.resolve().name}",
             "",
-            f"Sparse-linear attention (SLA) for {base}, fine-tuned with `dit-accel finetune`: {TRAINED[config.train]}, "
-            f"{_density(config.sla['topk'])} are read exactly.",
+            f"Sparse-linear attention (SLA) for {base}, fine-tuned with `dit-accel finetune`. Trained parameters: "
+            f"{TRAINED[config.train]}. Each query block reads {_density(config.sla['topk'])} exactly.",
             "",
             "## Use",
             "",
