@@ -83,6 +83,7 @@ def test_build_adds_versions_and_machine_and_checks(results):
 
 ROW = ("rows", 7)
 PSNR = (*ROW, "metrics", "psnr")
+PHASE = {"median": 1.0, "iqr": [1.0, 1.0], "n": 1}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ PSNR = (*ROW, "metrics", "psnr")
         ((*ROW, "folder"), "../up", r"rows\[7\].folder='../up'"),
         ((*ROW, "peak_memory_of"), None, r"peak_memory_of=None"),
         ((*ROW, "speedup", "total"), ..., r"rows\[7\].speedup.total is missing"),
-        ((*ROW, "seconds", "warm_up"), {}, r"rows\[7\].seconds.*'warm_up'"),
+        ((*ROW, "seconds", "warm_up"), PHASE, r"rows\[7\].seconds.*warm_up"),
         ((*ROW, "seconds", "text", "iqr"), [2, 1], r"seconds.text.iqr=\[2, 1\]"),
         ((*PSNR, "value"), math.nan, r"rows\[7\].metrics.psnr.value=nan"),
         ((*PSNR, "value"), None, r"rows\[7\].metrics.psnr.why is missing"),
