@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from dit_accel.eval.results.store import build_results, read_results, validate, write_results
@@ -591,8 +592,9 @@ def test_the_grid_shows_samples_below_and_methods_beside_each_other(folder, resu
     for sample in results["samples"]:
         sample["media"][results["rows"][3]["name"]] = sample["media"].pop("Dense, 12 steps")
     drawn = grid(results, folder, 2)
-    drawn.canvas.draw()
-    sheet = np.asarray(drawn.canvas.buffer_rgba())[..., :3]
+    canvas = FigureCanvasAgg(drawn)
+    canvas.draw()
+    sheet = np.asarray(canvas.buffer_rgba())[..., :3]
     own = np.asarray(Image.open(folder / results["samples"][1]["media"]["RAS + SLA"]))
     top, left = 30 + 226 + 26, 8 + 3 * 200
     np.testing.assert_array_equal(sheet[top + 3 : top + 192 : 6, left + 3 : left + 192 : 6], own)
