@@ -7,7 +7,6 @@ import torch
 
 from dit_accel.bench import attention_crossover, attention_speed
 from dit_accel.bench.attention_cases import (
-    DTYPES,
     MODES,
     Case,
     attend,
@@ -17,7 +16,7 @@ from dit_accel.bench.attention_cases import (
     make_plan,
     weight,
 )
-from dit_accel.bench.attention_memory import forward_memory
+from dit_accel.bench.attention_memory import cpu_memory
 from dit_accel.bench.attention_speed import AttentionSpeed, runnable
 
 SMALL = Case("small", 4, 256, 16, 32, 32, 0.25, kv_heads=2, every_mode=False)
@@ -75,7 +74,7 @@ def test_functions_that_fail_are_left_out_with_their_error():
 
 def test_memory_of_a_forward_pass_is_positive_and_small():
     case = Case("memory", 2, 2048, 64, 64, 64, 0.25)
-    found = forward_memory(case, DTYPES["fp32"])
+    found = cpu_memory(case, "fp32")  # in a fresh process
     assert 0 <= found["extra_mib"] < 64
     assert found["extra_share"] >= 0
 

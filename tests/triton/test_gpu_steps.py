@@ -14,7 +14,7 @@ from dit_accel.bench.gpu.device import Device
 from dit_accel.bench.timing import summary
 from dit_accel.kernels.block_sparse.tiles import Tile
 
-SMALL = Shape("small", 1, 70, 16, block_q=32, block_k=32)
+SMALL = Shape("small", 1, 88, 16, block_q=32, block_k=32)
 WITH_TEXT = Shape("with text", 1, 64, 16, batch=2, text=20, block_q=32, block_k=32)
 
 
