@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_accel.kernels.lut_attention import kernel, lut_attention, op
-from dit_accel.llm.kvcache.codebooks import Codebooks, Form, write_codebooks
+from dit_accel.llm.kvcache.codebooks import CodebookForm, Codebooks, write_codebooks
 from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.store import ModelSizes, store_of
 from dit_accel.llm.kvcache.stores import codes
@@ -152,7 +152,7 @@ def test_the_cache_of_a_language_model_takes_the_kernel_on_a_gpu(
     form, scope, tmp_path, monkeypatch
 ):
     g = torch.Generator().manual_seed(0)
-    form = Form(sub_vectors=8, bits=8, scope=scope, centred=True, **form)
+    form = CodebookForm(sub_vectors=8, bits=8, scope=scope, centred=True, **form)
     books = {x: torch.randn(1, 2 if scope == "head" else 1, 8, 256, 2, generator=g) for x in "kv"}
     books |= {f"{x}_mean": torch.randn(1, 2, 16, generator=g) for x in "kv"}
     if form.rope == "before":

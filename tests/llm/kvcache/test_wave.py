@@ -217,7 +217,7 @@ def test_choosing_all_clusters_is_exact(operations, first, size):
         check_operations(operations, kv, first)
 
 
-@pytest.mark.parametrize("length", [2_000, 4_000])
+@pytest.mark.parametrize("length", [2_500, 4_000])
 def test_questions_are_answered(length):
     kv = {"select": "wave", "select_options": {"retrieve": 0.05, "estimate": 0.2}}
     found = answers(kv, length)
