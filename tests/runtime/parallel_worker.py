@@ -79,10 +79,10 @@ def equal_to_one_process():
         if family in ("lumina2", "wan22"):
             every = ("both", "forecast")
         for methods in every:
-            expected = run(accelerated(family, methods), family, (0, 1), steps=8)
+            expected = run(accelerated(family, methods), family, (0, 1), steps=6)
             pipe = parallel(accelerated(family, methods))
             with Collectives(DEGREE) as seen:
-                latents = run(pipe, family, (0, 1), steps=8)
+                latents = run(pipe, family, (0, 1), steps=6)
             report = dit_accel.summary(pipe, strict=True)
             found[f"{family}/{methods}"] = {
                 "error": relative(latents, expected),
