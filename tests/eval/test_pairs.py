@@ -92,14 +92,6 @@ def test_frames_below_the_window_are_refused():
         ssim(tiny, tiny)
 
 
-def test_ssim_is_that_of_torchmetrics(clip, noisy):
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    a, b = (torch.from_numpy(x).double().permute(0, 3, 1, 2) for x in (clip, noisy))
-    theirs = structural_similarity_index_measure(a, b, data_range=1.0).item()
-    assert ssim(clip, noisy) == pytest.approx(theirs, rel=1e-5)
-
-
 @pytest.fixture(scope="module")
 def lpips(alexnet):
     return Lpips(alexnet, allow_other_weights=True)
