@@ -88,14 +88,14 @@ def ours(folder: Path, metrics: tuple[str, ...] | None) -> Callable[[], float]:
     tiny_extractor()
 
     def run() -> float:
-        figures = score(
+        found = score(
             folder / "samples",
             reference=folder / "reference",
             metrics=metrics,
             batch_size=BATCH,
             progress=False,
         )
-        return figures["fd_tiny"]["value"]
+        return found["fd_tiny"]["value"]
 
     return run
 

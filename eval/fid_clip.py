@@ -22,7 +22,7 @@ from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics.choices import TINY, Given
 from dit_accel.eval.metrics.networks import Networks
 from dit_accel.eval.metrics.score import open_reference, score
-from dit_accel.eval.view.table import figures_lines
+from dit_accel.eval.view.table import metrics_lines
 from dit_accel.files import check_writable, write_json
 from dit_accel.sampling.generate import generate
 from dit_accel.sampling.load import load_pipeline
@@ -117,7 +117,7 @@ def main(args: Args) -> None:
         resize=args.resize,
         allow_other_weights=args.allow_other_weights,
     )
-    figures = score(
+    found = score(
         args.source if args.source.is_dir() else draw(args, metrics, networks),
         reference=args.reference,
         prompts=args.prompts,
@@ -126,10 +126,10 @@ def main(args: Args) -> None:
         batch_size=args.batch_size,
         device=args.device,
     )
-    print("\n".join(figures_lines(figures)))
+    print("\n".join(metrics_lines(found)))
     if args.output is not None:
-        about = {"format_version": 1, "versions": versions(), "machine": machine()}
-        write_json(args.output, {**about, "figures": figures})
+        about = {"format_version": 2, "versions": versions(), "machine": machine()}
+        write_json(args.output, {**about, "metrics": found})
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Score:
     parts: tuple[Path, ...] = ()
     """Measurements of all shards, instead of images."""
     output: Path | None = None
-    """The figures as JSON."""
+    """JSON file for the metrics."""
     fail_if: FailIf = ()
     """Exit with 3 if this condition holds, as in "fid>30". Can be repeated."""
     format: Format = "human"
@@ -53,7 +53,7 @@ class Score:
         from dit_accel.environment import machine, versions
         from dit_accel.eval.metrics.measurement import Measurement
         from dit_accel.eval.metrics.values import PARTS
-        from dit_accel.eval.view.conditions import check_early, check_figures
+        from dit_accel.eval.view.conditions import check_early, check_metrics
         from dit_accel.files import write_json
         from dit_accel.sampling.devices import pick_device
         from dit_accel.sampling.settings import check_count
@@ -78,7 +78,7 @@ class Score:
         shard = self._shard()
         if shard[1] > 1 and (self.save is None or self.fail_if or self.output is not None):
             raise ValueError(
-                f"shard={self.shard!r}: a part has no figures; accepted with save, without output and fail_if"
+                f"shard={self.shard!r}: a part has no metrics; pass save, not output or fail_if"
             )
         if self.save is not None and self.save.suffix != ".safetensors":
             raise ValueError(f"save={str(self.save)!r}: accepted is a .safetensors file")
@@ -108,19 +108,19 @@ class Score:
                 )
             print_line(str(self.save))
             return
-        figures = measurement.metric_values()
-        record = {"format_version": 1, "versions": versions(), "machine": machine()}
-        record |= {"images": str(self.images), "reference": str(self.reference), "figures": figures}
+        metrics = measurement.metric_values()
+        record = {"format_version": 2, "versions": versions(), "machine": machine()}
+        record |= {"images": str(self.images), "reference": str(self.reference), "metrics": metrics}
         if self.output is not None:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.output, record)
         if self.format == "json":
             print_json(record)
         else:
-            from dit_accel.eval.view.table import figures_lines
+            from dit_accel.eval.view.table import metrics_lines
 
-            print_line("\n".join(figures_lines(figures)))
-        fail_on(check_figures(figures, self.fail_if))
+            print_line("\n".join(metrics_lines(metrics)))
+        fail_on(check_metrics(metrics, self.fail_if))
 
     def _shard(self) -> tuple[int, int]:
         index, _, count = self.shard.partition("/")

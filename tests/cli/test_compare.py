@@ -1,4 +1,4 @@
-"""`dit-accel compare`: files and figures, and input that is refused."""
+"""`dit-accel compare`: files and metrics, and input that is refused."""
 
 import pytest
 
@@ -16,7 +16,7 @@ from .command import SMALL, run
 FILES = {"dense.mp4", "sparse.mp4", "side_by_side.mp4", "contact_sheet.png", "results.json"}
 
 
-def test_compare_writes_clips_pictures_and_figures(wan_repository, tmp_path, small_blocks, capsys):
+def test_compare_writes_clips_pictures_and_metrics(wan_repository, tmp_path, small_blocks, capsys):
     out = tmp_path / "out"
     arguments = [
         "compare",

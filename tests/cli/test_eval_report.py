@@ -37,7 +37,7 @@ def test_report_writes_its_files_and_judges_conditions(evaluated, capsys):
     assert run("eval", "report", evaluated, "--fail-if", "RAS + SLA: psnr<25") == 0
     assert run("eval", "report", evaluated, "--fail-if", "RAS + SLA: psnr<30") == 3
     assert "fail_if: RAS + SLA: psnr is 26.3, fails < 30" in capsys.readouterr().err
-    # A figure that is not there is no pass.
+    # A metric that is not there is no pass.
     page = (evaluated / "report.html").read_bytes()
     assert run("eval", "report", evaluated, "--title", "new", "--fail-if", "cost>3") == 2
     assert "cost of row" in capsys.readouterr().err

@@ -12,19 +12,19 @@ def printed(capsys):
     return json.loads(capsys.readouterr().out)
 
 
-def test_score_prints_figures_and_judges_conditions(pictures, tmp_path, capsys):
+def test_score_prints_metrics_and_judges_conditions(pictures, tmp_path, capsys):
     clean, noisy = pictures("clean"), pictures("noisy", 8)
     call = ["eval", "score", noisy, "--reference", clean, "--metrics", "psnr", "ssim"]
-    output = tmp_path / "figures.json"
+    output = tmp_path / "metrics.json"
     assert run(*call, "--output", output) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [x.split()[0] for x in lines] == ["psnr", "ssim"]
-    figures = json.loads(output.read_text())["figures"]
-    value = figures["psnr"]["value"]
+    metrics = json.loads(output.read_text())["metrics"]
+    value = metrics["psnr"]["value"]
     assert 25 < value < 35
     assert f"{value:.2f} dB" in lines[0]
     assert run(*call, "--format", "json") == 0
-    assert printed(capsys)["figures"] == figures
+    assert printed(capsys)["metrics"] == metrics
     assert run(*call, "--fail-if", "psnr<20", "--fail-if", "ssim<0.1") == 0
     capsys.readouterr()
     assert run(*call, "--fail-if", "psnr<20", "--fail-if", "psnr<40", "--fail-if", "ssim<2") == 3
@@ -41,17 +41,17 @@ def test_identical_sets_pass_any_lower_limit_of_psnr(pictures, capsys):
     assert run(*call, "--fail-if", "psnr>1000") == 3
 
 
-def test_parts_of_a_measurement_give_the_figures_of_the_whole(pictures, tmp_path, capsys):
+def test_parts_of_a_measurement_give_the_metrics_of_the_whole(pictures, tmp_path, capsys):
     clean, noisy = pictures("clean"), pictures("noisy", 30)
     call = ["eval", "score", noisy, "--reference", clean, "--metrics", "psnr", "fd_tiny"]
     assert run(*call, "--format", "json") == 0
-    whole = printed(capsys)["figures"]
+    whole = printed(capsys)["metrics"]
     parts = [tmp_path / f"part{i}.safetensors" for i in range(2)]
     for i, part in enumerate(parts):
         assert run(*call, "--shard", f"{i}/2", "--save", part) == 0
     capsys.readouterr()
     assert run("eval", "score", "--parts", *parts, "--format", "json") == 0
-    merged = printed(capsys)["figures"]
+    merged = printed(capsys)["metrics"]
     assert merged["psnr"] == whole["psnr"]
     assert merged["fd_tiny"]["value"] == pytest.approx(whole["fd_tiny"]["value"], rel=1e-6)
     # A part is not the whole, and what was to be measured is settled.
@@ -70,8 +70,8 @@ def test_a_saved_measurement_is_a_reference(pictures, tmp_path, capsys):
         assert run(*call, "--format", "json") == 0
     first, second = capsys.readouterr().out.split("}\n{")
     a, b = json.loads(first + "}"), json.loads("{" + second)
-    assert a["figures"]["fd_tiny"]["value"] == pytest.approx(
-        b["figures"]["fd_tiny"]["value"], rel=1e-9
+    assert a["metrics"]["fd_tiny"]["value"] == pytest.approx(
+        b["metrics"]["fd_tiny"]["value"], rel=1e-9
     )
 
 

@@ -13,7 +13,7 @@ from dit_accel.sampling import media
 EXTRACTOR = {"id": "tiny-shapes-v1", "sha256": "5f" * 32, "resize": "64x64 bilinear"}
 
 
-def figure(value, spread, unit, n=24, extractor=None, **extras):
+def metric(value, spread, unit, n=24, extractor=None, **extras):
     interval = None if spread is None or value is None else [value - spread, value + spread]
     return {
         "value": value,
@@ -56,7 +56,7 @@ def row(name, method, steps, total, metrics, **more):
 
 def quality(psnr, ssim, distance, judge):
     out = {
-        "fd_tiny": figure(
+        "fd_tiny": metric(
             distance,
             None,
             "squared feature distance",
@@ -66,14 +66,14 @@ def quality(psnr, ssim, distance, judge):
             n_reference=1024,
             flags=["rank-deficient"],
         ),
-        "flicker": figure(0.9712 + distance / 1e4, 0.0021, ""),
-        "judge": figure(judge, 0.08, "share"),
-        "judge_motion": figure(judge + 0.04, 0.05, "share"),
+        "flicker": metric(0.9712 + distance / 1e4, 0.0021, ""),
+        "judge": metric(judge, 0.08, "share"),
+        "judge_motion": metric(judge + 0.04, 0.05, "share"),
     }
     if psnr is not None:
         values = {f"{i:04d}": psnr + (0.9 if i % 2 else -0.9) for i in range(24)}
-        out["psnr"] = figure(psnr, 0.9, "dB", values=values)
-        out["ssim"] = figure(ssim, 0.012, "")
+        out["psnr"] = metric(psnr, 0.9, "dB", values=values)
+        out["ssim"] = metric(ssim, 0.012, "")
     return out
 
 
@@ -87,8 +87,8 @@ def example_results(samples=()):
     both = row("RAS + SLA", "ras_sla", 24, 2.05, quality(26.3, 0.93, 4.8, 0.875), density=0.44)
     both |= {"cost": 12.9, "peak_memory_bytes": 891 * 2**20}
     exact = row("SLA, every key", "sla", 24, 4.31, quality(0.0, 1.0, 3.1, 0.917), density=1.0)
-    exact["metrics"]["ssim"] = figure(1.0, 0.0, "")
-    exact["metrics"]["psnr"] = figure(None, None, "dB", infinite=24, why="all pairs are identical")
+    exact["metrics"]["ssim"] = metric(1.0, 0.0, "")
+    exact["metrics"]["psnr"] = metric(None, None, "dB", infinite=24, why="all pairs are identical")
     return {
         "format_version": FORMAT_VERSION,
         "kind": "eval",

@@ -10,9 +10,9 @@ from dit_accel.eval.metrics import distances
 from dit_accel.eval.metrics.distances import (
     FeatureSet,
     compare_features,
+    coverage,
     frechet_distance,
     kernel_distances,
-    precision_recall,
 )
 
 EXTRACTOR = {"id": "random", "sha256": "0" * 64, "resize": None}
@@ -118,7 +118,7 @@ def test_frechet_distance_is_one(seed, dims, count):
     assert frechet_distance(sets[0], sets[0]) == pytest.approx(0, abs=1e-6 * scale)
 
 
-def test_figure_says_what_it_rests_on(rows):
+def test_metric_says_what_it_rests_on(rows):
     found = compare_features("frechet", *map(feature_set, rows), flags=["other-weights"])
     assert (found["n"], found["n_reference"], found["features"]) == (300, 260, 48)
     assert found["extractor"] == EXTRACTOR
@@ -190,16 +190,16 @@ def test_precision_and_recall_are_those_of_torch_fidelity(rows, neighbours):
 
     a, b = rows[0], rows[1] - 0.13  # nearer, so that neither share is 0
     theirs = calculate_precision_recall_full(a.double(), b.double(), neighborhood=neighbours)
-    found = precision_recall(a, b, neighbours=neighbours)
+    found = [coverage(*x, neighbours=neighbours) for x in ((a, b), (b, a))]
     assert found == pytest.approx(theirs, rel=1e-5)
     assert 0 < min(found) < max(found) < 1
 
 
 def test_a_set_covers_itself(rows):
-    assert precision_recall(rows[0], rows[0]) == (1.0, 1.0)
+    assert coverage(rows[0], rows[0]) == 1.0
 
 
 def test_blocks_change_nothing(rows, monkeypatch):
-    whole = precision_recall(*rows)
+    whole = coverage(*rows)
     monkeypatch.setattr(distances, "_BLOCK", 17)
-    assert precision_recall(*rows) == whole
+    assert coverage(*rows) == whole

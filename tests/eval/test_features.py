@@ -78,17 +78,17 @@ def test_ways_of_resizing_differ():
 def test_any_module_gives_features():
     extractor = Extractor(Means(), name="means")
     image = picture((10, 20))
-    (features,) = extractor([extractor.prepare(image)])[""]
+    (features,) = extractor([extractor.prepare(image)])
     np.testing.assert_allclose(features, image.mean((0, 1)) / 255, rtol=1e-5)
 
 
 def test_record_tells_networks_and_resizing_apart():
     torch.manual_seed(0)
     one, other = nn.Linear(3, 2), nn.Linear(3, 2)
-    records = [Extractor(x, name="linear").record() for x in (one, other, one)]
+    records = [Extractor(x, name="linear").record for x in (one, other, one)]
     assert records[0] == records[2] != records[1]
     assert records[0]["resize"] is None
-    sized = Extractor(one, name="linear", size=8, resize="torch-antialias").record()
+    sized = Extractor(one, name="linear", size=8, resize="torch-antialias").record
     assert sized["resize"] == "torch-antialias"
 
 
@@ -121,10 +121,10 @@ def test_wrong_arguments_are_refused():
 
 def test_tiny_extractor_is_small_and_named():
     extractor = tiny_extractor()
-    record = extractor.record()
+    record = extractor.record
     assert record["id"] == "dit-accel-tiny:64"
     assert record["resize"] == "clean"
-    features = extractor([extractor.prepare(picture((100, 80)))])[""]
+    features = extractor([extractor.prepare(picture((100, 80)))])
     assert features.shape == (1, 64)
 
 

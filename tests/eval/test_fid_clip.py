@@ -1,4 +1,4 @@
-"""The short script: a folder in, two figures out."""
+"""The short script: a folder in, two metrics out."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def test_a_folder_against_a_folder(script, stills, write_images, tmp_path, capsy
     images, _ = stills(8)
     a, b = write_images(tmp_path / "a", images), write_images(tmp_path / "b", images[::-1] // 2)
     script.main(script.Args(a, reference=b, output=tmp_path / "out.json", device="cpu"))
-    found = json.loads((tmp_path / "out.json").read_text())["figures"]
+    found = json.loads((tmp_path / "out.json").read_text())["metrics"]
     value = found["fd_tiny"]["value"]
     assert value > 1
     out = capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_a_clip_is_drawn_and_its_frames_are_compared(
     sampling = Sampling(num_inference_steps=1, **size)
     output = tmp_path / "deep" / "out.json"
     script.main(args("a red circle", model=str(wan_repository), sampling=sampling, output=output))
-    assert json.loads(output.read_text())["figures"]["fd_tiny"]["n"] == 5
+    assert json.loads(output.read_text())["metrics"]["fd_tiny"]["n"] == 5
     assert "(n = 5 frames against 3" in capsys.readouterr().out
 
 
@@ -86,7 +86,7 @@ def test_a_clip_is_drawn_and_its_frames_are_compared(
     ],
     ids=["reference", "prompts", "output", "inception", "one prompt"],
 )
-def test_what_would_stop_the_figures_stops_the_drawing(
+def test_what_would_stop_the_metrics_stops_the_drawing(
     script, args, monkeypatch, prompts, changed, message
 ):
     monkeypatch.setattr(script, "generate", lambda *_, **__: pytest.fail("drawn"))

@@ -16,7 +16,7 @@ from PIL import Image
 from dit_accel.eval.results.store import build_results, read_results, validate, write_results
 from dit_accel.eval.results.types import reference_row
 from dit_accel.eval.runs.rows import speedup, timing
-from dit_accel.eval.view.cells import figure_cell, number, seconds_cell, speedup_cell
+from dit_accel.eval.view.cells import metric_cell, number, seconds_cell, speedup_cell
 from dit_accel.eval.view.conditions import check
 from dit_accel.eval.view.definitions import definition, usual_order
 from dit_accel.eval.view.equal_time import equal_time
@@ -25,7 +25,7 @@ from dit_accel.eval.view.plot import plotted_rows, quality_plot
 from dit_accel.eval.view.report import page_samples, report
 from dit_accel.eval.view.table import build_table, escape, markdown
 
-from .example_report import example_results, figure, write_media
+from .example_report import example_results, metric, write_media
 
 GOLDEN = Path(__file__).with_name("golden_table.md")
 HOSTILE = (
@@ -175,7 +175,7 @@ def test_the_reference_is_found_by_name_before_method(results):
     assert reference_row(results)["num_inference_steps"] == 12
 
 
-# Figures as text
+# Metrics as text
 
 
 def test_numbers_are_rounded_and_signed():
@@ -186,19 +186,19 @@ def test_numbers_are_rounded_and_signed():
     assert number(1234567.0, 0) == "1\N{NARROW NO-BREAK SPACE}234\N{NARROW NO-BREAK SPACE}567"
 
 
-def test_a_figure_shows_interval_difference_and_what_limits_it():
+def test_a_metric_shows_interval_difference_and_what_limits_it():
     about = definition("psnr")
-    part = figure(31.239, 0.5, "dB", infinite=3)
-    cell = figure_cell(part, about, figure(30.0, None, "dB"))
+    part = metric(31.239, 0.5, "dB", infinite=3)
+    cell = metric_cell(part, about, metric(30.0, None, "dB"))
     assert (cell.text, cell.range, cell.delta) == ("31.24", "[30.74, 31.74]", "+1.24")
     assert (cell.n, cell.note) == ("24", "3 identical pairs left out")
-    same = figure_cell(figure(None, None, "dB", infinite=24, why="all identical"), about)
+    same = metric_cell(metric(None, None, "dB", infinite=24, why="all identical"), about)
     assert (same.text, same.value) == ("identical", math.inf)
-    none = figure_cell(figure(None, None, "dB", n=0, why="no pairs"), about)
+    none = metric_cell(metric(None, None, "dB", n=0, why="no pairs"), about)
     assert (none.text, none.value) == ("no value: no pairs", None)
-    clips = figure(1.0, None, "", n=792, of="frames", flags=["rank-deficient"])
-    assert figure_cell(clips, definition("fd_tiny")).n == "792 frames"
-    assert figure_cell(clips, definition("fd_tiny")).note == "rank-deficient"
+    clips = metric(1.0, None, "", n=792, of="frames", flags=["rank-deficient"])
+    assert metric_cell(clips, definition("fd_tiny")).n == "792 frames"
+    assert metric_cell(clips, definition("fd_tiny")).note == "rank-deficient"
 
 
 def test_seconds_have_three_digits_and_quartiles():
@@ -212,7 +212,7 @@ def test_seconds_have_three_digits_and_quartiles():
 
 
 def test_variants_and_unknown_metrics_have_names():
-    assert definition("fid_768").label == "FID (768)"
+    assert definition("fd_dino").label == "FD (dino)"
     assert definition("judge_motion").better == "higher"
     assert definition("vibes").label == "vibes"
     assert definition("vibes").better is None
@@ -240,8 +240,8 @@ def test_the_best_is_marked_unless_most_rows_have_it(results):
     assert best["peak_memory_bytes"] == best["density"] == []
 
 
-def test_a_figure_without_value_says_why_and_hides_no_n(results):
-    results["rows"][4]["metrics"]["ssim"] = figure(None, None, "", n=0, why="frames | differ")
+def test_a_metric_without_value_says_why_and_hides_no_n(results):
+    results["rows"][4]["metrics"]["ssim"] = metric(None, None, "", n=0, why="frames | differ")
     results["rows"][6]["metrics"]["judge"]["n"] = 23
     table = build_table(results)
     sizes = {column.key: column.n for column in table.columns}
@@ -288,7 +288,7 @@ def dense_and_one(method="sla", seconds=3.0, value=25.0, spread=0.5):
     ):
         row["seconds"]["total"] = {"median": at, "iqr": [at, at], "n": 5}
         if psnr is not None:
-            row["metrics"]["psnr"] = figure(psnr, spread, "dB", values=around(psnr))
+            row["metrics"]["psnr"] = metric(psnr, spread, "dB", values=around(psnr))
     rows[3]["method"] = method
     return {**data, "rows": rows}
 
@@ -356,7 +356,7 @@ def identical_row(data, same=10, of=10):
     """The accelerated row's PSNR with `same` pairs identical to the reference's, the others at 20 dB."""
     values = {str(i): None if i < same else 20.0 for i in range(of)}
     value = None if same == of else 20.0
-    found = figure(value, 1.0, "dB", n=of, infinite=same, values=values)
+    found = metric(value, 1.0, "dB", n=of, infinite=same, values=values)
     data["rows"][3]["metrics"]["psnr"] = found | ({"why": "identical"} if value is None else {})
     return data
 
@@ -460,8 +460,8 @@ def test_what_cannot_be_judged_is_no_pass(results, condition, message):
         check(results, [condition])
 
 
-def test_a_figure_without_a_value_is_no_pass(results):
-    results["rows"][6]["metrics"]["psnr"] = figure(None, None, "dB", n=0, why="no pairs")
+def test_a_metric_without_a_value_is_no_pass(results):
+    results["rows"][6]["metrics"]["psnr"] = metric(None, None, "dB", n=0, why="no pairs")
     with pytest.raises(ValueError, match=r"'RAS balanced'.*no value.*no pairs"):
         check(results, ["psnr<25"])
     for row in results["rows"]:

@@ -66,7 +66,7 @@ def test_every_method_is_a_row_of_one_table(results, folder):
     assert all(name.replace("+", "&#43;") in page or name in page for name in rows_of(results))
 
 
-def test_figures_are_those_of_the_sample_sets(results, folder):
+def test_metrics_are_those_of_the_sample_sets(results, folder):
     rows = rows_of(results)
     for row in rows.values():
         made = SampleSet.open(folder / row["folder"])
@@ -176,11 +176,11 @@ def test_a_killed_run_goes_on(wan, wan_repository, tmp_path, results):
     after = json.loads(log.read_text())["calls"]
     for name, earlier in kept.items():
         assert after[name][: len(earlier)] == earlier
-    figures = {name: x["metrics"] for name, x in rows_of(again).items()}
+    metrics = {name: x["metrics"] for name, x in rows_of(again).items()}
     whole = {name: x["metrics"] for name, x in rows_of(results).items()}
-    assert set(figures) == {"Dense", "Dense, 1 step", "RAS", "SLA"}
-    for name in figures:
-        assert figures[name] == whole[name]
+    assert set(metrics) == {"Dense", "Dense, 1 step", "RAS", "SLA"}
+    for name in metrics:
+        assert metrics[name] == whole[name]
 
 
 def test_what_diffusers_lacks_is_a_row_that_says_so(sd3, tmp_path):

@@ -111,7 +111,7 @@ def test_any_module_makes_features(sets):
 
 
 def test_other_peoples_networks(sets, inception_weights, alexnet, clip_folder):
-    """Each figure names its network, with the sha256 of the file it came from."""
+    """Each metric names its network, with the sha256 of the file it came from."""
     import hashlib
 
     from dit_accel.eval.metrics.clip_score import ClipScore
@@ -123,7 +123,7 @@ def test_other_peoples_networks(sets, inception_weights, alexnet, clip_folder):
         a,
         reference=b,
         prompts=prompts,
-        metrics=("lpips", "clip_score", "fid_64"),
+        metrics=("lpips", "clip_score", "kid"),
         inception=inception_weights,
         lpips=alexnet,
         clip=clip_folder,
@@ -134,14 +134,14 @@ def test_other_peoples_networks(sets, inception_weights, alexnet, clip_folder):
     files = {
         "lpips": alexnet,
         "clip_score": clip_folder / "model.safetensors",
-        "fid_64": inception_weights,
+        "kid": inception_weights,
     }
     for metric, path in files.items():
         assert found[metric]["n"] == 20
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert found[metric]["extractor"]["sha256"] == digest
-    assert found["fid_64"]["extractor"]["resize"] == "clean"
-    assert found["fid_64"]["flags"] == ["other-weights", "rank-deficient"]
+    assert found["kid"]["extractor"]["resize"] == "clean"
+    assert found["kid"]["flags"] == ["other-weights", "subsets of 20"]
     assert found["clip_score"]["truncated"] == 2
     ours, theirs = SampleSet.open(a), SampleSet.open(b)
     lpips, clip = Lpips(alexnet, allow_other_weights=True), ClipScore(clip_folder)
@@ -151,28 +151,25 @@ def test_other_peoples_networks(sets, inception_weights, alexnet, clip_folder):
     assert found["clip_score"]["value"] == pytest.approx(np.mean(scores), rel=1e-4)
 
 
-def test_one_pass_gives_every_kind_of_inceptions_features(
+def test_one_network_gives_features_for_all_of_its_metrics(
     write_images, tmp_path, stills, inception_weights
 ):
     found = measure(
         write_images(tmp_path / "few", stills(4)[0]),
-        metrics=("fid", "sfid", "kid", "fid_192", "precision"),
+        metrics=("fid", "kid", "precision", "fd_tiny"),
         inception=inception_weights,
         allow_other_weights=True,
         **QUIET,
     )
     sets = found.features["samples"]
-    dims = {"inception:2048": 2048, "inception:spatial": 2023, "inception:192": 192}
-    assert {k: x.dims for k, x in sets.items()} == dims
+    assert {k: x.dims for k, x in sets.items()} == {"inception": 2048, "tiny": 64}
     kept = {k: len(x.rows()) for k, x in sets.items()}
-    assert kept == {"inception:2048": 4, "inception:spatial": 0, "inception:192": 0}
-    sources = {k: (x.distance, x.kind) for k, x in found.comparisons.items()}
-    assert sources == {
-        "fid": ("frechet", "2048"),
-        "sfid": ("frechet", "spatial"),
-        "kid": ("kernel", "2048"),
-        "fid_192": ("frechet", "192"),
-        "precision": ("precision", "2048"),
+    assert kept == {"inception": 4, "tiny": 0}  # the Fréchet distance alone needs no rows
+    assert found.comparisons == {
+        "fid": ("frechet", "inception"),
+        "kid": ("kernel", "inception"),
+        "precision": ("precision", "inception"),
+        "fd_tiny": ("frechet", "tiny"),
     }
 
 
@@ -219,14 +216,14 @@ def test_a_reference_of_other_pictures_makes_no_pairs(
 
 
 def same(a, b):
-    """Figures, with features to rounding and all else to the last bit."""
+    """Metrics, with features to rounding and all else to the last bit."""
     assert list(a) == list(b)
-    for metric, figure in a.items():
+    for name, metric in a.items():
         rough = metric.startswith(("fd_", "kd_"))
-        value = pytest.approx(figure["value"], rel=1e-5, abs=1e-7) if rough else figure["value"]
+        value = pytest.approx(metric["value"], rel=1e-5, abs=1e-7) if rough else metric["value"]
         assert b[metric]["value"] == value
-        assert b[metric]["n"] == figure["n"]
-        assert b[metric]["interval_95"] == figure["interval_95"]
+        assert b[metric]["n"] == metric["n"]
+        assert b[metric]["interval_95"] == metric["interval_95"]
 
 
 PART = """
@@ -388,6 +385,7 @@ def test_too_few_samples_are_refused_before_any_work(sets, write_images, tmp_pat
         ({"metrics": ("pnsr",)}, "metric.*'pnsr'.*psnr"),
         ({"metrics": ()}, r"metrics=\(\)"),
         ({"metrics": ("fid",)}, "'fid'.*inception="),
+        ({"metrics": ("sfid",)}, "'sfid'.*fid"),
         ({"metrics": ("lpips",)}, "'lpips'.*lpips="),
         ({"metrics": ("clip_score",)}, "'clip_score'.*clip="),
         ({"metrics": ("clip_score",), "clip": "x"}, "'clip_score'.*prompts.*'00000'"),

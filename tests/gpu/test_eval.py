@@ -47,8 +47,8 @@ def test_every_method_is_timed_and_scored(pipe, tmp_path):
         score(folders[0], reference=folders[1], device=device, **options)
         for device in ("cuda", "cpu")
     )
-    for name, figure in there.items():
-        assert here[name]["value"] == pytest.approx(figure["value"], rel=1e-3, abs=1e-5)
+    for name, metric in there.items():
+        assert here[name]["value"] == pytest.approx(metric["value"], rel=1e-3, abs=1e-5)
 
 
 def test_noise_is_that_of_a_cpu(pipe, tmp_path):

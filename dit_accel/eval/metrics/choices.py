@@ -17,16 +17,12 @@ PAIRED = ("psnr", "ssim", "lpips")
 ALONE = ("flicker", "clip_score", "judge")
 """Metrics that need no reference."""
 INCEPTION = {
-    "fid": Comparison("frechet", "inception", "2048"),
-    "sfid": Comparison("frechet", "inception", "spatial"),
-    "kid": Comparison("kernel", "inception", "2048"),
-    "precision": Comparison("precision", "inception", "2048"),
-    "recall": Comparison("recall", "inception", "2048"),
-    "fid_768": Comparison("frechet", "inception", "768"),
-    "fid_192": Comparison("frechet", "inception", "192"),
-    "fid_64": Comparison("frechet", "inception", "64"),
+    "fid": Comparison("frechet", "inception"),
+    "kid": Comparison("kernel", "inception"),
+    "precision": Comparison("precision", "inception"),
+    "recall": Comparison("recall", "inception"),
 }
-"""Metrics of FID's network; no other network's metrics have these names. The first five are the default."""
+"""Metrics of FID's network; no other network's metrics have these names."""
 _DISTANCES = {"fd": "frechet", "kd": "kernel", "precision": "precision", "recall": "recall"}
 """Distances of other networks by prefix: fd_tiny, kd_tiny, ..."""
 
@@ -76,7 +72,7 @@ class Given:
             paired = []
         clip = "clip" in self.networks
         alone = [x for x in ALONE if not self._missing(x) or (x == "clip_score" and clip)]
-        comparing = list(INCEPTION)[:5] if "inception" in self.networks else []
+        comparing = list(INCEPTION) if "inception" in self.networks else []
         # The shipped network knows the demo's pictures only.
         if self.extractor is not None or not comparing:
             comparing += [f"{prefix}_{self.extractor or TINY}" for prefix in _DISTANCES]
@@ -156,10 +152,10 @@ class Given:
                 if count < least:
                     return f"accepts at least {least} pictures; {argument}={str(one.path)!r} has {count}"
         if isinstance(self.reference, Measurement):
-            saved, source = self.reference.features.get("samples", {}), comparison.source
-            if source not in saved:
-                return f"needs {source!r} features; reference has {', '.join(saved) or 'none'}"
-            rows = len(saved[source].rows())
+            saved, name = self.reference.features.get("samples", {}), comparison.extractor
+            if name not in saved:
+                return f"needs {name!r} features; reference has {', '.join(saved) or 'none'}"
+            rows = len(saved[name].rows())
             if comparison.distance != "frechet" and rows < least:
                 return f"needs at least {least} rows of features; reference has {rows}"
         return None

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from dit_accel.eval.metrics.values import metric_value
@@ -147,7 +147,7 @@ def compare_features(
             if size < SUBSET_SIZE:
                 flags.append(f"subsets of {size}")
         else:
-            value = precision_recall(*rows)[0 if distance == "precision" else 1]
+            value = coverage(*(rows if distance == "precision" else rows[::-1]))
             extras["neighbours"] = NEIGHBOURS
     extras |= {"flags": flags} if flags else {}
     extras |= {"extractor": samples.extractor, "n_reference": counts[1]}
@@ -194,24 +194,18 @@ def kernel_distances(
     return np.array(values)
 
 
-def precision_recall(
-    samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], *, neighbours: int = NEIGHBOURS
-) -> tuple[float, float]:
-    """Return the shares of samples inside the reference's balls, and of the reference inside the samples'.
+def coverage(
+    points: Float[Tensor, "n d"], centres: Float[Tensor, "m d"], *, neighbours: int = NEIGHBOURS
+) -> float:
+    """Return the share of points inside a ball: precision of samples in the balls of a reference, recall the reverse.
 
-    The ball of a row reaches to its `neighbours`-th nearest other row of the same set.
+    The ball of a centre reaches to its `neighbours`-th nearest other centre. Distances are computed `_BLOCK` rows at a
+    time.
     """
-    a, b = samples.double(), reference.double()
-    shares = [_covered(*x, neighbours).double().mean().item() for x in ((a, b), (b, a))]
-    return shares[0], shares[1]
-
-
-def _covered(
-    points: Float64[Tensor, "n d"], centres: Float64[Tensor, "m d"], neighbours: int
-) -> Bool[Tensor, " n"]:
-    """Return which points lie in the ball of a centre, `_BLOCK` rows at a time."""
-    reach = [  # + 1, because the nearest row of a set is the row itself
+    points, centres = points.double(), centres.double()
+    reach = [  # + 1, because the nearest centre is the centre itself
         torch.cdist(x, centres).kthvalue(neighbours + 1).values for x in centres.split(_BLOCK)
     ]
     radii = torch.cat(reach)
-    return torch.cat([(torch.cdist(x, centres) <= radii).any(1) for x in points.split(_BLOCK)])
+    inside = [(torch.cdist(x, centres) <= radii).any(1) for x in points.split(_BLOCK)]
+    return torch.cat(inside).double().mean().item()

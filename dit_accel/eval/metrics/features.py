@@ -23,10 +23,6 @@ TINY = "tiny"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """Hash of `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity) and of the identical
 `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid)."""
-_ENDS = {"MaxPool_1": "64", "MaxPool_2": "192", "Mixed_6e": "768", "Mixed_7c": "2048"}
-"""Kind of features after a layer: the two max-pools, before the auxiliary classifier, and the end."""
-_SPATIAL_LAYER, _SPATIAL_CHANNELS = "Mixed_6d", 7
-"""Layer `mixed_6/conv` of TensorFlow: ADM's sFID takes its first 7 channels at every position."""
 
 
 class Extractor:
@@ -39,7 +35,6 @@ class Extractor:
         sha256: hash of the weights. Default: hash of the module's tensors.
         size: height and width, or side, that pictures are resized to. None: all pictures have one size.
         resize: way of resizing.
-        kinds: names of the features, for a module that returns a dict of several.
         flags: flags of every value that rests on this network.
 
     Raises:
@@ -56,7 +51,6 @@ class Extractor:
         size: int | tuple[int, int] | None = None,
         resize: Resize = "clean",
         device: torch.device | str = "cpu",
-        kinds: Sequence[str] = ("",),
         flags: Sequence[str] = (),
     ) -> None:
         check_resize(resize)
@@ -69,19 +63,13 @@ class Extractor:
         self.resize = resize
         self.device = torch.device(device)
         self.module = module.eval().requires_grad_(False).to(self.device)
-        self.kinds = tuple(kinds)
         self.flags = list(flags)
-        self._id = id or name
-        self._sha256 = sha256 or module_sha256(module)
-        self._shape: tuple[int, ...] | None = None
-
-    def record(self, kind: str = "") -> ExtractorRecord:
-        """Return the identity of the features of one kind, as results name it."""
-        return ExtractorRecord(
-            id=f"{self._id}:{kind}" if kind else self._id,
-            sha256=self._sha256,
-            resize=self.resize if self.size else None,
+        self.record = ExtractorRecord(
+            id=id or name,
+            sha256=sha256 or module_sha256(module),
+            resize=resize if self.size else None,
         )
+        self._shape: tuple[int, ...] | None = None
 
     def prepare(self, frame: Frame) -> Float32[Tensor, "3 s1 s2"]:
         """Return a picture as the network reads it."""
@@ -96,20 +84,18 @@ class Extractor:
         return torch.from_numpy(frame).permute(2, 0, 1).float() / 255
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Float32[Tensor, "3 s1 s2"]]) -> dict[str, Tensor]:
-        """Return the features `[n, d]` of prepared pictures by kind."""
+    def __call__(self, images: Sequence[Float32[Tensor, "3 s1 s2"]]) -> Float[Tensor, "n d"]:
+        """Return the features of prepared pictures."""
         # Pictures are read channels last; keeping that layout saves a third of the time on a CPU.
         batch = torch.stack([x.permute(1, 2, 0) for x in images]).permute(0, 3, 1, 2)
-        out = self.module(batch.to(self.device))
-        found: dict[str, Any] = out if isinstance(out, dict) else {"": out}
-        for kind in self.kinds:
-            shape = tuple(getattr(found.get(kind), "shape", ()))
-            if len(shape) != 2 or shape[0] != len(batch):
-                raise ValueError(
-                    f"extractor {self.name!r} returned {shape or type(out).__name__} for {len(batch)} "
-                    f"pictures; accepted is a tensor [{len(batch)}, features]"
-                )
-        return {kind: found[kind] for kind in self.kinds}
+        found = self.module(batch.to(self.device))
+        shape = tuple(getattr(found, "shape", ()))
+        if len(shape) != 2 or shape[0] != len(batch):
+            raise ValueError(
+                f"extractor {self.name!r} returned {shape or type(found).__name__} for {len(batch)} pictures: "
+                f"must be a tensor [{len(batch)}, features]"
+            )
+        return found
 
 
 def tiny_extractor(
@@ -156,50 +142,24 @@ def resized(
     return bilinear(image[None], size, align_corners=False)[0]
 
 
-class InceptionFeatures(nn.Module):
-    """Several kinds of features from one forward pass, which ends at the last layer that they need.
+class InceptionFeatures(nn.Sequential):
+    """FID's Inception network up to its last pooling, for pictures with values in [0, 1].
 
-    torch-fidelity's own forward pass reads bytes only, resizes in one way only and has no spatial features.
-
-    Args:
-        network: torch-fidelity's `FeatureExtractorInceptionV3`.
-        kinds: "64", "192", "768", "2048" or "spatial".
+    torch-fidelity's own forward pass reads bytes only and resizes in one way only.
     """
 
-    def __init__(self, network: nn.Module, kinds: Sequence[str]) -> None:
-        super().__init__()
-        self.network = network
-        self.kinds = tuple(kinds)
-
-    def forward(self, images: Float[Tensor, "n 3 s s"]) -> dict[str, Tensor]:
-        """Return the features of pictures with values in [0, 1] by kind."""
-        x = (images * 255 - 128) / 128
-        out: dict[str, Tensor] = {}
-        for name, layer in self.network.named_children():  # in the order of the forward pass
-            if name == _SPATIAL_LAYER and "spatial" in self.kinds:
-                branch = layer.get_submodule("branch1x1")(x)
-                out["spatial"] = branch[:, :_SPATIAL_CHANNELS].flatten(1)
-            if len(out) == len(self.kinds):
-                break
-            x = layer(x)
-            if _ENDS.get(name) in self.kinds:
-                out[_ENDS[name]] = x.mean((2, 3))
-        return out
+    def forward(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n 2048"]:
+        return super().forward((images * 255 - 128) / 128).flatten(1)
 
 
 def load_inception(
-    weights: str | os.PathLike,
-    *,
-    kinds: Sequence[str] = ("2048",),
-    allow_other_weights: bool = False,
-    **options: Any,
+    weights: str | os.PathLike, *, allow_other_weights: bool = False, **options: Any
 ) -> Extractor:
     """Return the extractor "inception".
 
     Args:
         weights: file with the hash `INCEPTION_SHA256`; with `allow_other_weights` also a .pth or safetensors file
             of the same tensors, for values with the flag "other-weights".
-        kinds: features to compute, see `InceptionFeatures`.
         options: `resize` and `device` of the extractor.
     """
     what = "FID's Inception weights"
@@ -213,9 +173,10 @@ def load_inception(
     buffer.seek(0)
     network = library.FeatureExtractorInceptionV3
     try:
-        features = network("inception", ["2048"], feature_extractor_weights_path=buffer)
+        layers = network("inception", ["2048"], feature_extractor_weights_path=buffer).children()
     except RuntimeError as error:
         first, named = str(error).splitlines()[0], f"inception={str(weights)!r}"
         raise ValueError(f"{named}: does not hold Inception's weights ({first})") from None
-    options |= {"id": "inception-v3-2015-12-05", "sha256": sha256, "size": 299, "flags": flags}
-    return Extractor(InceptionFeatures(features, kinds), name="inception", kinds=kinds, **options)
+    module = InceptionFeatures(*list(layers)[:-1])  # without the classifier
+    options |= {"id": "inception-v3-2015-12-05:2048", "sha256": sha256, "size": 299, "flags": flags}
+    return Extractor(module, name="inception", **options)

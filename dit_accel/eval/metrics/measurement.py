@@ -17,7 +17,7 @@ from dit_accel.sampling.sets import SampleSet
 from dit_accel.tensor_files import open_safetensors
 
 _UNITS = {"psnr": "dB", "clip_score": "points of 100"}
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _SETTINGS = ("kind", "metrics", "comparisons", "sets", "extractors", "flags")
 """Fields that all parts of a measurement share."""
 
@@ -28,13 +28,6 @@ class Comparison(NamedTuple):
     distance: str
     """"frechet", "kernel", "precision" or "recall"."""
     extractor: str
-    kind: str = ""
-    """Kind of the extractor's features, where it has several."""
-
-    @property
-    def source(self) -> str:
-        """Key in `Measurement.features`."""
-        return f"{self.extractor}:{self.kind}" if self.kind else self.extractor
 
 
 def fingerprint(samples: SampleSet) -> str:
@@ -63,9 +56,9 @@ class Measurement:
     extractors: dict[str, Extractor] = field(default_factory=dict)
     """Networks behind `values`, by metric."""
     features: dict[str, dict[str, FeatureSet]] = field(default_factory=dict)
-    """Features by side, then by source."""
+    """Features by side, then by extractor."""
     flags: dict[str, list[str]] = field(default_factory=dict)
-    """Flags of networks, by source of features or by metric."""
+    """Flags of networks, by extractor or by metric."""
     truncated: int = 0
     """Number of prompts that are longer than CLIP's limit."""
     shards: list[tuple[int, int]] = field(default_factory=lambda: [(0, 1)])
@@ -79,24 +72,17 @@ class Measurement:
             if metric == "judge":
                 out |= judge_values(self.values)
             elif metric in self.comparisons:
-                distance, source = (
-                    self.comparisons[metric].distance,
-                    self.comparisons[metric].source,
-                )
-                a, b = (self.features[side][source] for side in ("samples", "reference"))
+                distance, name = self.comparisons[metric]
+                a, b = (self.features[side][name] for side in ("samples", "reference"))
                 extras: dict[str, Any] = {"of": "frames"} if self.kind == "clips" else {}
-                out[metric] = compare_features(distance, a, b, self.flags.get(source, []), **extras)
+                out[metric] = compare_features(distance, a, b, self.flags.get(name, []), **extras)
             else:
-                values = [value for _, value in sorted(self.values[metric].items())]
+                values = dict(sorted(self.values[metric].items()))
                 extras = {"truncated": self.truncated} if metric == "clip_score" else {}
                 extras |= {"flags": self.flags[metric]} if metric in self.flags else {}
                 unit, extractor = _UNITS.get(metric, ""), self.extractors.get(metric)
-                out[metric] = mean_value(values, unit, extractor, **extras)
-        for name, found in out.items():
-            if single := self.values.get("judge_all" if name == "judge" else name):
-                found["values"] = {
-                    key: x if math.isfinite(x) else None for key, x in sorted(single.items())
-                }
+                out[metric] = found = mean_value([*values.values()], unit, extractor, **extras)
+                found["values"] = {k: x if math.isfinite(x) else None for k, x in values.items()}
         return out
 
     def check_whole(self) -> None:
@@ -128,8 +114,8 @@ class Measurement:
             self.values.setdefault(metric, {}).update(values)
         for side, sets in other.features.items():
             own = self.features.setdefault(side, {})
-            for source, features in sets.items():
-                own[source] = own[source].merged(features) if source in own else features
+            for name, features in sets.items():
+                own[name] = own[name].merged(features) if name in own else features
         self.truncated += other.truncated
         self.shards += other.shards
 
@@ -140,10 +126,10 @@ class Measurement:
         tensors: dict[str, Tensor] = {}
         sets: list[Any] = []
         for side, found in self.features.items():
-            for source, one in found.items():
-                tensors |= {f"{side}/{source}/{k}": v for k, v in one.state().items()}
-                sets.append([side, source, one.extractor, one.keep])
-        rest = {name: getattr(self, name) for name in _SAVED}
+            for name, one in found.items():
+                tensors |= {f"{side}/{name}/{k}": v for k, v in one.state().items()}
+                sets.append([side, name, one.extractor, one.keep])
+        rest = {x: getattr(self, x) for x in _SAVED}
         about = {"format_version": FORMAT_VERSION, "features": sets, **rest}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"measurement": json.dumps(about)})
@@ -160,12 +146,12 @@ class Measurement:
             )
         about["metrics"], about["shards"] = tuple(about["metrics"]), [*map(tuple, about["shards"])]
         about["comparisons"] = {k: Comparison(*x) for k, x in about["comparisons"].items()}
-        out = cls(**{name: about[name] for name in _SAVED})
-        for side, source, extractor, keep in about["features"]:
-            place = f"{side}/{source}/"
+        out = cls(**{x: about[x] for x in _SAVED})
+        for side, name, extractor, keep in about["features"]:
+            place = f"{side}/{name}/"
             state = {k.removeprefix(place): x for k, x in tensors.items() if k.startswith(place)}
             one = FeatureSet.from_state(state, extractor, keep)
-            out.features.setdefault(side, {})[source] = one
+            out.features.setdefault(side, {})[name] = one
         return out
 
 

@@ -63,11 +63,11 @@ def load_networks(
     if unknown := sorted(set(arguments) - set(usual)):
         raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
     out = {**usual, **arguments}
-    kinds = sorted({INCEPTION[x].kind for x in metrics if x in INCEPTION})
     other, paths = out["allow_other_weights"], (str, os.PathLike)
-    if kinds and isinstance(weights := out["inception"], paths):
+    if set(metrics) & set(INCEPTION) and isinstance(weights := out["inception"], paths):
+        resize = out["resize"]
         out["inception"] = load_inception(
-            weights, kinds=kinds, resize=out["resize"], allow_other_weights=other, device=device
+            weights, resize=resize, allow_other_weights=other, device=device
         )
     if "lpips" in metrics and isinstance(weights := out["lpips"], paths):
         net = out["lpips_net"]

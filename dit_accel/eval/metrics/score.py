@@ -18,7 +18,7 @@ from dit_accel.demo.caption_judge import judge_captions
 from dit_accel.eval.metrics.choices import PAIRED, Given
 from dit_accel.eval.metrics.distances import KEEP, FeatureSet
 from dit_accel.eval.metrics.features import TINY, Extractor, check_resize, tiny_extractor
-from dit_accel.eval.metrics.measurement import Comparison, Measurement, fingerprint
+from dit_accel.eval.metrics.measurement import Measurement, fingerprint
 from dit_accel.eval.metrics.networks import NAMES, load_networks
 from dit_accel.eval.metrics.pairs import flicker, psnr, ssim
 from dit_accel.eval.results.types import MetricValue
@@ -65,8 +65,8 @@ def measure(
             set's manifest.
         metrics: names. Default: all that the arguments allow. "psnr", "ssim" and "lpips" need reference samples
             of the same ids, "flicker" needs clips, "clip_score" a CLIP model, "judge" prompts of the demo.
-            "fid", "fid_768", "fid_192", "fid_64", "sfid", "kid", "precision" and "recall" need Inception.
-            "fd_", "kd_", "precision_" and "recall_" take the name of `extractor`, or "tiny".
+            "fid", "kid", "precision" and "recall" need Inception. "fd_", "kd_", "precision_" and "recall_" take
+            the name of `extractor`, or "tiny".
         extractor: any other network.
         allow_partial: compare only the ids that both sets have.
         batch_size, workers: pictures per forward pass of a network, and threads that read and resize.
@@ -105,29 +105,25 @@ def measure(
         if metric in choices:
             measurement.extractors[metric] = loaded[network].record
             measurement.flags |= {metric: x} if (x := getattr(loaded[network], "flags", [])) else {}
-    extractors: dict[str, tuple[Extractor, dict[str, int]]] = {}
-    for x in comparisons.values():
-        if x.extractor not in extractors:
-            found = extractor if x.extractor == name else loaded.get(x.extractor)
-            extractors[x.extractor] = (found or tiny_extractor(device=place), {})
-        one, keep = extractors[x.extractor]
-        keep[x.kind] = max(keep.get(x.kind, 0), 0 if x.distance == "frechet" else KEEP)
-        measurement.flags |= {x.source: one.flags} if one.flags else {}
+    extractors: dict[str, Extractor] = {}
+    for key in {x.extractor: None for x in comparisons.values()}:
+        found = extractor if key == name else loaded.get(key)
+        extractors[key] = one = found or tiny_extractor(device=place)
+        measurement.flags |= {key: one.flags} if one.flags else {}
         if isinstance(saved, Measurement):
-            features, record = saved.features["samples"][x.source], one.record(x.kind)
-            if features.extractor != record:
+            features = saved.features["samples"][key]
+            if features.extractor != one.record:
                 raise ValueError(
-                    f"reference: measured with {features.extractor}; accepted is the network {record}"
+                    f"reference: measured with {features.extractor}: must be the network {one.record}"
                 )
             if shard[0] == 0:  # the other parts leave the reference to this one
                 measurement.ids["reference"] = list(saved.ids["samples"])
-                measurement.features.setdefault("reference", {})[x.source] = features
+                measurement.features.setdefault("reference", {})[key] = features
     if isinstance(saved, SampleSet):
         measurement.sets["reference"] = fingerprint(saved)
     elif saved is not None:
         measurement.sets["reference"] = saved.sets["samples"]
-    used = list(extractors.values())
-    Pass(given, measurement, used, loaded, batch_size).run(shard, workers, progress)
+    Pass(given, measurement, extractors, loaded, batch_size).run(shard, workers, progress)
     return measurement
 
 
@@ -147,20 +143,17 @@ class Sample(NamedTuple):
     id: str
     frames: np.ndarray
     pair: np.ndarray | None
-    prepared: list[list[Tensor]]
+    prepared: dict[str, list[Tensor]]
     for_clip: list[Tensor]
 
 
 @dataclass
 class Pass:
-    """Metrics and networks of one pass over the files, which fills `measurement`.
-
-    `extractors` come with the number of rows to keep for each kind of features.
-    """
+    """Metrics and networks of one pass over the files, which fills `measurement`."""
 
     given: Given
     measurement: Measurement
-    extractors: list[tuple[Extractor, dict[str, int]]]
+    extractors: dict[str, Extractor]
     networks: dict[str, Any]
     batch_size: int
 
@@ -184,7 +177,7 @@ class Pass:
 
     def _read(self, side: str, samples: SampleSet, name: str) -> Sample:
         frames = samples.frames(name)
-        prepared = [[x.prepare(frame) for frame in frames] for x, _ in self.extractors]
+        prepared = {k: [x.prepare(y) for y in frames] for k, x in self.extractors.items()}
         pair, for_clip, reference = None, [], self.given.reference
         if side == "samples" and "clip_score" in self.measurement.metrics:
             for_clip = [self.networks["clip"].prepare(x) for x in frames]
@@ -197,16 +190,16 @@ class Pass:
         """Measure samples, or only the features of references."""
         self.measurement.ids.setdefault(side, []).extend(x.id for x in batch)
         sets = self.measurement.features.setdefault(side, {})
-        for place, (extractor, keep) in enumerate(self.extractors):
-            frames = [(x.id, i, y) for x in batch for i, y in enumerate(x.prepared[place])]
+        compared = self.measurement.comparisons.values()
+        by_rows = {x.extractor for x in compared if x.distance != "frechet"}
+        for key, extractor in self.extractors.items():
+            frames = [(f"{x.id}/{i}", y) for x in batch for i, y in enumerate(x.prepared[key])]
             for part in _chunks(frames, self.batch_size):
-                found = extractor([image for _, _, image in part])
-                for kind, rows in keep.items():
-                    source, features = Comparison("", extractor.name, kind).source, found[kind]
-                    if source not in sets:
-                        record = extractor.record(kind)
-                        sets[source] = FeatureSet(record, features.shape[1], keep=rows)
-                    sets[source].add(features, [f"{name}/{i}" for name, i, _ in part])
+                features = extractor([image for _, image in part])
+                if key not in sets:
+                    rows = KEEP if key in by_rows else 0
+                    sets[key] = FeatureSet(extractor.record, features.shape[1], keep=rows)
+                sets[key].add(features, [name for name, _ in part])
         if side == "reference":
             return
         metrics = self.measurement.metrics

@@ -76,7 +76,7 @@ def mean_value(
     return metric_value(float(finite.mean()), interval_95=bootstrap_interval(finite), **extras)
 
 
-def share_value(right: int, n: int) -> MetricValue:
+def share_value(right: int, n: int, **extras: Any) -> MetricValue:
     """Return the share `right / n` with Wilson's interval, which also holds near 0 and 1."""
     from scipy.stats import binomtest
 
@@ -85,6 +85,7 @@ def share_value(right: int, n: int) -> MetricValue:
         n,
         "share",
         interval_95=[float(x) for x in binomtest(right, n).proportion_ci(method="wilson")],
+        **extras,
     )
 
 
@@ -94,6 +95,9 @@ def judge_values(values: Mapping[str, Mapping[str, float]]) -> dict[str, MetricV
     Args:
         values: 1 or 0 by "judge_all", "judge_shape" and so on, then by sample id.
     """
-    names = {"judge" if x == "all" else f"judge_{x}": f"judge_{x}" for x in PARTS}
-    found = {k: list(values[x].values()) for k, x in names.items() if values.get(x)}
-    return {key: share_value(round(sum(x)), len(x)) for key, x in found.items()}
+    out = {}
+    for part in PARTS:
+        if single := dict(sorted(values.get(f"judge_{part}", {}).items())):
+            name = "judge" if part == "all" else f"judge_{part}"
+            out[name] = share_value(round(sum(single.values())), len(single), values=single)
+    return out

@@ -111,7 +111,7 @@ class Evaluation:
         options["fine"] = self.fine_steps is not None
         metrics = choose_metrics(planned, self.metrics, **options)
         rows = [y for x in methods if x.runs for y in (x.name, x.kind)]
-        check_early(self.fail_if, metrics=metrics.figures, rows=rows)
+        check_early(self.fail_if, metrics=metrics.names, rows=rows)
         return samples, methods, metrics, reference
 
     def run(self, pipe: Any) -> Results:
@@ -196,7 +196,7 @@ class Evaluation:
             records = made.manifest["samples"].values() if made.manifest else []
             values = [x[key] for x in records if x.get(key) is not None]
             means[key] = sum(values) / len(values) if values else None
-        metrics = scorer.figures(made)
+        metrics = scorer.metric_values(made)
         return build_row(method, calls, metrics=metrics, folder=method.folder, **means)
 
     def _about(

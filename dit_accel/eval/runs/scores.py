@@ -34,7 +34,7 @@ class Metrics:
         return (*self.paired, *self.alone, *self.to_dense, *self.to_reference)
 
     @property
-    def figures(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """All names in results.json."""
         fine = [f"{x}{FINE}" for x in self.paired] if self.fine else []
         dense = [f"{x}{TO_DENSE}" for x in self.to_dense]
@@ -119,7 +119,7 @@ class Scorer:
     options: dict[str, Any]  # further arguments of `score`
     _measured: dict[Path, Measurement] = field(default_factory=dict)
 
-    def figures(self, samples: SampleSet) -> dict[str, MetricValue]:
+    def metric_values(self, samples: SampleSet) -> dict[str, MetricValue]:
         """Return the metrics of a set. The dense set is not compared with itself."""
         names, own = self.metrics, samples.path == self.dense.path
         plain = (*(() if own else names.paired), *names.alone)

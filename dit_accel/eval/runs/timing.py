@@ -7,7 +7,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,35 +28,31 @@ ATTEMPTS = 3
 _PROC = Path("/proc/self")
 
 
-@dataclass
-class Peak:
-    """Peak memory of a block of code; filled in when the block ends."""
-
-    size: int | None = None
-    """Bytes, weights included; None if the system does not tell."""
-    of: str | None = None
-    """"gpu": memory that torch allocated there. "process": resident memory, Python and libraries included."""
-
-
 @contextlib.contextmanager
-def peak_memory(device: Any) -> Iterator[Peak]:
-    """Measure the peak memory of a block. Only Linux can reset the peak of a process; other systems measure nothing."""
-    peak, device = Peak(), torch.device(device)
+def peak_memory(device: Any) -> Iterator[dict[str, Any]]:
+    """Measure the peak memory of a block. Only Linux can reset the peak of a process; other systems measure nothing.
+
+    Yields:
+        A dict that is filled in when the block ends. "peak_bytes" includes weights. "peak_of" is "gpu" for memory that
+        torch allocated there, or "process" for resident memory, Python and libraries included. None: not measured.
+    """
+    peak: dict[str, Any] = {"peak_bytes": None, "peak_of": None}
+    device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield peak
-        peak.size, peak.of = torch.cuda.max_memory_allocated(device), "gpu"
+        peak |= {"peak_bytes": torch.cuda.max_memory_allocated(device), "peak_of": "gpu"}
         return
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # memory that malloc keeps would count
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         (_PROC / "clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
-        peak.of = "process" if device.type == "cpu" else None
+        peak["peak_of"] = "process" if device.type == "cpu" else None
     yield peak
-    if peak.of is not None:
+    if peak["peak_of"] is not None:
         [kibi] = re.findall(r"VmHWM:\s*(\d+)", (_PROC / "status").read_text())
-        peak.size = int(kibi) * 1024
+        peak["peak_bytes"] = int(kibi) * 1024
 
 
 @dataclass
@@ -84,16 +80,16 @@ class MeasuredCalls:
     ) -> list[Method]:
         """Measure each method `repeats` times, and return the dense ones with fewer steps, the most steps first."""
         compared = [x for x in methods if x.runs]
-        given = [x for x in methods if x.fewer and not x.at_equal_time]
+        given = [x.num_inference_steps for x in methods if x.fewer and x.num_inference_steps]
         found: dict[str, int] = {}
         with progress_bar(desc="timing", unit="call", disable=not progress) as bar:
             self._bar = bar
             if any(x.at_equal_time for x in methods) and len(compared) > 1:
                 found = self._equal_time(compared, given, repeats)
             else:
-                self.run([*compared, *given], repeats)
+                self.run([*compared, *map(dense_with, given)], repeats)
         fewer = []
-        for steps in sorted({*found.values(), *(x.num_inference_steps or 0 for x in given)})[::-1]:
+        for steps in sorted({*found.values(), *given}, reverse=True):
             names = [name for name, n in found.items() if n == steps]
             fewer.append(dense_with(steps, **({"equal_time_to": names} if names else {})))
         return fewer
@@ -119,8 +115,8 @@ class MeasuredCalls:
         changed = {} if steps is None else {"num_inference_steps": steps}
         with on, peak_memory(self.pipe._execution_device) as peak:
             made = run_batch(self.pipe, [sample], **changed)
-        record = {"seconds": made.seconds, "peak_bytes": peak.size, "peak_of": peak.of}
-        self.calls[method.name].append(record | {"dense_calls": made.summary.dense_calls})
+        record = {"seconds": made.seconds, **peak, "dense_calls": made.summary.dense_calls}
+        self.calls[method.name].append(record)
         self.on_call(method, made)
         if self._bar is not None:
             self._bar.update()
@@ -131,29 +127,25 @@ class MeasuredCalls:
         return statistics.median(x["seconds"]["denoise"] for x in calls)
 
     def _equal_time(
-        self, compared: Sequence[Method], given: Sequence[Method], repeats: int
+        self, compared: Sequence[Method], given: Sequence[int], repeats: int
     ) -> dict[str, int]:
         """Measure all methods, and return the number of dense steps in the time of each that is faster than dense.
 
         After one round the numbers are roughly known, and these dense runs take turns with the other methods.
         """
         most = self.steps - 1
-        self.run([*compared, *given], 1)
+        self.run([*compared, *map(dense_with, given)], 1)
         # Seconds of the first round only: a run that goes on must guess as it did at first.
         first = {x.name: self.seconds(x, 1) for x in compared}
         dense = {self.steps: first[DENSE.name]}
         quick = [x for x in first.values() if x < dense[self.steps]]
-        guesses = [dense_with(nearest_steps(dense, x, most)) for x in quick]
-        fewer = list({x.name: x for x in [*given, *guesses]}.values())
-        self.run([*compared, *fewer], repeats)
+        fewer = dict.fromkeys([*given, *(nearest_steps(dense, x, most) for x in quick)])
 
-        def measure(numbers: list[int]) -> dict[int, float]:
-            more = {n: dense_with(n) for n in numbers}
-            self.run(list(more.values()), repeats)
-            return {n: self.seconds(x) for n, x in more.items()}
+        def measure(numbers: Collection[int], others: Sequence[Method] = ()) -> dict[int, float]:
+            self.run([*others, *map(dense_with, numbers)], repeats)
+            return {n: self.seconds(dense_with(n)) for n in numbers}
 
-        measured = {x.num_inference_steps or 0: self.seconds(x) for x in fewer}
-        measured[self.steps] = self.seconds(DENSE)
+        measured = measure(fewer, compared) | {self.steps: self.seconds(DENSE)}
         times = {x.name: self.seconds(x) for x in compared}
         targets = {name: x for name, x in times.items() if x < measured[self.steps]}
         found = equal_time_steps(measured, list(targets.values()), most, measure)

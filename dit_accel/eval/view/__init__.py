@@ -1,1 +1,1 @@
-"""How results are shown: one formatting of figures for table.md, grid.png and report.html."""
+"""Formatting of results for table.md, grid.png and report.html."""

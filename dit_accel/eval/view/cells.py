@@ -23,41 +23,41 @@ class Cell:
     best: bool = False  # whether this is the best value of the column
 
 
-def figure_cell(
-    figure: MetricValue | None, about: Definition, reference: MetricValue | None = None
+def metric_cell(
+    metric: MetricValue | None, about: Definition, reference: MetricValue | None = None
 ) -> Cell:
     """Return the cell of a metric, with its interval and its difference to the reference row."""
-    if figure is None:
+    if metric is None:
         return Cell(note="not measured")
-    n, value = sample_size(figure), figure["value"]
-    if identical(figure):
+    n, value = sample_size(metric), metric["value"]
+    if identical(metric):
         return Cell("identical", n=n, value=math.inf, note="all pairs are equal to the last bit")
     if value is None:
-        return Cell(f"no value: {figure['why']}", n=n)
+        return Cell(f"no value: {metric['why']}", n=n)
     digits = places(value, about)
-    interval = figure["interval_95"]
+    interval = metric["interval_95"]
     return Cell(
         number(value, digits),
         f"[{number(interval[0], digits)}, {number(interval[1], digits)}]" if interval else "",
         _difference(value, None if reference is None else reference["value"], digits),
         n,
         float(value),
-        ", ".join(figure_notes(figure)),
+        ", ".join(metric_notes(metric)),
     )
 
 
-def sample_size(figure: MetricValue) -> str:
+def sample_size(metric: MetricValue) -> str:
     """Return the number of samples, or of frames where every frame counts."""
-    return f"{figure['n']} {figure['of']}" if "of" in figure else str(figure["n"])
+    return f"{metric['n']} {metric['of']}" if "of" in metric else str(metric["n"])
 
 
-def figure_notes(figure: MetricValue) -> list[str]:
+def metric_notes(metric: MetricValue) -> list[str]:
     """Return the limits of a value."""
-    notes = [str(flag) for flag in figure.get("flags") or []]
-    if figure.get("infinite"):
-        notes.append(f"{figure['infinite']} identical pairs left out")
-    if figure.get("truncated"):
-        notes.append(f"{figure['truncated']} prompts cut to CLIP's length")
+    notes = [str(flag) for flag in metric.get("flags") or []]
+    if metric.get("infinite"):
+        notes.append(f"{metric['infinite']} identical pairs left out")
+    if metric.get("truncated"):
+        notes.append(f"{metric['truncated']} prompts cut to CLIP's length")
     return notes
 
 

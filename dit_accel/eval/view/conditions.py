@@ -115,13 +115,13 @@ def check(results: Results, conditions: Sequence[str]) -> list[str]:
     return breaches
 
 
-def check_figures(figures: Mapping[str, MetricValue], conditions: Sequence[str]) -> list[str]:
+def check_metrics(metrics: Mapping[str, MetricValue], conditions: Sequence[str]) -> list[str]:
     """Return a line for each condition that holds for the metrics of one sample set; a row is an error."""
     breaches = []
     for condition in map(parse, conditions):
-        if condition.row is not None or condition.metric not in figures:
-            raise condition.error(f"accepted are conditions on {', '.join(figures)}")
-        breaches += condition.breach(*_figure_value(figures[condition.metric]))
+        if condition.row is not None or condition.metric not in metrics:
+            raise condition.error(f"accepted are conditions on {', '.join(metrics)}")
+        breaches += condition.breach(*_metric_value(metrics[condition.metric]))
     return breaches
 
 
@@ -144,7 +144,7 @@ def _rows(results: Results, condition: Condition) -> list[Row]:
 def _value(row: Row, metric: str) -> tuple[Any, str]:
     """Return a value of a row, and the reason if it is missing."""
     if metric in row["metrics"]:
-        return _figure_value(row["metrics"][metric])
+        return _metric_value(row["metrics"][metric])
     kind, _, part = metric.partition("_")
     value: Any = row.get(metric)
     if kind == "seconds":
@@ -154,5 +154,5 @@ def _value(row: Row, metric: str) -> tuple[Any, str]:
     return value, "not measured"
 
 
-def _figure_value(figure: MetricValue) -> tuple[Any, str]:
-    return math.inf if identical(figure) else figure["value"], figure.get("why", "not measured")
+def _metric_value(metric: MetricValue) -> tuple[Any, str]:
+    return math.inf if identical(metric) else metric["value"], metric.get("why", "not measured")

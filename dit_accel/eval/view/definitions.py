@@ -29,8 +29,6 @@ _TEXTS = {
     "lpips": f"Learned perceptual distance {_PAIRED}, averaged over frames and prompts.",
     "fid": "Fréchet distance between Gaussian fits of Inception features of the samples and of the reference images. It "
     "falls with the number of samples, so compare only values with equal n.",
-    "sfid": "Fréchet distance of spatial Inception features (the first 7 channels of mixed_6/conv), which describe layout "
-    "more than content. Layer and channels are those of ADM; no published value confirms this implementation.",
     "kid": "Unbiased squared maximum mean discrepancy of Inception features with the kernel (x·y / d + 1)³, averaged over "
     "random subsets. It can be slightly negative.",
     "fd": "Fréchet distance as in FID, on features of another network. Its scale differs: never compare it with an FID.",
@@ -47,7 +45,6 @@ _SHOWN: dict[str, tuple[str, Better, int]] = {
     "ssim": ("SSIM", "higher", 4),
     "lpips": ("LPIPS", "lower", 4),
     "fid": ("FID", "lower", 2),
-    "sfid": ("sFID (ours)", "lower", 2),
     "kid": ("KID", "lower", 4),
     "fd": ("FD", "lower", 3),
     "kd": ("KD", "lower", 4),
@@ -81,7 +78,7 @@ COST = Definition("Cost", None, 2, "Number of dense steps of equal cost, by coun
 
 
 def definition(metric: str) -> Definition:
-    """Return the definition of a metric; variants such as `fid_768`, `fd_tiny` or `judge_shape` inherit it.
+    """Return the definition of a metric; variants such as `fd_tiny` or `judge_shape` inherit it.
 
     An unknown metric is shown under its own name and has no direction.
     """

@@ -62,11 +62,11 @@ def equal_time(results: Results, metric: str, phase: str) -> list[Comparison]:
     reference = types.reference_row(results)["seconds"].get(phase)
     out = []
     for row in results["rows"]:
-        figure, took = row["metrics"].get(metric), row["seconds"].get(phase)
-        if row["method"] not in types.ACCELERATED or figure is None or took is None:
+        found, took = row["metrics"].get(metric), row["seconds"].get(phase)
+        if row["method"] not in types.ACCELERATED or found is None or took is None:
             continue
-        who, same = (row["name"], row["method"]), types.identical(figure)
-        if figure["value"] is None and not same:
+        who, same = (row["name"], row["method"]), types.identical(found)
+        if found["value"] is None and not same:
             continue
         slower = reference is not None and took["median"] >= reference["median"]
         if same or (about.of_reference and slower):  # the seconds decide
@@ -74,7 +74,7 @@ def equal_time(results: Results, metric: str, phase: str) -> list[Comparison]:
         else:
             limit = None if reference is None else float(reference["median"])
             dense, basis = _dense_at(line, float(took["median"]), limit, about)
-            out.append(Comparison(*who, *_by_quality(figure, dense, basis, about)))
+            out.append(Comparison(*who, *_by_quality(found, dense, basis, about)))
     return out
 
 
@@ -82,13 +82,13 @@ def dense_line(results: Results, metric: str, phase: str) -> list[DensePoint]:
     """Return the dense runs with a finite value, by seconds."""
     points = []
     for row in results["rows"]:
-        figure, took = row["metrics"].get(metric), row["seconds"].get(phase)
-        if row["method"] in types.ACCELERATED or not figure or not took:
+        found, took = row["metrics"].get(metric), row["seconds"].get(phase)
+        if row["method"] in types.ACCELERATED or not found or not took:
             continue
-        if figure["value"] is not None:
-            seconds, value = float(took["median"]), float(figure["value"])
-            steps, mixed = str(row["num_inference_steps"]), bool(figure.get("infinite"))
-            points.append(DensePoint(seconds, value, steps, _single(figure), mixed))
+        if found["value"] is not None:
+            seconds, value = float(took["median"]), float(found["value"])
+            steps, mixed = str(row["num_inference_steps"]), bool(found.get("infinite"))
+            points.append(DensePoint(seconds, value, steps, _single(found), mixed))
     return sorted(points, key=lambda point: point.seconds)
 
 
@@ -149,16 +149,16 @@ def _between(a: DensePoint, b: DensePoint, seconds: float) -> DensePoint:
 
 
 def _by_quality(
-    figure: MetricValue, dense: DensePoint | None, basis: str, about: Definition
+    metric: MetricValue, dense: DensePoint | None, basis: str, about: Definition
 ) -> tuple[Any, ...]:
     """Compare the values of single samples in pairs; return fields of `Comparison`."""
-    value, single = figure["value"], _single(figure)
+    value, single = metric["value"], _single(metric)
     if dense is None or value is None:
         return "unknown", basis, "", ""
-    if dense.mixed or figure.get("infinite"):
+    if dense.mixed or metric.get("infinite"):
         return "mixed", basis, "", ""
     text = number(value - dense.value, places(value, about), signed=True)
-    text = f"{text} {short(figure['unit'])}".strip()
+    text = f"{text} {short(metric['unit'])}".strip()
     if not (about.better and single and dense.values and single.keys() == dense.values.keys()):
         return "open", basis, text, ""
     differences = [single[key] - dense.values[key] for key in sorted(single)]
@@ -173,10 +173,10 @@ def _by_quality(
     return "better" if wins else "worse", basis, text, shown
 
 
-def _single(figure: MetricValue) -> dict[str, float] | None:
+def _single(metric: MetricValue) -> dict[str, float] | None:
     """Return the values of all samples; None if they are not known or not all finite."""
-    values = {key: x for key, x in figure.get("values", {}).items() if x is not None}
-    return values if values and len(values) == figure["n"] else None
+    values = {key: x for key, x in metric.get("values", {}).items() if x is not None}
+    return values if values and len(values) == metric["n"] else None
 
 
 def _took(seconds: int | float) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dit_accel.eval.results.store import read_results
 from dit_accel.eval.results.types import FORMAT_VERSION, MEDIA, Results
-from dit_accel.eval.view.cells import figure_notes, sample_size
+from dit_accel.eval.view.cells import metric_notes, sample_size
 from dit_accel.eval.view.definitions import definition
 from dit_accel.eval.view.equal_time import VERDICTS, equal_time
 from dit_accel.eval.view.grid import grid
@@ -172,10 +172,10 @@ def _sources(results: Results, metrics: list[str]) -> list[dict[str, Any]]:
     """Return network, size and notes of each metric, as in the first row that has it."""
     found = []
     for key in metrics:
-        figure = next(row["metrics"][key] for row in results["rows"] if key in row["metrics"])
-        against = f" against {figure['n_reference']}" if "n_reference" in figure else ""
-        texts = {"label": definition(key).label, "n": sample_size(figure) + against}
-        found.append({**figure, **texts, "notes": ", ".join(figure_notes(figure))})
+        metric = next(row["metrics"][key] for row in results["rows"] if key in row["metrics"])
+        against = f" against {metric['n_reference']}" if "n_reference" in metric else ""
+        texts = {"label": definition(key).label, "n": sample_size(metric) + against}
+        found.append({**metric, **texts, "notes": ", ".join(metric_notes(metric))})
     return found
 
 

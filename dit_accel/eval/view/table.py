@@ -77,6 +77,8 @@ def build_table(results: Results) -> Table:
     for column, cell in _columns(results, reference):
         own = [cell(row) if row["available"] else Cell() for row in rows]
         known = [x for x in own if x.value is not None]
+        if not known and column.group != "Quality":
+            continue  # not measured
         sizes, notes = {x.n for x in known if x.n}, {x.note for x in known}
         n, note = (x.pop() if len(x) == 1 else "" for x in (sizes, notes))
         columns.append(replace(column, n=n, note=note))
@@ -95,56 +97,53 @@ _Made = tuple[Column, Callable[[Row], Cell]]
 
 def _columns(results: Results, reference: Row) -> Iterator[_Made]:
     """Yield columns, and the function from a row to the cell. Cost and quality of the whole call come first."""
-    rows = results["rows"]
 
-    def seconds(group: str, label: str, phase: str) -> Iterator[_Made]:
-        if any(phase in row["seconds"] for row in rows):
-            column = Column(f"seconds_{phase}", group, label, "s", definitions.SECONDS)
-            yield column, lambda row: cells.seconds_cell(row["seconds"].get(phase))
+    def seconds(group: str, label: str, phase: str) -> _Made:
+        column = Column(f"seconds_{phase}", group, label, "s", definitions.SECONDS)
+        return column, lambda row: cells.seconds_cell(row["seconds"].get(phase))
 
-    def speedup(group: str, label: str, phase: str) -> Iterator[_Made]:
+    def speedup(group: str, label: str, phase: str) -> _Made:
         def cell(row: Row) -> Cell:
             took, value = row["seconds"].get(phase), (row["speedup"] or {}).get(phase)
             return cells.speedup_cell(value, took, reference["seconds"].get(phase))
 
-        if any(row["speedup"] for row in rows):
-            yield Column(f"speedup_{phase}", group, label, "", definitions.SPEEDUP), cell
+        return Column(f"speedup_{phase}", group, label, "", definitions.SPEEDUP), cell
 
-    def counted(key: str, unit: str, about: Definition, cell: Callable) -> Iterator[_Made]:
-        if any(row[key] is not None for row in rows):  # type: ignore[literal-required]
-            yield Column(key, "Resources", about.label, unit, about), cell
-
-    def mebi(row: Row) -> float | None:
-        return None if row["peak_memory_bytes"] is None else row["peak_memory_bytes"] / 2**20
+    def counted(key: str, unit: str, about: Definition, cell: Callable[[Row], Cell]) -> _Made:
+        return Column(key, "Resources", about.label, unit, about), cell
 
     def memory(row: Row) -> Cell:
-        other = None if row is reference else mebi(reference)
-        return cells.plain_cell(mebi(row), definitions.MEMORY, other)
+        sizes = [
+            x["peak_memory_bytes"] and x["peak_memory_bytes"] / 2**20 for x in (row, reference)
+        ]
+        return cells.plain_cell(
+            sizes[0], definitions.MEMORY, None if row is reference else sizes[1]
+        )
 
-    yield from seconds("Whole call", "Seconds", "total")
-    yield from speedup("Whole call", "Speed-up", "total")
+    yield seconds("Whole call", "Seconds", "total")
+    yield speedup("Whole call", "Speed-up", "total")
     for key in metric_keys(results):
         about = definition(key)
         column = Column(key, "Quality", about.label, metric_unit(results, key), about)
         yield column, lambda row, key=key: _quality(row, key, reference)  # type: ignore[misc]
-    yield from speedup("Parts of a call", "Denoise speed-up", "denoise")
+    yield speedup("Parts of a call", "Denoise speed-up", "denoise")
     for phase in ("text", "denoise", "decode"):
-        yield from seconds("Parts of a call", phase.capitalize(), phase)
-    kinds = sorted({str(row["peak_memory_of"]) for row in rows if row["peak_memory_of"]})
-    unit = f"MiB, {' or '.join(kinds)}"
-    yield from counted("peak_memory_bytes", unit, definitions.MEMORY, memory)
-    yield from counted("density", "", definitions.DENSITY, _density)
+        yield seconds("Parts of a call", phase.capitalize(), phase)
+    kinds = {str(row["peak_memory_of"]) for row in results["rows"] if row["peak_memory_of"]}
+    unit = f"MiB, {' or '.join(sorted(kinds))}"
+    yield counted("peak_memory_bytes", unit, definitions.MEMORY, memory)
+    yield counted("density", "", definitions.DENSITY, _density)
     cost = definitions.COST
-    yield from counted("cost", "dense steps", cost, lambda x: cells.plain_cell(x["cost"], cost))
+    yield counted("cost", "dense steps", cost, lambda x: cells.plain_cell(x["cost"], cost))
 
 
 def _quality(row: Row, key: str, reference: Row) -> Cell:
-    figure, about = row["metrics"].get(key), definition(key)
+    found, about = row["metrics"].get(key), definition(key)
     if row is not reference:
-        return cells.figure_cell(figure, about, reference["metrics"].get(key))
-    if figure is None and about.of_reference:
+        return cells.metric_cell(found, about, reference["metrics"].get(key))
+    if found is None and about.of_reference:
         return Cell("reference", note="the other rows are compared with this row")
-    return cells.figure_cell(figure, about)
+    return cells.metric_cell(found, about)
 
 
 def _density(row: Row) -> Cell:
@@ -239,14 +238,14 @@ def results_lines(results: Results, *, parts: bool = False) -> list[str]:
     return out
 
 
-def figures_lines(figures: Mapping[str, MetricValue]) -> list[str]:
+def metrics_lines(metrics: Mapping[str, MetricValue]) -> list[str]:
     """Return one line for each metric of a sample set, with interval, size and network."""
-    out, width = [], max(map(len, figures), default=0) + 2
-    for metric, figure in figures.items():
-        cell, network = cells.figure_cell(figure, definition(metric)), figure["extractor"]
-        size = f" against {figure['n_reference']}" if "n_reference" in figure else ""
+    out, width = [], max(map(len, metrics), default=0) + 2
+    for name, metric in metrics.items():
+        cell, network = cells.metric_cell(metric, definition(name)), metric["extractor"]
+        size = f" against {metric['n_reference']}" if "n_reference" in metric else ""
         resize = network and network.get("resize") and f"resize {network['resize']}"
         notes = [f"n = {cell.n}{size}", network and network["id"], resize, cell.note]
-        text = " ".join(x for x in (cell.text, figure["unit"], cell.range) if x)
-        out.append(f"{metric:{width}}{text}  ({', '.join(x for x in notes if x)})")
+        text = " ".join(x for x in (cell.text, metric["unit"], cell.range) if x)
+        out.append(f"{name:{width}}{text}  ({', '.join(x for x in notes if x)})")
     return out
