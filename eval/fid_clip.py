@@ -20,7 +20,7 @@ import tyro
 from dit_accel.cli.options import ModelOptions, SamplingOptions
 from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics.choices import TINY, Given
-from dit_accel.eval.metrics.networks import Networks
+from dit_accel.eval.metrics.networks import Networks, load_networks
 from dit_accel.eval.metrics.score import open_reference, score
 from dit_accel.eval.view.table import metrics_lines
 from dit_accel.files import check_writable, write_json
@@ -70,13 +70,13 @@ def draw(args: Args, metrics: Sequence[str], networks: Networks) -> SampleSet:
     """Sample a prompts file, after checking everything that the metrics will need."""
     if args.model is None or args.output_dir is None:
         raise ValueError(
-            f"source={str(args.source)!r}: accepted is a folder, or a prompts file with --model and --output-dir"
+            f"source={str(args.source)!r}: must be a folder, or a prompts file with --model and --output-dir"
         )
     drawn, named = load_prompts(args.source), load_prompts(args.prompts or args.source)
     options = ModelOptions(model=args.model, sampling=SamplingOptions(**asdict(args.sampling)))
     source, sampling = options.resolve()
     reference = open_reference(args.reference)
-    networks.loaded(metrics)
+    load_networks(networks.arguments(), metrics)
     pipe = load_pipeline(source, sla=args.sla, ras=args.ras, device=args.device)
     samples = plan_samples(drawn, sampling, seed=args.seed, count=1, layout="ids")
     planned = planned_set(pipe, samples)
@@ -98,7 +98,7 @@ def main(args: Args) -> None:
     _, ranks = shard_of()
     if ranks > 1:
         raise ValueError(
-            f"WORLD_SIZE={ranks}: accepted is one process; under torchrun run `dit-accel eval generate`, then "
+            f"WORLD_SIZE={ranks}: must be one process; under torchrun run `dit-accel eval generate`, then "
             "this script on its folder"
         )
     metrics = []
@@ -107,7 +107,7 @@ def main(args: Args) -> None:
     if args.clip is not None:
         metrics.append("clip_score")
     if not metrics:
-        raise ValueError("reference, clip: none; accepted is at least one of the two")
+        raise ValueError("reference, clip: pass at least one of the two")
     if args.output is not None:
         check_writable(args.output.parent, "output")
     networks = Networks(

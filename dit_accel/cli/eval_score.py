@@ -73,7 +73,7 @@ class Score:
             for name, value in chosen.items():
                 if value:
                     raise ValueError(
-                        f"{name}={str(value)!r}: accepted when the parts are measured, not beside parts"
+                        f"{name}={str(value)!r}: must be given when the parts are measured, not with parts"
                     )
         shard = self._shard()
         if shard[1] > 1 and (self.save is None or self.fail_if or self.output is not None):
@@ -81,7 +81,7 @@ class Score:
                 f"shard={self.shard!r}: a part has no metrics; pass save, not output or fail_if"
             )
         if self.save is not None and self.save.suffix != ".safetensors":
-            raise ValueError(f"save={str(self.save)!r}: accepted is a .safetensors file")
+            raise ValueError(f"save={str(self.save)!r}: must be a .safetensors file")
         pick_device(self.device)
         judged = [f"judge_{x}" for x in PARTS[1:]] if "judge" in self.metrics else []
         check_early(self.fail_if, metrics=[*self.metrics, *judged] if self.metrics else None)
@@ -103,9 +103,7 @@ class Score:
         if measurement.comparisons and "reference" not in measurement.features:
             if self.save is None or self.fail_if or self.output is not None:
                 names = ", ".join(measurement.comparisons)
-                raise ValueError(
-                    f"reference: none, so {names} have no value; accepted with save alone"
-                )
+                raise ValueError(f"reference: none, so {names} have no value; pass save alone")
             print_line(str(self.save))
             return
         metrics = measurement.metric_values()
@@ -125,7 +123,7 @@ class Score:
     def _shard(self) -> tuple[int, int]:
         index, _, count = self.shard.partition("/")
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise ValueError(f"shard={self.shard!r}: accepted is i/n with 0 <= i < n")
+            raise ValueError(f"shard={self.shard!r}: must be i/n with 0 <= i < n")
         return int(index), int(count)
 
     def _measure(self, shard: tuple[int, int]) -> Any:

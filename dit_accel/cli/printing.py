@@ -23,14 +23,14 @@ def print_results(found: dict[str, Any], format_: str, *, parts: bool = False) -
         format_: "json" or "human".
         parts: also print the seconds of the parts of a call.
     """
-    from dit_accel.eval.view.table import results_lines
+    from dit_accel.eval.view.table import results_text
 
     if format_ == "json":
         print_json(found if len(found) > 1 else next(iter(found.values())))
         return
     for folder, results in found.items():
         print_line(f"{results['title']} ({folder})")
-        print_line("\n".join(results_lines(results, parts=parts)) + "\n")
+        print_line(results_text(results, parts=parts) + "\n")
 
 
 def fail_on(reasons: list[str], label: str = "fail_if") -> None:

@@ -58,7 +58,7 @@ def test_parts_of_a_measurement_give_the_metrics_of_the_whole(pictures, tmp_path
     assert run("eval", "score", "--parts", parts[0]) == 2
     assert "parts: 1/2 of the measurement missing" in capsys.readouterr().err
     assert run("eval", "score", "--parts", *parts, "--reference", clean) == 2
-    assert f"reference='{clean}': accepted when the parts are measured" in capsys.readouterr().err
+    assert f"reference='{clean}': must be given when the parts" in capsys.readouterr().err
 
 
 def test_a_saved_measurement_is_a_reference(pictures, tmp_path, capsys):

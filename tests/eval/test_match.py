@@ -146,7 +146,8 @@ def stairs(monkeypatch):
 
     def made(of):
         pipe = types.SimpleNamespace(transformer=object())
-        probes = Probes(pipe, lambda rows: None, _dense=[1], _steps=20)
+        probes = Probes(pipe, lambda rows: None)
+        probes._dense = [1], 20
         probes.asked = []
 
         def cost(on):

@@ -219,11 +219,11 @@ def same(a, b):
     """Metrics, with features to rounding and all else to the last bit."""
     assert list(a) == list(b)
     for name, metric in a.items():
-        rough = metric.startswith(("fd_", "kd_"))
+        rough = name.startswith(("fd_", "kd_"))
         value = pytest.approx(metric["value"], rel=1e-5, abs=1e-7) if rough else metric["value"]
-        assert b[metric]["value"] == value
-        assert b[metric]["n"] == metric["n"]
-        assert b[metric]["interval_95"] == metric["interval_95"]
+        assert b[name]["value"] == value
+        assert b[name]["n"] == metric["n"]
+        assert b[name]["interval_95"] == metric["interval_95"]
 
 
 PART = """

@@ -16,7 +16,6 @@ from dit_accel.eval.runs.rows import build_row
 from dit_accel.eval.runs.timing import (
     Log,
     MeasuredCalls,
-    equal_time_steps,
     nearest_steps,
     peak_memory,
     seconds_of,
@@ -171,19 +170,26 @@ def test_the_nearest_number_of_steps_is_found(most, slope, fixed, targets):
     def took(n):
         return fixed + slope * n
 
-    asked = []
+    asked = set()
 
-    def measure(numbers):
-        asked.extend(numbers)
-        return {n: took(n) for n in numbers}
+    class Line(MeasuredCalls):
+        def run(self, methods, rounds):
+            asked.update(x.num_inference_steps for x in methods if x.kind == "fewer_steps")
 
-    found = equal_time_steps({most + 1: took(most + 1)}, targets, most, measure)
-    for n, target in zip(found, targets, strict=True):
+        def seconds(self, method, rounds=None):
+            if method.kind == "cache":
+                return targets[int(method.name)]
+            return took(method.num_inference_steps or most + 1)
+
+    caches = [Method(name=str(i), kind="cache") for i in range(len(targets))]
+    found = Line(None, [], most + 1)._equal_time([DENSE, *caches], [], 1)
+    assert set(found) == {str(i) for i, x in enumerate(targets) if x < took(most + 1)}
+    for name, n in found.items():
         assert 1 <= n <= most
         assert n in asked
         # The time is a line, so that the second attempt is right.
-        best = min(abs(took(x) - target) for x in range(1, most + 1))
-        assert abs(took(n) - target) == pytest.approx(best, abs=1e-6)
+        best = min(abs(took(x) - targets[int(name)]) for x in range(1, most + 1))
+        assert abs(took(n) - targets[int(name)]) == pytest.approx(best, abs=1e-6)
     assert len(asked) <= 3 * len(targets)
 
 

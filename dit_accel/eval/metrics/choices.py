@@ -53,8 +53,8 @@ class Given:
         names = self._default() if metrics is None else list(dict.fromkeys(metrics))
         if not names:
             raise ValueError(
-                f"metrics={metrics}: nothing can be measured; accepted is at least one name, or a reference, prompts "
-                "of the demo, or a CLIP model"
+                f"metrics={metrics}: nothing can be measured; pass a name, a reference, prompts of the demo, or a "
+                "CLIP model"
             )
         for name in names:
             if missing := self._missing(name):
@@ -104,7 +104,7 @@ class Given:
             if found[0] != found[1]:
                 raise ValueError(
                     f"sample {name!r}: {found[0]} in {self.samples.path} and {found[1]} in "
-                    f"{self.reference.path}; accepted are as many frames of the same size"
+                    f"{self.reference.path}; must have as many frames of the same size"
                 )
         return ids
 
@@ -150,7 +150,9 @@ class Given:
             if isinstance(one, SampleSet):
                 count = sum(len(one.files(x)) for x in one.ids[:least])
                 if count < least:
-                    return f"accepts at least {least} pictures; {argument}={str(one.path)!r} has {count}"
+                    return (
+                        f"needs at least {least} pictures; {argument}={str(one.path)!r} has {count}"
+                    )
         if isinstance(self.reference, Measurement):
             saved, name = self.reference.features.get("samples", {}), comparison.extractor
             if name not in saved:

@@ -50,8 +50,8 @@ class ClipScore:
                 self.processor: Any = CLIPImageProcessorPil.from_pretrained(source, **at)
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"clip={source!r}: no CLIP model with safetensors weights ({error}); accepted is a local folder "
-                "with model, tokenizer and preprocessor_config.json, or a model id on the Hub"
+                f"clip={source!r}: no CLIP model with safetensors weights ({error}): must be a local folder with "
+                "model, tokenizer and preprocessor_config.json, or a model id on the Hub"
             ) from None
         self.device = torch.device(device)
         # float32, because transformers keeps the checkpoint's precision, which would change the score.

@@ -46,7 +46,7 @@ class FeatureSet:
         if wrong := (~features.isfinite().all(1)).nonzero()[:, 0].tolist():
             raise ValueError(
                 f"features: {len(wrong)} of {len(names)} samples, {names[wrong[0]]!r} the first, have values "
-                "that are not finite; accepted are finite numbers"
+                "that are not finite: must be finite numbers"
             )
         wide = features.detach().double().cpu()
         self.count += len(wide)
@@ -111,7 +111,7 @@ def check_same_extractor(a: FeatureSet, b: FeatureSet) -> None:
     said = [f"{x.dims} features of {x.extractor}" for x in (a, b)]
     if said[0] != said[1]:
         raise ValueError(
-            f"{said[0]} against {said[1]}: accepted is one extractor, with one sha256 and one way of resizing"
+            f"{said[0]} against {said[1]}: must be one extractor, with one sha256 and one way of resizing"
         )
 
 

@@ -55,9 +55,9 @@ class Extractor:
     ) -> None:
         check_resize(resize)
         if not name.isidentifier():
-            raise ValueError(f"name={name!r}: accepted are letters, digits and underscores")
+            raise ValueError(f"name={name!r}: must be letters, digits and underscores")
         if size is not None and min(size if isinstance(size, tuple) else (size,)) < 1:
-            raise ValueError(f"size={size!r}: accepted are pixels >= 1")
+            raise ValueError(f"size={size!r}: must be >= 1 pixel")
         self.name = name
         self.size = (size, size) if isinstance(size, int) else size
         self.resize = resize
@@ -79,7 +79,7 @@ class Extractor:
         if frame.shape != self._shape:
             sizes = " and ".join(f"{x[1]}x{x[0]}" for x in (frame.shape, self._shape))
             raise ValueError(
-                f"pictures of {sizes}: accepted is one size for extractor {self.name!r} with size=None"
+                f"pictures of {sizes}: must have one size for extractor {self.name!r} with size=None"
             )
         return torch.from_numpy(frame).permute(2, 0, 1).float() / 255
 
@@ -119,7 +119,7 @@ def tiny_extractor(
 def check_resize(resize: str) -> None:
     """Raise ValueError unless `resize` is one of the three ways."""
     if resize not in get_args(Resize):
-        raise ValueError(f"resize={resize!r}: accepted are {', '.join(get_args(Resize))}")
+        raise ValueError(f"resize={resize!r}: must be one of {', '.join(get_args(Resize))}")
 
 
 def resized(

@@ -90,7 +90,7 @@ class Measurement:
         count = self.shards[0][1]
         if missing := sorted(set(range(count)) - {i for i, _ in self.shards}):
             named = ", ".join(f"{i}/{count}" for i in missing)
-            raise ValueError(f"parts: {named} of the measurement missing; accepted are all {count}")
+            raise ValueError(f"parts: {named} of the measurement missing: must be all {count}")
 
     def merge(self, other: "Measurement") -> None:
         """Add the measurement of another part of the same set.
@@ -100,15 +100,13 @@ class Measurement:
         """
         counts = self.shards[0][1], other.shards[0][1]
         if counts[0] != counts[1]:
-            raise ValueError(f"parts: of {counts[0]} and of {counts[1]}; accepted is one division")
+            raise ValueError(f"parts: of {counts[0]} and of {counts[1]}: must be of one division")
         for name in _SETTINGS:
             if (mine := getattr(self, name)) != (theirs := getattr(other, name)):
                 raise ValueError(f"parts measured differently: {name} is {mine!r} and {theirs!r}")
         for side, ids in other.ids.items():
             if both := sorted(set(self.ids.get(side, [])) & set(ids)):
-                raise ValueError(
-                    f"{side}: {both[0]!r} is in two parts; accepted are parts that share nothing"
-                )
+                raise ValueError(f"{side}: {both[0]!r} is in two parts: must be in one")
             self.ids.setdefault(side, []).extend(ids)
         for metric, values in other.values.items():
             self.values.setdefault(metric, {}).update(values)
@@ -142,7 +140,7 @@ class Measurement:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if (version := about.get("format_version")) != FORMAT_VERSION:
             raise ValueError(
-                f"{path}: format_version={version!r} of a measurement; accepted is {FORMAT_VERSION}"
+                f"{path}: format_version={version!r} of a measurement: must be {FORMAT_VERSION}"
             )
         about["metrics"], about["shards"] = tuple(about["metrics"]), [*map(tuple, about["shards"])]
         about["comparisons"] = {k: Comparison(*x) for k, x in about["comparisons"].items()}

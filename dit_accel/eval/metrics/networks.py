@@ -42,18 +42,14 @@ class Networks:
         """Names of the networks that have weights."""
         return tuple(x for x in NAMES if getattr(self, x) is not None)
 
-    def loaded(self, metrics: Sequence[str], device: str = "cpu") -> dict[str, Any]:
-        """Return the arguments of `score` with the networks loaded that `metrics` need.
-
-        Use it to read each network once for several sets, or to check the files before sampling.
-        """
-        return load_networks(asdict(self), metrics, device)
-
 
 def load_networks(
-    arguments: Mapping[str, Any], metrics: Sequence[str], device: str | torch.device
+    arguments: Mapping[str, Any], metrics: Sequence[str], device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
-    """Return fields of `Networks` in which the networks that `metrics` need are loaded."""
+    """Return the fields of `Networks` in `arguments`, with the networks loaded that `metrics` need.
+
+    Use it to read each network once for several sets, or to check the files before sampling.
+    """
     from dit_accel.eval.metrics.choices import INCEPTION
     from dit_accel.eval.metrics.clip_score import ClipScore
     from dit_accel.eval.metrics.features import load_inception
@@ -84,7 +80,7 @@ def file_sha256(path: str | os.PathLike, argument: str) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(
-            f"{argument}={str(path)!r}: cannot be read ({error.strerror or error}); accepted is a local file"
+            f"{argument}={str(path)!r}: cannot be read ({error.strerror or error}): must be a local file"
         ) from None
 
 
@@ -118,8 +114,8 @@ def load_weights(
     other = not sha256.startswith(known)
     if other and not allow:
         raise ValueError(
-            f"{named}: sha256 {sha256}; accepted are {what} (sha256 {known}), or other weights that you "
-            "trust, with allow_other_weights"
+            f"{named}: sha256 {sha256}: must be {what} (sha256 {known}), or other weights that you trust, with "
+            "allow_other_weights"
         )
     safe = Path(path).suffix == ".safetensors"
     try:
@@ -128,11 +124,11 @@ def load_weights(
     # load the file with weights_only=False, which would run code in it.
     except Exception as error:
         raise ValueError(
-            f"{named}: not a weights file ({type(error).__name__}); accepted are a .safetensors file or a .pth "
-            "of tensors by name"
+            f"{named}: not a weights file ({type(error).__name__}): must be a .safetensors file or a .pth of "
+            "tensors by name"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise ValueError(f"{named}: holds no tensors by name; accepted is a state dict")
+        raise ValueError(f"{named}: holds no tensors by name: must be a state dict")
     return dict(state), sha256, ["other-weights"] if other else []
 
 

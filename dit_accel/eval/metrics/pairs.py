@@ -39,7 +39,9 @@ def ssim(a: Frames, b: Frames) -> float:
 
     check_sizes(a, b)
     if min(a.shape[1:3]) < 6:  # torchmetrics reflects 5 pixels at each border
-        raise ValueError(f"frames of {a.shape[2]}x{a.shape[1]}: SSIM accepts at least 6x6 pixels")
+        raise ValueError(
+            f"frames of {a.shape[2]}x{a.shape[1]}: must have at least 6x6 pixels for SSIM"
+        )
     frames = [(_tensor(x)[None], _tensor(y)[None]) for x, y in zip(a, b, strict=True)]
     values: list[Any] = [structural_similarity_index_measure(*x, data_range=1.0) for x in frames]
     return float(np.mean([x.item() for x in values]))
@@ -72,7 +74,7 @@ class Lpips:
         device: torch.device | str = "cpu",
     ) -> None:
         if net not in LPIPS_BACKBONES:
-            raise ValueError(f"net={net!r}: accepted are {', '.join(LPIPS_BACKBONES)}")
+            raise ValueError(f"net={net!r}: must be one of {', '.join(LPIPS_BACKBONES)}")
         known, what = LPIPS_BACKBONES[net], f"torchvision's {net}"
         state, sha256, self.flags = load_weights("lpips", weights, known, what, allow_other_weights)
         # Not torchmetrics, whose module downloads the backbone's weights.
@@ -110,7 +112,7 @@ def check_sizes(a: np.ndarray, b: np.ndarray) -> None:
     if a.shape != b.shape or a.dtype != b.dtype:
         shapes = [f"{x.shape[0]} frames of {x.shape[2]}x{x.shape[1]} ({x.dtype})" for x in (a, b)]
         raise ValueError(
-            f"{shapes[0]} against {shapes[1]}: accepted are two clips of one length, size and type"
+            f"{shapes[0]} against {shapes[1]}: must be clips of one length, size and type"
         )
 
 

@@ -1,14 +1,14 @@
 """`score` and `measure`: every metric of a set of samples in one pass over its files."""
 
 import os
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -28,8 +28,6 @@ from dit_accel.sampling.sets import SampleSet
 from dit_accel.sampling.settings import check_count
 
 Source = SampleSet | str | os.PathLike
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def score(
@@ -74,7 +72,7 @@ def measure(
         progress: show a progress bar on stderr.
         shard: (i, n) measures every n-th sample from the i-th on. The n parts, merged, are the whole.
         need_reference: refuse metrics that compare features when there is no reference.
-        networks: fields of `Networks`, as `inception`, `clip`, `lpips`; or the result of `Networks.loaded`.
+        networks: fields of `Networks`, as `inception`, `clip`, `lpips`; or the result of `load_networks`.
 
     Raises:
         ValueError: bad input; raised before any work where possible.
@@ -83,10 +81,10 @@ def measure(
     check_count("batch_size", batch_size)
     check_count("workers", workers)
     if not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"shard={shard}: accepted is (i, n) with 0 <= i < n")
+        raise ValueError(f"shard={shard}: must be (i, n) with 0 <= i < n")
     name = None if extractor is None else extractor.name
     if name in (TINY, "inception"):
-        raise ValueError(f"extractor: name={name!r} is taken; accepted is another")
+        raise ValueError(f"extractor: name={name!r} is taken; pass another")
     place = pick_device(device)
     samples = images if isinstance(images, SampleSet) else SampleSet.open(images)
     saved = open_reference(reference)
@@ -164,15 +162,17 @@ class Pass:
             sets["reference"] = self.given.reference
         ids = {side: x.ids[shard[0] :: shard[1]] for side, x in sets.items()}
         total = sum(map(len, ids.values()))
-        with tqdm(total=total, desc="scoring", disable=not progress, mininterval=1.0) as bar:
+        bar = tqdm(total=total, desc="scoring", disable=not progress, mininterval=1.0)
+        with ThreadPoolExecutor(workers) as pool, bar:
             for side, samples in sets.items():
                 batch: list[Sample] = []
-                for sample in _ahead(partial(self._read, side, samples), ids[side], workers):
-                    batch.append(sample)
-                    if sum(len(x.frames) for x in batch) >= self.batch_size:
-                        self._measure(side, batch)
-                        batch = []
-                    bar.update()
+                for part in _chunks(ids[side], workers):  # few, because clips are large
+                    for sample in pool.map(partial(self._read, side, samples), part):
+                        batch.append(sample)
+                        if sum(len(x.frames) for x in batch) >= self.batch_size:
+                            self._measure(side, batch)
+                            batch = []
+                        bar.update()
                 self._measure(side, batch)
 
     def _read(self, side: str, samples: SampleSet, name: str) -> Sample:
@@ -217,13 +217,13 @@ class Pass:
     def _measure_clip(self, batch: list[Sample]) -> None:
         clip, prompts = self.networks["clip"], self.given.prompts
         self.measurement.truncated += sum(clip.truncated([prompts[x.id] for x in batch]))
-        sums: dict[str, float] = defaultdict(float)
+        found: dict[str, list[float]] = defaultdict(list)
         for part in _chunks([(x.id, y) for x in batch for y in x.for_clip], self.batch_size):
             scores = clip([image for _, image in part], [prompts[name] for name, _ in part])
             for (name, _), score in zip(part, scores, strict=True):
-                sums[name] += score
-        for x in batch:
-            self._put("clip_score", x.id, sums[x.id] / len(x.frames))
+                found[name].append(score)
+        for name, scores in found.items():
+            self._put("clip_score", name, float(np.mean(scores)))
 
     def _measure_judge(self, batch: list[Sample]) -> None:
         still = self.given.samples.kind == "images"
@@ -240,21 +240,5 @@ class Pass:
         self.measurement.values.setdefault(metric, {})[name] = value
 
 
-def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _ahead(read: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
-    """Yield results in order, with `workers` items being read at a time."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(read, item))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # after an error the others are not needed
-            for future in waiting:
-                future.cancel()

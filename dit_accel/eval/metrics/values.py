@@ -53,7 +53,7 @@ def metric_value(
         extras: further fields, such as `flags`, `infinite`, `truncated`.
     """
     if value is not None and not math.isfinite(value):
-        raise ValueError(f"value={value}: accepted is a finite number")
+        raise ValueError(f"value={value}: must be a finite number")
     known = dict(value=value, n=n, interval_95=interval_95, unit=unit, extractor=extractor)
     return cast(MetricValue, {**known, **extras})
 

@@ -46,7 +46,7 @@ def read_results(path: str | os.PathLike) -> Results:
         return validate(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         why = f"cannot read {file.name} ({error.strerror or error})"
-        raise ValueError(f"path={str(path)!r}: {why}; accepted is a results.json") from None
+        raise ValueError(f"path={str(path)!r}: {why}: must be a results.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"path={str(path)!r}: {file.name} is not JSON ({error})") from None
     except ValueError as error:
@@ -139,7 +139,7 @@ def _require(ok: bool, place: str, value: Any, accepted: str) -> None:
     if not ok:
         shown = repr(value)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        raise ValueError(f"{place}={shown}: accepted is {accepted}")
+        raise ValueError(f"{place}={shown}: must be {accepted}")
 
 
 def _unique(place: str, entries: Sequence[dict[str, Any]], key: str) -> list[str]:

@@ -182,7 +182,7 @@ def read_cache(text: str) -> tuple[StepCache, float | None]:
     """
     name, _, given = text.partition(":")
     if name not in CACHES:
-        raise ValueError(f"cache={text!r}: accepted are none, {', '.join(CACHES)}")
+        raise ValueError(f"cache={text!r}: must be none or one of {', '.join(CACHES)}")
     cache = CACHES[name]
     if not given:
         return cache, None

@@ -5,7 +5,8 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -66,8 +67,6 @@ class Probes:
     """Function that makes the samples of these numbers with the pipeline."""
     rows: range = range(2)
     """Numbers of the samples. Each is made alone, because a step cache decides for all samples of a call at once."""
-    _dense: list[int] = field(default_factory=list)
-    _steps: int = 0
 
     def cost(self, on: Callable[[], Any] = contextlib.nullcontext) -> float:
         """Return the cost of sampling inside the context manager that `on` makes, as a share of dense sampling.
@@ -77,12 +76,7 @@ class Probes:
         """
         from diffusers.utils import logging
 
-        if not self._dense:
-            self._dense = self._count()
-            if not all(self._dense):
-                raise RuntimeError("pipe: torch counts no FLOPs of its transformer")
-            # A solver of second order makes more calls than it has steps.
-            self._steps = len(self.pipe.scheduler.timesteps)
+        dense, _ = self._dense
         before = logging.get_verbosity()
         logging.set_verbosity_error()  # FasterCache warns each time that it is enabled
         try:
@@ -90,7 +84,16 @@ class Probes:
                 counts = self._count()
         finally:
             logging.set_verbosity(before)
-        return float(np.mean([x / y for x, y in zip(counts, self._dense, strict=True)]))
+        return float(np.mean([x / y for x, y in zip(counts, dense, strict=True)]))
+
+    @cached_property
+    def _dense(self) -> tuple[list[int], int]:
+        """FLOPs of each dense sample, and number of calls that the solver makes in a run."""
+        counts = self._count()
+        if not all(counts):
+            raise RuntimeError("pipe: torch counts no FLOPs of its transformer")
+        # A solver of second order makes more calls than it has steps.
+        return counts, len(self.pipe.scheduler.timesteps)
 
     def _count(self) -> list[int]:
         return [
@@ -101,9 +104,7 @@ class Probes:
     @property
     def steps(self) -> int:
         """Number of calls that the solver makes in a run."""
-        if not self._dense:
-            self.cost()
-        return self._steps
+        return self._dense[1]
 
     def calibrate(self) -> list[float]:
         """Return the ratios that MagCache needs: means over the samples and over both calls of guidance."""

@@ -139,7 +139,7 @@ def read_methods(
                 x: RASConfig.load(given[x]) if x == "ras" else settings_of(given[x]) for x in kinds
             }
             if None in chosen.values():
-                raise ValueError(f"methods: {name!r} is dense sampling; accepted is dense")
+                raise ValueError(f"methods: {name!r} is dense sampling; pass 'dense'")
             if crossover is not None and "sla" in chosen:
                 chosen["sla"] = _with_crossover(chosen["sla"], crossover)
             labels = [_label(given[x]) for x in kinds]
@@ -150,7 +150,7 @@ def read_methods(
         else:
             accepted = ", ".join(dict.fromkeys(["dense", *DEFAULT, *CACHES]))
             raise ValueError(
-                f"methods: unknown {name!r}; accepted are {accepted}, with a setting after a colon"
+                f"methods: unknown {name!r}: must be one of {accepted}, with a setting after a colon"
             )
     folders = [x.folder for x in methods]
     for i, method in enumerate(methods):

@@ -62,11 +62,8 @@ def choose_settings(
         "samples": [(x.record.prompt, x.seed, x.sampling.call_arguments()) for x in others],
         "target": TARGET if ours is None else ours.settings,
     }
-    log, found = None, dict[str, Any]()
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = Log(folder / MATCHES, about, "found")
-        found = log.results
+    log = None if folder is None else Log(folder / MATCHES, about, "found")
+    found: dict[str, Any] = {} if log is None else log.results
     tuned = {x.name: x.tuned for x in methods if x.tuned and whys[x.name] is None}
     missing = [x for x in methods if x.name in tuned and x.name not in found]
     with quiet(pipe):

@@ -13,7 +13,7 @@ from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.checkpoint.identity import public_name
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.eval.metrics.measurement import Measurement
-from dit_accel.eval.metrics.networks import Networks
+from dit_accel.eval.metrics.networks import Networks, load_networks
 from dit_accel.eval.metrics.score import open_reference
 from dit_accel.eval.results.store import build_results, write_results
 from dit_accel.eval.results.types import Results, Row
@@ -119,7 +119,8 @@ class Evaluation:
         check_libraries()
         samples, methods, metrics, reference = self.check(pipe)
         methods = [x.tried(pipe, self.steps) for x in methods]
-        self.networks.loaded(metrics.needed)  # weights that cannot be read end the run here
+        networks = self.networks.arguments()
+        load_networks(networks, metrics.needed)  # weights that cannot be read end the run here
         fine = [] if self.fine_steps is None else [dense_with(self.fine_steps)]
         for method in (*methods, *fine):
             if method.why is None and method.tuned is None and not method.at_equal_time:
@@ -139,7 +140,7 @@ class Evaluation:
         fewer = calls.measure(methods, self.repeats, progress=self.progress)
         sets |= {x.name: self._make(pipe, x) for x in fewer}
         device = str(pipe._execution_device)
-        options = {**self.networks.loaded(metrics.needed, device), "device": device}
+        options = {**load_networks(networks, metrics.needed, device), "device": device}
         scorer = Scorer(metrics, sets[DENSE.name], finest, reference, options | {"progress": False})
         accelerated = [x for x in methods if x.kind not in ("dense", "fewer_steps")]
         name, steps = public_name(self.model), self.fine_steps

@@ -94,12 +94,12 @@ def choose_metrics(
         to_dense, rest = list(dict.fromkeys([*to_dense, *rest])), []
     for name in to_dense:
         if name in (*PAIRED, *ALONE):
-            raise ValueError(f"metrics: unknown {name + TO_DENSE!r}; accepted is {name!r}")
+            raise ValueError(f"metrics: unknown {name + TO_DENSE!r}: must be {name!r}")
     if "lpips" in plain and "lpips" not in networks.given:
         raise ValueError("metric 'lpips' needs lpips=, the weights of the backbone")
     if reference is not None and not rest:
         raise ValueError(
-            f"reference: no metric compares with it; accepted with inception, or metrics such as 'fd_{TINY}'"
+            f"reference: no metric compares with it; pass inception, or metrics such as 'fd_{TINY}'"
         )
     paired = tuple(x for x in plain if x in PAIRED)  # two sets of one plan always make pairs
     if fine and not paired:
@@ -121,17 +121,16 @@ class Scorer:
 
     def metric_values(self, samples: SampleSet) -> dict[str, MetricValue]:
         """Return the metrics of a set. The dense set is not compared with itself."""
-        names, own = self.metrics, samples.path == self.dense.path
-        plain = (*(() if own else names.paired), *names.alone)
-        wanted: list[tuple[Sequence[str], Reference | None, str]]
-        wanted = [(plain, None if own else self.dense, "")]
-        if self.fine is not None:
-            wanted.append((names.paired, self.fine, FINE))
-        if not own:
-            wanted.append((names.to_dense, self._features(self.dense, names.to_dense), TO_DENSE))
-        other = self._features(self.reference, names.to_reference)
+        names = self.metrics
+        dense = None if samples.path == self.dense.path else self.dense
+        compared = [
+            ((*(names.paired if dense else ()), *names.alone), dense, ""),
+            (names.paired if self.fine else (), self.fine, FINE),
+            (names.to_dense if dense else (), self._features(dense, names.to_dense), TO_DENSE),
+            (names.to_reference, self._features(self.reference, names.to_reference), ""),
+        ]
         found: dict[str, MetricValue] = {}
-        for metrics, reference, end in (*wanted, (names.to_reference, other, "")):
+        for metrics, reference, end in compared:
             if metrics:
                 made = score(samples, reference=reference, metrics=metrics, **self.options)
                 found |= {f"{name}{end}": x for name, x in made.items()}

@@ -7,7 +7,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dit_accel.sampling.manifest import differences
 from dit_accel.sampling.plan import Sample
 
 ATTEMPTS = 3
-"""Searches for a nearer number of steps. On a machine under load the search might never end."""
+"""Searches for a nearer number of steps after the first guess. On a machine under load the search might never end."""
 _PROC = Path("/proc/self")
 
 
@@ -122,7 +122,7 @@ class MeasuredCalls:
             self._bar.update()
 
     def seconds(self, method: Method, rounds: int | None = None) -> float:
-        """Return the median seconds of denoising of the first `rounds` calls."""
+        """Return the median seconds of denoising of the first `rounds` calls, by default of all."""
         calls = self.calls[method.name][:rounds]
         return statistics.median(x["seconds"]["denoise"] for x in calls)
 
@@ -133,23 +133,22 @@ class MeasuredCalls:
 
         After one round the numbers are roughly known, and these dense runs take turns with the other methods.
         """
-        most = self.steps - 1
-        self.run([*compared, *map(dense_with, given)], 1)
-        # Seconds of the first round only: a run that goes on must guess as it did at first.
-        first = {x.name: self.seconds(x, 1) for x in compared}
-        dense = {self.steps: first[DENSE.name]}
-        quick = [x for x in first.values() if x < dense[self.steps]]
-        fewer = dict.fromkeys([*given, *(nearest_steps(dense, x, most) for x in quick)])
-
-        def measure(numbers: Collection[int], others: Sequence[Method] = ()) -> dict[int, float]:
-            self.run([*others, *map(dense_with, numbers)], repeats)
-            return {n: self.seconds(dense_with(n)) for n in numbers}
-
-        measured = measure(fewer, compared) | {self.steps: self.seconds(DENSE)}
-        times = {x.name: self.seconds(x) for x in compared}
-        targets = {name: x for name, x in times.items() if x < measured[self.steps]}
-        found = equal_time_steps(measured, list(targets.values()), most, measure)
-        return dict(zip(targets, found, strict=True))
+        numbers, rounds = dict.fromkeys(given), 1
+        for _ in range(ATTEMPTS + 2):
+            self.run([*compared, *map(dense_with, numbers)], rounds)
+            # Seconds of these rounds only: a run that goes on must search as it did at first.
+            measured = {n: self.seconds(dense_with(n), rounds) for n in numbers}
+            times = {x.name: self.seconds(x, rounds) for x in compared}
+            dense = {self.steps: times[DENSE.name]}
+            targets = {name: x for name, x in times.items() if x < times[DENSE.name]}
+            found = [nearest_steps(measured | dense, x, self.steps - 1) for x in targets.values()]
+            if rounds == repeats and set(found) <= set(measured):
+                break
+            numbers, rounds = numbers | dict.fromkeys(found), repeats
+        return {
+            name: min(measured, key=lambda n: (abs(measured[n] - x), n))
+            for name, x in targets.items()
+        }
 
 
 def seconds_of(measured: Mapping[int, float], steps: int) -> float:
@@ -163,26 +162,6 @@ def seconds_of(measured: Mapping[int, float], steps: int) -> float:
 def nearest_steps(measured: Mapping[int, float], seconds: float, most: int) -> int:
     """Return the number of steps in [1, most] whose seconds are nearest; the smaller one of two equally near."""
     return min(range(1, most + 1), key=lambda n: (abs(seconds_of(measured, n) - seconds), n))
-
-
-def equal_time_steps(
-    measured: Mapping[int, float],
-    targets: Sequence[float],
-    most: int,
-    measure: Callable[[list[int]], Mapping[int, float]],
-) -> list[int]:
-    """Return the number of steps in [1, most] whose measured seconds are nearest to each target.
-
-    `measured` has seconds by number of steps, at least those of `most + 1`; `measure` adds further numbers.
-    """
-    known = dict(measured)
-    for _ in range(ATTEMPTS):
-        wanted = {nearest_steps(known, x, most) for x in targets} - set(known)
-        if not wanted:
-            break
-        known |= measure(sorted(wanted))
-    candidates = [n for n in sorted(known) if n <= most]
-    return [min(candidates, key=lambda n: (abs(known[n] - x), n)) for x in targets]
 
 
 class Log:
@@ -207,4 +186,5 @@ class Log:
 
     def write(self) -> None:
         """Write the file atomically."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._path, {"about": self._about, self._kind: self.results})

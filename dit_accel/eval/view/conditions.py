@@ -87,9 +87,9 @@ def check_early(
         known = [*(["psnr"] if metrics is None else metrics), *COUNTED]
         family = metrics is None and metric.partition("_")[0] in _FAMILIES
         if metric not in known and not family:
-            raise condition.error(f"{metric!r} is not measured; accepted are {', '.join(known)}")
+            raise condition.error(f"{metric!r} is not measured: must be one of {', '.join(known)}")
         if rows is not None and row is not None and row not in rows and not _FEWER.fullmatch(row):
-            raise condition.error(f"no row {row!r} has values; accepted are {', '.join(rows)}")
+            raise condition.error(f"no row {row!r} has values: must be one of {', '.join(rows)}")
 
 
 def check(results: Results, conditions: Sequence[str]) -> list[str]:
@@ -106,7 +106,9 @@ def check(results: Results, conditions: Sequence[str]) -> list[str]:
     known = [*metric_keys(results), *COUNTED]
     for condition in map(parse, conditions):
         if condition.metric not in known:
-            raise condition.error(f"unknown {condition.metric!r}; accepted are {', '.join(known)}")
+            raise condition.error(
+                f"unknown {condition.metric!r}: must be one of {', '.join(known)}"
+            )
         for row in _rows(results, condition):
             if row is reference_row(results) and definition(condition.metric).of_reference:
                 raise condition.error(f"{condition.metric} compares with the row {row['name']!r}")
@@ -120,7 +122,7 @@ def check_metrics(metrics: Mapping[str, MetricValue], conditions: Sequence[str])
     breaches = []
     for condition in map(parse, conditions):
         if condition.row is not None or condition.metric not in metrics:
-            raise condition.error(f"accepted are conditions on {', '.join(metrics)}")
+            raise condition.error(f"must be a condition on one of {', '.join(metrics)}")
         breaches += condition.breach(*_metric_value(metrics[condition.metric]))
     return breaches
 
@@ -134,7 +136,7 @@ def _rows(results: Results, condition: Condition) -> list[Row]:
         chosen = chosen or [row for row in rows if row["method"] == name]
     if not chosen:
         accepted = ", ".join(repr(row["name"]) for row in rows)
-        raise condition.error(f"no row {name or 'of acceleration'!r}; accepted are {accepted}")
+        raise condition.error(f"no row {name or 'of acceleration'!r}: must be one of {accepted}")
     for row in chosen:
         if not row["available"]:
             raise condition.error(f"row {row['name']!r} is not available ({row['why']})")

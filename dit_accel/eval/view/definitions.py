@@ -8,6 +8,12 @@ TO_DENSE = "_to_dense"
 """Ends the names of distances to the dense samples. Without it the distance is to real pictures."""
 FINE = "_fine"
 """Ends the names of paired metrics that compare with the fine run: dense sampling with many more steps."""
+_ENDS = {
+    TO_DENSE: "The reference images are the samples of the reference row, made from the same prompts and noise. The value "
+    "measures drift from dense sampling, not quality.",
+    FINE: "Here the reference is dense sampling with many more steps from the same noise, so that the dense row has a value "
+    "too.",
+}
 
 
 @dataclass(frozen=True)
@@ -84,20 +90,11 @@ def definition(metric: str) -> Definition:
     """
     if metric in METRICS:
         return METRICS[metric]
-    if metric.endswith(TO_DENSE):
-        about = definition(metric.removesuffix(TO_DENSE))
-        text = (
-            f"{about.text} The reference images are the samples of the reference row, made from the same prompts and noise. "
-            "The value measures drift from dense sampling, not quality."
-        )
-        return replace(about, label=f"{about.label} to dense", text=text, of_reference=True)
-    if metric.endswith(FINE):
-        about = definition(metric.removesuffix(FINE))
-        text = (
-            f"{about.text} Here the reference is dense sampling with many more steps from the same noise, so that the dense "
-            "row has a value too."
-        )
-        return replace(about, label=f"{about.label} to fine run", text=text, of_reference=False)
+    for end, text in _ENDS.items():
+        if metric.endswith(end):
+            about, dense = definition(metric.removesuffix(end)), end == TO_DENSE
+            label = f"{about.label} to {'dense' if dense else 'fine run'}"
+            return replace(about, label=label, text=f"{about.text} {text}", of_reference=dense)
     family, _, variant = metric.partition("_")
     if family in METRICS:
         return replace(METRICS[family], label=f"{METRICS[family].label} ({variant})")

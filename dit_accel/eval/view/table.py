@@ -10,6 +10,7 @@ from dit_accel.eval.view import cells, definitions
 from dit_accel.eval.view.cells import Cell
 from dit_accel.eval.view.definitions import Definition, definition
 from dit_accel.eval.view.equal_time import VERDICTS, equal_time
+from dit_accel.runtime.summary import table as aligned
 
 READING = (
     "Quality: value [95 % interval] Δ difference to the reference. Seconds: median "
@@ -113,12 +114,9 @@ def _columns(results: Results, reference: Row) -> Iterator[_Made]:
         return Column(key, "Resources", about.label, unit, about), cell
 
     def memory(row: Row) -> Cell:
-        sizes = [
-            x["peak_memory_bytes"] and x["peak_memory_bytes"] / 2**20 for x in (row, reference)
-        ]
-        return cells.plain_cell(
-            sizes[0], definitions.MEMORY, None if row is reference else sizes[1]
-        )
+        sizes = (x["peak_memory_bytes"] for x in (row, reference))
+        size, other = (None if x is None else x / 2**20 for x in sizes)
+        return cells.plain_cell(size, definitions.MEMORY, None if row is reference else other)
 
     yield seconds("Whole call", "Seconds", "total")
     yield speedup("Whole call", "Speed-up", "total")
@@ -214,7 +212,7 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_|<\[\]~])", r"\\\1", " ".join(text.split()))
 
 
-def results_lines(results: Results, *, parts: bool = False) -> list[str]:
+def results_text(results: Results, *, parts: bool = False) -> str:
     """Return the table for a terminal: values only, and the parts of a call only with `parts`."""
     table = build_table(results)
     shown = {
@@ -222,20 +220,12 @@ def results_lines(results: Results, *, parts: bool = False) -> list[str]:
         for i, x in enumerate(table.columns)
         if (parts or x.group != "Parts of a call") and not x.key.startswith("judge_")
     }
-    rows = [["", "steps", *shown.values()]]
+    rows = [("", "steps", *shown.values())]
     for line in table.lines:
         row = line.row
         texts = [line.cells[i].text for i in shown] if row["available"] else [row["why"] or ""]
-        rows.append([row["name"], str(row["num_inference_steps"]), *texts])
-    full = [row for row in rows if len(row) == len(rows[0])]
-    widths = [max(len(row[i]) for row in full) for i in range(1, len(rows[0]))]
-    first = max(len(row[0]) for row in rows)
-    out = []
-    for name, *others in rows:
-        if len(others) == len(widths):
-            others = [x.rjust(n) for x, n in zip(others, widths, strict=True)]
-        out.append("  ".join([name.ljust(first), *others]).rstrip())
-    return out
+        rows.append((row["name"], str(row["num_inference_steps"]), *texts))
+    return aligned(rows)
 
 
 def metrics_lines(metrics: Mapping[str, MetricValue]) -> list[str]:
