@@ -33,7 +33,7 @@ class Score:
     batch_size: int = 32
     """Pictures a network sees at once."""
     workers: int = 2
-    """Threads that read ahead."""
+    """Threads that read pictures."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     shard: str = "0/1"

@@ -251,6 +251,17 @@ def test_a_metric_without_value_says_why_and_hides_no_n(results):
     assert "n = 23" in text
 
 
+def test_metrics_that_are_gone_are_shown_without_a_description(results):
+    for i, row in enumerate(results["rows"]):
+        row["metrics"] |= {"sfid": metric(10.0 + i, None, "squared feature distance")}
+    table = build_table(validate(results))
+    column = next(x for x in table.columns if x.key == "sfid")
+    assert (column.label, column.arrow) == ("sfid", "")
+    assert "not describe" in column.about.text
+    place = table.columns.index(column)
+    assert not any(line.cells[place].best for line in table.lines)
+
+
 def test_names_cannot_break_the_table(results):
     results["rows"][7]["name"] = "a | b\n<script> `c` [d](e) *f*"
     lines = markdown(results).splitlines()
