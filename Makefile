@@ -59,7 +59,6 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/vulture
 	$(BIN)/deptry dit_accel
 
 # The wheel in an empty environment, used from outside this folder.
