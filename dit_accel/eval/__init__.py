@@ -1,4 +1,4 @@
-"""What acceleration costs: sample sets, their metrics, methods compared at equal time, and one page.
+"""Evaluation of acceleration: sample sets, their metrics, methods compared at equal time, and one page.
 
 The names here load at first use; none needs more than the core, except where its docstring says so.
 """

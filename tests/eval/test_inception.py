@@ -50,7 +50,7 @@ def test_all_features_are_those_of_torch_fidelity(weights, images):
 
 
 def test_fid_is_that_of_torchmetrics(weights, images):
-    """From bytes to the figure; 64 features, because a random network needs no more."""
+    """Bytes to the metric value, with 64 features, which suffice for a random network."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     theirs = FrechetInceptionDistance(64, feature_extractor_weights_path=str(weights))

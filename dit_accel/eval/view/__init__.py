@@ -1,1 +1,1 @@
-"""How results are shown: one formatting of figures for table.md, grid.png and report.html."""
+"""Presentation of results: table.md, grid.png and report.html."""

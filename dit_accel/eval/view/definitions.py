@@ -12,7 +12,7 @@ FINE = "_fine"
 
 @dataclass(frozen=True)
 class Definition:
-    """How a metric is shown, and what it means."""
+    """Presentation and meaning of a metric."""
 
     label: str
     better: Better | None
