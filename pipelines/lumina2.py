@@ -1,4 +1,4 @@
-"""One image with region-adaptive sampling: the script to copy.
+"""Sample one image with region-adaptive sampling: the script to copy.
 
 python pipelines/lumina2.py                                # the embedded model, on any machine
 python pipelines/lumina2.py Alpha-VLLM/Lumina-Image-2.0    # the real one, on a GPU

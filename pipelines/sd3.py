@@ -1,4 +1,4 @@
-"""One image with region-adaptive sampling: the script to copy.
+"""Sample one image with region-adaptive sampling: the script to copy.
 
 python pipelines/sd3.py                                                     # the embedded model, on any machine
 python pipelines/sd3.py stabilityai/stable-diffusion-3-medium-diffusers     # the real one, on a GPU

@@ -1,4 +1,4 @@
-"""One clip with sparse attention: the script to copy.
+"""Sample one clip with sparse attention: the script to copy.
 
 python pipelines/wan.py                                    # the embedded model, on any machine
 python pipelines/wan.py Wan-AI/Wan2.1-T2V-1.3B-Diffusers   # the real one, on a GPU

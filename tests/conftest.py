@@ -1,4 +1,4 @@
-"""One quiet core, no network, and unwritten memory that shows: what every test here relies on."""
+"""Fixtures of every test: one quiet core, no network, and unwritten memory filled with NaN."""
 
 import os
 

@@ -112,3 +112,22 @@ def test_imports_run_downward():
             if other in floor and other != room and floor[other] >= floor[room]:
                 upward.append(f"{path.relative_to(ROOT)} imports {other}")
     assert not upward
+
+
+QUESTIONS = {
+    "Of", "What", "Where", "Who", "Whose", "Which", "For", "By", "To", "As", "How", "Whether", "In", "From", "One", "See",
+    "Also", "Why", "At", "On", "With",
+}  # fmt: skip
+"""First words of docstrings that name neither an action nor a thing."""
+
+
+def test_docstrings_open_with_a_verb_or_a_noun():
+    found = []
+    for folder in ("dit_accel", "tests", "kernels", "pipelines", "eval", "finetune"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
+                    first = (ast.get_docstring(node) or "").split(" ")[0]
+                    if first in QUESTIONS:
+                        found.append(f"{path.relative_to(ROOT)}: {ast.get_docstring(node)}")
+    assert not found

@@ -47,11 +47,11 @@ def test_all_commands_are_run_somewhere():
     assert set(languages) == {"bash", "python"}, "blocks of other languages are not tested"
 
 
-@pytest.mark.parametrize("command", OURS)
-def test_commands(command, folder, monkeypatch, capfd):
+def test_commands_one_after_the_other(folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
-    main(shlex.split(command)[1:])  # raises SystemExit unless the exit code is 0
-    assert capfd.readouterr().out
+    for command in OURS:
+        main(shlex.split(command)[1:])  # raises SystemExit unless the exit code is 0
+        assert capfd.readouterr().out, command
 
 
 @pytest.mark.parametrize("i", range(len(blocks("python"))))

@@ -97,7 +97,7 @@ class KernelTable:
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel in one mode for one chip."""
+    """Kernel in one mode for one chip."""
 
     chip: str
     head_dim: int

@@ -50,8 +50,10 @@ def judge_captions(
     """
     labels = torch.tensor([_vocabulary(still)[x] for x in prompts])
     open_ = torch.zeros(len(prompts), dtype=torch.float32)  # not named by a caption
+    names = ("shape", "colour", "motion", "background", "template")
+    named = dict(zip(names, labels.unbind(1), strict=True))
     place = open_[:, None].expand(-1, 2)
-    expected = Clips(*labels.unbind(1), open_, open_, place, open_)
+    expected = Clips(**named, size=open_, speed=open_, place=place, phase=open_)
     video = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     records: list[dict[str, Any]] = score_clips(video, expected, load_shape_judge(), still)
     return [record["right"] for record in records]

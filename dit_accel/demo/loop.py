@@ -21,7 +21,7 @@ Optimizers = dict[str, torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage. Its length and learning rate come from settings that begin with `prefix`."""
+    """Training stage. Its length and learning rate come from settings that begin with `prefix`."""
 
     name: str
     prefix: str

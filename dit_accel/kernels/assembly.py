@@ -9,7 +9,7 @@ _AMDGCN_LINE = re.compile(r"(?:(\.?\w+):)?\s*([a-z]\w+)?([^;]*)")
 
 
 class Instruction(NamedTuple):
-    """One line of assembly."""
+    """Line of assembly."""
 
     address: int
     """SASS: address in bytes. amdgcn: index of the instruction."""

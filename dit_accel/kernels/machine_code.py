@@ -62,7 +62,7 @@ MATRIX_NAMES = {
 
 @dataclass(frozen=True)
 class Loop:
-    """One main loop, as machine code. Counts are per warp and step."""
+    """Main loop of a kernel, as machine code. Counts are per warp and step."""
 
     instructions: dict[str, int]
     """Number of instructions by class: matrix, special (exp2 and similar), fp, int, imad, convert, shuffle, ..."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a transformer: the arguments and sizes that acceleration uses."""
+    """Call of a transformer: the arguments and sizes that acceleration uses."""
 
     hidden_states: Tensor
     """Latents `[R, C, (t,) h, w]`. Families whose model takes tokens give a view `[R, C, *grid]` of them. Families whose

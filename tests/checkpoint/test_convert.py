@@ -202,7 +202,7 @@ class PublishedAttention:
     ],
 )
 def test_the_output_is_that_of_the_checkpoint(blocks, topk, model, tmp_path, monkeypatch):
-    """On a grid of 3 x 14 x 10 tokens, where raster blocks and tiles differ and no block divides the length."""
+    """Converted weights on a grid of 3 x 14 x 10 tokens, where raster blocks and tiles differ and no block divides the length."""
     transformer = make("wan").transformer
     weights = turbo(transformer)
     torch.save(weights, tmp_path / "turbo.pth")

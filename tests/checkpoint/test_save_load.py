@@ -73,7 +73,7 @@ def repositories(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """One for the tiny Wan, and what it generates."""
+    """Write a checkpoint for the tiny Wan, and return the output that it gives."""
     pipe, folder = tuned(), tmp_path_factory.mktemp("sla")
     save_sla(pipe, folder)
     return folder, run(pipe, "wan", steps=STEPS)
@@ -438,7 +438,7 @@ def test_repositories_on_the_hub_may_bring_an_sla_checkpoint(repositories, check
 
 @pytest.mark.parametrize("known", [True, False], ids=["known to be absent", "unknown"])
 def test_without_the_hub_a_possible_sla_checkpoint_is_not_passed_over_in_silence(known, tmp_path):
-    """As the cache of huggingface_hub looks after a download of the other files."""
+    """Make a cache of huggingface_hub as it is after a download of the other files."""
     from dit_accel.checkpoint.save_load import own_file
 
     commit = "0" * 40

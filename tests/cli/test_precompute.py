@@ -15,7 +15,7 @@ OPTIONS = ("--data-dir", "data", "--output-dir", "out")
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """What `dit-accel demo make-data` writes."""
+    """Return the folder that `dit-accel demo make-data` writes."""
     return make_data(tmp_path_factory.mktemp("clips") / "data", 5, num_frames=9, progress=False)
 
 

@@ -135,7 +135,7 @@ def test_shares_are_measured_before_blocks_are_compiled_whole_or_at_a_graph_brea
 
 
 def test_another_share_of_the_blocks_needs_no_new_graph():
-    """One graph, and one more at the first change, serve any number of blocks."""
+    """Two graphs serve any number of blocks: the first one, and one more at the first change."""
     pipe = make("wan")
     dit_accel.enable(pipe, sla=sla("wan", **ALL_SPARSE, topk=0.9, combine="proj"))
     randomise(pipe)

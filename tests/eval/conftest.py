@@ -1,4 +1,4 @@
-"""What the tests of metrics share: a torchvision that can be imported, small sets of pictures."""
+"""Fixtures of the tests of metrics: a torchvision that can be imported, small sets of pictures."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ except RuntimeError:
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
-    """Of FID's network: random weights that keep the size of what goes through them, as a torch file."""
+    """Write random weights of FID's network, which keep the size of activations, as a torch file."""
     pytest.importorskip("torch_fidelity")  # `make install` has it
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

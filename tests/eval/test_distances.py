@@ -95,7 +95,7 @@ def test_a_constant_feature_changes_nothing(rows):
 
 
 def test_known_gaussians():
-    """With commuting covariances: the squared distance of means and of standard deviations."""
+    """Commuting covariances: the distance is that of the means plus that of the standard deviations, squared."""
 
     def corners(mean, stds):
         signs = torch.tensor([[x, y] for x in (-1.0, 1.0) for y in (-1.0, 1.0)]) * 0.75**0.5
@@ -148,7 +148,7 @@ def test_kernel_distance_is_that_of_torch_fidelity(rows):
 
 
 def test_kernel_distance_of_subsets_is_that_of_torch_fidelity(rows, monkeypatch):
-    """With their random numbers: same subsets, same mean, same spread."""
+    """The other implementation's random numbers give equal subsets, mean and spread."""
     pytest.importorskip("torch_fidelity")
     from torch_fidelity.metric_kid import kid_features_to_metric
 

@@ -37,7 +37,7 @@ def test_a_folder_against_a_folder(script, stills, write_images, tmp_path, capsy
 
 
 def test_bad_input_is_one_line_and_code_2(script, write_images, tmp_path):
-    """In a process of its own, as users run it."""
+    """Run the script in a separate process, as users do."""
     folder = write_images(tmp_path / "a", np.zeros((2, 64, 64, 3), np.uint8))
     call = [sys.executable, SCRIPT, str(folder)]
     done = subprocess.run(call, capture_output=True, text=True, timeout=300)

@@ -44,7 +44,7 @@ def test_features_are_those_of_torch_fidelity(weights, images):
 
 
 def test_fid_is_that_of_torchmetrics(weights, images):
-    """From bytes to the metric; of the first 64 features, because torchmetrics takes long for all."""
+    """Bytes to the metric value, with 64 features, because torchmetrics takes long for all."""
     from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
     class First(NoTrainInceptionV3):

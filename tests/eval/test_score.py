@@ -235,7 +235,7 @@ measure(a, reference=b, prompts=prompts, shard=(0, 2), progress=False).save(path
 
 
 def test_two_processes_measure_what_one_does(sets, tmp_path):
-    """One part is measured in another process, with the names' hashes of that process."""
+    """A part is measured in another process, where the hashes of names differ."""
     a, b, prompts = sets
     whole = score(a, reference=b, prompts=prompts, **QUIET)
     path = tmp_path / "0.safetensors"

@@ -134,7 +134,7 @@ def test_fewer_steps_take_the_time_of_the_accelerated_run(pipe, clock):
 
 
 def test_a_wrong_first_guess_is_mended(pipe, clock):
-    """Where part of the time is the same for any number of steps."""
+    """A part of the time is the same for any number of steps."""
     clock.seconds = lambda steps, on: 5.2 if on else 3.0 + 0.7 * steps
     calls = calls_of(pipe)
     assert [x.name for x in calls.measure([DENSE, AT_EQUAL_TIME, RAS], 1)] == ["Dense, 3 steps"]

@@ -33,7 +33,7 @@ def extractor():
 
 @pytest.fixture(scope="module")
 def distance(extractor, stills):
-    """Of changed pictures to others of the demo."""
+    """Return the distance of changed pictures to other pictures of the demo."""
 
     def features(images):
         out = FeatureSet(extractor.record, FEATURES, keep=0)

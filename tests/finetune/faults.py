@@ -134,5 +134,5 @@ def kill():
 
 
 def fill_disk():
-    """What writing to a full disk raises."""
+    """Error of writing to a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -29,7 +29,7 @@ def single(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(single, tmp_path_factory):
-    """What both processes found, by rank; and their folder."""
+    """Return the results of both processes by rank, and their folder."""
     folder = tmp_path_factory.mktemp("two")
     begun = tmp_path_factory.mktemp("begun")
     for kind in ("ddp", "fsdp"):  # runs that one process has begun

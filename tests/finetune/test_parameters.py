@@ -1,4 +1,4 @@
-"""What trains: exactly what a loss reaches, in the right groups, in fp32."""
+"""Trained parameters: exactly those that a loss reaches, in the right groups, in fp32."""
 
 import pytest
 import torch

@@ -9,7 +9,7 @@ from dit_accel.finetune.processes import Processes
 
 @pytest.fixture
 def four(monkeypatch):
-    """One of four processes, whose values are made up."""
+    """Process of four, with made-up values."""
     processes = Processes()
     processes.rank, processes.count = 1, 4
     monkeypatch.setattr(dist, "all_reduce", lambda x: x.add_(6))

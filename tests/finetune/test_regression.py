@@ -30,7 +30,7 @@ class Settings:
 
 
 class Trainable:
-    """What the regression asks of a family, for Wan."""
+    """The part of a family that the regression uses, for Wan."""
 
     flow_shift = 3.0
 
@@ -277,7 +277,7 @@ def test_no_steps_measure_the_errors():
 
 
 class ThreadProcesses(Processes):
-    """One of two threads that stand for processes."""
+    """Thread that stands for one of two processes."""
 
     def __init__(self, rank, slots, barrier):
         super().__init__()

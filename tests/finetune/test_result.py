@@ -215,7 +215,7 @@ class FakeHub:
 
 
 def published(folder):
-    """What `upload_folder` would take of a folder; fnmatch is what it uses."""
+    """Return the files that `upload_folder` would upload, with fnmatch as it does."""
     names = [str(x.relative_to(folder)) for x in folder.rglob("*") if x.is_file()]
     taken = [x for x in names if any(fnmatch.fnmatch(x, p) for p in PUBLISHED)]
     return sorted(x for x in taken if not any(fnmatch.fnmatch(x, p) for p in (".*", "**/.*")))

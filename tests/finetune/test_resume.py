@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and the settings that it may go on with."""
+"""Choice of the checkpoint that a run resumes from, and settings that may change then."""
 
 import dataclasses
 

@@ -147,7 +147,7 @@ def expected_credits(case):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_weighted_formulas_are_those_of_attention(mode):
-    """With weights of 0 and 1 and without text, they equal the reference implementation."""
+    """Credits with weights of 0 and 1 and without text equal the reference implementation."""
     case = Case(mode, text=0)
     case.set = ~case.read
     plan = SparsePlan.from_block_mask(case.read, block_q=8, block_k=8, q_len=21, kv_len=27)

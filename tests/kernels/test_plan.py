@@ -405,7 +405,7 @@ def test_every_row_that_sees_a_key_reads_a_block(criterion, geometry, skip, seed
 def test_lists_as_wide_as_promised_hold_every_block(
     geometry, topk, diagonal, sink_blocks, shuffled, seed
 ):
-    """On a GPU the width of the lists is an upper bound, because counting would need a synchronisation."""
+    """The width of the lists is an upper bound on a GPU, because counting would need a synchronisation."""
     if shuffled and "q_block_sizes" not in geometry:
         order = torch.randperm(geometry["q_len"], generator=torch.Generator().manual_seed(seed))
         geometry["q_order"] = order[None]

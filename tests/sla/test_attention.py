@@ -1,4 +1,4 @@
-"""One sparse-linear attention layer against its definition, with and without text."""
+"""A sparse-linear attention layer against its definition, with and without text."""
 
 import copy
 import math

@@ -237,7 +237,7 @@ def test_both_methods_in_a_batch_equal_single_runs(family):
     ids=["raster", "tiles", "ras-raster", "ras-tiles"],
 )
 def test_texts_of_different_lengths_in_a_batch_equal_single_runs(order, combine, scope, ras):
-    """In Lumina-Image 2.0, images then begin at different positions in their rows."""
+    """Images of Lumina-Image 2.0 then begin at different positions in their rows."""
     prompts = (4, 0)
     pipe = make("lumina2")
     dit_accel.enable(pipe, sla=sla(order=order, combine=combine, linear_scope=scope), ras=ras)

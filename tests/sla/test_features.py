@@ -26,7 +26,7 @@ def sla(**changed):
 
 
 def enable(pipe, **changed):
-    """With weights as if they were trained, but for "alpha", which measures its own."""
+    """Return weights as if they were trained, except for "alpha", which measures its own."""
     dit_accel.enable(pipe, sla=sla(**changed))
     if changed.get("combine") == "proj":
         randomise(pipe)

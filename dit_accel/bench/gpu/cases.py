@@ -77,7 +77,7 @@ def weights(device: Device, mode: str, shape: Shape) -> dict[str, Any]:
 
 
 class Layer:
-    """One attention layer in one mode. It routes, plans and attends, as `SparseLinearAttention` does.
+    """Attention layer in one mode. It routes, plans and attends, as `SparseLinearAttention` does.
 
     Args:
         device: device of the tensors.

@@ -24,7 +24,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Check:
-    """One problem: mode, dtype, geometry, and arguments of its plan."""
+    """Problem to check: mode, dtype, geometry, and arguments of its plan."""
 
     name: str
     combine: str = "none"

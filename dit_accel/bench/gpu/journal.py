@@ -18,7 +18,7 @@ SAME = ("device", "capability", "source")
 
 @dataclass(frozen=True)
 class SubStep:
-    """One measurement, and an estimate of its time."""
+    """Measurement, and an estimate of its time."""
 
     step: str
     name: str

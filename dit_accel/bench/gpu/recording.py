@@ -26,7 +26,7 @@ BODY = torch._C.DispatchKey.CompositeExplicitAutograd
 
 @dataclass(frozen=True)
 class HeldLaunch:
-    """One launch with its tensors. Calling it launches the kernel again."""
+    """Kernel launch with its tensors. Calling it launches the kernel again."""
 
     kernel: Any
     """The `@triton.jit` function."""

@@ -14,7 +14,7 @@ _TWO_CALLS = "diffusers keeps one state for both calls of guidance that this mod
 
 @dataclass(frozen=True, kw_only=True)
 class StepCache:
-    """One step cache of diffusers."""
+    """Step cache of diffusers."""
 
     shown: str  # name in tables
     settings: str  # name of the class of its settings in diffusers

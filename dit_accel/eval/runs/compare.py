@@ -26,6 +26,8 @@ from dit_accel.sampling.plan import plan_samples
 from dit_accel.sampling.prompts import number_prompts
 
 SHEET = "contact_sheet.png"
+COLUMNS, BRIGHTER = 4, 8
+"""Frames of each method in the contact sheet, and the factor of their differences."""
 COMPARED = ("psnr", "ssim")
 """Metrics of a comparison."""
 
@@ -116,14 +118,16 @@ def compare(
     shown = [DENSE, *fewer, *(x for x in chosen if x.kind not in ("dense", "fewer_steps"))]
     stems = {x.name: x.folder for x in shown if x.why is None} | {shown[-1].name: "sparse"}
     with naming_failures("nothing of this comparison is kept"), atomic_files(folder) as staging:
+        rows = [_row(x, calls, last) for x in shown]
         written = _write(staging, stems, last, fps)
+        media.write_png(staging / SHEET, _sheet(rows, last))
         results = build_results(
             title="comparison",
             model=public_name(model),
             sampling=sampling.call_arguments() | {"seed": seed},
             prompts=1,
             repeats=repeats,
-            rows=[_row(x, calls, last) for x in shown],
+            rows=rows,
             samples=[{"id": samples[0].id, "prompt": prompt, "media": written}],
         )
         write_results(staging, results)
@@ -155,13 +159,27 @@ def _write(
 ) -> dict[str, str]:
     """Write the pictures of each method, the accelerated run last; return the files by method."""
     clips = [(name, last[name].pictures(0)) for name in stems]
-    dense, accelerated = clips[0][1], clips[-1][1]
-    difference = np.abs(dense.astype(np.int16) - accelerated).astype(np.uint8)
-    kind = "png" if len(difference) == 1 else "mp4"
+    kind = "png" if len(clips[0][1]) == 1 else "mp4"
     written = {}
     for name, pictures in clips:
         [path] = media.write_clip(folder / stems[name], pictures, kind=kind, fps=fps)
         written[name] = path.name
     media.write_clip(folder / "side_by_side", media.side_by_side(clips), kind=kind, fps=fps)
-    media.write_png(folder / SHEET, media.contact_sheet([*clips, ("difference", difference)]))
     return written
+
+
+def _sheet(rows: Sequence[Row], last: dict[str, BatchResult]) -> np.ndarray:
+    """Return a picture with a row for each method: some frames, then their differences to dense sampling, brightened."""
+    dense = last[DENSE.name].pictures(0)
+    chosen = np.linspace(0, len(dense) - 1, min(len(dense), COLUMNS)).round().astype(int)
+    strips = []
+    for row in rows:
+        if row["name"] not in last:
+            continue
+        pictures = last[row["name"]].pictures(0)[chosen]
+        difference = np.abs(dense[chosen].astype(np.int16) - pictures) * BRIGHTER
+        title, value = row["name"], row["metrics"].get("psnr", {}).get("value")
+        if value is not None:
+            title += f": {value:.1f} dB to {DENSE.name.lower()} (right: difference, {BRIGHTER} times brighter)"
+        strips.append((title, np.concatenate([pictures, difference.clip(0, 255).astype(np.uint8)])))
+    return media.contact_sheet(strips, columns=2 * len(chosen))

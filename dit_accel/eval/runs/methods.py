@@ -19,7 +19,7 @@ Crossover = Literal["auto", "never"]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to sample, and the settings of its row in the table."""
+    """Way to sample, and the settings of its row in the table."""
 
     name: str  # name of the row
     kind: str  # one of `results.types.METHODS`
@@ -47,17 +47,17 @@ class Method:
 
     @property
     def fewer(self) -> bool:
-        """Whether this is dense sampling with fewer steps."""
+        """True if this is dense sampling with fewer steps."""
         return self.kind == "fewer_steps"
 
     @property
     def at_equal_time(self) -> bool:
-        """Whether this is dense sampling with as many steps as take the time of each other method."""
+        """True if this is dense sampling with as many steps as take the time of each other method."""
         return self.fewer and self.num_inference_steps is None
 
     @property
     def runs(self) -> bool:
-        """Whether this is dense sampling or an accelerated method that can run here."""
+        """True if this is dense sampling or an accelerated method that can run here."""
         return self.why is None and not self.fewer
 
     def tried(self, pipe: Any, steps: int) -> "Method":

@@ -1,1 +1,1 @@
-"""Formatting of results for table.md, grid.png and report.html."""
+"""Presentation of results: table.md, grid.png and report.html."""

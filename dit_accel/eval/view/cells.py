@@ -12,7 +12,7 @@ DASH, SPACE = "\N{EN DASH}", "\N{NARROW NO-BREAK SPACE}"
 
 @dataclass(frozen=True)
 class Cell:
-    """One value of the table."""
+    """Cell of the table."""
 
     text: str = DASH  # the value; without one a dash, or the reason
     range: str = ""  # interval or quartiles

@@ -18,7 +18,7 @@ _ENDS = {
 
 @dataclass(frozen=True)
 class Definition:
-    """How a metric is shown, and what it means."""
+    """Presentation and meaning of a metric."""
 
     label: str
     better: Better | None

@@ -57,12 +57,12 @@ class Criteria:
 def _criteria(
     n: int,
     *,
-    topk: float | None,
+    topk: float | None = None,
     count: int | None = None,
-    top_p: float | None,
-    threshold: float | None,
-    skip: float,
-    limit: float | None,
+    top_p: float | None = None,
+    threshold: float | None = None,
+    skip: float = 0.0,
+    limit: float | None = None,
     sink_blocks: int = 0,
     diagonal: int | None = None,
 ) -> Criteria:

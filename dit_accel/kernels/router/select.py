@@ -3,7 +3,6 @@
 import math
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dit_accel.kernels import visibility
@@ -18,18 +17,18 @@ LOWEST, HIGHEST = -(2**31), 2**31 - 1
 
 
 def select_blocks(
-    scores: Float[Tensor, "... n_q n_k"],
-    open_blocks: Bool[Tensor, "... n_q n_k"],
+    scores: Tensor,
+    open_blocks: Tensor,
     criteria: Criteria,
-    forced: Bool[Tensor, "... n_q n_k"] | None = None,
-) -> tuple[Bool[Tensor, "... n_q n_k"], Bool[Tensor, "... n_q n_k"] | None]:
+    forced: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Return the masks of the best blocks of each row, at least one, and of the worst blocks to skip.
 
     Args:
-        scores: logits; higher is better. Among equal scores, the lower index ranks first, on every device.
+        scores: logits `[..., T_q, T_k]`; higher is better. Among equal scores, the lower index ranks first, on every device.
         open_blocks: mask of blocks with a visible key. Other blocks are not kept and do not count.
         criteria: numbers of blocks to keep and to skip.
-        forced: mask of blocks to keep in addition.
+        forced: mask of blocks to keep in addition, broadcast to the scores.
 
     Returns:
         `(kept, skipped)`; `skipped` is None without `criteria.skip`.

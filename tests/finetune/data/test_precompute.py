@@ -164,7 +164,7 @@ def test_a_second_run_encodes_nothing_and_more_files_alone(tmp_path, dataset):
 
 
 def test_a_run_that_failed_goes_on(tmp_path, dataset):
-    """What was encoded is kept, whatever ended the run."""
+    """Precomputed samples are kept, whatever ended the run."""
 
     class Failing(FakeModel):
         def encode_pixels(self, pixels):

@@ -1,4 +1,4 @@
-"""From captioned files to buckets and clips."""
+"""Sources of training data: captioned files to buckets and clips."""
 
 import numpy as np
 import pytest

@@ -14,7 +14,7 @@ def brightness(number):
 
 
 def picture(number, height=48, width=64):
-    """One frame: grey, with a red mark at the top left."""
+    """Return a grey frame with a red mark at the top left."""
     pixels = np.full((height, width, 3), brightness(number), np.uint8)
     pixels[: height // 4, : width // 4] = (MARK, 0, 0)
     return pixels

@@ -18,7 +18,7 @@ def pipe(request):
 
 
 def calls_of(pipe, **arguments):
-    """What the transformer gets in the first step of a call: (conditional, unconditional) keyword arguments."""
+    """Return the arguments of the transformer in the first step of a call: (conditional, unconditional) keyword arguments."""
     seen = []
 
     def note(_module, _args, kwargs):

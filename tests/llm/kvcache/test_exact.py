@@ -196,7 +196,7 @@ def check_operations(operations, kv, first=0):
 
 
 def test_requests_on_forks_through_generate(model, kv):
-    """One document, two questions: each fork gives what a call of its own gives."""
+    """A document with two questions: each fork gives the output of a separate call."""
     ids = prompt(rows=1, length=60)
     asked = [torch.cat([ids, prompt(rows=1, length=n, seed=n)], 1) for n in (1, 6)]
     want = [model.generate(x, max_new_tokens=5, do_sample=False) for x in asked]
