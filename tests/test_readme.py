@@ -35,7 +35,8 @@ OURS = [x for x in commands() if x not in ELSEWHERE]
 def folder(tmp_path_factory):
     """A folder in which the commands run one after the other; later ones read what earlier ones wrote."""
     folder = tmp_path_factory.mktemp("readme")
-    shutil.copy(ROOT / "LICENSE", folder)
+    (folder / "docs").mkdir()
+    shutil.copy(ROOT / "docs/eval.md", folder / "docs")
     return folder
 
 

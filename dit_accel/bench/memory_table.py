@@ -186,18 +186,20 @@ def smallest_gpu(needed: float) -> str:
 
 
 def table(measured: list[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table, in GiB, with the smallest GPU for each kind of steps."""
-    kinds = ("forecast", "partial_hold", "partial_linear", "partial_fp8")
+    """Return the rows as a Markdown table: GiB, and the smallest GPU for each kind of steps."""
+    kinds = ("partial_hold", "partial_linear", "partial_fp8")
     lines = [
-        "| model | height x width x frames | weights | one call | forecast steps keep | partial steps, held | "
-        "extrapolated | fp8 | GPU: no RAS | forecast | partial, held | extrapolated | fp8 |",
-        "|---" * 13 + "|",
+        "| model, height x width x frames | base; GPU without RAS or with forecast steps | partial, held | "
+        "partial, extrapolated | partial, held in fp8 |",
+        "|---|---|---|---|---|",
     ]
     for row in measured:
         base = row["weights_bytes"] + row["working_bytes"]
-        cells = [row["model"], " x ".join(str(x) for x in row["size"])]
-        cells += [f"{row[f'{x}_bytes'] / GIB:.1f}" for x in ("weights", "working")]
-        cells += [f"{row[f'{x}_bytes'] / GIB:.2f}" for x in kinds]
-        cells += [smallest_gpu(base)] + [smallest_gpu(base + row[f"{x}_bytes"]) for x in kinds]
+        size = " x ".join(str(x) for x in row["size"] if x != 1)
+        cells = [f"{row['model']}, {size}"]
+        cells += [f"{base / GIB:.1f}; {smallest_gpu(base + row['forecast_bytes'])}"]
+        for kind in kinds:
+            kept = row[f"{kind}_bytes"]
+            cells.append(f"{kept / GIB:.1f}; {smallest_gpu(base + kept)}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -33,8 +33,9 @@ def test_generate_and_compare_run_with_an_sla_checkpoint(
     assert config(tmp_path / "a")["crossover"] == "never"
     options = ["--crossover", "auto", "--output-dir", tmp_path / "b"]
     assert run("compare", *common, *options) == 0
-    assert config(tmp_path / "b")["combine"] == "proj"
-    assert config(tmp_path / "b")["crossover"] == "auto"
+    compared = json.loads((tmp_path / "b/results.json").read_text())["rows"][-1]["settings"]["sla"]
+    assert compared["combine"] == "proj"
+    assert compared["crossover"] == "auto"
     capsys.readouterr()
     assert run("generate", *common, "--topk", "0.1", "--output-dir", tmp_path / "c") == 2
     assert "topk=0.1: " in capsys.readouterr().err

@@ -178,8 +178,8 @@ def _sheet(rows: Sequence[Row], last: dict[str, BatchResult]) -> np.ndarray:
             continue
         pictures = last[row["name"]].pictures(0)[chosen]
         difference = np.abs(dense[chosen].astype(np.int16) - pictures) * BRIGHTER
-        title, value = row["name"], row["metrics"].get("psnr", {}).get("value")
-        if value is not None:
-            title += f": {value:.1f} dB to {DENSE.name.lower()} (right: difference, {BRIGHTER} times brighter)"
+        title, psnr = row["name"], row["metrics"].get("psnr")
+        if psnr is not None and psnr["value"] is not None:
+            title += f": {psnr['value']:.1f} dB to {DENSE.name.lower()} (right: difference, {BRIGHTER} times brighter)"
         strips.append((title, np.concatenate([pictures, difference.clip(0, 255).astype(np.uint8)])))
     return media.contact_sheet(strips, columns=2 * len(chosen))
