@@ -92,7 +92,9 @@ class Evaluation:
 
         Raises:
             ValueError: bad input.
+            ImportError: a library of the page is missing.
         """
+        check_libraries()
         check_count("batch_size", self.batch_size)
         check_count("repeats", self.repeats)
         if self.shown < 0:
@@ -116,7 +118,6 @@ class Evaluation:
 
     def run(self, pipe: Any) -> Results:
         """Evaluate a loaded pipeline without acceleration; see `run_evaluation`."""
-        check_libraries()
         samples, methods, metrics, reference = self.check(pipe)
         methods = [x.tried(pipe, self.steps) for x in methods]
         networks = self.networks.arguments()
