@@ -24,6 +24,7 @@ from dit_accel.files import write_json
 
 RECORD = ExtractorRecord(id="random", sha256="0" * 64, resize=None)
 BATCH = 32
+FOLDERS = ("samples", "reference")
 LIBRARIES: list[torch.library.Library] = []  # kept alive
 
 
@@ -52,7 +53,7 @@ def draw_images(folder: Path, count: int) -> None:
     from dit_accel.demo.clips import STILL, draw_clips, render_stills
 
     rng = np.random.default_rng(0)
-    for name in ("samples", "reference"):
+    for name in FOLDERS:
         (folder / name).mkdir()
     stills = draw_clips(count, torch.Generator().manual_seed(0), placement=STILL)
     for i in range(0, count, 100):
