@@ -9,61 +9,13 @@ import functools
 import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from diffusers_tests_hub import fill_hub_cache
 
-_BLOCKS = {"crossover": "never", "block_q": 16, "block_k": 16, "dense_steps": 0, "dense_layers": 0}
-_SPARSE = {
-    "sla": {**_BLOCKS, "topk": 0.5},
-    "ras": {"ratio": 0.5, "warmup": 1, "tail": 0, "resets": []},
-}
+from dit_accel.bench.diffusers_tests import VARIANTS, Variant
 
-
-@dataclass(frozen=True)
-class Variant:
-    """Variant of the pipelines that the tests run on."""
-
-    text: str
-    """Description, for tables."""
-    against: str = "plain"
-    """Baseline: name of a variant with plain pipelines."""
-    ours: bool = False
-    """Replace the pipeline classes of diffusers by those of this package."""
-    settings: dict[str, Any] | None = None
-    """Arguments of `dit_accel.enable` for every pipeline that a test makes."""
-
-    @property
-    def large(self) -> bool:
-        """True if the tests run with larger inputs (LARGE)."""
-        return self.against == "plain-large"
-
-
-VARIANTS = {
-    "plain": Variant("diffusers' classes"),
-    "classes": Variant("our classes, as they come", ours=True),
-    "enable": Variant(
-        'enable(pipe, ras="balanced", sla="balanced")',
-        settings={"ras": "balanced", "sla": "balanced"},
-    ),
-    "plain-large": Variant("diffusers' classes, larger inputs", "plain-large"),
-    "classes-sparse": Variant(
-        "our classes, larger inputs, as enable-sparse", "plain-large", ours=True, settings=_SPARSE
-    ),
-    "enable-exact": Variant(
-        "larger inputs, sparse attention that reads every block",
-        "plain-large",
-        settings={"sla": {**_BLOCKS, "topk": 1.0}},
-    ),
-    "enable-sparse": Variant(
-        "larger inputs, half of the blocks and half of the tokens from step 2 on",
-        "plain-large",
-        settings=_SPARSE,
-    ),
-}
 # The inputs of the tests have 2 steps and mostly 3 to 16 tokens: nothing to accelerate. Sizes of a folder, and what
 # one of its files needs beside them.
 LARGE = {

@@ -1,93 +1,24 @@
-"""A clip of the embedded model with sparse attention at several densities, and what one block of queries reads:
+"""Draw a clip of the embedded model with sparse attention at several densities, and the blocks that one query block reads.
 
 python pipelines/sla_pictures.py assets/sla.png
 """
 
-import sys
-from typing import Any
+from pathlib import Path
 
-import numpy as np
-import torch
+import tyro
+from tyro.conf import Positional
 
-from dit_accel import SparseWanPipeline
-from dit_accel.demo import SAMPLING
-from dit_accel.files import asset
-from dit_accel.runtime.install import method_of
-from dit_accel.sampling.focus import heat
-from dit_accel.sampling.media import contact_sheet, to_uint8, write_png
-from dit_accel.sla import SparseLinearAttention
-
-COLUMNS, BLOCK, GAIN = 8, 32, 4
-CLIP = "a red circle moving right on a teal background"
-DENSITIES = (0.5, 0.25, 0.125, 0.05)
+from dit_accel.bench.sla_pictures import draw_sla
 
 
-def settings(topk: float) -> dict[str, Any]:
-    return {"topk": topk, "block_q": BLOCK, "block_k": BLOCK, "crossover": "never"}
+def main(output: Positional[Path]) -> None:
+    """Sample and draw.
 
-
-def evenly(frames: np.ndarray) -> np.ndarray:
-    return frames[np.linspace(0, len(frames) - 1, COLUMNS).round().astype(int)]
-
-
-def clip(pipe: Any) -> np.ndarray:
-    """Return frames of a clip, `[COLUMNS, H, W, 3]`."""
-    generator = torch.Generator().manual_seed(0)
-    sampling = {**SAMPLING, "max_sequence_length": 16}
-    return evenly(pipe(CLIP, generator=generator, output_type="np", **sampling).frames[0])
-
-
-def what_is_read(pipe: Any) -> np.ndarray:
-    """Return the blocks that the query block in the middle of the clip reads, `[COLUMNS, H, W, 3]`.
-
-    Mean over the heads of a middle layer in the last step, at density 0.25.
+    Args:
+        output: PNG file to write.
     """
-    pipe.enable(sla=settings(0.25))
-    sla = method_of(pipe, "sla")
-    layers = list(sla.layers.values())
-    module: SparseLinearAttention = layers[len(layers) // 2].module
-    plan_of, plans = module._plan, []
-
-    def noted(*args: Any) -> Any:
-        plans.append(plan_of(*args))
-        return plans[-1]
-
-    module._plan = noted  # type: ignore[method-assign]
-    clip(pipe)
-    grid = (SAMPLING["num_frames"] // 2 + 1, SAMPLING["height"] // 8, SAMPLING["width"] // 8)
-    order = sla.order(grid, torch.device("cpu"))
-    pipe.disable()
-    read = (
-        plans[-1].to_block_mask()[-1].float().mean(0)
-    )  # the last call is of the prompt or of its negative
-    middle = read[len(read) // 2].repeat_interleave(BLOCK)[: order.gather.numel()]
-    tokens = order.undo(middle[None, :, None])[0, :, 0].view(grid).numpy()
-    own = torch.zeros(order.gather.numel())
-    own[len(read) // 2 * BLOCK : (len(read) // 2 + 1) * BLOCK] = 1
-    own = order.undo(own[None, :, None])[0, :, 0].view(grid).numpy()
-    pictures = heat(tokens)
-    pictures[own > 0] = (255, 255, 255)
-    return evenly(pictures)
+    draw_sla(output)
 
 
-pipe = SparseWanPipeline.from_pretrained(asset("tiny-wan"), sla=None)
-dense = clip(pipe)
-rows = [("tiny-wan, frames of one clip, dense", to_uint8(dense))]
-for topk in DENSITIES:
-    pipe.enable(sla=settings(topk))
-    sparse = clip(pipe)
-    density = pipe.summary(strict=True).density
-    pipe.disable()
-    rows += [
-        (f"topk {topk}, density {density:.2f}, blocks of {BLOCK}", to_uint8(sparse)),
-        (f"difference to dense, {GAIN} times", to_uint8(GAIN * np.abs(sparse - dense))),
-    ]
-read = what_is_read(pipe)
-by = dense.shape[1] // read.shape[1]
-rows.append(
-    (
-        "what one block of queries (white) reads, blue never, yellow in every head",
-        read.repeat(by, 1).repeat(by, 2),
-    )
-)
-write_png(sys.argv[1], contact_sheet(rows, columns=COLUMNS, tile=128))
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

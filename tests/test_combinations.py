@@ -1,12 +1,13 @@
 """docs/combinations.md says what the markers of the tests say."""
 
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dit_accel.bench.combinations import split_marker
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "pipelines" / "combinations.py"
@@ -31,11 +32,9 @@ def test_the_page_is_up_to_date(tmp_path):
 
 @pytest.mark.parametrize("names", [("sla", "complie"), ("compile",), ()])
 def test_markers_with_other_names_are_errors(names):
-    split = runpy.run_path(str(SCRIPT))["split"]
     with pytest.raises(ValueError, match="marker"):
-        split(names, "tests/x.py::test")
+        split_marker(names, "tests/x.py::test")
 
 
 def test_markers_name_methods_and_what_is_beside_them():
-    split = runpy.run_path(str(SCRIPT))["split"]
-    assert split(("LoRA", "sla", "few-step"), "x") == (["sla", "few-step"], ["LoRA"])
+    assert split_marker(("LoRA", "sla", "few-step"), "x") == (["sla", "few-step"], ["LoRA"])

@@ -16,6 +16,7 @@ BY_NAME = (
 """Folders whose classes are found by the name of the module or of a setting."""
 CALLED = {
     "smollm2": "the README",
+    "pytest_collection_finish": "pytest",
     "equals": "users of SparsePlan: plans are data and can be compared",
     # Methods of transformers' caches:
     "batch_repeat_interleave": "transformers",

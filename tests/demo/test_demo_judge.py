@@ -1,10 +1,9 @@
-import runpy
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dit_accel.bench.train_judge import train_shape_judge
 from dit_accel.demo.clips import describe_clips, render
 from dit_accel.demo.judge import (
     UNKNOWN,
@@ -19,13 +18,6 @@ from dit_accel.sampling.settings import Sampling
 
 
 @pytest.fixture(scope="module")
-def train_shape_judge():
-    """The function of the script that trains the judge."""
-    path = Path(__file__).parents[2] / "eval" / "train_judge.py"
-    return runpy.run_path(str(path))["train_shape_judge"]
-
-
-@pytest.fixture(scope="module")
 def shape_judge() -> ShapeJudge:
     return load_shape_judge()
 
@@ -36,7 +28,7 @@ def shape_judge() -> ShapeJudge:
     ids=["17x64x64, committed", "9x64x96, trained now"],
 )
 def test_every_combination_is_recognised_on_clean_clips(
-    shape_judge, train_shape_judge, frames, height, width, trained
+    shape_judge, frames, height, width, trained
 ):
     clips = describe_clips(combinations("all"), torch.Generator().manual_seed(2))
     judge = train_shape_judge(seed=0, steps=120) if trained else shape_judge
@@ -46,7 +38,7 @@ def test_every_combination_is_recognised_on_clean_clips(
     assert (judgement.shape == clips.shape).float().mean() >= (0.98 if trained else 1.0)
 
 
-def test_training_of_the_shape_judge_is_reproducible(train_shape_judge):
+def test_training_of_the_shape_judge_is_reproducible():
     first, second = (train_shape_judge(seed=1, steps=3, batch_size=4) for _ in range(2))
     other = train_shape_judge(seed=2, steps=3, batch_size=4)
     crops = torch.rand(8, 1, 24, 24, generator=torch.Generator().manual_seed(0))

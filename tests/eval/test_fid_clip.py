@@ -1,6 +1,5 @@
 """The short script: a folder in, two metrics out."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,24 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dit_accel.bench import fid_clip
+from dit_accel.bench.fid_clip import FidClip, UncheckedSampling
 from dit_accel.files import asset
-from dit_accel.sampling.settings import Sampling
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "fid_clip.py"
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("fid_clip", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_folder_against_a_folder(script, stills, write_images, tmp_path, capsys):
+def test_a_folder_against_a_folder(stills, write_images, tmp_path, capsys):
     images, _ = stills(8)
     a, b = write_images(tmp_path / "a", images), write_images(tmp_path / "b", images[::-1] // 2)
-    script.main(script.Args(a, reference=b, output=tmp_path / "out.json", device="cpu"))
+    FidClip(a, reference=b, output=tmp_path / "out.json", device="cpu").run()
     found = json.loads((tmp_path / "out.json").read_text())["metrics"]
     value = found["fd_tiny"]["value"]
     assert value > 1
@@ -36,7 +28,7 @@ def test_a_folder_against_a_folder(script, stills, write_images, tmp_path, capsy
     assert "rank-deficient" in out
 
 
-def test_bad_input_is_one_line_and_code_2(script, write_images, tmp_path):
+def test_bad_input_is_one_line_and_code_2(write_images, tmp_path):
     """Run the script in a separate process, as users do."""
     folder = write_images(tmp_path / "a", np.zeros((2, 64, 64, 3), np.uint8))
     call = [sys.executable, SCRIPT, str(folder)]
@@ -46,11 +38,11 @@ def test_bad_input_is_one_line_and_code_2(script, write_images, tmp_path):
     assert done.stderr.startswith("error: reference, clip")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     with pytest.raises(ValueError, match=r"source=.*prompts.txt.*--model"):
-        script.main(script.Args(tmp_path / "prompts.txt", reference=folder))
+        FidClip(tmp_path / "prompts.txt", reference=folder).run()
 
 
 @pytest.fixture
-def args(script, write_images, tmp_path):
+def args(write_images, tmp_path):
     """`args(*prompts, **changed)`: arguments to draw these with tiny-sd3 and compare them."""
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     reference = write_images(tmp_path / "reference", images)
@@ -59,18 +51,16 @@ def args(script, write_images, tmp_path):
         (tmp_path / "prompts.txt").write_text("".join(f"{x}\n" for x in prompts))
         given = {"source": tmp_path / "prompts.txt", "model": str(asset("tiny-sd3"))}
         given |= {"output_dir": tmp_path / "out", "reference": reference, "device": "cpu"}
-        return script.Args(**given | changed)
+        return FidClip(**given | changed)
 
     return build
 
 
-def test_a_clip_is_drawn_and_its_frames_are_compared(
-    script, args, wan_repository, tmp_path, capsys
-):
+def test_a_clip_is_drawn_and_its_frames_are_compared(args, wan_repository, tmp_path, capsys):
     size = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
-    sampling = Sampling(num_inference_steps=1, **size)
+    sampling = UncheckedSampling(num_inference_steps=1, **size)
     output = tmp_path / "deep" / "out.json"
-    script.main(args("a red circle", model=str(wan_repository), sampling=sampling, output=output))
+    args("a red circle", model=str(wan_repository), sampling=sampling, output=output).run()
     assert json.loads(output.read_text())["metrics"]["fd_tiny"]["n"] == 5
     assert "(n = 5 frames against 3" in capsys.readouterr().out
 
@@ -87,15 +77,15 @@ def test_a_clip_is_drawn_and_its_frames_are_compared(
     ids=["reference", "prompts", "output", "inception", "one prompt"],
 )
 def test_what_would_stop_the_metrics_stops_the_drawing(
-    script, args, monkeypatch, prompts, changed, message
+    args, monkeypatch, prompts, changed, message
 ):
-    monkeypatch.setattr(script, "generate", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(fid_clip, "generate", lambda *_, **__: pytest.fail("drawn"))
     with pytest.raises(ValueError, match=message):
-        script.main(args(*prompts, **changed))
+        args(*prompts, **changed).run()
 
 
-def test_under_torchrun_it_names_what_draws_there(script, args, monkeypatch):
+def test_under_torchrun_it_names_what_draws_there(args, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE=2.*eval generate"):
-        script.main(args("a", "b"))
+        args("a", "b").run()

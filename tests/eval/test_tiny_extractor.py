@@ -1,29 +1,17 @@
 """The shipped extractor sees what goes wrong in the demo's pictures, more of it the more goes wrong."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from dit_accel.bench.train_extractor import drawing_batch, save_half, train_extractor
 from dit_accel.demo.tiny_extractor import ASSET, FEATURES, SIZE
 from dit_accel.eval.metrics.distances import FeatureSet, frechet_distance
 from dit_accel.eval.metrics.features import tiny_extractor
 from dit_accel.files import asset
 
 COUNT = 300
-
-
-@pytest.fixture(scope="module")
-def script():
-    """The script that trains the extractor."""
-    path = Path(__file__).parents[2] / "eval" / "train_extractor.py"
-    spec = importlib.util.spec_from_file_location("train_extractor", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +83,8 @@ def test_distance_grows_with_missing_shapes(distance, stills):
     assert values[-1] > 5 * values[0]
 
 
-def test_features_are_uncorrelated_on_what_they_were_trained_on(extractor, script):
-    images = script.training_batch(1000, torch.Generator().manual_seed(7))[0]
+def test_features_are_uncorrelated_on_what_they_were_trained_on(extractor):
+    images = drawing_batch(1000, torch.Generator().manual_seed(7))[0]
     features = extractor.module(images)
     assert features.mean(0).abs().max() < 0.2
     covariance = torch.cov(features.mT)
@@ -104,8 +92,8 @@ def test_features_are_uncorrelated_on_what_they_were_trained_on(extractor, scrip
     assert (covariance - covariance.diag().diag()).abs().max() < 0.2
 
 
-def test_training_batches_are_blurred_and_noisy_by_what_they_say(script):
-    images, shapes, measures = script.training_batch(64, torch.Generator().manual_seed(0))
+def test_training_batches_are_blurred_and_noisy_by_what_they_say():
+    images, shapes, measures = drawing_batch(64, torch.Generator().manual_seed(0))
     assert images.shape == (64, 3, SIZE, SIZE)
     assert (images.min(), images.max()) == (0, 1)
     assert set(shapes.tolist()) == {0, 1, 2, 3}
@@ -117,11 +105,11 @@ def test_training_batches_are_blurred_and_noisy_by_what_they_say(script):
     assert sharpest[clean & (blur > 1)].mean() < 0.7 * sharpest[clean & (blur == -1)].mean()
 
 
-def test_training_is_repeatable_and_small(script, tmp_path):
-    a, b = (script.train(steps=3, batch_size=8, progress=False) for _ in range(2))
+def test_training_is_repeatable_and_small(tmp_path):
+    a, b = (train_extractor(steps=3, batch_size=8, progress=False) for _ in range(2))
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(x, y)
-    script.save(a, tmp_path / "a.safetensors")
+    save_half(a, tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").stat().st_size < 1_000_000
     assert asset(ASSET).stat().st_size < 1_000_000
     image = np.zeros((SIZE, SIZE, 3), np.uint8)
