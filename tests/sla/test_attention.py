@@ -155,7 +155,7 @@ def test_forward_and_gradients_follow_the_definition(combine, scope, where):
         torch.testing.assert_close(a, b, rtol=1e-8 if exact else 1e-4, atol=1e-9 if exact else 1e-4)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_any_settings_and_sizes_follow_the_definition(data):
     combine, scope = data.draw(st.sampled_from(MODES))

@@ -231,8 +231,8 @@ def test_both_methods_in_a_batch_equal_single_runs(family):
     [
         ("raster", "shared_softmax", "complement", None),
         (TILE, "alpha", "marginal", None),
-        ("raster", "proj", "all", {**RAS, "kv_predictor": "hold"}),
-        (TILE, "shared_softmax", "complement", {**RAS, "kv_predictor": "linear"}),
+        ("raster", "proj", "all", {**RAS, "resets": (), "kv_predictor": "hold"}),
+        (TILE, "shared_softmax", "complement", {**RAS, "resets": (), "kv_predictor": "linear"}),
     ],
     ids=["raster", "tiles", "ras-raster", "ras-tiles"],
 )

@@ -1,8 +1,6 @@
 """`kernels/gpu_check.py` without a GPU, and as a process on a machine with few packages."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,21 +18,12 @@ def run(*arguments):
     return main(parse(None, list(arguments)), str(SCRIPT))
 
 
-def test_dry_walks_every_step_and_compiles(tmp_path, capsys):
-    arguments = [
-        sys.executable,
-        str(SCRIPT),
-        "--dry",
-        "--dry-limit",
-        "4",
-        "--workers",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)
+def test_a_dry_run_with_few_packages_walks_every_step_and_compiles(tmp_path, capsys):
+    """torch, triton, jaxtyping and numpy are enough."""
+    options = ("--dry", "--dry-limit", "2", "--workers", "1", "--out", str(tmp_path))
+    done = run_with(BARE, tmp_path / "site", str(SCRIPT), *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 of 4 compiled" in done.stdout
+    assert "2 of 2 compiled" in done.stdout
     data = json.loads((tmp_path / "gpu_check.json").read_text())
     assert run("--list") == 0
     listed = capsys.readouterr().out.splitlines()
@@ -54,12 +43,6 @@ def test_a_dry_run_keeps_what_was_measured(content, tmp_path, capsys):
     assert run("--dry", "--only", "none", "--dry-limit", "1", "--out", str(tmp_path)) == 2
     assert f"--out={tmp_path}" in capsys.readouterr().out
     assert path.read_text() == content
-
-
-def test_runs_with_torch_triton_jaxtyping_and_numpy_alone(tmp_path):
-    options = ("--dry", "--only", "none", "--dry-limit", "1", "--workers", "1")
-    done = run_with(BARE, tmp_path / "site", str(SCRIPT), *options)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_bare_machine_lacks_the_rest(tmp_path):
