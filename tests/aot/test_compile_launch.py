@@ -1,6 +1,7 @@
 """Resources that `compile_launch` reads from a small kernel, compiled for several chips."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import triton.language as tl
 from dit_accel.kernels.aot import compile_launch
 from dit_accel.kernels.block_sparse.tiles import Target
 from dit_accel.kernels.launch import Launch
+from dit_accel.kernels.usage import Usage
 
 CUDA = ("80", "89", "90", "100", "120")
 MATRIX = {"80": "mma.sync", "89": "mma.sync", "90": "wgmma", "100": "tcgen05", "120": "mma.sync", "gfx942": "mfma"}  # fmt: skip
@@ -46,10 +48,19 @@ def launch(carry: bool, *, kernel=GENERAL, count=13, length=7, stages=3) -> Laun
     return Launch(kernel, (1,), arguments, {"N": 64, "D": 128, "CARRY": carry}, 4, stages)
 
 
+def target_of(chip: str) -> Target:
+    return Target("hip" if chip.startswith("gfx") else "cuda", chip)
+
+
+@functools.cache
+def usual(chip: str) -> Usage:
+    """Return the usage of `launch(True)`, compiled once for each chip."""
+    return compile_launch(launch(True), target_of(chip))
+
+
 @pytest.mark.parametrize("chip", [*CUDA, "gfx942"])
 def test_facts_of_a_loop(chip):
-    target = Target("hip" if chip.startswith("gfx") else "cuda", chip)
-    usage = compile_launch(launch(True), target)
+    usage = usual(chip)
     (loop,) = usage.loops
     assert set(usage.matrix) == {MATRIX[chip]}
     assert 0 < loop.instructions["matrix"] <= usage.matrix[MATRIX[chip]]
@@ -85,8 +96,7 @@ def test_wait_is_0_with_two_stages(chip):
 @pytest.mark.parametrize("chip", ["80", "gfx942"])
 @pytest.mark.parametrize("values", [{"count": 1, "length": 1}, {"count": 16, "length": 32}])
 def test_do_not_specialize_gives_one_code_for_all_values(chip, values):
-    target = Target("hip" if chip.startswith("gfx") else "cuda", chip)
-    assert compile_launch(launch(True, **values), target) == compile_launch(launch(True), target)
+    assert compile_launch(launch(True, **values), target_of(chip)) == usual(chip)
 
 
 def test_other_arguments_are_specialised():
@@ -103,5 +113,5 @@ def test_alignment_of_pointers_is_that_of_the_tensors():
     k = torch.empty(4096 * 128 + 1, dtype=torch.bfloat16)[1:].view(4096, 128)
     shifted = dataclasses.replace(aligned, arguments={**aligned.arguments, "K": k})
     target = Target("cuda", "80")
-    assert compile_launch(aligned, target).loops[0].instructions["async_copy"] > 0
+    assert usual("80").loops[0].instructions["async_copy"] > 0
     assert compile_launch(shifted, target).loops[0].instructions.get("async_copy", 0) <= 1

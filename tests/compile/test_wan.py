@@ -18,7 +18,7 @@ def test_compiled_blocks_equal_eager_ones_and_are_compiled_once(family):
     eager = run(pipe, family, steps=6)
     dit_accel.summary(pipe, strict=True)
     torch._dynamo.reset()
-    counter = compile_blocks(pipe, family)
+    counter = compile_blocks(pipe, family, "eager")
     first = run(pipe, family, steps=6)
     assert relative(first, eager) < 1e-5
     frames = counter.frame_count

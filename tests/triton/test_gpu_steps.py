@@ -70,7 +70,7 @@ def triton_by_default(monkeypatch):
     ("shape", "mode"),
     [
         *((SMALL, mode) for mode in ("none", "complement", "shared_softmax", "marginal")),
-        *((WITH_TEXT, mode) for mode in ("none", "marginal")),
+        (WITH_TEXT, "marginal"),
     ],
 )
 def test_forward(shape, mode):

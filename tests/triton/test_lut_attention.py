@@ -13,6 +13,8 @@ from dit_accel.llm.kvcache.part import Part
 from dit_accel.llm.kvcache.store import ModelSizes, store_of
 from dit_accel.llm.kvcache.stores import codes
 
+from .cases import cases
+
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
@@ -47,7 +49,7 @@ def launched(*arguments, **options):
         return lut_attention(*arguments, **options)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=cases(6, 10), deadline=None)
 @given(
     batch=st.integers(1, 2),
     heads=st.integers(1, 3),
@@ -78,7 +80,7 @@ def test_attention_is_that_over_decoded_keys(
         close(found[1], scores.logsumexp(-1))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=cases(4, 10), deadline=None)
 @given(
     batch=st.integers(1, 2),
     heads=st.integers(1, 3),

@@ -1,7 +1,6 @@
 """Every mode of the Triton kernels, interpreted on a CPU, against the fp64 definition."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -21,9 +20,7 @@ from ..kernels.attention_cases import (
     make_tensors,
     problems,
 )
-
-# `make test-long` draws 2,000 of them.
-CASES = int(os.environ.get("DIT_ACCEL_CASES", "10"))
+from .cases import LONG, cases
 
 
 def check(problem: Problem, tolerance: float = 1e-5) -> None:
@@ -50,13 +47,13 @@ def problem(
     return Problem(*tensors, plan, {"combine": "none", **options})
 
 
-@settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
-@given(problems(110))
+@settings(max_examples=cases(5), suppress_health_check=list(HealthCheck))
+@given(problems(110 if LONG else 70))
 def test_drawn_problems_forward_and_backward(drawn):
     check(drawn)
 
 
-@settings(max_examples=max(5, CASES // 4), suppress_health_check=list(HealthCheck))
+@settings(max_examples=cases(3, 4), suppress_health_check=list(HealthCheck))
 @given(problems(60))
 def test_drawn_problems_in_half_precision_by_the_rule_of_two(drawn):
     assert_half_close(drawn, torch.float16, "triton")

@@ -1,7 +1,5 @@
 """Packed heads: query heads of a group that share lists, computed by one program, against the reference."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,10 +14,9 @@ from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.linear.spec import Linear
 
 from ..kernels.plan_cases import masks, random_columns
+from .cases import cases
 
 INTERPRETER = Target("interpreter", "")
-# Every problem runs three times, for up to 32 heads: a fourth of the cases of test_modes.py.
-CASES = max(1, int(os.environ.get("DIT_ACCEL_CASES", "24")) // 4)
 GROUPS = (2, 3, 4, 7, 8)
 
 
@@ -91,7 +88,8 @@ def drawn_plans(draw, longest=80, long_rows=False):
     return SparsePlan.from_block_mask(mask, **geometry), kv_heads
 
 
-@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+# Every problem runs three times, for up to 32 heads.
+@settings(max_examples=cases(3, 4), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     case=drawn_plans(), group=st.sampled_from(GROUPS), seed=st.integers(0, 99), half=st.booleans()
 )
@@ -101,7 +99,7 @@ def test_drawn_plans(case, group, seed, half):
     check(plan, group, kv_heads, 16, batch=2, d_v=24, seed=seed, dtype=dtype)
 
 
-@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=cases(3, 4), deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=drawn_plans(60, long_rows=True), group=st.sampled_from(GROUPS), seed=st.integers(0, 99))
 def test_drawn_plans_with_split_rows(case, group, seed):
     plan, kv_heads = case
@@ -174,8 +172,7 @@ def test_block_means(lists):
     assert names(launches) == names(unpacked)
 
 
-@pytest.mark.parametrize("rows", [[0, 2], [1]], ids=str)
-@pytest.mark.parametrize("lists", [1, 2])
+@pytest.mark.parametrize(("lists", "rows"), [(1, [0, 2]), (2, [1])], ids=str)
 def test_split_rows_without_lists(lists, rows, monkeypatch):
     monkeypatch.setattr(triton_forward, "SPLIT_TOKENS", 32)
     mask = torch.rand(1, lists, 3, 6, generator=torch.Generator().manual_seed(5)) < 0.3

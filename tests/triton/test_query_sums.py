@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from dit_accel.kernels.query_sums import op, sums_kernel, torch_sums
 from dit_accel.kernels.query_sums.sums_kernel import sums_launches
 
+from .cases import cases
+
 
 @pytest.fixture(autouse=True, scope="module")
 def few_spans():
@@ -48,7 +50,7 @@ sizes = {
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=cases(4, 10), deadline=None)
 @given(last=st.integers(1, 100), **sizes)
 def test_last_queries_equal_the_formulas(
     batch, kv_heads, group, q_len, before, d, scale, seed, last
@@ -62,7 +64,7 @@ def test_last_queries_equal_the_formulas(
     assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=cases(4, 10), deadline=None)
 @given(data=st.data(), step=st.integers(1, 9), block=st.sampled_from([16, 48, 64, 128]), **sizes)
 def test_columns_leave_out_what_is_read(
     data, batch, kv_heads, group, q_len, before, d, scale, seed, step, block

@@ -1,7 +1,5 @@
 """Selection kernel against the reference implementation: equal lists, bit for bit, under every rule."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,9 +12,8 @@ from dit_accel.kernels.router import select_kernel, select_op
 from dit_accel.kernels.router.criteria import Criteria
 
 from ..kernels.plan_cases import geometries
+from .cases import cases
 
-# `make test-long` draws 2,000 of them.
-CASES = int(os.environ.get("DIT_ACCEL_CASES", "12"))
 CRITERIA = {
     "topk": {"topk": 0.3},
     "one": {"topk": 1e-9},
@@ -54,7 +51,7 @@ def on_kernels(patched, scores, **options):
     return SparsePlan.from_scores(scores, **options)
 
 
-@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=cases(8), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     geometry=geometries(100, blocks=(16, 32)), criterion=st.sampled_from(list(CRITERIA)),
     skip=st.sampled_from([0.0, 0.01, 0.2, 0.7]), sink_blocks=st.integers(0, 2),

@@ -11,6 +11,7 @@ from dit_accel.kernels.block_sparse.tiles import Target
 from dit_accel.kernels.launch import Launch
 
 from ..kernels.plan_cases import masks
+from .cases import cases
 
 INTERPRETER = Target("interpreter", "")
 
@@ -38,7 +39,7 @@ def split(q, k, v, plan, *, want_lse=True):
     return o, lse, names
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=cases(4, 4), deadline=None)
 @given(
     drawn=masks(100, heads=(1, 2), blocks=(16, 32), batch=2), data=st.data(),
     kv_heads=st.sampled_from([1, 2]), seed=st.integers(0, 99), half=st.booleans(),
