@@ -18,7 +18,7 @@ def label(row: dict[str, Any]) -> str:
     psnr = row["metrics"].get("psnr", {}).get("value")
     if psnr is None:
         return f"{row['name']}\n{row['num_inference_steps']} steps"
-    return f"{row['name']}\ncost of {row['cost'] or row['num_inference_steps']:.0f} steps\n{psnr:.1f} dB"
+    return f"{row['name']}\ncost of {row['cost'] or row['num_inference_steps']:.0f} steps\nPSNR {psnr:.1f} dB"
 
 
 def draw(folder: Path, output: Path, samples: int = 4) -> None:

@@ -33,4 +33,4 @@ def test_rows_have_samples_and_brightened_differences(tmp_path, monkeypatch):
 
 def test_labels_name_cost_and_quality():
     assert demo_picture.label(row("Dense")) == "Dense\n20 steps"
-    assert demo_picture.label(row("RAS", 50.2, 13.0)) == "RAS\ncost of 13 steps\n50.2 dB"
+    assert demo_picture.label(row("RAS", 50.2, 13.0)) == "RAS\ncost of 13 steps\nPSNR 50.2 dB"
