@@ -8,9 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-
 NAMES = ("inception", "lpips", "clip")
 
 
@@ -44,7 +41,7 @@ class Networks:
 
 
 def load_networks(
-    arguments: Mapping[str, Any], metrics: Sequence[str], device: str | torch.device = "cpu"
+    arguments: Mapping[str, Any], metrics: Sequence[str], device: Any = "cpu"
 ) -> dict[str, Any]:
     """Return the fields of `Networks` in `arguments`, with the networks loaded that `metrics` need.
 
@@ -84,8 +81,10 @@ def file_sha256(path: str | os.PathLike, argument: str) -> str:
         ) from None
 
 
-def module_sha256(module: nn.Module) -> str:
+def module_sha256(module: Any) -> str:
     """Return a hash of a module's class name and of its tensors' names, shapes and values."""
+    import torch
+
     digest = hashlib.sha256(type(module).__name__.encode())
     for name, tensor in sorted(module.state_dict().items()):
         value = tensor.detach().cpu().contiguous()
@@ -96,7 +95,7 @@ def module_sha256(module: nn.Module) -> str:
 
 def load_weights(
     argument: str, path: str | os.PathLike, known: str = "", what: str = "", allow: bool = False
-) -> tuple[dict[str, Tensor], str, list[str]]:
+) -> tuple[dict[str, Any], str, list[str]]:
     """Read the tensors of a safetensors or torch file without running code in it.
 
     Args:
@@ -107,6 +106,7 @@ def load_weights(
     Returns:
         The tensors by name, the file's sha256, and the flags of values that rest on it.
     """
+    import torch
     from safetensors.torch import load_file
 
     sha256 = file_sha256(path, argument)
@@ -127,7 +127,7 @@ def load_weights(
             f"{named}: not a weights file ({type(error).__name__}): must be a .safetensors file or a .pth of "
             "tensors by name"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise ValueError(f"{named}: holds no tensors by name: must be a state dict")
     return dict(state), sha256, ["other-weights"] if other else []
 
