@@ -10,8 +10,8 @@ from tyro.conf import OmitArgPrefixes, Positional
 from dit_accel.demo import default_sampling
 from dit_accel.environment import machine, versions
 from dit_accel.eval.metrics.choices import TINY, Given
-from dit_accel.eval.metrics.networks import Networks, load_networks
-from dit_accel.eval.metrics.score import open_reference, score
+from dit_accel.eval.metrics.networks import Networks
+from dit_accel.eval.metrics.score import load_networks, open_reference, score
 from dit_accel.eval.view.table import metrics_lines
 from dit_accel.files import EMBEDDED_MODELS, check_writable, model_source, write_json
 from dit_accel.sampling.generate import generate

@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,36 +37,6 @@ class Networks:
     def given(self) -> tuple[str, ...]:
         """Names of the networks that have weights."""
         return tuple(x for x in NAMES if getattr(self, x) is not None)
-
-
-def load_networks(
-    arguments: Mapping[str, Any], metrics: Sequence[str], device: Any = "cpu"
-) -> dict[str, Any]:
-    """Return the fields of `Networks` in `arguments`, with the networks loaded that `metrics` need.
-
-    Use it to read each network once for several sets, or to check the files before sampling.
-    """
-    from dit_accel.eval.metrics.choices import INCEPTION
-    from dit_accel.eval.metrics.clip_score import ClipScore
-    from dit_accel.eval.metrics.features import load_inception
-    from dit_accel.eval.metrics.pairs import Lpips
-
-    usual = asdict(Networks())
-    if unknown := sorted(set(arguments) - set(usual)):
-        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
-    out = {**usual, **arguments}
-    other, paths = out["allow_other_weights"], (str, os.PathLike)
-    if set(metrics) & set(INCEPTION) and isinstance(weights := out["inception"], paths):
-        resize = out["resize"]
-        out["inception"] = load_inception(
-            weights, resize=resize, allow_other_weights=other, device=device
-        )
-    if "lpips" in metrics and isinstance(weights := out["lpips"], paths):
-        net = out["lpips_net"]
-        out["lpips"] = Lpips(weights, net=net, allow_other_weights=other, device=device)
-    if "clip_score" in metrics and isinstance(weights := out["clip"], paths):
-        out["clip"] = ClipScore(weights, revision=out["clip_revision"], device=device)
-    return out
 
 
 def file_sha256(path: str | os.PathLike, argument: str) -> str:

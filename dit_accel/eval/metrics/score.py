@@ -4,7 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,12 +15,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit_accel.demo.caption_judge import judge_captions
-from dit_accel.eval.metrics.choices import PAIRED, Given
+from dit_accel.eval.metrics.choices import INCEPTION, PAIRED, Given
+from dit_accel.eval.metrics.clip_score import ClipScore
 from dit_accel.eval.metrics.distances import KEEP, FeatureSet
-from dit_accel.eval.metrics.features import TINY, Extractor, check_resize, tiny_extractor
+from dit_accel.eval.metrics.features import (
+    TINY,
+    Extractor,
+    check_resize,
+    load_inception,
+    tiny_extractor,
+)
 from dit_accel.eval.metrics.measurement import Measurement, fingerprint
-from dit_accel.eval.metrics.networks import NAMES, load_networks
-from dit_accel.eval.metrics.pairs import flicker, psnr, ssim
+from dit_accel.eval.metrics.networks import NAMES, Networks
+from dit_accel.eval.metrics.pairs import Lpips, flicker, psnr, ssim
 from dit_accel.eval.results.types import MetricValue
 from dit_accel.sampling.devices import pick_device
 from dit_accel.sampling.prompt_sets import load_prompts
@@ -28,6 +35,31 @@ from dit_accel.sampling.sets import SampleSet
 from dit_accel.sampling.settings import check_count
 
 Source = SampleSet | str | os.PathLike
+
+
+def load_networks(
+    arguments: Mapping[str, Any], metrics: Sequence[str], device: Any = "cpu"
+) -> dict[str, Any]:
+    """Return the fields of `Networks` in `arguments`, with the networks loaded that `metrics` need.
+
+    Use it to read each network once for several sets, or to check the files before sampling.
+    """
+    usual = asdict(Networks())
+    if unknown := sorted(set(arguments) - set(usual)):
+        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+    out = {**usual, **arguments}
+    other, paths = out["allow_other_weights"], (str, os.PathLike)
+    if set(metrics) & set(INCEPTION) and isinstance(weights := out["inception"], paths):
+        resize = out["resize"]
+        out["inception"] = load_inception(
+            weights, resize=resize, allow_other_weights=other, device=device
+        )
+    if "lpips" in metrics and isinstance(weights := out["lpips"], paths):
+        net = out["lpips_net"]
+        out["lpips"] = Lpips(weights, net=net, allow_other_weights=other, device=device)
+    if "clip_score" in metrics and isinstance(weights := out["clip"], paths):
+        out["clip"] = ClipScore(weights, revision=out["clip_revision"], device=device)
+    return out
 
 
 def score(

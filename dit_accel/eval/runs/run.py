@@ -13,8 +13,8 @@ from dit_accel.checkpoint.file import SLACheckpoint
 from dit_accel.checkpoint.identity import public_name
 from dit_accel.config import RASConfig, SLAConfig
 from dit_accel.eval.metrics.measurement import Measurement
-from dit_accel.eval.metrics.networks import Networks, load_networks
-from dit_accel.eval.metrics.score import open_reference
+from dit_accel.eval.metrics.networks import Networks
+from dit_accel.eval.metrics.score import load_networks, open_reference
 from dit_accel.eval.results.store import build_results, write_results
 from dit_accel.eval.results.types import Results, Row
 from dit_accel.eval.runs.methods import DEFAULT, DENSE, Crossover, Method, dense_with, read_methods
