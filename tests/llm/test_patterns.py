@@ -55,7 +55,7 @@ CASES = [
     if name != "a_shape"
 ]
 few = settings(max_examples=10)
-"""For tests with many cases; the definition of each pattern is checked with more examples below."""
+"""Number of examples in tests with many cases. The definition of each pattern is checked with more examples below."""
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
