@@ -1,5 +1,7 @@
 """`kernels/wheels.txt`: what a GPU machine without network is given."""
 
+from importlib import metadata
+
 import pytest
 
 from .installed import BARE, ROOT, canonical, needed
@@ -24,6 +26,8 @@ def test_pins_are_those_of_the_constraints():
     "roots", [("pytest", "pytest-xdist", "hypothesis"), ("dit-accel",), ("torchmetrics", "scipy")]
 )
 def test_everything_needed_is_listed_and_nothing_that_the_machine_has(roots):
+    if metadata.version("transformers") != pins("constraints.txt")["transformers"]:
+        pytest.skip("other versions than those of constraints.txt need other packages")
     had, listed = needed(BARE), pins("kernels/wheels.txt").keys()
     assert needed(roots) - had - {"dit-accel"} <= listed
     assert not set(BARE) & listed

@@ -190,7 +190,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_missing_rows(prepared, tmp_path
     assert 0 < window["retrieval"]["1000"]["density"] < 0.5
     assert 0 < window["density"] < 0.9
     assert set(window["texts"]) == set(TEXTS)
-    assert results["versions"]["torch"] == torch.__version__
+    assert results["versions"]["torch"] in (torch.__version__, torch.__version__.split("+")[0])
     lines = table_lines(results)
     assert lines[0].split()[0] == "pattern"
     assert lines[0].endswith("video 1000  density 1000")
